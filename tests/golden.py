@@ -67,13 +67,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=("write", "compare"))
     parser.add_argument("--file", type=Path, default=VALUES)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        found = compute(Path(scratch))
-    if given.verb == "write":
-        given.file.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+        values = compute(Path(scratch))
+    if arguments.verb == "write":
+        arguments.file.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
         return
-    differing = differences(json.loads(given.file.read_text()), found)
+    differing = differences(json.loads(arguments.file.read_text()), values)
     print("\n".join(differing) or "equal")
     sys.exit(bool(differing))
 
@@ -147,20 +147,20 @@ def data_sets(scratch: Path) -> Values:
     """Digests of a data set ``scratch/data/discs`` as it grows and loses an image, and of a grey one made of it."""
     folder, source = scratch / "data" / "discs", scratch / "source"
     config = IngestConfig(source=str(source), size=SIZE, held_out=0.3, shard_bytes=2**16)
-    found: Values = {}
+    versions: Values = {}
     for step, last in (("first", 120), ("grown", 200)):
         write_images(source, range(last))
-        done = ingest(folder, config)
-        found[step] = version(folder) | {"kept": done.kept, "duplicates": done.duplicates}
-        found[step]["quarantined"] = {each.source: each.reason for each in done.quarantined}
+        result = ingest(folder, config)
+        versions[step] = version(folder) | {"kept": result.kept, "duplicates": result.duplicates}
+        versions[step]["quarantined"] = {each.source: each.reason for each in result.quarantined}
     grey = scratch / "data" / "grey"
     ingest(grey, config.model_copy(update={"mode": "grey"}))
-    found["grey"] = version(grey)
+    versions["grey"] = version(grey)
     smaller = scratch / "data" / "smaller"
     ingest(smaller, config)
     remove(smaller, Selection(sources=["007.png"]), "a golden value")
-    found["taken down"] = version(smaller)
-    return found
+    versions["taken down"] = version(smaller)
+    return versions
 
 
 def version(folder: Path) -> Values:
@@ -337,14 +337,14 @@ def metrics(scratch: Path, models: Mapping[str, Path]) -> Values:
 def features(seed: int, count: int, shift: float) -> Tensor:
     """Stand-ins for features, (count, 16) float32: Gaussian of a spread that falls by dimension."""
     scales = 1 / np.arange(1, 17)
-    drawn = np.random.default_rng(seed).standard_normal((count, 16)) * scales + shift
-    return torch.from_numpy(drawn.astype(np.float32))
+    samples = np.random.default_rng(seed).standard_normal((count, 16)) * scales + shift
+    return torch.from_numpy(samples.astype(np.float32))
 
 
 def gate_verdicts() -> Values:
     """Metrics with errors, and what the gate decides, of candidates that are better, equal, worse, and copies."""
     reference, real, champion = features(0, 400, 0), features(1, 400, 0), features(2, 400, 0.3)
-    found: Values = {}
+    verdicts: Values = {}
     for name, shift, copies in (("better", 0.1, 0.0), ("equal", 0.3, 0.0), ("worse", 0.5, 0.0), ("copies", 0.1, 0.4)):
         candidate = features(3, 400, shift)
         ours, theirs, baseline = compute_replicates([candidate, champion, real], reference, 20)
@@ -360,10 +360,10 @@ def gate_verdicts() -> Values:
                 cost=Cost(candidate=1.0, champion=1.0, unit="GFLOP"),
             )
             decision = decide(compared, config)
-            found[f"{name}/{config.headline}"] = json.loads(decision.model_dump_json()) | {
+            verdicts[f"{name}/{config.headline}"] = json.loads(decision.model_dump_json()) | {
                 "metrics": {metric: each.estimate.model_dump() for metric, each in ours.items()}
             }
-    return found
+    return verdicts
 
 
 def ledger_entries() -> Values:
@@ -371,23 +371,23 @@ def ledger_entries() -> Values:
     when, history = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), History("discs")
     figures, gate = {"kid": 0.25}, {"delta": 0.05}
     promoted = Evidence(verdict="promote", reason="better", figures=figures, eval_key="e", gate=gate)
-    held = Evidence(verdict="hold", reason="perhaps", figures={"kid": 0.5})
+    hold_evidence = Evidence(verdict="hold", reason="perhaps", figures={"kid": 0.5})
     approval = Approval(approved=True, by="somebody", note="looked at")
     steps: list[tuple[Any, int, dict[str, Any]]] = [
         ("promote", 1, {"evidence": promoted}),
         ("promote", 2, {"evidence": promoted, "approval": approval}),
-        ("hold", 3, {"evidence": held}),
-        ("promote", 3, {"by_hand": True, "reason": "a person's", "evidence": held}),
+        ("hold", 3, {"evidence": hold_evidence}),
+        ("promote", 3, {"by_hand": True, "reason": "a person's", "evidence": hold_evidence}),
         ("rollback", 2, {"by_hand": True, "reason": "worse in use"}),
     ]
-    found: Values = {}
+    entries: Values = {}
     for what, number, options in steps:
         entry = history.next_entry(what, number, f"{number:064x}", **options)
         # Who wrote it and when differ between machines; a parent's digest follows from what was fixed before.
         entry = LedgerEntry.model_validate(entry.model_dump() | {"who": "who@where", "when": when})
         history = History("discs", (*history.entries, entry))
-        found[f"{entry.number}"] = {"sha256": entry.digest, "text": str(entry)}
-    return found
+        entries[f"{entry.number}"] = {"sha256": entry.digest, "text": str(entry)}
+    return entries
 
 
 if __name__ == "__main__":

@@ -167,29 +167,29 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def info(self, kind: str, name: str, rev: str | None = None) -> None:
-        if found := self._repo(kind, name, rev or "main"):
-            repo, sha = found
+        if repository := self._repo(kind, name, rev or "main"):
+            repo, sha = repository
             if self.hub.other_commit:
                 sha = "f" * 40
             about = {"id": name, "sha": sha, "private": repo.private, "gated": repo.gated, "tags": [], "siblings": []}
             self._json(about)
 
     def refs(self, kind: str, name: str) -> None:
-        if found := self._repo(kind, name):
-            refs = [{"name": k, "ref": f"refs/heads/{k}", "targetCommit": v} for k, v in found[0].refs.items()]
+        if repo := self._repo(kind, name):
+            refs = [{"name": k, "ref": f"refs/heads/{k}", "targetCommit": v} for k, v in repo[0].refs.items()]
             self._json({"branches": refs, "tags": [], "converts": []})
 
     def tree(self, kind: str, name: str, rev: str) -> None:
-        if not (found := self._repo(kind, name, rev)):
+        if not (repo := self._repo(kind, name, rev)):
             return
         entries: list[dict[str, Any]] = []
-        for path, data in found[0].commits[found[1]].items():
+        for path, data in repo[0].commits[repo[1]].items():
             size = len(data) + self.hub.added_size
             entry = {"type": "file", "path": path, "oid": blob_id(data), "size": size}
             if LARGE.fullmatch(path):
                 entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": size, "pointerSize": 134}
             entries.append(entry)
-        folders = sorted({path.rpartition("/")[0] for path in found[0].commits[found[1]] if "/" in path})
+        folders = sorted({path.rpartition("/")[0] for path in repo[0].commits[repo[1]] if "/" in path})
         entries += [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders]
         start = int(parse_qs(urlsplit(self.path).query).get("cursor", ["0"])[0])
         more = f"{self.hub.address}{self.path.partition('?')[0]}?recursive=True&cursor={start + PAGE}"
@@ -197,16 +197,16 @@ class _Handler(BaseHTTPRequestHandler):
         self._json(entries[start : start + PAGE], links)
 
     def resolve(self, name: str, rev: str, path: str, kind: str | None = None) -> None:
-        if not (found := self._repo(kind or "model", name, rev)):
+        if not (repo := self._repo(kind or "model", name, rev)):
             return
-        data = found[0].commits[found[1]].get(path)
+        data = repo[0].commits[repo[1]].get(path)
         if data is None:
             self._refuse(404, "EntryNotFound")
             return
         if self.hub.elsewhere:
-            self._send(302, b"", {"Location": f"{self.hub.elsewhere}/elsewhere/{found[1]}/{path}"})
+            self._send(302, b"", {"Location": f"{self.hub.elsewhere}/elsewhere/{repo[1]}/{path}"})
             return
-        self._file(data, found[1])
+        self._file(data, repo[1])
 
     def from_elsewhere(self, rev: str, path: str) -> None:
         self._file(next(repo.commits[rev][path] for repo in self.hub.repos.values() if rev in repo.commits), rev)
@@ -261,8 +261,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"url": f"{self.hub.address}/{name}", "name": name})
 
     def preupload(self, kind: str, name: str, rev: str) -> None:
-        if found := self._repo(kind, name, rev, writes=True):
-            there = found[0].files
+        if repo := self._repo(kind, name, rev, writes=True):
+            there = repo[0].files
             self._json(
                 {
                     "files": [
@@ -296,14 +296,14 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200)
 
     def make_commit(self, kind: str, name: str, rev: str) -> None:
-        if not (found := self._repo(kind, name, rev, writes=True)):
+        if not (repo := self._repo(kind, name, rev, writes=True)):
             return
-        files, message = dict(found[0].files), ""
+        files, message = dict(repo[0].files), ""
         for line in map(json.loads, self.body.splitlines()):
             key, value = line["key"], line["value"]
             if key == "header":
                 message = value["summary"]
-                if value.get("parentCommit", found[0].refs[rev]) != found[0].refs[rev]:
+                if value.get("parentCommit", repo[0].refs[rev]) != repo[0].refs[rev]:
                     self._send(412, b"{}")
                     return
             elif key == "file":
@@ -312,7 +312,7 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.hub.stored[value["oid"]]
             elif key == "deletedFile":
                 del files[value["path"]]
-        sha = found[0].commit(files, message, rev)
+        sha = repo[0].commit(files, message, rev)
         if self.hub.drop_commits:
             self.hub.drop_commits -= 1
             self.close_connection = True

@@ -23,10 +23,10 @@ def test_a_prompt_gives_an_image_of_its_colour_with_the_chosen_guidance(tmp_path
     colours = {}
     for prompt in ("a red heart", "a blue heart"):
         out = tmp_path / prompt
-        done = darkroom(
+        result = darkroom(
             tmp_path, "sample", "--model", str(MODEL), "--prompt", prompt, "--count", "4", "--out", str(out)
         )
-        assert done.returncode == 0, done.stderr
+        assert result.returncode == 0, result.stderr
         images = np.stack([np.asarray(Image.open(path)) for path in sorted(out.glob("0*.png"))]).astype(float)
         colours[prompt] = images.reshape(-1, 3).mean(0)
     difference = colours["a red heart"] - colours["a blue heart"]

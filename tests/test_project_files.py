@@ -25,10 +25,10 @@ def test_the_licence_is_one() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.y*ml")), ids=lambda path: path.name)
 def test_github_files_are_yaml_with_the_keys_that_github_needs(path: Path) -> None:
-    found = yaml.safe_load(path.read_text())
-    if path.parent.name == "ISSUE_TEMPLATE" and "blank_issues_enabled" not in found:
-        assert {"name", "description", "body"} <= found.keys()
-        assert all({"type", "attributes"} <= field.keys() for field in found["body"])
+    document = yaml.safe_load(path.read_text())
+    if path.parent.name == "ISSUE_TEMPLATE" and "blank_issues_enabled" not in document:
+        assert {"name", "description", "body"} <= document.keys()
+        assert all({"type", "attributes"} <= field.keys() for field in document["body"])
 
 
 def test_hooks_run_programs_of_the_development_extra() -> None:

@@ -74,9 +74,9 @@ try:
 except diffusion.common.errors.UserError as error:
     print(error)
 """
-    done = run(installed / "python", "-c", script, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "[evaluation]" in done.stdout
+    result = run(installed / "python", "-c", script, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "[evaluation]" in result.stdout
     ours = diffusion.load(MODEL, compute_batch=4).generate(2, seed=7, steps=4)
     theirs = [Image.open(tmp_path / f"{number}.png") for number in range(2)]
     assert [each.tobytes() for each in theirs] == [each.tobytes() for each in ours]
@@ -85,20 +85,20 @@ except diffusion.common.errors.UserError as error:
 def test_the_core_has_the_commands_that_need_no_server(installed: Path, tmp_path: Path) -> None:
     darkroom = installed / "darkroom"
     settings = ["--set", "sampling.steps=4", "--set", "sampling.compute_batch=4", "--out", "out", "--json"]
-    done = run(darkroom, "sample", "--model", MODEL, "--count", "2", *settings, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
+    result = run(darkroom, "sample", "--model", MODEL, "--count", "2", *settings, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
     images = sorted(str(path) for path in (tmp_path / "out").glob("0*.png"))
-    assert len(images) == json.loads(done.stdout)["count"] == 2
+    assert len(images) == json.loads(result.stdout)["count"] == 2
 
     (tmp_path / "images").mkdir()
     for number in range(40):
         Image.new("L", (8, 8), 6 * number).save(tmp_path / "images" / f"{number}.png")
     data = ["--local", "--dataset", "tones", "--set"]
-    done = run(darkroom, "ingest", "images", *data, "ingest.size=8", folder=tmp_path)
-    assert done.returncode == 0, done.stderr
+    result = run(darkroom, "ingest", "images", *data, "ingest.size=8", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
     few = ["training.images=64", "--set", "training.batch_size=32", "--set", "model.width=16"]
-    done = run(darkroom, "train", *data, *few, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
+    result = run(darkroom, "train", *data, *few, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
     assert (tmp_path / "runs" / "tones" / "final.safetensors").is_file()
 
 
@@ -106,7 +106,7 @@ def test_the_core_has_the_commands_that_need_no_server(installed: Path, tmp_path
 def test_other_commands_name_the_missing_extra(installed: Path, tmp_path: Path, command: str) -> None:
     (tmp_path / "images").mkdir()
     Image.new("L", (32, 32)).save(tmp_path / "images" / "0.png")
-    done = run(installed / "darkroom", *command.split(), folder=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert "[pipeline]" in done.stderr
+    result = run(installed / "darkroom", *command.split(), folder=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert "[pipeline]" in result.stderr

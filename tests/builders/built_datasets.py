@@ -30,7 +30,7 @@ def key_of(pixels: np.ndarray) -> str:
     return hashlib.sha256(header + pixels.tobytes()).hexdigest()
 
 
-def kept(pixels: np.ndarray, source: str, split: str = "train", **told: Any) -> Record:
+def image_record(pixels: np.ndarray, source: str, split: str = "train", **fields: Any) -> Record:
     """A record of a kept image, with its pixels under ``pixels``."""
     values = pixels.reshape(-1, 1 if pixels.ndim == 2 else 3).astype(np.int64)
     height, width = pixels.shape[:2]
@@ -46,7 +46,7 @@ def kept(pixels: np.ndarray, source: str, split: str = "train", **told: Any) -> 
         "height": height,
         "total": values.sum(0).tolist(),
         "squares": (values**2).sum(0).tolist(),
-    } | told
+    } | fields
 
 
 def duplicate(of: Record, source: str) -> Record:
@@ -77,9 +77,9 @@ class BuiltDataset:
 
     def replace(self, number: int, rows: Sequence[Record], change: str) -> Manifest:
         """Write a part anew, take away what it was, and make the whole the current version."""
-        gone = self.parts[number]
+        old_part = self.parts[number]
         self.parts[number] = self._part(number, rows)
-        for entry in (gone.shard, gone.records):
+        for entry in (old_part.shard, old_part.records):
             if entry is not None:
                 (self.folder / entry.name).unlink()
         return self.write(change)

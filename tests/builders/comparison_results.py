@@ -58,18 +58,18 @@ def example_comparison(with_champion: bool = True) -> Shown:
     generated = [sets["candidate"], *([sets["champion"]] if with_champion else [])]
     points = [shifted_thumbnails(each)[0] for each in (*generated, sets["real baseline"])]
     reference = shifted_thumbnails(sets["held out"])[0]
-    *found, baseline = compute_replicates(points, reference, 20)
+    *replicates, baseline = compute_replicates(points, reference, 20)
     sides = [
         _side(images, point, reference, metrics)
-        for images, point, metrics in zip(generated, points, found, strict=False)
+        for images, point, metrics in zip(generated, points, replicates, strict=False)
     ]
     compared = ComparisonMetrics(
         basis="generated",
         samples=COUNT,
         reference=COUNT,
         has_champion=with_champion,
-        headline=distance_headline(*found, baseline, PIXELS, GATE) if with_champion else None,
-        recall=difference(found[0]["recall"], found[1]["recall"]) if with_champion else None,
+        headline=distance_headline(*replicates, baseline, PIXELS, GATE) if with_champion else None,
+        recall=difference(replicates[0]["recall"], replicates[1]["recall"]) if with_champion else None,
     )
     per_class, pairs = sides[0].per_class, sides[0].memorization.pairs
     assert per_class is not None
@@ -137,10 +137,10 @@ def _side(images: Tensor, points: Tensor, reference: Tensor, metrics: dict[Figur
 @cache
 def _sets() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Images, and their classes."""
-    shown, classes = images(6 * COUNT)
+    source_images, classes = images(6 * COUNT)
     names = ("training", "held out", "champion", "candidate")
     parts = dict(zip(names, (slice(3 * COUNT), *(slice(n * COUNT, (n + 1) * COUNT) for n in (3, 4, 5))), strict=True))
-    sets = {name: shown[part] for name, part in parts.items()}
+    sets = {name: source_images[part] for name, part in parts.items()}
     sets["real baseline"] = sets["training"][:COUNT]
     sets["champion"] = with_noise(sets["champion"], 0.3)
     sets["candidate"] = with_copies(sets["candidate"], sets["training"][-12:])
@@ -151,27 +151,27 @@ def _sets() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return sets, labels
 
 
-def _copies(drawn: Tensor) -> Memorization:
+def _copies(images: Tensor) -> Memorization:
     sets, _ = _sets()
     training = sets["training"]
     near, of_real = (
-        find_registered([each], [training], lambda rows: training[rows]) for each in (drawn, sets["held out"])
+        find_registered([each], [training], lambda rows: training[rows]) for each in (images, sets["held out"])
     )
     return detect_memorization({PIXELS: near}, {PIXELS: of_real})
 
 
-def _by_class(drawn: Tensor) -> PerClass:
+def _by_class(images: Tensor) -> PerClass:
     sets, labels = _sets()
     reader = fit_discriminant([(shifted_thumbnails(sets["training"])[0], labels["training"])], len(CLASSES))
-    whose = "candidate" if drawn is sets["candidate"] else "champion"
+    whose = "candidate" if images is sets["candidate"] else "champion"
     real = Labelled(shifted_thumbnails(sets["held out"])[0], labels["held out"])
-    return evaluate_classes(Labelled(shifted_thumbnails(drawn)[0], labels[whose]), real, reader, CLASSES, PIXELS)
+    return evaluate_classes(Labelled(shifted_thumbnails(images)[0], labels[whose]), real, reader, CLASSES, PIXELS)
 
 
-def _class_samples(found: PerClass) -> dict[str, tuple[Tensor, Tensor]]:
-    """The first four real and drawn images of the two worst classes."""
+def _class_samples(per_class: PerClass) -> dict[str, tuple[Tensor, Tensor]]:
+    """The first four real and generated images of the two worst classes."""
     sets, labels = _sets()
-    numbers = {each.name: CLASSES.index(each.name) for each in found.worst_first[:2]}
+    numbers = {each.name: CLASSES.index(each.name) for each in per_class.worst_first[:2]}
 
     def of(whose: str, number: int) -> Tensor:
         return sets[whose][labels[whose] == number][:4]

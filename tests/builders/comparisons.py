@@ -43,26 +43,26 @@ def evaluate_one(
 
 
 class Watcher:
-    """Notes which work reports progress, and stops it where told to."""
+    """Notes which work reports progress, and stops it at the stage named."""
 
     def __init__(self, stop_at: str | None = None, stop_after: int = 0) -> None:
-        self.told: list[tuple[str, int]] = []
+        self.calls: list[tuple[str, int]] = []
         self.stop_at = stop_at
         self.stop_after = stop_after
 
     def __call__(self, what: str, done: int, total: int | None, note: str = "") -> None:
-        self.told.append((what, done))
+        self.calls.append((what, done))
         if what == self.stop_at and done >= self.stop_after:
             raise KeyboardInterrupt
 
     @property
     def seen(self) -> list[str]:
         """Which work, in order."""
-        return [what for what, _ in self.told]
+        return [what for what, _ in self.calls]
 
     @property
-    def drawn(self) -> set[str]:
-        """The model files from which images were drawn."""
+    def sampled_models(self) -> set[str]:
+        """The model files from which images were sampled."""
         return {what.split(":")[0] for what in self.seen if what.endswith(("images sampled", "images enlarged"))}
 
 
@@ -82,7 +82,7 @@ def save_images(
     config: EvaluationConfig = CONFIG,
     sampling: SamplingConfig = SAMPLING,
 ) -> None:
-    """Let the model in the file ``path`` have drawn these ``images``, as trials in ``folder`` will remember."""
+    """Cache ``images`` in ``folder`` as those that the model in the file ``path`` generated."""
     model = Evaluator(data, config, sampling, folder / "evaluations").model(path)
     cached(folder / "evaluations", model.generated_key, lambda: {"images": images})
 

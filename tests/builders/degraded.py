@@ -30,8 +30,8 @@ def shifted(images: Tensor, down: int, right: int) -> Tensor:
 def averaged(images: Tensor, count: int, seed: int = 0) -> Tensor:
     """As many, each the mean of so many of them."""
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(images), (len(images), count), generator=generator)
-    return images.float()[chosen].mean(1).round().to(torch.uint8)
+    numbers = torch.randint(len(images), (len(images), count), generator=generator)
+    return images.float()[numbers].mean(1).round().to(torch.uint8)
 
 
 def with_copies(images: Tensor, copies: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def scores(kid: float, kid_se: float = 0.02, fd: float = 123.4, samples: int = 5
     )
 
 
-def an_evaluation(kids: list[float], dataset: str = "digits", floor: Scores | None = None) -> Evaluation:
+def an_evaluation(kids: list[float], dataset: str = "digits", baseline: Scores | None = None) -> Evaluation:
     conditions = EvaluationConditions(
         content_digest="c" * 64,
         extractor="efflite0",
@@ -38,7 +38,7 @@ def an_evaluation(kids: list[float], dataset: str = "digits", floor: Scores | No
         evaluation=EvaluationConfig(),
         sampling=sampling_config(),
     )
-    judged = [
+    models = [
         CheckpointEvaluation(
             file=f"runs/{number}.safetensors",
             sha256=f"{number}" * 64,
@@ -52,11 +52,11 @@ def an_evaluation(kids: list[float], dataset: str = "digits", floor: Scores | No
         dataset=dataset,
         conditions=conditions,
         eval_key=conditions.key,
-        real_baseline=RealBaseline(scores=floor or scores(0.01, fd=61.2), estimates={}),
+        real_baseline=RealBaseline(scores=baseline or scores(0.01, fd=61.2), estimates={}),
         features="a network",
         estimates={},
-        best=min(judged, key=lambda each: each.scores.kid),
-        checkpoints=judged,
+        best=min(models, key=lambda each: each.scores.kid),
+        checkpoints=models,
     )
 
 

@@ -84,12 +84,12 @@ class Fork:
         return out, errors
 
     def _line(self) -> str:
-        found = b""
-        while not found.endswith(b"\n"):
+        line = b""
+        while not line.endswith(b"\n"):
             piece = self.connection.recv(1)
             assert piece, "the process that forks is gone"
-            found += piece
-        return found.decode()
+            line += piece
+        return line.decode()
 
 
 class Forks:
@@ -151,8 +151,8 @@ class Forks:
         assert process.returncode in (0, -number, 128 + number), errors[-3000:]
         assert "Traceback" not in errors, errors[-6000:]
         deadline = time.monotonic() + PATIENCE
-        while left := [each for each in psutil.process_iter() if _session(each.pid) == process.pid]:
-            assert time.monotonic() < deadline, left
+        while survivors := [each for each in psutil.process_iter() if _session(each.pid) == process.pid]:
+            assert time.monotonic() < deadline, survivors
             time.sleep(0.1)
 
     def write_program(self, path: Path) -> None:
@@ -207,7 +207,7 @@ def main() -> None:
     from flows.cli import main as command_line
     from flows.cli.command import connect
 
-    began = time.monotonic()
+    start = time.monotonic()
     with connect("prefect", "mlflow", "s3"):
         import torch._dynamo  # noqa: F401 (as the first optimizer does)
 
@@ -220,7 +220,7 @@ def main() -> None:
         import flows.train  # noqa: F401
     # What is here stays, and to look at it again in each fork would copy its pages.
     gc.freeze()
-    print(f"ready after {time.monotonic() - began:.1f} s", flush=True)
+    print(f"ready after {time.monotonic() - start:.1f} s", flush=True)
     sys.argv = ["darkroom", *await_command(listener)]
     try:
         command_line()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 
-def drawn(count: int, dimensions: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> Tensor:
+def sample_gaussian(count: int, dimensions: int, seed: int, shift: float = 0.0, scale: float = 1.0) -> Tensor:
     """Points from N(shift, scale² I): (count, dimensions) float32."""
     points = torch.randn(count, dimensions, generator=torch.Generator().manual_seed(seed))
     return points * scale + shift

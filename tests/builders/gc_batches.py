@@ -10,16 +10,16 @@ from tests.builders.sampling_batches import batch
 BATCHES = [batch(4, chunk=2), batch(4, chunk=2, format="tar")]
 
 
-def generate(store: Store, made: SamplingBatch, bucket: str, weights: Path) -> Location:
+def generate(store: Store, sampling_batch: SamplingBatch, bucket: str, weights: Path) -> Location:
     """As the flow ``sample`` does, without Prefect; returns where the finished batch lies."""
     while True:
-        place = generate_batch.find_default_place(store, made, bucket)
-        generate_batch.begin(store, made, place, None)
+        place = generate_batch.find_default_place(store, sampling_batch, bucket)
+        generate_batch.begin(store, sampling_batch, place, None)
         try:
-            for chunk in generate_batch.list_unfinished_chunks(store, made, place):
-                generate_batch.generate_chunk(store, made, place, weights, chunk, None, 1)
+            for chunk in generate_batch.list_unfinished_chunks(store, sampling_batch, place):
+                generate_batch.generate_chunk(store, sampling_batch, place, weights, chunk, None, 1)
         except MissingObjectError:
             assert generate_batch.is_deleted(store, place)
             continue
-        if generate_batch.finish(store, made, place):
+        if generate_batch.finish(store, sampling_batch, place):
             return place

@@ -26,12 +26,12 @@ class Page(HTMLParser):
         assert self.open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        told = {name: value or "" for name, value in attrs}
-        self.tags.append((tag, told))
-        self.addresses += [told[name] for name in ("src", "srcset", "href", "action") if name in told]
+        attributes = {name: value or "" for name, value in attrs}
+        self.tags.append((tag, attributes))
+        self.addresses += [attributes[name] for name in ("src", "srcset", "href", "action") if name in attributes]
         if tag == "img":
-            png = base64.b64decode(told["src"].removeprefix("data:image/png;base64,"))
-            self.images.append((told["alt"], np.asarray(Image.open(io.BytesIO(png)))))
+            png = base64.b64decode(attributes["src"].removeprefix("data:image/png;base64,"))
+            self.images.append((attributes["alt"], np.asarray(Image.open(io.BytesIO(png)))))
         if tag not in self.VOID:
             self.open.append(tag)
         self._separate(tag)

@@ -31,9 +31,9 @@ def pixels(payload: bytes | Image.Image, **fields: object) -> np.ndarray:
 
 
 def reason(payload: bytes | Image.Image, **fields: object) -> str:
-    with pytest.raises(UnusableEntry) as caught:
+    with pytest.raises(UnusableEntry) as error:
         prepare(payload, config(**fields))
-    return str(caught.value)
+    return str(error.value)
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:

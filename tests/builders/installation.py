@@ -26,10 +26,10 @@ def new_environment(path: Path, *arguments: str) -> dict[str, str]:
 def composed(environment: Path, *arguments: str) -> dict[str, Any]:
     """compose.yaml with ``environment`` filled in; skips the test where there is no Compose."""
     command = [*compose(), "--file", str(INFRA / "compose.yaml"), "--env-file", str(environment), *arguments]
-    done = subprocess.run([*command, "config", "--format", "json"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    process = subprocess.run([*command, "config", "--format", "json"], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    configuration: dict[str, Any] = json.loads(process.stdout)
+    return configuration
 
 
 @cache
@@ -45,5 +45,5 @@ def compose() -> list[str]:
 
 def program(name: str, package: str) -> str:
     """A program of this Python environment or of the system; skips the test where it is missing."""
-    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    return found or pytest.skip(f"there is no {name}: install {package}")
+    path = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    return path or pytest.skip(f"there is no {name}: install {package}")

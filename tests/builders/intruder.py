@@ -78,17 +78,17 @@ class Local(http.client.HTTPConnection):
             self.sock = trusting.wrap_socket(self.sock)
 
 
-def answers(places: list[int | str], wanted: list[tuple[str, str, str]]) -> Iterator[dict[str, Any]]:
+def answers(places: list[int | str], requests: list[tuple[str, str, str]]) -> Iterator[dict[str, Any]]:
     """Whatever is answered in HTTP; places that cut a connection before they are asked anything bad are left alone."""
     for place in places:
         for tls in (False, True):
-            for method, path, body in wanted:
+            for method, path, body in requests:
                 try:
                     yield {"place": place, "tls": tls, "asked": f"{method} {path}"} | ask(
                         place, tls, method, path, body
                     )
                 except (OSError, http.client.HTTPException):
-                    if (method, path, body) == wanted[0]:
+                    if (method, path, body) == requests[0]:
                         break
 
 
@@ -127,7 +127,7 @@ def administration(weed: str, folders: list[str], ports: dict[str, int], bucket:
     ]
     running = []
     for folder in folders:
-        for command, said in programs:
+        for command, message in programs:
             process = subprocess.Popen(
                 command,
                 cwd=folder,
@@ -136,27 +136,27 @@ def administration(weed: str, folders: list[str], ports: dict[str, int], bucket:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
             )
-            running.append((process, said))
-    found = []
-    for process, said in running:
+            running.append((process, message))
+    findings = []
+    for process, message in running:
         try:
-            output, _ = process.communicate(said.encode(), timeout=PATIENCE)
+            output, _ = process.communicate(message.encode(), timeout=PATIENCE)
         except subprocess.TimeoutExpired:
             process.kill()
             output, _ = process.communicate()
-        found.append(output.decode(errors="replace"))
-    return found
+        findings.append(output.decode(errors="replace"))
+    return findings
 
 
 def main() -> None:
     """Try everything, as nobody."""
-    given = json.load(sys.stdin)
+    arguments = json.load(sys.stdin)
     drop_privileges()
-    bucket, key = given["bucket"], given["key"]
-    readable = [path for path in given["paths"] if os.access(path, os.R_OK)]
-    found = list(answers(given["places"], requests(bucket, key)))
-    said = administration(given["weed"], given["folders"], given["ports"], bucket, key)
-    print(json.dumps({"user": os.geteuid(), "answers": found, "programs": said, "readable": readable}))
+    bucket, key = arguments["bucket"], arguments["key"]
+    readable = [path for path in arguments["paths"] if os.access(path, os.R_OK)]
+    findings = list(answers(arguments["places"], requests(bucket, key)))
+    outputs = administration(arguments["weed"], arguments["folders"], arguments["ports"], bucket, key)
+    print(json.dumps({"user": os.geteuid(), "answers": findings, "programs": outputs, "readable": readable}))
 
 
 if __name__ == "__main__":

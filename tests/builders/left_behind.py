@@ -25,14 +25,14 @@ def left_behind(mark: dict[str, str]) -> list[str]:
     deadline = time.monotonic() + PATIENCE
     while (living := descendants(mark)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    found = []
+    processes = []
     for process in living:
         try:
-            found.append(" ".join(process.cmdline())[:200])
+            processes.append(" ".join(process.cmdline())[:200])
             process.kill()
         except psutil.NoSuchProcess:
             continue
-    return found
+    return processes
 
 
 def _has(process: psutil.Process, value: str) -> bool:

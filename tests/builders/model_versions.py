@@ -54,5 +54,5 @@ def add_version(
     weights.parent.mkdir(parents=True)
     weights.write_bytes(data)
     source = weights.parents[1].as_uri()
-    made = client.create_model_version(model, source, run_id, tags={WEIGHTS: sha256_bytes(data), **tags})
-    return get_version(client, model, int(made.version))
+    version = client.create_model_version(model, source, run_id, tags={WEIGHTS: sha256_bytes(data), **tags})
+    return get_version(client, model, int(version.version))

@@ -21,13 +21,13 @@ from diffusion.evaluation.metrics.neighbours import compute_overlap, nearest_dis
 def compute_replicates(
     sets: Sequence[Tensor], reference: Tensor, splits: int, progress: Progress = silent
 ) -> list[dict[Figure, Replicates]]:
-    known, found = Reference.of(reference), []
+    reference_statistics, results = Reference.of(reference), []
     for x, halves in zip(sets, compute_halves(sets, reference, splits, progress), strict=True):
-        scores = compute_scores(x, known, "features")
-        found.append(
+        scores = compute_scores(x, reference_statistics, "features")
+        results.append(
             {name: Replicates(name, scores.of(name), of_x, len(x), *reference.shape) for name, of_x in halves.items()}
         )
-    return found
+    return results
 
 
 def kid_replicates(sets: Sequence[Tensor], reference: Tensor, splits: int) -> list[Replicates]:
@@ -49,10 +49,10 @@ def frechet_replicates(sets: Sequence[Tensor], reference: Tensor, splits: int) -
 
 
 def share_replicates(sets: Sequence[Tensor], reference: Tensor, splits: int) -> list[dict[Figure, Replicates]]:
-    found = []
+    results = []
     for x, halves in zip(sets, shares_of_halves(sets, reference, splits), strict=True):
         whole = compute_overlap(x, reference, nearest_distances(x), nearest_distances(reference))
-        found.append(
+        results.append(
             {name: Replicates(name, whole[name], of_x, len(x), *reference.shape) for name, of_x in halves.items()}
         )
-    return found
+    return results

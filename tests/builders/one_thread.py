@@ -14,9 +14,9 @@ class Alone(Executor):
     """Does what it is given at once."""
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        done: Future[T] = Future()
-        done.set_result(fn(*args, **kwargs))
-        return done
+        result: Future[T] = Future()
+        result.set_result(fn(*args, **kwargs))
+        return result
 
 
 @contextmanager

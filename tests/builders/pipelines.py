@@ -169,9 +169,14 @@ def stable_diffusion(folder: Path, variant: str | None = None, dtype: Any = torc
         attention_head_dim=2,
         **BLOCKS,
     )
-    given = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "skip_prk_steps": True}
+    scheduler_options = {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "skip_prk_steps": True,
+    }
     scheduled = scheduler.pop("scheduler", None) or diffusers.PNDMScheduler(
-        **VP | given | {"steps_offset": 1, "set_alpha_to_one": False} | scheduler
+        **VP | scheduler_options | {"steps_offset": 1, "set_alpha_to_one": False} | scheduler
     )
     pipeline = diffusers.StableDiffusionPipeline(
         vae=autoencoder(),

@@ -30,8 +30,8 @@ def actions_of(request: Request) -> list[Action]:
     method, key, query = request.method, request.key, request.query
     if not key:
         if method == "POST" and "delete" in query:
-            named = ElementTree.fromstring(request.body).iter()  # of our own client
-            return [Action("s3:DeleteObject", each.text or "") for each in named if each.tag.endswith("Key")]
+            elements = ElementTree.fromstring(request.body).iter()  # of our own client
+            return [Action("s3:DeleteObject", each.text or "") for each in elements if each.tag.endswith("Key")]
         if method == "GET" and "uploads" in query:
             return [Action("s3:ListBucketMultipartUploads", "")]
         assert method in {"GET", "HEAD"}, request
@@ -82,8 +82,8 @@ def _matches(pattern: str, name: str) -> bool:
     return re.fullmatch("".join(parts), name, re.DOTALL) is not None
 
 
-def _holds(operator: str, found: str | None, value: str) -> bool:
+def _holds(operator: str, actual: str | None, value: str) -> bool:
     if operator == "Null":
-        return (found is None) == (value == "true")
+        return (actual is None) == (value == "true")
     assert operator == "Bool", operator
-    return found == value
+    return actual == value

@@ -29,15 +29,15 @@ def access(scratch: Path, objects: ObjectStore | None = None, **fields: object) 
     return Access(IngestConfig.model_validate({"size": 8, "allow_private_addresses": True} | fields), scratch, objects)
 
 
-def seen(uri: str | Path, given: Access) -> list[Seen]:
+def read_all(uri: str | Path, source_access: Access) -> list[Seen]:
     """Everything in the source: listed by one opening of it, read by another, as workers do."""
-    entries = list(open_source(str(uri), given).entries())
-    payloads = open_source(str(uri), given).read(entries)
+    entries = list(open_source(str(uri), source_access).entries())
+    payloads = open_source(str(uri), source_access).read(entries)
     return [Seen(e.source, e.label, e.caption, _plain(p)) for e, p in zip(entries, payloads, strict=True)]
 
 
-def payloads(uri: str | Path, given: Access) -> dict[str, bytes | Image.Image | str]:
-    return {each.name: each.payload for each in seen(uri, given)}
+def payloads(uri: str | Path, source_access: Access) -> dict[str, bytes | Image.Image | str]:
+    return {each.name: each.payload for each in read_all(uri, source_access)}
 
 
 def _plain(payload: Payload) -> bytes | Image.Image | str:

@@ -33,17 +33,17 @@ class Request:
     @property
     def access_key(self) -> str:
         """Of the client; its signature is not looked at."""
-        found = re.search(r"Credential=([^/]+)/", self.headers["Authorization"])
-        assert found
-        return found[1]
+        match = re.search(r"Credential=([^/]+)/", self.headers["Authorization"])
+        assert match
+        return match[1]
 
 
-Judge = Callable[[Request], str | None]
+Intercept = Callable[[Request], str | None]
 """Changes a request, and says by which error code it is refused; None: it goes on to the server."""
 
 
 @contextmanager
-def proxied(server: Mapping[str, str], judge: Judge) -> Iterator[str]:
+def proxied(server: Mapping[str, str], intercept: Intercept) -> Iterator[str]:
     """The address of a proxy before the S3 server that the variables ``server`` name, whose keys it signs with."""
     keys = Credentials(server["AWS_ACCESS_KEY_ID"], server["AWS_SECRET_ACCESS_KEY"])
     address = urlsplit(server["AWS_ENDPOINT_URL_S3"]).netloc
@@ -57,17 +57,17 @@ def proxied(server: Mapping[str, str], judge: Judge) -> Iterator[str]:
             query = {name: values[0] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
             key = unquote(parts.path).lstrip("/").partition("/")[2]
             request = Request(self.command, key, query, self.headers, body)
-            if code := judge(request):
-                said = f"<Error><Code>{code}</Code><Message>by a drill</Message></Error>".encode()
-                self.reply(403, [("Content-Type", "application/xml")], b"" if self.command == "HEAD" else said)
+            if code := intercept(request):
+                error_body = f"<Error><Code>{code}</Code><Message>by a drill</Message></Error>".encode()
+                self.reply(403, [("Content-Type", "application/xml")], b"" if self.command == "HEAD" else error_body)
                 return
             headers = {name: value for name, value in request.headers.items() if name.lower() not in DROPPED}
             signed = AWSRequest(self.command, f"http://{address}{self.path}", headers, body)
             S3SigV4Auth(keys, "s3", "us-east-1").add_auth(signed)
             server = HTTPConnection(address, timeout=60)
             server.request(self.command, self.path, body, dict(signed.headers))
-            with server.getresponse() as found:
-                self.reply(found.status, found.getheaders(), found.read())
+            with server.getresponse() as response:
+                self.reply(response.status, response.getheaders(), response.read())
             server.close()
 
         def reply(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:

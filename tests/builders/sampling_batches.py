@@ -28,7 +28,7 @@ def batch(count: int, **changes: Any) -> SamplingBatch:
     ).model_copy(update=changes)
 
 
-def found(store: Store, place: Location) -> dict[str, bytes]:
+def stored_files(store: Store, place: Location) -> dict[str, bytes]:
     return {
         key.removeprefix(place.key("")): store.get(place.bucket, key)
         for key in store.list_keys(place.bucket, place.key(""))

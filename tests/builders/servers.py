@@ -37,7 +37,7 @@ class Servers:
     def here(self, text: str, service: str = "") -> str:
         """``text`` of compose.yaml with this machine's addresses and places in it."""
         text = re.sub(r"\b(mlflow|prefect|s3|store)(?=:\d)", "127.0.0.1", text)
-        text = re.sub(r"(?<=[:=])\d{4,5}\b", lambda found: self.numbers.get(found[0], found[0]), text)
+        text = re.sub(r"(?<=[:=])\d{4,5}\b", lambda match: self.numbers.get(match[0], match[0]), text)
         text = self.numbers.get(text, text).replace("0.0.0.0", "127.0.0.1").replace("-ip=store", "-ip=127.0.0.1")
         places = {
             "/run/secrets/s3.json": self.folder / "s3.json",
@@ -47,15 +47,15 @@ class Servers:
             "/work": self.folder / "work",
         }
         # In one pass: this checkout may itself lie in a folder of one of these names.
-        return re.sub("|".join(map(re.escape, places)), lambda found: str(places[found[0]]), text)
+        return re.sub("|".join(map(re.escape, places)), lambda match: str(places[match[0]]), text)
 
     def environment(self, service: str) -> dict[str, str]:
         """That of a service, on top of what any process here has."""
-        named = {name: self.here(value, service) for name, value in self.services[service]["environment"].items()}
+        variables = {name: self.here(value, service) for name, value in self.services[service]["environment"].items()}
         for host in ("PGHOST", "PREFECT_SERVER_DATABASE_HOST"):
-            if host in named:
-                named[host] = "127.0.0.1"
-        return plain() | named
+            if host in variables:
+                variables[host] = "127.0.0.1"
+        return plain() | variables
 
     def client(self, role: str = "worker") -> dict[str, str]:
         """The environment of somebody who works with these servers, with the S3 keys of ``role``."""
@@ -94,7 +94,7 @@ class Servers:
             command = darkroom(*command[1:])
         with (
             (self.folder / f"{name}.log").open("wb") as log,
-            ended(
+            terminate_afterwards(
                 subprocess.Popen(
                     command, env=self.environment(name), cwd=self.folder / "work", stdout=log, stderr=subprocess.STDOUT
                 )
@@ -104,7 +104,7 @@ class Servers:
 
 
 @contextmanager
-def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+def terminate_afterwards(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """Inside, ``process`` runs; afterwards it does not."""
     try:
         yield process
@@ -120,9 +120,9 @@ def ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]
 def plain() -> dict[str, str]:
     """This process's environment without what names servers, and with the programs of this Python."""
     families = ("DARKROOM_", "MLFLOW_", "PREFECT_", "AWS_", "PG")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(families)}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
-    return kept | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "true"}
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(families)}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"
+    return variables | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "true"}
 
 
 def darkroom(*arguments: str) -> list[str]:
@@ -165,7 +165,7 @@ def _postgres(servers: Servers) -> Iterator[None]:
         serve += ["-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"]
         with (
             (servers.folder / "postgres.log").open("wb") as log,
-            ended(subprocess.Popen(serve, stdout=log, stderr=subprocess.STDOUT, user=user, cwd=folder)),
+            terminate_afterwards(subprocess.Popen(serve, stdout=log, stderr=subprocess.STDOUT, user=user, cwd=folder)),
         ):
             deadline = time.monotonic() + 30
             ready = [programs[-1] / "pg_isready", "--quiet", "--host", folder, "--port", number]
@@ -183,5 +183,5 @@ def query(servers: Servers, user: str, database: str, sql: str) -> str:
     address = ["--host=127.0.0.1", f"--port={servers.numbers['5432']}", f"--username={user}", f"--dbname={database}"]
     password = {"PGPASSWORD": servers.secrets[f"{user.upper()}_DB_PASSWORD"]}
     command = ["psql", "--no-psqlrc", "--tuples-only", "--no-align", *address, f"--command={sql}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=plain() | password)
-    return (done.stdout + done.stderr).strip()
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=plain() | password)
+    return (process.stdout + process.stderr).strip()

@@ -53,7 +53,7 @@ def identity(
     now = datetime.now(UTC)
     private = ec.generate_private_key(curve())
     authorities = {name: ec.generate_private_key(ec.SECP256R1()) for name in ("root", "intermediate")}
-    named = {
+    names = {
         name: x509.Name(
             [x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Example"), x509.NameAttribute(NameOID.COMMON_NAME, name)]
         )
@@ -67,8 +67,8 @@ def identity(
             ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only"), False
         )
         issuer = authorities[by]
-        made = (
-            x509.CertificateBuilder(named[by], named[name], public, x509.random_serial_number(), now - DAY, end)
+        builder = (
+            x509.CertificateBuilder(names[by], names[name], public, x509.random_serial_number(), now - DAY, end)
             .add_extension(x509.BasicConstraints(is_authority, None), critical=True)
             .add_extension(
                 x509.KeyUsage(
@@ -84,8 +84,10 @@ def identity(
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer.public_key()), critical=False)
         )
         if not is_authority:
-            made = made.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.EMAIL_PROTECTION]), critical=False)
-        return made.sign(issuer, SHA256()).public_bytes(Encoding.PEM)
+            builder = builder.add_extension(
+                x509.ExtendedKeyUsage([ExtendedKeyUsageOID.EMAIL_PROTECTION]), critical=False
+            )
+        return builder.sign(issuer, SHA256()).public_bytes(Encoding.PEM)
 
     hidden = BestAvailableEncryption(passphrase.encode()) if passphrase else NoEncryption()
     chain = certificate(folder.name, "intermediate" if intermediate else "root", private.public_key(), now + valid)

@@ -8,7 +8,7 @@ import numpy as np
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import Manifest
-from tests.builders.built_datasets import BuiltDataset, kept, quarantined
+from tests.builders.built_datasets import BuiltDataset, image_record, quarantined
 from tests.builders.shapes import blob
 
 
@@ -37,7 +37,7 @@ def write_dataset(
     """
     labels, captions = labels or [None] * len(images), captions or [None] * len(images)
     rows = [
-        kept(
+        image_record(
             as_stored(image),
             f"{number}.png",
             "held_out" if held_out_every and number % held_out_every == 0 else "train",

@@ -62,11 +62,11 @@ def write_onnx(
 
     def save(name: str, nodes: list[onnx.NodeProto], inputs: list[onnx.ValueInfoProto], weights: np.ndarray) -> None:
         output = "image_embeds" if name.startswith("vision") else "text_embeds"
-        given = helper.make_tensor_value_info(output, float32, ["N", 4])
-        graph = helper.make_graph(nodes, name, inputs, [given], [numpy_helper.from_array(weights, "weights")])
-        made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-        onnx.checker.check_model(made)
-        onnx.save(made, folder / f"{name}.onnx")
+        output_info = helper.make_tensor_value_info(output, float32, ["N", 4])
+        graph = helper.make_graph(nodes, name, inputs, [output_info], [numpy_helper.from_array(weights, "weights")])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+        onnx.checker.check_model(model)
+        onnx.save(model, folder / f"{name}.onnx")
 
     pixels = helper.make_tensor_value_info("pixel_values", float32, ["N", 3, SIDE, SIDE])
     mean = helper.make_node("ReduceMean", ["pixel_values"], ["mean"], axes=[2, 3], keepdims=0)

@@ -11,17 +11,17 @@ from packaging.requirements import Requirement
 
 def closure(requirements: Iterable[str]) -> set[str]:
     """Names of the distributions that ``requirements`` without extras bring, those of their own included."""
-    found: set[str] = set()
-    left = [(Requirement(line), "") for line in requirements]
-    while left:
-        wanted, extra = left.pop()
-        if wanted.marker is None or wanted.marker.evaluate({"extra": extra}):
-            ours = {f"{wanted.name}[{each}]" for each in ("", *wanted.extras)}
-            if not ours <= found:
-                found |= ours
-                lines = distribution(wanted.name).requires or []
-                left += [(Requirement(line), each) for line in lines for each in ("", *wanted.extras)]
-    return {name.partition("[")[0] for name in found}
+    distributions: set[str] = set()
+    queue = [(Requirement(line), "") for line in requirements]
+    while queue:
+        requirement, extra = queue.pop()
+        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+            ours = {f"{requirement.name}[{each}]" for each in ("", *requirement.extras)}
+            if not ours <= distributions:
+                distributions |= ours
+                lines = distribution(requirement.name).requires or []
+                queue += [(Requirement(line), each) for line in lines for each in ("", *requirement.extras)]
+    return {name.partition("[")[0] for name in distributions}
 
 
 def environment(folder: Path, requirements: Iterable[str]) -> Path:

@@ -23,19 +23,19 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
             if name.startswith(("MLFLOW_", "AWS_")):
                 patch.setenv(name, value)
         poison(folder / "images" / "odd", folder / "unpickled")
-        found = House(space)
-        found.admit(NIGHT)
-        yield found
+        new_house = House(space)
+        new_house.admit(NIGHT)
+        yield new_house
 
 
 @pytest.fixture(scope="session")
 def forks(house: House) -> Iterator[Forks]:
     """Commands on the stack that need not import anything first."""
-    found = Forks(house.workspace.variables)
+    new_forks = Forks(house.workspace.variables)
     try:
-        yield found
+        yield new_forks
     finally:
-        found.close()
+        new_forks.close()
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Undisturbed:
 def undisturbed(house: House, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """The same for all drills."""
     site = house.site(Path(tmp_path_factory.mktemp("undisturbed")))
-    done = site.json(*site.retraining)
-    return Undisturbed(site, done, site.end(done))
+    result = site.json(*site.retraining)
+    return Undisturbed(site, result, site.end(result))
 
 
 @pytest.fixture

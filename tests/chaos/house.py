@@ -49,9 +49,9 @@ class House:
 
     @property
     def stack(self) -> LocalStack:
-        found = LocalStack.read(self.workspace.folder / ".darkroom")
-        assert found is not None
-        return found
+        local_stack = LocalStack.read(self.workspace.folder / ".darkroom")
+        assert local_stack is not None
+        return local_stack
 
     def site(self, folder: Path) -> "Site":
         """A machine of its own, whose working folder is ``folder``."""
@@ -85,8 +85,8 @@ class House:
 
     def objects(self, prefix: str) -> dict[str, bytes]:
         """What lies below ``prefix`` in the stack's bucket, by key below it."""
-        found = objects(self.workspace, f"s3://{self.stack.bucket}/{prefix}")
-        return {key: data for key, (_, data) in found.items()}
+        contents = objects(self.workspace, f"s3://{self.stack.bucket}/{prefix}")
+        return {key: data for key, (_, data) in contents.items()}
 
     def _service(self, name: ServiceName) -> Service:
         return next(service for service in services(self.stack) if service.name == name)
@@ -110,7 +110,7 @@ def fill(folder: Path, filler: Path) -> None:
                 os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), room - 8192)
 
 
-def ended(process: subprocess.Popen[str], code: int) -> str:
+def expect_exit(process: subprocess.Popen[str], code: int) -> str:
     """What is said by a command that ends with ``code``: all of it if that is 0, else the line that says why."""
     _, errors = process.communicate(timeout=300)
     assert process.returncode == code, errors[-3000:]
@@ -181,8 +181,8 @@ class Site(Workspace):
         client = MlflowClient(self.variables["MLFLOW_TRACKING_URI"])
         runs = client.search_runs([client.get_experiment_by_name(self.name).experiment_id])
         losses = client.get_metric_history(done["run_id"], "train/loss")
-        printed = self.house.objects(done["samples"]["uri"].removeprefix(f"s3://{self.house.stack.bucket}/"))
-        table = pq.read_table(io.BytesIO(printed["manifest.parquet"])).to_pylist()
+        samples = self.house.objects(done["samples"]["uri"].removeprefix(f"s3://{self.house.stack.bucket}/"))
+        table = pq.read_table(io.BytesIO(samples["manifest.parquet"])).to_pylist()
         return {
             "champion": client.get_model_version_by_alias(self.name, "champion").version,
             "versions": [version.version for version in client.search_model_versions(f"name='{self.name}'")],
@@ -195,8 +195,8 @@ class Site(Workspace):
             "content": done["data"]["result"]["content_digest"],
             # Of the tensors alone, as the header says of which data set they are.
             "weights": {name: sha256_bytes(each.numpy().tobytes()) for name, each in load_file(self.final).items()},
-            "printed": sorted(printed),
-            "whole": all(sha256_bytes(printed[row["key"]]) == row["sha256"] for row in table),
+            "printed": sorted(samples),
+            "whole": all(sha256_bytes(samples[row["key"]]) == row["sha256"] for row in table),
             "pixels": [row["pixels_sha256"] for row in table],
             "notes": len(self.house.objects(f"retrained/{self.name}/")),
         }

@@ -64,14 +64,14 @@ class Inode:
             return self.synced
         if loss in (Loss.ALL, Loss.DATA):
             return self.synced
-        found = bytearray(self.synced)
+        content = bytearray(self.synced)
         if loss is Loss.SOME:
             for offset, data in self.unsynced:
                 if chance.random() < 0.5:
-                    _apply(found, offset, data) if data else _resize(found, offset)
+                    _apply(content, offset, data) if data else _resize(content, offset)
         if chance.random() < 0.5 or loss is Loss.ZEROS:
-            _resize(found, len(self.data))
-        return bytes(found)
+            _resize(content, len(self.data))
+        return bytes(content)
 
 
 def _apply(data: bytearray, offset: int, written: bytes) -> None:
@@ -148,9 +148,9 @@ class Disk:
             self._change((*self._entry(place), self.numbers[int(number)]))
         elif operation == "WRITE":
             number, offset, _ = argument.split()
-            written = self.numbers[int(number)]
-            self.inodes[written].write(int(offset), data)
-            self.grown |= {self.renamed[written]} if written in self.renamed else set()
+            inode_number = self.numbers[int(number)]
+            self.inodes[inode_number].write(int(offset), data)
+            self.grown |= {self.renamed[inode_number]} if inode_number in self.renamed else set()
         elif operation == "TRUNCATE":
             number, size = argument.split()
             self.inodes[self.numbers[int(number)]].truncate(int(size))
@@ -160,16 +160,16 @@ class Disk:
             number, _, places = argument.partition(" ")
             before, after = places.split("\t")
             folder, name = self._entry(before)
-            moved = self.numbers[int(number)]
-            if self.names[folder].get(name) != moved:
+            inode = self.numbers[int(number)]
+            if self.names[folder].get(name) != inode:
                 # It was renamed before by a system call that is not seen.
-                [former] = [key for key, each in self.names[folder].items() if each == moved]
-                self._change((folder, former, None), (folder, name, moved))
-            self._change((folder, name, None), (*self._entry(after), moved))
-            if not self.inodes[moved].folder:
-                self.finished.setdefault(self._name(after), set()).add(bytes(self.inodes[moved].data))
+                [former] = [key for key, each in self.names[folder].items() if each == inode]
+                self._change((folder, former, None), (folder, name, inode))
+            self._change((folder, name, None), (*self._entry(after), inode))
+            if not self.inodes[inode].folder:
+                self.finished.setdefault(self._name(after), set()).add(bytes(self.inodes[inode].data))
                 self.written_in_place.discard(self._name(after))
-                self.renamed[moved] = self._name(after)
+                self.renamed[inode] = self._name(after)
         elif operation == "UNLINK":
             self._change((*self._entry(argument), None))
         else:
@@ -179,8 +179,8 @@ class Disk:
         """Make in ``target`` what a disk may have if the power fails now."""
         names: dict[int, dict[str, int]] = {number: {} for number in self.names}
         for change in self.changes:
-            kept = {Loss.ALL: False, Loss.DATA: True, Loss.ZEROS: True}.get(loss, chance.random() < 0.5)
-            if change.synced or kept:
+            survives = {Loss.ALL: False, Loss.DATA: True, Loss.ZEROS: True}.get(loss, chance.random() < 0.5)
+            if change.synced or survives:
                 for folder, name, number in change.entries:
                     if number is None:
                         names[folder].pop(name, None)
@@ -203,14 +203,14 @@ class Disk:
 
     def torn(self, target: Path) -> list[str]:
         """Names in ``target`` that look finished, and hold what was never whole under that name, nor begin with it."""
-        found = []
+        names = []
         for path in target.rglob("*"):
             name = path.relative_to(target).as_posix()
             if path.is_file() and not GARBAGE.search(name) and name not in self.written_in_place:
                 whole, data = self.finished.get(name, set()), path.read_bytes()
                 grown = name in self.grown and any(data.startswith(each) for each in whole)
-                found += [name] if data not in whole and not grown else []
-        return found
+                names += [name] if data not in whole and not grown else []
+        return names
 
     def _new(self, inode: Inode) -> int:
         self.inodes.append(inode)
@@ -267,11 +267,11 @@ class Recording:
         near = sorted({m for n in decisive for m in (n - 1, n)} & set(every))
         moments = [*chance.sample(near, min(count - count // 2, len(near))), len(self.operations)]
         moments += chance.sample(every, min(count // 2, len(every)))
-        disk, done = copy.deepcopy(self.start), 0
+        disk, position = copy.deepcopy(self.start), 0
         for moment in sorted(moments):
-            for operation in self.operations[done:moment]:
+            for operation in self.operations[position:moment]:
                 disk.play(*operation)
-            done = moment
+            position = moment
             yield disk, moment == len(self.operations)
 
 
@@ -280,24 +280,26 @@ def library(folder: Path) -> Path:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if sys.platform != "linux" or compiler is None:
         pytest.skip("recording what a program writes needs Linux and a C compiler")
-    made = folder / "record_writes.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", made, SOURCE, "-ldl", "-lpthread"], check=True)
-    return made
+    library_file = folder / "record_writes.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library_file, SOURCE, "-ldl", "-lpthread"], check=True)
+    return library_file
 
 
-def record(made: Path, root: Path, script: str, *arguments: str, variables: Mapping[str, str] = {}) -> Recording:
+def record(
+    library_file: Path, root: Path, script: str, *arguments: str, variables: Mapping[str, str] = {}
+) -> Recording:
     """Run the Python ``script`` in the folder ``root``, with the library ``made``; its changes to ``root``."""
     log = root.parent / f"{root.name}.writes"
     start = Disk.of(root.resolve())
     environment = os.environ | {
         "PYTHONPATH": str(SOURCE.parents[2]),
         "OMP_NUM_THREADS": "1",
-        "LD_PRELOAD": str(made),
+        "LD_PRELOAD": str(library_file),
         "POWER_CUT_ROOT": str(root.resolve()),
         "POWER_CUT_LOG": str(log),
         **variables,
     }
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script, *arguments],
         cwd=root,
         env=environment,
@@ -305,10 +307,10 @@ def record(made: Path, root: Path, script: str, *arguments: str, variables: Mapp
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = Recording(start, list(_read(log.read_bytes())))
+    assert process.returncode == 0, process.stderr[-3000:]
+    recording = Recording(start, list(_read(log.read_bytes())))
     log.unlink()
-    return found
+    return recording
 
 
 def _read(record: bytes) -> Iterator[tuple[str, str, bytes]]:

@@ -67,8 +67,10 @@ class Drill:
                 torn = disk.torn(target)
                 assert not torn, (number, loss, torn)
                 assert not ended or [name for name in self.durable if not (target / name).exists()] == [], loss
-                found = self.again(target)
-                differs = {name: (found[name], expected[name]) for name in expected if found[name] != expected[name]}
+                outcome = self.again(target)
+                differs = {
+                    name: (outcome[name], expected[name]) for name in expected if outcome[name] != expected[name]
+                }
                 assert not differs, (number, loss, differs)
                 shutil.rmtree(target)
                 number += 1
@@ -101,10 +103,10 @@ def run_train(folder: Path, dataset: Path) -> State:
 
 def run_evaluate(folder: Path, dataset: Path, checkpoints: Path) -> State:
     """Of two checkpoints, into report below ``folder``."""
-    done = evaluate(dataset, sorted(checkpoints.iterdir()), EVALUATION, SAMPLING, folder / REPORT)
-    about = done.model_dump(mode="json", exclude={"best", "checkpoints"})
+    result = evaluate(dataset, sorted(checkpoints.iterdir()), EVALUATION, SAMPLING, folder / REPORT)
+    about = result.model_dump(mode="json", exclude={"best", "checkpoints"})
     files = {name: sha256_bytes(data) for name, data in _finished(folder / REPORT).items() if name.startswith("grids/")}
-    return {"about": about, "scores": [each.metrics() for each in done.checkpoints], "files": files}
+    return {"about": about, "scores": [each.metrics() for each in result.checkpoints], "files": files}
 
 
 def run_sample(folder: Path, weights: Path) -> State:
@@ -181,11 +183,11 @@ def run_stack(folder: Path) -> State:
         stack = stack.update_state(
             servers=("s3", "mlflow", "prefect"), ports=stack.state.ports | {service: 10000 + number}
         )
-    found = LocalStack.read(folder / STACK)
-    assert found is not None
+    local_stack = LocalStack.read(folder / STACK)
+    assert local_stack is not None
     return {
-        "state": found.state.model_dump(),
-        "passwords": found.credentials == stack.credentials,
+        "state": local_stack.state.model_dump(),
+        "passwords": local_stack.credentials == stack.credentials,
     }
 
 
@@ -201,10 +203,10 @@ def run_backup(folder: Path, bucket: Path) -> State:
     saved = save(store, bucket.name, list(store.list_objects(bucket.name)), backups)
     (folder / "mlflow.db").write_bytes(b"database" * 1000)
     databases = {"mlflow/mlflow.db": backups.keep(partial(shutil.copyfile, folder / "mlflow.db"))}
-    made = datetime(2026, 1, 1, tzinfo=UTC)
-    backups.write(Backup(made=made, bucket=bucket.name, versions={}, databases=databases, objects=saved))
-    found = backups.read()
-    bytes_of = {each.key: sha256_bytes(backups.verified_path(each.sha256).read_bytes()) for each in found.objects}
+    time_of_backup = datetime(2026, 1, 1, tzinfo=UTC)
+    backups.write(Backup(made=time_of_backup, bucket=bucket.name, versions={}, databases=databases, objects=saved))
+    backup = backups.read()
+    bytes_of = {each.key: sha256_bytes(backups.verified_path(each.sha256).read_bytes()) for each in backup.objects}
     return {
         "objects": bytes_of,
         "databases": [sha256_bytes(backups.verified_path(each).read_bytes()) for each in databases.values()],

@@ -65,16 +65,16 @@ class Results:
 
     def cells(self) -> dict[str, tuple[str, str, str]]:
         """Kills, seconds and result of each drill whose every parameter has a result, by its test."""
-        found: dict[str, list[dict[str, object]]] = {}
+        cells_by_test: dict[str, list[dict[str, object]]] = {}
         for item, result in self.by_item().items():
-            found.setdefault(item.partition("[")[0], []).append(result)
+            cells_by_test.setdefault(item.partition("[")[0], []).append(result)
         return {
             test: (
                 str(sum(int(str(each["kills"])) for each in each_of) or ""),
                 f"{sum(float(str(each['seconds'])) for each in each_of):.0f}",
                 _worst([str(each["outcome"]) for each in each_of]),
             )
-            for test, each_of in found.items()
+            for test, each_of in cells_by_test.items()
         }
 
 
@@ -92,8 +92,8 @@ def _worst(outcomes: list[str]) -> str:
 
 def _known_seconds() -> dict[str, float]:
     """Of each test as it was measured last, here or by whoever wrote the table."""
-    _, told = read(PAGE.read_text())
-    known = {test: float(seconds) for test, (_, seconds, _) in told.items() if seconds}
+    _, results = read(PAGE.read_text())
+    known = {test: float(seconds) for test, (_, seconds, _) in results.items() if seconds}
     for file in sorted(HOME.glob("*/results.jsonl"), key=lambda path: path.stat().st_mtime):
         known |= {line["id"].partition("[")[0]: float(line["seconds"]) for line in _lines(file)}
     return known
@@ -136,20 +136,20 @@ def _stop_leftovers() -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep drills that did not pass yet, those of the longest files first."""
     before = Results().by_item()
-    chosen = [
+    drill_items = [
         item
         for item in items
         if item.get_closest_marker("drill") and before.get(item.nodeid, {}).get("outcome") != "passed"
     ]
-    known = _known_seconds()
+    seconds_by_test = _known_seconds()
     seconds: dict[str, float] = {}
-    for item in chosen:
+    for item in drill_items:
         file, test = item.nodeid.partition("::")[0], item.nodeid.partition("[")[0]
-        seconds[file] = seconds.get(file, 0) + known.get(test, GUESS)
+        seconds[file] = seconds.get(file, 0) + seconds_by_test.get(test, GUESS)
         # In place of what the test has, which is for a few kills.
         item.add_marker(pytest.mark.timeout(PATIENCE), append=False)
-    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-    items[:] = sorted(chosen, key=lambda item: -seconds[item.nodeid.partition("::")[0]])
+    config.hook.pytest_deselected(items=[item for item in items if item not in drill_items])
+    items[:] = sorted(drill_items, key=lambda item: -seconds[item.nodeid.partition("::")[0]])
 
 
 class Recorder:
@@ -212,9 +212,9 @@ class Recorder:
     def _left(self) -> str:
         """Time left, at the pace so far and by what each drill took the last time."""
         weights = {item: self.known.get(item.partition("[")[0], GUESS) for item in self.waiting}
-        done = sum(weights.get(item, GUESS) for item in self.done)
-        left = sum(weights.values()) - done
-        return _clock(max(left, 0) * (time.monotonic() - self.began) / max(done, 1))
+        elapsed_weight = sum(weights.get(item, GUESS) for item in self.done)
+        remaining_weight = sum(weights.values()) - elapsed_weight
+        return _clock(max(remaining_weight, 0) * (time.monotonic() - self.began) / max(elapsed_weight, 1))
 
     def _say(self, line: str) -> None:
         reporter = self.config.pluginmanager.get_plugin("terminalreporter")
@@ -234,12 +234,12 @@ class Recorder:
         count = {
             word: sum(result == word for _, _, result in cells.values()) for word in ("passed", "failed", "skipped")
         }
-        left = len(cells) - sum(count.values())
+        unfinished_count = len(cells) - sum(count.values())
         if self._complete():
             write(self._header(), cells)
             end = f"{PAGE.relative_to(ROOT)} has the table"
         else:
-            end = f"{left} not run: the same command goes on with them"
+            end = f"{unfinished_count} not run: the same command goes on with them"
         words = ", ".join(f"{number} {word}" for word, number in count.items() if number)
         for log in self.logs:
             self._say(f"failed: see {log.relative_to(ROOT)}")

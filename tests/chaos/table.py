@@ -50,14 +50,14 @@ def _drills_in(path: Path, root: Path) -> Iterator[Drill]:
             continue
         for decorator in function.decorator_list:
             if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.drill":
-                title, done, ends = (ast.literal_eval(each) for each in decorator.args)
-                yield Drill(path.relative_to(root).as_posix(), function.name, title, done, ends)
+                title, what_happens, ends = (ast.literal_eval(each) for each in decorator.args)
+                yield Drill(path.relative_to(root).as_posix(), function.name, title, what_happens, ends)
 
 
-def render(found: Iterable[Drill], results: Mapping[str, tuple[str, str, str]], run: str) -> str:
+def render(results_by_test: Iterable[Drill], results: Mapping[str, tuple[str, str, str]], run: str) -> str:
     """The table, with kills, seconds and result of each drill by its test, below a line about the run."""
     lines = [BEGIN, run, "", HEAD]
-    for drill in found:
+    for drill in results_by_test:
         cells = (drill.title, drill.done, drill.ends, f"`{drill.test}`", *results.get(drill.test, UNKNOWN))
         lines.append(f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in cells)} |")
     return "\n".join([*lines, END])

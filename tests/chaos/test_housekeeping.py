@@ -116,13 +116,15 @@ def machine(house: House, forks: Forks, tmp_path_factory: pytest.TempPathFactory
     }
     store = Store(client(variables=house.stack.variables("s3")))
     store.ensure_bucket(bucket)
-    found = Machine(site, forks, store, bucket, variables, folder / "saved")
-    found.finish(*site.retraining)
-    found.finish("sample", "--count", "2", "--seed", "9")
-    found.finish("train", "--set", "training.seed=1", "--set", "training.output=runs/second")
+    new_machine = Machine(site, forks, store, bucket, variables, folder / "saved")
+    new_machine.finish(*site.retraining)
+    new_machine.finish("sample", "--count", "2", "--seed", "9")
+    new_machine.finish("train", "--set", "training.seed=1", "--set", "training.output=runs/second")
     for size in (10, 12):
-        found.finish("ingest", str(house.images), "--rebuild", "--dataset", "other", "--set", f"ingest.size={size}")
-    return found, found.save()
+        new_machine.finish(
+            "ingest", str(house.images), "--rebuild", "--dataset", "other", "--set", f"ingest.size={size}"
+        )
+    return new_machine, new_machine.save()
 
 
 def ends(
@@ -134,9 +136,9 @@ def ends(
     """
     on, objects = machine
     on.set_back(objects)
-    began = time.monotonic()
+    start = time.monotonic()
     on.finish(*command)
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start
     for _ in range(times - 1):
         on.finish(*command)
     yield on.end()
@@ -198,9 +200,9 @@ def test_interrupted_checkout_ends_in_the_same_files(
         site = house.site(tmp_path / str(index) / on.site.name)
         for _ in range(strikes):
             on.forks.strike(number, moments.uniform(0, seconds), site.folder, *command, **on.variables)
-        began = time.monotonic()
+        start = time.monotonic()
         on.forks.finish(site.folder, *command, **on.variables)
-        seconds = seconds or time.monotonic() - began
+        seconds = seconds or time.monotonic() - start
         assert files_of(site.folder / "data" / site.name) == expected
 
 
@@ -214,13 +216,13 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
                 patch.setenv(name, value)
         mlflow = MlflowClient()
         mlflow.log_text(mlflow.create_run("0").info.run_id, "kept", "kept.txt")
-        found = LocalStack.read(folder / ".darkroom")
-        assert found is not None
+        local_stack = LocalStack.read(folder / ".darkroom")
+        assert local_stack is not None
         source = random.Random(1)
         sizes = [*[2**10] * 298, 2**25, 2**25]
         objects = [Object(f"kept/{number}", source.randbytes(size), "x/y") for number, size in enumerate(sizes)]
-        Store(client(variables=found.variables("s3"))).put_many(found.bucket, objects)
-        yield found
+        Store(client(variables=local_stack.variables("s3"))).put_many(local_stack.bucket, objects)
+        yield local_stack
 
 
 def beside(folder: Path) -> dict[str, str | None]:
@@ -251,9 +253,9 @@ def test_interrupted_backup_is_complete_when_repeated(
         command = ("server", "backup", str(target), "--json")
         for _ in range(strikes):
             forks.strike(number, moments.uniform(0, seconds), tmp_path, *command, **variables)
-        began = time.monotonic()
+        start = time.monotonic()
         stamp = json.loads(forks.finish(tmp_path, *command, **variables))["stamp"]
-        seconds = seconds or time.monotonic() - began
+        seconds = seconds or time.monotonic() - start
         backup = Backups(target).read(stamp)
         assert {each.key: each.sha256 for each in backup.objects} == expected
         for sha256 in (*expected.values(), *backup.databases.values()):
@@ -288,10 +290,10 @@ def test_interrupted_restore_recovers_the_whole_backup(
                     forks.strike(
                         number, moments.uniform(0, seconds), tmp_path, "server", "restore", target, **variables
                     )
-            began = time.monotonic()
+            start = time.monotonic()
             if not _is_restored(folder):
                 forks.finish(tmp_path, "server", "restore", target, **variables)
-            seconds = seconds or time.monotonic() - began
+            seconds = seconds or time.monotonic() - start
             restored = LocalStack.read(folder)
             assert restored is not None
             assert held(restored) == expected

@@ -25,9 +25,9 @@ def killed_alone(site: Site, *command: str, running: int) -> list[str]:
         time.sleep(0.02)
     process.kill()
     process.wait()
-    found = left_behind(mark)
+    processes = left_behind(mark)
     process.communicate()
-    return found
+    return processes
 
 
 @pytest.mark.drill(

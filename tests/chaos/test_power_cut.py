@@ -32,5 +32,5 @@ def test_a_power_cut_at_a_random_moment_tears_no_file_and_the_same_command_ends_
     drill: Callable[[Path], Drill], tmp_path: Path
 ) -> None:
     """Power cut: all or some of what was not synced is lost, data and names. No finished file is torn; the same end."""
-    made = drill(tmp_path)
-    assert made.run(tmp_path, CUTS, seed=CUTS) >= CUTS
+    power_drill = drill(tmp_path)
+    assert power_drill.run(tmp_path, CUTS, seed=CUTS) >= CUTS

@@ -13,7 +13,7 @@ import pytest
 
 from diffusion.common.files import write_bytes
 from tests.chaos.conftest import Undisturbed
-from tests.chaos.house import House, Site, ended, fill
+from tests.chaos.house import House, Site, expect_exit, fill
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -24,7 +24,7 @@ STEPS = (
     "diffusion.training.checkpointing:Checkpoints.save@3",  # half way
     "flows.tracking.runs:RunTracker.finish",  # trained, and the run goes on
     "flows.evaluate:score_checkpoints",  # evaluate
-    "flows.evaluate:log_evaluation",  # judged, and MLflow knows nothing
+    "flows.evaluate:log_evaluation",  # evaluated, and MLflow knows nothing
     "flows.promote:export",  # promote
     "flows.promote:compare_with_champion",  # a version, and no verdict
     "flows.promote:project",  # in the ledger, and nowhere else
@@ -46,9 +46,9 @@ FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 def test_retraining_killed_in_every_step_ends_the_same(site: Site, undisturbed: Undisturbed) -> None:
     for point in STEPS:
         site.killed_at(point)
-    done = site.json(*site.retraining)
-    assert not done["skipped"]
-    assert site.end(done) == undisturbed.end
+    result = site.json(*site.retraining)
+    assert not result["skipped"]
+    assert site.end(result) == undisturbed.end
     assert site.json(*site.retraining)["skipped"]
 
 
@@ -63,10 +63,10 @@ def test_prefects_server_may_be_restarted_meanwhile(house: House, site: Site, un
     # The training is done by now, and nobody was told.
     time.sleep(5)
     house.start("prefect")
-    ended(process, 0)
-    done = site.json(*site.retraining)
-    assert done["skipped"]
-    assert site.end(done) == undisturbed.end
+    expect_exit(process, 0)
+    result = site.json(*site.retraining)
+    assert result["skipped"]
+    assert site.end(result) == undisturbed.end
 
 
 @pytest.mark.drill(
@@ -83,7 +83,7 @@ def test_mlflow_may_be_away_while_it_trains(house: House, site: Site, undisturbe
         assert time.monotonic() < deadline
         time.sleep(0.1)
     house.start("mlflow")
-    ended(process, 0)
+    expect_exit(process, 0)
     assert site.end(site.json(*site.retraining)) == undisturbed.end
 
 
@@ -101,11 +101,11 @@ def test_concurrent_retrainings_train_once_under_the_limit(house: House, site: S
     with site.paused(TRAINING) as first:
         second = site.start(*site.retraining, "--json")
         time.sleep(5)
-    ended(first, 0)
-    ended(second, 0)
-    done = site.json(*site.retraining)
-    assert done["skipped"]
-    assert site.end(done) == undisturbed.end
+    expect_exit(first, 0)
+    expect_exit(second, 0)
+    result = site.json(*site.retraining)
+    assert result["skipped"]
+    assert site.end(result) == undisturbed.end
 
 
 @pytest.mark.drill(
@@ -116,7 +116,7 @@ def test_concurrent_retrainings_train_once_under_the_limit(house: House, site: S
 def test_second_concurrent_retraining_fails_without_a_deployment(site: Site, undisturbed: Undisturbed) -> None:
     with site.paused(TRAINING) as first:
         assert "another process trains in" in site.run(*site.retraining, code=2)
-    ended(first, 0)
+    expect_exit(first, 0)
     assert site.end(site.json(*site.retraining)) == undisturbed.end
 
 
@@ -125,8 +125,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own of 64 MB; only root can make one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    made = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
-    mounted = subprocess.run(made, capture_output=True, check=False)
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, check=False)
     if mounted.returncode != 0:
         pytest.skip(f"no small file system to be had here: {mounted.stderr.decode().strip()}")
     yield folder
@@ -145,7 +145,7 @@ def test_full_disk_gives_a_one_line_error_and_retraining_resumes(
     site = house.site(small_disk / f"full-{STEPS.index(point)}")
     with site.paused(point) as process:
         fill(small_disk, site.folder / "filler")
-    assert "is full: free some space and give the same command again" in ended(process, 1)
+    assert "is full: free some space and give the same command again" in expect_exit(process, 1)
     (site.folder / "filler").unlink()
     assert site.end(site.json(*site.retraining)) == undisturbed.end
 
@@ -181,7 +181,7 @@ def test_clock_jumps_are_tolerated_and_a_wrong_clock_is_named(
 ) -> None:
     with site.paused(TRAINING) as process:
         write_bytes(clock, b"+0")
-    ended(process, 0)
+    expect_exit(process, 0)
     write_bytes(clock, b"+86400")
     assert "clock" in site.run(*site.retraining, code=2)
     write_bytes(clock, b"+300")

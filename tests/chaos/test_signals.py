@@ -34,12 +34,12 @@ def steps(site: Site) -> list[tuple[str, ...]]:
 @pytest.fixture(scope="module")
 def seconds(house: House, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """How long each command takes that nothing happens to."""
-    site, found = house.site(tmp_path_factory.mktemp("measured") / "measured"), {}
+    site, durations = house.site(tmp_path_factory.mktemp("measured") / "measured"), {}
     for arguments in steps(site):
-        began = time.monotonic()
+        start = time.monotonic()
         forks.finish(site.folder, *arguments)
-        found[arguments[0]] = time.monotonic() - began
-    return found | {"retrain": sum(found.values())}
+        durations[arguments[0]] = time.monotonic() - start
+    return durations | {"retrain": sum(durations.values())}
 
 
 @pytest.fixture
@@ -73,8 +73,8 @@ def test_terminated_steps_resume_to_the_same_result(
                 moment = moments.uniform(0, seconds[arguments[0]])
                 forks.strike(number, moment, site.folder, *arguments)
             forks.finish(site.folder, *arguments)
-        done = json.loads(forks.finish(site.folder, *site.retraining, "--json"))
-        assert site.end(done) == undisturbed.end
+        result = json.loads(forks.finish(site.folder, *site.retraining, "--json"))
+        assert site.end(result) == undisturbed.end
 
 
 @pytest.mark.drill(
@@ -96,6 +96,6 @@ def test_terminated_retraining_resumes_to_the_same_result(
         site = sites(number, index)
         for _ in range(strikes):
             forks.strike(number, moments.uniform(0, seconds["retrain"] / 2), site.folder, *site.retraining)
-        done = json.loads(forks.finish(site.folder, *site.retraining, "--json"))
-        assert site.end(done) == undisturbed.end
+        result = json.loads(forks.finish(site.folder, *site.retraining, "--json"))
+        assert site.end(result) == undisturbed.end
         assert json.loads(forks.finish(site.folder, *site.retraining, "--json"))["skipped"]

@@ -12,7 +12,7 @@ from diffusion.common.files import sha256_bytes
 from diffusion.data.manifest import read_manifest
 from tests.chaos.conftest import Undisturbed
 from tests.chaos.faulty_proxy import Fault, FaultyProxy
-from tests.chaos.house import NIGHT, House, Site, ended
+from tests.chaos.house import NIGHT, House, Site, expect_exit
 from tests.chaos.poison import poison
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -41,9 +41,9 @@ def through(site: Site, fault: Callable[[int, str], Fault | None]) -> Iterator[F
 def test_requests_are_retried_when_s3_is_busy_slow_or_disconnects(site: Site, undisturbed: Undisturbed) -> None:
     course = [Fault.BUSY, None, Fault.RESET, None, None, Fault.UNANSWERED, None, Fault.SLOW, None]
     with through(site, lambda number, _: course[number % len(course)]) as proxy:
-        done = site.json(*site.retraining)
+        result = site.json(*site.retraining)
     assert min(Counter(proxy.met).values()) >= 5
-    assert site.end(done) == undisturbed.end
+    assert site.end(result) == undisturbed.end
 
 
 @pytest.mark.drill(
@@ -62,7 +62,7 @@ def test_rejecting_s3_server_gives_a_one_line_error_and_command_resumes(
         return fault if line.startswith("PUT") and f"/samples/{site.name}/" in line else None
 
     with through(site, no_samples):
-        assert expected in ended(site.start(*site.retraining), code)
+        assert expected in expect_exit(site.start(*site.retraining), code)
     assert site.end(site.json(*site.retraining)) == undisturbed.end
 
 
@@ -78,7 +78,7 @@ def test_revoked_keys_give_a_one_line_error_and_new_keys_resume(
     site.variables = own | NIGHT
     with site.paused(TRAINING) as process:
         house.admit()
-    line = ended(process, 2)
+    line = expect_exit(process, 2)
     assert "rejects the credentials" in line
     assert "AWS_ACCESS_KEY_ID" in line
     assert NIGHT["AWS_SECRET_ACCESS_KEY"] not in line
@@ -92,11 +92,11 @@ def test_revoked_keys_give_a_one_line_error_and_new_keys_resume(
     "each is quarantined with its reason; nothing is unpickled",
 )
 def test_files_that_are_not_images_are_quarantined_with_a_reason(house: House, undisturbed: Undisturbed) -> None:
-    refused = undisturbed.done["data"]["result"]["quarantined"]
-    assert sorted(Path(each["source"]).name for each in refused) == [
+    reasons = undisturbed.done["data"]["result"]["quarantined"]
+    assert sorted(Path(each["source"]).name for each in reasons) == [
         "bomb.png", "cut.png", "empty.png", "page.jpg", "pickle.png",
     ]  # fmt: skip
-    assert all(each["reason"] for each in refused)
+    assert all(each["reason"] for each in reasons)
     assert undisturbed.done["data"]["result"]["kept"] == 120
     assert undisturbed.end["whole"]
     assert not (house.workspace.folder / "unpickled").exists()
@@ -109,7 +109,7 @@ def test_files_that_are_not_images_are_quarantined_with_a_reason(house: House, u
 )
 def test_folder_without_any_image_fails_and_leaves_nothing(house: House, site: Site) -> None:
     poison(site.folder / "images", site.folder / "unpickled")
-    line = ended(site.start("retrain", "images", "--dataset", site.name), 2)
+    line = expect_exit(site.start("retrain", "images", "--dataset", site.name), 2)
     assert "no usable image in images: all 5" in line
     assert not (site.folder / "unpickled").exists()
     assert not (site.folder / "data" / site.name).exists()
@@ -137,7 +137,7 @@ def test_a_shard_that_is_damaged_on_the_remote_is_named_and_can_be_mended(
 
     other = house.site(tmp_path / "elsewhere" / site.name)
     checkout = ("data", "checkout", version, "--dataset", site.name)
-    line = ended(other.start(*checkout), 2)
+    line = expect_exit(other.start(*checkout), 2)
     assert shard.name in line
     assert f"delete s3://{place['Bucket']}/{place['Key']}" in line
     assert not (other.folder / "data" / site.name / "manifest.json").exists()

@@ -75,9 +75,11 @@ def test_images_are_those_of_the_command_line(
     folder: Path, darkroom: Darkroom, words: str, generate: Callable[[diffusion.ImageGenerator], list[Image.Image]]
 ) -> None:
     images = generate(diffusion.load("model.safetensors", compute_batch=4))
-    done = darkroom(*words.split(), "--model", "model.safetensors", "--set", "sampling.compute_batch=4", "--out", "out")
+    result = darkroom(
+        *words.split(), "--model", "model.safetensors", "--set", "sampling.compute_batch=4", "--out", "out"
+    )
     files = sorted((folder / "out").glob("0*.png"))
-    assert len(images) == len(files) == done["count"]
+    assert len(images) == len(files) == result["count"]
     for image, file in zip(images, files, strict=True):
         assert (image.size, image.tobytes()) == ((8, 8), Image.open(file).tobytes())
 
@@ -164,9 +166,9 @@ def test_a_run_begins_in_python_and_goes_on_with_the_command_line(folder: Path, 
 )
 @pytest.mark.usefixtures("folder")
 def test_mistakes_are_one_line(call: Callable[[], object]) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         call()
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
 def test_importing_the_package_loads_nothing_else() -> None:
@@ -177,5 +179,5 @@ def test_importing_the_package_loads_nothing_else() -> None:
         "diffusion.ingest, diffusion.load, diffusion.train, diffusion.evaluate\n"
         "print('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["diffusion", "False"]
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert process.stdout.split() == ["diffusion", "False"]

@@ -20,7 +20,7 @@ BEFORE = ("--", "worker-cpu")
 
 def blocks(page: Path, language: str) -> list[str]:
     """The text of each fenced block in ``language``."""
-    return [found["text"] for found in FENCE.finditer(page.read_text()) if found["language"] == language]
+    return [match["text"] for match in FENCE.finditer(page.read_text()) if match["language"] == language]
 
 
 def anchors(page: Path) -> set[str]:

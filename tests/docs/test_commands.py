@@ -59,12 +59,15 @@ def test_each_setting_of_a_command_is_a_field_with_a_value_in_its_range(page: Pa
 @by_page
 def test_commands_within_sentences_exist_with_their_options(page: Path) -> None:
     text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    for found in re.findall(r"`darkroom ([^`]+)`", text):
-        command, name, rest = _leaf(found.split())
-        known = {option for each in command.params for option in (*each.opts, *each.secondary_opts)} | {"--help", "-h"}
+    for words in re.findall(r"`darkroom ([^`]+)`", text):
+        command, name, rest = _leaf(words.split())
+        options = {option for each in command.params for option in (*each.opts, *each.secondary_opts)} | {
+            "--help",
+            "-h",
+        }
         for word in rest:
             if word.startswith("--"):
-                assert word in known, f"{name} has no option {word}"
+                assert word in options, f"{name} has no option {word}"
 
 
 @by_page

@@ -26,13 +26,13 @@ SMALL = PARAMS | {"training": PARAMS["training"] | {"images": 640, "checkpoints"
 
 def scripts(page: Path) -> list[str]:
     """The blocks of ``page`` with nothing but commands of Darkroom."""
-    found = [
+    selection = [
         block
         for block in blocks(page, "sh")
         if all(command[0] in ("darkroom", "eval") for command in commands(block)) and "make " not in block
     ]
-    assert found
-    return found
+    assert selection
+    return selection
 
 
 def small_images(folder: Path, count: int) -> None:
@@ -52,10 +52,10 @@ def test_work_without_servers_ends_with_the_named_files(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     for script in scripts(DOCS / "get-started" / "without-servers.md"):
         for words in of_program("darkroom", script):
-            done = CliRunner().invoke(app, words)
-            assert done.exit_code == 0, (words, done.output, done.exception)
-    for made in ("runs/blobs/final.safetensors", "reports/blobs/report.html", "exported/model_index.json"):
-        assert (tmp_path / made).is_file()
+            result = CliRunner().invoke(app, words)
+            assert result.exit_code == 0, (words, result.output, result.exception)
+    for file in ("runs/blobs/final.safetensors", "reports/blobs/report.html", "exported/model_index.json"):
+        assert (tmp_path / file).is_file()
     for folder, count in {"blobs": 16, "inpainted": 4, "variations": 4, "between": 5}.items():
         assert len(list((tmp_path / folder).glob("0*.png"))) == count
         assert (tmp_path / folder / "grid.png").is_file()
@@ -72,9 +72,9 @@ def test_the_guide_to_signing_ends_with_verified_exports_and_images(
     monkeypatch.setenv("DARKROOM_SIGNING_KEY_PASSPHRASE", "open sesame")
     write_model(tmp_path / "final.safetensors", seed=0, images=64)
     disc(0).save(tmp_path / "face.png")
-    made = f"edit img2img face.png --model {tmp_path}/final.safetensors --set sampling.steps=2 --count 3"
-    done = CliRunner().invoke(app, [*made.split(), "--out", "samples/variations"])
-    assert done.exit_code == 0, (done.output, done.exception)
+    command = f"edit img2img face.png --model {tmp_path}/final.safetensors --set sampling.steps=2 --count 3"
+    result = CliRunner().invoke(app, [*command.split(), "--out", "samples/variations"])
+    assert result.exit_code == 0, (result.output, result.exception)
     page = DOCS / "how-to" / "sign-and-verify.md"
     [keys] = [block for block in blocks(page, "sh") if "openssl" in block]
     subprocess.run(["bash", "-euc", keys], input=b"open sesame\n", check=True, capture_output=True)
@@ -83,11 +83,11 @@ def test_the_guide_to_signing_ends_with_verified_exports_and_images(
         for words in of_program("darkroom", block):
             if not any("s3://" in word or word in ("ledger-of-faces", "history") for word in words):
                 words = ["final.safetensors" if word.startswith("models:/") else word for word in words]
-                done = CliRunner().invoke(app, words)
-                assert done.exit_code == 0, (words, done.output, done.exception)
+                result = CliRunner().invoke(app, words)
+                assert result.exit_code == 0, (words, result.output, result.exception)
                 ran.append(words[0])
     assert ran == ["model", "verify", "sign", "verify"]
-    verified = done.stdout.splitlines()
+    verified = result.stdout.splitlines()
     assert len(verified) == 4
     assert all(line.startswith("verified") and "UNTRUSTED" not in line for line in verified)
 
@@ -98,10 +98,10 @@ def follow(space: Workspace, page: str, replaced: Mapping[str, str] = {}, withou
     Blocks that have the words ``without`` are left out.
     """
     script = "\n".join(block for block in scripts(DOCS / page) if without not in block)
-    for shown, actual in replaced.items():
-        assert shown in script, shown
-        script = script.replace(shown, actual)
-    done = subprocess.run(
+    for placeholder, actual in replaced.items():
+        assert placeholder in script, placeholder
+        script = script.replace(placeholder, actual)
+    process = subprocess.run(
         ["bash", "-euxc", script],
         cwd=space.folder,
         env=space.variables,
@@ -110,7 +110,7 @@ def follow(space: Workspace, page: str, replaced: Mapping[str, str] = {}, withou
         check=False,
         timeout=900,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert process.returncode == 0, process.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +137,8 @@ def test_own_images_end_on_s3_and_a_champion_is_in_the_registry(stack: Workspace
 @pytest.mark.timeout(1800)  # commands start slowly on a busy machine
 def test_guides_to_generation_can_be_followed(stack: Workspace) -> None:
     batch = stack.json("sample", "--dataset", "faces", "--count", "1000", "--seed", "7")["uri"].rstrip("/")
-    shown = "s3://darkroom/samples/faces/3/seed7-count1000-dpmpp_2m_sde16-af14cd24"
-    follow(stack, "how-to/trace.md", {shown: batch, "--count 100": "--count 8"})
+    placeholder = "s3://darkroom/samples/faces/3/seed7-count1000-dpmpp_2m_sde16-af14cd24"
+    follow(stack, "how-to/trace.md", {placeholder: batch, "--count 100": "--count 8"})
     follow(stack, "how-to/choose-a-sampler.md")
     follow(stack, "how-to/sample-many-images.md", {"--count 100000": "--count 64", "workers=4": "workers=2"}, "birds")
     follow(stack, "how-to/evaluate.md", {"models:/faces/7": "models:/faces/1"}, "text_image_encoder")

@@ -10,11 +10,11 @@ from tests.docs.pages import FENCE, LINK, PAGES, anchors
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_each_link_leads_to_a_file_and_a_heading(page: Path) -> None:
-    for found in LINK.finditer(FENCE.sub("", page.read_text())):
-        target = (page.parent / found["path"]).resolve() if found["path"] else page
-        assert target.exists(), found[0]
-        if found["anchor"]:
-            assert found["anchor"] in anchors(target), found[0]
+    for link in LINK.finditer(FENCE.sub("", page.read_text())):
+        target = (page.parent / link["path"]).resolve() if link["path"] else page
+        assert target.exists(), link[0]
+        if link["anchor"]:
+            assert link["anchor"] in anchors(target), link[0]
 
 
 def test_the_readme_can_be_read_at_once() -> None:

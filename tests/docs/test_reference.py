@@ -66,9 +66,9 @@ def test_editors_and_darkroom_accept_the_same(text: str, valid: bool, tmp_path: 
 
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.name)
 def test_configurations_of_the_checkout_name_the_schema_and_fulfil_it(path: Path) -> None:
-    named = re.match(r"# yaml-language-server: \$schema=(\S+)\n", path.read_text())
-    assert named is not None
-    assert (path.parent / named[1]).resolve() == SCHEMA
+    match = re.match(r"# yaml-language-server: \$schema=(\S+)\n", path.read_text())
+    assert match is not None
+    assert (path.parent / match[1]).resolve() == SCHEMA
     jsonschema.validate(yaml.safe_load(path.read_text()), json.loads(SCHEMA.read_text()))
     load_params(path, [])
 

@@ -29,9 +29,11 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
         path.parent.mkdir(parents=True, exist_ok=True)
         disc(number).save(path)
     space = Workspace(folder)
-    given = {name.removeprefix("TEST_"): value for name, value in os.environ.items() if name.startswith("TEST_AWS_")}
-    space.variables |= given | {"DARKROOM_BUCKET": BUCKET}
-    Store(client(variables=given)).ensure_bucket(BUCKET)
+    variables = {
+        name.removeprefix("TEST_"): value for name, value in os.environ.items() if name.startswith("TEST_AWS_")
+    }
+    space.variables |= variables | {"DARKROOM_BUCKET": BUCKET}
+    Store(client(variables=variables)).ensure_bucket(BUCKET)
     try:
         space.run("up")
         for line in space.run("env").splitlines():
@@ -45,12 +47,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 def test_a_retraining_its_ledger_and_batches_in_files_and_large_tars(workspace: Workspace) -> None:
     assert "ignores If-None-Match when an upload in parts is completed" in workspace.run("server", "health", "s3")
     assert "elsewhere" in workspace.run("status")
-    done = workspace.json("retrain", "images", "--dataset", "blobs", "--count", "8")
-    assert done["verdict"]["version"]["number"] == 1
+    result = workspace.json("retrain", "images", "--dataset", "blobs", "--count", "8")
+    assert result["verdict"]["version"]["number"] == 1
     assert workspace.json("retrain", "images", "--dataset", "blobs", "--count", "8")["skipped"]
-    found = objects(workspace, done["samples"]["uri"])
-    assert {"_SUCCESS", "00000000.png", "00000007.png"} <= set(found)
-    trace = workspace.run("trace", done["samples"]["uri"] + "00000003.png")
+    contents = objects(workspace, result["samples"]["uri"])
+    assert {"_SUCCESS", "00000000.png", "00000007.png"} <= set(contents)
+    trace = workspace.run("trace", result["samples"]["uri"] + "00000003.png")
     assert "models:/blobs/1" in trace
 
     tars = ("sample", "--model", "models:/blobs@champion", "--count", "4096", "--set", "sampling_batch.format=tar")

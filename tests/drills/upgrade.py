@@ -59,23 +59,23 @@ def program(python: Path | str, text: str, *arguments: str, **variables: str) ->
     """The last line that a program prints in a Python."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PREFECT_"))}
     quiet = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1"}
-    done = subprocess.run(
+    process = subprocess.run(
         [str(python), "-c", text, *arguments],
         capture_output=True,
         text=True,
         env=clean | quiet | variables,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip().splitlines()[-1]
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout.strip().splitlines()[-1]
 
 
 def command(*words: str, **variables: str) -> None:
     """A command of the docs, with this environment's programs."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", *words], capture_output=True, text=True, env=os.environ | variables, check=False
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]
 
 
 def schema(database: Path) -> str:
@@ -109,13 +109,13 @@ store = SqlAlchemyStore(); store.init_db(sys.argv[1]); store.create_user("ada", 
 """
     program(OLD / "python", make + "print(1)", url)
     command("mlflow.server.auth", "db", "upgrade", "--url", url)
-    read = """
+    script = """
 import sys
 from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 store = SqlAlchemyStore(); store.init_db(sys.argv[1])
 print(store.authenticate_user("ada", "a long password"), store.get_user("ada").is_admin)
 """
-    assert program(sys.executable, read, url) == "True True"
+    assert program(sys.executable, script, url) == "True True"
 
 
 def test_flow_runs_and_variables_of_an_older_prefect_are_there_after_the_upgrade(tmp_path: Path) -> None:

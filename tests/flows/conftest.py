@@ -26,9 +26,11 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
 
     With ``TEST_AWS_ENDPOINT_URL_S3`` and its like set, it is the server that they name.
     """
-    given = {name.removeprefix("TEST_"): value for name, value in os.environ.items() if name.startswith("TEST_AWS_")}
-    if given:
-        yield given
+    server_variables = {
+        name.removeprefix("TEST_"): value for name, value in os.environ.items() if name.startswith("TEST_AWS_")
+    }
+    if server_variables:
+        yield server_variables
         return
     folder = tmp_path_factory.mktemp("s3")
     for name, text in seaweedfs.files(seaweedfs.config("test-access", "test-secret"), new_identity()).items():

@@ -46,7 +46,7 @@ def test_compacted_and_merged_versions_are_published_and_come_back_from_the_remo
     )
     place.forget()
     with prefect_test_harness(server_startup_timeout=120):
-        done = compact(params)
+        result = compact(params)
         again = compact(params)
         for number in range(200, 210):
             (more := Path("more/even")).mkdir(parents=True, exist_ok=True)
@@ -55,12 +55,12 @@ def test_compacted_and_merged_versions_are_published_and_come_back_from_the_remo
         joined = merge(params, ["more"])
         assert (joined.added, joined.digest) == (10, Heads(place.catalog).newest())
         assert place.catalog.is_announced(joined.digest)
-        for made in (done, joined):
-            assert place.catalog.store.exists(bucket, place.catalog.place.key(f"{made.digest}/report.html"))
-        checkout(FOLDER, done.digest, place.reach)
+        for result_of_step in (result, joined):
+            assert place.catalog.store.exists(bucket, place.catalog.place.key(f"{result_of_step.digest}/report.html"))
+        checkout(FOLDER, result.digest, place.reach)
     after = read_manifest(FOLDER)
-    assert (done.changed, done.shards, again.changed) == (True, (3, 1), False)
-    assert done.digest == again.digest == after.digest
+    assert (result.changed, result.shards, again.changed) == (True, (3, 1), False)
+    assert result.digest == again.digest == after.digest
     assert (after.parent, after.content_digest) == (first.digest, first.content_digest)
     assert place.catalog.is_announced(after.digest)
     place.forget()
@@ -118,9 +118,9 @@ def test_a_merge_applies_the_rules_of_curation_before_it_is_published(with_more:
         path = Path("more", "resized.png")
         blob(104).resize((40, 40)).save(path)
         flows.ingest.ingest.fn(of_more(one))
-    done = merged(one, params)
-    assert (done.dropped or 0) > 0
-    assert (one.version.change, one.version.digest, one.newest) == ("curation", done.digest, done.digest)
+    result = merged(one, params)
+    assert (result.dropped or 0) > 0
+    assert (one.version.change, one.version.digest, one.newest) == ("curation", result.digest, result.digest)
     assert "dropped" in {row["outcome"] for row in records(one.folder / "data" / "blobs")}
 
 
@@ -129,9 +129,9 @@ def test_counts_are_those_of_the_whole_merge_if_another_process_was_faster(
 ) -> None:
     one, other = with_more
     with before("flows.ingest:publish", lambda: other.ingest(200)):
-        done = merged(one)
-    assert (done.changed, done.added, done.kept) == (True, len(MORE), len(BASE) + 1 + len(MORE))
-    assert one.newest == done.digest
+        result = merged(one)
+    assert (result.changed, result.added, result.kept) == (True, len(MORE), len(BASE) + 1 + len(MORE))
+    assert one.newest == result.digest
 
 
 def test_a_takedown_names_data_sets_that_were_merged_from_this_one(with_more: tuple[Machine, Machine]) -> None:

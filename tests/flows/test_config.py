@@ -45,8 +45,8 @@ def test_folders_and_model_follow_the_data_set_unless_named(params: Path) -> Non
     assert str(config.dataset_folder) == "data/faces"
     assert str(config.run_folder) == "runs/faces"
     assert config.model_name == "faces"
-    named = load_params(params, ["training.dataset=faces", "training.output=elsewhere", "registry.model=mine"])
-    assert (str(named.run_folder), named.model_name) == ("elsewhere", "mine")
+    explicit = load_params(params, ["training.dataset=faces", "training.output=elsewhere", "registry.model=mine"])
+    assert (str(explicit.run_folder), explicit.model_name) == ("elsewhere", "mine")
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,9 @@ def test_folders_and_model_follow_the_data_set_unless_named(params: Path) -> Non
     ],
 )
 def test_configuration_errors_name_the_key_and_the_remedy(params: Path, override: str, words: str) -> None:
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(UserError, match=words) as error:
         load_params(params, [override])
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_duration_on_the_command_line_replaces_the_one_in_the_file(params: Path) -> None:
@@ -179,8 +179,8 @@ def test_where_the_network_enlarges_the_default_has_the_noise_levels_of_what_it_
         assert {name for name in ours if ours[name] != theirs[name]} <= set(levels)
     assert config.training.log_sigma_mean == -2.5
     assert (config.sampling.sigma_min, config.sampling.sigma_max) == (0.02, 4)
-    chosen = ["training.log_sigma_mean=-2", "sampling.sigma_max=9"]
-    config = load_params(params, ["model.low_resolution=16", *chosen])
+    options = ["training.log_sigma_mean=-2", "sampling.sigma_max=9"]
+    config = load_params(params, ["model.low_resolution=16", *options])
     assert (config.training.log_sigma_mean, config.sampling.sigma_max) == (-2, 9)
     # Times that are not drawn from a distribution of σ have no use for its mean.
     config = load_params(params, ["model.low_resolution=16", "training.timestep_sampling=uniform"])
@@ -236,7 +236,7 @@ def test_incompatible_model_and_training_settings_fail_on_load(params: Path) -> 
         load_params(params, ["sampling.sampler=heun", "sampling.variance=larger"])
 
 
-def test_each_family_shows_its_own_fields_and_refuses_anothers(params: Path) -> None:
+def test_each_family_shows_its_own_fields_and_rejects_anothers(params: Path) -> None:
     vae = load_params(params, ["model.family=vae", "model.kl_weight=0.5"])
     assert isinstance(vae.model, VAEConfig)
     assert (vae.model.kl_weight, vae.sampling) == (0.5, sampling_config())
@@ -248,9 +248,9 @@ def test_each_family_shows_its_own_fields_and_refuses_anothers(params: Path) -> 
         ("sampling.steps=50", r"sampling\.steps means nothing to model\.family = vae"),
         ("preset=large", r"preset large is of diffusion models"),
     ):
-        with pytest.raises(UserError, match=words) as caught:
+        with pytest.raises(UserError, match=words) as error:
             load_params(params, ["model.family=vae", override])
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"model\.kl_weight is a field of model\.family = vae, and this is ddpm"):
         load_params(params, ["model.kl_weight=1"])
     with pytest.raises(UserError, match=r"model: family is ddpm, the default, vae, gan, autoregressive or diffusers"):
@@ -269,8 +269,8 @@ def test_each_family_has_its_own_runs_reports_and_champion(params: Path) -> None
     assert vae.model_name == "faces-vae"
     others = {f"reports/faces-{family}" for family in ("vae", "gan", "autoregressive", "diffusers")}
     assert {str(folder) for folder in vae.report_folders} == {"reports/faces"} | others
-    named = load_params(params, ["model.family=vae", "training.output=elsewhere", "registry.model=mine"])
-    assert (str(named.run_folder), named.model_name) == ("elsewhere", "mine")
+    explicit = load_params(params, ["model.family=vae", "training.output=elsewhere", "registry.model=mine"])
+    assert (str(explicit.run_folder), explicit.model_name) == ("elsewhere", "mine")
 
 
 def test_a_configuration_of_any_family_survives_being_written_down(params: Path) -> None:
@@ -284,11 +284,11 @@ def test_a_configuration_of_any_family_survives_being_written_down(params: Path)
 
 def test_the_form_shows_what_each_family_takes() -> None:
     schema = Params.model_json_schema()
-    shown = [schema["$defs"][option["$ref"].rpartition("/")[2]] for option in schema["properties"]["model"]["oneOf"]]
+    schemas = [schema["$defs"][option["$ref"].rpartition("/")[2]] for option in schema["properties"]["model"]["oneOf"]]
     families = ["ddpm", "vae", "gan", "autoregressive", "diffusers"]
-    assert [each["properties"]["family"]["const"] for each in shown] == families
-    assert "kl_weight" in shown[1]["properties"]
-    assert "schedule" not in shown[1]["properties"]
+    assert [each["properties"]["family"]["const"] for each in schemas] == families
+    assert "kl_weight" in schemas[1]["properties"]
+    assert "schedule" not in schemas[1]["properties"]
 
 
 def test_family_defaults_are_overridden_by_explicit_settings(params: Path) -> None:
@@ -298,13 +298,13 @@ def test_family_defaults_are_overridden_by_explicit_settings(params: Path) -> No
 
 
 def test_compared_families_share_data_length_and_evaluation_only(params: Path) -> None:
-    chosen = ["training.dataset=faces", "training.images=500", "training.seed=3", "training.learning_rate=0.5"]
-    own = load_params(params, [*chosen, "model.width=16", "sampling.compute_batch=8", "evaluation.samples=50"])
-    found = family_variants(own, ["gan", "ddpm", "autoregressive"])
-    assert list(found) == ["gan", "ddpm", "autoregressive"]
-    assert found["ddpm"] == own
+    options = ["training.dataset=faces", "training.images=500", "training.seed=3", "training.learning_rate=0.5"]
+    own = load_params(params, [*options, "model.width=16", "sampling.compute_batch=8", "evaluation.samples=50"])
+    variants = family_variants(own, ["gan", "ddpm", "autoregressive"])
+    assert list(variants) == ["gan", "ddpm", "autoregressive"]
+    assert variants["ddpm"] == own
     default = load_params(params, ["model.family=gan"])
-    gan = found["gan"]
+    gan = variants["gan"]
     assert (gan.run_folder, gan.model_name) == (Path("runs/faces-gan"), "faces-gan")
     assert (gan.training.images, gan.training.seed, gan.sampling.compute_batch) == (500, 3, 8)
     assert gan.evaluation == own.evaluation
@@ -335,9 +335,9 @@ def test_optional_settings_are_stored_only_when_set(params: Path) -> None:
     plain = load_params(params, []).model_dump(mode="json")
     assert plain["registry"] == {"model": None}
     assert "licence" not in plain["ingest"]
-    told = load_params(params, ["registry.approval=true", "ingest.licence=CC-BY-4.0"])
-    assert (told.registry.approval, told.ingest.licence) == (True, "CC-BY-4.0")
-    assert Params.model_validate(told.model_dump(mode="json")) == told
+    params_with_options = load_params(params, ["registry.approval=true", "ingest.licence=CC-BY-4.0"])
+    assert (params_with_options.registry.approval, params_with_options.ingest.licence) == (True, "CC-BY-4.0")
+    assert Params.model_validate(params_with_options.model_dump(mode="json")) == params_with_options
     with pytest.raises(UserError, match=r"ingest\.licence: .*at least 1 character"):
         load_params(params, ["ingest.licence=''"])
 

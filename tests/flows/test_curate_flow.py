@@ -26,27 +26,27 @@ def test_rules_apply_to_ingest_retrain_and_other_machines(space: Workspace) -> N
     first = space.json("ingest", "images")
     assert "dropped" not in first
     rule = ("--set", "curation.min_contrast=1")
-    done = space.json("data", "curate", *rule)
-    assert (done["dropped"], done["kept"]) == (3, first["kept"] - 3)
+    result = space.json("data", "curate", *rule)
+    assert (result["dropped"], result["kept"]) == (3, first["kept"] - 3)
     assert space.json("data", "curate", *rule)["changed"] is False
     again = space.json("ingest", "images", *rule)
-    assert (again["changed"], again["digest"], again["dropped"]) == (False, done["digest"], 3)
+    assert (again["changed"], again["digest"], again["dropped"]) == (False, result["digest"], 3)
 
     Image.new("L", (8, 8), 240).save(space.folder / "images" / "odd" / "flat-3.png")
     grown = space.json("ingest", "images", *rule)
-    assert (grown["changed"], grown["kept"], grown["dropped"]) == (True, done["kept"], 4)
-    assert grown["content_digest"] == done["content_digest"]
+    assert (grown["changed"], grown["kept"], grown["dropped"]) == (True, result["kept"], 4)
+    assert grown["content_digest"] == result["content_digest"]
     trained = space.json("retrain", "images", "--count", "1", *rule)
     assert trained["data"]["result"]["dropped"] == 4
     # Another bound that drops the same images is no reason to train again, one that brings some back is.
     same = space.json("retrain", "images", "--count", "1", "--set", "curation.min_contrast=2")
     assert same["skipped"] is not None
     traced = space.json("trace", trained["samples"]["uri"])
-    assert traced["data"]["images"] == done["kept"]
+    assert traced["data"]["images"] == result["kept"]
 
     shutil.rmtree(space.folder / "data")
     restored = space.json("ingest", "images", *rule)
-    assert (restored["kept"], restored["dropped"]) == (done["kept"], 4)
+    assert (restored["kept"], restored["dropped"]) == (result["kept"], 4)
     back = space.json("data", "curate")
     assert (back["kept"], back["dropped"], back["restored"]) == (first["kept"] + 1, 0, 4)
     listed = space.json("data", "log")["versions"]

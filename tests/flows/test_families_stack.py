@@ -60,23 +60,25 @@ def test_autoencoder_is_promoted_and_diffusion_trains_on_its_champion(
     assert Path(first["explained"]["files"][0]).name == "reconstruction.png"
 
     served = mlflow.pyfunc.load_model(URI).predict(pd.DataFrame({"seed": [5], "index": [3]}))
-    printed = objects(workspace, first["samples"]["uri"])["00000003.png"][1]
-    pixels = [Image.open(io.BytesIO(png)).tobytes() for png in (served["png"][0], printed)]
+    sample = objects(workspace, first["samples"]["uri"])["00000003.png"][1]
+    pixels = [Image.open(io.BytesIO(png)).tobytes() for png in (served["png"][0], sample)]
     assert pixels[0] == pixels[1]
 
-    chosen = ["--set", f"model.autoencoder={URI}"]
-    assert "million parameters" in workspace.run("train", "--dataset", "blobs", "--dry-run", *chosen)
-    done = workspace.json("retrain", "images", "--count", "8", *chosen)
-    run = server.get_run(done["run_id"]).data
+    options = ["--set", f"model.autoencoder={URI}"]
+    assert "million parameters" in workspace.run("train", "--dataset", "blobs", "--dry-run", *options)
+    result = workspace.json("retrain", "images", "--count", "8", *options)
+    run = server.get_run(result["run_id"]).data
     assert run.tags["darkroom.autoencoder"] == f"models:/blobs-vae/{version.version}"
     champion = server.get_model_version_by_alias("blobs", "champion")
     assert champion.tags["darkroom.autoencoder"] == f"models:/blobs-vae/{version.version}"
     header = read_header(workspace.folder / "runs" / "blobs" / "final.safetensors")["model_header"]
     assert run.params["model.autoencoder"] == header["model"]["autoencoder"]
-    assert json.loads(mlflow.artifacts.load_text(f"runs:/{done['run_id']}/params.json"))["model"]["autoencoder"] == URI
-    again = workspace.json("retrain", "images", "--count", "8", *chosen)
-    assert again["run_id"] == done["run_id"]
-    assert again["verdict"]["version"]["number"] == done["verdict"]["version"]["number"]
+    assert (
+        json.loads(mlflow.artifacts.load_text(f"runs:/{result['run_id']}/params.json"))["model"]["autoencoder"] == URI
+    )
+    again = workspace.json("retrain", "images", "--count", "8", *options)
+    assert again["run_id"] == result["run_id"]
+    assert again["verdict"]["version"]["number"] == result["verdict"]["version"]["number"]
 
 
 def test_unregistered_autoencoder_is_a_one_line_error(workspace: Workspace) -> None:
@@ -97,27 +99,27 @@ def test_families_are_compared_after_a_kill_too_and_each_is_registered_under_its
 ) -> None:
     workspace.json("ingest", "images")
     command = ["compare", "--family", "gan", "--family", "autoregressive", "--set", "training.images=480"]
-    killed = workspace.start(*command)
+    killed_process = workspace.start(*command)
     first = workspace.folder / "runs" / "blobs-gan" / "final.safetensors"
     while not first.exists():
-        assert killed.poll() is None, killed.communicate()[1][-3000:]
+        assert killed_process.poll() is None, killed_process.communicate()[1][-3000:]
         time.sleep(0.2)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.communicate()
+    os.killpg(killed_process.pid, signal.SIGKILL)
+    killed_process.communicate()
     weights = first.read_bytes()
-    done = workspace.json(*command)
+    result = workspace.json(*command)
     assert first.read_bytes() == weights
-    entrants = {each["name"]: each for each in done["ranking"]["models"]}
+    entrants = {each["name"]: each for each in result["ranking"]["models"]}
     assert entrants["autoregressive"]["held_out_loss"]["bits_per_dim"] > 0
     assert entrants["gan"]["held_out_loss"]["bits_per_dim"] is None
-    assert (workspace.folder / done["report"]).is_file()
+    assert (workspace.folder / result["report"]).is_file()
     run_ids = {name: each["run_id"] for name, each in entrants.items()}
     for family, run_id in run_ids.items():
         experiment = server.get_experiment(server.get_run(run_id).info.experiment_id)
         assert experiment.name == f"blobs-{family}"
         assert len(server.search_runs([experiment.experiment_id])) == 1
-        shown = {item.path for item in server.list_artifacts(run_id, "evaluation")}
-        assert {"evaluation/comparison.html", "evaluation/comparison.json"} <= shown
+        paths = {item.path for item in server.list_artifacts(run_id, "evaluation")}
+        assert {"evaluation/comparison.html", "evaluation/comparison.json"} <= paths
 
     # What was compared is a run like any other: evaluated, registered and sampled by the same commands.
     trained = workspace.json("train", "--params", "pixels.yaml")

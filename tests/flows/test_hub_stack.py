@@ -43,8 +43,8 @@ def test_a_model_of_a_private_data_set_is_pushed_with_its_evidence_and_without_t
     workspace.variables["HF_TOKEN"] = TOKEN
     workspace.fork()
 
-    done = workspace.json("retrain", "hf://datasets/me/discs@main", "--count", "8", "-v")
-    assert done["data"]["result"]["source"] == source
+    result = workspace.json("retrain", "hf://datasets/me/discs@main", "--count", "8", "-v")
+    assert result["data"]["result"]["source"] == source
     assert workspace.json("data", "show")["sources"] == [source]
     before = len(hub.paths("parquet"))
     assert workspace.json("ingest", "hf://datasets/me/discs@main")["read"] == 0
@@ -68,6 +68,6 @@ def test_a_model_of_a_private_data_set_is_pushed_with_its_evidence_and_without_t
 
 
 def _files(folder: Path) -> list[Path]:
-    found = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    assert len(found) > 50
-    return found
+    paths = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert len(paths) > 50
+    return paths

@@ -67,11 +67,11 @@ def kill(process: Fork | subprocess.Popen[str], seconds: float) -> None:
 
 def traced_and_reproduced(workspace: Workspace, uri: str) -> list[dict[str, object]]:
     """The origins of a batch's images, which are generated again to the same bits."""
-    found = workspace.json("trace", f"{uri}00000001.png")
-    assert found["broken"] == []
-    done = workspace.json("reproduce", uri)
-    assert (done["exact"], done["code"], done["images"]) == (done["images"], "shipped", 4)
-    origins: list[dict[str, object]] = found["origins"]
+    lineage = workspace.json("trace", f"{uri}00000001.png")
+    assert lineage["broken"] == []
+    result = workspace.json("reproduce", uri)
+    assert (result["exact"], result["code"], result["images"]) == (result["images"], "shipped", 4)
+    origins: list[dict[str, object]] = lineage["origins"]
     return origins
 
 
@@ -84,15 +84,15 @@ def test_a_model_from_elsewhere_is_promoted_and_fine_tuned(
     workspace: Workspace, server: MlflowClient, kills: int
 ) -> None:
     classes = {"even": 80, "odd": 80}
-    given = write_model(workspace.folder / "elsewhere.safetensors", 0, images=9, config=MODEL, classes=classes)
-    command = ("model", "import", str(given), "--name", "bases", *LICENCE)
-    began = time.monotonic()
+    model_file = write_model(workspace.folder / "elsewhere.safetensors", 0, images=9, config=MODEL, classes=classes)
+    command = ("model", "import", str(model_file), "--name", "bases", *LICENCE)
+    start = time.monotonic()
     for _ in range(kills):
         kill(workspace.begin(*command), random.uniform(0, 5))
-    done = workspace.json(*command)
-    print(f"{kills} kills and an import in {time.monotonic() - began:.0f} s")
-    assert done["version"]["number"] == 1
-    assert workspace.json(*command)["version"] == done["version"]
+    result = workspace.json(*command)
+    print(f"{kills} kills and an import in {time.monotonic() - start:.0f} s")
+    assert result["version"]["number"] == 1
+    assert workspace.json(*command)["version"] == result["version"]
     assert len(server.search_model_versions("name='bases'")) == 1
     experiment = server.get_experiment_by_name("bases")
     assert experiment is not None
@@ -102,7 +102,7 @@ def test_a_model_from_elsewhere_is_promoted_and_fine_tuned(
     workspace.json("evaluate", "--model", "models:/bases/1")
     verdict = workspace.json("promote", "--model", "models:/bases/1")
     assert (verdict["promoted"], verdict["version"]["model"]) == (True, "bases")
-    run = server.get_run(done["version"]["run_id"])
+    run = server.get_run(result["version"]["run_id"])
     assert run.data.metrics["eval/kid_efflite0"] > 0
     assert "darkroom.evaluated_on" in run.data.tags
     card = server.get_model_version("bases", "1").description or ""
@@ -110,17 +110,17 @@ def test_a_model_from_elsewhere_is_promoted_and_fine_tuned(
     assert "CC-BY-4.0" in card
     batch = workspace.json("sample", "--model", "models:/bases@champion", "--count", "4")
     [origin] = traced_and_reproduced(workspace, batch["uri"])
-    assert origin["files"] == {given.name: sha256_file(given)}
+    assert origin["files"] == {model_file.name: sha256_file(model_file)}
 
     workspace.json("train", *LORA)
     workspace.json("evaluate", *LORA)
     process = workspace.begin("promote", *LORA, "--json")
     _, error = process.communicate(timeout=300)
     assert process.returncode in (0, 3), error[-3000:]
-    [tuned] = server.search_model_versions("name='blobs'")
-    assert tuned.tags["darkroom.start"] == "models:/bases/1"
-    assert tuned.tags["darkroom.bases"] == sha256_file(given)
-    assert tuned.tags["darkroom.base_licence"] == "CC-BY-4.0"
+    [tuned_version] = server.search_model_versions("name='blobs'")
+    assert tuned_version.tags["darkroom.start"] == "models:/bases/1"
+    assert tuned_version.tags["darkroom.bases"] == sha256_file(model_file)
+    assert tuned_version.tags["darkroom.base_licence"] == "CC-BY-4.0"
     header = read_model_header(workspace.folder / "runs" / "blobs" / "weights.safetensors")
     assert header.base is not None
     assert header.base.version == "models:/bases/1"
@@ -154,9 +154,9 @@ def test_stable_diffusion_goes_through_the_same_gate(workspace: Workspace, serve
     command = ("model", "import", "painter", "--name", "painter")
     for _ in range(kills):
         kill(workspace.begin(*command), random.uniform(0, 6))
-    done = workspace.json(*command)
-    uri = done["version"]["model"]
-    assert (uri, done["family"], done["origin"]["licence"]) == ("painter", "diffusers", "openrail")
+    result = workspace.json(*command)
+    uri = result["version"]["model"]
+    assert (uri, result["family"], result["origin"]["licence"]) == ("painter", "diffusers", "openrail")
     [version] = server.search_model_versions("name='painter'")
     experiment = server.get_experiment_by_name("painter")
     assert experiment is not None
@@ -170,26 +170,26 @@ def test_stable_diffusion_goes_through_the_same_gate(workspace: Workspace, serve
     card = server.get_model_version("painter", "1").description or ""
     assert "unknown, as it was not trained here" in card
     assert "openrail" in card
-    given = ("--prompt", "a red circle", "--prompt", "a blue square")
-    batch = workspace.json("sample", "--model", "models:/painter@champion", "--count", "4", *given)
+    options = ("--prompt", "a red circle", "--prompt", "a blue square")
+    batch = workspace.json("sample", "--model", "models:/painter@champion", "--count", "4", *options)
     [origin] = traced_and_reproduced(workspace, batch["uri"])
     assert origin["files"]["unet/diffusion_pytorch_model.safetensors"] == sha256_file(
         workspace.folder / "painter" / "unet" / "diffusion_pytorch_model.safetensors"
     )
-    assert version.tags["darkroom.weights_sha256"] == done["sha256"]
+    assert version.tags["darkroom.weights_sha256"] == result["sha256"]
 
     (workspace.folder / "adapter.yaml").write_text(yaml.safe_dump(ADAPTER))
     for verb in ("train", "evaluate"):
         workspace.json(verb, "--params", "adapter.yaml")
     process = workspace.begin("promote", "--params", "adapter.yaml")
-    _, said = process.communicate(timeout=300)
-    assert process.returncode in (0, 3), said[-3000:]
-    [tuned] = server.search_model_versions("name='captioned-diffusers'")
-    assert tuned.tags["darkroom.start"] == "models:/painter/1"
-    assert tuned.tags["darkroom.bases"] == done["sha256"]
-    assert tuned.tags["darkroom.base_licence"] == "openrail"
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode in (0, 3), errors[-3000:]
+    [tuned_version] = server.search_model_versions("name='captioned-diffusers'")
+    assert tuned_version.tags["darkroom.start"] == "models:/painter/1"
+    assert tuned_version.tags["darkroom.bases"] == result["sha256"]
+    assert tuned_version.tags["darkroom.base_licence"] == "openrail"
     for path in Path(workspace.folder, ".darkroom", "models").glob("*.safetensors"):
         path.unlink()
-    batch = workspace.json("sample", "--model", "models:/captioned-diffusers/1", "--count", "4", *given)
+    batch = workspace.json("sample", "--model", "models:/captioned-diffusers/1", "--count", "4", *options)
     [origin] = traced_and_reproduced(workspace, batch["uri"])
     assert (origin["uri"], origin["licence"]) == ("models:/painter/1", "openrail")

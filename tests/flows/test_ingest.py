@@ -17,10 +17,10 @@ def test_a_summary_that_cannot_be_read_is_ignored_and_the_page_is_written_again(
     ingest(params.dataset_folder, params.ingest)
     page, summary = dataset_page(params)
     assert find_page(params) == (page, summary)
-    for damaged in ('{"name": "blobs"}', "{", None):
+    for text in ('{"name": "blobs"}', "{", None):
         page.write_text("of another version of Darkroom")
         figures = page.with_suffix(".json")
-        figures.unlink() if damaged is None else figures.write_text(damaged)
+        figures.unlink() if text is None else figures.write_text(text)
         assert find_page(params) == (page, None)
         assert dataset_page(params) == (page, summary)
         assert page.read_text() != "of another version of Darkroom"

@@ -28,7 +28,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
         yield space
 
 
-def opened(browser: Browser, workspace: Workspace, place: str) -> Page:
+def open_page(browser: Browser, workspace: Workspace, place: str) -> Page:
     """A page of MLflow's UI."""
     own = workspace.variables
     credentials = {"username": own["MLFLOW_TRACKING_USERNAME"], "password": own["MLFLOW_TRACKING_PASSWORD"]}
@@ -42,11 +42,11 @@ def test_the_version_its_alias_its_card_and_its_images_are_in_mlflows_ui(
     workspace: Workspace, server: MlflowClient, tmp_path: Path
 ) -> None:
     with chromium() as browser:
-        page = opened(browser, workspace, "models/blobs")
+        page = open_page(browser, workspace, "models/blobs")
         expect(page.get_by_text("Version 1").first).to_be_visible(timeout=PATIENCE)
         expect(page.get_by_text("champion").first).to_be_visible(timeout=PATIENCE)
         page.screenshot(path=tmp_path / "model.png")
-        page = opened(browser, workspace, "models/blobs/versions/1")
+        page = open_page(browser, workspace, "models/blobs/versions/1")
         for heading in ("Gate decision", "How good it is", "Data", "Limits"):
             expect(page.get_by_role("heading", name=heading, exact=True)).to_be_visible(timeout=PATIENCE)
         # MLflow takes the names of images away.
@@ -61,18 +61,18 @@ def test_evaluated_checkpoints_are_logged_models_in_the_mlflow_ui(
     workspace: Workspace, server: MlflowClient, tmp_path: Path
 ) -> None:
     run = server.get_run(server.get_model_version("blobs", "1").run_id)
-    found = server.search_logged_models(
+    logged_models = server.search_logged_models(
         [run.info.experiment_id],
         order_by=[{"field_name": "metrics.eval/kid_efflite0", "ascending": True, "dataset_name": "blobs"}],
     )
-    ours = [model for model in found if model.source_run_id == run.info.run_id]
-    judged = {model.name: model.tags["darkroom.evaluated"] for model in ours if "darkroom.evaluated" in model.tags}
-    assert sorted(judged.values()) == ["in full", "in full", "preliminary"]
+    ours = [model for model in logged_models if model.source_run_id == run.info.run_id]
+    tags = {model.name: model.tags["darkroom.evaluated"] for model in ours if "darkroom.evaluated" in model.tags}
+    assert sorted(tags.values()) == ["in full", "in full", "preliminary"]
     with chromium() as browser:
-        page = opened(browser, workspace, f"experiments/{run.info.experiment_id}/models")
-        for name in judged:
+        page = open_page(browser, workspace, f"experiments/{run.info.experiment_id}/models")
+        for name in tags:
             expect(page.get_by_text(name).first).to_be_visible(timeout=PATIENCE)
-        page.screenshot(path=tmp_path / "judged.png")
+        page.screenshot(path=tmp_path / "evaluated.png")
 
 
 def test_the_comparison_on_the_run_is_whole_in_a_browser(

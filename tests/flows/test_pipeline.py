@@ -1,4 +1,4 @@
-"""The main job against real servers: a folder of images in, a judged model in the registry, prints on S3."""
+"""The main job against real servers: a folder of images in, an evaluated model in the registry, samples on S3."""
 
 import base64
 import io
@@ -39,21 +39,21 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 
 
 @pytest.fixture(scope="module")
-def retrained(workspace: Workspace) -> Any:
+def retrain_result(workspace: Workspace) -> Any:
     """What the first retraining of the workspace says: its model is champion."""
     return workspace.json(*RETRAIN)
 
 
 def test_retrain_ends_in_a_champion_with_lineage_and_samples(
-    workspace: Workspace, server: MlflowClient, retrained: Any
+    workspace: Workspace, server: MlflowClient, retrain_result: Any
 ) -> None:
-    done = retrained
+    result = retrain_result
 
     version = server.get_model_version_by_alias("blobs", "champion")
-    run = server.get_run(done["run_id"])
-    assert version.run_id == done["run_id"]
-    assert version.tags["darkroom.content_digest"] == done["data"]["result"]["content_digest"]
-    assert version.tags["darkroom.dvc_digest"] == done["data"]["version"]["digest"]
+    run = server.get_run(result["run_id"])
+    assert version.run_id == result["run_id"]
+    assert version.tags["darkroom.content_digest"] == result["data"]["result"]["content_digest"]
+    assert version.tags["darkroom.dvc_digest"] == result["data"]["version"]["digest"]
     assert run.inputs.dataset_inputs[0].dataset.digest == version.tags["darkroom.content_digest"][:36]
     assert run.info.status == "FINISHED"
     training = ("loss", "held_out_loss_ema", "train_loss", "images_per_second")
@@ -72,20 +72,20 @@ def test_retrain_ends_in_a_champion_with_lineage_and_samples(
     assert history == {f"history/{name}" for name in ("history.csv", "losses.csv", "preflight.json")}
     assert {item.path for item in server.list_artifacts(run.info.run_id, "explain")} >= {"explain/forward.png"}
 
-    found = objects(workspace, done["samples"]["uri"])
-    assert "_SUCCESS" in found
-    table = pq.read_table(io.BytesIO(found["manifest.parquet"][1])).to_pylist()
+    contents = objects(workspace, result["samples"]["uri"])
+    assert "_SUCCESS" in contents
+    table = pq.read_table(io.BytesIO(contents["manifest.parquet"][1])).to_pylist()
     assert [row["index"] for row in table] == list(range(40))
     for row in table:
-        png = found[row["key"]][1]
+        png = contents[row["key"]][1]
         assert sha256_bytes(png) == row["sha256"]
         image = Image.open(io.BytesIO(png))
         assert sha256_bytes(image.tobytes()) == row["pixels_sha256"]
         assert image.text["darkroom:seed"] == "5"
-        assert (row["version"], row["run_id"]) == (int(version.version), done["run_id"])
+        assert (row["version"], row["run_id"]) == (int(version.version), result["run_id"])
         assert row["guidance"] == evaluation.sampling.guidance
         assert row["content_digest"] == version.tags["darkroom.content_digest"]
-    assert len(found) == 40 + 5
+    assert len(contents) == 40 + 5
 
 
 def test_model_card_of_the_champion_is_shown(workspace: Workspace, server: MlflowClient) -> None:
@@ -97,13 +97,13 @@ def test_model_card_of_the_champion_is_shown(workspace: Workspace, server: Mlflo
 
 def test_the_champion_is_exported_with_its_names(workspace: Workspace, server: MlflowClient) -> None:
     version = server.get_model_version_by_alias("blobs", "champion")
-    done = workspace.json("model", "export", "--to", "diffusers", "--out", "exports/blobs")
-    assert (done["version"], done["run_id"]) == (f"models:/blobs/{version.version}", version.run_id)
-    assert done["weights_sha256"] == version.tags["darkroom.weights_sha256"]
-    told = (workspace.folder / "exports" / "blobs" / "README.md").read_text()
-    assert version.run_id in told
-    assert version.tags["darkroom.content_digest"] in told
-    bom = json.loads((workspace.folder / done["bom"]).read_text())
+    result = workspace.json("model", "export", "--to", "diffusers", "--out", "exports/blobs")
+    assert (result["version"], result["run_id"]) == (f"models:/blobs/{version.version}", version.run_id)
+    assert result["weights_sha256"] == version.tags["darkroom.weights_sha256"]
+    card = (workspace.folder / "exports" / "blobs" / "README.md").read_text()
+    assert version.run_id in card
+    assert version.tags["darkroom.content_digest"] in card
+    bom = json.loads((workspace.folder / result["bom"]).read_text())
     kinds = {each["type"]: each for each in bom["components"]}
     assert kinds["data"]["hashes"][0]["content"] == version.tags["darkroom.content_digest"]
     assert kinds["library"]["purl"].startswith("pkg:pypi/")
@@ -111,17 +111,17 @@ def test_the_champion_is_exported_with_its_names(workspace: Workspace, server: M
     assert any("confidenceInterval" in each for each in metrics)
 
 
-def test_repeated_retrain_does_nothing(workspace: Workspace, server: MlflowClient, retrained: Any) -> None:
-    before = objects(workspace, retrained["samples"]["uri"])
+def test_repeated_retrain_does_nothing(workspace: Workspace, server: MlflowClient, retrain_result: Any) -> None:
+    before = objects(workspace, retrain_result["samples"]["uri"])
     again = workspace.json(*RETRAIN)
-    assert again["verdict"]["version"] == retrained["verdict"]["version"]
-    assert again["run_id"] == retrained["run_id"]
-    assert objects(workspace, retrained["samples"]["uri"]) == before
+    assert again["verdict"]["version"] == retrain_result["verdict"]["version"]
+    assert again["run_id"] == retrain_result["run_id"]
+    assert objects(workspace, retrain_result["samples"]["uri"]) == before
     assert len(server.search_model_versions("name='blobs'")) == 1
 
 
 def test_retrainings_of_the_same_from_other_folders_leave_one_run_and_one_version(
-    workspace: Workspace, server: MlflowClient, tmp_path: Path, retrained: Any
+    workspace: Workspace, server: MlflowClient, tmp_path: Path, retrain_result: Any
 ) -> None:
     others = [Workspace(tmp_path / name) for name in ("a", "b")]
     for each in others:
@@ -132,17 +132,20 @@ def test_retrainings_of_the_same_from_other_folders_leave_one_run_and_one_versio
     for process in started:
         out, err = process.communicate(timeout=600)
         assert process.returncode == 0, err[-3000:]
-        done = json.loads(out)
-        assert (done["run_id"], done["verdict"]["version"]) == (retrained["run_id"], retrained["verdict"]["version"])
+        result = json.loads(out)
+        assert (result["run_id"], result["verdict"]["version"]) == (
+            retrain_result["run_id"],
+            retrain_result["verdict"]["version"],
+        )
     assert len(server.search_model_versions("name='blobs'")) == 1
-    runs = server.search_runs([server.get_run(retrained["run_id"]).info.experiment_id])
-    assert [run.info.run_id for run in runs if "darkroom.train_key" in run.data.tags] == [retrained["run_id"]]
-    points = server.get_metric_history(retrained["run_id"], "train/loss")
+    runs = server.search_runs([server.get_run(retrain_result["run_id"]).info.experiment_id])
+    assert [run.info.run_id for run in runs if "darkroom.train_key" in run.data.tags] == [retrain_result["run_id"]]
+    points = server.get_metric_history(retrain_result["run_id"], "train/loss")
     assert len({point.step for point in points}) == len(points)
 
 
 def test_registered_model_loads_without_pickle_and_regenerates_samples(
-    workspace: Workspace, tmp_path: Path, retrained: Any
+    workspace: Workspace, tmp_path: Path, retrain_result: Any
 ) -> None:
     script = (
         "import mlflow, pandas as pd, sys\n"
@@ -161,14 +164,14 @@ def test_registered_model_loads_without_pickle_and_regenerates_samples(
         size = int.from_bytes(data[:4], "big")
         pngs.append(data[4 : 4 + size])
         data = data[4 + size :]
-    printed = objects(workspace, retrained["samples"]["uri"])
+    samples = objects(workspace, retrain_result["samples"]["uri"])
     for png, index in zip(pngs, (39, 2), strict=True):
-        ours = Image.open(io.BytesIO(printed[f"{index:08d}.png"][1]))
+        ours = Image.open(io.BytesIO(samples[f"{index:08d}.png"][1]))
         assert Image.open(io.BytesIO(png)).tobytes() == ours.tobytes()
 
 
-def test_the_registered_model_answers_over_http(workspace: Workspace, tmp_path: Path, retrained: Any) -> None:
-    printed = objects(workspace, retrained["samples"]["uri"])["00000002.png"][1]
+def test_the_registered_model_answers_over_http(workspace: Workspace, tmp_path: Path, retrain_result: Any) -> None:
+    sample = objects(workspace, retrain_result["samples"]["uri"])["00000002.png"][1]
     [port] = choose_ports(1)
     serve = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/blobs@champion"]
     serve += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
@@ -191,26 +194,26 @@ def test_the_registered_model_answers_over_http(workspace: Workspace, tmp_path: 
                 time.sleep(0.5)
         rows = [
             {"seed": 5, "index": 2},
-            {"seed": 5, "task": "img2img", "image": base64.b64encode(printed).decode(), "strength": 0.3, "count": 2},
+            {"seed": 5, "task": "img2img", "image": base64.b64encode(sample).decode(), "strength": 0.3, "count": 2},
         ]
         answer = client.post("/invocations", json={"dataframe_records": rows})
         assert answer.status_code == 200, answer.text
         images = [
             Image.open(io.BytesIO(base64.b64decode(row["png"]))).tobytes() for row in answer.json()["predictions"]
         ]
-        ours = Image.open(io.BytesIO(printed)).tobytes()
+        ours = Image.open(io.BytesIO(sample)).tobytes()
         assert images[0] == ours
         assert len({ours, *images}) == 3
-        refused = client.post("/invocations", json={"dataframe_records": [{"seed": 5, "prompt": "a cat"}]})
-        assert refused.status_code == 400
-        assert "the model was trained without captions" in refused.json()["message"]
+        response = client.post("/invocations", json={"dataframe_records": [{"seed": 5, "prompt": "a cat"}]})
+        assert response.status_code == 400
+        assert "the model was trained without captions" in response.json()["message"]
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGKILL)
         server.wait()
 
 
-def test_champion_edits_images_over_the_cli(workspace: Workspace, retrained: Any) -> None:
+def test_champion_edits_images_over_the_cli(workspace: Workspace, retrain_result: Any) -> None:
     source = str(next((workspace.folder / "images").rglob("*.png")))
     varied = workspace.json("edit", "img2img", source, "--count", "2", "--strength", "0.4")
     assert varied["model"] == "models:/blobs/1"
@@ -220,21 +223,23 @@ def test_champion_edits_images_over_the_cli(workspace: Workspace, retrained: Any
     assert "there is no" not in workspace.run("edit", "interpolate", "0", code=2)
 
 
-def test_a_worse_model_is_rejected_with_its_reason(workspace: Workspace, server: MlflowClient, retrained: Any) -> None:
+def test_a_worse_model_is_rejected_with_its_reason(
+    workspace: Workspace, server: MlflowClient, retrain_result: Any
+) -> None:
     champion = server.get_model_version_by_alias("blobs", "champion").version
     short = ["--set", "training.images=16", "--set", "training.checkpoints=1"]
     workspace.run("train", "--restart", *short)
     workspace.run("evaluate", *short)
     verdict = workspace.json("promote", *short, code=3)
     assert (verdict["promoted"], verdict["verdict"]) == (False, "reject")
-    rejected = server.get_model_version("blobs", str(verdict["version"]["number"]))
-    assert rejected.version != champion
+    rejected_version = server.get_model_version("blobs", str(verdict["version"]["number"]))
+    assert rejected_version.version != champion
     # Either may be guided, and so cost more.
     assert re.match(
         r"worse (than the champion|by more than δ at .* of the champion's cost): kid_efflite0", verdict["reason"]
     )
-    assert verdict["reason"].split(";")[0] in (rejected.description or "")
-    artifacts = {item.path for item in server.list_artifacts(rejected.run_id, "evaluation")}
+    assert verdict["reason"].split(";")[0] in (rejected_version.description or "")
+    artifacts = {item.path for item in server.list_artifacts(rejected_version.run_id, "evaluation")}
     assert "evaluation/champion_comparison.json" in artifacts
     assert server.get_model_version_by_alias("blobs", "champion").version == champion
 
@@ -249,18 +254,18 @@ def test_retrain_killed_at_random_moments_ends_the_same(workspace: Workspace, se
         time.sleep(moments.uniform(0.5, 15))
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    done = workspace.json(*command)
+    result = workspace.json(*command)
 
     versions = server.search_model_versions("name='killed'")
     assert [version.version for version in versions] == ["1"]
     assert server.get_model_version_by_alias("killed", "champion").version == "1"
     runs = server.search_runs([server.get_experiment_by_name("killed").experiment_id])
-    assert [run.info.run_id for run in runs] == [done["run_id"]]
-    losses = server.get_metric_history(done["run_id"], "train/loss")
+    assert [run.info.run_id for run in runs] == [result["run_id"]]
+    losses = server.get_metric_history(result["run_id"], "train/loss")
     assert len({point.step for point in losses}) == len(losses)
     assert max(point.step for point in losses) == 1600
-    found = objects(workspace, done["samples"]["uri"])
-    assert len([key for key in found if key.endswith(".png")]) == 40
+    contents = objects(workspace, result["samples"]["uri"])
+    assert len([key for key in contents if key.endswith(".png")]) == 40
     undisturbed = ["--set", "training.seed=1", "--set", "training.output=runs/undisturbed"]
     workspace.run("train", "--local", *undisturbed)
     final = [workspace.folder / "runs" / name / "final.safetensors" for name in ("killed", "undisturbed")]
@@ -277,9 +282,9 @@ def test_best_of_the_post_hoc_ema_models_is_promoted(workspace: Workspace, serve
         "registry.model": "averages",
     }
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    done = workspace.json("retrain", "images", "--count", "8", *words)
+    result = workspace.json("retrain", "images", "--count", "8", *words)
     version = server.get_model_version_by_alias("averages", "champion")
-    assert version.run_id == done["run_id"]
+    assert version.run_id == result["run_id"]
     evaluation = json.loads((workspace.folder / "reports" / "blobs" / "evaluation.json").read_text())
     names = {Path(each["file"]).name for each in evaluation["checkpoints"]}
     assert names == {"0000001600.safetensors", *(f"std-{each:g}.safetensors" for each in (0.03, 0.12, 0.18, 0.24))}
@@ -300,33 +305,33 @@ def test_a_shard_cut_in_half_is_named_and_retrain_mends_it(workspace: Workspace)
 
 
 def test_threads_processes_and_ray_make_the_same_shards(workspace: Workspace) -> None:
-    made = {}
+    shards_by_runner = {}
     for runner in ("threads", "processes", "ray"):
-        done = workspace.json("ingest", "images", "--dataset", f"by-{runner}", "--set", f"ingest.runner={runner}")
+        result = workspace.json("ingest", "images", "--dataset", f"by-{runner}", "--set", f"ingest.runner={runner}")
         folder = workspace.folder / "data" / f"by-{runner}"
         shards = {path.name: path.read_bytes() for path in (folder / "shards").iterdir()}
-        made[runner] = (done["content_digest"], shards)
-    assert made["threads"] == made["processes"] == made["ray"]
+        shards_by_runner[runner] = (result["content_digest"], shards)
+    assert shards_by_runner["threads"] == shards_by_runner["processes"] == shards_by_runner["ray"]
 
 
 def test_champion_is_distilled_into_a_version_that_names_its_teacher_and_once_only(
-    workspace: Workspace, server: MlflowClient, retrained: Any
+    workspace: Workspace, server: MlflowClient, retrain_result: Any
 ) -> None:
-    teacher = retrained["verdict"]["champion"]
+    teacher = retrain_result["verdict"]["champion"]
     words = ("distill", "--set", "distillation.images=960", "--json")
-    found = []
+    versions = []
     for _ in range(2):
         process = workspace.begin(*words)
         out, err = process.communicate(timeout=600)
         assert process.returncode in (0, 3), err[-3000:]
-        found.append(json.loads(out)["version"])
-    assert found[0]["number"] == found[1]["number"] > teacher
-    version = server.get_model_version("blobs", str(found[0]["number"]))
+        versions.append(json.loads(out)["version"])
+    assert versions[0]["number"] == versions[1]["number"] > teacher
+    version = server.get_model_version("blobs", str(versions[0]["number"]))
     assert version.tags["darkroom.start"] == f"models:/blobs/{teacher}"
     header = read_model_header(workspace.folder / "runs" / "blobs-student" / "weights.safetensors")
     assert header.student_steps == 2
-    done = workspace.json("sample", "--model", f"models:/blobs/{version.version}", "--count", "4")
-    batch = json.loads(objects(workspace, done["uri"])["batch.json"][1])
+    result = workspace.json("sample", "--model", f"models:/blobs/{version.version}", "--count", "4")
+    batch = json.loads(objects(workspace, result["uri"])["batch.json"][1])
     assert (batch["sampling"]["sampler"], batch["sampling"]["steps"]) == ("consistency", 2)
 
 
@@ -353,16 +358,16 @@ def test_user_mistakes_are_one_line_and_exit_2(workspace: Workspace) -> None:
 
 
 def test_a_training_with_the_default_batch_is_the_one_that_its_evaluation_finds(
-    workspace: Workspace, server: MlflowClient, retrained: Any
+    workspace: Workspace, server: MlflowClient, retrain_result: Any
 ) -> None:
     default = ["--set", "training.batch_size=null", "--set", "training.output=runs/default", "--set"]
     settings = [*default, "training.images=320", "--set", "registry.model=default"]
-    done = workspace.json("train", *settings)
-    assert server.get_run(done["run_id"]).data.params["training.batch_size"] == "64"
+    result = workspace.json("train", *settings)
+    assert server.get_run(result["run_id"]).data.params["training.batch_size"] == "64"
     workspace.run("evaluate", *settings)
-    assert "eval/kid_efflite0" in server.get_run(done["run_id"]).data.metrics
+    assert "eval/kid_efflite0" in server.get_run(result["run_id"]).data.metrics
 
 
-def test_a_sweep_of_a_default_and_its_value_is_an_error(workspace: Workspace, retrained: Any) -> None:
+def test_a_sweep_of_a_default_and_its_value_is_an_error(workspace: Workspace, retrain_result: Any) -> None:
     settings = ("--set", "training.images=320", "--set", "registry.model=twice")
     assert "batch_size" in workspace.run("sweep", "--over", "training.batch_size=null,64", *settings, code=2)

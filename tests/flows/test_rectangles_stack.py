@@ -53,7 +53,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 
 @pytest.mark.parametrize("form", [pytest.param("png", marks=pytest.mark.long), "tar"])
 def test_rectangles_go_from_their_source_to_s3_and_back(workspace: Workspace, server: MlflowClient, form: str) -> None:
-    done = workspace.json("retrain", "pictures", "--count", "8", "--seed", "5")
+    result = workspace.json("retrain", "pictures", "--count", "8", "--seed", "5")
     version = server.get_model_version_by_alias("blobs", "champion")
     weights = workspace.folder / "runs" / "blobs" / "final.safetensors"
     model = load_model(weights)
@@ -72,7 +72,7 @@ def test_rectangles_go_from_their_source_to_s3_and_back(workspace: Workspace, se
     assert "<h2>Shapes</h2>" in (workspace.folder / "reports" / "blobs" / "report.html").read_text()
 
     # The shape of most training images by default, or that of each row.
-    default = objects(workspace, done["samples"]["uri"])
+    default = objects(workspace, result["samples"]["uri"])
     height, width = next(iter(model.header.trained_shapes))
     assert Image.open(io.BytesIO(default["00000003.png"][1])).size == (width, height)
     sizes = ["24x12", "20x28", "", "16x16", "12x24"] * 4
@@ -80,18 +80,18 @@ def test_rectangles_go_from_their_source_to_s3_and_back(workspace: Workspace, se
     table.write_text("\n".join(["label,size", *(f"red,{size}" for size in sizes)]))
     words = ["--set", f"sampling_batch.format={form}", "--seed", "7"]
     batch = workspace.json("sample", "--requests", str(table), *words)
-    found = objects(workspace, batch["uri"])
-    rows = pq.read_table(io.BytesIO(found["manifest.parquet"][1])).to_pylist()
-    named = [(row["width"], row["height"]) for row in rows]
+    contents = objects(workspace, batch["uri"])
+    rows = pq.read_table(io.BytesIO(contents["manifest.parquet"][1])).to_pylist()
+    sizes_of_rows = [(row["width"], row["height"]) for row in rows]
     expected = [tuple(map(int, size.split("x"))) if size else (width, height) for size in sizes]
-    assert named == expected
-    assert Counter(named)[20, 28] == 4
+    assert sizes_of_rows == expected
+    assert Counter(sizes_of_rows)[20, 28] == 4
 
     if form == "png":
         row = rows[6]
-        png = Image.open(io.BytesIO(found["00000006.png"][1]))
+        png = Image.open(io.BytesIO(contents["00000006.png"][1]))
         assert (row["index"], png.size) == (6, (20, 28))
-        about = json.loads(found["batch.json"][1])
+        about = json.loads(contents["batch.json"][1])
         assert about["requests"]["columns"] == ["label", "size"]
         image = f"{batch['uri']}00000006.png"
         traced = workspace.json("trace", image)
@@ -103,16 +103,16 @@ def test_rectangles_go_from_their_source_to_s3_and_back(workspace: Workspace, se
 
     wide = workspace.json("sample", "--count", "4", "--size", "48x24", "--seed", "9", *words[:2])
     if form == "png":
-        stored = Image.open(io.BytesIO(objects(workspace, wide["uri"])["00000002.png"][1]))
-        assert stored.size == (48, 24)
+        stored_image = Image.open(io.BytesIO(objects(workspace, wide["uri"])["00000002.png"][1]))
+        assert stored_image.size == (48, 24)
     assert len(workspace.run("sample", "--count", "4", "--size", "4x400", code=2).strip().splitlines()) == 1
 
 
 def test_the_python_interface_gives_the_image_of_the_batch(workspace: Workspace) -> None:
-    done = workspace.json("sample", "--count", "4", "--size", "24x12", "--seed", "3")
-    stored = Image.open(io.BytesIO(objects(workspace, done["uri"])["00000001.png"][1]))
+    result = workspace.json("sample", "--count", "4", "--size", "24x12", "--seed", "3")
+    stored_image = Image.open(io.BytesIO(objects(workspace, result["uri"])["00000001.png"][1]))
     # The registered file, which has the guidance that evaluation chose.
     generator = diffusion.load(workspace.folder / "runs" / "blobs" / "weights.safetensors", steps=8, sampler="dpmpp_2m")
     config = generator.sampling.model_copy(update={"compute_batch": 8})
     images = sample(generator.model.at((12, 24)), [1], 3, generator.model.header.sampling(config))
-    assert image_of(images[0]).tobytes() == stored.tobytes()
+    assert image_of(images[0]).tobytes() == stored_image.tobytes()

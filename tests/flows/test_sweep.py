@@ -10,14 +10,14 @@ PARAMS = Params.model_validate({"training": {"dataset": "faces", "images": 100},
 
 def test_every_sweep_combination_has_its_own_folders() -> None:
     over = parse_over(["training.learning_rate=1e-3,4e-3", "model.channel_mult=[1,2],[1, 2, 2]"])
-    found = combinations(PARAMS, over)
-    tried = [(each.params.training.learning_rate, each.params.model.channel_mult) for each in found]
-    assert tried == [(0.001, (1, 2)), (0.001, (1, 2, 2)), (0.004, (1, 2)), (0.004, (1, 2, 2))]
-    assert all((each.params.model.width, each.params.training.images) == (16, 100) for each in found)
-    assert len({each.params.run_folder for each in found}) == len({each.folder for each in found}) == 4
-    assert all(each.params.run_folder.is_relative_to("runs/sweeps/faces") for each in found)
-    assert all(each.folder.is_relative_to("reports/faces/sweeps") for each in found)
-    assert found[0].params.sampling == PARAMS.sampling
+    all_runs = combinations(PARAMS, over)
+    settings = [(each.params.training.learning_rate, each.params.model.channel_mult) for each in all_runs]
+    assert settings == [(0.001, (1, 2)), (0.001, (1, 2, 2)), (0.004, (1, 2)), (0.004, (1, 2, 2))]
+    assert all((each.params.model.width, each.params.training.images) == (16, 100) for each in all_runs)
+    assert len({each.params.run_folder for each in all_runs}) == len({each.folder for each in all_runs}) == 4
+    assert all(each.params.run_folder.is_relative_to("runs/sweeps/faces") for each in all_runs)
+    assert all(each.folder.is_relative_to("reports/faces/sweeps") for each in all_runs)
+    assert all_runs[0].params.sampling == PARAMS.sampling
 
 
 def test_sweep_folder_depends_on_init_from() -> None:
@@ -45,6 +45,6 @@ def test_sweep_folder_depends_on_init_from() -> None:
     ],
 )
 def test_invalid_sweep_is_a_one_line_error(words: list[str], error: str) -> None:
-    with pytest.raises(UserError, match=error) as raised:
+    with pytest.raises(UserError, match=error) as error_info:
         combinations(PARAMS, parse_over(words))
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(error_info.value)

@@ -45,9 +45,9 @@ def test_ingest_elsewhere_does_not_restore_removed_images(two: tuple[Machine, Ma
     one.take_down(REMOVED)
     assert REMOVED not in one.images
     # Its folder holds the version of before, and its source the image.
-    done = other.ingest(200)
+    result = other.ingest(200)
     assert other.images == {*BASE, 200} - {REMOVED}
-    assert (done.added, other.newest) == (1, other.version.digest)
+    assert (result.added, other.newest) == (1, other.version.digest)
     fresh = machine("fresh")
     fresh.ingest(*BASE)
     assert fresh.images == other.images
@@ -155,10 +155,10 @@ class RunHost:
 
     def train(self, content: str, **tags: str) -> str:
         """A run on a version of the data set with this content digest."""
-        found = self.client.get_experiment_by_name(self.model)
-        experiment = found.experiment_id if found else self.client.create_experiment(self.model)
-        named = {"darkroom.dataset": NAME, "darkroom.content_digest": content, **tags}
-        return str(self.client.create_run(experiment, tags=named, run_name="train").info.run_id)
+        mlflow_experiment = self.client.get_experiment_by_name(self.model)
+        experiment = mlflow_experiment.experiment_id if mlflow_experiment else self.client.create_experiment(self.model)
+        tags_of_run = {"darkroom.dataset": NAME, "darkroom.content_digest": content, **tags}
+        return str(self.client.create_run(experiment, tags=tags_of_run, run_name="train").info.run_id)
 
     def register(self, run_id: str) -> Version:
         """A version that the run made, with the tags that ``promote`` gives it."""
@@ -169,10 +169,10 @@ class RunHost:
 
     def commit(self, version: Version) -> list[str]:
         """What is in the ledger once the gate found ``version`` better."""
-        evidence = Evidence(verdict="promote", reason="better")
+        gate_evidence = Evidence(verdict="promote", reason="better")
         with chdir(self.machine.folder):
             champion = Ledger.of(self.model).read().alias_numbers.champion
-            judgement = promote.GateResult(champion=champion, evidence=evidence)
+            judgement = promote.GateResult(champion=champion, evidence=gate_evidence)
             return [entry.what for entry in promote.commit(MlflowClient(), version, judgement, None).entries]
 
     def marks(self, version: Version) -> tuple[str | None, str | None]:
@@ -188,11 +188,11 @@ def run_host(two: tuple[Machine, Machine], mlflow_client: MlflowClient) -> RunHo
 
 def take_down_and_tag(run_host: RunHost, elsewhere: Machine) -> str:
     """A whole takedown, on another machine."""
-    held = elsewhere.version.content_digest
+    removed_content = elsewhere.version.content_digest
     removal = elsewhere.take_down(REMOVED)
     with chdir(elsewhere.folder):
-        found = find_derived(NAME, {held}, {held}, settings().bucket)
-        mark([run.run_id for run in found.runs], [model.uri for model in found.models], removal)
+        descendants = find_derived(NAME, {removed_content}, {removed_content}, settings().bucket)
+        mark([run.run_id for run in descendants.runs], [model.uri for model in descendants.models], removal)
     return removal.name
 
 
@@ -203,8 +203,8 @@ def elsewhere(two: tuple[Machine, Machine]) -> Machine:
 
 
 def test_gate_never_promotes_versions_trained_on_removed_images(run_host: RunHost, elsewhere: Machine) -> None:
-    held, others = run_host.machine.version.content_digest, ("d" * 64, "e" * 64, "f" * 64)
-    version = run_host.register(run_host.train(held))
+    removed_content, others = run_host.machine.version.content_digest, ("d" * 64, "e" * 64, "f" * 64)
+    version = run_host.register(run_host.train(removed_content))
     later = run_host.register(run_host.train(others[0], **{START: version.uri}))
     inside = run_host.register(run_host.train(others[1], **{AUTOENCODER: later.uri}))
     clean = run_host.register(run_host.train(others[2]))

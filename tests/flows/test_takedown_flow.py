@@ -55,7 +55,7 @@ def mlflow(no_servers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return MlflowClient()
 
 
-def stored(place: Place) -> set[str]:
+def remote_keys(place: Place) -> set[str]:
     """The objects on DVC's remote, by MD5."""
     keys = Store().list_keys(place.bucket, "dvc/files/md5/")
     return {"".join(key.split("/")[-2:]) for key in keys}
@@ -83,10 +83,10 @@ def test_purge_clears_cache_and_remote_of_what_only_the_versions_with_the_images
     first, second, third, consisted = take_down(place)
     third_files = files_of(FOLDER)
     going = {consisted[second.shards[1].name], consisted[second.parts[1].records.name]}
-    assert going <= stored(place) & cached()
+    assert going <= remote_keys(place) & cached()
     deleted = set(purge_dvc([second], [first, third], place.source))
     assert going == {name for name in deleted if not name.endswith(".dir")}
-    assert not deleted & (stored(place) | cached())
+    assert not deleted & (remote_keys(place) | cached())
 
     with pytest.raises(UserError, match=r"neither in .* nor in DVC's cache"):
         checkout(FOLDER, second.digest, place.reach, with_removed=True)
@@ -112,7 +112,7 @@ def test_purge_leaves_what_another_data_set_needs(place: Place) -> None:
     shared = consisted[second.shards[1].name]
     assert shared in md5s(files_of(other)).values()
     purge_dvc([second], [first, third], place.source)
-    assert shared in stored(place) & cached()
+    assert shared in remote_keys(place) & cached()
 
 
 @pytest.mark.slow
@@ -121,26 +121,26 @@ def test_purge_that_was_cut_off_ends_the_same(place: Place) -> None:
     half = consisted[second.shards[1].name]
     Store().delete_many(place.bucket, [f"dvc/files/md5/{half[:2]}/{half[2:]}"])
     purge_dvc([second], [first, third], place.source)
-    left = stored(place), cached()
-    assert consisted[second.parts[1].records.name] not in left[0] | left[1]
+    remaining_keys = remote_keys(place), cached()
+    assert consisted[second.parts[1].records.name] not in remaining_keys[0] | remaining_keys[1]
     assert purge_dvc([second], [first, third], place.source) == []
-    assert (stored(place), cached()) == left
+    assert (remote_keys(place), cached()) == remaining_keys
 
 
 @pytest.mark.slow
 def test_purged_files_can_be_pushed_again(place: Place) -> None:
     first, second, third, _ = take_down(place)
-    kept = Path("kept")
+    backup = Path("kept")
     checkout(FOLDER, second.digest, place.reach, with_removed=True)
-    shutil.copytree(FOLDER, kept)
+    shutil.copytree(FOLDER, backup)
     checkout(FOLDER, third.digest, place.reach)
     purge_dvc([second], [first, third], place.source)
     shutil.rmtree(FOLDER)
-    shutil.copytree(kept, FOLDER)
+    shutil.copytree(backup, FOLDER)
     record_data(FOLDER, place.source)
     place.forget()
     checkout(FOLDER, second.digest, place.reach, with_removed=True)
-    assert files_of(FOLDER) == files_of(kept)
+    assert files_of(FOLDER) == files_of(backup)
 
 
 def test_purge_clears_work_files_fetched_shards_and_pages_of_those_versions_alone(
@@ -187,8 +187,8 @@ def test_reports_of_other_darkroom_versions_are_deleted_too(name: str, dataset: 
 
 
 def run_on(mlflow: MlflowClient, digest: str, dataset: str = "blobs", experiment: str = "blobs") -> str:
-    found = mlflow.get_experiment_by_name(experiment)
-    experiment_id = found.experiment_id if found else mlflow.create_experiment(experiment)
+    mlflow_experiment = mlflow.get_experiment_by_name(experiment)
+    experiment_id = mlflow_experiment.experiment_id if mlflow_experiment else mlflow.create_experiment(experiment)
     tags = {"darkroom.content_digest": digest, "darkroom.dataset": dataset}
     return str(mlflow.create_run(experiment_id, tags=tags, run_name="train").info.run_id)
 
@@ -200,35 +200,40 @@ def version_of(mlflow: MlflowClient, name: str, run_id: str, digest: str | None)
     return str(mlflow.create_model_version(name, "file:///nowhere", run_id, tags=tags).version)
 
 
-def named(found: DerivedArtifacts) -> tuple[list[str], list[str]]:
-    return [run.run_id for run in found.runs], [model.uri for model in found.models]
+def named(descendants: DerivedArtifacts) -> tuple[list[str], list[str]]:
+    return [run.run_id for run in descendants.runs], [model.uri for model in descendants.models]
 
 
 def test_derived_runs_versions_and_samples_are_found_by_content(
     bucket: str, mlflow: MlflowClient, s3_environment: dict[str, str]
 ) -> None:
-    held, clean = "a" * 64, "b" * 64
-    runs = [run_on(mlflow, held), run_on(mlflow, held, "copy", "copy"), run_on(mlflow, clean), run_on(mlflow, "c" * 64)]
-    made = [version_of(mlflow, "blobs", runs[0], held), version_of(mlflow, "blobs", runs[2], clean)]
+    removed_content, clean = "a" * 64, "b" * 64
+    runs = [
+        run_on(mlflow, removed_content),
+        run_on(mlflow, removed_content, "copy", "copy"),
+        run_on(mlflow, clean),
+        run_on(mlflow, "c" * 64),
+    ]
+    versions = [version_of(mlflow, "blobs", runs[0], removed_content), version_of(mlflow, "blobs", runs[2], clean)]
     version_of(mlflow, "copy", runs[1], None)
-    mlflow.set_registered_model_alias("blobs", "champion", made[0])
+    mlflow.set_registered_model_alias("blobs", "champion", versions[0])
     store = Store()
     for key in ("blobs/1/one/batch.json", "blobs/1/one/00000000.png", "blobs/1/two/batch.json", "blobs/2/x/batch.json"):
         store.put_once(bucket, f"samples/{key}", b"")
     store.put_once(bucket, "samples/blobs/11/x/batch.json", b"")
 
-    found = find_derived("blobs", {held}, {held, clean}, bucket)
-    assert {run.run_id for run in found.runs} == set(runs[:2])
-    assert [(model.uri, model.aliases) for model in found.models] == [
+    descendants = find_derived("blobs", {removed_content}, {removed_content, clean}, bucket)
+    assert {run.run_id for run in descendants.runs} == set(runs[:2])
+    assert [(model.uri, model.aliases) for model in descendants.models] == [
         ("models:/blobs/1", ["champion"]),
         ("models:/copy/1", []),
     ]
-    assert found.samples == [f"s3://{bucket}/samples/blobs/1/one/", f"s3://{bucket}/samples/blobs/1/two/"]
-    assert found.unclear_runs == [runs[3]]
+    assert descendants.samples == [f"s3://{bucket}/samples/blobs/1/one/", f"s3://{bucket}/samples/blobs/1/two/"]
+    assert descendants.unclear_runs == [runs[3]]
 
     for _ in range(2):
-        mark(*named(found), REMOVAL)
-    mark(*named(found), REMOVAL.model_copy(update={"image_keys": ["5" * 64]}))
+        mark(*named(descendants), REMOVAL)
+    mark(*named(descendants), REMOVAL.model_copy(update={"image_keys": ["5" * 64]}))
     names = {REMOVAL.name, REMOVAL.model_copy(update={"image_keys": ["5" * 64]}).name}
     tags = mlflow.get_run(runs[0]).data.tags
     assert set(tags["darkroom.takedown"].split(",")) == names
@@ -244,15 +249,15 @@ def test_derived_runs_versions_and_samples_are_found_by_content(
 def test_warm_started_descendants_are_derived_transitively(
     bucket: str, mlflow: MlflowClient, s3_environment: dict[str, str]
 ) -> None:
-    held, clean = "a" * 64, "b" * 64
-    runs = [run_on(mlflow, held), *(run_on(mlflow, clean) for _ in range(3))]
+    removed_content, clean = "a" * 64, "b" * 64
+    runs = [run_on(mlflow, removed_content), *(run_on(mlflow, clean) for _ in range(3))]
     for run in runs:
         version_of(mlflow, "blobs", run, None)
     for run, start in zip(runs[1:3], ("models:/blobs/1", "models:/blobs/2"), strict=True):
         mlflow.set_tag(run, "darkroom.start", start)
-    found = find_derived("blobs", {held}, {held, clean}, bucket)
-    assert {run.run_id for run in found.runs} == set(runs[:3])
-    assert [model.uri for model in found.models] == [f"models:/blobs/{number}" for number in (1, 2, 3)]
+    descendants = find_derived("blobs", {removed_content}, {removed_content, clean}, bucket)
+    assert {run.run_id for run in descendants.runs} == set(runs[:3])
+    assert [model.uri for model in descendants.models] == [f"models:/blobs/{number}" for number in (1, 2, 3)]
 
 
 def test_takedown_keeps_run_notes_and_clears_real_images(
@@ -260,18 +265,23 @@ def test_takedown_keeps_run_notes_and_clears_real_images(
 ) -> None:
     run = run_on(mlflow, "a" * 64)
     mlflow.set_tag(run, "mlflow.note.content", "our best")
-    kept = ["dataset/manifest.json", "evaluation/evaluation.json", "evaluation/grids/0000000016-ab.png", "params.json"]
-    shown = ["dataset/page.html", "evaluation/report.html", "evaluation/grids/held_out.png", "explain/forward.png"]
-    for path in (*kept, *shown):
+    files = ["dataset/manifest.json", "evaluation/evaluation.json", "evaluation/grids/0000000016-ab.png", "params.json"]
+    image_files = [
+        "dataset/page.html",
+        "evaluation/report.html",
+        "evaluation/grids/held_out.png",
+        "explain/forward.png",
+    ]
+    for path in (*files, *image_files):
         mlflow.log_text(run, "x", path)
-    found = find_derived("blobs", {"a" * 64}, {"a" * 64}, bucket)
-    mark(*named(found), REMOVAL)
+    descendants = find_derived("blobs", {"a" * 64}, {"a" * 64}, bucket)
+    mark(*named(descendants), REMOVAL)
     assert mlflow.get_run(run).data.tags["mlflow.note.content"].startswith("our best\n\nTakedown")
-    assert sorted(clear_images(found)) == [f"runs:/{run}/{path}" for path in sorted(shown)]
+    assert sorted(clear_images(descendants)) == [f"runs:/{run}/{path}" for path in sorted(image_files)]
     folders = ("", "dataset", "evaluation", "evaluation/grids", "explain")
-    left = {item.path for folder in folders for item in mlflow.list_artifacts(run, folder) if not item.is_dir}
-    assert left == set(kept)
-    assert clear_images(found) == []
+    paths = {item.path for folder in folders for item in mlflow.list_artifacts(run, folder) if not item.is_dir}
+    assert paths == set(files)
+    assert clear_images(descendants) == []
 
 
 def test_held_out_images_are_cleared_from_evaluations_of_versions_that_learned_from_others(
@@ -281,20 +291,20 @@ def test_held_out_images_are_cleared_from_evaluations_of_versions_that_learned_f
     mlflow.set_tag(run, EVALUATED_ON, join_takedown_names("c" * 64, "a" * 64))
     for path in ("dataset/page.html", "evaluation/report.html", "evaluation/grids/held_out.png"):
         mlflow.log_text(run, "x", path)
-    found = find_derived("blobs", {"a" * 64}, {"a" * 64, "b" * 64}, bucket)
-    assert (found.runs, found.evaluated) == ([], [run])
+    descendants = find_derived("blobs", {"a" * 64}, {"a" * 64, "b" * 64}, bucket)
+    assert (descendants.runs, descendants.evaluated) == ([], [run])
     cleared = {f"runs:/{run}/evaluation/report.html", f"runs:/{run}/evaluation/grids/held_out.png"}
-    assert set(clear_images(found)) == cleared
+    assert set(clear_images(descendants)) == cleared
     assert [item.path for item in mlflow.list_artifacts(run, "dataset")] == ["dataset/page.html"]
 
 
 def test_version_under_takedown_gives_a_warning() -> None:
     version = Version(model="blobs", number=3, run_id="r", weights_sha256="d" * 64, tags={})
     assert describe_takedowns(version) is None
-    told = describe_takedowns(version.model_copy(update={"tags": {"darkroom.takedown": "0123abcd"}}))
-    assert told is not None
-    assert "models:/blobs/3" in told
-    assert "0123abcd" in told
+    records = describe_takedowns(version.model_copy(update={"tags": {"darkroom.takedown": "0123abcd"}}))
+    assert records is not None
+    assert "models:/blobs/3" in records
+    assert "0123abcd" in records
 
 
 @pytest.fixture(scope="module")
@@ -313,25 +323,25 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 def test_takedown_tags_run_version_and_samples_and_retraining_is_clean(
     workspace: Workspace, server: MlflowClient
 ) -> None:
-    made = workspace.json("retrain", "images", "--count", "8")
-    before = made["data"]["result"]
-    done = workspace.json("data", "remove", "odd/00*.png", "--reason", "consent withdrawn", "--yes")
-    assert done["removal"]["images"] == 5
-    assert done["held"] == [before["digest"]]
-    derived = done["derived"]
-    assert [run["run_id"] for run in derived["runs"]] == [made["run_id"]]
+    retraining = workspace.json("retrain", "images", "--count", "8")
+    before = retraining["data"]["result"]
+    result = workspace.json("data", "remove", "odd/00*.png", "--reason", "consent withdrawn", "--yes")
+    assert result["removal"]["images"] == 5
+    assert result["held"] == [before["digest"]]
+    derived = result["derived"]
+    assert [run["run_id"] for run in derived["runs"]] == [retraining["run_id"]]
     assert [(model["uri"], model["aliases"]) for model in derived["models"]] == [("models:/blobs/1", ["champion"])]
-    assert derived["samples"] == [made["samples"]["uri"]]
-    assert server.get_run(made["run_id"]).data.tags["darkroom.takedown"] == done["name"]
-    assert server.get_model_version("blobs", "1").tags["darkroom.takedown"] == done["name"]
-    assert objects(workspace, made["samples"]["uri"])
+    assert derived["samples"] == [retraining["samples"]["uri"]]
+    assert server.get_run(retraining["run_id"]).data.tags["darkroom.takedown"] == result["name"]
+    assert server.get_model_version("blobs", "1").tags["darkroom.takedown"] == result["name"]
+    assert objects(workspace, retraining["samples"]["uri"])
 
     again = workspace.json("data", "remove", "odd/00*.png", "--reason", "consent withdrawn", "--yes")
-    assert again["removal"] == done["removal"] | {"already": True}
+    assert again["removal"] == result["removal"] | {"already": True}
     assert again["derived"] == derived
 
     anew = workspace.json("ingest", "images")
-    assert anew["content_digest"] == done["removal"]["content_digest"]
+    assert anew["content_digest"] == result["removal"]["content_digest"]
     for path in (workspace.folder / "images" / "odd").glob("00*.png"):
         path.unlink()
     never = workspace.json("ingest", "images", "--dataset", "never")
@@ -366,9 +376,9 @@ def test_a_takedown_killed_at_random_moments_ends_the_same(
             command = ["data", "remove", "odd/2*.png", "--reason", "asked to", "--purge", "--yes", *named(name)]
             if name != "undisturbed":
                 forks.strike(signal.SIGKILL, moments.uniform(0, duration), workspace.folder, *command)
-            began = time.monotonic()
+            start = time.monotonic()
             forks.finish(workspace.folder, *command)
-            duration = duration or time.monotonic() - began
+            duration = duration or time.monotonic() - start
             data = files_of(workspace.folder / "data" / name)
             shards = {file: content for file, content in data.items() if file.startswith(("shards/", "records/"))}
             tags = server.get_run(run).data.tags

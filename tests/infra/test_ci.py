@@ -18,9 +18,9 @@ def test_ci_workflow_calls_existing_steps_and_has_no_password() -> None:
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "darkroom.yaml").read_text())
     steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
     called = {name for run in steps for name in re.findall(r"infra/ci/steps\.sh (\w+)", run)}
-    known = set(re.findall(r"^(\w+)\) ", (CI / "steps.sh").read_text(), re.MULTILINE))
+    step_names = set(re.findall(r"^(\w+)\) ", (CI / "steps.sh").read_text(), re.MULTILINE))
     assert called == {"check", "test", "compare"}
-    assert called <= known
+    assert called <= step_names
     assert workflow["permissions"] == {"contents": "read"}
     for name, value in workflow["jobs"]["compare"]["env"].items():
         assert value.startswith("${{ "), name

@@ -24,8 +24,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def services(environment: Path) -> Services:
-    found: Services = composed(environment, "--profile", "gpu")["services"]
-    return found
+    all_services: Services = composed(environment, "--profile", "gpu")["services"]
+    return all_services
 
 
 def test_passwords_are_new_each_time_private_and_never_overwritten(tmp_path: Path) -> None:
@@ -33,10 +33,10 @@ def test_passwords_are_new_each_time_private_and_never_overwritten(tmp_path: Pat
     assert first.keys() == second.keys()
     assert not {first[name] for name in first.keys() - {"DARKROOM_BUCKET"}} & set(second.values())
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o600
-    kept = (tmp_path / "a").read_bytes()
+    content = (tmp_path / "a").read_bytes()
     again = [sys.executable, str(INFRA / "credentials.py"), "--out", str(tmp_path / "a")]
     assert subprocess.run(again, stderr=subprocess.PIPE, check=False).returncode != 0
-    assert (tmp_path / "a").read_bytes() == kept
+    assert (tmp_path / "a").read_bytes() == content
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
@@ -48,12 +48,12 @@ def test_without_passwords_nothing_is_started(tmp_path: Path) -> None:
 
 def test_compose_file_has_no_secret_and_requires_each_generated_one(environment: Path) -> None:
     text = (INFRA / "compose.yaml").read_text()
-    made = {line.partition("=")[0] for line in environment.read_text().splitlines()}
-    asked = set(re.findall(r"\$\{([A-Z0-9_]+):\?", text)) | set(re.findall(r"environment: (S3_CONFIG)\b", text))
-    assert asked <= made
-    # The others are for people and their machines: keys to look, to print elsewhere, to take images down, and for Ray
+    generated_names = {line.partition("=")[0] for line in environment.read_text().splitlines()}
+    names = set(re.findall(r"\$\{([A-Z0-9_]+):\?", text)) | set(re.findall(r"environment: (S3_CONFIG)\b", text))
+    assert names <= generated_names
+    # The others are for people and their machines: keys to look, to sample elsewhere, to take images down, and for Ray
     # on Kubernetes.
-    assert made - asked == {"DARKROOM_BUCKET", "RAY_AUTH_TOKEN"} | {
+    assert generated_names - names == {"DARKROOM_BUCKET", "RAY_AUTH_TOKEN"} | {
         f"{role}_{key}" for role in ("SAMPLER", "KEEPER") for key in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")
     }
     for name, value in re.findall(r"(\w*(?:PASSWORD|SECRET|AUTH_STRING|ACCESS_KEY\w*)): (.*)", text):
@@ -61,13 +61,15 @@ def test_compose_file_has_no_secret_and_requires_each_generated_one(environment:
 
 
 def test_compose_reads_every_password_as_it_was_written(environment: Path, tmp_path: Path) -> None:
-    written = dict(line.split("=", 1) for line in environment.read_text().splitlines())
-    labels = {name.lower(): f"${{{name}}}" for name in written}
+    variables = dict(line.split("=", 1) for line in environment.read_text().splitlines())
+    labels = {name.lower(): f"${{{name}}}" for name in variables}
     (tmp_path / "compose.yaml").write_text(json.dumps({"services": {"any": {"image": "any", "labels": labels}}}))
     command = [*compose(), "--project-directory", str(tmp_path), "--file", str(tmp_path / "compose.yaml")]
     command += ["--env-file", str(environment), "config", "--format", "json"]
-    read = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["services"]["any"]["labels"]
-    assert read == {name.lower(): value for name, value in written.items()}
+    services_of_compose = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["services"][
+        "any"
+    ]["labels"]
+    assert services_of_compose == {name.lower(): value for name, value in variables.items()}
 
 
 def test_ports_are_published_on_the_loopback_address_alone(services: Services) -> None:

@@ -20,11 +20,11 @@ def test_the_page_lists_exactly_the_drills_that_exist() -> None:
 
 
 def test_each_test_of_the_chaos_folder_and_each_with_kills_is_a_drill() -> None:
-    found = {drill.test for drill in drills()}
+    tests = {drill.test for drill in drills()}
     for path in (ROOT / "tests").rglob("test_*.py"):
         for name, parameters in re.findall(r"^def (test_\w+)\((.*?)\) -> ", path.read_text(), re.MULTILINE | re.DOTALL):
             if path.parent.name == "chaos" or "kills: int" in parameters:
-                assert f"{path.relative_to(ROOT).as_posix()}::{name}" in found
+                assert f"{path.relative_to(ROOT).as_posix()}::{name}" in tests
 
 
 def test_results_stay_in_the_table_when_a_drill_is_added(tmp_path: Path) -> None:
@@ -87,17 +87,17 @@ def test_a_drill_that_passed_is_not_run_again_and_one_that_failed_is_until_it_pa
 
     def chaos(*arguments: str, code: int, workers: int = 0) -> str:
         command = [sys.executable, "-m", "pytest", *plugins, "-n", str(workers), "--dist", "loadfile", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout
+        process = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
+        assert process.returncode == code, process.stdout + process.stderr
+        return process.stdout
 
     def ran() -> int:
         return len((tmp_path / "ran").read_text().split())
 
-    said = chaos(code=1, workers=2)
-    assert "1 passed, 1 failed of 2" in said
+    output = chaos(code=1, workers=2)
+    assert "1 passed, 1 failed of 2" in output
     [log] = (tmp_path / ".chaos").glob("*/logs/*.log")
-    assert str(log.relative_to(tmp_path)) in said
+    assert str(log.relative_to(tmp_path)) in output
     assert "what it wrote" in log.read_text()
     assert "as it should" in log.read_text()
     _, results = read(page.read_text())

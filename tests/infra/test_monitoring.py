@@ -55,29 +55,29 @@ def selected(expression: str) -> Iterator[tuple[str, set[str]]]:
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_queried_metrics_exist_with_their_labels(expression: str) -> None:
-    found = list(selected(expression))
-    assert found
-    for name, labels in found:
+    selectors = list(selected(expression))
+    assert selectors
+    for name, labels in selectors:
         assert name in GAUGES
         assert labels <= set(GAUGES[name][1])
     grouped = {label.strip() for labels in re.findall(r"by \(([^)]*)\)", expression) for label in labels.split(",")}
-    assert grouped <= {label for name, _ in found for label in GAUGES[name][1]}
+    assert grouped <= {label for name, _ in selectors for label in GAUGES[name][1]}
 
 
 def test_every_metric_has_a_panel() -> None:
-    shown = {name for panel in PANELS for target in panel["targets"] for name, _ in selected(target["expr"])}
+    metric_names = {name for panel in PANELS for target in panel["targets"] for name, _ in selected(target["expr"])}
     # When a training last spoke is for the alarm alone.
-    assert GAUGES.keys() - shown == {"darkroom_training_last_word_timestamp_seconds"}
+    assert GAUGES.keys() - metric_names == {"darkroom_training_last_word_timestamp_seconds"}
 
 
 def test_panels_have_their_own_place_and_name() -> None:
-    taken: set[tuple[int, int]] = set()
+    occupied_cells: set[tuple[int, int]] = set()
     for panel in PANELS:
         at = panel["gridPos"]
         cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
-        assert not taken & cells, panel["title"]
+        assert not occupied_cells & cells, panel["title"]
         assert all(x < 24 for x, _ in cells)
-        taken |= cells
+        occupied_cells |= cells
     assert len({panel["id"] for panel in PANELS}) == len({panel["title"] for panel in PANELS}) == len(PANELS)
 
 
@@ -94,10 +94,10 @@ def test_pages_name_commands_that_exist() -> None:
 
     from flows.cli import app
 
-    known = get_command(app).commands  # type: ignore[attr-defined]
-    known |= {f"{name} {each}": None for name, group in known.items() for each in getattr(group, "commands", ())}
-    groups = "|".join(name for name, group in known.items() if hasattr(group, "commands"))
-    named = {
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    commands |= {f"{name} {each}": None for name, group in commands.items() for each in getattr(group, "commands", ())}
+    groups = "|".join(name for name, group in commands.items() if hasattr(group, "commands"))
+    verbs = {
         verb
         for page in (ROOT / "docs" / "operations" / "runbook").glob("*.md")
         for verb in re.findall(
@@ -105,20 +105,20 @@ def test_pages_name_commands_that_exist() -> None:
             "".join(re.findall(r"`[^`]+`|```.*?```", page.read_text(), re.DOTALL)),
         )
     }
-    assert named
-    assert named <= known.keys()
+    assert verbs
+    assert verbs <= commands.keys()
 
 
 @pytest.mark.parametrize("check", [["check", "config", "prometheus.yaml"], ["test", "rules", "alerts_test.yaml"]])
 def test_prometheus_accepts_the_rules_and_alerts_fire(check: list[str]) -> None:
     command = [program("promtool", "Debian's prometheus"), *check]
-    done = subprocess.run(command, cwd=INFRA / "prometheus", capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.run(command, cwd=INFRA / "prometheus", capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
 
 
 def test_every_alert_has_a_rule_test() -> None:
-    tried = (INFRA / "prometheus" / "alerts_test.yaml").read_text()
-    assert all(f"alertname: {rule['alert']}\n" in tried for rule in ALERTS)
+    rule_tests = (INFRA / "prometheus" / "alerts_test.yaml").read_text()
+    assert all(f"alertname: {rule['alert']}\n" in rule_tests for rule in ALERTS)
 
 
 RUNS = [
@@ -136,16 +136,16 @@ def test_unreachable_servers_export_only_up_0(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv(variable, f"http://127.0.0.1:{port}")
     registry = CollectorRegistry()
     registry.register(Servers())
-    shown = [line for line in generate_latest(registry).decode().splitlines() if not line.startswith("#")]
-    assert shown == [f'darkroom_up{{server="{server}"}} 0.0' for server in ("prefect", "s3", "mlflow")]
+    lines = [line for line in generate_latest(registry).decode().splitlines() if not line.startswith("#")]
+    assert lines == [f'darkroom_up{{server="{server}"}} 0.0' for server in ("prefect", "s3", "mlflow")]
 
 
 def test_runs_are_counted_by_flow_and_state_and_none_is_zero() -> None:
-    found = {
+    counts = {
         labels: value
         for _, labels, value in count_states("n", ("late", "scheduled", "running"), {"1": "train", "2": "sample"}, RUNS)
     }
-    assert found == {
+    assert counts == {
         ("train", "late"): 1,
         ("train", "scheduled"): 1,
         ("train", "running"): 1,
@@ -188,12 +188,12 @@ def test_champion_figures_are_those_of_the_newest_verdict_on_it() -> None:
     moves += [("rollback", 1, None)]
     for what, version, kid in moves:
         figures = {} if kid is None else {"kid_efflite0": kid, "champion_kid_efflite0": 0.5}
-        evidence = None if kid is None else Evidence(verdict="promote", reason="lower", figures=figures)
-        entry = history.next_entry(what, version, "0" * 64, evidence=evidence)
+        gate_evidence = None if kid is None else Evidence(verdict="promote", reason="lower", figures=figures)
+        entry = history.next_entry(what, version, "0" * 64, evidence=gate_evidence)
         history = replace(history, entries=(*history.entries, entry))
-    found = {(name, *labels): value for name, labels, value in champion_samples("faces", history)}
-    assert found.pop(("darkroom_champion_since_timestamp_seconds", "faces")) > 0
-    assert found == {
+    samples = {(name, *labels): value for name, labels, value in champion_samples("faces", history)}
+    assert samples.pop(("darkroom_champion_since_timestamp_seconds", "faces")) > 0
+    assert samples == {
         ("darkroom_champion_version", "faces"): 1,
         ("darkroom_champion_figure", "faces", "kid_efflite0"): 0.3,
     }

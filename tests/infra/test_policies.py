@@ -54,8 +54,8 @@ DELETES: dict[str, set[str]] = {
 def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, "S3Client"]]:
     """A client for each role, of a server that knows what ``infra/credentials.py`` made; some objects are there."""
     folder = tmp_path_factory.mktemp("s3")
-    made = new_environment(folder / ".env", "--bucket", BUCKET)
-    for name, text in seaweedfs.files(made["S3_CONFIG"], new_identity()).items():
+    names = new_environment(folder / ".env", "--bucket", BUCKET)
+    for name, text in seaweedfs.files(names["S3_CONFIG"], new_identity()).items():
         (folder / name).write_text(text)
     numbers = choose_ports(len(seaweedfs.PORTS))
     command = [*seaweedfs.command(numbers), f"-bucket={BUCKET}"]
@@ -67,16 +67,16 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, "S3C
         return boto3.client(
             "s3",
             endpoint_url=f"http://127.0.0.1:{numbers[0]}",
-            aws_access_key_id=made[f"{role.upper()}_ACCESS_KEY_ID"],
-            aws_secret_access_key=made[f"{role.upper()}_SECRET_ACCESS_KEY"],
+            aws_access_key_id=names[f"{role.upper()}_ACCESS_KEY_ID"],
+            aws_secret_access_key=names[f"{role.upper()}_SECRET_ACCESS_KEY"],
             region_name="us-east-1",
             config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1}),
         )
 
     try:
-        found = {role: client(role) for role in READS}
-        wait(lambda: found["reader"].list_objects_v2(Bucket=BUCKET), server, folder / "log")
-        yield found
+        clients_by_role = {role: client(role) for role in READS}
+        wait(lambda: clients_by_role["reader"].list_objects_v2(Bucket=BUCKET), server, folder / "log")
+        yield clients_by_role
     finally:
         server.kill()
         server.wait()
@@ -124,10 +124,10 @@ def test_a_role_may_do_what_its_work_needs_where_it_needs_it_and_nothing_else(
 def test_no_role_may_manage_buckets_or_permissions(clients: dict[str, "S3Client"], role: str) -> None:
     s3 = clients[role]
     everybody = {"Effect": "Allow", "Principal": "*", "Action": "s3:*", "Resource": f"arn:aws:s3:::{BUCKET}/*"}
-    opened = json.dumps({"Version": "2012-10-17", "Statement": [everybody]})
+    open_policy = json.dumps({"Version": "2012-10-17", "Statement": [everybody]})
     assert not may(lambda: s3.create_bucket(Bucket="another-bucket"))
     assert not may(lambda: s3.delete_bucket(Bucket=BUCKET))
-    assert not may(lambda: s3.put_bucket_policy(Bucket=BUCKET, Policy=opened))
+    assert not may(lambda: s3.put_bucket_policy(Bucket=BUCKET, Policy=open_policy))
 
 
 def test_roles_may_upload_in_parts_and_abort_abandoned_uploads(clients: dict[str, "S3Client"]) -> None:

@@ -52,11 +52,11 @@ def enforcing(s3_environment: dict[str, str], bucket: str) -> Iterator[str]:
     """The address of a server that knows each role by its name as access key, and enforces the policies."""
     of_bucket, of_roles = statements("bucket", bucket), {role: statements(role, bucket) for role in ROLES}
 
-    def judge(request: Request) -> str | None:
+    def intercept(request: Request) -> str | None:
         allowed = is_allowed(request, bucket, [of_roles[request.access_key], of_bucket])
         return None if allowed else "AccessDenied"
 
-    with proxied(s3_environment, judge) as url:
+    with proxied(s3_environment, intercept) as url:
         yield url
 
 
@@ -88,7 +88,7 @@ def stolen(url: str, role: str) -> "S3Client":
     )
 
 
-def refused(act: Callable[[], object]) -> bool:
+def is_denied(act: Callable[[], object]) -> bool:
     """Whether the server did not do it, as it must not, or as something is there."""
     try:
         act()
@@ -126,21 +126,21 @@ def test_a_stolen_key_changes_nothing_that_is_there(store: Store, bucket: str, e
         store.put_once(bucket, f"{prefix}/old", b"old")
     s3 = stolen(enforcing, name)
     for prefix in prefixes:
-        for way, act in modification_attempts(s3, bucket, f"{prefix}/old"):
+        for method, act in modification_attempts(s3, bucket, f"{prefix}/old"):
             # Who pushes takes its own mark away, and an empty one stands for nothing that is old.
-            if (name, prefix, way.partition(" ")[0]) != ("worker", "pushing", "delete"):
-                assert refused(act), (prefix, way)
-    kept = [prefix for prefix in prefixes if (name, prefix) != ("worker", "pushing")]
-    assert all(store.get(bucket, f"{prefix}/old") == b"old" for prefix in kept)
+            if (name, prefix, method.partition(" ")[0]) != ("worker", "pushing", "delete"):
+                assert is_denied(act), (prefix, method)
+    prefixes_left = [prefix for prefix in prefixes if (name, prefix) != ("worker", "pushing")]
+    assert all(store.get(bucket, f"{prefix}/old") == b"old" for prefix in prefixes_left)
     # Nor does gc delete for a thief what a mark names.
-    assert refused(lambda: s3.put_object(Bucket=bucket, Key="deleted/samples/a/1/b", Body=b"", IfNoneMatch="*"))
+    assert is_denied(lambda: s3.put_object(Bucket=bucket, Key="deleted/samples/a/1/b", Body=b"", IfNoneMatch="*"))
 
 
 def test_no_role_overwrites_or_deletes_ledger_entries(store: Store, bucket: str, enforcing: str) -> None:
     store.put_once(bucket, "ledger/old", b"old")
     for name in ROLES:
-        for way, act in modification_attempts(stolen(enforcing, name), bucket, "ledger/old"):
-            assert refused(act), (name, way)
+        for method, act in modification_attempts(stolen(enforcing, name), bucket, "ledger/old"):
+            assert is_denied(act), (name, method)
     assert store.get(bucket, "ledger/old") == b"old"
 
 
@@ -167,9 +167,11 @@ def test_each_role_does_its_work(
         generate(worker, BATCHES[1], bucket, weights)
     with role("sampler") as sampler:
         batches: list[Location] = [
-            generate(sampler, made.model_copy(update={"seed": 8}), bucket, weights) for made in BATCHES
+            generate(sampler, batch.model_copy(update={"seed": 8}), bucket, weights) for batch in BATCHES
         ]
-        assert batches == [generate(sampler, made.model_copy(update={"seed": 8}), bucket, weights) for made in BATCHES]
+        assert batches == [
+            generate(sampler, batch.model_copy(update={"seed": 8}), bucket, weights) for batch in BATCHES
+        ]
     with role("reader") as reader:
         address = f"{batches[0]}/00000001.png"
         assert isinstance(find(address, reader, bucket).batch, SamplingBatch)

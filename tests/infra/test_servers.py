@@ -30,16 +30,16 @@ CHAMPION = ("--model", "models:/blobs@champion")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """All of them but workers and metrics, healthy."""
     with (
-        installed(tmp_path_factory.mktemp("installation")) as found,
-        found.running("store"),
-        found.running("s3"),
-        found.running("mlflow", "prefect"),
+        installed(tmp_path_factory.mktemp("installation")) as installation,
+        installation.running("store"),
+        installation.running("s3"),
+        installation.running("mlflow", "prefect"),
     ):
-        yield found
+        yield installation
 
 
 @pytest.fixture(scope="module")
-def retrained(servers: Servers) -> dict[str, Any]:
+def retrain_result(servers: Servers) -> dict[str, Any]:
     """What a first retraining with these servers leaves, by a worker's own environment."""
     folder = servers.folder / "person"
     for number in range(60):
@@ -47,11 +47,11 @@ def retrained(servers: Servers) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         disc(number).save(path)
     (folder / "params.yaml").write_text(yaml.safe_dump(BRIEF))
-    done = run(servers, "retrain", "images", "--count", "4", "--json")
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder / "log").write_text(done.stderr)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    outcome = run(servers, "retrain", "images", "--count", "4", "--json")
+    assert outcome.returncode == 0, outcome.stderr[-3000:]
+    (folder / "log").write_text(outcome.stderr)
+    result: dict[str, Any] = json.loads(outcome.stdout)
+    return result
 
 
 def run(servers: Servers, *arguments: str, role: str = "worker") -> subprocess.CompletedProcess[str]:
@@ -63,19 +63,20 @@ def run(servers: Servers, *arguments: str, role: str = "worker") -> subprocess.C
     )
 
 
-def test_retraining_works_with_worker_permissions_only(servers: Servers, retrained: dict[str, Any]) -> None:
-    assert retrained["verdict"]["promoted"]
-    assert retrained["samples"]["uri"].startswith(f"s3://{servers.secrets['DARKROOM_BUCKET']}/samples/blobs/1/")
-    traced = run(servers, "trace", f"{retrained['samples']['uri']}00000003.png", "--json", role="reader")
+def test_retraining_works_with_worker_permissions_only(servers: Servers, retrain_result: dict[str, Any]) -> None:
+    assert retrain_result["verdict"]["promoted"]
+    assert retrain_result["samples"]["uri"].startswith(f"s3://{servers.secrets['DARKROOM_BUCKET']}/samples/blobs/1/")
+    traced = run(servers, "trace", f"{retrain_result['samples']['uri']}00000003.png", "--json", role="reader")
     assert traced.returncode == 0, traced.stderr
-    assert json.loads(traced.stdout)["run"]["run_id"] == retrained["run_id"]
+    assert json.loads(traced.stdout)["run"]["run_id"] == retrain_result["run_id"]
 
 
 def test_everything_is_in_postgresql_and_neither_server_sees_the_others(
-    servers: Servers, retrained: dict[str, Any]
+    servers: Servers, retrain_result: dict[str, Any]
 ) -> None:
     assert (
-        query(servers, "mlflow", "mlflow", f"select count(*) from runs where run_uuid='{retrained['run_id']}'") == "1"
+        query(servers, "mlflow", "mlflow", f"select count(*) from runs where run_uuid='{retrain_result['run_id']}'")
+        == "1"
     )
     assert query(servers, "mlflow", "mlflow_auth", "select username from users") == "darkroom"
     assert query(servers, "prefect", "prefect", "select count(*) from flow_run where name='retrain-blobs'") == "1"
@@ -83,7 +84,7 @@ def test_everything_is_in_postgresql_and_neither_server_sees_the_others(
     assert "permission denied" in query(servers, "mlflow", "prefect", "select 1")
 
 
-def test_worker_log_is_json_with_ids_and_no_duplicates(servers: Servers, retrained: dict[str, Any]) -> None:
+def test_worker_log_is_json_with_ids_and_no_duplicates(servers: Servers, retrain_result: dict[str, Any]) -> None:
     log = (servers.folder / "person" / "log").read_text().splitlines()
     # Libraries that warn by other ways than logging stay out of it.
     lines = [json.loads(line) for line in log if line.startswith("{")]
@@ -92,18 +93,20 @@ def test_worker_log_is_json_with_ids_and_no_duplicates(servers: Servers, retrain
     assert training["dataset"] == "blobs"
     assert {"flow_run_id", "flow_name"} <= training.keys()
     assert any({"dataset", "flow_run_id", "task_run_id", "flow_name"} <= line.keys() for line in lines)
-    assert any(line.get("run_id") == retrained["run_id"] and line["logger"] == "prefect.task_runs" for line in lines)
+    assert any(
+        line.get("run_id") == retrain_result["run_id"] and line["logger"] == "prefect.task_runs" for line in lines
+    )
     ends = [line for line in lines if line["logger"] == "prefect.flow_runs" and "Finished in state" in line["message"]]
     assert [line["flow_name"] for line in ends].count("retrain") == 1
 
 
-def test_sampler_role_can_sample_and_reader_role_cannot(servers: Servers, retrained: dict[str, Any]) -> None:
-    printed = run(servers, "sample", *CHAMPION, "--count", "2", "--seed", "5", "--json", role="sampler")
-    assert printed.returncode == 0, printed.stderr[-3000:]
-    assert json.loads(printed.stdout)["model"] == retrained["samples"]["model"]
-    refused = run(servers, "sample", *CHAMPION, "--count", "2", "--seed", "6", role="reader")
-    assert refused.returncode in (1, 2)
-    assert refused.stderr.splitlines()[-1].startswith("darkroom: ")
+def test_sampler_role_can_sample_and_reader_role_cannot(servers: Servers, retrain_result: dict[str, Any]) -> None:
+    output = run(servers, "sample", *CHAMPION, "--count", "2", "--seed", "5", "--json", role="sampler")
+    assert output.returncode == 0, output.stderr[-3000:]
+    assert json.loads(output.stdout)["model"] == retrain_result["samples"]["model"]
+    process = run(servers, "sample", *CHAMPION, "--count", "2", "--seed", "6", role="reader")
+    assert process.returncode in (1, 2)
+    assert process.stderr.splitlines()[-1].startswith("darkroom: ")
 
 
 def test_servers_require_a_password_and_their_host_name(servers: Servers) -> None:
@@ -139,34 +142,37 @@ def test_health_fails_where_a_client_with_that_password_would(servers: Servers, 
     assert checked.stderr.count("\n") == 1
 
 
-def test_worker_reports_health_and_metrics_of_its_runs(servers: Servers, retrained: dict[str, Any]) -> None:
+def test_worker_reports_health_and_metrics_of_its_runs(servers: Servers, retrain_result: dict[str, Any]) -> None:
     with servers.running("worker-cpu", "metrics"):
         address = f"http://127.0.0.1:{servers.numbers['9464']}/metrics"
         deadline = time.monotonic() + 60
         # The worker's pool may be younger than what was last asked of Prefect.
-        while ("darkroom_workers_online", "darkroom-cpu") not in (found := told(address)):
-            assert time.monotonic() < deadline, found
+        while ("darkroom_workers_online", "darkroom-cpu") not in (metrics := scrape_metrics(address)):
+            assert time.monotonic() < deadline, metrics
             time.sleep(1)
     for server in ("prefect", "mlflow", "s3"):
-        assert found["darkroom_up", server] == 1
-    assert found["darkroom_workers_online", "darkroom-cpu"] == 1
-    assert found["darkroom_flow_runs_last_day", "retrain", "completed"] == 1
-    assert found["darkroom_flow_runs", "retrain", "running"] == 0
-    assert found["darkroom_flow_last_success_seconds", "retrain"] > found["darkroom_flow_last_success_seconds", "train"]
-    assert found["darkroom_champion_version", "blobs"] == 1
-    assert found["darkroom_ledger_intact", "blobs"] == 1
-    assert found["darkroom_ledger_entries", "blobs", "promote"] == 1
-    assert found["darkroom_champion_figure", "blobs", "kid_efflite0"] == pytest.approx(
-        kid(servers, retrained), rel=1e-4
+        assert metrics["darkroom_up", server] == 1
+    assert metrics["darkroom_workers_online", "darkroom-cpu"] == 1
+    assert metrics["darkroom_flow_runs_last_day", "retrain", "completed"] == 1
+    assert metrics["darkroom_flow_runs", "retrain", "running"] == 0
+    assert (
+        metrics["darkroom_flow_last_success_seconds", "retrain"]
+        > metrics["darkroom_flow_last_success_seconds", "train"]
     )
-    assert found["darkroom_samples_last_batch_images",] >= 2
+    assert metrics["darkroom_champion_version", "blobs"] == 1
+    assert metrics["darkroom_ledger_intact", "blobs"] == 1
+    assert metrics["darkroom_ledger_entries", "blobs", "promote"] == 1
+    assert metrics["darkroom_champion_figure", "blobs", "kid_efflite0"] == pytest.approx(
+        kid(servers, retrain_result), rel=1e-4
+    )
+    assert metrics["darkroom_samples_last_batch_images",] >= 2
     # Nothing trains now, and no limit was made.
     others = ("darkroom_training_", "darkroom_concurrency_", "darkroom_drift_")
     silent = {name for name in GAUGES if name.startswith(others)}
-    assert {name for name, *_ in found} == GAUGES.keys() - silent
+    assert {name for name, *_ in metrics} == GAUGES.keys() - silent
 
 
-def told(address: str) -> dict[tuple[str, ...], float]:
+def scrape_metrics(address: str) -> dict[tuple[str, ...], float]:
     """What ``darkroom server metrics`` says, by name and the values of its labels."""
     with urllib.request.urlopen(address, timeout=30) as answer:
         families = list(text_string_to_metric_families(answer.read().decode()))
@@ -177,8 +183,8 @@ def told(address: str) -> dict[tuple[str, ...], float]:
     }
 
 
-def kid(servers: Servers, retrained: dict[str, Any]) -> float:
-    report = servers.folder / "person" / Path(retrained["report"]).parent
+def kid(servers: Servers, retrain_result: dict[str, Any]) -> float:
+    report = servers.folder / "person" / Path(retrain_result["report"]).parent
     comparison = ChampionComparison.model_validate_json((report / COMPARISON).read_bytes())
     return comparison.candidate.metrics()["kid_efflite0"]
 

@@ -24,20 +24,20 @@ def plain(value: Any) -> Any:
 @pytest.fixture(scope="module")
 def blocks() -> Blocks:
     """Resources and data by kind and name."""
-    found: Blocks = {}
+    bodies: Blocks = {}
     for path in TERRAFORM.glob("*.tf"):
         with path.open() as file:
             parsed = plain(hcl2.load(file))
         for each in [*parsed.get("resource", []), *parsed.get("data", [])]:
-            for kind, named in each.items():
-                found |= {(kind, name): body for name, body in named.items()}
-    return found
+            for kind, blocks_by_name in each.items():
+                bodies |= {(kind, name): body for name, body in blocks_by_name.items()}
+    return bodies
 
 
 def only(value: Any) -> dict[str, Any]:
-    (found,) = value
-    assert isinstance(found, dict)
-    return found
+    (item,) = value
+    assert isinstance(item, dict)
+    return item
 
 
 def test_the_bucket_is_encrypted_private_and_keeps_what_was_deleted_for_a_while(blocks: Blocks) -> None:

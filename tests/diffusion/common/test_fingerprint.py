@@ -12,8 +12,8 @@ def test_fingerprint_names_variables_that_change_math_libraries(monkeypatch: pyt
     monkeypatch.delenv(variable, raising=False)
     usual = fingerprint(64, "fp32", "cpu")
     monkeypatch.setenv(variable, "AVX2")
-    named = fingerprint(64, "fp32", "cpu")
-    assert usual.differences(named) == f"device: {usual.device} → {usual.device}, {variable}=AVX2"
+    first_fingerprint = fingerprint(64, "fp32", "cpu")
+    assert usual.differences(first_fingerprint) == f"device: {usual.device} → {usual.device}, {variable}=AVX2"
 
 
 def test_torch_with_fewer_instructions_is_named_with_the_processor_s_maker(monkeypatch: pytest.MonkeyPatch) -> None:

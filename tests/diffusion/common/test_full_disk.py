@@ -56,8 +56,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own of 32 MB; only root can make one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    made = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
-    mounted = subprocess.run(made, capture_output=True, check=False)
+    command = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, check=False)
     if mounted.returncode != 0:
         pytest.skip(f"no small file system to be had here: {mounted.stderr.decode().strip()}")
     yield folder
@@ -95,8 +95,8 @@ def workspace(folder: Path, dataset: Path, command: tuple[str, ...]) -> Path:
 
 def finished(folder: Path) -> dict[str, bytes]:
     """The files in ``folder`` that are under their final names, but for those with times in them."""
-    found = files_of(folder).items()
-    return {name: data for name, data in found if not (Path(name).name.startswith(".") or Path(name).name in MEASURED)}
+    files = files_of(folder).items()
+    return {name: data for name, data in files if not (Path(name).name.startswith(".") or Path(name).name in MEASURED)}
 
 
 @pytest.mark.drill(

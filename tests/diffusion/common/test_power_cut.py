@@ -27,7 +27,7 @@ with open("synced", "r+b") as file:
 """
 
 
-def found(recording: Recording, folder: Path, loss: Loss) -> tuple[dict[str, bytes], list[str]]:
+def files_after(recording: Recording, folder: Path, loss: Loss) -> tuple[dict[str, bytes], list[str]]:
     """The files at the end, and which of them are torn."""
     [(disk, ended)] = recording.cuts(0, random.Random(0))
     assert ended
@@ -41,10 +41,13 @@ def test_a_program_that_syncs_nothing_loses_names_and_tears_files(tmp_path: Path
     """Power cut after a rename that nothing was synced before: the drill finds the file empty under its new name."""
     (tmp_path / "root").mkdir()
     recording = record(library(tmp_path), tmp_path / "root", SCRIPT_WITHOUT_FSYNC)
-    assert found(recording, tmp_path, Loss.ALL) == ({}, [])
-    assert found(recording, tmp_path, Loss.DATA) == ({"new/renamed": b"", "synced": b"data"}, ["new/renamed"])
+    assert files_after(recording, tmp_path, Loss.ALL) == ({}, [])
+    assert files_after(recording, tmp_path, Loss.DATA) == ({"new/renamed": b"", "synced": b"data"}, ["new/renamed"])
     # Written over: what was synced is as long as what is lost.
-    assert found(recording, tmp_path, Loss.ZEROS) == ({"new/renamed": bytes(4), "synced": b"data"}, ["new/renamed"])
+    assert files_after(recording, tmp_path, Loss.ZEROS) == (
+        {"new/renamed": bytes(4), "synced": b"data"},
+        ["new/renamed"],
+    )
 
 
 @pytest.mark.drill(

@@ -72,22 +72,22 @@ def data(original: tuple[Path, dict[str, set[str]]], tmp_path: Path) -> Path:
 def test_rules_on_single_images_drop_what_was_planted_and_nothing_else(
     fields: dict[str, object], kinds: set[str], original: tuple[Path, dict[str, set[str]]], data: Path
 ) -> None:
-    done = rules(data, **fields)
+    result = rules(data, **fields)
     assert dropped(data).keys() == set().union(*(original[1][kind] for kind in kinds))
     (name, limit), *_ = fields.items()
     assert all(reason.startswith(f"{name} = {limit}: ") for reason in dropped(data).values())
-    assert done.rules == {name: done.dropped}
+    assert result.rules == {name: result.dropped}
 
 
 def test_the_largest_of_near_duplicates_stays(original: tuple[Path, dict[str, set[str]]], data: Path) -> None:
     planted = original[1]
     rules(data, near_duplicates="largest", min_entropy=2)
-    found = {name for name, reason in dropped(data).items() if reason.startswith("near_duplicates")}
+    names = {name for name, reason in dropped(data).items() if reason.startswith("near_duplicates")}
     # Of a larger copy or crop the scene itself goes; of two of equal size either one.
-    assert {f"{name[:3]}.png" for name in planted["larger"] | planted["crop"]} <= found
+    assert {f"{name[:3]}.png" for name in planted["larger"] | planted["crop"]} <= names
     for name in planted["jpeg"]:
-        assert len({name, f"{name[:3]}.png"} & found) == 1
-    assert len(found) == 12
+        assert len({name, f"{name[:3]}.png"} & names) == 1
+    assert len(names) == 12
 
 
 def test_one_per_class_drops_no_image_for_one_of_another_class(tmp_path: Path) -> None:
@@ -130,13 +130,13 @@ def test_leaders_by_features_are_those_of_a_search_one_by_one(monkeypatch: pytes
     points = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
     order = torch.randperm(300, generator=torch.Generator().manual_seed(1)).numpy()
     expected = np.arange(300)
-    found: list[int] = []
+    leaders: list[int] = []
     for row in order.tolist():
-        distances = [(points[row] - points[leader]).norm().item() for leader in found]
+        distances = [(points[row] - points[leader]).norm().item() for leader in leaders]
         if distances and min(distances) <= 0.3:
-            expected[row] = found[int(np.argmin(distances))]
+            expected[row] = leaders[int(np.argmin(distances))]
         else:
-            found.append(row)
+            leaders.append(row)
     distances_of = duplicates.squared_distances
     for block in (7, 64, 1024):
 
@@ -151,8 +151,8 @@ def test_leaders_by_features_are_those_of_a_search_one_by_one(monkeypatch: pytes
 
 def test_without_rules_nothing_is_measured_and_no_byte_changes(data: Path) -> None:
     before, work = files_of(data), files_of(data.parent / ".set")
-    done = rules(data)
-    assert (done.changed, done.dropped, done.digest) == (False, 0, read_manifest(data).digest)
+    result = rules(data)
+    assert (result.changed, result.dropped, result.digest) == (False, 0, read_manifest(data).digest)
     assert files_of(data) == before
     assert files_of(data.parent / ".set") == work
 
@@ -162,12 +162,12 @@ def test_a_version_of_curation_has_the_content_of_a_set_without_the_images(
 ) -> None:
     before = read_manifest(data)
     shards = {entry.name: (data / entry.name).read_bytes() for entry in before.shards}
-    done = rules(data, **SHARP)
+    result = rules(data, **SHARP)
     after = read_manifest(data)
     assert (after.change, after.parent, after.dropped) == ("curation", before.digest, 8)
     assert after.shards == before.shards
     assert {name: (data / name).read_bytes() for name in shards} == shards
-    assert after.content_digest == content_digest(data, after.parts, after.storage) == done.content_digest
+    assert after.content_digest == content_digest(data, after.parts, after.storage) == result.content_digest
     less = tmp_path / "images"
     shutil.copytree(original[0] / "images", less)
     for name in dropped(data):
@@ -208,9 +208,9 @@ def test_a_dry_run_says_what_would_be_dropped_and_changes_no_version(data: Path)
     preview = rules(data, dry_run=True, **SHARP)
     assert (preview.changed, preview.newly_dropped) == (True, 8)
     assert files_of(data) == before
-    done = rules(data, **SHARP)
-    assert {each.source: each.reason for each in done.images} == dropped(data)
-    assert done.images == preview.images
+    result = rules(data, **SHARP)
+    assert {each.source: each.reason for each in result.images} == dropped(data)
+    assert result.images == preview.images
 
 
 @pytest.mark.parametrize("runner", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
@@ -271,14 +271,14 @@ def test_an_outlier_is_far_from_all_others(data: Path) -> None:
 def test_semantic_near_duplicates_are_found_by_a_calibrated_distance(
     original: tuple[Path, dict[str, set[str]]], data: Path
 ) -> None:
-    done = rules(data, semantic_duplicates="largest", min_entropy=2)
-    found = {name for name, reason in dropped(data).items() if reason.startswith("semantic")}
+    result = rules(data, semantic_duplicates="largest", min_entropy=2)
+    names = {name for name, reason in dropped(data).items() if reason.startswith("semantic")}
     pairs = {name[:3] for kind in ("larger", "jpeg", "crop") for name in original[1][kind]}
-    hits = {name[:3] for name in found} & pairs
-    assert done.semantic_distance is not None
+    hits = {name[:3] for name in names} & pairs
+    assert result.semantic_distance is not None
     # Small drawings are what the network knows least: precision goes before recall.
     assert len(hits) >= 6
-    assert len(found) == len(hits)
+    assert len(names) == len(hits)
 
 
 def classifier(path: Path, layout: str = "NCHW") -> Path:
@@ -331,18 +331,18 @@ def test_dropped_images_that_come_again_are_duplicates_and_new_ones_are_curated(
     original: tuple[Path, dict[str, set[str]]], data: Path, tmp_path: Path
 ) -> None:
     rules(data, **SHARP)
-    gone = dropped(data)
+    dropped_images = dropped(data)
     images = tmp_path / "more"
     images.mkdir()
-    for name in gone:
+    for name in dropped_images:
         shutil.copy(original[0] / "images" / name, images / f"again-{name}")
     scene(7777).save(images / "new.png")
     Image.new("RGB", (64, 64), "navy").save(images / "new-flat.png")
     again = ingest(data, config(images), requeue=True)
-    assert (again.added, again.duplicates) == (2, len(gone))
-    assert dropped(data) == gone
+    assert (again.added, again.duplicates) == (2, len(dropped_images))
+    assert dropped(data) == dropped_images
     assert rules(data, **SHARP).newly_dropped == 1
-    assert dropped(data).keys() == {*gone, "new-flat.png"}
+    assert dropped(data).keys() == {*dropped_images, "new-flat.png"}
     assert ingest(data, config(images), requeue=True).changed is False
     rules(data)
     assert dropped(data) == {}
@@ -384,23 +384,23 @@ def test_copies_that_curation_dropped_are_taken_down_with_the_image_kept_instead
     original: tuple[Path, dict[str, set[str]]], data: Path, tmp_path: Path
 ) -> None:
     rules(data, near_duplicates="largest")
-    kept = {str(row["source"]): str(row["key"]) for row in records(data) if row["outcome"] == "kept"}
+    keys = {str(row["source"]): str(row["key"]) for row in records(data) if row["outcome"] == "kept"}
     followers = {str(row["source"]): str(row["key"]) for row in records(data) if row["outcome"] == "dropped"}
-    leader = next(name for name in kept if kept[name] in {row.get("leader") for row in records(data)})
-    copies = [str(row["source"]) for row in records(data) if row.get("leader") == kept[leader]]
+    leader = next(name for name in keys if keys[name] in {row.get("leader") for row in records(data)})
+    copies = [str(row["source"]) for row in records(data) if row.get("leader") == keys[leader]]
     other = tmp_path / "elsewhere" / "set"
     shutil.copytree(data.parent, other.parent)
     # Without the image that was kept, a copy leaves its siblings and that image.
-    assert kept[leader] in remove(tmp_path / "elsewhere" / "set", Selection(sources=copies[:1]), "no").near_copies
+    assert keys[leader] in remove(tmp_path / "elsewhere" / "set", Selection(sources=copies[:1]), "no").near_copies
     shutil.rmtree(other.parent)
     shutil.copytree(data.parent, other.parent)
     removal = remove(data, Selection(sources=[leader]), "consent withdrawn")
     assert removal.dropped_copies == sorted(followers[name] for name in copies)
-    assert {*removal.image_keys} == {kept[leader], *removal.dropped_copies}
+    assert {*removal.image_keys} == {keys[leader], *removal.dropped_copies}
     rules(data, near_duplicates="largest")
     assert not {str(row["key"]) for row in records(data) if row["outcome"] in STORED} & {*removal.image_keys}
     # A record that names the image alone takes its copies elsewhere, too.
-    alone = removal.model_copy(update={"image_keys": [kept[leader]], "digests": [], "dropped_copies": None})
+    alone = removal.model_copy(update={"image_keys": [keys[leader]], "digests": [], "dropped_copies": None})
     write_removal(work_folder(other), alone)
     remove_known(other)
     assert not {str(row["key"]) for row in records(other) if row["outcome"] in STORED} & {*removal.image_keys}
@@ -408,13 +408,13 @@ def test_copies_that_curation_dropped_are_taken_down_with_the_image_kept_instead
 
 def test_a_reason_that_says_the_same_with_another_value_rewrites_no_table(data: Path, tmp_path: Path) -> None:
     rules(data, max_outlier=97)
-    before, gone = read_manifest(data), dropped(data)
+    before, dropped_images = read_manifest(data), dropped(data)
     (more := tmp_path / "more").mkdir()
     for number in range(3):
         scene(9000 + number).save(more / f"{number}.png")
     ingest(data, config(more))
     assert rules(data, max_outlier=97).newly_dropped == 0
-    assert dropped(data) == gone
+    assert dropped(data) == dropped_images
     assert read_manifest(data).parts[: len(before.parts)] == before.parts
 
 
@@ -437,10 +437,10 @@ def test_a_union_keeps_what_the_other_machine_dropped_out(
             shutil.copy(other / entry.name, data / entry.name)
     for path in (other / "versions").iterdir():
         shutil.copy(path, data / "versions" / path.name)
-    found = merge_versions(data, config(data), theirs, base)
-    assert found.version.dropped == ours.dropped + 1
-    assert found.version.kept == ours.kept + 1
-    assert found.version.content_digest == content_digest(data, found.version.parts, found.version.storage)
+    union = merge_versions(data, config(data), theirs, base)
+    assert union.version.dropped == ours.dropped + 1
+    assert union.version.kept == ours.kept + 1
+    assert union.version.content_digest == content_digest(data, union.version.parts, union.version.storage)
     assert rules(data, **SHARP).newly_dropped == 0
 
 
@@ -448,9 +448,9 @@ def test_history_shows_what_curation_did(data: Path) -> None:
     before = read_manifest(data)
     rules(data, **SHARP)
     after = read_manifest(data)
-    found = show(data, after, limit=3)
-    assert (found.dropped_count, len(found.dropped or ())) == (8, 3)
-    assert [(each.reason, each.count) for each in found.rules or ()] == [("min_sharpness", 8)]
+    summary = show(data, after, limit=3)
+    assert (summary.dropped_count, len(summary.dropped or ())) == (8, 3)
+    assert [(each.reason, each.count) for each in summary.rules or ()] == [("min_sharpness", 8)]
     step = next(log(data))
     assert (step.change, step.added, step.removed) == ("curation", 0, 8)
     there = diff(data, before, after)

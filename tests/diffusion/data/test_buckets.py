@@ -40,15 +40,15 @@ def test_each_image_goes_to_the_bucket_of_nearest_aspect_with_its_pixels(source:
     with closing(Dataset.open(tmp_path / "set")) as data:
         rows = np.arange(len(data))
         assert [manifest.shapes[bucket] for bucket in np.unique(data.buckets(rows))] == manifest.shapes
-        found = {}
+        pixels_by_image = {}
         for part in data.by_bucket(rows):
             for pixels in data.pixels(part):
-                found[int(pixels[0, 0, 2]) // 3] = pixels
+                pixels_by_image[int(pixels[0, 0, 2]) // 3] = pixels
         for number, size in enumerate(SIZES):
             image = rectangle(number, *size)
             if size == (82, 50):  # of 82 columns, 41 rows have the aspect ratio of the bucket
                 image = image.resize((48, 24), Image.Resampling.BICUBIC, (0, 4, 82, 45))
-            np.testing.assert_array_equal(found[number], np.asarray(image))
+            np.testing.assert_array_equal(pixels_by_image[number], np.asarray(image))
         with pytest.raises(ValueError, match="shapes"):
             data.images(rows)
 
@@ -104,8 +104,8 @@ def test_preview_names_the_buckets_and_their_shares(source: Path, tmp_path: Path
 
 
 def test_the_order_of_buckets_in_the_configuration_changes_nothing(source: Path, tmp_path: Path) -> None:
-    made = [ingest(tmp_path / each[0], config(source, buckets=each)) for each in (BUCKETS, BUCKETS[::-1])]
-    assert made[0].content_digest == made[1].content_digest
+    result = [ingest(tmp_path / each[0], config(source, buckets=each)) for each in (BUCKETS, BUCKETS[::-1])]
+    assert result[0].content_digest == result[1].content_digest
 
 
 def test_other_buckets_are_another_data_set(source: Path, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_other_buckets_are_another_data_set(source: Path, tmp_path: Path) -> Non
         {"buckets": []},
     ],
 )
-def test_buckets_that_contradict_the_rest_are_refused(source: Path, fields: dict[str, object]) -> None:
+def test_buckets_that_contradict_the_rest_are_rejected(source: Path, fields: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         config(source, **fields)
 
@@ -186,8 +186,8 @@ def test_chosen_shapes_are_few_of_about_equal_area_and_free_of_the_order(
 def test_the_nearest_shape_is_that_of_the_nearest_logarithm(width: int, height: int) -> None:
     shapes = choose_shapes([(300, 100), (100, 300), (100, 100), (150, 100)] * 10, 64)
     ratio, own = np.log(width / height), np.log([wide / high for high, wide in shapes])
-    chosen = shapes.index(nearest_shape(width, height, shapes))
-    assert abs(own[chosen] - ratio) <= np.abs(own - ratio).min() + 1e-9
+    index = shapes.index(nearest_shape(width, height, shapes))
+    assert abs(own[index] - ratio) <= np.abs(own - ratio).min() + 1e-9
 
 
 def test_a_version_tells_how_many_images_each_bucket_has(source: Path, tmp_path: Path) -> None:
@@ -197,20 +197,20 @@ def test_a_version_tells_how_many_images_each_bucket_has(source: Path, tmp_path:
 
 
 def test_two_lines_of_versions_are_united_bucket_by_bucket(source: Path, tmp_path: Path) -> None:
-    given = config(source, buckets=BUCKETS)
+    ingest_config = config(source, buckets=BUCKETS)
     base = tmp_path / "ours" / "set"
-    ingest(base, given)
+    ingest(base, ingest_config)
     shutil.copytree(tmp_path / "ours", tmp_path / "theirs")
     first = read_manifest(base)
     for folder, number, size in ((base, 81, (48, 24)), (tmp_path / "theirs" / "set", 82, (24, 48))):
         rectangle(number, *size).save(source / f"{number}.png")
-        ingest(folder, given)
+        ingest(folder, ingest_config)
         (source / f"{number}.png").unlink()
     theirs = read_manifest(tmp_path / "theirs" / "set")
     for entry in theirs.files:
         if not (base / entry.name).exists():
             shutil.copyfile(tmp_path / "theirs" / "set" / entry.name, base / entry.name)
-    assert merge_versions(base, given, theirs, first).added == 1
+    assert merge_versions(base, ingest_config, theirs, first).added == 1
     assert show(base, read_manifest(base)).buckets == {"24x48": 10, "32x32": 6, "48x24": 27}
 
 

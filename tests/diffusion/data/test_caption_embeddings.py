@@ -54,7 +54,7 @@ def read(dataset: Dataset, pool: ThreadPoolExecutor, progress: Progress = silent
     return Captions(embeddings_of(dataset, texts, pool, progress), numbers, MINI_LM)
 
 
-def kept(folder: Path) -> dict[str, bytes]:
+def embedding_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in encodings_folder(folder).glob("*")}
 
 
@@ -78,11 +78,11 @@ def test_each_caption_is_read_once_however_many_images_and_trainings_have_it(
     dataset = ingested(source, tmp_path / "data" / "blobs")
     first = read(dataset, pool)
     assert sorted(fake_encoder.read) == ["a blob", "blob number 10", "blob number 11"]
-    files = kept(dataset.folder)
+    files = embedding_files(dataset.folder)
     assert {Path(name).suffix for name in files} == {".safetensors", ".sha256"}
     assert torch.equal(read(dataset, pool).embeddings, first.embeddings)
     assert len(fake_encoder.read) == 3
-    assert kept(dataset.folder) == files
+    assert embedding_files(dataset.folder) == files
     assert not any("encodings" in path.name for path in dataset.folder.rglob("*"))
 
 
@@ -102,7 +102,7 @@ def test_damaged_caption_embeddings_are_recomputed_identically(
     source: Path, tmp_path: Path, pool: ThreadPoolExecutor, fake_encoder: FakeEncoder, damage: str
 ) -> None:
     dataset = ingested(source, tmp_path / "data" / "blobs")
-    expected, files = read(dataset, pool).embeddings, kept(dataset.folder)
+    expected, files = read(dataset, pool).embeddings, embedding_files(dataset.folder)
     path = next(encodings_folder(dataset.folder).glob("*.safetensors"))
     match damage:
         case "changed":
@@ -115,7 +115,7 @@ def test_damaged_caption_embeddings_are_recomputed_identically(
             path.unlink()
     assert torch.equal(read(dataset, pool).embeddings, expected)
     assert len(fake_encoder.read) == 6
-    assert kept(dataset.folder) == files
+    assert embedding_files(dataset.folder) == files
 
 
 def test_grown_data_set_encodes_only_new_captions(
@@ -148,10 +148,10 @@ def test_caption_embedding_is_deleted_with_its_image(
     assert len(traces(dataset.folder, *about)) == 1
     remove(dataset.folder, Selection(sources=["11.png"]), "consent withdrawn")
     assert not traces(dataset.folder, *about)
-    left = Dataset.open(dataset.folder)
-    assert len(read(left, pool).embeddings) == 2
+    remaining_set = Dataset.open(dataset.folder)
+    assert len(read(remaining_set, pool).embeddings) == 2
     assert not traces(dataset.folder, *about)
-    assert kept(dataset.folder)
+    assert embedding_files(dataset.folder)
     # A takedown that was cut off after the manifest is finished by the same words.
     encodings_folder(dataset.folder).mkdir(exist_ok=True)
     (encodings_folder(dataset.folder) / "left.safetensors").write_bytes(about[1].numpy().tobytes())
@@ -168,13 +168,13 @@ def test_takedown_during_encoding_leaves_no_embedding(
         remove(dataset.folder, Selection(sources=["11.png"]), "consent withdrawn")
 
     assert len(read(dataset, pool, meanwhile).embeddings) == 3
-    assert not kept(dataset.folder)
+    assert not embedding_files(dataset.folder)
 
 
 def test_images_like_others_have_their_captions_and_labels(tmp_path: Path) -> None:
     squares(tmp_path / "squares", 12, labelled=True)
     dataset = Dataset.open(tmp_path / "squares")
-    asked = conditions_of(dataset, [5, 2], ["blue", "green", "red"])
-    assert [asked.prompt(index) for index in range(3)] == [*dataset.captions([5, 2]), *dataset.captions([5])]
-    assert [asked.label(index) for index in range(2)] == dataset.labels([5, 2])
+    conditions = conditions_of(dataset, [5, 2], ["blue", "green", "red"])
+    assert [conditions.prompt(index) for index in range(3)] == [*dataset.captions([5, 2]), *dataset.captions([5])]
+    assert [conditions.label(index) for index in range(2)] == dataset.labels([5, 2])
     assert conditions_of(dataset, [5, 2], []).labels == ()

@@ -14,7 +14,7 @@ from diffusion.data.dataset import Dataset, open_table
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import read_manifest
-from tests.builders.built_datasets import BuiltDataset, kept, key_of
+from tests.builders.built_datasets import BuiltDataset, image_record, key_of
 from tests.builders.small_datasets import as_stored, random_images, write_dataset
 
 LABELS = ["cat", None, "dog", "cat", "ant"]
@@ -36,11 +36,11 @@ def test_rows_are_sorted_by_key_and_hold_the_stored_pixels(tmp_path: Path, chann
         assert data.shape == (channels, 8, 8)
         assert data.keys(range(50)) == [key_of(as_stored(images[number])) for number in order]
         assert data.images([]).shape == (0, channels, 8, 8)
-        chosen = [49, 3, 3, 17, 0]
+        rows = [49, 3, 3, 17, 0]
         for _ in range(2):  # decoded first, then perhaps remembered
-            found = data.images(chosen)
-            assert found.dtype == torch.uint8
-            np.testing.assert_array_equal(found.numpy(), images[[order[row] for row in chosen]])
+            pixels = data.images(rows)
+            assert pixels.dtype == torch.uint8
+            np.testing.assert_array_equal(pixels.numpy(), images[[order[row] for row in rows]])
 
 
 def test_modifying_a_batch_does_not_change_the_data_set(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_labels_captions_splits_and_shards_are_those_of_the_records(tmp_path: Pa
 
 def test_a_grey_image_among_coloured_ones_is_grey_in_all_channels(tmp_path: Path) -> None:
     grey, colours = as_stored(random_images(1)[0]), as_stored(random_images(1, 3)[0])
-    BuiltDataset(tmp_path / "set", 8).version([kept(grey, "grey.png"), kept(colours, "colours.png")])
+    BuiltDataset(tmp_path / "set", 8).version([image_record(grey, "grey.png"), image_record(colours, "colours.png")])
     with closing(Dataset.open(tmp_path / "set")) as data:
         row = data.keys([0, 1]).index(key_of(grey))
         np.testing.assert_array_equal(data.images([row])[0].numpy(), np.stack([grey] * 3))
@@ -120,12 +120,12 @@ def test_rows_do_not_depend_on_the_ingest_history(images: Path, tmp_path: Path) 
 def test_damaged_shard_is_named_before_any_of_its_images_is_used(tmp_path: Path, damage: str) -> None:
     manifest = write_dataset(tmp_path / "set", random_images(12), per_shard=6)
     shard = tmp_path / "set" / manifest.shards[1].name
-    stored = bytearray(shard.read_bytes())
+    shard_bytes = bytearray(shard.read_bytes())
     if damage == "missing":
         shard.unlink()
     else:
-        stored[600] ^= 1  # a bit of an image
-        shard.write_bytes(stored if damage == "changed" else stored[:-512])
+        shard_bytes[600] ^= 1  # a bit of an image
+        shard.write_bytes(shard_bytes if damage == "changed" else shard_bytes[:-512])
     words = {"changed": "is changed", "cut": "bytes long instead of", "missing": "is missing"}
     with pytest.raises(UserError, match=rf"{shard.name}.*{words[damage]}.*data checkout"):  # noqa: PT012 (either raises)
         data = Dataset.open(tmp_path / "set")
@@ -145,18 +145,18 @@ def test_threads_reading_at_the_same_time_get_what_one_gets(tmp_path: Path) -> N
     write_dataset(tmp_path / "set", random_images(200), per_shard=40)
     with closing(Dataset.open(tmp_path / "set")) as data, closing(Dataset.open(tmp_path / "set")) as alone:
         whole = alone.images(range(200))
-        found: dict[int, bool] = {}
+        images: dict[int, bool] = {}
 
         def read(seed: int) -> None:
             rows = np.random.default_rng(seed).permutation(200)
-            found[seed] = torch.equal(data.images(rows), whole[rows])
+            images[seed] = torch.equal(data.images(rows), whole[rows])
 
         threads = [Thread(target=read, args=(seed,)) for seed in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert found == dict.fromkeys(range(8), True)
+        assert images == dict.fromkeys(range(8), True)
 
 
 def test_standard_webdataset_readers_read_the_shards_unchanged(dataset: Path) -> None:
@@ -165,14 +165,14 @@ def test_standard_webdataset_readers_read_the_shards_unchanged(dataset: Path) ->
     with closing(Dataset.open(dataset)) as data:
         rows = {key: row for row, key in enumerate(data.keys(range(len(data))))}
         pairs = webdataset.WebDataset(shards, shardshuffle=False).decode("l8").to_tuple("__key__", "png", "json")
-        seen = []
+        row_numbers = []
         for key, pixels, about in pairs:
-            seen.append(rows[key])
+            row_numbers.append(rows[key])
             np.testing.assert_array_equal(pixels, data.images([rows[key]])[0, 0].numpy())
             assert about["label"] == data.labels([rows[key]])[0]
             assert len(about["sha256"]) == 64
             assert about["source"].endswith(".png")
-        assert sorted(seen) == list(range(len(data)))
+        assert sorted(row_numbers) == list(range(len(data)))
         batches = list(webdataset.WebDataset(shards, shardshuffle=False).decode("torchl8").to_tuple("png").batched(16))
     assert sum(len(batch) for (batch,) in batches) == len(rows)
 

@@ -27,8 +27,8 @@ BATCH = 12
 def data(tmp_path: Path) -> Iterator[Dataset]:
     """90 random images in 9 shards, none held out."""
     write_dataset(tmp_path / "set", random_images(COUNT), per_shard=10, held_out_every=0)
-    with closing(Dataset.open(tmp_path / "set")) as found:
-        yield found
+    with closing(Dataset.open(tmp_path / "set")) as dataset:
+        yield dataset
 
 
 def order_of(data: Dataset, window: int | None = None) -> TrainingOrder:
@@ -98,7 +98,7 @@ class Spy(LocalShards):
         super().__init__(folder)
         self.pause = pause
         self.reads = 0
-        self.asked: list[list[str]] = []
+        self.requests: list[list[str]] = []
 
     def read(self, entry: FileEntry, spans: Sequence[Span]) -> list[memoryview]:
         time.sleep(self.pause)
@@ -106,7 +106,7 @@ class Spy(LocalShards):
         return super().read(entry, spans)
 
     def prefetch(self, entries: Sequence[FileEntry]) -> None:
-        self.asked.append([entry.name for entry in entries])
+        self.requests.append([entry.name for entry in entries])
         super().prefetch(entries)
 
 
@@ -114,8 +114,8 @@ class Spy(LocalShards):
 def spied(data: Dataset) -> Iterator[tuple[Dataset, Spy]]:
     """The same images, never remembered."""
     spy = Spy(data.folder)
-    with closing(Dataset.open(data.folder, spy, cache_bytes=0)) as found:
-        yield found, spy
+    with closing(Dataset.open(data.folder, spy, cache_bytes=0)) as dataset:
+        yield dataset, spy
 
 
 def test_next_batches_are_loaded_in_the_background(spied: tuple[Dataset, Spy]) -> None:
@@ -148,9 +148,9 @@ def test_in_windows_the_shards_to_come_are_named_before_they_are_needed(spied: t
         for at in range(0, COUNT, 10):
             batch = loader.batch(at)
             needed = {names[number] for number in data.shards(batch.rows)}
-            assert needed <= set(spy.asked[-1][:3])
-    assert [len(each) for each in spy.asked[:2]] == [6, 6]
-    assert {name for asked in spy.asked for name in asked[:3]} == set(names)
+            assert needed <= set(spy.requests[-1][:3])
+    assert [len(each) for each in spy.requests[:2]] == [6, 6]
+    assert {name for names in spy.requests for name in names[:3]} == set(names)
 
 
 def test_a_damaged_shard_ends_in_an_error_that_names_it(data: Dataset) -> None:

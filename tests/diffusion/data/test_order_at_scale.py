@@ -23,15 +23,15 @@ def mixed(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def place_of(element: int, found: Permutation) -> int:
+def place_of(element: int, number: Permutation) -> int:
     """The place of an element: the Feistel network backwards, in integers of Python."""
     value = element
     while True:
-        left, right = divmod(value, found.side)
-        for key in reversed(found.keys.tolist()):
-            left, right = (right - mixed(left ^ key)) % found.side, left
-        value = left * found.side + right
-        if value < found.length:
+        left, right = divmod(value, number.side)
+        for key in reversed(number.keys.tolist()):
+            left, right = (right - mixed(left ^ key)) % number.side, left
+        value = left * number.side + right
+        if value < number.length:
             return value
 
 
@@ -39,8 +39,8 @@ def place_of(element: int, found: Permutation) -> int:
 def test_a_network_of_any_small_length_is_a_permutation(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(random, "WHOLE", 0)
     for index in range(3):
-        found = Permutation(5, "stream", index, length)[np.arange(length)]
-        assert sorted(found.tolist()) == list(range(length))
+        elements = Permutation(5, "stream", index, length)[np.arange(length)]
+        assert sorted(elements.tolist()) == list(range(length))
 
 
 def test_up_to_the_threshold_it_is_the_permutation_of_numpy() -> None:
@@ -52,11 +52,11 @@ def test_up_to_the_threshold_it_is_the_permutation_of_numpy() -> None:
 def test_each_place_of_a_long_permutation_is_found_again_from_its_element(
     length: int, seed: int, index: int, data: st.DataObject
 ) -> None:
-    found = Permutation(seed, "stream", index, length)
+    permutation = Permutation(seed, "stream", index, length)
     places = np.array([*data.draw(st.lists(st.integers(0, length - 1), min_size=1, max_size=20)), 0, length - 1])
-    elements = found[places]
+    elements = permutation[places]
     assert ((elements >= 0) & (elements < length)).all()
-    assert [place_of(element, found) for element in elements.tolist()] == places.tolist()
+    assert [place_of(element, permutation) for element in elements.tolist()] == places.tolist()
 
 
 def test_elements_of_a_long_permutation_are_spread_evenly_and_independently_of_their_places() -> None:
@@ -146,5 +146,5 @@ def test_a_window_of_a_billion_images_shows_each_image_of_its_shards_once(
 def test_the_windows_of_an_epoch_of_a_billion_images_hold_every_shard_once() -> None:
     counts = np.full(BILLION // 8000, 8000)
     order = WindowedOrder("layout", 0, 64, ByShard(Counted(), counts))  # type: ignore[arg-type]
-    seen = [shard for at in range(0, BILLION, 64 * 8000) for shard in order.coming(at)[:64]][: len(counts)]
-    assert sorted(seen) == list(range(len(counts)))
+    shards = [shard for at in range(0, BILLION, 64 * 8000) for shard in order.coming(at)[:64]][: len(counts)]
+    assert sorted(shards) == list(range(len(counts)))

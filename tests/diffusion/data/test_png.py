@@ -49,8 +49,8 @@ def test_every_image_comes_back_as_it_was(pixels: np.ndarray) -> None:
 def test_pillow_torchvision_and_webdataset_read_what_we_write(pixels: np.ndarray) -> None:
     png = encode(pixels)
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png))), pixels)
-    read = torchvision.io.decode_png(torch.frombuffer(bytearray(png), dtype=torch.uint8))
-    np.testing.assert_array_equal(read.numpy(), planes(pixels))
+    decoded_image = torchvision.io.decode_png(torch.frombuffer(bytearray(png), dtype=torch.uint8))
+    np.testing.assert_array_equal(decoded_image.numpy(), planes(pixels))
     handler = webdataset.imagehandler("rgb8" if pixels.ndim == 3 else "l8")
     np.testing.assert_array_equal(handler("png", png), pixels)
 
@@ -129,9 +129,9 @@ def test_damage_is_an_error_wherever_it_is_and_never_another_image() -> None:
     with pytest.raises(ValueError, match="not a PNG"):
         decode_many([b"GIF89a"], (1, 16, 16))
     for at in range(len(png)):
-        for damaged in (png[:at], png[:at] + bytes([png[at] ^ 0x41]) + png[at + 1 :]):
+        for damaged_png in (png[:at], png[:at] + bytes([png[at] ^ 0x41]) + png[at + 1 :]):
             try:
-                decoded = decode_many([damaged], (1, 16, 16))[0, 0]
+                decoded = decode_many([damaged_png], (1, 16, 16))[0, 0]
             except ValueError as error:
                 assert str(error)  # noqa: PT017 (either way out is right)
             else:

@@ -71,8 +71,8 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def cache(shelf: Shelf, folder: Path) -> Iterator[ShardCache]:
     """With room for three shards."""
-    with closing(ShardCache(folder, shelf, 3 * SIZE)) as found:
-        yield found
+    with closing(ShardCache(folder, shelf, 3 * SIZE)) as shard_cache:
+        yield shard_cache
 
 
 def held(folder: Path) -> set[str]:
@@ -326,12 +326,12 @@ def test_a_data_set_far_larger_than_the_cache_is_seen_whole_each_epoch(tmp_path:
         # One batch ahead: these windows are so small that more would reach beyond the next one.
         with Loader(data, range(120), order, 10, prefetch=1, workers=1) as loader:
             for epoch in range(2):
-                seen = []
+                rows = []
                 for at in range(0, 120, 10):
                     batch = loader.batch(120 * epoch + at)
                     assert torch.equal(batch.images, whole[batch.rows])
-                    seen += batch.rows.tolist()
+                    rows += batch.rows.tolist()
                     assert bytes_in(tmp_path / "cache") <= room
-                assert sorted(seen) == list(range(120))
+                assert sorted(rows) == list(range(120))
     assert set(store.fetched) == {shard.name for shard in manifest.shards}
     assert len(store.fetched) <= 2 * len(manifest.shards) + 4  # each once an epoch, and those of the window ahead

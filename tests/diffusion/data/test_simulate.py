@@ -42,15 +42,15 @@ class Throttled:
         self.late, self.busy = 0.0, 0.0
 
     def fetch(self, entry: FileEntry, path: Path) -> None:
-        began = time.perf_counter()
+        start = time.perf_counter()
         time.sleep(self.latency)
-        self.late += time.perf_counter() - began
+        self.late += time.perf_counter() - start
         with self.link:
-            began = time.perf_counter()
+            start = time.perf_counter()
             time.sleep(self.transfer)
             shutil.copyfile(self.folder / entry.name, path)
             self.fetched.append(entry)
-            self.busy += time.perf_counter() - began
+            self.busy += time.perf_counter() - start
 
 
 @pytest.fixture
@@ -87,21 +87,21 @@ class Run:
                     rows = loader.batch(position).rows
                     if position == 0:
                         self.first = loader.waited
-                    began = time.perf_counter()
-                    wanted = [folder / "cache" / f"{manifest.shards[n].sha256}.tar" for n in order.coming(position)]
-                    while step is None and not all(path.is_file() for path in wanted):
+                    start = time.perf_counter()
+                    shards = [folder / "cache" / f"{manifest.shards[n].sha256}.tar" for n in order.coming(position)]
+                    while step is None and not all(path.is_file() for path in shards):
                         time.sleep(0.002)
                     time.sleep(step or 0)
-                    self.stepping += time.perf_counter() - began
+                    self.stepping += time.perf_counter() - start
                 self.waited = loader.waited - self.first
                 fetched = -1
                 while fetched < len(store.fetched):  # those of the next window
                     fetched = len(store.fetched)
                     time.sleep(0.1 + 3 * store.transfer + 2 * store.latency)
-                began = time.perf_counter()
+                start = time.perf_counter()
                 for _ in range(20):
                     data.pixels(rows)
-                self.decoding = (time.perf_counter() - began) / 20
+                self.decoding = (time.perf_counter() - start) / 20
 
 
 def totals(simulation: Simulation) -> tuple[int, int, int]:
@@ -114,12 +114,12 @@ def totals(simulation: Simulation) -> tuple[int, int, int]:
 def test_bytes_and_hits_are_those_of_a_real_run(tmp_path: Path, manifest: Manifest, window: int, room: int) -> None:
     settings, store = streaming(manifest, window, room), Throttled(tmp_path / "set")
     Run(tmp_path, manifest, settings, store, epochs=3)
-    found = simulate(Shards.of(manifest), Machines(), settings, epochs=3)
-    size, fetched, hits = totals(found)
+    simulation = simulate(Shards.of(manifest), Machines(), settings, epochs=3)
+    size, fetched, hits = totals(simulation)
     assert (size, fetched) == (sum(entry.bytes for entry in store.fetched), len(store.fetched))
     order = WindowedOrder(manifest.layout_digest, settings.seed, window, Shards.of(manifest).by_shard())
-    wanted = [set(order.coming(at)) for at in range(0, 3 * IMAGES, window * EACH)]
-    new = len(wanted[0]) + sum(len(now - before) for before, now in pairwise(wanted))
+    shard_sets = [set(order.coming(at)) for at in range(0, 3 * IMAGES, window * EACH)]
+    new = len(shard_sets[0]) + sum(len(now - before) for before, now in pairwise(shard_sets))
     assert hits == new - fetched
     if room == 24:
         assert (fetched, hits) == (24, new - 24)
@@ -137,11 +137,11 @@ def test_waiting_is_that_of_a_real_run(tmp_path: Path, manifest: Manifest, trans
         decode_rate=BATCH / run.decoding,
         step_seconds=run.stepping / (2 * IMAGES / BATCH),
     )
-    found = simulate(Shards.of(manifest), machines, settings, epochs=2)
-    waited = sum(epoch.waited for epoch in found.epochs)
+    simulation = simulate(Shards.of(manifest), machines, settings, epochs=2)
+    waited = sum(epoch.waited for epoch in simulation.epochs)
     assert abs(run.waited - waited) < 0.2 * (run.waited + run.stepping)
-    assert abs(run.first - found.first_batch) < 0.2 * (run.waited + run.stepping)
-    assert (found.waiting > 0.25) == (transfer == 0.03)
+    assert abs(run.first - simulation.first_batch) < 0.2 * (run.waited + run.stepping)
+    assert (simulation.waiting > 0.25) == (transfer == 0.03)
 
 
 FAST = Machines(bandwidth=1e12, latency=0, disk_bandwidth=1e12, decode_rate=1e9, step_seconds=0.1)
@@ -214,9 +214,9 @@ def test_steps_that_repeat_are_counted_as_if_they_were_simulated_one_by_one(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("diffusion.data.simulate.REPEATED", 0)
         singly = simulate(shards, machines, streaming, 2, batches)
-    found = simulate(shards, machines, streaming, 2, batches)
-    assert found.first_batch == singly.first_batch
-    for epoch, expected in zip(found.epochs, singly.epochs, strict=True):
+    simulation = simulate(shards, machines, streaming, 2, batches)
+    assert simulation.first_batch == singly.first_batch
+    for epoch, expected in zip(simulation.epochs, singly.epochs, strict=True):
         assert epoch.model_dump() == pytest.approx(expected.model_dump(), rel=1e-9, abs=1e-6)
 
 
@@ -233,13 +233,13 @@ def test_more_nodes_decode_more_and_larger_windows_and_faster_networks_never_wai
     for row in rows:
         shares = list(row.waiting.values())
         assert shares == sorted(shares, reverse=True)
-    found = find_smallest(BILLION, slow.model_copy(update={"ranks": 8}), SETTINGS)
-    assert found is not None
-    assert found.stream_bytes == BILLION.two_windows(found.window)
-    assert found.waiting <= 0.01
+    simulation = find_smallest(BILLION, slow.model_copy(update={"ranks": 8}), SETTINGS)
+    assert simulation is not None
+    assert simulation.stream_bytes == BILLION.two_windows(simulation.window)
+    assert simulation.waiting <= 0.01
 
 
-def test_settings_that_thrash_are_refused_with_the_least_that_works() -> None:
+def test_settings_that_thrash_are_rejected_with_the_least_that_works() -> None:
     assert smallest_window(BILLION, 4096, 4) == 7
     for name, value, least in (("window", 6, "set it to 7 or more"), ("stream_bytes", 10**9, "raise training.stream")):
         with pytest.raises(UserError, match=least):

@@ -64,8 +64,8 @@ def test_each_windowed_epoch_shows_every_row_once(window: int, epoch: int) -> No
 def test_rows_of_a_window_lie_in_as_many_shards_and_are_named_before(window: int, epoch: int) -> None:
     order, start = windowed(window), epoch * len(LAYOUT)
     shards = LAYOUT[order.rows(start, len(LAYOUT))].tolist()
-    seen = list(dict.fromkeys(shards))
-    windows = [set(seen[at : at + window]) for at in range(0, len(seen), window)]
+    shard_names = list(dict.fromkeys(shards))
+    windows = [set(shard_names[at : at + window]) for at in range(0, len(shard_names), window)]
     numbers = [next(number for number, each in enumerate(windows) if shard in each) for shard in shards]
     assert numbers == sorted(numbers), "a shard came back when another window had begun"
     for offset, number in enumerate(numbers):
@@ -149,15 +149,15 @@ def test_batches_are_of_one_bucket_and_its_epochs_show_every_sample_once(
 ) -> None:
     order = bucketed(counts, size, seed, window)
     own = {int(sample): bucket for bucket, samples in enumerate(samples_of(counts)) for sample in samples}
-    seen: list[list[int]] = [[] for _ in counts]
+    rows_by_bucket: list[list[int]] = [[] for _ in counts]
     for batch in range(4 * sum(counts)):
         rows = order.rows(batch * size, size).tolist()
         (bucket,) = {own[row] for row in rows}
-        seen[bucket] += rows
-        for each, (number, images) in enumerate(zip(map(len, seen), counts, strict=True)):
+        rows_by_bucket[bucket] += rows
+        for each, (number, images) in enumerate(zip(map(len, rows_by_bucket), counts, strict=True)):
             # No bucket is further from its share than there are other buckets, in batches.
             assert abs(number / size - (batch + 1) * images / sum(counts)) < max(len(counts) - 1, 1), each
-    for rows, samples in zip(seen, samples_of(counts), strict=True):
+    for rows, samples in zip(rows_by_bucket, samples_of(counts), strict=True):
         for start in range(0, len(rows) - len(samples) + 1, len(samples)):
             assert sorted(rows[start : start + len(samples)]) == samples.tolist()
 

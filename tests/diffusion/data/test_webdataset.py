@@ -19,11 +19,11 @@ def test_each_image_of_a_split_comes_once_with_its_pixels_and_class(dataset: Pat
     classes = expected.classes(rows, expected.manifest.labels)
     images = dict(zip(expected.keys(rows), zip(expected.images(rows), classes, strict=True), strict=True))
     loader = DataLoader(open_webdataset(dataset, split, shuffle=16), batch_size=None, num_workers=workers)
-    found = {sample["key"]: sample for sample in loader}
-    assert found.keys() == images.keys()
+    samples = {sample["key"]: sample for sample in loader}
+    assert samples.keys() == images.keys()
     for key, (image, label) in images.items():
-        assert torch.equal(found[key]["image"], image)
-        assert found[key]["label"] == label
+        assert torch.equal(samples[key]["image"], image)
+        assert samples[key]["label"] == label
 
 
 def test_a_missing_shard_is_named(dataset: Path) -> None:

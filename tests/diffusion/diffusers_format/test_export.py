@@ -74,8 +74,8 @@ def exported(weights: Path, **sampling: Any) -> tuple[DiffusionModel, Exported]:
     return load_model(weights), export_to_diffusers(weights, weights.parent / "folder", config)
 
 
-def load(done: Exported, kind: Any = DarkroomPipeline) -> Any:
-    pipe = kind.from_pretrained(done.folder)
+def load(exported_pipeline: Exported, kind: Any = DarkroomPipeline) -> Any:
+    pipe = kind.from_pretrained(exported_pipeline.folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -123,8 +123,8 @@ def test_exported_pipeline_reproduces_images_with_diffusers_scheduler(
     tmp_path: Path, settings: dict[str, Any], sampler: Any
 ) -> None:
     mean = (0.4, -0.6, 0.1)
-    model, done = exported(write_model(tmp_path, channels=3, data_mean=mean, **settings), sampler=sampler)
-    theirs = load(done)(batch_size=COUNT, seed=SEED, output_type="pt").images
+    model, exported_pipeline = exported(write_model(tmp_path, channels=3, data_mean=mean, **settings), sampler=sampler)
+    theirs = load(exported_pipeline)(batch_size=COUNT, seed=SEED, output_type="pt").images
     # DEIS as diffusers has it computes σ = 4,096 in float32.
     tolerance = 4e-3 if sampler == "deis" and settings.get("zero_terminal_snr") else 1e-3
     assert_equal(theirs, ours(model, sampling_config(sampler=sampler, steps=8)), tolerance)
@@ -137,8 +137,8 @@ def test_exported_pipeline_reproduces_images_with_diffusers_scheduler(
 def test_in_a_stock_pipeline_their_scheduler_visits_our_noise_levels(
     tmp_path: Path, sampler: Any, bounds: dict[str, Any]
 ) -> None:
-    model, done = exported(write_model(tmp_path), sampler=sampler, **bounds)
-    scheduler = load(done, diffusers.DDPMPipeline).scheduler
+    model, exported_pipeline = exported(write_model(tmp_path), sampler=sampler, **bounds)
+    scheduler = load(exported_pipeline, diffusers.DDPMPipeline).scheduler
     scheduler.set_timesteps(8)
     levels = sampling_config(sampler=sampler, steps=8, **bounds).sigma_grid(model.schedule)[:-1]
     theirs = scheduler.sigmas.double().unique().flip(0)[:8]
@@ -150,8 +150,8 @@ def test_in_a_stock_pipeline_their_scheduler_visits_our_noise_levels(
 def test_stock_ddim_pipeline_matches_our_sampler_at_its_noise_levels(
     tmp_path: Path, settings: dict[str, Any], eta: float
 ) -> None:
-    model, done = exported(write_model(tmp_path, **settings))
-    pipe = load(done, DDIMPipeline)
+    model, exported_pipeline = exported(write_model(tmp_path, **settings))
+    pipe = load(exported_pipeline, DDIMPipeline)
     generator = torch.Generator().manual_seed(SEED)
     theirs = pipe(COUNT, generator, eta, num_inference_steps=20, output_type="pt").images
     config = sampling_config(sampler="ddim", steps=20, eta=eta)
@@ -164,28 +164,28 @@ def test_stock_ddpm_pipeline_matches_our_sampler_at_every_noise_level(tmp_path: 
         tmp_path, channels=3, steps=40, variance="fixed" if variance else "learned_range", **SCHEDULES["noise"]
     )
     every_level = {"sampler": "ddpm", "steps": 40, "sigma_max": None, "sigma_min": None, "variance": variance}
-    model, done = exported(weights, **every_level)
-    assert done.pipeline == "DDPMPipeline"
-    pipe = load(done, DiffusionPipeline)
+    model, exported_pipeline = exported(weights, **every_level)
+    assert exported_pipeline.pipeline == "DDPMPipeline"
+    pipe = load(exported_pipeline, DiffusionPipeline)
     assert isinstance(pipe, DDPMPipeline)
     generator = torch.Generator().manual_seed(SEED)
     theirs = pipe(COUNT, generator, num_inference_steps=40, output_type="pt").images
     expected = ours(model, SAMPLING_ADAPTER.validate_python(every_level), noise=from_generator(model))
     assert_equal(theirs, expected)
     again = torch.Generator().manual_seed(SEED)
-    assert_equal(load(done)(batch_size=COUNT, generator=again, output_type="pt").images, expected)
+    assert_equal(load(exported_pipeline)(batch_size=COUNT, generator=again, output_type="pt").images, expected)
 
 
 def test_learned_variance_is_dropped_on_export_for_other_samplers(tmp_path: Path) -> None:
-    model, done = exported(write_model(tmp_path, variance="learned_range"), sampler="dpmpp_2m")
-    theirs = load(done)(batch_size=COUNT, seed=SEED, output_type="pt").images
+    model, exported_pipeline = exported(write_model(tmp_path, variance="learned_range"), sampler="dpmpp_2m")
+    theirs = load(exported_pipeline)(batch_size=COUNT, seed=SEED, output_type="pt").images
     assert_equal(theirs, ours(model, sampling_config(sampler="dpmpp_2m", steps=8)))
-    assert load(done, DDIMPipeline)(num_inference_steps=5, output_type="pt").images.shape == (1, 1, 8, 8)
+    assert load(exported_pipeline, DDIMPipeline)(num_inference_steps=5, output_type="pt").images.shape == (1, 1, 8, 8)
 
 
 def test_scheduler_from_config_samples_from_the_same_model(tmp_path: Path) -> None:
-    model, done = exported(write_model(tmp_path))
-    pipe = load(done)
+    model, exported_pipeline = exported(write_model(tmp_path))
+    pipe = load(exported_pipeline)
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     theirs = pipe(batch_size=COUNT, seed=SEED, num_inference_steps=20, eta=1.0, output_type="pt").images
     config = sampling_config(sampler="ddim", steps=20, eta=1.0)
@@ -197,9 +197,9 @@ def test_scheduler_from_config_samples_from_the_same_model(tmp_path: Path) -> No
 def test_exported_pipeline_takes_class_names_and_guidance(
     tmp_path: Path, labels: tuple[str | None, ...], guidance: dict[str, Any]
 ) -> None:
-    model, done = exported(write_model(tmp_path, classes=CLASSES))
-    given = {"guidance_scale" if name == "guidance" else name: value for name, value in guidance.items()}
-    theirs = load(done)(batch_size=COUNT, seed=SEED, labels=labels, output_type="pt", **given).images
+    model, exported_pipeline = exported(write_model(tmp_path, classes=CLASSES))
+    arguments = {"guidance_scale" if name == "guidance" else name: value for name, value in guidance.items()}
+    theirs = load(exported_pipeline)(batch_size=COUNT, seed=SEED, labels=labels, output_type="pt", **arguments).images
     config = SAMPLING_ADAPTER.validate_python({"steps": 8} | guidance)
     assert_equal(theirs, ours(model, config, conditions=Conditions(labels=labels)))
     none = ours(model, sampling_config(steps=8), conditions=Conditions(labels=(None,)))
@@ -207,16 +207,16 @@ def test_exported_pipeline_takes_class_names_and_guidance(
 
 
 def test_exported_pipeline_takes_prompts(tmp_path: Path, fake_encoder: FakeEncoder) -> None:
-    model, done = exported(write_model(tmp_path, channels=3, text=True), guidance=2.0)
-    theirs = load(done)(COUNT, SEED, prompts="red square", negative_prompt="blue", output_type="pt").images
+    model, exported_pipeline = exported(write_model(tmp_path, channels=3, text=True), guidance=2.0)
+    theirs = load(exported_pipeline)(COUNT, SEED, prompts="red square", negative_prompt="blue", output_type="pt").images
     conditions = Conditions(prompts=("red square",), negative_prompt="blue")
     assert_equal(theirs, ours(model, sampling_config(steps=8, guidance=2.0), conditions=conditions))
     assert set(fake_encoder.read) == {"red square", "blue"}
 
 
 def test_images_are_those_of_sample_to_one_level_of_grey(tmp_path: Path) -> None:
-    model, done = exported(write_model(tmp_path))
-    images = load(done)(batch_size=COUNT, seed=SEED).images
+    model, exported_pipeline = exported(write_model(tmp_path))
+    images = load(exported_pipeline)(batch_size=COUNT, seed=SEED).images
     config = sampling_config(steps=8, compute_batch=COUNT, precision="fp32")
     expected = sample(model, range(COUNT), SEED, config)[:, 0].int()
     theirs = torch.stack([torch.frombuffer(bytearray(each.tobytes()), dtype=torch.uint8) for each in images]).int()
@@ -225,17 +225,17 @@ def test_images_are_those_of_sample_to_one_level_of_grey(tmp_path: Path) -> None
 
 
 def test_half_precision_weights_give_nearly_the_same_images(tmp_path: Path) -> None:
-    model, done = exported(write_model(tmp_path), sampler="dpmpp_2m")
-    half = load(done).to(torch.bfloat16)
+    model, exported_pipeline = exported(write_model(tmp_path), sampler="dpmpp_2m")
+    half = load(exported_pipeline).to(torch.bfloat16)
     theirs = half(batch_size=COUNT, seed=SEED, output_type="pt").images
     torch.testing.assert_close(theirs, ours(model, sampling_config(sampler="dpmpp_2m", steps=8)), atol=0.1, rtol=0)
-    stock = load(done, DDIMPipeline).to(torch.bfloat16)
+    stock = load(exported_pipeline, DDIMPipeline).to(torch.bfloat16)
     assert stock(num_inference_steps=5, output_type="pt").images.dtype == torch.bfloat16
 
 
 def test_a_pipeline_saved_again_is_the_same(tmp_path: Path) -> None:
-    _, done = exported(write_model(tmp_path))
-    pipe = load(done)
+    _, exported_pipeline = exported(write_model(tmp_path))
+    pipe = load(exported_pipeline)
     pipe.save_pretrained(tmp_path / "again")
     again = DarkroomPipeline.from_pretrained(tmp_path / "again")
     one, other = (each(seed=SEED, output_type="pt").images for each in (pipe, again))
@@ -243,8 +243,8 @@ def test_a_pipeline_saved_again_is_the_same(tmp_path: Path) -> None:
 
 
 def test_exported_folder_contains_no_pickle_and_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, done = exported(write_model(tmp_path))
-    assert {Path(name).suffix for name in done.files} == {".json", ".safetensors", ".md"}
+    _, exported_pipeline = exported(write_model(tmp_path))
+    assert {Path(name).suffix for name in exported_pipeline.files} == {".json", ".safetensors", ".md"}
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("unpickled")
@@ -252,15 +252,22 @@ def test_exported_folder_contains_no_pickle_and_no_code(tmp_path: Path, monkeypa
     for name in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, name, refuse)
     monkeypatch.setattr(torch, "load", refuse)
-    assert load(done, DDPMPipeline)(num_inference_steps=4, output_type="pt").images.isfinite().all()
+    assert load(exported_pipeline, DDPMPipeline)(num_inference_steps=4, output_type="pt").images.isfinite().all()
 
 
 def test_exported_readme_runs_and_names_the_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = write_model(tmp_path)
-    done = export_to_diffusers(weights, tmp_path / "folder", sampling_config(steps=4), "models:/blobs/3", "run-0815")
-    text = (done.folder / "README.md").read_text()
-    for known in ("models:/blobs/3", "run-0815", load_model(weights).header.content_digest, done.weights_sha256):
-        assert known in text
+    exported_pipeline = export_to_diffusers(
+        weights, tmp_path / "folder", sampling_config(steps=4), "models:/blobs/3", "run-0815"
+    )
+    text = (exported_pipeline.folder / "README.md").read_text()
+    for name in (
+        "models:/blobs/3",
+        "run-0815",
+        load_model(weights).header.content_digest,
+        exported_pipeline.weights_sha256,
+    ):
+        assert name in text
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(examples) == 2
@@ -272,12 +279,12 @@ def test_exported_readme_runs_and_names_the_origin(tmp_path: Path, monkeypatch: 
 
 def test_repeated_export_changes_nothing_and_a_different_one_fails(tmp_path: Path) -> None:
     weights = write_model(tmp_path)
-    _, done = exported(weights)
-    before = {path: path.stat().st_mtime_ns for path in done.folder.rglob("*")}
-    assert exported(weights)[1] == done
+    _, exported_pipeline = exported(weights)
+    before = {path: path.stat().st_mtime_ns for path in exported_pipeline.folder.rglob("*")}
+    assert exported(weights)[1] == exported_pipeline
     with pytest.raises(UserError, match="is there and differs"):
         exported(weights, steps=9)
-    assert {path: path.stat().st_mtime_ns for path in done.folder.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in exported_pipeline.folder.rglob("*")} == before
     assert {path.name for path in tmp_path.iterdir()} == {"final.safetensors", "folder"}
 
 
@@ -330,8 +337,8 @@ def test_missing_diffusers_gives_a_one_line_install_hint(tmp_path: Path, monkeyp
 
 
 def test_exported_pipeline_rejects_options_without_effect(tmp_path: Path, fake_encoder: FakeEncoder) -> None:
-    _, done = exported(write_model(tmp_path, classes=CLASSES))
-    pipe = load(done)
+    _, exported_pipeline = exported(write_model(tmp_path, classes=CLASSES))
+    pipe = load(exported_pipeline)
     with pytest.raises(UserError, match="no class 'bird'"):
         pipe(labels="bird")
     with pytest.raises(UserError, match="without captions"):
@@ -357,24 +364,24 @@ def test_exported_pipeline_rejects_options_without_effect(tmp_path: Path, fake_e
             pipe()
 
 
-def test_exported_pipeline_guides_as_evaluation_chose_unless_told_otherwise(tmp_path: Path) -> None:
+def test_exported_pipeline_guides_as_evaluation_chose_unless_overridden(tmp_path: Path) -> None:
     checkpoint, weights = write_model(tmp_path, classes=CLASSES), tmp_path / "weights.safetensors"
     guided = sampling_config(steps=8, sampler="dpmpp_2m", guidance=3, guidance_interval=(0.2, 5))
     export(checkpoint, weights, guided)
-    model, done = exported(weights, sampler="dpmpp_2m")
-    pipe = load(done)
+    model, exported_pipeline = exported(weights, sampler="dpmpp_2m")
+    pipe = load(exported_pipeline)
     assert_equal(pipe(batch_size=COUNT, seed=SEED, output_type="pt").images, ours(model, guided))
     unguided = pipe(batch_size=COUNT, seed=SEED, output_type="pt", guidance_scale=1).images
     assert_equal(unguided, ours(model, guided.unguided()))
-    assert "guidance 3 at σ from 0.2 to 5" in (done.folder / "README.md").read_text()
+    assert "guidance 3 at σ from 0.2 to 5" in (exported_pipeline.folder / "README.md").read_text()
 
 
 def test_exported_pipeline_has_the_guide_that_autoguidance_leads_away_from(tmp_path: Path) -> None:
     weights, guided = tmp_path / "weights.safetensors", sampling_config(steps=8, sampler="dpmpp_2m", autoguidance=2)
     export(small_models.write_model(tmp_path / "trained.safetensors", 0, 100, guide=1), weights, guided)
-    model, done = exported(weights, sampler="dpmpp_2m")
-    assert done.pipeline == "DarkroomPipeline"
-    pipe = load(done)
+    model, exported_pipeline = exported(weights, sampler="dpmpp_2m")
+    assert exported_pipeline.pipeline == "DarkroomPipeline"
+    pipe = load(exported_pipeline)
     assert_equal(pipe(batch_size=COUNT, seed=SEED, output_type="pt").images, ours(model, guided))
     unguided = pipe(batch_size=COUNT, seed=SEED, output_type="pt", guidance_scale=1).images
     assert_equal(unguided, ours(model, guided.changed({"autoguidance": None})))

@@ -59,14 +59,14 @@ def test_a_pipeline_is_downloaded_without_anything_else(hub: Hub, tmp_path: Path
         ".gitattributes": b"",
     }
     repo = hub.model("me/tiny", files | others)
-    done = download_pipeline("hf://me/tiny", tmp_path / "tiny")
+    origin = download_pipeline("hf://me/tiny", tmp_path / "tiny")
     assert contents(tmp_path / "tiny") == files
-    assert done.files == {path: sha256_bytes(data) for path, data in files.items()}
-    assert (done.source, done.revision, done.licence) == ("hf://me/tiny", repo.refs["main"], "openrail")
+    assert origin.files == {path: sha256_bytes(data) for path, data in files.items()}
+    assert (origin.source, origin.revision, origin.licence) == ("hf://me/tiny", repo.refs["main"], "openrail")
     assert diffusers.DDPMPipeline.from_pretrained(tmp_path / "tiny").unet.config.sample_size == 8
     # Again, and pinned: nothing is fetched twice.
     hub.requests.clear()
-    assert download_pipeline(f"hf://me/tiny@{done.revision}", tmp_path / "tiny") == done
+    assert download_pipeline(f"hf://me/tiny@{origin.revision}", tmp_path / "tiny") == origin
     assert not hub.paths("safetensors")
 
 
@@ -84,7 +84,7 @@ def test_a_revision_is_what_it_was(hub: Hub, tmp_path: Path, pipeline: dict[str,
         download_pipeline(f"hf://me/tiny@{first}", tmp_path / "first")
 
 
-def test_what_is_no_pipeline_of_safetensors_is_refused(hub: Hub, tmp_path: Path, pipeline: dict[str, bytes]) -> None:
+def test_what_is_no_pipeline_of_safetensors_is_rejected(hub: Hub, tmp_path: Path, pipeline: dict[str, bytes]) -> None:
     weights = "unet/diffusion_pytorch_model.safetensors"
     without = {path: data for path, data in pipeline.items() if path != weights}
     hub.model("me/pickled", without | {"unet/diffusion_pytorch_model.bin": b"a pickle"})
@@ -120,11 +120,11 @@ def test_other_bytes_than_listed_never_reach_the_folder(
     assert not [path for path in contents(tmp_path).values() if path in pipeline.values()]
 
 
-def test_what_is_no_hub_and_a_commit_that_is_gone_are_told_in_one_line(hub: Hub, tmp_path: Path) -> None:
+def test_what_is_no_hub_and_a_commit_that_is_gone_are_errors_of_one_line(hub: Hub, tmp_path: Path) -> None:
     hub.model("me/tiny", {})
-    gone = Repository("model", "me/tiny", "b" * 40)
+    missing_commit = Repository("model", "me/tiny", "b" * 40)
     with pytest.raises(DarkroomError, match="b" * 40) as error:
-        gone.read(HubFile("config.json", 2, "c" * 40))
+        missing_commit.read(HubFile("config.json", 2, "c" * 40))
     assert "\n" not in str(error.value)
     # A page in the place of JSON.
     hub.statuses = [200]
@@ -189,15 +189,15 @@ def test_a_push_is_one_private_commit_and_the_same_again_is_none(
         push_to_hub("hf://me/new", folder, "# Card", samples, "Export")
     assert hub.requests == []
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    done = push_to_hub("hf://me/new", folder, "# Card", samples, "Export")
+    origin = push_to_hub("hf://me/new", folder, "# Card", samples, "Export")
     repo = hub.repos["model", "me/new"]
-    assert (done.created, done.commit, repo.private) == (True, repo.refs["main"], True)
+    assert (origin.created, origin.commit, repo.private) == (True, repo.refs["main"], True)
     assert repo.messages == ["initial commit", "Export"]
     expected = pipeline | samples | {"README.md": b"# Card"}
     assert {path: data for path, data in repo.files.items() if path != ".gitattributes"} == expected
     # Another machine generates other bits under the same name.
     again = push_to_hub("hf://me/new", folder, "# Card", {"samples/0-abc.png": png(2)}, "Export")
-    assert again == done.model_copy(update={"created": False})
+    assert again == origin.model_copy(update={"created": False})
     assert len(repo.commits) == 2
     # What comes back is what went out.
     download_pipeline("hf://me/new", tmp_path / "back")
@@ -217,9 +217,9 @@ def test_a_push_whose_answers_are_lost_is_made_once(
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     folder = write_files(tmp_path / "export", pipeline)
     hub.drop_uploads = hub.drop_commits = 1
-    done = push_to_hub("hf://me/new", folder, "# Card", {}, "Export")
+    origin = push_to_hub("hf://me/new", folder, "# Card", {}, "Export")
     repo = hub.repos["model", "me/new"]
-    assert (done.commit, repo.messages) == (repo.refs["main"], ["initial commit", "Export"])
+    assert (origin.commit, repo.messages) == (repo.refs["main"], ["initial commit", "Export"])
 
 
 def test_a_push_with_a_token_of_someone_else_is_one_line(
@@ -266,9 +266,9 @@ def test_a_pipeline_of_the_hub_is_imported_with_its_origin_and_exported_as_it_wa
     header = read_model_header(tmp_path / "tiny.safetensors")
     assert header.origin is not None
     assert (header.origin.source, header.origin.revision, header.origin.licence) == ("hf://me/tiny", commit, "openrail")
-    done = export_to_diffusers(tmp_path / "tiny.safetensors", tmp_path / "exported", sampling_config(steps=4))
+    export = export_to_diffusers(tmp_path / "tiny.safetensors", tmp_path / "exported", sampling_config(steps=4))
     assert contents(tmp_path / "exported") == files
-    about = readme(load_diffusion(tmp_path / "tiny.safetensors"), sampling_config(steps=4), done, "me/copy")
+    about = readme(load_diffusion(tmp_path / "tiny.safetensors"), sampling_config(steps=4), export, "me/copy")
     assert commit in about
     assert 'StableDiffusionPipeline.from_pretrained("me/copy")' in about
 

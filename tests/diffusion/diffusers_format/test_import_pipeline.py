@@ -68,27 +68,27 @@ def test_an_export_is_what_came_in_to_the_byte(tmp_path: Path, kind: str) -> Non
     assert header.origin is not None
     assert header.origin.files == digests(folder)
     assert (header.origin.licence, header.origin.revision) == ("openrail", "0" * 40)
-    exported = export_to_diffusers(path, tmp_path / "out", SCHEDULER)
-    assert exported.files == digests(tmp_path / "out") == digests(folder)
+    export = export_to_diffusers(path, tmp_path / "out", SCHEDULER)
+    assert export.files == digests(tmp_path / "out") == digests(folder)
     # Again, into the same folder.
-    assert export_to_diffusers(path, tmp_path / "out", SCHEDULER).files == exported.files
+    assert export_to_diffusers(path, tmp_path / "out", SCHEDULER).files == export.files
 
 
 def test_weights_keep_their_type_and_are_computed_with_in_float32(tmp_path: Path) -> None:
     folder = pipelines.stable_diffusion(tmp_path / "half", dtype=torch.float16)
     import_pipeline(folder, path := tmp_path / "model.safetensors", ORIGIN)
     with safe_open(path, framework="pt") as file:
-        stored = file.get_tensor("ema.unet.conv_in.weight")
-    assert stored.dtype == torch.float16
-    assert torch.equal(stored, load_file(folder / UNET)["conv_in.weight"])
+        weight = file.get_tensor("ema.unet.conv_in.weight")
+    assert weight.dtype == torch.float16
+    assert torch.equal(weight, load_file(folder / UNET)["conv_in.weight"])
     loaded = load_model(path).network.state_dict()["unet.conv_in.weight"]
     assert loaded.dtype == torch.float32
-    assert torch.equal(loaded, stored.float())
+    assert torch.equal(loaded, weight.float())
 
 
 def test_digests_are_of_weights_of_any_type_and_of_tokenizers(tmp_path: Path) -> None:
     folder = pipelines.stable_diffusion(tmp_path / "half", dtype=torch.bfloat16)
-    found = []
+    digests = []
     for file, text in {
         "LICENSE": "Ours.\n",
         "README.md": "# Another card\n",
@@ -96,8 +96,8 @@ def test_digests_are_of_weights_of_any_type_and_of_tokenizers(tmp_path: Path) ->
     }.items():
         (folder / file).write_text(text)
         import_pipeline(folder, path := tmp_path / "model.safetensors", ORIGIN.model_copy(update={"licence": "mit"}))
-        found.append((model_digest(path), weights_digest(path)))
-    models, weights = zip(*found, strict=True)
+        digests.append((model_digest(path), weights_digest(path)))
+    models, weights = zip(*digests, strict=True)
     assert len(set(models)) == 3
     # A card changes nothing that is trained.
     assert weights[0] == weights[1] != weights[2]
@@ -184,11 +184,11 @@ def test_a_safety_checker_is_carried_and_not_run(tmp_path: Path, stable: Path) -
     (checker / "config.json").write_text(json.dumps({"architectures": ["StableDiffusionSafetyChecker"]}))
     (stable / "feature_extractor").mkdir()
     (stable / "feature_extractor/preprocessor_config.json").write_text("{}")
-    added = {
+    checker_entry = {
         "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
         "feature_extractor": ["transformers", "CLIPImageProcessor"],
     }
-    change(stable / "model_index.json", **added)
+    change(stable / "model_index.json", **checker_entry)
     import_pipeline(stable, path := tmp_path / "model.safetensors", ORIGIN)
     assert not any("concept" in name for name in load_model(path).network.state_dict())
     assert export_to_diffusers(path, tmp_path / "out", SCHEDULER).files == digests(stable)
@@ -361,13 +361,13 @@ PLANTED = (
 
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
-def test_what_is_planted_in_a_folder_is_refused_in_one_line(
+def test_what_is_planted_in_a_folder_is_rejected_in_one_line(
     tmp_path: Path, ddpm: Path, plant: Callable[[Path], None]
 ) -> None:
     plant(ddpm)
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         import_pipeline(ddpm, path := tmp_path / "model.safetensors", ORIGIN)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
     assert not path.exists()
 
 
@@ -380,20 +380,20 @@ def test_an_import_says_which_library_is_missing(tmp_path: Path, ddpm: Path, mon
         import_pipeline(ddpm, tmp_path / "model.safetensors", ORIGIN)
 
 
-def test_remote_code_of_a_tokenizer_is_refused(tmp_path: Path, stable: Path) -> None:
+def test_remote_code_of_a_tokenizer_is_rejected(tmp_path: Path, stable: Path) -> None:
     change(stable / "tokenizer/tokenizer_config.json", auto_map={"AutoTokenizer": ["custom.Tokenizer", None]})
     with pytest.raises(UserError, match="remote code"):
         import_pipeline(stable, tmp_path / "model.safetensors", ORIGIN)
 
 
-def test_a_changed_model_file_is_refused(tmp_path: Path, stable: Path) -> None:
+def test_a_changed_model_file_is_rejected(tmp_path: Path, stable: Path) -> None:
     import_pipeline(stable, path := tmp_path / "model.safetensors", ORIGIN)
     header, tensors = read_header(path), load_file(path)
     name = "files.tokenizer/tokenizer_config.json"
-    changed = tensors[name].clone()
-    changed[5] += 1
-    save_tensors(tmp_path / "one.safetensors", tensors | {name: changed}, header)
-    save_tensors(tmp_path / "two.safetensors", tensors | {"files.../outside": changed}, header)
+    tensor = tensors[name].clone()
+    tensor[5] += 1
+    save_tensors(tmp_path / "one.safetensors", tensors | {name: tensor}, header)
+    save_tensors(tmp_path / "two.safetensors", tensors | {"files.../outside": tensor}, header)
     del tensors["ema.vae.quant_conv.bias"]
     save_tensors(tmp_path / "three.safetensors", tensors, header)
     about = header["model_header"]
@@ -444,5 +444,5 @@ def test_a_dit_of_an_older_diffusers_is_the_same_network(tmp_path: Path) -> None
         sample(load_model(tmp_path / f"{name}.safetensors"), range(2), 0, SCHEDULER) for name in ("newer", "older")
     ]
     assert torch.equal(*images)
-    exported = export_to_diffusers(tmp_path / "older.safetensors", tmp_path / "exported", SCHEDULER).folder
-    assert digests(exported) == digests(older)
+    export = export_to_diffusers(tmp_path / "older.safetensors", tmp_path / "exported", SCHEDULER).folder
+    assert digests(export) == digests(older)

@@ -15,7 +15,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from diffusion.evaluation.bootstrap import Figure, Replicates, difference, draw_halves
 from diffusion.evaluation.estimate import Estimate
-from tests.builders.gaussian_distances import drawn, true_frechet, true_kid
+from tests.builders.gaussian_distances import sample_gaussian, true_frechet, true_kid
 from tests.builders.one_metric import compute_replicates, frechet_replicates, kid_replicates, share_replicates
 from tests.builders.one_thread import one_thread
 
@@ -54,29 +54,32 @@ def by_definition(samples: Tensor, reference: Tensor) -> dict[Figure, float]:
 def test_figures_of_all_and_of_every_half_are_those_of_the_definitions(
     count: int, references: int, dimensions: int
 ) -> None:
-    samples, reference = drawn(count, dimensions, 1, shift=0.3, scale=0.9), drawn(references, dimensions, 2)
-    other = drawn(count + 7, dimensions, 3)
-    found, _ = compute_replicates([samples, other], reference, splits=4)
+    samples, reference = (
+        sample_gaussian(count, dimensions, 1, shift=0.3, scale=0.9),
+        sample_gaussian(references, dimensions, 2),
+    )
+    other = sample_gaussian(count + 7, dimensions, 3)
+    replicates, _ = compute_replicates([samples, other], reference, splits=4)
     of_samples, of_reference = draw_halves(count, "samples", 4), draw_halves(references, "reference", 4)
     for number in (0, 1, 5, 8):
         rows = [members[number] if number < 8 else slice(None) for members in (of_samples, of_reference)]
         expected = by_definition(samples[rows[0]], reference[rows[1]])
-        for figure, each in found.items():
+        for figure, each in replicates.items():
             value = each.whole if number == 8 else each.halves.flatten()[number].item()
             assert value == pytest.approx(expected[figure], rel=1e-4, abs=1e-5), (figure, number)
 
 
 def test_the_frechet_distance_is_right_with_many_features_and_with_one_that_says_nothing() -> None:
-    samples, reference = drawn(700, 300, 1, shift=0.1, scale=0.9), drawn(800, 300, 2)
-    (found,) = frechet_replicates([samples], reference, splits=2)
+    samples, reference = sample_gaussian(700, 300, 1, shift=0.1, scale=0.9), sample_gaussian(800, 300, 2)
+    (replicates,) = frechet_replicates([samples], reference, splits=2)
     moments = [fid_features_to_statistics(each) for each in (samples, reference)]
     expected = fid_statistics_to_metric(*moments, verbose=False)["frechet_inception_distance"]
-    assert found.whole == pytest.approx(expected, rel=1e-4)
+    assert replicates.whole == pytest.approx(expected, rel=1e-4)
     # A covariance that has no inverse, as the same features with one more that is always 0 have, has a root.
     blank = [torch.cat([each, torch.zeros(len(each), 1)], dim=1) for each in (samples, reference)]
     (again,) = frechet_replicates([blank[0]], blank[1], splits=2)
-    assert again.whole == pytest.approx(found.whole, rel=1e-6)
-    torch.testing.assert_close(again.halves, found.halves, rtol=1e-6, atol=1e-6)
+    assert again.whole == pytest.approx(replicates.whole, rel=1e-6)
+    torch.testing.assert_close(again.halves, replicates.halves, rtol=1e-6, atol=1e-6)
 
 
 def test_halves_share_nothing_and_leave_out_nothing_but_the_last_of_an_odd_number() -> None:
@@ -93,7 +96,8 @@ def trials(
     figure: Callable[..., list[Replicates]], count: int, references: int, dimensions: int, shift: float, scale: float
 ) -> list[Replicates]:
     sets = [
-        (drawn(count, dimensions, 2 * t, shift, scale), drawn(references, dimensions, 2 * t + 1)) for t in range(TRIALS)
+        (sample_gaussian(count, dimensions, 2 * t, shift, scale), sample_gaussian(references, dimensions, 2 * t + 1))
+        for t in range(TRIALS)
     ]
     with one_thread():
         return [figure([samples], reference, splits=40)[0] for samples, reference in sets]
@@ -106,8 +110,8 @@ def covering(estimates: list[Estimate], truth: float) -> int:
 
 @pytest.mark.parametrize(("shift", "scale"), [(0.3, 1.0), (0.2, 0.8), (0.0, 1.0)])
 def test_intervals_of_kid_cover_the_true_distance(shift: float, scale: float) -> None:
-    found = trials(kid_replicates, 200, 250, 16, shift, scale)
-    assert covering([each.estimate for each in found], true_kid(16, shift, scale)) >= LEAST
+    estimates = trials(kid_replicates, 200, 250, 16, shift, scale)
+    assert covering([each.estimate for each in estimates], true_kid(16, shift, scale)) >= LEAST
 
 
 @pytest.mark.slow
@@ -115,60 +119,63 @@ def test_intervals_of_kid_cover_the_true_distance(shift: float, scale: float) ->
 def test_intervals_of_the_frechet_distance_cover_the_true_one_and_without_its_bias_taken_off_do_not(
     shift: float, scale: float
 ) -> None:
-    found = trials(frechet_replicates, 64, 100, 12, shift, scale)
+    estimates = trials(frechet_replicates, 64, 100, 12, shift, scale)
     truth = true_frechet(12, shift, scale)
-    assert covering([each.estimate for each in found], truth) >= LEAST
-    as_measured = [each.estimate.model_copy(update={"value": each.whole}) for each in found]
+    assert covering([each.estimate for each in estimates], truth) >= LEAST
+    as_measured = [each.estimate.model_copy(update={"value": each.whole}) for each in estimates]
     assert covering(as_measured, truth) < 50
 
 
 def test_with_fewer_images_intervals_of_the_frechet_distance_cover_what_as_many_get_on_average() -> None:
-    found = trials(frechet_replicates, 30, 40, 12, 0.5, 0.8)
-    wholes = [each.whole for each in found]
-    assert [each.value for each in found] == wholes
-    assert covering([each.estimate for each in found], np.mean(wholes).item()) >= LEAST
+    estimates = trials(frechet_replicates, 30, 40, 12, 0.5, 0.8)
+    wholes = [each.whole for each in estimates]
+    assert [each.value for each in estimates] == wholes
+    assert covering([each.estimate for each in estimates], np.mean(wholes).item()) >= LEAST
 
 
 @pytest.mark.parametrize(("shift", "scale"), [(0.5, 1.0), (0.0, 0.7)])
 def test_intervals_of_shares_cover_what_as_many_images_get_on_average(shift: float, scale: float) -> None:
-    sets = [(drawn(100, 4, 2 * t, shift, scale), drawn(120, 4, 2 * t + 1)) for t in range(TRIALS)]
+    sets = [(sample_gaussian(100, 4, 2 * t, shift, scale), sample_gaussian(120, 4, 2 * t + 1)) for t in range(TRIALS)]
     with one_thread():
-        found = [share_replicates([samples], reference, splits=20)[0] for samples, reference in sets]
+        replicates = [share_replicates([samples], reference, splits=20)[0] for samples, reference in sets]
     for figure in ("precision", "recall", "density", "coverage"):
-        truth = np.mean([each[figure].whole for each in found]).item()
-        assert covering([each[figure].estimate for each in found], truth) >= LEAST, figure
+        truth = np.mean([each[figure].whole for each in replicates]).item()
+        assert covering([each[figure].estimate for each in replicates], truth) >= LEAST, figure
 
 
 def test_errors_of_equal_sets_are_overestimated_by_root_two() -> None:
-    found = trials(kid_replicates, 100, 100, 6, 0.0, 1.0)
-    spread = np.std([each.value for each in found])
-    claimed = math.sqrt(np.mean([each.estimate.error**2 for each in found]))
+    estimates = trials(kid_replicates, 100, 100, 6, 0.0, 1.0)
+    spread = np.std([each.value for each in estimates])
+    claimed = math.sqrt(np.mean([each.estimate.error**2 for each in estimates]))
     # Both are right to about 7 %, and the claimed one varies more than a Gaussian's.
     assert 1.1 < claimed / spread < 1.8
 
 
 def test_the_error_of_a_difference_is_its_spread_and_what_both_have_in_common_cancels() -> None:
-    found, apart = [], []
+    differences, apart = [], []
     for t in range(TRIALS):
-        same_noise, reference = drawn(100, 6, 2 * t), drawn(100, 6, 2 * t + 1)
+        same_noise, reference = sample_gaussian(100, 6, 2 * t), sample_gaussian(100, 6, 2 * t + 1)
         with one_thread():
             candidate, champion = kid_replicates([same_noise + 0.35, 1.1 * same_noise + 0.4], reference, splits=40)
-        found.append(difference(candidate, champion))
+        differences.append(difference(candidate, champion))
         apart.append(candidate.estimate.less(champion.estimate).error)
-    spread = np.std([each.value for each in found])
-    assert math.sqrt(np.mean([each.error**2 for each in found])) == pytest.approx(spread, rel=0.25)
-    assert np.mean([each.error for each in found]) < np.mean(apart) / 2
-    assert covering(found, true_kid(6, 0.35, 1.0) - true_kid(6, 0.4, 1.1)) >= LEAST
+    spread = np.std([each.value for each in differences])
+    assert math.sqrt(np.mean([each.error**2 for each in differences])) == pytest.approx(spread, rel=0.25)
+    assert np.mean([each.error for each in differences]) < np.mean(apart) / 2
+    assert covering(differences, true_kid(6, 0.35, 1.0) - true_kid(6, 0.4, 1.1)) >= LEAST
 
 
 def test_errors_fall_as_the_root_of_the_number_of_images() -> None:
-    errors = [kid_replicates([drawn(n, 6, 1, 0.5)], drawn(n, 6, 2), 100)[0].estimate.error for n in (100, 400, 1600)]
+    errors = [
+        kid_replicates([sample_gaussian(n, 6, 1, 0.5)], sample_gaussian(n, 6, 2), 100)[0].estimate.error
+        for n in (100, 400, 1600)
+    ]
     for larger, smaller in pairwise(errors):
         assert larger / smaller == pytest.approx(2, rel=0.35)
 
 
 def test_as_many_cores_as_there_are_and_as_many_sets_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    samples, reference, other = drawn(300, 8, 1, 0.3), drawn(280, 8, 2), drawn(300, 8, 3)
+    samples, reference, other = sample_gaussian(300, 8, 1, 0.3), sample_gaussian(280, 8, 2), sample_gaussian(300, 8, 3)
     before = torch.get_rng_state()
     alone = compute_replicates([samples], reference, splits=5)[0]
     monkeypatch.setattr("diffusion.common.threads.cores", lambda: 5)
@@ -180,15 +187,15 @@ def test_as_many_cores_as_there_are_and_as_many_sets_give_the_same_bits(monkeypa
 
 
 def test_progress_reports_every_stage_to_completion() -> None:
-    told: dict[str, list[int]] = {}
+    calls: dict[str, list[int]] = {}
 
     def progress(what: str, done: int, total: int | None, note: str = "") -> None:
-        told.setdefault(what, []).append(done)
+        calls.setdefault(what, []).append(done)
         assert total is not None
         assert done <= total
 
-    compute_replicates([drawn(300, 4, 1)], drawn(260, 4, 2), splits=3, progress=progress)
-    ends = {what: done[-1] for what, done in told.items()}
+    compute_replicates([sample_gaussian(300, 4, 1)], sample_gaussian(260, 4, 2), splits=3, progress=progress)
+    ends = {what: counts[-1] for what, counts in calls.items()}
     assert ends == {
         "KID of halves": 300,
         "Fréchet distances of halves": 3,
@@ -198,11 +205,16 @@ def test_progress_reports_every_stage_to_completion() -> None:
 
 
 def test_twelve_images_are_enough_for_errors() -> None:
-    assert compute_replicates([drawn(12, 4, 1)], drawn(12, 4, 2), splits=3)[0]["coverage"].estimate.freedom == 3
+    assert (
+        compute_replicates([sample_gaussian(12, 4, 1)], sample_gaussian(12, 4, 2), splits=3)[0][
+            "coverage"
+        ].estimate.freedom
+        == 3
+    )
 
 
 def test_unlike_sets_have_no_paired_difference() -> None:
-    reference = drawn(50, 4, 0)
-    first, second = kid_replicates([drawn(40, 4, 1), drawn(41, 4, 2)], reference, splits=3)
+    reference = sample_gaussian(50, 4, 0)
+    first, second = kid_replicates([sample_gaussian(40, 4, 1), sample_gaussian(41, 4, 2)], reference, splits=3)
     with pytest.raises(ValueError, match="unlike sets"):
         difference(first, second)

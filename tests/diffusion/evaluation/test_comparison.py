@@ -38,7 +38,7 @@ from tests.builders.small_models import write_model
 GATE = GateConfig(recall_loss=None, looks=1)
 """Recall of 48 images is not known well enough."""
 NO_BARS = GATE.model_copy(update={"min_precision": None, "min_recall": None})
-TRIED = CONFIG.model_copy(update={"seed": CONFIG.seed + 1})
+COMPARISON_CONFIG = CONFIG.model_copy(update={"seed": CONFIG.seed + 1})
 """Trials draw with another seed than that by which checkpoints are chosen."""
 
 
@@ -52,7 +52,7 @@ def models(tmp_path: Path) -> list[Path]:
     return [write_model(tmp_path / f"{name}.safetensors", seed, seed) for seed, name in enumerate(("new", "old"), 1)]
 
 
-def tried(
+def compare_models(
     candidate: Path,
     champion: Path | None,
     data: Path,
@@ -66,7 +66,7 @@ def tried(
 
 
 def good(count: int, first: int = 5000) -> Tensor:
-    """What a model draws that has understood discs."""
+    """What a model generates that has understood discs."""
     return torch.from_numpy(np.stack([np.asarray(disc(number, 8))[None] for number in range(first, first + count)]))
 
 
@@ -79,27 +79,27 @@ def test_a_better_model_is_promoted_and_a_worse_one_rejected_with_figures(
     data: Path, models: list[Path], tmp_path: Path
 ) -> None:
     new, old = models
-    save_images(new, noisy(good(48), 5), data, tmp_path, TRIED)
-    save_images(old, noisy(good(48, first=6000), 60), data, tmp_path, TRIED)
-    found, grids = tried(new, old, data, tmp_path)
-    assert found.decision.verdict == Verdict.promote
-    assert "better by more than δ: kid_efflite0" in found.reason
-    assert "on 48 generated images and 40 held-out" in found.reason
-    assert "copies of training images" in found.reason
-    assert "an image costs" in found.reason
-    assert found.champion is not None
-    headline = found.compared.headline
+    save_images(new, noisy(good(48), 5), data, tmp_path, COMPARISON_CONFIG)
+    save_images(old, noisy(good(48, first=6000), 60), data, tmp_path, COMPARISON_CONFIG)
+    comparison, grids = compare_models(new, old, data, tmp_path)
+    assert comparison.decision.verdict == Verdict.promote
+    assert "better by more than δ: kid_efflite0" in comparison.reason
+    assert "on 48 generated images and 40 held-out" in comparison.reason
+    assert "copies of training images" in comparison.reason
+    assert "an image costs" in comparison.reason
+    assert comparison.champion is not None
+    headline = comparison.compared.headline
     assert headline is not None
-    ours, theirs = found.candidate.estimates["kid_efflite0"], found.champion.estimates["kid_efflite0"]
+    ours, theirs = comparison.candidate.estimates["kid_efflite0"], comparison.champion.estimates["kid_efflite0"]
     assert headline.difference.value == pytest.approx(ours.value - theirs.value)
     assert ours.interval.low < ours.value < ours.interval.high < theirs.interval.low
     assert torch.equal(grids.candidate, noisy(good(48), 5))
-    named = found.metrics()
-    assert named["kid_efflite0_low"] == ours.interval.low
-    assert named["champion_kid_efflite0"] == headline.champion.value
-    assert named["real_baseline_kid_efflite0"] == headline.real_baseline
+    metrics = comparison.metrics()
+    assert metrics["kid_efflite0_low"] == ours.interval.low
+    assert metrics["champion_kid_efflite0"] == headline.champion.value
+    assert metrics["real_baseline_kid_efflite0"] == headline.real_baseline
 
-    reverse, _ = tried(old, new, data, tmp_path)
+    reverse, _ = compare_models(old, new, data, tmp_path)
     assert reverse.decision.verdict == Verdict.reject
     assert reverse.reason.startswith("worse than the champion: kid_efflite0")
 
@@ -119,17 +119,17 @@ def test_undecided_comparison_samples_twice_as_many_images_at_each_look_until_it
 ) -> None:
     new, old = models
     for samples in (48, 96, 192):
-        config = TRIED.model_copy(update={"samples": samples})
+        config = COMPARISON_CONFIG.model_copy(update={"samples": samples})
         save_images(new, noisy(good(192), deviation)[:samples], data, tmp_path, config)
         save_images(old, noisy(good(192, first=6000), 40)[:samples], data, tmp_path, config)
     gate = GATE.model_copy(update={"looks": looks, "delta": 0})
-    found, _ = tried(new, old, data, tmp_path, gate)
-    assert (found.compared.samples, found.decision.verdict) == (count, verdict)
-    assert found.look == count.bit_length() - (48).bit_length() + 1
-    assert f"each with confidence {found.confidence:g}" in found.reason
-    assert found.confidence == pytest.approx(1 - 0.05 / looks)
+    comparison, _ = compare_models(new, old, data, tmp_path, gate)
+    assert (comparison.compared.samples, comparison.decision.verdict) == (count, verdict)
+    assert comparison.look == count.bit_length() - (48).bit_length() + 1
+    assert f"each with confidence {comparison.confidence:g}" in comparison.reason
+    assert comparison.confidence == pytest.approx(1 - 0.05 / looks)
     # As many real images in the place of generated ones, or all there are.
-    assert found.real_baseline.scores.samples == min(count, len(Dataset.open(data).rows("train")))
+    assert comparison.real_baseline.scores.samples == min(count, len(Dataset.open(data).rows("train")))
 
 
 def test_more_images_of_a_model_begin_with_the_whole_batches_it_generated_before(
@@ -140,14 +140,14 @@ def test_more_images_of_a_model_begin_with_the_whole_batches_it_generated_before
     fewer, more = (evaluator.model(models[0], count).images for count in (48, 96))
     assert torch.equal(more, sample(load_model(models[0]), range(96), CONFIG.seed, sampling))
     assert torch.equal(more[:32], fewer[:32])
-    assert [done for what, done in watcher.told if what == "new: images sampled"] == [32, 48, 64, 96]
+    assert [done for what, done in watcher.calls if what == "new: images sampled"] == [32, 48, 64, 96]
 
 
 @pytest.mark.parametrize("delta", [0.0, 0.05])
 def test_a_model_is_not_promoted_over_itself(delta: float, data: Path, models: list[Path], tmp_path: Path) -> None:
-    found, _ = tried(models[0], models[0], data, tmp_path, GateConfig(delta=delta))
-    assert found.decision.verdict == Verdict.hold
-    headline = found.compared.headline
+    comparison, _ = compare_models(models[0], models[0], data, tmp_path, GateConfig(delta=delta))
+    assert comparison.decision.verdict == Verdict.hold
+    headline = comparison.compared.headline
     assert headline is not None
     assert (headline.difference.value, headline.difference.error) == (0, 0)
 
@@ -158,80 +158,85 @@ def test_a_model_that_copies_its_training_images_is_rejected_however_good_they_a
 ) -> None:
     new, old = models
     copies = torch.cat([training_images(data, 12), good(36)])
-    save_images(new, copies, data, tmp_path, TRIED)
-    found, grids = tried(new, None if first else old, data, tmp_path)
-    assert found.decision.verdict == Verdict.reject
-    assert "copies of training images: " in found.reason
-    shown = [each.is_copy for each in found.candidate.memorization.pairs]
-    assert sum(shown) >= 12
+    save_images(new, copies, data, tmp_path, COMPARISON_CONFIG)
+    comparison, grids = compare_models(new, None if first else old, data, tmp_path)
+    assert comparison.decision.verdict == Verdict.reject
+    assert "copies of training images: " in comparison.reason
+    copy_flags = [each.is_copy for each in comparison.candidate.memorization.pairs]
+    assert sum(copy_flags) >= 12
     assert torch.equal(grids.nearest_generated[:8], grids.nearest_training[:8])
 
 
 def test_a_first_version_needs_no_champion_and_has_its_intervals(
     data: Path, models: list[Path], tmp_path: Path
 ) -> None:
-    found, grids = tried(models[0], None, data, tmp_path, NO_BARS)
-    assert found.decision.verdict == Verdict.promote
-    assert found.decision.reasons[0] == "first version: there was no champion"
-    assert found.compared.own.keys() == {"precision", "recall"}
-    assert {each.rule for each in found.decision.findings} == {"headline", "memorized"}
-    assert (found.champion, grids.champion) == (None, None)
-    assert {"fd_efflite0", "kid_efflite0", "recall_efflite0", "coverage_efflite0"} <= found.candidate.estimates.keys()
+    comparison, grids = compare_models(models[0], None, data, tmp_path, NO_BARS)
+    assert comparison.decision.verdict == Verdict.promote
+    assert comparison.decision.reasons[0] == "first version: there was no champion"
+    assert comparison.compared.own.keys() == {"precision", "recall"}
+    assert {each.rule for each in comparison.decision.findings} == {"headline", "memorized"}
+    assert (comparison.champion, grids.champion) == (None, None)
+    assert {
+        "fd_efflite0",
+        "kid_efflite0",
+        "recall_efflite0",
+        "coverage_efflite0",
+    } <= comparison.candidate.estimates.keys()
     seed = CONFIG.seed + 1
     expected = sample(load_model(models[0]), range(CONFIG.samples), seed, SAMPLING)
     assert torch.equal(grids.candidate, expected)
-    assert found.conditions.evaluation.seed == seed
+    assert comparison.conditions.evaluation.seed == seed
 
 
 def test_a_first_version_of_noise_is_held_and_one_of_good_images_is_champion(
     data: Path, models: list[Path], tmp_path: Path
 ) -> None:
     noise, understood = models
-    save_images(noise, torch.from_numpy(random_images(48)), data, tmp_path, TRIED)
-    save_images(understood, noisy(good(48), 5), data, tmp_path, TRIED)
-    assert tried(noise, None, data, tmp_path)[0].decision.verdict == Verdict.hold
-    assert tried(understood, None, data, tmp_path)[0].decision.verdict == Verdict.promote
+    save_images(noise, torch.from_numpy(random_images(48)), data, tmp_path, COMPARISON_CONFIG)
+    save_images(understood, noisy(good(48), 5), data, tmp_path, COMPARISON_CONFIG)
+    assert compare_models(noise, None, data, tmp_path)[0].decision.verdict == Verdict.hold
+    assert compare_models(understood, None, data, tmp_path)[0].decision.verdict == Verdict.promote
 
 
 def test_stored_comparison_equals_the_returned_one(data: Path, models: list[Path], tmp_path: Path) -> None:
-    found, _ = tried(*models, data, tmp_path)
-    written = (tmp_path / "champion_comparison.json").read_bytes()
-    assert ChampionComparison.model_validate_json(written) == found
-    assert json.loads(written)["gate"] == GATE.model_dump()
+    comparison, _ = compare_models(*models, data, tmp_path)
+    file_bytes = (tmp_path / "champion_comparison.json").read_bytes()
+    assert ChampionComparison.model_validate_json(file_bytes) == comparison
+    assert json.loads(file_bytes)["gate"] == GATE.model_dump()
 
 
 @pytest.mark.slow
 def test_images_are_reused_when_the_candidate_becomes_champion(data: Path, models: list[Path], tmp_path: Path) -> None:
     new, old = models
     watcher = Watcher()
-    first, _ = tried(new, old, data, tmp_path, progress=watcher)
-    assert watcher.drawn == {"candidate", "champion"}
+    first, _ = compare_models(new, old, data, tmp_path, progress=watcher)
+    assert watcher.sampled_models == {"candidate", "champion"}
     watcher = Watcher()
-    assert tried(new, old, data, tmp_path, progress=watcher)[0] == first
+    assert compare_models(new, old, data, tmp_path, progress=watcher)[0] == first
     assert watcher.seen == []
     newest = write_model(tmp_path / "newest.safetensors", 3, 3)
     champion = tmp_path / "as-registered.safetensors"
     champion.write_bytes(new.read_bytes())
     watcher = Watcher()
-    next_one, _ = tried(newest, champion, data, tmp_path, progress=watcher)
-    assert watcher.drawn == {"candidate"}
+    next_one, _ = compare_models(newest, champion, data, tmp_path, progress=watcher)
+    assert watcher.sampled_models == {"candidate"}
     assert next_one.champion is not None
     assert next_one.champion == first.candidate
     watcher = Watcher()
     more_steps = SAMPLING.model_copy(update={"steps": 5})
-    other, _ = tried(newest, champion, data, tmp_path, sampling=more_steps, progress=watcher)
-    assert watcher.drawn == {"candidate", "champion"}
+    other, _ = compare_models(newest, champion, data, tmp_path, sampling=more_steps, progress=watcher)
+    assert watcher.sampled_models == {"candidate", "champion"}
     assert other.key != next_one.key
 
 
 def test_interrupted_comparison_resumes_to_the_same_bytes(data: Path, models: list[Path], tmp_path: Path) -> None:
-    tried(*models, data, tmp_path / "whole")
+    compare_models(*models, data, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        tried(*models, data, tmp_path / "cut", progress=Watcher("champion: images sampled"))
+        compare_models(*models, data, tmp_path / "cut", progress=Watcher("champion: images sampled"))
     assert not (tmp_path / "cut" / "champion_comparison.json").exists()
     watcher = Watcher()
-    tried(*models, data, tmp_path / "cut", progress=watcher)
-    assert watcher.drawn == {"champion"}
+    compare_models(*models, data, tmp_path / "cut", progress=watcher)
+    assert watcher.sampled_models == {"champion"}
     assert (tmp_path / "cut" / "champion_comparison.json").read_bytes() == (
         tmp_path / "whole" / "champion_comparison.json"
     ).read_bytes()
@@ -242,15 +247,15 @@ def test_interrupted_sampling_resumes_after_the_last_complete_chunk(
 ) -> None:
     monkeypatch.setattr("diffusion.evaluation.evaluator.cores", lambda: 1)
     small = SAMPLING.model_copy(update={"compute_batch": 8})  # 16 images to a piece
-    tried(models[0], None, data, tmp_path / "whole", sampling=small)
+    compare_models(models[0], None, data, tmp_path / "whole", sampling=small)
     watcher = Watcher("candidate: images sampled", 2 * 16 + 8)
     with pytest.raises(KeyboardInterrupt):
-        tried(models[0], None, data, tmp_path / "cut", sampling=small, progress=watcher)
+        compare_models(models[0], None, data, tmp_path / "cut", sampling=small, progress=watcher)
     [pieces] = (tmp_path / "cut" / "evaluations").glob("*.pieces")
     assert len(list(pieces.glob("*.sha256"))) == 2
     watcher = Watcher()
-    tried(models[0], None, data, tmp_path / "cut", sampling=small, progress=watcher)
-    assert [done for what, done in watcher.told if what == "candidate: images sampled"] == [40, 48]
+    compare_models(models[0], None, data, tmp_path / "cut", sampling=small, progress=watcher)
+    assert [done for what, done in watcher.calls if what == "candidate: images sampled"] == [40, 48]
     assert (tmp_path / "cut" / "champion_comparison.json").read_bytes() == (
         tmp_path / "whole" / "champion_comparison.json"
     ).read_bytes()
@@ -259,27 +264,27 @@ def test_interrupted_sampling_resumes_after_the_last_complete_chunk(
 
 def test_grids_show_the_worst_classes_and_duplicate_images(data: Path, tmp_path: Path) -> None:
     classes = {"left": 60, "right": 60}
-    path = write_model(tmp_path / "told.safetensors", 1, 1, classes=classes)
+    path = write_model(tmp_path / "conditional.safetensors", 1, 1, classes=classes)
     config = CONFIG.model_copy(update={"samples": 64})
     again = good(64)
     again[10:14] = again[10].clone()
     save_images(path, again, data, tmp_path, config.model_copy(update={"seed": CONFIG.seed + 1}))
-    found, grids = tried(path, None, data, tmp_path, config=config)
-    per_class, doubles = found.candidate.per_class, found.candidate.duplicates
+    comparison, grids = compare_models(path, None, data, tmp_path, config=config)
+    per_class, doubles = comparison.candidate.per_class, comparison.candidate.duplicates
     assert per_class is not None
     assert list(grids.classes) == [each.name for each in per_class.worst_first]
     dataset = Dataset.open(data)
     held_out = dataset.rows("held_out")
     labels = labels_of(load_model(path), range(64), CONFIG.seed + 1)
     assert labels is not None
-    for name, (real, drawn) in grids.classes.items():
+    for name, (real, generated) in grids.classes.items():
         number = sorted(classes).index(name)
         of_class = (dataset.classes(held_out, sorted(classes)) == number).numpy()
         assert torch.equal(real, dataset.images(held_out[of_class][:8]))
-        assert torch.equal(drawn, again[labels == number][:8])
+        assert torch.equal(generated, again[labels == number][:8])
     assert any({10, 11, 12, 13} <= set(group.members) for group in doubles.groups)
-    for group, shown in zip(doubles.groups, grids.duplicates, strict=True):
-        assert torch.equal(shown, again[group.members])
+    for group, sheet in zip(doubles.groups, grids.duplicates, strict=True):
+        assert torch.equal(sheet, again[group.members])
 
 
 def test_autoencoders_are_compared_by_held_out_reconstructions(data: Path, tmp_path: Path) -> None:
@@ -287,23 +292,23 @@ def test_autoencoders_are_compared_by_held_out_reconstructions(data: Path, tmp_p
     sampling = sampling_config(compute_batch=16, precision="fp32")
     verdicts = {}
     for candidate, champion in (paths, paths[::-1]):
-        found, _ = tried(candidate, champion, data, tmp_path, sampling=sampling)
-        headline = found.compared.headline
+        comparison, _ = compare_models(candidate, champion, data, tmp_path, sampling=sampling)
+        headline = comparison.compared.headline
         assert headline is not None
         assert headline.name == "reconstruction_psnr"
-        assert [each.rule for each in found.decision.findings] == ["headline"]
-        assert "on 40 held-out images" in found.reason
-        verdicts[headline.lead.value > 0] = found.decision.verdict
+        assert [each.rule for each in comparison.decision.findings] == ["headline"]
+        assert "on 40 held-out images" in comparison.reason
+        verdicts[headline.lead.value > 0] = comparison.decision.verdict
     assert verdicts == {True: "promote", False: "reject"}
 
 
 def test_models_that_enlarge_are_compared_on_the_same_small_images(data: Path, tmp_path: Path) -> None:
     config = MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
     new, old = (write_model(tmp_path / f"{seed}.safetensors", seed, seed, config=config) for seed in (1, 2))
-    found, grids = tried(new, old, data, tmp_path)
-    assert (found.compared.samples, found.compared.reference) == (20, 20)
-    assert found.conditions.low_resolution == 4
-    assert found.candidate.similarity is not None
+    comparison, grids = compare_models(new, old, data, tmp_path)
+    assert (comparison.compared.samples, comparison.compared.reference) == (20, 20)
+    assert comparison.conditions.low_resolution == 4
+    assert comparison.candidate.similarity is not None
     assert len(grids.real) == len(grids.candidate) == 20
 
 
@@ -323,35 +328,37 @@ def test_incomparable_champion_holds_the_candidate_with_a_reason(
         ),
     }
     for words, champion in champions.items():
-        found, _ = tried(models[0], champion, data, tmp_path)
-        assert found.decision.verdict == Verdict.hold
-        assert found.reason.startswith("the champion cannot be evaluated beside it: ")
-        assert words in found.reason
-        assert {each.rule for each in found.decision.findings} == {"headline", "memorized"}
+        comparison, _ = compare_models(models[0], champion, data, tmp_path)
+        assert comparison.decision.verdict == Verdict.hold
+        assert comparison.reason.startswith("the champion cannot be evaluated beside it: ")
+        assert words in comparison.reason
+        assert {each.rule for each in comparison.decision.findings} == {"headline", "memorized"}
 
 
 def test_champion_without_classes_is_sampled_without_guidance(data: Path, tmp_path: Path) -> None:
-    told = write_model(tmp_path / "told.safetensors", 0, 1, classes={"left": 60, "right": 60})
-    untold = write_model(tmp_path / "untold.safetensors", 0, 1)
+    class_model = write_model(tmp_path / "conditional.safetensors", 0, 1, classes={"left": 60, "right": 60})
+    unconditional_model = write_model(tmp_path / "untold.safetensors", 0, 1)
     sampling = SAMPLING.model_copy(update={"guidance": 2.0})
-    found, grids = tried(told, untold, data, tmp_path, sampling=sampling)
-    assert found.champion is not None
+    comparison, grids = compare_models(class_model, unconditional_model, data, tmp_path, sampling=sampling)
+    assert comparison.champion is not None
     assert grids.champion is not None
-    drawn = sample(load_model(untold), range(CONFIG.samples), CONFIG.seed + 1, SAMPLING)
-    assert torch.equal(grids.champion, drawn)
-    assert found.candidate.gflop == pytest.approx(2 * found.champion.gflop, rel=0.02)
+    images = sample(load_model(unconditional_model), range(CONFIG.samples), CONFIG.seed + 1, SAMPLING)
+    assert torch.equal(grids.champion, images)
+    assert comparison.candidate.gflop == pytest.approx(2 * comparison.champion.gflop, rel=0.02)
 
 
 def test_champion_without_a_guide_is_sampled_without_autoguidance(data: Path, tmp_path: Path) -> None:
     candidate = write_model(tmp_path / "candidate.safetensors", 0, 1, guide=2)
     champion = write_model(tmp_path / "champion.safetensors", 1, 1)
-    found, grids = tried(candidate, champion, data, tmp_path, sampling=SAMPLING.changed({"autoguidance": 2}))
-    assert found.champion is not None
+    comparison, grids = compare_models(
+        candidate, champion, data, tmp_path, sampling=SAMPLING.changed({"autoguidance": 2})
+    )
+    assert comparison.champion is not None
     assert grids.champion is not None
     generated = sample(load_model(champion), range(CONFIG.samples), CONFIG.seed + 1, SAMPLING)
     assert torch.equal(grids.champion, generated)
-    assert "2 by autoguidance" in conditions(found)
-    assert found.candidate.gflop == pytest.approx(2 * found.champion.gflop, rel=0.02)
+    assert "2 by autoguidance" in conditions(comparison)
+    assert comparison.candidate.gflop == pytest.approx(2 * comparison.champion.gflop, rel=0.02)
 
 
 def knowing(path: Path, seed: int, *classes: str, text: bool = False) -> Path:
@@ -366,9 +373,9 @@ def captioned_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def conditions(found: ChampionComparison) -> str:
+def conditions(comparison: ChampionComparison) -> str:
     """What the comparison says of unlike conditions."""
-    [finding] = [each for each in found.decision.findings if each.rule == "conditions"]
+    [finding] = [each for each in comparison.decision.findings if each.rule == "conditions"]
     assert finding.verdict == "promote"
     return finding.reason
 
@@ -378,24 +385,24 @@ def conditions(found: ChampionComparison) -> str:
 def test_a_model_of_captions_is_not_compared_with_one_that_knows_none(
     others: tuple[str, ...], captioned_data: Path, tmp_path: Path
 ) -> None:
-    told, untold = knowing(tmp_path, 1, text=True), knowing(tmp_path, 2, *others)
+    caption_model, other_model = knowing(tmp_path, 1, text=True), knowing(tmp_path, 2, *others)
     for candidate, champion, words in (
-        (told, untold, "the champion knows none"),
-        (untold, told, "the candidate knows none"),
+        (caption_model, other_model, "the champion knows none"),
+        (other_model, caption_model, "the candidate knows none"),
     ):
         watcher = Watcher()
-        found, grids = tried(candidate, champion, captioned_data, tmp_path, progress=watcher)
-        assert found.decision.verdict == "hold"
-        assert words in found.reason
-        assert (found.champion, grids.champion) == (None, None)
-        assert watcher.drawn <= {"candidate"}
+        comparison, grids = compare_models(candidate, champion, captioned_data, tmp_path, progress=watcher)
+        assert comparison.decision.verdict == "hold"
+        assert words in comparison.reason
+        assert (comparison.champion, grids.champion) == (None, None)
+        assert watcher.sampled_models <= {"candidate"}
 
 
 @pytest.mark.usefixtures("fake_encoder")
 def test_models_of_captions_are_compared_as_without_them_where_the_data_set_has_none(tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", random_images(160, channels=3), 160)
-    found, _ = tried(knowing(tmp_path, 1, text=True), knowing(tmp_path, 2), tmp_path / "data", tmp_path)
-    assert found.champion is not None
+    comparison, _ = compare_models(knowing(tmp_path, 1, text=True), knowing(tmp_path, 2), tmp_path / "data", tmp_path)
+    assert comparison.champion is not None
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -404,22 +411,22 @@ def test_a_model_with_classes_and_one_without_are_compared_as_a_whole(
 ) -> None:
     pair = [knowing(tmp_path, 1, "red", "green", "blue"), knowing(tmp_path, 2)]
     gate = GATE.model_copy(update={"class_loss": 0.0})
-    found, _ = tried(*(pair[::-1] if reverse else pair), captioned_data, tmp_path, gate)
-    assert found.compared.headline is not None
-    assert f"only the {'champion' if reverse else 'candidate'} has classes" in conditions(found)
-    assert "worst class" not in {each.rule for each in found.decision.findings}
+    comparison, _ = compare_models(*(pair[::-1] if reverse else pair), captioned_data, tmp_path, gate)
+    assert comparison.compared.headline is not None
+    assert f"only the {'champion' if reverse else 'candidate'} has classes" in conditions(comparison)
+    assert "worst class" not in {each.rule for each in comparison.decision.findings}
 
 
 def test_a_candidate_may_know_more_classes_than_the_champion_but_not_fewer(
     captioned_data: Path, tmp_path: Path
 ) -> None:
     more, fewer = knowing(tmp_path, 1, "red", "green", "blue"), knowing(tmp_path, 2, "red", "green")
-    found, _ = tried(more, fewer, captioned_data, tmp_path)
-    assert found.compared.headline is not None
-    assert "1 class that the champion does not know" in conditions(found)
-    held, _ = tried(fewer, more, captioned_data, tmp_path)
-    assert held.decision.verdict == "hold"
-    assert "1 class that the candidate does not know, 'blue' among them" in held.reason
+    comparison, _ = compare_models(more, fewer, captioned_data, tmp_path)
+    assert comparison.compared.headline is not None
+    assert "1 class that the champion does not know" in conditions(comparison)
+    held_comparison, _ = compare_models(fewer, more, captioned_data, tmp_path)
+    assert held_comparison.decision.verdict == "hold"
+    assert "1 class that the candidate does not know, 'blue' among them" in held_comparison.reason
 
 
 FAMILY_CONFIGS = [
@@ -438,11 +445,11 @@ def test_each_family_is_compared_with_a_diffusion_model_in_quality_and_in_operat
     pair = [write_model(tmp_path / "ddpm.safetensors", 1, 1), other]
     gate = GATE.model_copy(update={"across_families": True})
     sampling = sampling_config(compute_batch=16, precision="fp32") if reverse else SAMPLING
-    found, _ = tried(*(pair[::-1] if reverse else pair), data, tmp_path, gate, sampling)
-    assert found.compared.headline is not None
-    assert found.compared.basis == "generated"
-    assert config.family in conditions(found)
-    cost = found.compared.cost
+    comparison, _ = compare_models(*(pair[::-1] if reverse else pair), data, tmp_path, gate, sampling)
+    assert comparison.compared.headline is not None
+    assert comparison.compared.basis == "generated"
+    assert config.family in conditions(comparison)
+    cost = comparison.compared.cost
     assert cost is not None
     # Counted by the same means: the other family's is that of one pass of its network.
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
@@ -457,35 +464,35 @@ def test_each_family_is_compared_with_a_diffusion_model_in_quality_and_in_operat
 def test_models_that_are_sampled_unlike_are_compared_and_that_is_said(data: Path, tmp_path: Path) -> None:
     student = {"student": {"steps": 1, "guidance": None, "guidance_interval": None}}
     new = write_model(tmp_path / "new.safetensors", 1, 1, training=student)
-    found, _ = tried(new, write_model(tmp_path / "old.safetensors", 2, 2), data, tmp_path)
-    said = conditions(found)
-    assert "consistency, 1 steps" in said
-    assert "dpmpp_2m, 4 steps" in said
+    comparison, _ = compare_models(new, write_model(tmp_path / "old.safetensors", 2, 2), data, tmp_path)
+    reasons = conditions(comparison)
+    assert "consistency, 1 steps" in reasons
+    assert "dpmpp_2m, 4 steps" in reasons
 
 
 def test_too_few_images_hold_a_candidate_but_not_a_first_version(models: list[Path], tmp_path: Path) -> None:
     few = tmp_path / "data" / "few"
     write_dataset(few, random_images(44), per_shard=44)
-    found, _ = tried(*models, few, tmp_path)
-    assert found.decision.verdict == Verdict.hold
-    assert "too few images to tell the two apart: 48 generated and 11 held out, and errors need 12" in found.reason
-    assert found.candidate.estimates == {}
-    assert tried(models[0], None, few, tmp_path)[0].decision.verdict != Verdict.reject
+    comparison, _ = compare_models(*models, few, tmp_path)
+    assert comparison.decision.verdict == Verdict.hold
+    assert "too few images to tell the two apart: 48 generated and 11 held out, and errors need 12" in comparison.reason
+    assert comparison.candidate.estimates == {}
+    assert compare_models(models[0], None, few, tmp_path)[0].decision.verdict != Verdict.reject
 
 
 def test_unevaluable_candidate_is_a_user_error(data: Path, tmp_path: Path) -> None:
     other = plain(tmp_path / "rgb.safetensors", channels=3, size=16)
     with pytest.raises(UserError, match=r"rgb\.safetensors generates images of 3×16×16 and .* holds 1×8×8"):
-        tried(other, None, data, tmp_path)
+        compare_models(other, None, data, tmp_path)
     with pytest.raises(UserError, match="no model at"):
-        tried(tmp_path / "gone.safetensors", None, data, tmp_path)
+        compare_models(tmp_path / "gone.safetensors", None, data, tmp_path)
     few = tmp_path / "data" / "few"
     write_dataset(few, random_images(80), per_shard=80)
     small = plain(
         tmp_path / "sr.safetensors", config=MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
     )
     with pytest.raises(UserError, match=r"few has 20 of 24: hold more out with ingest\.held_out"):
-        tried(small, None, few, tmp_path)
+        compare_models(small, None, few, tmp_path)
 
 
 def test_families_are_compared_only_with_across_families(data: Path, tmp_path: Path) -> None:
@@ -493,27 +500,27 @@ def test_families_are_compared_only_with_across_families(data: Path, tmp_path: P
     plain = sampling_config(compute_batch=16, precision="fp32")
     autoencoder = write_autoencoder(tmp_path / "vae.safetensors", 1)
     gan = write_of_family(tmp_path / "gan.safetensors", GANConfig(width=8, channel_mult=(1,), latent=4), 2)
-    asked = GATE.model_copy(update={"across_families": True, "cost": None})
+    gate = GATE.model_copy(update={"across_families": True, "cost": None})
     for path, images in ((gan, noisy(good(48), 5)), (autoencoder, noisy(good(48, first=6000), 60))):
-        save_images(path, images, data, tmp_path, TRIED, plain)
-    held, _ = tried(gan, autoencoder, data, tmp_path, GATE, plain)
-    assert held.decision.verdict == Verdict.hold
-    assert "only with gate.across_families" in held.reason
-    promoted, _ = tried(gan, autoencoder, data, tmp_path, asked, plain)
+        save_images(path, images, data, tmp_path, COMPARISON_CONFIG, plain)
+    held_comparison, _ = compare_models(gan, autoencoder, data, tmp_path, GATE, plain)
+    assert held_comparison.decision.verdict == Verdict.hold
+    assert "only with gate.across_families" in held_comparison.reason
+    promoted, _ = compare_models(gan, autoencoder, data, tmp_path, gate, plain)
     assert promoted.decision.verdict == Verdict.promote
     assert promoted.compared.basis == "generated"
-    rejected, _ = tried(autoencoder, gan, data, tmp_path, asked, plain)
-    assert rejected.decision.verdict == Verdict.reject
+    rejected_comparison, _ = compare_models(autoencoder, gan, data, tmp_path, gate, plain)
+    assert rejected_comparison.decision.verdict == Verdict.reject
 
 
 def test_champion_of_another_family_uses_the_settings_it_supports(data: Path, tmp_path: Path) -> None:
     gan = write_of_family(tmp_path / "gan.safetensors", GANConfig(width=8, channel_mult=(1,), latent=4), 2)
     new = write_model(tmp_path / "new.safetensors", 1, 1)
-    asked = GATE.model_copy(update={"across_families": True})
+    gate = GATE.model_copy(update={"across_families": True})
     # To the reverse process of the candidate these settings mean something.
-    found, _ = tried(new, gan, data, tmp_path, asked, SAMPLING)
-    assert found.champion is not None
-    assert found.champion.family == "gan"
+    comparison, _ = compare_models(new, gan, data, tmp_path, gate, SAMPLING)
+    assert comparison.champion is not None
+    assert comparison.champion.family == "gan"
 
 
 def test_candidate_and_champion_are_each_sampled_with_the_guidance_in_their_own_file(
@@ -521,14 +528,14 @@ def test_candidate_and_champion_are_each_sampled_with_the_guidance_in_their_own_
 ) -> None:
     new, old = (write_model(tmp_path / f"{seed}.st", seed, seed, classes={"left": 1, "right": 1}) for seed in (1, 2))
     guided = SAMPLING.changed({"guidance": 3, "guidance_interval": (0.2, 5)})
-    chosen = tmp_path / "chosen.safetensors"
-    export(new, chosen, guided)
+    guided_file = tmp_path / "chosen.safetensors"
+    export(new, guided_file, guided)
     expected = {
-        chosen: sample(load_model(new), range(48), TRIED.seed, guided),
-        old: sample(load_model(old), range(48), TRIED.seed, SAMPLING),
+        guided_file: sample(load_model(new), range(48), COMPARISON_CONFIG.seed, guided),
+        old: sample(load_model(old), range(48), COMPARISON_CONFIG.seed, SAMPLING),
     }
-    for candidate, champion in ((chosen, old), (old, chosen)):
-        _, grids = tried(candidate, champion, data, tmp_path)
+    for candidate, champion in ((guided_file, old), (old, guided_file)):
+        _, grids = compare_models(candidate, champion, data, tmp_path)
         assert grids.champion is not None
         assert torch.equal(grids.candidate, expected[candidate])
         assert torch.equal(grids.champion, expected[champion])

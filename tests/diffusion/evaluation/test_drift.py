@@ -35,17 +35,17 @@ def test_p_value_is_that_of_all_permutations() -> None:
     first, second = normal(0, 5), normal(1, 5, 1.0)
     both = torch.cat([first, second])
 
-    def kid(chosen: tuple[int, ...]) -> float:
+    def kid(rows: tuple[int, ...]) -> float:
         kernel = lambda x, y: float((x @ y / 4 + 1) ** 3)  # noqa: E731
-        a = [both[i] for i in chosen]
-        b = [both[i] for i in range(10) if i not in chosen]
+        a = [both[i] for i in rows]
+        b = [both[i] for i in range(10) if i not in rows]
         within = sum(kernel(x, y) for s in (a, b) for i, x in enumerate(s) for j, y in enumerate(s) if i != j) / 20
         return within - 2 * sum(kernel(x, y) for x in a for y in b) / 25
 
-    kids = np.array([kid(chosen) for chosen in combinations(range(10), 5)])
+    kids = np.array([kid(rows) for rows in combinations(range(10), 5)])
     exact = float((kids >= kid((0, 1, 2, 3, 4)) - 1e-9).mean())
-    found, p_value = permutation_test(first, second, 1e-4)
-    assert found == pytest.approx(kid((0, 1, 2, 3, 4)))
+    statistic, p_value = permutation_test(first, second, 1e-4)
+    assert statistic == pytest.approx(kid((0, 1, 2, 3, 4)))
     # Ten exceedances leave a relative error of about a third.
     assert exact / 3 < p_value < exact * 3
 
@@ -86,12 +86,12 @@ def test_new_images_are_compared_with_those_of_the_training_version(tmp_path: Pa
     config = EvaluationConfig(extractor_size=32)
     add(range(120), 0)
     trained = read_manifest(data)
-    found = []
+    drifts = []
     for numbers, shift in ((range(120, 150), 0), (range(150, 240), 0), (range(240, 400), 90)):
         add(numbers, shift)
         with closing(Dataset.open(data)) as dataset:
-            found.append(compare_with_training(dataset, trained, config, 0.0125, nowhere))
-    few, same, shifted = found
+            drifts.append(compare_with_training(dataset, trained, config, 0.0125, nowhere))
+    few, same, shifted = drifts
     assert few is None
     assert same is not None
     assert shifted is not None

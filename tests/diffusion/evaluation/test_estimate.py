@@ -13,9 +13,9 @@ from diffusion.evaluation.estimate import Estimate, Share, paired_difference
 
 
 def test_intervals_are_students() -> None:
-    found = Estimate(value=2.0, error=0.5, freedom=9).interval(0.95)
+    difference = Estimate(value=2.0, error=0.5, freedom=9).interval(0.95)
     low, high = stats.t.interval(0.95, 9, loc=2.0, scale=0.5)
-    assert (found.low, found.high, found.confidence) == (pytest.approx(low), pytest.approx(high), 0.95)
+    assert (difference.low, difference.high, difference.confidence) == (pytest.approx(low), pytest.approx(high), 0.95)
     bound = Estimate(value=2.0, error=0.5, freedom=9).at_least(0.975)
     assert bound == pytest.approx(low)
     assert Estimate(value=2.0, error=0.5, freedom=9).at_most(0.975) == pytest.approx(high)
@@ -26,9 +26,9 @@ def test_intervals_of_shares_are_wilsons_for_independent_images(count: int, data
     hits = data.draw(st.integers(0, count))
     share = hits / count
     error = math.sqrt(share * (1 - share) / count)
-    found = Share(value=share, error=error, freedom=10**9, count=count).interval(0.95)
+    interval = Share(value=share, error=error, freedom=10**9, count=count).interval(0.95)
     theirs = stats.binomtest(hits, count).proportion_ci(0.95, method="wilson")
-    assert (found.low, found.high) == (pytest.approx(theirs.low, abs=1e-6), pytest.approx(theirs.high, abs=1e-6))
+    assert (interval.low, interval.high) == (pytest.approx(theirs.low, abs=1e-6), pytest.approx(theirs.high, abs=1e-6))
 
 
 def test_correlated_images_widen_the_interval_of_a_share() -> None:
@@ -40,21 +40,21 @@ def test_correlated_images_widen_the_interval_of_a_share() -> None:
 @given(st.lists(st.tuples(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3)), min_size=2, max_size=30))
 def test_the_paired_difference_is_that_of_the_t_test(pairs: list[tuple[float, float]]) -> None:
     ours, theirs = (list(each) for each in zip(*pairs, strict=True))
-    found = paired_difference(ours, theirs)
+    difference = paired_difference(ours, theirs)
     differences = np.subtract(ours, theirs)
-    assert found.value == pytest.approx(np.mean(differences), abs=1e-9)
-    assert found.error == pytest.approx(stats.sem(differences), abs=1e-9)
-    assert found.freedom == len(pairs) - 1
+    assert difference.value == pytest.approx(np.mean(differences), abs=1e-9)
+    assert difference.error == pytest.approx(stats.sem(differences), abs=1e-9)
+    assert difference.freedom == len(pairs) - 1
 
 
 def test_paired_difference_removes_common_variation() -> None:
     random = np.random.default_rng(0)
     difficulty = random.normal(30, 5, 200)
     ours, theirs = difficulty + random.normal(0.2, 0.1, 200), difficulty
-    found = paired_difference(ours.tolist(), theirs.tolist())
+    difference = paired_difference(ours.tolist(), theirs.tolist())
     unpaired = math.hypot(stats.sem(ours), stats.sem(theirs))
-    assert found.error < unpaired / 20
-    assert found.at_least(0.99) > 0
+    assert difference.error < unpaired / 20
+    assert difference.at_least(0.99) > 0
 
 
 def test_images_of_unlike_number_are_not_paired() -> None:
@@ -63,9 +63,9 @@ def test_images_of_unlike_number_are_not_paired() -> None:
 
 
 def test_errors_of_independent_figures_add_up_in_squares() -> None:
-    found = Estimate(value=5, error=3, freedom=10).less(Estimate(value=1, error=4, freedom=7))
-    assert found == Estimate(value=4, error=5, freedom=7)
-    assert found.less(1.5).times(-2) == Estimate(value=-5, error=10, freedom=7)
+    difference = Estimate(value=5, error=3, freedom=10).less(Estimate(value=1, error=4, freedom=7))
+    assert difference == Estimate(value=4, error=5, freedom=7)
+    assert difference.less(1.5).times(-2) == Estimate(value=-5, error=10, freedom=7)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

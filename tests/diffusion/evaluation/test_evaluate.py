@@ -1,4 +1,4 @@
-"""Evaluate: judged once, judged again only if something changed, and the same end after a kill."""
+"""Evaluate: computed once, computed again only if something changed, and the same end after a kill."""
 
 import csv
 import json
@@ -46,10 +46,10 @@ def test_scores_compare_generated_images_with_all_held_out_ones(
     evaluation = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report")
     extractor, data = EfficientNetLite0(32), Dataset.open(dataset)
     reference = extractor(data.images(data.rows("held_out")))
-    for judged in evaluation.checkpoints:
-        drawn = sample(load_model(Path(judged.file)), range(20), CONFIG.seed, SAMPLING)
-        expected = compute_scores(extractor(drawn), reference, "efflite0")
-        assert judged.scores.metrics() == pytest.approx(expected.metrics(), rel=1e-4, abs=1e-4)
+    for checkpoint in evaluation.checkpoints:
+        images = sample(load_model(Path(checkpoint.file)), range(20), CONFIG.seed, SAMPLING)
+        expected = compute_scores(extractor(images), reference, "efflite0")
+        assert checkpoint.scores.metrics() == pytest.approx(expected.metrics(), rel=1e-4, abs=1e-4)
 
 
 def test_checkpoints_come_in_order_and_the_best_has_the_lowest_kid(
@@ -68,10 +68,10 @@ def test_real_baseline_uses_training_images_and_states_their_number(
     data, extractor = Dataset.open(dataset), EfficientNetLite0(32)
     train, held_out = data.rows("train"), data.rows("held_out")
     config = CONFIG.model_copy(update={"samples": 100})
-    floor = evaluate(dataset, checkpoints[:1], config, SAMPLING, tmp_path).real_baseline.scores
-    assert (floor.samples, floor.reference) == (len(train), len(held_out))
+    baseline = evaluate(dataset, checkpoints[:1], config, SAMPLING, tmp_path).real_baseline.scores
+    assert (baseline.samples, baseline.reference) == (len(train), len(held_out))
     expected = compute_scores(extractor(data.images(train)), extractor(data.images(held_out)), "x")
-    assert floor.fd == pytest.approx(expected.fd, rel=1e-3)
+    assert baseline.fd == pytest.approx(expected.fd, rel=1e-3)
     few = evaluate(dataset, checkpoints[:1], CONFIG, SAMPLING, tmp_path).real_baseline.scores
     assert few.samples == 20
 
@@ -99,12 +99,12 @@ def test_grids_show_the_first_generated_and_held_out_images(
     (output / "grids").mkdir(parents=True)
     (output / "grids" / "of-an-earlier-run.png").write_bytes(b"")
     evaluate(dataset, checkpoints[:1], CONFIG, SAMPLING, output)
-    drawn = grid(sample(load_model(checkpoints[0]), range(20), CONFIG.seed, SAMPLING))
+    expected_grid = grid(sample(load_model(checkpoints[0]), range(20), CONFIG.seed, SAMPLING))
     data = Dataset.open(dataset)
     real = grid(data.images(data.rows("held_out")[:64]))
     paths = sorted((output / "grids").iterdir())
     assert [path.name[:10] for path in paths] == ["0000000300", "held_out.p"]
-    for path, expected in zip(paths, (drawn, real), strict=True):
+    for path, expected in zip(paths, (expected_grid, real), strict=True):
         assert np.array_equal(np.asarray(Image.open(path)), np.asarray(expected))
 
 
@@ -114,7 +114,7 @@ def test_reevaluation_samples_nothing_and_changes_no_byte(
     first, again = Watcher(), Watcher()
     evaluation = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report", progress=first)
     before = files_of(tmp_path / "report")
-    assert first.drawn == {"100", "200", "300"}
+    assert first.sampled_models == {"100", "200", "300"}
     assert evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report", progress=again) == evaluation
     assert again.seen == []
     assert files_of(tmp_path / "report") == before
@@ -145,7 +145,7 @@ def test_changed_condition_triggers_reevaluation(
     watcher = Watcher()
     other = evaluate_one(checkpoints[0], dataset, *changed(change), tmp_path / "report", watcher)
     # Images are generated again only for what decides them.
-    assert watcher.drawn == (set() if change.keys() <= {"extractor_size", "reference"} else {"300"})
+    assert watcher.sampled_models == (set() if change.keys() <= {"extractor_size", "reference"} else {"300"})
     assert other.scores != first.scores
 
 
@@ -171,7 +171,7 @@ def test_changed_weights_are_evaluated_again(dataset: Path, checkpoints: list[Pa
     write_model(checkpoints[0], seed=7, images=300)
     watcher = Watcher()
     other = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report", progress=watcher)
-    assert watcher.drawn == {"300"}
+    assert watcher.sampled_models == {"300"}
     assert other.eval_key == first.eval_key
     assert other.checkpoints[:2] == first.checkpoints[:2]
     assert other.checkpoints[2].scores != first.checkpoints[2].scores
@@ -185,7 +185,7 @@ def test_another_data_set_means_other_scores_of_the_same_images(
     ingest(dataset, IngestConfig(source=str(images), size=8, held_out=0.33))
     watcher = Watcher()
     other = evaluate(dataset, checkpoints[:1], CONFIG, SAMPLING, tmp_path / "report", progress=watcher)
-    assert watcher.drawn == set()
+    assert watcher.sampled_models == set()
     assert other.eval_key != first.eval_key
 
 
@@ -198,7 +198,7 @@ def test_interrupted_run_evaluation_resumes_to_the_same_result(
     assert not (tmp_path / "cut" / "report.html").exists()
     watcher = Watcher()
     evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "cut", progress=watcher)
-    assert watcher.drawn == {"100", "200"}
+    assert watcher.sampled_models == {"100", "200"}
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
 
 
@@ -206,9 +206,9 @@ def test_damaged_cached_result_is_replaced(dataset: Path, checkpoints: list[Path
     evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report")
     before = files_of(tmp_path / "report")
     for path in (tmp_path / "report" / "evaluations").glob("*.safetensors"):
-        damaged = bytearray(path.read_bytes())
-        damaged[-1] ^= 1
-        path.write_bytes(damaged)
+        damaged_bytes = bytearray(path.read_bytes())
+        damaged_bytes[-1] ^= 1
+        path.write_bytes(damaged_bytes)
     evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report")
     assert files_of(tmp_path / "report") == before
 
@@ -218,29 +218,29 @@ def test_model_scores_do_not_depend_on_other_models(dataset: Path, checkpoints: 
     watcher = Watcher()
     alone = evaluate_one(checkpoints[0], dataset, CONFIG, SAMPLING, tmp_path / "other", watcher)
     assert alone == evaluation.checkpoints[2]
-    assert watcher.drawn == {"300"}
+    assert watcher.sampled_models == {"300"}
     watcher = Watcher()
     assert evaluate_one(checkpoints[0], dataset, CONFIG, SAMPLING, tmp_path / "report", watcher) == alone
     assert watcher.seen == []
 
 
-def test_a_run_without_checkpoints_is_refused(dataset: Path, tmp_path: Path) -> None:
+def test_a_run_without_checkpoints_is_rejected(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint to evaluate: train first"):
         evaluate(dataset, [], CONFIG, SAMPLING, tmp_path)
 
 
-def test_a_missing_model_is_refused(dataset: Path, tmp_path: Path) -> None:
+def test_a_missing_model_is_rejected(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no model at .*gone\.safetensors"):
         evaluate(dataset, [tmp_path / "gone.safetensors"], CONFIG, SAMPLING, tmp_path)
 
 
-def test_a_model_of_other_images_is_refused(dataset: Path, tmp_path: Path) -> None:
+def test_a_model_of_other_images_is_rejected(dataset: Path, tmp_path: Path) -> None:
     path = write_model(tmp_path / "rgb.safetensors", seed=0, images=1, channels=3, size=16)
     with pytest.raises(UserError, match=r"rgb\.safetensors generates images of 3×16×16 and .* holds 1×8×8"):
         evaluate(dataset, [path], CONFIG, SAMPLING, tmp_path)
 
 
-def test_too_few_held_out_images_are_refused(images: Path, checkpoints: list[Path], tmp_path: Path) -> None:
+def test_too_few_held_out_images_are_rejected(images: Path, checkpoints: list[Path], tmp_path: Path) -> None:
     folder = tmp_path / "data" / "few"
     ingest(folder, IngestConfig(source=str(images), size=8, held_out=0.02))
     with pytest.raises(UserError, match=r"few has \d held-out images, and evaluation needs 10"):

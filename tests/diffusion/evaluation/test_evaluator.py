@@ -55,18 +55,18 @@ def evaluated(
 
 
 def test_an_evaluation_has_each_metric_of_the_generated_images(data: Path, model: Path, tmp_path: Path) -> None:
-    found, evaluation = evaluated(model, data, tmp_path)
-    drawn = sample(load_model(model), range(CONFIG.samples), CONFIG.seed, SAMPLING)
-    assert torch.equal(found.images, drawn)
+    metrics, evaluation = evaluated(model, data, tmp_path)
+    images = sample(load_model(model), range(CONFIG.samples), CONFIG.seed, SAMPLING)
+    assert torch.equal(metrics.images, images)
     dataset, extractor = Dataset.open(data), EfficientNetLite0(32)
     held_out = dataset.images(dataset.rows("held_out"))
-    expected = compute_scores(extractor(drawn), extractor(held_out), "efflite0")
+    expected = compute_scores(extractor(images), extractor(held_out), "efflite0")
     assert evaluation.scores.metrics() == pytest.approx(expected.metrics(), rel=1e-4, abs=1e-4)
-    assert evaluation.drift == compare_appearance(measure_appearance(drawn), measure_appearance(held_out))
-    assert evaluation.duplicates == detect_duplicates(shifted_thumbnails(drawn), shifted_thumbnails(held_out))
+    assert evaluation.drift == compare_appearance(measure_appearance(images), measure_appearance(held_out))
+    assert evaluation.duplicates == detect_duplicates(shifted_thumbnails(images), shifted_thumbnails(held_out))
     terms = measure_losses(load_model(model), [(held_out, {})], SAMPLING)
     assert evaluation.held_out_loss == summarize_losses(terms)
-    assert (evaluation.images, evaluation.family, evaluation.per_class, found.psnr) == (700, "ddpm", None, None)
+    assert (evaluation.images, evaluation.family, evaluation.per_class, metrics.psnr) == (700, "ddpm", None, None)
     assert evaluation.memorization.generated == CONFIG.samples
     assert evaluation.gflop > 0
     assert ModelEvaluation.model_validate_json(evaluation.model_dump_json()) == evaluation
@@ -83,20 +83,20 @@ def test_scores_are_computed_once(data: Path, model: Path, tmp_path: Path, monke
 
 
 def test_class_conditional_model_is_evaluated_per_class(data: Path, tmp_path: Path) -> None:
-    path = write_model(tmp_path / "told.safetensors", 0, 1, classes=CLASSES)
-    found = evaluated(path, data, tmp_path, samples=64)[1].per_class
-    assert found is not None
-    assert [each.name for each in found.classes] == ["left", "right"]
-    assert sum(each.samples for each in found.classes) == 64
-    assert [each.reference for each in found.classes] == [20, 20]
+    path = write_model(tmp_path / "conditional.safetensors", 0, 1, classes=CLASSES)
+    per_class = evaluated(path, data, tmp_path, samples=64)[1].per_class
+    assert per_class is not None
+    assert [each.name for each in per_class.classes] == ["left", "right"]
+    assert sum(each.samples for each in per_class.classes) == 64
+    assert [each.reference for each in per_class.classes] == [20, 20]
 
 
 def test_copies_of_training_images_are_found_and_named(data: Path, model: Path, tmp_path: Path) -> None:
     save_images(model, training_images(data, CONFIG.samples), data, tmp_path)
-    found = evaluated(model, data, tmp_path)[1].memorization
-    assert found.share == 1
-    assert found.p_value < 1e-3
-    assert {(pair.generated, pair.training) for pair in found.pairs} <= {(n, n) for n in range(CONFIG.samples)}
+    memorization = evaluated(model, data, tmp_path)[1].memorization
+    assert memorization.share == 1
+    assert memorization.p_value < 1e-3
+    assert {(pair.generated, pair.training) for pair in memorization.pairs} <= {(n, n) for n in range(CONFIG.samples)}
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -114,18 +114,18 @@ def test_a_model_is_evaluated_once_and_again_if_anything_changes(data: Path, mod
     for change in ({"seed": 1}, {"samples": 32}):
         watcher = Watcher()
         assert evaluated(model, data, tmp_path, watcher, **change)[1] != first
-        assert watcher.drawn == {"model"}
+        assert watcher.sampled_models == {"model"}
 
 
 def test_unconditional_samples_are_reused_when_the_data_set_grows(model: Path, tmp_path: Path) -> None:
     first, first_evaluation = evaluated(model, discs(tmp_path / "few", 80), tmp_path)
     watcher = Watcher()
     grown, grown_evaluation = evaluated(model, discs(tmp_path / "more", 96), tmp_path, watcher)
-    assert watcher.drawn == set()
+    assert watcher.sampled_models == set()
     assert torch.equal(grown.images, first.images)
     assert grown_evaluation.scores != first_evaluation.scores
-    kept = list((tmp_path / "evaluations" / "training").iterdir())
-    assert [folder.name for folder in kept] == [Dataset.open(tmp_path / "more").manifest.content_digest[:16]]
+    files = list((tmp_path / "evaluations" / "training").iterdir())
+    assert [folder.name for folder in files] == [Dataset.open(tmp_path / "more").manifest.content_digest[:16]]
 
 
 @pytest.mark.parametrize(
@@ -146,17 +146,17 @@ def test_interrupted_model_evaluation_resumes_to_the_same_result(
         evaluated(model, data, tmp_path / "cut", Watcher(stop_at))
     watcher = Watcher()
     assert evaluated(model, data, tmp_path / "cut", watcher)[1] == whole
-    assert watcher.drawn == ({"model"} if stop_at.endswith("sampled") else set())
+    assert watcher.sampled_models == ({"model"} if stop_at.endswith("sampled") else set())
 
 
 def test_autoencoder_is_evaluated_by_reconstructions(data: Path, tmp_path: Path) -> None:
     path = write_autoencoder(tmp_path / "vae.safetensors", 0)
     sampling = sampling_config(compute_batch=16, precision="fp32")
-    found = Evaluator(data, CONFIG, sampling, tmp_path / "evaluations").model(path)
-    evaluation = found.evaluate()
-    assert found.psnr is not None
-    assert len(found.psnr) == 40
-    assert evaluation.metrics()["reconstruction_psnr"] == pytest.approx(found.psnr.mean().item())
+    result = Evaluator(data, CONFIG, sampling, tmp_path / "evaluations").model(path)
+    evaluation = result.evaluate()
+    assert result.psnr is not None
+    assert len(result.psnr) == 40
+    assert evaluation.metrics()["reconstruction_psnr"] == pytest.approx(result.psnr.mean().item())
     assert evaluation.held_out_loss.levels == []
     assert evaluation.held_out_loss.bits_per_dim is not None
 
@@ -165,26 +165,26 @@ def test_super_resolution_is_evaluated_on_split_held_out_images(data: Path, tmp_
     config = MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
     path = write_model(tmp_path / "sr.safetensors", 0, 1, config=config)
     dataset, extractor = Dataset.open(data), make_extractor(CONFIG)
-    found = Evaluator(data, CONFIG, SAMPLING, tmp_path / "evaluations", task=GenerationTask(4, 2, 0.1)).model(path)
+    evaluation = Evaluator(data, CONFIG, SAMPLING, tmp_path / "evaluations", task=GenerationTask(4, 2, 0.1)).model(path)
     held_out = dataset.rows("held_out")
-    shown = dataset.images(held_out[:20])
-    assert torch.equal(found.images, upscale(load_model(path), shrunk(shown, 2), CONFIG.seed, SAMPLING))
-    similarity = found.scored().similarity
+    real_images = dataset.images(held_out[:20])
+    assert torch.equal(evaluation.images, upscale(load_model(path), shrunk(real_images, 2), CONFIG.seed, SAMPLING))
+    similarity = evaluation.scored().similarity
     assert similarity is not None
-    assert similarity.psnr == pytest.approx(psnr(found.images, shown).mean().item())
-    expected = compute_scores(extractor(found.images), extractor(dataset.images(held_out[20:])), "x")
-    assert found.scores.kid == pytest.approx(expected.kid, rel=1e-4)
+    assert similarity.psnr == pytest.approx(psnr(evaluation.images, real_images).mean().item())
+    expected = compute_scores(extractor(evaluation.images), extractor(dataset.images(held_out[20:])), "x")
+    assert evaluation.scores.kid == pytest.approx(expected.kid, rel=1e-4)
 
 
 def test_images_of_several_shapes_have_different_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Tensor] = []
+    noises: list[Tensor] = []
 
     def noted(model: Model, _: object, indices: range, seed: int, *__: object) -> Tensor:
-        seen.extend(GaussianNoise(seed, "sampling", indices, model.noise_shape)().flatten(1)[:, :64])
+        noises.extend(GaussianNoise(seed, "sampling", indices, model.noise_shape)().flatten(1)[:, :64])
         return torch.zeros(len(indices), *model.shape, dtype=torch.uint8)
 
     monkeypatch.setattr("diffusion.evaluation.evaluator.generate", noted)
     weights = write_model(tmp_path / "model.safetensors", 0, 0, channels=3, size=16)
     evaluator = Evaluator(bucketed_set(tmp_path), CONFIG, SAMPLING, tmp_path / "evaluations")
     assert len({image.shape for image in evaluator.model(weights).images}) == 3
-    assert len({tuple(noise.tolist()) for noise in seen}) == CONFIG.samples
+    assert len({tuple(noise.tolist()) for noise in noises}) == CONFIG.samples

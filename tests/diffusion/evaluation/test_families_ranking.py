@@ -1,4 +1,4 @@
-"""Families side by side: judged by the same images, in order, each once, on a page of their own."""
+"""Families side by side: evaluated on the same images, in order, each once, on a page of their own."""
 
 import json
 from pathlib import Path
@@ -63,29 +63,34 @@ def compared(
 def test_families_are_ranked_by_distance_with_confidence_of_the_lead(
     data: Path, models: dict[str, tuple[Path, SamplingConfig]], tmp_path: Path
 ) -> None:
-    drawn = {"gan": good(5000, 5), "autoregressive": good(6000, 5), "ddpm": good(7000, 40), "vae": good(8000, 90)}
-    for name, images in drawn.items():
+    images_by_family = {
+        "gan": good(5000, 5),
+        "autoregressive": good(6000, 5),
+        "ddpm": good(7000, 40),
+        "vae": good(8000, 90),
+    }
+    for name, images in images_by_family.items():
         save_images(models[name][0], images, data, tmp_path, sampling=models[name][1])
-    found, sheets = compared(models, data, tmp_path)
-    names = [each.name for each in found.models]
+    ranking, sheets = compared(models, data, tmp_path)
+    names = [each.name for each in ranking.models]
     assert set(names[:2]) == {"gan", "autoregressive"}
     assert names[2:] == ["ddpm", "vae"]
-    assert [lead.is_sure for lead in found.leads] == [False, True, True]
-    said = findings(found)
-    assert "cannot be told apart" in said[0]
-    assert said[1].startswith(f"{names[0]} is better than ddpm: by ")
+    assert [lead.is_sure for lead in ranking.leads] == [False, True, True]
+    statements = findings(ranking)
+    assert "cannot be told apart" in statements[0]
+    assert statements[1].startswith(f"{names[0]} is better than ddpm: by ")
     extractor, dataset = make_extractor(CONFIG), Dataset.open(data)
     real = compute_moments(extractor(dataset.images(dataset.rows("held_out"))))
-    for each in found.models:
-        expected = frechet_distance(compute_moments(extractor(drawn[each.name])), real)
+    for each in ranking.models:
+        expected = frechet_distance(compute_moments(extractor(images_by_family[each.name])), real)
         assert each.scores.fd == pytest.approx(expected, rel=1e-3)
         interval = each.estimates["kid_efflite0"].interval
         assert interval.low < each.estimates["kid_efflite0"].value < interval.high
         assert each.images_per_second > 0
         network = load_model(Path(each.file)).network
         assert each.parameters == sum(parameter.numel() for parameter in network.parameters())
-        assert torch.equal(sheets[each.name], drawn[each.name])
-    by_name = {each.name: each for each in found.models}
+        assert torch.equal(sheets[each.name], images_by_family[each.name])
+    by_name = {each.name: each for each in ranking.models}
     assert {name: each.likelihood for name, each in by_name.items()} == {
         "ddpm": "bound",
         "vae": "bound",
@@ -107,11 +112,11 @@ def test_interrupted_ranking_resumes_and_reuses_samples(
     assert not (tmp_path / RANKING).exists()
     second = Watcher()
     first, _ = compared(two, data, tmp_path, second)
-    # What is timed is drawn once, by each, after all that is judged.
+    # What is timed is sampled once, by each, after all that is evaluated.
     assert second.seen.count("gan: images sampled") == second.seen.count("autoregressive: images sampled") - 3
     third = Watcher()
     again, _ = compared(two, data, tmp_path, third)
-    assert third.drawn == set()
+    assert third.sampled_models == set()
     assert again == first
     assert json.loads((tmp_path / RANKING).read_text()) == json.loads(first.model_dump_json())
 
@@ -119,9 +124,9 @@ def test_interrupted_ranking_resumes_and_reuses_samples(
 def test_ranking_report_shows_all_families_and_is_self_contained(
     data: Path, models: dict[str, tuple[Path, SamplingConfig]], tmp_path: Path
 ) -> None:
-    found, sheets = compared(models, data, tmp_path)
+    ranking, sheets = compared(models, data, tmp_path)
     sheet_files = {name: png_bytes(grid(images, 8)) for name, images in sheets.items()}
-    write_ranking_report(tmp_path / PAGE, found, sheet_files, sheet_files.pop("real"))
+    write_ranking_report(tmp_path / PAGE, ranking, sheet_files, sheet_files.pop("real"))
     page = Page((tmp_path / PAGE).read_text())
     assert all(address.startswith("data:") for address in page.addresses)
     for name in models:
@@ -129,7 +134,7 @@ def test_ranking_report_shows_all_families_and_is_self_contained(
     assert np.array_equal(page.image("Real held-out images"), np.asarray(grid(sheets["real"], 8)))
     for words in ("KID", "precision", "recall", "bits per dimension", "images per second", "parameters", "≤", "none"):
         assert words in page.text
-    assert all(words in page.text for words in findings(found))
+    assert all(words in page.text for words in findings(ranking))
 
 
 @pytest.mark.usefixtures("fake_encoder")
@@ -147,14 +152,14 @@ def test_a_model_of_captions_leads_none_without_and_its_agreement_is_shown_or_mi
         ("more captions", CONFIG.model_copy(update={"text_image_encoder": tmp_path / "encoder"})),
     ):
         two = {name: files[name] for name in ("captions", others)}
-        found, sheets = rank_models(tmp_path / "data", two, config, tmp_path / others)
-        assert found.comparable == bool(found.leads) == (others != "none")
-        assert any("better" in words or "told apart" in words for words in findings(found)) == found.comparable
+        ranking, sheets = rank_models(tmp_path / "data", two, config, tmp_path / others)
+        assert ranking.comparable == bool(ranking.leads) == (others != "none")
+        assert any("better" in words or "told apart" in words for words in findings(ranking)) == ranking.comparable
         files_of = {name: png_bytes(grid(images, 8)) for name, images in sheets.items()}
-        write_ranking_report(tmp_path / PAGE, found, files_of, files_of.pop("real"))
-        shown = Page((tmp_path / PAGE).read_text()).text
-        assert "text-image agreement" in shown
-        assert ("not measured" in shown) == (others == "none")
+        write_ranking_report(tmp_path / PAGE, ranking, files_of, files_of.pop("real"))
+        page_text = Page((tmp_path / PAGE).read_text()).text
+        assert "text-image agreement" in page_text
+        assert ("not measured" in page_text) == (others == "none")
 
 
 def test_incomparable_models_are_an_error(

@@ -27,7 +27,7 @@ from diffusion.evaluation.gate import (
     decide,
     images_needed,
 )
-from tests.builders.gaussian_distances import drawn, true_frechet, true_kid
+from tests.builders.gaussian_distances import sample_gaussian, true_frechet, true_kid
 from tests.builders.one_metric import frechet_replicates, kid_replicates, share_replicates
 from tests.builders.one_thread import one_thread
 
@@ -46,11 +46,11 @@ CHAMPION = 0.4
 
 def comparison(figure: Figure, seed: int, count: int, shift: float, common: float = 0.0) -> ComparisonMetrics:
     """A candidate ``shift`` off against the champion, with a share ``common`` of the same noise, measured once."""
-    noise, own, floor, reference = (drawn(count, WIDTH, 4 * seed + each) for each in range(4))
+    noise, own, baseline, reference = (sample_gaussian(count, WIDTH, 4 * seed + each) for each in range(4))
     candidate = common * noise + (1 - common**2) ** 0.5 * own + shift
     with one_thread():
-        found = MEASURES[figure]([candidate, noise + CHAMPION, floor], reference, splits=SPLITS)
-    headline = distance_headline(*({figure: each} for each in found), "points", GateConfig(headline=figure))
+        replicates = MEASURES[figure]([candidate, noise + CHAMPION, baseline], reference, splits=SPLITS)
+    headline = distance_headline(*({figure: each} for each in replicates), "points", GateConfig(headline=figure))
     return ComparisonMetrics(basis="generated", samples=count, reference=count, has_champion=True, headline=headline)
 
 
@@ -60,18 +60,18 @@ def better_by(figure: Figure, share: float) -> float:
     return float(brentq(lambda shift: TRUE[figure](WIDTH, shift, 1.0) - goal, 0, 2 * CHAMPION))
 
 
-def promotions(evidence: list[ComparisonMetrics], delta: float) -> int:
+def promotions(comparisons: list[ComparisonMetrics], delta: float) -> int:
     config = GateConfig(delta=delta, **HEADLINE_ALONE)
-    return sum(decide(each, config).verdict == Verdict.promote for each in evidence)
+    return sum(decide(each, config).verdict == Verdict.promote for each in comparisons)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("figure", ["kid", "fd"])
 def test_the_same_model_with_other_seeds_is_promoted_no_more_often_than_the_confidence_allows(figure: Figure) -> None:
-    evidence = [comparison(figure, seed, 120, CHAMPION) for seed in range(TRIALS)]
-    assert promotions(evidence, delta=0) <= MOST
+    comparisons = [comparison(figure, seed, 120, CHAMPION) for seed in range(TRIALS)]
+    assert promotions(comparisons, delta=0) <= MOST
     # Who goes by the figure alone promotes half of them, and who goes by one standard error a sixth.
-    leads = [each.headline.lead for each in evidence if each.headline]
+    leads = [each.headline.lead for each in comparisons if each.headline]
     assert sum(lead.value > 0 for lead in leads) > 2 * MOST
     assert sum(lead.value > lead.error for lead in leads) > MOST
 
@@ -79,10 +79,11 @@ def test_the_same_model_with_other_seeds_is_promoted_no_more_often_than_the_conf
 def test_model_that_samples_real_images_is_not_promoted_over_itself() -> None:
     chances = []
     for seed in range(TRIALS):
-        candidate, champion, floor, reference = (drawn(60, WIDTH, 4 * seed + each) for each in range(4))
+        candidate, champion, baseline, reference = (sample_gaussian(60, WIDTH, 4 * seed + each) for each in range(4))
         with one_thread():
             figures = [
-                {each.figure: each} for each in kid_replicates([candidate, champion, floor], reference, splits=SPLITS)
+                {each.figure: each}
+                for each in kid_replicates([candidate, champion, baseline], reference, splits=SPLITS)
             ]
         headline = distance_headline(*figures, "points", GateConfig())
         chances.append(
@@ -92,44 +93,44 @@ def test_model_that_samples_real_images_is_not_promoted_over_itself() -> None:
 
 
 def test_a_model_better_by_exactly_delta_is_promoted_no_more_often_than_the_confidence_allows() -> None:
-    evidence = [comparison("kid", seed, 120, better_by("kid", 0.3)) for seed in range(TRIALS)]
-    assert promotions(evidence, delta=0.3) <= MOST
+    comparisons = [comparison("kid", seed, 120, better_by("kid", 0.3)) for seed in range(TRIALS)]
+    assert promotions(comparisons, delta=0.3) <= MOST
     # It is better, and a gate without δ would say so much more often.
-    assert promotions(evidence, delta=0) > 2 * MOST
+    assert promotions(comparisons, delta=0) > 2 * MOST
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("figure", "count"), [("kid", 350), ("fd", 320)])
 def test_an_improvement_of_twice_delta_is_promoted_in_four_of_five_cases(figure: Figure, count: int) -> None:
     shift = better_by(figure, 0.6)
-    evidence = [comparison(figure, seed, count, shift) for seed in range(100)]
-    assert promotions(evidence, delta=0.3) >= 80
+    comparisons = [comparison(figure, seed, count, shift) for seed in range(100)]
+    assert promotions(comparisons, delta=0.3) >= 80
     # Who waits until the intervals of both no longer overlap promotes fewer: errors that both share count twice.
     config = GateConfig()
     apart = 0
-    for each in evidence:
+    for each in comparisons:
         assert each.headline is not None
         ours, theirs = each.headline.candidate.interval(0.9), each.headline.champion.interval(0.9)
         apart += ours.high + each.headline.smallest(0.3) < theirs.low
     assert apart < 80
-    assert all(decide(each, config).verdict != Verdict.reject for each in evidence)
+    assert all(decide(each, config).verdict != Verdict.reject for each in comparisons)
 
 
 def recall_verdicts(scale: float, trials: int, count: int) -> list[Verdict]:
     """What the rule on recall says of a champion against a candidate of ``scale`` times its variety, measured once."""
     verdicts = []
     for seed in range(trials):
-        candidate, champion, reference = (drawn(count, WIDTH, 3 * seed + each) for each in range(3))
+        candidate, champion, reference = (sample_gaussian(count, WIDTH, 3 * seed + each) for each in range(3))
         with one_thread():
             ours, theirs = share_replicates([candidate * scale, champion], reference, splits=SPLITS)
-        found = ComparisonMetrics(
+        metrics = ComparisonMetrics(
             basis="generated",
             samples=count,
             reference=count,
             has_champion=True,
             recall=difference(ours["recall"], theirs["recall"]),
         )
-        findings = decide(found, GateConfig(memorized=None, cost=None)).findings
+        findings = decide(metrics, GateConfig(memorized=None, cost=None)).findings
         verdicts.append(next(each.verdict for each in findings if each.rule == "recall"))
     return verdicts
 
@@ -151,8 +152,8 @@ HALF_THE_COST = Cost(candidate=2, champion=4, unit="network evaluations")
 def as_good(figure: Figure, worse: float, count: int, trials: int = TRIALS, **config: Any) -> int:
     """How often a candidate whose distance is larger by the share ``worse`` is promoted at half the cost."""
     shift, settings = better_by(figure, -worse), GateConfig(**HEADLINE_ALONE | config)
-    found = [comparison(figure, seed, count, shift) for seed in range(trials)]
-    cheaper = [each.model_copy(update={"cost": HALF_THE_COST}) for each in found]
+    comparisons = [comparison(figure, seed, count, shift) for seed in range(trials)]
+    cheaper = [each.model_copy(update={"cost": HALF_THE_COST}) for each in comparisons]
     return sum(decide(each, settings).verdict == Verdict.promote for each in cheaper)
 
 
@@ -192,8 +193,8 @@ def test_shared_noise_detects_smaller_improvements() -> None:
 
 
 def test_a_model_that_is_surely_worse_is_rejected() -> None:
-    evidence = [comparison("kid", seed, 200, 2 * CHAMPION) for seed in range(10)]
-    assert all(decide(each, GateConfig(**HEADLINE_ALONE)).verdict == Verdict.reject for each in evidence)
+    comparisons = [comparison("kid", seed, 200, 2 * CHAMPION) for seed in range(10)]
+    assert all(decide(each, GateConfig(**HEADLINE_ALONE)).verdict == Verdict.reject for each in comparisons)
 
 
 def test_images_needed_suffice_in_four_of_five_cases() -> None:
@@ -204,8 +205,8 @@ def test_images_needed_suffice_in_four_of_five_cases() -> None:
     lead = Estimate(value=0.5 * truth, error=(sum(squares) / len(squares)) ** 0.5, freedom=SPLITS)
     needed = images_needed(120, lead, 0.3 * truth, config.confidence)
     assert needed is not None
-    found = [comparison("kid", seed, needed, shift) for seed in range(50)]
-    assert 0.6 * 50 < promotions(found, delta=0.2) < 50
+    comparisons = [comparison("kid", seed, needed, shift) for seed in range(50)]
+    assert 0.6 * 50 < promotions(comparisons, delta=0.2) < 50
 
 
 # What each rule makes of given figures.
@@ -221,13 +222,13 @@ FULL: dict[str, Any] = {
 }
 
 
-def headline(difference: float, error: float = 0.001, champion: float = 0.021, floor: float = 0.001) -> Headline:
+def headline(difference: float, error: float = 0.001, champion: float = 0.021, baseline: float = 0.001) -> Headline:
     return Headline(
         name="kid_efflite0",
         candidate=Estimate(value=champion + difference, error=0.0015, freedom=100),
         champion=Estimate(value=champion, error=0.0015, freedom=100),
         difference=Estimate(value=difference, error=error, freedom=100),
-        real_baseline=floor,
+        real_baseline=baseline,
     )
 
 
@@ -236,8 +237,8 @@ def copies(share: float, p_value: float = 0.001) -> CopyShare:
 
 
 def decided(config: dict[str, Any] | None = None, **changes: Any) -> Decision:
-    evidence = ComparisonMetrics(**{**FULL, "headline": headline(-0.008), **changes})
-    return decide(evidence, GateConfig(**(config or {})))
+    metrics = ComparisonMetrics(**{**FULL, "headline": headline(-0.008), **changes})
+    return decide(metrics, GateConfig(**(config or {})))
 
 
 def test_a_better_model_within_all_limits_is_promoted_with_its_figures() -> None:
@@ -255,8 +256,8 @@ def test_a_better_model_within_all_limits_is_promoted_with_its_figures() -> None
 @pytest.mark.parametrize("looks", [1, 3, 8])
 def test_several_looks_make_no_objection_weaker(looks: int) -> None:
     sure_of_one = Estimate(value=-0.15, error=0.08, freedom=100)
-    evidence = ComparisonMetrics(**{**FULL, "headline": headline(-0.015), "recall": sure_of_one})
-    decision = decide(evidence, GateConfig(), looks)
+    metrics = ComparisonMetrics(**{**FULL, "headline": headline(-0.015), "recall": sure_of_one})
+    decision = decide(metrics, GateConfig(), looks)
     assert decision.verdict == Verdict.hold
     assert [each.rule for each in decision.findings if each.verdict == Verdict.hold] == ["recall"]
 
@@ -333,10 +334,10 @@ def test_the_verdict_does_not_depend_on_the_unit(unit: float, difference: float,
 def test_nothing_that_is_not_better_by_delta_as_measured_is_promoted(
     difference: float, error: float, delta: float, confidence: float
 ) -> None:
-    found = headline(difference, error)
-    decision = decided({"delta": delta, "confidence": confidence}, headline=found)
+    comparison_headline = headline(difference, error)
+    decision = decided({"delta": delta, "confidence": confidence}, headline=comparison_headline)
     if decision.verdict == Verdict.promote:
-        assert -difference > found.smallest(delta)
+        assert -difference > comparison_headline.smallest(delta)
 
 
 @pytest.mark.parametrize(
@@ -416,10 +417,10 @@ def test_text_image_agreement_may_fall_by_a_share(candidate: float, error: float
 def test_agreement_that_was_not_measured_and_unlike_conditions_are_said_and_no_objection() -> None:
     decision = decided({"class_loss": 0.5}, agreement="not measured", unlike=("one", "other"), class_conditional=False)
     assert decision.verdict == "promote"
-    said = {each.rule: each.reason for each in decision.findings}
-    assert said["text-image agreement"] == "not measured"
-    assert said["conditions"] == "one; other"
-    assert "worst class" not in said
+    reasons = {each.rule: each.reason for each in decision.findings}
+    assert reasons["text-image agreement"] == "not measured"
+    assert reasons["conditions"] == "one; other"
+    assert "worst class" not in reasons
 
 
 @pytest.mark.parametrize("missing", ["headline", "recall", "memorized", "worst_class", "cost"])
@@ -481,17 +482,21 @@ def test_headline_metric_is_kid_below_four_images_per_feature() -> None:
 
 
 def test_comparison_metrics_use_replicates_of_the_same_images() -> None:
-    candidate, champion, floor = drawn(100, 4, 0, 0.2), drawn(100, 4, 1, 0.5), drawn(100, 4, 2)
-    figures = share_replicates([candidate, champion, floor], drawn(90, 4, 3), splits=10)
+    candidate, champion, baseline = (
+        sample_gaussian(100, 4, 0, 0.2),
+        sample_gaussian(100, 4, 1, 0.5),
+        sample_gaussian(100, 4, 2),
+    )
+    figures = share_replicates([candidate, champion, baseline], sample_gaussian(90, 4, 3), splits=10)
     assert (
         difference(figures[0]["recall"], figures[1]["recall"]).value
         == figures[0]["recall"].whole - figures[1]["recall"].whole
     )
-    found = kid_replicates([candidate, champion, floor], drawn(90, 4, 3), splits=10)
-    gathered = distance_headline(*({"kid": each} for each in found), "efflite0", GateConfig())
+    replicates = kid_replicates([candidate, champion, baseline], sample_gaussian(90, 4, 3), splits=10)
+    gathered = distance_headline(*({"kid": each} for each in replicates), "efflite0", GateConfig())
     assert gathered.name == "kid_efflite0"
-    assert gathered.real_baseline == found[2].whole
-    assert gathered.lead.value == pytest.approx(found[1].whole - found[0].whole)
+    assert gathered.real_baseline == replicates[2].whole
+    assert gathered.lead.value == pytest.approx(replicates[1].whole - replicates[0].whole)
 
 
 def test_autoencoders_are_evaluated_by_psnr_gain_per_image() -> None:
@@ -499,14 +504,20 @@ def test_autoencoders_are_evaluated_by_psnr_gain_per_image() -> None:
     noise = torch.randn(300, generator=torch.Generator().manual_seed(1))
     config = {"delta": 0.05}
     for gain, verdict in ((0.3, "promote"), (0.21, "hold"), (0.0, "hold"), (-0.1, "reject")):
-        found = psnr_headline(champion + gain + 0.2 * noise, champion)
-        evidence = {"basis": "reconstructed", "samples": 300, "headline": found, "recall": None, "memorized": None}
-        decision = decided(config, **evidence, cost=None)
+        gain_headline = psnr_headline(champion + gain + 0.2 * noise, champion)
+        fields = {
+            "basis": "reconstructed",
+            "samples": 300,
+            "headline": gain_headline,
+            "recall": None,
+            "memorized": None,
+        }
+        decision = decided(config, **fields, cost=None)
         assert decision.verdict == verdict, gain
         assert len(decision.findings) == 1
         assert "dB" in decision.reasons[0]
     # A twentieth less squared error.
-    assert found.smallest(0.05) == pytest.approx(0.2228, abs=1e-4)
+    assert gain_headline.smallest(0.05) == pytest.approx(0.2228, abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The gate refuses each: trials of real images made worse, beside a champion that draws them as they are."""
+"""The gate rejects each: real images made worse, beside a champion that generates them as they are."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -16,11 +16,11 @@ from tests.builders.small_datasets import write_dataset
 from tests.builders.small_models import write_model
 
 COUNT = 160
-"""Images that a model draws."""
+"""Images that a model generates."""
 SET = 750
 """Images of the data set, of which the first and every third one after it are held out."""
 EVALUATED = CONFIG.model_copy(update={"samples": COUNT})
-TRIED = EVALUATED.model_copy(update={"seed": EVALUATED.seed + 1})
+COMPARISON_CONFIG = EVALUATED.model_copy(update={"seed": EVALUATED.seed + 1})
 DOSES = {
     "blur": [partial(blurred, sigma=sigma) for sigma in (0.5, 3.0)],
     "noise": [partial(with_noise, deviation=deviation) for deviation in (0.03, 0.4)],
@@ -31,39 +31,39 @@ DOSES = {
 
 @dataclass
 class House:
-    """A data set of real images, models that were never trained, and what each of them is to have drawn."""
+    """A data set of real images, models that were never trained, and what each of them is to have generated."""
 
     folder: Path
     classes: Tensor
     """Of ``spare``."""
     spare: Tensor
-    """Real images that are not in the data set, of which the first are what the champion draws."""
+    """Real images that are not in the data set, of which the first are what the champion generates."""
     models: int = 0
 
     @property
     def data(self) -> Path:
         return self.folder / "data" / "real"
 
-    def drawing(self, drawn: Tensor) -> Path:
-        """A model that draws these images."""
+    def model_of(self, images: Tensor) -> Path:
+        """A model that generates these images."""
         self.models += 1
         path = write_model(self.folder / f"{self.models}.safetensors", self.models, self.models, size=28)
-        save_images(path, drawn, self.data, self.folder, TRIED)
+        save_images(path, images, self.data, self.folder, COMPARISON_CONFIG)
         return path
 
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> House:
-    shown, classes = images(4000)
+    source_images, classes = images(4000)
     folder = tmp_path_factory.mktemp("house")
-    write_dataset(folder / "data" / "real", shown[:SET].numpy(), per_shard=SET, held_out_every=3)
-    return House(folder, classes[SET:], shown[SET:])
+    write_dataset(folder / "data" / "real", source_images[:SET].numpy(), per_shard=SET, held_out_every=3)
+    return House(folder, classes[SET:], source_images[SET:])
 
 
 @pytest.fixture(scope="module")
 def champion(house: House) -> Path:
-    """A model that draws real images."""
-    return house.drawing(house.spare[:COUNT])
+    """A model that generates real images."""
+    return house.model_of(house.spare[:COUNT])
 
 
 @pytest.fixture
@@ -72,11 +72,11 @@ def few_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffusion.evaluation.evaluator.SPLITS", 20)
 
 
-def tried(candidate: Path, champion: Path, house: House) -> ChampionComparison:
-    found, _ = compare_with_champion(
+def compare_models(candidate: Path, champion: Path, house: House) -> ChampionComparison:
+    comparison, _ = compare_with_champion(
         candidate, champion, house.data, EVALUATED, SAMPLING, GateConfig(), house.folder, Watcher()
     )
-    return found
+    return comparison
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ def tried(candidate: Path, champion: Path, house: House) -> ChampionComparison:
 def test_degraded_images_are_never_promoted_and_rejected_when_visible(kind: str, house: House, champion: Path) -> None:
     # Other real images than the champion's: those would be better or worse by chance alone.
     mild, serious = (
-        tried(house.drawing(spoil(house.spare[COUNT : 2 * COUNT])), champion, house) for spoil in DOSES[kind]
+        compare_models(house.model_of(spoil(house.spare[COUNT : 2 * COUNT])), champion, house) for spoil in DOSES[kind]
     )
     assert mild.decision.verdict != Verdict.promote
     assert serious.decision.verdict == Verdict.reject
@@ -96,20 +96,20 @@ def test_degraded_images_are_never_promoted_and_rejected_when_visible(kind: str,
 @pytest.mark.usefixtures("few_cuts")
 def test_model_that_covers_two_of_ten_classes_is_rejected(house: House, champion: Path) -> None:
     two = without_classes(house.spare[COUNT:], house.classes[COUNT:], 8, COUNT)
-    found = tried(house.drawing(two), champion, house)
-    assert found.decision.verdict == Verdict.reject
-    assert found.reason.startswith("worse than the champion: kid_efflite0")
-    assert found.champion is not None
-    ours, theirs = (side.estimates["coverage_efflite0"] for side in (found.candidate, found.champion))
+    comparison = compare_models(house.model_of(two), champion, house)
+    assert comparison.decision.verdict == Verdict.reject
+    assert comparison.reason.startswith("worse than the champion: kid_efflite0")
+    assert comparison.champion is not None
+    ours, theirs = (side.estimates["coverage_efflite0"] for side in (comparison.candidate, comparison.champion))
     assert ours.interval.high < theirs.interval.low
 
 
 @pytest.mark.usefixtures("few_cuts")
 def test_a_model_that_copies_is_rejected_though_it_is_surely_better(house: House) -> None:
-    worse = house.drawing(with_noise(house.spare[:COUNT], 0.2))
+    worse = house.model_of(with_noise(house.spare[:COUNT], 0.2))
     learned = training_images(house.data, 40)
-    found = tried(house.drawing(with_copies(house.spare[COUNT : 2 * COUNT], learned)), worse, house)
-    assert found.decision.verdict == Verdict.reject
-    assert {each.rule: each.verdict for each in found.decision.findings}["headline"] == Verdict.promote
-    assert [each.rule for each in found.decision.findings if each.verdict == Verdict.reject] == ["memorized"]
-    assert found.reason.startswith("copies of training images: ")
+    comparison = compare_models(house.model_of(with_copies(house.spare[COUNT : 2 * COUNT], learned)), worse, house)
+    assert comparison.decision.verdict == Verdict.reject
+    assert {each.rule: each.verdict for each in comparison.decision.findings}["headline"] == Verdict.promote
+    assert [each.rule for each in comparison.decision.findings if each.verdict == Verdict.reject] == ["memorized"]
+    assert comparison.reason.startswith("copies of training images: ")

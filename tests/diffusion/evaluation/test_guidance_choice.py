@@ -29,7 +29,7 @@ from tests.builders.small_models import CONFIG as NETWORK
 from tests.builders.small_models import write_model
 
 CLASSES = {"left": 60, "right": 60}
-TRIED = {
+CANDIDATES = {
     "none": SAMPLING,
     "1.5 at σ from 0.2 to 5": SAMPLING.changed({"guidance": 1.5, "guidance_interval": (0.2, 5)}),
     "2 at σ from 0.2 to 5": SAMPLING.changed({"guidance": 2, "guidance_interval": (0.2, 5)}),
@@ -62,7 +62,7 @@ def evaluated(data: Path, checkpoint: Path, output: Path, images: dict[str, Tens
     evaluator = Evaluator(data, CONFIG, SAMPLING, output / "evaluations")
     rows = evaluator.real.training_rows(CONFIG.seed, CONFIG.samples)
     for text, generated in images.items():
-        model = evaluator.model(checkpoint, COUNT, TRIED[text], seed=CONFIG.seed + 2, captioned=rows)
+        model = evaluator.model(checkpoint, COUNT, CANDIDATES[text], seed=CONFIG.seed + 2, captioned=rows)
         cached(evaluator.folder, model.generated_key, lambda generated=generated: {"images": generated})
     return evaluate(data, [checkpoint], CONFIG, SAMPLING, output)
 
@@ -78,8 +78,8 @@ def test_guidance_is_scored_on_images_and_training_images_that_the_gate_does_not
 ) -> None:
     checkpoint, watcher = write_checkpoint(tmp_path), Watcher()
     evaluation = evaluate(data, [checkpoint], CONFIG, SAMPLING, tmp_path / "report", progress=watcher)
-    assert {each.sampling.guidance_text: each.sampling for each in evaluation.guidance} == TRIED
-    assert watcher.drawn == {"100", *(f"guidance {text}" for text in TRIED)}
+    assert {each.sampling.guidance_text: each.sampling for each in evaluation.guidance} == CANDIDATES
+    assert watcher.sampled_models == {"100", *(f"guidance {text}" for text in CANDIDATES)}
     dataset, extractor, model = Dataset.open(data), EfficientNetLite0(32), load_model(checkpoint)
     train = dataset.rows("train")
     rows = Evaluator(data, CONFIG, SAMPLING, tmp_path / "other").real.training_rows(CONFIG.seed, CONFIG.samples)
@@ -101,37 +101,37 @@ def test_guidance_is_scored_on_images_and_training_images_that_the_gate_does_not
 
 def test_chosen_guidance_goes_into_the_registered_file_which_samples_with_it(data: Path, tmp_path: Path) -> None:
     checkpoint, report = write_checkpoint(tmp_path), tmp_path / "report"
-    noises = dict(zip(TRIED, (90, 40, 2, 20, 60), strict=True))
+    noises = dict(zip(CANDIDATES, (90, 40, 2, 20, 60), strict=True))
     evaluation = evaluated(data, checkpoint, report, {text: spoiled(data, noise) for text, noise in noises.items()})
-    chosen = "2 at σ from 0.2 to 5"
-    assert evaluation.sampling == TRIED[chosen]
-    assert min(evaluation.guidance, key=lambda each: each.kid).sampling == TRIED[chosen]
+    name = "2 at σ from 0.2 to 5"
+    assert evaluation.sampling == CANDIDATES[name]
+    assert min(evaluation.guidance, key=lambda each: each.kid).sampling == CANDIDATES[name]
     assert Evaluation.read(report / "evaluation.json") == evaluation
-    [said] = [each for each in findings(evaluation) if "uidance" in each]
-    assert said.startswith(f"Guidance {chosen} lowers its KID")
+    [statement] = [each for each in findings(evaluation) if "uidance" in each]
+    assert statement.startswith(f"Guidance {name} lowers its KID")
     page = Page((report / "report.html").read_text())
-    assert all(text in page.text for text in TRIED)
-    assert f"{chosen} chosen" in " ".join(page.text.split())
+    assert all(text in page.text for text in CANDIDATES)
+    assert f"{name} chosen" in " ".join(page.text.split())
 
     weights = tmp_path / "weights.safetensors"
     digest = export(checkpoint, weights, evaluation.sampling)
     assert export(checkpoint, tmp_path / "again.safetensors", evaluation.sampling) == digest
     model = load_model(weights)
     [images] = answer(model, [make_request({"task": "sample", "seed": 7, "count": 3})], SAMPLING)
-    assert torch.equal(images, sample(load_model(checkpoint), range(3), 7, TRIED[chosen]))
+    assert torch.equal(images, sample(load_model(checkpoint), range(3), 7, CANDIDATES[name]))
     unguided = SAMPLING.changed({"guidance": 1})
     [images] = answer(model, [make_request({"task": "sample", "seed": 7, "count": 3})], unguided)
     assert torch.equal(images, sample(model, range(3), 7, SAMPLING))
     # The gate and monitoring see it as it samples.
-    assert Evaluator(data, CONFIG, SAMPLING, report / "evaluations").model(weights).guided == TRIED[chosen]
+    assert Evaluator(data, CONFIG, SAMPLING, report / "evaluations").model(weights).guided == CANDIDATES[name]
 
 
 def test_of_guidance_with_equal_kid_the_least_is_chosen(data: Path, tmp_path: Path) -> None:
     checkpoint, clean, bad = write_checkpoint(tmp_path), spoiled(data, 2), spoiled(data, 90)
-    images = dict(zip(TRIED, (bad, clean, clean, bad, clean), strict=True))
+    images = dict(zip(CANDIDATES, (bad, clean, clean, bad, clean), strict=True))
     some = evaluated(data, checkpoint, tmp_path / "some", images)
-    assert some.sampling == TRIED["1.5 at σ from 0.2 to 5"]
-    none = evaluated(data, checkpoint, tmp_path / "none", dict.fromkeys(TRIED, clean))
+    assert some.sampling == CANDIDATES["1.5 at σ from 0.2 to 5"]
+    none = evaluated(data, checkpoint, tmp_path / "none", dict.fromkeys(CANDIDATES, clean))
     assert none.sampling == SAMPLING
     assert "none surely lowers its KID" in " ".join(findings(none))
     plain = export(checkpoint, tmp_path / "plain.safetensors")
@@ -146,7 +146,7 @@ def test_guidance_of_a_user_wins(data: Path, tmp_path: Path, guidance: float) ->
 
 
 @pytest.mark.parametrize(
-    ("classes", "training", "tried"),
+    ("classes", "training", "candidates"),
     [
         pytest.param({}, {}, (2,), id="no classes"),
         pytest.param(CLASSES, {"condition_dropout": 0}, (2,), id="no dropout", marks=pytest.mark.slow),
@@ -155,29 +155,29 @@ def test_guidance_of_a_user_wins(data: Path, tmp_path: Path, guidance: float) ->
         pytest.param(CLASSES, {}, None, id="null", marks=pytest.mark.slow),
     ],
 )
-def test_no_guidance_is_tried_where_there_is_none_to_try(
-    data: Path, tmp_path: Path, classes: dict[str, int], training: dict[str, Any], tried: tuple[float, ...] | None
+def test_no_guidance_is_chosen_where_there_are_no_candidates(
+    data: Path, tmp_path: Path, classes: dict[str, int], training: dict[str, Any], candidates: tuple[float, ...] | None
 ) -> None:
     checkpoint = write_checkpoint(tmp_path, classes, **training)
-    config = CONFIG.model_copy(update={"guidance": tried})
+    config = CONFIG.model_copy(update={"guidance": candidates})
     assert evaluate(data, [checkpoint], config, SAMPLING, tmp_path / "report").guidance == []
 
 
-def test_autoguidance_of_a_model_with_a_guide_is_tried_with_and_without_classes(data: Path, tmp_path: Path) -> None:
+def test_autoguidance_by_a_guide_is_a_candidate_with_and_without_classes(data: Path, tmp_path: Path) -> None:
     by_guide = ["1.5 by autoguidance", "2 by autoguidance", "3 by autoguidance"]
-    for classes, others in ((CLASSES, list(TRIED)), ({}, ["none"])):
+    for classes, others in ((CLASSES, list(CANDIDATES)), ({}, ["none"])):
         folder = tmp_path / f"{len(classes)}"
         checkpoint = write_checkpoint(folder, classes, guide=2)
-        found = evaluate(data, [checkpoint], CONFIG, SAMPLING, folder / "report").guidance
-        assert [each.sampling.guidance_text for each in found] == [*others, *by_guide]
+        choice = evaluate(data, [checkpoint], CONFIG, SAMPLING, folder / "report").guidance
+        assert [each.sampling.guidance_text for each in choice] == [*others, *by_guide]
         weights = folder / "weights.safetensors"
-        export(checkpoint, weights, found[-1].sampling)
+        export(checkpoint, weights, choice[-1].sampling)
         model = load_model(weights)
         [images] = answer(model, [make_request({"task": "sample", "seed": 7, "count": 3})], SAMPLING)
-        assert torch.equal(images, sample(load_model(checkpoint), range(3), 7, found[-1].sampling))
+        assert torch.equal(images, sample(load_model(checkpoint), range(3), 7, choice[-1].sampling))
 
 
-def test_what_is_tried_changes_no_evaluation_key_and_has_scales_above_1() -> None:
+def test_candidates_of_guidance_change_no_evaluation_key_and_have_scales_above_1() -> None:
     conditions = an_evaluation([0.1]).conditions
     other = conditions.model_copy(update={"evaluation": EvaluationConfig(guidance=(4,))})
     assert (other != conditions, other.key) == (True, conditions.key)
@@ -193,8 +193,8 @@ def test_interval_grows_with_the_noise_levels_of_large_images(tmp_path: Path) ->
     )
     config = CONFIG.model_copy(update={"samples": 10, "guidance": (4, 2)})
     sampling = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=10, precision="fp32")
-    found = evaluate(tmp_path / "large", [checkpoint], config, sampling, tmp_path / "report").guidance
-    texts = [each.sampling.guidance_text for each in found]
+    choice = evaluate(tmp_path / "large", [checkpoint], config, sampling, tmp_path / "report").guidance
+    texts = [each.sampling.guidance_text for each in choice]
     assert texts == ["none", "2 at σ from 0.4 to 10", "4 at σ from 0.4 to 10", "4 at all σ"]
 
 
@@ -203,8 +203,8 @@ def test_captions_of_the_choice_are_those_of_training_images(tmp_path: Path) -> 
     checkpoint = write_model(tmp_path / "100.safetensors", 1, 100, 3, config=NETWORK.model_copy(update={"text": True}))
     evaluator = Evaluator(tmp_path / "squares", CONFIG, SAMPLING, tmp_path / "cache")
     dataset, rows = evaluator.real.dataset, evaluator.real.training_rows(0, evaluator.real.samples)
-    chosen = evaluator.model(checkpoint, 12, seed=2, captioned=rows)
+    evaluation = evaluator.model(checkpoint, 12, seed=2, captioned=rows)
     usual = evaluator.model(checkpoint, 12, seed=2)
-    assert list(chosen.conditions.prompts) == dataset.captions(rows)
+    assert list(evaluation.conditions.prompts) == dataset.captions(rows)
     assert list(usual.conditions.prompts) == dataset.captions(dataset.rows("held_out"))
-    assert chosen.generated_key != usual.generated_key
+    assert evaluation.generated_key != usual.generated_key

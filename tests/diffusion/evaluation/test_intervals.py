@@ -20,10 +20,10 @@ def test_halves_are_cut_once_and_are_those_of_the_features(dataset: Path, tmp_pa
     path = write_model(tmp_path / "100.safetensors", seed=1, images=100)
     evaluator = Evaluator(dataset, CONFIG, SAMPLING, tmp_path / "cache")
     model = evaluator.model(path)
-    found = evaluator.replicates([model])
-    _, floor = evaluator.real.real_baseline(CONFIG.seed, CONFIG.samples)
-    expected = compute_replicates([model.features, floor], evaluator.real.reference.features, SPLITS)
-    for ours, theirs in zip(found, expected, strict=True):
+    replicates = evaluator.replicates([model])
+    _, baseline = evaluator.real.real_baseline(CONFIG.seed, CONFIG.samples)
+    expected = compute_replicates([model.features, baseline], evaluator.real.reference.features, SPLITS)
+    for ours, theirs in zip(replicates, expected, strict=True):
         assert set(ours) == set(theirs) == {"fd", "kid", "precision", "recall", "density", "coverage"}
         for figure, each in theirs.items():
             assert ours[figure].estimate == each.estimate
@@ -31,19 +31,19 @@ def test_halves_are_cut_once_and_are_those_of_the_features(dataset: Path, tmp_pa
     again = Evaluator(dataset, CONFIG, SAMPLING, tmp_path / "cache", watcher)
     assert [
         {name: each.estimate for name, each in figures.items()} for figures in again.replicates([again.model(path)])
-    ] == [{name: each.estimate for name, each in figures.items()} for figures in found]
+    ] == [{name: each.estimate for name, each in figures.items()} for figures in replicates]
     assert watcher.seen == []
 
 
 def test_evaluation_has_intervals_of_best_checkpoint_and_baseline(dataset: Path, tmp_path: Path) -> None:
     path = write_model(tmp_path / "100.safetensors", seed=1, images=100)
-    found = evaluate(dataset, [path], CONFIG, SAMPLING, tmp_path / "report")
-    assert found.estimates["fd_efflite0"].value == found.best.scores.fd
-    assert found.real_baseline.estimates["recall_efflite0"].value == found.real_baseline.scores.recall
+    evaluation = evaluate(dataset, [path], CONFIG, SAMPLING, tmp_path / "report")
+    assert evaluation.estimates["fd_efflite0"].value == evaluation.best.scores.fd
+    assert evaluation.real_baseline.estimates["recall_efflite0"].value == evaluation.real_baseline.scores.recall
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_bytes())
     for name in ("kid", "fd", "precision", "recall", "density", "coverage"):
-        interval = found.estimates[f"{name}_efflite0"].interval
-        assert metrics[f"{name}_efflite0"] == found.best.scores.of(name)
+        interval = evaluation.estimates[f"{name}_efflite0"].interval
+        assert metrics[f"{name}_efflite0"] == evaluation.best.scores.of(name)
         assert metrics[f"{name}_efflite0_low"] == interval.low
         assert metrics[f"{name}_efflite0_high"] == interval.high
     # One below 12.
@@ -60,9 +60,9 @@ def test_another_run_on_the_same_data_set_looks_at_no_real_image_again(dataset: 
     another = write_model(tmp_path / "200.safetensors", seed=2, images=200)
     sampling = SAMPLING.model_copy(update={"steps": 4})
     evaluate(dataset, [another], CONFIG, sampling, tmp_path / "report", progress=other)
-    assert other.drawn == {"200"}
+    assert other.sampled_models == {"200"}
     assert not of_real & set(other.seen)
     third = Watcher()
     evaluate_one(another, dataset, CONFIG, SAMPLING, tmp_path / "report", third)
-    assert third.drawn == {"200"}
+    assert third.sampled_models == {"200"}
     assert not of_real & set(third.seen)

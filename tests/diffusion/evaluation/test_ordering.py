@@ -25,21 +25,21 @@ pytestmark = pytest.mark.skipif(
     not FASHION.is_dir(), reason="Fashion-MNIST is not installed: apt-get install dataset-fashion-mnist"
 )
 COUNT = 300
-"""Images judged, and images held out."""
+"""Images evaluated, and images held out."""
 TRAINING = 900
 CLASSES = [str(number) for number in range(10)]
 
 
 @cache
 def sets() -> dict[str, tuple[Tensor, Tensor]]:
-    """Images and classes: of training, held out, and what a perfect model draws, with more to choose from."""
-    shown, classes = clothes(4000)
-    parts = {"training": slice(TRAINING), "held_out": slice(TRAINING, TRAINING + COUNT), "drawn": slice(1200, 4000)}
-    return {name: (shown[part], classes[part]) for name, part in parts.items()}
+    """Images and classes: of training, held out, and what a perfect model generates, with more to choose from."""
+    source_images, classes = clothes(4000)
+    parts = {"training": slice(TRAINING), "held_out": slice(TRAINING, TRAINING + COUNT), "generated": slice(1200, 4000)}
+    return {name: (source_images[part], classes[part]) for name, part in parts.items()}
 
 
-def drawn() -> Tensor:
-    return sets()["drawn"][0][:COUNT]
+def generated_images() -> Tensor:
+    return sets()["generated"][0][:COUNT]
 
 
 @cache
@@ -52,13 +52,13 @@ def features(name: str) -> Tensor:
     return extractor()(sets()[name][0])
 
 
-def scores(judged: Tensor) -> Scores:
-    return compute_scores(extractor()(judged), features("held_out"), "efflite0")
+def scores(images: Tensor) -> Scores:
+    return compute_scores(extractor()(images), features("held_out"), "efflite0")
 
 
 @cache
-def floor() -> Scores:
-    return scores(drawn())
+def real_baseline() -> Scores:
+    return scores(generated_images())
 
 
 def grows(values: Sequence[float], by: float = 0.0) -> bool:
@@ -74,70 +74,73 @@ def grows(values: Sequence[float], by: float = 0.0) -> bool:
     ],
 )
 def test_distances_grow_with_image_degradation(spoil: Callable[[Tensor, float], Tensor], doses: list[float]) -> None:
-    found = [floor(), *(scores(spoil(drawn(), dose)) for dose in doses)]
-    assert grows([each.fd for each in found])
-    assert grows([each.kid for each in found], by=found[0].kid_se)
-    assert found[-1].precision < 0.8 * found[0].precision
+    results = [real_baseline(), *(scores(spoil(generated_images(), dose)) for dose in doses)]
+    assert grows([each.fd for each in results])
+    assert grows([each.kid for each in results], by=results[0].kid_se)
+    assert results[-1].precision < 0.8 * results[0].precision
 
 
 def test_missing_classes_raise_distances_and_lower_recall_only() -> None:
-    found = [floor(), *(scores(without_classes(*sets()["drawn"], dropped, COUNT)) for dropped in (2, 5, 9))]
-    assert grows([each.fd for each in found])
-    assert grows([each.kid for each in found], by=found[0].kid_se)
-    coverages = [each.coverage or 0 for each in found]
+    results = [
+        real_baseline(),
+        *(scores(without_classes(*sets()["generated"], dropped, COUNT)) for dropped in (2, 5, 9)),
+    ]
+    assert grows([each.fd for each in results])
+    assert grows([each.kid for each in results], by=results[0].kid_se)
+    coverages = [each.coverage or 0 for each in results]
     assert grows([-each for each in coverages], by=0.03)
     # Recall hears of it late: its neighbourhoods reach into classes that are not there.
-    assert found[-1].recall < 0.5 * found[0].recall
-    assert all(each.precision > 0.9 * found[0].precision for each in found)
+    assert results[-1].recall < 0.5 * results[0].recall
+    assert all(each.precision > 0.9 * results[0].precision for each in results)
 
 
 def test_label_agreement_falls_with_each_wrong_class() -> None:
-    shown, classes = sets()["drawn"]
+    images, classes = sets()["generated"]
     reader = fit_discriminant([(features("training"), sets()["training"][1])], len(CLASSES))
     real = Labelled(features("held_out"), sets()["held_out"][1])
-    seen = extractor()(shown[: 2 * COUNT])
+    features_of_images = extractor()(images[: 2 * COUNT])
     last = (classes[: 2 * COUNT] == 9).nonzero()[:, 0]
 
-    def judged(wrong: int) -> PerClass:
-        """Asked for one of the first so many classes, the model draws the last."""
-        asked = classes[: 2 * COUNT]
-        instead = last[torch.arange(len(asked)) % len(last)]
+    def per_class_of(wrong: int) -> PerClass:
+        """Asked for one of the first so many classes, the model generates the last."""
+        labels = classes[: 2 * COUNT]
+        instead = last[torch.arange(len(labels)) % len(last)]
         return evaluate_classes(
-            Labelled(seen[torch.where(asked < wrong, instead, torch.arange(len(asked)))], asked),
+            Labelled(features_of_images[torch.where(labels < wrong, instead, torch.arange(len(labels)))], labels),
             real,
             reader,
             CLASSES,
             "efflite0",
         )
 
-    found = [judged(wrong) for wrong in (0, 1, 4, 9)]
-    agreements = [each.agreement or 0 for each in found]
+    results = [per_class_of(wrong) for wrong in (0, 1, 4, 9)]
+    agreements = [each.agreement or 0 for each in results]
     assert grows([-each for each in agreements], by=0.05)
-    assert agreements[0] == pytest.approx(found[0].agreement_real, abs=0.08)
-    assert found[1].worst == found[1].least_recognized
-    assert found[1].worst is not None
-    assert (found[1].worst.name, found[1].worst.taken_for) == ("0", "9")
+    assert agreements[0] == pytest.approx(results[0].agreement_real, abs=0.08)
+    assert results[1].worst == results[1].least_recognized
+    assert results[1].worst is not None
+    assert (results[1].worst.name, results[1].worst.taken_for) == ("0", "9")
 
 
-def detect_copies_among(judged: Tensor) -> Memorization:
-    def found(shown: Tensor) -> dict[str, NearestNeighbours]:
+def detect_copies_among(images: Tensor) -> Memorization:
+    def nearest(images: Tensor) -> dict[str, NearestNeighbours]:
         training = sets()["training"][0]
         return {
-            PIXELS: find_registered([shown], [training], lambda rows: training[rows]),
-            "efflite0": find_nearest(extractor()(shown), [features("training")]),
+            PIXELS: find_registered([images], [training], lambda rows: training[rows]),
+            "efflite0": find_nearest(extractor()(images), [features("training")]),
         }
 
-    return detect_memorization(found(judged), found(sets()["held_out"][0]))
+    return detect_memorization(nearest(images), nearest(sets()["held_out"][0]))
 
 
 @pytest.mark.long
 @pytest.mark.slow
 def test_copies_of_training_images_are_counted_and_no_distance_sees_them() -> None:
     training = sets()["training"][0]
-    several = [with_copies(drawn(), training[:count]) for count in (0, 15, 60, 240)]
-    found = [detect_copies_among(each) for each in several]
-    assert grows([each.share for each in found], by=0.03)
-    assert [each.excess for each in found] == pytest.approx([0, 0.05, 0.2, 0.8], abs=0.04)
-    assert found[0].p_value > 0.01 > 1e-4 > found[1].p_value
+    several = [with_copies(generated_images(), training[:count]) for count in (0, 15, 60, 240)]
+    detections = [detect_copies_among(each) for each in several]
+    assert grows([each.share for each in detections], by=0.03)
+    assert [each.excess for each in detections] == pytest.approx([0, 0.05, 0.2, 0.8], abs=0.04)
+    assert detections[0].p_value > 0.01 > 1e-4 > detections[1].p_value
     # What copies all of its images is as good as real ones to any distance.
     assert abs(scores(training[:COUNT]).kid) < 3 * scores(training[:COUNT]).kid_se

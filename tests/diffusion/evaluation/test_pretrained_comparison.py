@@ -40,7 +40,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of imported pipelines by kind."""
     folder = tmp_path_factory.mktemp("imported")
     for kind in ("stable_diffusion", "ddpm", "ddim", "class_conditional"):
@@ -65,26 +65,26 @@ def compared(
 
 @pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_stable_diffusion_pipeline_and_a_network_of_captions_are_compared_on_the_same_prompts(
-    reverse: bool, data: Path, imported: Path, tmp_path: Path
+    reverse: bool, data: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     write_clip(tmp_path / "clip")
-    pair = [imported / "stable_diffusion.safetensors", own(tmp_path, text=True)]
+    pair = [model_folder / "stable_diffusion.safetensors", own(tmp_path, text=True)]
     pair = pair[::-1] if reverse else pair
-    found, _ = compared(pair, data, tmp_path, encoder=tmp_path / "clip")
-    assert found.compared.incomparable is None
-    assert found.compared.headline is not None
-    said = {each.rule: each.reason for each in found.decision.findings}
-    assert said["conditions"].count("diffusers") == said["conditions"].count("ddpm") == 1
-    assert {"headline", "recall", "memorized", "text-image agreement", "cost"} <= said.keys()
-    assert found.champion is not None
-    for each in (found.candidate, found.champion):
+    comparison, _ = compared(pair, data, tmp_path, encoder=tmp_path / "clip")
+    assert comparison.compared.incomparable is None
+    assert comparison.compared.headline is not None
+    reasons = {each.rule: each.reason for each in comparison.decision.findings}
+    assert reasons["conditions"].count("diffusers") == reasons["conditions"].count("ddpm") == 1
+    assert {"headline", "recall", "memorized", "text-image agreement", "cost"} <= reasons.keys()
+    assert comparison.champion is not None
+    for each in (comparison.candidate, comparison.champion):
         assert isinstance(each.text_image_agreement, TextImageAgreement)
     evaluator = Evaluator(data, FEW.model_copy(update={"seed": FEW.seed + 1}), SAMPLING, tmp_path)
     ours, theirs = (evaluator.model(path) for path in pair)
     dataset = Dataset.open(data)
     prompts = tuple(dataset.captions(dataset.rows("held_out")))[: FEW.samples]
     assert ours.conditions.prompts == theirs.conditions.prompts == prompts
-    cost = found.compared.cost
+    cost = comparison.compared.cost
     assert cost is not None
     # The same number of passes of two networks, of which the pipeline's is the larger one.
     assert (cost.candidate > cost.champion) == (not reverse)
@@ -100,41 +100,43 @@ def test_a_stable_diffusion_pipeline_and_a_network_of_captions_are_compared_on_t
         ("ddim", False, "1×16×16", False),
     ],
 )
-def test_pipelines_that_are_asked_for_something_else_are_held(
-    kind: str, text: bool, words: str, reverse: bool, data: Path, imported: Path, tmp_path: Path
+def test_pipelines_of_other_conditions_are_held(
+    kind: str, text: bool, words: str, reverse: bool, data: Path, model_folder: Path, tmp_path: Path
 ) -> None:
-    pair = [own(tmp_path, text), imported / f"{kind}.safetensors"]
-    found, watcher = compared(pair[::-1] if reverse else pair, data, tmp_path)
-    assert found.decision.verdict == "hold"
-    assert words in found.reason
-    assert len(watcher.drawn) == 1
+    pair = [own(tmp_path, text), model_folder / f"{kind}.safetensors"]
+    comparison, watcher = compared(pair[::-1] if reverse else pair, data, tmp_path)
+    assert comparison.decision.verdict == "hold"
+    assert words in comparison.reason
+    assert len(watcher.sampled_models) == 1
 
 
 @pytest.mark.slow
 def test_an_unconditional_pipeline_and_one_of_classes_are_compared_as_a_whole(
-    data: Path, imported: Path, tmp_path: Path
+    data: Path, model_folder: Path, tmp_path: Path
 ) -> None:
-    for other in (own(tmp_path, False, "red", "green", "blue"), imported / "class_conditional.safetensors"):
-        found, _ = compared([imported / "ddpm.safetensors", other], data, tmp_path)
-        assert found.compared.headline is not None
-        [said] = [each.reason for each in found.decision.findings if each.rule == "conditions"]
-        assert "only the champion has classes" in said
+    for other in (own(tmp_path, False, "red", "green", "blue"), model_folder / "class_conditional.safetensors"):
+        comparison, _ = compared([model_folder / "ddpm.safetensors", other], data, tmp_path)
+        assert comparison.compared.headline is not None
+        [reason] = [each.reason for each in comparison.decision.findings if each.rule == "conditions"]
+        assert "only the champion has classes" in reason
 
 
 def test_classes_of_a_pipeline_that_the_candidate_does_not_know_hold_it(
-    data: Path, imported: Path, tmp_path: Path
+    data: Path, model_folder: Path, tmp_path: Path
 ) -> None:
-    pair = [own(tmp_path, False, "red", "green", "blue"), imported / "class_conditional.safetensors"]
-    found, _ = compared(pair, data, tmp_path)
-    assert found.decision.verdict == "hold"
-    assert "3 classes that the candidate does not know" in found.reason
+    pair = [own(tmp_path, False, "red", "green", "blue"), model_folder / "class_conditional.safetensors"]
+    comparison, _ = compared(pair, data, tmp_path)
+    assert comparison.decision.verdict == "hold"
+    assert "3 classes that the candidate does not know" in comparison.reason
 
 
 def test_a_pipeline_sampled_by_its_own_scheduler_is_compared_with_a_network_sampled_by_its_default(
-    data: Path, imported: Path, tmp_path: Path
+    data: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     sampling = sampling_config(sampler="scheduler", steps=4, compute_batch=16, precision="fp32")
-    found, _ = compared([imported / "stable_diffusion.safetensors", own(tmp_path, text=True)], data, tmp_path, sampling)
-    assert found.compared.headline is not None
-    [said] = [each.reason for each in found.decision.findings if each.rule == "conditions"]
-    assert "the candidate is sampled by scheduler, 4 steps" in said
+    comparison, _ = compared(
+        [model_folder / "stable_diffusion.safetensors", own(tmp_path, text=True)], data, tmp_path, sampling
+    )
+    assert comparison.compared.headline is not None
+    [reason] = [each.reason for each in comparison.decision.findings if each.rule == "conditions"]
+    assert "the candidate is sampled by scheduler, 4 steps" in reason

@@ -144,9 +144,9 @@ def cached_files(cache: Path) -> list[Path]:
 
 
 def flipped(data: bytes, place: float) -> bytes:
-    damaged = bytearray(data)
-    damaged[round(place * (len(data) - 1))] ^= 1
-    return bytes(damaged)
+    damaged_bytes = bytearray(data)
+    damaged_bytes[round(place * (len(data) - 1))] ^= 1
+    return bytes(damaged_bytes)
 
 
 DAMAGES = {
@@ -165,8 +165,8 @@ def test_damaged_feature_cache_file_is_recomputed(damage: str, suffix: str, data
     before = {path: path.read_bytes() for path in cache.iterdir()}
     assert len(cached_files(cache)) == 2
     for path in cached_files(cache):
-        damaged = path.with_suffix(suffix)
-        damaged.write_bytes(DAMAGES[damage](damaged.read_bytes()))
+        damaged_file = path.with_suffix(suffix)
+        damaged_file.write_bytes(DAMAGES[damage](damaged_file.read_bytes()))
     assert same(cached_reference(cache, dataset, ROWS, Pixels()), pixels_of(dataset))
     assert {path: path.read_bytes() for path in cache.iterdir()} == before
 
@@ -191,11 +191,11 @@ def test_a_whole_file_that_was_moved_under_another_key_s_name_is_not_believed(da
 
 def test_concurrent_processes_compute_reference_features_once(dataset: Dataset, cache: Path) -> None:
     extractor, together = Pixels(), threading.Barrier(2)
-    found: list[Reference] = []
+    results: list[Reference] = []
 
     def work() -> None:
         together.wait()
-        found.append(cached_reference(cache, dataset, ROWS, extractor))
+        results.append(cached_reference(cache, dataset, ROWS, extractor))
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
@@ -203,7 +203,7 @@ def test_concurrent_processes_compute_reference_features_once(dataset: Dataset, 
     for thread in threads:
         thread.join()
     assert extractor.calls == [30]
-    assert same(*found)
+    assert same(*results)
 
 
 def test_work_that_was_broken_off_leaves_nothing_behind(dataset: Dataset, cache: Path) -> None:

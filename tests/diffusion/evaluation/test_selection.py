@@ -1,4 +1,4 @@
-"""Choosing which checkpoints are judged in full: shorter rounds first, in which none is lost that is far ahead."""
+"""Choosing which checkpoints are evaluated in full: shorter rounds first, in which none is lost that is far ahead."""
 
 import csv
 from pathlib import Path
@@ -70,18 +70,18 @@ def checkpoints(tmp_path: Path) -> list[Path]:
 def test_reliable_scores_select_the_best_finalists(kids: list[float], count: int, first: int, samples: int) -> None:
     rounds = Rounds(kids)
     config = EvaluationConfig(samples=samples, first_samples=first, finalists=count)
-    left, behind = select_finalists(list(rounds.kids), config, rounds)
+    finalists, behind = select_finalists(list(rounds.kids), config, rounds)
     best = sorted(rounds.kids, key=lambda path: rounds.kids[path])
-    assert set(left) == set(best[: len(left)])
-    assert left == sorted(left, key=list(rounds.kids).index)
-    assert sorted([*map(str, left), *(each.file for each in behind)]) == sorted(map(str, rounds.kids))
-    assert len(left) == min(count, len(kids))
+    assert set(finalists) == set(best[: len(finalists)])
+    assert finalists == sorted(finalists, key=list(rounds.kids).index)
+    assert sorted([*map(str, finalists), *(each.file for each in behind)]) == sorted(map(str, rounds.kids))
+    assert len(finalists) == min(count, len(kids))
     # Fewer than the full number of images, four times as many each time, and none costs more than the first by more
     # than what is rounded up.
     assert list(rounds.seen) == [first * 4**number for number in range(len(rounds.seen))]
     assert all(images < samples for images in rounds.seen)
-    for images, seen in rounds.seen.items():
-        assert len(seen) <= max(count, len(kids) * first / images + 2)
+    for images, checkpoints in rounds.seen.items():
+        assert len(checkpoints) <= max(count, len(kids) * first / images + 2)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -93,9 +93,9 @@ def test_a_run_with_few_checkpoints_has_no_rounds(count: int) -> None:
 
 def test_without_further_settings_there_is_one_round_of_a_quarter_of_the_images() -> None:
     rounds = Rounds([0.1 * number for number in range(40)])
-    left, behind = select_finalists(list(rounds.kids), EvaluationConfig(), rounds)
-    assert {samples: len(seen) for samples, seen in rounds.seen.items()} == {125: 40}
-    assert (len(left), len(behind)) == (2, 38)
+    finalists, behind = select_finalists(list(rounds.kids), EvaluationConfig(), rounds)
+    assert {samples: len(checkpoints) for samples, checkpoints in rounds.seen.items()} == {125: 40}
+    assert (len(finalists), len(behind)) == (2, 38)
 
 
 def test_preliminary_rounds_as_large_as_the_evaluation_are_an_error() -> None:
@@ -106,16 +106,16 @@ def test_preliminary_rounds_as_large_as_the_evaluation_are_an_error() -> None:
 def test_eliminated_checkpoints_are_marked_and_never_best(
     dataset: Path, checkpoints: list[Path], tmp_path: Path
 ) -> None:
-    found = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report")
-    assert len(found.checkpoints) == 2
-    assert len(found.preliminary) == 3
-    assert found.best in found.checkpoints
-    assert {each.scores.samples for each in found.preliminary} == {10}
-    assert {each.scores.samples for each in found.checkpoints} == {24}
+    evaluation = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report")
+    assert len(evaluation.checkpoints) == 2
+    assert len(evaluation.preliminary) == 3
+    assert evaluation.best in evaluation.checkpoints
+    assert {each.scores.samples for each in evaluation.preliminary} == {10}
+    assert {each.scores.samples for each in evaluation.checkpoints} == {24}
     in_full, behind = (rows_of(tmp_path / "report" / f"{name}.csv") for name in ("scores", "preliminary"))
-    assert list(in_full) == [each.images for each in found.checkpoints]
-    assert list(behind) == [each.images for each in found.preliminary]
-    for each in found.preliminary:
+    assert list(in_full) == [each.images for each in evaluation.checkpoints]
+    assert list(behind) == [each.images for each in evaluation.preliminary]
+    for each in evaluation.preliminary:
         assert behind[each.images] == each.selection_metric.metrics() | {"images": each.images}
         assert (each.selection_metric.name, each.selection_metric.count) == ("kid_efflite0", 10)
     page = (tmp_path / "report" / "report.html").read_text()
@@ -126,16 +126,16 @@ def test_eliminated_checkpoints_are_marked_and_never_best(
 def test_a_finalist_has_the_scores_that_it_has_without_rounds(
     dataset: Path, checkpoints: list[Path], tmp_path: Path
 ) -> None:
-    found = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report")
+    evaluation = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report")
     alone = CONFIG.model_copy(update={"first_samples": None, "finalists": 4})
-    best = evaluate_one(Path(found.best.file), dataset, alone, SAMPLING, tmp_path / "other")
-    assert best == found.best
+    best = evaluate_one(Path(evaluation.best.file), dataset, alone, SAMPLING, tmp_path / "other")
+    assert best == evaluation.best
     watcher = Watcher()
-    # Remembered, as rounds change no score: only those that were not evaluated in full are drawn from.
+    # Remembered, as rounds change no score: only those that were not evaluated in full are sampled.
     again = evaluate(
         dataset, checkpoints, alone.model_copy(update={"finalists": 5}), SAMPLING, tmp_path / "report", progress=watcher
     )
-    assert watcher.drawn == {Path(each.file).stem for each in found.preliminary}
+    assert watcher.sampled_models == {Path(each.file).stem for each in evaluation.preliminary}
     assert again.preliminary == []
     assert not (tmp_path / "report" / "preliminary.csv").exists()
 
@@ -149,6 +149,6 @@ def test_interrupted_selection_round_resumes_to_the_same_result(
         evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "cut", progress=Watcher("500: images sampled"))
     watcher = Watcher()
     assert evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "cut", progress=watcher) == whole
-    assert not {"300", "100"} <= watcher.drawn
+    assert not {"300", "100"} <= watcher.sampled_models
     pages = [(tmp_path / name / "report.html").read_bytes() for name in ("whole", "cut")]
     assert pages[0] == pages[1]

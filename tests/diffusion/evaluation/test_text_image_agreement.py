@@ -35,7 +35,7 @@ from tests.builders.text_image_encoders import LONGEST, write_clip, write_onnx, 
 pytestmark = pytest.mark.usefixtures("fake_encoder")
 OPTION = "evaluation.text_image_encoder"
 GATE = GateConfig(recall_loss=None, memorized=None, cost=None, delta=0, looks=1)
-TRIED = CONFIG.seed + 1
+COMPARISON_SEED = CONFIG.seed + 1
 """The gate generates with another seed than evaluation."""
 
 
@@ -75,8 +75,8 @@ def test_agreement_is_the_cosine_of_transformers_embeddings_beside_real_and_shuf
     clip, model = write_clip(tmp_path / "clip"), captioned(tmp_path / "model.safetensors")
     processor = write_processor(tmp_path / "clip")
     evaluation = Evaluator(data, with_encoder(tmp_path / "clip"), SAMPLING, tmp_path).model(model).evaluate()
-    found = evaluation.text_image_agreement
-    assert isinstance(found, TextImageAgreement)
+    agreement = evaluation.text_image_agreement
+    assert isinstance(agreement, TextImageAgreement)
 
     dataset = Dataset.open(data)
     rows = dataset.rows("held_out")
@@ -84,36 +84,36 @@ def test_agreement_is_the_cosine_of_transformers_embeddings_beside_real_and_shuf
     images = sample(load_model(model), range(CONFIG.samples), CONFIG.seed, SAMPLING, conditions=conditions)
     texts = prompts(data)
 
-    def embedded(shown: Tensor) -> Tensor:
-        prepared = processor.image_processor(list(shown), return_tensors="pt")
+    def embedded(pixels: Tensor) -> Tensor:
+        prepared = processor.image_processor(list(pixels), return_tensors="pt")
         return normalize(clip.get_image_features(**prepared).pooler_output)
 
     tokens = processor.tokenizer(texts, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
     meanings = normalize(clip.get_text_features(**tokens).pooler_output)
     cosines = (embedded(images) @ meanings.T).detach().numpy()
     alike = np.array([[one == other for other in texts] for one in texts])
-    assert found.agreement.value == pytest.approx(np.diag(cosines).mean(), abs=2e-3)
-    assert found.shuffled == pytest.approx(np.ma.array(cosines, mask=alike).mean(1).mean(), abs=2e-3)
-    assert found.above_chance.value == pytest.approx(found.agreement.value - found.shuffled)
+    assert agreement.agreement.value == pytest.approx(np.diag(cosines).mean(), abs=2e-3)
+    assert agreement.shuffled == pytest.approx(np.ma.array(cosines, mask=alike).mean(1).mean(), abs=2e-3)
+    assert agreement.above_chance.value == pytest.approx(agreement.agreement.value - agreement.shuffled)
     of_real = (embedded(dataset.images(rows)) * meanings[: len(rows)]).sum(1)
-    assert found.real.value == pytest.approx(of_real.mean().item(), abs=2e-3)
-    assert (found.images, found.captions) == (CONFIG.samples, 3)
-    assert found.agreement.interval.low < found.agreement.value < found.agreement.interval.high
-    named = evaluation.metrics()
-    assert named[f"text_image_agreement_{found.encoder}"] == found.agreement.value
-    assert {f"text_image_agreement_{each}_{found.encoder}" for each in ("shuffled", "real")} <= named.keys()
+    assert agreement.real.value == pytest.approx(of_real.mean().item(), abs=2e-3)
+    assert (agreement.images, agreement.captions) == (CONFIG.samples, 3)
+    assert agreement.agreement.interval.low < agreement.agreement.value < agreement.agreement.interval.high
+    metrics = evaluation.metrics()
+    assert metrics[f"text_image_agreement_{agreement.encoder}"] == agreement.agreement.value
+    assert {f"text_image_agreement_{each}_{agreement.encoder}" for each in ("shuffled", "real")} <= metrics.keys()
 
 
 def test_errors_are_those_of_a_bootstrap_over_prompts() -> None:
     random = np.random.default_rng(0)
     groups = random.integers(0, 60, 300)
     values = random.normal(size=300) + 2 * random.normal(size=60)[groups]
-    found = mean_over_prompts(torch.from_numpy(values), torch.from_numpy(groups))
+    estimate = mean_over_prompts(torch.from_numpy(values), torch.from_numpy(groups))
     of_each = [values[groups == group] for group in range(60)]
     means = [np.concatenate([of_each[group] for group in random.integers(0, 60, 60)]).mean() for _ in range(3000)]
-    assert found.value == pytest.approx(values.mean())
-    assert found.error == pytest.approx(np.std(means), rel=0.08)
-    assert found.freedom == 59
+    assert estimate.value == pytest.approx(values.mean())
+    assert estimate.error == pytest.approx(np.std(means), rel=0.08)
+    assert estimate.freedom == 59
     alone = mean_over_prompts(torch.from_numpy(values), torch.arange(300))
     assert alone.error == pytest.approx(values.std(ddof=1) / 300**0.5)
 
@@ -123,59 +123,61 @@ def test_cosines_with_others_leave_out_equal_prompts() -> None:
     texts, numbers = number_of_each(["b", "a", "b", "c", "b"])
     assert texts == ["a", "b", "c"]
     x, y = (normalize(torch.randn(count, 7, generator=generator)) for count in (5, 3))
-    found = compute_cosines(x, y, numbers)
+    cosines = compute_cosines(x, y, numbers)
     every = (x @ y[numbers].T).double()
     for image in range(5):
         others = [every[image, other] for other in range(5) if numbers[other] != numbers[image]]
-        assert found.others[image].item() == pytest.approx(sum(others).item() / len(others), abs=1e-6)
-    torch.testing.assert_close(found.own, every.diagonal(), atol=1e-6, rtol=0)
+        assert cosines.others[image].item() == pytest.approx(sum(others).item() / len(others), abs=1e-6)
+    torch.testing.assert_close(cosines.own, every.diagonal(), atol=1e-6, rtol=0)
 
 
 def evaluated(data: Path, model: Path, config: EvaluationConfig, output: Path) -> tuple[Evaluation, Page]:
-    found = evaluate(data, [model], config.model_copy(update={"guidance": ()}), SAMPLING, output)
-    return found, Page((output / "report.html").read_text())
+    evaluation = evaluate(data, [model], config.model_copy(update={"guidance": ()}), SAMPLING, output)
+    return evaluation, Page((output / "report.html").read_text())
 
 
 def test_without_an_encoder_a_model_of_captions_says_what_is_missing(data: Path, tmp_path: Path) -> None:
-    found, page = evaluated(data, captioned(tmp_path / "1.safetensors"), CONFIG, tmp_path / "report")
-    assert OPTION in str(found.best.text_image_agreement)
-    assert not [name for name in found.metrics() if name.startswith("text_image")]
-    [said] = [words for words in findings(found) if "agreement" in words]
-    assert OPTION in said
-    assert said in page.text
-    assert Evaluation.read(tmp_path / "report" / "evaluation.json") == found
+    evaluation, page = evaluated(data, captioned(tmp_path / "1.safetensors"), CONFIG, tmp_path / "report")
+    assert OPTION in str(evaluation.best.text_image_agreement)
+    assert not [name for name in evaluation.metrics() if name.startswith("text_image")]
+    [statement] = [words for words in findings(evaluation) if "agreement" in words]
+    assert OPTION in statement
+    assert statement in page.text
+    assert Evaluation.read(tmp_path / "report" / "evaluation.json") == evaluation
 
 
 def test_a_model_without_captions_has_no_agreement_and_nothing_is_said(tmp_path: Path) -> None:
     write_onnx(tmp_path / "encoder")
     model = write_model(tmp_path / "1.safetensors", 1, 1)
-    found, page = evaluated(discs(tmp_path / "discs"), model, with_encoder(tmp_path / "encoder"), tmp_path / "report")
-    assert found.best.text_image_agreement is None
+    evaluation, page = evaluated(
+        discs(tmp_path / "discs"), model, with_encoder(tmp_path / "encoder"), tmp_path / "report"
+    )
+    assert evaluation.best.text_image_agreement is None
     assert "agreement" not in page.text
-    assert not [words for words in findings(found) if "agreement" in words]
+    assert not [words for words in findings(evaluation) if "agreement" in words]
 
 
 def test_a_single_prompt_agrees_with_nothing_and_that_is_said(tmp_path: Path) -> None:
     write_onnx(tmp_path / "encoder")
     squares(tmp_path / "data", every=10**6)
     evaluator = Evaluator(tmp_path / "data", with_encoder(tmp_path / "encoder"), SAMPLING, tmp_path)
-    found = evaluator.model(captioned(tmp_path / "1.safetensors")).text_image_agreement
-    assert "fewer than two different prompts" in str(found)
+    agreement = evaluator.model(captioned(tmp_path / "1.safetensors")).text_image_agreement
+    assert "fewer than two different prompts" in str(agreement)
 
 
 def test_the_report_shows_the_agreement_with_its_interval_and_its_baselines(data: Path, tmp_path: Path) -> None:
     write_onnx(tmp_path / "encoder", knows_colours=True)
     model, config = captioned(tmp_path / "1.safetensors"), with_encoder(tmp_path / "encoder")
     save_images(model, of_colours([text.split()[0] for text in prompts(data)], 60), data, tmp_path / "report", config)
-    found, page = evaluated(data, model, config, tmp_path / "report")
-    agreement = found.best.text_image_agreement
+    evaluation, page = evaluated(data, model, config, tmp_path / "report")
+    agreement = evaluation.best.text_image_agreement
     assert isinstance(agreement, TextImageAgreement)
     assert agreement.real.value > 0.5 > 0 > agreement.shuffled
     assert agreement.agreement.value > 0.5
     text = " ".join(page.text.split())
     assert f"text_image_agreement_{agreement.encoder} {agreement.agreement.value:.3f}" in text
     assert f"prompts of others it is {agreement.shuffled:.3f}" in text
-    assert found.metrics()[f"text_image_agreement_real_{agreement.encoder}"] == agreement.real.value
+    assert evaluation.metrics()[f"text_image_agreement_real_{agreement.encoder}"] == agreement.real.value
 
 
 def test_embeddings_are_cached_by_what_the_encoder_is(
@@ -185,18 +187,18 @@ def test_embeddings_are_cached_by_what_the_encoder_is(
         write_clip(tmp_path / name)
     write_clip(tmp_path / "other", seed=1)
     model, keys = captioned(tmp_path / "1.safetensors"), {}
-    found = {}
+    agreements = {}
     for name in ("one", "moved", "other"):
         watcher = Watcher()
         evaluator = Evaluator(data, with_encoder(tmp_path / name), SAMPLING, tmp_path / "cache", watcher)
-        found[name], keys[name] = evaluator.model(model).text_image_agreement, evaluator.conditions.key
-        assert watcher.drawn == ({"1"} if name == "one" else set())
+        agreements[name], keys[name] = evaluator.model(model).text_image_agreement, evaluator.conditions.key
+        assert watcher.sampled_models == ({"1"} if name == "one" else set())
         if name == "one":  # from here on a text or image that is embedded again is an error
             whole = type(evaluator.encoder)._embed  # type: ignore[attr-defined]
             monkeypatch.setattr(type(evaluator.encoder), "_embed", None)
         elif name == "moved":
             monkeypatch.setattr(type(evaluator.encoder), "_embed", whole)
-    assert found["one"] == found["moved"] != found["other"]
+    assert agreements["one"] == agreements["moved"] != agreements["other"]
     assert keys["one"] == keys["moved"] != keys["other"]
     assert keys["one"] != Evaluator(data, CONFIG, SAMPLING, tmp_path / "cache").conditions.key
 
@@ -212,45 +214,50 @@ def compared(
     for number, images in enumerate((ours, theirs)):
         if images is not None:
             paths.append(captioned(folder / f"{number}.safetensors", number))
-            save_images(paths[-1], images, data, folder, config.model_copy(update={"seed": TRIED}))
+            save_images(paths[-1], images, data, folder, config.model_copy(update={"seed": COMPARISON_SEED}))
     champion = paths[1] if theirs is not None else None
     return compare_with_champion(paths[0], champion, data, config, SAMPLING, gate, folder)[0]
 
 
-def rule(found: ChampionComparison, name: str = "text-image agreement") -> tuple[str, str]:
-    [finding] = [each for each in found.decision.findings if each.rule == name]
+def rule(comparison: ChampionComparison, name: str = "text-image agreement") -> tuple[str, str]:
+    [finding] = [each for each in comparison.decision.findings if each.rule == name]
     return finding.verdict, finding.reason
 
 
 @pytest.mark.slow
 def test_good_images_of_something_else_than_their_prompts_are_rejected(data: Path, tmp_path: Path) -> None:
-    asked = [text.split()[0] for text in prompts(data)]
-    right, wrong = of_colours(asked, 60), of_colours([*asked[1:], asked[0]], 20)
-    found = compared(data, tmp_path / "worse", wrong, right)
-    assert rule(found)[0] == "reject"
-    assert found.decision.verdict == "reject"
-    assert rule(found, "headline")[0] == "promote"
-    better = compared(data, tmp_path / "better", of_colours(asked, 20), of_colours([*asked[1:], asked[0]], 60))
+    colours = [text.split()[0] for text in prompts(data)]
+    right, wrong = of_colours(colours, 60), of_colours([*colours[1:], colours[0]], 20)
+    comparison = compared(data, tmp_path / "worse", wrong, right)
+    assert rule(comparison)[0] == "reject"
+    assert comparison.decision.verdict == "reject"
+    assert rule(comparison, "headline")[0] == "promote"
+    better = compared(data, tmp_path / "better", of_colours(colours, 20), of_colours([*colours[1:], colours[0]], 60))
     assert rule(better)[0] == better.decision.verdict == "promote"
     off = compared(data, tmp_path / "off", wrong, right, GATE.model_copy(update={"agreement_loss": None}))
     assert off.decision.verdict == "promote"
 
 
 def test_comparison_report_shows_both_agreements_and_their_baselines(data: Path, tmp_path: Path) -> None:
-    asked = [text.split()[0] for text in prompts(data)]
+    colours = [text.split()[0] for text in prompts(data)]
     write_onnx(tmp_path / "encoder", knows_colours=True)
-    for config, shown in ((with_encoder(tmp_path / "encoder"), True), (CONFIG, False)):
+    for config, is_shown in ((with_encoder(tmp_path / "encoder"), True), (CONFIG, False)):
         paths = [captioned(tmp_path / f"{seed}.safetensors", seed) for seed in (1, 2)]
         for path, noise in zip(paths, (20, 60), strict=True):
-            save_images(path, of_colours(asked, noise), data, tmp_path, config.model_copy(update={"seed": TRIED}))
-        found, grids = compare_with_champion(*paths, data, config, SAMPLING, GATE, tmp_path)
+            save_images(
+                path, of_colours(colours, noise), data, tmp_path, config.model_copy(update={"seed": COMPARISON_SEED})
+            )
+        comparison, grids = compare_with_champion(*paths, data, config, SAMPLING, GATE, tmp_path)
         page = tmp_path / "page.html"
-        write_comparison_report(page, found, grids, "squares", "squares", "version 2", "version 1")
+        write_comparison_report(page, comparison, grids, "squares", "squares", "version 2", "version 1")
         text = " ".join(Page(page.read_text()).text.split())
         assert "Text-image agreement" in text
-        assert ("Not measured: " in text) == (not shown)
-        ours, theirs = found.candidate.text_image_agreement, found.champion and found.champion.text_image_agreement
-        if shown:
+        assert ("Not measured: " in text) == (not is_shown)
+        ours, theirs = (
+            comparison.candidate.text_image_agreement,
+            comparison.champion and comparison.champion.text_image_agreement,
+        )
+        if is_shown:
             assert isinstance(ours, TextImageAgreement)
             assert isinstance(theirs, TextImageAgreement)
             assert f"version 2 {signed(ours.agreement.value)}" in text
@@ -258,23 +265,25 @@ def test_comparison_report_shows_both_agreements_and_their_baselines(data: Path,
 
 
 def test_an_agreement_that_falls_within_the_limit_or_by_chance_is_no_objection(data: Path, tmp_path: Path) -> None:
-    asked = [text.split()[0] for text in prompts(data)]
-    right = of_colours(asked, 20)
-    one_wrong = of_colours([*asked[:-1], next(each for each in COLOURS if each != asked[-1])], 20)
+    colours = [text.split()[0] for text in prompts(data)]
+    right = of_colours(colours, 20)
+    one_wrong = of_colours([*colours[:-1], next(each for each in COLOURS if each != colours[-1])], 20)
     assert rule(compared(data, tmp_path, one_wrong, right))[0] == "promote"
 
 
 def test_a_first_version_has_its_agreement_among_the_reasons(data: Path, tmp_path: Path) -> None:
-    asked = [text.split()[0] for text in prompts(data)]
-    found = compared(data, tmp_path, of_colours(asked, 20), None, GateConfig(min_precision=None, min_recall=None))
-    verdict, reason = rule(found)
+    colours = [text.split()[0] for text in prompts(data)]
+    comparison = compared(
+        data, tmp_path, of_colours(colours, 20), None, GateConfig(min_precision=None, min_recall=None)
+    )
+    verdict, reason = rule(comparison)
     assert verdict == "promote"
     assert "text-image agreement by clip_" in reason
 
 
 def test_what_was_not_measured_is_among_the_findings_of_the_gate(data: Path, tmp_path: Path) -> None:
     ours, theirs = (captioned(tmp_path / f"{seed}.safetensors", seed) for seed in (1, 2))
-    found, _ = compare_with_champion(ours, theirs, data, CONFIG, SAMPLING, GATE, tmp_path)
-    verdict, reason = rule(found)
+    comparison, _ = compare_with_champion(ours, theirs, data, CONFIG, SAMPLING, GATE, tmp_path)
+    verdict, reason = rule(comparison)
     assert verdict == "promote"
     assert OPTION in reason

@@ -1,4 +1,4 @@
-"""Images pixel by pixel: later pixels leak nothing, likelihoods add up, and what is drawn in columns is right."""
+"""Images pixel by pixel: later pixels leak nothing, likelihoods add up, and what is sampled in columns is right."""
 
 import itertools
 import math
@@ -47,10 +47,10 @@ TRAINING = CONFIG.model_copy(update={"learning_rate": 1e-2, "flip": False, "prec
 def network(channels: int, classes: int = 0, layers: int = 5, seed: int = 0) -> PixelCNN:
     """One of which no weight is zero, in float64."""
     torch.manual_seed(seed)
-    made = PixelCNN(AutoregressiveConfig(width=8, layers=layers, mixtures=2), channels, classes).double()
-    for parameter in made.parameters():
+    pixel_cnn = PixelCNN(AutoregressiveConfig(width=8, layers=layers, mixtures=2), channels, classes).double()
+    for parameter in pixel_cnn.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return made
+    return pixel_cnn
 
 
 def images(count: int, channels: int, size: int, levels: int = 256, seed: int = 1) -> Tensor:
@@ -92,11 +92,11 @@ def model(run: Path) -> AutoregressiveModel:
 def test_pixel_parameters_depend_only_on_earlier_pixels_in_reach(channels: int) -> None:
     size = 6
     # Reaches of 1, 2, 4, 8 and 1: all of so small an image.
-    made = network(channels)
+    model = network(channels)
     x = images(1, channels, size).requires_grad_()
-    said = made(x)
+    parameters = model(x)
     for place in range(size * size):
-        (gradient,) = torch.autograd.grad(said[..., place // size, place % size].sum(), x, retain_graph=True)
+        (gradient,) = torch.autograd.grad(parameters[..., place // size, place % size].sum(), x, retain_graph=True)
         sizes = gradient[0].abs().amax(0).flatten()
         assert (sizes[place:] == 0).all()
         assert (sizes[:place] > 0).all()
@@ -104,9 +104,9 @@ def test_pixel_parameters_depend_only_on_earlier_pixels_in_reach(channels: int) 
 
 def test_the_probability_of_a_value_has_no_gradient_by_later_values_of_its_pixel() -> None:
     x = images(1, 3, 4).float().requires_grad_()
-    found = mixtures_of(network(3).float()(x).movedim(1, -1), 3)
+    mixtures = mixtures_of(network(3).float()(x).movedim(1, -1), 3)
     pixel = x.movedim(1, -1)
-    means = found.means + (found.slopes * pixel[..., None, :, None]).sum(-2)
+    means = mixtures.means + (mixtures.slopes * pixel[..., None, :, None]).sum(-2)
     for value in range(3):
         (gradient,) = torch.autograd.grad(means[0, 2, 2, value].sum(), x, retain_graph=True)
         assert (gradient[0, value:, 2, 2] == 0).all()
@@ -124,30 +124,30 @@ def test_the_likelihoods_of_all_images_add_up_to_one(channels: int, size: int, l
 
 @pytest.mark.parametrize(("channels", "classes"), [(1, 0), (3, 2)])
 def test_incremental_parameters_equal_those_of_one_full_pass(channels: int, classes: int) -> None:
-    size, made = 9, network(channels, classes)
+    size, model = 9, network(channels, classes)
     x = images(3, channels, size)
     label = torch.tensor([0, 1, 2]) if classes else None
-    whole = made(x, label)
-    sampler = PixelSampler(made, 3, size, size, label)
+    whole = model(x, label)
+    sampler = PixelSampler(model, 3, size, size, label)
     with torch.inference_mode():
         for y in range(size):
             sampler.begin_row(y)
             for place in range(size):
-                said = sampler.parameters(y, place)
-                assert torch.allclose(said, whole[:, :, y, place], atol=1e-5)
+                parameters = sampler.parameters(y, place)
+                assert torch.allclose(parameters, whole[:, :, y, place], atol=1e-5)
                 sampler.images[:, :, y, place] = x[:, :, y, place]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_incremental_sampling_equals_sampling_by_full_passes(channels: int) -> None:
-    size, made = 6, network(channels).float()
+    size, model = 6, network(channels).float()
     noise = torch.randn(2, channels + 1, size, size, generator=torch.Generator().manual_seed(0))
     x = torch.zeros(2, channels, size, size)
     with torch.inference_mode():
         for y, place in itertools.product(range(size), repeat=2):
-            found = mixtures_of(made(x)[:, :, y, place], channels)
-            x[:, :, y, place] = sample_pixels(found, noise[:, :, y, place])
-        assert torch.equal(to_uint8(sample_images(made, noise)), to_uint8(x))
+            mixtures = mixtures_of(model(x)[:, :, y, place], channels)
+            x[:, :, y, place] = sample_pixels(mixtures, noise[:, :, y, place])
+        assert torch.equal(to_uint8(sample_images(model, noise)), to_uint8(x))
 
 
 def test_sampling_costs_one_pass_for_any_number_of_pixels(model: AutoregressiveModel) -> None:
@@ -170,8 +170,8 @@ def test_its_loss_is_exactly_the_bits_of_held_out_images(data: Path, run: Path, 
     dataset = Dataset.open(data)
     rows = dataset.rows("held_out")
     x, label = to_float(dataset.images(rows)), dataset.classes(rows, model.classes)
-    found = mixtures_of(model.network(x, label).movedim(1, -1), 1)
-    expected = -log_probability(found, x.movedim(1, -1)).flatten(1).sum(1) / math.log(2) / SIZE**2
+    mixtures = mixtures_of(model.network(x, label).movedim(1, -1), 1)
+    expected = -log_probability(mixtures, x.movedim(1, -1)).flatten(1).sum(1) / math.log(2) / SIZE**2
     last = read_metrics(run / "losses.csv")[-1]["held_out_loss_ema"]
     assert last == pytest.approx(expected.mean().item(), rel=1e-4)
     terms = measure_losses(model, [(dataset.images(rows), {"label": label})], SAMPLING)
@@ -192,8 +192,8 @@ def test_class_conditional_images_do_not_depend_on_the_count(model: Autoregressi
 
 def test_unsupported_tasks_and_settings_are_an_error(model: AutoregressiveModel, data: Path, tmp_path: Path) -> None:
     assert tasks_of(model) == ("sample", "interpolate")
-    way = interpolate(model, 1, 2, 3, SAMPLING, conditions=Conditions(labels=("rows",)))
-    assert way.shape == (3, 1, SIZE, SIZE)
+    images = interpolate(model, 1, 2, 3, SAMPLING, conditions=Conditions(labels=("rows",)))
+    assert images.shape == (3, 1, SIZE, SIZE)
     image = torch.zeros(1, SIZE, SIZE, dtype=torch.uint8)
     with pytest.raises(UserError, match="no steps in which to edit an image"):
         sample(model, [0], 0, SAMPLING, edit=Edit(image, strength=0.5))

@@ -53,15 +53,15 @@ def test_consistency_sampling_of_gaussian_data_is_exact_in_any_number_of_steps(s
     """From N(0, s²) data the ODE leads from x at σ to x s/√(σ² + s²)."""
     spread, config = 0.5, sampling_config(sampler="consistency", steps=steps)
     sigmas, noise = config.sigma_grid(edm_schedule(1000)), noises(0, 4000)
-    seen = []
+    observations = []
 
     def exact(x: Tensor, sigma: Tensor) -> Tensor:
-        seen.append(float(sigma))
+        observations.append(float(sigma))
         return x * spread / float((sigma**2 + spread**2).sqrt())
 
     images = config.run(exact, sigmas, noise)
-    assert len(seen) == steps
-    assert seen == sorted(seen, reverse=True)
+    assert len(observations) == steps
+    assert observations == sorted(observations, reverse=True)
     # The start, σ ε, lacks the data's own variance.
     assert images.std().item() == pytest.approx(spread, rel=0.02)
     assert images.mean().item() == pytest.approx(0, abs=0.02)
@@ -113,8 +113,13 @@ def test_student_samples_as_it_was_distilled_unless_a_request_says_otherwise(
 ) -> None:
     model = load_model(distilled(dataset, tmp_path / "student", teacher, 32).final)
     configured = sampling_config(steps=16, guidance=3, compute_batch=8)
-    found = sampling_of(model, make_request({"task": "sample"}), configured)
-    assert (found.sampler, found.steps, found.guidance, found.compute_batch) == ("consistency", STEPS, None, 8)
+    sampling = sampling_of(model, make_request({"task": "sample"}), configured)
+    assert (sampling.sampler, sampling.steps, sampling.guidance, sampling.compute_batch) == (
+        "consistency",
+        STEPS,
+        None,
+        8,
+    )
     assert sampling_of(model, make_request({"task": "sample", "steps": 4}), configured).steps == 4
     with pytest.raises(UserError):
         sampling_of(load_model(teacher), make_request({"task": "sample"}), sampling_config(sampler="consistency"))
@@ -122,14 +127,14 @@ def test_student_samples_as_it_was_distilled_unless_a_request_says_otherwise(
 
 def test_students_edit_an_image_the_more_the_greater_the_strength(dataset: Path, teacher: Path, tmp_path: Path) -> None:
     model = load_model(distilled(dataset, tmp_path / "student", teacher, 32).final)
-    given = Dataset.open(dataset).images(np.arange(1))
-    image = png_bytes(image_of(given[0]))
-    changed = []
+    source_images = Dataset.open(dataset).images(np.arange(1))
+    image = png_bytes(image_of(source_images[0]))
+    changes = []
     for strength in (0.2, 0.5, 0.9):
         request = make_request({"task": "img2img", "image": image, "strength": strength, "count": 8})
         [images] = answer(model, [request], SAMPLING)
-        changed.append((images.float() - given.float()).square().mean().item())
-    assert 0 < changed[0] < changed[1] < changed[2]
+        changes.append((images.float() - source_images.float()).square().mean().item())
+    assert 0 < changes[0] < changes[1] < changes[2]
 
 
 def test_a_student_is_not_taken_beyond_black_and_white(dataset: Path, teacher: Path) -> None:
@@ -162,11 +167,11 @@ def test_a_student_is_not_taken_beyond_black_and_white(dataset: Path, teacher: P
 
 def test_guidance_of_the_teacher_is_part_of_the_distillation(dataset: Path, teacher: Path) -> None:
     config, header = DistillationConfig(), read_model_header(teacher)
-    chosen = header.model_copy(update={"guidance": 2.0, "guidance_interval": (0.2, 5.0)})
-    student = student_training(CONFIG, config, sampling_config(), str(teacher), chosen).student
+    guided_header = header.model_copy(update={"guidance": 2.0, "guidance_interval": (0.2, 5.0)})
+    student = student_training(CONFIG, config, sampling_config(), str(teacher), guided_header).student
     assert student is not None
     assert (student.guidance, student.guidance_interval) == (2, (0.2, 5))
-    set_by_user = student_training(CONFIG, config, sampling_config(guidance=1), str(teacher), chosen).student
+    set_by_user = student_training(CONFIG, config, sampling_config(guidance=1), str(teacher), guided_header).student
     assert set_by_user is not None
     assert set_by_user.guidance is None
     by_guide = header.model_copy(update={"autoguidance": 2.0})
@@ -182,8 +187,8 @@ def test_guidance_of_the_teacher_is_part_of_the_distillation(dataset: Path, teac
 def test_guidance_of_a_request_has_no_interval_that_was_chosen_for_another_scale(teacher: Path) -> None:
     model = load_model(teacher)
     model = replace(model, header=model.header.model_copy(update={"guidance": 2.0, "guidance_interval": (0.2, 5.0)}))
-    chosen = sampling_of(model, make_request({"label": model.classes[0]}), SAMPLING)
-    assert (chosen.guidance, chosen.guidance_interval) == (2, (0.2, 5))
+    sampling = sampling_of(model, make_request({"label": model.classes[0]}), SAMPLING)
+    assert (sampling.guidance, sampling.guidance_interval) == (2, (0.2, 5))
     requested = sampling_of(model, make_request({"label": model.classes[0], "guidance": 3}), SAMPLING)
     assert (requested.guidance, requested.guidance_interval) == (3, None)
 
@@ -222,7 +227,7 @@ def test_latent_models_are_distilled(tmp_path: Path) -> None:
     assert images.shape == (3, 3, 16, 16)
 
 
-def test_what_cannot_be_distilled_or_exported_is_refused(dataset: Path, teacher: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_distilled_or_exported_is_rejected(dataset: Path, teacher: Path, tmp_path: Path) -> None:
     student = distilled(dataset, tmp_path / "student", teacher, 32).final
     with pytest.raises(UserError, match="student"):
         distilled(dataset, tmp_path / "another", student)

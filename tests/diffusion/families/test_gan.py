@@ -85,7 +85,7 @@ class Linear(nn.Module):
 
 
 class Constant(nn.Module):
-    """A generator that draws the noise itself, times a factor, at each pixel."""
+    """A generator that returns the noise itself, times a factor, at each pixel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,8 +98,8 @@ class Constant(nn.Module):
 def test_the_penalty_of_a_linear_discriminator_is_the_square_of_its_weights_with_their_gradient() -> None:
     discriminator = Linear(torch.tensor([1.0, -2.0, 0.5, 3.0]))
     x = torch.randn(5, 1, 2, 2)
-    said, steepness = gradient_penalties(discriminator, x)
-    assert torch.equal(said, discriminator(x))
+    penalty, steepness = gradient_penalties(discriminator, x)
+    assert torch.equal(penalty, discriminator(x))
     assert torch.allclose(steepness, discriminator.weights.square().sum().expand(5))
     (gradient,) = torch.autograd.grad(steepness.mean(), discriminator.weights)
     assert torch.allclose(gradient, 2 * discriminator.weights)
@@ -134,10 +134,10 @@ def test_gan_losses_and_gradients_match_the_closed_form() -> None:
     assert torch.allclose(gradient, expected)
 
 
-def numbers(count: int, **chosen: float) -> Tensor:
+def numbers(count: int, **values: float) -> Tensor:
     """Numbers that leave ``count`` images as they are at a rate of 0.5, but for those ``chosen`` by name."""
     names = ["recolour", "translate", "cut", "brightness", "saturation", "contrast", "down", "right", "row", "column"]
-    neutral = dict.fromkeys(names, 0.5) | chosen
+    neutral = dict.fromkeys(names, 0.5) | values
     return torch.tensor([[neutral[name] for name in names]]).expand(count, -1)
 
 
@@ -151,9 +151,9 @@ def test_augmentations_do_what_their_numbers_say() -> None:
     twice = x.mean((1, 2, 3), keepdim=True) + 1.25 * (x - x.mean((1, 2, 3), keepdim=True))
     assert torch.allclose(augment(x, numbers(3, recolour=0, contrast=0.75), 0.5), twice, atol=1e-6)
     # A quarter of the range of 8/4 pixels to either side is one pixel.
-    moved = augment(x, numbers(3, translate=0, down=1.0, right=0.0), 0.5)
+    shifted_images = augment(x, numbers(3, translate=0, down=1.0, right=0.0), 0.5)
     rows, columns = torch.tensor([1, 2, 3, 4, 5, 6, 7, 7]), torch.tensor([0, 0, 1, 2, 3, 4, 5, 6])
-    assert torch.allclose(moved, x[:, :, rows][..., columns], atol=1e-6)
+    assert torch.allclose(shifted_images, x[:, :, rows][..., columns], atol=1e-6)
     cut = augment(x, numbers(3, cut=0, row=0.0, column=0.5), 0.5)
     assert (cut[:, :, :2, 3:6] == 0).all()
     assert torch.allclose(cut[:, :, 2:], x[:, :, 2:], atol=1e-6)
@@ -162,19 +162,19 @@ def test_augmentations_do_what_their_numbers_say() -> None:
 def test_augmentation_changes_about_its_rate_of_images_each_by_its_own_numbers() -> None:
     random = torch.Generator().manual_seed(0)
     x, uniform = torch.rand(400, 1, 8, 8, generator=random), torch.rand(400, AUGMENTING, generator=random)
-    found = augment(x, uniform, 0.3)
-    assert torch.equal(found[17:18], augment(x[17:18], uniform[17:18], 0.3))
-    changed = (found - x).abs().amax((1, 2, 3)) > 1e-4
+    augmented_images = augment(x, uniform, 0.3)
+    assert torch.equal(augmented_images[17:18], augment(x[17:18], uniform[17:18], 0.3))
+    changed_pixels = (augmented_images - x).abs().amax((1, 2, 3)) > 1e-4
     # A translation by nothing is one of 9, and a hole is always seen.
-    assert changed.float().mean().item() == pytest.approx(1 - 0.7**3, abs=0.07)
+    assert changed_pixels.float().mean().item() == pytest.approx(1 - 0.7**3, abs=0.07)
 
 
 def test_both_networks_see_real_and_generated_images_under_the_same_augmentation() -> None:
-    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
 
     class Recorder(nn.Module):
         def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-            seen.append(x)
+            inputs.append(x)
             return x.flatten(1).sum(1)
 
     objective = RelativisticObjective(MODEL.model_copy(update={"latent": 64, "augment": 1.0}), 3, Recorder())  # type: ignore[arg-type]
@@ -188,7 +188,7 @@ def test_both_networks_see_real_and_generated_images_under_the_same_augmentation
     objective.discriminator_losses(same, batch)  # type: ignore[arg-type]
     expected = augment(x, batch.random["augment"], 1.0)
     assert (expected - x).abs().max() > 0.1
-    for images in (seen[0], seen[1], *seen[2].chunk(2)):
+    for images in (inputs[0], inputs[1], *inputs[2].chunk(2)):
         assert torch.allclose(images, expected)
     assert torch.equal(objective.make_batch(x[3:], range(3, 5), {}).random["augment"], batch.random["augment"][3:])
 
@@ -219,7 +219,7 @@ def test_a_checkpoint_has_the_discriminator_with_its_moments_and_the_model_has_n
 
 @pytest.mark.parametrize("step", [0, 1])
 def test_worker_threads_add_up_to_the_gradients_of_the_batch(data: Path, step: int) -> None:
-    found = []
+    gradients = []
     for count in (1, 4):
         config = TRAINING.model_copy(update={"cpu_threads": count})
         with worker_threads(count) as pool:
@@ -228,8 +228,8 @@ def test_worker_threads_add_up_to_the_gradients_of_the_batch(data: Path, step: i
             batch = trainer.objective.make_batch(x0, range(16), {"label": torch.arange(16) % 3})
             part = trainer.state.steps[step]
             loss = trainer.backward(part, batch, None)
-            found.append([loss, *(parameter.grad for parameter in part.parameters)])
-    for one, other in zip(*found, strict=True):
+            gradients.append([loss, *(parameter.grad for parameter in part.parameters)])
+    for one, other in zip(*gradients, strict=True):
         assert torch.allclose(one, other, atol=1e-6, rtol=1e-4)
 
 
@@ -252,9 +252,9 @@ def test_discriminator_steps_first_and_nonfinite_steps_are_skipped(data: Path) -
 def test_trained_gan_covers_all_modes_and_classes(data: Path, tmp_path: Path) -> None:
     config = TRAINING.model_copy(update={"images": 5600, "learning_rate": 4e-3, "checkpoints": 1})
     drawer = load_model(trained(data, tmp_path / "run", config).final)
-    drawn = sample(drawer, range(72), 0, SAMPLING).float()
+    images = sample(drawer, range(72), 0, SAMPLING).float()
     half = SIZE // 2
-    bright = functional.avg_pool2d(drawn, half).flatten(1)
+    bright = functional.avg_pool2d(images, half).flatten(1)
     which = bright.argmax(1)
     # Each quarter about as often as there is one, bright, and beside dark ones.
     assert torch.bincount(which, minlength=4).min() >= 6
@@ -274,16 +274,16 @@ def test_gan_image_depends_on_seed_and_index_only(model: GANModel) -> None:
     z = GaussianNoise(3, "sampling", range(36), (8, 1, 1))()
     with torch.inference_mode():
         assert torch.equal(many[:36], to_uint8(model.network(z, torch.full((36,), model.classes.index("lower")))))
-    way = interpolate(model, 3, 4, 36, SAMPLING, conditions=conditions)
-    assert (way[0].int() - many[0].int()).abs().max() <= 1
+    path = interpolate(model, 3, 4, 36, SAMPLING, conditions=conditions)
+    assert (path[0].int() - many[0].int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("size", [8, 7])
 def test_a_size_that_resolutions_do_not_divide_is_cut(size: int) -> None:
     torch.manual_seed(0)
-    made = Generator(MODEL, 3, size)(torch.randn(2, 8, 1, 1))
-    assert made.shape == (2, 3, size, size)
-    assert Discriminator(MODEL, 3, size)(made).shape == (2,)
+    images = Generator(MODEL, 3, size)(torch.randn(2, 8, 1, 1))
+    assert images.shape == (2, 3, size, size)
+    assert Discriminator(MODEL, 3, size)(images).shape == (2,)
     with pytest.raises(UserError, match="fold 16 pixels into one, and the images have 8"):
         Generator(MODEL.model_copy(update={"channel_mult": (1, 1, 1, 1)}), 1, 8)
 
@@ -310,10 +310,10 @@ def test_unsupported_tasks_and_settings_are_an_error(model: GANModel, data: Path
 def test_gan_reports_no_likelihood(data: Path, model: GANModel) -> None:
     dataset = Dataset.open(data)
     rows = dataset.rows("held_out")
-    told = {"label": dataset.classes(rows, model.classes)}
-    found = summarize_losses(measure_losses(model, [(dataset.images(rows), told)], SAMPLING))
-    assert found.images == len(rows)
-    assert found.metrics() == {}
+    conditioning = {"label": dataset.classes(rows, model.classes)}
+    losses = summarize_losses(measure_losses(model, [(dataset.images(rows), conditioning)], SAMPLING))
+    assert losses.images == len(rows)
+    assert losses.metrics() == {}
 
 
 def test_gan_explain_writes_an_interpolation(data: Path, model: GANModel, tmp_path: Path) -> None:

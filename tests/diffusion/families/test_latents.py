@@ -106,14 +106,14 @@ def test_latent_denoising_loss_matches_the_training_log(data: Path, run: Path, m
         noise = GaussianNoise(0, "probe/held_out", range(len(z)), model.noise_shape)()
         estimate = model.denoiser()(z + sigma[:, None, None, None].float() * noise, sigma)
     losses = (sigma**-2 + 1) * (estimate - z).square().mean((1, 2, 3))
-    told = read_metrics(run / "losses.csv")[-1]["held_out_loss_ema"]
-    assert losses.mean().item() == pytest.approx(told, rel=0.05)
+    logged_loss = read_metrics(run / "losses.csv")[-1]["held_out_loss_ema"]
+    assert losses.mean().item() == pytest.approx(logged_loss, rel=0.05)
 
 
 def test_one_file_is_the_whole_model(data: Path, first: Path, model: DiffusionModel, tmp_path: Path) -> None:
-    moved = shutil.copy(first, tmp_path / "vae.safetensors")
-    final = latent(data, tmp_path / "run", denoiser(moved)).final
-    Path(moved).unlink()
+    moved_file = shutil.copy(first, tmp_path / "vae.safetensors")
+    final = latent(data, tmp_path / "run", denoiser(moved_file)).final
+    Path(moved_file).unlink()
     alone = load_model(final)
     # Where the autoencoder lay is no part of the run.
     assert final.read_bytes() == (data.parents[1] / "run" / "final.safetensors").read_bytes()
@@ -124,8 +124,8 @@ def test_one_file_is_the_whole_model(data: Path, first: Path, model: DiffusionMo
 
 def test_an_exported_checkpoint_is_whole(run: Path, model: DiffusionModel, tmp_path: Path) -> None:
     export(run / "checkpoints" / "0000000320.safetensors", tmp_path / "weights.safetensors")
-    exported = load_model(tmp_path / "weights.safetensors")
-    assert torch.equal(sample(exported, range(4), 0, STEPPED), sample(model, range(4), 0, STEPPED))
+    exported_model = load_model(tmp_path / "weights.safetensors")
+    assert torch.equal(sample(exported_model, range(4), 0, STEPPED), sample(model, range(4), 0, STEPPED))
 
 
 @pytest.mark.parametrize("stop", [16, 112, 320])
@@ -164,26 +164,26 @@ def test_image_does_not_depend_on_the_batch(model: DiffusionModel, sampler: str)
 
 
 def test_interpolation_between_seeds_starts_and_ends_at_their_images(model: DiffusionModel) -> None:
-    way = interpolate(model, 1, 2, 3, STEPPED)
+    images = interpolate(model, 1, 2, 3, STEPPED)
     for place, seed in ((0, 1), (-1, 2)):
-        assert (way[place].int() - sample(model, [0], seed, STEPPED)[0].int()).abs().max() <= 2
+        assert (images[place].int() - sample(model, [0], seed, STEPPED)[0].int()).abs().max() <= 2
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 4, 8]))
 def test_a_latent_is_kept_only_if_all_its_pixels_are(seed: int, factor: int) -> None:
-    kept = np.random.default_rng(seed).random((16, 16)) < 0.9
-    cells = kept.reshape(16 // factor, factor, 16 // factor, factor)
-    assert np.array_equal(whole(torch.from_numpy(kept), (16 // factor, 16 // factor))[0].numpy(), cells.all((1, 3)))
+    mask = np.random.default_rng(seed).random((16, 16)) < 0.9
+    cells = mask.reshape(16 // factor, factor, 16 // factor, factor)
+    assert np.array_equal(whole(torch.from_numpy(mask), (16 // factor, 16 // factor))[0].numpy(), cells.all((1, 3)))
 
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_latent_inpainting_keeps_known_pixels_bit_for_bit(data: Path, model: DiffusionModel, times: int) -> None:
     real = image(data)
-    kept = torch.zeros(SIZE, SIZE, dtype=torch.bool)
-    kept[1:, :7] = True
-    drawn = sample(model, range(3), 0, STEPPED, edit=Edit(real, kept, resample_steps=times, stretch=1))
-    assert torch.equal(drawn[:, :, kept], real[:, kept].expand(3, -1, -1))
-    assert not torch.equal(drawn[0], drawn[1])
+    mask = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    mask[1:, :7] = True
+    images = sample(model, range(3), 0, STEPPED, edit=Edit(real, mask, resample_steps=times, stretch=1))
+    assert torch.equal(images[:, :, mask], real[:, mask].expand(3, -1, -1))
+    assert not torch.equal(images[0], images[1])
 
 
 def test_latent_img2img_strength_controls_the_change(data: Path, model: DiffusionModel) -> None:
@@ -200,11 +200,11 @@ def test_latent_evaluation_reports_reconstruction_and_ranks_by_kid(
     data: Path, first: Path, run: Path, tmp_path: Path
 ) -> None:
     judging = EvaluationConfig(samples=12, extractor_size=32)
-    found = evaluate(data, models_to_evaluate(run, tmp_path), judging, STEPPED, tmp_path)
-    assert found.best == min(found.checkpoints, key=lambda each: each.scores.kid)
+    evaluation = evaluate(data, models_to_evaluate(run, tmp_path), judging, STEPPED, tmp_path)
+    assert evaluation.best == min(evaluation.checkpoints, key=lambda each: each.scores.kid)
     alone = evaluate(data, [first], judging, SAMPLING, tmp_path / "first").best.reconstruction
     assert alone is not None
-    for each in found.checkpoints:
+    for each in evaluation.checkpoints:
         assert each.reconstruction is not None
         assert each.reconstruction.psnr == pytest.approx(alone.psnr, abs=0.05)
     assert "<h2>Reconstructions</h2>" in (tmp_path / "report.html").read_text()
@@ -213,9 +213,9 @@ def test_latent_evaluation_reports_reconstruction_and_ranks_by_kid(
 def test_post_hoc_ema_model_includes_the_autoencoder(data: Path, first: Path, tmp_path: Path) -> None:
     lengths = {"ema_stds": (0.05, 0.1), "ema_decay": None}
     latent(data, tmp_path / "run", denoiser(first), config=lengths)
-    made = models_to_evaluate(tmp_path / "run", tmp_path / "report", [0.2])[-1]
-    assert made.name == "std-0.2.safetensors"
-    assert sample(load_model(made), [0], 0, STEPPED).shape == (1, 3, SIZE, SIZE)
+    models = models_to_evaluate(tmp_path / "run", tmp_path / "report", [0.2])[-1]
+    assert models.name == "std-0.2.safetensors"
+    assert sample(load_model(models), [0], 0, STEPPED).shape == (1, 3, SIZE, SIZE)
 
 
 def test_explain_writes_latent_figures_as_images(data: Path, model: DiffusionModel, tmp_path: Path) -> None:
@@ -233,21 +233,21 @@ def test_a_dry_run_counts_the_work_of_the_encoder(data: Path, first: Path) -> No
 
 
 def test_estimates_are_not_clipped_to_the_range_of_images_with_or_without_guidance(tmp_path: Path, first: Path) -> None:
-    shown = np.stack([np.full((3, SIZE, SIZE), 40 + 5 * number, np.uint8) for number in range(40)])
+    training_images = np.stack([np.full((3, SIZE, SIZE), 40 + 5 * number, np.uint8) for number in range(40)])
     labels = ["dark" if number < 20 else "light" for number in range(40)]
-    write_dataset(tmp_path / "shades", shown, per_shard=20, labels=labels)
+    write_dataset(tmp_path / "shades", training_images, per_shard=20, labels=labels)
     model = load_model(latent(tmp_path / "shades", tmp_path / "run", denoiser(first)).final)
     assert isinstance(model, DiffusionModel)
     far = torch.full((1, *model.noise_shape), 3.0)
     with torch.inference_mode():
         assert (model.denoiser()(far, torch.tensor(0.002)) - 3).abs().max() < 0.1
-        drawn = sample(model, range(36), 0, STEPPED.model_copy(update={"guidance": 3.0}))
+        images = sample(model, range(36), 0, STEPPED.model_copy(update={"guidance": 3.0}))
         noise = GaussianNoise(0, "sampling", range(36), model.noise_shape)
-        told = make_conditioning(model, range(36), 0)
-        untold = {"label": torch.full_like(told["label"], 2)}
-        mixture = guided(model.denoiser(told), model.denoiser(untold), 3.0)
+        conditioning = make_conditioning(model, range(36), 0)
+        untold = {"label": torch.full_like(conditioning["label"], 2)}
+        mixture = guided(model.denoiser(conditioning), model.denoiser(untold), 3.0)
         expected = STEPPED.run(mixture, STEPPED.sigma_grid(model.schedule), noise)
-        assert torch.equal(drawn, to_uint8(model.decoded(expected)))
+        assert torch.equal(images, to_uint8(model.decoded(expected)))
 
 
 def test_invalid_or_mismatched_autoencoder_is_an_error(data: Path, first: Path, run: Path, tmp_path: Path) -> None:
@@ -270,11 +270,11 @@ def test_invalid_or_mismatched_autoencoder_is_an_error(data: Path, first: Path, 
 
 
 def test_latent_models_are_not_exported_to_diffusers(run: Path, first: Path, tmp_path: Path) -> None:
-    refusals = (
+    mistakes = (
         (run / "final.safetensors", r"a model with model\.autoencoder has no counterpart in diffusers"),
         (first, "diffusers has no counterpart of a model of the family vae"),
     )
-    for weights, words in refusals:
+    for weights, words in mistakes:
         with pytest.raises(UserError, match=words):
             export_to_diffusers(weights, tmp_path / "exported", STEPPED)
 

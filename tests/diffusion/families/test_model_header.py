@@ -66,10 +66,10 @@ def rewritten(path: Path, change: dict[str, Any]) -> Path:
 )
 def test_out_of_range_model_header_is_a_one_line_error(weights: Path, change: dict[str, Any]) -> None:
     for read in (read_model_header, load_model):
-        with pytest.raises(UserError, match="has a header this version cannot read") as raised:
+        with pytest.raises(UserError, match="has a header this version cannot read") as error:
             read(rewritten(weights, change))
-        assert "\n" not in str(raised.value)
-        assert len(str(raised.value)) < 1000
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_header_without_matching_tensors_allocates_no_memory(weights: Path, chan
 
 
 @pytest.mark.parametrize("size", [LARGEST_HEADER + 1, 10**8, 2**63])
-def test_a_header_of_a_hundred_megabytes_is_refused_unread(tmp_path: Path, size: int) -> None:
+def test_a_header_of_a_hundred_megabytes_is_rejected_unread(tmp_path: Path, size: int) -> None:
     path = tmp_path / "x.safetensors"
     with path.open("wb") as file:
         file.write(struct.pack("<Q", size) + b"{")
@@ -106,12 +106,12 @@ def test_a_header_of_a_hundred_megabytes_is_refused_unread(tmp_path: Path, size:
         load_model(path)
 
 
-def test_deep_json_and_numbers_of_absurd_length_are_refused(weights: Path) -> None:
+def test_deep_json_and_numbers_of_absurd_length_are_rejected(weights: Path) -> None:
     for text in ("[" * 10**5, '{"model_header": ' + "9" * 10**5 + "}", canonical_json({"model_header": "x" * 10**6})):
         save_file({"x": torch.zeros(1)}, weights, {METADATA_KEY: text})
-        with pytest.raises(UserError) as raised:
+        with pytest.raises(UserError) as error:
             load_model(weights)
-        assert len(str(raised.value)) < 1000
+        assert len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize(

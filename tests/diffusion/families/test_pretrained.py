@@ -32,19 +32,19 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, PretrainedModel]]:
+def make_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, PretrainedModel]]:
     """Write a pipeline of a kind, with options of its scheduler, and import it; each once."""
-    done: dict[str, tuple[Path, PretrainedModel]] = {}
+    pipelines_by_key: dict[str, tuple[Path, PretrainedModel]] = {}
 
     def make(kind: str, **options: Any) -> tuple[Path, PretrainedModel]:
         key = f"{kind} {options}"
-        if key not in done:
+        if key not in pipelines_by_key:
             folder = pipelines.MAKERS[kind](tmp_path_factory.mktemp(kind) / "pipeline", **options)
             import_pipeline(folder, path := folder.with_name("model.safetensors"), Origin(source=kind))
             model = load_model(path)
             assert isinstance(model, PretrainedModel)
-            done[key] = folder, model
-        return done[key]
+            pipelines_by_key[key] = folder, model
+        return pipelines_by_key[key]
 
     return make
 
@@ -61,10 +61,10 @@ def ours(
     config = sampling_config(**{"sampler": "scheduler", "steps": 5, "precision": "fp32", **options})
     embeddings = prompt_embeddings(model, conditions)
     conditioning = make_conditioning(model, range(COUNT), 0, conditions, embeddings)
-    given = [] if noise is None else [noise]
+    initial_noise = [] if noise is None else [noise]
     batch = ConditioningBatch(
         conditioning,
-        lambda: given.pop() if given else torch.randn(COUNT, *model.noise_shape, generator=generator),
+        lambda: initial_noise.pop() if initial_noise else torch.randn(COUNT, *model.noise_shape, generator=generator),
         embeddings[conditions.negative_prompt],
         edit,
     )
@@ -105,17 +105,17 @@ def theirs(folder: Path, kind: str, **options: Any) -> np.ndarray:
     ],
 )
 def test_unconditional_pipelines_generate_what_diffusers_does(
-    made: Callable[..., tuple[Path, PretrainedModel]], kind: str, pipeline: str, scheduler: dict[str, Any]
+    make_pipeline: Callable[..., tuple[Path, PretrainedModel]], kind: str, pipeline: str, scheduler: dict[str, Any]
 ) -> None:
-    folder, model = made(kind, **scheduler)
+    folder, model = make_pipeline(kind, **scheduler)
     assert_same(ours(model), theirs(folder, pipeline, batch_size=COUNT))
 
 
 @pytest.mark.parametrize("guidance", [None, 4.0])
 def test_dit_generates_what_diffusers_does(
-    made: Callable[..., tuple[Path, PretrainedModel]], guidance: float | None
+    make_pipeline: Callable[..., tuple[Path, PretrainedModel]], guidance: float | None
 ) -> None:
-    folder, model = made("dit")
+    folder, model = make_pipeline("dit")
     assert model.classes == ["ape", "goldfish", "tench, Tinca tinca"]
     images = ours(model, Conditions(labels=("goldfish", "tench, Tinca tinca")), guidance=guidance)
     assert_same(images, theirs(folder, "DiTPipeline", class_labels=[1, 0], guidance_scale=guidance or 1.0))
@@ -135,9 +135,9 @@ SCHEDULERS: tuple[tuple[str, dict[str, Any]], ...] = (
 @pytest.mark.filterwarnings("ignore:.*is outdated:FutureWarning", "ignore:.*clip_sample:FutureWarning")
 @pytest.mark.parametrize(("scheduler", "options"), SCHEDULERS)
 def test_stable_diffusion_generates_what_diffusers_does(
-    made: Callable[..., tuple[Path, PretrainedModel]], scheduler: str, options: dict[str, Any]
+    make_pipeline: Callable[..., tuple[Path, PretrainedModel]], scheduler: str, options: dict[str, Any]
 ) -> None:
-    folder, model = made("stable_diffusion", scheduler=getattr(diffusers, scheduler)(**options))
+    folder, model = make_pipeline("stable_diffusion", scheduler=getattr(diffusers, scheduler)(**options))
     prompts = ("a red circle", "blue square on the grey")
     images = ours(model, Conditions(prompts=prompts, negative_prompt="green"), guidance=7.5)
     expected = theirs(
@@ -147,9 +147,9 @@ def test_stable_diffusion_generates_what_diffusers_does(
 
 
 def test_no_prompt_is_an_empty_one_and_guidance_is_rescaled_as_in_diffusers(
-    made: Callable[..., tuple[Path, PretrainedModel]],
+    make_pipeline: Callable[..., tuple[Path, PretrainedModel]],
 ) -> None:
-    folder, model = made("stable_diffusion")
+    folder, model = make_pipeline("stable_diffusion")
     images = ours(model, Conditions(prompts=("a red circle", None)), guidance=5.0, guidance_rescale=0.7)
     expected = theirs(
         folder, "StableDiffusionPipeline", prompt=["a red circle", ""], guidance_scale=5.0, guidance_rescale=0.7
@@ -159,9 +159,9 @@ def test_no_prompt_is_an_empty_one_and_guidance_is_rescaled_as_in_diffusers(
 
 @pytest.mark.parametrize(("t5", "shifting"), [(True, False), (False, True)])
 def test_stable_diffusion_3_generates_what_diffusers_does(
-    made: Callable[..., tuple[Path, PretrainedModel]], t5: bool, shifting: bool
+    make_pipeline: Callable[..., tuple[Path, PretrainedModel]], t5: bool, shifting: bool
 ) -> None:
-    folder, model = made("stable_diffusion_3", t5=t5, use_dynamic_shifting=shifting)
+    folder, model = make_pipeline("stable_diffusion_3", t5=t5, use_dynamic_shifting=shifting)
     images = ours(model, Conditions(prompts=("a red circle", "a photo")), guidance=4.0)
     assert_same(
         images, theirs(folder, "StableDiffusion3Pipeline", prompt=["a red circle", "a photo"], guidance_scale=4.0)
@@ -169,9 +169,9 @@ def test_stable_diffusion_3_generates_what_diffusers_does(
 
 
 def test_euler_in_sigma_at_the_levels_of_a_flow_is_the_pipelines_own_scheduler(
-    made: Callable[..., tuple[Path, PretrainedModel]],
+    make_pipeline: Callable[..., tuple[Path, PretrainedModel]],
 ) -> None:
-    _, model = made("stable_diffusion_3", t5=False)
+    _, model = make_pipeline("stable_diffusion_3", t5=False)
     conditions = Conditions(prompts=("a red circle",))
     scheduler = model._scheduler(8)
     shares = scheduler.sigmas.double().clamp(max=1 - 2**-12)
@@ -185,10 +185,10 @@ def test_euler_in_sigma_at_the_levels_of_a_flow_is_the_pipelines_own_scheduler(
 
 
 def test_ddim_in_sigma_at_the_levels_of_a_scheduler_is_the_pipelines_own_scheduler(
-    made: Callable[..., tuple[Path, PretrainedModel]],
+    make_pipeline: Callable[..., tuple[Path, PretrainedModel]],
 ) -> None:
     options = {"clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "trailing"}
-    _, model = made("ddim", **options)
+    _, model = make_pipeline("ddim", **options)
     sigmas = model.schedule.sigmas[model._scheduler(10).timesteps]
     noise = torch.randn(COUNT, *model.noise_shape, generator=torch.Generator().manual_seed(3))
     denoise = model.denoiser()
@@ -204,9 +204,9 @@ def test_ddim_in_sigma_at_the_levels_of_a_scheduler_is_the_pipelines_own_schedul
 @pytest.mark.parametrize("kind", ["ddpm", "latent", "stable_diffusion", "stable_diffusion_3"])
 @pytest.mark.parametrize("sampler", ["scheduler", "dpmpp_2m_sde"])
 def test_the_bits_of_an_image_depend_on_no_other(
-    made: Callable[..., tuple[Path, PretrainedModel]], kind: str, sampler: str
+    make_pipeline: Callable[..., tuple[Path, PretrainedModel]], kind: str, sampler: str
 ) -> None:
-    _, model = made(kind)
+    _, model = make_pipeline(kind)
     prompts = ("a red circle", "grey", None, "blue") if model.config.text else ()
     config = sampling_config(sampler=sampler, steps=3, compute_batch=2)
     all_of_them = sample(model, range(4), 0, config, conditions=Conditions(prompts=prompts))
@@ -215,8 +215,12 @@ def test_the_bits_of_an_image_depend_on_no_other(
     assert not torch.equal(all_of_them[0], all_of_them[1])
 
 
-def test_img2img_by_the_scheduler_is_that_of_diffusers(made: Callable[..., tuple[Path, PretrainedModel]]) -> None:
-    folder, model = made("stable_diffusion", scheduler=diffusers.EulerDiscreteScheduler(num_train_timesteps=100))
+def test_img2img_by_the_scheduler_is_that_of_diffusers(
+    make_pipeline: Callable[..., tuple[Path, PretrainedModel]],
+) -> None:
+    folder, model = make_pipeline(
+        "stable_diffusion", scheduler=diffusers.EulerDiscreteScheduler(num_train_timesteps=100)
+    )
     image = torch.randint(0, 256, model.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     images = ours(model, Conditions(prompts=("a red circle",)), Edit(image, strength=0.6), guidance=3.0)
     pipeline = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(folder)
@@ -236,28 +240,30 @@ def test_img2img_by_the_scheduler_is_that_of_diffusers(made: Callable[..., tuple
 @pytest.mark.parametrize("sampler", ["scheduler", "euler"])
 @pytest.mark.parametrize("kind", ["ddpm", "stable_diffusion", "stable_diffusion_3"])
 def test_inpainting_keeps_what_is_kept_and_changes_the_rest(
-    made: Callable[..., tuple[Path, PretrainedModel]], kind: str, sampler: str
+    make_pipeline: Callable[..., tuple[Path, PretrainedModel]], kind: str, sampler: str
 ) -> None:
-    _, model = made(kind)
+    _, model = make_pipeline(kind)
     image = torch.full(model.shape, 200, dtype=torch.uint8)
-    kept = torch.zeros(model.shape[1:], dtype=torch.bool)
-    kept[:, :8] = True
-    images = ours(model, edit=Edit(image, kept), sampler=sampler)
-    assert torch.equal(images[..., kept], image[..., kept].expand(COUNT, -1, -1))
-    assert (images[..., ~kept] != 200).float().mean() > 0.5
+    mask = torch.zeros(model.shape[1:], dtype=torch.bool)
+    mask[:, :8] = True
+    images = ours(model, edit=Edit(image, mask), sampler=sampler)
+    assert torch.equal(images[..., mask], image[..., mask].expand(COUNT, -1, -1))
+    assert (images[..., ~mask] != 200).float().mean() > 0.5
 
 
-def test_repaint_and_pigdm_need_a_sampler_of_ours(made: Callable[..., tuple[Path, PretrainedModel]]) -> None:
-    _, model = made("ddpm")
-    image, kept = torch.zeros(model.shape, dtype=torch.uint8), torch.zeros(16, 16, dtype=torch.bool)
-    kept[:8] = True
+def test_repaint_and_pigdm_need_a_sampler_of_ours(make_pipeline: Callable[..., tuple[Path, PretrainedModel]]) -> None:
+    _, model = make_pipeline("ddpm")
+    image, mask = torch.zeros(model.shape, dtype=torch.uint8), torch.zeros(16, 16, dtype=torch.bool)
+    mask[:8] = True
     with pytest.raises(UserError, match="scheduler"):
-        ours(model, edit=Edit(image, kept, guided=True))
-    ours(model, edit=Edit(image, kept, guided=True), sampler="euler")
+        ours(model, edit=Edit(image, mask, guided=True))
+    ours(model, edit=Edit(image, mask, guided=True), sampler="euler")
 
 
-def test_the_tokenizer_of_the_pipeline_limits_prompts(made: Callable[..., tuple[Path, PretrainedModel]]) -> None:
-    _, model = made("stable_diffusion")
+def test_the_tokenizer_of_the_pipeline_limits_prompts(
+    make_pipeline: Callable[..., tuple[Path, PretrainedModel]],
+) -> None:
+    _, model = make_pipeline("stable_diffusion")
     check_prompts(Conditions(prompts=("red " * 14,)), model.prompt_length)
     with pytest.raises(UserError, match="17 word pieces, and 16 are read"):
         check_prompts(Conditions(prompts=("red " * 15,)), model.prompt_length)
@@ -266,19 +272,19 @@ def test_the_tokenizer_of_the_pipeline_limits_prompts(made: Callable[..., tuple[
 
 
 def test_requests_have_the_guidance_of_the_pipeline_unless_they_name_another(
-    made: Callable[..., tuple[Path, PretrainedModel]],
+    make_pipeline: Callable[..., tuple[Path, PretrainedModel]],
 ) -> None:
-    _, model = made("stable_diffusion")
+    _, model = make_pipeline("stable_diffusion")
     sampling = sampling_config(sampler="scheduler", steps=3, compute_batch=2)
     prompt = {"task": "sample", "prompt": "a red circle"}
-    given = [{}, {"guidance": 7.5}, {"guidance": 1}]
-    default, same, none = answer(model, [make_request(prompt | each) for each in given], sampling)
+    requests = [{}, {"guidance": 7.5}, {"guidance": 1}]
+    default, same, none = answer(model, [make_request(prompt | each) for each in requests], sampling)
     assert torch.equal(default, same)
     assert not torch.equal(default, none)
 
 
-def test_a_network_of_classes_alone_is_not_guided(made: Callable[..., tuple[Path, PretrainedModel]]) -> None:
-    folder, model = made("class_conditional")
+def test_a_network_of_classes_alone_is_not_guided(make_pipeline: Callable[..., tuple[Path, PretrainedModel]]) -> None:
+    folder, model = make_pipeline("class_conditional")
     config = sampling_config(sampler="scheduler", steps=3, compute_batch=2)
     with pytest.raises(UserError, match=r"sampling\.guidance"):
         sample(model, [0], 0, config.changed({"guidance": 3.0}))
@@ -289,27 +295,29 @@ def test_a_network_of_classes_alone_is_not_guided(made: Callable[..., tuple[Path
     x = torch.randn(COUNT, *model.noise_shape, generator=torch.Generator().manual_seed(0))
     expected = unet(x, 7, class_labels=torch.tensor([0, 2])).sample
     with torch.inference_mode():
-        found = model.network.predict(x, torch.tensor(7), torch.tensor([0, 2]))
-    assert torch.allclose(found, expected, atol=1e-5)
+        prediction = model.network.predict(x, torch.tensor(7), torch.tensor([0, 2]))
+    assert torch.allclose(prediction, expected, atol=1e-5)
     assert not torch.equal(images[0], images[1])
 
 
 def test_a_network_of_unknown_prediction_has_its_own_scheduler(
-    made: Callable[..., tuple[Path, PretrainedModel]],
+    make_pipeline: Callable[..., tuple[Path, PretrainedModel]],
 ) -> None:
-    folder, model = made("stable_diffusion", scheduler=diffusers.LCMScheduler())
-    chosen = model.header.sampling(sampling_config(sampler="euler", steps=4))
-    assert chosen.sampler == "scheduler"
+    folder, model = make_pipeline("stable_diffusion", scheduler=diffusers.LCMScheduler())
+    sampling = model.header.sampling(sampling_config(sampler="euler", steps=4))
+    assert sampling.sampler == "scheduler"
     images = ours(model, Conditions(prompts=("a red circle",)), steps=5)
     assert_same(images, theirs(folder, "StableDiffusionPipeline", prompt=["a red circle"] * 2, guidance_scale=1.0))
     with pytest.raises(UserError, match="scheduler"):
         ours(model, sampler="euler")
 
 
-def test_held_out_losses_are_of_the_pipelines_noise_levels(made: Callable[..., tuple[Path, PretrainedModel]]) -> None:
+def test_held_out_losses_are_of_the_pipelines_noise_levels(
+    make_pipeline: Callable[..., tuple[Path, PretrainedModel]],
+) -> None:
     x0 = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for kind in ("ddpm", "stable_diffusion_3"):
-        _, model = made(kind)
+        _, model = make_pipeline(kind)
         with torch.inference_mode():
             terms = model.terms(x0, make_conditioning(model, range(2), 0), [0, 1])
         assert terms.losses.isfinite().all()
@@ -322,7 +330,9 @@ def test_a_model_that_was_trained_here_has_no_scheduler_of_its_own(tmp_path: Pat
         sample(model, [0], 0, sampling_config(sampler="scheduler", compute_batch=1))
 
 
-def test_more_steps_than_there_are_levels_are_refused(made: Callable[..., tuple[Path, PretrainedModel]]) -> None:
-    _, model = made("ddpm")
+def test_more_steps_than_there_are_levels_are_rejected(
+    make_pipeline: Callable[..., tuple[Path, PretrainedModel]],
+) -> None:
+    _, model = make_pipeline("ddpm")
     with pytest.raises(UserError, match=r"sampling\.steps"):
         ours(model, steps=101)

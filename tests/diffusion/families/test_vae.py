@@ -1,4 +1,4 @@
-"""Autoencoders: trained, resumed, judged and drawn from as diffusion models are, by their own measure."""
+"""Autoencoders: trained, resumed, evaluated and sampled as diffusion models are, by their own measure."""
 
 import json
 import math
@@ -85,8 +85,8 @@ def test_the_bound_of_a_trained_network_lies_below_the_likelihood_of_its_data(tm
     size, count, spread = 8, 400, 0.12
     loadings = 0.25 * random.standard_normal((size * size, 2))
     x = random.standard_normal((count, 2)) @ loadings.T + spread * random.standard_normal((count, size * size))
-    stored = np.rint((x + 1) * 127.5).clip(0, 255).astype(np.uint8).reshape(count, 1, size, size)
-    write_dataset(tmp_path / "factors", stored, per_shard=100)
+    pixels = np.rint((x + 1) * 127.5).clip(0, 255).astype(np.uint8).reshape(count, 1, size, size)
+    write_dataset(tmp_path / "factors", pixels, per_shard=100)
     settings = {"images": 3200, "batch_size": 32, "learning_rate": 1e-2, "flip": False, "precision": "fp32"}
     options = CONFIG.model_copy(update=settings)
     shape = VAEConfig(width=16, channel_mult=(1,), patch=4, latent_channels=2, kl_weight=1)
@@ -114,15 +114,15 @@ def test_vae_image_is_generated_from_the_noise_of_its_seed_and_index(model: VAEM
 
 
 def test_interpolation_between_seeds_starts_and_ends_at_their_images(model: VAEModel) -> None:
-    way = interpolate(model, 1, 2, 36, SAMPLING)
+    path = interpolate(model, 1, 2, 36, SAMPLING)
     for place, seed in ((0, 1), (-1, 2)):
-        assert (way[place].int() - sample(model, [0], seed, SAMPLING)[0].int()).abs().max() <= 1
+        assert (path[place].int() - sample(model, [0], seed, SAMPLING)[0].int()).abs().max() <= 1
 
 
 def test_an_exported_checkpoint_is_the_same_model(run: Path, model: VAEModel, tmp_path: Path) -> None:
     export(run / "checkpoints" / "0000000320.safetensors", tmp_path / "weights.safetensors")
-    exported = load_model(tmp_path / "weights.safetensors")
-    assert torch.equal(sample(exported, range(4), 0, SAMPLING), sample(model, range(4), 0, SAMPLING))
+    exported_model = load_model(tmp_path / "weights.safetensors")
+    assert torch.equal(sample(exported_model, range(4), 0, SAMPLING), sample(model, range(4), 0, SAMPLING))
 
 
 def test_vae_training_logs_the_reconstruction_psnr(data: Path, tmp_path: Path) -> None:
@@ -145,22 +145,22 @@ def test_vae_is_evaluated_by_held_out_reconstruction(data: Path, run: Path, tmp_
     evaluation = evaluate(data, models_to_evaluate(run, tmp_path), EVALUATION, SAMPLING, tmp_path, run / "losses.csv")
     dataset, extractor = Dataset.open(data), EfficientNetLite0(32)
     held_out = dataset.images(dataset.rows("held_out"))
-    for judged in evaluation.checkpoints:
-        back = reconstructed(load_model(Path(judged.file)), held_out, SAMPLING)
+    for checkpoint in evaluation.checkpoints:
+        back = reconstructed(load_model(Path(checkpoint.file)), held_out, SAMPLING)
         ratios = [10 * math.log10(255**2 / mean_square(*pair)) for pair in zip(back, held_out, strict=True)]
-        assert judged.reconstruction is not None
-        assert judged.reconstruction.psnr == pytest.approx(np.mean(ratios))
-        assert judged.reconstruction.psnr_se == pytest.approx(np.std(ratios, ddof=1) / math.sqrt(len(ratios)))
-        assert judged.reconstruction.ssim == pytest.approx(ssim(back, held_out).mean().item())
+        assert checkpoint.reconstruction is not None
+        assert checkpoint.reconstruction.psnr == pytest.approx(np.mean(ratios))
+        assert checkpoint.reconstruction.psnr_se == pytest.approx(np.std(ratios, ddof=1) / math.sqrt(len(ratios)))
+        assert checkpoint.reconstruction.ssim == pytest.approx(ssim(back, held_out).mean().item())
         expected = frechet_distance(compute_moments(extractor(back)), compute_moments(extractor(held_out)))
-        assert judged.reconstruction.fd == pytest.approx(expected, rel=1e-3)
+        assert checkpoint.reconstruction.fd == pytest.approx(expected, rel=1e-3)
     best = max(evaluation.checkpoints, key=lambda each: each.reconstruction.psnr)
     assert evaluation.best == best
     assert json.loads((tmp_path / "metrics.json").read_text())["reconstruction_psnr"] == best.reconstruction.psnr
     assert "reconstruction_psnr" in (tmp_path / "scores.csv").read_text().splitlines()[0]
-    shown = np.asarray(Image.open(tmp_path / "grids" / "held_out_reconstructed.png"))
+    grid_pixels = np.asarray(Image.open(tmp_path / "grids" / "held_out_reconstructed.png"))
     expected = above(held_out, reconstructed(load_model(Path(best.file)), held_out, SAMPLING))
-    assert np.array_equal(shown, np.asarray(expected))
+    assert np.array_equal(grid_pixels, np.asarray(expected))
     page = (tmp_path / "report.html").read_text()
     assert "<h2>Reconstructions</h2>" in page
     assert f"{best.reconstruction.psnr:.2f} ±" in page
@@ -184,7 +184,7 @@ def test_explain_writes_figures_with_a_real_image(data: Path, model: VAEModel, t
     assert Image.open(paths[0]).height > 2 * SIZE
 
 
-def test_a_size_that_its_factor_does_not_divide_is_refused(data: Path, tmp_path: Path) -> None:
+def test_a_size_that_its_factor_does_not_divide_is_rejected(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"latent position of 32×32 pixels, and 32 does not divide the images' 16"):
         autoencoder(data, tmp_path / "run", VAE.model_copy(update={"channel_mult": (1, 1, 1, 1, 1)}))
     with pytest.raises(ValueError, match="latents as large as images"):
@@ -199,7 +199,7 @@ def test_a_size_that_its_factor_does_not_divide_is_refused(data: Path, tmp_path:
         ({"guidance": 3.0}, r"sampling\.guidance means nothing to model\.family = vae"),
     ],
 )
-def test_settings_of_the_reverse_process_are_refused(model: VAEModel, setting: dict[str, object], words: str) -> None:
+def test_settings_of_the_reverse_process_are_rejected(model: VAEModel, setting: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
         sample(model, [0], 0, SAMPLING.model_copy(update=setting))
 
@@ -216,8 +216,8 @@ def test_vae_rejects_unknown_conditions_and_edits(model: VAEModel) -> None:
 
 def test_vae_supports_sampling_and_interpolation_requests_only(model: VAEModel) -> None:
     assert tasks_of(model) == ("sample", "interpolate")
-    drawn = answer(model, [make_request({"count": 2, "seed": 3, "index": 5})], SAMPLING)
-    assert torch.equal(drawn[0], sample(model, [5, 6], 3, SAMPLING))
+    images = answer(model, [make_request({"count": 2, "seed": 3, "index": 5})], SAMPLING)
+    assert torch.equal(images[0], sample(model, [5, 6], 3, SAMPLING))
     image = png_bytes(Image.new("RGB", (SIZE, SIZE)))
     with pytest.raises(UserError, match="not trained to img2img: it can sample, interpolate"):
         answer(model, [make_request({"task": "img2img", "image": image})], SAMPLING)
@@ -228,7 +228,7 @@ def test_vae_supports_sampling_and_interpolation_requests_only(model: VAEModel) 
 @pytest.mark.parametrize(
     "setting", [{"weighting": "plain"}, {"learned_uncertainty": True}, {"gradient_checkpointing": True}]
 )
-def test_training_settings_of_diffusion_are_refused(data: Path, tmp_path: Path, setting: dict[str, object]) -> None:
+def test_training_settings_of_diffusion_are_rejected(data: Path, tmp_path: Path, setting: dict[str, object]) -> None:
     with pytest.raises(UserError, match=rf"training\.{next(iter(setting))} means nothing to model\.family = vae"):
         autoencoder(data, tmp_path / "run", config=setting)
 

@@ -1,4 +1,4 @@
-"""Models that are told classes and captions, from training to images that show what is asked."""
+"""Models conditioned on classes and captions, from training to images that show the condition."""
 
 from collections import Counter
 from pathlib import Path
@@ -59,8 +59,8 @@ def test_stopped_run_resumes_bit_for_bit_and_names_its_text_encoder(
     whole = run(data, tmp_path / "whole", sampling=GUIDED)
     with pytest.raises(Stop):
         run(data, tmp_path / "cut", sampling=GUIDED, track=lambda _: StopAt(112))
-    resumed = run(data, tmp_path / "cut", sampling=GUIDED)
-    assert resumed.final.read_bytes() == whole.final.read_bytes()
+    resumed_run = run(data, tmp_path / "cut", sampling=GUIDED)
+    assert resumed_run.final.read_bytes() == whole.final.read_bytes()
     last = "samples/0000000320.png"
     assert (tmp_path / "cut" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
     header = read_header(tmp_path / "cut" / "checkpoints" / "0000000320.safetensors")["model_header"]
@@ -120,8 +120,8 @@ def test_class_and_caption_dropout_share_one_random_number(share: float, seed: i
     u = torch.rand(400, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     label, text = torch.arange(400) % 3, torch.ones(400, 384)
     both, classes, captions = (
-        drop_conditioning(told, u, share, 3, torch.zeros(WIDTH))
-        for told in ({"label": label, "text": text}, {"label": label}, {"text": text})
+        drop_conditioning(conditioning, u, share, 3, torch.zeros(WIDTH))
+        for conditioning in ({"label": label, "text": text}, {"label": label}, {"text": text})
     )
     unlabelled, unread = both["label"] == 3, ~both["text"].any(1)
     # Told nothing are the same images whatever there is to be told, and they are as many as was said.
@@ -167,7 +167,7 @@ def test_labels_and_prompts_cycle_over_the_image_indices(model: DiffusionModel) 
 
 
 def test_labels_prompts_and_negative_prompt_change_the_image(model: DiffusionModel) -> None:
-    drawn = [
+    images = [
         sample(model, range(8), 7, GUIDED, conditions=conditions).numpy().tobytes()
         for conditions in (
             Conditions(labels=("red",)),
@@ -178,7 +178,7 @@ def test_labels_prompts_and_negative_prompt_change_the_image(model: DiffusionMod
             Conditions(labels=("red",), prompts=("red square",)),
         )
     ]
-    assert len(set(drawn)) == len(drawn)
+    assert len(set(images)) == len(images)
 
 
 PLAIN = sampling_config()
@@ -251,7 +251,7 @@ def test_guidance_without_conditioning_fails_before_training(dataset: Path, tmp_
 
 
 @needs_encoder
-def test_a_prompt_too_long_to_be_read_is_refused() -> None:
+def test_a_prompt_too_long_to_be_read_is_rejected() -> None:
     check_prompts(Conditions(prompts=("word " * 254, None)))
     with pytest.raises(UserError, match="has 302 word pieces, and 256 are read: shorten it"):
         check_prompts(Conditions(prompts=("word " * 300,)))
@@ -284,23 +284,25 @@ def test_images_follow_the_colour_of_the_prompt(tmp_path: Path) -> None:
     }
     config = CONFIG.model_copy(update=settings)
     shapes = [each.model_copy(update={"schedule": "cosine", "prediction": "v_prediction"}) for each in (MODEL, SHAPE)]
-    told, untold = (
+    caption_model, plain_model = (
         load_model(train(tmp_path / "squares", tmp_path / f"run{number}", each, config, SAMPLING).final)
         for number, each in enumerate(shapes)
     )
     names = list(COLOURS)
     for words in ("{} square", "a square that is {}"):
         conditions = Conditions(prompts=tuple(words.format(name) for name in names))
-        drawn = colours(sample(told, range(36), 0, SAMPLING, conditions=conditions))
-        assert sum(one == other for one, other in zip(drawn, names * 12, strict=True)) >= 34
+        colours_of_images = colours(sample(caption_model, range(36), 0, SAMPLING, conditions=conditions))
+        assert sum(one == other for one, other in zip(colours_of_images, names * 12, strict=True)) >= 34
     # So small an image has its colour from the first step on: it begins where nothing of it is left.
     away = SAMPLING.model_copy(update={"guidance": 3.0, "sigma_max": 40.0, "steps": 6})
-    drawn = colours(sample(told, range(24), 0, away, conditions=Conditions(negative_prompt="red square")))
-    assert drawn.count("red") <= 2  # of 8 without
-    # Trained in the same way on the same images, but told nothing, it cannot be asked and draws all colours.
-    assert max(Counter(colours(sample(untold, range(36), 0, SAMPLING))).values()) < 30
+    colours_of_images = colours(
+        sample(caption_model, range(24), 0, away, conditions=Conditions(negative_prompt="red square"))
+    )
+    assert colours_of_images.count("red") <= 2  # of 8 without
+    # Trained in the same way on the same images, but unconditional, it takes no prompt and generates all colours.
+    assert max(Counter(colours(sample(plain_model, range(36), 0, SAMPLING))).values()) < 30
     with pytest.raises(UserError, match="trained without captions"):
-        sample(untold, range(36), 0, SAMPLING, conditions=Conditions(prompts=("red square",)))
+        sample(plain_model, range(36), 0, SAMPLING, conditions=Conditions(prompts=("red square",)))
 
 
 def test_evaluation_uses_the_conditions_of_held_out_images(model: DiffusionModel, data: Path, tmp_path: Path) -> None:

@@ -80,15 +80,15 @@ def test_reverse_process_of_a_perfect_model_ends_at_a_training_image() -> None:
     frames = reverse(perfect_model(points, "v_prediction"), seed=3)
     distances = (points - frames.result).abs().amax((1, 2, 3))
     assert distances.min() < 0.01
-    known = points[distances.argmin()]
+    nearest_point = points[distances.argmin()]
     assert frames.steps == sorted(frames.steps, reverse=True)
     assert frames.steps[0] > 950
     assert frames.steps[-1] < 1
     assert len(frames.steps) == len(frames.images) == len(frames.estimates) == 8
-    assert abs(correlation(frames.images[0], known)) < 0.3
+    assert abs(correlation(frames.images[0], nearest_point)) < 0.3
     assert frames.images[0].std() == pytest.approx(1, abs=0.1)
-    assert correlation(frames.images[-1], known) > 0.999
-    assert correlation(frames.estimates[-1], known) > 0.999
+    assert correlation(frames.images[-1], nearest_point) > 0.999
+    assert correlation(frames.estimates[-1], nearest_point) > 0.999
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -51,8 +51,8 @@ def test_exported_checkpoint_generates_the_same_images(model: DiffusionModel, tm
     checkpoint = tmp_path / "run" / "checkpoints" / "0000000320.safetensors"
     first = export(checkpoint, tmp_path / "weights.safetensors")
     assert export(checkpoint, tmp_path / "again.safetensors") == first
-    exported = load_model(tmp_path / "weights.safetensors")
-    torch.testing.assert_close(sample(exported, [0], 0, CONFIG), sample(model, [0], 0, CONFIG), rtol=0, atol=0)
+    exported_model = load_model(tmp_path / "weights.safetensors")
+    torch.testing.assert_close(sample(exported_model, [0], 0, CONFIG), sample(model, [0], 0, CONFIG), rtol=0, atol=0)
 
 
 def test_uint8_round_trip_is_exact() -> None:
@@ -61,7 +61,7 @@ def test_uint8_round_trip_is_exact() -> None:
     assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
 
 
-def test_files_that_are_no_models_are_refused_in_one_line(tmp_path: Path) -> None:
+def test_files_that_are_no_models_are_rejected_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no model at"):
         load_model(tmp_path / "missing.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")

@@ -1,4 +1,4 @@
-"""Requests: each task through one door, what a model cannot do or would pass over refused before anything is drawn."""
+"""Requests: each task through one door, what a model cannot do or would ignore is rejected before it generates."""
 
 import io
 from pathlib import Path
@@ -60,7 +60,7 @@ def model(tmp_path: Path) -> DiffusionModel:
 
 @pytest.fixture
 def enlarging(tmp_path: Path) -> DiffusionModel:
-    """A model that draws images of 4×4 as 8×8."""
+    """A model that generates images of 4×4 as 8×8."""
     config = CONFIG.model_copy(update={"low_resolution": 4, "conditional": False})
     return load_model(write_model(tmp_path / "enlarging.safetensors", seed=0, images=0, size=SIZE, config=config))
 
@@ -69,21 +69,21 @@ def needs(task: str) -> list[str]:
     return [name for name, field in REQUESTS[task].model_fields.items() if field.is_required()]  # type: ignore[index]
 
 
-def asked(task: str, **fields: Any) -> GenerationRequest:
+def request(task: str, **fields: Any) -> GenerationRequest:
     needed = {name: EXAMPLES[name] for name in needs(task)}
     return make_request({"task": task} | needed | fields)
 
 
 def test_a_sample_is_the_image_of_its_seed_and_number(model: DiffusionModel) -> None:
-    [images] = answer(model, [asked("sample", seed=7, index=5, count=3)], SAMPLING)
+    [images] = answer(model, [request("sample", seed=7, index=5, count=3)], SAMPLING)
     assert torch.equal(images, sample(model, [5, 6, 7], 7, SAMPLING))
 
 
 def test_rows_of_one_seed_get_what_each_would_get_alone(model: DiffusionModel) -> None:
     rows = [
-        asked("sample", seed=1, index=6),
-        asked("img2img", seed=1, count=2),
-        asked("sample", seed=1, index=0, count=2),
+        request("sample", seed=1, index=6),
+        request("img2img", seed=1, count=2),
+        request("sample", seed=1, index=0, count=2),
     ]
     together = answer(model, rows, SAMPLING)
     for row, images in zip(rows, together, strict=True):
@@ -91,9 +91,9 @@ def test_rows_of_one_seed_get_what_each_would_get_alone(model: DiffusionModel) -
 
 
 def test_inpainting_keeps_black_and_repaints_white_mask_pixels(model: DiffusionModel) -> None:
-    [images] = answer(model, [asked("inpaint", count=3)], SAMPLING)
-    kept = torch.from_numpy(PIXELS)[:, :4].expand(3, 1, -1, -1)
-    assert torch.equal(images[..., :4], kept)
+    [images] = answer(model, [request("inpaint", count=3)], SAMPLING)
+    known_pixels = torch.from_numpy(PIXELS)[:, :4].expand(3, 1, -1, -1)
+    assert torch.equal(images[..., :4], known_pixels)
     assert not torch.equal(images[0, ..., 4:], images[1, ..., 4:])
 
 
@@ -103,37 +103,37 @@ def test_image_and_mask_are_cropped_and_scaled_alike(model: DiffusionModel) -> N
     wide[:, 4:20] = np.kron(PIXELS, np.ones((2, 2), np.uint8))
     mask = np.zeros_like(wide)
     mask[:, 12:] = 255
-    [images] = answer(model, [asked("inpaint", image=png(wide), mask=png(mask))], SAMPLING)
-    [whole] = answer(model, [asked("img2img", image=png(wide), strength=0.01)], SAMPLING)
+    [images] = answer(model, [request("inpaint", image=png(wide), mask=png(mask))], SAMPLING)
+    [whole] = answer(model, [request("img2img", image=png(wide), strength=0.01)], SAMPLING)
     assert images.shape == whole.shape == (1, 1, SIZE, SIZE)
-    left = torch.from_numpy(wide[:, 4:20]).float().reshape(8, 2, 8, 2).mean((1, 3))[:, :4]
+    expected_left = torch.from_numpy(wide[:, 4:20]).float().reshape(8, 2, 8, 2).mean((1, 3))[:, :4]
     # Bicubic, over a window twice as wide as a mean's.
-    assert (images[0, 0, :, :4].float() - left).abs().mean() < 20
+    assert (images[0, 0, :, :4].float() - expected_left).abs().mean() < 20
 
 
 def test_lower_img2img_strength_stays_closer_to_the_image(model: DiffusionModel) -> None:
     sampling = sampling_config(steps=20, compute_batch=4, sampler="ddim")
     source = torch.from_numpy(PIXELS).float()
     distances = [
-        (answer(model, [asked("img2img", strength=strength)], sampling)[0].float() - source).abs().mean()
+        (answer(model, [request("img2img", strength=strength)], sampling)[0].float() - source).abs().mean()
         for strength in (0.1, 0.4, 0.95)
     ]
     assert distances[0] < distances[1] < distances[2]
 
 
 def test_interpolation_request_starts_and_ends_at_both_images(model: DiffusionModel) -> None:
-    [images] = answer(model, [asked("interpolate", seed=3, to_seed=9, count=5)], SAMPLING)
+    [images] = answer(model, [request("interpolate", seed=3, to_seed=9, count=5)], SAMPLING)
     assert torch.equal(images, interpolate(model, 3, 9, 5, SAMPLING))
 
 
 def test_upscale_request_returns_the_requested_number_of_variants(enlarging: DiffusionModel) -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (6, 9), dtype=np.uint8)
-    row = asked("upscale", image=png(pixels), seed=2, count=3)
+    row = request("upscale", image=png(pixels), seed=2, count=3)
     [images] = answer(enlarging, [row], SAMPLING)
     small = torch.from_numpy(pixels)[None, None].expand(3, -1, -1, -1)
     assert torch.equal(images, upscale(enlarging, small, 2, SAMPLING))
     assert not torch.equal(images[0], images[1])
-    [third] = answer(enlarging, [asked("upscale", image=png(pixels), seed=2, index=2)], SAMPLING)
+    [third] = answer(enlarging, [request("upscale", image=png(pixels), seed=2, index=2)], SAMPLING)
     assert torch.equal(third[0], images[2])
     [begun_with] = original(enlarging, row)
     assert torch.equal(begun_with, torch.from_numpy(np.kron(pixels, np.ones((2, 2), np.uint8)))[None])
@@ -142,7 +142,7 @@ def test_upscale_request_returns_the_requested_number_of_variants(enlarging: Dif
 def test_super_resolution_model_supports_upscaling_only(enlarging: DiffusionModel) -> None:
     assert tasks_of(enlarging) == ("upscale",)
     with pytest.raises(UserError, match="the model was not trained to sample: it can upscale"):
-        answer(enlarging, [asked("sample")], SAMPLING)
+        answer(enlarging, [request("sample")], SAMPLING)
 
 
 @pytest.mark.parametrize(
@@ -154,41 +154,41 @@ def test_super_resolution_model_supports_upscaling_only(enlarging: DiffusionMode
 )
 def test_invalid_upscale_request_is_an_error(enlarging: DiffusionModel, pixels: np.ndarray, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        answer(enlarging, [asked("upscale", image=png(pixels))], SAMPLING)
+        answer(enlarging, [request("upscale", image=png(pixels))], SAMPLING)
 
 
 def test_request_overrides_the_sampling_settings(model: DiffusionModel) -> None:
-    [images] = answer(model, [asked("sample", sampler="heun", steps=5)], SAMPLING)
+    [images] = answer(model, [request("sample", sampler="heun", steps=5)], SAMPLING)
     assert torch.equal(images, sample(model, [0], 0, sampling_config(sampler="heun", steps=5, compute_batch=4)))
 
 
 def test_another_sampler_is_not_given_the_options_of_the_configured_one(model: DiffusionModel) -> None:
     configured = sampling_config(sampler="heun", churn={"amount": 2}, steps=3, compute_batch=4)
-    assert asked("sample", sampler="ddim").sampling(configured) == sampling_config(
+    assert request("sample", sampler="ddim").sampling(configured) == sampling_config(
         sampler="ddim", steps=3, compute_batch=4
     )
-    assert asked("sample", steps=7).sampling(configured) == configured.changed({"steps": 7})
+    assert request("sample", steps=7).sampling(configured) == configured.changed({"steps": 7})
 
 
 def test_another_sampler_visits_the_noise_levels_that_are_configured() -> None:
     configured = sampling_config(sampler="ddpm", steps=1000, sigma_max=None, sigma_min=None, variance="fixed_large")
-    drawn = asked("sample", sampler="ddim", steps=50).sampling(configured)
-    assert drawn == sampling_config(sampler="ddim", steps=50, sigma_max=None, sigma_min=None)
+    sampling = request("sample", sampler="ddim", steps=50).sampling(configured)
+    assert sampling == sampling_config(sampler="ddim", steps=50, sigma_max=None, sigma_min=None)
 
 
 def test_a_guidance_of_1_is_none_however_guidance_is_configured() -> None:
     configured = sampling_config(guidance=3, guidance_interval=(0.2, 5), guidance_rescale=0.7)
-    assert not asked("sample", guidance=1).sampling(configured).guides
-    assert not asked("sample", guidance=1).sampling(sampling_config(autoguidance=3)).is_guided
-    assert asked("sample").sampling(configured) == configured
+    assert not request("sample", guidance=1).sampling(configured).guides
+    assert not request("sample", guidance=1).sampling(sampling_config(autoguidance=3)).is_guided
+    assert request("sample").sampling(configured) == configured
 
 
 def test_partially_masked_pixel_of_a_larger_mask_is_repainted(model: DiffusionModel) -> None:
     large = np.kron(PIXELS, np.ones((8, 8), np.uint8))
     mask = np.zeros_like(large)
-    # A bar of three pixels, less than half of what each of those drawn stands for.
+    # A bar of three pixels, less than half of what each of those generated stands for.
     mask[34:37] = 255
-    [bar] = original(model, asked("inpaint", image=png(large), mask=png(mask)))
+    [bar] = original(model, request("inpaint", image=png(large), mask=png(mask)))
     assert (bar[0, 4] == 128).all()
     assert not (bar[0, :3] == 128).all(1).any()
 
@@ -197,14 +197,14 @@ def test_partially_masked_pixel_of_a_larger_mask_is_repainted(model: DiffusionMo
 def test_fields_unknown_to_a_task_are_an_error(task: str) -> None:
     for name in EXAMPLES.keys() - REQUESTS[task].model_fields.keys() - {"task"}:  # type: ignore[index]
         with pytest.raises(UserError, match=f"{name} means nothing to {task}"):
-            asked(task, **{name: EXAMPLES[name]})
+            request(task, **{name: EXAMPLES[name]})
 
 
 @pytest.mark.parametrize("task", REQUESTS)
 def test_missing_task_fields_are_named(task: str) -> None:
     for name in needs(task):
         with pytest.raises(UserError, match=f"{task} needs {name}"):
-            asked(task, **{name: None})
+            request(task, **{name: None})
 
 
 @pytest.mark.parametrize(
@@ -251,10 +251,10 @@ def test_invalid_request_is_an_error(fields: dict[str, Any], words: str) -> None
     ],
 )
 def test_one_invalid_row_prevents_all_generation(model: DiffusionModel, fields: dict[str, Any], words: str) -> None:
-    drawn: list[str] = []
+    calls: list[str] = []
     with pytest.raises(UserError, match=words):
-        answer(model, [asked("sample"), make_request(fields)], SAMPLING, lambda what, *_: drawn.append(what))
-    assert not drawn
+        answer(model, [request("sample"), make_request(fields)], SAMPLING, lambda what, *_: calls.append(what))
+    assert not calls
 
 
 def test_model_lists_its_supported_tasks(model: DiffusionModel) -> None:
@@ -263,21 +263,21 @@ def test_model_lists_its_supported_tasks(model: DiffusionModel) -> None:
 
 def test_of_several_rows_the_one_that_cannot_be_answered_is_named(model: DiffusionModel) -> None:
     with pytest.raises(UserError, match="row 1: the model was trained without classes"):
-        answer(model, [asked("sample"), asked("sample", label="cat")], SAMPLING)
+        answer(model, [request("sample"), request("sample", label="cat")], SAMPLING)
 
 
 def test_interpolation_between_classes_is_an_error(tmp_path: Path) -> None:
-    model = load_model(write_model(tmp_path / "told.safetensors", 0, 0, size=SIZE, classes={"cat": 5, "dog": 5}))
-    drawn: list[str] = []
-    rows = [asked("img2img"), asked("interpolate", seed=1, to_seed=2, count=6)]
+    model = load_model(write_model(tmp_path / "conditional.safetensors", 0, 0, size=SIZE, classes={"cat": 5, "dog": 5}))
+    calls: list[str] = []
+    rows = [request("img2img"), request("interpolate", seed=1, to_seed=2, count=6)]
     with pytest.raises(UserError, match=r"row 1: .*nothing between classes: give a label, one of cat, dog"):
-        answer(model, rows, SAMPLING, lambda what, *_: drawn.append(what))
-    assert not drawn
-    [way] = answer(model, [asked("interpolate", seed=1, to_seed=2, count=6, label="dog")], SAMPLING)
-    ends = [answer(model, [asked("sample", seed=seed, label="dog")], SAMPLING)[0] for seed in (1, 2)]
-    assert torch.equal(torch.cat([way[:1], way[-1:]]), torch.cat(ends))
+        answer(model, rows, SAMPLING, lambda what, *_: calls.append(what))
+    assert not calls
+    [images] = answer(model, [request("interpolate", seed=1, to_seed=2, count=6, label="dog")], SAMPLING)
+    ends = [answer(model, [request("sample", seed=seed, label="dog")], SAMPLING)[0] for seed in (1, 2)]
+    assert torch.equal(torch.cat([images[:1], images[-1:]]), torch.cat(ends))
 
 
-def test_more_pixels_than_fit_into_memory_are_refused(enlarging: DiffusionModel) -> None:
+def test_more_pixels_than_fit_into_memory_are_rejected(enlarging: DiffusionModel) -> None:
     with pytest.raises(UserError, match=r"16\.0 million pixels in all would be generated at once"):
-        answer(enlarging, [asked("upscale", image=png(np.zeros((2000, 2000), np.uint8)))], SAMPLING)
+        answer(enlarging, [request("upscale", image=png(np.zeros((2000, 2000), np.uint8)))], SAMPLING)

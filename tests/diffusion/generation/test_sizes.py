@@ -135,18 +135,18 @@ def test_inpainting_keeps_the_known_pixels_of_a_rectangle(model: Model) -> None:
     Image.fromarray(mask).save(stream := io.BytesIO(), "png")
     fields = {"task": "inpaint", "image": png(20, 12), "mask": stream.getvalue(), "size": "20x12", "count": 2}
     [edited] = answer(model, [make_request(fields)], SAMPLING)
-    known = torch.from_numpy(np.array(Image.open(io.BytesIO(png(20, 12)))))
-    assert torch.equal(edited[:, 0, :, :10], known[:, :10].expand(2, -1, -1))
-    assert not torch.equal(edited[0, 0, :, 10:], known[:, 10:])
+    original = torch.from_numpy(np.array(Image.open(io.BytesIO(png(20, 12)))))
+    assert torch.equal(edited[:, 0, :, :10], original[:, :10].expand(2, -1, -1))
+    assert not torch.equal(edited[0, 0, :, 10:], original[:, 10:])
 
 
 def test_autoregressive_models_generate_any_shape_from_their_own_noise() -> None:
     config = AutoregressiveConfig(width=8, layers=2, mixtures=2)
     about = header().model_copy(update={"model": config})
-    made = AutoregressiveModel(about, AutoregressiveModel.make_network(config, (1, 8, 8), 0).eval())
-    images = sample(made.at((8, 10)), range(3), 0, SAMPLING_PLAIN)
+    model = AutoregressiveModel(about, AutoregressiveModel.make_network(config, (1, 8, 8), 0).eval())
+    images = sample(model.at((8, 10)), range(3), 0, SAMPLING_PLAIN)
     assert images.shape == (3, 1, 8, 10)
-    assert torch.equal(images[1:2], sample(made.at((8, 10)), [1], 0, SAMPLING_PLAIN))
+    assert torch.equal(images[1:2], sample(model.at((8, 10)), [1], 0, SAMPLING_PLAIN))
 
 
 SAMPLING_PLAIN = sampling_config(compute_batch=4)
@@ -161,10 +161,10 @@ SAMPLING_PLAIN = sampling_config(compute_batch=4)
 )
 def test_families_with_a_linear_layer_say_that_they_take_one_square(kind: type[Model], config: GANConfig) -> None:
     about = header().model_copy(update={"model": config})
-    made = kind(about, kind.make_network(config, (1, 8, 8), 0))
-    assert made.at((8, 8)).shape == (1, 8, 8)
+    model = kind(about, kind.make_network(config, (1, 8, 8), 0))
+    assert model.at((8, 8)).shape == (1, 8, 8)
     with pytest.raises(UserError, match="8x8 pixels alone"):
-        made.at((8, 12))
+        model.at((8, 12))
     assert shape_conflict(config, 8, [(8, 8)]) is None
     assert "ingest.fit" in (shape_conflict(config, 8, [(4, 16), (16, 4)]) or "")
 
@@ -176,11 +176,11 @@ def test_latents_of_any_shape_are_decoded_and_those_the_factor_does_not_divide_r
         update={"latents": space}
     )
     network = UNet(about.model, 2, 4).eval()  # type: ignore[arg-type]
-    made = DiffusionModel.make_model(about, network, Latents(space, 1).eval())
-    assert made.at((8, 12)).noise_shape == (2, 4, 6)
-    assert sample(made.at((8, 12)), [0], 0, SAMPLING).shape == (1, 1, 8, 12)
+    model = DiffusionModel.make_model(about, network, Latents(space, 1).eval())
+    assert model.at((8, 12)).noise_shape == (2, 4, 6)
+    assert sample(model.at((8, 12)), [0], 0, SAMPLING).shape == (1, 1, 8, 12)
     with pytest.raises(UserError, match="does not divide"):
-        made.at((8, 11))
+        model.at((8, 11))
 
 
 def test_a_side_below_the_fold_is_an_error(model: Model) -> None:
@@ -212,13 +212,13 @@ def test_small_rectangles_are_enlarged_in_tiles_of_trained_shapes() -> None:
     config = FOLDED.model_copy(update={"low_resolution": 8, "conditional": False})
     about = ModelHeader.model_validate(header(config, size=16).model_dump() | {"shapes": {(8, 32): 3, (16, 16): 1}})
     network = UNet(config, 1, 16).eval()
-    made = DiffusionModel.make_model(about, network, None)
+    model = DiffusionModel.make_model(about, network, None)
     for small, tile in (((4, 16), (4, 16)), ((8, 8), (8, 8)), ((4, 40), (4, 16)), ((17, 15), (8, 8))):
         images = torch.zeros(1, 1, *small, dtype=torch.uint8)
-        assert tile_shape(made, images) == tile
-        assert upscale(made, images, 0, SAMPLING).shape == (1, 1, 2 * small[0], 2 * small[1])
+        assert tile_shape(model, images) == tile
+        assert upscale(model, images, 0, SAMPLING).shape == (1, 1, 2 * small[0], 2 * small[1])
     with pytest.raises(UserError, match="lower or narrower"):
-        tile_shape(made, torch.zeros(1, 1, 4, 15, dtype=torch.uint8))
+        tile_shape(model, torch.zeros(1, 1, 4, 15, dtype=torch.uint8))
 
 
 def test_shares_of_shapes_are_exact_and_any_first_images_have_them() -> None:

@@ -1,4 +1,4 @@
-"""Small images drawn large: what the network is shown, tiles that agree, and a model that beats interpolation."""
+"""Small images enlarged: what the network is shown, tiles that agree, and a model that beats interpolation."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -139,15 +139,17 @@ def test_small_image_and_noise_level_reach_every_answer(patch: int, size: int) -
 
 def test_noise_over_small_images_is_a_function_of_seed_and_index() -> None:
     low = torch.zeros(200, 3, 4, 4)
-    told = {"low": low, "level": torch.zeros(200)}
-    whole = add_conditioning_noise(told, 0.4, 3, range(100, 300))
-    part = add_conditioning_noise({name: values[50:60] for name, values in told.items()}, 0.4, 3, range(150, 160))
-    assert all(torch.equal(part[name], whole[name][50:60]) for name in told)
+    conditioning = {"low": low, "level": torch.zeros(200)}
+    whole = add_conditioning_noise(conditioning, 0.4, 3, range(100, 300))
+    part = add_conditioning_noise(
+        {name: values[50:60] for name, values in conditioning.items()}, 0.4, 3, range(150, 160)
+    )
+    assert all(torch.equal(part[name], whole[name][50:60]) for name in conditioning)
     assert 0 <= whole["level"].min() < 0.02 < 0.38 < whole["level"].max() <= 0.4
     assert abs(whole["level"].mean() - 0.2) < 0.03
     spread = (whole["low"] / whole["level"][:, None, None, None]).std()
     assert abs(spread - 1) < 0.03
-    assert not torch.equal(add_conditioning_noise(told, 0.4, 4, range(100, 300))["level"], whole["level"])
+    assert not torch.equal(add_conditioning_noise(conditioning, 0.4, 4, range(100, 300))["level"], whole["level"])
 
 
 def test_configurations_without_it_keep_their_digests() -> None:
@@ -188,8 +190,8 @@ def test_stopped_super_resolution_run_resumes_bit_for_bit(data: Path, tmp_path: 
     whole = train(data, tmp_path / "whole", MODEL, CONFIG, SAMPLING)
     with pytest.raises(Stop):
         train(data, tmp_path / "cut", MODEL, CONFIG, SAMPLING, track=lambda _: StopAt(112))
-    resumed = train(data, tmp_path / "cut", MODEL, CONFIG, SAMPLING)
-    assert resumed.final.read_bytes() == whole.final.read_bytes()
+    resumed_run = train(data, tmp_path / "cut", MODEL, CONFIG, SAMPLING)
+    assert resumed_run.final.read_bytes() == whole.final.read_bytes()
     for name in ("losses.csv", "samples/0000000320.png"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     model = load_model(whole.final)
@@ -285,10 +287,10 @@ class Oracle(nn.Module):
         super().__init__()
         self.sigmas = nn.Parameter(sigmas, requires_grad=False)
 
-    def forward(self, seen: Tensor, time: Tensor, low: Tensor, level: Tensor) -> Tensor:
+    def forward(self, scaled: Tensor, time: Tensor, low: Tensor, level: Tensor) -> Tensor:
         steps = np.arange(len(self.sigmas))
         sigma = torch.from_numpy(np.exp(np.interp(time.numpy(), steps, self.sigmas.log().numpy())))[:, None, None, None]
-        x = seen.double() * (sigma**2 + 1).sqrt()
+        x = scaled.double() * (sigma**2 + 1).sqrt()
         return ((self.SPREAD**2 * x + sigma**2 * low) / (self.SPREAD**2 + sigma**2)).float()
 
 
@@ -348,12 +350,12 @@ def test_a_learned_variance_is_that_of_tiles_too() -> None:
 
 
 def test_upscale_progress_counts_steps_or_images() -> None:
-    seen: list[tuple[str, int, int | None]] = []
-    upscale(untrained(), WIDE[:1], 0, SAMPLING, lambda what, done, total, note="": seen.append((what, done, total)))
-    assert seen == [*(("steps of enlarging", step, 4) for step in (1, 2, 3, 4)), ("images enlarged", 1, 1)]
-    seen.clear()
-    upscale(untrained(), WIDE, 0, SAMPLING, lambda what, done, total, note="": seen.append((what, done, total)))
-    assert seen == [("images enlarged", number, 3) for number in (1, 2, 3)]
+    calls: list[tuple[str, int, int | None]] = []
+    upscale(untrained(), WIDE[:1], 0, SAMPLING, lambda what, done, total, note="": calls.append((what, done, total)))
+    assert calls == [*(("steps of enlarging", step, 4) for step in (1, 2, 3, 4)), ("images enlarged", 1, 1)]
+    calls.clear()
+    upscale(untrained(), WIDE, 0, SAMPLING, lambda what, done, total, note="": calls.append((what, done, total)))
+    assert calls == [("images enlarged", number, 3) for number in (1, 2, 3)]
 
 
 PLAIN = ModelConfig(width=16, channel_mult=(1,), attention=())

@@ -1,4 +1,4 @@
-"""Discretised mixtures of logistics: probabilities that add up, and pixels drawn as they say."""
+"""Discretised mixtures of logistics: probabilities that add up, and pixels sampled as they say."""
 
 import itertools
 import math
@@ -26,40 +26,40 @@ def alphabet(channels: int, levels: int) -> Tensor:
 @given(st.integers(0, 2**32), st.sampled_from([1, 2, 3]), st.integers(1, 4), st.floats(0.1, 4))
 def test_the_probabilities_of_all_pixels_add_up_to_one(seed: int, channels: int, mixtures: int, scale: float) -> None:
     pixels = alphabet(channels, 6)
-    found = mixtures_of(numbers(seed, channels, mixtures, scale), channels)
-    assert log_probability(found, pixels, levels=6).exp().sum().item() == pytest.approx(1, abs=1e-5)
+    mixtures_of_pixels = mixtures_of(numbers(seed, channels, mixtures, scale), channels)
+    assert log_probability(mixtures_of_pixels, pixels, levels=6).exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
 def test_the_probability_is_that_of_scipys_logistic_between_halfway_to_both_neighbours() -> None:
     mean, log_scale = 0.1, -3.2
-    found = mixtures_of(torch.tensor([0.7, mean, log_scale]), 1)
+    mixtures = mixtures_of(torch.tensor([0.7, mean, log_scale]), 1)
     x = torch.arange(256) / 127.5 - 1
     edges = [-math.inf, *((x[1:] + x[:-1]) / 2).tolist(), math.inf]
     expected = torch.from_numpy(logistic.cdf(edges, mean, math.exp(log_scale))).diff()
-    assert torch.allclose(log_probability(found, x[:, None]).exp().double(), expected, atol=1e-6)
+    assert torch.allclose(log_probability(mixtures, x[:, None]).exp().double(), expected, atol=1e-6)
 
 
 def test_values_that_no_logistic_is_near_have_finite_probabilities_and_gradients() -> None:
-    given = torch.tensor([0.0, 0.9, -50.0], requires_grad=True)
-    found = log_probability(mixtures_of(given, 1), torch.tensor([[-0.9]]))
-    found.sum().backward()
-    assert torch.isfinite(found).all()
-    assert torch.isfinite(given.grad).all()
+    numbers_of_mixture = torch.tensor([0.0, 0.9, -50.0], requires_grad=True)
+    log_probabilities = log_probability(mixtures_of(numbers_of_mixture, 1), torch.tensor([[-0.9]]))
+    log_probabilities.sum().backward()
+    assert torch.isfinite(log_probabilities).all()
+    assert torch.isfinite(numbers_of_mixture.grad).all()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pixel_sampling_frequencies_match_the_probabilities(channels: int) -> None:
     levels, count = 4, 20_000
-    found = mixtures_of(numbers(3, channels, 3), channels)
+    mixtures = mixtures_of(numbers(3, channels, 3), channels)
     noise = torch.randn(count, channels + 1, generator=torch.Generator().manual_seed(0))
     pixels = sample_pixels(mixtures_of(numbers(3, channels, 3).expand(count, -1), channels), noise, levels)
     places = ((pixels + 1) * (levels - 1) / 2).round().long()
     which = (places * levels ** torch.arange(channels - 1, -1, -1)).sum(1)
-    expected = log_probability(found, alphabet(channels, levels), levels).exp().double() * count
+    expected = log_probability(mixtures, alphabet(channels, levels), levels).exp().double() * count
     often = expected > 5
-    seen = torch.bincount(which, minlength=len(expected)).double()
-    rest = seen[~often].sum(), expected[~often].sum()
-    observed, probable = (torch.cat([each[often], each[~often].sum()[None]]) for each in (seen, expected))
+    counts = torch.bincount(which, minlength=len(expected)).double()
+    rest = counts[~often].sum(), expected[~often].sum()
+    observed, probable = (torch.cat([each[often], each[~often].sum()[None]]) for each in (counts, expected))
     assert abs(rest[0] - rest[1]) < 5 * math.sqrt(rest[1] + 1)
     assert chisquare(observed + 1e-9, (probable + 1e-9) * (observed.sum() / probable.sum())).pvalue > 1e-3
 

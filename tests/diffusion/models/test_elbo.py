@@ -25,11 +25,11 @@ def generator(seed: int) -> torch.Generator:
 def network(channels: int = 1) -> VAE:
     """A network whose every weight says something."""
     torch.manual_seed(0)
-    made = VAE(CONFIG, channels, SIZE).requires_grad_(False)
+    vae = VAE(CONFIG, channels, SIZE).requires_grad_(False)
     random = generator(1)
-    for parameter in made.parameters():
+    for parameter in vae.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=random), alpha=0.1)
-    return made.eval()
+    return vae.eval()
 
 
 def normal(mean: Tensor, log_variance: Tensor) -> Independent:
@@ -45,16 +45,16 @@ def test_divergence_matches_torch_over_all_values_of_an_image(seed: int) -> None
 
 
 def test_the_divergence_of_the_bound_is_the_expected_log_ratio_of_posteriors_to_priors() -> None:
-    made, count = network(), 4000
+    model, count = network(), 4000
     x = (2 * torch.rand(1, 1, SIZE, SIZE, generator=generator(2)) - 1).expand(count, -1, -1, -1)
     noise = torch.randn(count, NOISE, 1, 1, generator=generator(3))
-    _, divergence, _ = made(x, noise)
-    for_g, for_z = made.prior.split(noise)
-    below = made.autoencoder.posterior(x)
+    _, divergence, _ = model(x, noise)
+    for_g, for_z = model.prior.split(noise)
+    below = model.autoencoder.posterior(x)
     z = reparameterize(*below, for_z)
-    above = made.prior.posterior(z)
+    above = model.prior.posterior(z)
     g = reparameterize(*above, for_g)
-    mean, log_variance, _ = made.prior(g, lambda number, *_: z[:, [number]])
+    mean, log_variance, _ = model.prior(g, lambda number, *_: z[:, [number]])
     posteriors = normal(*below).log_prob(z) + normal(*above).log_prob(g)
     priors = normal(mean, log_variance).log_prob(z) + normal(torch.zeros_like(g), torch.zeros_like(g)).log_prob(g)
     gap = divergence - (posteriors - priors)
@@ -64,16 +64,16 @@ def test_the_divergence_of_the_bound_is_the_expected_log_ratio_of_posteriors_to_
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_given_the_latents_each_value_has_the_probability_of_a_discretized_logistic(channels: int) -> None:
-    made = network(channels)
+    model = network(channels)
     noise = torch.randn(1, NOISE, 1, 1, generator=generator(4)).expand(256, -1, -1, -1)
     flat = torch.full((1, channels, SIZE, SIZE), 127 / 127.5 - 1)
-    z = reparameterize(*made.autoencoder.posterior(flat), made.prior.split(noise[:1])[1])
-    made.autoencoder.posterior = lambda x: (z.expand(len(x), -1, -1, -1), torch.full_like(z, -1e3))  # type: ignore[method-assign]
+    z = reparameterize(*model.autoencoder.posterior(flat), model.prior.split(noise[:1])[1])
+    model.autoencoder.posterior = lambda x: (z.expand(len(x), -1, -1, -1), torch.full_like(z, -1e3))  # type: ignore[method-assign]
     each = flat.repeat(256, 1, 1, 1)
     each[:, -1, 3, 5] = torch.arange(256) / 127.5 - 1
-    misfit, _, _ = made(each, noise)
+    misfit, _, _ = model(each, noise)
     # Each value has the probability of a logistic between halfway to both neighbours; black and white have the tails.
-    mean, log_scale = made.autoencoder.decode(z).double(), made.autoencoder.log_scale.double()
+    mean, log_scale = model.autoencoder.decode(z).double(), model.autoencoder.log_scale.double()
     middles = (torch.arange(255).double() + 0.5) / 127.5 - 1
     edges = torch.cat([torch.tensor([-math.inf]), middles, torch.tensor([math.inf])])
     probabilities = ((edges.view(-1, 1, 1, 1) - mean) * (-log_scale).exp()).sigmoid().diff(dim=0)
@@ -84,34 +84,34 @@ def test_given_the_latents_each_value_has_the_probability_of_a_discretized_logis
 
 
 def test_the_prior_of_a_channel_depends_on_the_channels_before_it_alone() -> None:
-    made = network()
+    model = network()
 
     def moments(g: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_variance, back = made.prior(g, lambda number, *_: z[:, [number]])
+        mean, log_variance, back = model.prior(g, lambda number, *_: z[:, [number]])
         assert torch.equal(back, z)
         return mean, log_variance
 
     g, z = torch.randn(2, 5, generator=generator(5)), torch.randn(2, 3, 4, 4, generator=generator(6))
     for channel in range(3):
-        changed = z.clone()
-        changed[:, channel] += 1
-        for one, other in zip(moments(g, z), moments(g, changed), strict=True):
+        changed_latent = z.clone()
+        changed_latent[:, channel] += 1
+        for one, other in zip(moments(g, z), moments(g, changed_latent), strict=True):
             assert torch.equal(one[:, : channel + 1], other[:, : channel + 1])
             assert channel == 2 or not torch.allclose(one[:, channel + 1 :], other[:, channel + 1 :])
     assert not torch.allclose(moments(g + 1, z)[0], moments(g, z)[0])
 
 
 def test_generated_images_are_decoded_from_samples_of_the_prior() -> None:
-    made = network()
+    model = network()
     noise = torch.randn(2, NOISE, 1, 1, generator=generator(7))
-    g, fresh = made.prior.split(noise)
-    mean, log_variance, z = made.prior(g, lambda number, *moments: reparameterize(*moments, fresh[:, [number]]))
+    g, fresh = model.prior.split(noise)
+    mean, log_variance, z = model.prior(g, lambda number, *moments: reparameterize(*moments, fresh[:, [number]]))
     assert torch.allclose(z, mean + (0.5 * log_variance).exp() * fresh)
-    assert torch.equal(made.generate(noise), made.autoencoder.decode(z))
+    assert torch.equal(model.generate(noise), model.autoencoder.decode(z))
 
 
 def test_sampled_latents_have_the_moments_of_the_posterior() -> None:
     noise = torch.randn(100_000, 1, generator=generator(0))
-    sampled = reparameterize(torch.tensor(2.0), torch.tensor(math.log(9.0)), noise)
-    assert sampled.mean().item() == pytest.approx(2, abs=0.05)
-    assert sampled.std().item() == pytest.approx(3, rel=0.01)
+    latents = reparameterize(torch.tensor(2.0), torch.tensor(math.log(9.0)), noise)
+    assert latents.mean().item() == pytest.approx(2, abs=0.05)
+    assert latents.std().item() == pytest.approx(3, rel=0.01)

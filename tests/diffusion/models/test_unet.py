@@ -55,18 +55,18 @@ def test_output_has_the_input_shape(size: int, patch: int, channel_mult: tuple[i
 )
 def test_attention_is_where_the_configuration_says(attention: tuple[int | str, ...], places: list[str]) -> None:
     network = UNet(small(attention=attention), 1, 12)
-    found = [name for name, layer in network.named_modules() if isinstance(layer, SelfAttention)]
-    assert found == [f"{place}.attention" for place in places]
+    names = [name for name, layer in network.named_modules() if isinstance(layer, SelfAttention)]
+    assert names == [f"{place}.attention" for place in places]
 
 
 @pytest.mark.parametrize(
     ("size", "patch", "lowest"), [(8, 2, 2), (28, 2, 7), (32, 2, 8), (32, 1, 8), (64, 2, 8), (96, 2, 6), (256, 4, 8)]
 )
 def test_the_lowest_resolution_has_about_8_by_8_positions_by_default(size: int, patch: int, lowest: int) -> None:
-    network, seen = UNet(ModelConfig(width=16, heads=1, patch=patch), 1, size), []
-    network.middle[0].register_forward_hook(lambda _, __, output: seen.append(tuple(output.shape[-2:])))
+    network, sizes = UNet(ModelConfig(width=16, heads=1, patch=patch), 1, size), []
+    network.middle[0].register_forward_hook(lambda _, __, output: sizes.append(tuple(output.shape[-2:])))
     network(noisy(1, 1, size), torch.zeros(1))
-    assert seen == [(lowest, lowest)]
+    assert sizes == [(lowest, lowest)]
 
 
 def test_resolutions_below_a_pixel_are_an_error_with_a_remedy() -> None:
@@ -89,7 +89,7 @@ def test_resolutions_below_a_pixel_are_an_error_with_a_remedy() -> None:
         ({"widht": 32}, "Extra inputs are not permitted"),
     ],
 )
-def test_impossible_configurations_are_refused_with_a_reason(changes: dict[str, object], reason: str) -> None:
+def test_impossible_configurations_are_rejected_with_a_reason(changes: dict[str, object], reason: str) -> None:
     with pytest.raises(ValidationError, match=reason):
         small(**changes)
 
@@ -125,11 +125,11 @@ def test_the_answer_depends_on_the_class_and_no_class_is_one_too() -> None:
 
 def test_the_answer_depends_on_the_caption_and_zeros_are_none_at_all() -> None:
     network, x, time = randomize(UNet(small(text=True), 1, 28)).eval(), noisy(1), torch.tensor([500.0])
-    told = functional.normalize(torch.randn(2, 384, generator=torch.Generator().manual_seed(0)))
-    answers = [network(x, time, text=each[None]) for each in told] + [network(x, time)]
+    captions = functional.normalize(torch.randn(2, 384, generator=torch.Generator().manual_seed(0)))
+    answers = [network(x, time, text=each[None]) for each in captions] + [network(x, time)]
     for i, answer in enumerate(answers):
         assert not any(torch.allclose(answer, other, atol=1e-4) for other in answers[:i])
-    mixed = torch.stack([torch.zeros(384), told[0]])
+    mixed = torch.stack([torch.zeros(384), captions[0]])
     both = network(x.expand(2, -1, -1, -1), time.expand(2), text=mixed)
     torch.testing.assert_close(both, torch.cat([answers[2], answers[0]]), atol=1e-5, rtol=1e-4)
 
@@ -140,8 +140,8 @@ def test_every_weight_that_reads_captions_learns_also_where_a_batch_has_none() -
     for text, silent in ((caption, {"no_text"}), (0 * caption, {"text.weight", "text.bias"})):
         loss = network(noisy(1, 1, 12), torch.tensor([500.0]), torch.tensor([1]), text).square().sum()
         gradients = torch.autograd.grad(loss, list(network.parameters()))
-        named = zip(dict(network.named_parameters()), gradients, strict=True)
-        assert {name for name, gradient in named if not gradient.any()} == silent
+        gradients_by_name = zip(dict(network.named_parameters()), gradients, strict=True)
+        assert {name for name, gradient in gradients_by_name if not gradient.any()} == silent
 
 
 def test_images_of_a_batch_do_not_see_each_other() -> None:
@@ -213,12 +213,12 @@ def test_dropout_depends_only_on_the_seed_of_the_image() -> None:
 
 @given(st.integers(0, 2**62 - 1), st.floats(0.05, 0.95))
 def test_dropout_rate_matches_the_configuration_everywhere(draw: int, rate: float) -> None:
-    kept = seeded_dropout(torch.ones(2, 64, 16, 16), torch.tensor([draw, (draw + 1) % 2**62]), rate) != 0
-    size = kept[0].numel()
+    outputs = seeded_dropout(torch.ones(2, 64, 16, 16), torch.tensor([draw, (draw + 1) % 2**62]), rate) != 0
+    size = outputs[0].numel()
     spread = 5 * (rate * (1 - rate) / size) ** 0.5
-    assert abs(kept[0].float().mean().item() - (1 - rate)) < spread
+    assert abs(outputs[0].float().mean().item() - (1 - rate)) < spread
     # Neighbours know nothing of each other, be they positions, channels or images.
-    values = kept.float() - kept.float().mean()
+    values = outputs.float() - outputs.float().mean()
     for one, other in ((values[0], values[1]), (values[0, 1:], values[0, :-1]), (values[0, :, 1:], values[0, :, :-1])):
         assert abs((one * other).mean().item()) < 5 * rate * (1 - rate) / one.numel() ** 0.5
 
@@ -228,11 +228,11 @@ def test_layers_drop_different_values_and_sampling_drops_none() -> None:
     network = UNet(config, 1, 8)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    x, time, seen = torch.randn(2, 1, 8, 8), torch.tensor([1.0, 500.0]), []
+    x, time, masks = torch.randn(2, 1, 8, 8), torch.tensor([1.0, 500.0]), []
     for block in network.down:
-        block.conv2.register_forward_hook(lambda _module, inputs, _out: seen.append(inputs[0] == 0))
+        block.conv2.register_forward_hook(lambda _module, inputs, _out: masks.append(inputs[0] == 0))
     out = network(x, time, draws=torch.tensor([5, 6]))
-    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(masks[0], masks[1])
     assert not torch.equal(out, network(x, time))
     assert torch.equal(network(x, time), network(x, time))
 

@@ -35,35 +35,39 @@ def of_two_pixels(x: Tensor, sigma: Tensor) -> Tensor:
 
 def two_pixels(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Known images, a mask that keeps the first pixel, and a start; the second pixel's mean is then CORRELATION."""
-    known = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2).expand(count, 1, 1, 2)
-    kept = torch.tensor([True, False]).view(1, 1, 1, 2)
-    return known, kept, SIGMAS[0].float() * torch.randn(count, 1, 1, 2, generator=torch.Generator().manual_seed(seed))
+    known_pixels = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2).expand(count, 1, 1, 2)
+    mask = torch.tensor([True, False]).view(1, 1, 1, 2)
+    return (
+        known_pixels,
+        mask,
+        SIGMAS[0].float() * torch.randn(count, 1, 1, 2, generator=torch.Generator().manual_seed(seed)),
+    )
 
 
 @pytest.mark.parametrize("config", DETERMINISTIC + STOCHASTIC, ids=options)
 def test_inpainting_keeps_known_pixels_exactly_with_every_sampler(config: SamplingConfig) -> None:
     points = two_tone_points(6)
-    known = points[0:1].expand(4, -1, -1, -1)
-    kept = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
-    kept[..., :2] = True
+    known_pixels = points[0:1].expand(4, -1, -1, -1)
+    mask = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    mask[..., :2] = True
     noise = noises(0, 4)
     grid = edm_schedule(1000).sigma_grid(60)
-    denoise = replace_known(IdealDenoiser(points), known, kept)
-    drawn = config.build_sampler()(denoise, grid[0].float() * noise(), grid, noise)
-    assert torch.equal(drawn[..., :2], known[..., :2])
-    nearest = torch.cdist(drawn.flatten(1), points.flatten(1)).min(1)
-    assert (drawn[..., 2:] - points[nearest.indices][..., 2:]).abs().max() < 0.05
+    denoise = replace_known(IdealDenoiser(points), known_pixels, mask)
+    images = config.build_sampler()(denoise, grid[0].float() * noise(), grid, noise)
+    assert torch.equal(images[..., :2], known_pixels[..., :2])
+    nearest = torch.cdist(images.flatten(1), points.flatten(1)).min(1)
+    assert (images[..., 2:] - points[nearest.indices][..., 2:]).abs().max() < 0.05
 
 
 def test_resampling_makes_the_hole_consistent_with_its_surroundings() -> None:
     count = 4000
-    known, kept, start = two_pixels(0, count)
+    known_pixels, mask, start = two_pixels(0, count)
     generator = torch.Generator().manual_seed(1)
 
     def noise() -> Tensor:
         return torch.randn(count, 1, 1, 2, generator=generator)
 
-    denoise = replace_known(of_two_pixels, known, kept)
+    denoise = replace_known(of_two_pixels, known_pixels, mask)
     once = DDPM(denoise, start, SIGMAS, noise)[:, 0, 0, 1]
     again = repaint(DDPM, denoise, start, SIGMAS, noise, stretch=2, resample_steps=10)[:, 0, 0, 1]
     # Given that the first pixel is 1, the second has this mean and this variance.
@@ -74,14 +78,14 @@ def test_resampling_makes_the_hole_consistent_with_its_surroundings() -> None:
 
 def test_pigdm_makes_the_hole_consistent_with_its_surroundings() -> None:
     count = 4000
-    known, kept, start = two_pixels(0, count)
+    known_pixels, mask, start = two_pixels(0, count)
     noise = (lambda generator: lambda: torch.randn(count, 1, 1, 2, generator=generator))(
         torch.Generator().manual_seed(1)
     )
     with torch.inference_mode():
-        moved = replace_known(pigdm(of_two_pixels, known, kept, sigma_data=1.0), known, kept)
-        once = DDPM(moved, start, SIGMAS, noise)[:, 0, 0]
-        replaced = DDPM(replace_known(of_two_pixels, known, kept), start, SIGMAS, noise)[:, 0, 0]
+        corrected_denoiser = replace_known(pigdm(of_two_pixels, known_pixels, mask, sigma_data=1.0), known_pixels, mask)
+        once = DDPM(corrected_denoiser, start, SIGMAS, noise)[:, 0, 0]
+        replaced = DDPM(replace_known(of_two_pixels, known_pixels, mask), start, SIGMAS, noise)[:, 0, 0]
     assert torch.equal(once[:, 0], torch.ones(count))
     # It takes each value to be as unsure as the others, which they are not, so that a little is missing.
     assert abs(once[:, 1].mean() - CORRELATION) < 0.06
@@ -93,19 +97,19 @@ def test_pigdm_makes_the_hole_consistent_with_its_surroundings() -> None:
 def test_pigdm_correction_is_exact_for_gaussian_images(sigma: float, sigma_data: float) -> None:
     """With pixels that know nothing of each other the posterior mean is known: where one is kept, it is what it is."""
     x = torch.tensor([0.3, -1.2]).view(1, 1, 1, 2)
-    known, kept = torch.tensor([0.7, 0.0]).view(1, 1, 1, 2), torch.tensor([True, False]).view(1, 1, 1, 2)
+    known_pixels, mask = torch.tensor([0.7, 0.0]).view(1, 1, 1, 2), torch.tensor([True, False]).view(1, 1, 1, 2)
     level = torch.tensor(sigma)
 
     def exact(x: Tensor, sigma: Tensor) -> Tensor:
         return x * sigma_data**2 / (sigma_data**2 + sigma**2)
 
-    moved = pigdm(exact, known, kept, sigma_data)(x, level)
-    torch.testing.assert_close(moved, torch.where(kept, known, exact(x, level)))
+    correction = pigdm(exact, known_pixels, mask, sigma_data)(x, level)
+    torch.testing.assert_close(correction, torch.where(mask, known_pixels, exact(x, level)))
 
 
 def test_repaint_with_one_resample_step_equals_the_sampler() -> None:
-    known, kept, start = two_pixels(0, 3)
-    denoise = replace_known(of_two_pixels, known, kept)
+    known_pixels, mask, start = two_pixels(0, 3)
+    denoise = replace_known(of_two_pixels, known_pixels, mask)
     noise = (lambda generator: lambda: torch.randn(3, 1, 1, 2, generator=generator))(torch.Generator().manual_seed(2))
     same = (lambda generator: lambda: torch.randn(3, 1, 1, 2, generator=generator))(torch.Generator().manual_seed(2))
     torch.testing.assert_close(
@@ -126,10 +130,10 @@ def test_the_stronger_the_change_the_more_steps_and_noise(strength: float, steps
 @given(st.integers(0, 1000))
 def test_interpolated_noise_keeps_its_variance(seed: int) -> None:
     one, other = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
-    way = between(one, other, torch.linspace(0, 1, 7))
-    torch.testing.assert_close(way[0], one)
-    torch.testing.assert_close(way[-1], other)
-    norms = way.flatten(1).norm(dim=1)
+    path = between(one, other, torch.linspace(0, 1, 7))
+    torch.testing.assert_close(path[0], one)
+    torch.testing.assert_close(path[-1], other)
+    norms = path.flatten(1).norm(dim=1)
     low, high = sorted((one.norm(), other.norm()))
     # Between two ends of different length it swings over neither by more than a little.
     assert (norms > 0.95 * low).all()
@@ -183,11 +187,11 @@ def test_the_stronger_the_change_the_less_is_left_of_the_image(model: DiffusionM
 
 def test_interpolation_starts_and_ends_at_the_images_of_its_seeds(model: DiffusionModel) -> None:
     even = Conditions(labels=("even",))
-    way = interpolate(model, 3, 4, 9, CONFIG, conditions=even).int()
+    path = interpolate(model, 3, 4, 9, CONFIG, conditions=even).int()
     ends = torch.stack([sample(model, [0], seed, CONFIG, conditions=even)[0] for seed in (3, 4)]).int()
     # Beside others in its batch, the last bits of an image are others.
-    assert (way[[0, -1]] - ends).abs().max() <= 3
-    steps = (way[1:] - way[:-1]).abs().float().mean((1, 2, 3))
+    assert (path[[0, -1]] - ends).abs().max() <= 3
+    steps = (path[1:] - path[:-1]).abs().float().mean((1, 2, 3))
     assert steps.max() < (ends[1] - ends[0]).abs().float().mean()
 
 

@@ -77,15 +77,15 @@ def network_wrong_by(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A network whose answers stand for the image ``x0 + error``, by the definitions in the papers."""
 
-    def answer(seen: Tensor, time: Tensor) -> Tensor:
+    def answer(scaled: Tensor, time: Tensor) -> Tensor:
         sigma = schedule.sigmas[time.long()][:, None, None, None]
         believed = x0.double() + error
         if prediction == "edm":
-            x = seen * (sigma**2 + SIGMA_DATA**2).sqrt()
+            x = scaled * (sigma**2 + SIGMA_DATA**2).sqrt()
             c_skip = SIGMA_DATA**2 / (sigma**2 + SIGMA_DATA**2)
             return (believed - c_skip * x) * (sigma**2 + SIGMA_DATA**2).sqrt() / (sigma * SIGMA_DATA)
         alpha_bar = schedule.alphas_cumprod[time.long()][:, None, None, None]
-        noise = (seen - alpha_bar.sqrt() * believed) / (1 - alpha_bar).sqrt()
+        noise = (scaled - alpha_bar.sqrt() * believed) / (1 - alpha_bar).sqrt()
         v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * believed
         return {"epsilon": noise, "v_prediction": v, "sample": believed}[prediction]
 
@@ -150,17 +150,17 @@ def test_noising_and_loss_are_float32_under_autocast(prediction: Prediction) -> 
     parametrization = Parametrization(prediction, SIGMA_DATA)
     objective = Objective(cosine_schedule(1000), parametrization, plain(parametrization))
     x0, noise, t = images(0), images(1), torch.tensor([3, 700])
-    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
 
     def network(x: Tensor, time: Tensor) -> Tensor:
-        seen.append(x)
+        inputs.append(x)
         return torch.zeros_like(x, dtype=torch.bfloat16)
 
     with torch.autocast("cpu", torch.bfloat16):
         loss = objective.loss(network, x0, t, noise)
-    assert (loss.dtype, seen[0].dtype) == (torch.float32, torch.float32)
+    assert (loss.dtype, inputs[0].dtype) == (torch.float32, torch.float32)
     again = objective.loss(network, x0, t, noise)
-    torch.testing.assert_close(seen[0], seen[1], atol=0, rtol=0)
+    torch.testing.assert_close(inputs[0], inputs[1], atol=0, rtol=0)
     torch.testing.assert_close(loss, again, atol=0, rtol=0)
 
 

@@ -98,46 +98,46 @@ def test_fresh_noise_leaves_the_distribution_of_the_data_as_it_is(config: Sampli
 
 @every
 def test_evaluations_are_one_a_step_and_two_for_heun(config: SamplingConfig) -> None:
-    asked: list[float] = []
+    sigmas_seen: list[float] = []
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        asked.append(float(sigma))
+        sigmas_seen.append(float(sigma))
         return torch.zeros_like(x)
 
     sigmas, noise = linear_schedule(1000).sigma_grid(7), noises(0, 1)
     config.build_sampler()(denoise, sigmas[0].float() * noise(), sigmas, noise)
-    assert len(asked) == (13 if config.sampler == "heun" else 7)
+    assert len(sigmas_seen) == (13 if config.sampler == "heun" else 7)
     if getattr(config, "churn", None) is None:
-        assert sorted(set(asked), reverse=True) == sigmas[:-1].tolist()
+        assert sorted(set(sigmas_seen), reverse=True) == sigmas[:-1].tolist()
 
 
 def test_ddim_and_dpmpp_with_all_noise_fresh_are_ddpm_and_between_they_are_neither() -> None:
     """DDIM's η = 1 is DDPM with the smaller variance (arXiv 2010.02502, section 4.1)."""
     sigmas = cosine_schedule(1000).sigma_grid(25)
 
-    def drawn(grid: Tensor = sigmas, **settings: object) -> Tensor:
+    def generate(grid: Tensor = sigmas, **settings: object) -> Tensor:
         noise = noises(3, 8)
         sampler = SAMPLING_ADAPTER.validate_python({"sampler": "ddpm"} | settings).build_sampler()
         return sampler(gaussian_denoiser, grid[0].float() * noise(), grid, noise)
 
-    torch.testing.assert_close(drawn(sampler="ddim", eta=1), drawn(), atol=1e-5, rtol=0)
-    assert not torch.allclose(drawn(sampler="ddim", eta=0.9), drawn(), atol=1e-2)
+    torch.testing.assert_close(generate(sampler="ddim", eta=1), generate(), atol=1e-5, rtol=0)
+    assert not torch.allclose(generate(sampler="ddim", eta=0.9), generate(), atol=1e-2)
     # Over two steps DPM-Solver++ has nothing to extrapolate from, and is of first order.
     two = sigmas[[0, 12, -1]]
-    torch.testing.assert_close(drawn(two, sampler="dpmpp_2m_sde"), drawn(two), atol=1e-5, rtol=0)
-    assert not torch.allclose(drawn(two, sampler="dpmpp_2m_sde", eta=0.9), drawn(two), atol=1e-3)
+    torch.testing.assert_close(generate(two, sampler="dpmpp_2m_sde"), generate(two), atol=1e-5, rtol=0)
+    assert not torch.allclose(generate(two, sampler="dpmpp_2m_sde", eta=0.9), generate(two), atol=1e-3)
 
 
 def test_eta_zero_equals_the_deterministic_sampler_and_euler_is_ddim() -> None:
     sigmas, start = cosine_schedule(1000).sigma_grid(25), noises(3, 8)()
 
-    def drawn(**settings: object) -> Tensor:
+    def generate(**settings: object) -> Tensor:
         sampler = SAMPLING_ADAPTER.validate_python(settings).build_sampler()
         return sampler(gaussian_denoiser, sigmas[0].float() * start, sigmas, no_noise)
 
-    assert torch.equal(drawn(sampler="ddim", eta=0), drawn(sampler="ddim"))
-    assert torch.equal(drawn(sampler="dpmpp_2m_sde", eta=0), drawn(sampler="dpmpp_2m"))
-    assert torch.equal(drawn(sampler="euler"), drawn(sampler="ddim"))
+    assert torch.equal(generate(sampler="ddim", eta=0), generate(sampler="ddim"))
+    assert torch.equal(generate(sampler="dpmpp_2m_sde", eta=0), generate(sampler="dpmpp_2m"))
+    assert torch.equal(generate(sampler="euler"), generate(sampler="ddim"))
 
 
 def as_in_algorithm_2(
@@ -208,14 +208,14 @@ def test_the_multistep_samplers_earn_their_place_by_how_near_they_come_in_as_man
     schedule = linear_schedule(1000)
     start = noises(0, 64)().double() * schedule.sigma_grid(20)[0]
 
-    def drawn(config: SamplingConfig, steps: int) -> Tensor:
+    def generate(config: SamplingConfig, steps: int) -> Tensor:
         return config.build_sampler()(mixture_denoiser, start, schedule.sigma_grid(steps), no_noise)
 
-    exact = drawn(sampling_config(sampler="heun"), 999)
+    exact = generate(sampling_config(sampler="heun"), 999)
 
     def distance(config: SamplingConfig, evaluations: int) -> float:
         steps = (evaluations + 1) // 2 if config.sampler == "heun" else evaluations
-        return (drawn(config, steps) - exact).square().mean((1, 2, 3)).sqrt().mean().item()
+        return (generate(config, steps) - exact).square().mean((1, 2, 3)).sqrt().mean().item()
 
     by_name = {options(config): config for config in DETERMINISTIC}
     at_15, at_30 = ({name: distance(config, count) for name, config in by_name.items()} for count in (15, 30))
@@ -255,7 +255,7 @@ def test_the_multistep_samplers_earn_their_place_by_how_near_they_come_in_as_man
     ],
     ids=str,
 )
-def test_options_without_effect_or_sense_are_refused(settings: dict[str, object], words: str) -> None:
+def test_options_without_effect_or_sense_are_rejected(settings: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
         sampling_config(**settings)
 
@@ -318,16 +318,18 @@ def test_default_noise_levels_keep_the_variety_of_brightness_at_every_resolution
     # It depends on the mean of the noise alone, whose standard deviation is 1/√(C·H·W).
     config, schedule = sampling_config(sampler=sampler), make_schedule(ModelConfig(), shape)
     means = noises(0, 20_000, 1)
-    found = config.run(denoise, config.sigma_grid(schedule), lambda: means() / math.sqrt(values))
-    assert found.std().item() == pytest.approx(spread, rel=0.05)
+    images = config.run(denoise, config.sigma_grid(schedule), lambda: means() / math.sqrt(values))
+    assert images.std().item() == pytest.approx(spread, rel=0.05)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
 def test_a_schedule_without_signal_at_its_end_is_sampled_from_there(schedule: Literal["linear", "cosine"]) -> None:
-    made = make_schedule(ModelConfig(schedule=schedule, zero_terminal_snr=True, prediction="v_prediction"), (3, 64, 64))
-    sigmas = sampling_config(steps=12).sigma_grid(made)
+    noise_schedule = make_schedule(
+        ModelConfig(schedule=schedule, zero_terminal_snr=True, prediction="v_prediction"), (3, 64, 64)
+    )
+    sigmas = sampling_config(steps=12).sigma_grid(noise_schedule)
     assert len(sigmas) == 13
-    assert sigmas[0] == made.sigmas[-1] > 4_000
+    assert sigmas[0] == noise_schedule.sigmas[-1] > 4_000
     assert sigmas[1].item() == pytest.approx(math.sqrt(3 * 64 * 64))
     assert (sigmas.diff() < 0).all()
     # Bright images: from a level at which they are seen, a start at pure noise would make them darker.
@@ -341,17 +343,17 @@ def test_a_schedule_without_signal_at_its_end_is_sampled_from_there(schedule: Li
 
 
 def test_noise_to_start_from_lies_around_the_mean_of_the_images() -> None:
-    mean, seen = torch.tensor([0.5, -0.7, 0.1]).view(1, 3, 1, 1), list[Tensor]()
+    mean, inputs = torch.tensor([0.5, -0.7, 0.1]).view(1, 3, 1, 1), list[Tensor]()
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        seen.append(x)
+        inputs.append(x)
         return x
 
     config, schedule = sampling_config(), make_schedule(ModelConfig(), (3, 16, 16))
     config.run(denoise, config.sigma_grid(schedule), lambda: torch.zeros(2, 3, 16, 16), mean)
-    assert torch.equal(seen[0], mean.expand(2, 3, 16, 16))
+    assert torch.equal(inputs[0], mean.expand(2, 3, 16, 16))
 
 
-def test_a_grid_that_the_schedule_does_not_touch_is_refused() -> None:
+def test_a_grid_that_the_schedule_does_not_touch_is_rejected() -> None:
     with pytest.raises(UserError, match=r"σ from 0\.1\S* to \S+, none of which .* sampling\.sigma_max = 0\.05: change"):
         linear_schedule(10).sigma_grid(4, 0.05, 0.01)

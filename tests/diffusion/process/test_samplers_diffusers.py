@@ -74,15 +74,15 @@ def ours(
     config: SamplingConfig, schedule: str, sigmas: Tensor, prediction: Prediction, clip: bool = False
 ) -> list[Tensor]:
     """x at each evaluation in turn, and the image; with the variance of the forward process."""
-    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
     noise, denoiser = noises(5), denoiser_of(prediction, schedule, clip)
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        seen.append(x / (1 + sigma**2).sqrt())
+        inputs.append(x / (1 + sigma**2).sqrt())
         return denoiser(x, sigma)
 
     end = config.build_sampler()(denoise, sigmas[0] * noise(), sigmas, noise)
-    return [*seen, end]
+    return [*inputs, end]
 
 
 def compare(
@@ -95,16 +95,16 @@ def compare(
     **step: Any,
 ) -> None:
     """With a scheduler whose x is that of the forward process, at whole times; ``fresh``: its noise, if it is given."""
-    seen = ours(config, schedule, levels_of(theirs, schedule), prediction, clip)
+    inputs = ours(config, schedule, levels_of(theirs, schedule), prediction, clip)
     network = network_of(prediction, schedule)
-    assert len(seen) == len(theirs.timesteps) + 1
-    x = seen[0]
+    assert len(inputs) == len(theirs.timesteps) + 1
+    x = inputs[0]
     for i, t in enumerate(theirs.timesteps):
-        torch.testing.assert_close(seen[i], x, atol=1e-6, rtol=0, msg=lambda words, i=i: f"step {i}: {words}")
-        given = step if fresh is None else step | {"variance_noise": fresh()}
-        x = theirs.step(network(x, t.expand(2)), t, x, **given).prev_sample
+        torch.testing.assert_close(inputs[i], x, atol=1e-6, rtol=0, msg=lambda words, i=i: f"step {i}: {words}")
+        arguments = step if fresh is None else step | {"variance_noise": fresh()}
+        x = theirs.step(network(x, t.expand(2)), t, x, **arguments).prev_sample
     if not isinstance(theirs, DEISMultistepScheduler):
-        torch.testing.assert_close(seen[-1], x, atol=1e-6, rtol=0)
+        torch.testing.assert_close(inputs[-1], x, atol=1e-6, rtol=0)
 
 
 def scheduler(kind: Callable[..., Any], schedule: str, prediction: Prediction, steps: int, **settings: Any) -> Any:
@@ -200,13 +200,13 @@ def test_euler(prediction: Prediction) -> None:
     # Its steps are in float32 whatever it is given.
     theirs = scheduler(EulerDiscreteScheduler, "linear", prediction, 20, timestep_spacing="leading")
     sigmas = theirs.sigmas
-    seen = ours(sampling_config(sampler="euler"), "linear", sigmas, prediction)
-    x = seen[0] * (1 + sigmas[0] ** 2).sqrt()
+    inputs = ours(sampling_config(sampler="euler"), "linear", sigmas, prediction)
+    x = inputs[0] * (1 + sigmas[0] ** 2).sqrt()
     for i, t in enumerate(theirs.timesteps):
-        as_seen = theirs.scale_model_input(x, t)
-        torch.testing.assert_close(seen[i], as_seen, atol=1e-4, rtol=0)
-        x = theirs.step(network_of(prediction, "linear")(as_seen, t.expand(2)), t, x).prev_sample
-    torch.testing.assert_close(seen[-1], x, atol=1e-4, rtol=0)
+        scaled_input = theirs.scale_model_input(x, t)
+        torch.testing.assert_close(inputs[i], scaled_input, atol=1e-4, rtol=0)
+        x = theirs.step(network_of(prediction, "linear")(scaled_input, t.expand(2)), t, x).prev_sample
+    torch.testing.assert_close(inputs[-1], x, atol=1e-4, rtol=0)
 
 
 @predictions
@@ -216,7 +216,7 @@ def test_euler_with_churn(prediction: Prediction) -> None:
     sigmas = theirs.sigmas
     churn = {"amount": 6, "sigma_min": 0.1, "sigma_max": 100, "noise_std": 1.003}
     config = sampling_config(sampler="euler", steps=20, churn=churn)
-    seen = ours(config, "linear", sigmas, prediction)
+    inputs = ours(config, "linear", sigmas, prediction)
     denoiser, generator = denoiser_of(prediction, "linear"), after_the_start(5)
     x, churned = sigmas[0] * noises(5)(), 0
     for i, t in enumerate(theirs.timesteps):
@@ -229,11 +229,11 @@ def test_euler_with_churn(prediction: Prediction) -> None:
             fresh = torch.randn(SHAPE, generator=again, dtype=torch.float64)
             raised = x + 1.003 * (level**2 - sigmas[i] ** 2).sqrt() * fresh
             churned += 1
-        torch.testing.assert_close(seen[i], raised / (1 + level**2).sqrt(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(inputs[i], raised / (1 + level**2).sqrt(), atol=1e-4, rtol=0)
         x = theirs.step(
             denoiser(raised, level), t, x, s_churn=6, s_tmin=0.1, s_tmax=100, s_noise=1.003, generator=generator
         ).prev_sample
-    torch.testing.assert_close(seen[-1], x, atol=1e-4, rtol=0)
+    torch.testing.assert_close(inputs[-1], x, atol=1e-4, rtol=0)
     assert 0 < churned < 20
 
 
@@ -242,10 +242,10 @@ def test_heun(prediction: Prediction) -> None:
     theirs = scheduler(HeunDiscreteScheduler, "linear", prediction, 20, timestep_spacing="leading")
     # Each level but the first and the last stands there twice.
     sigmas = torch.cat([theirs.sigmas[:1], theirs.sigmas[1:-1:2], theirs.sigmas[-1:]])
-    seen = ours(sampling_config(sampler="heun"), "linear", sigmas, prediction)
-    x = seen[0] * (1 + sigmas[0] ** 2).sqrt()
+    inputs = ours(sampling_config(sampler="heun"), "linear", sigmas, prediction)
+    x = inputs[0] * (1 + sigmas[0] ** 2).sqrt()
     for i, t in enumerate(theirs.timesteps):
-        as_seen = theirs.scale_model_input(x, t)
-        torch.testing.assert_close(seen[i], as_seen, atol=1e-6, rtol=0)
-        x = theirs.step(network_of(prediction, "linear")(as_seen, t.expand(2)), t, x).prev_sample
-    torch.testing.assert_close(seen[-1], x, atol=1e-6, rtol=0)
+        scaled_input = theirs.scale_model_input(x, t)
+        torch.testing.assert_close(inputs[i], scaled_input, atol=1e-6, rtol=0)
+        x = theirs.step(network_of(prediction, "linear")(scaled_input, t.expand(2)), t, x).prev_sample
+    torch.testing.assert_close(inputs[-1], x, atol=1e-6, rtol=0)

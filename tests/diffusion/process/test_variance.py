@@ -105,7 +105,7 @@ def test_the_logarithm_goes_straight_from_one_bound_to_the_other(v: float) -> No
     assert deviation_between(torch.tensor([v]), low, high).item() == pytest.approx(expected)
 
 
-def as_in_the_paper(schedule: NoiseSchedule, t: int, x0: Tensor, noise: Tensor, missed: Tensor, v: Tensor) -> Tensor:
+def as_in_the_paper(schedule: NoiseSchedule, t: int, x0: Tensor, noise: Tensor, errors: Tensor, v: Tensor) -> Tensor:
     """L_t by arXiv 2102.09672, equations 5, 6, 10, 11 and 15, in bits, of each value; all float64."""
     alpha_bar = schedule.alphas_cumprod
     before = alpha_bar[t - 1] if t else torch.ones(()).double()
@@ -118,7 +118,7 @@ def as_in_the_paper(schedule: NoiseSchedule, t: int, x0: Tensor, noise: Tensor, 
         of_x = (1 - betas[t]).sqrt() * (1 - before) / (1 - alpha_bar[t])
         return before.sqrt() * betas[t] / (1 - alpha_bar[t]) * image + of_x * x_t
 
-    ours = Normal(mean(x0 + missed), (0.5 * ((v + 1) / 2 * high.log() + (1 - v) / 2 * low.log())).exp())
+    ours = Normal(mean(x0 + errors), (0.5 * ((v + 1) / 2 * high.log() + (1 - v) / 2 * low.log())).exp())
     if t:
         return kl_divergence(Normal(mean(x0), tilde[t].sqrt()), ours) / math.log(2)
     upper = ours.cdf(x0 + HALF_A_LEVEL).masked_fill(x0 > 0.999, 1)
@@ -134,15 +134,15 @@ def test_the_bound_is_the_papers_as_torch_distributions_have_it(schedule: NoiseS
     x0 = torch.randint(0, 256, shape, generator=generator).double() / 127.5 - 1
     x0[0, 0, 0], x0[0, 0, 1] = -1, 1
     noise = torch.randn(shape, generator=generator).double()
-    missed = torch.randn(shape, generator=generator).double() * 0.5 * filled(schedule.sigmas[times].clamp(max=1), x0)
+    errors = torch.randn(shape, generator=generator).double() * 0.5 * filled(schedule.sigmas[times].clamp(max=1), x0)
     v = torch.rand(shape, generator=generator).double() * 2 - 1
     each = [
-        as_in_the_paper(schedule, int(t), x0[i : i + 1], noise[i : i + 1], missed[i : i + 1], v[i : i + 1]).mean()
+        as_in_the_paper(schedule, int(t), x0[i : i + 1], noise[i : i + 1], errors[i : i + 1], v[i : i + 1]).mean()
         for i, t in enumerate(times)
     ]
     assert min(each) > 0
-    torch.testing.assert_close(bound(schedule, times, x0, missed, v), torch.stack(each), rtol=1e-9, atol=1e-9)
-    single = bound(schedule, times, x0.float(), missed.float(), v.float())
+    torch.testing.assert_close(bound(schedule, times, x0, errors, v), torch.stack(each), rtol=1e-9, atol=1e-9)
+    single = bound(schedule, times, x0.float(), errors.float(), v.float())
     torch.testing.assert_close(single.double(), torch.stack(each), rtol=1e-4, atol=1e-5)
 
 
@@ -168,20 +168,20 @@ def test_the_bound_is_least_where_the_variance_is_the_true_one(schedule: NoiseSc
     times = torch.tensor([1, 3, schedule.steps // 4, schedule.steps // 2, schedule.steps - 2])
     sigma, following = levels(schedule, times)
     # Errors of the ideal denoiser have the variance of x_0 given x: here all values err by just its root.
-    missed = filled((SPREAD**2 * sigma**2 / (SPREAD**2 + sigma**2)).sqrt(), torch.empty(5, 1, 2, 2).double())
-    true = filled(exact_v(sigma, following), missed)
+    errors = filled((SPREAD**2 * sigma**2 / (SPREAD**2 + sigma**2)).sqrt(), torch.empty(5, 1, 2, 2).double())
+    true = filled(exact_v(sigma, following), errors)
     slopes = []
     for beside in (-0.1, 0.0, 0.1):
         v = (true + beside).requires_grad_()
-        (slope,) = torch.autograd.grad(bound(schedule, times, torch.zeros_like(missed), missed, v).sum(), v)
+        (slope,) = torch.autograd.grad(bound(schedule, times, torch.zeros_like(errors), errors, v).sum(), v)
         slopes.append(slope)
     # It is convex in v, so there is no other minimum.
     assert (slopes[0] < 0).all()
     assert (slopes[2] > 0).all()
     assert (slopes[1].abs() < 1e-5 * slopes[2]).all()
     low, high = (filled(each(sigma, following), v) for each in (fixed_small, fixed_large))
-    found = deviation_between(true, low, high) ** 2
-    torch.testing.assert_close(found[:, 0, 0, 0], true_variance(sigma, following), rtol=1e-9, atol=0)
+    variance = deviation_between(true, low, high) ** 2
+    torch.testing.assert_close(variance[:, 0, 0, 0], true_variance(sigma, following), rtol=1e-9, atol=0)
 
 
 def gaussian_network(
@@ -190,10 +190,10 @@ def gaussian_network(
     """The ideal network of Gaussian data; its second half is ``say`` of σ (N,) float64."""
     parametrization = Parametrization(prediction, SPREAD)
 
-    def answer(seen: Tensor, time: Tensor) -> Tensor:
+    def answer(scaled: Tensor, time: Tensor) -> Tensor:
         sigma = schedule.sigma(time)
         level = sigma[:, None, None, None]
-        x = seen.double() / parametrization.c_in(sigma)[:, None, None, None]
+        x = scaled.double() / parametrization.c_in(sigma)[:, None, None, None]
         c_skip, c_out = (each(sigma)[:, None, None, None] for each in (parametrization.c_skip, parametrization.c_out))
         v = say(sigma)[:, None, None, None].expand_as(x)
         return torch.cat([(ideal(x, level) - c_skip * x) / c_out, v], dim=1)
@@ -257,7 +257,7 @@ def test_the_bound_is_float32_under_autocast() -> None:
     torch.testing.assert_close(loss, objective.loss(network, x0, t, noise), atol=0, rtol=0)
 
 
-def drawn(sigmas: Tensor, schedule: NoiseSchedule, prediction: Prediction, config: SamplingConfig) -> Tensor:
+def generate(sigmas: Tensor, schedule: NoiseSchedule, prediction: Prediction, config: SamplingConfig) -> Tensor:
     """Samples of Gaussian data by the ideal network, which knows the grid's own steps."""
     generator = torch.Generator().manual_seed(0)
 
@@ -285,7 +285,7 @@ def test_few_steps_sample_gaussian_data_only_with_learned_variance(prediction: P
     schedule = linear_schedule(1000)
     sigmas = torch.cat([schedule.sigmas[[999, 600, 300, 100, 0]], torch.zeros(1).double()])
     ratios = {
-        variance: drawn(
+        variance: generate(
             sigmas, schedule, prediction, SAMPLING_ADAPTER.validate_python({"sampler": "ddpm", "variance": variance})
         ).var()
         / SPREAD**2
@@ -322,22 +322,22 @@ def test_ddpm_of_every_variance_is_that_of_diffusers_step_for_step_on_any_grid(
 ) -> None:
     theirs = DDPMScheduler(1000, beta_schedule="linear", prediction_type="epsilon", variance_type=kind)
     theirs.set_timesteps(steps)
-    schedule, seen = linear_schedule(1000), []
+    schedule, inputs = linear_schedule(1000), []
     sigmas = torch.cat([schedule.sigmas[theirs.timesteps], torch.zeros(1).double()])
     generator = torch.Generator().manual_seed(5)
 
     class RecordingDenoiser(Denoiser):
         def answer(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-            seen.append(x / (1 + sigma**2).sqrt().float())
+            inputs.append(x / (1 + sigma**2).sqrt().float())
             return super().answer(x, sigma)
 
     denoiser = RecordingDenoiser(network, schedule, Parametrization("epsilon"), learned_variance=True)
     DDPMSampling(variance=ours).run(denoiser, sigmas, lambda: torch.randn(2, 1, 4, 4, generator=generator))
     generator = torch.Generator().manual_seed(5)
     torch.randn(2, 1, 4, 4, generator=generator)
-    x = seen[0]
+    x = inputs[0]
     for i, t in enumerate(theirs.timesteps):
-        torch.testing.assert_close(seen[i], x, atol=1e-4, rtol=0, msg=f"step {i}")
+        torch.testing.assert_close(inputs[i], x, atol=1e-4, rtol=0, msg=f"step {i}")
         answer = network(x, t.expand(2).float())
         answer = answer if ours is None else answer[:, :1]
         x = theirs.step(answer, t, x, generator=generator).prev_sample
@@ -399,8 +399,8 @@ def test_learned_variance_training_learns_resumes_and_samples(dataset: Path, tmp
         train(dataset, tmp_path / "cut", shape, config, SAMPLING, track=lambda _: StopAt(240))
     with pytest.raises(UserError, match=r"differs in model\.variance"):
         train(dataset, tmp_path / "cut", shape.model_copy(update={"variance": "fixed"}), config, SAMPLING)
-    resumed = train(dataset, tmp_path / "cut", shape, config, SAMPLING)
-    assert resumed.final.read_bytes() == whole.final.read_bytes()
+    resumed_run = train(dataset, tmp_path / "cut", shape, config, SAMPLING)
+    assert resumed_run.final.read_bytes() == whole.final.read_bytes()
     model = load_model(whole.final)
     assert model.config.variance == "learned_range"
     few = sampling_config(sampler="ddpm", steps=4, compute_batch=8)
@@ -408,5 +408,5 @@ def test_learned_variance_training_learns_resumes_and_samples(dataset: Path, tmp
     assert images.shape == (8, 1, 8, 8)
     assert not torch.equal(images, sample(model, range(8), 0, few.model_copy(update={"variance": "fixed_large"})))
     assert len(explain(model, to_uint8(torch.zeros(1, 8, 8)), tmp_path / "explained")) == 3
-    judged = evaluate_one(whole.final, dataset, EvaluationConfig(samples=10), SAMPLING, tmp_path / "report")
-    assert judged.images == whole.images
+    evaluation = evaluate_one(whole.final, dataset, EvaluationConfig(samples=10), SAMPLING, tmp_path / "report")
+    assert evaluation.images == whole.images

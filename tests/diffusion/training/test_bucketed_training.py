@@ -38,21 +38,21 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def opened(data: Path) -> Iterator[Dataset]:
-    with closing(Dataset.open(data)) as found:
-        yield found
+def training_set(data: Path) -> Iterator[Dataset]:
+    with closing(Dataset.open(data)) as dataset:
+        yield dataset
 
 
 @pytest.mark.parametrize("window", [None, 1])
 @pytest.mark.parametrize("options", [{}, {"workers": 1, "prefetch": 1}, {"workers": 5, "prefetch": 7}])
 def test_ranks_share_batches_of_one_shape_with_any_loader(
-    opened: Dataset, window: int | None, options: dict[str, int]
+    training_set: Dataset, window: int | None, options: dict[str, int]
 ) -> None:
-    rows, size = opened.rows("train"), 8
+    rows, size = training_set.rows("train"), 8
 
     def batches(rank: int, ranks: int, **options: int) -> list[torch.Tensor]:
-        order = make_order(opened, 3, size, window)
-        with Loader(opened, rows, order, size, rank=rank, ranks=ranks, flip_seed=5, **options) as loader:
+        order = make_order(training_set, 3, size, window)
+        with Loader(training_set, rows, order, size, rank=rank, ranks=ranks, flip_seed=5, **options) as loader:
             return [loader.batch(at).images for at in range(0, 30 * size, size)]
 
     alone = batches(0, 1)
@@ -69,8 +69,8 @@ def test_stopped_run_resumes_bit_for_bit(data: Path, tmp_path: Path) -> None:
     whole = run(data, tmp_path / "whole", SHORT)
     with pytest.raises(Stop):
         run(data, tmp_path / "cut", SHORT, track=lambda _: StopAt(112))
-    resumed = run(data, tmp_path / "cut", SHORT.model_copy(update={"workers": 3, "prefetch": 5, "cache_bytes": 0}))
-    assert resumed.final.read_bytes() == whole.final.read_bytes()
+    resumed_run = run(data, tmp_path / "cut", SHORT.model_copy(update={"workers": 3, "prefetch": 5, "cache_bytes": 0}))
+    assert resumed_run.final.read_bytes() == whole.final.read_bytes()
     for name in ("losses.csv", "samples/0000000160.png"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert all(
@@ -127,7 +127,7 @@ def test_latents_have_the_shapes_of_the_buckets(data: Path, tmp_path: Path) -> N
     assert load_model(final).at((12, 24)).noise_shape == (2, 6, 12)
 
 
-def test_a_family_of_one_shape_is_refused(data: Path, tmp_path: Path) -> None:
+def test_a_family_of_one_shape_is_rejected(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="square"):
         train(data, tmp_path / "run", VAEConfig(width=16), CONFIG, sampling_config())
 

@@ -117,22 +117,22 @@ def test_post_hoc_ema_equals_the_tracked_average(length: float) -> None:
     rng = np.random.default_rng(0)
     path = np.cumsum(rng.standard_normal((2000, 8)), axis=0)
     layer = nn.Linear(8, 1, bias=False)
-    kept = [WeightAverage(layer, power_decay(each)) for each in (0.05, 0.1)]
-    wanted = WeightAverage(layer, power_decay(length))
+    averages = [WeightAverage(layer, power_decay(each)) for each in (0.05, 0.1)]
+    tracked_average = WeightAverage(layer, power_decay(length))
     snapshots, values = [], []
     for step, point in enumerate(path, start=1):
         nn.init.zeros_(layer.weight).data += torch.from_numpy(point).float()
-        for average in (*kept, wanted):
+        for average in (*averages, tracked_average):
             average.update(layer, step)
         if step % 250 == 0:
             snapshots += [(step, 0.05), (step, 0.1)]
-            values += [average.averages["weight"].clone() for average in kept]
+            values += [average.averages["weight"].clone() for average in averages]
     shares, error = mixture(snapshots, len(path), length)
-    made = sum(share * value for share, value in zip(shares, values, strict=True))
-    expected = wanted.averages["weight"]
+    combination = sum(share * value for share, value in zip(shares, values, strict=True))
+    expected = tracked_average.averages["weight"]
     assert sum(shares) == pytest.approx(1, abs=1e-9)
     assert error < 0.2
-    assert (made - expected).norm() < 0.1 * min((value - expected).norm() for value in values[-2:])
+    assert (combination - expected).norm() < 0.1 * min((value - expected).norm() for value in values[-2:])
 
 
 @pytest.mark.parametrize("length", [0.03, 0.05, 0.09, 0.2])
@@ -152,9 +152,9 @@ def test_error_of_a_post_hoc_ema_is_that_of_its_weight_function() -> None:
     snapshots = [(at, std) for at in (250, 500, 750, 1000) for std in (0.05, 0.1)]
     for length in (0.03, 0.07, 0.2):
         shares, error = mixture(snapshots, 1000, length)
-        made = sum(share * density(*snapshot) for share, snapshot in zip(shares, snapshots, strict=True))
+        combination = sum(share * density(*snapshot) for share, snapshot in zip(shares, snapshots, strict=True))
         target = density(1000, length)
-        assert error == pytest.approx(np.linalg.norm(made - target) / np.linalg.norm(target), rel=2e-2, abs=1e-3)
+        assert error == pytest.approx(np.linalg.norm(combination - target) / np.linalg.norm(target), rel=2e-2, abs=1e-3)
 
 
 def test_average_that_was_kept_in_training_is_reconstructed_from_its_snapshot_alone() -> None:

@@ -73,16 +73,16 @@ FAST = {
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+def make_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
     """Write a pipeline of a kind and import it, each once: its folder and its model file."""
-    done: dict[str, tuple[Path, Path]] = {}
+    pipelines_by_kind: dict[str, tuple[Path, Path]] = {}
 
     def make(kind: str) -> tuple[Path, Path]:
-        if kind not in done:
+        if kind not in pipelines_by_kind:
             folder = pipelines.MAKERS[kind](tmp_path_factory.mktemp(kind) / "pipeline")
             import_pipeline(folder, path := folder.with_name("model.safetensors"), Origin(source=kind))
-            done[kind] = folder, path
-        return done[kind]
+            pipelines_by_kind[kind] = folder, path
+        return pipelines_by_kind[kind]
 
     return make
 
@@ -124,9 +124,9 @@ def conditions(kind: str) -> Conditions:
     ],
 )
 def test_denoiser_alone_is_trained_and_resumes_bit_for_bit(
-    made: Callable[[str], tuple[Path, Path]], tmp_path: Path, kind: str, lora: dict[str, Any]
+    make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path, kind: str, lora: dict[str, Any]
 ) -> None:
-    _, base = made(kind)
+    _, base = make_pipeline(kind)
     dataset = data(tmp_path, kind)
     whole = run(dataset, tmp_path / "whole", base, flip=True, **lora)
     header, tensors = read_model_header(whole.final), load_file(whole.final)
@@ -139,19 +139,19 @@ def test_denoiser_alone_is_trained_and_resumes_bit_for_bit(
     denoiser = f"{begun.config.denoiser_name}."
     assert {name.removeprefix("ema.").split(".")[0] + "." for name in tensors} == {denoiser}
     before = begun.network.state_dict()
-    moved = {name for name, value in model.network.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved
-    assert {name.split(".")[0] + "." for name in moved} == {denoiser}
+    changed_names = {name for name, value in model.network.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed_names
+    assert {name.split(".")[0] + "." for name in changed_names} == {denoiser}
     if lora:
-        assert {name.rpartition(".")[0].rpartition(".")[2] for name in moved} <= {"to_q", "to_k", "to_v", "0"}
+        assert {name.rpartition(".")[0].rpartition(".")[2] for name in changed_names} <= {"to_q", "to_k", "to_v", "0"}
     images = sample(model, range(2), 0, SAMPLING, conditions=conditions(kind))
     assert images.shape == (2, 3, 16, 16)
     with pytest.raises(Stop):
         run(dataset, tmp_path / "cut", base, lambda _: StopAt(16), flip=True, **lora)
     forget_encodings(dataset)
-    resumed = run(dataset, tmp_path / "cut", base, flip=True, gradient_checkpointing=kind != "dit", **lora)
-    assert resumed.final.read_bytes() == whole.final.read_bytes()
-    assert resumed.train_key == whole.train_key
+    resumed_run = run(dataset, tmp_path / "cut", base, flip=True, gradient_checkpointing=kind != "dit", **lora)
+    assert resumed_run.final.read_bytes() == whole.final.read_bytes()
+    assert resumed_run.train_key == whole.train_key
 
 
 def trainer_of(dataset: Path, base: Path, pool: ThreadPoolExecutor, **options: Any) -> Trainer:
@@ -165,10 +165,10 @@ def trainer_of(dataset: Path, base: Path, pool: ThreadPoolExecutor, **options: A
     [("ddpm", "epsilon"), ("ddpm", "v_prediction"), ("ddpm", "sample"), ("stable_diffusion", "epsilon")],
 )
 def test_plain_loss_is_that_of_diffusers_own_training(
-    made: Callable[[str], tuple[Path, Path]], tmp_path: Path, kind: str, prediction: str
+    make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path, kind: str, prediction: str
 ) -> None:
     """x_t by the scheduler's add_noise, and the mean squared error of what the network predicts there."""
-    folder, base = made(kind)
+    folder, base = make_pipeline(kind)
     if prediction != "epsilon":
         folder = pipelines.MAKERS[kind](tmp_path / "pipeline", prediction_type=prediction)
         import_pipeline(folder, base := tmp_path / "model.safetensors", Origin(source=kind))
@@ -182,7 +182,7 @@ def test_plain_loss_is_that_of_diffusers_own_training(
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
     scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
     x0, t, noise = noised.x0, noised.random["t"], noised.random["noise"]
-    given = {}
+    arguments = {}
     if kind == "stable_diffusion":
         images = to_float(setup.dataset.images(batch.rows))
         latents = pipe.vae.encode(images).latent_dist.mode() * pipe.vae.config.scaling_factor
@@ -190,15 +190,17 @@ def test_plain_loss_is_that_of_diffusers_own_training(
         captions = [caption or "" for caption in setup.dataset.captions(batch.rows)]
         assert "" in captions
         ids = pipe.tokenizer(captions, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
-        given["encoder_hidden_states"] = pipe.text_encoder(ids.input_ids)[0]
-    output = pipe.unet(scheduler.add_noise(x0, noise, t), t, **given).sample
+        arguments["encoder_hidden_states"] = pipe.text_encoder(ids.input_ids)[0]
+    output = pipe.unet(scheduler.add_noise(x0, noise, t), t, **arguments).sample
     target = {"epsilon": noise, "sample": x0, "v_prediction": scheduler.get_velocity(x0, noise, t)}[prediction]
     expected = (output - target).square().mean((1, 2, 3))
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_flow_matching_is_trained_as_diffusers_does(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
-    folder, base = made("stable_diffusion_3")
+def test_flow_matching_is_trained_as_diffusers_does(
+    make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder, base = make_pipeline("stable_diffusion_3")
     with worker_threads(1) as pool:
         trainer = trainer_of(data(tmp_path, "stable_diffusion_3"), base, pool, condition_dropout=0)
         batch = trainer.loader.batch(0)
@@ -222,9 +224,9 @@ def test_flow_matching_is_trained_as_diffusers_does(made: Callable[[str], tuple[
 
 
 def test_dropped_and_missing_captions_are_the_empty_prompt(
-    made: Callable[[str], tuple[Path, Path]], tmp_path: Path
+    make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    _, base = made("stable_diffusion")
+    _, base = make_pipeline("stable_diffusion")
     empty = load_model(base).embed("")
     dataset = data(tmp_path, "stable_diffusion")
     with worker_threads(1) as pool:
@@ -240,9 +242,9 @@ def test_dropped_and_missing_captions_are_the_empty_prompt(
 
 
 def test_latents_are_those_of_each_image_and_of_its_mirror_image(
-    made: Callable[[str], tuple[Path, Path]], tmp_path: Path
+    make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    _, base = made("stable_diffusion")
+    _, base = make_pipeline("stable_diffusion")
     folder, model = data(tmp_path, "stable_diffusion"), load_model(base)
     dataset = Dataset.open(folder)
     assert isinstance(model, PretrainedModel)
@@ -259,14 +261,14 @@ def test_latents_are_those_of_each_image_and_of_its_mirror_image(
         images[torch.from_numpy(mirrored)] = images[torch.from_numpy(mirrored)].flip(-1)
         with torch.inference_mode():
             torch.testing.assert_close(cache.of(rows, mirrored), model.network.encode(images), rtol=1e-4, atol=1e-5)
-        done, files = len(calls), {path: path.read_bytes() for path in encodings_folder(folder).iterdir()}
+        call_count, files = len(calls), {path: path.read_bytes() for path in encodings_folder(folder).iterdir()}
         LatentCache(dataset, "digest", encode, True, pool)
-        assert len(calls) == done
-        damaged = next(path for path in files if path.suffix == ".safetensors")
-        damaged.write_bytes(files[damaged][:-1])
+        assert len(calls) == call_count
+        damaged_file = next(path for path in files if path.suffix == ".safetensors")
+        damaged_file.write_bytes(files[damaged_file][:-1])
         LatentCache(dataset, "digest", encode, True, pool)
         assert {path: path.read_bytes() for path in encodings_folder(folder).iterdir()} == files
-        assert done < len(calls) < 2 * done
+        assert call_count < len(calls) < 2 * call_count
         LatentCache(dataset, "another", encode, False, pool)
         assert len(list(encodings_folder(folder).iterdir())) == 2 * len(files)
     # Mapped files stay readable after a takedown has deleted them.
@@ -277,14 +279,14 @@ def test_latents_are_those_of_each_image_and_of_its_mirror_image(
 
 
 @pytest.mark.slow
-def test_text_encoder_is_adapted_too(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
-    _, base = made("stable_diffusion")
+def test_text_encoder_is_adapted_too(make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    _, base = make_pipeline("stable_diffusion")
     dataset, options = data(tmp_path, "stable_diffusion"), {"lora": LORA["lora"] | {"text_encoder": True}}
     whole = run(dataset, tmp_path / "whole", base, **options)
     begun, model = load_model(base), load_model(whole.final)
     before = begun.network.state_dict()
-    moved = {name for name, value in model.network.state_dict().items() if not torch.equal(value, before[name])}
-    assert {name.split(".")[0] for name in moved} == {"unet", "text_encoder"}
+    changed_names = {name for name, value in model.network.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name.split(".")[0] for name in changed_names} == {"unet", "text_encoder"}
     assert not torch.equal(model.embed("a red circle"), begun.embed("a red circle"))
     with pytest.raises(Stop):
         run(dataset, tmp_path / "cut", base, lambda _: StopAt(16), **options)
@@ -294,11 +296,11 @@ def test_text_encoder_is_adapted_too(made: Callable[[str], tuple[Path, Path]], t
 @pytest.mark.parametrize("text_encoder", [False, True], ids=["denoiser", "text encoder too"])
 @pytest.mark.parametrize("kind", ["stable_diffusion", "stable_diffusion_3"])
 def test_adapter_in_diffusers_generates_the_same_images(
-    made: Callable[[str], tuple[Path, Path]], tmp_path: Path, kind: str, text_encoder: bool
+    make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path, kind: str, text_encoder: bool
 ) -> None:
     if text_encoder and kind == "stable_diffusion_3":
         pytest.skip("one text encoder alone is adapted")
-    folder, base = made(kind)
+    folder, base = make_pipeline(kind)
     lora = {"lora": {"rank": 2, "alpha": 3, "text_encoder": text_encoder}}
     final = run(data(tmp_path, kind), tmp_path / "run", base, **lora).final
     # A few steps change little: matrices as after many.
@@ -306,8 +308,8 @@ def test_adapter_in_diffusers_generates_the_same_images(
     std = 1.0 if kind == "stable_diffusion_3" else 0.25
     tensors = {name: torch.randn(each.shape, generator=generator) * std for name, each in load_file(final).items()}
     save_tensors(final, tensors, read_header(final))
-    exported = export_adapter(final, tmp_path / "adapter")
-    assert set(exported.files) == {"pytorch_lora_weights.safetensors", "README.md"}
+    adapter = export_adapter(final, tmp_path / "adapter")
+    assert set(adapter.files) == {"pytorch_lora_weights.safetensors", "README.md"}
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"num_inference_steps": 4, "output_type": "pt", "guidance_scale": 3.0}
@@ -345,9 +347,9 @@ def test_adapter_in_diffusers_generates_the_same_images(
     ],
 )
 def test_what_makes_no_sense_is_named(
-    made: Callable[[str], tuple[Path, Path]], tmp_path: Path, kind: str, options: dict[str, Any], words: str
+    make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path, kind: str, options: dict[str, Any], words: str
 ) -> None:
-    _, base = made(kind)
+    _, base = make_pipeline(kind)
     match options.get("data", kind):
         case "grey":
             write_dataset(dataset := tmp_path / "grey", random_images(8, 1, 16), 8)
@@ -355,14 +357,16 @@ def test_what_makes_no_sense_is_named(
             write_dataset(dataset := tmp_path / "bare", random_images(8, 3, 16), 8)
         case name:
             dataset = data(tmp_path, name)
-    given = {name: value for name, value in options.items() if name != "data"}
-    config = TrainingConfig.model_validate(SHORT | {"init_from": str(base)} | given)
+    arguments = {name: value for name, value in options.items() if name != "data"}
+    config = TrainingConfig.model_validate(SHORT | {"init_from": str(base)} | arguments)
     with pytest.raises(UserError, match=words):
         preflight(dataset, DiffusersConfig(), config, SAMPLING)
 
 
-def test_dry_run_estimates_and_writes_nothing(made: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
-    _, base = made("stable_diffusion")
+def test_dry_run_estimates_and_writes_nothing(
+    make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    _, base = make_pipeline("stable_diffusion")
     dataset = data(tmp_path, "stable_diffusion")
     before = sorted(tmp_path.rglob("*"))
     config = TrainingConfig.model_validate(SHORT | {"init_from": str(base)} | LORA)
@@ -377,12 +381,12 @@ def test_dry_run_estimates_and_writes_nothing(made: Callable[[str], tuple[Path, 
 
 @pytest.mark.parametrize(("kind", "lora"), [("stable_diffusion", {}), ("dit", LORA)])
 def test_exported_pipeline_has_what_was_trained(
-    made: Callable[[str], tuple[Path, Path]], tmp_path: Path, kind: str, lora: dict[str, Any]
+    make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path, kind: str, lora: dict[str, Any]
 ) -> None:
-    folder, base = made(kind)
+    folder, base = make_pipeline(kind)
     final = run(data(tmp_path, kind), tmp_path / "run", base, **lora).final
-    exported = export_to_diffusers(final, tmp_path / "pipeline", SAMPLING)
-    assert set(exported.files) == {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    export = export_to_diffusers(final, tmp_path / "pipeline", SAMPLING)
+    assert set(export.files) == {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     pipe, model = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipeline"), load_model(final)
     assert isinstance(model, PretrainedModel)
     ours = model.network.component(model.config.denoiser_name).state_dict()
@@ -409,9 +413,9 @@ run(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), flip=True, images=4
     "the same bytes",
 )
 def test_fine_tuning_is_bit_identical_after_kills(
-    made: Callable[[str], tuple[Path, Path]], tmp_path: Path, kills: int
+    make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path, kills: int
 ) -> None:
-    _, base = made("stable_diffusion")
+    _, base = make_pipeline("stable_diffusion")
 
     def start(output: str) -> subprocess.Popen[bytes]:
         folder = tmp_path / output / "stable_diffusion"
@@ -420,9 +424,9 @@ def test_fine_tuning_is_bit_identical_after_kills(
         command = [sys.executable, "-c", SCRIPT, str(folder), str(tmp_path / output / "run"), str(base)]
         return subprocess.Popen(command, cwd=ROOT)
 
-    began = time.monotonic()
+    start_time = time.monotonic()
     assert start("whole").wait() == 0
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start_time
     moments = random.Random(0)
     for _ in range(kills):
         process = start("killed")
@@ -432,15 +436,15 @@ def test_fine_tuning_is_bit_identical_after_kills(
             process.kill()
             process.wait()
     assert start("killed").wait() == 0
-    whole, killed = (tmp_path / name / "run" / "final.safetensors" for name in ("whole", "killed"))
-    assert killed.read_bytes() == whole.read_bytes()
+    whole, killed_file = (tmp_path / name / "run" / "final.safetensors" for name in ("whole", "killed"))
+    assert killed_file.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.slow
 def test_latents_of_several_shapes_are_cached_and_resumed(
-    made: Callable[[str], tuple[Path, Path]], tmp_path: Path
+    make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    _, base = made("latent")
+    _, base = make_pipeline("latent")
     folder = bucketed_set(tmp_path)
     whole = run(folder, tmp_path / "whole", base, flip=True)
     assert len(list(encodings_folder(folder).glob("latents-*.safetensors"))) == 3

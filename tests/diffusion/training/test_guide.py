@@ -116,9 +116,9 @@ def test_autoguidance_leads_from_the_guides_estimate_through_the_models(tmp_path
         for sigma, following in pairwise(sigmas):
             x0 = (weak(x, sigma) + 2.5 * (strong(x, sigma) - weak(x, sigma))).clamp(-1, 1)
             x = x0 + float(following / sigma) * (x - x0)
-    found = generated(model, config)
-    assert isinstance(found, Tensor)
-    assert (found - ((x.clamp(-1, 1) + 1) * 127.5).round()).abs().max() <= 1
+    images = generated(model, config)
+    assert isinstance(images, Tensor)
+    assert (images - ((x.clamp(-1, 1) + 1) * 127.5).round()).abs().max() <= 1
 
 
 def test_a_guide_with_the_models_own_weights_changes_nothing(tmp_path: Path) -> None:
@@ -141,14 +141,14 @@ def test_autoguidance_that_was_chosen_applies_unless_a_user_guides(tmp_path: Pat
 def test_a_request_with_guidance_has_no_autoguidance_besides(tmp_path: Path) -> None:
     path = write_model(tmp_path / "model.safetensors", 0, 100, classes={"a": 1, "b": 1}, guide=1)
     model = load_model(path)
-    chosen = SAMPLING.changed({"autoguidance": 2})
-    [images] = answer(model, [make_request({"task": "sample", "seed": 3, "count": 5})], chosen)
-    assert torch.equal(images, sample(model, range(5), 3, chosen))
+    sampling = SAMPLING.changed({"autoguidance": 2})
+    [images] = answer(model, [make_request({"task": "sample", "seed": 3, "count": 5})], sampling)
+    assert torch.equal(images, sample(model, range(5), 3, sampling))
     request = make_request({"task": "sample", "guidance": 3})
-    assert sampling_of(model, request, chosen) == SAMPLING.changed({"guidance": 3})
+    assert sampling_of(model, request, sampling) == SAMPLING.changed({"guidance": 3})
 
 
-def test_autoguidance_of_a_model_without_a_guide_is_refused(tmp_path: Path) -> None:
+def test_autoguidance_of_a_model_without_a_guide_is_rejected(tmp_path: Path) -> None:
     request, guided = make_request({"task": "sample"}), SAMPLING.changed({"autoguidance": 2})
     with pytest.raises(UserError, match=r"training\.guide"):
         sampling_of(model_of(tmp_path, guide=None), request, guided)
@@ -160,7 +160,7 @@ def test_autoguidance_of_a_model_without_a_guide_is_refused(tmp_path: Path) -> N
         guided.changed({"guidance": 2})
 
 
-def test_training_and_distillation_with_autoguidance_and_no_guide_are_refused(dataset: Path, tmp_path: Path) -> None:
+def test_training_and_distillation_with_autoguidance_and_no_guide_are_rejected(dataset: Path, tmp_path: Path) -> None:
     guided = SAMPLING.changed({"autoguidance": 2})
     with pytest.raises(UserError, match=r"training\.guide"):
         train(dataset, tmp_path / "run", MODEL, changed(guide=None), guided)

@@ -91,13 +91,13 @@ def test_adapter_is_all_that_is_trained_and_stored(dataset: Path, tmp_path: Path
     expected.load_state_dict(tuned_weights(expected, header.lora, read_tensors(result.final, "ema.")), strict=False)
     for (name, mine), theirs in zip(model.network.state_dict().items(), expected.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs), name
-    moved = {
+    changed_names = {
         name
         for name, value in model.network.state_dict().items()
         if not torch.equal(value, begun.network.state_dict()[name])
     }
-    assert moved
-    assert {name.split(".")[0] for name in moved} <= {"down", "middle", "up"}
+    assert changed_names
+    assert {name.split(".")[0] for name in changed_names} <= {"down", "middle", "up"}
     assert model_digest(result.final) == model_digest(max((tmp_path / "run" / "checkpoints").glob("*.safetensors")))
     # The losses of the checkpoint are those of the merged network.
     assert (tmp_path / "run" / "samples" / "0000000096.png").is_file()
@@ -108,20 +108,20 @@ def test_stopped_run_resumes_bit_for_bit(dataset: Path, tmp_path: Path, base: Pa
     whole = run(dataset, tmp_path / "whole", base, cpu_threads=threads)
     with pytest.raises(Stop):
         run(dataset, tmp_path / "cut", base, lambda _: StopAt(48), cpu_threads=threads)
-    moved = shutil.move(base, tmp_path / "moved.safetensors")
-    resumed = run(dataset, tmp_path / "cut", moved, cpu_threads=threads)
-    assert resumed.final.read_bytes() == whole.final.read_bytes()
-    assert resumed.train_key == whole.train_key
-    again = run(dataset, tmp_path / "again", moved, cpu_threads=threads, gradient_checkpointing=True)
+    moved_base = shutil.move(base, tmp_path / "moved.safetensors")
+    resumed_run = run(dataset, tmp_path / "cut", moved_base, cpu_threads=threads)
+    assert resumed_run.final.read_bytes() == whole.final.read_bytes()
+    assert resumed_run.train_key == whole.train_key
+    again = run(dataset, tmp_path / "again", moved_base, cpu_threads=threads, gradient_checkpointing=True)
     assert again.final.read_bytes() == whole.final.read_bytes()
 
 
 def test_run_of_another_base_or_rank_is_another_run(dataset: Path, tmp_path: Path, base: Path) -> None:
     key = run(dataset, tmp_path / "run", base).train_key
     other = write_model(tmp_path / "other.safetensors", 1, images=9, config=MODEL, classes=CLASSES)
-    for given, options in ((other, {}), (base, {"lora": {"rank": 3}}), (base, {"lora": None})):
+    for base_file, options in ((other, {}), (base, {"lora": {"rank": 3}}), (base, {"lora": None})):
         with pytest.raises(UserError, match=r"differs in training\.(init_from|lora)"):
-            run(dataset, tmp_path / "run", given, **options)  # type: ignore[arg-type]
+            run(dataset, tmp_path / "run", base_file, **options)  # type: ignore[arg-type]
     assert run(dataset, tmp_path / "run", base).train_key == key
 
 
@@ -133,20 +133,22 @@ def test_file_is_loaded_with_its_base_beside_it_or_above(dataset: Path, tmp_path
         load_model(alone)
     shutil.copy(base, tmp_path / f"{sha256_file(base)}.safetensors")
     assert torch.equal(sample(load_model(alone), range(2), 0, SAMPLING), images)
-    exported = tmp_path / "far" / "away" / "weights.safetensors"
-    export(final, exported)
-    assert find_base(exported, load_model(final).header.base).parent == exported.parent  # type: ignore[arg-type]
-    assert torch.equal(sample(load_model(exported), range(2), 0, SAMPLING), images)
+    path = tmp_path / "far" / "away" / "weights.safetensors"
+    export(final, path)
+    assert find_base(path, load_model(final).header.base).parent == path.parent  # type: ignore[arg-type]
+    assert torch.equal(sample(load_model(path), range(2), 0, SAMPLING), images)
 
 
 def test_adapter_and_its_base_are_compared_by_the_gate_either_way(dataset: Path, tmp_path: Path, base: Path) -> None:
     adapted = run(dataset, tmp_path / "run", base, images=32, checkpoints=1).final
     config, gate = EvaluationConfig(samples=16, extractor_size=32), GateConfig(looks=1)
     for candidate, champion in ((adapted, base), (base, adapted)):
-        found, grids = compare_with_champion(candidate, champion, dataset, config, SAMPLING, gate, tmp_path / "reports")
-        assert found.compared.headline is not None
-        assert found.compared.cost is not None
-        assert found.compared.cost.candidate == found.compared.cost.champion  # merged, it is no larger
+        comparison, grids = compare_with_champion(
+            candidate, champion, dataset, config, SAMPLING, gate, tmp_path / "reports"
+        )
+        assert comparison.compared.headline is not None
+        assert comparison.compared.cost is not None
+        assert comparison.compared.cost.candidate == comparison.compared.cost.champion  # merged, it is no larger
         assert grids.champion is not None
         assert not torch.equal(grids.candidate, grids.champion)
 
@@ -268,11 +270,11 @@ def test_estimated_activations_are_those_that_autograd_saves(dataset: Path) -> N
     network, saved = trainer.state.network, {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def count_bytes(tensor: torch.Tensor) -> torch.Tensor:
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(count_bytes, lambda tensor: tensor):
         loss = DiffusionModel.forward(network, (1, 8, 8))  # type: ignore[arg-type]
     total = sum(size for place, size in saved.items() if place not in weights)
     assert loss.requires_grad

@@ -18,9 +18,9 @@ def test_orthogonalized_matrices_keep_their_singular_vectors_and_have_values_nea
     rows: int, columns: int, seed: int
 ) -> None:
     matrices = torch.randn(2, rows, columns, generator=torch.Generator().manual_seed(seed))
-    for matrix, made in zip(matrices, orthogonalize(matrices), strict=True):
+    for matrix, orthogonal in zip(matrices, orthogonalize(matrices), strict=True):
         u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
-        inside = u.T @ made @ vh.T
+        inside = u.T @ orthogonal @ vh.T
         torch.testing.assert_close(inside, torch.diag(inside.diag()), atol=2e-3, rtol=0)
         # Iterations of a fixed number leave values far below the largest below 1.
         assert (inside.diag()[values > 0.05 * values.norm()] > 0.6).all()
@@ -57,8 +57,8 @@ def test_a_convolution_counts_as_a_matrix_in_any_memory_format() -> None:
     weight, gradient = torch.randn(8, 6, 3, 3), torch.randn(8, 6, 3, 3)
     flat = stepped(weight.flatten(1), [gradient.flatten(1)] * 2)
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        made = stepped(weight.to(memory_format=memory_format), [gradient.to(memory_format=memory_format)] * 2)
-        torch.testing.assert_close(made.flatten(1), flat, atol=1e-6, rtol=1e-5)
+        result = stepped(weight.to(memory_format=memory_format), [gradient.to(memory_format=memory_format)] * 2)
+        torch.testing.assert_close(result.flatten(1), flat, atol=1e-6, rtol=1e-5)
 
 
 def test_a_step_that_is_not_finite_changes_neither_weights_nor_momentum() -> None:

@@ -69,9 +69,9 @@ class StruckAt(StopAt):
 
 def interrupted(output: Path) -> tuple[int, int]:
     """Images of the checkpoint that was written at a signal, and its number of steps that were not logged."""
-    found = Checkpoints(output / "interrupted").newest()
-    assert found is not None
-    return found[1][COUNTS]["images"], len(found[1][WINDOW])
+    checkpoint = Checkpoints(output / "interrupted").newest()
+    assert checkpoint is not None
+    return checkpoint[1][COUNTS]["images"], len(checkpoint[1][WINDOW])
 
 
 def require_same(output: Path, whole: Path) -> None:
@@ -92,13 +92,13 @@ def test_sigterm_ends_training_with_a_checkpoint_and_the_same_call_goes_on_to_th
 ) -> None:
     cut = tmp_path / "cut"
     for images, seconds, number, code in [(64, 0, signal.SIGTERM, 143), (160, 0.5, signal.SIGTERM, 143)]:
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             run(dataset, cut, LONG, track=lambda _, at=(images, number, seconds): StruckAt(*at))
-        assert ended.value.code == code
+        assert exit_info.value.code == code
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        done, unlogged = interrupted(cut)
-        assert images <= done < 640
-        assert unlogged == done // 16 % 2
+        image_count, unlogged_steps = interrupted(cut)
+        assert images <= image_count < 640
+        assert unlogged_steps == image_count // 16 % 2
     assert len(Checkpoints(cut / "interrupted").paths()) == 1
     with pytest.raises(KeyboardInterrupt):
         run(dataset, cut, LONG, track=lambda _: StruckAt(416, signal.SIGINT, 0))
@@ -115,13 +115,13 @@ def test_a_signal_ends_a_validation_which_the_next_call_makes_up_for(
     def struck(
         self: Validation, tensors: dict[str, Tensor], images: int, stop: Callable[[], bool]
     ) -> tuple[Model, dict[str, float]]:
-        found = evaluate(self, tensors, images, stop)
+        losses = evaluate(self, tensors, images, stop)
         calls.append(images)
         if images == at and calls.count(at) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
             while not stop():
                 time.sleep(0.01)
-        return found
+        return losses
 
     monkeypatch.setattr(Validation, "evaluate", struck)
     with pytest.raises(SystemExit):
@@ -161,12 +161,12 @@ def test_a_handler_that_raises_stays_the_one_that_is_installed_and_ends_the_trai
     def tell(*_: object) -> None:
         raise Interrupted
 
-    seen = []
+    checks = []
 
     class Looking(StruckAt):
         def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
             # Prefect looks in a thread of its own, and kills a process whose handler is another's.
-            seen.append(signal.getsignal(signal.SIGTERM) is tell)
+            checks.append(signal.getsignal(signal.SIGTERM) is tell)
             super().log_metrics(metrics, images)
 
     before = signal.signal(signal.SIGTERM, tell)
@@ -175,7 +175,7 @@ def test_a_handler_that_raises_stays_the_one_that_is_installed_and_ends_the_trai
             run(dataset, tmp_path / "run", LONG, track=lambda _: Looking(96, signal.SIGTERM, 0))
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert all(seen)
+    assert all(checks)
     assert interrupted(tmp_path / "run")[0] >= 96
 
 
@@ -245,7 +245,7 @@ def test_a_second_ctrl_c_leaves_a_training_that_hangs_without_writing_to_its_fol
             hung.set()
         return batch(self, position, end)
 
-    def seen(*each: object) -> bool:
+    def hang(*each: object) -> bool:
         try:
             return train(*each)
         finally:
@@ -259,7 +259,7 @@ def test_a_second_ctrl_c_leaves_a_training_that_hangs_without_writing_to_its_fol
 
     monkeypatch.setattr(Loader, "_make", hanging)
     monkeypatch.setattr(Loader, "batch", awaited)
-    monkeypatch.setattr(Trainer, "train", seen)
+    monkeypatch.setattr(Trainer, "train", hang)
     monkeypatch.setattr("diffusion.training.train.PATIENCE", 0.1)
     threading.Thread(target=strike).start()
     with pytest.raises(KeyboardInterrupt):
@@ -341,9 +341,9 @@ def require_same_weights(output: Path, whole: Path) -> None:
 )
 def test_training_that_is_preempted_at_random_moments_ends_the_same(dataset: Path, tmp_path: Path, kills: int) -> None:
     process = start(dataset, tmp_path / "whole")
-    began = after_the_first_checkpoint(process, tmp_path / "whole")
+    start_time = after_the_first_checkpoint(process, tmp_path / "whole")
     assert process.wait() == 0
-    seconds, moments = time.monotonic() - began, random.Random(0)
+    seconds, moments = time.monotonic() - start_time, random.Random(0)
     for number in range(kills):
         process = start(dataset, tmp_path / "cut")
         after_the_first_checkpoint(process, tmp_path / "cut")
@@ -375,9 +375,9 @@ def test_ranks_of_which_one_is_preempted_stop_at_one_step_and_go_on_to_the_same_
     dataset: Path, tmp_path: Path, kills: int, more: tuple[str, ...]
 ) -> None:
     process = start(dataset, tmp_path / "whole", 2, 0, *more)
-    began = after_the_first_checkpoint(process, tmp_path / "whole")
+    start_time = after_the_first_checkpoint(process, tmp_path / "whole")
     assert process.wait() == 0
-    seconds, moments = time.monotonic() - began, random.Random(0)
+    seconds, moments = time.monotonic() - start_time, random.Random(0)
     for number in range(kills):
         process = start(dataset, tmp_path / f"cut-{number}", 2, 3, *more)
         after_the_first_checkpoint(process, tmp_path / f"cut-{number}")

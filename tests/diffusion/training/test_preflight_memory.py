@@ -24,12 +24,12 @@ SHAPES = [(48, 160)] * 3 + [(96, 96)] * 2 + [(200, 40)] + [(32, 24, 3, 3)] * 4
 
 
 def parameters(shapes: list[tuple[int, ...]], memory_format: torch.memory_format) -> list[nn.Parameter]:
-    made = [nn.Parameter(torch.randn(shape)) for shape in shapes]
-    for each in made:
+    parameter_list = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for each in parameter_list:
         if each.ndim == 4:
             each.data = each.data.to(memory_format=memory_format)
         each.grad = torch.randn_like(each)
-    return made
+    return parameter_list
 
 
 def by_hand(matrices: list[nn.Parameter]) -> list[int]:
@@ -52,9 +52,9 @@ def allocated(matrices: list[nn.Parameter], trace: Path) -> int:
     """Bytes that torch's profiler sees allocated at most in the second step, whose first one makes the momentum."""
     optimizer = Muon(matrices, 0.1, 0.1)
     optimizer.step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         optimizer.step()
-    found.export_chrome_trace(str(trace))
+    profiler.export_chrome_trace(str(trace))
     events = [each for each in json.loads(trace.read_text())["traceEvents"] if each.get("name") == "[memory]"]
     live = most = 0
     for event in sorted(events, key=lambda each: each["ts"]):

@@ -36,9 +36,9 @@ def test_replicas_hold_all_and_send_twice_their_gradients_but_for_a_share(datase
     # Its step has updates of all matrices with shorter sides of one length, and six square products of each.
     sides = Counter(min(each.flatten(1).shape) for each in network.matrices())
     least = max(4 * 6 * count * side**2 for side, count in sides.items())
-    found = costs(dataset, 48, micro_batch=1, learned_uncertainty=True)
-    assert [(each.ranks, each.images) for each in found] == [(8, 12), (16, 6), (32, 3), (48, 2)]
-    for each in found:
+    costs_per_rank = costs(dataset, 48, micro_batch=1, learned_uncertainty=True)
+    assert [(each.ranks, each.images) for each in costs_per_rank] == [(8, 12), (16, 6), (32, 3), (48, 2)]
+    for each in costs_per_rank:
         trained = size + 4 * UNCERTAINTY
         assert (each.weights, each.gradients, each.averages) == (trained, 2 * trained, 2 * size)
         assert each.optimizer == 2 * trained - muon
@@ -49,7 +49,7 @@ def test_replicas_hold_all_and_send_twice_their_gradients_but_for_a_share(datase
         assert each.all_reduce == 2 * trained * (each.ranks - 1) // each.ranks
         assert (each.all_gather, each.reduce_scatter, each.gathered) == (0, 0, 0)
     # One image at a time.
-    assert len({each.activations for each in found}) == 1
+    assert len({each.activations for each in costs_per_rank}) == 1
 
 
 def test_groups_hold_their_rows_and_send_weights_twice_for_each_micro_batch(dataset: Path) -> None:
@@ -58,9 +58,9 @@ def test_groups_hold_their_rows_and_send_weights_twice_for_each_micro_batch(data
     own = {id(each) for each in inside}
     outside = [each for each in network.parameters() if id(each) not in own]
     blocks, rest = shard(inside, group), shard(outside, group)
-    found = costs(dataset, 16, shard=group, optimizer="adamw", micro_batch=3)
-    assert [(each.ranks, each.images) for each in found] == [(8, 12), (16, 6)]
-    for each in found:
+    costs_per_rank = costs(dataset, 16, shard=group, optimizer="adamw", micro_batch=3)
+    assert [(each.ranks, each.images) for each in costs_per_rank] == [(8, 12), (16, 6)]
+    for each in costs_per_rank:
         passes, replicas = each.images // 3, each.ranks // group
         assert (each.weights, each.gradients) == (blocks + rest,) * 2
         # The average and the guide.
@@ -75,10 +75,10 @@ def test_groups_hold_their_rows_and_send_weights_twice_for_each_micro_batch(data
 @pytest.mark.slow
 def test_a_row_is_the_least_that_a_large_flat_mesh_leaves_to_a_rank(dataset: Path) -> None:
     network = UNet(MODEL, 1, 8, classes=2)
-    found = costs(dataset, 128, batch_size=128, shard=True, optimizer="adamw")
+    costs_per_rank = costs(dataset, 128, batch_size=128, shard=True, optimizer="adamw")
     rows = 4 * sum(each.numel() // len(each) for each in network.parameters())
-    assert found[-1].weights == rows > 2 * 4 * sum(each.numel() for each in network.parameters()) // 128
-    assert found[-1].all_reduce == 0
+    assert costs_per_rank[-1].weights == rows > 2 * 4 * sum(each.numel() for each in network.parameters()) // 128
+    assert costs_per_rank[-1].all_reduce == 0
 
 
 @pytest.mark.parametrize("training", [{"batch_size": 64}, {"shard": 5, "optimizer": "adamw"}])

@@ -42,13 +42,13 @@ def write(rank: int, processes: int, group: int, folder: Path, sees_files: bool)
         Path.is_file = lambda *_: False  # type: ignore[assignment,method-assign]
     mine = sharded(tensors(), group)
     # Only the main process knows the header.
-    written = write_together(folder, mine, HEADER if ranks.is_main else {}, ranks)
+    checkpoint = write_together(folder, mine, HEADER if ranks.is_main else {}, ranks)
     if ranks.is_main:
-        checkpoints.save(written, HEADER)
+        checkpoints.save(checkpoint, HEADER)
     ranks.barrier()
-    stored = read_everywhere(folder / "checkpoints" / "0000000064.safetensors", ranks)
+    arrays = read_everywhere(folder / "checkpoints" / "0000000064.safetensors", ranks)
     for name, value in tensors().items():
-        again = shard_like(stored[name], mine[name])
+        again = shard_like(arrays[name], mine[name])
         assert torch.equal(full_tensor(again), value)
         if isinstance(again, DTensor):
             assert again.to_local().shape == mine[name].to_local().shape  # type: ignore[attr-defined]

@@ -74,8 +74,8 @@ def test_stopped_run_resumes_bit_for_bit_with_every_loader(
     with pytest.raises(Stop):
         run(dataset, tmp_path / "cut", track=lambda _: StopAt(stop))
     assert not (tmp_path / "cut" / "final.safetensors").exists()
-    resumed = run(dataset, tmp_path / "cut", CONFIG.model_copy(update=loading))
-    assert resumed.final.read_bytes() == whole.final.read_bytes()
+    resumed_run = run(dataset, tmp_path / "cut", CONFIG.model_copy(update=loading))
+    assert resumed_run.final.read_bytes() == whole.final.read_bytes()
     for name in ("losses.csv", "samples/0000000320.png"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     images = [line.split(",")[0] for line in (tmp_path / "cut" / "history.csv").read_text().splitlines()]
@@ -108,9 +108,9 @@ def test_resume_is_bit_identical_after_kills(dataset: Path, tmp_path: Path, kill
         command = [sys.executable, "-c", SCRIPT.format(root=root), str(dataset), str(output), *map(str, loading)]
         return subprocess.Popen(command, cwd=root)
 
-    began = time.monotonic()
+    start_time = time.monotonic()
     assert start(tmp_path / "whole", 2, 4, 2**30).wait() == 0
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start_time
     moments = random.Random(0)
     for _ in range(kills):
         workers = moments.randint(1, 4)
@@ -137,8 +137,8 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(
     data = bytearray(newest.read_bytes())
     data[-1] ^= 1
     newest.write_bytes(data if how == "changed" else data[:100])
-    resumed = run(dataset, tmp_path / "cut")
-    assert resumed.final.read_bytes() == whole.final.read_bytes()
+    resumed_run = run(dataset, tmp_path / "cut")
+    assert resumed_run.final.read_bytes() == whole.final.read_bytes()
     assert newest.name in caplog.text
 
 
@@ -170,23 +170,23 @@ def test_the_default_batch_is_in_the_file_and_a_run_of_that_number_is_the_same(d
     unset = CONFIG.model_copy(update={"images": 128, "checkpoints": 1, "batch_size": None})
     first = train(dataset, tmp_path / "run", MODEL, unset, SAMPLING)
     assert load_model(first.final).header.training["batch_size"] == 64
-    given = unset.model_copy(update={"batch_size": 64})
-    assert train(dataset, tmp_path / "run", MODEL, given, SAMPLING).train_key == first.train_key
+    explicit = unset.model_copy(update={"batch_size": 64})
+    assert train(dataset, tmp_path / "run", MODEL, explicit, SAMPLING).train_key == first.train_key
     with pytest.raises(UserError, match=r"differs in training\.batch_size"):
-        train(dataset, tmp_path / "run", MODEL, given.model_copy(update={"batch_size": 32}), SAMPLING)
+        train(dataset, tmp_path / "run", MODEL, explicit.model_copy(update={"batch_size": 32}), SAMPLING)
 
 
 def test_discarded_run_restarts_with_the_same_result(dataset: Path, tmp_path: Path) -> None:
     first = run(dataset, tmp_path / "run").final
-    bits, written = first.read_bytes(), first.stat().st_mtime_ns
-    assert run(dataset, tmp_path / "run").final.stat().st_mtime_ns == written
-    assert run(dataset, tmp_path / "run", restart="if_different").final.stat().st_mtime_ns == written
+    bits, modification_time = first.read_bytes(), first.stat().st_mtime_ns
+    assert run(dataset, tmp_path / "run").final.stat().st_mtime_ns == modification_time
+    assert run(dataset, tmp_path / "run", restart="if_different").final.stat().st_mtime_ns == modification_time
     (tmp_path / "run" / "notes.txt").write_text("mine")
     discard(tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["metrics_buffer", "notes.txt"]
     assert [path.name for path in (tmp_path / "run" / "metrics_buffer").iterdir()] == ["restarted"]
     again = run(dataset, tmp_path / "run").final
-    assert again.stat().st_mtime_ns != written
+    assert again.stat().st_mtime_ns != modification_time
     assert again.read_bytes() == bits
 
 
@@ -225,8 +225,8 @@ def test_whatever_is_chosen_from_the_menu_learns_and_resumes_to_the_same_bits(
     whole = train(dataset, tmp_path / "whole", shape, config, SAMPLING)
     with pytest.raises(Stop):
         train(dataset, tmp_path / "cut", shape, config, SAMPLING, track=lambda _: StopAt(240))
-    resumed = train(dataset, tmp_path / "cut", shape, config, SAMPLING)
-    assert resumed.final.read_bytes() == whole.final.read_bytes()
+    resumed_run = train(dataset, tmp_path / "cut", shape, config, SAMPLING)
+    assert resumed_run.final.read_bytes() == whole.final.read_bytes()
     losses = [row["held_out_loss"] for row in read_metrics(tmp_path / "whole" / "losses.csv")]
     assert losses[-1] < losses[0]
     for path in (tmp_path / "whole").glob("averages/*.safetensors"):
@@ -236,12 +236,14 @@ def test_whatever_is_chosen_from_the_menu_learns_and_resumes_to_the_same_bits(
 def test_post_hoc_ema_of_other_stds_generates_images(dataset: Path, tmp_path: Path) -> None:
     config = TrainingConfig.model_validate(CONFIG.model_dump() | {"ema_stds": [0.05, 0.1], "checkpoints": 8})
     result = run(dataset, tmp_path / "run", config)
-    *kept, shorter, same = models_to_evaluate(tmp_path / "run", tmp_path / "report", [0.04, 0.05])
-    assert len(kept) == config.keep
-    final, made = (load_model(path).network.state_dict() for path in (result.final, same))
-    for name, value in made.items():
+    *checkpoints, shorter, same = models_to_evaluate(tmp_path / "run", tmp_path / "report", [0.04, 0.05])
+    assert len(checkpoints) == config.keep
+    final, post_hoc = (load_model(path).network.state_dict() for path in (result.final, same))
+    for name, value in post_hoc.items():
         torch.testing.assert_close(value, final[name], atol=1e-5, rtol=0)
-    assert any(not torch.equal(value, made[name]) for name, value in load_model(shorter).network.state_dict().items())
+    assert any(
+        not torch.equal(value, post_hoc[name]) for name, value in load_model(shorter).network.state_dict().items()
+    )
     first = min((tmp_path / "run" / "averages").glob("[0-9]*.safetensors"))
     first.write_bytes(b"half of")
     with pytest.raises(UserError, match=f"{first.stem}.* is damaged"):
@@ -252,9 +254,9 @@ def test_averaged_weights_move_and_differ_from_the_raw_ones(dataset: Path, tmp_p
     run(dataset, tmp_path / "run")
     checkpoints = sorted((tmp_path / "run" / "checkpoints").glob("*.safetensors"))
     before, after = (load_file(path) for path in checkpoints)
-    moved = [name for name in after if name.startswith("ema.") and not torch.equal(before[name], after[name])]
-    assert len(moved) == sum(name.startswith("ema.") for name in after)
-    assert any(not torch.equal(after[f"network.{name[4:]}"], after[name]) for name in moved)
+    changed_names = [name for name in after if name.startswith("ema.") and not torch.equal(before[name], after[name])]
+    assert len(changed_names) == sum(name.startswith("ema.") for name in after)
+    assert any(not torch.equal(after[f"network.{name[4:]}"], after[name]) for name in changed_names)
 
 
 @pytest.mark.slow
@@ -294,7 +296,7 @@ def test_learning_rate_rises_and_falls_by_images_seen() -> None:
     assert scheduled_learning_rate(half, 160, 320) == pytest.approx(rates[10])
 
 
-def test_two_trainings_in_one_folder_are_refused(dataset: Path, tmp_path: Path) -> None:
+def test_two_trainings_in_one_folder_are_rejected(dataset: Path, tmp_path: Path) -> None:
     class Nested(StopAt):
         def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
             with pytest.raises(UserError, match="another process trains"):
@@ -320,10 +322,10 @@ def test_the_share_of_time_spent_waiting_for_images_is_recorded(dataset: Path, t
             logged.extend(value for name, value in metrics.items() if name == "data_wait")
 
     run(dataset, tmp_path / "run", track=lambda _: Listener(0))
-    written = [row["data_wait"] for row in read_metrics(tmp_path / "run" / "history.csv")]
-    assert written == logged
-    assert len(written) == 20
-    assert all(0 < share < 1 for share in written)
+    shares = [row["data_wait"] for row in read_metrics(tmp_path / "run" / "history.csv")]
+    assert shares == logged
+    assert len(shares) == 20
+    assert all(0 < share < 1 for share in shares)
 
 
 def test_resumed_history_drops_rows_after_the_checkpoint(tmp_path: Path) -> None:
@@ -366,37 +368,37 @@ def test_shuffle_window_changes_the_order_and_the_run(sharded: Path, tmp_path: P
 
 
 def test_in_windows_other_shards_of_the_same_images_are_another_run(tmp_path: Path) -> None:
-    made = {}
+    folders = {}
     for per_shard in (8, 16):
         folder = tmp_path / str(per_shard) / "sharded"
         manifest = write_dataset(folder, random_images(64), per_shard)
-        made[per_shard] = folder
+        folders[per_shard] = folder
         write_manifest(folder, manifest.model_copy(update={"content_digest": "0" * 64}))
-    whole = run(made[8], tmp_path / "plain").final.read_bytes()
-    assert run(made[16], tmp_path / "plain").final.read_bytes() == whole
+    whole = run(folders[8], tmp_path / "plain").final.read_bytes()
+    assert run(folders[16], tmp_path / "plain").final.read_bytes() == whole
     windowed = CONFIG.model_copy(update={"window": 2})
-    run(made[8], tmp_path / "windowed", windowed)
+    run(folders[8], tmp_path / "windowed", windowed)
     with pytest.raises(UserError, match="differs in the data set's shards"):
-        run(made[16], tmp_path / "windowed", windowed)
+        run(folders[16], tmp_path / "windowed", windowed)
 
 
-def test_a_cache_too_small_is_refused_with_what_would_fit(sharded: Path, tmp_path: Path) -> None:
+def test_a_cache_too_small_is_rejected_with_what_would_fit(sharded: Path, tmp_path: Path) -> None:
     sizes = sorted((shard.bytes for shard in read_manifest(sharded).shards), reverse=True)
     store = Away(sharded, tmp_path / "remote")
 
-    def refused(**loading: int) -> str:
-        with pytest.raises(UserError) as caught:
+    def error_of(**loading: int) -> str:
+        with pytest.raises(UserError) as error:
             run(sharded, tmp_path / "run", CONFIG.model_copy(update=loading), store=store)
-        return str(caught.value)
+        return str(error.value)
 
-    words = refused(stream_bytes=sum(sizes) - 1)
+    words = error_of(stream_bytes=sum(sizes) - 1)
     assert f"raise training.stream_bytes to {sum(sizes)}, or set training.window to 3 or less" in words
-    words = refused(stream_bytes=sum(sizes[:4]), window=3)
+    words = error_of(stream_bytes=sum(sizes[:4]), window=3)
     assert f"raise training.stream_bytes to {sum(sizes[:6])}, or set training.window to 2 or less" in words
-    assert "training.window to" not in refused(stream_bytes=sum(sizes[:2]) - 1, window=1)
+    assert "training.window to" not in error_of(stream_bytes=sum(sizes[:2]) - 1, window=1)
 
 
-def test_streaming_without_a_remote_is_refused(sharded: Path, tmp_path: Path) -> None:
+def test_streaming_without_a_remote_is_rejected(sharded: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"training\.stream_bytes is set, and there is no remote"):
         run(sharded, tmp_path / "run", CONFIG.model_copy(update={"stream_bytes": 2**20}))
 
@@ -418,10 +420,10 @@ def test_nonfinite_steps_are_skipped_and_counted(dataset: Path) -> None:
         for images in range(0, 96, 16):
             before = copy.deepcopy(trainer.state.network.state_dict())
             loss, _ = take_step(trainer)
-            moved = any(
+            has_changed = any(
                 not torch.equal(value, before[name]) for name, value in trainer.state.network.state_dict().items()
             )
-            assert bool(loss.isnan()) == (images in broken) == (not moved)
+            assert bool(loss.isnan()) == (images in broken) == (not has_changed)
         assert (trainer.state.images, trainer.state.skipped, trainer.state.skipped_in_a_row) == (96, 3, 0)
 
 
@@ -487,8 +489,8 @@ def test_dry_run_describes_the_run_and_writes_nothing(dataset: Path, tmp_path: P
     result = run(dataset, tmp_path / "run")
     weights = load_model(result.final).network.state_dict()
     assert about.parameters == sum(value.numel() for value in weights.values())
-    kept = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert about.disk_bytes / 3 < kept < about.disk_bytes * 1.5
+    checkpoint_bytes = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert about.disk_bytes / 3 < checkpoint_bytes < about.disk_bytes * 1.5
     assert 0 < about.seconds < 600
     words = dict(about.lines())
     assert words["length"] == f"320 images, {320 / about.train:.1f} epochs"
@@ -514,7 +516,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_an_error_before_the_first(
 
 
 @pytest.mark.parametrize(
-    ("policy", "kept"),
+    ("policy", "expected"),
     [
         ({"keep": 1}, [320]),
         ({"keep": 2}, [288, 320]),
@@ -523,15 +525,15 @@ def test_a_disk_too_small_for_the_checkpoints_is_an_error_before_the_first(
     ],
 )
 def test_checkpoint_policy_decides_which_checkpoints_are_kept(
-    dataset: Path, tmp_path: Path, policy: dict[str, int], kept: list[int] | None
+    dataset: Path, tmp_path: Path, policy: dict[str, int], expected: list[int] | None
 ) -> None:
     run(dataset, tmp_path / "run", CONFIG.model_copy(update={"checkpoints": 8} | policy))
-    there = [int(path.stem) for path in Checkpoints(tmp_path / "run" / "checkpoints").paths()]
-    if kept is None:
+    numbers = [int(path.stem) for path in Checkpoints(tmp_path / "run" / "checkpoints").paths()]
+    if expected is None:
         rows = read_metrics(tmp_path / "run" / "losses.csv")
         best = sorted(rows, key=lambda row: row["held_out_loss_ema"])[:2]
-        kept = sorted({int(row["images"]) for row in best} | {320})
-    assert there == kept
+        expected = sorted({int(row["images"]) for row in best} | {320})
+    assert numbers == expected
 
 
 def test_background_checkpoint_error_stops_training(dataset: Path, tmp_path: Path) -> None:
@@ -553,9 +555,9 @@ def test_checkpoint_is_a_snapshot_while_training_continues(dataset: Path, tmp_pa
             writer.save(trainer.state.tensors(), trainer.checkpoint_header(), 1)
             for _ in range(5):
                 take_step(trainer)
-    written = load_file(tmp_path / "0000000016.safetensors")
-    assert written.keys() == expected.keys()
-    assert all(torch.equal(value, expected[name]) for name, value in written.items())
+    tensors = load_file(tmp_path / "0000000016.safetensors")
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in tensors.items())
 
 
 def test_run_logs_losses_per_noise_level_drift_and_samples(dataset: Path, tmp_path: Path) -> None:
@@ -575,9 +577,9 @@ def test_run_logs_losses_per_noise_level_drift_and_samples(dataset: Path, tmp_pa
     run(dataset, tmp_path / "run", track=lambda _: Record())
     levels = [figures[f"held_out_loss_ema_level_{number}"] for number in range(1, 9)]
     assert sum(levels) / 8 == pytest.approx(figures["held_out_loss_ema"], rel=0.2)
-    drawn = sample(load_model(tmp_path / "run" / "final.safetensors"), range(36), 0, SAMPLING).double() / 127.5 - 1
+    samples = sample(load_model(tmp_path / "run" / "final.safetensors"), range(36), 0, SAMPLING).double() / 127.5 - 1
     manifest = read_manifest(dataset)
-    expected = (drawn.mean().item() - manifest.mean[0]) / manifest.std[0]
+    expected = (samples.mean().item() - manifest.mean[0]) / manifest.std[0]
     assert figures["sample_drift_grey"] == pytest.approx(expected, abs=1e-4)
     assert logged[-2:] == [("samples", 320), ("reverse", 320)]
     assert [name for name, _ in logged].count("reverse") == 1

@@ -55,7 +55,7 @@ def test_worker_threads_step_equals_plain_adamw_on_the_batch(dataset: Path, part
 
 @pytest.mark.parametrize("share", [0.02, 0.98], ids=["little noise", "much noise"])
 def test_network_gets_images_of_mean_0_and_variance_1_at_every_noise_level(dataset: Path, share: float) -> None:
-    seen: list[torch.Tensor] = []
+    network_inputs: list[torch.Tensor] = []
     with worker_threads(1) as pool:
         trainer = make_trainer(dataset, MODEL, TrainingConfig(images=64), pool, 64)
         setup = trainer.setup
@@ -67,8 +67,8 @@ def test_network_gets_images_of_mean_0_and_variance_1_at_every_noise_level(datas
         objective = DiffusionModel.make_objective(header, trainer.config, None)
         batch = objective.make_batch(x0, range(len(x0)), {}, probe="moments")
         batch.random["t"] = torch.full_like(batch.random["t"], share * 999)
-        trainer.state.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        trainer.state.network.register_forward_pre_hook(lambda _, inputs: network_inputs.append(inputs[0]))
         with torch.inference_mode():
             objective.losses(trainer.state.network, batch)
-    assert seen[0].mean((0, 2, 3)).abs().max().item() < 0.03
-    assert seen[0].var((0, 2, 3), correction=0).mean().item() == pytest.approx(1, rel=0.03)
+    assert network_inputs[0].mean((0, 2, 3)).abs().max().item() < 0.03
+    assert network_inputs[0].var((0, 2, 3), correction=0).mean().item() == pytest.approx(1, rel=0.03)

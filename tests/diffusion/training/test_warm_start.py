@@ -32,11 +32,11 @@ def run(dataset: Path, output: Path, begun: Path | str | None, **options: object
 
 
 def test_training_begins_with_the_weights_it_is_given(dataset: Path, tmp_path: Path) -> None:
-    given = load_file(start(tmp_path))
+    initial_tensors = load_file(start(tmp_path))
     with pytest.raises(Stop):
         run(dataset, tmp_path / "warm", start(tmp_path), track=lambda _: StopAt(0))
     begun = load_file(tmp_path / "warm" / "checkpoints" / "0000000000.safetensors")
-    for name, value in given.items():
+    for name, value in initial_tensors.items():
         bare = name.removeprefix("ema.")
         assert torch.equal(begun[f"network.{bare}"], value)
         assert torch.equal(begun[name], value)
@@ -47,10 +47,10 @@ def test_stopped_warm_started_run_resumes_bit_for_bit(dataset: Path, tmp_path: P
     whole = run(dataset, tmp_path / "whole", start(tmp_path))
     with pytest.raises(Stop):
         run(dataset, tmp_path / "cut", start(tmp_path), track=lambda _: StopAt(48))
-    moved = shutil.copy(start(tmp_path), tmp_path / "moved.safetensors")
-    resumed = run(dataset, tmp_path / "cut", moved)
-    assert resumed.final.read_bytes() == whole.final.read_bytes()
-    assert resumed.train_key == whole.train_key
+    moved_file = shutil.copy(start(tmp_path), tmp_path / "moved.safetensors")
+    resumed_run = run(dataset, tmp_path / "cut", moved_file)
+    assert resumed_run.final.read_bytes() == whole.final.read_bytes()
+    assert resumed_run.train_key == whole.train_key
 
 
 def test_init_from_changes_the_run_key(dataset: Path, tmp_path: Path) -> None:
@@ -76,11 +76,11 @@ def test_init_from_changes_the_run_key(dataset: Path, tmp_path: Path) -> None:
 def test_init_from_of_another_architecture_is_a_one_line_error(
     dataset: Path, tmp_path: Path, options: dict[str, object], words: str
 ) -> None:
-    given = start(tmp_path, **options)
+    start_file = start(tmp_path, **options)
     with pytest.raises(
         UserError, match=rf"training\.init_from .*start-0\.safetensors {words}.*training\.init_from=null"
     ):
-        run(dataset, tmp_path / "warm", given)
+        run(dataset, tmp_path / "warm", start_file)
 
 
 def test_families_do_not_mix(dataset: Path, tmp_path: Path) -> None:

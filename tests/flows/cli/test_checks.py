@@ -59,13 +59,13 @@ def test_a_wrong_password_is_an_error_at_once(
     with serving(Refusing) as url:
         monkeypatch.setenv(variable, url)
         monkeypatch.setenv(secret, "someone:test-secret")
-        with pytest.raises(UserError, match=f"wrong user or password.*{secret}") as raised:
+        with pytest.raises(UserError, match=f"wrong user or password.*{secret}") as error:
             require(server)  # type: ignore[arg-type]
     assert len(paths) == 1
-    assert "test-secret" not in str(raised.value)
+    assert "test-secret" not in str(error.value)
 
 
-def test_a_registry_that_fails_briefly_is_asked_again_and_a_wrong_password_is_not(
+def test_a_registry_that_fails_briefly_is_queried_again_but_not_with_a_wrong_password(
     no_servers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = [503, 200, 401]
@@ -181,7 +181,7 @@ def test_other_storage_than_that_of_the_data_set_is_found_before_a_flow_run(
     require_ingestable(other, "always")
 
 
-def test_a_deployment_whose_retrainings_would_fail_or_discard_a_run_is_told_at_once(
+def test_a_deployment_whose_retrainings_would_fail_or_discard_a_run_is_reported_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -296,7 +296,7 @@ def test_a_label_that_the_model_does_not_know_is_found_without_loading_it(
         require_version(version.uri, params, Conditions(labels=("bird",)))
 
 
-def test_a_tag_with_a_path_is_refused(
+def test_a_tag_with_a_path_is_rejected(
     mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DARKROOM_BUCKET", bucket)
@@ -321,7 +321,7 @@ def test_history_of_an_unknown_data_set_is_an_error(
 ) -> None:
     monkeypatch.setenv("DARKROOM_BUCKET", bucket)
     monkeypatch.setattr(sys, "argv", ["darkroom", "model", "history", *words])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main()
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     assert "no model or data set nobodys" in capsys.readouterr().err

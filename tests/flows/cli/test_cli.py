@@ -29,13 +29,13 @@ WITHOUT_EXAMPLE = {"status", "down"}
 
 
 def test_help_lists_every_command(tmp_path: Path) -> None:
-    shown = darkroom(tmp_path, "--help")
-    assert shown.returncode == 0
-    assert [name for name in (*COMMANDS, *GROUPS) if f"\n  {name} " not in shown.stdout] == []
-    assert not set(shown.stdout) & set("│╭─")
+    output = darkroom(tmp_path, "--help")
+    assert output.returncode == 0
+    assert [name for name in (*COMMANDS, *GROUPS) if f"\n  {name} " not in output.stdout] == []
+    assert not set(output.stdout) & set("│╭─")
     for group, commands in GROUPS.items():
-        shown = darkroom(tmp_path, group, "--help")
-        assert [name for name in commands if f"\n  {name} " not in shown.stdout] == []
+        output = darkroom(tmp_path, group, "--help")
+        assert [name for name in commands if f"\n  {name} " not in output.stdout] == []
 
 
 def test_help_of_a_command_shows_json_and_an_example() -> None:
@@ -60,10 +60,10 @@ def test_standard_output_has_the_result_alone_and_errors_come_after_it() -> None
         print("said by a library")
         return CommandOutput({"times": times}, ["a line"], typer.Exit(3) if times > 1 else None)
 
-    done = CliRunner().invoke(app, ["--json"])
-    assert (done.exit_code, done.stdout, done.stderr) == (0, '{"times": 1}\n', "said by a library\n")
-    done = CliRunner().invoke(app, ["--times", "2"])
-    assert (done.exit_code, done.stdout) == (3, "a line\n")
+    result = CliRunner().invoke(app, ["--json"])
+    assert (result.exit_code, result.stdout, result.stderr) == (0, '{"times": 1}\n', "said by a library\n")
+    result = CliRunner().invoke(app, ["--times", "2"])
+    assert (result.exit_code, result.stdout) == (3, "a line\n")
 
 
 def test_help_loads_no_heavy_library() -> None:
@@ -93,39 +93,39 @@ def test_help_loads_no_heavy_library() -> None:
 )
 def test_mistakes_exit_2_without_a_traceback(tmp_path: Path, arguments: list[str]) -> None:
     (tmp_path / "params.yaml").write_text("training:\n  images: 10\n")
-    done = darkroom(tmp_path, *arguments)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("darkroom: ")
-    assert len(done.stderr.splitlines()) == 1
+    result = darkroom(tmp_path, *arguments)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("darkroom: ")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_health_has_a_line_for_each_server(tmp_path: Path) -> None:
-    shown = darkroom(tmp_path, "server", "health", "mlflow", "http://127.0.0.1:9/")
-    assert shown.returncode == 2
-    assert [line.split()[:2] for line in shown.stdout.splitlines()] == [
+    output = darkroom(tmp_path, "server", "health", "mlflow", "http://127.0.0.1:9/")
+    assert output.returncode == 2
+    assert [line.split()[:2] for line in output.stdout.splitlines()] == [
         ["mlflow", "fails:"],
         ["http://127.0.0.1:9/", "fails:"],
     ]
-    assert "run `darkroom up`" in shown.stderr
+    assert "run `darkroom up`" in output.stderr
 
 
 def test_commands_that_need_servers_explain_how_to_start_them(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("training:\n  images: 10\n")
-    done = darkroom(tmp_path, "gc")
-    assert "run `darkroom up`" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+    result = darkroom(tmp_path, "gc")
+    assert "run `darkroom up`" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.slow
 def test_a_server_that_does_not_answer_is_named_within_seconds_and_its_password_is_not(tmp_path: Path) -> None:
-    named = {
+    variables = {
         "MLFLOW_TRACKING_URI": "http://someone:test-secret@127.0.0.1:9",
         "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9",
     }
-    done = darkroom(tmp_path, "model", "history", "--dataset", "digits", **named)
-    assert done.returncode == 1
-    [line] = done.stderr.strip().splitlines()
+    result = darkroom(tmp_path, "model", "history", "--dataset", "digits", **variables)
+    assert result.returncode == 1
+    [line] = result.stderr.strip().splitlines()
     assert line.startswith("darkroom: MLflow does not answer (http://127.0.0.1:9/api/")
     assert "is MLFLOW_TRACKING_URI right?" in line
     assert "test-secret" not in line
@@ -135,15 +135,15 @@ def test_a_server_that_does_not_answer_is_named_within_seconds_and_its_password_
 def test_a_dry_run_of_training_needs_no_server_and_stops_before_it(dataset: Path, tmp_path: Path) -> None:
     small = ["model.width=16", "model.channel_mult=[1]", "model.attention=[]", "sampling.steps=2"]
     settings = [word for setting in (*small, "training.images=640") for word in ("--set", setting)]
-    shown = darkroom(tmp_path, "train", "--dataset", "blobs", "--dry-run", *settings)
-    assert shown.returncode == 0, shown.stderr
-    assert "of 8×8×1, 2 classes;" in shown.stdout
-    assert "640 images," in shown.stdout
+    output = darkroom(tmp_path, "train", "--dataset", "blobs", "--dry-run", *settings)
+    assert output.returncode == 0, output.stderr
+    assert "of 8×8×1, 2 classes;" in output.stdout
+    assert "640 images," in output.stdout
     about = json.loads(darkroom(tmp_path, "train", "--dataset", "blobs", "--dry-run", "--json", *settings).stdout)
     assert (about["dataset"], about["images"], about["shape"]) == ("blobs", 640, [1, 8, 8])
     assert not (tmp_path / "runs" / "blobs").exists()
-    refused = darkroom(tmp_path, "train", "--dataset", "blobs", "--dry-run", "--restart")
-    assert (refused.returncode, "leave --restart out" in refused.stderr) == (2, True)
+    process = darkroom(tmp_path, "train", "--dataset", "blobs", "--dry-run", "--restart")
+    assert (process.returncode, "leave --restart out" in process.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("words", [["retrain", "x"], ["ingest", "--local"], ["train", "--dry-run"], ["status"]])
@@ -152,5 +152,5 @@ def test_single_process_commands_fail_under_torchrun(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    refused = darkroom(tmp_path, *words)
-    assert (refused.returncode, "leave torchrun out" in refused.stderr) == (2, True)
+    process = darkroom(tmp_path, *words)
+    assert (process.returncode, "leave torchrun out" in process.stderr) == (2, True)

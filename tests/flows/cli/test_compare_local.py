@@ -1,4 +1,4 @@
-"""``darkroom compare --local``: families trained and judged side by side, without any server."""
+"""``darkroom compare --local``: families trained and evaluated side by side, without any server."""
 
 import json
 from pathlib import Path
@@ -30,15 +30,15 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 def test_families_train_in_separate_folders_with_one_ranking_report(workspace: Path) -> None:
-    done = CliRunner().invoke(app, COMMAND, catch_exceptions=False)
-    output = json.loads(done.stdout)
-    found = output["ranking"]
-    assert {each["name"] for each in found["models"]} == {"gan", "autoregressive"}
-    for each in found["models"]:
+    result = CliRunner().invoke(app, COMMAND, catch_exceptions=False)
+    output = json.loads(result.stdout)
+    ranking = output["ranking"]
+    assert {each["name"] for each in ranking["models"]} == {"gan", "autoregressive"}
+    for each in ranking["models"]:
         assert each["file"] == f"runs/discs-{each['name']}/final.safetensors"
         assert (each["images"], each["sampling"]["compute_batch"]) == (64, 16)
         assert read_model_header(Path(each["file"])).training["batch_size"] == 32
-    assert json.loads((workspace / "reports" / "discs" / "comparison.json").read_text()) == found
+    assert json.loads((workspace / "reports" / "discs" / "comparison.json").read_text()) == ranking
     assert "Images of gan" in (workspace / "reports" / "discs" / "comparison.html").read_text()
     # Given again it finds all of it done.
     assert json.loads(CliRunner().invoke(app, COMMAND, catch_exceptions=False).stdout) == output

@@ -44,13 +44,13 @@ class CommandLine:
         """In this process, which saves the start of another."""
         self.monkeypatch.setattr(sys, "argv", ["darkroom", command, *arguments])
         self.monkeypatch.setattr(sys, "stdin", io.StringIO())
-        ended = 0
+        exit_code = 0
         with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
             try:
                 main()
             except SystemExit as done:
-                ended = int(done.code or 0)
-        return self.checked(ended, code, out.getvalue(), err.getvalue())
+                exit_code = int(done.code or 0)
+        return self.checked(exit_code, code, out.getvalue(), err.getvalue())
 
     def shell(self, *arguments: str, code: int = 0) -> str:
         """In a process of its own."""
@@ -132,24 +132,24 @@ def test_the_calibrated_threshold_of_near_duplicates_is_printed(commands: Comman
 
 def test_compact_joins_the_shards_of_all_versions(commands: CommandLine) -> None:
     before = commands.json("show")
-    done = commands.json("compact", "--local")
-    assert (done["dataset"], done["changed"], done["shards"]) == ("blobs", True, [2, 1])
-    assert done["content_digest"] == before["content_digest"] == commands.json("show")["content_digest"]
+    result = commands.json("compact", "--local")
+    assert (result["dataset"], result["changed"], result["shards"]) == ("blobs", True, [2, 1])
+    assert result["content_digest"] == before["content_digest"] == commands.json("show")["content_digest"]
     assert "none too small" in commands.run("compact", "--local")
 
 
 def test_simulate_takes_the_shards_of_the_data_set_or_those_that_are_described(commands: CommandLine) -> None:
     manifest = read_manifest(FOLDER)
-    found = commands.json("simulate", "--step-seconds", "0.1", "--set", "training.batch_size=4", "--epochs", "2")
-    assert (found["images"], found["shards"]) == (manifest.counts["train"], 2)
-    assert [epoch["fetched"] for epoch in found["simulation"]["epochs"]] == [2, 0]
+    output = commands.json("simulate", "--step-seconds", "0.1", "--set", "training.batch_size=4", "--epochs", "2")
+    assert (output["images"], output["shards"]) == (manifest.counts["train"], 2)
+    assert [epoch["fetched"] for epoch in output["simulation"]["epochs"]] == [2, 0]
     described = ("simulate", "--images", "1000000000", "--bytes-per-image", "20000", "--nodes", "4", "--ranks", "8")
     settings = ("--set", "training.batch_size=65536", "--set", "ingest.shard_bytes=2000000000")
-    found = commands.json(*described, *settings, "--step-seconds", "2")
-    assert (found["images"], found["bytes"], found["shards"]) == (10**9, 2 * 10**13, 10**4)
-    assert found["streaming"]["window"] == found["smallest"]["window"]
-    found = commands.json(*described, "--set", "ingest.size=64", "--set", "ingest.shard_bytes=2000000000")
-    assert found["streaming"]["batch_size"] == 32
+    output = commands.json(*described, *settings, "--step-seconds", "2")
+    assert (output["images"], output["bytes"], output["shards"]) == (10**9, 2 * 10**13, 10**4)
+    assert output["streaming"]["window"] == output["smallest"]["window"]
+    output = commands.json(*described, "--set", "ingest.size=64", "--set", "ingest.shard_bytes=2000000000")
+    assert output["streaming"]["batch_size"] == 32
     lines = commands.run(*described, *settings, "--step-seconds", "0.5").splitlines()
     assert any("the network would have to be" in line for line in lines)
     commands.run("simulate", "--images", "5", code=2)
@@ -161,22 +161,22 @@ def test_simulate_takes_the_shards_of_the_data_set_or_those_that_are_described(c
 
 def test_show_describes_a_version_and_its_quarantined_files(commands: CommandLine) -> None:
     first = commands.json("log")["versions"][-1]["digest"]
-    found = commands.json("show", first[:8])
-    assert (found["dataset"], found["digest"], found["kept"]) == ("blobs", first, 48)
-    assert found["classes"] == {"even": 24, "odd": 24}
-    assert [each["source"] for each in found["quarantined"]] == ["odd/bad.png"]
-    shown = commands.run("show")
-    assert "odd/worse.png" in shown
-    assert "odd/bad.png" not in shown
+    output = commands.json("show", first[:8])
+    assert (output["dataset"], output["digest"], output["kept"]) == ("blobs", first, 48)
+    assert output["classes"] == {"even": 24, "odd": 24}
+    assert [each["source"] for each in output["quarantined"]] == ["odd/bad.png"]
+    shown_output = commands.run("show")
+    assert "odd/worse.png" in shown_output
+    assert "odd/bad.png" not in shown_output
 
 
 def test_show_is_limited_without_the_all_option(commands: CommandLine) -> None:
     for number in range(30):
         (commands.folder / "images" / "even" / f"bad{number:02d}.png").write_text("no image")
     ingest(FOLDER, IngestConfig(source="images", size=8, held_out=0.33, max_quarantined=1))
-    shown = commands.run("show")
-    assert shown.count("/bad") == 20
-    assert "11 more: --all shows them" in shown
+    output = commands.run("show")
+    assert output.count("/bad") == 20
+    assert "11 more: --all shows them" in output
     assert commands.run("show", "--all").count("/bad") == 30
     assert len(commands.json("show")["quarantined"]) == 20
     assert len(commands.json("show", "--all")["quarantined"]) == 31
@@ -199,8 +199,8 @@ def test_diff_is_between_the_parent_and_the_current_version_unless_others_are_na
 def test_checkout_and_back_needs_no_server(commands: CommandLine) -> None:
     new = files_of(FOLDER)
     third, second, first = (each["digest"] for each in commands.json("log")["versions"])
-    done = commands.json("checkout", first[:12])
-    assert (done["dataset"], done["digest"], done["kept"]) == ("blobs", first, 48)
+    result = commands.json("checkout", first[:12])
+    assert (result["dataset"], result["digest"], result["kept"]) == ("blobs", first, 48)
     assert read_manifest(FOLDER).digest == first
     assert [each["digest"] for each in commands.json("log")["versions"]] == [third, second, first]
     assert commands.run("log").splitlines()[-1].startswith(f"* {first[:12]}")
@@ -231,8 +231,8 @@ def test_checkout_gets_a_version_from_s3_on_a_machine_that_has_nothing(
     FOLDER.with_suffix(".dvc").unlink()
     assert "run `darkroom up`" in commands.shell("checkout", digest, code=2)
     commands.variables = s3_environment | {"DARKROOM_BUCKET": bucket}
-    done = json.loads(commands.shell("checkout", digest[:12], "--json"))
-    assert (done["digest"], done["kept"]) == (digest, 51)
+    result = json.loads(commands.shell("checkout", digest[:12], "--json"))
+    assert (result["digest"], result["kept"]) == (digest, 51)
     assert files_of(FOLDER) == expected
 
 
@@ -247,10 +247,10 @@ def test_a_checkout_killed_at_random_moments_ends_the_same(commands: CommandLine
     newest = read_manifest(FOLDER).digest
     expected = {}
     for digest in (first, newest):
-        began = time.monotonic()
+        start = time.monotonic()
         commands.shell("checkout", digest)
         expected[digest] = files_of(FOLDER), FOLDER.with_suffix(".dvc").read_bytes()
-    duration = time.monotonic() - began
+    duration = time.monotonic() - start
     moments = random.Random(2)
     for number in range(kills):
         digest = (first, newest)[number % 2]
@@ -265,13 +265,13 @@ def test_a_checkout_killed_at_random_moments_ends_the_same(commands: CommandLine
 
 def test_remove_lists_the_affected_images_first(commands: CommandLine) -> None:
     files = files_of(FOLDER)
-    found = commands.json("remove", "odd/0?.png", "--dry-run")
-    assert (found["dataset"], found["dry_run"], found["images"], len(found["image_keys"])) == ("blobs", True, 5, 5)
-    assert commands.json("remove", found["image_keys"][0][:16], "--dry-run")["image_keys"] == found["image_keys"][:1]
+    output = commands.json("remove", "odd/0?.png", "--dry-run")
+    assert (output["dataset"], output["dry_run"], output["images"], len(output["image_keys"])) == ("blobs", True, 5, 5)
+    assert commands.json("remove", output["image_keys"][0][:16], "--dry-run")["image_keys"] == output["image_keys"][:1]
     assert commands.json("remove", "*", "--label", "even", "--dry-run")["images"] == 24
     assert commands.json("remove", "--source", "odd/01.png", "--dry-run")["images"] == 1
-    assert found["names"] == [f"odd/{number:02d}.png" for number in range(1, 10, 2)]
-    assert all(f"  {name}\n" in commands.run("remove", "odd/0?.png", "--dry-run") for name in found["names"])
+    assert output["names"] == [f"odd/{number:02d}.png" for number in range(1, 10, 2)]
+    assert all(f"  {name}\n" in commands.run("remove", "odd/0?.png", "--dry-run") for name in output["names"])
     assert files_of(FOLDER) == files
 
 
@@ -319,30 +319,30 @@ def test_help_loads_no_heavy_library(verb: list[str]) -> None:
         "heavy = {'torch', 'mlflow', 'prefect', 'dvc', 'boto3', 'numpy', 'PIL', 'pandas', 'pyarrow'}\n"
         "print('loaded:', *sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
-    shown = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", script, "data", *verb, "--help"], capture_output=True, text=True, check=True
     )
-    assert shown.stderr.splitlines()[-1] == "loaded:"
-    assert not verb or "Example:" in shown.stdout
+    assert output.stderr.splitlines()[-1] == "loaded:"
+    assert not verb or "Example:" in output.stdout
 
 
 def test_curate_drops_by_rule_and_brings_back_without_a_server(commands: CommandLine) -> None:
     rule = ("--set", "curation.min_contrast=30", "--set", "curation.max_dropped=1")
-    kept = read_manifest(FOLDER).kept
-    tried = json.loads(commands.run("curate", "--dry-run", "--json", *rule))
-    assert tried["dry_run"] is True
-    assert 0 < tried["dropped"] < kept
-    assert f"{tried['dropped']} would be dropped" in commands.run("curate", "--dry-run", *rule)
-    assert read_manifest(FOLDER).kept == kept
-    done = json.loads(commands.run("curate", "--local", "--json", *rule))
-    assert done["images"] == tried["images"]
-    assert read_manifest(FOLDER).digest == done["digest"]
+    image_count = read_manifest(FOLDER).kept
+    dry_run = json.loads(commands.run("curate", "--dry-run", "--json", *rule))
+    assert dry_run["dry_run"] is True
+    assert 0 < dry_run["dropped"] < image_count
+    assert f"{dry_run['dropped']} would be dropped" in commands.run("curate", "--dry-run", *rule)
+    assert read_manifest(FOLDER).kept == image_count
+    result = json.loads(commands.run("curate", "--local", "--json", *rule))
+    assert result["images"] == dry_run["images"]
+    assert read_manifest(FOLDER).digest == result["digest"]
     assert "no new version" in commands.run("curate", "--local", *rule)
     assert "min_contrast = 30: contrast is" in commands.run("show")
-    assert f"dropped now {done['dropped']}" in commands.run("diff")
+    assert f"dropped now {result['dropped']}" in commands.run("diff")
     assert "curation" in commands.run("log").splitlines()[1]
     commands.run("curate", "--local")
-    assert read_manifest(FOLDER).kept == kept
+    assert read_manifest(FOLDER).kept == image_count
     assert "give the path of an .html file" in commands.run("curate", "--report", "page.pdf", code=2)
     Path("file").touch()
     Path("folder.html").mkdir()

@@ -65,10 +65,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def made(darkroom: Darkroom, *words: str) -> dict[str, Any]:
-    done = darkroom(*words, "--model", "model.safetensors", *QUICK, "--json")
-    assert done.code == 0, done.err
-    result: dict[str, Any] = json.loads(done.out)
+def run_json(darkroom: Darkroom, *words: str) -> dict[str, Any]:
+    process = darkroom(*words, "--model", "model.safetensors", *QUICK, "--json")
+    assert process.code == 0, process.err
+    result: dict[str, Any] = json.loads(process.out)
     return result
 
 
@@ -86,8 +86,8 @@ def test_a_model_file_answers_without_servers_and_again_alike(
     darkroom: Darkroom, folder: Path, words: tuple[str, ...]
 ) -> None:
     task = words[1] if words[0] == "edit" else words[0]
-    done = made(darkroom, *words)
-    place = folder / done["folder"]
+    result = run_json(darkroom, *words)
+    place = folder / result["folder"]
     about = json.loads((place / "request.json").read_text())
     assert about["model"]["weights_sha256"] == sha256_file(folder / "model.safetensors")
     assert about["request"]["task"] == task
@@ -98,18 +98,18 @@ def test_a_model_file_answers_without_servers_and_again_alike(
         assert sha256_bytes(image.tobytes()) == row["pixels_sha256"]
         assert SYNTHETIC in image.text["XML:com.adobe.xmp"]
         assert image.text["darkroom:task"] == task
-    assert Image.open(folder / done["grid"]).size > (100, 100)
+    assert Image.open(folder / result["grid"]).size > (100, 100)
     before = {path.name: path.read_bytes() for path in place.iterdir()}
-    assert made(darkroom, *words) == done
+    assert run_json(darkroom, *words) == result
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
 
 
 def test_upscaled_image_is_shown_beside_its_original(darkroom: Darkroom, folder: Path) -> None:
     config = CONFIG.model_copy(update={"low_resolution": 4, "conditional": False})
     write_model(folder / "model.safetensors", seed=0, images=0, config=config)
-    done = made(darkroom, "edit", "upscale", "face.png", "--count", "2")
-    assert Image.open(folder / done["folder"] / "00000001.png").size == (16, 16)
-    assert Image.open(folder / done["grid"]).size[0] > 2 * 16
+    result = run_json(darkroom, "edit", "upscale", "face.png", "--count", "2")
+    assert Image.open(folder / result["folder"] / "00000001.png").size == (16, 16)
+    assert Image.open(folder / result["grid"]).size[0] > 2 * 16
 
 
 def test_upscaling_takes_the_noise_levels_of_the_model_file_unless_others_are_given(
@@ -119,21 +119,22 @@ def test_upscaling_takes_the_noise_levels_of_the_model_file_unless_others_are_gi
     write_model(folder / "model.safetensors", seed=0, images=0, config=config)
 
     def digests(*words: str) -> list[str]:
-        done = made(darkroom, "edit", "upscale", "face.png", *words)
+        result = run_json(darkroom, "edit", "upscale", "face.png", *words)
         return [
-            row["pixels_sha256"] for row in json.loads((folder / done["folder"] / "request.json").read_text())["images"]
+            row["pixels_sha256"]
+            for row in json.loads((folder / result["folder"] / "request.json").read_text())["images"]
         ]
 
-    given = ("--set", "model.low_resolution=4", "--set", "model.conditional=false")
-    assert digests() == digests(*given) != digests("--set", "sampling.sigma_max=80")
+    options = ("--set", "model.low_resolution=4", "--set", "model.conditional=false")
+    assert digests() == digests(*options) != digests("--set", "sampling.sigma_max=80")
 
 
 def test_labels_take_turns_in_images_of_a_model_file(darkroom: Darkroom, folder: Path) -> None:
     write_model(folder / "model.safetensors", seed=0, images=0, classes={"cat": 1, "dog": 1})
 
     def digests(*words: str) -> list[str]:
-        done = made(darkroom, "sample", "--count", "4", *words)
-        rows = json.loads((folder / done["folder"] / "request.json").read_text())["images"]
+        result = run_json(darkroom, "sample", "--count", "4", *words)
+        rows = json.loads((folder / result["folder"] / "request.json").read_text())["images"]
         return [row["pixels_sha256"] for row in rows]
 
     cats, dogs = digests("--label", "cat"), digests("--label", "dog")
@@ -143,32 +144,32 @@ def test_labels_take_turns_in_images_of_a_model_file(darkroom: Darkroom, folder:
 
 
 def test_requests_that_differ_lie_in_folders_of_their_own(darkroom: Darkroom) -> None:
-    one = made(darkroom, "edit", "img2img", "face.png", "--count", "1")
-    other = made(darkroom, "edit", "img2img", "face.png", "--count", "1", "--strength", "0.3")
+    one = run_json(darkroom, "edit", "img2img", "face.png", "--count", "1")
+    other = run_json(darkroom, "edit", "img2img", "face.png", "--count", "1", "--strength", "0.3")
     assert one["folder"] != other["folder"]
-    assert made(darkroom, "edit", "img2img", "face.png", "--count", "1", "--out", "mine")["folder"] == "mine"
+    assert run_json(darkroom, "edit", "img2img", "face.png", "--count", "1", "--out", "mine")["folder"] == "mine"
 
 
 def test_a_folder_takes_the_answer_to_one_request_only(darkroom: Darkroom, folder: Path) -> None:
-    made(darkroom, "sample", "--count", "3", "--out", "mine")
+    run_json(darkroom, "sample", "--count", "3", "--out", "mine")
     for out, words in (("mine", "holds the answer to another request"), ("face.png", "is no folder of images made")):
-        done = darkroom("sample", "--count", "2", "--out", out, "--model", "model.safetensors", *QUICK)
-        assert (done.code, len(done.err.strip().splitlines())) == (2, 1), done.err
-        assert words in done.err
-    made(darkroom, "sample", "--count", "3", "--out", "mine")
+        result = darkroom("sample", "--count", "2", "--out", out, "--model", "model.safetensors", *QUICK)
+        assert (result.code, len(result.err.strip().splitlines())) == (2, 1), result.err
+        assert words in result.err
+    run_json(darkroom, "sample", "--count", "3", "--out", "mine")
     assert len(list((folder / "mine").glob("0*.png"))) == 3
 
 
 def test_images_name_the_weights_of_a_file_and_not_where_it_lay(darkroom: Darkroom, folder: Path) -> None:
-    done = made(darkroom, "sample", "--count", "1")
-    image = Image.open(folder / done["folder"] / "00000000.png")
+    result = run_json(darkroom, "sample", "--count", "1")
+    image = Image.open(folder / result["folder"] / "00000000.png")
     assert image.text["darkroom:model"] == f"sha256:{sha256_file(folder / 'model.safetensors')}"
 
 
 def test_stored_sampling_settings_are_those_that_were_used(darkroom: Darkroom, folder: Path) -> None:
     """Guidance that leads nowhere is not done, and so is not said."""
-    done = made(darkroom, "sample", "--count", "1", "--set", "sampling.guidance=3")
-    assert "guidance" not in json.loads((folder / done["about"]).read_text())["sampling"]
+    result = run_json(darkroom, "sample", "--count", "1", "--set", "sampling.guidance=3")
+    assert "guidance" not in json.loads((folder / result["about"]).read_text())["sampling"]
 
 
 @pytest.mark.parametrize(
@@ -186,16 +187,16 @@ def test_stored_sampling_settings_are_those_that_were_used(darkroom: Darkroom, f
 def test_mistakes_are_one_line_and_exit_2(
     darkroom: Darkroom, folder: Path, words: tuple[str, ...], message: str
 ) -> None:
-    done = darkroom(*words, "--model", "model.safetensors", *QUICK)
-    assert (done.code, len(done.err.strip().splitlines())) == (2, 1), done.err
-    assert message in done.err
+    result = darkroom(*words, "--model", "model.safetensors", *QUICK)
+    assert (result.code, len(result.err.strip().splitlines())) == (2, 1), result.err
+    assert message in result.err
     assert not (folder / "samples").exists()
 
 
 def test_a_model_file_that_is_not_there_is_one_line(darkroom: Darkroom) -> None:
-    done = darkroom("edit", "img2img", "face.png", "--model", "nowhere.safetensors")
-    assert (done.code, len(done.err.strip().splitlines())) == (2, 1), done.err
-    assert "no model at nowhere.safetensors" in done.err
+    result = darkroom("edit", "img2img", "face.png", "--model", "nowhere.safetensors")
+    assert (result.code, len(result.err.strip().splitlines())) == (2, 1), result.err
+    assert "no model at nowhere.safetensors" in result.err
 
 
 @pytest.fixture
@@ -225,9 +226,9 @@ def test_the_served_model_answers_a_table_of_tasks_a_row_per_image(folder: Path,
     out = served.predict(None, table)  # type: ignore[arg-type]
     assert out["request"].tolist() == [0, 0, 1, 2, 3, 3]
     assert out["index"].tolist() == [0, 1, 0, 0, 0, 1]
-    drawn = sample(load_model(folder / "model.safetensors"), [1], 3, sampling_config(steps=3, compute_batch=4))
+    images = sample(load_model(folder / "model.safetensors"), [1], 3, sampling_config(steps=3, compute_batch=4))
     (folder / "out.png").write_bytes(out["png"][1])
-    assert np.array_equal(np.asarray(Image.open(folder / "out.png")), drawn[0, 0].numpy())
+    assert np.array_equal(np.asarray(Image.open(folder / "out.png")), images[0, 0].numpy())
 
 
 def test_a_row_that_cannot_be_answered_is_named(served: ServedModel) -> None:

@@ -42,10 +42,10 @@ def harmless(text: str) -> bool:
 
 @given(ANY)
 def test_any_text_becomes_one_harmless_line_that_can_be_written(text: str) -> None:
-    shown = escape_controls(text)
-    assert harmless(shown)
-    assert "\n" not in shown
-    shown.encode()
+    escaped_text = escape_controls(text)
+    assert harmless(escaped_text)
+    assert "\n" not in escaped_text
+    escaped_text.encode()
 
 
 @given(st.text(st.characters(categories=("L", "N", "P", "S", "M"))))
@@ -95,17 +95,17 @@ class CommandLine:
     def __call__(self, *arguments: str, code: int = 0) -> str:
         """What was said, which is harmless whatever it is about; standard output alone if all went well."""
         self.monkeypatch.setattr(sys, "argv", ["darkroom", *arguments])
-        ended = 0
+        exit_code = 0
         with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
             try:
                 main()
             except SystemExit as done:
-                ended = int(done.code or 0)
-        said = out.getvalue() + err.getvalue()
-        assert ended == code, said
-        assert harmless(said), said
-        said.encode()
-        assert "Traceback" not in said
+                exit_code = int(done.code or 0)
+        output = out.getvalue() + err.getvalue()
+        assert exit_code == code, output
+        assert harmless(output), output
+        output.encode()
+        assert "Traceback" not in output
         return out.getvalue() if code == 0 else err.getvalue()
 
 
@@ -136,8 +136,8 @@ def test_commands_show_hostile_names_labels_and_captions_and_obey_none(darkroom:
     others = ("--set", "ingest.source=others")
     assert darkroom("ingest", "--local", *others).count("quarantined: ") == 4
     assert json.loads(darkroom("ingest", "--local", "--json", *others))["quarantined_count"] == 4
-    shown = darkroom("data", "show", "--all")
-    assert f"  {escape_controls(CLEAR)}: 8" in shown
+    output = darkroom("data", "show", "--all")
+    assert f"  {escape_controls(CLEAR)}: 8" in output
     classes = json.loads(darkroom("data", "show", "--json"))["classes"]
     # A source with one folder alone has no classes.
     assert classes == dict.fromkeys(HOSTILE, 8)
@@ -163,11 +163,11 @@ def test_the_page_on_a_data_set_of_hostile_names_is_harmless(darkroom: CommandLi
 @pytest.mark.parametrize("label", HOSTILE)
 def test_the_readme_of_an_export_has_a_python_literal(label: str, tmp_path: Path) -> None:
     weights = write_model(tmp_path / "w.safetensors", 1, 0, channels=1, size=8, classes={label: 3, "z": 2})
-    done = export_to_diffusers(weights, tmp_path / 'folder "x', sampling_config(steps=4))
-    text = (done.folder / "README.md").read_text()
+    export = export_to_diffusers(weights, tmp_path / 'folder "x', sampling_config(steps=4))
+    text = (export.folder / "README.md").read_text()
     assert harmless(text)
     [example] = re.findall(r"```python\n(.*?)\n```", text, flags=re.DOTALL)
     calls = [node for node in ast.walk(ast.parse(example)) if isinstance(node, ast.Call)]
     assert len(calls) == 2
-    asked = {word.arg: ast.literal_eval(word.value) for call in calls for word in call.keywords}
-    assert asked["labels"][0] in (label, "z")
+    arguments = {word.arg: ast.literal_eval(word.value) for call in calls for word in call.keywords}
+    assert arguments["labels"][0] in (label, "z")

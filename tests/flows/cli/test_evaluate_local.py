@@ -32,13 +32,13 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_model_file_is_evaluated_with_the_guidance_that_it_has(workspace: Path) -> None:
     path = write_model(workspace / "elsewhere.safetensors", 1, 7, classes=CLASSES, training=GUIDABLE)
-    done = CliRunner().invoke(app, ["evaluate", "--model", str(path), "--json"], catch_exceptions=False)
-    found = Evaluation.read(workspace / "reports" / "discs" / "evaluation.json")
-    assert json.loads(done.stdout)["best"] == found.best.model_dump(mode="json")
-    assert (len(found.checkpoints), found.best.images, found.guidance) == (1, 7, [])
+    result = CliRunner().invoke(app, ["evaluate", "--model", str(path), "--json"], catch_exceptions=False)
+    evaluation = Evaluation.read(workspace / "reports" / "discs" / "evaluation.json")
+    assert json.loads(result.stdout)["best"] == evaluation.best.model_dump(mode="json")
+    assert (len(evaluation.checkpoints), evaluation.best.images, evaluation.guidance) == (1, 7, [])
 
 
-def test_a_model_of_another_size_is_refused_before_it_generates(workspace: Path) -> None:
+def test_a_model_of_another_size_is_rejected_before_it_generates(workspace: Path) -> None:
     path = write_model(workspace / "large.safetensors", 1, 7, size=16)
     with pytest.raises(UserError, match=r"ingest\.size=16"):
         CliRunner().invoke(app, ["evaluate", "--model", str(path)], catch_exceptions=False)

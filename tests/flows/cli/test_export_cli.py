@@ -17,9 +17,11 @@ from tests.hub import TOKEN, Hub
 def test_a_file_is_exported_without_any_server(tmp_path: Path) -> None:
     write_model(tmp_path / "final.safetensors", seed=0, images=64)
     words = ("--to", "diffusers", "--model", "final.safetensors", "--out", "exports/blobs", "--json")
-    done = darkroom(tmp_path, "model", "export", *words, "--set", "sampling.sampler=ddim", "--set", "sampling.steps=20")
-    assert done.returncode == 0, done.stderr
-    about = json.loads(done.stdout)
+    result = darkroom(
+        tmp_path, "model", "export", *words, "--set", "sampling.sampler=ddim", "--set", "sampling.steps=20"
+    )
+    assert result.returncode == 0, result.stderr
+    about = json.loads(result.stdout)
     assert (about["to"], about["folder"], about["pipeline"]) == ("diffusers", "exports/blobs", "DDIMPipeline")
     assert all((tmp_path / "exports" / "blobs" / name).is_file() for name in about["files"])
     index = json.loads((tmp_path / "exports" / "blobs" / "model_index.json").read_text())
@@ -29,25 +31,27 @@ def test_a_file_is_exported_without_any_server(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_an_imported_pipeline_without_a_card_comes_out_with_how_to_load_it(tmp_path: Path) -> None:
     (pipelines.ddpm(tmp_path / "made") / "README.md").unlink()
-    done = darkroom(tmp_path, "model", "import", "made", "--out", "tiny.safetensors", "--licence", "CC0-1.0")
-    assert done.returncode == 0, done.stderr
-    done = darkroom(tmp_path, "model", "export", "--to", "diffusers", "--model", "tiny.safetensors", "--out", "copy")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == 'how to use it: diffusers.DDPMPipeline.from_pretrained("copy")'
+    result = darkroom(tmp_path, "model", "import", "made", "--out", "tiny.safetensors", "--licence", "CC0-1.0")
+    assert result.returncode == 0, result.stderr
+    result = darkroom(tmp_path, "model", "export", "--to", "diffusers", "--model", "tiny.safetensors", "--out", "copy")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == 'how to use it: diffusers.DDPMPipeline.from_pretrained("copy")'
     assert not (tmp_path / "copy" / "README.md").exists()
 
 
 def test_mistakes_are_named_before_anything_is_written(tmp_path: Path) -> None:
     write_model(tmp_path / "final.safetensors", seed=0, images=64)
     out = ("--out", "exports")
-    for words, told in (
+    for words, message in (
         (("--to", "onnx", "--model", "final.safetensors"), "'onnx' is not"),
         (("--to", "diffusers", "--model", "models:/blobs@champion"), "run `darkroom up`"),
         (("--to", "diffusers", "--model", "missing.safetensors"), "no model at missing.safetensors"),
         (("--to", "diffusers"), "run `darkroom up`"),
     ):
-        done = darkroom(tmp_path, "model", "export", *words, *out)
-        assert (done.returncode, told in " ".join(done.stderr.split()), done.stdout) == (2, True, ""), done.stderr
+        result = darkroom(tmp_path, "model", "export", *words, *out)
+        assert (result.returncode, message in " ".join(result.stderr.split()), result.stdout) == (2, True, ""), (
+            result.stderr
+        )
     assert not (tmp_path / "exports").exists()
 
 
@@ -64,20 +68,20 @@ def test_a_file_is_pushed_with_card_and_samples_once(tmp_path: Path, hub: Hub) -
     write_model(tmp_path / "final.safetensors", seed=0, images=64)
     words = ("model", "export", "--to", "diffusers", "--model", "final.safetensors", "--out", "exports/blobs", "--json")
     push = (*words, "--push", "hf://me/blobs", "--licence", "CC0-1.0", "--set", "sampling.steps=2")
-    for mistake, told in (
+    for mistake, message in (
         (push, "HF_TOKEN"),
         ((*words, "--public"), "--push"),
         ((*words, "--push", "me/blobs"), "hf://OWNER/NAME"),
     ):
-        done = darkroom(tmp_path, *mistake)
-        assert (done.returncode, told in done.stderr) == (2, True), done.stderr
+        result = darkroom(tmp_path, *mistake)
+        assert (result.returncode, message in result.stderr) == (2, True), result.stderr
     assert not (tmp_path / "exports").exists()
     pushed = []
     for _ in range(2):
-        done = darkroom(tmp_path, *push, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1")
-        assert done.returncode == 0, done.stderr
-        assert TOKEN not in done.stdout + done.stderr
-        pushed.append(json.loads(done.stdout)["pushed"])
+        result = darkroom(tmp_path, *push, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1")
+        assert result.returncode == 0, result.stderr
+        assert TOKEN not in result.stdout + result.stderr
+        pushed.append(json.loads(result.stdout)["pushed"])
     repo = hub.repos["model", "me/blobs"]
     assert [each["created"] for each in pushed] == [True, False]
     assert {each["commit"] for each in pushed} == {repo.refs["main"]}
@@ -93,15 +97,15 @@ def test_a_file_is_pushed_with_card_and_samples_once(tmp_path: Path, hub: Hub) -
 @pytest.mark.long
 @pytest.mark.slow
 def test_a_pipeline_of_the_hub_is_imported_and_pushed_elsewhere_with_its_base(tmp_path: Path, hub: Hub) -> None:
-    made = pipelines.ddpm(tmp_path / "made")
-    files = {path.relative_to(made).as_posix(): path.read_bytes() for path in made.rglob("*") if path.is_file()}
+    folder = pipelines.ddpm(tmp_path / "made")
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     hub.model("them/tiny", files, private=True)
     variables = {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "DARKROOM_HOME": str(tmp_path / "home")}
-    done = darkroom(tmp_path, "model", "import", "hf://them/tiny", "--out", "tiny.safetensors", "--json", **variables)
-    assert done.returncode == 0, done.stderr
+    result = darkroom(tmp_path, "model", "import", "hf://them/tiny", "--out", "tiny.safetensors", "--json", **variables)
+    assert result.returncode == 0, result.stderr
     words = ("--to", "diffusers", "--model", "tiny.safetensors", "--out", "copy", "--push", "hf://me/copy")
-    done = darkroom(tmp_path, "model", "export", *words, "--set", "sampling.steps=2", "--json", **variables)
-    assert done.returncode == 0, done.stderr
+    result = darkroom(tmp_path, "model", "export", *words, "--set", "sampling.steps=2", "--json", **variables)
+    assert result.returncode == 0, result.stderr
     pushed = hub.repos["model", "me/copy"].files
     # All but its card.
     del files["README.md"]

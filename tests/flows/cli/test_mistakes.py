@@ -148,10 +148,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["darkroom", *words.split(), "--json"])
     before = sorted(folder.rglob("*"))
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main()
     out, err = capsys.readouterr()
-    assert ended.value.code == 2, err
+    assert exit_info.value.code == 2, err
     [line] = err.splitlines()
     # One object on standard output, which says the same.
     assert json.loads(out) == {"error": line.removeprefix("darkroom: "), "exit_code": 2}
@@ -177,14 +177,14 @@ def test_mistakes_are_found_before_anything_slow_is_imported(folder: Path) -> No
         "    except SystemExit as ended: assert ended.code == 2\n"
         "print(*sorted({'torch', 'mlflow', 'prefect', 'dvc', 'boto3'} & set(sys.modules)))"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout.split() == []
+    assert process.stdout.split() == []
 
 
 @pytest.mark.parametrize("words", ["", "data", "model --help", "config schema", "--version"])
@@ -201,7 +201,7 @@ def test_a_label_that_the_source_has_is_no_mistake(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["darkroom", "retrain", "pets", "--label", "cat", "--dry-run", "--json"])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         main()
-    assert ended.value.code == 0
+    assert exit_info.value.code == 0
     assert json.loads(capsys.readouterr().out)["ingest"]["survey"]["classes"] == {"cat": 1, "dog": 1}

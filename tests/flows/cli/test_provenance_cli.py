@@ -75,7 +75,7 @@ def test_a_trace_has_a_few_lines_for_each_link(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(trace, "trace", lambda _: TRACE)
-    said = lines(monkeypatch, capsys, "trace", "-v")
+    output = lines(monkeypatch, capsys, "trace", "-v")
     for line in (
         "image     a.png, as generated",
         f"          number 5 of seed 7, sha256 {'a' * 64}",
@@ -94,8 +94,8 @@ def test_a_trace_has_a_few_lines_for_each_link(
         f"shard     {'f' * 64}  4,096 bytes  shards/0.tar  lost",
         "takedown  t1: 2 images, consent withdrawn",
     ):
-        assert line in said
-    assert not any(word in line for line in said for word in ("None", "null", "{"))
+        assert line in output
+    assert not any(word in line for line in output for word in ("None", "null", "{"))
     monkeypatch.setattr(trace, "trace", lambda _: TRACE.model_copy(update=dict.fromkeys(("image", "batch", "run"))))
     assert [line.split()[0] for line in lines(monkeypatch, capsys, "trace", "-v") if line[0] != " "] == [
         *("model", "data", "shard", "takedown")
@@ -106,8 +106,8 @@ def test_a_trace_has_six_lines_without_verbose(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(trace, "trace", lambda _: TRACE)
-    said = lines(monkeypatch, capsys, "trace")
-    assert [line.split()[0] for line in said] == ["image", "batch", "model", "run", "data", "source", "takedown"]
+    output = lines(monkeypatch, capsys, "trace")
+    assert [line.split()[0] for line in output] == ["image", "batch", "model", "run", "data", "source", "takedown"]
     # The chain of names, and what is wrong with it.
     for name in (
         "a.png",
@@ -118,7 +118,7 @@ def test_a_trace_has_six_lines_without_verbose(
         "1 of them lost",
         "t1",
     ):
-        assert any(name in line for line in said), name
+        assert any(name in line for line in output), name
 
 
 def test_reproduction_reports_equal_images_and_the_largest_errors(
@@ -127,7 +127,7 @@ def test_reproduction_reports_equal_images_and_the_largest_errors(
     other = ImageComparison(
         key="00000005", exact=False, altered=False, largest_error=2, mean_error=0.01, differing_pixels=9
     )
-    done = Reproduction(
+    reproduction = Reproduction(
         where="s3://b/p/",
         model="models:/faces/3",
         code="shipped",
@@ -143,7 +143,7 @@ def test_reproduction_reports_equal_images_and_the_largest_errors(
         altered=[],
         folder=None,
     )
-    monkeypatch.setattr(reproduce, "reproduce", lambda *_: done)
+    monkeypatch.setattr(reproduce, "reproduce", lambda *_: reproduction)
     assert lines(monkeypatch, capsys, "reproduce") == [
         "3 of 4 identical bit for bit, regenerated with the code that models:/faces/3 ships",
         "the fingerprint differs: torch: 2 → 3 (then → now)",

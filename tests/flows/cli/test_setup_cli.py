@@ -25,10 +25,10 @@ class CommandLine:
 
     def __call__(self, *words: str, code: int = 0) -> str:
         self.monkeypatch.setattr(sys, "argv", ["darkroom", *words])
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             main()
         out, err = self.capsys.readouterr()
-        assert ended.value.code == code, err
+        assert exit_info.value.code == code, err
         return out
 
     def json(self, *words: str) -> Any:
@@ -60,8 +60,8 @@ def test_init_writes_a_configuration_that_ingests_the_images(run: CommandLine, i
     params = load_params(Path("params.yaml"), [])
     assert (params.ingest.source, params.ingest.size, params.training.dataset) == (str(images), 12, "images")
     assert params.model.conditional
-    done = run.json("ingest", "--local")
-    assert (done["kept"], done["quarantined"]) == (48, [])
+    result = run.json("ingest", "--local")
+    assert (result["kept"], result["quarantined"]) == (48, [])
 
 
 def test_a_path_with_a_line_break_stays_within_its_comment(run: CommandLine, images: Path) -> None:
@@ -77,14 +77,14 @@ def test_init_changes_no_existing_configuration(run: CommandLine, images: Path) 
     assert Path("params.yaml").read_text() == "training:\n  dataset: mine\n"
 
 
-def test_a_table_of_captions_is_offered_and_becomes_metadata_when_asked(run: CommandLine, captioned: Path) -> None:
-    found = run.json("init", str(captioned), "--dataset", "blobs")["survey"]
-    assert (found["captions"], found["captions_table"]["image"]) == (0, "image")
+def test_a_table_of_captions_is_offered_and_becomes_metadata_on_request(run: CommandLine, captioned: Path) -> None:
+    survey = run.json("init", str(captioned), "--dataset", "blobs")["survey"]
+    assert (survey["captions"], survey["captions_table"]["image"]) == (0, "image")
     assert not (captioned / "metadata.csv").exists()
     assert "captions.csv" in run("ingest", str(captioned), "--dataset", "plain", "--set", "ingest.size=12", "--local")
     Path("params.yaml").unlink()
-    found = run.json("init", str(captioned), "--write-metadata")["survey"]
-    assert (found["captions"], found["classes"], found["captions_table"]) == (4, {"round": 4}, None)
+    survey = run.json("init", str(captioned), "--write-metadata")["survey"]
+    assert (survey["captions"], survey["classes"], survey["captions_table"]) == (4, {"round": 4}, None)
     with (captioned / "metadata.csv").open() as file:
         assert next(iter(csv.DictReader(file))) == {
             "file_name": "0.png",
@@ -96,21 +96,21 @@ def test_a_table_of_captions_is_offered_and_becomes_metadata_when_asked(run: Com
 
 def test_metadata_is_written_beside_an_existing_configuration(run: CommandLine, captioned: Path) -> None:
     run("init", str(captioned), "--dataset", "blobs")  # which advises to give the next command
-    written = Path("params.yaml").read_bytes()
-    shown = run("init", str(captioned), "--write-metadata")
-    assert "kept       params.yaml" in shown
+    file_bytes = Path("params.yaml").read_bytes()
+    output = run("init", str(captioned), "--write-metadata")
+    assert "kept       params.yaml" in output
     assert (captioned / "metadata.csv").is_file()
-    assert Path("params.yaml").read_bytes() == written
+    assert Path("params.yaml").read_bytes() == file_bytes
 
 
 def test_config_shows_values_with_their_origin(run: CommandLine) -> None:
     Path("params.yaml").write_text("training:\n  dataset: faces\n  minutes: 3\n")
-    found = run.json("config", "show", "--set", "training.images=8000")
-    assert (found["params"]["training"]["images"], found["params"]["training"]["minutes"]) == (8000, None)
-    assert found["origin"]["training.images"] == "--set"
-    assert found["origin"]["training.dataset"] == "params.yaml"
-    shown = run("config", "show", "--dataset", "cats")
-    assert any(line.split() == ["training.dataset", '"cats"', "--dataset"] for line in shown.splitlines())
+    output = run.json("config", "show", "--set", "training.images=8000")
+    assert (output["params"]["training"]["images"], output["params"]["training"]["minutes"]) == (8000, None)
+    assert output["origin"]["training.images"] == "--set"
+    assert output["origin"]["training.dataset"] == "params.yaml"
+    shown_output = run("config", "show", "--dataset", "cats")
+    assert any(line.split() == ["training.dataset", '"cats"', "--dataset"] for line in shown_output.splitlines())
 
 
 def test_config_schema_describes_every_section_and_validate_checks_the_file(run: CommandLine) -> None:
@@ -133,17 +133,17 @@ def test_ls_lists_what_is_here_and_does_not_fail_for_servers_that_are_not(
     write_model(tmp_path / "runs" / "more" / "final.safetensors", seed=0, images=640)
     # Stopped by a signal before its first regular checkpoint.
     write_model(tmp_path / "runs" / "stopped" / "interrupted" / "0000000032.safetensors", seed=0, images=32)
-    found = run.json("ls")
-    assert found["datasets"][0] | {"version": ""} == {
+    output = run.json("ls")
+    assert output["datasets"][0] | {"version": ""} == {
         **{"name": "blobs", "images": 48, "shape": "8×8×1", "classes": 2, "version": ""}
     }
-    assert found["runs"] == [
+    assert output["runs"] == [
         {"name": "runs/blobs", "state": "unfinished", "images": None, "family": None},
         {"name": "runs/more", "state": "finished", "images": 640, "family": "ddpm"},
         {"name": "runs/stopped", "state": "unfinished", "images": 32, "family": "ddpm"},
     ]
-    assert found.keys() == {"datasets", "runs", "errors"}
-    assert found["errors"].keys() == {"models", "batches"}
+    assert output.keys() == {"datasets", "runs", "errors"}
+    assert output["errors"].keys() == {"models", "batches"}
     assert run.json("ls", "datasets").keys() == {"datasets", "errors"}
     assert run("ls", "runs").splitlines()[1].split() == ["runs/blobs", "unfinished"]
     run("ls", "models", code=2)
@@ -181,7 +181,7 @@ def test_passwords_of_the_local_stack_are_named_where_its_servers_are_used(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     verdict = {"promoted": True, "verdict": "promote", "reason": "first", "champion": 1}
-    found = {
+    result = {
         "data": {"kept": 48, "content_digest": "0" * 64},
         "verdict": {**verdict, "version": {"model": "blobs", "number": 1}},
         "explained": {"files": []},
@@ -189,8 +189,8 @@ def test_passwords_of_the_local_stack_are_named_where_its_servers_are_used(
         **dict.fromkeys(("samples", "skipped", "seconds", "quality", "warning", "report", "mlflow_page"), None),
         **{"run_id": "1", "prefect_page": None},
     }
-    shown = "\n".join(pipeline_commands._describe_retraining(found))
-    assert {field for field in ("mlflow_password", "prefect_auth_string") if field in shown} == named
+    text = "\n".join(pipeline_commands._describe_retraining(result))
+    assert {field for field in ("mlflow_password", "prefect_auth_string") if field in text} == named
 
 
 def test_open_prints_the_address_of_a_report_and_of_a_server_with_where_its_password_is(
@@ -202,10 +202,10 @@ def test_open_prints_the_address_of_a_report_and_of_a_server_with_where_its_pass
     page.write_text("<html>")
     assert run.json("open", "report") == {"url": page.as_uri()}
     monkeypatch.setenv("PREFECT_API_URL", "http://team:test-secret@prefect.example/api")
-    shown = run("open", "prefect")
-    assert shown.splitlines()[0] == "http://prefect.example"
-    assert "PREFECT_API_AUTH_STRING" in shown
-    assert "test-secret" not in shown
+    output = run("open", "prefect")
+    assert output.splitlines()[0] == "http://prefect.example"
+    assert "PREFECT_API_AUTH_STRING" in output
+    assert "test-secret" not in output
 
 
 def test_a_dry_run_of_ingest_says_what_is_new_and_changes_nothing(

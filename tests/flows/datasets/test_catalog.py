@@ -116,9 +116,9 @@ def test_an_older_version_comes_back_bit_for_bit_from_s3_alone(place: Place) -> 
     new = files_of(FOLDER)
 
     place.forget()
-    done = checkout(FOLDER, first.digest[:12], place.reach)
+    result = checkout(FOLDER, first.digest[:12], place.reach)
     assert files_of(FOLDER) == old
-    assert (done.digest, done.kept, len(done.restored)) == (first.digest, 48, 2)
+    assert (result.digest, result.kept, len(result.restored)) == (first.digest, 48, 2)
     assert FOLDER.with_suffix(".dvc").read_text() == pointer
     place.forget()
     checkout(FOLDER, second.content_digest[:12], place.reach)
@@ -159,9 +159,9 @@ def test_a_version_that_was_never_recorded_is_not_lost_by_a_checkout(place: Plac
 def test_a_version_that_never_was_is_an_error_that_names_those_there_are(place: Place) -> None:
     versions = [place.version(), place.version(100)]
     for reach in (place.reach, unreachable):
-        with pytest.raises(UserError, match=r"f{12} is no version of data set blobs") as raised:
+        with pytest.raises(UserError, match=r"f{12} is no version of data set blobs") as error:
             checkout(FOLDER, "f" * 12, reach)
-        assert all(version.digest[:12] in str(raised.value) for version in versions)
+        assert all(version.digest[:12] in str(error.value) for version in versions)
     place.forget()
     with pytest.raises(UserError, match="run `darkroom up`"):
         checkout(FOLDER, versions[0].digest, unreachable)
@@ -179,8 +179,8 @@ def test_a_file_that_comes_damaged_from_the_remote_is_named_and_the_version_befo
     for key in store.list_keys(place.bucket, "dvc/files/"):
         if len(data := store.get(place.bucket, key)) == shard.bytes:
             store.client.put_object(Bucket=place.bucket, Key=key, Body=data[:-1])
-    damaged = rf"{shard.name} of data set blobs is damaged on the remote .* delete s3://{place.bucket}/dvc/files/md5/"
-    with pytest.raises(UserError, match=damaged):
+    message = rf"{shard.name} of data set blobs is damaged on the remote .* delete s3://{place.bucket}/dvc/files/md5/"
+    with pytest.raises(UserError, match=message):
         checkout(FOLDER, second.digest, place.reach)
     assert read_manifest(FOLDER) == first
     assert there.items() <= files_of(FOLDER).items()
@@ -190,8 +190,8 @@ def test_missing_remote_files_are_pushed_again_on_publish(place: Place) -> None:
     shard = place.version().shards[0]
     store = Store()
     before = {key: store.get(place.bucket, key) for key in store.list_keys(place.bucket, "dvc/files/")}
-    gone = [key for key, data in before.items() if sha256_bytes(data) == shard.sha256]
-    store.delete_many(place.bucket, gone)
+    keys_of_shard = [key for key, data in before.items() if sha256_bytes(data) == shard.sha256]
+    store.delete_many(place.bucket, keys_of_shard)
     place.publish()
     assert {key: store.get(place.bucket, key) for key in store.list_keys(place.bucket, "dvc/files/")} == before
 
@@ -199,15 +199,15 @@ def test_missing_remote_files_are_pushed_again_on_publish(place: Place) -> None:
 def test_version_with_removed_images_needs_with_removed_on_checkout(place: Place) -> None:
     before = place.version()
     old = files_of(FOLDER)
-    done = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
+    removal = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
     place.publish()
-    place.catalog.publish_removal(done)
+    place.catalog.publish_removal(removal)
     with pytest.raises(UserError, match=r"taken down since \(consent withdrawn\)"):
         checkout(FOLDER, before.digest, unreachable)
     place.forget()
     with pytest.raises(UserError, match="--with-removed"):
         checkout(FOLDER, before.digest, place.reach)
-    checkout(FOLDER, done.version, place.reach)
+    checkout(FOLDER, removal.version, place.reach)
     checkout(FOLDER, before.digest, place.reach, with_removed=True)
     assert files_of(FOLDER) == old
 
@@ -217,9 +217,9 @@ def test_removed_images_in_other_storage_settings_block_checkout_too(place: Plac
     before = place.version()
     config = IngestConfig(source=str(place.images), size=9, held_out=0.33)
     ingest(FOLDER, config, rebuild="if_different")
-    done = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
+    removal = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
     place.publish()
-    place.catalog.publish_removal(done)
+    place.catalog.publish_removal(removal)
     place.forget()
     with pytest.raises(UserError, match="consent withdrawn"):
         checkout(FOLDER, before.digest, place.reach)
@@ -230,26 +230,26 @@ def test_removed_images_in_other_storage_settings_block_checkout_too(place: Plac
 def test_other_machine_learns_of_takedowns_of_images_it_holds(place: Place) -> None:
     before = place.version()
     assert place.catalog.find_held_removals(FOLDER) == []
-    done = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
+    removal = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
     place.publish()
-    place.catalog.publish_removal(done)
+    place.catalog.publish_removal(removal)
     assert place.catalog.find_held_removals(FOLDER) == []
     checkout(FOLDER, before.digest, place.reach, with_removed=True)
     shutil.rmtree(work_folder(FOLDER))
     for _ in range(2):
-        assert place.catalog.find_held_removals(FOLDER) == [done]
-    checkout(FOLDER, done.version, place.reach)
+        assert place.catalog.find_held_removals(FOLDER) == [removal]
+    checkout(FOLDER, removal.version, place.reach)
     assert place.catalog.find_held_removals(FOLDER) == []
     again = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
-    assert again == done.model_copy(update={"already": True})
+    assert again == removal.model_copy(update={"already": True})
 
 
 @pytest.mark.parametrize("request_digest", ["../../../outside", "0" * 15, "0" * 16 + "\n"])
 def test_removal_record_with_an_unsafe_path_is_named_and_rejected(place: Place, request_digest: str) -> None:
     place.version()
-    done = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
-    told = done.model_dump(mode="json") | {"request_digest": request_digest, "digests": ["0" * 64]}
-    place.catalog.store.put_once(place.bucket, "datasets/blobs/removals/x.json", json.dumps(told).encode())
+    removal = remove(FOLDER, Selection(sources=["odd/01.png"]), "consent withdrawn")
+    record = removal.model_dump(mode="json") | {"request_digest": request_digest, "digests": ["0" * 64]}
+    place.catalog.store.put_once(place.bucket, "datasets/blobs/removals/x.json", json.dumps(record).encode())
     before = files_of(Path())
     with pytest.raises(UserError, match=r"datasets/blobs/removals/x\.json is no removal .*request_digest: "):
         place.catalog.fetch_removals(FOLDER)
@@ -270,10 +270,10 @@ def test_training_streams_a_version_of_which_only_the_tables_are_here(place: Pla
     dataset = Dataset.open(FOLDER, shards)
     assert (dataset.images(range(48)) == expected).all()
     dataset.close()
-    found = data_version(FOLDER)
-    assert found is not None
+    local_version = data_version(FOLDER)
+    assert local_version is not None
     assert recorded is not None
-    assert found.digest == recorded.digest
+    assert local_version.digest == recorded.digest
 
 
 @pytest.mark.slow

@@ -69,9 +69,9 @@ def test_repro_metrics_and_plots_work_without_servers_and_agree_with_the_flow(tm
     } | {"PATH": f"{scripts}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
 
     def run(*command: str) -> str:
-        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
+        process = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
+        assert process.returncode == 0, process.stderr[-3000:]
+        return process.stdout
 
     run("git", "init", "-q")
     run("dvc", "init", "-q")

@@ -76,9 +76,9 @@ def test_ingest_killed_at_random_moments_ends_in_the_bytes_of_an_undisturbed_one
 ) -> None:
     setting = f"ingest.runner={runner}"
     undisturbed = workspace(tmp_path / "undisturbed", source)
-    began = time.monotonic()
+    start_time = time.monotonic()
     finish(undisturbed, setting)
-    duration = time.monotonic() - began
+    duration = time.monotonic() - start_time
     expected = files_of(undisturbed / "data" / "set")
     moments = random.Random(len(runner))
     for number, strikes in enumerate(rounds(kills)):
@@ -106,9 +106,9 @@ def test_an_ingest_that_adds_is_killed_and_ends_in_the_same_bytes(source: Path, 
     for folder in folders:
         finish(folder)
     shutil.copytree(source / "odd", growing / "odd")
-    began = time.monotonic()
+    start_time = time.monotonic()
     finish(folders[0])
-    duration = time.monotonic() - began
+    duration = time.monotonic() - start_time
     moments = random.Random(7)
     for _ in range(kills):
         process = start(folders[1])
@@ -116,8 +116,8 @@ def test_an_ingest_that_adds_is_killed_and_ends_in_the_same_bytes(source: Path, 
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     finish(folders[1])
-    expected, found = (files_of(folder / "data" / "set") for folder in folders)
-    assert found == expected
+    expected, files = (files_of(folder / "data" / "set") for folder in folders)
+    assert files == expected
 
 
 @pytest.fixture

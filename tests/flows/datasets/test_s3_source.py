@@ -23,7 +23,7 @@ from flows.storage.s3 import Object, S3Objects, Store
 from tests.builders import ROOT
 from tests.builders.archives import tar_bytes
 from tests.builders.ingested import files_of
-from tests.builders.reading_sources import access, png, seen
+from tests.builders.reading_sources import access, png, read_all
 from tests.builders.s3_clients import stock
 
 
@@ -49,34 +49,34 @@ def test_a_prefix_is_a_folder(store: Store, bucket: str, tmp_path: Path) -> None
         "inn/c.png": b"",
     }
     put(store, bucket, files)
-    given = access(tmp_path / "scratch", S3Objects())
+    source_access = access(tmp_path / "scratch", S3Objects())
     expected = [("cat/a.png", "cat", b"1"), ("dog/ü b.jpg", "dog", b"22")]
     for uri in (f"s3://{bucket}/in", f"s3://{bucket}/in/"):
-        assert [(each.name, each.label, each.payload) for each in seen(uri, given)] == expected
-    assert len(seen(f"s3://{bucket}", given)) == 3
+        assert [(each.name, each.label, each.payload) for each in read_all(uri, source_access)] == expected
+    assert len(read_all(f"s3://{bucket}", source_access)) == 3
     put(store, bucket, {"in/metadata.csv": b"file_name,label,text\ndog/\xc3\xbc b.jpg,x,y\ngone.png,,\n"})
-    found = seen(f"s3://{bucket}/in", given)
-    assert [(each.name, each.label, each.caption, each.payload) for each in found] == [
+    items = read_all(f"s3://{bucket}/in", source_access)
+    assert [(each.name, each.label, each.caption, each.payload) for each in items] == [
         ("dog/ü b.jpg", "x", "y", b"22"),
         ("gone.png", None, None, "named in the listing but missing"),
     ]
     put(store, bucket, {"in/metadata.jsonl": b""})
     with pytest.raises(UserError, match="keep one of them"):
-        seen(f"s3://{bucket}/in", given)
+        read_all(f"s3://{bucket}/in", source_access)
 
 
 def test_vanished_or_too_large_s3_objects_are_quarantined(store: Store, bucket: str, tmp_path: Path) -> None:
     put(store, bucket, {"a.png": b"x" * 1025, "b.png": b"x" * 1024, "c.png": b"1"})
-    given = access(tmp_path / "scratch", S3Objects(), max_bytes=1024)
-    entries = list(open_source(f"s3://{bucket}", given).entries())
+    source_access = access(tmp_path / "scratch", S3Objects(), max_bytes=1024)
+    entries = list(open_source(f"s3://{bucket}", source_access).entries())
     store.delete_many(bucket, ["c.png"])
-    large, fits, gone = open_source(f"s3://{bucket}", given).read(entries)
+    large, fits, gone = open_source(f"s3://{bucket}", source_access).read(entries)
     assert (str(large), fits) == ("1025 bytes are over the limit of 1024", b"x" * 1024)
     assert str(gone) == "named in the listing but missing"
 
 
 @pytest.mark.parametrize(
-    ("place", "said"),
+    ("place", "message"),
     [
         ("s3://{}/a.tar", "is one file: write wds:s3://"),
         ("s3://no-such-bucket/x", "there is no bucket no-such-bucket"),
@@ -86,9 +86,9 @@ def test_vanished_or_too_large_s3_objects_are_quarantined(store: Store, bucket: 
         ("wds:s3://{}/{{0..", "unbalanced braces"),
     ],
 )
-def test_missing_s3_source_is_a_one_line_error(bucket: str, tmp_path: Path, place: str, said: str) -> None:
-    with pytest.raises(UserError, match=said) as error:
-        seen(place.format(bucket), access(tmp_path / "scratch", S3Objects()))
+def test_missing_s3_source_is_a_one_line_error(bucket: str, tmp_path: Path, place: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        read_all(place.format(bucket), access(tmp_path / "scratch", S3Objects()))
     assert "\n" not in str(error.value)
 
 
@@ -132,19 +132,21 @@ def test_shards_on_s3_are_read_by_pattern_and_fetched_once(
         for shard in range(3)
     }
     put(store, bucket, {**shards, "a/deep/set-0.tar": b"", "a/set-9.txt": b""})
-    given = access(tmp_path / "scratch", S3Objects())
+    source_access = access(tmp_path / "scratch", S3Objects())
     expected = [(f"set-{s}.tar/{s}{n}.png", "7", png(10 * s + n)) for s in range(3) for n in range(6)]
     for pattern in ("set-*.tar", "set-{0..2}.tar", "set-[0-2].tar", "{set-0,set-1,set-2}.tar"):
-        found = [(each.name, each.label, each.payload) for each in seen(f"wds:s3://{bucket}/a/{pattern}", given)]
-        assert found == expected
+        items = [
+            (each.name, each.label, each.payload) for each in read_all(f"wds:s3://{bucket}/a/{pattern}", source_access)
+        ]
+        assert items == expected
     assert len(list((tmp_path / "scratch").glob("fetched-*.tar"))) == 3
     uri = f"wds:s3://{bucket}/a/set-*.tar"
     assert make(tmp_path / "set", uri).kept == 18
     assert make(tmp_path / "set", uri).read == 0
     overwrite(s3_environment, bucket, "a/set-2.tar", tar_bytes({"20.png": png(20), "99.png": png(99)}))
-    changed = make(tmp_path / "set", uri)
-    assert (changed.read, changed.added) == (2, 1)
-    entries = list(open_source(uri, given).entries())
+    changed_items = make(tmp_path / "set", uri)
+    assert (changed_items.read, changed_items.added) == (2, 1)
+    entries = list(open_source(uri, source_access).entries())
     overwrite(s3_environment, bucket, "a/set-0.tar", tar_bytes({"00.png": png(1)}))
     with pytest.raises(UserError, match=r"set-0.tar has changed since it was listed"):
         list(open_source(uri, access(tmp_path / "another worker's", S3Objects())).read(entries))
@@ -179,8 +181,8 @@ def test_processes_fetch_what_threads_do(store: Store, bucket: str, tmp_path: Pa
     (tmp_path / "script.py").write_text(script)
     command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "b" / "set"), f"s3://{bucket}"]
     variables = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=variables)
-    assert json.loads(done.stdout)["digest"] == threads.digest
+    process = subprocess.run(command, check=True, capture_output=True, text=True, env=variables)
+    assert json.loads(process.stdout)["digest"] == threads.digest
 
 
 class Proxy:
@@ -224,8 +226,8 @@ class Proxy:
     @classmethod
     def _body(cls, far: socket.socket, head: bytes) -> bytes:
         """The body of an answer as it comes: of a length that its head names, or in chunks, as Ceph's listings are."""
-        if found := re.search(rb"(?i)content-length: (\d+)", head):
-            return cls._exactly(far, int(found[1]))
+        if match := re.search(rb"(?i)content-length: (\d+)", head):
+            return cls._exactly(far, int(match[1]))
         body = b""
         while b"chunked" in head.lower():
             size = cls._until(far, b"\r\n")
@@ -240,20 +242,20 @@ class Proxy:
 
     @staticmethod
     def _exactly(side: socket.socket, length: int) -> bytes:
-        read = bytearray()
-        while len(read) < length and (piece := side.recv(min(length - len(read), 2**16))):
-            read += piece
-        return bytes(read)
+        received = bytearray()
+        while len(received) < length and (piece := side.recv(min(length - len(received), 2**16))):
+            received += piece
+        return bytes(received)
 
     @staticmethod
     def _until(side: socket.socket, end: bytes) -> bytes:
-        read = b""
-        while not read.endswith(end):
+        received = b""
+        while not received.endswith(end):
             byte = side.recv(1)
             if not byte:
                 return b""
-            read += byte
-        return read
+            received += byte
+        return received
 
 
 @pytest.fixture

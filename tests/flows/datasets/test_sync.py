@@ -20,9 +20,9 @@ SHEET_OF_64: tuple[int, int, None, Conditions] = (64, 0, None, UNCONDITIONAL)
 def versions(place: Place, monkeypatch: pytest.MonkeyPatch) -> list[Manifest]:
     """Two versions, published a second apart, which is how exactly S3 tells the time."""
     monkeypatch.setenv("DARKROOM_BUCKET", place.bucket)
-    found = [place.version()]
+    version_list = [place.version()]
     time.sleep(1.1)
-    return [*found, place.version(100)]
+    return [*version_list, place.version(100)]
 
 
 def bring(version: str | None = None) -> str:

@@ -34,10 +34,10 @@ def test_the_second_adds_to_what_the_first_published(two: tuple[Machine, Machine
 def test_slower_ingest_adds_to_the_version_of_the_faster_one(step: str, two: tuple[Machine, Machine]) -> None:
     one, other = two
     with before(step, lambda: other.ingest(200, 201)):
-        done = one.ingest(100, 200)
+        result = one.ingest(100, 200)
     assert one.images == {*BASE, 100, 200, 201}
-    assert (done.digest, done.kept, done.changed) == (one.version.digest, 11, True)
-    assert one.newest == done.digest
+    assert (result.digest, result.kept, result.changed) == (one.version.digest, 11, True)
+    assert one.newest == result.digest
     other.ingest()
     assert other.version == one.version
 
@@ -111,9 +111,9 @@ def test_ingest_on_an_older_checkout_reports_omitted_versions(
     left_out = one.ingest(100)
     (one.folder / "images" / "100.png").unlink()
     one.check_out(first)
-    done = one.ingest(101)
+    result = one.ingest(101)
     assert one.images == {*BASE, 101}
-    assert one.newest == done.digest != left_out.digest
+    assert one.newest == result.digest != left_out.digest
     assert any(first[:12] in line and "checked out" in line for line in caplog.messages)
     one.ingest(102)
     assert one.images == {*BASE, 101, 102}

@@ -56,14 +56,14 @@ def test_the_file_at_the_top_is_the_one_that_comes_with_the_package() -> None:
 
 
 def test_prefect_takes_every_deployment_and_its_parameters_fit_the_flows() -> None:
-    found = declared()["deployments"]
+    deployments = declared()["deployments"]
     assert [each.entrypoint for each in PrefectYamlModel.model_validate(declared()).deployments] == list(FLOWS)
-    for each in found:
+    for each in deployments:
         schema = parameter_schema(FLOWS[each["entrypoint"]]).model_dump(exclude_unset=True)
         is_valid_schema(schema)
         assert validate(each["parameters"], schema, raise_on_error=False, ignore_required=False) == []
-    assert Params.model_validate(found[0]["parameters"]["params"]) == PARAMS
-    assert [each["work_pool"]["name"] for each in found] == ["gpu", "cpu", "cpu"]
+    assert Params.model_validate(deployments[0]["parameters"]["params"]) == PARAMS
+    assert [each["work_pool"]["name"] for each in deployments] == ["gpu", "cpu", "cpu"]
 
 
 def test_retraining_runs_on_schedule_and_own_data_set_events() -> None:
@@ -141,8 +141,8 @@ def test_a_champion_drifts_if_it_is_worse_by_more_than_chance_allows(now: float,
     error = math.hypot(0.001, 0.0012)
     assert drifted == (now - 0.010 > 3 * error)
     ours, theirs = {"kid_x": now, "kid_se_x": 0.001}, {"kid_x": 0.010, "kid_se_x": 0.0012}
-    words, found = compare_kid("x", ours, theirs)
-    assert found == drifted
+    words, drift = compare_kid("x", ours, theirs)
+    assert drift == drifted
     assert f"kid_x {now:.4g} ± 0.001, 0.01 ± 0.0012 at promotion" in words
     assert compare_kid("x", ours, {})[1] is False
 

@@ -78,26 +78,26 @@ class Prefect:
             base_url=workspace.variables["PREFECT_API_URL"], headers={"Authorization": f"Basic {secret}"}, timeout=60
         )
 
-    def filter(self, kind: str, **asked: object) -> list[dict[str, Any]]:
-        answer = self.client.post(f"/{kind}/filter", json=asked)
+    def filter(self, kind: str, **conditions: object) -> list[dict[str, Any]]:
+        answer = self.client.post(f"/{kind}/filter", json=conditions)
         assert answer.is_success, answer.text
-        found = answer.json()
-        return list(found["events"] if kind == "events" else found)
+        items = answer.json()
+        return list(items["events"] if kind == "events" else items)
 
     def runs(self, flow: str) -> list[dict[str, Any]]:
         """The runs of a flow that no schedule made, newest first."""
-        found = self.filter("flow_runs", flows={"name": {"any_": [flow]}}, sort="START_TIME_DESC")
-        return [run for run in found if not run["auto_scheduled"]]
+        flow_runs = self.filter("flow_runs", flows={"name": {"any_": [flow]}}, sort="START_TIME_DESC")
+        return [run for run in flow_runs if not run["auto_scheduled"]]
 
     def deployment(self, name: str) -> dict[str, Any]:
         return dict(self.client.get(f"/deployments/name/{name}").json())
 
     def start(self, name: str, **parameters: object) -> str:
-        asked = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+        body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
         deployment = self.deployment(name)["id"]
 
         def created() -> httpx.Response | None:
-            answer = self.client.post(f"/deployments/{deployment}/create_flow_run", json=asked)
+            answer = self.client.post(f"/deployments/{deployment}/create_flow_run", json=body)
             # While its database is busy it asks to come again, as Prefect's own client does.
             return answer if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE else None
 
@@ -117,10 +117,10 @@ class Prefect:
 
 def eventually(ask: Callable[[], T | None], seconds: float = 400) -> T:
     deadline = time.monotonic() + seconds
-    while not (found := ask()):
+    while not (result := ask()):
         assert time.monotonic() < deadline
         time.sleep(0.5)
-    return found
+    return result
 
 
 class Mailbox:
@@ -168,7 +168,7 @@ def prefect(workspace: Workspace) -> Prefect:
 
 
 @pytest.fixture(scope="module")
-def killed(workspace: Workspace, prefect: Prefect) -> str:
+def killed_run(workspace: Workspace, prefect: Prefect) -> str:
     """The id of a run that held the turn of retraining when its process was killed."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER], cwd=workspace.folder, env=workspace.variables, stdout=subprocess.PIPE, text=True
@@ -190,30 +190,30 @@ def killed(workspace: Workspace, prefect: Prefect) -> str:
 
 
 def test_deployed_twice_everything_is_there_once_and_the_address_to_notify_in_no_file(
-    workspace: Workspace, prefect: Prefect, mailbox: Mailbox, killed: str
+    workspace: Workspace, prefect: Prefect, mailbox: Mailbox, killed_run: str
 ) -> None:
     def there() -> dict[str, list[str]]:
-        found = {kind: prefect.filter(kind) for kind in ("deployments", "automations", "work_pools")}
-        return {kind: sorted(each["name"] for each in some) for kind, some in found.items()}
+        items = {kind: prefect.filter(kind) for kind in ("deployments", "automations", "work_pools")}
+        return {kind: sorted(each["name"] for each in some) for kind, some in items.items()}
 
     before = there()
-    done = workspace.json(*DEPLOY, "--cron", "5 0 1 1 *")
+    result = workspace.json(*DEPLOY, "--cron", "5 0 1 1 *")
     assert there() == before
-    assert done["deployments"] == ["retrain/blobs", "sample-on-demand/blobs", "monitor/blobs"]
+    assert result["deployments"] == ["retrain/blobs", "sample-on-demand/blobs", "monitor/blobs"]
     assert before["deployments"] == ["blobs"] * 3
     triggers = ["darkroom: retrain blobs on a new version", "darkroom: retrain blobs on drift"]
-    assert before["automations"] == sorted([*done["automations"], *triggers])
+    assert before["automations"] == sorted([*result["automations"], *triggers])
     assert before["work_pools"] == ["darkroom"]
     [schedule] = prefect.deployment("retrain/blobs")["schedules"]
     assert schedule["schedule"]["cron"] == "5 0 1 1 *"
-    assert {name: prefect.limit(name)["limit"] for name in done["concurrency_limits"]} == done["concurrency_limits"]
+    assert {name: prefect.limit(name)["limit"] for name in result["concurrency_limits"]} == result["concurrency_limits"]
     files = [path for path in workspace.folder.rglob("*") if path.is_file() and path.stat().st_size < 2**24]
     assert not [path for path in files if mailbox.url.encode() in path.read_bytes()]
     assert "no MAILBOX2" in workspace.run("deploy", "--webhook-env", "MAILBOX2", code=2)
 
 
 def test_a_new_version_starts_a_retraining_on_it_and_the_next_one_has_nothing_to_do(
-    workspace: Workspace, prefect: Prefect, killed: str, mailbox: Mailbox
+    workspace: Workspace, prefect: Prefect, killed_run: str, mailbox: Mailbox
 ) -> None:
     version = workspace.json("ingest", "images")["digest"]
     [event] = eventually(lambda: prefect.filter("events", filter={"event": {"name": [CREATED]}}))
@@ -221,19 +221,19 @@ def test_a_new_version_starts_a_retraining_on_it_and_the_next_one_has_nothing_to
     [run] = eventually(lambda: prefect.runs("retrain"))
     assert run["parameters"]["version"] == version
     # Its turn comes when the one that was killed gives its slot back.
-    done = prefect.ended(run["id"])
-    assert done["state_type"] == "COMPLETED", done["state"]["message"]
-    assert done["state"]["message"].startswith("models:/blobs/1 is champion")
+    flow_run = prefect.ended(run["id"])
+    assert flow_run["state_type"] == "COMPLETED", flow_run["state"]["message"]
+    assert flow_run["state"]["message"].startswith("models:/blobs/1 is champion")
     assert not [each for each in prefect.runs("ingest") if each["parent_task_run_id"]]
     eventually(lambda: [text for text in mailbox.texts if "models:/blobs/1 is champion" in text])
 
     workspace.json("ingest", "images")
-    began = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = resource.getrusage(resource.RUSAGE_CHILDREN)
     again = workspace.json("retrain", "images")
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert again["skipped"].startswith(f"version {version[:12]} of blobs was trained on with this configuration before")
     assert again["verdict"]["version"]["number"] == 1
-    assert used.ru_utime + used.ru_stime - began.ru_utime - began.ru_stime < 15
+    assert used.ru_utime + used.ru_stime - start.ru_utime - start.ru_stime < 15
     newest = prefect.runs("retrain")[0]
     assert (newest["state_type"], newest["state_name"]) == ("COMPLETED", "Skipped")
     assert newest["state"]["message"].startswith("nothing to do: version")
@@ -242,13 +242,13 @@ def test_a_new_version_starts_a_retraining_on_it_and_the_next_one_has_nothing_to
     assert len(prefect.runs("train")) == 1
 
 
-def test_a_fresh_machine_gets_the_data_and_does_nothing_again(workspace: Workspace, killed: str) -> None:
+def test_a_fresh_machine_gets_the_data_and_does_nothing_again(workspace: Workspace, killed_run: str) -> None:
     version = workspace.json("data", "log")["versions"][0]["digest"]
     for name in (".dvc", "data", "runs", "reports"):
         (workspace.folder / name).rename(workspace.folder / f"{name}-elsewhere")
-    found = workspace.json("retrain", "--version", version)
-    assert found["data"]["digest"] == version
-    assert found["skipped"]
+    output = workspace.json("retrain", "--version", version)
+    assert output["data"]["digest"] == version
+    assert output["skipped"]
     assert (workspace.folder / "data" / "blobs" / "manifest.json").is_file()
     for name in (".dvc", "data", "runs", "reports"):
         shutil.rmtree(workspace.folder / name, ignore_errors=True)
@@ -269,10 +269,10 @@ def test_champion_is_monitored_once_per_data_set_version(workspace: Workspace, p
     "SIGKILL of a deployed retraining",
     "marked as crashed, and its slot is free after four heartbeats",
 )
-def test_a_run_that_was_killed_is_crashed_and_its_slot_is_free(prefect: Prefect, killed: str) -> None:
-    done = prefect.ended(killed)
-    assert done["state_type"] == "CRASHED"
-    assert f"for {4 * HEARTBEAT} s" in done["state"]["message"]
+def test_a_run_that_was_killed_is_crashed_and_its_slot_is_free(prefect: Prefect, killed_run: str) -> None:
+    flow_run = prefect.ended(killed_run)
+    assert flow_run["state_type"] == "CRASHED"
+    assert f"for {4 * HEARTBEAT} s" in flow_run["state"]["message"]
     eventually(lambda: prefect.limit("retrain-blobs")["active_slots"] == 0)
 
 
@@ -287,15 +287,15 @@ class Preempted:
 
     def engine(self, run: str) -> psutil.Process | None:
         """The process of the flow run ``run``, once it has logged something of training in this attempt."""
-        history, found = self.output / "history.csv", []
+        history, processes = self.output / "history.csv", []
         for each in psutil.process_iter():
             with suppress(psutil.Error):
                 if "prefect.engine" in each.cmdline() and each.environ().get("PREFECT__FLOW_RUN_ID") == run:
-                    found.append((each.create_time(), each))
+                    processes.append((each.create_time(), each))
         # Programs that it starts have its command line for a moment.
-        began, engine = min(found, default=(0.0, None), key=lambda each: each[0])
+        start, engine = min(processes, default=(0.0, None), key=lambda each: each[0])
         logged = history.is_file() and len(history.read_text().splitlines()) > 1
-        return engine if logged and history.stat().st_mtime > began else None
+        return engine if logged and history.stat().st_mtime > start else None
 
     def require_checkpoint(self) -> None:
         """Require a checkpoint of what was last logged, or later: written at a signal unless a regular one was due."""
@@ -311,7 +311,7 @@ class Preempted:
 
 def completed(prefect: Prefect, run: str) -> dict[str, Any]:
     """The run, however often it was to be started again."""
-    return eventually(lambda: found if (found := prefect.run(run))["state_type"] == "COMPLETED" else None)
+    return eventually(lambda: flow_run if (flow_run := prefect.run(run))["state_type"] == "COMPLETED" else None)
 
 
 @pytest.mark.drill(
@@ -345,8 +345,8 @@ def test_an_evicted_run_is_scheduled_again_and_completes_the_same(workspace: Wor
     training = Preempted(workspace, "evicted")
     deployment = prefect.deployment("retrain/evicted")["id"]
     # As a worker leaves it to its job; no other one takes it.
-    made = prefect.client.post(f"/deployments/{deployment}/create_flow_run", json={"state": {"type": "PENDING"}})
-    run = made.json()["id"]
+    response = prefect.client.post(f"/deployments/{deployment}/create_flow_run", json={"state": {"type": "PENDING"}})
+    run = response.json()["id"]
     process = subprocess.Popen(
         [sys.executable, "-m", "prefect", "flow-run", "execute", run],
         cwd=workspace.folder,
@@ -367,11 +367,11 @@ def test_deployed_run_without_its_concurrency_limit_fails_and_notifies(
 ) -> None:
     assert prefect.client.delete("/v2/concurrency_limits/retrain-blobs").is_success
     try:
-        done = prefect.ended(prefect.start("retrain/blobs"))
+        flow_run = prefect.ended(prefect.start("retrain/blobs"))
     finally:
         workspace.json(*DEPLOY)
-    assert done["state_type"] == "FAILED"
-    assert "no concurrency limit retrain-blobs" in done["state"]["message"]
+    assert flow_run["state_type"] == "FAILED"
+    assert "no concurrency limit retrain-blobs" in flow_run["state"]["message"]
     [text] = eventually(lambda: [text for text in mailbox.texts if text.startswith("retrain-blobs: Failed. ")])
     assert "run `darkroom deploy`" in text
 

@@ -72,9 +72,9 @@ def test_shifted_images_start_one_retraining_and_its_version_says_why(workspace:
     assert prefect.client.patch("/work_pools/darkroom", json={"is_paused": True}).is_success
 
     add(workspace, 200, 150, 90)
-    found = workspace.json("monitor")
-    assert "data" in found["causes"]
-    assert found["alarm"]["number"] == 1
+    output = workspace.json("monitor")
+    assert "data" in output["causes"]
+    assert output["alarm"]["number"] == 1
     [run] = eventually(retrainings)
     assert run["parameters"]["alarm"] == 1
     assert run["state_type"] == "SCHEDULED"
@@ -92,10 +92,10 @@ def test_shifted_images_start_one_retraining_and_its_version_says_why(workspace:
     assert len(retrainings()) == 1
 
     assert prefect.client.patch("/work_pools/darkroom", json={"is_paused": False}).is_success
-    done = prefect.ended(run["id"])
-    assert done["state_type"] == "COMPLETED", done["state"]["message"]
-    assert "trained for drift alarm 1" in done["state"]["message"]
-    reason = found["summary"].partition("; ")[2]
+    flow_run = prefect.ended(run["id"])
+    assert flow_run["state_type"] == "COMPLETED", flow_run["state"]["message"]
+    assert "trained for drift alarm 1" in flow_run["state"]["message"]
+    reason = output["summary"].partition("; ")[2]
     [artifact] = [each for each in prefect.filter("artifacts") if each["key"] == "drift-blobs"]
     assert artifact["flow_run_id"] == run["id"]
     assert reason.partition(" (")[0] in artifact["description"]
@@ -106,7 +106,7 @@ def test_shifted_images_start_one_retraining_and_its_version_says_why(workspace:
         place = workspace.json("sample", "--count", "1", "--seed", "5")["place"]
         assert workspace.json("trace", place)["drift"] == entry["drift"]
 
-    shown = subprocess.run(
+    shown_output = subprocess.run(
         [sys.executable, "-c", METRICS],
         cwd=workspace.folder,
         env=workspace.variables,
@@ -114,9 +114,9 @@ def test_shifted_images_start_one_retraining_and_its_version_says_why(workspace:
         text=True,
         check=True,
     ).stdout.splitlines()
-    assert "darkroom_drift_alarms blobs data 1.0" in shown
-    assert "darkroom_flow_runs_held_last_day monitor 1.0" in shown
-    assert any(line.startswith("darkroom_drift_last_alarm_timestamp_seconds blobs ") for line in shown)
+    assert "darkroom_drift_alarms blobs data 1.0" in shown_output
+    assert "darkroom_flow_runs_held_last_day monitor 1.0" in shown_output
+    assert any(line.startswith("darkroom_drift_last_alarm_timestamp_seconds blobs ") for line in shown_output)
     # The same event again, as after a restore of Prefect's database: another run does not answer the alarm.
     again = prefect.ended(prefect.start("retrain/blobs", alarm=1))
     assert again["state_type"] == "FAILED"

@@ -25,14 +25,14 @@ from tests.chaos.power_drills import backup_drill
 
 def database(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(path)) as made, made:
-        made.execute("create table told (text)")
-        made.execute("insert into told values (?)", (text,))
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("create table told (text)")
+        connection.execute("insert into told values (?)", (text,))
 
 
-def told(path: Path) -> str:
-    with closing(sqlite3.connect(path)) as found:
-        return str(found.execute("select text from told").fetchone()[0])
+def read_text(path: Path) -> str:
+    with closing(sqlite3.connect(path)) as connection:
+        return str(connection.execute("select text from told").fetchone()[0])
 
 
 def now() -> datetime:
@@ -41,9 +41,9 @@ def now() -> datetime:
 
 def backed_up(store: Store, bucket: str, backups: Backups) -> Backup:
     saved = save(store, bucket, list(store.list_objects(bucket)), backups)
-    done = Backup(made=now(), bucket=bucket, versions={}, databases={}, objects=saved)
-    backups.write(done)
-    return done
+    backup = Backup(made=now(), bucket=bucket, versions={}, databases={}, objects=saved)
+    backups.write(backup)
+    return backup
 
 
 def cut(path: Path) -> None:
@@ -104,13 +104,13 @@ def test_an_object_that_is_deleted_while_it_is_copied_is_left_out(store: Store, 
 def test_only_their_owner_reads_copies_of_databases(tmp_path: Path) -> None:
     database(tmp_path / "mlflow.db", "secret")
     backups = Backups(tmp_path / "backups")
-    kept = backups.path(backups.keep(partial(_copy, tmp_path / "mlflow.db")))
-    assert kept.stat().st_mode & 0o777 == 0o600
-    assert told(kept) == "secret"
+    copy = backups.path(backups.keep(partial(_copy, tmp_path / "mlflow.db")))
+    assert copy.stat().st_mode & 0o777 == 0o600
+    assert read_text(copy) == "secret"
 
 
 @pytest.fixture
-def stored(no_servers: None, tmp_path: Path) -> Path:
+def backup_folder(no_servers: None, tmp_path: Path) -> Path:
     """A backup of the databases of a stack, without objects."""
     folder, backups = tmp_path / "old", Backups(tmp_path / "backups")
     for name in DATABASES:
@@ -126,7 +126,7 @@ def stored(no_servers: None, tmp_path: Path) -> Path:
 
 
 def test_a_restore_that_was_killed_is_not_started_over_and_given_again_places_all_databases(
-    stored: Path, monkeypatch: pytest.MonkeyPatch
+    backup_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = settings().folder
 
@@ -137,7 +137,7 @@ def test_a_restore_that_was_killed_is_not_started_over_and_given_again_places_al
     with monkeypatch.context() as killing:
         killing.setattr(restoring, "write_atomically", killed)
         with pytest.raises(KeyboardInterrupt):
-            restore(stored, None, Path("nothing"), print)
+            restore(backup_folder, None, Path("nothing"), print)
     with pytest.raises(UserError, match=f"a restore into {folder} did not end: give `darkroom server restore`"):
         up(print)
     assert not any((folder / name).exists() for name in DATABASES)
@@ -147,15 +147,15 @@ def test_a_restore_that_was_killed_is_not_started_over_and_given_again_places_al
     (folder / f"{DATABASES[-1]}-wal").write_bytes(b"fresh")
     monkeypatch.setattr(restoring, "up", killed)
     with pytest.raises(KeyboardInterrupt):
-        restore(stored, None, Path("nothing"), print)
-    assert [told(folder / name) for name in DATABASES] == [f"{name} of the backup" for name in DATABASES]
+        restore(backup_folder, None, Path("nothing"), print)
+    assert [read_text(folder / name) for name in DATABASES] == [f"{name} of the backup" for name in DATABASES]
     assert not (folder / f"{DATABASES[-1]}-wal").exists()
 
     with closing(sqlite3.connect(folder / DATABASES[-1])) as used, used:
         used.execute("update told set text = 'used since'")
     with pytest.raises(KeyboardInterrupt):
-        restore(stored, None, Path("nothing"), print)
-    assert told(folder / DATABASES[-1]) == "used since"
+        restore(backup_folder, None, Path("nothing"), print)
+    assert read_text(folder / DATABASES[-1]) == "used since"
     with pytest.raises(UserError, match="did not end"):
         up(print)
 
@@ -190,16 +190,16 @@ def test_a_restore_of_an_older_backup_keeps_takedowns_that_newer_ones_know_of(
     backups = Backups(tmp_path / "backups")
     store.put_once(bucket, "datasets/faces/removals-of-others.json", b"no record")
     older = backed_up(store, bucket, backups)
-    found = _later_removals(older, backups, tmp_path / "nothing")
-    assert (list(found.removals()), found.known_until) == ([], older.made)
+    removals = _later_removals(older, backups, tmp_path / "nothing")
+    assert (list(removals.removals()), removals.known_until) == ([], older.made)
 
     store.put_once(bucket, RECORD, REMOVAL.model_dump_json().encode())
     newer = later(backed_up(store, bucket, backups))
     backups.write(newer)
     backups.write(older)
-    found = _later_removals(older, backups, tmp_path / "nothing")
-    assert (list(found.removals()), found.known_until) == ([REMOVAL], newer.made)
-    assert list(found.records) == [RECORD]
+    removals = _later_removals(older, backups, tmp_path / "nothing")
+    assert (list(removals.removals()), removals.known_until) == ([REMOVAL], newer.made)
+    assert list(removals.records) == [RECORD]
     assert _later_removals(newer, backups, tmp_path / "nothing").records == {}
 
 
@@ -220,12 +220,12 @@ def test_a_record_of_a_takedown_that_cannot_be_read_is_named_before_anything_is_
 
 @pytest.mark.slow
 def test_a_restore_keeps_the_takedowns_of_the_stack_that_it_replaces(
-    stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backup_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # Of the stack, S3 is enough.
     old = tmp_path / ".darkroom"
-    backups = Backups(stored)
+    backups = Backups(backup_folder)
     up(print)
     try:
         running = LocalStack.read(old)
@@ -234,8 +234,8 @@ def test_a_restore_keeps_the_takedowns_of_the_stack_that_it_replaces(
             "darkroom", RECORD, REMOVAL.model_dump_json().encode()
         )
         monkeypatch.setenv("DARKROOM_HOME", str(tmp_path / ".restored"))
-        found = _later_removals(backups.read(), backups, old)
-        assert (list(found.removals()), found.known_until) == ([REMOVAL], None)
+        removals = _later_removals(backups.read(), backups, old)
+        assert (list(removals.removals()), removals.known_until) == ([REMOVAL], None)
     finally:
         monkeypatch.setenv("DARKROOM_HOME", str(old))
         down(print)
@@ -243,5 +243,5 @@ def test_a_restore_keeps_the_takedowns_of_the_stack_that_it_replaces(
     for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
         monkeypatch.delenv(name)
     with pytest.raises(UserError, match=f"DARKROOM_HOME={old} darkroom up"):
-        restore(stored, None, old, print)
+        restore(backup_folder, None, old, print)
     assert not settings().folder.exists()

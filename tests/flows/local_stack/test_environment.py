@@ -54,9 +54,9 @@ def test_servers_that_the_environment_names_are_used_as_they_are(local: LocalSta
     assert set(servers_in_environment()) == set(SERVERS)
     before = dict(os.environ)
     join_servers(*SERVERS)
-    added = os.environ.keys() - before.keys()
+    new_names = os.environ.keys() - before.keys()
     assert {name: os.environ[name] for name in before} == before
-    assert not {name for name in added if name.startswith(("AWS_", "MLFLOW_TRACKING", "PREFECT_API"))}
+    assert not {name for name in new_names if name.startswith(("AWS_", "MLFLOW_TRACKING", "PREFECT_API"))}
     assert exports() == {}
 
 
@@ -119,11 +119,11 @@ def export() -> None:
 def test_exported_variables_still_mean_the_local_stack_when_its_ports_have_changed(local: LocalStack) -> None:
     export()
     assert servers_in_environment() == {}
-    moved = local.update_state(ports={"s3": 20011, "mlflow": 20012, "prefect": 20013})
+    moved_stack = local.update_state(ports={"s3": 20011, "mlflow": 20012, "prefect": 20013})
     assert servers_in_environment() == {}
     join_servers(*SERVERS)
     for server in SERVERS:
-        assert moved.variables(server).items() <= os.environ.items()
+        assert moved_stack.variables(server).items() <= os.environ.items()
 
 
 def test_another_server_named_after_the_export_is_used(local: LocalStack) -> None:
@@ -158,7 +158,7 @@ def test_http_proxy_is_bypassed_for_the_local_stack(local: LocalStack) -> None:
 
 
 @pytest.mark.parametrize("bucket", ["", "x", "Upper", "under_score", "s3://darkroom"])
-def test_a_bad_bucket_name_is_refused_with_its_variable(bucket: str) -> None:
+def test_a_bad_bucket_name_is_rejected_with_its_variable(bucket: str) -> None:
     os.environ["DARKROOM_BUCKET"] = bucket
     with pytest.raises(UserError, match="DARKROOM_BUCKET"):
         settings()
@@ -173,5 +173,5 @@ def test_a_damaged_file_of_the_stack_is_named(local: LocalStack, name: str) -> N
 
 def test_importing_the_environment_loads_no_heavy_library() -> None:
     check = "import sys, flows.environment; print(*{'mlflow', 'prefect', 'torch', 'boto3'} & sys.modules.keys())"
-    printed = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True).stdout
-    assert printed.strip() == ""
+    output = subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, text=True).stdout
+    assert output.strip() == ""

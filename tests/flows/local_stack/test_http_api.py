@@ -23,16 +23,16 @@ class EchoLoginHandler(BaseHTTPRequestHandler):
 
 def test_a_login_in_the_address_is_sent_unless_another_is_given() -> None:
     with serving(EchoLoginHandler) as address:
-        named = address.replace("//", "//someone:p%40ss:@")
-        assert fetch(named) == b"someone:p@ss:"
-        assert fetch(named, "other:word") == b"other:word"
+        address_with_login = address.replace("//", "//someone:p%40ss:@")
+        assert fetch(address_with_login) == b"someone:p@ss:"
+        assert fetch(address_with_login, "other:word") == b"other:word"
         assert fetch(address) == b""
 
 
 def test_displayed_url_has_no_credentials() -> None:
-    with serving(EchoLoginHandler) as address, pytest.raises(NotServingError) as caught:
+    with serving(EchoLoginHandler) as address, pytest.raises(NotServingError) as error:
         request_json(address.replace("//", "//someone:test-secret@"))
-    assert str(caught.value).startswith(f"{address}: ")
-    with pytest.raises(NotServingError) as caught:
+    assert str(error.value).startswith(f"{address}: ")
+    with pytest.raises(NotServingError) as error:
         fetch("http://someone:test-secret@127.0.0.1:9")
-    assert "test-secret" not in str(caught.value)
+    assert "test-secret" not in str(error.value)

@@ -201,19 +201,19 @@ def test_a_service_that_hangs_is_restarted(up: LocalStack) -> None:
 @pytest.mark.slow
 def test_a_service_whose_port_was_taken_moves_and_the_others_follow(up: LocalStack) -> None:
     kill(pids()["s3"])
-    taken = up.state.ports
+    old_ports = up.state.ports
     with ExitStack() as open_sockets:
         for name in seaweedfs.PORTS:
             squatter = open_sockets.enter_context(socket.socket())
             squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            squatter.bind(("127.0.0.1", taken[name]))
+            squatter.bind(("127.0.0.1", old_ports[name]))
             squatter.listen()
         local_stack.up(lambda _: None)
     assert states() == RUNNING
-    moved = LocalStack.read(up.folder)
-    assert moved is not None
-    assert not {moved.state.ports[name] for name in seaweedfs.PORTS} & set(taken.values())
-    assert_data_is_intact(moved)
+    moved_stack = LocalStack.read(up.folder)
+    assert moved_stack is not None
+    assert not {moved_stack.state.ports[name] for name in seaweedfs.PORTS} & set(old_ports.values())
+    assert_data_is_intact(moved_stack)
 
 
 @pytest.mark.long
@@ -240,14 +240,14 @@ def test_killed_startup_can_be_stopped_and_started(up: LocalStack) -> None:
 @pytest.mark.long
 @pytest.mark.slow
 def test_down_finds_what_runs_even_if_the_folder_was_removed(up: LocalStack, tmp_path: Path) -> None:
-    moved = tmp_path / "moved"
-    up.folder.rename(moved)
+    moved_folder = tmp_path / "moved"
+    up.folder.rename(moved_folder)
     try:
         local_stack.down(lambda _: None)
         assert members(up.folder, *SERVICES) == []
     finally:
         shutil.rmtree(up.folder, ignore_errors=True)
-        moved.rename(up.folder)
+        moved_folder.rename(up.folder)
     local_stack.up(lambda _: None)
     assert_data_is_intact(up)
 
@@ -295,13 +295,13 @@ def test_secrets_are_in_no_log_and_on_no_command_line_and_only_the_owner_reads_t
     assert str(up.state.ports["mlflow"]) in commands
     assert not [secret for secret in secrets if secret in logs or secret in commands]
     assert stat.S_IMODE(up.folder.stat().st_mode) == 0o700
-    holders = [
+    files = [
         path
         for path in up.folder.rglob("*")
         if path.is_file() and path.stat().st_size < 2**20 and any(s.encode() in path.read_bytes() for s in secrets)
     ]
-    assert up.folder / "credentials.json" in holders
-    assert {stat.S_IMODE(path.stat().st_mode) for path in holders} == {0o600}
+    assert up.folder / "credentials.json" in files
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
 
 
 @pytest.mark.slow
@@ -382,7 +382,7 @@ def test_another_user_of_the_machine_reads_changes_and_deletes_nothing(
             (folder / "forged" / file).write_text(text)
         for path in (folder, *folder.rglob("*")):
             path.chmod(0o755)
-        asked = {
+        targets = {
             "places": [*sorted(listeners), *sorted(sockets)],
             "ports": up.state.ports,
             "bucket": up.bucket,
@@ -391,31 +391,31 @@ def test_another_user_of_the_machine_reads_changes_and_deletes_nothing(
             "folders": [str(folder / "bare"), str(folder / "forged")],
             "paths": [str(path) for path in up.folder.rglob("*")],
         }
-        found = run_intruder(asked)
-    assert found["answers"]  # He did reach them.
-    assert_nothing_was_served(up, found["answers"])
-    for said in found["programs"]:
-        assert MARK not in said
-        assert "private" not in said
-    if found["user"] != os.geteuid():
-        assert found["readable"] == []
+        report = run_intruder(targets)
+    assert report["answers"]  # He did reach them.
+    assert_nothing_was_served(up, report["answers"])
+    for output in report["programs"]:
+        assert MARK not in output
+        assert "private" not in output
+    if report["user"] != os.geteuid():
+        assert report["readable"] == []
     assert private() == before
     # The same programs do as their owner says.
     assert MARK in owner_reads(up)
 
 
-def run_intruder(asked: dict[str, Any]) -> dict[str, Any]:
+def run_intruder(targets: dict[str, Any]) -> dict[str, Any]:
     """What he found, who gives his rights away only when Python has loaded all that it needs."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "builders" / "intruder.py")],
-        input=json.dumps(asked),
+        input=json.dumps(targets),
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    assert process.returncode == 0, process.stderr
+    report: dict[str, Any] = json.loads(process.stdout)
+    return report
 
 
 def owner_reads(local: LocalStack) -> str:
@@ -472,13 +472,13 @@ def test_a_page_in_a_browser_reads_changes_and_deletes_nothing(
         page.goto(address.replace("127.0.0.1", "localhost"))
         answers = []
         for port in sorted(listeners):
-            asked = [
+            requests = [
                 (f"http://127.0.0.1:{port}{path}", method, body, mode)
                 for method, path, body in intruder.requests(up.bucket, "private")
                 # What may be sent without asking the server first, and what may not.
                 for mode in (("no-cors", "cors") if method in ("GET", "POST") else ("cors",))
             ]
-            for (url, method, _, _), answer in zip(asked, page.evaluate(FETCH, asked), strict=True):
+            for (url, method, _, _), answer in zip(requests, page.evaluate(FETCH, requests), strict=True):
                 # One of type "opaque" was sent, but the page is told nothing of it.
                 if answer is not None and answer["type"] != "opaque":
                     path = url.removeprefix(f"http://127.0.0.1:{port}")
@@ -595,11 +595,11 @@ def test_with_servers_of_a_team_nothing_is_started_here() -> None:
         "AWS_ENDPOINT_URL_S3": "https://s3.example.com",
     }
     os.environ.update(theirs)
-    said: list[str] = []
-    found = local_stack.up(said.append)
-    assert found.services == ()
-    assert set(found.elsewhere) == set(SERVERS)
-    assert len([line for line in said if "commands here use the server in" in line]) == 3
+    messages: list[str] = []
+    stack = local_stack.up(messages.append)
+    assert stack.services == ()
+    assert set(stack.elsewhere) == set(SERVERS)
+    assert len([line for line in messages if "commands here use the server in" in line]) == 3
     assert not Path(".darkroom").exists()
     assert local_stack.exports() == {}
 
@@ -613,7 +613,7 @@ def test_without_a_stack_status_is_empty_and_down_does_nothing() -> None:
 
 
 @pytest.mark.usefixtures("no_servers")
-def test_another_bucket_than_the_stacks_is_refused() -> None:
+def test_another_bucket_than_the_stacks_is_rejected() -> None:
     LocalStack.open(Path(".darkroom").resolve(), "first")
     os.environ["DARKROOM_BUCKET"] = "second"
     with pytest.raises(UserError, match=r"DARKROOM_BUCKET is second, .* bucket first"):
@@ -666,6 +666,6 @@ def test_a_port_counts_as_free_only_with_its_grpc_port(which: Callable[[int], in
 
 
 def test_reserved_ports_are_not_chosen() -> None:
-    chosen = choose_ports(5)
-    assert len(set(chosen)) == 5
-    assert not set(chosen) & set(choose_ports(20, taken=chosen))
+    ports = choose_ports(5)
+    assert len(set(ports)) == 5
+    assert not set(ports) & set(choose_ports(20, taken=ports))

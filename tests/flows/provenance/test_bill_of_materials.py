@@ -43,9 +43,9 @@ def of_type(bom: dict[str, Any], kind: str) -> list[dict[str, Any]]:
 
 def test_a_trained_model_names_data_metrics_libraries_and_files(dataset: Path, tmp_path: Path) -> None:
     weights, data = write_model(tmp_path / "final.safetensors", seed=0, images=64), read_manifest(dataset)
-    done = export_to_diffusers(weights, tmp_path / "ex" / "faces", SAMPLING, "models:/faces/3", "f" * 32)
-    given = data.model_copy(update={"licence": "cc-by-4.0"}), METRICS, ["torch==2.9.0", "safetensors==0.6"], "Ours"
-    path = write_bom(weights, done, *given)
+    export = export_to_diffusers(weights, tmp_path / "ex" / "faces", SAMPLING, "models:/faces/3", "f" * 32)
+    arguments = data.model_copy(update={"licence": "cc-by-4.0"}), METRICS, ["torch==2.9.0", "safetensors==0.6"], "Ours"
+    path = write_bom(weights, export, *arguments)
     assert path == tmp_path / "ex" / "faces.cdx.json"
     bom, text = valid(path), path.read_bytes()
     model = bom["metadata"]["component"]
@@ -72,7 +72,7 @@ def test_a_trained_model_names_data_metrics_libraries_and_files(dataset: Path, t
         if each.is_file()
     }
     again = export_to_diffusers(weights, folder, SAMPLING, "models:/faces/3", "f" * 32)
-    assert write_bom(weights, again, *given).read_bytes() == text
+    assert write_bom(weights, again, *arguments).read_bytes() == text
     assert not any(each["name"] == "darkroom:records" for each in trained_on.get("properties", ()))
     # Without the data set here, the bill says that it is not complete.
     [unknown] = of_type(valid(write_bom(weights, again)), "data")
@@ -81,8 +81,8 @@ def test_a_trained_model_names_data_metrics_libraries_and_files(dataset: Path, t
 
 
 def test_an_imported_and_a_fine_tuned_pipeline_name_their_origin_with_its_licence(tmp_path: Path) -> None:
-    made = pipelines.stable_diffusion(tmp_path / "made")
-    base = import_file(str(made), tmp_path / "base.safetensors", None, tmp_path / "downloads")
+    folder = pipelines.stable_diffusion(tmp_path / "made")
+    base = import_file(str(folder), tmp_path / "base.safetensors", None, tmp_path / "downloads")
     digest = base.sha256
     imported = export_to_diffusers(base.file, tmp_path / "imported", SAMPLING)
     bom = valid(write_bom(base.file, imported))
@@ -93,10 +93,10 @@ def test_an_imported_and_a_fine_tuned_pipeline_name_their_origin_with_its_licenc
     recorded = {each["name"].removeprefix("darkroom:sha256:"): each["value"] for each in origin["properties"]}
     assert recorded.items() >= {each["name"]: each["hashes"][0]["content"] for each in of_type(bom, "file")}.items()
     assert of_type(bom, "library")
-    tuned = write_lora(tmp_path / "tuned.safetensors", base.file, seed=0)
+    adapter = write_lora(tmp_path / "tuned.safetensors", base.file, seed=0)
     for kind, export in (("whole", export_to_diffusers), ("adapter", export_adapter)):
         options = (SAMPLING,) if kind == "whole" else ()
-        bom = valid(write_bom(tuned, export(tuned, tmp_path / kind, *options)))  # type: ignore[operator]
+        bom = valid(write_bom(adapter, export(adapter, tmp_path / kind, *options)))  # type: ignore[operator]
         trained_from, origin = sorted(of_type(bom, "machine-learning-model"), key=lambda each: "hashes" not in each)
         assert trained_from["hashes"][0]["content"] == digest
         assert trained_from["licenses"] == origin["licenses"] == [{"license": {"name": "openrail"}}]
@@ -108,9 +108,9 @@ def test_the_command_line_signs_an_export_and_verifies_it_offline(
 ) -> None:
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["darkroom", *words])
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             main()
-        return int(str(ended.value.code)), *capsys.readouterr()
+        return int(str(exit_info.value.code)), *capsys.readouterr()
 
     write_model(tmp_path / "final.safetensors", seed=0, images=64)
     ours = identity(tmp_path / "ours", passphrase="open sesame")

@@ -24,7 +24,7 @@ from flows.sampling.sampling_batch import SamplingBatch
 from flows.signing.images import verify_image
 from flows.signing.keys import Trust
 from flows.storage.s3 import Location, Store
-from tests.builders.sampling_batches import batch, found
+from tests.builders.sampling_batches import batch, stored_files
 from tests.builders.signing_keys import Identity, identity
 from tests.builders.small_models import write_model
 
@@ -34,13 +34,13 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Identity:
     return identity(tmp_path_factory.mktemp("keys") / "ours")
 
 
-def sampled(store: Store, bucket: str, tmp_path: Path, made: SamplingBatch) -> Location:
-    place = Location(bucket, f"samples/blobs/3/{made.name}")
+def sampled(store: Store, bucket: str, tmp_path: Path, planned_batch: SamplingBatch) -> Location:
+    place = Location(bucket, f"samples/blobs/3/{planned_batch.name}")
     weights = write_model(tmp_path / "weights.safetensors", 1, 0, classes={"even": 3, "odd": 1})
-    store.put_once(bucket, place.key("batch.json"), made.json_bytes())
-    for chunk in range(len(made.chunks())):
-        generate_batch.generate_chunk(store, made, place, weights, chunk, None, 2)
-    assert generate_batch.finish(store, made, place)
+    store.put_once(bucket, place.key("batch.json"), planned_batch.json_bytes())
+    for chunk in range(len(planned_batch.chunks())):
+        generate_batch.generate_chunk(store, planned_batch, place, weights, chunk, None, 2)
+    assert generate_batch.finish(store, planned_batch, place)
     return place
 
 
@@ -48,23 +48,23 @@ def sampled(store: Store, bucket: str, tmp_path: Path, made: SamplingBatch) -> L
 def test_each_image_of_a_batch_has_one_signed_copy_and_stays_as_it_is(
     store: Store, bucket: str, tmp_path: Path, ours: Identity, kind: str
 ) -> None:
-    made = batch(20, format=kind, conditions=Conditions(labels=("even",)))
-    place = sampled(store, bucket, tmp_path, made)
-    before = found(store, place)
+    planned_batch = batch(20, format=kind, conditions=Conditions(labels=("even",)))
+    place = sampled(store, bucket, tmp_path, planned_batch)
+    before = stored_files(store, place)
     outs = str(Location(bucket, "signed")), str(tmp_path / "signed")
     for out in outs:
-        done = sign_images(str(place), out, ours.signer())
-        assert (done.images, done.signed) == (20, 20)
+        result = sign_images(str(place), out, ours.signer())
+        assert (result.images, result.signed) == (20, 20)
         again = sign_images(str(place), out, ours.signer())
         assert (again.images, again.signed) == (20, 0)
         checks = verify(out, ours.trust())
         assert len(checks) == 21
         assert all(each.verified and each.trusted for each in checks)
-    assert found(store, place) == before
+    assert stored_files(store, place) == before
     rows = [json.loads(line) for name in sorted(before) if "part-" in name for line in before[name].splitlines()]
     parts = sorted((tmp_path / "signed" / "manifest").iterdir())
-    signed = [json.loads(line) for part in parts for line in part.read_text().splitlines()]
-    for row, own in zip(rows, signed, strict=True):
+    records = [json.loads(line) for part in parts for line in part.read_text().splitlines()]
+    for row, own in zip(rows, records, strict=True):
         copy = (tmp_path / "signed" / own["file"]).read_bytes()
         assert (own["index"], own["sha256"]) == (row["index"], row["sha256"])
         assert own["signed_sha256"] == hashlib.sha256(copy).hexdigest()
@@ -74,8 +74,8 @@ def test_each_image_of_a_batch_has_one_signed_copy_and_stays_as_it_is(
         expected = {
             "batch": place.prefix,
             "count": 20,
-            "content_digest": made.content_digest,
-            "run_id": made.run_id,
+            "content_digest": planned_batch.content_digest,
+            "run_id": planned_batch.run_id,
             "model": "models:/blobs/3",
             "label": "even",
             "image_sha256": row["sha256"],
@@ -130,7 +130,7 @@ def requested(folder: Path, count: int = 6, **request: object) -> Path:
     return folder
 
 
-def test_prompts_leave_only_if_asked_for(no_servers: None, tmp_path: Path, ours: Identity) -> None:
+def test_prompts_leave_only_on_request(no_servers: None, tmp_path: Path, ours: Identity) -> None:
     source = requested(tmp_path / "images")
     sign_images(str(source), str(tmp_path / "silent"), ours.signer())
     sign_images(str(source), str(tmp_path / "open"), ours.signer(), prompts=True)
@@ -154,7 +154,7 @@ def test_an_edit_has_its_parent_as_ingredient(no_servers: None, tmp_path: Path, 
         sign_images(str(source), str(tmp_path / "other"), ours.signer(), parent=parent)
 
 
-def test_a_name_that_leads_elsewhere_is_refused(no_servers: None, tmp_path: Path, ours: Identity) -> None:
+def test_a_name_that_leads_elsewhere_is_rejected(no_servers: None, tmp_path: Path, ours: Identity) -> None:
     source = requested(tmp_path / "images")
     about = (source / "request.json").read_text()
     (source / "request.json").write_text(about.replace("00000001.png", "../00000001.png"))
@@ -172,12 +172,12 @@ def test_without_the_extra_one_line_names_it(
     source = requested(tmp_path / "images")
     monkeypatch.setitem(sys.modules, "c2pa", None)
     words = ["sign", str(source), "--out", "signed", "--key", str(ours.key), "--certificates", str(ours.certificate)]
-    for given in (words, ["verify", str(source / "00000001.png")]):
-        monkeypatch.setattr(sys, "argv", ["darkroom", *given])
-        with pytest.raises(SystemExit) as ended:
+    for command in (words, ["verify", str(source / "00000001.png")]):
+        monkeypatch.setattr(sys, "argv", ["darkroom", *command])
+        with pytest.raises(SystemExit) as exit_info:
             main()
         [line] = capsys.readouterr().err.splitlines()
-        assert (ended.value.code, "[signing]" in line) == (2, True)
+        assert (exit_info.value.code, "[signing]" in line) == (2, True)
     assert not (tmp_path / "signed").exists()
 
 
@@ -325,9 +325,9 @@ def test_the_command_line_says_what_is_untrusted_and_which_option_has_no_effect(
 ) -> None:
     def run(*words: object) -> int:
         monkeypatch.setattr(sys, "argv", ["darkroom", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             main()
-        return int(str(ended.value.code))
+        return int(str(exit_info.value.code))
 
     out, image = tmp_path / "signed", tmp_path / "signed" / "00000001.png"
     source = requested(tmp_path / "images", task="img2img", image={"sha256": "0" * 64})

@@ -35,7 +35,7 @@ from flows.sampling.lookup import find, find_disagreements
 from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Object, Store
 from flows.storage.tags import parse_model_uri
-from tests.builders.built_datasets import BuiltDataset, kept
+from tests.builders.built_datasets import BuiltDataset, image_record
 from tests.builders.small_models import write_model
 
 BUCKET = "tampering"
@@ -47,7 +47,7 @@ NAME, PART = f"0000000{IMAGE}.png", f"manifest/part-0000{CHUNK}.jsonl"
 
 
 @dataclass
-class Sampled:
+class Samples:
     """A registered model of random weights, and batches of it, as files and in tars."""
 
     store: Store
@@ -84,9 +84,9 @@ class Sampled:
 
 
 @pytest.fixture(scope="module")
-def sampled(
+def samples(
     s3_server: dict[str, str], mlflow_template: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Sampled]:
+) -> Iterator[Samples]:
     home = tmp_path_factory.mktemp("sampled")
     with pytest.MonkeyPatch.context() as patch:
         for name in os.environ:
@@ -100,7 +100,7 @@ def sampled(
         yield _sampled(Store(), MlflowClient())
 
 
-def _sampled(store: Store, client: MlflowClient) -> Sampled:
+def _sampled(store: Store, client: MlflowClient) -> Samples:
     store.ensure_bucket(BUCKET)
     weights = write_model(Path("weights.safetensors"), 1, 0, classes={"even": 3, "odd": 1})
     run = client.create_run(client.create_experiment("blobs"))
@@ -113,16 +113,16 @@ def _sampled(store: Store, client: MlflowClient) -> Sampled:
             sample.generate_chunk.fn(batch, place, version, chunk, config)
         generate_batch.finish(store, batch, place)
         places[kind] = place
-    return Sampled(store, client, version, places)
+    return Samples(store, client, version, places)
 
 
 def brightened(png: bytes) -> bytes:
-    opened = Image.open(io.BytesIO(png))
+    image = Image.open(io.BytesIO(png))
     about = PngInfo()
-    for name, text in opened.text.items():  # type: ignore[attr-defined]
+    for name, text in image.text.items():  # type: ignore[attr-defined]
         about.add_text(name, text)
     buffer = io.BytesIO()
-    Image.fromarray(255 - np.array(opened)).save(buffer, "PNG", pnginfo=about)
+    Image.fromarray(255 - np.array(image)).save(buffer, "PNG", pnginfo=about)
     return buffer.getvalue()
 
 
@@ -167,55 +167,55 @@ RECORDS: list[tuple[str, Change | None]] = [
 
 @pytest.mark.parametrize(("name", "change"), RECORDS)
 def test_a_record_of_a_batch_that_was_altered_is_named(
-    sampled: Sampled, tmp_path: Path, name: str, change: Change | None
+    samples: Samples, tmp_path: Path, name: str, change: Change | None
 ) -> None:
-    assert sampled.disagreements(sampled.places["png"], None) == []
-    files = sampled.files("png")
+    assert samples.disagreements(samples.places["png"], None) == []
+    files = samples.files("png")
     original = files.pop(name)
     if change is not None:
         files[name] = change(original)
         assert files[name] != original
-    place = sampled.beside(tmp_path.name, files)
+    place = samples.beside(tmp_path.name, files)
     for index in (IMAGE, None):
-        found = sampled.disagreements(place, index)
-        assert any(f"{place}/{name}" in words for words in found), found
-        assert not any("\n" in words for words in found)
+        disagreements = samples.disagreements(place, index)
+        assert any(f"{place}/{name}" in words for words in disagreements), disagreements
+        assert not any("\n" in words for words in disagreements)
 
 
-def test_trace_lists_disagreements_of_the_records(sampled: Sampled) -> None:
-    files = sampled.files("png")
-    place = sampled.beside("relabelled", files | {PART: relabelled_part(files[PART])})
-    new = [words for words in trace(f"{place}/{NAME}").broken if words not in sampled.usual.broken]
+def test_trace_lists_disagreements_of_the_records(samples: Samples) -> None:
+    files = samples.files("png")
+    place = samples.beside("relabelled", files | {PART: relabelled_part(files[PART])})
+    new = [words for words in trace(f"{place}/{NAME}").broken if words not in samples.usual.broken]
     assert [name in words for words, name in zip(new, ("_SUCCESS", "batch.json", "manifest.parquet"), strict=True)]
     assert all(PART in words for words in new)
 
 
-def test_an_image_that_was_altered_is_named_and_its_records_are_not(sampled: Sampled) -> None:
-    files = sampled.files("png")
-    place = sampled.beside("brightened", files | {NAME: brightened(files[NAME])})
-    (words,) = set(trace(f"{place}/{NAME}").broken) - set(sampled.usual.broken)
+def test_an_image_that_was_altered_is_named_and_its_records_are_not(samples: Samples) -> None:
+    files = samples.files("png")
+    place = samples.beside("brightened", files | {NAME: brightened(files[NAME])})
+    (words,) = set(trace(f"{place}/{NAME}").broken) - set(samples.usual.broken)
     assert f"{place}/{NAME} was altered" in words
 
 
-def test_json_beside_an_image_in_a_tar_is_verified(sampled: Sampled) -> None:
+def test_json_beside_an_image_in_a_tar_is_verified(samples: Samples) -> None:
     tar = f"samples-0000{CHUNK}.tar"
-    assert sampled.disagreements(sampled.places["tar"], IMAGE) == []
-    files = sampled.files("tar")
+    assert samples.disagreements(samples.places["tar"], IMAGE) == []
+    files = samples.files("tar")
     altered = files[tar].replace(b'"label":"odd"', b'"label":"eve"')
     assert altered != files[tar]
-    place = sampled.beside("relabelled-tar", files | {tar: altered})
-    (words,) = sampled.disagreements(place, IMAGE)
+    place = samples.beside("relabelled-tar", files | {tar: altered})
+    (words,) = samples.disagreements(place, IMAGE)
     assert f"{place}/{tar}/{NAME.replace('.png', '.json')}" in words
 
 
-def test_a_batch_with_a_part_of_another_is_not_finished(sampled: Sampled) -> None:
-    files = {name: data for name, data in sampled.files("png").items() if name not in ("manifest.parquet", "_SUCCESS")}
+def test_a_batch_with_a_part_of_another_is_not_finished(samples: Samples) -> None:
+    files = {name: data for name, data in samples.files("png").items() if name not in ("manifest.parquet", "_SUCCESS")}
     files[PART] = files["manifest/part-00000.jsonl"]
-    place = sampled.beside("mixed", files)
+    place = samples.beside("mixed", files)
     batch = sampling_batch.parse_batch(files["batch.json"], "batch.json")
     with pytest.raises(UserError, match=f"{PART} is not of this batch"):
-        generate_batch.finish(sampled.store, batch, place)
-    assert not sampled.store.exists(BUCKET, place.key("_SUCCESS"))
+        generate_batch.finish(samples.store, batch, place)
+    assert not samples.store.exists(BUCKET, place.key("_SUCCESS"))
 
 
 def test_texts_with_unicodes_ends_of_lines_stay_in_their_row() -> None:
@@ -277,9 +277,9 @@ def no_code(code: Path, mark: Path) -> None:
 
 
 @pytest.fixture
-def code(sampled: Sampled) -> Iterator[Path]:
+def code(samples: Samples) -> Iterator[Path]:
     """The folder of the code that the version ships, put back afterwards."""
-    folder = sampled.model_folder / "code"
+    folder = samples.model_folder / "code"
     script = folder.parent / "pyfunc_model.py"
     before = {path: path.read_bytes() for path in (*folder.rglob("*"), script) if path.is_file()}
     yield folder
@@ -305,39 +305,41 @@ TAMPERED = [
 
 @pytest.mark.parametrize("tamper", TAMPERED)
 def test_code_that_was_altered_after_its_registration_is_not_run(
-    sampled: Sampled, code: Path, tmp_path: Path, tamper: Callable[[Path, Path], None]
+    samples: Samples, code: Path, tmp_path: Path, tamper: Callable[[Path, Path], None]
 ) -> None:
-    mark, where = tmp_path / "ran", f"{sampled.places['png']}/{NAME}"
-    assert sampled.usual.model is not None
-    assert sampled.version.code_sha256 is not None
-    assert sampled.usual.model.code_sha256 == sampled.version.code_sha256
+    mark, where = tmp_path / "ran", f"{samples.places['png']}/{NAME}"
+    assert samples.usual.model is not None
+    assert samples.version.code_sha256 is not None
+    assert samples.usual.model.code_sha256 == samples.version.code_sha256
     tamper(code, mark)
-    with pytest.raises(UserError, match=sampled.version.uri) as raised:
+    with pytest.raises(UserError, match=samples.version.uri) as error:
         reproduce(where)
-    assert raised.value.exit_code == 2
-    assert "\n" not in str(raised.value)
+    assert error.value.exit_code == 2
+    assert "\n" not in str(error.value)
     assert not mark.exists()
-    (words,) = set(trace(where).broken) - set(sampled.usual.broken)
-    assert words == str(raised.value)
+    (words,) = set(trace(where).broken) - set(samples.usual.broken)
+    assert words == str(error.value)
 
 
-def test_code_is_run_only_if_version_and_batch_name_the_same(sampled: Sampled) -> None:
-    files, name, number = sampled.files("png"), sampled.version.model, str(sampled.version.number)
+def test_code_is_run_only_if_version_and_batch_name_the_same(samples: Samples) -> None:
+    files, name, number = samples.files("png"), samples.version.model, str(samples.version.number)
     about = json.loads(files["batch.json"])
-    assert about["code_sha256"] == sampled.version.code_sha256
+    assert about["code_sha256"] == samples.version.code_sha256
     for change in ({"code_sha256": "0" * 64}, {"code_sha256": None}):
-        kept = {name: value for name, value in (about | change).items() if value is not None}
-        place = sampled.beside(f"code-{kept.get('code_sha256')}", files | {"batch.json": canonical_json(kept).encode()})
+        fields = {name: value for name, value in (about | change).items() if value is not None}
+        place = samples.beside(
+            f"code-{fields.get('code_sha256')}", files | {"batch.json": canonical_json(fields).encode()}
+        )
         with pytest.raises(UserError, match="do not agree"):
             reproduce(f"{place}/{NAME}")
         assert any(CODE in words for words in trace(f"{place}/{NAME}").broken)
-    sampled.client.delete_model_version_tag(name, number, CODE)
+    samples.client.delete_model_version_tag(name, number, CODE)
     try:
         with pytest.raises(UserError, match=f"has no tag {CODE}"):
-            reproduce(f"{sampled.places['png']}/{NAME}")
-        assert any(CODE in words for words in trace(f"{sampled.places['png']}/{NAME}").broken)
+            reproduce(f"{samples.places['png']}/{NAME}")
+        assert any(CODE in words for words in trace(f"{samples.places['png']}/{NAME}").broken)
     finally:
-        sampled.client.set_model_version_tag(name, number, CODE, str(sampled.version.code_sha256))
+        samples.client.set_model_version_tag(name, number, CODE, str(samples.version.code_sha256))
 
 
 @pytest.mark.parametrize(
@@ -356,16 +358,16 @@ def test_code_is_run_only_if_version_and_batch_name_the_same(sampled: Sampled) -
         ("darkroom.takedown", "\x1b[2J"),
     ],
 )
-def test_a_tag_that_is_not_what_darkroom_writes_is_refused_by_name(sampled: Sampled, tag: str, value: str) -> None:
-    client, name, number = sampled.client, sampled.version.model, str(sampled.version.number)
+def test_a_tag_that_is_not_what_darkroom_writes_is_refused_by_name(samples: Samples, tag: str, value: str) -> None:
+    client, name, number = samples.client, samples.version.model, str(samples.version.number)
     before = client.get_model_version(name, number).tags.get(tag)
     client.set_model_version_tag(name, number, tag, value)
     try:
-        with pytest.raises(UserError, match=f"{sampled.version.uri} has the tag {tag}") as raised:
-            sample.fetch.fn(sampled.version.uri)
-        assert str(raised.value).isprintable()
+        with pytest.raises(UserError, match=f"{samples.version.uri} has the tag {tag}") as error:
+            sample.fetch.fn(samples.version.uri)
+        assert str(error.value).isprintable()
         if tag == "darkroom.takedown":
-            assert any(tag in words for words in trace(str(sampled.places["png"])).broken)
+            assert any(tag in words for words in trace(str(samples.places["png"])).broken)
     finally:
         if before is None:
             client.delete_model_version_tag(name, number, tag)
@@ -373,11 +375,11 @@ def test_a_tag_that_is_not_what_darkroom_writes_is_refused_by_name(sampled: Samp
             client.set_model_version_tag(name, number, tag, before)
 
 
-def test_weights_are_fetched_only_by_a_digest(sampled: Sampled, tmp_path: Path) -> None:
+def test_weights_are_fetched_only_by_a_digest(samples: Samples, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="weights_sha256"):
         Version(model="blobs", number=1, run_id="r", weights_sha256="../x", tags={})
     with pytest.raises(UserError, match=f"has no tag {WEIGHTS}"):
-        model_versions.cached_weights(sampled.version.model_copy(update={"weights_sha256": ""}), tmp_path / "cache")
+        model_versions.cached_weights(samples.version.model_copy(update={"weights_sha256": ""}), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
@@ -398,9 +400,9 @@ def test_weights_are_fetched_only_by_a_digest(sampled: Sampled, tmp_path: Path) 
     ],
 )
 def test_invalid_model_uri_fails_without_a_request(uri: str) -> None:
-    with pytest.raises(UserError, match="names no model version") as raised:
+    with pytest.raises(UserError, match="names no model version") as error:
         parse_model_uri(uri)
-    assert len(str(raised.value)) < 400
+    assert len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize(
@@ -448,52 +450,54 @@ def test_image_with_invalid_png_metadata_is_not_recognized(
         {"sampling": {"compute_batch": 10**9}},
     ],
 )
-def test_invalid_batch_description_is_an_error(sampled: Sampled, change: dict[str, object]) -> None:
-    about = json.loads(sampled.files("png")["batch.json"])
+def test_invalid_batch_description_is_an_error(samples: Samples, change: dict[str, object]) -> None:
+    about = json.loads(samples.files("png")["batch.json"])
     with pytest.raises(UserError, match="somewhere is damaged"):
         sampling_batch.parse_batch(canonical_json(about | change).encode(), "somewhere")
     assert isinstance(sampling_batch.parse_batch(canonical_json(about).encode(), "somewhere"), SamplingBatch)
 
 
 def test_a_batch_that_cannot_be_read_hides_no_other(
-    sampled: Sampled, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    samples: Samples, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    key = f"samples/blobs/{sampled.version.number}/a-batch/batch.json"
-    sampled.store.put_many(BUCKET, [Object(key, b"junk")])
-    (tmp_path / "copy.png").write_bytes(sampled.files("png")[NAME])
+    key = f"samples/blobs/{samples.version.number}/a-batch/batch.json"
+    samples.store.put_many(BUCKET, [Object(key, b"junk")])
+    (tmp_path / "copy.png").write_bytes(samples.files("png")[NAME])
     try:
-        found = find(str(tmp_path / "copy.png"), sampled.store, BUCKET)
+        batch = find(str(tmp_path / "copy.png"), samples.store, BUCKET)
     finally:
-        sampled.store.delete_many(BUCKET, [key])
-    assert found.place in sampled.places.values()
+        samples.store.delete_many(BUCKET, [key])
+    assert batch.place in samples.places.values()
     assert key in caplog.text
 
 
-def test_an_object_of_absurd_size_is_refused_unread(sampled: Sampled) -> None:
-    sampled.store.put_many(BUCKET, [Object("large", b"x" * 1000)])
-    for read in (sampled.store.get, lambda *of: sampled.store.fetch(of[0], of[1], Path("never"), of[2])):
+def test_an_object_of_absurd_size_is_rejected_unread(samples: Samples) -> None:
+    samples.store.put_many(BUCKET, [Object("large", b"x" * 1000)])
+    for read in (samples.store.get, lambda *of: samples.store.fetch(of[0], of[1], Path("never"), of[2])):
         with pytest.raises(UserError, match="has 1000 bytes"):
             read(BUCKET, "large", 999)
     assert not Path("never").exists()
-    assert sampled.store.get(BUCKET, "large", 1000) == b"x" * 1000
+    assert samples.store.get(BUCKET, "large", 1000) == b"x" * 1000
 
 
 def test_notes_that_cannot_be_read_are_named(
-    sampled: Sampled, caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    samples: Samples, caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    manifest = BuiltDataset(tmp_path / "data" / "blobs", 8, "blobs").version([kept(np.zeros((8, 8), np.uint8), "a")])
+    manifest = BuiltDataset(tmp_path / "data" / "blobs", 8, "blobs").version(
+        [image_record(np.zeros((8, 8), np.uint8), "a")]
+    )
     params = Params.model_validate({"training": {"dataset": "blobs", "init_from": "models:/blobs/1"}})
     request = Request.of(params, manifest, 1, 0, None, CONDITIONS)
     note = f"retrained/{request.model}/{request.key}.json"
     for junk in (b"junk", b"[]", b'{"verdict": 1}'):
-        sampled.store.client.put_object(Bucket=BUCKET, Key=note, Body=junk)
+        samples.store.client.put_object(Bucket=BUCKET, Key=note, Body=junk)
         assert request.find_earlier_result() is None
         assert note in caplog.text
     begun = dependencies.resolve_start(params, "models:/blobs/1")
     assert begun is not None
-    (key,) = (key for key in sampled.store.list_keys(BUCKET, "starts/") if key.endswith(".json"))
-    sampled.store.client.put_object(Bucket=BUCKET, Key=key, Body=b"junk")
+    (key,) = (key for key in samples.store.list_keys(BUCKET, "starts/") if key.endswith(".json"))
+    samples.store.client.put_object(Bucket=BUCKET, Key=key, Body=b"junk")
     with pytest.raises(UserError, match=key):
         dependencies.resolve_start(params, "models:/blobs/1")
-    assert sha256_bytes(sampled.store.get(BUCKET, key)) == sha256_bytes(b"junk")
+    assert sha256_bytes(samples.store.get(BUCKET, key)) == sha256_bytes(b"junk")

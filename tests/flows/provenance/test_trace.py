@@ -54,8 +54,8 @@ SAMPLING_BATCH = SamplingBatchConfig()
 
 
 @dataclass
-class Made:
-    """What was made, link by link."""
+class StoredBatch:
+    """A batch on S3 and the records that its lineage leads through."""
 
     store: Store
     client: MlflowClient
@@ -68,7 +68,7 @@ class Made:
 
     @property
     def image(self) -> str:
-        """Address of the last print, which is not in the first chunk."""
+        """Address of the last sample, which is not in the first chunk."""
         return f"{self.place}/00000017.png"
 
     @property
@@ -87,8 +87,8 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(s3_server: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
-    """Images, a data set on S3, a run and a model in an MLflow without a server, and 18 prints on S3."""
+def stored_batch(s3_server: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoredBatch]:
+    """Images, a data set on S3, a run and a model in an MLflow without a server, and 18 samples on S3."""
     home = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         for name in os.environ:
@@ -101,7 +101,7 @@ def made(s3_server: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
         yield make(Store(), MlflowClient())
 
 
-def make(store: Store, client: MlflowClient) -> Made:
+def make(store: Store, client: MlflowClient) -> StoredBatch:
     store.ensure_bucket("provenance")
     Repo.init(no_scm=True).close()
     for number in range(36):
@@ -111,29 +111,29 @@ def make(store: Store, client: MlflowClient) -> Made:
     ingest(FOLDER, IngestConfig(source="images", size=8, held_out=0.33))
     data, manifest = record_data(FOLDER, SOURCE), read_manifest(FOLDER)
     Catalog.of("blobs", SOURCE, store).publish(manifest, data.digest)
-    done = train(FOLDER, Path("run"))
+    run = train(FOLDER, Path("run"))
     code = CodeVersion(commit="c0ffee", dirty=True)
-    tracker = open_run("blobs", done.train_key, {}, manifest, code, data, SOURCE, restart=False)
+    tracker = open_run("blobs", run.train_key, {}, manifest, code, data, SOURCE, restart=False)
     tracker.log_file(FOLDER / "manifest.json", "dataset")
     tracker.finish()
-    export(done.final, weights := Path("weights.safetensors"))
+    export(run.final, weights := Path("weights.safetensors"))
     tags = {"darkroom.dataset": "blobs", "darkroom.dvc_digest": data.digest}
-    version = model_versions.register("blobs", tracker.run_id, weights, SAMPLING, tags, done.images)
+    version = model_versions.register("blobs", tracker.run_id, weights, SAMPLING, tags, run.images)
     client.set_registered_model_alias("blobs", "champion", str(version.number))
     batch, place = sample.begin.fn(version, weights, SAMPLING, SAMPLING_BATCH, 18, 5, None, CONDITIONS)
     for chunk in range(len(batch.chunks())):
         sample.generate_chunk.fn(batch, place, version, chunk, SAMPLING_BATCH)
     generate_batch.finish(store, batch, place)
-    return Made(store, client, manifest, data, tracker.run_id, version, batch, place)
+    return StoredBatch(store, client, manifest, data, tracker.run_id, version, batch, place)
 
 
 def repainted(png: bytes, by: int) -> bytes:
     """The same image with one of its pixels changed, and its texts kept."""
-    opened = Image.open(io.BytesIO(png))
+    image = Image.open(io.BytesIO(png))
     about = PngInfo()
-    for name, text in opened.text.items():  # type: ignore[attr-defined]
+    for name, text in image.text.items():  # type: ignore[attr-defined]
         about.add_text(name, text)
-    pixels = np.array(opened)
+    pixels = np.array(image)
     pixels[3, 4] = (int(pixels[3, 4]) + by) % 256
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", pnginfo=about)
@@ -144,76 +144,76 @@ def pixels_of(png: bytes) -> bytes:
     return Image.open(io.BytesIO(png)).tobytes()
 
 
-def test_sample_traces_to_batch_model_run_data_set_and_shards(made: Made) -> None:
-    found = trace(made.image)
-    assert found.broken == []
-    assert found.takedowns == []
-    assert found.image is not None
-    assert found.batch is not None
-    assert found.model is not None
-    assert found.run is not None
-    assert found.data is not None
-    assert found.image.as_generated is True
-    assert (found.image.index, found.image.seed, found.image.label) == (17, 5, None)
-    assert found.image.sha256 == sha256_bytes(made.png)
-    assert (found.place, found.batch, found.finished) == (f"{made.place}/", made.batch, True)
-    assert (found.batch.conditions, found.batch.sampling) == (CONDITIONS, SAMPLING)
-    assert (found.model.uri, found.model.aliases) == ("models:/blobs/1", ["champion"])
-    assert found.model.tags["darkroom.weights_sha256"] == sha256_bytes(Path("weights.safetensors").read_bytes())
-    assert (found.run.run_id, found.run.git_commit, found.run.git_dirty) == (made.run_id, "c0ffee", True)
-    assert found.data.version == sha256_bytes((FOLDER / "manifest.json").read_bytes())
-    assert (found.data.dvc_digest, found.data.images) == (made.data.digest, 36)
-    assert found.data.recorded is not None
-    assert [shard.name for shard in found.data.shards] == [shard.name for shard in made.manifest.shards]
-    for shard in found.data.shards:
+def test_sample_traces_to_batch_model_run_data_set_and_shards(stored_batch: StoredBatch) -> None:
+    lineage = trace(stored_batch.image)
+    assert lineage.broken == []
+    assert lineage.takedowns == []
+    assert lineage.image is not None
+    assert lineage.batch is not None
+    assert lineage.model is not None
+    assert lineage.run is not None
+    assert lineage.data is not None
+    assert lineage.image.as_generated is True
+    assert (lineage.image.index, lineage.image.seed, lineage.image.label) == (17, 5, None)
+    assert lineage.image.sha256 == sha256_bytes(stored_batch.png)
+    assert (lineage.place, lineage.batch, lineage.finished) == (f"{stored_batch.place}/", stored_batch.batch, True)
+    assert (lineage.batch.conditions, lineage.batch.sampling) == (CONDITIONS, SAMPLING)
+    assert (lineage.model.uri, lineage.model.aliases) == ("models:/blobs/1", ["champion"])
+    assert lineage.model.tags["darkroom.weights_sha256"] == sha256_bytes(Path("weights.safetensors").read_bytes())
+    assert (lineage.run.run_id, lineage.run.git_commit, lineage.run.git_dirty) == (stored_batch.run_id, "c0ffee", True)
+    assert lineage.data.version == sha256_bytes((FOLDER / "manifest.json").read_bytes())
+    assert (lineage.data.dvc_digest, lineage.data.images) == (stored_batch.data.digest, 36)
+    assert lineage.data.recorded is not None
+    assert [shard.name for shard in lineage.data.shards] == [shard.name for shard in stored_batch.manifest.shards]
+    for shard in lineage.data.shards:
         assert shard.where is not None
         where = Location.parse(shard.where)
-        assert sha256_bytes(made.store.get(where.bucket, where.prefix)) == shard.sha256
-    assert json.loads(found.model_dump_json())["data"]["shards"]
+        assert sha256_bytes(stored_batch.store.get(where.bucket, where.prefix)) == shard.sha256
+    assert json.loads(lineage.model_dump_json())["data"]["shards"]
 
 
-def test_whole_batch_traces_to_model_run_data_set_and_shards(made: Made) -> None:
-    whole, one = trace(f"{made.place}/"), trace(made.image)
+def test_whole_batch_traces_to_model_run_data_set_and_shards(stored_batch: StoredBatch) -> None:
+    whole, one = trace(f"{stored_batch.place}/"), trace(stored_batch.image)
     assert whole.image is None
     assert (whole.batch, whole.run, whole.data) == (one.batch, one.run, one.data)
 
 
-def test_copied_sample_traces_to_its_batch_among_equal_seeds(made: Made, tmp_path: Path) -> None:
+def test_copied_sample_traces_to_its_batch_among_equal_seeds(stored_batch: StoredBatch, tmp_path: Path) -> None:
     other = SAMPLING.model_copy(update={"steps": 2})
     batch, place = sample.begin.fn(
-        made.version, Path("weights.safetensors"), other, SAMPLING_BATCH, 18, 5, None, UNCONDITIONAL
+        stored_batch.version, Path("weights.safetensors"), other, SAMPLING_BATCH, 18, 5, None, UNCONDITIONAL
     )
-    sample.generate_chunk.fn(batch, place, made.version, 1, SAMPLING_BATCH)
-    for at in (made.place, place):
+    sample.generate_chunk.fn(batch, place, stored_batch.version, 1, SAMPLING_BATCH)
+    for at in (stored_batch.place, place):
         copy = tmp_path / "copy.png"
-        copy.write_bytes(made.store.get(at.bucket, at.key("00000017.png")))
-        found = trace(str(copy))
-        assert found.broken == []
-        assert found.batch is not None
-        assert found.place == f"{at}/"
-    copy.write_bytes(repainted(made.png, 90))
-    found = trace(str(copy))
-    assert found.batch is None
-    assert found.model is not None
-    assert "no batch of" in found.broken[0]
+        copy.write_bytes(stored_batch.store.get(at.bucket, at.key("00000017.png")))
+        lineage = trace(str(copy))
+        assert lineage.broken == []
+        assert lineage.batch is not None
+        assert lineage.place == f"{at}/"
+    copy.write_bytes(repainted(stored_batch.png, 90))
+    lineage = trace(str(copy))
+    assert lineage.batch is None
+    assert lineage.model is not None
+    assert "no batch of" in lineage.broken[0]
     with pytest.raises(UserError, match="give the address that it was sampled to"):
         reproduce(str(copy))
 
 
-def test_image_generated_on_request_traces_to_request_and_model(made: Made, tmp_path: Path) -> None:
+def test_image_generated_on_request_traces_to_request_and_model(stored_batch: StoredBatch, tmp_path: Path) -> None:
     request = make_request({"task": "interpolate", "count": 3, "seed": 5, "to_seed": 6, "label": "even"})
-    origin, folder = {"model": made.version.uri, "run_id": made.run_id}, tmp_path / "way"
+    origin, folder = {"model": stored_batch.version.uri, "run_id": stored_batch.run_id}, tmp_path / "way"
     generate_to_folder(Path("weights.safetensors"), request, SAMPLING, folder, origin)
     image = folder / "00000001.png"
-    found = trace(str(image))
-    assert found.broken == []
-    assert found.image is not None
-    assert found.image.as_generated is True
-    assert found.batch is None
-    assert found.request is not None
-    assert (found.request.request["task"], found.request.request["to_seed"]) == ("interpolate", 6)
-    assert found.data is not None
-    assert found.data.version == made.manifest.digest
+    lineage = trace(str(image))
+    assert lineage.broken == []
+    assert lineage.image is not None
+    assert lineage.image.as_generated is True
+    assert lineage.batch is None
+    assert lineage.request is not None
+    assert (lineage.request.request["task"], lineage.request.request["to_seed"]) == ("interpolate", 6)
+    assert lineage.data is not None
+    assert lineage.data.version == stored_batch.manifest.digest
     with pytest.raises(UserError, match="the same command makes it again"):
         reproduce(str(image))
     image.write_bytes(repainted(image.read_bytes(), 90))
@@ -222,101 +222,105 @@ def test_image_generated_on_request_traces_to_request_and_model(made: Made, tmp_
     assert "no request.json beside it" in " ".join(trace(str(image)).broken)
 
 
-def test_altered_sample_is_distinguished_from_a_resaved_one(made: Made) -> None:
+def test_altered_sample_is_distinguished_from_a_resaved_one(stored_batch: StoredBatch) -> None:
     anew = io.BytesIO()
-    Image.open(io.BytesIO(made.png)).save(anew, "PNG")
-    changes = {"saved": anew.getvalue(), "altered": repainted(made.png, 90), "spoilt": made.png[:60]}
+    Image.open(io.BytesIO(stored_batch.png)).save(anew, "PNG")
+    changes = {"saved": anew.getvalue(), "altered": repainted(stored_batch.png, 90), "spoilt": stored_batch.png[:60]}
     words = {}
     for name, data in changes.items():
-        found = trace(f"{made.beside(name, {'00000017.png': data})}/00000017.png")
-        assert found.image is not None
-        assert found.image.as_generated is False
-        assert found.data is not None
-        (words[name],) = found.broken
+        lineage = trace(f"{stored_batch.beside(name, {'00000017.png': data})}/00000017.png")
+        assert lineage.image is not None
+        assert lineage.image.as_generated is False
+        assert lineage.data is not None
+        (words[name],) = lineage.broken
     assert "was saved again: its pixels are those that were generated" in words["saved"]
     assert "was altered" in words["altered"]
     assert "was altered" in words["spoilt"]
 
 
-def test_image_under_the_name_of_another_is_detected(made: Made) -> None:
-    other = made.store.get(made.place.bucket, made.place.key("00000001.png"))
-    found = trace(f"{made.beside('swapped', {'00000017.png': other})}/00000017.png")
-    assert "says of itself that it is another image" in found.broken[1]
+def test_image_under_the_name_of_another_is_detected(stored_batch: StoredBatch) -> None:
+    other = stored_batch.store.get(stored_batch.place.bucket, stored_batch.place.key("00000001.png"))
+    lineage = trace(f"{stored_batch.beside('swapped', {'00000017.png': other})}/00000017.png")
+    assert "says of itself that it is another image" in lineage.broken[1]
 
 
-def test_trace_names_missing_links_and_reports_the_rest(made: Made) -> None:
-    made.client.delete_run(made.run_id)
+def test_trace_names_missing_links_and_reports_the_rest(stored_batch: StoredBatch) -> None:
+    stored_batch.client.delete_run(stored_batch.run_id)
     try:
-        found = trace(made.image)
-        assert f"mlflow runs restore --run-id {made.run_id}" in found.broken[0]
-        assert found.run is not None
-        assert found.data is not None
+        lineage = trace(stored_batch.image)
+        assert f"mlflow runs restore --run-id {stored_batch.run_id}" in lineage.broken[0]
+        assert lineage.run is not None
+        assert lineage.data is not None
     finally:
-        made.client.restore_run(made.run_id)
-    gone = made.batch.model_copy(update={"version": 7, "run_id": "0" * 32})
-    place = made.beside("gone", {"batch.json": gone.json_bytes(), "manifest/part-00001.jsonl": None})
-    found = trace(f"{place}/00000017.png")
-    assert (found.model, found.run, found.data) == (None, None, None)
-    assert "has no row of" in found.broken[0]
+        stored_batch.client.restore_run(stored_batch.run_id)
+    batch_without_links = stored_batch.batch.model_copy(update={"version": 7, "run_id": "0" * 32})
+    place = stored_batch.beside(
+        "gone", {"batch.json": batch_without_links.json_bytes(), "manifest/part-00001.jsonl": None}
+    )
+    lineage = trace(f"{place}/00000017.png")
+    assert (lineage.model, lineage.run, lineage.data) == (None, None, None)
+    assert "has no row of" in lineage.broken[0]
     assert {"models:/blobs/7 is not in the registry (any more)", f"run {'0' * 32} is not in MLflow (any more)"} < set(
-        found.broken
+        lineage.broken
     )
 
 
-def test_trace_without_a_run_uses_the_data_set_catalog(made: Made) -> None:
-    (logged,) = Path().glob(f"mlruns/*/{made.run_id}/artifacts/dataset/manifest.json")
+def test_trace_without_a_run_uses_the_data_set_catalog(stored_batch: StoredBatch) -> None:
+    (logged,) = Path().glob(f"mlruns/*/{stored_batch.run_id}/artifacts/dataset/manifest.json")
     logged.rename("manifest.json.away")
     try:
-        found = trace(made.image)
+        lineage = trace(stored_batch.image)
     finally:
         Path("manifest.json.away").rename(logged)
-    assert "keeps no manifest" in found.broken[0]
-    assert found.data is not None
-    assert found.data.version == made.manifest.digest
+    assert "keeps no manifest" in lineage.broken[0]
+    assert lineage.data is not None
+    assert lineage.data.version == stored_batch.manifest.digest
 
 
-def test_shards_that_are_lost_are_named_and_found_wherever_they_still_are(made: Made) -> None:
-    (shard,) = made.manifest.shards
+def test_shards_that_are_lost_are_named_and_found_wherever_they_still_are(stored_batch: StoredBatch) -> None:
+    (shard,) = stored_batch.manifest.shards
     md5 = hashlib.md5((FOLDER / shard.name).read_bytes()).hexdigest()
     key = f"dvc/files/md5/{md5[:2]}/{md5[2:]}"
-    away, data = Path("away"), made.store.get("provenance", key)
-    made.store.delete_many("provenance", [key])
+    away, data = Path("away"), stored_batch.store.get("provenance", key)
+    stored_batch.store.delete_many("provenance", [key])
     try:
-        assert trace(made.image).data.shards[0].where == str(FOLDER / shard.name)  # type: ignore[union-attr]
+        assert trace(stored_batch.image).data.shards[0].where == str(FOLDER / shard.name)  # type: ignore[union-attr]
         shutil.move(FOLDER, away)
         cached = Path(".dvc/cache/files/md5") / md5[:2] / md5[2:]
-        assert trace(made.image).data.shards[0].where == str(cached.resolve())  # type: ignore[union-attr]
+        assert trace(stored_batch.image).data.shards[0].where == str(cached.resolve())  # type: ignore[union-attr]
         cached.rename("cached")
-        found = trace(made.image)
-        assert found.broken == [f"shards that lie neither on {SOURCE} nor here: {shard.name}"]
+        lineage = trace(stored_batch.image)
+        assert lineage.broken == [f"shards that lie neither on {SOURCE} nor here: {shard.name}"]
     finally:
-        made.store.put_once("provenance", key, data)
+        stored_batch.store.put_once("provenance", key, data)
         shutil.move(away, FOLDER)
         Path("cached").rename(cached)
 
 
-def test_trace_reports_takedowns_from_mlflow_tags_and_catalog(made: Made) -> None:
-    tables = [part.records.sha256 for part in made.manifest.parts]
-    Catalog.of("blobs", SOURCE, made.store).publish_removal(REMOVAL.model_copy(update={"tables": tables}))
-    made.client.set_model_version_tag("blobs", "1", TAKEDOWN, "feedc0de0123")
+def test_trace_reports_takedowns_from_mlflow_tags_and_catalog(stored_batch: StoredBatch) -> None:
+    tables = [part.records.sha256 for part in stored_batch.manifest.parts]
+    Catalog.of("blobs", SOURCE, stored_batch.store).publish_removal(REMOVAL.model_copy(update={"tables": tables}))
+    stored_batch.client.set_model_version_tag("blobs", "1", TAKEDOWN, "feedc0de0123")
     try:
-        (one, other) = sorted(trace(made.image).takedowns, key=lambda each: each.reason or "")
+        (one, other) = sorted(trace(stored_batch.image).takedowns, key=lambda each: each.reason or "")
     finally:
-        made.client.delete_model_version_tag("blobs", "1", TAKEDOWN)
-        made.store.delete_many("provenance", made.store.list_keys("provenance", "datasets/blobs/removals/"))
+        stored_batch.client.delete_model_version_tag("blobs", "1", TAKEDOWN)
+        stored_batch.store.delete_many(
+            "provenance", stored_batch.store.list_keys("provenance", "datasets/blobs/removals/")
+        )
     assert (one.name, one.reason, one.images) == ("feedc0de0123", None, None)
     assert (other.name, other.reason, other.images) == (REMOVAL.name, "consent withdrawn", 1)
 
 
 @pytest.mark.parametrize("what", ["nowhere.png", "s3://provenance/nowhere/00000000.png", "s3://provenance/nowhere"])
-def test_tracing_a_missing_sample_is_a_user_error(made: Made, what: str) -> None:
+def test_tracing_a_missing_sample_is_a_user_error(stored_batch: StoredBatch, what: str) -> None:
     for verb in (trace, reproduce):
-        with pytest.raises(UserError, match=r"nowhere") as raised:
+        with pytest.raises(UserError, match=r"nowhere") as error:
             verb(what)
-        assert "\n" not in str(raised.value)
+        assert "\n" not in str(error.value)
 
 
-def test_image_without_darkroom_metadata_is_an_error(made: Made, tmp_path: Path) -> None:
+def test_image_without_darkroom_metadata_is_an_error(stored_batch: StoredBatch, tmp_path: Path) -> None:
     disc(1).save(tmp_path / "mine.png")
     (tmp_path / "notes.png").write_text("no image")
     for name in ("mine.png", "notes.png"):
@@ -324,62 +328,84 @@ def test_image_without_darkroom_metadata_is_an_error(made: Made, tmp_path: Path)
             trace(str(tmp_path / name))
 
 
-def test_samples_are_reproduced_bit_for_bit_by_the_shipped_code(made: Made, tmp_path: Path) -> None:
-    done = reproduce(str(made.place), count=17, out=tmp_path)
-    assert (done.images, done.exact, done.differences, done.failure) == (17, 17, "", None)
-    assert (done.code, done.largest_error, done.differing_pixels, done.moved) == ("shipped", 0, 0, [])
+def test_samples_are_reproduced_bit_for_bit_by_the_shipped_code(stored_batch: StoredBatch, tmp_path: Path) -> None:
+    reproduction = reproduce(str(stored_batch.place), count=17, out=tmp_path)
+    assert (reproduction.images, reproduction.exact, reproduction.differences, reproduction.failure) == (
+        17,
+        17,
+        "",
+        None,
+    )
+    assert (reproduction.code, reproduction.largest_error, reproduction.differing_pixels, reproduction.moved) == (
+        "shipped",
+        0,
+        0,
+        [],
+    )
     for index in range(17):
         name = sampling_batch.image_key(index)
-        printed = made.store.get(made.place.bucket, made.place.key(name))
-        assert (tmp_path / name).read_bytes() == printed
+        sample = stored_batch.store.get(stored_batch.place.bucket, stored_batch.place.key(name))
+        assert (tmp_path / name).read_bytes() == sample
 
 
-def test_under_another_fingerprint_the_difference_is_named_with_the_largest_error(made: Made) -> None:
+def test_under_another_fingerprint_the_difference_is_named_with_the_largest_error(stored_batch: StoredBatch) -> None:
     """A generated image of another machine, which made one pixel of the second image brighter."""
-    other = made.batch.fingerprint.model_copy(update={"batch": 16, "device": "AVX9"})
-    part = made.store.get(made.place.bucket, made.place.key("manifest/part-00001.jsonl"))
+    other = stored_batch.batch.fingerprint.model_copy(update={"batch": 16, "device": "AVX9"})
+    part = stored_batch.store.get(stored_batch.place.bucket, stored_batch.place.key("manifest/part-00001.jsonl"))
     rows = sampling_batch.part_rows(part, "part")
-    png = repainted(made.png, 3)
+    png = repainted(stored_batch.png, 3)
     rows[-1] |= {"sha256": sha256_bytes(png), "pixels_sha256": sha256_bytes(pixels_of(png))}
-    place = made.beside(
+    place = stored_batch.beside(
         "elsewhere",
         {
-            "batch.json": made.batch.model_copy(update={"fingerprint": other}).json_bytes(),
+            "batch.json": stored_batch.batch.model_copy(update={"fingerprint": other}).json_bytes(),
             "manifest/part-00001.jsonl": sampling_batch.part_bytes(rows),
             "00000017.png": png,
         },
     )
-    done = reproduce(f"{place}/00000017.png")
-    assert done.differences == f"batch: 16 → 4, device: AVX9 → {made.batch.fingerprint.device}"
-    assert (done.exact, done.largest_error, done.differing_pixels, done.failure) == (0, 3, 1, None)
+    reproduction = reproduce(f"{place}/00000017.png")
+    assert reproduction.differences == f"batch: 16 → 4, device: AVX9 → {stored_batch.batch.fingerprint.device}"
+    assert (reproduction.exact, reproduction.largest_error, reproduction.differing_pixels, reproduction.failure) == (
+        0,
+        3,
+        1,
+        None,
+    )
 
 
-def test_request_unknown_to_shipped_code_is_a_one_line_error(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    raw = json.loads(made.batch.json_bytes())
+def test_request_unknown_to_shipped_code_is_a_one_line_error(
+    stored_batch: StoredBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = json.loads(stored_batch.batch.json_bytes())
     raw["conditions"]["labels"] = ["neither"]
-    place = made.beside("newer", {"batch.json": canonical_json(raw).encode()})
+    place = stored_batch.beside("newer", {"batch.json": canonical_json(raw).encode()})
     monkeypatch.setattr("flows.provenance.reproduce.fetch_requirements", lambda _: ["torch==1.0"])
-    with pytest.raises(UserError, match=r"knows no class 'neither'.*torch: 1.0 → .*--installed") as raised:
+    with pytest.raises(UserError, match=r"knows no class 'neither'.*torch: 1.0 → .*--installed") as error:
         reproduce(f"{place}/00000017.png")
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(error.value)
 
 
-def test_sample_in_a_tar_is_traced_and_reproduced_like_a_file(made: Made, tmp_path: Path) -> None:
+def test_sample_in_a_tar_is_traced_and_reproduced_like_a_file(stored_batch: StoredBatch, tmp_path: Path) -> None:
     tars, folder = SamplingBatchConfig(format="tar", chunk=8), tmp_path / "again"
     weights = Path("weights.safetensors")
-    batch, place = sample.begin.fn(made.version, weights, SAMPLING, tars, 18, 5, None, CONDITIONS)
+    batch, place = sample.begin.fn(stored_batch.version, weights, SAMPLING, tars, 18, 5, None, CONDITIONS)
     for chunk in range(len(batch.chunks())):
-        sample.generate_chunk.fn(batch, place, made.version, chunk, tars)
+        sample.generate_chunk.fn(batch, place, stored_batch.version, chunk, tars)
     image = f"{place}/samples-00002.tar/00000017.png"
-    found, file = trace(image), trace(made.image)
-    assert (found.image.as_generated, found.data) == (True, file.data)  # type: ignore[union-attr]
-    assert "no batch of" not in " ".join(found.broken)
-    done = reproduce(str(place), out=folder)
-    assert (done.images, done.exact, done.differences, done.failure) == (18, 18, "", None)
+    lineage, file = trace(image), trace(stored_batch.image)
+    assert (lineage.image.as_generated, lineage.data) == (True, file.data)  # type: ignore[union-attr]
+    assert "no batch of" not in " ".join(lineage.broken)
+    reproduction = reproduce(str(place), out=folder)
+    assert (reproduction.images, reproduction.exact, reproduction.differences, reproduction.failure) == (
+        18,
+        18,
+        "",
+        None,
+    )
     assert reproduce(image).exact == 1
-    printed = (folder / "00000017.png").read_bytes()
-    assert pixels_of(printed) == pixels_of(made.png)
-    (tmp_path / "copy.png").write_bytes(printed)
+    png = (folder / "00000017.png").read_bytes()
+    assert pixels_of(png) == pixels_of(stored_batch.png)
+    (tmp_path / "copy.png").write_bytes(png)
     assert trace(str(tmp_path / "copy.png")).image.as_generated is True  # type: ignore[union-attr]
     for nowhere in ("samples-00001.tar/00000017.png", "samples-00002.tar/00000018.png", "samples-00002.tar/x.png"):
         with pytest.raises(UserError, match=r"is no image of a sampling batch"):
@@ -387,25 +413,25 @@ def test_sample_in_a_tar_is_traced_and_reproduced_like_a_file(made: Made, tmp_pa
 
 
 @pytest.mark.slow
-def test_samples_of_a_request_table_are_reproduced_from_the_table(made: Made, tmp_path: Path) -> None:
+def test_samples_of_a_request_table_are_reproduced_from_the_table(stored_batch: StoredBatch, tmp_path: Path) -> None:
     table, weights = tmp_path / "wanted.csv", Path("weights.safetensors")
     labels = ["odd", "even", "", *["even"] * 8, "odd", "odd"]
     table.write_text("\n".join(["label", *(label or '""' for label in labels)]))
     batch, place = sample.begin.fn(
-        made.version, weights, SAMPLING, SAMPLING_BATCH, None, 5, None, UNCONDITIONAL, str(table)
+        stored_batch.version, weights, SAMPLING, SAMPLING_BATCH, None, 5, None, UNCONDITIONAL, str(table)
     )
     table.unlink()
-    sample.generate_chunk.fn(batch, place, made.version, 0, SAMPLING_BATCH)
+    sample.generate_chunk.fn(batch, place, stored_batch.version, 0, SAMPLING_BATCH)
     shutil.rmtree(".darkroom/requests")
-    done = reproduce(str(place))
-    assert (done.images, done.exact, done.failure) == (13, 13, None)
+    reproduction = reproduce(str(place))
+    assert (reproduction.images, reproduction.exact, reproduction.failure) == (13, 13, None)
     assert reproduce(f"{place}/00000011.png").exact == 1
-    found = trace(f"{place}/00000011.png")
-    assert (found.image.label, found.batch.requests) == ("odd", batch.requests)  # type: ignore[union-attr]
-    made.store.delete_many(place.bucket, [place.key("requests.parquet")])
+    lineage = trace(f"{place}/00000011.png")
+    assert (lineage.image.label, lineage.batch.requests) == ("odd", batch.requests)  # type: ignore[union-attr]
+    stored_batch.store.delete_many(place.bucket, [place.key("requests.parquet")])
     other = tmp_path / "other.parquet"
     pq.write_table(pa.table({"label": labels[::-1], "prompt": pa.nulls(13, pa.string())}), other)
-    made.store.put_once(place.bucket, place.key("requests.parquet"), other.read_bytes())
+    stored_batch.store.put_once(place.bucket, place.key("requests.parquet"), other.read_bytes())
     shutil.rmtree(".darkroom/requests")
     with pytest.raises(UserError, match="is not the table that the batch was begun with"):
         reproduce(str(place))
@@ -414,16 +440,18 @@ def test_samples_of_a_request_table_are_reproduced_from_the_table(made: Made, tm
 @pytest.mark.parametrize(
     ("what", "count", "words"), [("/00000017.png", 2, "leave it out"), ("", 19, "the batch has 18 images")]
 )
-def test_reproduce_count_without_effect_is_an_error(made: Made, what: str, count: int, words: str) -> None:
+def test_reproduce_count_without_effect_is_an_error(
+    stored_batch: StoredBatch, what: str, count: int, words: str
+) -> None:
     with pytest.raises(UserError, match=words):
-        reproduce(f"{made.place}{what}", count=count)
+        reproduce(f"{stored_batch.place}{what}", count=count)
 
 
-def original(pixels: np.ndarray, printed: np.ndarray | None = None) -> LocatedImage:
+def original(pixels: np.ndarray, array: np.ndarray | None = None) -> LocatedImage:
     """An image with ``pixels``, and a row that says it was ``printed`` with others."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
-    row = {"pixels_sha256": sha256_bytes((pixels if printed is None else printed).tobytes())}
+    row = {"pixels_sha256": sha256_bytes((pixels if array is None else array).tobytes())}
     return LocatedImage(buffer.getvalue(), None, 0, row)
 
 
@@ -433,31 +461,33 @@ def test_errors_are_counted_in_levels_and_pixels(shape: tuple[int, ...]) -> None
     again = there.copy()
     again[1, 2] += 9
     again[4, 6] -= min(again[4, 6].min(), 2)
-    found = compare("x", again, original(there))
+    differences = compare("x", again, original(there))
     errors = np.abs(again.astype(int) - there)
-    assert (found.exact, found.altered, found.largest_error) == (False, False, 9)
-    assert found.mean_error == pytest.approx(errors.mean())
-    assert found.differing_pixels == errors.reshape(35, -1).any(1).sum()
+    assert (differences.exact, differences.altered, differences.largest_error) == (False, False, 9)
+    assert differences.mean_error == pytest.approx(errors.mean())
+    assert differences.differing_pixels == errors.reshape(35, -1).any(1).sum()
     same = compare("x", there, original(there))
     assert (same.exact, same.largest_error, same.differing_pixels) == (True, 0, 0)
 
 
 def test_altered_image_is_compared_by_the_digest_of_the_sample() -> None:
-    printed = np.zeros((4, 4), np.uint8)
-    altered = original(printed + 9, printed)
-    assert compare("x", printed, altered).model_dump(exclude={"key"}) == {
+    sample = np.zeros((4, 4), np.uint8)
+    altered = original(sample + 9, sample)
+    assert compare("x", sample, altered).model_dump(exclude={"key"}) == {
         "exact": True,
         "altered": True,
         "largest_error": 0,
         "mean_error": 0,
         "differing_pixels": 0,
     }
-    assert compare("x", printed + 9, altered).largest_error is None
-    gone = LocatedImage(b"", None, 0, altered.row)
-    assert (compare("x", printed, gone).exact, compare("x", printed, gone).altered) == (True, True)
+    assert compare("x", sample + 9, altered).largest_error is None
+    missing_image = LocatedImage(b"", None, 0, altered.row)
+    assert (compare("x", sample, missing_image).exact, compare("x", sample, missing_image).altered) == (True, True)
 
 
-def outcome(made: Made, mean: float, differences: str, altered: bool = False, code: str = "shipped") -> str | None:
+def outcome(
+    stored_batch: StoredBatch, mean: float, differences: str, altered: bool = False, code: str = "shipped"
+) -> str | None:
     exact = mean == 0
     one = ImageComparison(key="x", exact=exact, altered=altered, largest_error=9, mean_error=mean, differing_pixels=1)
     return Reproduction(
@@ -466,7 +496,7 @@ def outcome(made: Made, mean: float, differences: str, altered: bool = False, co
         code=code,
         images=1,
         exact=int(exact),
-        fingerprint=made.batch.fingerprint,
+        fingerprint=stored_batch.batch.fingerprint,
         differences=differences,
         moved=[],
         largest_error=9,
@@ -478,14 +508,14 @@ def outcome(made: Made, mean: float, differences: str, altered: bool = False, co
     ).failure
 
 
-def test_only_small_errors_on_another_fingerprint_are_tolerated(made: Made) -> None:
-    assert outcome(made, 0, "") is None
-    assert outcome(made, 0.5, "torch: 2 → 3") is None
-    assert "not the same inside an equal fingerprint" in (outcome(made, 0.5, "") or "")
-    assert "Try --installed" in (outcome(made, 0.5, "") or "")
-    assert "report it" in (outcome(made, 0.5, "", code="installed") or "")
-    assert "further off than other arithmetic explains" in (outcome(made, 5, "torch: 2 → 3") or "")
-    assert "altered or lost since sampling: x" in (outcome(made, 0, "", altered=True) or "")
+def test_only_small_errors_on_another_fingerprint_are_tolerated(stored_batch: StoredBatch) -> None:
+    assert outcome(stored_batch, 0, "") is None
+    assert outcome(stored_batch, 0.5, "torch: 2 → 3") is None
+    assert "not the same inside an equal fingerprint" in (outcome(stored_batch, 0.5, "") or "")
+    assert "Try --installed" in (outcome(stored_batch, 0.5, "") or "")
+    assert "report it" in (outcome(stored_batch, 0.5, "", code="installed") or "")
+    assert "further off than other arithmetic explains" in (outcome(stored_batch, 5, "torch: 2 → 3") or "")
+    assert "altered or lost since sampling: x" in (outcome(stored_batch, 0, "", altered=True) or "")
 
 
 def test_changed_library_versions_are_named() -> None:

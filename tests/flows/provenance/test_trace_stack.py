@@ -32,7 +32,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 
 @pytest.fixture(scope="module")
 def batch(workspace: Workspace) -> str:
-    """Address of twelve prints of a model that has just been trained."""
+    """Address of twelve samples of a model that has just been trained."""
     return str(workspace.json("retrain", "images", "--count", "12", "--seed", "5")["samples"]["uri"])
 
 
@@ -42,24 +42,24 @@ def git(folder: Path, *arguments: str) -> str:
 
 def test_sample_is_traced_to_its_shards_and_reproduced(workspace: Workspace, server: MlflowClient, batch: str) -> None:
     image = f"{batch}00000007.png"
-    printed = objects(workspace, batch)["00000007.png"][1]
+    sample = objects(workspace, batch)["00000007.png"][1]
 
-    found = workspace.json("trace", image)
+    lineage = workspace.json("trace", image)
     manifest = read_manifest(workspace.folder / "data" / "blobs")
-    assert (found["broken"], found["takedowns"]) == ([], [])
-    assert (found["image"]["sha256"], found["image"]["as_generated"]) == (sha256_bytes(printed), True)
-    assert (found["place"], found["batch"]["count"], found["finished"]) == (batch, 12, True)
+    assert (lineage["broken"], lineage["takedowns"]) == ([], [])
+    assert (lineage["image"]["sha256"], lineage["image"]["as_generated"]) == (sha256_bytes(sample), True)
+    assert (lineage["place"], lineage["batch"]["count"], lineage["finished"]) == (batch, 12, True)
     version = server.get_model_version_by_alias("blobs", "champion")
-    assert (found["model"]["uri"], found["model"]["aliases"]) == (f"models:/blobs/{version.version}", ["champion"])
-    assert found["model"]["tags"] == version.tags
-    assert found["run"]["run_id"] == version.run_id
+    assert (lineage["model"]["uri"], lineage["model"]["aliases"]) == (f"models:/blobs/{version.version}", ["champion"])
+    assert lineage["model"]["tags"] == version.tags
+    assert lineage["run"]["run_id"] == version.run_id
     # DVC has staged its own configuration.
     commit = git(workspace.folder, "rev-parse", "HEAD")
-    assert (found["run"]["git_commit"], found["run"]["git_dirty"]) == (commit, True)
-    assert (found["data"]["version"], found["data"]["content_digest"]) == (manifest.digest, manifest.content_digest)
-    assert found["data"]["dvc_digest"] == version.tags["darkroom.dvc_digest"]
-    assert [shard["sha256"] for shard in found["data"]["shards"]] == [shard.sha256 for shard in manifest.shards]
-    for shard in found["data"]["shards"]:
+    assert (lineage["run"]["git_commit"], lineage["run"]["git_dirty"]) == (commit, True)
+    assert (lineage["data"]["version"], lineage["data"]["content_digest"]) == (manifest.digest, manifest.content_digest)
+    assert lineage["data"]["dvc_digest"] == version.tags["darkroom.dvc_digest"]
+    assert [shard["sha256"] for shard in lineage["data"]["shards"]] == [shard.sha256 for shard in manifest.shards]
+    for shard in lineage["data"]["shards"]:
         ((_, data),) = objects(workspace, shard["where"]).values()
         assert (len(data), sha256_bytes(data)) == (shard["bytes"], shard["sha256"])
     lines = workspace.run("trace", "-v", image)
@@ -68,7 +68,7 @@ def test_sample_is_traced_to_its_shards_and_reproduced(workspace: Workspace, ser
     again = workspace.json("reproduce", batch, "--out", "again")
     assert (again["images"], again["exact"], again["code"]) == (12, 12, "shipped")
     assert (again["differences"], again["largest_error"]) == ("", 0)
-    assert (workspace.folder / "again" / "00000007.png").read_bytes() == printed
+    assert (workspace.folder / "again" / "00000007.png").read_bytes() == sample
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="has no other arithmetic to go to")
@@ -98,8 +98,8 @@ def test_altered_sample_exits_1_with_its_trace_and_unknown_exits_2(workspace: Wo
     for name, data in (copied | {"00000003.png": buffer.getvalue()}).items():
         client.put_object(Bucket="darkroom", Key=f"altered/{name}", Body=data)
 
-    found = workspace.json("trace", "s3://darkroom/altered/00000003.png", code=1)
-    assert (found["image"]["as_generated"], len(found["broken"]), len(found["data"]["shards"])) == (False, 1, 1)
+    lineage = workspace.json("trace", "s3://darkroom/altered/00000003.png", code=1)
+    assert (lineage["image"]["as_generated"], len(lineage["broken"]), len(lineage["data"]["shards"])) == (False, 1, 1)
     again = workspace.json("reproduce", "s3://darkroom/altered/", "--count", "5", code=1)
     assert (again["exact"], again["altered"]) == (5, ["00000003.png"])
     error = workspace.run("trace", f"{batch}00000012.png", code=2)

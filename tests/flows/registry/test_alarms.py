@@ -45,15 +45,15 @@ def test_an_alarm_is_raised_once_and_the_next_one_only_within_the_limits(alarms:
     assert first.number == 1
     # Again by any process, at any time, it is the same one.
     assert alarms.request(alarm("a", 500), LIMITS) == first
-    held = alarms.request(alarm("b", 23.9), LIMITS)
-    assert isinstance(held, RetrainingHold)
-    assert held.limit == "cooldown"
+    held_decision = alarms.request(alarm("b", 23.9), LIMITS)
+    assert isinstance(held_decision, RetrainingHold)
+    assert held_decision.limit == "cooldown"
     second = alarms.request(alarm("b", 24), LIMITS)
     assert isinstance(second, NumberedAlarm)
     for hours in (49, 100, 167):
-        held = alarms.request(alarm("c", hours), LIMITS)
-        assert isinstance(held, RetrainingHold)
-        assert held.limit == "week"
+        held_decision = alarms.request(alarm("c", hours), LIMITS)
+        assert isinstance(held_decision, RetrainingHold)
+        assert held_decision.limit == "week"
     third = alarms.request(alarm("c", 168), LIMITS)
     assert isinstance(third, NumberedAlarm)
     assert [each.number for each in alarms.all()] == [1, 2, 3]
@@ -61,16 +61,16 @@ def test_an_alarm_is_raised_once_and_the_next_one_only_within_the_limits(alarms:
 
 def test_of_many_monitors_at_once_the_limits_let_one_through(alarms: Alarms) -> None:
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda name: alarms.request(alarm(name), LIMITS), map(str, range(16))))
-    assert sum(isinstance(each, NumberedAlarm) for each in found) == 1
+        decisions = list(pool.map(lambda name: alarms.request(alarm(name), LIMITS), map(str, range(16))))
+    assert sum(isinstance(each, NumberedAlarm) for each in decisions) == 1
     assert len(alarms.all()) == 1
 
 
 def test_a_foreign_object_is_no_alarm_and_takes_no_place_in_the_limits(alarms: Alarms) -> None:
     alarms.store.put_many(alarms.place.bucket, [Object(alarms.place.key("00000001.json"), b"{}")])
-    found = alarms.request(alarm("a"), LIMITS)
-    assert isinstance(found, NumberedAlarm)
-    assert found.number == 2
+    decision = alarms.request(alarm("a"), LIMITS)
+    assert isinstance(decision, NumberedAlarm)
+    assert decision.number == 2
     with pytest.raises(UserError):
         alarms.read(1)
     with pytest.raises(UserError):
@@ -92,31 +92,31 @@ def test_scrapes_read_each_alarm_once(alarms: Alarms, monkeypatch: pytest.Monkey
     known: dict[ListedObject, NumberedAlarm] = {}
     limits = MonitorConfig(cooldown_hours=0, retrainings_per_week=9)
     for number in (2, 3):
-        found = alarms.request(alarm(str(number), number), limits)
-        assert isinstance(found, NumberedAlarm)
-        alarms.mark_announced(found)
+        decision = alarms.request(alarm(str(number), number), limits)
+        assert isinstance(decision, NumberedAlarm)
+        alarms.mark_announced(decision)
         reads.clear()
         scrapes = [list(alarm_samples(known)) for _ in range(2)]
         # The foreign object is looked at again and again.
         assert sorted(reads) == [1, 1, number]
         assert scrapes[0] == scrapes[1]
         assert ("darkroom_drift_alarms", ("faces", "data"), number - 1) in scrapes[0]
-        assert ("darkroom_drift_last_alarm_timestamp_seconds", ("faces",), found.when.timestamp()) in scrapes[0]
+        assert ("darkroom_drift_last_alarm_timestamp_seconds", ("faces",), decision.when.timestamp()) in scrapes[0]
 
 
 def test_one_flow_run_answers_an_alarm(alarms: Alarms) -> None:
-    found = alarms.request(alarm("a"), LIMITS)
-    assert isinstance(found, NumberedAlarm)
-    assert alarms.answer(found, "run-1") == "run-1"
-    assert alarms.answer(found, "run-2") == "run-1"
-    assert alarms.answer(found, "run-1") == "run-1"
+    decision = alarms.request(alarm("a"), LIMITS)
+    assert isinstance(decision, NumberedAlarm)
+    assert alarms.answer(decision, "run-1") == "run-1"
+    assert alarms.answer(decision, "run-2") == "run-1"
+    assert alarms.answer(decision, "run-1") == "run-1"
 
 
 def test_an_event_has_one_id_and_names_the_reason(alarms: Alarms) -> None:
-    found = alarms.request(alarm("a"), LIMITS)
-    assert isinstance(found, NumberedAlarm)
-    event = make_drift_event(found, alarms)
-    assert event.id == make_drift_event(found, alarms).id
+    decision = alarms.request(alarm("a"), LIMITS)
+    assert isinstance(decision, NumberedAlarm)
+    event = make_drift_event(decision, alarms)
+    assert event.id == make_drift_event(decision, alarms).id
     assert event.resource.id == "darkroom.model.faces"
     assert (event.payload["alarm"], event.payload["reason"]) == (1, "new images differ")
 
@@ -144,12 +144,12 @@ def test_killed_between_alarm_and_event_the_next_monitor_emits_that_event_and_no
         conclude.fn(params, result)
     assert not tagged
     monkeypatch.setattr("flows.monitor.emit", events.append)
-    done = conclude.fn(params, result)
+    outcome = conclude.fn(params, result)
     assert [event.id for event in events] == [events[0].id] * 2
-    assert conclude.fn(params, result).alarm == done.alarm
+    assert conclude.fn(params, result).alarm == outcome.alarm
     assert len(events) == 2
-    assert done.alarm is not None
-    assert (done.alarm.number, done.alarm.causes, done.state) == (1, ("quality",), "Drifted")
+    assert outcome.alarm is not None
+    assert (outcome.alarm.number, outcome.alarm.causes, outcome.state) == (1, ("quality",), "Drifted")
     assert tagged == ["1" * 64] * 2
     # One that is held is looked at again by the next run: it is not marked as done.
     other = result.model_copy(update={"key": "2" * 64})

@@ -37,13 +37,13 @@ def ledger(client: MlflowClient) -> Ledger:
 @pytest.fixture
 def versions(client: MlflowClient, ledger: Ledger, tmp_path: Path) -> list[Version]:
     """Four of them, each at its number."""
-    made = [add_version(client, tmp_path, ledger.model) for _ in range(4)]
-    return [made[0], *made]
+    version_list = [add_version(client, tmp_path, ledger.model) for _ in range(4)]
+    return [version_list[0], *version_list]
 
 
-def add(ledger: Ledger, what: What, version: Version, **told: object) -> LedgerEntry:
+def add(ledger: Ledger, what: What, version: Version, **fields: object) -> LedgerEntry:
     def decide(history: History) -> LedgerEntry:
-        return history.next_entry(what, version.number, version.weights_sha256, **told)  # type: ignore[arg-type]
+        return history.next_entry(what, version.number, version.weights_sha256, **fields)  # type: ignore[arg-type]
 
     head = ledger.append(decide).head
     assert head is not None
@@ -141,7 +141,7 @@ def newest_on_record(client: MlflowClient, ledger: Ledger) -> str:
 
 
 @pytest.fixture
-def refused(client: MlflowClient, ledger: Ledger) -> Callable[[str], None]:
+def assert_refused(client: MlflowClient, ledger: Ledger) -> Callable[[str], None]:
     """Whoever reads or writes the ledger is refused with these words, and neither server is changed."""
 
     def assert_all_fail(words: str) -> None:
@@ -155,25 +155,25 @@ def refused(client: MlflowClient, ledger: Ledger) -> Callable[[str], None]:
             lambda: append(client, ledger, lambda history: None),
             lambda: find_references(client, ledger.store, ledger.place.bucket, (), {}),
         ):
-            with pytest.raises(UserError, match=words) as caught:
+            with pytest.raises(UserError, match=words) as error:
                 act()
-            assert "\n" not in str(caught.value)
+            assert "\n" not in str(error.value)
         assert (objects(ledger), client.get_registered_model(ledger.model).tags) == (before, tags)
 
     return assert_all_fail
 
 
 def test_truncated_ledger_is_restored_from_mlflow(
-    client: MlflowClient, versions: list[Version], ledger: Ledger, refused: Callable[[str], None]
+    client: MlflowClient, versions: list[Version], ledger: Ledger, assert_refused: Callable[[str], None]
 ) -> None:
     add(ledger, "promote", versions[1], evidence=WIN)
     add(ledger, "hold", versions[3], evidence=HOLD)
     add(ledger, "promote", versions[2], evidence=WIN)
     history, whole = project(client, ledger), objects(ledger)
-    for gone in (["00000003.json"], list(whole)):
-        ledger.store.delete_many(ledger.place.bucket, map(ledger.place.key, gone))
-        refused(r"00000003\.json is missing")
-        assert restore(client, ledger) == [int(name[:8]) for name in gone]
+    for missing_files in (["00000003.json"], list(whole)):
+        ledger.store.delete_many(ledger.place.bucket, map(ledger.place.key, missing_files))
+        assert_refused(r"00000003\.json is missing")
+        assert restore(client, ledger) == [int(name[:8]) for name in missing_files]
         assert objects(ledger) == whole
         assert project(client, ledger) == history
     # Copies that are no entries, and one too few.
@@ -189,20 +189,20 @@ def test_truncated_ledger_is_restored_from_mlflow(
 
 
 def test_replaced_ledger_entry_is_detected_everywhere(
-    client: MlflowClient, versions: list[Version], ledger: Ledger, refused: Callable[[str], None]
+    client: MlflowClient, versions: list[Version], ledger: Ledger, assert_refused: Callable[[str], None]
 ) -> None:
     add(ledger, "promote", versions[1], evidence=WIN)
     project(client, ledger)
     first = ledger.place.key("00000001.json")
     ledger.store.delete_many(ledger.place.bucket, [first])
     add(ledger, "promote", versions[3], evidence=WIN)
-    refused(r"00000001\.json was altered")
+    assert_refused(r"00000001\.json was altered")
     with pytest.raises(UserError, match=r"00000001\.json was altered"):
         restore(client, ledger)
 
 
 def test_outdated_ledger_record_in_mlflow_is_tolerated_when_explained(
-    client: MlflowClient, versions: list[Version], ledger: Ledger, refused: Callable[[str], None]
+    client: MlflowClient, versions: list[Version], ledger: Ledger, assert_refused: Callable[[str], None]
 ) -> None:
     add(ledger, "promote", versions[1], evidence=WIN)
     project(client, ledger)
@@ -220,9 +220,9 @@ def test_outdated_ledger_record_in_mlflow_is_tolerated_when_explained(
     assert newest_on_record(client, ledger) == new
     assert champion.promote(ledger.model, 3).entry.number == 3
     client.set_registered_model_tag(ledger.model, "darkroom.ledger.newest", "00000009" + new[8:])
-    refused(r"00000009\.json is missing")
+    assert_refused(r"00000009\.json is missing")
     client.set_registered_model_tag(ledger.model, "darkroom.ledger.newest", "9")
-    refused(r"darkroom\.ledger\.newest of .* was altered")
+    assert_refused(r"darkroom\.ledger\.newest of .* was altered")
     client.delete_registered_model_tag(ledger.model, "darkroom.ledger.newest")
     assert project(client, ledger).alias_numbers.champion == 3
 
@@ -253,7 +253,7 @@ def test_deleted_champion_is_reported(client: MlflowClient, versions: list[Versi
     assert resolve(client, f"models:/{ledger.model}@champion").number == 1
 
 
-def judged(
+def next_entry_of(
     version: Version, champion: int | None, evidence: Evidence | None
 ) -> Callable[[History], LedgerEntry | None]:
     judgement = GateResult(champion=champion, evidence=evidence)
@@ -272,19 +272,19 @@ def test_concurrent_promotions_have_one_winner_named_to_the_other(
 
     def promote(version: Version) -> str:
         try:
-            ledger.append(judged(version, 1, WIN))
+            ledger.append(next_entry_of(version, 1, WIN))
         except ConflictError as error:
             return str(error)
         return "won"
 
     with ThreadPoolExecutor(2) as pool:
-        said = list(pool.map(promote, (versions[2], versions[3])))
-    assert sorted(word == "won" for word in said) == [False, True]
-    winner = 2 + said.index("won")
+        outcomes = list(pool.map(promote, (versions[2], versions[3])))
+    assert sorted(word == "won" for word in outcomes) == [False, True]
+    winner = 2 + outcomes.index("won")
     loser = 5 - winner
-    [told] = [each for each in said if each != "won"]
-    assert f"another process was first: promote 1 → {winner}" in told
-    assert f"models:/{ledger.model}/{loser} was compared with champion 1: run `darkroom promote` again" in told
+    [message] = [each for each in outcomes if each != "won"]
+    assert f"another process was first: promote 1 → {winner}" in message
+    assert f"models:/{ledger.model}/{loser} was compared with champion 1: run `darkroom promote` again" in message
     history = ledger.read()
     assert [entry.to_version for entry in history.entries] == [1, winner]
     assert project(client, ledger).alias_numbers.champion == winner
@@ -294,16 +294,16 @@ def test_concurrent_promotions_have_one_winner_named_to_the_other(
 def test_a_verdict_that_is_there_is_not_written_twice(
     client: MlflowClient, versions: list[Version], ledger: Ledger
 ) -> None:
-    ledger.append(judged(versions[1], None, WIN))
+    ledger.append(next_entry_of(versions[1], None, WIN))
     for _ in range(2):
-        ledger.append(judged(versions[2], 1, HOLD))
-    ledger.append(judged(versions[1], 1, None))
+        ledger.append(next_entry_of(versions[2], 1, HOLD))
+    ledger.append(next_entry_of(versions[1], 1, None))
     assert [entry.what for entry in ledger.read().entries] == ["promote", "hold"]
-    ledger.append(judged(versions[3], 1, WIN))
-    ledger.append(judged(versions[2], 3, HOLD))
+    ledger.append(next_entry_of(versions[3], 1, WIN))
+    ledger.append(next_entry_of(versions[2], 3, HOLD))
     assert [entry.what for entry in ledger.read().entries] == ["promote", "hold", "promote", "hold"]
     # The same command once more, after another process of it had won.
-    ledger.append(judged(versions[3], 1, WIN))
+    ledger.append(next_entry_of(versions[3], 1, WIN))
     assert len(ledger.read().entries) == 4
 
 
@@ -363,13 +363,13 @@ def test_manual_override_promotes_and_is_recorded(
 ) -> None:
     add(ledger, "promote", versions[1], evidence=WIN)
     add(ledger, "hold", versions[2], evidence=HOLD)
-    done = champion.promote(ledger.model, 2, "better hands")
-    assert (done.version.number, done.entry.by_hand, done.already) == (2, True, False)
-    assert done.entry.evidence == HOLD
-    assert "by hand, better hands (overrides the gate: hold: kid 0.02" in str(done.entry)
+    result = champion.promote(ledger.model, 2, "better hands")
+    assert (result.version.number, result.entry.by_hand, result.already) == (2, True, False)
+    assert result.entry.evidence == HOLD
+    assert "by hand, better hands (overrides the gate: hold: kid 0.02" in str(result.entry)
     assert list_aliases(client, ledger.model) == {"champion": 2, "previous": 1}
     again = champion.promote(ledger.model, 2, "better hands")
-    assert (again.already, again.entry) == (True, done.entry)
+    assert (again.already, again.entry) == (True, result.entry)
     assert "never evaluated" in str(champion.promote(ledger.model, 3).entry)
     with pytest.raises(UserError, match=f"models:/{ledger.model}/9 is not in the registry"):
         champion.promote(ledger.model, 9)
@@ -381,10 +381,10 @@ def test_version_under_takedown_needs_an_explicit_option_to_promote(
     add(ledger, "promote", versions[1], evidence=WIN)
     add(ledger, "promote", versions[2], evidence=WIN)
     client.set_model_version_tag(ledger.model, "1", "darkroom.takedown", "0123abcd")
-    refused = r"taken down since \(takedown 0123abcd\).*--taken-down"
-    with pytest.raises(UserError, match=refused):
+    message = r"taken down since \(takedown 0123abcd\).*--taken-down"
+    with pytest.raises(UserError, match=message):
         champion.roll_back(ledger.model)
-    with pytest.raises(UserError, match=refused):
+    with pytest.raises(UserError, match=message):
         champion.promote(ledger.model, 1)
     with pytest.raises(UserError, match="leave --taken-down out"):
         champion.promote(ledger.model, 3, taken_down=True)
@@ -396,8 +396,8 @@ def test_a_version_without_weights_is_no_champion(
 ) -> None:
     add(ledger, "promote", versions[1], evidence=WIN)
     empty = client.create_model_version(ledger.model, "file:///nowhere")
-    gone = client.get_model_version(ledger.model, "3").source or ""
-    Path(gone.removeprefix("file://"), "artifacts", "weights.safetensors").unlink()
+    source = client.get_model_version(ledger.model, "3").source or ""
+    Path(source.removeprefix("file://"), "artifacts", "weights.safetensors").unlink()
     for number in (int(empty.version), 3):
         with pytest.raises(UserError, match="has no weights"):
             champion.promote(ledger.model, number)
@@ -410,10 +410,10 @@ def test_manual_promotion_on_outdated_state_is_held(
     add(ledger, "promote", versions[1], evidence=WIN)
     add(ledger, "promote", versions[2], evidence=WIN)
 
-    def meanwhile(client: MlflowClient, asked: Ledger) -> History:
-        seen = read_verified_history(client, asked)
+    def meanwhile(client: MlflowClient, prompt: Ledger) -> History:
+        state = read_verified_history(client, prompt)
         add(ledger, "promote", versions[3], evidence=WIN)
-        return seen
+        return state
 
     monkeypatch.setattr(champion, "read_verified_history", meanwhile)
     with pytest.raises(ConflictError, match=r"another process was first: promote 2 → 3.*darkroom model history"):

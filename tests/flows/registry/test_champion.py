@@ -26,12 +26,12 @@ def params(mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyP
 @pytest.fixture
 def versions(mlflow_client: MlflowClient, params: Params, tmp_path: Path) -> list[Version]:
     """Four of them, each at its number; 1 and then 2 were champion."""
-    made = [add_version(mlflow_client, tmp_path / "registry", params.model_name) for _ in range(4)]
+    version_list = [add_version(mlflow_client, tmp_path / "registry", params.model_name) for _ in range(4)]
     require_champion.fn(params)
     for number in (1, 2):
         champion.promote(params.model_name, number)
     require_champion.fn(params)
-    return [made[0], *made]
+    return [version_list[0], *version_list]
 
 
 def delete_version(client: MlflowClient, version: Version) -> None:
@@ -53,11 +53,11 @@ def alter_weights(client: MlflowClient, version: Version) -> None:
 
 def problem(params: Params) -> str:
     """What is said before a training, which `history` says as well if it can be seen without the weights."""
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         require_champion.fn(params)
-    said = str(caught.value)
-    assert "\n" not in said
-    return said
+    message = str(error.value)
+    assert "\n" not in message
+    return message
 
 
 @pytest.mark.parametrize("strike", [delete_version, delete_weights, alter_weights])
@@ -68,11 +68,11 @@ def test_both_remedies_for_a_deleted_champion_are_named_and_work(
     strike: Callable[[MlflowClient, Version], None],
 ) -> None:
     strike(mlflow_client, versions[2])
-    said = problem(params)
+    message = problem(params)
     history = read_verified_history(mlflow_client, Ledger.of(params.model_name))
-    assert champion_problem(mlflow_client, history) == said
-    assert "`darkroom model rollback` makes version 1 champion" in said
-    assert "`darkroom promote --to 4` makes version 4 champion" in said
+    assert champion_problem(mlflow_client, history) == message
+    assert "`darkroom model rollback` makes version 1 champion" in message
+    assert "`darkroom promote --to 4` makes version 4 champion" in message
     assert champion.roll_back(params.model_name).version.number == 1
     require_champion.fn(params)
     if strike is delete_version:
@@ -100,12 +100,12 @@ def test_only_working_remedies_are_named(mlflow_client: MlflowClient, params: Pa
     mlflow_client.set_model_version_tag(params.model_name, "1", "darkroom.takedown", "0123abcd")
     delete_weights(mlflow_client, versions[4])
     delete_version(mlflow_client, versions[2])
-    said = problem(params)
-    assert re.findall(r"darkroom \w+[^`]*", said) == ["darkroom promote --to 3"]
+    message = problem(params)
+    assert re.findall(r"darkroom \w+[^`]*", message) == ["darkroom promote --to 3"]
     delete_version(mlflow_client, versions[3])
-    said = problem(params)
-    assert "`" not in said
-    assert "registry.model=NAME" in said
+    message = problem(params)
+    assert "`" not in message
+    assert "registry.model=NAME" in message
     require_champion.fn(params.model_copy(update={"registry": params.registry.model_copy(update={"model": "other"})}))
 
 
@@ -116,8 +116,8 @@ def test_deleted_or_recreated_registered_model_is_reported(
     assert "is not in MLflow's registry any more" in problem(params)
     for data in (b"1", b"2", b"3"):
         add_version(mlflow_client, tmp_path / "anew", params.model_name, data=data)
-    said = problem(params)
-    assert "has other weights under that number" in said
-    assert "`darkroom promote --to 3`" in said
+    message = problem(params)
+    assert "has other weights under that number" in message
+    assert "`darkroom promote --to 3`" in message
     assert champion.promote(params.model_name, 3).version.number == 3
     require_champion.fn(params)

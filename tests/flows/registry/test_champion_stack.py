@@ -39,8 +39,8 @@ def test_history_and_versions_show_rollbacks_and_manual_promotions(workspace: Wo
     before = workspace.json("model", "history")
     assert [entry["version"] for entry in before["entries"]] == [1, 2]
     assert (before["entries"][0]["what"], before["entries"][0]["to_version"]) == ("promote", 1)
-    done = workspace.json("promote", "--to", "2", "--reason", "rounder")
-    assert done["version"]["number"] == 2
+    result = workspace.json("promote", "--to", "2", "--reason", "rounder")
+    assert result["version"]["number"] == 2
     workspace.json("promote", "--to", "1", "--reason", "rounder still")
     assert aliases(server) == {"champion": 1, "previous": 2}
     assert workspace.json("model", "rollback", "--reason", "three eyes")["version"]["number"] == 2
@@ -58,17 +58,17 @@ def test_history_and_versions_show_rollbacks_and_manual_promotions(workspace: Wo
     for words in ("## Data", version.tags["darkroom.content_digest"], version.run_id, "first version"):
         assert words in (version.description or "")
     grid = (version.description or "").partition("![samples](get-artifact?path=")[2].partition("&")[0]
-    shown = {item.path for item in server.list_artifacts(version.run_id, "evaluation/grids")}
-    assert grid.replace("%2F", "/") in shown
+    paths = {item.path for item in server.list_artifacts(version.run_id, "evaluation/grids")}
+    assert grid.replace("%2F", "/") in paths
 
 
 def test_gate_does_not_promote_a_version_that_was_rolled_back(workspace: Workspace, server: MlflowClient) -> None:
     workspace.json("promote", "--to", "1")
     workspace.json("promote", "--to", "2")
     workspace.json("model", "rollback", "--reason", "three eyes")
-    held = workspace.json("promote", "--set", "training.seed=1", "--set", "training.output=runs/second", code=3)
-    assert (held["version"]["number"], held["verdict"]) == (2, "hold")
-    assert "three eyes" in held["reason"]
+    result = workspace.json("promote", "--set", "training.seed=1", "--set", "training.output=runs/second", code=3)
+    assert (result["version"]["number"], result["verdict"]) == (2, "hold")
+    assert "three eyes" in result["reason"]
     assert aliases(server)["champion"] == 1
 
 
@@ -93,20 +93,20 @@ def test_killed_at_random_moments_there_is_one_champion_and_the_same_command_end
             return json.loads(forks.finish(workspace.folder, *arguments, "--json"))
 
         answer("promote", "--to", "2")
-        began = time.monotonic()
+        start = time.monotonic()
         answer("promote", "--to", "1")
-        duration, champion, entries = time.monotonic() - began, 1, answer("model", "history")["verified"]
+        duration, champion, entries = time.monotonic() - start, 1, answer("model", "history")["verified"]
         for _ in range(kills):
-            wanted = 3 - champion
-            command = ("promote", "--to", str(wanted))
+            target = 3 - champion
+            command = ("promote", "--to", str(target))
             forks.strike(signal.SIGKILL, moments.uniform(0, duration), workspace.folder, *command)
             assert aliases(server)["champion"] in (1, 2)
-            found = answer("model", "history")
-            assert found["verified"] - entries in (0, 1)
-            assert aliases(server)["champion"] == found["champion"] == found["entries"][-1]["to_version"]
-            assert answer(*command)["version"]["number"] == wanted
+            history = answer("model", "history")
+            assert history["verified"] - entries in (0, 1)
+            assert aliases(server)["champion"] == history["champion"] == history["entries"][-1]["to_version"]
+            assert answer(*command)["version"]["number"] == target
             assert answer("model", "history")["verified"] == entries + 1
-            champion, entries = wanted, entries + 1
+            champion, entries = target, entries + 1
 
 
 def intact(model: str = "blobs") -> float:
@@ -179,30 +179,30 @@ def test_a_champion_that_was_deleted_stops_everything_before_it_begins_and_can_b
     workspace: Workspace, server: MlflowClient
 ) -> None:
     """One of a model of its own, which has two."""
-    named = ("--set", "registry.model=deleted")
-    second = (*named, "--set", "training.seed=1", "--set", "training.output=runs/second")
-    for sets in (named, second):
+    options = ("--set", "registry.model=deleted")
+    second = (*options, "--set", "training.seed=1", "--set", "training.output=runs/second")
+    for sets in (options, second):
         workspace.json("train", *sets)
         workspace.json("evaluate", *sets)
         workspace.begin("promote", *sets).communicate(timeout=300)
-    workspace.json("promote", "--to", "2", *named)
-    assert workspace.json("model", "history", *named)["problem"] is None
+    workspace.json("promote", "--to", "2", *options)
+    assert workspace.json("model", "history", *options)["problem"] is None
     server.delete_model_version("deleted", "2")
     runs = len(server.search_runs([server.get_experiment_by_name("deleted").experiment_id]))
-    other = (*named, "--set", "training.seed=2", "--set", "training.output=runs/third")
+    other = (*options, "--set", "training.seed=2", "--set", "training.output=runs/third")
     for words in (
         ("train", *other),
         ("retrain", "images", "--count", "1", *other),
         ("evaluate", *second),
         ("promote", *second),
     ):
-        said = workspace.run(*words, code=2)
-        assert "version 2 of deleted is champion by the ledger" in said
-        assert "`darkroom model rollback` makes version 1 champion" in said
+        output = workspace.run(*words, code=2)
+        assert "version 2 of deleted is champion by the ledger" in output
+        assert "`darkroom model rollback` makes version 1 champion" in output
     assert len(server.search_runs([server.get_experiment_by_name("deleted").experiment_id])) == runs
     assert not (workspace.folder / "runs" / "third").exists()
-    assert "`darkroom model rollback`" in workspace.json("model", "history", *named)["problem"]
-    assert workspace.json("model", "rollback", *named)["version"]["number"] == 1
+    assert "`darkroom model rollback`" in workspace.json("model", "history", *options)["problem"]
+    assert workspace.json("model", "rollback", *options)["version"]["number"] == 1
     workspace.json("train", *other)
 
 
@@ -217,13 +217,13 @@ class Prefect:
 
     def paused(self, process: Fork | subprocess.Popen[str]) -> dict[str, Any]:
         """The flow run that waits for input, once there is one."""
-        asked = {"flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}}}
+        conditions = {"flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}}}
         deadline = time.monotonic() + 300
-        while not (found := self.client.post("/flow_runs/filter", json=asked).json()):
+        while not (flow_runs := self.client.post("/flow_runs/filter", json=conditions).json()):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.5)
-        [run] = found
+        [run] = flow_runs
         return dict(run)
 
     def answer(self, run: dict[str, Any], **fields: object) -> httpx.Response:
@@ -241,27 +241,27 @@ def test_a_person_approves_or_does_not_before_anything_becomes_champion(
 ) -> None:
     prefect = Prefect(workspace)
     for model, approved in (("approved", True), ("denied", False)):
-        named = ("--set", f"registry.model={model}")
-        workspace.json("train", *named)
-        workspace.json("evaluate", *named)
-        process = workspace.begin("promote", *named, "--set", "registry.approval=true", "--json")
+        options = ("--set", f"registry.model={model}")
+        workspace.json("train", *options)
+        workspace.json("evaluate", *options)
+        process = workspace.begin("promote", *options, "--set", "registry.approval=true", "--json")
         run = prefect.paused(process)
         assert run["name"].startswith("promote-")
         assert aliases(server, model) == {}
         assert "Not yet" in (server.get_model_version(model, "1").description or "")
-        refused = prefect.answer(run, approved=approved, by="")
-        assert refused.json()["status"] == "REJECT"
+        error = prefect.answer(run, approved=approved, by="")
+        assert error.json()["status"] == "REJECT"
         assert prefect.answer(run, approved=approved, by="Ada", note="looked at it").is_success
         out, err = process.communicate(timeout=300)
         assert process.returncode == (0 if approved else 3), err[-3000:]
         assert "waits for approval: http" in err
         assert "by Ada (looked at it): first version" in out
-        [entry] = workspace.json("model", "history", *named)["entries"]
+        [entry] = workspace.json("model", "history", *options)["entries"]
         assert entry["approval"] == {"approved": approved, "by": "Ada", "note": "looked at it"}
         assert aliases(server, model) == ({"champion": 1} if approved else {"candidate": 1})
-    held = workspace.json("promote", *named, "--set", "registry.approval=true", code=3)
-    assert "a person decided against it" in held["reason"]
-    assert workspace.json("promote", "--to", "1", *named)["version"]["number"] == 1
+    result = workspace.json("promote", *options, "--set", "registry.approval=true", code=3)
+    assert "a person decided against it" in result["reason"]
+    assert workspace.json("promote", "--to", "1", *options)["version"]["number"] == 1
 
 
 def test_a_retraining_waits_for_approval_and_without_it_leaves_the_champion(
@@ -272,18 +272,18 @@ def test_a_retraining_waits_for_approval_and_without_it_leaves_the_champion(
     # One that has learned next to nothing, and one that is surely better.
     for version, images, approved in ((1, 16, True), (2, 1600, False)):
         sets = (*always, f"training.images={images}", f"training.output=runs/asked-{version}")
-        named = [word for each in sets for word in ("--set", each)]
-        process = workspace.begin("retrain", "images", "--count", "1", *named, "--json")
+        options = [word for each in sets for word in ("--set", each)]
+        process = workspace.begin("retrain", "images", "--count", "1", *options, "--json")
         run = prefect.paused(process)
         assert run["name"].startswith("promote-")
         assert aliases(server, "asked") == ({} if version == 1 else {"champion": 1})
         assert prefect.answer(run, approved=approved, by="Ada", note="looked at it").is_success
         out, err = process.communicate(timeout=300)
         assert process.returncode == (0 if approved else 3), err[-3000:]
-        done = json.loads(out)
-        assert done["verdict"]["version"]["number"] == version
-        assert done["verdict"]["promoted"] is approved
-        assert done["samples"]["model"] == "models:/asked/1"
+        result = json.loads(out)
+        assert result["verdict"]["version"]["number"] == version
+        assert result["verdict"]["promoted"] is approved
+        assert result["samples"]["model"] == "models:/asked/1"
     assert aliases(server, "asked") == {"champion": 1, "candidate": 2}
     entries = workspace.json("model", "history", "--set", "registry.model=asked")["entries"]
     assert [(each["what"], each["approval"]["approved"]) for each in entries] == [("promote", True), ("hold", False)]

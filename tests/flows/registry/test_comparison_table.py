@@ -49,17 +49,17 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def judged(report: Path, eval_key: str) -> None:
-    """Let ``report`` be judged under the conditions called ``eval_key``."""
+def set_eval_key(report: Path, eval_key: str) -> None:
+    """Let ``report`` be of an evaluation under the conditions called ``eval_key``."""
     (report / "evaluation.json").write_text(json.dumps({"eval_key": eval_key}))
 
 
 @pytest.mark.slow
 def test_metrics_are_shown_beside_the_champion_with_their_difference(model: str, report: Path, tmp_path: Path) -> None:
-    judged(report, "a" * 64)
-    done = compare("figures", model, str(report), folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    set_eval_key(report, "a" * 64)
+    result = compare("figures", model, str(report), folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
     assert "| kid_efflite0 | 0.2 | 0.25 | +0.05 |" in lines
     assert "| images | 6.4e+04 | 640 | -6.336e+04 |" in lines
     assert "| precision_efflite0 |  | 0.5 |  |" in lines
@@ -70,7 +70,7 @@ def test_metrics_are_shown_beside_the_champion_with_their_difference(model: str,
 
 @pytest.mark.slow
 def test_incomparable_metrics_are_labelled_as_such(model: str, report: Path, tmp_path: Path) -> None:
-    judged(report, "b" * 64)
+    set_eval_key(report, "b" * 64)
     assert "the figures do not compare" in compare("figures", model, str(report), folder=tmp_path).stdout
 
 
@@ -78,7 +78,7 @@ def test_first_model_has_no_comparison_and_needs_an_evaluation(model: str, repor
     missing = compare("figures", model, str(report), folder=tmp_path)
     assert (missing.returncode, missing.stdout) == (2, "")
     assert "run `darkroom evaluate --local` first" in missing.stderr
-    judged(report, "a" * 64)
+    set_eval_key(report, "a" * 64)
     first = compare("figures", "another-model", str(report), folder=tmp_path)
     assert first.returncode == 0
     assert "| kid_efflite0 |  | 0.25 |  |" in first.stdout
@@ -90,8 +90,8 @@ def test_comparison_uses_the_training_data_of_the_champion(
     model: str, dataset: Path, bucket: str, store: Store, mlflow_client: MlflowClient, tmp_path: Path
 ) -> None:
     manifest = read_manifest(dataset)
-    gone = compare("data", model, folder=tmp_path)
-    assert gone.returncode == 2
+    comparison = compare("data", model, folder=tmp_path)
+    assert comparison.returncode == 2
     place = Location(bucket) / "datasets" / "blobs"
     store.put_once(bucket, place.key(f"{manifest.digest}/manifest.json"), (dataset / "manifest.json").read_bytes())
     assert Catalog.of("blobs", f"s3://{bucket}/dvc").versions().keys() == {manifest.digest}

@@ -60,29 +60,29 @@ def numbers(client: MlflowClient, name: str) -> list[int]:
     return sorted(int(each.version) for each in client.search_model_versions(f"name = '{name}'"))
 
 
-def test_a_model_without_a_licence_is_refused_and_nothing_is_written(file: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_licence_is_rejected_and_nothing_is_written(file: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--licence"):
         import_file(str(file), tmp_path / "out" / "model.safetensors", None, tmp_path)
     assert not (tmp_path / "out").exists()
-    done = import_file(str(file), tmp_path / "out" / "model.safetensors", "CC0-1.0", tmp_path)
-    assert done.origin.licence == "CC0-1.0"
-    assert done.sha256 == sha256_file(done.file)
+    result = import_file(str(file), tmp_path / "out" / "model.safetensors", "CC0-1.0", tmp_path)
+    assert result.origin.licence == "CC0-1.0"
+    assert result.sha256 == sha256_file(result.file)
 
 
 def test_an_import_is_done_once_and_other_names_refer_to_the_same_weights(
     mlflow_client: MlflowClient, name: str, file: Path
 ) -> None:
-    done = imported(file, name)
-    version, digest = done.version, sha256_file(file)
+    result = imported(file, name)
+    version, digest = result.version, sha256_file(file)
     assert (version.uri, version.weights_sha256) == (f"models:/{name}/1", digest)
     assert imported(file, name).version == version
     assert numbers(mlflow_client, name) == [1]
     other = imported(file, f"{name}-2").version
     assert (other.number, other.run_id) == (1, version.run_id)
-    stored = model_versions.find_stored_models(digest)
-    assert len(stored) == 1
-    assert mlflow_client.get_model_version(other.model, "1").source == stored[0].model_uri
-    assert model_versions.cached_weights(other) == done.file
+    models = model_versions.find_stored_models(digest)
+    assert len(models) == 1
+    assert mlflow_client.get_model_version(other.model, "1").source == models[0].model_uri
+    assert model_versions.cached_weights(other) == result.file
 
     run = mlflow_client.get_run(version.run_id)
     assert (run.info.status, run.data.params["import.source"]) == ("FINISHED", file.name)
@@ -110,9 +110,9 @@ def test_the_trace_of_an_imported_models_image_ends_at_its_origin(name: str, fil
     for chunk in range(len(batch.chunks())):
         sample.generate_chunk.fn(batch, place, version, chunk, config)
     generate_batch.finish(Store(), batch, place)
-    found = trace(f"{place}/00000003.png")
-    assert (found.broken, found.data) == ([], None)
-    [origin] = found.origins
+    lineage = trace(f"{place}/00000003.png")
+    assert (lineage.broken, lineage.data) == ([], None)
+    [origin] = lineage.origins
     assert (origin.uri, origin.licence) == (version.uri, "CC-BY-4.0")
     assert origin.files == {file.name: sha256_file(file)}
 
@@ -140,27 +140,29 @@ def test_gc_keeps_the_weights_of_a_base_whose_version_was_deleted(
 ) -> None:
     base = imported(file, name).version
     other = write_model(file.with_name("other.safetensors"), seed=uuid4().int % 2**32, images=70)
-    tuned = imported(other, f"{name}-tuned").version
-    mlflow_client.set_model_version_tag(tuned.model, "1", model_versions.BASES, base.weights_sha256)
+    tuned_version = imported(other, f"{name}-tuned").version
+    mlflow_client.set_model_version_tag(tuned_version.model, "1", model_versions.BASES, base.weights_sha256)
     mlflow_client.delete_model_version(base.model, "1")
-    found = find_references(mlflow_client, Store(), bucket, [], {})
-    assert base.run_id in found.runs
-    assert base.weights_sha256 in found.weights
-    model_versions.cached_weights(model_versions.get_version(mlflow_client, tuned.model, 1), file.parent / "cache")
+    references = find_references(mlflow_client, Store(), bucket, [], {})
+    assert base.run_id in references.runs
+    assert base.weights_sha256 in references.weights
+    model_versions.cached_weights(
+        model_versions.get_version(mlflow_client, tuned_version.model, 1), file.parent / "cache"
+    )
     assert sha256_file(file.parent / "cache" / f"{base.weights_sha256}.safetensors") == base.weights_sha256
 
 
 def test_a_version_that_is_based_on_another_is_served_and_fetched_with_it(
     mlflow_client: MlflowClient, name: str, file: Path, bucket: str
 ) -> None:
-    tuned = write_lora(file.parent / "tuned" / "lora.safetensors", file, 1)
-    header = read_header(tuned)
+    adapter = write_lora(file.parent / "tuned" / "lora.safetensors", file, 1)
+    header = read_header(adapter)
     header["model_header"]["content_digest"] = "1" * 64
-    save_tensors(tuned, load_file(tuned), header)
+    save_tensors(adapter, load_file(adapter), header)
     with pytest.raises(UserError, match="darkroom model import"):
-        imported(tuned, f"{name}-tuned")
+        imported(adapter, f"{name}-tuned")
     base = imported(file, name).version
-    version = imported(tuned, f"{name}-tuned").version
+    version = imported(adapter, f"{name}-tuned").version
     assert version.tags[model_versions.BASES] == base.weights_sha256
     # A takedown of images that the base learned from finds it.
     assert version.tags[START] == base.uri
@@ -169,7 +171,7 @@ def test_a_version_that_is_based_on_another_is_served_and_fetched_with_it(
     derived = find_derived(base.tags["darkroom.dataset"], [content], [content], bucket)
     assert {base.uri, version.uri} <= {each.uri for each in derived.models}
     cached = model_versions.cached_weights(version, file.parent / "cache")
-    expected = diffusion.load(tuned, compute_batch=4).generate(2, seed=7)
+    expected = diffusion.load(adapter, compute_batch=4).generate(2, seed=7)
     assert [x.tobytes() for x in diffusion.load(cached, compute_batch=4).generate(2, seed=7)] == [
         x.tobytes() for x in expected
     ]
@@ -185,12 +187,12 @@ def test_a_pipeline_becomes_a_version_with_its_own_licence(
     folder = MAKERS[kind](tmp_path / kind)
     # Of each test another one.
     (folder / "README.md").write_text(f"{(folder / 'README.md').read_text()}\n{name}\n")
-    done = import_model(str(folder), name, None, SAMPLING)
-    assert (done.family, done.origin.licence, done.source) == ("diffusers", "openrail", kind)
-    assert done.version.tags[model_versions.LICENCE] == "openrail"
-    assert "model_index.json" in done.origin.files
-    assert "darkroom.content_digest" not in done.version.tags
-    uri = done.version.uri
+    result = import_model(str(folder), name, None, SAMPLING)
+    assert (result.family, result.origin.licence, result.source) == ("diffusers", "openrail", kind)
+    assert result.version.tags[model_versions.LICENCE] == "openrail"
+    assert "model_index.json" in result.origin.files
+    assert "darkroom.content_digest" not in result.version.tags
+    uri = result.version.uri
     requirements = mlflow.artifacts.load_text(f"{uri}/requirements.txt").splitlines()
     assert {"diffusers", "transformers"} <= {line.partition("==")[0] for line in requirements}
     request = {"seed": [7], "count": [2]} | ({} if kind == "ddpm" else {"prompt": ["a red circle"]})
@@ -198,7 +200,7 @@ def test_a_pipeline_becomes_a_version_with_its_own_licence(
     assert len(served) == 2
 
 
-def test_a_refused_pipeline_leaves_nothing(mlflow_client: MlflowClient, name: str, tmp_path: Path) -> None:
+def test_a_rejected_pipeline_leaves_nothing(mlflow_client: MlflowClient, name: str, tmp_path: Path) -> None:
     folder = ddpm(tmp_path / "pipeline")
     (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x02.")
     with pytest.raises(UserError, match="pickle"):

@@ -37,9 +37,9 @@ def weights_of(version: int) -> str:
     return hashlib.sha256(str(version).encode()).hexdigest()
 
 
-def add(ledger: Ledger, what: What, version: int, **told: object) -> LedgerEntry:
+def add(ledger: Ledger, what: What, version: int, **fields: object) -> LedgerEntry:
     def decide(history: History) -> LedgerEntry:
-        return history.next_entry(what, version, weights_of(version), **told)  # type: ignore[arg-type]
+        return history.next_entry(what, version, weights_of(version), **fields)  # type: ignore[arg-type]
 
     head = ledger.append(decide).head
     assert head is not None
@@ -62,14 +62,14 @@ def test_each_entry_is_json_that_names_the_digest_of_the_one_before(ledger: Ledg
     add(ledger, "hold", 2, evidence=HOLD)
     add(ledger, "promote", 3, evidence=WIN, approval=Approval(approved=True, by="Ada"))
     add(ledger, "rollback", 1, by_hand=True, reason="three eyes")
-    found = objects(ledger)
-    assert list(found) == [f"ledger/faces/{number:08d}.json" for number in range(1, 5)]
-    parents = [json.loads(data)["parent"] for data in found.values()]
-    assert parents == [None, *(hashlib.sha256(data).hexdigest() for data in list(found.values())[:-1])]
-    moves = [(each["from_version"], each["to_version"]) for each in map(json.loads, found.values())]
+    contents = objects(ledger)
+    assert list(contents) == [f"ledger/faces/{number:08d}.json" for number in range(1, 5)]
+    parents = [json.loads(data)["parent"] for data in contents.values()]
+    assert parents == [None, *(hashlib.sha256(data).hexdigest() for data in list(contents.values())[:-1])]
+    moves = [(each["from_version"], each["to_version"]) for each in map(json.loads, contents.values())]
     assert moves == [(None, 1), (1, 1), (1, 3), (3, 1)]
     history = ledger.read()
-    assert [entry.data for entry in history.entries] == list(found.values())
+    assert [entry.data for entry in history.entries] == list(contents.values())
     assert ledger.head() == history.head
     assert history.alias_numbers == AliasNumbers(champion=1, previous=None, candidate=2)
 
@@ -87,8 +87,8 @@ def on_record(ledger: Ledger, *numbers: int) -> Known:
 
 
 def written_again(data: bytes, **changes: object) -> bytes:
-    told = json.loads(data) | changes
-    return json.dumps(told, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    entry = json.loads(data) | changes
+    return json.dumps(entry, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 TAMPERING: list[tuple[str, Callable[[dict[int, bytes]], object]]] = [
@@ -121,41 +121,41 @@ def forked(files: dict[int, bytes]) -> list[bytes]:
 def test_tampering_with_recorded_entries_blocks_appending(ledger: Ledger) -> None:
     for version in range(1, 5):
         add(ledger, "promote", version, evidence=WIN)
-    known, keys = on_record(ledger), list(objects(ledger))
+    records, keys = on_record(ledger), list(objects(ledger))
     whole = dict(enumerate(objects(ledger).values(), 1))
     for words, tamper in TAMPERING:
         files = dict(whole)
         tamper(files)
-        changed = [number for number in whole if files.get(number) != whole[number]]
-        for number in changed:
+        changed_numbers = [number for number in whole if files.get(number) != whole[number]]
+        for number in changed_numbers:
             write_over(ledger, keys[number - 1], files.get(number))
-        with pytest.raises(UserError, match=words) as caught:
-            ledger.append(lambda history: history.next_entry("promote", 7, weights_of(7)), lambda: known)
-        assert "\n" not in str(caught.value)
-        if 4 in changed:
+        with pytest.raises(UserError, match=words) as error:
+            ledger.append(lambda history: history.next_entry("promote", 7, weights_of(7)), lambda: records)
+        assert "\n" not in str(error.value)
+        if 4 in changed_numbers:
             with pytest.raises(UserError, match=words):
-                ledger.head(known)
+                ledger.head(records)
         assert dict(zip(sorted(files), objects(ledger).values(), strict=True)) == files
-        for number in changed:
+        for number in changed_numbers:
             write_over(ledger, keys[number - 1], whole[number])
-    assert len(ledger.read(known).entries) == 4
+    assert len(ledger.read(records).entries) == 4
 
 
 def test_changed_ledger_entry_is_detected(ledger: Ledger) -> None:
     for version in range(1, 4):
         add(ledger, "promote", version, evidence=WIN)
-    known = on_record(ledger, 2, 3)
-    assert len(ledger.read(known).entries) == 3
+    records = on_record(ledger, 2, 3)
+    assert len(ledger.read(records).entries) == 3
     with pytest.raises(UserError, match=r"00000002\.json was altered"):
-        ledger.read(known | {2: "0" * 64})
+        ledger.read(records | {2: "0" * 64})
 
 
 def test_unrecorded_ledger_entries_count(ledger: Ledger) -> None:
     for version in range(1, 5):
         add(ledger, "promote", version, evidence=WIN)
-    for known in ({}, on_record(ledger, 1), on_record(ledger, 3), on_record(ledger, 1, 2, 3, 4)):
-        assert [entry.number for entry in ledger.read(known).entries] == [1, 2, 3, 4]
-        head = ledger.head(known)
+    for records in ({}, on_record(ledger, 1), on_record(ledger, 3), on_record(ledger, 1, 2, 3, 4)):
+        assert [entry.number for entry in ledger.read(records).entries] == [1, 2, 3, 4]
+        head = ledger.head(records)
         assert head is not None
         assert head.number == 4
 
@@ -182,28 +182,28 @@ def foreign(ledger: Ledger, history: History) -> dict[str, bytes]:
 def test_foreign_ledger_objects_are_reported_and_ignored(ledger: Ledger) -> None:
     for version in (1, 2):
         add(ledger, "promote", version, evidence=WIN)
-    known, left = on_record(ledger), foreign(ledger, ledger.read())
-    for name, data in left.items():
+    records, foreign_objects = on_record(ledger), foreign(ledger, ledger.read())
+    for name, data in foreign_objects.items():
         write_over(ledger, ledger.place.key(name), data)
-    for seen in (known, {}):
-        history = ledger.read(seen)
+    for witnesses in (records, {}):
+        history = ledger.read(witnesses)
         assert [entry.version for entry in history.entries] == [1, 2]
-        assert history.foreign.keys() == left.keys()
-        head = ledger.head(seen)
+        assert history.foreign.keys() == foreign_objects.keys()
+        head = ledger.head(witnesses)
         assert head is not None
         assert head.number == 2
-    head = ledger.append(lambda history: history.next_entry("promote", 3, weights_of(3)), lambda: known).head
+    head = ledger.append(lambda history: history.next_entry("promote", 3, weights_of(3)), lambda: records).head
     assert head is not None
     assert (head.number, head.from_version) == (10, 2)
-    assert ledger.read().foreign.keys() == left.keys()
-    known = on_record(ledger, 10)
+    assert ledger.read().foreign.keys() == foreign_objects.keys()
+    records = on_record(ledger, 10)
     # An administrator clears up.
-    for name in left:
+    for name in foreign_objects:
         write_over(ledger, ledger.place.key(name), None)
-    for seen in (known, {}):
-        assert ledger.read(seen) == History("faces", ledger.read(known).entries)
+    for witnesses in (records, {}):
+        assert ledger.read(witnesses) == History("faces", ledger.read(records).entries)
     add(ledger, "promote", 4)
-    assert [entry.number for entry in ledger.read(known).entries] == [1, 2, 10, 11]
+    assert [entry.number for entry in ledger.read(records).entries] == [1, 2, 10, 11]
 
 
 def test_of_many_at_once_among_foreign_objects_each_gets_an_entry_of_its_own(ledger: Ledger) -> None:
@@ -218,17 +218,17 @@ def test_of_many_at_once_among_foreign_objects_each_gets_an_entry_of_its_own(led
 
 def test_append_fails_when_a_later_entry_took_precedence(ledger: Ledger) -> None:
     add(ledger, "promote", 1)
-    seen: list[Known] = [on_record(ledger)]
+    history_of_records: list[Known] = [on_record(ledger)]
 
     def decide(history: History) -> LedgerEntry:
         above = written_again(history.next_entry("promote", 9, weights_of(9)).data, number=3)
         write_over(ledger, ledger.place.key("00000003.json"), above)
-        seen.append({3: hashlib.sha256(above).hexdigest()})
+        history_of_records.append({3: hashlib.sha256(above).hexdigest()})
         return history.next_entry("promote", 2, weights_of(2))
 
     with pytest.raises(ConflictError, match="another process was first: promote 1 → 9"):
-        ledger.append(decide, lambda: seen[-1])
-    assert [entry.number for entry in ledger.read(seen[-1]).entries] == [1, 3]
+        ledger.append(decide, lambda: history_of_records[-1])
+    assert [entry.number for entry in ledger.read(history_of_records[-1]).entries] == [1, 3]
 
 
 def test_of_many_at_once_each_gets_an_entry_of_its_own(ledger: Ledger) -> None:
@@ -253,60 +253,60 @@ def test_unconfirmed_ledger_write_counts_once(ledger: Ledger) -> None:
 
 def test_append_decides_again_when_the_ledger_changed(ledger: Ledger) -> None:
     add(ledger, "promote", 1)
-    seen = []
+    observations = []
 
     def decide(history: History) -> LedgerEntry:
-        seen.append(history.alias_numbers.champion)
-        if len(seen) == 1:
+        observations.append(history.alias_numbers.champion)
+        if len(observations) == 1:
             add(ledger, "promote", 2, evidence=WIN)
-        elif history.alias_numbers.champion != seen[0]:
+        elif history.alias_numbers.champion != observations[0]:
             raise ConflictError(history.describe_conflict())
         return history.next_entry("promote", 3, weights_of(3))
 
     with pytest.raises(ConflictError, match=r"another process was first: promote 1 → 2, .*: kid 0\.01 ± 0\.001, lower"):
         ledger.append(decide)
-    assert seen == [1, 2]
+    assert observations == [1, 2]
     assert ledger.read().alias_numbers.champion == 2
 
 
 @given(st.lists(st.one_of(st.none(), st.integers(1, 6)), max_size=30))
 def test_a_rollback_undoes_the_newest_promotion_that_was_not_undone(moves: list[int | None]) -> None:
-    titles, states = AliasState(), [AliasNumbers()]
+    aliases, states = AliasState(), [AliasNumbers()]
     for version in moves:
         if version is None:
             if len(states) < 3:
                 continue
             states.pop()
-            titles = titles.apply_change("rollback", states[-1].champion or 0)
+            aliases = aliases.apply_change("rollback", states[-1].champion or 0)
         else:
             states.append(AliasNumbers(champion=version, previous=states[-1].champion))
-            titles = titles.apply_change("promote", version)
-        assert titles.alias_numbers == states[-1]
+            aliases = aliases.apply_change("promote", version)
+        assert aliases.alias_numbers == states[-1]
 
 
 def test_rollback_to_any_other_version_is_an_error() -> None:
-    titles = AliasState().apply_change("promote", 1).apply_change("promote", 2).apply_change("promote", 3)
+    aliases = AliasState().apply_change("promote", 1).apply_change("promote", 2).apply_change("promote", 3)
     for version in (1, 3, 4):
         with pytest.raises(UserError, match="leads to the champion before"):
-            titles.apply_change("rollback", version)
+            aliases.apply_change("rollback", version)
     with pytest.raises(UserError):
         AliasState().apply_change("promote", 1).apply_change("rollback", 1)
 
 
 def test_candidate_is_the_last_held_undecided_version() -> None:
-    titles = AliasState().apply_change("promote", 1).apply_change("hold", 2)
-    assert titles.alias_numbers.candidate == 2
-    assert titles.apply_change("promote", 3).alias_numbers.candidate == 2
-    assert titles.apply_change("promote", 2).alias_numbers.candidate is None
-    assert titles.apply_change("reject", 2).alias_numbers.candidate is None
-    assert titles.apply_change("reject", 3).alias_numbers.candidate == 2
-    assert titles.apply_change("hold", 4).alias_numbers.candidate == 4
+    aliases = AliasState().apply_change("promote", 1).apply_change("hold", 2)
+    assert aliases.alias_numbers.candidate == 2
+    assert aliases.apply_change("promote", 3).alias_numbers.candidate == 2
+    assert aliases.apply_change("promote", 2).alias_numbers.candidate is None
+    assert aliases.apply_change("reject", 2).alias_numbers.candidate is None
+    assert aliases.apply_change("reject", 3).alias_numbers.candidate == 2
+    assert aliases.apply_change("hold", 4).alias_numbers.candidate == 4
 
 
 def chain(*moves: tuple[What, int, dict[str, object]]) -> History:
     history = History("faces")
-    for what, version, told in moves:
-        entry = history.next_entry(what, version, weights_of(version), **told)  # type: ignore[arg-type]
+    for what, version, fields in moves:
+        entry = history.next_entry(what, version, weights_of(version), **fields)  # type: ignore[arg-type]
         history = History("faces", (*history.entries, entry))
     return history
 

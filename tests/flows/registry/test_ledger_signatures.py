@@ -50,8 +50,8 @@ def downloaded(ledger: Ledger, folder: Path) -> Path:
 
 
 def check(what: object, trust: Trust, head: str | None = None) -> Check:
-    [found] = verify(str(what), trust, head)
-    return found
+    [verification] = verify(str(what), trust, head)
+    return verification
 
 
 @pytest.mark.parametrize("certified", [False, True], ids=["key", "certificate"])
@@ -68,9 +68,9 @@ def test_a_signed_ledger_is_verified_on_s3_and_as_files(
     assert ledger.read().foreign == {}
     assert ledger.head() == newest
     for what in (ledger.place, downloaded(ledger, tmp_path / "copy")):
-        found = check(what, ours.trust(certified), head=newest.parent)
-        assert found.verified, found.problem
-        assert f"model faces, 3 entries, champion 3, head {newest.digest}" in found.summary
+        verification = check(what, ours.trust(certified), head=newest.parent)
+        assert verification.verified, verification.problem
+        assert f"model faces, 3 entries, champion 3, head {newest.digest}" in verification.summary
     with pytest.raises(UserError):
         verify(str(ledger.place), Trust())
 
@@ -87,8 +87,8 @@ def reword(folder: Path, number: int) -> None:
 def follow_on(folder: Path) -> None:
     """An entry that follows from the newest one, by somebody without the key."""
     entries = tuple(LedgerEntry.model_validate_json(path.read_bytes()) for path in sorted(folder.glob("*.json")))
-    made = History("faces", entries).next_entry("promote", 9, "9" * 64, evidence=WIN)
-    entry(folder, made.number).write_bytes(made.data)
+    new_entry = History("faces", entries).next_entry("promote", 9, "9" * 64, evidence=WIN)
+    entry(folder, new_entry.number).write_bytes(new_entry.data)
 
 
 def fork(folder: Path) -> None:
@@ -132,11 +132,11 @@ def test_the_ledger_of_another_model_is_found(ledger: Ledger, tmp_path: Path, ou
         ledger.store.put_once(other.bucket, other.key(path.relative_to(copy).as_posix()), path.read_bytes())
     assert check(ledger.place, ours.trust()).verified
     assert not check(other, ours.trust()).verified
-    [moved] = verify(str(other), ours.trust(), model="faces")
-    assert moved.verified
+    [moved_verification] = verify(str(other), ours.trust(), model="faces")
+    assert moved_verification.verified
     for model, verified in (("faces", True), ("cats", False)):
-        [found] = verify(str(copy), ours.trust(), model=model)
-        assert found.verified == verified
+        [verification] = verify(str(copy), ours.trust(), model=model)
+        assert verification.verified == verified
 
 
 def test_a_ledger_without_entries_and_a_head_that_is_none_are_named(tmp_path: Path, ours: Identity) -> None:
@@ -180,17 +180,17 @@ def test_a_promotion_signs_its_own_entry_and_no_other(
     ledger = Ledger.of(version.model)
 
     def decide(history: History) -> LedgerEntry | None:
-        made = history.next_entry("promote", version.number, version.weights_sha256, evidence=WIN)
-        return None if history.head is not None else made
+        entry = history.next_entry("promote", version.number, version.weights_sha256, evidence=WIN)
+        return None if history.head is not None else entry
 
     def is_signed() -> bool:
         return check(ledger.place, ours.trust(certified=False)).verified
 
     def run(*words: str) -> int:
         monkeypatch.setattr("sys.argv", ["darkroom", *words])
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as exit_info:
             main()
-        return int(str(ended.value.code))
+        return int(str(exit_info.value.code))
 
     # An unusable key stops it before anything is written.
     monkeypatch.setenv("DARKROOM_SIGNING_KEY", str(tmp_path / "missing.pem"))
@@ -211,8 +211,8 @@ def test_a_promotion_signs_its_own_entry_and_no_other(
     caplog.clear()
 
     def decide_third(history: History) -> LedgerEntry | None:
-        made = history.next_entry("promote", version.number, version.weights_sha256, evidence=WIN)
-        return made if len(history.entries) == 2 else None
+        entry = history.next_entry("promote", version.number, version.weights_sha256, evidence=WIN)
+        return entry if len(history.entries) == 2 else None
 
     append(mlflow_client, ledger, decide_third)
     assert is_signed()
@@ -222,8 +222,8 @@ def test_a_promotion_signs_its_own_entry_and_no_other(
     Path("params.yaml").write_text(f"registry:\n  model: {version.model}\n")
     assert run("model", "history", "--dataset", "blobs", "--sign") == 0, capsys.readouterr()
     assert is_signed()
-    signed = list(ledger.store.list_objects(bucket, ledger.place.key("signatures/")))
+    signatures = list(ledger.store.list_objects(bucket, ledger.place.key("signatures/")))
     caplog.clear()
     project(mlflow_client, ledger)
     assert caplog.text == ""
-    assert list(ledger.store.list_objects(bucket, ledger.place.key("signatures/"))) == signed
+    assert list(ledger.store.list_objects(bucket, ledger.place.key("signatures/"))) == signatures

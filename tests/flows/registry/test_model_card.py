@@ -60,10 +60,10 @@ def test_model_card_has_origin_metrics_and_evaluation_settings(data: Manifest) -
     assert figures["kid_efflite0"] == ["0.020 ± 0.020", "0.0100"]
     assert figures["recall_efflite0"] == ["0.745", "0.745"]
     assert "kid_se_efflite0" not in figures
-    judged = rows(card, "Gate decision")
-    assert judged["outcome"] == ["champion"]
-    assert judged["why"] == ["first ¦ version: no champion"]
-    assert judged["ledger"] == [f"entry 1, `{ENTRY.digest}`"]
+    cells = rows(card, "Gate decision")
+    assert cells["outcome"] == ["champion"]
+    assert cells["why"] == ["first ¦ version: no champion"]
+    assert cells["ledger"] == [f"entry 1, `{ENTRY.digest}`"]
     assert "evaluation/grids/0000002000-11111111.png" in section(card, "Samples")
     calls = section(card, "How to call it")
     assert "darkroom sample --model models:/faces/3" in calls
@@ -84,29 +84,29 @@ def test_model_card_notes_missing_verdict_and_small_classes(data: Manifest) -> N
 @pytest.mark.slow
 def test_model_card_shows_intervals_and_limits_of_the_comparison(tmp_path: Path) -> None:
     folder = discs(tmp_path / "discs")
-    told = {"left": 60, "right": 60}
-    new, old = (write_model(tmp_path / f"{n}.safetensors", n, n, classes=told) for n in (1, 2))
+    classes = {"left": 60, "right": 60}
+    new, old = (write_model(tmp_path / f"{n}.safetensors", n, n, classes=classes) for n in (1, 2))
     config = CONFIG.model_copy(update={"samples": 64})
-    found, _ = compare_with_champion(new, old, folder, config, SAMPLING, GateConfig(), tmp_path / "reports")
-    card = model_card.card(HEADER, an_evaluation([0.05]), read_manifest(folder), VERSION, ENTRY, found)
+    comparison, _ = compare_with_champion(new, old, folder, config, SAMPLING, GateConfig(), tmp_path / "reports")
+    card = model_card.card(HEADER, an_evaluation([0.05]), read_manifest(folder), VERSION, ENTRY, comparison)
     figures = rows(card, "How good it is")
-    assert found.champion is not None
-    measured = found.candidate.estimates["kid_efflite0"]
+    assert comparison.champion is not None
+    measured = comparison.candidate.estimates["kid_efflite0"]
     assert figures["kid_efflite0"] == [
         with_error(measured.value, measured.error),
         between(measured.interval),
-        signed(found.champion.estimates["kid_efflite0"].value),
-        signed(found.real_baseline.estimates["kid_efflite0"].value),
+        signed(comparison.champion.estimates["kid_efflite0"].value),
+        signed(comparison.real_baseline.estimates["kid_efflite0"].value),
     ]
     assert {"copies_share", "duplicates_share", "bits_per_dim", "gflop_per_image"} <= figures.keys()
-    judged = rows(card, "Gate decision", 1)
-    assert judged["headline"] == [each_of(found, "headline").verdict, each_of(found, "headline").reason]
-    assert judged.keys() == {"headline", "memorized", "recall", "cost"}
+    cells = rows(card, "Gate decision", 1)
+    assert cells["headline"] == [finding_of(comparison, "headline").verdict, finding_of(comparison, "headline").reason]
+    assert cells.keys() == {"headline", "memorized", "recall", "cost"}
     limits = section(card, "Limits")
     assert "look like copies of training images; of images that no model has seen" in limits
-    assert found.candidate.per_class is not None
-    assert found.candidate.per_class.worst is not None
-    assert f"Its worst class is {found.candidate.per_class.worst.name}: KID " in limits
+    assert comparison.candidate.per_class is not None
+    assert comparison.candidate.per_class.worst is not None
+    assert f"Its worst class is {comparison.candidate.per_class.worst.name}: KID " in limits
     # Noise instead of discs.
     assert re.search(r"Its images have (more|less) contrast than real ones, by \d", limits)
 
@@ -121,18 +121,18 @@ def test_model_card_of_a_model_of_captions_has_its_text_image_agreement_or_says_
     )
     names = ("agreement", "above_chance", "real")
     figures = dict(zip(names, estimates, strict=True))
-    found = TextImageAgreement(encoder="clip_1a2b3c4d", images=500, captions=90, shuffled=0.19, **figures)
+    agreement = TextImageAgreement(encoder="clip_1a2b3c4d", images=500, captions=90, shuffled=0.19, **figures)
     evaluation = an_evaluation([0.05])
-    best = evaluation.best.model_copy(update={"text_image_agreement": found if measured else "set OPTION"})
+    best = evaluation.best.model_copy(update={"text_image_agreement": agreement if measured else "set OPTION"})
     card = model_card.card(HEADER, evaluation.model_copy(update={"best": best}), data, VERSION, None)
-    shown = section(card, "How good it is")
+    text = section(card, "How good it is")
     assert ("text_image_agreement_clip_1a2b3c4d" in rows(card, "How good it is")) == measured
     words = ["0.310 [0.290, 0.330]", "real images 0.340", "others 0.190"] if measured else ["not measured: set OPTION"]
-    assert all(each in shown for each in words)
+    assert all(each in text for each in words)
 
 
-def each_of(found: ChampionComparison, rule: str) -> Finding:
-    return next(each for each in found.decision.findings if each.rule == rule)
+def finding_of(comparison: ChampionComparison, rule: str) -> Finding:
+    return next(each for each in comparison.decision.findings if each.rule == rule)
 
 
 def test_the_licence_is_kept_with_the_data_and_changes_no_content(images: Path, tmp_path: Path) -> None:
@@ -145,8 +145,8 @@ def test_the_licence_is_kept_with_the_data_and_changes_no_content(images: Path, 
     assert first.content_digest == unlicensed.content_digest
     assert not ingest(folder, config).changed
     assert read_manifest(folder).licence == "CC-BY-4.0"
-    changed = ingest(folder, config.model_copy(update={"licence": "CC0-1.0"}))
-    assert (changed.changed, changed.added, changed.content_digest) == (True, 0, first.content_digest)
+    new_result = ingest(folder, config.model_copy(update={"licence": "CC0-1.0"}))
+    assert (new_result.changed, new_result.added, new_result.content_digest) == (True, 0, first.content_digest)
     card = model_card.card(HEADER, an_evaluation([0.05]), read_manifest(folder), VERSION, ENTRY)
     assert rows(card, "Data")["licence"] == ["CC0-1.0"]
 

@@ -110,8 +110,8 @@ def test_two_machines_that_register_the_same_leave_one_version(
         slower = mlflow_client.create_logged_model(where, "m", run_id, {WEIGHTS: sha256_file(copies[0])})
         mlflow_client.finalize_logged_model(slower.model_id, status)
     version = register(copies[1])
-    [left] = mlflow_client.search_logged_models([where])
-    assert mlflow_client.get_model_version(name, "1").source == left.model_uri
+    [logged_model] = mlflow_client.search_logged_models([where])
+    assert mlflow_client.get_model_version(name, "1").source == logged_model.model_uri
     assert model_versions.cached_weights(version, tmp_path / "cache").read_bytes() == b"weights"
 
 
@@ -152,9 +152,9 @@ def test_a_version_is_served_with_its_own_requirements_and_the_code_of_generatio
         "out = model.predict(table, params={'seed': 3, 'count': 2, 'steps': 4})\n"
         "print(out['request'].tolist(), *(hashlib.sha256(png).hexdigest() for png in out['png']))"
     )
-    done = subprocess.run([python, "-c", script], cwd=tmp_path, env={}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    *lines, last = done.stdout.splitlines()
+    process = subprocess.run([python, "-c", script], cwd=tmp_path, env={}, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-3000:]
+    *lines, last = process.stdout.splitlines()
     assert {"seed long 0", "count long 1", "steps long None", "guidance double None", "prompt string None"} <= {*lines}
     ours = diffusion.load(weights, compute_batch=4)
     images = ours.generate(2, seed=3, steps=4) + ours.interpolate(3, 4, 3, steps=4)

@@ -90,11 +90,11 @@ def test_pickle_among_images_or_in_parquet_is_never_loaded(tmp_path: Path, trace
     for number in range(4):
         (folder / f"{number}.png").write_bytes(png(number))
     (folder / "bad.png").write_bytes(planted)
-    done = ingest(tmp_path / "data" / "folder", IngestConfig(source=str(folder), size=8))
-    assert (done.kept, [Path(each.source).name for each in done.quarantined]) == (4, ["bad.png"])
+    result = ingest(tmp_path / "data" / "folder", IngestConfig(source=str(folder), size=8))
+    assert (result.kept, [Path(each.source).name for each in result.quarantined]) == (4, ["bad.png"])
     pq.write_table(pa.table({"image": [*(png(number) for number in range(4)), planted]}), tmp_path / "x.parquet")
-    done = ingest(tmp_path / "data" / "parquet", IngestConfig(source=str(tmp_path / "x.parquet"), size=8))
-    assert (done.kept, len(done.quarantined)) == (4, 1)
+    result = ingest(tmp_path / "data" / "parquet", IngestConfig(source=str(tmp_path / "x.parquet"), size=8))
+    assert (result.kept, len(result.quarantined)) == (4, 1)
     assert not trace.exists()
 
 
@@ -181,8 +181,8 @@ def test_no_module_uses_unpickling_functions(package: str) -> None:
                 assert (node.module or "").partition(".")[0] not in FORBIDDEN, path
             elif isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 if called == "torch.load":
-                    assert given.get("weights_only") == "True", f"{path}:{node.lineno}"
-                assert given.get("allow_pickle", "False") == "False", f"{path}:{node.lineno}"
+                    assert arguments.get("weights_only") == "True", f"{path}:{node.lineno}"
+                assert arguments.get("allow_pickle", "False") == "False", f"{path}:{node.lineno}"
                 assert called not in ("yaml.load", "yaml.unsafe_load", "eval", "exec"), f"{path}:{node.lineno}"

@@ -26,7 +26,7 @@ from tests.builders.model_versions import add_version
 from tests.builders.shapes import disc
 from tests.builders.small_models import header, write_model
 
-TRIED = CONFIG.model_copy(update={"seed": CONFIG.seed + 1})
+COMPARISON_CONFIG = CONFIG.model_copy(update={"seed": CONFIG.seed + 1})
 
 
 @pytest.fixture
@@ -48,10 +48,10 @@ def params(mlflow_client: MlflowClient, bucket: str, tmp_path: Path, monkeypatch
 class Candidate:
     """A version whose model drew given images, and what the gate says of it."""
 
-    def __init__(self, client: MlflowClient, params: Params, seed: int, drawn: Tensor) -> None:
+    def __init__(self, client: MlflowClient, params: Params, seed: int, images: Tensor) -> None:
         self.client, self.params = client, params
         weights = write_model(params.run_folder / "weights.safetensors", seed, 100 * seed)
-        save_images(weights, drawn, params.dataset_folder, params.report_folder, TRIED)
+        save_images(weights, images, params.dataset_folder, params.report_folder, COMPARISON_CONFIG)
         experiment = client.get_experiment_by_name(params.model_name)
         where = experiment.experiment_id if experiment else client.create_experiment(params.model_name)
         run_id = client.create_run(where).info.run_id
@@ -102,10 +102,10 @@ def test_versions_are_promoted_and_rejected_with_figures_and_the_gate_in_the_led
     again = second.decided()
     assert (again.champion, again.evidence, again.comparison) == (2, None, better.comparison)
     path = params.report_folder / "champion_comparison.json"
-    written = path.read_bytes()
-    path.write_bytes(written.replace(b'"key"', b'"name"'))
+    file_bytes = path.read_bytes()
+    path.write_bytes(file_bytes.replace(b'"key"', b'"name"'))
     assert second.decided().comparison is None
-    path.write_bytes(written)
+    path.write_bytes(file_bytes)
 
     third = Candidate(mlflow_client, params, 3, training_images(params.dataset_folder, 48))
     copier = third.committed()
@@ -129,9 +129,9 @@ def test_rolled_back_version_is_held_without_a_comparison(mlflow_client: MlflowC
     old, new = (Candidate(mlflow_client, params, seed, good(48, 5000)) for seed in (1, 2))
     ledger = Ledger.of(params.model_name)
     for what, version in (("promote", old.version), ("promote", new.version), ("rollback", old.version)):
-        told = {"what": what, "version": version.number, "weights_sha256": version.weights_sha256, "by_hand": True}
-        ledger.append(partial(History.next_entry, **told))
-    held = new.decided()
-    assert held.evidence is not None
-    assert (held.champion, held.evidence.verdict, held.comparison) == (1, "hold", None)
-    assert "a person decided against it" in held.evidence.reason
+        entry = {"what": what, "version": version.number, "weights_sha256": version.weights_sha256, "by_hand": True}
+        ledger.append(partial(History.next_entry, **entry))
+    result = new.decided()
+    assert result.evidence is not None
+    assert (result.champion, result.evidence.verdict, result.comparison) == (1, "hold", None)
+    assert "a person decided against it" in result.evidence.reason

@@ -53,10 +53,10 @@ class Stages:
         return MlflowClient()
 
     def version(self, weights: bytes, folder: Path) -> int:
-        """A version in staging, judged there and made champion, with a run that tells all about it."""
+        """A version in staging, evaluated there and made champion, with a run that tells all about it."""
         client = self.at(self.staging)
-        found = client.get_experiment_by_name("blobs")
-        experiment = found.experiment_id if found else client.create_experiment("blobs")
+        mlflow_experiment = client.get_experiment_by_name("blobs")
+        experiment = mlflow_experiment.experiment_id if mlflow_experiment else client.create_experiment("blobs")
         run_id = client.create_run(experiment, tags={TRAIN_KEY: "key", "darkroom.dataset": "blobs"}).info.run_id
         points = [Metric("loss", 1 / (step + 1), 1000 + step, step) for step in range(3)]
         client.log_batch(run_id, points, [Param("model.width", "16")])
@@ -75,15 +75,15 @@ class Stages:
 def stages(
     s3_environment: dict[str, str], mlflow_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Stages]:
-    made = []
+    servers = []
     for name in ("staging", "production"):
         (tmp_path / name).mkdir()
-        made.append((copied_store(mlflow_template, tmp_path / name), f"{name}-{uuid4().hex}"))
-        Store().ensure_bucket(made[-1][1])
-    for name, value in (s3_environment | dict(zip(("MLFLOW_TRACKING_URI", "BUCKET"), made[0], strict=True))).items():
+        servers.append((copied_store(mlflow_template, tmp_path / name), f"{name}-{uuid4().hex}"))
+        Store().ensure_bucket(servers[-1][1])
+    for name, value in (s3_environment | dict(zip(("MLFLOW_TRACKING_URI", "BUCKET"), servers[0], strict=True))).items():
         monkeypatch.setenv(f"DARKROOM_STAGING_{name}", value)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    yield Stages(*made, monkeypatch)
+    yield Stages(*servers, monkeypatch)
     mlflow.set_tracking_uri(None)
 
 
@@ -95,14 +95,14 @@ def test_staging_champion_is_released_with_its_lineage(stages: Stages, tmp_path:
     theirs = there.get_run(there.get_model_version("blobs", str(number)).run_id)
 
     here = stages.at(stages.production)
-    done = release("models:/blobs@champion")
-    assert (done.version.uri, done.already) == ("models:/blobs/1", False)
+    result = release("models:/blobs@champion")
+    assert (result.version.uri, result.already) == ("models:/blobs/1", False)
     version = here.get_model_version_by_alias("blobs", "champion")
-    assert version.tags[model_versions.WEIGHTS] == done.version.weights_sha256
+    assert version.tags[model_versions.WEIGHTS] == result.version.weights_sha256
     assert version.tags["darkroom.images"] == "480"
     assert version.tags[RELEASED_FROM] == f"models:/blobs/{number} in {stages.staging[0]}"
     assert (version.description or "").startswith("# blobs\n\nA card.")
-    assert model_versions.cached_weights(done.version, tmp_path / "cache").read_bytes() == b"weights"
+    assert model_versions.cached_weights(result.version, tmp_path / "cache").read_bytes() == b"weights"
 
     run = here.get_run(version.run_id)
     assert run.info.run_id != theirs.info.run_id
@@ -122,7 +122,7 @@ def test_staging_champion_is_released_with_its_lineage(stages: Stages, tmp_path:
     assert stages.staging[0] in (entry.reason or "")
 
     again = release("models:/blobs@champion")
-    assert (again.already, again.version.uri) == (True, done.version.uri)
+    assert (again.already, again.version.uri) == (True, result.version.uri)
     assert len(here.search_model_versions("name='blobs'")) == 1
     assert len(here.search_runs([run.info.experiment_id])) == 1
 
@@ -159,13 +159,13 @@ def test_release_killed_before_registration_resumes(
             patch.setattr(MlflowClient, victim, killed)
             with pytest.raises(KeyboardInterrupt):
                 release("models:/blobs@champion")
-    done = release("models:/blobs@champion")
+    result = release("models:/blobs@champion")
     [run] = here.search_runs([experiment_of(here)])
     assert run.info.status == "FINISHED"
     [model] = here.search_logged_models([experiment_of(here)])
     assert (model.source_run_id, str(model.status)) == (run.info.run_id, "READY")
     assert here.get_model_version("blobs", "1").description
-    assert done.version.number == len(here.search_model_versions("name='blobs'")) == 1
+    assert result.version.number == len(here.search_model_versions("name='blobs'")) == 1
 
 
 @pytest.mark.slow
@@ -175,7 +175,7 @@ def test_two_releases_at_once_make_one_version_and_one_run(
     stages.version(b"weights", tmp_path)
     (folder := tmp_path / "parcel").mkdir()
     fetch("models:/blobs/1", folder)
-    parcel, here = unpack(folder), stages.at(stages.production)
+    bundle, here = unpack(folder), stages.at(stages.production)
     original = MlflowClient.create_model_version
 
     def slowly(*args: Any, **kwargs: Any) -> Any:
@@ -184,8 +184,8 @@ def test_two_releases_at_once_make_one_version_and_one_run(
 
     monkeypatch.setattr(MlflowClient, "create_model_version", slowly)
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda where: register(parcel, folder, where), ("one", "two")))
-    assert [each.number for each in found] == [1, 1]
+        versions = list(pool.map(lambda where: register(bundle, folder, where), ("one", "two")))
+    assert [each.number for each in versions] == [1, 1]
     assert len(here.search_model_versions("name='blobs'")) == len(here.search_runs([experiment_of(here)])) == 1
 
 
@@ -194,25 +194,27 @@ def killed(*_: object, **__: object) -> None:
 
 
 def experiment_of(client: MlflowClient) -> str:
-    found = client.get_experiment_by_name("blobs")
-    assert found is not None
-    return str(found.experiment_id)
+    experiment = client.get_experiment_by_name("blobs")
+    assert experiment is not None
+    return str(experiment.experiment_id)
 
 
 @pytest.mark.slow
 def test_released_model_generates_the_same_images(stages: Stages, tmp_path: Path, dataset: Path) -> None:
     there = stages.at(stages.staging)
-    done = train(dataset, tmp_path / "run")
+    run = train(dataset, tmp_path / "run")
     run_id = there.create_run(there.create_experiment("blobs"), tags={TRAIN_KEY: "key"}).info.run_id
-    export(done.final, weights := tmp_path / "weights.safetensors")
+    export(run.final, weights := tmp_path / "weights.safetensors")
     sampling = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=4)
-    model_versions.register("blobs", run_id, weights, sampling, {}, done.images)
-    asked = pd.DataFrame({"seed": [7], "count": [2]})
-    drawn = mlflow.pyfunc.load_model("models:/blobs/1").predict(asked)
+    model_versions.register("blobs", run_id, weights, sampling, {}, run.images)
+    requests = pd.DataFrame({"seed": [7], "count": [2]})
+    images = mlflow.pyfunc.load_model("models:/blobs/1").predict(requests)
     stages.at(stages.production)
     released = release("models:/blobs/1", "first")
     assert released.version.weights_sha256 == sha256_file(weights)
-    assert mlflow.pyfunc.load_model("models:/blobs@champion").predict(asked)["png"].tolist() == drawn["png"].tolist()
+    assert (
+        mlflow.pyfunc.load_model("models:/blobs@champion").predict(requests)["png"].tolist() == images["png"].tolist()
+    )
 
 
 @pytest.mark.slow
@@ -260,14 +262,14 @@ def test_bundling_process_gets_staging_credentials_only(no_servers: None) -> Non
 def test_a_version_is_released_with_the_one_that_it_is_based_on(stages: Stages, tmp_path: Path) -> None:
     stages.at(stages.staging)
     base = write_model(tmp_path / "base.safetensors", 1, 7)
-    tuned = write_lora(tmp_path / "tuned" / "lora.safetensors", base, 1)
+    adapter = write_lora(tmp_path / "tuned" / "lora.safetensors", base, 1)
     sampling = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=4)
     first = import_model(str(base), "bases", "CC0-1.0", sampling).version
-    import_model(str(tuned), "tuned", "CC0-1.0", sampling)
+    import_model(str(adapter), "tuned", "CC0-1.0", sampling)
     here = stages.at(stages.production)
-    done = release("models:/tuned/1", "first")
+    result = release("models:/tuned/1", "first")
     assert here.get_model_version("bases", "1").tags[model_versions.WEIGHTS] == first.weights_sha256
     assert [entry.version for entry in Ledger.of("bases").read().entries] == []
-    load_model(model_versions.cached_weights(done.version, tmp_path / "cache"))
+    load_model(model_versions.cached_weights(result.version, tmp_path / "cache"))
     assert release("models:/tuned/1", "first").already
     assert len(here.search_model_versions("name='bases'")) == 1

@@ -66,8 +66,8 @@ def actions(done: GcResult) -> dict[str, str]:
 
 def training(mlflow: MlflowClient, key: str, version: Manifest | None = None) -> str:
     """A run that has ended, with an artifact."""
-    found = mlflow.get_experiment_by_name("blobs")
-    experiment = found.experiment_id if found else mlflow.create_experiment("blobs")
+    mlflow_experiment = mlflow.get_experiment_by_name("blobs")
+    experiment = mlflow_experiment.experiment_id if mlflow_experiment else mlflow.create_experiment("blobs")
     tags = {TRAIN_KEY: key} | ({CONTENT: version.content_digest} if version else {})
     run_id = str(mlflow.create_run(experiment, tags=tags).info.run_id)
     mlflow.log_text(run_id, key, "history/losses.csv")
@@ -93,21 +93,21 @@ def test_gc_deletes_files_of_old_versions_except_shared_ones(place: Place) -> No
 
     assert actions(collected(1)) == {f"blobs {each.digest[:12]}": "keep" for each in (first, second)}
     listed = list(place.catalog.store.list_objects(place.bucket))
-    looked = collect(STRICT, after(100), dry_run=True)
+    dry_run = collect(STRICT, after(100), dry_run=True)
     assert list(place.catalog.store.list_objects(place.bucket)) == listed
-    lines = list(format_items(looked.items))
+    lines = list(format_items(dry_run.items))
     assert any("set aside" in line and first.digest[:12] in line for line in lines)
     assert any(line.startswith("keep") and "current in data/blobs" in line for line in lines)
     aside = collected(100)
-    assert actions(aside) == actions(looked)
+    assert actions(aside) == actions(dry_run)
     assert actions(aside) == {f"blobs {first.digest[:12]}": "set aside", f"blobs {second.digest[:12]}": "keep"}
     assert set(place.catalog.versions()) == {second.digest}
     assert set(place.catalog.versions(retired=True)) == {first.digest}, "a takedown looks there, too"
     assert set(place.catalog.store.list_keys(place.bucket, "dvc/")) == before
     assert actions(collected(0.5))[f"blobs {first.digest[:12]}"] == "set aside"
     assert actions(collected(100))[f"blobs {first.digest[:12]}"] == "delete"
-    left = set(place.catalog.store.list_keys(place.bucket, "dvc/"))
-    assert left < before
+    keys = set(place.catalog.store.list_keys(place.bucket, "dvc/"))
+    assert keys < before
     assert f"blobs {first.digest[:12]}" not in actions(collected(100))
     assert list(place.catalog.store.list_keys(place.bucket, "retired/")) == []
     assert restorable(place, second)
@@ -165,9 +165,9 @@ def test_gc_restores_a_version_trained_on_in_the_meantime(place: Place, mlflow: 
 
 def place_digest(place: Place, version: Manifest) -> str:
     """DVC's digest of a version whose listing lies on the remote."""
-    wanted = md5(manifest_bytes(version)).hexdigest()
+    digest = md5(manifest_bytes(version)).hexdigest()
     listings = Remote.from_url(place.source).listings()
-    return next(name for name, listing in listings if listing["manifest.json"] == wanted)
+    return next(name for name, listing in listings if listing["manifest.json"] == digest)
 
 
 @pytest.mark.slow
@@ -222,15 +222,15 @@ def test_gc_keeps_runs_with_versions_ledger_entries_or_samples(
     place: Place, mlflow: MlflowClient, tmp_path: Path
 ) -> None:
     versions = [place.version(*numbers) for numbers in ((), range(100, 104), range(104, 108), range(108, 112))]
-    lost, registered, printed = (training(mlflow, key, version) for key, version in zip("abc", versions, strict=False))
+    lost, registered, sampled = (training(mlflow, key, version) for key, version in zip("abc", versions, strict=False))
     version = add_version(mlflow, tmp_path, "blobs", run_id=registered, **{CONTENT: versions[1].content_digest})
     promote("blobs", version.number)
-    place.catalog.store.put_once(place.bucket, *batch_of("blobs", 7, printed, versions[2]))
+    place.catalog.store.put_once(place.bucket, *batch_of("blobs", 7, sampled, versions[2]))
 
     not_generated = STRICT.model_copy(update={"batch_days": None, "unfinished_days": 1e4})
     first = actions(collected(100, not_generated))
     assert first[f"runs:/{lost}"] == "set aside"
-    assert {first[f"runs:/{each}"] for each in (registered, printed)} == {"keep"}
+    assert {first[f"runs:/{each}"] for each in (registered, sampled)} == {"keep"}
     assert mlflow.get_run(lost).info.lifecycle_stage == "deleted"
     assert mlflow.list_artifacts(lost)
     assert first[f"blobs {versions[0].digest[:12]}"] == "keep", "the run may yet be brought back"
@@ -272,7 +272,7 @@ def test_gc_ignores_foreign_and_manually_deleted_runs(mlflow: MlflowClient, plac
 
 
 def batch_of(model: str, seed: int, run_id: str, version: Manifest) -> tuple[str, bytes]:
-    """Key and bytes of the ``batch.json`` of prints of version 1."""
+    """Key and bytes of the ``batch.json`` of samples of version 1."""
     batch = SamplingBatch(
         model=model,
         version=1,
@@ -297,14 +297,14 @@ def test_gc_deletes_old_batches_and_a_kill_leaves_unfinished_ones(place: Place) 
     store.put_once(place.bucket, "samples/blobs/1/half/batch.json", about)
     store.put_once(place.bucket, "elsewhere/00000000.png", b"")
 
-    looked = actions(collect(STRICT, after(8), dry_run=True))
-    assert (looked[f"s3://{place.bucket}/{folder}"], looked[f"s3://{place.bucket}/samples/blobs/1/half"]) == (
+    dry_run = actions(collect(STRICT, after(8), dry_run=True))
+    assert (dry_run[f"s3://{place.bucket}/{folder}"], dry_run[f"s3://{place.bucket}/samples/blobs/1/half"]) == (
         "keep",
         "set aside",
     )
-    [found] = [each for each in SamplingBatches(store, place.bucket, STRICT, after(100)).batches if each.finished]
+    [batch] = [each for each in SamplingBatches(store, place.bucket, STRICT, after(100)).batches if each.finished]
     keys = list(store.list_keys(place.bucket, f"{folder}/"))
-    order = [key.removeprefix(f"{folder}/") for keys in group_for_deletion(found.place, keys) for key in keys]
+    order = [key.removeprefix(f"{folder}/") for keys in group_for_deletion(batch.place, keys) for key in keys]
     assert order == names
     before = set(store.list_keys(place.bucket, "samples/"))
     marks = {f"deleted/{folder}", "deleted/samples/blobs/1/half"}
@@ -337,8 +337,8 @@ def test_gc_skips_or_names_objects_changed_by_others(bucket: str, store: Store) 
     with pytest.raises(UserError, match="there is no bucket nowhere"):
         SamplingBatches(store, "nowhere", STRICT, after(8))
     store.put_once(bucket, "samples/blobs/1/x/batch.json", b'{"of": "somebody else"}')
-    found, unread = SamplingBatches(store, bucket, STRICT, after(1)).read_remaining_batches()
-    assert (found, list(unread)) == ([], [("blobs", 1)])
+    batches, unread = SamplingBatches(store, bucket, STRICT, after(1)).read_remaining_batches()
+    assert (batches, list(unread)) == ([], [("blobs", 1)])
     assert "samples/blobs/1/x/batch.json is damaged, or of a newer Darkroom" in unread["blobs", 1]
 
 
@@ -355,15 +355,15 @@ def test_a_damaged_manifest_keeps_its_data_set_whole_and_stops_nothing_else(
     run_id = training(mlflow, "a")
     before = set(store.list_keys(place.bucket, "dvc/"))
 
-    done = collected(200)
-    why = {item.name: item.why for item in done.items}
+    result = collected(200)
+    why = {item.name: item.why for item in result.items}
     for digest, key in zip("01", junk, strict=True):
-        assert (actions(done)[f"blobs {digest * 12}"], f"{key} is damaged" in why[f"blobs {digest * 12}"]) == (
+        assert (actions(result)[f"blobs {digest * 12}"], f"{key} is damaged" in why[f"blobs {digest * 12}"]) == (
             "keep",
             True,
         )
-    assert actions(done)[f"blobs {first.digest[:12]}"] == "set aside", "which would have gone"
-    assert actions(done)[f"runs:/{run_id}"] == "set aside"
+    assert actions(result)[f"blobs {first.digest[:12]}"] == "set aside", "which would have gone"
+    assert actions(result)[f"runs:/{run_id}"] == "set aside"
     assert set(store.list_keys(place.bucket, "dvc/")) == before
     assert set(place.catalog.versions()) == {second.digest}
     assert junk[0] in caplog.text
@@ -381,10 +381,10 @@ def test_gc_keeps_everything_an_unreadable_batch_may_need(place: Place, mlflow: 
     store.put_once(place.bucket, "samples/gone/7/x/_SUCCESS", b"")
     policy = STRICT.model_copy(update={"batch_days": None})
 
-    done = collected(100, policy)
-    (run,) = (item for item in done.items if item.name == f"runs:/{run_id}")
+    result = collected(100, policy)
+    (run,) = (item for item in result.items if item.name == f"runs:/{run_id}")
     assert (run.action, key in run.why) == ("keep", True)
-    assert actions(done)[f"blobs {old.digest[:12]}"] == "keep"
+    assert actions(result)[f"blobs {old.digest[:12]}"] == "keep"
     store.delete_many(place.bucket, [key])
     assert actions(collected(100, policy))[f"runs:/{run_id}"] == "set aside"
 
@@ -407,11 +407,11 @@ def test_gc_keeps_a_batch_that_a_job_just_resumed(bucket: str, store: Store) -> 
         store.put_once(bucket, place.key(name), name.encode())
     time.sleep(1.1)  # servers tell ages by the second
     before = set(store.list_keys(bucket, place.key("")))
-    prints = SamplingBatches(store, bucket, STRICT, after(8))
-    [batch] = prints.batches
+    sampling_batches = SamplingBatches(store, bucket, STRICT, after(8))
+    [batch] = sampling_batches.batches
     assert batch.action == "set aside"
     begin(store, about, place, None)
-    prints.sweep().act()
+    sampling_batches.sweep().act()
     assert set(store.list_keys(bucket, place.key(""))) == before
     assert SamplingBatches(store, bucket, STRICT, after(0)).batches[0].newest > batch.newest
 
@@ -430,18 +430,18 @@ def test_gc_deletes_unused_cached_shards_and_weights(place: Place, mlflow: Mlflo
 
 
 def test_gc_deletes_leftovers_unless_recently_modified(place: Place) -> None:
-    left = [
+    leftovers = [
         Path("runs/blobs/checkpoints", f".0000000008.safetensors.{'a' * 32}.partial"),
         Path("data/.blobs/chunks", f".{'c' * 64}.{'b' * 32}.partial"),
         Path(".darkroom/requests", f".{'c' * 32}.partial").resolve(),
     ]
     others = [Path("runs/blobs/.mine.partial"), Path("data/images", f".x.{'a' * 32}.partial")]
-    for path in [*left, *others]:
+    for path in [*leftovers, *others]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"begun")
     assert not actions(collected(0.9))
-    assert actions(collected(1.1)) == {str(path): "delete" for path in left}
-    assert [path.exists() for path in [*left, *others]] == [False] * 3 + [True] * 2
+    assert actions(collected(1.1)) == {str(path): "delete" for path in leftovers}
+    assert [path.exists() for path in [*leftovers, *others]] == [False] * 3 + [True] * 2
 
 
 def test_broken_ledger_stops_gc_before_any_deletion(place: Place) -> None:

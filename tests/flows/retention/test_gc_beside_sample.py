@@ -17,7 +17,7 @@ from flows.sampling.generate_batch import ImageGroup
 from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Store
 from tests.builders.gc_batches import BATCHES, generate
-from tests.builders.sampling_batches import found, rows_of
+from tests.builders.sampling_batches import rows_of, stored_files
 
 AT_ONCE = RetentionConfig(unfinished_days=0, batch_days=0, grace_hours=0)
 """Everything is old, whoever is at work on it, and goes without a grace."""
@@ -28,7 +28,7 @@ WAYS = [pytest.param(BATCHES[0], False, id="png-paused"), pytest.param(BATCHES[1
 def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No model: what is generated is no matter here, and takes no time."""
 
-    def generated(made: SamplingBatch, _: Path, indices: range, *__: object) -> Iterator[ImageGroup]:
+    def generated(sampling_batch: SamplingBatch, _: Path, indices: range, *__: object) -> Iterator[ImageGroup]:
         images = torch.arange(len(indices) * 64, dtype=torch.uint8).reshape(-1, 1, 8, 8)
         yield [(index, image, None, UNCONDITIONAL) for index, image in zip(indices, images, strict=True)]
 
@@ -63,19 +63,19 @@ def finished(store: Store, bucket: str) -> list[Location]:
     return [Location(bucket, key.removesuffix("/_SUCCESS")) for key in keys if key.endswith("/_SUCCESS")]
 
 
-def is_whole(store: Store, made: SamplingBatch, place: Location) -> bool:
-    files = found(store, place)
+def is_whole(store: Store, sampling_batch: SamplingBatch, place: Location) -> bool:
+    files = stored_files(store, place)
     if "manifest.parquet" not in files:
         return False
-    names = {row["tar"] if made.format == "tar" else row["key"] for row in rows_of(files)}
-    return names <= set(files) and not generate_batch.list_unfinished_chunks(store, made, place)
+    names = {row["tar"] if sampling_batch.format == "tar" else row["key"] for row in rows_of(files)}
+    return names <= set(files) and not generate_batch.list_unfinished_chunks(store, sampling_batch, place)
 
 
-def half(store: Store, made: SamplingBatch, bucket: str, weights: Path) -> None:
+def half(store: Store, sampling_batch: SamplingBatch, bucket: str, weights: Path) -> None:
     """What a killed job left: the first chunk."""
-    place = generate_batch.find_default_place(store, made, bucket)
-    generate_batch.begin(store, made, place, None)
-    generate_batch.generate_chunk(store, made, place, weights, 0, None, 1)
+    place = generate_batch.find_default_place(store, sampling_batch, bucket)
+    generate_batch.begin(store, sampling_batch, place, None)
+    generate_batch.generate_chunk(store, sampling_batch, place, weights, 0, None, 1)
 
 
 def requests_of(act: Callable[[Store], object]) -> int:
@@ -92,31 +92,31 @@ def requests_of(act: Callable[[Store], object]) -> int:
     "every batch that counts as finished has all its images",
 )
 @pytest.mark.slow
-@pytest.mark.parametrize(("made", "killed"), WAYS)
+@pytest.mark.parametrize(("sampling_batch", "is_killed"), WAYS)
 def test_gc_runs_before_any_request_of_a_job_which_ends_in_a_whole_batch(
-    store: Store, bucket: str, weights: Path, made: SamplingBatch, killed: bool
+    store: Store, bucket: str, weights: Path, sampling_batch: SamplingBatch, is_killed: bool
 ) -> None:
-    half(store, made, bucket, weights)
-    last = requests_of(lambda counted: generate(counted, made, bucket, weights))
+    half(store, sampling_batch, bucket, weights)
+    last = requests_of(lambda counted: generate(counted, sampling_batch, bucket, weights))
     assert last > 15
 
     def stop() -> None:
         collect(store, bucket)
-        if killed:
+        if is_killed:
             raise KeyboardInterrupt
 
     for number in range(1, last + 1):
         store.delete_many(bucket, list(store.list_keys(bucket, "samples/")) + list(store.list_keys(bucket, "deleted/")))
-        half(store, made, bucket, weights)
+        half(store, sampling_batch, bucket, weights)
         job = Store()
         with before_request(job, number, stop):
             try:
-                place = generate(job, made, bucket, weights)
+                place = generate(job, sampling_batch, bucket, weights)
             except KeyboardInterrupt:
-                assert killed
-                place = generate(store, made, bucket, weights)
-        assert is_whole(store, made, place), number
-        assert all(is_whole(store, made, each) for each in finished(store, bucket)), number
+                assert is_killed
+                place = generate(store, sampling_batch, bucket, weights)
+        assert is_whole(store, sampling_batch, place), number
+        assert all(is_whole(store, sampling_batch, each) for each in finished(store, bucket)), number
 
 
 @pytest.mark.drill(
@@ -125,58 +125,58 @@ def test_gc_runs_before_any_request_of_a_job_which_ends_in_a_whole_batch(
     "every batch that counts as finished has all its images",
 )
 @pytest.mark.slow
-@pytest.mark.parametrize(("made", "killed"), WAYS)
+@pytest.mark.parametrize(("sampling_batch", "is_killed"), WAYS)
 def test_a_job_runs_before_any_request_of_gc_and_keeps_what_it_finished(
-    store: Store, bucket: str, weights: Path, made: SamplingBatch, killed: bool
+    store: Store, bucket: str, weights: Path, sampling_batch: SamplingBatch, is_killed: bool
 ) -> None:
-    half(store, made, bucket, weights)
+    half(store, sampling_batch, bucket, weights)
     last = requests_of(lambda counted: collect(counted, bucket))
     assert last > 10
     places: list[Location] = []
 
     def stop() -> None:
-        places.append(generate(store, made, bucket, weights))
-        if killed:
+        places.append(generate(store, sampling_batch, bucket, weights))
+        if is_killed:
             raise KeyboardInterrupt
 
     for number in range(1, last + 1):
         store.delete_many(bucket, list(store.list_keys(bucket, "samples/")) + list(store.list_keys(bucket, "deleted/")))
-        half(store, made, bucket, weights)
+        half(store, sampling_batch, bucket, weights)
         gc = Store()
         with before_request(gc, number, stop):
             try:
                 collect(gc, bucket)
             except KeyboardInterrupt:
-                assert killed
+                assert is_killed
         for place in finished(store, bucket):
-            assert is_whole(store, made, place), number
+            assert is_whole(store, sampling_batch, place), number
         # Where everything is old, also what was just finished; but never a part of it.
         assert places[-1] in finished(store, bucket) or generate_batch.is_deleted(store, places[-1]), number
     assert len(places) == last
 
 
-@pytest.mark.parametrize("made", BATCHES, ids=lambda made: made.format)
+@pytest.mark.parametrize("sampling_batch", BATCHES, ids=lambda sampling_batch: sampling_batch.format)
 def test_late_deletion_does_not_touch_a_repeated_batch(
-    store: Store, bucket: str, weights: Path, made: SamplingBatch
+    store: Store, bucket: str, weights: Path, sampling_batch: SamplingBatch
 ) -> None:
-    first = generate(store, made, bucket, weights)
-    before = found(store, first)
+    first = generate(store, sampling_batch, bucket, weights)
+    before = stored_files(store, first)
     late = list(store.list_keys(bucket, first.key("")))
     collect(store, bucket)
     assert finished(store, bucket) == []
-    second = generate(store, made, bucket, weights)
+    second = generate(store, sampling_batch, bucket, weights)
     assert second.prefix == f"{first.prefix}.2"
-    assert found(store, second) == before
+    assert stored_files(store, second) == before
     store.delete_many(bucket, late)
-    assert is_whole(store, made, second)
-    assert generate(store, made, bucket, weights) == second
+    assert is_whole(store, sampling_batch, second)
+    assert generate(store, sampling_batch, bucket, weights) == second
 
 
-@pytest.mark.parametrize("made", BATCHES, ids=lambda made: made.format)
+@pytest.mark.parametrize("sampling_batch", BATCHES, ids=lambda sampling_batch: sampling_batch.format)
 def test_late_success_marker_is_deleted_by_the_next_gc(
-    store: Store, bucket: str, weights: Path, made: SamplingBatch
+    store: Store, bucket: str, weights: Path, sampling_batch: SamplingBatch
 ) -> None:
-    place = generate(store, made, bucket, weights)
+    place = generate(store, sampling_batch, bucket, weights)
     collect(store, bucket)
     store.put_once(bucket, place.key("_SUCCESS"), b"")
     collect(store, bucket)

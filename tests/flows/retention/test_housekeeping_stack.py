@@ -21,14 +21,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
-    """A running stack with a champion and three prints of it."""
+    """A running stack with a champion and three samples of it."""
     with running(tmp_path_factory.mktemp("workspace"), PARAMS | QUICK, 60) as space:
         space.json("retrain", "images", "--count", "3")
         yield space
 
 
-def told(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
-    """What the servers of a workspace say of champion, ledger and prints."""
+def registry_state(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """What the servers of a workspace say of champion, ledger and samples."""
     for name, value in space.variables.items():
         if name.startswith(("MLFLOW_", "AWS_")):
             monkeypatch.setenv(name, value)
@@ -47,8 +47,8 @@ def told(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]
 
 @pytest.mark.long
 def test_gc_deletes_sweep_runs_without_a_registered_version(workspace: Workspace, server: MlflowClient) -> None:
-    asked = ("sweep", "--over", "training.seed=1,2", "--over", "model.width=16")
-    swept = workspace.json(*asked)
+    command = ("sweep", "--over", "training.seed=1,2", "--over", "model.width=16")
+    swept = workspace.json(*command)
     runs = [server.get_run(point["run_id"]) for point in swept["ranking"]["models"]]
     assert {run.data.tags["mlflow.parentRunId"] for run in runs} == {swept["run_id"]}
     assert {run.data.params["training.seed"] for run in runs} == {"1", "2"}
@@ -58,22 +58,22 @@ def test_gc_deletes_sweep_runs_without_a_registered_version(workspace: Workspace
     assert [item.path for item in server.list_artifacts(swept["run_id"])] == ["sweep.html"]
     finals = {path: path.stat().st_mtime_ns for path in workspace.folder.glob("runs/sweeps/blobs/*/final.safetensors")}
     assert len(finals) == 2
-    assert workspace.json(*asked) == swept
+    assert workspace.json(*command) == swept
     assert {path: path.stat().st_mtime_ns for path in finals} == finals
 
-    looked = workspace.json("gc", "--dry-run")
-    assert {item["action"] for item in looked["items"]} == {"keep"}
+    dry_run = workspace.json("gc", "--dry-run")
+    assert {item["action"] for item in dry_run["items"]} == {"keep"}
     strict = ("--set", "retention.run_days=0", "--set", "retention.grace_hours=0", "--set", "retention.data_days=0")
     experiment = runs[0].info.experiment_id
-    kept = server.get_model_version_by_alias("blobs", "champion").run_id
-    done = workspace.json("gc", *strict)
-    gone = {item["name"] for item in done["items"] if item["action"] != "keep" and item["kind"] == "runs"}
-    assert gone == {f"runs:/{run_id}" for run_id in (swept["run_id"], *(run.info.run_id for run in runs))}
-    left = objects(workspace, f"s3://darkroom/mlflow/{experiment}/")
-    assert not any(run.info.run_id in name for name in left for run in runs)
-    assert any(kept in name for name in left)
+    champion_run = server.get_model_version_by_alias("blobs", "champion").run_id
+    result = workspace.json("gc", *strict)
+    deleted_names = {item["name"] for item in result["items"] if item["action"] != "keep" and item["kind"] == "runs"}
+    assert deleted_names == {f"runs:/{run_id}" for run_id in (swept["run_id"], *(run.info.run_id for run in runs))}
+    contents = objects(workspace, f"s3://darkroom/mlflow/{experiment}/")
+    assert not any(run.info.run_id in name for name in contents for run in runs)
+    assert any(champion_run in name for name in contents)
     assert not any(path.exists() for path in finals)
-    assert workspace.json("gc", *strict)["items"] != done["items"]
+    assert workspace.json("gc", *strict)["items"] != result["items"]
     [image] = [name for name in objects(workspace, "s3://darkroom/samples/") if name.endswith("00000002.png")]
     assert workspace.json("trace", f"s3://darkroom/samples/{image}")["broken"] == []
     assert workspace.json("promote")["promoted"]
@@ -88,18 +88,18 @@ def test_gc_deletes_sweep_runs_without_a_registered_version(workspace: Workspace
 def test_a_stack_that_was_destroyed_comes_back_of_a_backup_taken_while_it_worked(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = told(workspace, monkeypatch)
+    before = registry_state(workspace, monkeypatch)
     target = workspace.folder / "backups"
-    # Somebody prints meanwhile: what is half there is left out, or finished by the same command.
+    # Somebody samples meanwhile: what is half there is left out, or finished by the same command.
     printing = workspace.start("sample", "--count", "8", "--seed", "9")
-    killed = workspace.start("server", "backup", str(target))
+    killed_backup = workspace.start("server", "backup", str(target))
     time.sleep(6)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.communicate()
-    done = workspace.json("server", "backup", str(target))
+    os.killpg(killed_backup.pid, signal.SIGKILL)
+    killed_backup.communicate()
+    result = workspace.json("server", "backup", str(target))
     printing.communicate(timeout=300)
     again = workspace.json("server", "backup", str(target))
-    assert again["objects"] >= done["objects"]
+    assert again["objects"] >= result["objects"]
     secrets = [workspace.variables[name] for name in ("MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY")]
     files = [path for path in target.rglob("*") if path.is_file()]
     assert not any(secret.encode() in path.read_bytes() for path in files for secret in secrets)
@@ -114,8 +114,8 @@ def test_a_stack_that_was_destroyed_comes_back_of_a_backup_taken_while_it_worked
     elsewhere = Workspace(workspace.folder)
     elsewhere.variables["DARKROOM_HOME"] = str(workspace.folder / ".restored")
     try:
-        restored = elsewhere.json("server", "restore", str(target), "--backup", done["stamp"])
-        assert restored["stamp"] == done["stamp"]
+        restored = elsewhere.json("server", "restore", str(target), "--backup", result["stamp"])
+        assert restored["stamp"] == result["stamp"]
         assert [removal["image_keys"] for removal in restored["later_removals"]] == [[removed]]
         assert datetime.fromisoformat(restored["removals_known_until"]).strftime(STAMP) == last["stamp"]
         assert "there is a stack" in elsewhere.run("server", "restore", str(target), code=2)
@@ -123,11 +123,11 @@ def test_a_stack_that_was_destroyed_comes_back_of_a_backup_taken_while_it_worked
             name, _, value = line.removeprefix("export ").partition("=")
             elsewhere.variables[name] = value.strip("'\"")
         assert elsewhere.variables["MLFLOW_TRACKING_PASSWORD"] not in secrets
-        after = told(elsewhere, monkeypatch)
-        printed = {name: data for name, data in after.pop("samples").items() if "/seed9-" not in f"/{name}"}  # type: ignore[attr-defined]
-        assert printed == before.pop("samples")
+        after = registry_state(elsewhere, monkeypatch)
+        samples = {name: data for name, data in after.pop("samples").items() if "/seed9-" not in f"/{name}"}  # type: ignore[attr-defined]
+        assert samples == before.pop("samples")
         assert after == before
-        [image] = [name for name in printed if name.endswith("00000002.png")]
+        [image] = [name for name in samples if name.endswith("00000002.png")]
         assert elsewhere.json("trace", f"s3://darkroom/samples/{image}")["broken"] == []
         assert elsewhere.json("sample", "--count", "8", "--seed", "9")["count"] == 8
     finally:

@@ -26,7 +26,7 @@ from flows.sampling.request_table import RequestTable
 from flows.sampling.sampling_batch import SamplingBatch, image_key, part_bytes, part_key, part_rows
 from flows.storage.s3 import Location, Object, S3Objects, Store, client
 from tests.builders.http_server import serving
-from tests.builders.sampling_batches import batch, found, rows_of
+from tests.builders.sampling_batches import batch, rows_of, stored_files
 from tests.builders.small_models import write_model
 
 
@@ -36,11 +36,11 @@ def weights(tmp_path: Path) -> Path:
 
 
 def generate_all(
-    store: Store, made: SamplingBatch, place: Location, weights: Path, table: RequestTable | None = None
+    store: Store, planned_batch: SamplingBatch, place: Location, weights: Path, table: RequestTable | None = None
 ) -> None:
-    for chunk in range(len(made.chunks())):
-        generate_batch.generate_chunk(store, made, place, weights, chunk, table, 1)
-    generate_batch.finish(store, made, place)
+    for chunk in range(len(planned_batch.chunks())):
+        generate_batch.generate_chunk(store, planned_batch, place, weights, chunk, table, 1)
+    generate_batch.finish(store, planned_batch, place)
 
 
 def test_tar_batches_equal_png_files_and_are_readable_by_webdataset(
@@ -50,8 +50,8 @@ def test_tar_batches_equal_png_files_and_are_readable_by_webdataset(
     generate_all(store, batch(20), files, weights)
     for place in (tars, again):
         generate_all(store, batch(20, format="tar"), place, weights)
-    plain, packed = found(store, files), found(store, tars)
-    assert packed == found(store, again)
+    plain, packed = stored_files(store, files), stored_files(store, tars)
+    assert packed == stored_files(store, again)
     names = [f"samples-0000{chunk}.tar" for chunk in range(2)]
     parts = [f"manifest/part-0000{chunk}.jsonl" for chunk in range(2)]
     assert sorted(packed) == sorted([*names, *parts, "manifest.parquet", "_SUCCESS"])
@@ -78,9 +78,9 @@ def test_sampled_tars_are_ingested_from_s3(store: Store, bucket: str, weights: P
     place = Location(bucket, "tars")
     generate_all(store, batch(32, format="tar"), place, weights)
     source = f"wds:{place}/samples-*.tar"
-    done = ingest(tmp_path / "set", IngestConfig(source=source, size=8, held_out=0.33), objects=S3Objects())
-    assert done.kept == len({row["pixels_sha256"] for row in rows_of(found(store, place))})
-    assert done.quarantined == []
+    result = ingest(tmp_path / "set", IngestConfig(source=source, size=8, held_out=0.33), objects=S3Objects())
+    assert result.kept == len({row["pixels_sha256"] for row in rows_of(stored_files(store, place))})
+    assert result.quarantined == []
 
 
 def test_parallel_chunks_equal_sequential_ones(store: Store, bucket: str, weights: Path) -> None:
@@ -93,20 +93,22 @@ def test_parallel_chunks_equal_sequential_ones(store: Store, bucket: str, weight
         ]
         assert [work.result().images for work in works] == [16] * 4
     generate_batch.finish(store, batch(64), beside)
-    assert found(store, beside) == found(store, alone)
+    assert stored_files(store, beside) == stored_files(store, alone)
 
 
 def test_finished_chunks_are_skipped_and_unfinished_ones_named(store: Store, bucket: str, weights: Path) -> None:
-    made, place = batch(40, format="tar"), Location(bucket, "half")
-    assert generate_batch.list_unfinished_chunks(store, made, place) == [0, 1, 2]
-    assert generate_batch.generate_chunk(store, made, place, weights, 1, None, 1).images == 16
-    assert generate_batch.list_unfinished_chunks(store, made, place) == [0, 2]
-    assert generate_batch.generate_chunk(store, made, place, weights, 1, None, 1).images == 0
+    planned_batch, place = batch(40, format="tar"), Location(bucket, "half")
+    assert generate_batch.list_unfinished_chunks(store, planned_batch, place) == [0, 1, 2]
+    assert generate_batch.generate_chunk(store, planned_batch, place, weights, 1, None, 1).images == 16
+    assert generate_batch.list_unfinished_chunks(store, planned_batch, place) == [0, 2]
+    assert generate_batch.generate_chunk(store, planned_batch, place, weights, 1, None, 1).images == 0
 
 
 def test_another_fingerprint_prevents_sampling(store: Store, bucket: str, weights: Path) -> None:
-    made = batch(8)
-    elsewhere = made.model_copy(update={"fingerprint": made.fingerprint.model_copy(update={"device": "AVX9"})})
+    planned_batch = batch(8)
+    elsewhere = planned_batch.model_copy(
+        update={"fingerprint": planned_batch.fingerprint.model_copy(update={"device": "AVX9"})}
+    )
     with pytest.raises(ConflictError, match=r"would generate other bits .*device: AVX9 → "):
         generate_batch.generate_chunk(store, elsewhere, Location(bucket, "x"), weights, 0, None, 1)
     assert list(store.list_keys(bucket)) == []
@@ -162,13 +164,13 @@ def test_sampling_overlaps_uploads_with_a_bounded_queue(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     url, hold_by = holding
-    drawn: list[int] = []
+    chunks: list[int] = []
     second = threading.Event()
 
     def counted(model: Any, indices: range, *arguments: Any, **options: Any) -> Any:
         images = really(model, indices, *arguments, **options)
-        drawn.append(indices.start)
-        if len(drawn) == 2:
+        chunks.append(indices.start)
+        if len(chunks) == 2:
             second.set()
         return images
 
@@ -176,17 +178,17 @@ def test_sampling_overlaps_uploads_with_a_bounded_queue(
         # Nothing could set it if drawing waited for the upload.
         assert second.wait(60)
         time.sleep(0.5)
-        ahead.extend(drawn)
+        ahead.extend(chunks)
 
     ahead: list[int] = []
-    # It draws as ever, and only tells when.
+    # It samples as ever, and only tells when.
     really = generate.sample
     monkeypatch.setattr(generate, "sample", counted)
     hold_by(hold)
     slow = Store(client(variables={**s3_environment, "AWS_ENDPOINT_URL_S3": url}))
     generate_batch.generate_chunk(slow, batch(64, chunk=64), Location(bucket, "x"), weights, 0, None, 1)
     assert ahead in ([0, 8], [0, 8, 16])
-    assert drawn == list(range(0, 64, 8))
+    assert chunks == list(range(0, 64, 8))
 
 
 def peak(work: Callable[[], object]) -> int:
@@ -205,12 +207,14 @@ def test_sampling_memory_does_not_grow_with_the_count(store: Store, bucket: str,
     peaks = []
     # The first has what is loaded once.
     for count in (16, 32, 192):
-        made, place = batch(count), Location(bucket, str(count))
-        chunks = range(len(made.chunks()))
+        planned_batch, place = batch(count), Location(bucket, str(count))
+        chunks = range(len(planned_batch.chunks()))
 
-        def generate(made: SamplingBatch = made, place: Location = place, chunks: range = chunks) -> None:
+        def generate(
+            planned_batch: SamplingBatch = planned_batch, place: Location = place, chunks: range = chunks
+        ) -> None:
             for number in chunks:
-                generate_batch.generate_chunk(store, made, place, weights, number, None, 1)
+                generate_batch.generate_chunk(store, planned_batch, place, weights, number, None, 1)
 
         peaks.append(peak(generate))
     sizes = [each.size for each in store.list_objects(bucket, "192/")]
@@ -228,29 +232,29 @@ def test_manifest_writing_holds_the_rows_of_one_chunk(
     monkeypatch.setattr(generate_batch, "list_unfinished_chunks", lambda *_: [])
     peaks = []
     for chunks in (4, 24):
-        made, place = batch(128 * chunks, chunk=128), Location(bucket, str(chunks))
-        rows = ([row | {"index": i, "key": image_key(i)} for i in indices] for indices in made.chunks())
+        planned_batch, place = batch(128 * chunks, chunk=128), Location(bucket, str(chunks))
+        rows = ([row | {"index": i, "key": image_key(i)} for i in indices] for indices in planned_batch.chunks())
         objects = [Object(place.key(part_key(n)), part_bytes(each)) for n, each in enumerate(rows)]
         store.put_many(bucket, objects)
-        peaks.append(peak(lambda: generate_batch.finish(store, made, place)))  # noqa: B023
+        peaks.append(peak(lambda: generate_batch.finish(store, planned_batch, place)))  # noqa: B023
     assert pq.read_metadata(io.BytesIO(store.get(bucket, "24/manifest.parquet"))).num_rows == 128 * 24
     assert peaks[1] - peaks[0] < 3 * len(store.get(bucket, "24/manifest.parquet"))
 
 
 def test_missing_images_are_regenerated_before_finishing(store: Store, bucket: str, weights: Path) -> None:
-    for made in (batch(5, chunk=2), batch(5, chunk=2, format="tar")):
-        place = Location(bucket, made.format)
+    for planned_batch in (batch(5, chunk=2), batch(5, chunk=2, format="tar")):
+        place = Location(bucket, planned_batch.format)
         for chunk in range(3):
-            generate_batch.generate_chunk(store, made, place, weights, chunk, None, 1)
-        before = found(store, place)
-        name = "00000003.png" if made.format == "png" else "samples-00001.tar"
+            generate_batch.generate_chunk(store, planned_batch, place, weights, chunk, None, 1)
+        before = stored_files(store, place)
+        name = "00000003.png" if planned_batch.format == "png" else "samples-00001.tar"
         store.delete_many(bucket, [place.key(name)])
-        assert not generate_batch.finish(store, made, place)
-        assert set(found(store, place)) == set(before) - {name}
-        assert generate_batch.list_unfinished_chunks(store, made, place) == [1]
-        assert generate_batch.generate_chunk(store, made, place, weights, 1, None, 1).images == 2
-        assert generate_batch.finish(store, made, place)
-        assert before.items() < found(store, place).items()
+        assert not generate_batch.finish(store, planned_batch, place)
+        assert set(stored_files(store, place)) == set(before) - {name}
+        assert generate_batch.list_unfinished_chunks(store, planned_batch, place) == [1]
+        assert generate_batch.generate_chunk(store, planned_batch, place, weights, 1, None, 1).images == 2
+        assert generate_batch.finish(store, planned_batch, place)
+        assert before.items() < stored_files(store, place).items()
 
 
 def test_request_table_sets_conditions_of_each_image(store: Store, bucket: str, weights: Path, tmp_path: Path) -> None:
@@ -261,25 +265,25 @@ def test_request_table_sets_conditions_of_each_image(store: Store, bucket: str, 
     generate_batch.begin(store, batch(21, requests=table.about), by_table, table)
     generate_all(store, batch(21, requests=table.about), by_table, weights, table)
     generate_all(store, batch(21, conditions=Conditions(labels=tuple(labels))), by_list, weights)
-    ours, theirs = rows_of(found(store, by_table)), rows_of(found(store, by_list))
+    ours, theirs = rows_of(stored_files(store, by_table)), rows_of(stored_files(store, by_list))
     assert [row["label"] for row in ours] == labels
     # The last compute batch is filled up with other neighbours, which no image sees.
     assert [row["pixels_sha256"] for row in ours] == [row["pixels_sha256"] for row in theirs]
 
 
 def test_location_of_another_batch_is_not_overwritten(store: Store, bucket: str, tmp_path: Path) -> None:
-    place, made = Location(bucket, "here"), batch(40)
-    generate_batch.begin(store, made, place, None)
-    generate_batch.begin(store, made, place, None)
-    moved = made.fingerprint.model_copy(update={"torch": "9"})
+    place, planned_batch = Location(bucket, "here"), batch(40)
+    generate_batch.begin(store, planned_batch, place, None)
+    generate_batch.begin(store, planned_batch, place, None)
+    other_fingerprint = planned_batch.fingerprint.model_copy(update={"torch": "9"})
     for other, words in (
         (batch(41), "of another request"),
         (batch(40, chunk=24), "in chunks of 16 images .*and this has 24"),
-        (batch(40, fingerprint=moved), "another fingerprint .torch: .* → 9"),
+        (batch(40, fingerprint=other_fingerprint), "another fingerprint .torch: .* → 9"),
     ):
         with pytest.raises(ConflictError, match=words):
             generate_batch.begin(store, other, place, None)
-    assert SamplingBatch.model_validate_json(store.get(bucket, "here/batch.json")) == made
+    assert SamplingBatch.model_validate_json(store.get(bucket, "here/batch.json")) == planned_batch
 
 
 def test_unreadable_batch_at_the_location_is_named(store: Store, bucket: str) -> None:

@@ -74,22 +74,30 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
 
 
 def test_stored_request_table_is_verified_on_download(store: Store, bucket: str, tmp_path: Path) -> None:
-    made = RequestTable.from_file(write(tmp_path / "table.csv"), tmp_path)
+    written_table = RequestTable.from_file(write(tmp_path / "table.csv"), tmp_path)
     place, other = Location(bucket, "batch"), Location(bucket, "other")
-    store.put_once(bucket, place.key("requests.parquet"), made.path.read_bytes())
-    found = RequestTable.fetch(made.about, store, place, tmp_path / "elsewhere")
-    assert (found.about, found.rows(range(4))) == (made.about, made.rows(range(4)))
+    store.put_once(bucket, place.key("requests.parquet"), written_table.path.read_bytes())
+    table = RequestTable.fetch(written_table.about, store, place, tmp_path / "elsewhere")
+    assert (table.about, table.rows(range(4))) == (written_table.about, written_table.rows(range(4)))
     foreign = write(tmp_path / "foreign.parquet", ROWS[:1])
     store.put_once(bucket, other.key("requests.parquet"), foreign.read_bytes())
     with pytest.raises(UserError, match="is not the table that the batch was begun with"):
-        RequestTable.fetch(made.about, store, other, tmp_path / "third")
+        RequestTable.fetch(written_table.about, store, other, tmp_path / "third")
 
 
 def planned(store: Store, tmp_path: Path, table: str, classes: dict[str, int], **changes: object) -> SamplingBatch:
     weights = write_model(tmp_path / "weights.safetensors", 1, 0, classes=classes)
-    given = {"sampling": SAMPLING, "count": None, "conditions": UNCONDITIONAL} | changes
+    arguments = {"sampling": SAMPLING, "count": None, "conditions": UNCONDITIONAL} | changes
     batch, _ = plan(
-        store, VERSION, weights, given["sampling"], SamplingBatchConfig(), given["count"], 0, given["conditions"], table
+        store,
+        VERSION,
+        weights,
+        arguments["sampling"],
+        SamplingBatchConfig(),
+        arguments["count"],
+        0,
+        arguments["conditions"],
+        table,
     )  # type: ignore[arg-type]
     return batch
 
@@ -114,8 +122,8 @@ def test_chosen_guidance_applies_to_tables_whose_every_row_is_conditional_and_au
     plain = write_model(tmp_path / "plain.safetensors", 1, 0, classes={"even": 1, "odd": 1}, guide=2)
     config = SamplingBatchConfig()
     for kind, expected in (("guidance", guidance), ("autoguidance", 2)):
-        export(plain, chosen := tmp_path / f"{kind}.safetensors", SAMPLING.changed({kind: 2}))
-        batch, _ = plan(store, VERSION, chosen, SAMPLING, config, None, 0, UNCONDITIONAL, str(tmp_path / "t.csv"))
+        export(plain, model_file := tmp_path / f"{kind}.safetensors", SAMPLING.changed({kind: 2}))
+        batch, _ = plan(store, VERSION, model_file, SAMPLING, config, None, 0, UNCONDITIONAL, str(tmp_path / "t.csv"))
         assert getattr(batch.sampling, kind) == expected
 
 

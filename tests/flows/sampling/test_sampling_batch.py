@@ -1,4 +1,4 @@
-"""Prints say what they were asked to show, and what is written suffices to make them again."""
+"""Samples say under which conditions they were generated, and what is written suffices to generate them again."""
 
 import io
 from pathlib import Path
@@ -67,27 +67,31 @@ def test_stored_batch_regenerates_images_and_lists_their_conditions(
     dataset: Path, tmp_path: Path, conditions: Conditions | None, kind: str
 ) -> None:
     model = load_model(run(dataset, tmp_path / "run").final)
-    made = batch(conditions, SAMPLING.model_copy(update={kind: 2.0}))
-    found = SamplingBatch.model_validate_json(made.json_bytes())
-    images = sample(model, range(4), found.seed, found.sampling, conditions=found.conditions or UNCONDITIONAL)
-    labels = label_names(model, range(4), found.seed, found.conditions or UNCONDITIONAL)
-    encoded = [encode(made, *each) for each in zip(range(4), images, labels, strict=True)]
+    planned_batch = batch(conditions, SAMPLING.model_copy(update={kind: 2.0}))
+    stored_batch = SamplingBatch.model_validate_json(planned_batch.json_bytes())
+    images = sample(
+        model, range(4), stored_batch.seed, stored_batch.sampling, conditions=stored_batch.conditions or UNCONDITIONAL
+    )
+    labels = label_names(model, range(4), stored_batch.seed, stored_batch.conditions or UNCONDITIONAL)
+    encoded = [encode(planned_batch, *each) for each in zip(range(4), images, labels, strict=True)]
     rows = part_rows(part_bytes(row for _, row in encoded), "part")
     sink = io.BytesIO()
-    write_parquet(sink, iter([rows]), made)
+    write_parquet(sink, iter([rows]), planned_batch)
     table = pq.read_table(sink).to_pylist()
     assert [row["label"] for row in table] == (labels if conditions is None else ["odd", None, "even", "odd"])
     assert all((row[kind], row["prompt"], row["negative_prompt"]) == (2.0, None, None) for row in table)
     assert ("autoguidance" in table[0]) == (kind == "autoguidance")
-    again = sample(model, [2], found.seed, found.sampling, conditions=found.conditions or UNCONDITIONAL)[0]
+    again = sample(
+        model, [2], stored_batch.seed, stored_batch.sampling, conditions=stored_batch.conditions or UNCONDITIONAL
+    )[0]
     assert sha256_bytes(again.permute(1, 2, 0).contiguous().numpy().tobytes()) == table[2]["pixels_sha256"]
     text = Image.open(io.BytesIO(encoded[0][0])).text
     assert text.get("darkroom:label") == (None if conditions is None else "odd")
 
 
 def test_prompts_are_stored_in_png_and_manifest_in_any_script() -> None:
-    made = batch(Conditions(prompts=("ein grünes Haus", "красный дом"), negative_prompt="fog"))
-    png, row = encode(made, 1, torch.zeros(1, 8, 8, dtype=torch.uint8), None)
+    planned_batch = batch(Conditions(prompts=("ein grünes Haus", "красный дом"), negative_prompt="fog"))
+    png, row = encode(planned_batch, 1, torch.zeros(1, 8, 8, dtype=torch.uint8), None)
     assert Image.open(io.BytesIO(png)).text["darkroom:prompt"] == "красный дом"
     assert (row["prompt"], row["negative_prompt"], row["label"]) == ("красный дом", "fog", None)
     plain, _ = encode(batch(), 1, torch.zeros(1, 8, 8, dtype=torch.uint8), "even")

@@ -1,4 +1,4 @@
-"""Processes that print are killed at random moments, two of them at one batch: the same bytes are there in the end.
+"""Processes that sample are killed at random moments, two of them at one batch: the same bytes are there in the end.
 
 Without orchestration, so that most moments fall into drawing and uploading; test_sampling_stack.py has it around.
 """
@@ -15,7 +15,7 @@ import pytest
 
 from flows.storage.s3 import Location, Store
 from tests.builders import ROOT
-from tests.builders.sampling_batches import batch, found
+from tests.builders.sampling_batches import batch, stored_files
 from tests.builders.small_models import write_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -37,7 +37,7 @@ generate_batch.finish(store, batch, place)
 
 
 def start(place: Location, weights: Path) -> subprocess.Popen[str]:
-    """A process that prints, which has just begun to."""
+    """A process that samples, which has just begun to."""
     command = [sys.executable, "-c", SAMPLE_SCRIPT, BATCH.json_bytes().decode(), str(place), str(weights)]
     variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
@@ -56,9 +56,9 @@ def test_killed_and_doubled_sampling_gives_identical_bytes(
 ) -> None:
     weights = write_model(tmp_path / "weights.safetensors", 1, 0, classes={"even": 3, "odd": 1})
     undisturbed, killed = Location(bucket, "undisturbed"), Location(bucket, "killed")
-    process, began = start(undisturbed, weights), time.monotonic()
+    process, start_time = start(undisturbed, weights), time.monotonic()
     assert process.wait(600) == 0
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start_time
     moments = random.Random(1)
     for _ in range(kills):
         process = start(killed, weights)
@@ -67,6 +67,6 @@ def test_killed_and_doubled_sampling_gives_identical_bytes(
         process.wait()
     both = [start(killed, weights) for _ in range(2)]
     assert [process.wait(600) for process in both] == [0, 0]
-    assert found(store, killed) == found(store, undisturbed)
+    assert stored_files(store, killed) == stored_files(store, undisturbed)
     names = {f"samples-0000{n}.tar" for n in range(2)} | {f"manifest/part-0000{n}.jsonl" for n in range(2)}
-    assert set(found(store, killed)) == {*names, "manifest.parquet", "_SUCCESS"}
+    assert set(stored_files(store, killed)) == {*names, "manifest.parquet", "_SUCCESS"}

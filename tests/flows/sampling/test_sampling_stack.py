@@ -45,15 +45,15 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 @pytest.fixture(scope="module")
 def undisturbed(workspace: Workspace) -> tuple[dict[str, bytes], float]:
     """The objects of the batch, by name, as two threads make them, and how many seconds that takes."""
-    began = time.monotonic()
-    done = workspace.json(*ARGUMENTS, "--to", "s3://darkroom/undisturbed", "--set", "sampling_batch.workers=2")
-    seconds = time.monotonic() - began
-    assert (done["took"]["images"], done["count"]) == (COUNT, COUNT)
-    assert done["took"]["images_per_cpu_hour"] > 1000
-    made = files(workspace, "undisturbed")
+    start = time.monotonic()
+    result = workspace.json(*ARGUMENTS, "--to", "s3://darkroom/undisturbed", "--set", "sampling_batch.workers=2")
+    seconds = time.monotonic() - start
+    assert (result["took"]["images"], result["count"]) == (COUNT, COUNT)
+    assert result["took"]["images_per_cpu_hour"] > 1000
+    batch_files = files(workspace, "undisturbed")
     names = [name for n in range(3) for name in (f"samples-0000{n}.tar", f"manifest/part-0000{n}.jsonl")]
-    assert sorted(made) == sorted([*names, "batch.json", "manifest.parquet", "_SUCCESS"])
-    return made, seconds
+    assert sorted(batch_files) == sorted([*names, "batch.json", "manifest.parquet", "_SUCCESS"])
+    return batch_files, seconds
 
 
 def files(workspace: Workspace, name: str) -> dict[str, bytes]:
@@ -124,13 +124,13 @@ def test_finished_batch_is_skipped_and_its_run_reports_progress(
     assert objects(workspace, "s3://darkroom/undisturbed/") == before
     api, secret = (workspace.variables[f"PREFECT_API_{name}"] for name in ("URL", "AUTH_STRING"))
     user, _, password = secret.partition(":")
-    wanted = {"artifacts": {"key": {"any_": ["sampling-blobs", "samples-blobs"]}}, "sort": "CREATED_DESC"}
-    shown = httpx.post(f"{api}/artifacts/filter", json=wanted, auth=(user, password)).raise_for_status().json()
-    progress = [each for each in shown if each["key"] == "sampling-blobs"]
+    conditions = {"artifacts": {"key": {"any_": ["sampling-blobs", "samples-blobs"]}}, "sort": "CREATED_DESC"}
+    artifacts = httpx.post(f"{api}/artifacts/filter", json=conditions, auth=(user, password)).raise_for_status().json()
+    progress = [each for each in artifacts if each["key"] == "sampling-blobs"]
     # Of the run just now; that of one that was killed stands still.
     assert progress[0]["data"] == 100.0
     assert any(f"{COUNT:,} of {COUNT:,} images generated" in (each["description"] or "") for each in progress)
-    assert any("images per CPU-hour" in each["data"] for each in shown if each["key"] == "samples-blobs")
+    assert any("images per CPU-hour" in each["data"] for each in artifacts if each["key"] == "samples-blobs")
 
 
 def test_other_chunk_size_is_held_and_table_errors_are_one_line(

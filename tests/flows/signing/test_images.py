@@ -40,12 +40,12 @@ def png() -> bytes:
 
 
 def test_a_signed_copy_has_the_pixels_and_says_who_made_it_of_what(ours: Identity, png: bytes) -> None:
-    signed = ImageSigner(ours.signer()).sign(png, "00000007.png", LINEAGE)
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(signed))), PIXELS)
-    found = verify_image(signed, ours.root.read_text())
-    assert (found.title, found.signer, found.trusted) == ("00000007.png", "ours, Example", True)
-    assert found.lineage == LINEAGE
-    [manifest] = json.loads(Reader("image/png", io.BytesIO(signed)).json())["manifests"].values()
+    signed_png = ImageSigner(ours.signer()).sign(png, "00000007.png", LINEAGE)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(signed_png))), PIXELS)
+    verification = verify_image(signed_png, ours.root.read_text())
+    assert (verification.title, verification.signer, verification.trusted) == ("00000007.png", "ours, Example", True)
+    assert verification.lineage == LINEAGE
+    [manifest] = json.loads(Reader("image/png", io.BytesIO(signed_png)).json())["manifests"].values()
     [actions] = [each["data"]["actions"] for each in manifest["assertions"] if "actions" in each["label"]]
     [created] = actions
     assert (created["action"], created["softwareAgent"]["name"]) == ("c2pa.created", "Darkroom")
@@ -53,19 +53,19 @@ def test_a_signed_copy_has_the_pixels_and_says_who_made_it_of_what(ours: Identit
 
 
 def test_without_a_root_it_is_intact_and_untrusted(ours: Identity, png: bytes) -> None:
-    signed = ImageSigner(ours.signer()).sign(png, "a.png", LINEAGE)
-    assert not verify_image(signed).trusted
+    signed_png = ImageSigner(ours.signer()).sign(png, "a.png", LINEAGE)
+    assert not verify_image(signed_png).trusted
 
 
 def test_a_flipped_byte_anywhere_is_found(ours: Identity, png: bytes) -> None:
-    signed = ImageSigner(ours.signer()).sign(png, "a.png", LINEAGE)
+    signed_png = ImageSigner(ours.signer()).sign(png, "a.png", LINEAGE)
     roots = ours.root.read_text()
-    places = np.random.default_rng(1).integers(0, len(signed), 60)
-    pixels = signed.rfind(b"IDAT") + 100
-    claim = signed.find(b"models:/faces/3", signed.find(b"caBX"))
+    places = np.random.default_rng(1).integers(0, len(signed_png), 60)
+    pixels = signed_png.rfind(b"IDAT") + 100
+    claim = signed_png.find(b"models:/faces/3", signed_png.find(b"caBX"))
     unnoticed = []
     for place in (pixels, claim, *places):
-        altered = bytearray(signed)
+        altered = bytearray(signed_png)
         altered[place] ^= 1
         try:
             verify_image(bytes(altered), roots)
@@ -73,21 +73,21 @@ def test_a_flipped_byte_anywhere_is_found(ours: Identity, png: bytes) -> None:
             continue
         unnoticed.append(place)
     # The signature is padded, and its padding means nothing.
-    assert all(signed[place] == 0 for place in unnoticed)
+    assert all(signed_png[place] == 0 for place in unnoticed)
     assert pixels not in unnoticed
     assert claim not in unnoticed
-    for damaged in (signed[:-20], signed[:2000], signed + b"more", b""):
+    for damaged_png in (signed_png[:-20], signed_png[:2000], signed_png + b"more", b""):
         with pytest.raises(SignatureError):
-            verify_image(damaged, roots)
+            verify_image(damaged_png, roots)
 
 
 def test_a_stripped_manifest_and_a_foreign_key_are_found(ours: Identity, png: bytes, tmp_path: Path) -> None:
     theirs = identity(tmp_path / "theirs")
     with pytest.raises(SignatureError, match="no C2PA manifest"):
         verify_image(png, ours.root.read_text())
-    signed = ImageSigner(theirs.signer()).sign(png, "a.png", LINEAGE)
+    signed_png = ImageSigner(theirs.signer()).sign(png, "a.png", LINEAGE)
     with pytest.raises(SignatureError, match="untrusted"):
-        verify_image(signed, ours.root.read_text())
+        verify_image(signed_png, ours.root.read_text())
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -99,9 +99,9 @@ def test_a_hostile_image_is_not_verified_and_no_crash(png: bytes) -> None:
     text = zlib.compress(bytes(2**27), 1)
     bomb = png[:33] + chunk(b"zTXt", b"x\0\0" + text) + png[33:]
     for image in (huge, bomb, b"", b"GIF89a", b"\xff\xd8\xff", png[:40]):
-        with pytest.raises(SignatureError) as raised:
+        with pytest.raises(SignatureError) as error:
             verify_image(image)
-        assert "BytesIO" not in str(raised.value)
+        assert "BytesIO" not in str(error.value)
 
 
 def test_a_parent_that_is_no_image_is_an_error_of_the_user(ours: Identity, png: bytes) -> None:
@@ -112,12 +112,12 @@ def test_a_parent_that_is_no_image_is_an_error_of_the_user(ours: Identity, png: 
 def test_an_expired_certificate_is_found_and_signs_nothing(png: bytes, tmp_path: Path) -> None:
     brief = identity(tmp_path / "brief", valid=timedelta(seconds=2))
     signer = ImageSigner(brief.signer())
-    signed = signer.sign(png, "a.png", LINEAGE)
-    assert verify_image(signed, brief.root.read_text()).trusted
+    signed_png = signer.sign(png, "a.png", LINEAGE)
+    assert verify_image(signed_png, brief.root.read_text()).trusted
     time.sleep(3.1)  # times in certificates are whole seconds
     for roots in (brief.root.read_text(), None):
         with pytest.raises(SignatureError, match="expired"):
-            verify_image(signed, roots)
+            verify_image(signed_png, roots)
     with pytest.raises(UserError):
         signer.sign(png, "a.png", LINEAGE)
     with pytest.raises(UserError):
@@ -127,8 +127,8 @@ def test_an_expired_certificate_is_found_and_signs_nothing(png: bytes, tmp_path:
 @pytest.mark.parametrize("expired", ["root", "intermediate"])
 def test_an_expired_certificate_above_that_of_the_signer_is_found(png: bytes, tmp_path: Path, expired: str) -> None:
     chained, old = (identity(tmp_path / f"of-{end}", intermediate=True, expired=end) for end in (None, expired))
-    signed = ImageSigner(chained.signer()).sign(png, "a.png", LINEAGE)
-    assert verify_image(signed, old.root.read_text() + chained.root.read_text()).trusted
+    signed_png = ImageSigner(chained.signer()).sign(png, "a.png", LINEAGE)
+    assert verify_image(signed_png, old.root.read_text() + chained.root.read_text()).trusted
     with pytest.raises(SignatureError):
         verify_image(ImageSigner(old.signer()).sign(png, "a.png", LINEAGE), old.root.read_text())
 
@@ -138,10 +138,10 @@ def test_an_edit_names_the_image_it_was_made_of(ours: Identity, png: bytes) -> N
     parent = signer.sign(png, "parent.png", {"index": 0})
     photo = io.BytesIO()
     Image.fromarray(PIXELS).save(photo, "JPEG")
-    for given, count in ((parent, 2), (photo.getvalue(), 1)):
-        signed = signer.sign(png, "edit.png", LINEAGE, given)
-        assert verify_image(signed, ours.root.read_text()).lineage == LINEAGE
-        about = json.loads(Reader("image/png", io.BytesIO(signed)).json())
+    for parent_image, count in ((parent, 2), (photo.getvalue(), 1)):
+        signed_png = signer.sign(png, "edit.png", LINEAGE, parent_image)
+        assert verify_image(signed_png, ours.root.read_text()).lineage == LINEAGE
+        about = json.loads(Reader("image/png", io.BytesIO(signed_png)).json())
         manifest = about["manifests"][about["active_manifest"]]
         assert [each["relationship"] for each in manifest["ingredients"]] == ["parentOf"]
         [actions] = [each["data"]["actions"] for each in manifest["assertions"] if "actions" in each["label"]]
@@ -154,8 +154,8 @@ def test_an_edit_names_the_image_it_was_made_of(ours: Identity, png: bytes) -> N
 @pytest.mark.parametrize("curve", [ec.SECP384R1, ec.SECP521R1])
 def test_keys_of_larger_curves_sign_images(png: bytes, tmp_path: Path, curve: type[ec.EllipticCurve]) -> None:
     large = identity(tmp_path / "large", curve=curve)
-    signed = ImageSigner(large.signer()).sign(png, "a.png", LINEAGE)
-    assert verify_image(signed, large.root.read_text()).trusted
+    signed_png = ImageSigner(large.signer()).sign(png, "a.png", LINEAGE)
+    assert verify_image(signed_png, large.root.read_text()).trusted
 
 
 def test_a_key_without_a_certificate_signs_no_image(ours: Identity) -> None:

@@ -44,12 +44,12 @@ def test_a_signature_is_a_dsse_envelope_with_the_sha256_of_each_file(ours: Ident
     ours.signer(certified=False).sign(model, signature_path(model))
     envelope = json.loads(signature_path(model).read_bytes())["dsseEnvelope"]
     payload, kind = base64.b64decode(envelope["payload"]), envelope["payloadType"]
-    signed = b"DSSEv1 %d %s %d %s" % (len(kind), kind.encode(), len(payload), payload)
+    message = b"DSSEv1 %d %s %d %s" % (len(kind), kind.encode(), len(payload), payload)
     public = load_pem_public_key(ours.public.read_bytes())
     assert isinstance(public, ec.EllipticCurvePublicKey)
-    public.verify(base64.b64decode(envelope["signatures"][0]["sig"]), signed, ec.ECDSA(SHA256()))
-    found = {each["name"]: each["digest"] for each in json.loads(payload)["predicate"]["resources"]}
-    assert found == {
+    public.verify(base64.b64decode(envelope["signatures"][0]["sig"]), message, ec.ECDSA(SHA256()))
+    digests = {each["name"]: each["digest"] for each in json.loads(payload)["predicate"]["resources"]}
+    assert digests == {
         "unet/weights.safetensors": hashlib.sha256(WEIGHTS).hexdigest(),
         "model_index.json": hashlib.sha256(b"{}").hexdigest(),
     }
@@ -121,8 +121,14 @@ def test_a_damaged_signature_is_no_crash(ours: Identity, model: Path, certified:
         signature.write_bytes(whole[:start] + bytes([whole[start] ^ 1]) + whole[start + 1 :])
         with pytest.raises(SignatureError):
             trust.verify(model, signature)
-    for damaged in (b"", b"[]", b"[" * 100_000, b'{"verificationMaterial": {"x509CertificateChain": {}}}', whole[:-9]):
-        signature.write_bytes(damaged)
+    for signature_bytes in (
+        b"",
+        b"[]",
+        b"[" * 100_000,
+        b'{"verificationMaterial": {"x509CertificateChain": {}}}',
+        whole[:-9],
+    ):
+        signature.write_bytes(signature_bytes)
         with pytest.raises(SignatureError):
             trust.verify(model, signature)
 
@@ -204,15 +210,17 @@ def test_the_key_is_opened_by_its_passphrase_and_is_written_nowhere(
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
-    kept: list[bytes] = []
-    monkeypatch.setattr(shutil, "rmtree", lambda folder, *_, **__: kept.extend(map(Path.read_bytes, files(folder))))
+    key_files: list[bytes] = []
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda folder, *_, **__: key_files.extend(map(Path.read_bytes, files(folder)))
+    )
     key = signer.signer()
     key.sign(model, signature_path(model))
-    assert kept
+    assert key_files
     secret = key.private.private_numbers().private_value
     plain = key.private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     forms = (plain.splitlines()[1], key.private.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())[-100:])
-    for data in (*kept, *map(Path.read_bytes, files(tmp_path)), caplog.text.encode(), repr(key).encode()):
+    for data in (*key_files, *map(Path.read_bytes, files(tmp_path)), caplog.text.encode(), repr(key).encode()):
         assert not any(form in data for form in (*forms, str(secret).encode(), b"open sesame"))
 
 
@@ -255,9 +263,9 @@ def test_no_error_repeats_a_key_in_whatever_form_it_is_given(
             with suppress(UserError):
                 SigningKey.load(key)
                 continue
-            with pytest.raises(UserError, match=variable) as raised:
+            with pytest.raises(UserError, match=variable) as error:
                 SigningKey.load(key)
-            assert body[:20] not in "".join(traceback.format_exception(raised.value))
+            assert body[:20] not in "".join(traceback.format_exception(error.value))
 
 
 def test_unusable_keys_are_named(ours: Identity, tmp_path: Path) -> None:

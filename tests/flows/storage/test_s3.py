@@ -77,9 +77,9 @@ def test_an_object_has_a_size_and_an_age_and_one_that_is_not_there_has_neither(
 
 def test_different_bytes_under_an_existing_key_are_not_written(store: Store, bucket: str) -> None:
     store.put_once(bucket, "a/x.png", b"first")
-    with pytest.raises(ConflictError, match=f"s3://{bucket}/a/x.png is taken by other bytes") as held:
+    with pytest.raises(ConflictError, match=f"s3://{bucket}/a/x.png is taken by other bytes") as error:
         store.put_once(bucket, "a/x.png", b"other")
-    assert held.value.exit_code == 3
+    assert error.value.exit_code == 3
     assert store.get(bucket, "a/x.png") == b"first"
 
 
@@ -111,7 +111,7 @@ def test_a_multipart_object_is_compared_by_its_bytes(store: Store, bucket: str, 
         store.put_once(bucket, "big", data[:-1])
 
 
-def test_an_object_of_over_5_gib_is_refused_before_it_is_sent(store: Store, bucket: str, tmp_path: Path) -> None:
+def test_an_object_of_over_5_gib_is_rejected_before_it_is_sent(store: Store, bucket: str, tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb+") as file:
         file.truncate(LARGEST_PUT + 1)
         with pytest.raises(UserError, match=r"a/large would have 5,368,709,121 bytes.* smaller sampling_batch.chunk"):
@@ -245,7 +245,7 @@ def old_server(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
         yield url, request.param
 
 
-def test_a_server_without_conditions_is_refused(old_server: tuple[str, str]) -> None:
+def test_a_server_without_conditions_is_rejected(old_server: tuple[str, str]) -> None:
     url, why = old_server
     keys = {"AWS_ENDPOINT_URL_S3": url, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
     with pytest.raises(UserError, match=f"{url} {why} the condition If-None-Match"):
@@ -276,7 +276,7 @@ def test_a_read_that_breaks_off_is_read_again(breaking_server: str) -> None:
     assert Store(client(attempts=1, variables=keys)).get("prints", "x") == b"image"
 
 
-def test_a_wrong_key_is_refused_in_one_line(s3_environment: dict[str, str], bucket: str) -> None:
+def test_a_wrong_key_is_rejected_in_one_line(s3_environment: dict[str, str], bucket: str) -> None:
     for change in ({"AWS_SECRET_ACCESS_KEY": "wrong"}, {"AWS_ACCESS_KEY_ID": "nobody"}):
         store = Store(client(variables={**s3_environment, **change}))
         for request in (

@@ -18,11 +18,13 @@ def versions(
     """Versions 1 and 2 of a model named as the bucket, which were champion one after the other."""
     monkeypatch.setenv("DARKROOM_BUCKET", bucket)
     experiment = mlflow_client.create_experiment(bucket, artifact_location=(tmp_path / "artifacts").as_uri())
-    made = []
+    version_list = []
     for seed in (1, 2):
         weights = write_model(tmp_path / f"{seed}.safetensors", seed, seed, classes={"even": 3, "odd": 1})
         run = mlflow_client.create_run(experiment)
         data = weights.read_bytes()
-        made.append(add_version(mlflow_client, tmp_path / "registry", bucket, data=data, run_id=run.info.run_id))
+        version_list.append(
+            add_version(mlflow_client, tmp_path / "registry", bucket, data=data, run_id=run.info.run_id)
+        )
         champion.promote(bucket, seed)
-    return made
+    return version_list

@@ -63,11 +63,11 @@ def test_only_tabs_and_inputs_that_the_model_can_use_are_shown(source: Source, t
 
 def test_images_are_the_files_of_the_command_line(source: Source, weights: Path, tmp_path: Path) -> None:
     options = ("--set", "sampling.sampler=dpmpp_2m", "--set", "sampling.steps=3", "--set", "sampling.compute_batch=8")
-    done = darkroom(
+    result = darkroom(
         tmp_path, "sample", "--model", str(weights), "--label", "odd", "--seed", "7", "--count", "3", *options,
         "--out", str(tmp_path / "command"), OMP_NUM_THREADS="1",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     paths, _ = source.generate({"task": "sample", "label": "odd", "seed": 7, "count": 3})
     assert [path.read_bytes() for path in paths] == [
         path.read_bytes() for path in sorted((tmp_path / "command").glob("0*.png"))
@@ -83,10 +83,10 @@ def test_a_painted_hole_is_filled_as_by_the_command_with_a_mask(source: Source, 
     image.save(tmp_path / "image.png")
     Image.fromarray(hole).save(tmp_path / "mask.png")
     request = read_request({"task": "inpaint", "count": 2}, tmp_path / "image.png", tmp_path / "mask.png")
-    done = generate_to_folder(weights, request, SAMPLING, tmp_path / "out")
+    result = generate_to_folder(weights, request, SAMPLING, tmp_path / "out")
     painted = editor_files({"background": image.convert("RGBA"), "layers": [layer], "composite": None}, [(8, 8)])
     paths, _ = source.generate({"task": "inpaint", "count": 2} | painted)
-    assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in sorted(done.folder.glob("0*.png"))]
+    assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in sorted(result.folder.glob("0*.png"))]
     # Painting on the enlarged image marks the same pixels.
     large = {"background": enlarge_to_canvas(image.convert("RGBA")), "layers": [layer.resize((512, 512), 0)]}
     again, _ = source.generate({"task": "inpaint", "count": 2} | editor_files(large, [(8, 8)]))
@@ -141,7 +141,7 @@ def test_a_taken_port_and_a_missing_gradio_are_errors_of_the_user(
     with pytest.raises(UserError):
         launch(build(source), PASSWORD, port=int(address.rstrip("/").rpartition(":")[2]))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         ui(Params())
-    assert caught.value.exit_code == 2
-    assert "darkroom-diffusion[ui]" in str(caught.value)
+    assert error.value.exit_code == 2
+    assert "darkroom-diffusion[ui]" in str(error.value)

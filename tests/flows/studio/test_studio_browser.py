@@ -106,12 +106,12 @@ def test_a_person_generates_and_inpaints(width: int, tmp_path: Path) -> None:
 def test_a_person_votes_looks_at_batches_and_rolls_back_with_a_reason(
     versions: list[Version], mlflow_client: MlflowClient, store: Store, bucket: str, tmp_path: Path
 ) -> None:
-    made = batch(20)
-    place = Location(bucket, f"samples/blobs/3/{made.name}")
-    generate_batch.begin(store, made, place, None)
+    planned_batch = batch(20)
+    place = Location(bucket, f"samples/blobs/3/{planned_batch.name}")
+    generate_batch.begin(store, planned_batch, place, None)
     for chunk in range(2):
-        generate_batch.generate_chunk(store, made, place, tmp_path / "1.safetensors", chunk, None, 1)
-    generate_batch.finish(store, made, place)
+        generate_batch.generate_chunk(store, planned_batch, place, tmp_path / "1.safetensors", chunk, None, 1)
+    generate_batch.finish(store, planned_batch, place)
     sampling = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)
     studio = build(load_version(versions[1].uri, sampling), bucket)
     address = launch(studio, PASSWORD)
@@ -141,9 +141,9 @@ def test_a_person_votes_looks_at_batches_and_rolls_back_with_a_reason(
         expect(page.get_by_text("image 3 of seed 7, as generated")).to_be_visible()
         look_at_both_widths(page, tmp_path / "lineage")
         # Every tab once, however often they are opened.
-        titles = ["Generate", "Inpaint", "Img2img", "Interpolate", "Compare", "Batches", "Ledger"]
+        labels = ["Generate", "Inpaint", "Img2img", "Interpolate", "Compare", "Batches", "Ledger"]
         page.get_by_role("tab", name="Ledger").click()
-        expect(page.get_by_role("tab")).to_have_text(titles)
+        expect(page.get_by_role("tab")).to_have_text(labels)
         expect(page.get_by_text("2. promote")).to_be_visible(timeout=30_000)
         page.get_by_role("button", name="Roll back …").click()
         confirm = page.get_by_role("button", name="Roll back", exact=True)

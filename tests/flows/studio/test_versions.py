@@ -38,8 +38,8 @@ SAMPLING = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)
 def test_votes_are_blind_and_their_tally_is_recorded_on_the_candidate(
     mlflow_client: MlflowClient, versions: list[Version], bucket: str
 ) -> None:
-    numbers, standing = read_versions(bucket)
-    assert (numbers, standing.champion) == ([2, 1], 2)
+    numbers, aliases = read_versions(bucket)
+    assert (numbers, aliases.champion) == ([2, 1], 2)
     ballot = open_ballot(bucket, 2, 1, 5, 3, {"label": "odd"}, SAMPLING)
     source = load_version(f"models:/{bucket}/1", SAMPLING)
     paths, _ = source.generate({"task": "sample", "seed": 5, "count": 3, "label": "odd"})
@@ -48,10 +48,10 @@ def test_votes_are_blind_and_their_tally_is_recorded_on_the_candidate(
     preferred = {"candidate": 0, "champion": 0}
     for side in ("left", "right"):
         pair, left = ballot.pair, ballot.session.left_version(ballot.pair or 0)
-        shown = ballot.sides()
+        sides = ballot.sides()
         assert pair is not None
-        assert shown is not None
-        assert shown[0] == ballot.images[left][pair]
+        assert sides is not None
+        assert sides[0] == ballot.images[left][pair]
         preferred[left if side == "left" else {"candidate": "champion", "champion": "candidate"}[left]] += 1
         ballot, tally = cast(ballot, side)  # type: ignore[arg-type]
     ballot, tally = cast(ballot, "equal")
@@ -63,8 +63,8 @@ def test_votes_are_blind_and_their_tally_is_recorded_on_the_candidate(
     other, _ = cast(open_ballot(bucket, 2, 1, 6, 2, {}, SAMPLING), "equal")
     assert mlflow_client.get_model_version(bucket, "1").tags[VOTES].endswith("no difference 2")
     assert VOTES not in mlflow_client.get_model_version(bucket, "2").tags
-    written = Path(mlflow_client.download_artifacts(versions[0].run_id, ballot.session.artifact)).read_text()
-    assert VoteSession.model_validate_json(written) == ballot.session
+    record = Path(mlflow_client.download_artifacts(versions[0].run_id, ballot.session.artifact)).read_text()
+    assert VoteSession.model_validate_json(record) == ballot.session
     assert other.session.shuffle_seed != ballot.session.shuffle_seed
 
 
@@ -106,18 +106,18 @@ def test_a_rollback_needs_a_reason_and_the_champion_that_was_seen(versions: list
     roll_back_from(bucket, 2, "<script>three eyes</script>")
     history = read_history(bucket)
     assert history.alias_numbers.champion == 1
-    shown = timeline(history)
-    assert shown.index("3. rollback") < shown.index("1. promote")
-    assert "&lt;script&gt;three eyes" in shown
-    assert "<script>" not in shown
+    rows = timeline(history)
+    assert rows.index("3. rollback") < rows.index("1. promote")
+    assert "&lt;script&gt;three eyes" in rows
+    assert "<script>" not in rows
 
 
 def test_a_page_of_a_registered_model_has_all_tabs(versions: list[Version], bucket: str) -> None:
     import gradio as gr
 
     page = build(load_version(versions[0].uri, SAMPLING), bucket)
-    titles = [each.label for each in page.blocks.values() if isinstance(each, gr.Tab)]
-    assert titles == ["Generate", "Inpaint", "Img2img", "Interpolate", "Compare", "Batches", "Ledger"]
+    labels = [each.label for each in page.blocks.values() if isinstance(each, gr.Tab)]
+    assert labels == ["Generate", "Inpaint", "Img2img", "Interpolate", "Compare", "Batches", "Ledger"]
 
 
 def test_batches_are_listed_and_filtered(store: Store, bucket: str, tmp_path: Path) -> None:
@@ -128,13 +128,13 @@ def test_batches_are_listed_and_filtered(store: Store, bucket: str, tmp_path: Pa
         "begun": batch(20, version=4, seed=8),
         "deleted": batch(20, version=4, seed=9),
     }
-    for name, made in requests.items():
-        place = Location(bucket, f"samples/blobs/{made.version}/{made.name}")
-        generate_batch.begin(store, made, place, None)
+    for name, planned_batch in requests.items():
+        place = Location(bucket, f"samples/blobs/{planned_batch.version}/{planned_batch.name}")
+        generate_batch.begin(store, planned_batch, place, None)
         if name != "begun":
-            for chunk in range(len(made.chunks())):
-                generate_batch.generate_chunk(store, made, place, weights, chunk, None, 1)
-            generate_batch.finish(store, made, place)
+            for chunk in range(len(planned_batch.chunks())):
+                generate_batch.generate_chunk(store, planned_batch, place, weights, chunk, None, 1)
+            generate_batch.finish(store, planned_batch, place)
         if name == "deleted":
             store.put_once(bucket, f"deleted/{place.prefix}", b"")
     store.put_once(bucket, "samples/.probe", b"of another program")
@@ -147,20 +147,20 @@ def test_batches_are_listed_and_filtered(store: Store, bucket: str, tmp_path: Pa
     assert {each.batch.version for each in select_batches(listed, "blobs", 4)} == {4}
     assert select_batches(listed, "others") == []
     mixed = select_batches(listed, version=4)
-    found = list(matching_rows(store, mixed, "EVEN"))
-    assert [row["index"] for _, row in found] == list(range(1, 20, 2))
+    rows = list(matching_rows(store, mixed, "EVEN"))
+    assert [row["index"] for _, row in rows] == list(range(1, 20, 2))
     assert [row["label"] for _, row in matching_rows(store, select_batches(listed, version=3))] == ["odd"] * 20
     items, addresses = load_page(store, mixed, "even", 1)
-    assert addresses == [f"{each.place}/{row['key']}" for each, row in found]
+    assert addresses == [f"{each.place}/{row['key']}" for each, row in rows]
     assert len({image.tobytes() for image, _ in items if not isinstance(image, Path)}) == 10
     assert load_page(store, mixed, "even", 2) == ([], [])
 
 
 def test_an_image_of_the_training_set_is_its_own_nearest(no_servers: None, dataset: Path) -> None:
-    opened = Dataset.open(dataset)
-    row = int(opened.rows("train")[5])
-    pixels = opened.pixels([row])[0]
-    manifest = opened.manifest
+    training_set = Dataset.open(dataset)
+    row = int(training_set.rows("train")[5])
+    pixels = training_set.pixels([row])[0]
+    manifest = training_set.manifest
     data = TracedData(
         dataset="blobs",
         version=manifest.digest,
@@ -172,9 +172,9 @@ def test_an_image_of_the_training_set_is_its_own_nearest(no_servers: None, datas
         shards=[],
     )
     unknown = dict.fromkeys(("image", "place", "batch", "finished", "request", "model", "run"))
-    found = Trace.model_validate({**unknown, "data": data, "takedowns": [], "origins": [], "broken": []})
-    items, _ = nearest_training_images(pixels.squeeze(-1), found)
+    lineage = Trace.model_validate({**unknown, "data": data, "takedowns": [], "origins": [], "broken": []})
+    items, _ = nearest_training_images(pixels.squeeze(-1), lineage)
     assert np.array_equal(np.asarray(items[0][0]), pixels.squeeze(-1))
     assert items[0][1].startswith("0.0")
-    elsewhere = found.model_copy(update={"data": data.model_copy(update={"dataset": "not-here"})})
+    elsewhere = lineage.model_copy(update={"data": data.model_copy(update={"dataset": "not-here"})})
     assert nearest_training_images(pixels.squeeze(-1), elsewhere)[0] == []

@@ -125,11 +125,11 @@ def test_metrics_survive_a_server_outage_once_and_in_order(
         writer.log_metrics({"loss": 0.5}, 16)
         while writer.delivered == 0:
             time.sleep(0.05)
-    began = time.monotonic()
+    start = time.monotonic()
     for images in range(32, 64, 16):
         writer.log_metrics({"loss": 1 / images}, images)
         writer.log_image("samples", blob(images), images)
-    assert time.monotonic() - began < 2  # nobody waited for the server
+    assert time.monotonic() - start < 2  # nobody waited for the server
     monkeypatch.setattr(buffered, "PATIENCE", 3.0)
     with pytest.raises(DarkroomError, match=r"4 figures in .*buffer.*give the same command again when MLflow is back"):
         writer.close()

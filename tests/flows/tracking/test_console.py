@@ -59,23 +59,23 @@ def test_slow_work_has_a_rate_of_its_own(hands: Clock) -> None:
 
 
 def test_without_a_terminal_short_work_says_nothing_and_long_work_a_line_each_half_a_minute(hands: Clock) -> None:
-    said: list[str] = []
-    lines = Lines(said.append)
+    messages: list[str] = []
+    lines = Lines(messages.append)
     for done in range(0, 501, 50):
         hands.now += 0.1
         lines("images sampled", done, 500)
-    assert said == []
+    assert messages == []
     for done in range(0, 901, 10):
         hands.now += 1
         lines("images trained on", done, 900, "loss 0.1")
-    assert len(said) == 4
-    assert said[0] == "images trained on: 280 of 900, 10/s, 1:02 left, loss 0.1"
-    assert said[-1] == "images trained on: 900 of 900, 10/s, loss 0.1", "the end of what took long"
+    assert len(messages) == 4
+    assert messages[0] == "images trained on: 280 of 900, 10/s, 1:02 left, loss 0.1"
+    assert messages[-1] == "images trained on: 900 of 900, 10/s, loss 0.1", "the end of what took long"
 
 
 def test_a_phase_ends_with_one_line_and_its_duration(hands: Clock) -> None:
-    said: list[str] = []
-    lines, seconds = Lines(said.append), dict[str, float]()
+    messages: list[str] = []
+    lines, seconds = Lines(messages.append), dict[str, float]()
     token = CONSOLE.set(lines)
     try:
         with phase("train", seconds):
@@ -87,7 +87,7 @@ def test_a_phase_ends_with_one_line_and_its_duration(hands: Clock) -> None:
             lines("KID of halves", 500, 500)
     finally:
         CONSOLE.reset(token)
-    assert said == [
+    assert messages == [
         "train: images trained on: 290 of 400, 10/s, 0:11 left",
         "train      done in 0:41",
         "evaluate   done in 0:05",
@@ -96,8 +96,8 @@ def test_a_phase_ends_with_one_line_and_its_duration(hands: Clock) -> None:
 
 
 def test_time_left_covers_the_phases_to_come_as_far_as_they_are_expected(hands: Clock) -> None:
-    said: list[str] = []
-    lines, seconds, expected = Lines(said.append), dict[str, float](), {"evaluate": 60.0, "promote": 20.0}
+    messages: list[str] = []
+    lines, seconds, expected = Lines(messages.append), dict[str, float](), {"evaluate": 60.0, "promote": 20.0}
     token = CONSOLE.set(lines)
     try:
         with phase("train", seconds, expected):
@@ -115,7 +115,7 @@ def test_time_left_covers_the_phases_to_come_as_far_as_they_are_expected(hands: 
                 lines("images sampled", done, 400)
     finally:
         CONSOLE.reset(token)
-    assert [line for line in said if "done in" not in line] == [
+    assert [line for line in messages if "done in" not in line] == [
         "train: images trained on: 290 of 400, 10/s, 0:11 left, about 1:31 in all",
         "evaluate: images sampled: 290 of 400, 10/s, 0:11 left, about 0:50 in all",
         "promote: images sampled: 290 of 400, 10/s, 0:11 left",

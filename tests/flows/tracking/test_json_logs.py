@@ -13,17 +13,17 @@ from tests.builders import ROOT
 
 def lines(folder: Path, program: str, variables: dict[str, str]) -> list[dict[str, Any]]:
     """What ``program`` wrote to standard error, every line of which has to be an object."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DARKROOM_", "PREFECT_"))}
-    done = subprocess.run(
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("DARKROOM_", "PREFECT_"))}
+    process = subprocess.run(
         [sys.executable, "-c", program],
         cwd=folder,
-        env=kept | variables | {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(folder)},
+        env=environment | variables | {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(folder)},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stderr.splitlines()]
+    assert process.returncode == 0, process.stderr
+    return [json.loads(line) for line in process.stderr.splitlines()]
 
 
 def test_a_command_without_servers_writes_json_too(tmp_path: Path) -> None:

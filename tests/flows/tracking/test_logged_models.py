@@ -32,16 +32,16 @@ class CrashingClient(MlflowClient):
         self.life = life
 
     def __getattribute__(self, name: str) -> Any:
-        found = super().__getattribute__(name)
+        attribute = super().__getattribute__(name)
         if name not in WRITES:
-            return found
+            return attribute
 
         def write(*arguments: Any, **named: Any) -> Any:
-            done = found(*arguments, **named)
+            result = attribute(*arguments, **named)
             self.life -= 1
             if self.life < 0:
                 raise Killed
-            return done
+            return result
 
         return write
 
@@ -59,7 +59,7 @@ def run_id(client: MlflowClient, tmp_path: Path) -> str:
     return str(client.create_run(experiment).info.run_id)
 
 
-def judged(number: int, kid: float, samples: int = 500) -> CheckpointEvaluation:
+def checkpoint_evaluation(number: int, kid: float, samples: int = 500) -> CheckpointEvaluation:
     scores = Scores(
         extractor="efflite0",
         samples=samples,
@@ -82,7 +82,7 @@ def judged(number: int, kid: float, samples: int = 500) -> CheckpointEvaluation:
 
 
 def an_evaluation(kids: list[float], behind: list[float] | None = None, seed: int = 0) -> Evaluation:
-    """Of checkpoints judged in full, and of such that were ``behind`` in a round."""
+    """Of checkpoints evaluated in full, and of such that were ``behind`` in a round."""
     conditions = EvaluationConditions(
         content_digest=CONTENT,
         extractor="efflite0",
@@ -91,7 +91,7 @@ def an_evaluation(kids: list[float], behind: list[float] | None = None, seed: in
         evaluation=EvaluationConfig(seed=seed),
         sampling=sampling_config(),
     )
-    models = [judged(number, kid) for number, kid in enumerate(kids)]
+    models = [checkpoint_evaluation(number, kid) for number, kid in enumerate(kids)]
     return Evaluation(
         dataset="blobs",
         conditions=conditions,
@@ -101,18 +101,18 @@ def an_evaluation(kids: list[float], behind: list[float] | None = None, seed: in
         estimates={},
         best=min(models, key=lambda each: each.scores.kid),
         checkpoints=models,
-        preliminary=[judged(len(kids) + number, kid, 125) for number, kid in enumerate(behind or [])],
+        preliminary=[checkpoint_evaluation(len(kids) + number, kid, 125) for number, kid in enumerate(behind or [])],
     )
 
 
 def ranked(client: MlflowClient, run_id: str) -> list[LoggedModel]:
     """As MLflow's documentation says one ranks models."""
-    found: list[LoggedModel] = mlflow.search_logged_models(
+    models: list[LoggedModel] = mlflow.search_logged_models(
         [client.get_run(run_id).info.experiment_id],
         order_by=[{"field_name": "metrics.eval/kid_efflite0", "ascending": True, "dataset_name": "blobs"}],
         output_format="list",
     )
-    return found
+    return models
 
 
 def points(client: MlflowClient, run_id: str, name: str = "eval/kid_efflite0") -> list[tuple[int, float]]:
@@ -122,11 +122,11 @@ def points(client: MlflowClient, run_id: str, name: str = "eval/kid_efflite0") -
 def test_mlflow_ranks_the_checkpoints_by_their_scores_on_the_data_set(client: MlflowClient, run_id: str) -> None:
     evaluation = an_evaluation([0.5, 0.2, 0.3])
     log_evaluation(RunTracker(client, run_id), evaluation)
-    found = ranked(client, run_id)
-    assert [model.tags[CHECKPOINT] for model in found] == [
+    ranking = ranked(client, run_id)
+    assert [model.tags[CHECKPOINT] for model in ranking] == [
         f"runs/blobs/checkpoints/{number}.safetensors" for number in (1, 2, 0)
     ]
-    best = found[0]
+    best = ranking[0]
     assert best.source_run_id == run_id
     assert best.status == "READY"
     assert best.tags[CHECKPOINT_SHA256] == evaluation.best.sha256
@@ -142,9 +142,9 @@ def test_mlflow_ranks_the_checkpoints_by_their_scores_on_the_data_set(client: Ml
 
 def test_partially_evaluated_checkpoints_rank_last(client: MlflowClient, run_id: str) -> None:
     log_evaluation(RunTracker(client, run_id), an_evaluation([0.5, 0.2], behind=[-0.1]))
-    found = ranked(client, run_id)
-    assert [model.tags[EVALUATED] for model in found] == ["in full", "in full", "preliminary"]
-    assert {point.key: point.value for point in found[2].metrics} == {
+    ranking = ranked(client, run_id)
+    assert [model.tags[EVALUATED] for model in ranking] == ["in full", "in full", "preliminary"]
+    assert {point.key: point.value for point in ranking[2].metrics} == {
         "eval/preliminary_kid_efflite0": -0.1,
         "eval/preliminary_samples": 125,
     }
@@ -166,9 +166,9 @@ def test_logging_models_after_a_kill_creates_no_duplicates(client: MlflowClient,
     with pytest.raises(Killed):
         log_evaluation(RunTracker(CrashingClient(life), run_id), evaluation)
     log_evaluation(RunTracker(client, run_id), evaluation)
-    found = ranked(client, run_id)
-    assert [model.tags[CHECKPOINT_SHA256] for model in found] == [f"{number:064x}" for number in (1, 0)]
-    assert {model.status for model in found} == {"READY"}
+    ranking = ranked(client, run_id)
+    assert [model.tags[CHECKPOINT_SHA256] for model in ranking] == [f"{number:064x}" for number in (1, 0)]
+    assert {model.status for model in ranking} == {"READY"}
     assert points(client, run_id) == [(1000, 0.5), (2000, 0.2)]
 
 
@@ -176,9 +176,9 @@ def test_reevaluated_checkpoint_keeps_its_logged_model(client: MlflowClient, run
     log_evaluation(RunTracker(client, run_id), an_evaluation([0.5, 0.2]))
     anew = an_evaluation([0.1, 0.2], seed=1)
     log_evaluation(RunTracker(client, run_id), anew)
-    found = ranked(client, run_id)
-    assert [model.tags[CHECKPOINT_SHA256] for model in found] == [f"{number:064x}" for number in (0, 1)]
-    assert {model.tags[EVAL_KEY] for model in found} == {anew.eval_key}
+    ranking = ranked(client, run_id)
+    assert [model.tags[CHECKPOINT_SHA256] for model in ranking] == [f"{number:064x}" for number in (0, 1)]
+    assert {model.tags[EVAL_KEY] for model in ranking} == {anew.eval_key}
     log_evaluation(RunTracker(client, run_id), an_evaluation([0.1, 0.2], behind=[0.4], seed=1))
     assert ranked(client, run_id)[2].tags[EVALUATED] == "preliminary"
     log_evaluation(RunTracker(client, run_id), an_evaluation([0.1, 0.2, 0.15], seed=1))

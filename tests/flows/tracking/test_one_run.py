@@ -30,9 +30,9 @@ def begun(client: MlflowClient, experiment: str) -> str:
 
 
 def runs(client: MlflowClient, experiment: str, view: int = ViewType.ACTIVE_ONLY) -> set[str]:
-    found = client.get_experiment_by_name(experiment)
-    assert found is not None
-    return {run.info.run_id for run in client.search_runs([found.experiment_id], run_view_type=view)}
+    mlflow_experiment = client.get_experiment_by_name(experiment)
+    assert mlflow_experiment is not None
+    return {run.info.run_id for run in client.search_runs([mlflow_experiment.experiment_id], run_view_type=view)}
 
 
 @pytest.fixture
@@ -70,9 +70,9 @@ def test_concurrent_starts_leave_one_run(
         [run_id] = set(pool.map(partial(begun, mlflow_client), [experiment] * 3))
     assert runs(mlflow_client, experiment) == {run_id}
     assert len(runs(mlflow_client, experiment, ViewType.ALL)) == 3
-    found = find_run(mlflow_client, experiment, TRAIN_KEY, KEY)
-    assert found is not None
-    assert found.info.run_id == run_id
+    run_ids = find_run(mlflow_client, experiment, TRAIN_KEY, KEY)
+    assert run_ids is not None
+    assert run_ids.info.run_id == run_id
 
 
 def test_unclaimed_run_of_a_killed_machine_is_reused_or_deleted(
@@ -88,13 +88,13 @@ def test_unclaimed_run_of_a_killed_machine_is_reused_or_deleted(
         patch.setattr(Claims, "claim", lambda *_: die())
         with pytest.raises(Killed):
             begun(mlflow_client, experiment)
-    [left] = runs(mlflow_client, experiment)
-    assert begun(mlflow_client, experiment) == left
+    [run] = runs(mlflow_client, experiment)
+    assert begun(mlflow_client, experiment) == run
     # Another one that was killed there, when the first had looked and not claimed yet.
-    where = mlflow_client.get_run(left).info.experiment_id
+    where = mlflow_client.get_run(run).info.experiment_id
     mlflow_client.create_run(where, tags={TRAIN_KEY: KEY}, start_time=0)
-    assert begun(mlflow_client, experiment) == left
-    assert runs(mlflow_client, experiment) == {left}
+    assert begun(mlflow_client, experiment) == run
+    assert runs(mlflow_client, experiment) == {run}
 
 
 def test_deleted_run_is_replaced_by_a_new_one(mlflow_client: MlflowClient, experiment: str, bucket: str) -> None:

@@ -26,8 +26,8 @@ from tests.builders.shapes import blob
 
 
 def config(source: Path, **fields: object) -> IngestConfig:
-    chosen = {"source": str(source), "size": 28, "held_out": 0.5, "near_duplicates": "auto", "workers": 1}
-    return IngestConfig.model_validate(chosen | fields)
+    fields_of_source = {"source": str(source), "size": 28, "held_out": 0.5, "near_duplicates": "auto", "workers": 1}
+    return IngestConfig.model_validate(fields_of_source | fields)
 
 
 def scans(count: int) -> list[Image.Image]:
@@ -99,25 +99,25 @@ def test_where_distinct_images_are_near_most_copies_are_missed_and_the_log_says_
     limit = max(bits for bits in range(49) if sum(each <= bits for each in distances) <= 3)
     with caplog.at_level(logging.WARNING):
         result = ingest(tmp_path / "set", config(save(images, tmp_path / "images")))
-    found = result.near_duplicates
-    assert found is not None
-    assert found.bits == limit < 10
-    assert found.others == sum(each <= limit for each in distances) / len(images)
-    assert found.copies is not None
-    assert found.copies < 0.9
-    assert f"{limit} bits, which miss about {1 - found.copies:.0%} of copies" in caplog.text
-    assert f"group {found.copies:.1%} of copies" in found.line
+    near_duplicates = result.near_duplicates
+    assert near_duplicates is not None
+    assert near_duplicates.bits == limit < 10
+    assert near_duplicates.others == sum(each <= limit for each in distances) / len(images)
+    assert near_duplicates.copies is not None
+    assert near_duplicates.copies < 0.9
+    assert f"{limit} bits, which miss about {1 - near_duplicates.copies:.0%} of copies" in caplog.text
+    assert f"group {near_duplicates.copies:.1%} of copies" in near_duplicates.line
     assert sum(row["near"] is not None for row in records(tmp_path / "set")) <= 3
 
 
 def test_workers_and_runners_change_nothing(tmp_path: Path) -> None:
     root = save(scans(600), tmp_path / "images")
     save_copies(scans(50), root)
-    made = []
+    manifests = []
     for name, runner, workers in (("a", "threads", 1), ("b", "threads", 4), ("c", "processes", 2)):
         ingest(tmp_path / name / "set", config(root, runner=runner, workers=workers))
-        made.append(files_of(tmp_path / name / "set"))
-    assert made[0] == made[1] == made[2]
+        manifests.append(files_of(tmp_path / name / "set"))
+    assert manifests[0] == manifests[1] == manifests[2]
 
 
 def test_the_first_choice_stays_until_the_data_set_is_built_again(tmp_path: Path) -> None:
@@ -187,19 +187,19 @@ def test_an_ingest_that_was_cut_off_ends_as_an_undisturbed_one(tmp_path: Path) -
     root = save(scans(1100), tmp_path / "images")
     save_copies(scans(100), root)
     run = local_fan_out(IngestConfig(workers=1))
-    written = []
+    contents = []
 
     def cut_off(prepare: Callable[[Chunk], Path], chunks: Iterable[Chunk]) -> Iterator[Path]:
         for prepared in run(prepare, chunks):
-            if written:
+            if contents:
                 raise ConnectionError("cut off")
-            written.append((prepared, prepared.stat().st_mtime_ns))
+            contents.append((prepared, prepared.stat().st_mtime_ns))
             yield prepared
 
     def watched(prepare: Callable[[Chunk], Path], chunks: Iterable[Chunk]) -> Iterator[Path]:
         for number, prepared in enumerate(run(prepare, chunks)):
             if number == 0:
-                assert (prepared, prepared.stat().st_mtime_ns) == written[0]
+                assert (prepared, prepared.stat().st_mtime_ns) == contents[0]
             yield prepared
 
     with pytest.raises(ConnectionError):
@@ -212,14 +212,14 @@ def test_an_ingest_that_was_cut_off_ends_as_an_undisturbed_one(tmp_path: Path) -
 
 def test_a_large_source_is_sampled(tmp_path: Path) -> None:
     root = save(textures(SAMPLED + 300), tmp_path / "images")
-    read = []
+    counts = []
 
     def note(what: str, done: int, total: int | None, note: str = "") -> None:
         if what == "images sampled":
-            read.append((done, total))
+            counts.append((done, total))
 
     result = ingest(tmp_path / "set", config(root), note)
-    assert read == [(number, SAMPLED) for number in range(SAMPLED)]
+    assert counts == [(number, SAMPLED) for number in range(SAMPLED)]
     assert result.near_duplicates is not None
     assert result.near_duplicates.images == SAMPLED
     assert result.kept == SAMPLED + 300
@@ -265,19 +265,19 @@ def test_copies_among_the_images_do_not_lower_the_threshold() -> None:
 def test_the_reports_thresholds_are_calibrated_by_copies_of_the_data_sets_own_images() -> None:
     images = scans(200)
     hashes = [perceptual_hash(each) for each in images]
-    found, enough = calibrate_thresholds(images[:50], hashes, 11)
+    thresholds, enough = calibrate_thresholds(images[:50], hashes, 11)
     assert enough is not None
-    assert [each.bits for each in found] == sorted({8, 11, 16, 24, 32, 40, 48, enough})
-    assert min(each.copies for each in found if each.bits >= enough) >= 0.99 > found[0].copies
+    assert [each.bits for each in thresholds] == sorted({8, 11, 16, 24, 32, 40, 48, enough})
+    assert min(each.copies for each in thresholds if each.bits >= enough) >= 0.99 > thresholds[0].copies
     for name in ("copies", "others"):
-        shares = [getattr(each, name) for each in found]
+        shares = [getattr(each, name) for each in thresholds]
         assert shares == sorted(shares)
     # Other digits are further away than copies; every image beside itself is a near-duplicate at any threshold.
-    assert found[0].others == 0
+    assert thresholds[0].others == 0
     assert {each.others for each in calibrate_thresholds(images[:50], hashes * 2)[0]} == {1.0}
 
 
 @pytest.mark.parametrize("value", [-1, 49, "most", 1.5, True])
-def test_other_thresholds_are_refused_with_one_error(value: object) -> None:
+def test_other_thresholds_are_rejected_with_one_error(value: object) -> None:
     with pytest.raises(ValidationError, match=r"1 validation error(?s:.)*from 0 to 48, auto or null"):
         config(Path("images"), near_duplicates=value)

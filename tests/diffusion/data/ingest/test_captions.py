@@ -92,13 +92,13 @@ def caption(image: bytes) -> str:
 
 def pngs(folder: Path) -> dict[str, bytes]:
     """The stored images by key, by stock offsets."""
-    found = {}
+    contents = {}
     for part in read_manifest(folder).parts:
         if part.shard is not None:
             shard = (folder / part.shard.name).read_bytes()
             rows = [row for row in records(folder) if row["outcome"] == "kept"]
-            found |= {str(row["key"]): shard[row["offset"] : row["offset"] + row["size"]] for row in rows}  # type: ignore
-    return found
+            contents |= {str(row["key"]): shard[row["offset"] : row["offset"] + row["size"]] for row in rows}  # type: ignore
+    return contents
 
 
 def captions(folder: Path) -> dict[str, Any]:
@@ -111,19 +111,19 @@ def data(tmp_path: Path) -> Path:
 
 
 def run(images: Path, data: Path, captioner: dict[str, Any] | None, **fields: Any) -> IngestResult:
-    chosen = captioner and {"version": "one", "tries": 2, "seconds": 5, **captioner}
-    config = IngestConfig.model_validate({"source": str(images), "size": 8, "captioner": chosen})
+    captioner_options = captioner and {"version": "one", "tries": 2, "seconds": 5, **captioner}
+    config = IngestConfig.model_validate({"source": str(images), "size": 8, "captioner": captioner_options})
     return ingest(data, config, **fields)
 
 
-def test_each_image_is_asked_once_and_everything_follows_from_the_records(images: Path, data: Path) -> None:
+def test_each_image_is_captioned_once_and_everything_follows_from_the_records(images: Path, data: Path) -> None:
     endpoint = Endpoint()
     plain = run(images, data, None)
     shards = read_manifest(data).shards
     with endpoint.running() as url:
-        done = run(images, data, {"url": url})
-        assert done.captions is not None
-        assert (done.captions.requests, done.captions.failed, done.changed) == (48, 0, True)
+        result = run(images, data, {"url": url})
+        assert result.captions is not None
+        assert (result.captions.requests, result.captions.failed, result.changed) == (48, 0, True)
         assert captions(data) == {key: caption(png) for key, png in pngs(data).items()}
         assert set(endpoint.requests.values()) == {1}
         assert sum(endpoint.requests.values()) == 48
@@ -132,9 +132,9 @@ def test_each_image_is_asked_once_and_everything_follows_from_the_records(images
         now = read_manifest(data)
         assert now.shards == shards
         assert now.content_digest == content_digest(data, now.parts, now.storage) != plain.content_digest
-        assert now.captioners == {done.captions.captioner: 48}
+        assert now.captioners == {result.captions.captioner: 48}
         again = run(images, data, {"url": url})
-        assert (again.changed, again.digest) == (False, done.digest)
+        assert (again.changed, again.digest) == (False, result.digest)
         assert sum(endpoint.requests.values()) == 48
         dataset = Dataset.open(data)
         assert set(dataset.captions(range(48))) == set(captions(data).values())
@@ -143,11 +143,11 @@ def test_each_image_is_asked_once_and_everything_follows_from_the_records(images
         # Another version of it captions all of them, and after a rebuild none.
         other = run(images, data, {"url": url, "version": "two"})
         assert set(endpoint.requests.values()) == {2}
-        assert other.content_digest == done.content_digest
+        assert other.content_digest == result.content_digest
         rebuilt = run(images, data, {"url": url}, rebuild="always")
     assert rebuilt.captions is not None
     assert (rebuilt.captions.requests, rebuilt.captions.cached) == (0, 48)
-    assert rebuilt.content_digest == done.content_digest
+    assert rebuilt.content_digest == result.content_digest
 
 
 def test_buckets_keep_their_shapes(tmp_path: Path, data: Path) -> None:
@@ -160,10 +160,10 @@ def test_buckets_keep_their_shapes(tmp_path: Path, data: Path) -> None:
     before = read_manifest(data)
     with Endpoint().running() as url:
         captioner = {"url": url, "version": "one"}
-        done = ingest(data, IngestConfig.model_validate(about | {"captioner": captioner}))
+        result = ingest(data, IngestConfig.model_validate(about | {"captioner": captioner}))
     after = read_manifest(data)
-    assert done.captions is not None
-    assert done.captions.requests == 24
+    assert result.captions is not None
+    assert result.captions.requests == 24
     assert [(part.shape, part.shard, part.totals) for part in after.parts] == [
         (part.shape, part.shard, part.totals) for part in before.parts
     ]
@@ -178,14 +178,14 @@ def test_data_diff_shows_new_captions(images: Path, data: Path) -> None:
         run(images, data, {"url": url})
     for name, content in tables.items():
         (data / "records" / name).write_bytes(content)
-    found = diff(data, before, read_manifest(data))
-    assert found.changed is not None
-    assert found.changed.count == 48
-    assert found.changed.samples[0].before.caption is None
-    assert found.changed.samples[0].after.caption == captions(data)[found.changed.samples[0].after.key]
+    difference = diff(data, before, read_manifest(data))
+    assert difference.changed is not None
+    assert difference.changed.count == 48
+    assert difference.changed.samples[0].before.caption is None
+    assert difference.changed.samples[0].after.caption == captions(data)[difference.changed.samples[0].after.key]
 
 
-def test_captions_of_the_source_stay_unless_told_otherwise(tmp_path: Path, data: Path) -> None:
+def test_captions_of_the_source_stay_unless_configured_otherwise(tmp_path: Path, data: Path) -> None:
     folder = tmp_path / "captioned"
     folder.mkdir()
     lines = []
@@ -203,15 +203,15 @@ def test_captions_of_the_source_stay_unless_told_otherwise(tmp_path: Path, data:
     assert all(text.startswith("image") for text in captions(data).values())
 
 
-def test_an_image_without_an_answer_is_counted_and_asked_again(images: Path, data: Path) -> None:
+def test_an_image_without_an_answer_is_counted_and_sent_again(images: Path, data: Path) -> None:
     endpoint = Endpoint()
     run(images, data, None)
     first, second, third = (sha256_bytes(png) for png in list(pngs(data).values())[:3])
     endpoint.status = {first: [500, 503], second: [400], third: [500, 200]}
     with endpoint.running() as url:
-        done = run(images, data, {"url": url})
-        assert done.captions is not None
-        assert (done.captions.requests, done.captions.failed) == (48, 2)
+        result = run(images, data, {"url": url})
+        assert result.captions is not None
+        assert (result.captions.requests, result.captions.failed) == (48, 2)
         assert (endpoint.requests[first], endpoint.requests[second], endpoint.requests[third]) == (2, 1, 2)
         assert sum(text is None for text in captions(data).values()) == 2
         again = run(images, data, {"url": url})
@@ -235,13 +235,13 @@ def test_answers_without_a_usable_caption_fail_the_ingest_if_they_are_too_many(i
         with pytest.raises(UserError, match="11 of 48 images"):
             run(images, data, {"url": url, "max_failed": 0.2})
         assert read_manifest(data).digest == before.digest
-        done = run(images, data, {"url": url, "max_failed": 0.25})
-    assert done.captions is not None
-    assert (done.captions.cached, done.captions.failed) == (37, 11)
+        result = run(images, data, {"url": url, "max_failed": 0.25})
+    assert result.captions is not None
+    assert (result.captions.cached, result.captions.failed) == (37, 11)
     assert sum(text is None for text in captions(data).values()) == 11
 
 
-def test_a_captioner_that_is_not_there_is_asked_about_few_images_only(images: Path, data: Path) -> None:
+def test_a_captioner_that_is_not_there_is_sent_few_images_only(images: Path, data: Path) -> None:
     endpoint = Endpoint()
     endpoint.status = {"": [401] * 100}
     with endpoint.running() as url, pytest.raises(UserError, match="401"):
@@ -324,12 +324,12 @@ def test_a_command_gets_the_image_on_standard_input_or_as_a_file(
 def test_a_command_that_misbehaves_costs_its_own_image_only(images: Path, data: Path, mode: str, reason: str) -> None:
     for path in sorted(images.glob("*/*"))[2:]:
         path.unlink()
-    began = time.monotonic()
-    done = run(images, data, {"command": [sys.executable, "-S", "-c", SCRIPT, mode], "seconds": 1, "max_failed": 1})
-    assert time.monotonic() - began < 20
-    assert done.captions is not None
-    assert done.captions.failed == 2
-    assert reason in next(iter(done.captions.reasons))
+    start = time.monotonic()
+    result = run(images, data, {"command": [sys.executable, "-S", "-c", SCRIPT, mode], "seconds": 1, "max_failed": 1})
+    assert time.monotonic() - start < 20
+    assert result.captions is not None
+    assert result.captions.failed == 2
+    assert reason in next(iter(result.captions.reasons))
 
 
 def test_a_captioner_that_cannot_be_is_named_at_once(images: Path, data: Path) -> None:
@@ -378,9 +378,9 @@ def test_a_command_does_not_get_the_keys_of_the_servers(
     monkeypatch.setenv("DARKROOM_SIGNING_KEY_PASSPHRASE", "hush")
     for path in sorted(images.glob("*/*"))[1:]:
         path.unlink()
-    done = run(images, data, {"command": [sys.executable, "-S", "-c", SCRIPT, "secret"], "max_failed": 1})
-    assert done.captions is not None
-    assert list(done.captions.reasons) == ["it has no caption for it"]
+    result = run(images, data, {"command": [sys.executable, "-S", "-c", SCRIPT, "secret"], "max_failed": 1})
+    assert result.captions is not None
+    assert list(result.captions.reasons) == ["it has no caption for it"]
 
 
 def test_images_that_are_curated_before_they_are_captioned_are_not_sent(images: Path, data: Path) -> None:
@@ -391,10 +391,10 @@ def test_images_that_are_curated_before_they_are_captioned_are_not_sent(images: 
     assert curate(data, rules, config, EvaluationConfig()).dropped == 3
     endpoint = Endpoint()
     with endpoint.running() as url:
-        done = run(images, data, {"url": url})
-    assert done.captions is not None
-    assert done.captions.requests == sum(endpoint.requests.values()) == first.kept - 3
-    assert done.kept == first.kept - 3
+        result = run(images, data, {"url": url})
+    assert result.captions is not None
+    assert result.captions.requests == sum(endpoint.requests.values()) == first.kept - 3
+    assert result.kept == first.kept - 3
 
 
 def test_a_takedown_forgets_the_answers_about_its_images(images: Path, data: Path) -> None:
@@ -404,8 +404,10 @@ def test_a_takedown_forgets_the_answers_about_its_images(images: Path, data: Pat
         key, text = next(iter(captions(data).items()))
         remove(data, Selection(prefixes=[key]), "asked for")
         assert text not in captions(data).values()
-        held = [path for path in data.parent.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
-        assert not [path for path in held if "captions" in path.name or "records" in path.parts]
+        paths_with_text = [
+            path for path in data.parent.rglob("*") if path.is_file() and text.encode() in path.read_bytes()
+        ]
+        assert not [path for path in paths_with_text if "captions" in path.name or "records" in path.parts]
         after = run(images, data, {"url": url})
     assert after.captions is not None
     assert after.captions.requests == 0
@@ -441,10 +443,10 @@ def test_killed_at_random_moments_no_image_with_a_stored_answer_is_asked_again(
             time.sleep(chance.uniform(0, 0.15))
             os.kill(process.pid, signal.SIGKILL)
             survived |= process.wait() == 0
-        done = ingest(data, IngestConfig.model_validate(settings))
+        result = ingest(data, IngestConfig.model_validate(settings))
     assert captions(data) == {key: caption(png) for key, png in pngs(data).items()}
     times_sent = Counter(endpoint.requests.values())
     assert sum(count * times for times, count in times_sent.items()) <= 48 + kills * workers
     assert times_sent[1] >= 48 - kills * workers
     assert len(list(versions(data))) == 1
-    assert survived or (done.captions is not None and done.captions.cached + done.captions.requests == 48)
+    assert survived or (result.captions is not None and result.captions.cached + result.captions.requests == 48)

@@ -49,16 +49,16 @@ def test_crop_takes_the_middle_and_its_pixels_as_they_are_where_nothing_is_scale
     for shape in ((8, 15, 3), (15, 8, 3), (8, 14, 3)):
         values = noise(*shape).astype(np.uint8)
         top, left = (shape[0] - 8) // 2, (shape[1] - 8) // 2
-        stored = pixels(saved(Image.fromarray(values), "PNG"))
-        np.testing.assert_array_equal(stored, values[top : top + 8, left : left + 8])
+        stored_pixels = pixels(saved(Image.fromarray(values), "PNG"))
+        np.testing.assert_array_equal(stored_pixels, values[top : top + 8, left : left + 8])
 
 
 def test_pad_keeps_the_whole_image_in_the_middle() -> None:
     wide = saved(Image.new("RGB", (32, 16), (200, 100, 50)), "PNG")
-    stored = pixels(wide, size=16, fit="pad", background="#010203")
-    assert (stored[:4] == [1, 2, 3]).all()
-    assert (stored[4:12] == [200, 100, 50]).all()
-    assert (stored[12:] == [1, 2, 3]).all()
+    stored_pixels = pixels(wide, size=16, fit="pad", background="#010203")
+    assert (stored_pixels[:4] == [1, 2, 3]).all()
+    assert (stored_pixels[4:12] == [200, 100, 50]).all()
+    assert (stored_pixels[12:] == [1, 2, 3]).all()
     needle = saved(Image.new("RGB", (300, 1), (200, 100, 50)), "PNG")
     assert (pixels(needle, size=16, fit="pad") == [200, 100, 50]).any()
 
@@ -66,9 +66,9 @@ def test_pad_keeps_the_whole_image_in_the_middle() -> None:
 def test_squash_distorts_to_the_whole_square() -> None:
     values = np.zeros((16, 64, 3), np.uint8)
     values[:, :32] = 255
-    stored = pixels(saved(Image.fromarray(values), "PNG"), fit="squash")
-    assert (stored[:, 0] == 255).all()
-    assert (stored[:, -1] == 0).all()
+    stored_pixels = pixels(saved(Image.fromarray(values), "PNG"), fit="squash")
+    assert (stored_pixels[:, 0] == 255).all()
+    assert (stored_pixels[:, -1] == 0).all()
     assert (pixels(saved(Image.fromarray(values), "PNG"), fit="crop")[:, 0] == 255).all()
 
 
@@ -99,16 +99,16 @@ def test_modes_keep_or_force_the_channels() -> None:
         (colour, "grey", "L"),
         (grey, "rgb", "RGB"),
     ):
-        stored = prepare(saved(image, "PNG"), config(mode=mode))
-        assert stored.mode == expected
-        np.testing.assert_array_equal(stored.pixels, np.asarray(image.convert(expected)))
+        stored_image = prepare(saved(image, "PNG"), config(mode=mode))
+        assert stored_image.mode == expected
+        np.testing.assert_array_equal(stored_image.pixels, np.asarray(image.convert(expected)))
 
 
 def test_a_grey_image_has_one_key_however_it_was_saved() -> None:
     grey = blob(9, 8, "L")
-    stored = [prepare(saved(grey.convert(mode), "PNG"), config()) for mode in ("L", "LA", "RGB", "RGBA", "P")]
-    assert {each.key for each in stored} == {stored[0].key}
-    assert {each.mode for each in stored} == {"L"}
+    stored_image = [prepare(saved(grey.convert(mode), "PNG"), config()) for mode in ("L", "LA", "RGB", "RGBA", "P")]
+    assert {each.key for each in stored_image} == {stored_image[0].key}
+    assert {each.mode for each in stored_image} == {"L"}
     assert prepare(saved(grey.convert("RGB"), "PNG"), config(mode="rgb")).mode == "RGB"
 
 
@@ -148,11 +148,11 @@ def test_decoded_images_are_prepared_like_files() -> None:
 
 
 def test_key_is_the_digest_of_the_pixels_in_the_png() -> None:
-    stored = prepare(saved(blob(1, 12, "RGB"), "PNG"), config())
-    np.testing.assert_array_equal(decode_many([stored.png], (3, 8, 8))[0].transpose(1, 2, 0), stored.pixels)
-    again = [prepare(stored.png, config()), prepare(saved(Image.fromarray(stored.pixels), "BMP"), config())]
-    assert {each.key for each in again} == {stored.key}
-    assert prepare(saved(blob(2, 12, "RGB"), "PNG"), config()).key != stored.key
+    stored_image = prepare(saved(blob(1, 12, "RGB"), "PNG"), config())
+    np.testing.assert_array_equal(decode_many([stored_image.png], (3, 8, 8))[0].transpose(1, 2, 0), stored_image.pixels)
+    again = [prepare(stored_image.png, config()), prepare(saved(Image.fromarray(stored_image.pixels), "BMP"), config())]
+    assert {each.key for each in again} == {stored_image.key}
+    assert prepare(saved(blob(2, 12, "RGB"), "PNG"), config()).key != stored_image.key
     black = [
         prepare(saved(Image.new("L", (size, size)), "PNG"), config(size, mode=mode))
         for size, mode in ((16, "keep"), (16, "rgb"), (8, "keep"))
@@ -165,8 +165,8 @@ def test_threads_and_processes_decode_an_image_identically() -> None:
     alone = [prepare(file, config(16)) for file in files]
     for pool in (ThreadPoolExecutor(4), ProcessPoolExecutor(1)):
         with pool:
-            made: list[StoredImage] = list(pool.map(prepare, files, [config(16)] * len(files)))
-        assert [(each.key, each.png) for each in made] == [(each.key, each.png) for each in alone]
+            images: list[StoredImage] = list(pool.map(prepare, files, [config(16)] * len(files)))
+        assert [(each.key, each.png) for each in images] == [(each.key, each.png) for each in alone]
 
 
 # Limits, damage and malice.
@@ -182,9 +182,9 @@ def rle_bitmap(side: int) -> bytes:
 def test_image_is_quarantined_after_the_decoding_timeout() -> None:
     slow = rle_bitmap(2000)
     assert prepare(rle_bitmap(100), config()).source_size == (100, 100)
-    began = time.thread_time()
+    start = time.thread_time()
     assert "more than 0.1 seconds" in reason(slow, max_seconds=0.1)
-    assert time.thread_time() - began < 0.5
+    assert time.thread_time() - start < 0.5
 
 
 def test_images_over_the_byte_or_pixel_limit_are_quarantined_undecoded() -> None:
@@ -273,9 +273,9 @@ DAMAGE = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 4), st.binary(max_si
 
 
 def damaged(whole: bytes, places: list[tuple[float, int, bytes]]) -> bytes:
-    for place, gone, instead in places:
+    for place, byte_count, instead in places:
         at = int(place * len(whole))
-        whole = whole[:at] + instead + whole[at + gone :]
+        whole = whole[:at] + instead + whole[at + byte_count :]
     return whole
 
 
@@ -304,9 +304,9 @@ def test_damaged_bytes_decode_or_are_quarantined_but_never_crash(
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         data = checksummed(data)
     try:
-        stored = prepare(data, config(enlarge=True, fit=fit, max_pixels=10_000))
+        stored_image = prepare(data, config(enlarge=True, fit=fit, max_pixels=10_000))
     except UnusableEntry as refusal:
         assert 0 < len(str(refusal)) < 200  # noqa: PT017 (either way out is right)
         assert str(refusal).isprintable()  # noqa: PT017
     else:
-        assert stored.pixels.shape[:2] == (8, 8)
+        assert stored_image.pixels.shape[:2] == (8, 8)

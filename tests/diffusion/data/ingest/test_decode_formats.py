@@ -44,9 +44,9 @@ LOSSLESS: dict[str, tuple[str, dict[str, object]]] = {
 def test_lossless_formats_give_the_pixels_that_were_saved(kind: str, mode: str) -> None:
     name, options = LOSSLESS[kind]
     image = blob(1, 8, "RGB").convert(mode)
-    stored = prepare(saved(image, name, **options), config())
-    assert stored.mode == ("RGB" if mode == "RGB" else "L")
-    np.testing.assert_array_equal(stored.pixels, np.asarray(image.convert(stored.mode)))
+    stored_image = prepare(saved(image, name, **options), config())
+    assert stored_image.mode == ("RGB" if mode == "RGB" else "L")
+    np.testing.assert_array_equal(stored_image.pixels, np.asarray(image.convert(stored_image.mode)))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP", "TIFF"])
@@ -59,9 +59,9 @@ def test_palettes_are_looked_up(kind: str) -> None:
 @pytest.mark.parametrize("interlaced", [False, True])
 def test_png_of_every_depth_of_grey_keeps_its_brightness(depth: int, interlaced: bool) -> None:
     samples = noise(8, 8, 1, most=2**depth - 1)
-    stored = prepare(png_file(samples, "L", depth, interlaced=interlaced), config())
-    assert stored.mode == "L"
-    np.testing.assert_array_equal(stored.pixels, np.round(samples[..., 0] * 255 / (2**depth - 1)))
+    stored_image = prepare(png_file(samples, "L", depth, interlaced=interlaced), config())
+    assert stored_image.mode == "L"
+    np.testing.assert_array_equal(stored_image.pixels, np.round(samples[..., 0] * 255 / (2**depth - 1)))
 
 
 @pytest.mark.parametrize("interlaced", [False, True])
@@ -80,9 +80,9 @@ def test_of_sixteen_bits_of_colour_the_upper_ones_stay(interlaced: bool) -> None
 def test_sixteen_bits_with_alpha_are_laid_over_the_background() -> None:
     grey = np.stack([noise(8, 8, most=65535), np.where(noise(8, 8, most=1, seed=1), 65535, 0)], axis=-1)
     expected = np.where(grey[..., 1], grey[..., 0] >> 8, 0x30)
-    stored = prepare(png_file(grey, "LA", 16), config(background="#303030"))
-    assert stored.mode == "L"
-    np.testing.assert_array_equal(stored.pixels, expected)
+    stored_image = prepare(png_file(grey, "LA", 16), config(background="#303030"))
+    assert stored_image.mode == "L"
+    np.testing.assert_array_equal(stored_image.pixels, expected)
     colour = np.concatenate([grey[..., :1], noise(8, 8, 2, most=65535, seed=2), grey[..., 1:]], axis=-1)
     expected = np.where(colour[..., 3:], colour[..., :3] >> 8, 0x30)
     np.testing.assert_array_equal(pixels(png_file(colour, "RGBA", 16), background="#303030"), expected)
@@ -98,8 +98,8 @@ def test_a_colour_declared_transparent_shows_the_background_and_only_that(depth:
         declared = [(b"tRNS", struct.pack(f">{len(mode)}H", *[clear] * len(mode)))]
         expected = samples >> cut if cut else np.round(samples * 255 / (2**depth - 1))
         expected[(samples >> cut == clear >> cut).all(-1)] = 0x99
-        stored = prepare(png_file(samples, mode, depth, chunks=declared), config(background="#999999"))
-        np.testing.assert_array_equal(np.atleast_3d(stored.pixels), expected)
+        stored_image = prepare(png_file(samples, mode, depth, chunks=declared), config(background="#999999"))
+        np.testing.assert_array_equal(np.atleast_3d(stored_image.pixels), expected)
 
 
 def test_tiff_in_tiles_in_planes_or_with_white_as_zero() -> None:
@@ -123,8 +123,8 @@ def test_tiff_of_twelve_bits_keeps_its_brightness() -> None:
     values = noise(8, 8, most=4095)
     even, odd = values[:, ::2], values[:, 1::2]
     rows = np.stack([even >> 4, (even & 15) << 4 | odd >> 8, odd & 255], axis=-1).astype(np.uint8).tobytes()
-    stored = pixels(tiff_file(8, 8, [rows], t258=12, t262=1, t277=1, t278=8))
-    np.testing.assert_allclose(stored, values * 255 / 4095, atol=0.51)
+    stored_pixels = pixels(tiff_file(8, 8, [rows], t258=12, t262=1, t277=1, t278=8))
+    np.testing.assert_allclose(stored_pixels, values * 255 / 4095, atol=0.51)
 
 
 def test_images_of_unknown_value_range_are_quarantined() -> None:
@@ -139,9 +139,9 @@ def test_images_of_unknown_value_range_are_quarantined() -> None:
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_jpegs_are_close_to_what_was_saved(mode: str, progressive: bool) -> None:
     image = blob(3, 16, mode)
-    stored = prepare(saved(image, "JPEG", quality=95, subsampling=0, progressive=progressive), config(16))
-    assert stored.mode == mode
-    assert psnr(stored.pixels, np.asarray(image)) > 38
+    stored_image = prepare(saved(image, "JPEG", quality=95, subsampling=0, progressive=progressive), config(16))
+    assert stored_image.mode == mode
+    assert psnr(stored_image.pixels, np.asarray(image)) > 38
 
 
 def test_cmyk_is_what_it_looks_like_in_jpeg_and_tiff() -> None:
@@ -175,8 +175,8 @@ def test_of_several_frames_the_first_is_taken(kind: str) -> None:
     frames = [blob(number, 8, "RGB").quantize(32).convert("RGB") for number in range(3)]
     options = {"lossless": True} if kind == "WEBP" else {}
     file = saved(frames[0], kind, save_all=True, append_images=frames[1:], **options)
-    with Image.open(io.BytesIO(file)) as opened:
-        assert getattr(opened, "n_frames", 1) == 3
+    with Image.open(io.BytesIO(file)) as image:
+        assert getattr(image, "n_frames", 1) == 3
     np.testing.assert_array_equal(pixels(file), np.asarray(frames[0]))
 
 
@@ -187,9 +187,9 @@ def test_of_several_frames_the_first_is_taken(kind: str) -> None:
 def test_transparent_pixels_show_the_background(mode: str) -> None:
     image = Image.new("RGBA", (8, 8), (10, 20, 30, 0)).convert(mode)
     options = {"transparency": 0} if mode == "P" else {}
-    stored = prepare(saved(image, "PNG", **options), config(background="#ff8000"))
-    assert stored.mode == "RGB"
-    assert (stored.pixels == [255, 128, 0]).all()
+    stored_image = prepare(saved(image, "PNG", **options), config(background="#ff8000"))
+    assert stored_image.mode == "RGB"
+    assert (stored_image.pixels == [255, 128, 0]).all()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
@@ -206,9 +206,9 @@ def test_transparent_gif_shows_the_background() -> None:
     image = Image.new("P", (8, 8), 1)
     image.putpalette([200, 0, 0, 0, 200, 0])
     image.paste(0, (0, 0, 4, 8))
-    stored = pixels(saved(image, "GIF", transparency=0), background="#0000ff")
-    assert (stored[:, :4] == [0, 0, 255]).all()
-    assert (stored[:, 4:] == [0, 200, 0]).all()
+    stored_pixels = pixels(saved(image, "GIF", transparency=0), background="#0000ff")
+    assert (stored_pixels[:, :4] == [0, 0, 255]).all()
+    assert (stored_pixels[:, 4:] == [0, 200, 0]).all()
 
 
 def test_hidden_colours_of_transparent_pixels_do_not_bleed_when_shrinking() -> None:
@@ -233,30 +233,30 @@ def test_grey_over_a_coloured_background_is_colour_only_if_that_shows() -> None:
 
 def test_a_profile_of_rgb_is_applied() -> None:
     image = blob(5, 8, "RGB")
-    stored = pixels(saved(image, "PNG", icc_profile=swapped_profile()))
-    np.testing.assert_allclose(stored, np.asarray(image)[..., ::-1], atol=2)
+    stored_pixels = pixels(saved(image, "PNG", icc_profile=swapped_profile()))
+    np.testing.assert_allclose(stored_pixels, np.asarray(image)[..., ::-1], atol=2)
     profile = ImageCms.ImageCmsProfile(io.BytesIO(swapped_profile()))
     direct = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    np.testing.assert_array_equal(stored, np.asarray(direct))
+    np.testing.assert_array_equal(stored_pixels, np.asarray(direct))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "TIFF"])
 def test_profiles_are_found_in_every_format_that_has_them(kind: str) -> None:
     image = Image.new("RGB", (8, 8), (220, 90, 20))
     options = {"lossless": True} if kind == "WEBP" else {"quality": 95} if kind == "JPEG" else {}
-    stored = pixels(saved(image, kind, icc_profile=swapped_profile(), **options))
-    np.testing.assert_allclose(stored[4, 4], (20, 90, 220), atol=5)
+    stored_pixels = pixels(saved(image, kind, icc_profile=swapped_profile(), **options))
+    np.testing.assert_allclose(stored_pixels[4, 4], (20, 90, 220), atol=5)
 
 
 def test_profiles_reach_palettes_and_transparent_images() -> None:
     image = Image.new("RGBA", (8, 8), (220, 90, 20, 255))
     image.putpixel((0, 0), (0, 0, 0, 0))
-    stored = pixels(saved(image, "PNG", icc_profile=swapped_profile()), background="#aabbcc")
-    np.testing.assert_allclose(stored[4, 4], (20, 90, 220), atol=2)
-    assert stored[0, 0].tolist() == [0xAA, 0xBB, 0xCC]
+    stored_pixels = pixels(saved(image, "PNG", icc_profile=swapped_profile()), background="#aabbcc")
+    np.testing.assert_allclose(stored_pixels[4, 4], (20, 90, 220), atol=2)
+    assert stored_pixels[0, 0].tolist() == [0xAA, 0xBB, 0xCC]
     palette = Image.new("RGB", (8, 8), (220, 90, 20)).quantize(4)
-    stored = pixels(saved(palette, "PNG", icc_profile=swapped_profile()))
-    np.testing.assert_allclose(stored[4, 4], (20, 90, 220), atol=2)
+    stored_pixels = pixels(saved(palette, "PNG", icc_profile=swapped_profile()))
+    np.testing.assert_allclose(stored_pixels[4, 4], (20, 90, 220), atol=2)
 
 
 def test_srgb_itself_changes_nothing() -> None:
@@ -269,12 +269,12 @@ def test_srgb_itself_changes_nothing() -> None:
 def test_a_profile_of_grey_is_applied_and_grey_stays_grey(depth: int) -> None:
     samples = np.linspace(0, 2**depth - 1, 64).astype(int).reshape(8, 8, 1)
     chunk = (b"iCCP", b"grey\0\0" + zlib.compress(linear_grey_profile()))
-    stored = prepare(png_file(samples, "L", depth, chunks=[chunk]), config())
+    stored_image = prepare(png_file(samples, "L", depth, chunks=[chunk]), config())
     light = samples[..., 0] / (2**depth - 1)
     expected = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055) * 255
-    assert stored.mode == "L"
+    assert stored_image.mode == "L"
     # Sixteen bits become eight first, which is coarse where it is dark.
-    np.testing.assert_allclose(stored.pixels[1:], expected[1:], atol=1.5 if depth == 8 else 4)
+    np.testing.assert_allclose(stored_image.pixels[1:], expected[1:], atol=1.5 if depth == 8 else 4)
 
 
 def test_a_profile_of_a_press_is_applied() -> None:
@@ -288,8 +288,8 @@ def test_a_profile_of_a_press_is_applied() -> None:
     naive = 255 - np.arange(0, 256, 36)
     assert np.abs(expected - naive).max() > 10
     for kind, options in (("TIFF", {}), ("JPEG", {"quality": 100})):
-        stored = pixels(saved(image, kind, icc_profile=press_profile(), **options), mode="rgb")
-        np.testing.assert_allclose(stored[4], np.stack([expected] * 3, axis=-1), atol=4)
+        stored_pixels = pixels(saved(image, kind, icc_profile=press_profile(), **options), mode="rgb")
+        np.testing.assert_allclose(stored_pixels[4], np.stack([expected] * 3, axis=-1), atol=4)
 
 
 def test_mismatched_icc_profile_is_ignored_and_a_broken_one_quarantined() -> None:
@@ -324,14 +324,14 @@ def test_every_exif_orientation_is_undone(kind: str, orientation: int) -> None:
     options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
     file = saved(lying, kind, exif=exif, **options)
     upright = UPRIGHT[orientation](np.asarray(lying))
-    stored = prepare(file, config(8, fit="pad", enlarge=True))
-    assert stored.source_size == (upright.shape[1], upright.shape[0])
+    stored_image = prepare(file, config(8, fit="pad", enlarge=True))
+    assert stored_image.source_size == (upright.shape[1], upright.shape[0])
     expected = prepare(Image.fromarray(np.ascontiguousarray(upright)), config(8, fit="pad", enlarge=True))
-    np.testing.assert_allclose(stored.pixels.astype(int), expected.pixels, atol=3 if kind == "JPEG" else 0)
+    np.testing.assert_allclose(stored_image.pixels.astype(int), expected.pixels, atol=3 if kind == "JPEG" else 0)
 
 
 def test_sixteen_bit_images_are_turned_too() -> None:
     samples = noise(8, 8, 3, most=65535)
     exif = b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, 6, 0, 0)
-    stored = pixels(png_file(samples, "RGB", 16, chunks=[(b"eXIf", exif)]))
-    np.testing.assert_array_equal(stored, np.rot90(samples >> 8, -1))
+    stored_pixels = pixels(png_file(samples, "RGB", 16, chunks=[(b"eXIf", exif)]))
+    np.testing.assert_array_equal(stored_pixels, np.rot90(samples >> 8, -1))

@@ -23,7 +23,7 @@ from diffusion.data.sources import open_source
 from diffusion.data.sources.base import LONGEST
 from tests.builders.archives import peak
 from tests.builders.hostile_files import HOSTILE, IMAGES, parquet
-from tests.builders.reading_sources import access, seen
+from tests.builders.reading_sources import access, read_all
 
 GIGABYTE = 2**30
 INGEST = """
@@ -56,13 +56,13 @@ def test_no_ingest_takes_more_than_a_gigabyte(tmp_path: Path) -> None:
         folder.mkdir()
         sources.append(str(make(folder)))
     command = [sys.executable, "-c", INGEST, str(tmp_path / "data"), *sources]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, env={**os.environ})
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line.split("|") for line in done.stdout.splitlines()]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, env={**os.environ})
+    assert process.returncode == 0, process.stderr[-2000:]
+    lines = [line.split("|") for line in process.stdout.splitlines()]
     assert [line[0] for line in lines] == sources
     peaks = {place.removeprefix(str(tmp_path)): int(peak) for place, peak, _ in lines}
     assert max(peaks.values()) * 1024 <= GIGABYTE, peaks
-    assert not any("<LINE>" in said for _, _, said in lines)
+    assert not any("<LINE>" in message for _, _, message in lines)
 
 
 def test_images_with_too_long_texts_are_quarantined_individually(tmp_path: Path) -> None:
@@ -79,20 +79,20 @@ def test_images_with_too_long_texts_are_quarantined_individually(tmp_path: Path)
         (source / f"{number}.png").write_bytes(data)
     (source / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     config = IngestConfig(source=str(source), size=8, held_out=0.33)
-    done = ingest(tmp_path / "data", config)
-    assert (done.kept, done.quarantined_count) == (18, 3)
-    reasons = [each.reason for each in done.quarantined]
+    result = ingest(tmp_path / "data", config)
+    assert (result.kept, result.quarantined_count) == (18, 3)
+    reasons = [each.reason for each in result.quarantined]
     assert reasons == [
         "its label has more than 1000 characters",
         "its caption has more than 10000 characters",
         "its name has more than 4096 characters",
     ]
-    assert max(len(each.source) for each in done.quarantined) < 200
+    assert max(len(each.source) for each in result.quarantined) < 200
     # What is mended is taken without being asked for: its bytes are what they were.
     rows[1]["label"], rows[2]["text"] = "x", None  # type: ignore[assignment]
     (source / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    done = ingest(tmp_path / "data", config)
-    assert (done.kept, done.quarantined_count) == (20, 1)
+    result = ingest(tmp_path / "data", config)
+    assert (result.kept, result.quarantined_count) == (20, 1)
 
 
 PARQUET = {
@@ -105,19 +105,19 @@ PARQUET = {
 
 @pytest.mark.parametrize("kind", PARQUET)
 def test_columns_that_unpack_to_any_size_are_not_decoded(tmp_path: Path, kind: str) -> None:
-    how, said = PARQUET[kind]
+    how, message = PARQUET[kind]
     source = HOSTILE[kind](tmp_path)
     pool = pa.proxy_memory_pool(pa.default_memory_pool())
     before = pa.default_memory_pool()
     pa.set_memory_pool(pool)
     try:
         if how == "UserError":
-            with pytest.raises(UserError, match=said):
-                seen(source, access(tmp_path / "scratch"))
+            with pytest.raises(UserError, match=message):
+                read_all(source, access(tmp_path / "scratch"))
         else:
-            found = {str(each.payload) for each in seen(source, access(tmp_path / "scratch"))}
-            assert len(found) == 1
-            assert said in found.pop()
+            items = {str(each.payload) for each in read_all(source, access(tmp_path / "scratch"))}
+            assert len(items) == 1
+            assert message in items.pop()
     finally:
         pa.set_memory_pool(before)
     assert pool.max_memory() < 64 * 2**20  # type: ignore[operator]
@@ -126,9 +126,9 @@ def test_columns_that_unpack_to_any_size_are_not_decoded(tmp_path: Path, kind: s
 def test_the_limit_on_pages_can_be_raised(tmp_path: Path) -> None:
     images = [bytes([number]) * 100_000 for number in range(20)]
     path = parquet(tmp_path / "a.parquet", {"image": images}, use_dictionary=False)
-    found = {str(each.payload) for each in seen(path, access(tmp_path / "scratch", max_page_bytes=2**20))}
-    assert all("over ingest.max_page_bytes = 1048576" in each for each in found)
-    assert [each.payload for each in seen(path, access(tmp_path / "scratch", max_page_bytes=2**22))] == images
+    items = {str(each.payload) for each in read_all(path, access(tmp_path / "scratch", max_page_bytes=2**20))}
+    assert all("over ingest.max_page_bytes = 1048576" in each for each in items)
+    assert [each.payload for each in read_all(path, access(tmp_path / "scratch", max_page_bytes=2**22))] == images
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
@@ -140,10 +140,10 @@ def test_files_of_common_parquet_writers_are_read(tmp_path: Path, version: str, 
     labels, texts = [number % 7 for number in range(1, 3000)], [f"text {number}" for number in range(1, 3000)]
     columns = {"image": images, "label": labels, "text": texts}
     path = parquet(tmp_path / "a.parquet", columns, data_page_version=version, row_group_size=700, **settings)
-    found = seen(path, access(tmp_path / "scratch"))
-    assert [each.payload for each in found] == images
-    assert [each.label for each in found] == [str(label) for label in labels]
-    assert [each.caption for each in found] == texts
+    items = read_all(path, access(tmp_path / "scratch"))
+    assert [each.payload for each in items] == images
+    assert [each.label for each in items] == [str(label) for label in labels]
+    assert [each.caption for each in items] == texts
 
 
 def test_images_of_sixteen_bits_take_little_more_memory_than_others(tmp_path: Path) -> None:

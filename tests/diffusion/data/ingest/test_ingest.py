@@ -44,12 +44,12 @@ def add_images(root: Path, numbers: Iterable[int]) -> None:
 
 def test_same_images_give_the_same_bytes_on_threads_and_processes(images: Path, tmp_path: Path) -> None:
     add_images(images, range(100, 700))
-    made = []
+    contents = []
     for name, runner, workers in (("a", "threads", 1), ("b", "threads", 4), ("c", "processes", 2)):
         ingest(tmp_path / name / "set", config(images, runner=runner, workers=workers))
-        made.append(files_of(tmp_path / name / "set"))
-    assert made[0] == made[1] == made[2]
-    assert len([name for name in made[0] if name.endswith(".tar")]) == 2
+        contents.append(files_of(tmp_path / name / "set"))
+    assert contents[0] == contents[1] == contents[2]
+    assert len([name for name in contents[0] if name.endswith(".tar")]) == 2
 
 
 def test_content_digest_is_free_of_names_and_history_but_not_of_pixels_or_storage(images: Path, tmp_path: Path) -> None:
@@ -178,8 +178,8 @@ def test_bad_images_are_quarantined_and_retried_on_request(images: Path, tmp_pat
     first = ingest(folder, config(images))
     assert {each.source for each in first.quarantined} == {f"odd/bad{number}.png" for number in range(3)}
     assert all("not an image" in each.reason and len(each.sha256) == 64 for each in first.quarantined)
-    refused = [row for row in records(folder) if row["outcome"] == "quarantined"]
-    assert [row["source"] for row in refused] == [each.source for each in first.quarantined]
+    quarantined_rows = [row for row in records(folder) if row["outcome"] == "quarantined"]
+    assert [row["source"] for row in quarantined_rows] == [each.source for each in first.quarantined]
 
     assert ingest(folder, config(images)).read == 0
     again = ingest(folder, config(images), requeue=True)
@@ -236,9 +236,9 @@ def test_changed_storage_settings_require_rebuild(images: Path, dataset: Path) -
     with pytest.raises(UserError, match=r"ingest.size=8 and this is 9.*--rebuild"):
         ingest(dataset, config(images, size=9))
     shutil.rmtree(images / "odd")
-    made = ingest(dataset, config(images, size=9), rebuild="if_different")
+    result = ingest(dataset, config(images, size=9), rebuild="if_different")
     manifest = read_manifest(dataset)
-    assert (made.kept, manifest.size, manifest.parent, manifest.change) == (24, 9, first.digest, "rebuild")
+    assert (result.kept, manifest.size, manifest.parent, manifest.change) == (24, 9, first.digest, "rebuild")
     assert len(list(dataset.glob("shards/*.tar"))) == 1
     before = files_of(dataset)
     assert not ingest(dataset, config(images, size=9), rebuild="if_different").changed
@@ -269,8 +269,8 @@ def test_a_label_corrected_in_the_source_is_noted_once_and_taken_over_by_a_rebui
     tell(["cat"] * 8 + ["dog"] * 2)
     noted = ingest(folder, config(root))
     assert (noted.changed, noted.read, noted.added) == (True, 2, 0)
-    told = [row["source"] for row in records(folder) if row["reason"] == "came again with another label or caption"]
-    assert told == ["8.png", "9.png"]
+    sources = [row["source"] for row in records(folder) if row["reason"] == "came again with another label or caption"]
+    assert sources == ["8.png", "9.png"]
     assert not ingest(folder, config(root)).changed
     ingest(folder, config(root), rebuild="always")
     assert read_manifest(folder).labels == ["cat", "dog"]
@@ -373,9 +373,9 @@ def test_few_distinct_images_count_as_near_duplicates_and_nearly_all_copies_do(t
     ingest(folder, config(root, size=28, near_duplicates=24))
     rows = {row["source"]: row for row in records(folder)}
     copies = {name: row for name, row in rows.items() if "-" in name and row["outcome"] == "kept"}
-    found = [row for name, row in copies.items() if row["near"] == [rows[f"{name[:4]}.png"]["key"]]]
+    near_rows = [row for name, row in copies.items() if row["near"] == [rows[f"{name[:4]}.png"]["key"]]]
     assert len(copies) > 150
-    assert len(found) >= 0.97 * len(copies)
+    assert len(near_rows) >= 0.97 * len(copies)
 
 
 @given(st.integers(0, 48), st.lists(st.integers(0, 255), max_size=60), st.integers(0, 2**32))
@@ -387,8 +387,8 @@ def test_nearest_group_is_found_up_to_the_limit_of_bits_and_no_further(near: int
     with tempfile.TemporaryDirectory() as folder, closing(Index(Path(folder) / "i", Path(folder), None, near)) as index:
         row = {"source": "a", "source_sha256": "00", "outcome": "kept", "key": "11", "split": "train", "near": None}
         index.record(row | {"label": None, "caption": None, "phash": f"{first:064x}"})
-        found = index.groups_near(other.to_bytes(32, "big"))
-    assert found == ([(b"\x11", "train")] if len(set(flips)) <= near else [])
+        groups = index.groups_near(other.to_bytes(32, "big"))
+    assert groups == ([(b"\x11", "train")] if len(set(flips)) <= near else [])
 
 
 def failing_after(count: int, seen: dict[str, int]) -> Callable[..., Iterator[Path]]:
@@ -483,6 +483,6 @@ def test_a_first_ingest_that_fails_leaves_no_data_set(tmp_path: Path) -> None:
 def test_skipped_files_and_changed_labels_are_reported(images: Path, tmp_path: Path) -> None:
     (images / "odd" / "notes.txt").write_text("of a walk")
     shutil.copy(images / "even" / "00.png", images / "odd" / "00.png")
-    done = ingest(tmp_path / "data", config(images))
-    assert (done.passed_over, done.relabelled, done.duplicates) == ({".txt": 1}, 1, 1)
+    result = ingest(tmp_path / "data", config(images))
+    assert (result.passed_over, result.relabelled, result.duplicates) == ({".txt": 1}, 1, 1)
     assert ingest(tmp_path / "data", config(images)).relabelled == 0

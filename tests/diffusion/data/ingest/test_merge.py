@@ -63,12 +63,12 @@ def test_merged_data_set_equals_one_ingested_on_a_single_machine(
     ours, theirs, base = lines
     add(theirs, 100, 101, 102)
     mine = add(ours, 101, 200)
-    done = united(ours, theirs, base)
+    result = united(ours, theirs, base)
     alone = add((tmp_path / "alone" / "blobs", tmp_path / "all"), *range(6), 100, 101, 102, 200)
-    assert (done.added, done.lost) == (1, 0)
-    assert done.version.content_digest == alone.content_digest
-    assert done.version.parent == read_manifest(theirs[0]).digest
-    require_whole(ours[0], done.version)
+    assert (result.added, result.lost) == (1, 0)
+    assert result.version.content_digest == alone.content_digest
+    assert result.version.parent == read_manifest(theirs[0]).digest
+    require_whole(ours[0], result.version)
     assert version_path(ours[0], read_manifest(theirs[0]).digest).is_file()
     assert (work_folder(ours[0]) / "versions" / f"{mine.digest}.json").read_bytes() == manifest_bytes(mine)
     # The index stands for it: the next ingest reads nothing.
@@ -108,9 +108,9 @@ def test_merge_keeps_takedowns_and_removals_of_the_other_branch(
     removal = remove(theirs[0], Selection(sources=["200.png", "3.png"]), "consent withdrawn")
     add(ours, 200, 201)
     shutil.copytree(work_folder(theirs[0]) / "removals", work_folder(ours[0]) / "removals")
-    done = united(ours, theirs, base)
+    result = united(ours, theirs, base)
     assert removal.images == 2
-    assert (done.added, done.version.kept) == (1, 6)
+    assert (result.added, result.version.kept) == (1, 6)
     assert remove_known(ours[0]) == []
 
 
@@ -136,8 +136,8 @@ def test_merge_handles_unrelated_branches_and_near_duplicates(tmp_path: Path) ->
     ours, theirs = ((tmp_path / name / "blobs", tmp_path / name / "source") for name in ("ours", "theirs"))
     add(ours, 1, 2, 3)
     add(theirs, 3, 4, near_duplicates=24)
-    done = united(ours, theirs, None, near_duplicates=24)
-    assert (done.added, done.version.kept) == (2, 4)
+    result = united(ours, theirs, None, near_duplicates=24)
+    assert (result.added, result.version.kept) == (2, 4)
 
 
 @pytest.mark.parametrize("theirs_too", [True, False])
@@ -148,9 +148,9 @@ def test_merge_keeps_the_calibrated_threshold_of_near_duplicates(theirs_too: boo
     assert mine.near_duplicate_bits is not None
     assert (other.near_duplicate_bits is not None) == theirs_too
     assert mine.near_duplicate_bits != other.near_duplicate_bits
-    done = united(ours, theirs, None, near_duplicates="auto")
+    result = united(ours, theirs, None, near_duplicates="auto")
     expected = other.near_duplicate_bits if theirs_too else mine.near_duplicate_bits
-    assert done.version.near_duplicate_bits == expected
+    assert result.version.near_duplicate_bits == expected
     assert ingest(ours[0], config(ours[1], near_duplicates="auto")).near_duplicates is None
 
 

@@ -22,7 +22,7 @@ from diffusion.data.ingest.ingest import ingest
 from diffusion.data.sources import open_source
 from diffusion.data.sources.urls import is_own, is_public
 from tests.builders.archives import peak
-from tests.builders.reading_sources import access, png, seen
+from tests.builders.reading_sources import access, png, read_all
 from tests.builders.url_tables import table
 
 PUBLIC = "93.184.215.14"
@@ -70,7 +70,7 @@ class Names:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.answers: dict[str, Iterator[list[str]]] = {}
-        self.asked: list[str] = []
+        self.queries: list[str] = []
         self.routes: dict[str, int] = {}
         self.connected: list[str] = []
         resolve, connect = socket.getaddrinfo, socket.create_connection
@@ -78,7 +78,7 @@ class Names:
         def getaddrinfo(host: str, *args: object, **options: object) -> object:
             if host not in self.answers:
                 return resolve(host, *args, **options | {"flags": socket.AI_NUMERICHOST})  # type: ignore[arg-type]
-            self.asked.append(host)
+            self.queries.append(host)
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, 0)) for each in next(self.answers[host])]
 
         def create_connection(address: tuple[str, int], *args: object, **options: object) -> socket.socket:
@@ -106,8 +106,8 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Names:
 
 def fetched(tmp_path: Path, *urls: str, **fields: object) -> list[object]:
     rows: list[dict[str, object]] = [{"url": url} for url in urls]
-    given = access(tmp_path / "scratch", **({"download_tries": 1, "allow_private_addresses": False} | fields))
-    return [each.payload for each in seen(table(tmp_path / "urls.jsonl", rows), given)]
+    source_access = access(tmp_path / "scratch", **({"download_tries": 1, "allow_private_addresses": False} | fields))
+    return [each.payload for each in read_all(table(tmp_path / "urls.jsonl", rows), source_access)]
 
 
 @pytest.mark.parametrize(
@@ -140,8 +140,8 @@ def test_addresses_of_this_machine_are_known() -> None:
 
 
 def test_local_addresses_are_rejected_in_every_notation(names: Names, tmp_path: Path) -> None:
-    asked = []
-    with listening(lambda client: asked.append(request_of(client))) as port:
+    requests = []
+    with listening(lambda client: requests.append(request_of(client))) as port:
         hosts = [
             "127.0.0.1",
             "127.1",
@@ -153,19 +153,19 @@ def test_local_addresses_are_rejected_in_every_notation(names: Names, tmp_path: 
         ]
         names.give("local.test", ["127.0.0.1"])
         names.give("mixed.test", [PUBLIC, "127.0.0.1"])
-        found = fetched(tmp_path, *(f"http://{host}:{port}/a.png" for host in (*hosts, "local.test")))
-        assert [each for each in found if OPTION not in str(each)] == []
+        downloads = fetched(tmp_path, *(f"http://{host}:{port}/a.png" for host in (*hosts, "local.test")))
+        assert [each for each in downloads if OPTION not in str(each)] == []
         # Of the addresses of a name only the public ones are tried.
         assert fetched(tmp_path, f"http://mixed.test:{port}/a.png") == ["no route to host, at each of 1 tries"]
-    assert asked == []
+    assert requests == []
     assert names.connected == [PUBLIC]
 
 
 def test_redirect_to_a_local_address_is_rejected(names: Names, tmp_path: Path) -> None:
-    asked: list[bytes] = []
+    requests: list[bytes] = []
 
     def local(client: socket.socket) -> None:
-        asked.append(request_of(client))
+        requests.append(request_of(client))
         client.sendall(response(png(1)))
 
     with listening(local) as port:
@@ -178,43 +178,43 @@ def test_redirect_to_a_local_address_is_rejected(names: Names, tmp_path: Path) -
         names.give("local.test", ["127.0.0.1"])
         names.give("public.test", [PUBLIC])
         with listening(public) as names.routes[PUBLIC]:
-            found = fetched(tmp_path, *(f"http://public.test/{number}" for number in range(5)))
-            assert [each for each in found if OPTION not in str(each)] == []
-            assert asked == []
-            found = fetched(tmp_path, "http://public.test/1", allow_private_addresses=True)
-            assert found == [png(1)]
+            downloads = fetched(tmp_path, *(f"http://public.test/{number}" for number in range(5)))
+            assert [each for each in downloads if OPTION not in str(each)] == []
+            assert requests == []
+            downloads = fetched(tmp_path, "http://public.test/1", allow_private_addresses=True)
+            assert downloads == [png(1)]
 
 
 def test_a_name_is_resolved_once_and_its_checked_address_connected_to(names: Names, tmp_path: Path) -> None:
-    asked: list[bytes] = []
+    requests: list[bytes] = []
 
     def serve(client: socket.socket) -> None:
-        asked.append(request_of(client))
+        requests.append(request_of(client))
         client.sendall(response(png(1), "Connection: close"))
 
     names.give("rebind.test", [PUBLIC], ["127.0.0.1"])
     with listening(serve) as names.routes[PUBLIC]:
         assert fetched(tmp_path, "http://rebind.test/a.png") == [png(1)]
-        assert names.asked == ["rebind.test"]
+        assert names.queries == ["rebind.test"]
         assert names.connected == [PUBLIC]
-        assert b"host: rebind.test\r\n" in asked[0].lower()
+        assert b"host: rebind.test\r\n" in requests[0].lower()
         # The next answer of the name server is checked anew.
         assert OPTION in str(fetched(tmp_path, "http://rebind.test/a.png")[0])
-        assert len(asked) == 1
+        assert len(requests) == 1
 
 
 def certificate(folder: Path, name: str) -> tuple[Path, Path]:
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now, number = datetime.now(UTC), x509.random_serial_number()
-    made = (
+    builder = (
         x509.CertificateBuilder(subject, subject, key.public_key(), number, now, now + timedelta(days=9))
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
     encoding = serialization.Encoding.PEM
-    (folder / "cert.pem").write_bytes(made.public_bytes(encoding))
+    (folder / "cert.pem").write_bytes(builder.public_bytes(encoding))
     private = key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     (folder / "key.pem").write_bytes(private)
     return folder / "cert.pem", folder / "key.pem"
@@ -248,11 +248,11 @@ def test_tls_is_verified_by_name_though_the_connection_goes_to_an_address(
 def test_proxy_receives_no_private_or_unresolvable_urls(
     names: Names, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, through: str
 ) -> None:
-    asked: list[bytes] = []
+    requests: list[bytes] = []
 
     def proxy(client: socket.socket) -> None:
         while request := request_of(client):
-            asked.append(request.split()[1])
+            requests.append(request.split()[1])
             client.sendall(response(png(1)))
 
     names.give("public.test", [PUBLIC])
@@ -260,11 +260,11 @@ def test_proxy_receives_no_private_or_unresolvable_urls(
     with listening(proxy) as port:
         monkeypatch.setenv(through, f"127.0.0.1:{port}")
         urls = [f"http://{host}/a.png" for host in ("public.test", "local.test", "127.0.0.1:9333", "unknown.test")]
-        found = fetched(tmp_path, *urls)
-        assert found[0] == png(1)
-        assert all(OPTION in str(each) for each in found[1:3])
-        assert "its host cannot be found" in str(found[3])
-        assert asked == [b"http://public.test/a.png"]
+        downloads = fetched(tmp_path, *urls)
+        assert downloads[0] == png(1)
+        assert all(OPTION in str(each) for each in downloads[1:3])
+        assert "its host cannot be found" in str(downloads[3])
+        assert requests == [b"http://public.test/a.png"]
         assert names.connected == ["127.0.0.1"]
         # The proxy knows names that this machine does not.
         assert fetched(tmp_path, *urls, allow_private_addresses=True) == [png(1)] * 4
@@ -376,8 +376,8 @@ def test_no_exchange_lasts_longer_than_it_may(names: Names, tmp_path: Path, kind
     with listening(SLOW[kind]) as port:
         start = time.monotonic()
         url, limits = f"http://127.0.0.1:{port}/a.png", {"allow_private_addresses": True, "download_seconds": 0.5}
-        (found,) = fetched(tmp_path, url, **limits)
-        assert "0.5 s, at each of 1 tries" in str(found)
+        (download,) = fetched(tmp_path, url, **limits)
+        assert "0.5 s, at each of 1 tries" in str(download)
         assert time.monotonic() - start < 10
 
 
@@ -390,8 +390,8 @@ def test_no_handshake_lasts_longer_than_it_may(names: Names, tmp_path: Path) -> 
     with listening(serve) as port:
         start = time.monotonic()
         url, limits = f"https://127.0.0.1:{port}/a.png", {"allow_private_addresses": True, "download_seconds": 0.5}
-        (found,) = fetched(tmp_path, url, **limits)
-        assert "at each of 1 tries" in str(found)
+        (download,) = fetched(tmp_path, url, **limits)
+        assert "at each of 1 tries" in str(download)
         assert time.monotonic() - start < 10
 
 
@@ -416,8 +416,8 @@ def test_no_resolution_of_a_name_lasts_longer_than_it_may(
 def test_whatever_a_server_answers_is_a_reason(names: Names, tmp_path: Path) -> None:
     with all_listening(ODD) as ports:
         urls = [f"http://127.0.0.1:{port}/a.png" for port in ports]
-        found = fetched(tmp_path, *urls, allow_private_addresses=True, download_seconds=5)
-    for kind, each in zip(ODD, found, strict=True):
+        downloads = fetched(tmp_path, *urls, allow_private_addresses=True, download_seconds=5)
+    for kind, each in zip(ODD, downloads, strict=True):
         assert isinstance(each, str), kind
         assert "\n" not in each, kind
         assert len(each) < 300, kind
@@ -434,7 +434,7 @@ def all_listening(kinds: dict[str, Serve]) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize(
-    "wanted",
+    "seconds",
     [
         *(
             "9" * 400,
@@ -458,11 +458,11 @@ def all_listening(kinds: dict[str, Serve]) -> Iterator[list[int]]:
     ],
 )
 def test_no_retry_after_stops_an_ingest(
-    names: Names, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str
+    names: Names, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: str
 ) -> None:
     monkeypatch.setattr("diffusion.data.sources.urls.PAUSE", wait_none())
     monkeypatch.setattr("diffusion.data.sources.urls.LONGEST_PAUSE", 0.0)
-    busy = at_once(response(b"", f"Retry-After: {wanted}".encode().decode("latin-1"), status="503 Busy"))
+    busy = at_once(response(b"", f"Retry-After: {seconds}".encode().decode("latin-1"), status="503 Busy"))
     with listening(busy) as port:
         url = f"http://127.0.0.1:{port}/a.png"
         assert fetched(tmp_path, url, allow_private_addresses=True, download_tries=2) == [
@@ -483,8 +483,8 @@ def test_closing_the_reader_does_not_wait_for_a_slow_server(names: Names, tmp_pa
 
     with listening(serve) as port:
         rows: list[dict[str, object]] = [{"url": f"http://127.0.0.1:{port}/{name}"} for name in ("first", "second")]
-        given = access(tmp_path / "scratch", download_seconds=600)
-        source = open_source(str(table(tmp_path / "urls.jsonl", rows)), given)
+        source_access = access(tmp_path / "scratch", download_seconds=600)
+        source = open_source(str(table(tmp_path / "urls.jsonl", rows)), source_access)
         reading = source.read(list(source.entries()))
         assert next(reading) == png(1)
         assert begun.wait(60)

@@ -24,7 +24,7 @@ from diffusion.data.ingest.ingest import ingest
 from diffusion.data.sources import local_files, open_source
 from diffusion.data.sources.conventions import is_image
 from tests.builders.archives import Files, add, files, peak, tar_bytes
-from tests.builders.reading_sources import access, payloads, png, seen
+from tests.builders.reading_sources import access, payloads, png, read_all
 
 LINK = "a link or a device inside an archive: only files are read"
 
@@ -56,10 +56,10 @@ each_kind = pytest.mark.parametrize("name", MAKERS)
 def test_an_archive_is_a_folder_in_its_own_order(tmp_path: Path, name: str) -> None:
     files = {"./dog/b.png": b"3" * 5000, "cat/a.PNG": b"1", "cat/.hidden.png": b"", "notes.txt": b"", "cat/ü.jpg": b"2"}
     (tmp_path / name).write_bytes(MAKERS[name](files))
-    given = access(tmp_path / "scratch")
-    found = seen(tmp_path / name, given)
-    assert given.passed_over == {".txt": 1}
-    assert [(each.name, each.label, each.payload) for each in found] == [
+    source_access = access(tmp_path / "scratch")
+    items = read_all(tmp_path / name, source_access)
+    assert source_access.passed_over == {".txt": 1}
+    assert [(each.name, each.label, each.payload) for each in items] == [
         (f"{name}/dog/b.png", "dog", b"3" * 5000),
         (f"{name}/cat/a.PNG", "cat", b"1"),
         (f"{name}/cat/ü.jpg", "cat", b"2"),
@@ -70,33 +70,33 @@ def test_an_archive_is_a_folder_in_its_own_order(tmp_path: Path, name: str) -> N
 def test_metadata_in_an_archive_names_its_images(tmp_path: Path, name: str) -> None:
     metadata = b'{"file_name": "b.png", "label": "x", "text": "B"}\n{"file_name": "c.png"}\n'
     (tmp_path / name).write_bytes(MAKERS[name]({"a.png": b"1", "b.png": b"2", "metadata.jsonl": metadata}))
-    found = seen(tmp_path / name, access(tmp_path / "scratch"))
-    assert [(each.name, each.label, each.caption, each.payload) for each in found] == [
+    items = read_all(tmp_path / name, access(tmp_path / "scratch"))
+    assert [(each.name, each.label, each.caption, each.payload) for each in items] == [
         (f"{name}/b.png", "x", "B", b"2"),
         (f"{name}/c.png", None, None, "named in the listing but missing"),
     ]
     (tmp_path / name).write_bytes(MAKERS[name]({"metadata.csv": b"", "metadata.jsonl": metadata}))
     with pytest.raises(UserError, match="keep one of them"):
-        seen(tmp_path / name, access(tmp_path / "scratch"))
+        read_all(tmp_path / name, access(tmp_path / "scratch"))
 
 
 @each_kind
 def test_an_archive_that_was_cut_short_or_is_none_is_an_error_of_one_line(tmp_path: Path, name: str) -> None:
     whole = MAKERS[name]({f"{number}.png": bytes(range(256)) * 8 for number in range(20)})
-    for damaged in (whole[: len(whole) * 2 // 3], b"", b"no archive" * 1000, whole[: len(whole) // 2] + b"glued"):
-        (tmp_path / name).write_bytes(damaged)
+    for damaged_bytes in (whole[: len(whole) * 2 // 3], b"", b"no archive" * 1000, whole[: len(whole) // 2] + b"glued"):
+        (tmp_path / name).write_bytes(damaged_bytes)
         with pytest.raises(UserError, match=f"{name} cannot be (read|unpacked)") as error:
-            seen(tmp_path / name, access(tmp_path / "scratch"))
+            read_all(tmp_path / name, access(tmp_path / "scratch"))
         assert "\n" not in str(error.value)
     assert not list((tmp_path / "scratch").glob(".*.partial"))
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+@pytest.mark.parametrize("write_archive", [gzip.compress, bz2.compress, lzma.compress])
 def test_archive_that_would_fill_the_disk_fails_and_leaves_nothing(
-    tmp_path: Path, pack: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, write_archive: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bomb = tmp_path / {"gzip": "set.tar.gz", "bz2": "set.tar.bz2", "lzma": "set.tar.xz"}[pack.__module__]
-    bomb.write_bytes(pack(bytes(2**24)))
+    bomb = tmp_path / {"gzip": "set.tar.gz", "bz2": "set.tar.bz2", "lzma": "set.tar.xz"}[write_archive.__module__]
+    bomb.write_bytes(write_archive(bytes(2**24)))
     scratch, most = tmp_path / "scratch", []
 
     def small_disk(folder: Path) -> SimpleNamespace:
@@ -106,30 +106,30 @@ def test_archive_that_would_fill_the_disk_fails_and_leaves_nothing(
     # A disk with ten megabytes left cannot be had here.
     monkeypatch.setattr(local_files.shutil, "disk_usage", small_disk)
     with pytest.raises(UserError, match="5242880 are to stay free: make room there"):
-        seen(bomb, access(scratch))
+        read_all(bomb, access(scratch))
     assert max(most) <= 5 * 2**20
     assert [path.suffix for path in scratch.iterdir()] == [".lock"]
-    bomb.write_bytes(pack(tar_bytes({"a.png": b"1"})))
-    assert [each.payload for each in seen(bomb, access(scratch))] == [b"1"]
+    bomb.write_bytes(write_archive(tar_bytes({"a.png": b"1"})))
+    assert [each.payload for each in read_all(bomb, access(scratch))] == [b"1"]
 
 
 def test_tars_that_were_glued_together_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "set.tar").write_bytes(tar_bytes({"a.png": b"1"}) + tar_bytes({"b.png": b"2"}))
     with pytest.raises(UserError, match="more follows after its end"):
-        seen(tmp_path / "set.tar", access(tmp_path / "scratch"))
+        read_all(tmp_path / "set.tar", access(tmp_path / "scratch"))
 
 
 @pytest.mark.parametrize("name", ["set.tar", "set.zip", "set.tar.gz"])
 def test_an_archive_that_changes_after_the_listing_is_an_error_and_never_other_bytes(tmp_path: Path, name: str) -> None:
-    path, given = tmp_path / name, access(tmp_path / "scratch")
+    path, source_access = tmp_path / name, access(tmp_path / "scratch")
     path.write_bytes(MAKERS[name]({"a.png": b"1"}))
-    entries = list(open_source(str(path), given).entries())
+    entries = list(open_source(str(path), source_access).entries())
     path.write_bytes(MAKERS[name]({"b.png": b"22", "a.png": b"3"}))
     if name == "set.tar.gz":  # what was unpacked for the listing still stands
-        assert list(open_source(str(path), given).read(entries)) == [b"1"]
-        given = access(tmp_path / "another worker's")
+        assert list(open_source(str(path), source_access).read(entries)) == [b"1"]
+        source_access = access(tmp_path / "another worker's")
     with pytest.raises(UserError, match="has changed since it was listed: run the ingest again"):
-        list(open_source(str(path), given).read(entries))
+        list(open_source(str(path), source_access).read(entries))
 
 
 # One that looks like the end of a zip is too much for zipfile.
@@ -150,8 +150,8 @@ def listed(name: str, data: bytes, **fields: object) -> dict[str, object]:
 def test_a_tar_holds_what_tarfile_finds_in_it(files: Files, format_: int) -> None:
     data = tar_bytes(files, format_)
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        found = {info.name: tar.extractfile(info) for info in tar}
-    expected = {name.removeprefix("./"): file.read() for name, file in found.items() if file and is_image(name)}
+        members = {info.name: tar.extractfile(info) for info in tar}
+    expected = {name.removeprefix("./"): file.read() for name, file in members.items() if file and is_image(name)}
     assert listed("set.tar", data) == expected
 
 
@@ -197,8 +197,8 @@ def test_links_and_devices_in_a_tar_are_quarantined(tmp_path: Path, kind: bytes)
     with tarfile.open(tmp_path / "set.tar", "w") as tar:
         add(tar, "a.png", b"1")
         add(tar, "b.png", kind=kind, link="a.png" if kind == tarfile.LNKTYPE else "/etc/passwd")
-    found = payloads(tmp_path / "set.tar", access(tmp_path / "scratch"))
-    assert found == {"set.tar/a.png": b"1", "set.tar/b.png": LINK}
+    contents = payloads(tmp_path / "set.tar", access(tmp_path / "scratch"))
+    assert contents == {"set.tar/a.png": b"1", "set.tar/b.png": LINK}
 
 
 def test_links_in_a_zip_are_quarantined(tmp_path: Path) -> None:
@@ -207,8 +207,8 @@ def test_links_in_a_zip_are_quarantined(tmp_path: Path) -> None:
         link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
         archive.writestr(link, "/etc/passwd")
         archive.writestr("a.png", b"1")
-    found = payloads(tmp_path / "set.zip", access(tmp_path / "scratch"))
-    assert found == {"set.zip/a.png": b"1", "set.zip/b.png": LINK}
+    contents = payloads(tmp_path / "set.zip", access(tmp_path / "scratch"))
+    assert contents == {"set.zip/a.png": b"1", "set.zip/b.png": LINK}
 
 
 def test_unsupported_zip_members_are_quarantined_with_a_remedy(tmp_path: Path) -> None:
@@ -216,9 +216,9 @@ def test_unsupported_zip_members_are_quarantined_with_a_remedy(tmp_path: Path) -
     data[data.index(b"PK\1\2") + 8] |= 1  # the flag of encryption
     (tmp_path / "locked.zip").write_bytes(data)
     (tmp_path / "odd.zip").write_bytes(zip_bytes({"a.png": b"1"}, zipfile.ZIP_LZMA))
-    given = access(tmp_path / "scratch")
-    assert "with its password" in str(payloads(tmp_path / "locked.zip", given)["locked.zip/a.png"])
-    assert "pack it with deflate" in str(payloads(tmp_path / "odd.zip", given)["odd.zip/a.png"])
+    source_access = access(tmp_path / "scratch")
+    assert "with its password" in str(payloads(tmp_path / "locked.zip", source_access)["locked.zip/a.png"])
+    assert "pack it with deflate" in str(payloads(tmp_path / "odd.zip", source_access)["odd.zip/a.png"])
 
 
 def test_archive_bombs_are_quarantined_before_unpacking(tmp_path: Path) -> None:
@@ -229,11 +229,11 @@ def test_archive_bombs_are_quarantined_before_unpacking(tmp_path: Path) -> None:
     (tmp_path / "honest.zip").write_bytes(honest)
     (tmp_path / "lying.zip").write_bytes(lying)
     (tmp_path / "set.tar.xz").write_bytes(lzma.compress(tar_bytes({"a.png": big}), preset=0))
-    given, found = access(tmp_path / "scratch", max_bytes=2**20), {}
+    source_access, reasons = access(tmp_path / "scratch", max_bytes=2**20), {}
     sources = [tmp_path / name for name in ("honest.zip", "lying.zip", "set.tar.xz")]
-    assert peak(lambda: [found.update(payloads(source, given)) for source in sources]) < 10_000_000
-    assert found["honest.zip/a.png"] == found["set.tar.xz/a.png"] == "50000000 bytes are over the limit of 1048576"
-    assert str(found["lying.zip/a.png"]).startswith("damaged in the zip")
+    assert peak(lambda: [reasons.update(payloads(source, source_access)) for source in sources]) < 10_000_000
+    assert reasons["honest.zip/a.png"] == reasons["set.tar.xz/a.png"] == "50000000 bytes are over the limit of 1048576"
+    assert str(reasons["lying.zip/a.png"]).startswith("damaged in the zip")
 
 
 def test_headers_that_lie_about_their_size_are_not_read_into_memory(tmp_path: Path) -> None:
@@ -242,11 +242,11 @@ def test_headers_that_lie_about_their_size_are_not_read_into_memory(tmp_path: Pa
     with (tmp_path / "set.tar").open("wb") as file:
         file.write(info.tobuf(tarfile.USTAR_FORMAT))
         file.truncate(200_010_240)
-    given = access(tmp_path / "scratch")
+    source_access = access(tmp_path / "scratch")
 
     def read() -> None:
         with pytest.raises(UserError, match="a header of 2000"):
-            seen(tmp_path / "set.tar", given)
+            read_all(tmp_path / "set.tar", source_access)
 
     assert peak(read) < 5_000_000
 
@@ -256,7 +256,7 @@ def test_headers_that_follow_each_other_without_end_are_an_error(tmp_path: Path)
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, 5
     (tmp_path / "set.tar").write_bytes((info.tobuf(tarfile.GNU_FORMAT) + b"a.png".ljust(512, b"\0")) * 5000)
     with pytest.raises(UserError, match=r"set.tar cannot be read as a tar"):
-        seen(tmp_path / "set.tar", access(tmp_path / "scratch"))
+        read_all(tmp_path / "set.tar", access(tmp_path / "scratch"))
 
 
 def overlapping(kind: str) -> bytes:
@@ -281,25 +281,25 @@ def overlapping(kind: str) -> bytes:
 def test_a_zip_whose_files_share_bytes_is_refused(tmp_path: Path, kind: str) -> None:
     (tmp_path / "set.zip").write_bytes(overlapping(kind))
     with pytest.raises(UserError, match="overlaps another one"):
-        seen(tmp_path / "set.zip", access(tmp_path / "scratch"))
+        read_all(tmp_path / "set.zip", access(tmp_path / "scratch"))
 
 
-def test_a_file_in_a_zip_that_reaches_into_the_next_is_refused(tmp_path: Path) -> None:
+def test_a_file_in_a_zip_that_reaches_into_the_next_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "set.zip").write_bytes(overlapping("an extra field over the next header"))
-    found = payloads(tmp_path / "set.zip", access(tmp_path / "scratch"))
-    assert found == {
+    contents = payloads(tmp_path / "set.zip", access(tmp_path / "scratch"))
+    assert contents == {
         "set.zip/a.png": "damaged in the zip: it overlaps what is stored behind it",
         "set.zip/b.png": b"2" * 100,
     }
 
 
-def test_a_zip_whose_directory_is_one_of_its_files_is_refused(tmp_path: Path) -> None:
+def test_a_zip_whose_directory_is_one_of_its_files_is_rejected(tmp_path: Path) -> None:
     whole = bytearray(zip_bytes({"a.png": b"1"}, zipfile.ZIP_STORED))
     entry = whole.index(b"PK\1\2")
     whole[entry + 20 : entry + 28] = (50).to_bytes(4, "little") * 2
     (tmp_path / "set.zip").write_bytes(whole)
     with pytest.raises(UserError, match="overlaps another one or the directory"):
-        seen(tmp_path / "set.zip", access(tmp_path / "scratch"))
+        read_all(tmp_path / "set.zip", access(tmp_path / "scratch"))
 
 
 def test_a_zip_with_its_directory_in_another_order_and_descriptors_is_read(tmp_path: Path) -> None:
@@ -323,8 +323,8 @@ def test_a_zip_with_its_directory_in_another_order_and_descriptors_is_read(tmp_p
         archive.filelist.reverse()
     assert b"PK\7\10" in stream.data.replace(b"PK\x07\x08", b"PK\7\10")
     (tmp_path / "set.zip").write_bytes(b"#!/bin/sh\n" * 20 + stream.data)
-    found = payloads(tmp_path / "set.zip", access(tmp_path / "scratch"))
-    assert found == {f"set.zip/{number}.png": bytes([number]) * 99 for number in reversed(range(5))}
+    contents = payloads(tmp_path / "set.zip", access(tmp_path / "scratch"))
+    assert contents == {f"set.zip/{number}.png": bytes([number]) * 99 for number in reversed(range(5))}
 
 
 def test_a_zip_of_64_bits_behind_a_program_is_read(tmp_path: Path) -> None:
@@ -335,8 +335,8 @@ def test_a_zip_of_64_bits_behind_a_program_is_read(tmp_path: Path) -> None:
     last = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 2**16 - 1, 2**16 - 1, 2**32 - 1, 2**32 - 1, 0)
     for program in (b"", b"#!/bin/sh\n" * 50):
         (tmp_path / "set.zip").write_bytes(program + plain[:end] + wide + locator + last)
-        found = payloads(tmp_path / "set.zip", access(tmp_path / "scratch"))
-        assert found == {"set.zip/a.png": b"1", "set.zip/b.png": b"2"}
+        contents = payloads(tmp_path / "set.zip", access(tmp_path / "scratch"))
+        assert contents == {"set.zip/a.png": b"1", "set.zip/b.png": b"2"}
 
 
 @pytest.mark.slow
@@ -345,14 +345,14 @@ def test_memory_does_not_grow_with_the_archive(tmp_path: Path, name: str) -> Non
     def listing(count: int) -> int:
         (tmp_path / name).write_bytes(MAKERS[name]({f"{number % 9}/{number:06d}.png": b"" for number in range(count)}))
         source = open_source(str(tmp_path / name), access(tmp_path / "scratch"))
-        found = 0
+        item_count = 0
 
         def read() -> None:
-            nonlocal found
-            found = sum(1 for _ in source.entries())
+            nonlocal item_count
+            item_count = sum(1 for _ in source.entries())
 
         used = peak(read)
-        assert found == count
+        assert item_count == count
         return used
 
     listing(10)  # what is imported at the first use
@@ -400,9 +400,9 @@ def test_a_folder_and_archives_in_any_order_make_the_same_data_set(tmp_path: Pat
         (tmp_path / "set" / name).write_bytes(data)
     (tmp_path / "set.tar").write_bytes(tar_bytes(shuffled))
     (tmp_path / "set.zip").write_bytes(zip_bytes(shuffled))
-    made = {
+    result = {
         name: ingest(tmp_path / "data" / name, IngestConfig(source=str(tmp_path / name), size=8, held_out=0.33))
         for name in ("set", "set.tar", "set.zip")
     }
-    assert len({each.content_digest for each in made.values()}) == 1
-    assert {each.relabelled for each in made.values()} == {1}
+    assert len({each.content_digest for each in result.values()}) == 1
+    assert {each.relabelled for each in result.values()} == {1}

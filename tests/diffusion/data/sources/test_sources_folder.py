@@ -9,11 +9,11 @@ from diffusion.common.errors import UserError
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.sources import open_source
-from tests.builders.reading_sources import access, payloads, png, seen, write_files
+from tests.builders.reading_sources import access, payloads, png, read_all, write_files
 
 
 def by_name(root: Path | str, scratch: Path, **fields: object) -> dict[str, tuple[str | None, str | None, object]]:
-    return {each.name: (each.label, each.caption, each.payload) for each in seen(root, access(scratch, **fields))}
+    return {each.name: (each.label, each.caption, each.payload) for each in read_all(root, access(scratch, **fields))}
 
 
 def test_a_folder_of_folders_is_a_set_of_classes(tmp_path: Path) -> None:
@@ -38,9 +38,9 @@ def test_hidden_and_non_image_files_are_skipped(tmp_path: Path) -> None:
     names = ["a.png", ".b.png", ".git/c.png", "notes.txt", "x/.d/e.png", "png", "x/more.TXT"]
     root = write_files(tmp_path / "set", dict.fromkeys(names, b"1"))
     assert list(by_name(root, tmp_path / "scratch")) == ["a.png"]
-    given = access(tmp_path / "scratch")
-    assert len(list(open_source(str(root), given).entries())) == 1
-    assert given.passed_over == {".txt": 2, "": 1}
+    source_access = access(tmp_path / "scratch")
+    assert len(list(open_source(str(root), source_access).entries())) == 1
+    assert source_access.passed_over == {".txt": 2, "": 1}
 
 
 def test_images_in_unsupported_formats_are_not_skipped_silently(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_metadata_names_the_images_their_labels_and_captions(tmp_path: Path, nam
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("metadata.csv", "name,label\na.png,x\n", "record 1 has no file_name"),
         ("metadata.csv", "file_name,label\na.png,x,y\n", "record 1 has more fields than the header"),
@@ -87,10 +87,10 @@ def test_metadata_names_the_images_their_labels_and_captions(tmp_path: Path, nam
     ],
 )
 def test_metadata_that_cannot_be_understood_is_an_error_of_one_line(
-    tmp_path: Path, name: str, text: str | bytes, said: str
+    tmp_path: Path, name: str, text: str | bytes, message: str
 ) -> None:
     root = write_files(tmp_path / "set", {"a.png": b"1", name: text if isinstance(text, bytes) else text.encode()})
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         by_name(root, tmp_path / "scratch")
     assert "\n" not in str(error.value)
     assert str(root / name) in str(error.value)
@@ -139,10 +139,10 @@ def test_names_of_any_bytes_can_be_written_down(tmp_path: Path) -> None:
 
 def test_file_deleted_after_listing_is_quarantined_alone(tmp_path: Path) -> None:
     root = write_files(tmp_path / "set", {"a.png": b"1", "b.png": b"2"})
-    given = access(tmp_path / "scratch")
-    entries = sorted(open_source(str(root), given).entries(), key=lambda entry: entry.source)
+    source_access = access(tmp_path / "scratch")
+    entries = sorted(open_source(str(root), source_access).entries(), key=lambda entry: entry.source)
     (root / "a.png").unlink()
-    first, second = open_source(str(root), given).read(entries)
+    first, second = open_source(str(root), source_access).read(entries)
     assert str(first) == "named in the listing but missing"
     assert second == b"2"
 
@@ -157,7 +157,7 @@ def test_a_file_url_is_a_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("uri", "said"),
+    ("uri", "message"),
     [
         ("nowhere", "nowhere does not exist"),
         ("nowhere.tar", "nowhere.tar does not exist"),
@@ -185,12 +185,12 @@ def test_a_file_url_is_a_path(tmp_path: Path) -> None:
     ],
 )
 def test_a_source_that_is_not_there_or_not_understood_is_an_error_of_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("image.png").write_bytes(png(1))
-    with pytest.raises(UserError, match=said) as error:
-        seen(uri, access(tmp_path / "scratch"))
+    with pytest.raises(UserError, match=message) as error:
+        read_all(uri, access(tmp_path / "scratch"))
     assert "\n" not in str(error.value)
 
 

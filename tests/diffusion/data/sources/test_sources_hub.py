@@ -18,7 +18,7 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest, preview
 from diffusion.data.manifest import read_manifest, read_records
 from diffusion.data.sources import open_source
-from tests.builders.reading_sources import access, payloads, png, seen
+from tests.builders.reading_sources import access, payloads, png, read_all
 from tests.hub import TOKEN, Hub, hub_server
 
 CARD = b"---\nlicense: cc-by-4.0\n---\n# Blobs\n"
@@ -65,27 +65,27 @@ def test_parquet_files_of_a_split_with_classes_and_captions(hub: Hub, tmp_path: 
             "assets/plot.png": png(99),
         },
     )
-    found = seen("hf://datasets/me/blobs", access(tmp_path / "scratch"))
-    assert [(each.name, each.label, each.caption) for each in found] == [
+    items = read_all("hf://datasets/me/blobs", access(tmp_path / "scratch"))
+    assert [(each.name, each.label, each.caption) for each in items] == [
         ("me/blobs/data/train-00000-of-00002.parquet/0", "even", "blob 0"),
         ("me/blobs/data/train-00000-of-00002.parquet/1", "odd", "blob 1"),
         ("me/blobs/data/train-00000-of-00002.parquet/2", "even", "blob 2"),
         ("me/blobs/data/train-00001-of-00002.parquet/0", "odd", "blob 3"),
         ("me/blobs/data/train-00001-of-00002.parquet/1", "even", "blob 4"),
     ]
-    assert [each.payload for each in found] == [png(number) for number in range(5)]
-    assert len(seen("hf://datasets/me/blobs?split=test", access(tmp_path / "scratch"))) == 2
-    assert len(seen("hf://datasets/me/blobs?split=all", access(tmp_path / "scratch"))) == 7
+    assert [each.payload for each in items] == [png(number) for number in range(5)]
+    assert len(read_all("hf://datasets/me/blobs?split=test", access(tmp_path / "scratch"))) == 2
+    assert len(read_all("hf://datasets/me/blobs?split=all", access(tmp_path / "scratch"))) == 7
 
 
 def test_columns_are_named_by_options(hub: Hub, tmp_path: Path) -> None:
     hub.dataset("me/blobs", {"train.parquet": parquet(range(2), text="prompt", image="photo")})
-    given = access(tmp_path / "scratch")
-    assert [each.caption for each in seen("hf://datasets/me/blobs", given)] == [None, None]
+    source_access = access(tmp_path / "scratch")
+    assert [each.caption for each in read_all("hf://datasets/me/blobs", source_access)] == [None, None]
     uri = "hf://datasets/me/blobs?image=photo&caption=prompt&label=prompt"
-    assert [(each.label, each.caption) for each in seen(uri, given)] == [("blob 0",) * 2, ("blob 1",) * 2]
+    assert [(each.label, each.caption) for each in read_all(uri, source_access)] == [("blob 0",) * 2, ("blob 1",) * 2]
     with pytest.raises(UserError, match=r"no column nope.*photo.*prompt") as error:
-        seen("hf://datasets/me/blobs?caption=nope", given)
+        read_all("hf://datasets/me/blobs?caption=nope", source_access)
     assert str(tmp_path) not in str(error.value)
 
 
@@ -112,10 +112,10 @@ configs:
             "l/part1.parquet": parquet(range(4, 6)),
         },
     )
-    given = access(tmp_path / "scratch")
+    source_access = access(tmp_path / "scratch")
 
     def captions(options: str) -> list[str | None]:
-        return [each.caption for each in seen(f"hf://datasets/me/blobs{options}", given)]
+        return [each.caption for each in read_all(f"hf://datasets/me/blobs{options}", source_access)]
 
     assert captions("") == ["blob 4", "blob 5"]
     assert captions("?config=small") == ["blob 0"]
@@ -132,33 +132,33 @@ def test_a_card_cannot_keep_its_reader_busy(hub: Hub, tmp_path: Path, monkeypatc
     def card(pattern: str) -> bytes:
         return f"---\nconfigs: [{{config_name: a, data_files: '{pattern}'}}]\n---\n".encode()
 
-    given = access(tmp_path / "scratch")
+    source_access = access(tmp_path / "scratch")
     # Matched with backtracking, it takes years; and these braces stand for 2^40 names.
     hub.dataset("me/stars", {"README.md": card("**a" * 20 + "*.parquet"), "a" * 40 + ".parquet": parquet(range(1))})
-    assert len(list(open_source("hf://datasets/me/stars", given).entries())) == 1
+    assert len(list(open_source("hf://datasets/me/stars", source_access).entries())) == 1
     hub.dataset("me/stars", {"README.md": card("**a" * 20), "a" * 60 + ".parquet": parquet(range(1))})
     with pytest.raises(UserError, match="no images"):
-        list(open_source("hf://datasets/me/stars", given).entries())
+        list(open_source("hf://datasets/me/stars", source_access).entries())
     hub.dataset("me/braces", {"README.md": card("{a,b}" * 40), "a.parquet": b""})
     with pytest.raises(UserError, match="names"):
-        list(open_source("hf://datasets/me/braces", given).entries())
+        list(open_source("hf://datasets/me/braces", source_access).entries())
 
 
 def test_image_folders_with_classes_and_with_metadata(hub: Hub, tmp_path: Path) -> None:
-    given = access(tmp_path / "scratch", max_bytes=1024)
+    source_access = access(tmp_path / "scratch", max_bytes=1024)
     files = {f"train/{name}/{number}.png": png(number) for number, name in enumerate(("cat", "dog", "cat"))}
     hub.dataset("me/pets", files | {"test/cat/9.png": png(9), "train/cat/large.png": bytes(2000)})
-    found = {each.name: (each.label, each.payload) for each in seen("hf://datasets/me/pets", given)}
-    assert found.pop("me/pets/train/cat/large.png")[1] == "2000 bytes are over the limit of 1024"
-    assert found == {
+    items = {each.name: (each.label, each.payload) for each in read_all("hf://datasets/me/pets", source_access)}
+    assert items.pop("me/pets/train/cat/large.png")[1] == "2000 bytes are over the limit of 1024"
+    assert items == {
         "me/pets/train/cat/0.png": ("cat", png(0)),
         "me/pets/train/dog/1.png": ("dog", png(1)),
         "me/pets/train/cat/2.png": ("cat", png(2)),
     }
     table = b"file_name,text\nimages/0.png,a red blob\nimages/gone.png,nothing\n"
     hub.dataset("me/captioned", {"metadata.csv": table, "images/0.png": png(0), "images/1.png": png(1)})
-    found = {each.name: (each.caption, each.payload) for each in seen("hf://datasets/me/captioned", given)}
-    assert found == {
+    items = {each.name: (each.caption, each.payload) for each in read_all("hf://datasets/me/captioned", source_access)}
+    assert items == {
         "me/captioned/images/0.png": ("a red blob", png(0)),
         "me/captioned/images/gone.png": ("nothing", "named in the listing but missing"),
     }
@@ -167,8 +167,8 @@ def test_image_folders_with_classes_and_with_metadata(hub: Hub, tmp_path: Path) 
 def test_webdataset_shards(hub: Hub, tmp_path: Path) -> None:
     tar = shard({"a.png": png(0), "a.txt": b"first", "b.png": png(1), "b.json": b'{"label": "odd"}'})
     hub.dataset("me/shards", {"0000.tar": tar, "0001.tar": shard({"c.png": png(2)})})
-    found = seen("hf://datasets/me/shards", access(tmp_path / "scratch"))
-    assert [(each.name, each.label, each.caption, each.payload) for each in found] == [
+    items = read_all("hf://datasets/me/shards", access(tmp_path / "scratch"))
+    assert [(each.name, each.label, each.caption, each.payload) for each in items] == [
         ("me/shards/0000.tar/a.png", None, "first", png(0)),
         ("me/shards/0000.tar/b.png", "odd", None, png(1)),
         ("me/shards/0001.tar/c.png", None, None, png(2)),
@@ -228,15 +228,15 @@ def test_a_licence_that_contradicts_the_card_stays_and_is_said(
 )
 def test_licences_of_cards(hub: Hub, tmp_path: Path, card: bytes, licence: str | None) -> None:
     hub.dataset("me/blobs", {"README.md": card, "a.parquet": parquet(range(1))})
-    given = access(tmp_path / "scratch")
-    list(open_source("hf://datasets/me/blobs", given).entries())
-    assert given.about.get("licence") == licence
+    source_access = access(tmp_path / "scratch")
+    list(open_source("hf://datasets/me/blobs", source_access).entries())
+    assert source_access.about.get("licence") == licence
 
 
 def test_dropped_connections_and_busy_servers_are_retried(hub: Hub, tmp_path: Path) -> None:
     hub.dataset("me/blobs", {"a.parquet": parquet(range(80))})
     hub.statuses, hub.drop_after = [503, 429], 5000
-    assert len(seen("hf://datasets/me/blobs", access(tmp_path / "scratch"))) == 80
+    assert len(read_all("hf://datasets/me/blobs", access(tmp_path / "scratch"))) == 80
     ranges = [headers["Range"] for _, path, headers in hub.requests if "resolve" in path and "Range" in headers]
     assert ranges[:2] == ["bytes=5000-", "bytes=10000-"]
 
@@ -245,7 +245,7 @@ def test_a_hub_that_never_answers_whole_is_one_error_in_bounded_time(hub: Hub, t
     hub.dataset("me/blobs", {"a.parquet": parquet(range(2))})
     hub.drop_after = 0
     with pytest.raises(TransientError, match=r"a\.parquet of hf://datasets/me/blobs@"):
-        seen("hf://datasets/me/blobs", access(tmp_path / "scratch"))
+        read_all("hf://datasets/me/blobs", access(tmp_path / "scratch"))
     assert len(hub.paths("resolve")) == 5
 
 
@@ -256,7 +256,7 @@ def test_other_bytes_than_listed_are_never_read(hub: Hub, tmp_path: Path, lie: d
     vars(hub).update(lie)
     for name in ("blobs", "images"):
         with pytest.raises(DarkroomError, match=f"me/{name}@"):
-            seen(f"hf://datasets/me/{name}", access(tmp_path / "scratch"))
+            read_all(f"hf://datasets/me/{name}", access(tmp_path / "scratch"))
     assert not list((tmp_path / "scratch").glob("hub-*"))
 
 
@@ -264,7 +264,7 @@ def test_another_commit_than_the_pinned_one_is_not_read(hub: Hub, tmp_path: Path
     repo = hub.dataset("me/blobs", {"a.parquet": parquet(range(2))})
     hub.other_commit = True
     with pytest.raises(DarkroomError, match="f" * 40):
-        seen(f"hf://datasets/me/blobs@{repo.refs['main']}", access(tmp_path / "scratch"))
+        read_all(f"hf://datasets/me/blobs@{repo.refs['main']}", access(tmp_path / "scratch"))
 
 
 def test_a_token_opens_private_sets_and_is_seen_nowhere(
@@ -284,9 +284,9 @@ def test_a_token_opens_private_sets_and_is_seen_nowhere(
         assert other.requests
         assert all("Authorization" not in headers for _, _, headers in other.requests)
     assert TOKEN not in caplog.text
-    written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert written
-    assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
     records = [read_records(folder, part).to_pylist() for part in read_manifest(folder).parts]
     assert TOKEN not in repr(records)
 
@@ -296,7 +296,7 @@ def test_a_login_on_this_machine_is_not_used(hub: Hub, tmp_path: Path, monkeypat
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
     hub.dataset("me/private", {"a.parquet": parquet(range(2))}, private=True)
     with pytest.raises(UserError, match="HF_TOKEN"):
-        seen("hf://datasets/me/private", access(tmp_path / "scratch"))
+        read_all("hf://datasets/me/private", access(tmp_path / "scratch"))
 
 
 @pytest.mark.parametrize(
@@ -321,11 +321,11 @@ def test_mistakes_are_one_line_with_what_there_is(hub: Hub, tmp_path: Path, uri:
     two = {f"{name}-00000-of-00001.parquet": parquet(range(1)) for name in ("a", "b")}
     hub.dataset("me/split", two)
     with pytest.raises(UserError, match=words) as error:
-        seen(uri, access(tmp_path / "scratch"))
+        read_all(uri, access(tmp_path / "scratch"))
     assert "\n" not in str(error.value)
 
 
-def test_paths_that_lead_out_are_refused(hub: Hub, tmp_path: Path) -> None:
+def test_paths_that_lead_out_are_rejected(hub: Hub, tmp_path: Path) -> None:
     hub.dataset("me/blobs", {"../evil.parquet": parquet(range(1))})
     with pytest.raises(DarkroomError, match="evil"):
         payloads("hf://datasets/me/blobs", access(tmp_path / "scratch"))

@@ -13,7 +13,7 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.sources import open_source
 from tests.builders.archives import peak
-from tests.builders.reading_sources import access, png, seen
+from tests.builders.reading_sources import access, png, read_all
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -36,13 +36,15 @@ def hugging_face(path: Path, images: list[bytes | None], labels: list[int], **se
     pq.write_table(table, path, **settings)
 
 
-def told(uri: str | Path, scratch: Path, **fields: object) -> list[tuple[str, str | None, str | None, object]]:
-    return [(each.name, each.label, each.caption, each.payload) for each in seen(uri, access(scratch, **fields))]
+def annotations_of(
+    uri: str | Path, scratch: Path, **fields: object
+) -> list[tuple[str, str | None, str | None, object]]:
+    return [(each.name, each.label, each.caption, each.payload) for each in read_all(uri, access(scratch, **fields))]
 
 
 def test_hugging_face_parquet_is_read_with_classes_and_captions(tmp_path: Path) -> None:
     hugging_face(tmp_path / "train.parquet", [b"0", b"1", b"2", None], [1, 0, -1, 0], row_group_size=3)
-    assert told(tmp_path / "train.parquet", tmp_path / "scratch") == [
+    assert annotations_of(tmp_path / "train.parquet", tmp_path / "scratch") == [
         ("train.parquet/0", "dog", None, b"0"),
         ("train.parquet/1", "cat", "number 1", b"1"),
         ("train.parquet/2", None, "number 2", b"2"),
@@ -58,7 +60,7 @@ def test_bytes_in_a_column_of_any_kind_are_images(tmp_path: Path, kind: pa.DataT
     if pa.types.is_struct(kind):
         values = [{"bytes": value} for value in values]
     pq.write_table(pa.table({"id": [7, 8, 9], "Image": pa.array(values, kind)}), tmp_path / "a.parquet")
-    assert told(tmp_path / "a.parquet", tmp_path / "scratch") == [
+    assert annotations_of(tmp_path / "a.parquet", tmp_path / "scratch") == [
         ("a.parquet/0", None, None, b"1234"),
         ("a.parquet/1", None, None, "a row without an image"),
         ("a.parquet/2", None, None, b"5678"),
@@ -74,14 +76,16 @@ def test_options_name_the_columns_and_a_pattern_the_files(tmp_path: Path) -> Non
         pq.write_table(table, tmp_path / "set" / str(number) / "a.parquet")
     options, scratch = "?image=right&label=style&caption=de", tmp_path / "scratch"
     whole = [(f"{number}/a.parquet/0", str(number), "x y", b"r") for number in range(3)]
-    assert told(f"parquet:{tmp_path}/set{options}", scratch) == whole
-    assert told(f"parquet:{tmp_path}/set/*/a.parquet{options}", scratch) == whole
-    assert told(f"parquet:{tmp_path}/set/{{0..1}}/?.parquet{options}", scratch) == whole[:2]
-    assert told(f"parquet:{tmp_path}/set/1/a.parquet{options}", scratch) == [("a.parquet/0", "1", "x y", b"r")]
+    assert annotations_of(f"parquet:{tmp_path}/set{options}", scratch) == whole
+    assert annotations_of(f"parquet:{tmp_path}/set/*/a.parquet{options}", scratch) == whole
+    assert annotations_of(f"parquet:{tmp_path}/set/{{0..1}}/?.parquet{options}", scratch) == whole[:2]
+    assert annotations_of(f"parquet:{tmp_path}/set/1/a.parquet{options}", scratch) == [
+        ("a.parquet/0", "1", "x y", b"r")
+    ]
 
 
 @pytest.mark.parametrize(
-    ("columns", "options", "said"),
+    ("columns", "options", "message"),
     [
         ({"a": [b"1"], "b": [b"2"]}, "", "has more than one column of images .* among a, b: name it with"),
         ({"a": ["text"]}, "", "has no column of images"),
@@ -92,11 +96,11 @@ def test_options_name_the_columns_and_a_pattern_the_files(tmp_path: Path) -> Non
     ],
 )
 def test_a_table_that_is_not_clear_is_an_error_of_one_line(
-    tmp_path: Path, columns: dict[str, list[Any]], options: str, said: str
+    tmp_path: Path, columns: dict[str, list[Any]], options: str, message: str
 ) -> None:
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=said) as error:
-        told(f"parquet:{tmp_path}/a.parquet{options}", tmp_path / "scratch")
+    with pytest.raises(UserError, match=message) as error:
+        annotations_of(f"parquet:{tmp_path}/a.parquet{options}", tmp_path / "scratch")
     assert "\n" not in str(error.value)
 
 
@@ -107,52 +111,52 @@ def test_a_file_that_is_damaged_is_an_error_and_a_damaged_page_a_reason(tmp_path
     hugging_face(path, images, [0] * 40, **settings)
     whole = path.read_bytes()
     path.write_bytes(whole.replace(images[15], b"X" * 3000))
-    found = [each.payload for each in seen(path, access(tmp_path / "scratch"))]
-    assert found[:10] + found[20:] == images[:10] + images[20:]
-    assert "damaged in the Parquet file" in str(found[15])
+    contents = [each.payload for each in read_all(path, access(tmp_path / "scratch"))]
+    assert contents[:10] + contents[20:] == images[:10] + images[20:]
+    assert "damaged in the Parquet file" in str(contents[15])
     path.write_bytes(whole[:3000] + b"\0" * 3000 + whole[6000:])
-    found = [each.payload for each in seen(path, access(tmp_path / "scratch"))]
-    assert found[10:] == images[10:]
-    assert "damaged in the Parquet file" in str(found[2])
-    for damaged in (whole[:-100], whole[100:], b"", b"PAR1" * 100):
-        path.write_bytes(damaged)
+    contents = [each.payload for each in read_all(path, access(tmp_path / "scratch"))]
+    assert contents[10:] == images[10:]
+    assert "damaged in the Parquet file" in str(contents[2])
+    for damaged_bytes in (whole[:-100], whole[100:], b"", b"PAR1" * 100):
+        path.write_bytes(damaged_bytes)
         with pytest.raises(UserError, match="cannot be read as Parquet"):
-            seen(path, access(tmp_path / "scratch"))
+            read_all(path, access(tmp_path / "scratch"))
 
 
 def test_rows_over_the_limit_are_quarantined(tmp_path: Path) -> None:
     hugging_face(tmp_path / "a.parquet", [b"x" * 1025, b"y" * 1024], [0, 0])
     _, first, second = (
         "",
-        *[each.payload for each in seen(tmp_path / "a.parquet", access(tmp_path / "s", max_bytes=1024))],
+        *[each.payload for each in read_all(tmp_path / "a.parquet", access(tmp_path / "s", max_bytes=1024))],
     )
     assert first == "1025 bytes are over the limit of 1024"
     assert second == b"y" * 1024
 
 
 def test_any_part_of_the_rows_can_be_read_and_a_changed_file_is_an_error(tmp_path: Path) -> None:
-    path, given = tmp_path / "a.parquet", access(tmp_path / "scratch")
+    path, source_access = tmp_path / "a.parquet", access(tmp_path / "scratch")
     images: list[bytes | None] = [bytes([number]) for number in range(100)]
     hugging_face(path, images, [0] * 100, row_group_size=37)
-    entries = list(open_source(str(path), given).entries())
-    wanted = [3, 20, 36, 37, 60, 74, 99]
-    assert list(open_source(str(path), given).read([entries[n] for n in wanted])) == [bytes([n]) for n in wanted]
+    entries = list(open_source(str(path), source_access).entries())
+    rows = [3, 20, 36, 37, 60, 74, 99]
+    assert list(open_source(str(path), source_access).read([entries[n] for n in rows])) == [bytes([n]) for n in rows]
     hugging_face(path, images[1:], [0] * 99)
     with pytest.raises(UserError, match="has changed since it was listed"):
-        list(open_source(str(path), given).read(entries))
+        list(open_source(str(path), source_access).read(entries))
 
 
 def test_memory_does_not_grow_with_the_table(tmp_path: Path) -> None:
     def used(rows: int) -> int:
         hugging_face(tmp_path / "a.parquet", [number.to_bytes(5) * 1000 for number in range(rows)], [0] * rows)
-        source, given = str(tmp_path / "a.parquet"), access(tmp_path / "scratch")
+        source, source_access = str(tmp_path / "a.parquet"), access(tmp_path / "scratch")
         pool = pa.proxy_memory_pool(pa.default_memory_pool())
         before = pa.default_memory_pool()
         pa.set_memory_pool(pool)
         try:
-            python = peak(lambda: sum(1 for _ in open_source(source, given).entries()))
-            entries = list(open_source(source, given).entries())[:: rows // 50]
-            assert sum(len(payload) for payload in open_source(source, given).read(entries)) == 250_000
+            python = peak(lambda: sum(1 for _ in open_source(source, source_access).entries()))
+            entries = list(open_source(source, source_access).entries())[:: rows // 50]
+            assert sum(len(payload) for payload in open_source(source, source_access).read(entries)) == 250_000
             return python + pool.max_memory()
         finally:
             pa.set_memory_pool(before)

@@ -20,7 +20,7 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.sources import open_source
 from tests.builders.archives import peak
-from tests.builders.reading_sources import access, payloads, png, seen
+from tests.builders.reading_sources import access, payloads, png, read_all
 from tests.builders.url_tables import table
 
 BOMB = gzip.compress(bytes(50_000_000), 1)
@@ -30,7 +30,7 @@ class Server:
     """A web server whose paths say how it is to answer."""
 
     def __init__(self) -> None:
-        self.asked: Counter[str] = Counter()
+        self.requests: Counter[str] = Counter()
         self.times: list[float] = []
         self.at_once = self.most_at_once = 0
         lock = threading.Lock()
@@ -41,7 +41,7 @@ class Server:
 
             def do_GET(self) -> None:
                 with lock:
-                    server.asked[self.path] += 1
+                    server.requests[self.path] += 1
                     server.times.append(time.monotonic())
                     server.at_once += 1
                     server.most_at_once = max(server.most_at_once, server.at_once)
@@ -52,7 +52,7 @@ class Server:
                         server.at_once -= 1
 
             def answer(self, kind: str, value: str = "") -> None:
-                times = server.asked[self.path]
+                times = server.requests[self.path]
                 match kind:
                     case "png":
                         self.send(200, png(int(value)))
@@ -134,8 +134,8 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def answers(server: Server, tmp_path: Path, *places: str, **fields: object) -> list[object]:
     rows: list[dict[str, object]] = [{"url": f"{server.url}/{place}"} for place in places]
-    given = access(tmp_path / "scratch", **fields)
-    return [each.payload for each in seen(table(tmp_path / "urls.jsonl", rows), given)]
+    source_access = access(tmp_path / "scratch", **fields)
+    return [each.payload for each in read_all(table(tmp_path / "urls.jsonl", rows), source_access)]
 
 
 @pytest.mark.parametrize("column", ["url", "URL", "image_url"])
@@ -151,8 +151,8 @@ def test_a_table_of_urls_is_fetched_in_its_order_with_labels_and_captions(
     ]
     table(tmp_path / "urls.jsonl", rows)
     for name in ("urls.csv", "urls.jsonl"):
-        found = seen(tmp_path / name, access(tmp_path / "scratch"))
-        assert [(each.name, each.label, each.caption, each.payload) for each in found] == [
+        items = read_all(tmp_path / name, access(tmp_path / "scratch"))
+        assert [(each.name, each.label, each.caption, each.payload) for each in items] == [
             (f"{server.url}/png/1", "cat", "one, two", png(1)),
             (f"{server.url}/png/0", None, None, png(0)),
             (f"{name}/3", "dog", "none", "a row without a URL"),
@@ -171,9 +171,9 @@ def test_only_http_is_fetched_even_after_a_redirect(server: Server, tmp_path: Pa
     rows: list[dict[str, object]] = [
         {"url": place} for place in (*places, f"{server.url}/to/file", f"{server.url}/to/png")
     ]
-    found = [each.payload for each in seen(table(tmp_path / "urls.jsonl", rows), access(tmp_path / "scratch"))]
-    assert found[:3] == ["neither an http:// nor an https:// URL: local files are read from a folder"] * 3
-    assert found[3:] == ["leads to something that is neither http nor https"] * 2 + [png(1)]
+    contents = [each.payload for each in read_all(table(tmp_path / "urls.jsonl", rows), access(tmp_path / "scratch"))]
+    assert contents[:3] == ["neither an http:// nor an https:// URL: local files are read from a folder"] * 3
+    assert contents[3:] == ["leads to something that is neither http nor https"] * 2 + [png(1)]
     assert "not to be had" in str(answers(server, tmp_path, "to/round")[0])
 
 
@@ -182,9 +182,11 @@ def test_invalid_urls_are_quarantined(tmp_path: Path) -> None:
         f"http://{host}/a.png"
         for host in ("xn--", "a" * 300, "\u2100\ufffd", "a b", "[", "x:99999", "a\x00b", "é" * 99)
     ]
-    found = payloads(table(tmp_path / "urls.jsonl", [{"url": each} for each in places]), access(tmp_path / "scratch"))
-    assert len(found) == len(places)
-    assert all(isinstance(each, str) and "\n" not in each for each in found.values())
+    contents = payloads(
+        table(tmp_path / "urls.jsonl", [{"url": each} for each in places]), access(tmp_path / "scratch")
+    )
+    assert len(contents) == len(places)
+    assert all(isinstance(each, str) and "\n" not in each for each in contents.values())
 
 
 def test_permanent_http_errors_are_quarantined_and_transient_ones_retried(server: Server, tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ def test_permanent_http_errors_are_quarantined_and_transient_ones_retried(server
         b"ok",
         png(1),
     ]
-    assert [server.asked[f"/{place}"] for place in places] == [1, 1, 1, 4, 4, 3, 3, 3]
+    assert [server.requests[f"/{place}"] for place in places] == [1, 1, 1, 4, 4, 3, 3, 3]
     assert answers(server, tmp_path, "busy/502", download_tries=2) == ["HTTP 502 Bad Gateway, at each of 2 tries"]
 
 
@@ -214,21 +216,21 @@ def test_retry_after_header_is_honoured(server: Server, tmp_path: Path, kind: st
 
 
 def test_oversized_downloads_are_aborted(server: Server, tmp_path: Path) -> None:
-    found = answers(server, tmp_path, "size/2048", "size/2049", "endless/1", max_bytes=2048)
-    assert found == [
+    results = answers(server, tmp_path, "size/2048", "size/2049", "endless/1", max_bytes=2048)
+    assert results == [
         b"x" * 2048,
         "2049 bytes are over the limit of 2048",
         "more than the limit of 2048 bytes",
     ]
-    found = []
-    assert peak(lambda: found.extend(answers(server, tmp_path, "bomb/1", max_bytes=2**20))) < 10_000_000
-    assert found == ["sent with Content-Encoding gzip although none was accepted"]
+    results = []
+    assert peak(lambda: results.extend(answers(server, tmp_path, "bomb/1", max_bytes=2**20))) < 10_000_000
+    assert results == ["sent with Content-Encoding gzip although none was accepted"]
 
 
 def test_slow_downloads_time_out(server: Server, tmp_path: Path) -> None:
     start = time.monotonic()
-    found = answers(server, tmp_path, "slow/30", "trickle/1", download_seconds=0.3, download_tries=2)
-    assert found == [
+    results = answers(server, tmp_path, "slow/30", "trickle/1", download_seconds=0.3, download_tries=2)
+    assert results == [
         "no whole answer within 0.3 s, at each of 2 tries",
         "no whole answer within 0.3 s, at each of 2 tries",
     ]
@@ -237,19 +239,19 @@ def test_slow_downloads_time_out(server: Server, tmp_path: Path) -> None:
 
 def test_a_server_that_is_away_is_a_reason(server: Server, tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"url": "http://127.0.0.1:9/a.png"}, {"url": "http://no-such-host.invalid/a.png"}]
-    found = payloads(table(tmp_path / "urls.jsonl", rows), access(tmp_path / "scratch"))
-    assert [str(each).rpartition(", ")[2] for each in found.values()] == ["at each of 4 tries"] * 2
+    contents = payloads(table(tmp_path / "urls.jsonl", rows), access(tmp_path / "scratch"))
+    assert [str(each).rpartition(", ")[2] for each in contents.values()] == ["at each of 4 tries"] * 2
 
 
 def test_closing_the_reader_does_not_wait_for_retries(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[dict[str, object]] = [{"url": f"{server.url}/png/1"}, {"url": f"{server.url}/busy/503,50"}]
-    given = access(tmp_path / "scratch")
-    source = open_source(str(table(tmp_path / "urls.jsonl", rows)), given)
+    source_access = access(tmp_path / "scratch")
+    source = open_source(str(table(tmp_path / "urls.jsonl", rows)), source_access)
     reading = source.read(list(source.entries()))
     assert next(reading) == png(1)
-    while server.asked["/busy/503,50"] == 0:
+    while server.requests["/busy/503,50"] == 0:
         time.sleep(0.01)
     start = time.monotonic()
     reading.close()  # type: ignore[attr-defined]
@@ -257,7 +259,7 @@ def test_closing_the_reader_does_not_wait_for_retries(
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("urls.csv", "link,label\nhttp://x/a.png,cat\n", "record 1 has no url or image_url: rename one of link, label"),
         ("urls.jsonl", '{"url": "http://x/a.png", "label": ["a"]}\n', "record 1: .* give one text for each"),
@@ -266,11 +268,11 @@ def test_closing_the_reader_does_not_wait_for_retries(
     ],
 )
 def test_a_table_that_cannot_be_understood_is_an_error_of_one_line(
-    tmp_path: Path, name: str, text: str, said: str
+    tmp_path: Path, name: str, text: str, message: str
 ) -> None:
     (tmp_path / name).write_bytes(text.encode("latin-1"))
-    with pytest.raises(UserError, match=said) as error:
-        seen(tmp_path / name, access(tmp_path / "scratch"))
+    with pytest.raises(UserError, match=message) as error:
+        read_all(tmp_path / name, access(tmp_path / "scratch"))
     assert "\n" not in str(error.value)
 
 
@@ -283,6 +285,6 @@ def test_known_urls_are_not_fetched_again_and_quarantined_ones_on_request(server
     table(tmp_path / "urls.jsonl", [{"url": f"{server.url}/png/99"}, *rows, {"url": f"{server.url}/status/404"}])
     grown = ingest(tmp_path / "data", config)
     assert (grown.read, grown.added) == (1, 1)
-    assert set(server.asked.values()) == {1}
+    assert set(server.requests.values()) == {1}
     ingest(tmp_path / "data", config, requeue=True)
-    assert [place for place, times in server.asked.items() if times > 1] == ["/status/404"]
+    assert [place for place, times in server.requests.items() if times > 1] == ["/status/404"]

@@ -13,7 +13,7 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import read_manifest, read_records
 from tests.builders.archives import tar_bytes
-from tests.builders.reading_sources import access, payloads, png, seen
+from tests.builders.reading_sources import access, payloads, png, read_all
 
 
 def shards(folder: Path, samples: list[dict[str, Any]], size: int = 4) -> str:
@@ -25,8 +25,8 @@ def shards(folder: Path, samples: list[dict[str, Any]], size: int = 4) -> str:
     return f"{folder}/set-{{0000..{(len(samples) - 1) // size:04d}}}.tar"
 
 
-def told(pattern: str, scratch: Path) -> list[tuple[str, str | None, str | None, object]]:
-    return [(each.name, each.label, each.caption, each.payload) for each in seen(f"wds:{pattern}", access(scratch))]
+def annotations_of(pattern: str, scratch: Path) -> list[tuple[str, str | None, str | None, object]]:
+    return [(each.name, each.label, each.caption, each.payload) for each in read_all(f"wds:{pattern}", access(scratch))]
 
 
 def test_shards_of_the_library_are_read_as_it_reads_them(tmp_path: Path) -> None:
@@ -40,16 +40,16 @@ def test_shards_of_the_library_are_read_as_it_reads_them(tmp_path: Path) -> None
     ]
     assert len(expected) == 10
     for uri in (pattern, f"{tmp_path}/set", f"{tmp_path}/set/set-*.tar"):
-        assert told(uri, tmp_path / "scratch") == expected
+        assert annotations_of(uri, tmp_path / "scratch") == expected
 
 
 def test_own_shards_round_trip_with_labels_and_captions(images: Path, dataset: Path, tmp_path: Path) -> None:
     rows = [row for part in read_manifest(dataset).parts for row in read_records(dataset, part).to_pylist()]
-    found = {
+    annotations = {
         name.rpartition("/")[2]: (label, caption)
-        for name, label, caption, _ in told(f"{dataset}/shards", tmp_path / "s")
+        for name, label, caption, _ in annotations_of(f"{dataset}/shards", tmp_path / "s")
     }
-    assert found == {f"{row['key']}.png": (row["label"], row["caption"]) for row in rows if row["key"]}
+    assert annotations == {f"{row['key']}.png": (row["label"], row["caption"]) for row in rows if row["key"]}
     again = ingest(tmp_path / "again", IngestConfig(source=f"wds:{dataset}/shards", size=8, held_out=0.33))
     assert again.content_digest == read_manifest(dataset).content_digest
 
@@ -72,7 +72,7 @@ def test_members_of_a_key_give_label_and_caption_to_its_images(tmp_path: Path) -
             }
         )
     )
-    assert told(f"{tmp_path}/a.tar", tmp_path / "scratch") == [
+    assert annotations_of(f"{tmp_path}/a.tar", tmp_path / "scratch") == [
         ("a.tar/x/1.png", "3", "from json", b"1"),
         ("a.tar/x/2.seg.png", "7", "ein Stück", b"2"),
         ("a.tar/x/2.jpg", "7", "ein Stück", b"3"),
@@ -86,9 +86,9 @@ def test_members_of_a_key_give_label_and_caption_to_its_images(tmp_path: Path) -
 )
 def test_image_with_invalid_shard_metadata_is_quarantined_alone(tmp_path: Path, about: bytes) -> None:
     (tmp_path / "a.tar").write_bytes(tar_bytes({"1.png": b"1", "1.json": about, "2.png": b"2", "2.json": b"{}"}))
-    found = payloads(f"wds:{tmp_path}/a.tar", access(tmp_path / "scratch", max_bytes=1024))
-    assert str(found["a.tar/1.png"]).startswith("what its shard says about it cannot be read")
-    assert found["a.tar/2.png"] == b"2"
+    contents = payloads(f"wds:{tmp_path}/a.tar", access(tmp_path / "scratch", max_bytes=1024))
+    assert str(contents["a.tar/1.png"]).startswith("what its shard says about it cannot be read")
+    assert contents["a.tar/2.png"] == b"2"
 
 
 def test_tar_members_that_are_not_files_are_quarantined(tmp_path: Path) -> None:
@@ -98,9 +98,9 @@ def test_tar_members_that_are_not_files_are_quarantined(tmp_path: Path) -> None:
             link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
             tar.addfile(link)
         tar.addfile(tarfile.TarInfo("2.png"))
-    found = payloads(f"wds:{tmp_path}/a.tar", access(tmp_path / "scratch"))
-    assert found["a.tar/1.png"] == "a link or a device inside an archive: only files are read"
-    assert "2.json: a link or a device" in str(found["a.tar/2.png"])
+    contents = payloads(f"wds:{tmp_path}/a.tar", access(tmp_path / "scratch"))
+    assert contents["a.tar/1.png"] == "a link or a device inside an archive: only files are read"
+    assert "2.json: a link or a device" in str(contents["a.tar/2.png"])
 
 
 def test_a_shard_that_is_missing_or_damaged_or_of_another_kind_is_an_error_that_names_it(tmp_path: Path) -> None:
@@ -108,12 +108,12 @@ def test_a_shard_that_is_missing_or_damaged_or_of_another_kind_is_an_error_that_
     second = tmp_path / "set" / "set-0001.tar"
     second.write_bytes(second.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"set-0001.tar cannot be read as a tar"):
-        told(f"{tmp_path}/set", tmp_path / "scratch")
+        annotations_of(f"{tmp_path}/set", tmp_path / "scratch")
     with pytest.raises(UserError, match=r"there is no file .*set-0002.tar"):
-        told(f"{tmp_path}/set/set-{{0000..0002}}.tar", tmp_path / "scratch")
+        annotations_of(f"{tmp_path}/set/set-{{0000..0002}}.tar", tmp_path / "scratch")
     second.write_bytes(tar_bytes({f"img.{n}.png": b"" for n in range(1100)}))
     with pytest.raises(UserError, match=r"set-0001.tar has over 1000 images of key img"):
-        told(f"{tmp_path}/set", tmp_path / "scratch")
+        annotations_of(f"{tmp_path}/set", tmp_path / "scratch")
 
 
 def test_only_new_shards_are_read_again(tmp_path: Path) -> None:

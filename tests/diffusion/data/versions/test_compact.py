@@ -60,10 +60,10 @@ def test_only_small_neighbours_are_joined_and_every_image_stays(data: Path) -> N
     before, rows = read_manifest(data), records(data)
     with closing(Dataset.open(data)) as old:
         images, labels = old.images(range(len(old))), old.labels(range(len(old)))
-    done = compact(data, config(data))
+    result = compact(data, config(data))
     after = read_manifest(data)
-    assert done.changed
-    assert done.shards == (7, 3)
+    assert result.changed
+    assert result.shards == (7, 3)
     assert [sum(part.splits.values()) for part in after.parts] == [60, 512, 128]
     assert after.parts[1] == before.parts[3]
     assert (after.parent, after.change, after.content_digest) == (before.digest, "compact", before.content_digest)
@@ -75,15 +75,15 @@ def test_only_small_neighbours_are_joined_and_every_image_stays(data: Path) -> N
     with closing(Dataset.open(data)) as new:
         assert torch.equal(new.images(range(len(new))), images)
         assert new.labels(range(len(new))) == labels
-    named = {entry.name for entry in after.files}
-    assert {name for name in files_of(data) if name.startswith(("shards/", "records/"))} == named
+    file_names = {entry.name for entry in after.files}
+    assert {name for name in files_of(data) if name.startswith(("shards/", "records/"))} == file_names
 
 
 def test_shards_are_tars_that_others_read(data: Path) -> None:
     compact(data, config(data))
     shards = [str(data / shard.name) for shard in read_manifest(data).shards]
-    found = [sample["__key__"] for sample in webdataset.WebDataset(shards, shardshuffle=False)]
-    assert found == [row["key"] for row in records(data) if row["outcome"] == "kept"]
+    keys = [sample["__key__"] for sample in webdataset.WebDataset(shards, shardshuffle=False)]
+    assert keys == [row["key"] for row in records(data) if row["outcome"] == "kept"]
 
 
 def test_a_second_compaction_makes_no_version(data: Path) -> None:
@@ -135,9 +135,9 @@ def test_later_ingests_takedowns_and_histories_go_on(data: Path, history_of_seve
     assert numbers == sorted(set(numbers))
     removed = remove(data, Selection(sources=["*/0001.png", "*0650.png"]), "consent withdrawn")
     assert read_manifest(data).kept == COUNT + 5 - removed.images
-    added = {step.change.split(":")[0]: (step.added, step.removed) for step in history(data)}
-    assert added["compact"] == (0, 0)
-    assert added["removal"] == (0, removed.images)
+    counts_by_change = {step.change.split(":")[0]: (step.added, step.removed) for step in history(data)}
+    assert counts_by_change["compact"] == (0, 0)
+    assert counts_by_change["removal"] == (0, removed.images)
     compacted = next(each for each in versions(data) if each.change == "compact")
     parent = next(each for each in versions(data) if each.digest == compacted.parent)
     assert diff(data, parent, compacted).same_content
@@ -169,9 +169,9 @@ def test_a_compaction_killed_at_random_moments_ends_in_the_bytes_of_an_undisturb
     history_of_seven: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(history_of_seven / "data", tmp_path / "whole")
-    began = time.monotonic()
+    start = time.monotonic()
     compact(tmp_path / "whole" / "set", config(tmp_path))
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start
     expected = files_of(tmp_path / "whole" / "set")
     dice = random.Random(0)
     for number in range(5):

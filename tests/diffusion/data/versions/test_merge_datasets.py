@@ -63,8 +63,8 @@ def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def digest_of(folder: Path) -> str:
     """The content digest of a data set, from its definition."""
-    kept = sorted((row for row in records(folder) if row["outcome"] == "kept"), key=itemgetter("key"))
-    samples = ([row[name] for name in ("key", "split", "label", "caption")] for row in kept)
+    rows = sorted((row for row in records(folder) if row["outcome"] == "kept"), key=itemgetter("key"))
+    samples = ([row[name] for name in ("key", "split", "label", "caption")] for row in rows)
     texts = [json.dumps(each, separators=(",", ":"), ensure_ascii=False).encode() for each in samples]
     storage = read_manifest(folder).storage.model_dump(mode="json")
     head = json.dumps(storage, sort_keys=True, separators=(",", ":")).encode()
@@ -75,18 +75,18 @@ def digest_of(folder: Path) -> str:
 def test_the_result_is_that_of_one_ingest_after_the_other(data: Path, sources: Path, tmp_path: Path) -> None:
     for name in SHARES:
         ingest(tmp_path / "one" / "set", config(sources / name))
-    done = merge_datasets(data / "a", [data / name for name in "bcd"], config(tmp_path))
+    result = merge_datasets(data / "a", [data / name for name in "bcd"], config(tmp_path))
     one, merged = read_manifest(tmp_path / "one" / "set"), read_manifest(data / "a")
-    assert done.content_digest == merged.content_digest == one.content_digest
+    assert result.content_digest == merged.content_digest == one.content_digest
     assert merged.content_digest == content_digest(data / "a", merged.parts, merged.storage) == digest_of(data / "a")
-    assert (done.added, done.duplicates, done.kept) == (90 - 30, 15, 90)
+    assert (result.added, result.duplicates, result.kept) == (90 - 30, 15, 90)
     for name in ("counts", "class_histogram", "mean", "std"):
         assert getattr(merged, name) == getattr(one, name)
     for name in ("key", "outcome", "reason", "label", "split"):
         both = ([row[name] for row in records(folder)] for folder in (data / "a", tmp_path / "one" / "set"))
         assert Counter(next(both)) == Counter(next(both))
-    with closing(Dataset.open(data / "a")) as found, closing(Dataset.open(tmp_path / "one" / "set")) as expected:
-        assert torch.equal(found.images(range(90)), expected.images(range(90)))
+    with closing(Dataset.open(data / "a")) as dataset, closing(Dataset.open(tmp_path / "one" / "set")) as expected:
+        assert torch.equal(dataset.images(range(90)), expected.images(range(90)))
     shards = [str(data / "a" / shard.name) for shard in merged.shards]
     keys = sorted(sample["__key__"] for sample in webdataset.WebDataset(shards, shardshuffle=False))
     assert keys == sorted(str(row["key"]) for row in records(data / "a") if row["outcome"] == "kept")
@@ -123,8 +123,8 @@ def test_an_image_that_curation_dropped_from_the_first_does_not_come_back_with_a
     content = content_digest(data / "a", parts, manifest.storage)
     write_manifest(data / "a", manifest.model_copy(update={"parts": parts, "content_digest": content}))
     merge_datasets(data / "a", [data / "b"], config(data))
-    found = [each["outcome"] for each in records(data / "a") if each["key"] == row["key"]]
-    assert found == ["dropped", "duplicate"]
+    outcomes = [each["outcome"] for each in records(data / "a") if each["key"] == row["key"]]
+    assert outcomes == ["dropped", "duplicate"]
     assert read_manifest(data / "a").content_digest == digest_of(data / "a")
 
 
@@ -143,7 +143,7 @@ def test_an_image_that_was_taken_down_from_one_does_not_come_back_with_another(
     assert ingest(data / into, config(sources / "a")).added == 0
 
 
-def test_data_sets_that_are_stored_otherwise_are_refused(data: Path, sources: Path) -> None:
+def test_data_sets_that_are_stored_otherwise_are_rejected(data: Path, sources: Path) -> None:
     ingest(data / "e", config(sources / "d", fit="pad"))
     ingest(data / "f", config(sources / "d", licence="CC0-1.0"))
     for name, settings in (("e", {}), ("f", {}), ("b", {"near_duplicates": 8})):

@@ -64,10 +64,10 @@ def test_takedown_rewrites_only_affected_shards(data: Path) -> None:
     before = read_manifest(data)
     assert len(before.parts) > 1
     stood = files_of(data)
-    done = remove(data, Selection(sources=["a/0007.png", "a/0003.png"]), "asked to")
+    removal = remove(data, Selection(sources=["a/0007.png", "a/0003.png"]), "asked to")
     after = read_manifest(data)
-    assert after.digest == done.version
-    assert (done.images, done.parts, done.already) == (2, [before.parts[0].number], False)
+    assert after.digest == removal.version
+    assert (removal.images, removal.parts, removal.already) == (2, [before.parts[0].number], False)
     assert after.parts[1:] == before.parts[1:]
     assert (after.parent, after.change) == (before.digest, "removal: asked to")
     now = files_of(data)
@@ -99,8 +99,8 @@ def test_takedown_leaves_only_the_digests_of_an_image(data: Path) -> None:
     key = key_of(data, "b/0555.png")
     (png,) = (s["png"] for s in samples(data) if s["__key__"] == key)
     remove(data, Selection(prefixes=[key[:12]]), "asked to")
-    left = files_of(data)
-    assert not any(png in content for content in left.values())
+    files = files_of(data)
+    assert not any(png in content for content in files.values())
     (row,) = (row for row in records(data) if row["outcome"] == "removed")
     assert {name for name, value in row.items() if value} == {"outcome", "reason", "key", "source_sha256"}
     assert not any(row["source"] == "b/0555.png" for row in records(data))
@@ -128,14 +128,14 @@ def test_removal_covers_all_names_of_an_image(images: Path, tmp_path: Path) -> N
     shutil.copy(images / "odd" / "01.png", images / "even" / "copy.png")
     ingest(tmp_path / "data" / "set", config(images))
     folder = tmp_path / "data" / "set"
-    done = remove(folder, Selection(sources=["odd/01.png"]), "asked to")
-    assert (done.images, done.duplicates) == (1, 1)
+    removal = remove(folder, Selection(sources=["odd/01.png"]), "asked to")
+    assert (removal.images, removal.duplicates) == (1, 1)
     assert not {"odd/01.png", "even/copy.png"} & {row["source"] for row in records(folder)}
 
 
 def test_a_label_narrows_the_selection(images: Path, dataset: Path) -> None:
-    done = remove(dataset, Selection(sources=["*"], label="odd"), "asked to")
-    assert done.images == 24
+    removal = remove(dataset, Selection(sources=["*"], label="odd"), "asked to")
+    assert removal.images == 24
     assert read_manifest(dataset).labels == ["even"]
 
 
@@ -143,10 +143,10 @@ def test_quarantined_entry_can_be_removed_without_changing_images(images: Path, 
     (images / "odd" / "bad.png").write_text("private words")
     folder = tmp_path / "data" / "set"
     content = ingest(folder, config(images)).content_digest
-    done = remove(folder, Selection(sources=["odd/bad.png"]), "asked to")
-    assert (done.images, done.refused, done.content_digest) == (0, 1, content)
+    removal = remove(folder, Selection(sources=["odd/bad.png"]), "asked to")
+    assert (removal.images, removal.refused, removal.content_digest) == (0, 1, content)
     assert "bad.png" not in {Path(str(row["source"])).name for row in records(folder)}
-    assert holders(folder, done, versions(folder)).held == []
+    assert holders(folder, removal, versions(folder)).held == []
 
 
 def test_repeated_removal_changes_nothing_and_returns_the_same(dataset: Path) -> None:
@@ -180,8 +180,8 @@ def test_remaining_near_duplicates_are_named(tmp_path: Path) -> None:
     blob(0, 64).save(source / "0.jpg", quality=90)
     folder = tmp_path / "data" / "set"
     ingest(folder, config(source, size=32, near_duplicates=8))
-    done = remove(folder, Selection(sources=["0.png"]), "asked to")
-    assert done.near_copies == [key_of(folder, "0.jpg")]
+    removal = remove(folder, Selection(sources=["0.png"]), "asked to")
+    assert removal.near_copies == [key_of(folder, "0.jpg")]
 
 
 @pytest.mark.parametrize(
@@ -209,8 +209,8 @@ def test_multi_line_removal_reason_is_an_error(dataset: Path) -> None:
 
 def test_choose_lists_the_selected_images_and_changes_nothing(dataset: Path) -> None:
     files = files_of(dataset)
-    chosen, names = choose(dataset, Selection(sources=["odd/0?.png"]))
-    assert chosen.images == 5
+    selection, names = choose(dataset, Selection(sources=["odd/0?.png"]))
+    assert selection.images == 5
     assert names == [f"odd/{number:02d}.png" for number in range(1, 10, 2)]
     assert files_of(dataset) == files
 
@@ -218,12 +218,12 @@ def test_choose_lists_the_selected_images_and_changes_nothing(dataset: Path) -> 
 def test_holders_are_the_versions_that_kept_the_images(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data" / "set"
     shutil.move(images / "odd", tmp_path / "odd")
-    made: list[Manifest] = []
+    manifests: list[Manifest] = []
 
     def version(**fields: object) -> str:
         ingest(folder, config(images, **fields), rebuild="if_different")
-        made.append(read_manifest(folder))
-        return made[-1].digest
+        manifests.append(read_manifest(folder))
+        return manifests[-1].digest
 
     without = version()
     shutil.move(tmp_path / "odd", images / "odd")
@@ -231,21 +231,21 @@ def test_holders_are_the_versions_that_kept_the_images(images: Path, tmp_path: P
     blob(900).save(images / "even" / "90.png")
     more = version()
     larger = version(size=9)
-    stored = tmp_path / "stored"
-    shutil.copytree(folder, stored)
+    remote = tmp_path / "stored"
+    shutil.copytree(folder, remote)
     blob(901).save(images / "even" / "91.png")
     back = version()
-    done = remove(folder, Selection(sources=["odd/01.png"]), "asked to")
+    removal = remove(folder, Selection(sources=["odd/01.png"]), "asked to")
     blob(902).save(images / "even" / "92.png")
     after = version()
 
-    found = holders(folder, done, made)
-    assert found.held == [back]
-    assert set(found.unknown) == {without, grown, more, larger}
-    tables = {path.name: path for path in (*stored.rglob("*.parquet"), *folder.rglob("*.parquet"))}
-    found = holders(folder, done, made, lambda entry: tables.get(Path(entry.name).name))
-    assert set(found.held) == {larger, back}
-    assert after not in {*found.held, *found.unknown}
+    affected = holders(folder, removal, manifests)
+    assert affected.held == [back]
+    assert set(affected.unknown) == {without, grown, more, larger}
+    tables = {path.name: path for path in (*remote.rglob("*.parquet"), *folder.rglob("*.parquet"))}
+    affected = holders(folder, removal, manifests, lambda entry: tables.get(Path(entry.name).name))
+    assert set(affected.held) == {larger, back}
+    assert after not in {*affected.held, *affected.unknown}
 
 
 START = """
@@ -278,9 +278,9 @@ def test_a_removal_killed_at_random_moments_ends_in_the_bytes_of_an_undisturbed_
     shutil.copytree(large / "data", tmp_path / "undisturbed")
     process = start("undisturbed")
     await_ready(process)
-    began = time.monotonic()
+    start_time = time.monotonic()
     assert process.wait() == 0
-    duration = time.monotonic() - began
+    duration = time.monotonic() - start_time
     expected = files_of(tmp_path / "undisturbed" / "set")
     moments = random.Random(5)
     for number in range(kills):
@@ -377,8 +377,8 @@ def test_reencoded_copies_of_removed_images_stay_out(tmp_path: Path) -> None:
     remove(folder, Selection(sources=["a/0003.png"]), "asked to")
     for name in ("0002b", "0003b"):  # one sorts before it, one behind it
         resaved(images / "a" / "0003.png", images / "a" / f"{name}.png")
-    made = ingest(folder, config(images, size=9, enlarge=True), rebuild="always")
-    assert (made.kept, made.removed) == (11, 3)
+    result = ingest(folder, config(images, size=9, enlarge=True), rebuild="always")
+    assert (result.kept, result.removed) == (11, 3)
     (images / "a" / "0003.png").unlink()
     assert ingest(folder, config(images, size=10, enlarge=True), rebuild="always").kept == 11
 

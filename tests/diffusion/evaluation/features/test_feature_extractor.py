@@ -61,7 +61,7 @@ def test_features_of_an_image_do_not_depend_on_the_batch() -> None:
     torch.testing.assert_close(features[101:], extractor(batch[101:]), rtol=1e-3, atol=1e-3)
 
 
-def test_altered_weights_are_refused(tmp_path: Path) -> None:
+def test_altered_weights_are_rejected(tmp_path: Path) -> None:
     altered = bytearray(WEIGHTS.read_bytes())
     altered[len(altered) // 2] ^= 1
     (tmp_path / "weights.pth").write_bytes(altered)

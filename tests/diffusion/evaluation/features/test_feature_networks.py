@@ -44,8 +44,8 @@ def test_an_option_without_effect_is_an_error(fields: dict[str, Any], words: str
 
 def test_options_left_out_are_not_written() -> None:
     assert {"extractor_size", "extractor_weights"}.isdisjoint(EvaluationConfig().model_dump())
-    given = EvaluationConfig(extractor="labels", extractor_size=24)
-    assert EvaluationConfig.model_validate_json(given.model_dump_json()) == given
+    config = EvaluationConfig(extractor="labels", extractor_size=24)
+    assert EvaluationConfig.model_validate_json(config.model_dump_json()) == config
 
 
 # Inception
@@ -113,7 +113,7 @@ def test_weights_that_are_a_program_do_not_run(tmp_path: Path) -> None:
     assert (tmp_path / "ran").exists()
 
 
-def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+def test_weights_of_another_network_are_rejected(tmp_path: Path) -> None:
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "weights.pth")
     with pytest.raises(UserError, match=r"weights\.pth holds no weights of torch-fidelity's Inception-v3"):
         make_extractor(with_weights(tmp_path / "weights.pth"))(images(1, 3, 8))
@@ -150,7 +150,7 @@ def test_unreachable_weights_are_one_error_with_a_remedy(hub: Path, site: str, m
         make_extractor(EvaluationConfig(extractor="inception"))
 
 
-def test_fetched_weights_of_another_digest_are_refused_and_leave_nothing(
+def test_fetched_weights_of_another_digest_are_rejected_and_leave_nothing(
     hub: Path, site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "site" / "weights.pth").write_bytes(b"others")
@@ -172,7 +172,7 @@ def test_fetched_weights_of_the_right_digest_are_kept_and_not_fetched_again(
         served.unlink(missing_ok=True)
 
 
-def test_kept_weights_that_are_damaged_are_refused(hub: Path) -> None:
+def test_cached_weights_that_are_damaged_are_rejected(hub: Path) -> None:
     hub.mkdir(parents=True)
     (hub / feature_extractor.URL_INCEPTION_V3.rpartition("/")[2]).write_bytes(b"damaged")
     with pytest.raises(UserError, match="not the weights that the literature's FID rests on: delete it"):
@@ -199,8 +199,8 @@ def write_means(path: Path, shape: tuple[int | str, ...], kind: str = "float", *
     ]
     dtype = {"float": kinds.FLOAT, "uint8": kinds.UINT8, "double": kinds.DOUBLE}[kind]
     inputs = [helper.make_tensor_value_info(name, dtype, shape) for name in ("images", *options.get("more", ()))]
-    made = [shape[0], shape[1], *([] if flat else [1, 1])]
-    outputs = [helper.make_tensor_value_info("features", kinds.FLOAT, made)]
+    shape_of_output = [shape[0], shape[1], *([] if flat else [1, 1])]
+    outputs = [helper.make_tensor_value_info("features", kinds.FLOAT, shape_of_output)]
     graph = helper.make_graph(nodes, "means", inputs, outputs)
     onnx.save(helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 17)]), path)
     return path
@@ -225,12 +225,12 @@ def test_images_get_the_size_that_the_network_has(tmp_path: Path) -> None:
 
 
 def test_extractors_of_different_files_have_different_digests(tmp_path: Path) -> None:
-    found = [
+    digests = [
         make_extractor(from_file(write_means(tmp_path / f"{size}.onnx", ("n", 3, size, size)))) for size in (8, 16)
     ]
-    assert len({each.name for each in found} | {each.digest for each in found}) == 4
-    assert found[0].name == f"onnx_{found[0].digest[:8]}"
-    assert len({each.preprocessing for each in found}) == 2
+    assert len({each.name for each in digests} | {each.digest for each in digests}) == 4
+    assert digests[0].name == f"onnx_{digests[0].digest[:8]}"
+    assert len({each.preprocessing for each in digests}) == 2
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_extractors_of_different_files_have_different_digests(tmp_path: Path) ->
         (("n", 3, 8, 8), {"flat": False}, None, "instead of float features"),
     ],
 )
-def test_a_network_of_something_else_is_refused(
+def test_a_network_of_something_else_is_rejected(
     shape: tuple[int | str, ...], options: dict[str, Any], size: int | None, words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=words):
@@ -260,7 +260,7 @@ def test_network_for_grey_images_rejects_colour_images(tmp_path: Path) -> None:
         extractor(images(2, 3, 8))
 
 
-def test_weights_outside_the_file_are_refused_as_no_digest_covers_them(
+def test_weights_outside_the_file_are_rejected_as_no_digest_covers_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     onnx = pytest.importorskip("onnx")
@@ -289,7 +289,7 @@ def test_invalid_onnx_file_is_rejected(tmp_path: Path) -> None:
         make_extractor(from_file(tmp_path / "gone.onnx"))
 
 
-def test_bytes_that_are_no_network_are_refused(tmp_path: Path) -> None:
+def test_bytes_that_are_no_network_are_rejected(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     (tmp_path / "network.onnx").write_bytes(b"no network")
     with pytest.raises(UserError, match="is no ONNX network"):

@@ -26,10 +26,10 @@ def stripes(count: int = COUNT, seed: int = 0) -> tuple[np.ndarray, list[str]]:
     """Images of stripes with noise, (count, 1, 8, 8), and whether they lie or stand."""
     random = np.random.default_rng(seed)
     pixels = random.normal(128, 30, (count, 1, 8, 8))
-    standing = random.random(count) < 0.5
-    pixels[standing, :, :, ::2] += 60
-    pixels[~standing, :, ::2, :] += 60
-    return pixels.clip(0, 255).astype(np.uint8), ["standing" if each else "lying" for each in standing]
+    is_upright = random.random(count) < 0.5
+    pixels[is_upright, :, :, ::2] += 60
+    pixels[~is_upright, :, ::2, :] += 60
+    return pixels.clip(0, 255).astype(np.uint8), ["standing" if each else "lying" for each in is_upright]
 
 
 def a_dataset(folder: Path, names: Sequence[str | None] | None = None, held_out_every: int = 3) -> Dataset:
@@ -100,12 +100,12 @@ def test_label_classifier_ignores_held_out_images(tmp_path: Path) -> None:
 def test_other_labels_or_another_size_make_another_network(tmp_path: Path) -> None:
     dataset, (_, truth) = a_dataset(tmp_path / "set"), stripes()
     others = a_dataset(tmp_path / "other", [*truth[:-1], "none of both"])
-    found = [
+    classifiers = [
         load_label_classifier(each, size, tmp_path / "c")
         for each, size in ((dataset, None), (dataset, 16), (others, None))
     ]
-    assert len({each.digest for each in found}) == 3
-    assert found[0].preprocessing != found[1].preprocessing
+    assert len({each.digest for each in classifiers}) == 3
+    assert classifiers[0].preprocessing != classifiers[1].preprocessing
 
 
 def test_unlabelled_images_are_skipped_by_the_label_classifier(tmp_path: Path) -> None:
@@ -123,6 +123,6 @@ def test_unlabelled_images_are_skipped_by_the_label_classifier(tmp_path: Path) -
     ],
     ids=["none", "one", "none held out"],
 )
-def test_a_set_whose_labels_cannot_be_learned_is_refused(names: list[str | None], words: str, tmp_path: Path) -> None:
+def test_a_set_whose_labels_cannot_be_learned_is_rejected(names: list[str | None], words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{words}.*use efflite0"):
         load_label_classifier(a_dataset(tmp_path / "set", names), None, tmp_path / "cache")

@@ -34,21 +34,21 @@ def images(channels: int = 3, size: int = 24, count: int = 5) -> Tensor:
 
 @pytest.mark.parametrize(("channels", "size", "resized"), [(3, 24, 16), (1, 8, 16), (3, 16, 16), (3, 64, 20)])
 def test_clip_embeds_images_as_transformers_does(channels: int, size: int, resized: int, tmp_path: Path) -> None:
-    model, shown = write_clip(tmp_path, size=resized), images(channels, size)
+    model, pixels = write_clip(tmp_path, size=resized), images(channels, size)
     prepared = write_processor(tmp_path, resized).image_processor(
-        list(shown.expand(-1, 3, -1, -1)), return_tensors="pt"
+        list(pixels.expand(-1, 3, -1, -1)), return_tensors="pt"
     )
     expected = normalize(model.get_image_features(**prepared).pooler_output)
-    torch.testing.assert_close(open_text_image_encoder(tmp_path)(shown), expected, atol=5e-3, rtol=0)
+    torch.testing.assert_close(open_text_image_encoder(tmp_path)(pixels), expected, atol=5e-3, rtol=0)
 
 
 def test_clip_embeds_texts_as_transformers_does_each_by_itself(tmp_path: Path) -> None:
     model, processor = write_clip(tmp_path), write_processor(tmp_path)
     tokens = processor.tokenizer(TEXTS, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
     expected = normalize(model.get_text_features(**tokens).pooler_output)
-    found = open_text_image_encoder(tmp_path)
-    torch.testing.assert_close(found.embed(TEXTS), expected, atol=1e-5, rtol=0)
-    assert torch.equal(found.embed(TEXTS)[1:2], found.embed(["a"]))
+    encoder = open_text_image_encoder(tmp_path)
+    torch.testing.assert_close(encoder.embed(TEXTS), expected, atol=1e-5, rtol=0)
+    assert torch.equal(encoder.embed(TEXTS)[1:2], encoder.embed(["a"]))
 
 
 def tokens_of(text: str) -> list[int]:
@@ -67,15 +67,15 @@ def test_onnx_networks_embed_what_is_prepared_for_them(
         (tmp_path / inner).mkdir()
         for path in tmp_path.glob("*.onnx"):
             path.rename(tmp_path / inner / path.name)
-    found = open_text_image_encoder(tmp_path)
+    encoder = open_text_image_encoder(tmp_path)
     flat = torch.tensor([[255, 0, 0], [10, 200, 30]]).to(torch.uint8)[:, :, None, None].expand(-1, -1, 8, 8)
-    read = json.loads((tmp_path / "processor_config.json").read_text())["image_processor"]
-    scaled = (flat[:, :, 0, 0].numpy() / 255 - read["image_mean"]) / read["image_std"]
+    image_processor = json.loads((tmp_path / "processor_config.json").read_text())["image_processor"]
+    scaled = (flat[:, :, 0, 0].numpy() / 255 - image_processor["image_mean"]) / image_processor["image_std"]
     expected = normalize(torch.from_numpy(scaled @ colours).float())
-    torch.testing.assert_close(found(flat), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoder(flat), expected, atol=1e-5, rtol=0)
     short = ["red", "a square"]
     sums = np.stack([words[tokens_of(text)].sum(0) for text in short])
-    torch.testing.assert_close(found.embed(short), normalize(torch.from_numpy(sums)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoder.embed(short), normalize(torch.from_numpy(sums)), atol=1e-5, rtol=0)
 
 
 def test_an_encoder_is_known_by_what_its_files_hold_not_by_where_they_lie(tmp_path: Path) -> None:
@@ -135,10 +135,10 @@ def use(folder: Path) -> None:
 
 
 def one_line(folder: Path) -> str:
-    with pytest.raises(UserError) as raised:
+    with pytest.raises(UserError) as error:
         use(folder)
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def test_a_folder_without_an_encoder_is_a_mistake_in_one_line(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_tokenizer_or_weights_of_another_model_are_found_out(tmp_path: Path) -
     assert "lacks text_model" in one_line(tmp_path)
 
 
-def test_onnx_networks_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_onnx_networks_that_do_not_fit_are_rejected(tmp_path: Path) -> None:
     write_onnx(tmp_path)
     (tmp_path / "text_model.onnx").write_bytes((tmp_path / "vision_model.onnx").read_bytes())
     assert "does not take input_ids" in one_line(tmp_path)

@@ -50,7 +50,7 @@ def reference(digits: Tensor, extractor: EfficientNetLite0) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def floor(digits: Tensor, extractor: EfficientNetLite0, reference: Tensor) -> Scores:
+def real_baseline(digits: Tensor, extractor: EfficientNetLite0, reference: Tensor) -> Scores:
     return compute_scores(extractor(digits[250:500]), reference, "efflite0")
 
 
@@ -100,9 +100,9 @@ class Images(torch.utils.data.Dataset[Tensor]):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_scores_equal_those_of_torch_fidelity_from_end_to_end(digits: Tensor, extractor: EfficientNetLite0) -> None:
     torch_fidelity.register_feature_extractor("ours", FeaturesOfOurs)
-    judged, real = gaussian_blur(digits[:200], [5, 5], [0.7]), digits[200:400]
+    images, real = gaussian_blur(digits[:200], [5, 5], [0.7]), digits[200:400]
     theirs = torch_fidelity.calculate_metrics(
-        input1=Images(judged),
+        input1=Images(images),
         input2=Images(real),
         feature_extractor="ours",
         fid=True,
@@ -115,7 +115,7 @@ def test_scores_equal_those_of_torch_fidelity_from_end_to_end(digits: Tensor, ex
         cache=False,
         verbose=False,
     )
-    ours = compute_scores(extractor(judged), extractor(real), "efflite0")
+    ours = compute_scores(extractor(images), extractor(real), "efflite0")
     assert ours.fd == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
     assert ours.kid == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
     assert ours.precision == pytest.approx(theirs["precision"], abs=1e-3)
@@ -159,20 +159,24 @@ def test_kid_is_what_the_mean_over_torch_fidelity_s_subsets_tends_to() -> None:
     samples, reference = gaussian(60, 8, seed=1, shift=0.3), gaussian(90, 8, seed=2)
     theirs = kid_features_to_metric(samples, reference, kid_subsets=2000, kid_subset_size=30, verbose=False)
     error = theirs["kernel_inception_distance_std"] / 2000**0.5
-    found = compute_scores(samples, reference, "x").kid
-    assert found == pytest.approx(theirs["kernel_inception_distance_mean"], abs=4 * error)
+    kid = compute_scores(samples, reference, "x").kid
+    assert kid == pytest.approx(theirs["kernel_inception_distance_mean"], abs=4 * error)
 
 
 def test_values_with_errors_are_those_of_the_scores() -> None:
     samples, reference = gaussian(60, 8, seed=1, shift=0.3), gaussian(90, 8, seed=2)
     scores = compute_scores(samples, reference, "x")
-    [found] = compute_replicates([samples], reference, splits=2)
-    assert {figure: each.whole for figure, each in found.items()} == {figure: scores.of(figure) for figure in found}
+    [replicates] = compute_replicates([samples], reference, splits=2)
+    assert {figure: each.whole for figure, each in replicates.items()} == {
+        figure: scores.of(figure) for figure in replicates
+    }
 
 
 def test_the_error_of_kid_is_the_jackknife_s_which_leaves_out_each_image_in_turn() -> None:
     samples, reference = gaussian(14, 5, seed=1, shift=0.3), gaussian(11, 5, seed=2)
-    rows = [[each for each in range(count) if each != gone] for count in (14, 11) for gone in range(count)]
+    rows = [
+        [each for each in range(count) if each != omitted_index] for count in (14, 11) for omitted_index in range(count)
+    ]
     without = (
         [over_all_pairs(samples[some], reference) for some in rows[:14]],
         [over_all_pairs(samples, reference[some]) for some in rows[14:]],
@@ -184,7 +188,9 @@ def test_the_error_of_kid_is_the_jackknife_s_which_leaves_out_each_image_in_turn
 def test_deviations_of_paired_samples_give_the_jackknife_error_of_the_difference_of_their_kid() -> None:
     reference, noise = gaussian(11, 5, seed=2), gaussian(14, 5, seed=1)
     pair = 1.1 * noise + 0.3, 1.2 * noise + 0.2
-    rows = [[each for each in range(count) if each != gone] for count in (14, 11) for gone in range(count)]
+    rows = [
+        [each for each in range(count) if each != omitted_index] for count in (14, 11) for omitted_index in range(count)
+    ]
 
     def difference(some: list[int], others: list[int]) -> float:
         ours, theirs = (over_all_pairs(each[some], reference[others]) for each in pair)
@@ -195,8 +201,8 @@ def test_deviations_of_paired_samples_give_the_jackknife_error_of_the_difference
         [difference([*range(14)], some) for some in rows[14:]],
     )
     (_, *ours), (_, *theirs) = (kid_deviations(each, reference) for each in pair)
-    for found, other, expected in zip(ours, theirs, without, strict=True):
-        assert jackknife(found - other) == pytest.approx((len(expected) - 1) * np.var(expected), rel=1e-4)
+    for own, other, expected in zip(ours, theirs, without, strict=True):
+        assert jackknife(own - other) == pytest.approx((len(expected) - 1) * np.var(expected), rel=1e-4)
 
 
 def test_precision_and_recall_are_shares_of_points_within_the_third_neighbours_radius() -> None:
@@ -215,18 +221,18 @@ def test_precision_and_recall_are_shares_of_points_within_the_third_neighbours_r
 @pytest.mark.parametrize(("samples", "reference"), [(60, 90), (2100, 4200)], ids=["one block", "several"])
 def test_shares_are_those_of_exact_neighbours(samples: int, reference: int) -> None:
     """By the definitions of arXiv 1904.06991 and of prdc, which belongs to 2002.09797, on scikit-learn's neighbours."""
-    drawn, real = gaussian(samples, 5, seed=3, shift=0.4).numpy(), gaussian(reference, 5, seed=4).numpy()
+    generated, real = gaussian(samples, 5, seed=3, shift=0.4).numpy(), gaussian(reference, 5, seed=4).numpy()
 
     def radii(points: np.ndarray, k: int) -> np.ndarray:
         return NearestNeighbors(n_neighbors=k).fit(points).kneighbors()[0][:, -1]
 
-    apart = pairwise_distances(real.astype(np.float64), drawn.astype(np.float64))
+    apart = pairwise_distances(real.astype(np.float64), generated.astype(np.float64))
     inside = apart < radii(real, 5)[:, None]
-    found = compute_scores(torch.from_numpy(drawn), torch.from_numpy(real), "x")
-    assert found.precision == pytest.approx((apart <= radii(real, 3)[:, None]).any(0).mean(), abs=1e-3)
-    assert found.recall == pytest.approx((apart <= radii(drawn, 3)).any(1).mean(), abs=1e-3)
-    assert found.density == pytest.approx(inside.sum(0).mean() / 5, rel=1e-3)
-    assert found.coverage == pytest.approx(inside.any(1).mean(), abs=1e-3)
+    scores = compute_scores(torch.from_numpy(generated), torch.from_numpy(real), "x")
+    assert scores.precision == pytest.approx((apart <= radii(real, 3)[:, None]).any(0).mean(), abs=1e-3)
+    assert scores.recall == pytest.approx((apart <= radii(generated, 3)).any(1).mean(), abs=1e-3)
+    assert scores.density == pytest.approx(inside.sum(0).mean() / 5, rel=1e-3)
+    assert scores.coverage == pytest.approx(inside.any(1).mean(), abs=1e-3)
 
 
 def test_precision_ignores_a_common_feature_offset() -> None:
@@ -274,10 +280,10 @@ def test_the_distance_of_endlessly_many_images_is_that_of_the_gaussian_they_come
     measured = np.array(
         [(frechet_distance(compute_moments(x), reference), distance_at_infinity(x, reference)) for x in draws]
     )
-    bias, left = measured.mean(0) - truth
+    bias, remaining_bias = measured.mean(0) - truth
     error = measured[:, 1].std() / len(draws) ** 0.5
     assert bias > 20 * error
-    assert abs(left) < 3 * error
+    assert abs(remaining_bias) < 3 * error
     assert measured[:, 1].std() < 1.2 * measured[:, 0].std()
 
 
@@ -291,10 +297,12 @@ def test_fd_infinity_needs_four_images_per_feature() -> None:
 
 def test_moments_are_the_same_from_one_piece_and_from_several() -> None:
     features = gaussian(5000, 6, seed=0) * torch.arange(1, 7) + 10
-    found = compute_moments(features)
-    assert found.root.shape == (6, 6)
-    np.testing.assert_allclose(found.mean, features.double().mean(0), rtol=1e-9)
-    np.testing.assert_allclose(found.root.T @ found.root, np.cov(features.numpy(), rowvar=False), rtol=1e-6, atol=1e-9)
+    moments = compute_moments(features)
+    assert moments.root.shape == (6, 6)
+    np.testing.assert_allclose(moments.mean, features.double().mean(0), rtol=1e-9)
+    np.testing.assert_allclose(
+        moments.root.T @ moments.root, np.cov(features.numpy(), rowvar=False), rtol=1e-6, atol=1e-9
+    )
 
 
 def test_a_reference_known_before_gives_the_same_scores() -> None:
@@ -321,36 +329,36 @@ def test_scoring_is_repeatable_and_leaves_the_global_random_state() -> None:
     assert torch.equal(before[1], torch.get_rng_state())
 
 
-def test_real_images_against_real_ones_score_nearly_perfectly(floor: Scores) -> None:
-    assert abs(floor.kid) < 3 * floor.kid_se
-    assert floor.precision > 0.75
-    assert floor.recall > 0.75
+def test_real_images_against_real_ones_score_nearly_perfectly(real_baseline: Scores) -> None:
+    assert abs(real_baseline.kid) < 3 * real_baseline.kid_se
+    assert real_baseline.precision > 0.75
+    assert real_baseline.recall > 0.75
 
 
 def test_a_single_class_loses_recall_rather_than_precision(
-    scans: tuple[Tensor, Tensor], extractor: EfficientNetLite0, reference: Tensor, floor: Scores
+    scans: tuple[Tensor, Tensor], extractor: EfficientNetLite0, reference: Tensor, real_baseline: Scores
 ) -> None:
     images, classes = scans
     ones = images[500:][classes[500:] == 1][:250]
     scores = compute_scores(extractor(ones), reference, "efflite0")
-    assert scores.kid > floor.kid + 5 * floor.kid_se
+    assert scores.kid > real_baseline.kid + 5 * real_baseline.kid_se
     assert scores.precision > 0.8
-    assert scores.recall < floor.recall / 2
+    assert scores.recall < real_baseline.recall / 2
 
 
-def test_figures_are_named_after_their_features(floor: Scores) -> None:
-    assert floor.metrics() == {
-        "fd_efflite0": floor.fd,
-        "kid_efflite0": floor.kid,
-        "kid_se_efflite0": floor.kid_se,
-        "precision_efflite0": floor.precision,
-        "recall_efflite0": floor.recall,
-        "density_efflite0": floor.density,
-        "coverage_efflite0": floor.coverage,
+def test_figures_are_named_after_their_features(real_baseline: Scores) -> None:
+    assert real_baseline.metrics() == {
+        "fd_efflite0": real_baseline.fd,
+        "kid_efflite0": real_baseline.kid,
+        "kid_se_efflite0": real_baseline.kid_se,
+        "precision_efflite0": real_baseline.precision,
+        "recall_efflite0": real_baseline.recall,
+        "density_efflite0": real_baseline.density,
+        "coverage_efflite0": real_baseline.coverage,
         "samples": 250,
         "reference": 250,
     }
 
 
-def test_scores_survive_json(floor: Scores) -> None:
-    assert Scores.model_validate_json(floor.model_dump_json()) == floor
+def test_scores_survive_json(real_baseline: Scores) -> None:
+    assert Scores.model_validate_json(real_baseline.model_dump_json()) == real_baseline

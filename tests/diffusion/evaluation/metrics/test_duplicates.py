@@ -1,4 +1,4 @@
-"""Duplicates among drawn images: of real ones as few as is said, of collapsed modes all."""
+"""Duplicates among generated images: of real ones as few as is said, of collapsed modes all."""
 
 from functools import cache
 
@@ -25,71 +25,73 @@ def real() -> Tensor:
     return shifted_thumbnails(scans()[1])
 
 
-def judged(drawn: Tensor) -> Duplicates:
-    return detect_duplicates(shifted_thumbnails(drawn), real())
+def duplicates_of(images: Tensor) -> Duplicates:
+    return detect_duplicates(shifted_thumbnails(images), real())
 
 
 def test_duplicate_rate_of_real_images_matches_the_threshold() -> None:
     halves = [torch.split(digits(600, seed)[0], 300) for seed in range(10)]
-    found = [detect_duplicates(shifted_thumbnails(one), shifted_thumbnails(other)) for one, other in halves]
-    assert found[0].expected == pytest.approx(0.01, abs=0.001)
+    results = [detect_duplicates(shifted_thumbnails(one), shifted_thumbnails(other)) for one, other in halves]
+    assert results[0].expected == pytest.approx(0.01, abs=0.001)
     # A share has a deviation of 1.5 %: this is three errors.
-    assert np.mean([each.share for each in found]) == pytest.approx(0.01, abs=0.015)
-    assert sum(each.p_value < 0.01 for each in found) <= 1
-    assert [each.closeness for each in found] == pytest.approx([1] * 10, abs=0.1)
+    assert np.mean([each.share for each in results]) == pytest.approx(0.01, abs=0.015)
+    assert sum(each.p_value < 0.01 for each in results) <= 1
+    assert [each.closeness for each in results] == pytest.approx([1] * 10, abs=0.1)
 
 
 def test_images_generated_twice_are_found_as_pairs() -> None:
-    drawn = scans()[0].clone()
-    drawn[:20] = with_noise(drawn[100:120], 0.02)
-    found = judged(drawn)
-    assert found.share - judged(scans()[0]).share == pytest.approx(40 / COUNT, abs=0.015)
-    assert found.p_value < 1e-3
-    assert {(pair.first, pair.second) for pair in found.twins} <= {(n, n + 100) for n in range(20)}
-    assert all(pair.relative < found.threshold for pair in found.twins)
+    images = scans()[0].clone()
+    images[:20] = with_noise(images[100:120], 0.02)
+    duplicates = duplicates_of(images)
+    assert duplicates.share - duplicates_of(scans()[0]).share == pytest.approx(40 / COUNT, abs=0.015)
+    assert duplicates.p_value < 1e-3
+    assert {(pair.first, pair.second) for pair in duplicates.twins} <= {(n, n + 100) for n in range(20)}
+    assert all(pair.relative < duplicates.threshold for pair in duplicates.twins)
 
 
 def test_collapsed_modes_are_groups() -> None:
     modes = scans()[0][:5]
-    found = judged(with_noise(modes.repeat(COUNT // 5, 1, 1, 1), 0.03))
-    assert found.share == 1
-    assert [group.size for group in found.groups] == [COUNT // 5] * 5
-    assert found.largest == COUNT // 5
-    assert found.groups[0].members[:3] == [0, 5, 10]
-    assert found.closeness < 0.2
+    duplicates = duplicates_of(with_noise(modes.repeat(COUNT // 5, 1, 1, 1), 0.03))
+    assert duplicates.share == 1
+    assert [group.size for group in duplicates.groups] == [COUNT // 5] * 5
+    assert duplicates.largest == COUNT // 5
+    assert duplicates.groups[0].members[:3] == [0, 5, 10]
+    assert duplicates.closeness < 0.2
 
 
 def test_the_share_grows_as_modes_get_fewer() -> None:
     images = scans()[0]
-    shares = [judged(images[:kept].repeat(2, 1, 1, 1)[:COUNT]).share for kept in (COUNT, 550, 450, 300)]
+    shares = [
+        duplicates_of(images[:mode_count].repeat(2, 1, 1, 1)[:COUNT]).share for mode_count in (COUNT, 550, 450, 300)
+    ]
     assert shares == pytest.approx([0, 1 / 6, 0.5, 1], abs=0.04)
 
 
 def test_blurred_images_are_more_alike_and_yet_no_duplicates() -> None:
     for sigma in (0.7, 1.0):
-        found = judged(blurred(scans()[0], sigma))
-        assert found.closeness < 0.95
-        assert found.share < judged(scans()[0]).share + 0.02
+        duplicates = duplicates_of(blurred(scans()[0], sigma))
+        assert duplicates.closeness < 0.95
+        assert duplicates.share < duplicates_of(scans()[0]).share + 0.02
 
 
 def test_chance_alone_seldom_raises_an_alarm() -> None:
     random = torch.Generator().manual_seed(0)
-    found = [detect_duplicates(*(torch.randn(1, 250, 3, generator=random) for _ in range(2))) for _ in range(150)]
-    assert np.mean([each.share for each in found]) == pytest.approx(0.01, abs=0.005)
+    results = [detect_duplicates(*(torch.randn(1, 250, 3, generator=random) for _ in range(2))) for _ in range(150)]
+    assert np.mean([each.share for each in results]) == pytest.approx(0.01, abs=0.005)
     # Of 150 at 1 %, more than 7 would come once in six thousand times.
-    assert sum(each.p_value < 0.01 for each in found) <= 7
+    assert sum(each.p_value < 0.01 for each in results) <= 7
 
 
 def test_duplicate_search_uses_as_many_images_as_real_ones() -> None:
-    found = detect_duplicates(shifted_thumbnails(scans()[0]), real()[:, :100])
-    assert found.images == 100
+    duplicates = detect_duplicates(shifted_thumbnails(scans()[0]), real()[:, :100])
+    assert duplicates.images == 100
     same = detect_duplicates(shifted_thumbnails(scans()[0][:100]), real()[:, :100])
-    assert (found.duplicates, found.groups) == (same.duplicates, same.groups)
-    assert found.threshold == pytest.approx(same.threshold, rel=1e-4)
+    assert (duplicates.duplicates, duplicates.groups) == (same.duplicates, same.groups)
+    assert duplicates.threshold == pytest.approx(same.threshold, rel=1e-4)
 
 
 def test_they_survive_json_where_there_are_none_and_where_there_is_nothing_else() -> None:
-    for drawn in (scans()[0][:1].repeat(COUNT, 1, 1, 1), scans()[0]):
-        found = judged(drawn)
-        assert Duplicates.model_validate_json(found.model_dump_json()) == found
-        assert found.metrics()["duplicates_largest_group"] == found.largest
+    for images in (scans()[0][:1].repeat(COUNT, 1, 1, 1), scans()[0]):
+        duplicates = duplicates_of(images)
+        assert Duplicates.model_validate_json(duplicates.model_dump_json()) == duplicates
+        assert duplicates.metrics()["duplicates_largest_group"] == duplicates.largest

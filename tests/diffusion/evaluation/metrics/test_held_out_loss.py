@@ -68,15 +68,15 @@ def images(count: int, seed: int = 0) -> Tensor:
 def test_of_gaussian_values_the_loss_is_one_at_every_level_and_the_bits_are_their_entropy() -> None:
     x0 = gaussian(600)
     variances = torch.full((16,), SPREAD**2, dtype=torch.float64)
-    found = summarize_losses(denoising_terms(lambda x, s: wiener(variances, x, s), x0, SPREAD, range(600)))
-    assert [level.loss for level in found.levels] == pytest.approx([1] * LEVELS, abs=0.06)
-    assert all(abs(level.loss - 1) < 4 * level.loss_se for level in found.levels)
+    losses = summarize_losses(denoising_terms(lambda x, s: wiener(variances, x, s), x0, SPREAD, range(600)))
+    assert [level.loss for level in losses.levels] == pytest.approx([1] * LEVELS, abs=0.06)
+    assert all(abs(level.loss - 1) < 4 * level.loss_se for level in losses.levels)
     # The differential entropy, in bits, of a value in units of the 256 levels.
     expected = 0.5 * math.log2(2 * math.pi * math.e * SPREAD**2) + math.log2(127.5) + rounding()
-    assert found.bits_per_dim is not None
-    assert found.bits_per_dim_se is not None
-    assert found.bits_per_dim == pytest.approx(expected, abs=4 * found.bits_per_dim_se)
-    assert found.bits_per_dim_se < 0.04
+    assert losses.bits_per_dim is not None
+    assert losses.bits_per_dim_se is not None
+    assert losses.bits_per_dim == pytest.approx(expected, abs=4 * losses.bits_per_dim_se)
+    assert losses.bits_per_dim_se < 0.04
 
 
 def test_values_of_different_spread_cost_their_entropy() -> None:
@@ -84,24 +84,24 @@ def test_values_of_different_spread_cost_their_entropy() -> None:
     values = spreads * torch.randn(600, 16, generator=torch.Generator().manual_seed(1)).double()
     x0 = ((values.view(600, *SHAPE) + 1) * 127.5).round().clamp(0, 255).float() / 127.5 - 1
     overall = spreads.square().mean().sqrt().item()
-    found = summarize_losses(denoising_terms(lambda x, s: wiener(spreads**2, x, s), x0, overall, range(600)))
+    losses = summarize_losses(denoising_terms(lambda x, s: wiener(spreads**2, x, s), x0, overall, range(600)))
     expected = (0.5 * torch.log2(2 * math.pi * math.e * spreads**2)).mean().item() + math.log2(127.5) + rounding()
-    assert found.bits_per_dim is not None
-    assert found.bits_per_dim_se is not None
+    assert losses.bits_per_dim is not None
+    assert losses.bits_per_dim_se is not None
     # The deviation of the last step is that of all values, and the widest reach 1.
-    assert -4 * found.bits_per_dim_se < found.bits_per_dim - expected < 4 * found.bits_per_dim_se + 0.01
+    assert -4 * losses.bits_per_dim_se < losses.bits_per_dim - expected < 4 * losses.bits_per_dim_se + 0.01
 
 
 def test_ideal_denoiser_pays_only_the_bits_of_the_image_index() -> None:
     points = two_tone_points(4)
     x0 = points.repeat(50, 1, 1, 1)
-    found = summarize_losses(denoising_terms(IdealDenoiser(points), x0, 1.0, range(200)))
+    losses = summarize_losses(denoising_terms(IdealDenoiser(points), x0, 1.0, range(200)))
     # Besides, black and white are told from their neighbours at the least noise, as often as a Gaussian is.
-    told = -torch.special.log_ndtr(torch.tensor(HALF_A_LEVEL) / EDGES[0]).item() / math.log(2)
-    assert found.bits_per_dim is not None
-    assert found.bits_per_dim_se is not None
-    assert found.bits_per_dim == pytest.approx(math.log2(4) / 16 + told, abs=4 * found.bits_per_dim_se)
-    assert found.bits_per_dim_se < 0.01
+    bits = -torch.special.log_ndtr(torch.tensor(HALF_A_LEVEL) / EDGES[0]).item() / math.log(2)
+    assert losses.bits_per_dim is not None
+    assert losses.bits_per_dim_se is not None
+    assert losses.bits_per_dim == pytest.approx(math.log2(4) / 16 + bits, abs=4 * losses.bits_per_dim_se)
+    assert losses.bits_per_dim_se < 0.01
 
 
 def test_wrong_denoiser_has_more_bits_per_dim() -> None:
@@ -127,10 +127,10 @@ def test_it_is_the_limit_of_the_sum_over_ever_more_steps_from_below() -> None:
             times = torch.full((64,), t)
             sigma = schedule.sigmas[times]
             x = x0 + sigma.float()[:, None, None, None] * torch.randn(x0.shape, generator=random)
-            missed = wiener(variances, x, sigma) - x0
+            errors = wiener(variances, x, sigma) - x0
             # The lesser variance, but for the last step, where it is next to none.
             v = torch.full_like(x0, -1 if t else 1)
-            total += bound(schedule, times, x0, missed, v).mean().item()
+            total += bound(schedule, times, x0, errors, v).mean().item()
         sums.append(total)
     assert limit is not None
     assert limit < sums[1] + 0.03
@@ -144,19 +144,19 @@ def test_the_loss_is_that_of_training_with_edms_weight(tmp_path: Path) -> None:
     x0 = to_float(images(6))
     parametrization = Parametrization(model.config.prediction, 0.5)
     denoiser = Denoiser(model.network, model.schedule, parametrization, clip=False)
-    seen: list[tuple[Tensor, Tensor]] = []
+    inputs: list[tuple[Tensor, Tensor]] = []
 
     def estimate(x: Tensor, sigma: Tensor) -> Tensor:
-        seen.append((x, sigma))
+        inputs.append((x, sigma))
         return denoiser(x, sigma)
 
     terms = denoising_terms(estimate, x0, 0.5, range(6))
     objective = Objective(model.schedule, parametrization, edm(0.5))
-    for (x, sigma), losses in zip(seen, terms.losses.unbind(1), strict=False):
+    for (x, sigma), losses in zip(inputs, terms.losses.unbind(1), strict=False):
         noise = ((x - x0) / sigma[:, None, None, None]).float()
         expected = objective.loss(model.network, x0, model.schedule.time(sigma), noise)
         torch.testing.assert_close(losses.float(), expected, rtol=2e-3, atol=1e-4)
-    assert all(((EDGES[n] <= s) & (s <= EDGES[n + 1])).all() for n, (_, s) in enumerate(seen[:-1]))
+    assert all(((EDGES[n] <= s) & (s <= EDGES[n + 1])).all() for n, (_, s) in enumerate(inputs[:-1]))
 
 
 def test_each_image_has_its_noise_however_images_come(tmp_path: Path) -> None:
@@ -177,12 +177,12 @@ def test_each_image_has_its_noise_however_images_come(tmp_path: Path) -> None:
 def test_any_network_can_be_measured(changes: dict[str, object], tmp_path: Path) -> None:
     config = ModelConfig.model_validate(header().model.model_dump() | changes)
     model = load_model(write_model(tmp_path / "model", 0, 0, config=config))
-    found = summarize_losses(measure_losses(model, [(images(10), {})], SAMPLING))
-    assert found.bits_per_dim is not None
-    assert found.bits_per_dim > 0
-    assert found.images == 10
-    assert HeldOutLoss.model_validate_json(found.model_dump_json()) == found
-    assert found.metrics().keys() == {"held_out_loss", "held_out_loss_se", "bits_per_dim", "bits_per_dim_se"}
+    losses = summarize_losses(measure_losses(model, [(images(10), {})], SAMPLING))
+    assert losses.bits_per_dim is not None
+    assert losses.bits_per_dim > 0
+    assert losses.images == 10
+    assert HeldOutLoss.model_validate_json(losses.model_dump_json()) == losses
+    assert losses.metrics().keys() == {"held_out_loss", "held_out_loss_se", "bits_per_dim", "bits_per_dim_se"}
 
 
 def test_held_out_loss_conditions_on_labels(tmp_path: Path) -> None:
@@ -191,13 +191,13 @@ def test_held_out_loss_conditions_on_labels(tmp_path: Path) -> None:
     dataset = Dataset.open(tmp_path / "set")
     rows = dataset.rows("held_out")
     model = load_model(write_model(tmp_path / "model", 0, 0, classes={"cat": 8, "dog": 8}))
-    told = conditioning_of_rows(model, dataset, rows)
+    conditioning = conditioning_of_rows(model, dataset, rows)
     names = ["cat", "dog", None]
-    assert [names[number] for number in told["label"].tolist()] == dataset.labels(rows)
+    assert [names[number] for number in conditioning["label"].tolist()] == dataset.labels(rows)
     x = dataset.images(rows)
-    as_told = measure_losses(model, [(x, told)], SAMPLING).losses
-    otherwise = measure_losses(model, [(x, {"label": torch.full_like(told["label"], 2)})], SAMPLING).losses
-    unlabelled = told["label"] == 2
+    as_told = measure_losses(model, [(x, conditioning)], SAMPLING).losses
+    otherwise = measure_losses(model, [(x, {"label": torch.full_like(conditioning["label"], 2)})], SAMPLING).losses
+    unlabelled = conditioning["label"] == 2
     assert torch.equal(as_told[unlabelled], otherwise[unlabelled])
     assert not torch.equal(as_told[~unlabelled], otherwise[~unlabelled])
     plain = load_model(write_model(tmp_path / "plain", 0, 0))
@@ -209,19 +209,19 @@ def test_held_out_loss_conditions_on_captions_and_small_images(fake_encoder: Fak
     write_dataset(tmp_path / "set", random_images(24), 8, captions=captions)
     dataset = Dataset.open(tmp_path / "set")
     rows = dataset.rows("held_out")
-    shown = dataset.images(rows)
+    real_images = dataset.images(rows)
     for changes, name in (({"text": True}, "text"), ({"low_resolution": 4, "conditional": False}, "low")):
         config = ModelConfig.model_validate(header().model.model_dump() | changes)
         about = header(config).model_copy(update={"encoder": ENCODER if name == "text" else None})
         model = DiffusionModel(about, UNet(config, 1, 8).eval(), edm_schedule(1000))
-        told = conditioning_of_rows(model, dataset, rows)
+        conditioning = conditioning_of_rows(model, dataset, rows)
         if name == "text":
-            known = [fake_encoder(text) if text else torch.zeros(384) for text in dataset.captions(rows)]
-            assert torch.equal(told["text"], torch.stack(known))
+            embeddings = [fake_encoder(text) if text else torch.zeros(384) for text in dataset.captions(rows)]
+            assert torch.equal(conditioning["text"], torch.stack(embeddings))
         else:
-            assert torch.equal(told["low"], task_of(config, 8).conditioning(shown)["low"])
-            assert not told["level"].any()
-        assert measure_losses(model, [(shown, told)], SAMPLING).losses.isfinite().all()
+            assert torch.equal(conditioning["low"], task_of(config, 8).conditioning(real_images)["low"])
+            assert not conditioning["level"].any()
+        assert measure_losses(model, [(real_images, conditioning)], SAMPLING).losses.isfinite().all()
 
 
 def test_latent_models_report_a_loss_and_no_bits_per_dim() -> None:
@@ -232,26 +232,26 @@ def test_latent_models_report_a_loss_and_no_bits_per_dim() -> None:
     network = UNet(about.model.model_copy(update={"patch": 1}), 3, 4).eval()
     latents = Latents(LatentSpace(autoencoder=vae, digest="", channels=3, size=4), 1).eval()
     model = DiffusionModel(about, network, edm_schedule(1000), latents)
-    found = summarize_losses(measure_losses(model, [(torch.from_numpy(random_images(9, size=16)), {})], SAMPLING))
-    assert found.bits_per_dim is None
-    assert len(found.levels) == LEVELS
-    assert found.loss is not None
-    assert found.metrics().keys() == {"held_out_loss", "held_out_loss_se"}
+    losses = summarize_losses(measure_losses(model, [(torch.from_numpy(random_images(9, size=16)), {})], SAMPLING))
+    assert losses.bits_per_dim is None
+    assert len(losses.levels) == LEVELS
+    assert losses.loss is not None
+    assert losses.metrics().keys() == {"held_out_loss", "held_out_loss_se"}
 
 
 def test_autoencoders_report_bits_per_dim_and_no_denoising_loss() -> None:
     x = torch.from_numpy(random_images(9, size=16))
-    found = []
+    results = []
     for weight in (1.0, 0.01):
         config = VAEConfig(width=16, channel_mult=(1, 1), latent_channels=3, kl_weight=weight)
         torch.manual_seed(0)
         network = VAE(config, 1, 16).eval()
         model = VAEModel(header(size=16).model_copy(update={"model": config}), network)
-        found.append(measure_losses(model, [(x, {})], SAMPLING))
-    assert found[0].bits is not None
-    assert found[1].bits is not None
-    assert torch.equal(found[0].bits, found[1].bits)
-    summary = summarize_losses(found[0])
+        results.append(measure_losses(model, [(x, {})], SAMPLING))
+    assert results[0].bits is not None
+    assert results[1].bits is not None
+    assert torch.equal(results[0].bits, results[1].bits)
+    summary = summarize_losses(results[0])
     assert (summary.levels, summary.loss) == ([], None)
     # One sample of the posteriors is taken, of an expectation.
     random = torch.Generator().manual_seed(1)
@@ -263,9 +263,12 @@ def test_autoencoders_report_bits_per_dim_and_no_denoising_loss() -> None:
 
 def test_errors_are_those_of_means_over_images() -> None:
     losses = torch.rand(50, 3, generator=torch.Generator().manual_seed(0)).double()
-    found = summarize_losses(Terms(torch.tensor([0.1, 1, 10, 80], dtype=torch.float64), losses, losses[:, 0]))
-    assert [(level.sigma_low, level.sigma_high) for level in found.levels] == [(0.1, 1), (1, 10), (10, 80)]
-    assert found.levels[1].loss == pytest.approx(losses[:, 1].mean().item())
-    assert found.levels[1].loss_se == pytest.approx(losses[:, 1].std().item() / 50**0.5)
-    assert found.loss_se == pytest.approx(losses.mean(1).std().item() / 50**0.5)
-    assert (found.bits_per_dim, found.bits_per_dim_se) == (found.levels[0].loss, found.levels[0].loss_se)
+    loss_summary = summarize_losses(Terms(torch.tensor([0.1, 1, 10, 80], dtype=torch.float64), losses, losses[:, 0]))
+    assert [(level.sigma_low, level.sigma_high) for level in loss_summary.levels] == [(0.1, 1), (1, 10), (10, 80)]
+    assert loss_summary.levels[1].loss == pytest.approx(losses[:, 1].mean().item())
+    assert loss_summary.levels[1].loss_se == pytest.approx(losses[:, 1].std().item() / 50**0.5)
+    assert loss_summary.loss_se == pytest.approx(losses.mean(1).std().item() / 50**0.5)
+    assert (loss_summary.bits_per_dim, loss_summary.bits_per_dim_se) == (
+        loss_summary.levels[0].loss,
+        loss_summary.levels[0].loss_se,
+    )

@@ -43,8 +43,8 @@ def memorization(generated: Tensor) -> Memorization:
 def moved(some: Tensor, turn: float = 0.0, scale: float = 1.0, right: int = 0, down: int = 0) -> Tensor:
     """Turned, scaled and shifted, with the edge repeated."""
     padded = torch.nn.functional.pad(some.float(), (8, 8, 8, 8), mode="replicate")
-    made = affine(padded, turn, [right, down], scale, [0, 0], InterpolationMode.BILINEAR)
-    return made[..., 8:-8, 8:-8].round().clamp(0, 255).to(torch.uint8)
+    image = affine(padded, turn, [right, down], scale, [0, 0], InterpolationMode.BILINEAR)
+    return image[..., 8:-8, 8:-8].round().clamp(0, 255).to(torch.uint8)
 
 
 def contrasted(some: Tensor, factor: float) -> Tensor:
@@ -72,11 +72,11 @@ FAST = ("exact", "noise 30", "turned and shifted", "mirrored", "blurred")
 
 
 def test_unseen_images_count_as_copies_at_the_calibrated_rate() -> None:
-    found = memorization(scans()[2])
-    assert found.expected == pytest.approx(0.05, abs=3e-3)
-    assert found.share == pytest.approx(0.05, abs=0.03)
-    assert found.p_value > 0.05
-    assert (found.generated, found.held_out, found.suspicious) == (GENERATED, HELD_OUT, False)
+    detection = memorization(scans()[2])
+    assert detection.expected == pytest.approx(0.05, abs=3e-3)
+    assert detection.share == pytest.approx(0.05, abs=0.03)
+    assert detection.p_value > 0.05
+    assert (detection.generated, detection.held_out, detection.suspicious) == (GENERATED, HELD_OUT, False)
 
 
 @pytest.mark.parametrize(
@@ -88,13 +88,13 @@ def test_unseen_images_count_as_copies_at_the_calibrated_rate() -> None:
 )
 def test_copies_are_found_however_they_were_changed(change: Callable[[Tensor], Tensor]) -> None:
     training, _, real = scans()
-    found = memorization(with_copies(real, change(training[100 : 100 + PLANTED])))
-    assert found.expected < 0.06
+    detection = memorization(with_copies(real, change(training[100 : 100 + PLANTED])))
+    assert detection.expected < 0.06
     # Of the images that were planted; as many of the others as chance alone explains.
     of_planted = in_pixels(change(training[100 : 100 + PLANTED]), training)[PIXELS]
-    assert (of_planted.relative < found.spaces[0].threshold).float().mean() >= 0.9
+    assert (of_planted.relative < detection.spaces[0].threshold).float().mean() >= 0.9
     assert (of_planted.rows[:, 0] == 100 + torch.arange(PLANTED)).float().mean() >= 0.9
-    assert found.p_value < 1e-3
+    assert detection.p_value < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -105,11 +105,11 @@ def test_near_duplicates_among_held_out_images_do_not_hide_copies(name: str) -> 
     contaminated = with_copies(held_out, with_noise(training[-8:], 3 / 255))  # 2 %
     calibration = in_pixels(contaminated, training)
     copies = in_pixels(CHANGES[name](training[:200]), training)
-    found = detect_memorization(copies, calibration)
-    assert found.share >= 0.9
-    assert found.p_value < 1e-6
-    assert found.near_duplicates == 8
-    assert not found.suspicious
+    detection = detect_memorization(copies, calibration)
+    assert detection.share >= 0.9
+    assert detection.p_value < 1e-6
+    assert detection.near_duplicates == 8
+    assert not detection.suspicious
     few = {PIXELS: NearestNeighbours(calibration[PIXELS].distances[:100], calibration[PIXELS].rows[:100])}
     assert detect_memorization(copies, few).suspicious
 
@@ -137,10 +137,10 @@ def test_features_find_what_pixels_do_not_and_a_copy_in_both_counts_once() -> No
     training, held_out, real = (each[:400] for each in scans())
     extractor = EfficientNetLite0(32)
 
-    def found(some: Tensor) -> dict[str, NearestNeighbours]:
+    def find_in_both(some: Tensor) -> dict[str, NearestNeighbours]:
         return in_pixels(some, training) | {extractor.name: find_nearest(extractor(some), [extractor(training)])}
 
-    exact = detect_memorization(found(with_copies(real, training[:20])), found(held_out))
+    exact = detect_memorization(find_in_both(with_copies(real, training[:20])), find_in_both(held_out))
     counts = {space.space: space.count for space in exact.spaces}
     assert min(counts.values()) >= 20
     assert max(counts.values()) <= exact.copies < sum(counts.values())
@@ -154,9 +154,9 @@ def test_the_threshold_is_exact_in_any_space() -> None:
     for _ in range(300):
         training, held_out, generated = (torch.randn(count, 12, generator=random) for count in (200, 199, 100))
         near = ({"x": find_nearest(some, [training])} for some in (generated, held_out))
-        found = detect_memorization(*near)
-        alarms += found.p_value < 0.01
-        shares, expected = shares + found.share / 300, expected + found.expected / 300
+        detection = detect_memorization(*near)
+        alarms += detection.p_value < 0.01
+        shares, expected = shares + detection.share / 300, expected + detection.expected / 300
     # Of 300 at 1 %, more than 10 would come once in three thousand times.
     assert alarms <= 10
     assert expected == pytest.approx(0.05, abs=1e-3)
@@ -171,9 +171,9 @@ def test_model_that_repeats_near_duplicates_as_real_images_do_is_no_worse() -> N
         some[:120] = training[torch.randint(500, (120,), generator=random)] + 0.05 * torch.randn(
             120, 12, generator=random
         )
-    found = detect_memorization(*({"x": find_nearest(some, [training])} for some in (generated, held_out)))
-    assert found.suspicious
-    assert found.excess < 0.05
+    detection = detect_memorization(*({"x": find_nearest(some, [training])} for some in (generated, held_out)))
+    assert detection.suspicious
+    assert detection.excess < 0.05
     copies = training[:400] + 0.05
     worse = detect_memorization({"x": find_nearest(copies, [training])}, {"x": find_nearest(held_out, [training])})
     assert worse.excess > 0.9
@@ -182,10 +182,10 @@ def test_model_that_repeats_near_duplicates_as_real_images_do_is_no_worse() -> N
 def test_nothing_is_nearer_than_real_images_that_repeat_those_of_training() -> None:
     points = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     same = {"x": find_nearest(points, [points])}
-    found = detect_memorization(same, same)
-    assert found.p_value > 0.5
-    assert found.excess == 0
-    assert Memorization.model_validate_json(found.model_dump_json()) == found
+    detection = detect_memorization(same, same)
+    assert detection.p_value > 0.5
+    assert detection.excess == 0
+    assert Memorization.model_validate_json(detection.model_dump_json()) == detection
 
 
 def test_neighbours_found_in_pieces_are_those_found_at_once() -> None:
@@ -203,26 +203,26 @@ def photographs() -> tuple[Tensor, Callable[[Tensor], dict[str, NearestNeighbour
     extractor = EfficientNetLite0(32)
     of_training = extractor(training)
 
-    def found(some: Tensor) -> dict[str, NearestNeighbours]:
+    def find_in_both(some: Tensor) -> dict[str, NearestNeighbours]:
         return in_pixels(some, training) | {extractor.name: find_nearest(extractor(some), [of_training])}
 
-    return training, found, found(held_out)
+    return training, find_in_both, find_in_both(held_out)
 
 
 @pytest.mark.slow
 @changes
 def test_copies_of_photographs_are_found_however_they_were_changed(change: Callable[[Tensor], Tensor]) -> None:
     """In pixels or in features, at 5 % false alarms in all."""
-    training, found, real = photographs()
-    copied = detect_memorization(found(change(training[:100])), real)
+    training, detect, real = photographs()
+    copied = detect_memorization(detect(change(training[:100])), real)
     assert copied.expected <= 0.06
     assert copied.share >= (0.7 if change is CHANGES["noise 30"] else 0.9)
 
 
 def test_figures_are_named() -> None:
-    found = memorization(scans()[2])
-    assert found.metrics()["copies_share"] == found.share
-    assert found.metrics().keys() == {
+    detection = memorization(scans()[2])
+    assert detection.metrics()["copies_share"] == detection.share
+    assert detection.metrics().keys() == {
         "copies_share",
         "copies_share_low",
         "copies_share_high",

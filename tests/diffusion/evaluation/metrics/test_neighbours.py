@@ -21,27 +21,27 @@ def test_they_are_those_of_an_exhaustive_search_however_it_is_cut(
 ) -> None:
     monkeypatch.setattr(module, "BLOCK_DISTANCES", block)
     ours, rows = points(70, 0), points(130, 1)
-    found = find_nearest(ours, torch.split(rows, piece), count=5)
+    neighbours = find_nearest(ours, torch.split(rows, piece), count=5)
     distances, numbers = NearestNeighbors(n_neighbors=5).fit(rows.numpy()).kneighbors(ours.numpy())
-    assert np.array_equal(found.rows, numbers)
-    np.testing.assert_allclose(found.distances, distances, atol=1e-3)
+    assert np.array_equal(neighbours.rows, numbers)
+    np.testing.assert_allclose(neighbours.distances, distances, atol=1e-3)
 
 
 def test_among_themselves_none_is_its_own_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BLOCK_DISTANCES", 600)
     ours = points(90, 0)
-    found = find_nearest(ours, torch.split(ours, 40), count=4, themselves=True)
+    neighbours = find_nearest(ours, torch.split(ours, 40), count=4, themselves=True)
     distances, numbers = NearestNeighbors(n_neighbors=4).fit(ours.numpy()).kneighbors()
-    assert np.array_equal(found.rows, numbers)
-    np.testing.assert_allclose(found.distances, distances, atol=1e-3)
+    assert np.array_equal(neighbours.rows, numbers)
+    np.testing.assert_allclose(neighbours.distances, distances, atol=1e-3)
 
 
 def test_of_several_views_the_nearest_counts() -> None:
     rows, far = points(50, 1), points(10, 2) + 10
-    found = find_nearest(torch.stack([far, rows[:10], far]), [rows], count=3)
-    assert found.rows[:, 0].tolist() == list(range(10))
-    assert found.distances[:, 0].max() < 0.05
-    assert found.distances[:, 1].min() > 0.1
+    neighbours = find_nearest(torch.stack([far, rows[:10], far]), [rows], count=3)
+    assert neighbours.rows[:, 0].tolist() == list(range(10))
+    assert neighbours.distances[:, 0].max() < 0.05
+    assert neighbours.distances[:, 1].min() > 0.1
 
 
 def test_where_there_are_fewer_rows_all_are_neighbours() -> None:
@@ -50,5 +50,5 @@ def test_where_there_are_fewer_rows_all_are_neighbours() -> None:
 
 
 def test_the_nearest_is_measured_by_how_dense_it_is_there() -> None:
-    found = NearestNeighbours(torch.tensor([[1.0, 2.0, 3.0], [0.0, 5.0, 5.0], [0.0, 0.0, 0.0]]), torch.zeros(3, 3))
-    assert found.relative.tolist() == [0.5, 0.0, 0.0]
+    neighbours = NearestNeighbours(torch.tensor([[1.0, 2.0, 3.0], [0.0, 5.0, 5.0], [0.0, 0.0, 0.0]]), torch.zeros(3, 3))
+    assert neighbours.relative.tolist() == [0.5, 0.0, 0.0]

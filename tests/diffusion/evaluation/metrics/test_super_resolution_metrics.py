@@ -1,4 +1,4 @@
-"""ResamplingBaseline images judged: likeness by the book, beside interpolation, and said in plain words."""
+"""ResamplingBaseline images evaluated: likeness by the book, beside interpolation, and said in plain words."""
 
 import json
 from pathlib import Path
@@ -118,16 +118,16 @@ def test_scores_are_those_of_the_enlarged_held_out_images_beside_interpolation(
     real, others = dataset.images(held_out[:half]), dataset.images(held_out[half:])
     small = shrunk(real, 2)
     sets = {
-        path.stem: (upscale(load_model(path), small, CONFIG.seed, SAMPLING), judged)
-        for path, judged in zip(checkpoints, evaluation.checkpoints, strict=True)
+        path.stem: (upscale(load_model(path), small, CONFIG.seed, SAMPLING), model)
+        for path, model in zip(checkpoints, evaluation.checkpoints, strict=True)
     }
     assert evaluation.baselines is not None
     assert list(evaluation.baselines) == ["bicubic", "lanczos"]
     sets |= {name: (resample(small, 2, name), each) for name, each in evaluation.baselines.items()}
-    for images, found in sets.values():
+    for images, result in sets.values():
         expected = compute_scores(extractor(images), extractor(others), "efflite0")
-        assert found.scores.metrics() == pytest.approx(expected.metrics(), rel=1e-4, abs=1e-4)
-        assert found.similarity == compare_images(images, real)
+        assert result.scores.metrics() == pytest.approx(expected.metrics(), rel=1e-4, abs=1e-4)
+        assert result.similarity == compare_images(images, real)
 
 
 def test_reevaluation_reads_the_stored_result_and_samples_nothing(
@@ -163,9 +163,9 @@ def test_report_compares_super_resolution_with_interpolation(
     held_out = dataset.rows("held_out")
     real = dataset.images(held_out[: len(held_out) // 2])[:16]
     small = shrunk(real, 2)
-    drawn = upscale(load_model(Path(evaluation.best.file)), small, CONFIG.seed, SAMPLING)
-    shown = grid(beside(blocks(small, 2), resample(small, 2, "bicubic"), drawn, real), columns=8)
-    assert np.array_equal(page.image("Enlargements side by side"), np.asarray(shown))
+    enlarged_images = upscale(load_model(Path(evaluation.best.file)), small, CONFIG.seed, SAMPLING)
+    expected_grid = grid(beside(blocks(small, 2), resample(small, 2, "bicubic"), enlarged_images, real), columns=8)
+    assert np.array_equal(page.image("Enlargements side by side"), np.asarray(expected_grid))
 
 
 def test_report_of_other_models_has_no_super_resolution_section(data: Path, tmp_path: Path) -> None:
@@ -186,8 +186,10 @@ def test_report_of_other_models_has_no_super_resolution_section(data: Path, tmp_
 )
 def test_the_verdict_is_by_the_distance(bicubic: float, lanczos: float, words: str) -> None:
     alike = ImageSimilarity(psnr=20, psnr_se=1, ssim=0.5)
-    found = {"bicubic": bicubic, "lanczos": lanczos}
-    baselines = {name: ResamplingBaseline(scores=scores(0.1, fd=fd), similarity=alike) for name, fd in found.items()}
+    interpolations = {"bicubic": bicubic, "lanczos": lanczos}
+    baselines = {
+        name: ResamplingBaseline(scores=scores(0.1, fd=fd), similarity=alike) for name, fd in interpolations.items()
+    }
     assert describe_baselines(scores(0.1, fd=100), baselines) == f"On the Fréchet distance to real images {words}"
 
 

@@ -33,18 +33,18 @@ def whole() -> Shown:
     return example_comparison()
 
 
-def write(path: Path, shown: Shown) -> str:
-    named = shown.model, shown.dataset, shown.candidate, shown.champion
-    return write_comparison_report(path, shown.comparison, shown.grids, *named)
+def write(path: Path, context: Shown) -> str:
+    names = context.model, context.dataset, context.candidate, context.champion
+    return write_comparison_report(path, context.comparison, context.grids, *names)
 
 
-def written(shown: Shown, folder: Path) -> Page:
-    write(folder / "comparison.html", shown)
+def write_page(context: Shown, folder: Path) -> Page:
+    write(folder / "comparison.html", context)
     return Page((folder / "comparison.html").read_text())
 
 
 def test_comparison_report_has_verdict_reasons_and_rule_results(tmp_path: Path) -> None:
-    text = written(whole(), tmp_path).text
+    text = write_page(whole(), tmp_path).text
     assert whole().comparison.decision.verdict == "promote"
     assert "promote: version 3 against version 2, the champion" in text
     for finding in whole().comparison.decision.findings:
@@ -52,55 +52,55 @@ def test_comparison_report_has_verdict_reasons_and_rule_results(tmp_path: Path) 
 
 
 def test_both_sides_images_and_real_ones_are_there_to_be_seen(tmp_path: Path) -> None:
-    shown, page = whole(), written(whole(), tmp_path)
-    assert shown.grids.champion is not None
+    context, page = whole(), write_page(whole(), tmp_path)
+    assert context.grids.champion is not None
     for name, images in (
-        ("Images of version 3", shown.grids.candidate),
-        ("Images of version 2", shown.grids.champion),
-        ("Real held-out images", shown.grids.real),
+        ("Images of version 3", context.grids.candidate),
+        ("Images of version 2", context.grids.champion),
+        ("Real held-out images", context.grids.real),
     ):
         assert np.array_equal(page.image(name), np.asarray(grid(images)))
 
 
 def test_comparison_report_shows_nearest_training_images_and_copies(tmp_path: Path) -> None:
-    shown, page = whole(), written(whole(), tmp_path)
-    found = shown.comparison.candidate.memorization
-    copies = [pair for pair in found.pairs if pair.is_copy]
+    context, page = whole(), write_page(whole(), tmp_path)
+    memorization = context.comparison.candidate.memorization
+    copies = [pair for pair in memorization.pairs if pair.is_copy]
     # Those that were planted are the first that it drew, and the last that it learned from.
     assert len(copies) >= 12
     assert {pair.generated for pair in copies} >= set(range(12))
     assert page.text.count(", a copy") == len(copies)
-    for pair, drawn, training in zip(
-        found.pairs, shown.grids.nearest_generated, shown.grids.nearest_training, strict=True
+    for pair, image, training in zip(
+        memorization.pairs, context.grids.nearest_generated, context.grids.nearest_training, strict=True
     ):
-        both = np.asarray(grid(torch.stack([drawn, training]), columns=2))
+        both = np.asarray(grid(torch.stack([image, training]), columns=2))
         assert np.array_equal(page.image(f"Generated image {pair.generated} and its nearest training image"), both)
 
 
 def test_comparison_report_groups_duplicate_images(tmp_path: Path) -> None:
-    shown, page = whole(), written(whole(), tmp_path)
-    found = shown.comparison.candidate.duplicates
+    context, page = whole(), write_page(whole(), tmp_path)
+    duplicates = context.comparison.candidate.duplicates
     # Those that were planted are one group.
-    [planted] = [group for group in found.groups if 20 in group.members]
+    [planted] = [group for group in duplicates.groups if 20 in group.members]
     assert {20, 31, 42} <= set(planted.members)
-    for group, images in zip(found.groups, shown.grids.duplicates, strict=True):
+    for group, images in zip(duplicates.groups, context.grids.duplicates, strict=True):
         numbers = "no. " + ", ".join(map(str, group.members[:4])) + (" …" if group.size > 4 else "")
         assert np.array_equal(page.image(f"Duplicates {numbers}"), np.asarray(grid(images[:4], columns=4)))
 
 
 def test_comparison_report_shows_worst_classes_below_real_images(tmp_path: Path) -> None:
-    shown, page = whole(), written(whole(), tmp_path)
-    assert len(shown.grids.classes) == 2
-    for name, (real, drawn) in shown.grids.classes.items():
+    context, page = whole(), write_page(whole(), tmp_path)
+    assert len(context.grids.classes) == 2
+    for name, (real, generated) in context.grids.classes.items():
         sheet = page.image(f"Real images of {name} above generated ones")
-        assert np.array_equal(sheet, np.asarray(grid(torch.cat([real, drawn]), columns=len(real))))
+        assert np.array_equal(sheet, np.asarray(grid(torch.cat([real, generated]), columns=len(real))))
 
 
 def test_comparison_report_shows_metrics_with_intervals_and_baseline(tmp_path: Path) -> None:
-    shown, text = whole(), written(whole(), tmp_path).text
+    context, text = whole(), write_page(whole(), tmp_path).text
     assert "metric version 3 version 2 real-vs-real baseline" in text
     assert "On 240 images of each side, against 240 held-out images" in text
-    for name, figure in shown.comparison.candidate.estimates.items():
+    for name, figure in context.comparison.candidate.estimates.items():
         after = text.partition("version 2 real-vs-real baseline ")[2].partition(f"{name} ")[2]
         value, low, between, high = (word.replace("−", "-") for word in after.split()[:4])
         assert float(value) == pytest.approx(figure.value, rel=0.01)
@@ -110,25 +110,25 @@ def test_comparison_report_shows_metrics_with_intervals_and_baseline(tmp_path: P
 
 
 def test_the_worst_class_comes_first_and_classes_of_too_few_images_are_named(tmp_path: Path) -> None:
-    found, text = whole().comparison.candidate.per_class, written(whole(), tmp_path).text
-    assert found is not None
-    assert found.worst is not None
+    per_class, text = whole().comparison.candidate.per_class, write_page(whole(), tmp_path).text
+    assert per_class is not None
+    assert per_class.worst is not None
     rows = text.partition("else taken for ")[2]
-    assert rows.startswith(f"{found.worst.name} ")
-    assert found.skipped
-    assert f"too few images: {', '.join(each.name for each in found.skipped)}" in text
+    assert rows.startswith(f"{per_class.worst.name} ")
+    assert per_class.skipped
+    assert f"too few images: {', '.join(each.name for each in per_class.skipped)}" in text
 
 
-def changed(shown: Shown, **changes: object) -> Shown:
+def changed(context: Shown, **changes: object) -> Shown:
     """With other fields of the candidate's evaluation."""
-    candidate = shown.comparison.candidate.model_copy(update=changes)
-    return replace(shown, comparison=shown.comparison.model_copy(update={"candidate": candidate}))
+    candidate = context.comparison.candidate.model_copy(update=changes)
+    return replace(context, comparison=context.comparison.model_copy(update={"candidate": candidate}))
 
 
 def test_comparison_report_says_when_no_class_has_enough_images(tmp_path: Path) -> None:
-    found = whole().comparison.candidate.per_class
-    assert found is not None
-    text = written(changed(whole(), per_class=found.model_copy(update={"classes": []})), tmp_path).text
+    per_class = whole().comparison.candidate.per_class
+    assert per_class is not None
+    text = write_page(changed(whole(), per_class=per_class.model_copy(update={"classes": []})), tmp_path).text
     assert "Worst classes No class has images enough" in text
     assert "taken for" not in text
 
@@ -136,13 +136,13 @@ def test_comparison_report_says_when_no_class_has_enough_images(tmp_path: Path) 
 def test_bits_are_a_bound_where_the_model_gives_one_and_just_so_many_where_it_gives_them_exactly(
     tmp_path: Path,
 ) -> None:
-    text = written(whole(), tmp_path).text
+    text = write_page(whole(), tmp_path).text
     assert "version 3: 3.800 ± 0.020 on 240 images, in bits per dimension." in text
     assert "version 2: at most 3.900 ± 0.020 on 240 images, in bits per dimension." in text
 
 
 def test_comparison_report_is_self_contained_and_deterministic(tmp_path: Path) -> None:
-    page = written(whole(), tmp_path)
+    page = write_page(whole(), tmp_path)
     html = (tmp_path / "comparison.html").read_text()
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
     assert "url(" not in html
@@ -151,9 +151,9 @@ def test_comparison_report_is_self_contained_and_deterministic(tmp_path: Path) -
 
 
 def test_comparison_report_omits_unmeasured_metrics(tmp_path: Path) -> None:
-    shown = example_comparison(with_champion=False)
-    loss = shown.comparison.candidate.held_out_loss.model_copy(update={"levels": [], "bits_per_dim": None})
-    text = written(changed(shown, estimates={}, per_class=None, held_out_loss=loss), tmp_path).text
+    context = example_comparison(with_champion=False)
+    loss = context.comparison.candidate.held_out_loss.model_copy(update={"levels": [], "bits_per_dim": None})
+    text = write_page(changed(context, estimates={}, per_class=None, held_out_loss=loss), tmp_path).text
     missing = {"Metrics", "Worst classes", "Held-out images"}
     assert [heading for heading in HEADINGS if f" {heading} " in text] == [
         heading for heading in HEADINGS if heading not in missing
@@ -163,7 +163,7 @@ def test_comparison_report_omits_unmeasured_metrics(tmp_path: Path) -> None:
 
 
 def test_a_first_version_is_shown_without_a_champion(tmp_path: Path) -> None:
-    text = written(example_comparison(with_champion=False), tmp_path).text
+    text = write_page(example_comparison(with_champion=False), tmp_path).text
     assert "promote: version 1 first version: there was no champion" in text
     assert "metric version 1 real-vs-real baseline" in text
     assert "champion's" not in text

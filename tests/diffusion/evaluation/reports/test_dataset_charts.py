@@ -9,14 +9,14 @@ from matplotlib.figure import Figure
 
 from diffusion.evaluation.reports.charts import LIGHT
 from diffusion.evaluation.reports.dataset_report import draw_permutation_test, draw_sizes, write_dataset_report
-from tests.builders.built_datasets import BuiltDataset, Record, kept
+from tests.builders.built_datasets import BuiltDataset, Record, image_record
 from tests.builders.html_pages import Page
 
 
-def grey_images(count: int, first: int, **told: object) -> list[Record]:
+def grey_images(count: int, first: int, **labels: object) -> list[Record]:
     """``count`` different images of 8×8 pixels, numbered from ``first``."""
     return [
-        kept(np.full((8, 8), number, np.uint8), f"{number}", **told)  # type: ignore[arg-type]
+        image_record(np.full((8, 8), number, np.uint8), f"{number}", **labels)  # type: ignore[arg-type]
         for number in range(first, first + count)
     ]
 
@@ -31,9 +31,11 @@ def test_bars_are_as_long_as_classes_are_large(tmp_path: Path) -> None:
     built.version(rows)
     write_dataset_report(built.folder, tmp_path / "page.html")
     page = Page((tmp_path / "page.html").read_text())
-    names = [told["title"] for _, told in page.tags if told.get("class") == "name"]
+    names = [attributes["title"] for _, attributes in page.tags if attributes.get("class") == "name"]
     lengths = [
-        float(found[1]) for _, told in page.tags if (found := re.match(r"width:([\d.]+)%", told.get("style", "")))
+        float(match[1])
+        for _, attributes in page.tags
+        if (match := re.match(r"width:([\d.]+)%", attributes.get("style", "")))
     ]
     assert names == ["b", "c", "d", "a"]
     assert lengths[:8] == [75, 25, 50, 0, 0, 50, 25, 0]
@@ -48,12 +50,12 @@ def test_sizes_lie_where_their_widths_and_heights_are() -> None:
     [mesh] = axes.collections
     # (rows, columns, 2): corners of the cells, x and y.
     corners, counts = mesh.get_coordinates(), np.ma.filled(mesh.get_array(), 0)
-    found = {}
+    counts_by_size = {}
     for row, column in zip(*np.nonzero(counts), strict=True):
         (left, bottom), (right, top) = corners[row, column], corners[row + 1, column + 1]
         (size,) = (size for size in sizes if left <= size[0] < right and bottom <= size[1] < top)
-        found[size] = counts[row, column]
-    assert found == sizes
+        counts_by_size[size] = counts[row, column]
+    assert counts_by_size == sizes
     assert {"64", "512"} <= {label.get_text() for label in axes.get_xticklabels()}
 
 
@@ -84,9 +86,9 @@ def test_the_kid_lies_beside_the_histogram_of_the_permutations(kid: float) -> No
     axes = Figure().subplots()
     draw_permutation_test(axes, LIGHT, permuted_kids, kid)
     [bars], [line] = axes.patches, axes.lines
-    found = bars.get_data()  # type: ignore[attr-defined]
-    assert (found.edges[0], found.edges[-1]) == (permuted_kids.min(), permuted_kids.max())
-    assert found.values.sum() == 499
+    offsets = bars.get_data()  # type: ignore[attr-defined]
+    assert (offsets.edges[0], offsets.edges[-1]) == (permuted_kids.min(), permuted_kids.max())
+    assert offsets.values.sum() == 499
     assert list(line.get_xdata()) == [kid, kid]
     low, high = axes.get_xlim()
-    assert low <= min(kid, found.edges[0]) < max(kid, found.edges[-1]) <= high
+    assert low <= min(kid, offsets.edges[0]) < max(kid, offsets.edges[-1]) <= high

@@ -18,7 +18,7 @@ from diffusion.evaluation.reports.dataset_report import (
     split_by_parent,
     write_dataset_report,
 )
-from tests.builders.built_datasets import BuiltDataset, Record, kept
+from tests.builders.built_datasets import BuiltDataset, Record, image_record
 
 
 def features(count: int, seed: int, shift: float = 0.0, width: int = 40) -> Tensor:
@@ -29,49 +29,49 @@ def features(count: int, seed: int, shift: float = 0.0, width: int = 40) -> Tens
 
 
 def test_kid_is_the_unbiased_estimate_over_all_pairs() -> None:
-    added, parent, others = features(80, 1, shift=1.0), features(80, 2), features(80, 3)
-    found, _ = measure_drift(added, parent, others, "some")
-    for kid, judged in ((found.kid, added), (found.kid_baseline, others)):
-        expected = kernel_mmd(judged.double().numpy(), parent.double().numpy(), kid_kernel="poly")
+    new_features, parent, others = features(80, 1, shift=1.0), features(80, 2), features(80, 3)
+    drift, _ = measure_drift(new_features, parent, others, "some")
+    for kid, images in ((drift.kid, new_features), (drift.kid_baseline, others)):
+        expected = kernel_mmd(images.double().numpy(), parent.double().numpy(), kid_kernel="poly")
         assert kid == pytest.approx(expected, rel=1e-9)
-    assert (found.extractor, found.compared) == ("some", 80)
+    assert (drift.extractor, drift.compared) == ("some", 80)
 
 
 @pytest.mark.parametrize("count", [30, 200])
 def test_the_frechet_distance_is_that_of_full_matrices(count: int) -> None:
-    added, parent, others = features(count, 1, shift=0.5), features(count, 2), features(count, 3)
-    found, _ = measure_drift(added, parent, others, "some")
-    for fd, compared in ((found.fd, added), (found.fd_baseline, others)):
+    new_features, parent, others = features(count, 1, shift=0.5), features(count, 2), features(count, 3)
+    drift, _ = measure_drift(new_features, parent, others, "some")
+    for fd, compared in ((drift.fd, new_features), (drift.fd_baseline, others)):
         statistics = [fid_features_to_statistics(each) for each in (compared, parent)]
         expected = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
         assert fd == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_chances_are_the_kids_of_random_divisions() -> None:
-    added, parent = features(60, 1, shift=0.6), features(60, 2)
-    found, chances = measure_drift(added, parent, features(60, 3), "some")
-    both, random = torch.cat([added, parent]).double().numpy(), np.random.default_rng(0)
+    new_features, parent = features(60, 1, shift=0.6), features(60, 2)
+    drift, chances = measure_drift(new_features, parent, features(60, 3), "some")
+    both, random = torch.cat([new_features, parent]).double().numpy(), np.random.default_rng(0)
     theirs = []
     for _ in range(2000):
         mixed = both[random.permutation(120)]
         theirs.append(kernel_mmd(mixed[:60], mixed[60:], kid_kernel="poly"))
     assert np.quantile(chances, [0.1, 0.5, 0.9]) == pytest.approx(np.quantile(theirs, [0.1, 0.5, 0.9]), abs=3e-3)
     assert np.std(chances) == pytest.approx(np.std(theirs), rel=0.15)
-    assert (chances < found.kid_chance).mean() == pytest.approx(0.99, abs=0.002)
+    assert (chances < drift.kid_chance).mean() == pytest.approx(0.99, abs=0.002)
 
 
 def test_images_are_neighbor_accuracy_by_their_nearest_neighbours() -> None:
-    added, parent = features(40, 1, shift=2.0), features(40, 2)
-    both = torch.cat([added, parent]).numpy()
+    new_features, parent = features(40, 1, shift=2.0), features(40, 2)
+    both = torch.cat([new_features, parent]).numpy()
     right = 0
     for number, point in enumerate(both):
         distances = ((both - point) ** 2).sum(1)
         distances[number] = np.inf
         right += (int(distances.argmin()) < 40) == (number < 40)
-    found, _ = measure_drift(added, parent, features(40, 3), "some")
-    assert found.neighbor_accuracy == right / 80
-    assert found.neighbor_accuracy > 0.5
-    assert 0.25 < found.neighbor_accuracy_baseline < 0.75
+    drift, _ = measure_drift(new_features, parent, features(40, 3), "some")
+    assert drift.neighbor_accuracy == right / 80
+    assert drift.neighbor_accuracy > 0.5
+    assert 0.25 < drift.neighbor_accuracy_baseline < 0.75
 
 
 def test_chance_alone_seldom_makes_a_difference() -> None:
@@ -102,7 +102,7 @@ def stripes(seed: int, upright: bool = False) -> np.ndarray:
 
 
 def records(seeds: range, upright: bool = False) -> list[Record]:
-    return [kept(stripes(seed, upright), f"{seed}.png") for seed in seeds]
+    return [image_record(stripes(seed, upright), f"{seed}.png") for seed in seeds]
 
 
 @pytest.mark.parametrize("upright", [False, True])
@@ -131,8 +131,8 @@ def parent_of(built: BuiltDataset) -> Manifest:
 
 def seeds_of(dataset: Dataset, rows: np.ndarray, seeds: range) -> list[int]:
     """Which of the images of ``seeds`` lie in ``rows``."""
-    known = {kept(stripes(seed), "")["key"]: seed for seed in seeds}
-    return sorted(known[key] for key in dataset.keys(rows))
+    seeds_by_key = {image_record(stripes(seed), "")["key"]: seed for seed in seeds}
+    return sorted(seeds_by_key[key] for key in dataset.keys(rows))
 
 
 def test_new_images_are_identified_when_shards_were_rewritten(tmp_path: Path) -> None:
@@ -162,9 +162,9 @@ def test_too_few_images_give_no_drift_metrics(first: range, then: range, verdict
     built = BuiltDataset(tmp_path / "waves", size=16)
     built.version(records(first))
     built.version([*records(then), {"source": "x", "outcome": "quarantined", "reason": "damaged"}])
-    found = compare_with_parent(Dataset.open(built.folder), parent_of(built))
-    assert found.verdict.startswith(verdict)
-    assert (found.added, found.drift, len(found.least_similar_rows)) == (len(then), None, 0)
+    drift = compare_with_parent(Dataset.open(built.folder), parent_of(built))
+    assert drift.verdict.startswith(verdict)
+    assert (drift.added, drift.drift, len(drift.least_similar_rows)) == (len(then), None, 0)
     summary = write_dataset_report(built.folder, tmp_path / "page.html")
     assert (summary.added, summary.lost) == (len(then), 0)
 

@@ -23,7 +23,7 @@ from diffusion.evaluation.reports.dataset_report import (
     write_dataset_report,
 )
 from tests.builders.bucketed import bucketed_set
-from tests.builders.built_datasets import BuiltDataset, Record, duplicate, kept, quarantined
+from tests.builders.built_datasets import BuiltDataset, Record, duplicate, image_record, quarantined
 from tests.builders.html_pages import Page
 from tests.builders.shapes import blob
 
@@ -35,8 +35,8 @@ def image(seed: int, channels: int = 3, size: int = 8) -> np.ndarray:
     return np.clip(random.normal(random.uniform(40, 215), 30, shape), 0, 255).astype(np.uint8)
 
 
-def records(seeds: Sequence[int], split: str = "train", channels: int = 3, **told: object) -> list[Record]:
-    return [kept(image(seed, channels), f"{seed}.png", split, **told) for seed in seeds]
+def records(seeds: Sequence[int], split: str = "train", channels: int = 3, **fields: object) -> list[Record]:
+    return [image_record(image(seed, channels), f"{seed}.png", split, **fields) for seed in seeds]
 
 
 def report(built: BuiltDataset, name: str = "page.html") -> tuple[DatasetSummary, Page]:
@@ -76,7 +76,7 @@ def test_counts_are_those_of_the_records(built: BuiltDataset) -> None:
 def test_report_is_self_contained(built: BuiltDataset) -> None:
     built.version([*records(range(5), label="a", caption="b"), quarantined("bad.png", "damaged")])
     _, page = report(built)
-    anchors = {f"#{told['id']}" for _, told in page.tags if "id" in told}
+    anchors = {f"#{attributes['id']}" for _, attributes in page.tags if "id" in attributes}
     assert any(address.startswith("#") for address in page.addresses)
     assert all(each in anchors for each in page.addresses if not each.startswith("data:image/png;base64,"))
     assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
@@ -93,11 +93,15 @@ def test_dataset_report_counts_quarantine_by_the_last_record(built: BuiltDataset
             quarantined("mended.png", "damaged: cut after 12 bytes"),
             quarantined("still.png", "damaged: cut after 13 bytes"),
             quarantined("other.png", "damaged: cut after 15 bytes"),
-            kept(image(2), "spoilt.png"),
+            image_record(image(2), "spoilt.png"),
         ]
     )
     built.version(
-        [kept(image(3), "mended.png"), quarantined("still.png", "too small"), quarantined("spoilt.png", "too small")]
+        [
+            image_record(image(3), "mended.png"),
+            quarantined("still.png", "too small"),
+            quarantined("spoilt.png", "too small"),
+        ]
     )
     summary, page = report(built)
     assert summary.quarantined == 3
@@ -126,9 +130,9 @@ def test_mean_images_are_the_means_of_all_and_of_each_class(channels: int, built
     _, page = report(built)
     for name, seeds in (("Mean image", [*range(9), *range(20, 24)]), ("Mean of dark", range(9))):
         expected = np.mean([image(seed, channels) for seed in seeds], axis=0)
-        found = page.image(name)[::8, ::8]
-        assert found.shape == expected.shape
-        assert np.abs(found - expected).max() <= 0.5
+        mean_image = page.image(name)[::8, ::8]
+        assert mean_image.shape == expected.shape
+        assert np.abs(mean_image - expected).max() <= 0.5
     assert "all n = 13 dark n = 9" in page.text
 
 
@@ -149,22 +153,22 @@ def test_grey_images_among_coloured_ones_count_for_all_three_channels(built: Bui
 def test_histograms_count_images_by_brightness_and_contrast(
     built: BuiltDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn: dict[str, Axes] = {}
+    bars_of_split: dict[str, Axes] = {}
 
     def chart(title: str, draw: Draw, _size: tuple[float, float]) -> Chart:
-        draw(drawn.setdefault(title, Figure().subplots()), LIGHT)
+        draw(bars_of_split.setdefault(title, Figure().subplots()), LIGHT)
         return Chart(title, b"", b"")
 
     monkeypatch.setattr(page_module, "chart", chart)
     built.version(records(range(40), channels=1) + records(range(40, 60), "held_out", 1))
     write_dataset_report(built.folder, built.folder.parent / "page.html")
     for name, measure, high in (("brightness", np.mean, 256), ("contrast", np.std, 128)):
-        train, _, held_out = (patch.get_data() for patch in drawn[f"Histogram of {name}"].patches)
-        for found, seeds in ((train, range(40)), (held_out, range(40, 60))):
+        train, _, held_out = (patch.get_data() for patch in bars_of_split[f"Histogram of {name}"].patches)
+        for histogram, seeds in ((train, range(40)), (held_out, range(40, 60))):
             counts, edges = np.histogram([measure(image(seed, 1)) for seed in seeds], 32, (0, high))
-            assert found.values == pytest.approx(counts / len(seeds))
-            assert found.edges == pytest.approx(edges)
-    assert "Histogram of red" not in drawn
+            assert histogram.values == pytest.approx(counts / len(seeds))
+            assert histogram.edges == pytest.approx(edges)
+    assert "Histogram of red" not in bars_of_split
 
 
 def test_samples_of_a_class_are_images_of_that_class(built: BuiltDataset) -> None:
@@ -172,9 +176,9 @@ def test_samples_of_a_class_are_images_of_that_class(built: BuiltDataset) -> Non
     built.version([row for label, each in seeds.items() for row in records(each, label=label)])
     _, page = report(built)
     for label, each in seeds.items():
-        shown = blocks(page.image(label), min(8, len(each)), 8)
-        assert {pixels.tobytes() for pixels in shown} <= {image(seed).tobytes() for seed in each}
-        assert len({pixels.tobytes() for pixels in shown}) == min(8, len(each))
+        shown_images = blocks(page.image(label), min(8, len(each)), 8)
+        assert {pixels.tobytes() for pixels in shown_images} <= {image(seed).tobytes() for seed in each}
+        assert len({pixels.tobytes() for pixels in shown_images}) == min(8, len(each))
         assert f"{label} {len(each)} images" in page.text
     assert "A sample" not in page.text
 
@@ -192,7 +196,8 @@ def test_one_class_and_images_without_any_are_all_shown(built: BuiltDataset) -> 
 
 def test_a_thousand_classes_are_summed_up(built: BuiltDataset) -> None:
     rows = [
-        kept(np.full((8, 8), n % 256, np.uint8) + np.eye(8, dtype=np.uint8) * (n // 256), f"{n}") for n in range(1003)
+        image_record(np.full((8, 8), n % 256, np.uint8) + np.eye(8, dtype=np.uint8) * (n // 256), f"{n}")
+        for n in range(1003)
     ]
     for n, row in enumerate(rows):
         row["label"] = f"class {min(n, 999):03d}"
@@ -219,8 +224,8 @@ def test_duplicates_are_listed_with_the_image_that_was_kept(built: BuiltDataset)
     assert re.match(
         r"kept from duplicates 3 2\.png \w{16} copy-0\.png copy-1\.png and 1 more 1 3\.png \w{16} third\.png", listed
     )
-    shown = [pixels[::8, ::8].tobytes() for name, pixels in page.images if name == "The image"]
-    assert shown == [image(2).tobytes(), image(3).tobytes()]
+    shown_images = [pixels[::8, ::8].tobytes() for name, pixels in page.images if name == "The image"]
+    assert shown_images == [image(2).tobytes(), image(3).tobytes()]
 
 
 def test_near_duplicate_groups_are_transitively_connected(built: BuiltDataset) -> None:
@@ -231,10 +236,10 @@ def test_near_duplicate_groups_are_transitively_connected(built: BuiltDataset) -
     built.version(rows[:4], rows[4:])
     summary, page = report(built)
     assert (summary.near_duplicate_groups, summary.near_duplicates) == (2, 7)
-    shown = [
+    shown_images = [
         set(map(bytes, blocks(pixels, int(name[0]), 8))) for name, pixels in page.images if name.endswith(" images")
     ]
-    assert shown == [{image(n).tobytes() for n in group} for group in ((3, 4, 5, 6), (0, 1, 2))]
+    assert shown_images == [{image(n).tobytes() for n in group} for group in ((3, 4, 5, 6), (0, 1, 2))]
     assert "7 images in 2 groups" in page.text
 
 
@@ -277,13 +282,13 @@ def test_removed_images_are_absent_from_the_dataset_report(dataset: Path, tmp_pa
     after = write_dataset_report(dataset, tmp_path / "after.html")
     assert (after.kept, after.removed, after.added, after.lost) == (46, 2, 0, 2)
     assert (before.kept, after.parent) == (48, before.digest)
-    shown = {}
+    pixels_by_page = {}
     for name, count in (("before", 24), ("after", 23)):
         page = Page((tmp_path / f"{name}.html").read_text())
         sheets = [blocks(page.image(label), count, 8) for label in ("even", "odd")]
-        shown[name] = {pixels.tobytes() for sheet in sheets for pixels in sheet}
-    assert shown["after"] < shown["before"]
-    assert (len(shown["before"]), len(shown["after"])) == (48, 46)
+        pixels_by_page[name] = {pixels.tobytes() for sheet in sheets for pixels in sheet}
+    assert pixels_by_page["after"] < pixels_by_page["before"]
+    assert (len(pixels_by_page["before"]), len(pixels_by_page["after"])) == (48, 46)
     assert "removal: they asked for it" in page.text
     assert "This version only removed images" in page.text
 
@@ -308,13 +313,13 @@ def test_the_calibrated_threshold_of_near_duplicates_is_named_with_what_it_misse
         blob(number, 24).save(tmp_path / "images" / f"{number}.png")
     folder = tmp_path / "data" / "blobs"
     config = IngestConfig(source=str(tmp_path / "images"), size=24, held_out=0.3, near_duplicates="auto")
-    found = ingest(folder, config).near_duplicates
-    assert found is not None
-    assert found.copies is not None
+    calibration = ingest(folder, config).near_duplicates
+    assert calibration is not None
+    assert calibration.copies is not None
     write_dataset_report(folder, tmp_path / "page.html")
     text = Page((tmp_path / "page.html").read_text()).text
-    assert f"auto is {found.bits} bits in this data set" in text
-    assert f"It misses about {100 - 100 * found.copies:.0f} % of these copies" in text
+    assert f"auto is {calibration.bits} bits in this data set" in text
+    assert f"It misses about {100 - 100 * calibration.copies:.0f} % of these copies" in text
 
 
 def test_dataset_report_works_with_a_single_image(built: BuiltDataset) -> None:
@@ -322,14 +327,14 @@ def test_dataset_report_works_with_a_single_image(built: BuiltDataset) -> None:
     summary, page = report(built)
     assert (summary.kept, summary.train) == (1, 0)
     assert "1 image of 8×8 pixels" in page.text
-    (shown,) = blocks(page.image("A sample"), 1, 16)
-    assert shown.tobytes() == image(1).tobytes()
+    (shown_images,) = blocks(page.image("A sample"), 1, 16)
+    assert shown_images.tobytes() == image(1).tobytes()
 
 
 def test_images_larger_than_a_page_needs_are_reduced(tmp_path: Path) -> None:
     built = BuiltDataset(tmp_path / "large", size=256)
     pixels = image(1, size=256)
-    built.version([kept(pixels, "1.png")])
+    built.version([image_record(pixels, "1.png")])
     _, page = report(built)
     expected = pixels.reshape(64, 4, 64, 4, 3).mean((1, 3))
     assert np.abs(page.image("Mean image") - expected).max() <= 0.5
@@ -340,7 +345,7 @@ HOSTILE = "\"><script>alert('x')</script><img src=x onerror=y>&amp;`|[a](javascr
 
 def test_texts_from_outside_cannot_break_out_of_the_page_or_the_table(tmp_path: Path) -> None:
     built = BuiltDataset(tmp_path / "built", size=8)
-    first = [kept(image(1), HOSTILE, label=HOSTILE, caption=HOSTILE)]
+    first = [image_record(image(1), HOSTILE, label=HOSTILE, caption=HOSTILE)]
     built.version([*first, *records([2, 3], label="plain"), duplicate(first[0], f"again {HOSTILE}")])
     built.version([quarantined(f"bad {HOSTILE}", HOSTILE), *records([4], label=f"new {HOSTILE}")], change=HOSTILE)
     summary, page = report(built)
@@ -363,7 +368,7 @@ def test_texts_from_outside_cannot_break_out_of_the_page_or_the_table(tmp_path: 
     }
     allowed |= {"table", "thead", "tbody", "tr", "th", "td", "details", "summary"}
     assert {tag for tag, _ in page.tags} <= allowed
-    assert not any(name.startswith("on") for _, told in page.tags for name in told)
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert all(each.startswith(("data:image/png;base64,", "#")) for each in page.addresses)
     seen = " ".join(HOSTILE.split())
     for text in ("built 4 images of", f"again {seen}", f"bad {seen}", f"new class: new {seen}", f"Made by {seen}"):
@@ -417,7 +422,7 @@ def test_what_is_missing_or_damaged_is_named(kind: str, built: BuiltDataset, tmp
 
 def test_the_sizes_that_came_are_summed_up(built: BuiltDataset) -> None:
     sizes = [(4, 9), (30, 20), (30, 20), (7, 7), (500, 8)]
-    built.version([kept(image(n), f"{n}", width=w, height=h) for n, (w, h) in enumerate(sizes)])
+    built.version([image_record(image(n), f"{n}", width=w, height=h) for n, (w, h) in enumerate(sizes)])
     _, page = report(built)
     assert (
         "4 sizes shorter sides of 4 to 20 pixels, half of them at least 8; 40.0 % are below the stored 8" in page.text

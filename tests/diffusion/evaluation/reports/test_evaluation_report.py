@@ -45,12 +45,12 @@ def with_more(evaluation: Evaluation) -> Evaluation:
         for digit, images, kid in (("a", 1500, 0.7), ("b", 2500, -0.4))
     ]
     newer = {"density": 0.9, "coverage": 0.5, "fd_infinity": 100.4}
-    judged = [each.model_copy(update={"scores": scores(each.scores.kid, **newer)}) for each in evaluation.checkpoints]
+    models = [each.model_copy(update={"scores": scores(each.scores.kid, **newer)}) for each in evaluation.checkpoints]
     update = {
         "estimates": figures(),
         "preliminary": behind,
-        "best": next(each for each in judged if each.sha256 == evaluation.best.sha256),
-        "checkpoints": judged,
+        "best": next(each for each in models if each.sha256 == evaluation.best.sha256),
+        "checkpoints": models,
         "real_baseline": RealBaseline(
             scores=scores(0.01, fd=61.2, density=1.02, coverage=0.97, fd_infinity=0.3),
             estimates=measured(kid=Estimate(value=0.01, error=0.005, freedom=1000), fd=Estimate(value=61.2, error=1)),
@@ -60,8 +60,10 @@ def with_more(evaluation: Evaluation) -> Evaluation:
 
 
 def sheets_for(evaluation: Evaluation) -> Sheets:
-    drawn = {each.sha256: images(number) for number, each in enumerate(evaluation.checkpoints + evaluation.preliminary)}
-    return Sheets(real=images(99), generated=drawn)
+    images_by_model = {
+        each.sha256: images(number) for number, each in enumerate(evaluation.checkpoints + evaluation.preliminary)
+    }
+    return Sheets(real=images(99), generated=images_by_model)
 
 
 @pytest.fixture
@@ -86,9 +88,11 @@ def test_report_is_self_contained(tmp_path: Path, losses: Path) -> None:
 def test_evaluation_report_shows_best_images_beside_real_ones(tmp_path: Path) -> None:
     evaluation = an_evaluation([0.5, 0.2, 0.9])
     write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
-    shown = [base64.b64decode(each.split(",")[1]) for each in Page((tmp_path / "report.html").read_text()).addresses]
-    assert shown[:2] == [png_bytes(grid(images(1))), png_bytes(grid(images(99)))]
-    assert all(png.startswith(b"\x89PNG") for png in shown)
+    shown_images = [
+        base64.b64decode(each.split(",")[1]) for each in Page((tmp_path / "report.html").read_text()).addresses
+    ]
+    assert shown_images[:2] == [png_bytes(grid(images(1))), png_bytes(grid(images(99)))]
+    assert all(png.startswith(b"\x89PNG") for png in shown_images)
 
 
 def test_evaluation_report_shows_scores_with_their_real_baseline(tmp_path: Path) -> None:
@@ -159,8 +163,8 @@ def test_the_page_is_whole_in_a_browser(scheme: Literal["light", "dark"], width:
 
 @pytest.mark.parametrize("few", [False, True])
 def test_evaluation_report_notes_a_baseline_of_fewer_images(few: bool, tmp_path: Path) -> None:
-    floor = scores(0.01, samples=300 if few else 500)
-    evaluation = an_evaluation([0.5], floor=floor)
+    baseline = scores(0.01, samples=300 if few else 500)
+    evaluation = an_evaluation([0.5], baseline=baseline)
     write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation))
     text = Page((tmp_path / "report.html").read_text()).text
     assert ("has only 300 training images, fewer than were generated" in text) == few

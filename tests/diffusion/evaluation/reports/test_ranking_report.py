@@ -47,10 +47,10 @@ def test_the_best_comes_first_and_each_has_its_settings_metrics_and_images(tmp_p
     assert words.index("0.200 ± 0.020") < words.index("0.500 ± 0.020") < words.index("0.900 ± 0.020")
     assert "--set training.learning_rate=0.004 --set model.width=32" in words
     assert f"{20:032x}" in words
-    shown = {name: pixels for name, pixels in page.images if name.startswith("Images of")}
-    assert len(shown) == 3
+    shown_images = {name: pixels for name, pixels in page.images if name.startswith("Images of")}
+    assert len(shown_images) == 3
     expected = np.asarray(grid(images(20)))
-    np.testing.assert_array_equal(shown["Images of learning_rate 0.004, width 32"], expected)
+    np.testing.assert_array_equal(shown_images["Images of learning_rate 0.004, width 32"], expected)
     assert all(address.startswith("data:") for address in page.addresses)
 
 
