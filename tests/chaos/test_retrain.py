@@ -23,7 +23,7 @@ STEPS = (
     "flows.train:train_model",  # train: no run is there
     "diffusion.training.checkpointing:Checkpoints.save@3",  # half way
     "flows.tracking.runs:RunTracker.finish",  # trained, and the run goes on
-    "flows.evaluate:score_checkpoints",  # evaluate
+    "flows.evaluate:score_models",  # evaluate
     "flows.evaluate:log_evaluation",  # evaluated, and MLflow knows nothing
     "flows.promote:export",  # promote
     "flows.promote:compare_with_champion",  # a version, and no verdict
@@ -138,7 +138,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     "filled up to the last pages during training, before evaluation, and before sampling",
     "a line that says so, exit 1; with room again the same command: the same end",
 )
-@pytest.mark.parametrize("point", [TRAINING, "flows.evaluate:score_checkpoints", "flows.sampling.generate_batch:begin"])
+@pytest.mark.parametrize("point", [TRAINING, "flows.evaluate:score_models", "flows.sampling.generate_batch:begin"])
 def test_full_disk_gives_a_one_line_error_and_retraining_resumes(
     house: House, small_disk: Path, undisturbed: Undisturbed, point: str
 ) -> None:
