@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from diffusion.common.progress import silent
+from diffusion.common.progress import ignore_progress
 from diffusion.curation.config import CurationConfig
 from diffusion.curation.curate import curate
 from diffusion.data.ingest.config import IngestConfig
@@ -125,7 +125,7 @@ def main() -> None:
                 fields = fields | ({name: float(value)} if name in fields else {})
             start = time.monotonic()
             rule_config = CurationConfig.model_validate(fields | {"max_dropped": 1})
-            report = curate(folder, rule_config, config, EvaluationConfig(), silent, dry_run=True)
+            report = curate(folder, rule_config, config, EvaluationConfig(), ignore_progress, dry_run=True)
             seconds = 1000 * (time.monotonic() - start) / count
             # Of a pair of equal size either may be dropped.
             sources = {each.source for each in report.images}

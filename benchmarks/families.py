@@ -15,7 +15,7 @@ from pathlib import Path
 from loading import FASHION
 from quality import Darkroom, darkroom, measure_rates, rate_of
 
-from diffusion.common.image_grids import grid, save_png
+from diffusion.common.image_grids import make_grid, save_png
 from diffusion.common.shapes import Images
 from diffusion.common.threads import cores
 from diffusion.data.dataset import Dataset
@@ -59,7 +59,7 @@ def save(images: Mapping[str, Images]) -> None:
     """Lay out the images of each model, and real ones."""
     IMAGES.mkdir(parents=True, exist_ok=True)
     for name, images_of_model in images.items():
-        save_png(IMAGES / f"{name}.png", grid(images_of_model, COLUMNS))
+        save_png(IMAGES / f"{name}.png", make_grid(images_of_model, COLUMNS))
 
 
 def page(ranking: Ranking, dataset: Dataset, source: str, minutes: float) -> str:

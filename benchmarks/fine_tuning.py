@@ -16,7 +16,7 @@ import torch
 from quality import Darkroom, darkroom, measure_rates, rate_of
 
 from diffusion.checkpoints import load_model
-from diffusion.common.image_grids import grid, save_png
+from diffusion.common.image_grids import make_grid, save_png
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.evaluate import describe_kid
 from diffusion.evaluation.results import Evaluation
@@ -76,7 +76,7 @@ def main() -> None:
             sample(load_model(path), range(SHOWN), 0, sampling, conditions=conditions_of(dataset, rows, []))
             for path in models.values()
         ]
-        save_png(args.image, grid(torch.cat([dataset.images(rows), *generated]), SHOWN))
+        save_png(args.image, make_grid(torch.cat([dataset.images(rows), *generated]), SHOWN))
 
 
 def kid_of(workspace: Path, model: Path) -> str:

@@ -29,9 +29,9 @@ from PIL import Image, ImageOps
 from quality import darkroom
 
 from diffusion.common.files import write_json
-from diffusion.common.image_grids import image_of
+from diffusion.common.image_grids import to_pil_image
 from diffusion.data.dataset import Dataset
-from diffusion.generation.super_resolution import shrunk
+from diffusion.generation.super_resolution import shrink_images
 
 PAGE = Path(__file__).parents[1] / "docs" / "gallery.md"
 IMAGES = PAGE.parent / "images" / "gallery"
@@ -317,12 +317,12 @@ def write_first_inputs(workspace: Path) -> None:
     """Write what plates begin with: a held-out face, a hole in its middle, and the face made small."""
     dataset = Dataset.open(workspace / "data" / FACES.dataset)
     [face] = dataset.images(dataset.rows("held_out")[:1])
-    image_of(face).save(workspace / "face.png")
+    to_pil_image(face).save(workspace / "face.png")
     [photograph] = [path for path in photographs(default_folders()) if path.name == ENLARGED]
     whole = ImageOps.fit(Image.open(photograph).convert("RGB"), (256, 256))
-    small = shrunk(torch.from_numpy(np.array(whole)).permute(2, 0, 1)[None], 4)
-    image_of(small[0]).save(workspace / "photograph.png")
-    image_of(shrunk(face[None], FACES.size // 16)[0]).save(workspace / "16.png")
+    small = shrink_images(torch.from_numpy(np.array(whole)).permute(2, 0, 1)[None], 4)
+    to_pil_image(small[0]).save(workspace / "photograph.png")
+    to_pil_image(shrink_images(face[None], FACES.size // 16)[0]).save(workspace / "16.png")
     hole = np.zeros(face.shape[1:], np.uint8)
     quarter = hole.shape[0] // 4
     hole[quarter:-quarter, quarter:-quarter] = 255

@@ -21,14 +21,14 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics
 
 from diffusion.checkpoints import load_model
 from diffusion.common.fingerprint import autocast
-from diffusion.common.image_grids import grid, save_png
+from diffusion.common.image_grids import make_grid, save_png
 from diffusion.common.random import GaussianNoise
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
 from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.model import to_float, to_uint8
-from diffusion.process.denoiser import clipped
-from diffusion.process.editing import blanked, pigdm, repaint, replace_known
+from diffusion.process.denoiser import clip_estimates
+from diffusion.process.editing import fill_hole, pigdm, repaint, replace_known
 from diffusion.process.samplers import sampling_config
 
 SHOWN = 8
@@ -105,7 +105,7 @@ def main() -> None:
         )
         rows.append(images[:SHOWN])
     if args.image:
-        save_png(args.image, grid(torch.cat(rows), columns=SHOWN))
+        save_png(args.image, make_grid(torch.cat(rows), columns=SHOWN))
 
 
 def inpaint(
@@ -116,10 +116,10 @@ def inpaint(
     sampler, levels = config.build_sampler(), config.sigma_grid(model.schedule)
     for numbers in torch.arange(len(originals)).split(BATCH):
         noise = GaussianNoise(0, "sampling", numbers.tolist(), model.shape)
-        known = to_float(blanked(originals[numbers], mask))
+        known = to_float(fill_hole(originals[numbers], mask))
         denoise = model.denoiser()
         if guided:
-            denoise = clipped(pigdm(denoise, known, mask, model.header.sigma_data))
+            denoise = clip_estimates(pigdm(denoise, known, mask, model.header.sigma_data))
         denoise = replace_known(denoise, known, mask)
         with torch.inference_mode(), autocast(config.precision, torch.device("cpu")):
             batches.append(

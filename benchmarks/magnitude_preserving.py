@@ -102,7 +102,7 @@ class SelfAttention(nn.Module):
         return add(x, self.out(unet.attend(query, key, value).transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2)))
 
 
-class Shrink(unet.Shrink):
+class Downsample(unet.Downsample):
     """Downsampling by a factor of 2."""
 
     def __init__(self, channels: int) -> None:
@@ -110,7 +110,7 @@ class Shrink(unet.Shrink):
         self.conv = Convolution(channels, channels, 3, stride=2)
 
 
-class Grow(unet.Grow):
+class Upsample(unet.Upsample):
     """Upsampling by a factor of 2."""
 
     def __init__(self, channels: int) -> None:
@@ -129,7 +129,7 @@ class Normalisation(nn.Module):
         return unit(x, 1)
 
 
-LAYERS = (ResidualBlock, SelfAttention, Shrink, Grow)
+LAYERS = (ResidualBlock, SelfAttention, Downsample, Upsample)
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics
 
 from diffusion.checkpoints import load_model
 from diffusion.common.files import digest_of, write_json
-from diffusion.common.image_grids import figure_png, grid, save_png
+from diffusion.common.image_grids import figure_png, make_grid, save_png
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
 from diffusion.generation.generate import sample
@@ -232,7 +232,7 @@ def train_and_score(
         "fd": scorer.distance(result.images),
         "curve": {at / images * seconds / 60: scorer.distance(batch) for at, batch in sorted(on_the_way.items())},
     }
-    save_png(result_file.with_suffix(".png"), grid(torch.from_numpy(result.images[:SHOWN])))
+    save_png(result_file.with_suffix(".png"), make_grid(torch.from_numpy(result.images[:SHOWN])))
     write_json(result_file, figures)
     print(result_file.stem, json.dumps(figures), flush=True)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from diffusion.checkpoints import load_model
-from diffusion.common.image_grids import grid, save_png
+from diffusion.common.image_grids import make_grid, save_png
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
 from diffusion.generation.config import Conditions
@@ -170,7 +170,7 @@ def _captioned(dataset: Dataset, split: str) -> Captioned:
 def show(path: Path, images: Tensor) -> None:
     """Lay out ``images``, which show SHOWN in turns, a row for each of those."""
     order = torch.arange(len(images)).view(-1, len(SHOWN)).T.flatten()
-    save_png(path, grid(images[order], columns=len(images) // len(SHOWN)))
+    save_png(path, make_grid(images[order], columns=len(images) // len(SHOWN)))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class DiffusersPipeline:
     def __init__(self, model: DiffusionModel, config: SamplingConfig, dtype: torch.dtype, scratch: Path) -> None:
         kind: Any = DDIMPipeline if config.sampler == "ddim" else DDPMPipeline
         folder = scratch / f"exported-{digest_of(config.model_dump(mode='json'))[:8]}"
-        kind(DarkroomUNet.of(model, config), scheduler_of(model, config)).save_pretrained(folder)
+        kind(DarkroomUNet.from_model(model, config), scheduler_of(model, config)).save_pretrained(folder)
         self.pipe = kind.from_pretrained(folder).to(dtype)
         self.pipe.set_progress_bar_config(disable=True)
         self.steps = config.steps

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainers import diffusers
 
 from diffusion.common.config import DeviceName
-from diffusion.common.device import device_name, repeatable, resolve_device
+from diffusion.common.device import compute_deterministically, device_name, resolve_device
 from diffusion.common.fingerprint import autocast, describe_precision, resolve_precision
 from diffusion.common.threads import cores, worker_threads
 from diffusion.data.dataset import Dataset
@@ -167,7 +167,7 @@ def main() -> None:
         for _ in range(args.rounds):
             for name, product in measure_matrix_products(device, clock).items():
                 products.setdefault(name, []).append(product)
-            with repeatable(device), worker_threads(threads) as pool:
+            with compute_deterministically(device), worker_threads(threads) as pool:
                 trainer.threads = pool
                 rates.setdefault("darkroom", []).append(rate(step_of(trainer), args.batch, args.seconds, clock))
             for name, (step, *_) in others.items():
@@ -185,7 +185,7 @@ def main() -> None:
                 f"GFLOP each, {median(speeds) * flops / 1e9:5.0f} GFLOP/s, "
                 f"{share:4.0%} of the product in Darkroom's format"
             )
-        with repeatable(device), worker_threads(1):
+        with compute_deterministically(device), worker_threads(1):
             # In this thread, which alone is seen by the profiler.
             trainer.threads = SimpleNamespace(map=map)  # type: ignore[assignment]
             seconds_by_kind = profile_step(step_of(trainer))

@@ -17,13 +17,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from diffusion.common.config import dataset_folder
 from diffusion.common.errors import UserError
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.generation.config import Task, read_request
 from diffusion.models.config import FamilyConfig, training_conflict
-from diffusion.presets import PresetName, over
+from diffusion.presets import PresetName, complete_from_preset
 from diffusion.process.samplers import SamplingConfig, sampling_config, sampling_conflict
 from diffusion.training.config import TrainingConfig
 
@@ -97,7 +97,7 @@ class ImageGenerator:
         *,
         seed: int = 0,
         index: int = 0,
-        progress: Progress = silent,
+        progress: Progress = ignore_progress,
         **options: Unpack[ConditionalOptions],
     ) -> list[Image.Image]:
         """Generate the images ``index`` to ``index + count - 1`` of ``seed``.
@@ -126,7 +126,7 @@ class ImageGenerator:
         strength: float | None = None,
         seed: int = 0,
         index: int = 0,
-        progress: Progress = silent,
+        progress: Progress = ignore_progress,
         **options: Unpack[ConditionalOptions],
     ) -> list[Image.Image]:
         """Generate the part of an image where a mask is white again; what is black is kept.
@@ -159,7 +159,7 @@ class ImageGenerator:
         strength: float | None = None,
         seed: int = 0,
         index: int = 0,
-        progress: Progress = silent,
+        progress: Progress = ignore_progress,
         **options: Unpack[ConditionalOptions],
     ) -> list[Image.Image]:
         """Generate variations of an image.
@@ -185,7 +185,7 @@ class ImageGenerator:
         to_seed: int,
         count: int = 8,
         *,
-        progress: Progress = silent,
+        progress: Progress = ignore_progress,
         **options: Unpack[ConditionalOptions],
     ) -> list[Image.Image]:
         """Generate the path from image 0 of ``seed`` to image 0 of ``to_seed``, both ends included.
@@ -204,7 +204,7 @@ class ImageGenerator:
         *,
         seed: int = 0,
         index: int = 0,
-        progress: Progress = silent,
+        progress: Progress = ignore_progress,
         **options: Unpack[StepOptions],
     ) -> list[Image.Image]:
         """Enlarge an image with a super-resolution model (``model.low_resolution``), in overlapping tiles if large.
@@ -219,7 +219,7 @@ class ImageGenerator:
     def _answer(self, task: Task, options: Mapping[str, Any], progress: Progress, **fields: Any) -> list[Image.Image]:
         from PIL import Image, ImageOps
 
-        from diffusion.common.image_grids import image_of
+        from diffusion.common.image_grids import to_pil_image
         from diffusion.generation.requests import answer
 
         paths = {}
@@ -241,7 +241,7 @@ class ImageGenerator:
                 )
         request = read_request({"task": task, **options, **fields}, **paths)
         [images] = answer(self.model, [request], self.sampling, progress)
-        return [image_of(image) for image in images]
+        return [to_pil_image(image) for image in images]
 
     def __repr__(self) -> str:
         header, size = self.model.header, "×".join(map(str, reversed(self.model.shape)))
@@ -287,7 +287,7 @@ def ingest(
     *,
     rebuild: Rebuild = "never",
     requeue: bool = False,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
     **config: Any,
 ) -> IngestResult:
     """Add the new images of a folder, tar, zip, Parquet file or table of URLs to the data set in ``data/DATASET``.
@@ -322,7 +322,7 @@ def train(
     model: Mapping[str, Any] | None = None,
     sampling: Mapping[str, Any] | None = None,
     restart: bool = False,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
     **training: Any,
 ) -> TrainResult:
     """Train on the data set ``data/DATASET`` into ``runs/DATASET``; the same call resumes an interrupted run.
@@ -354,7 +354,9 @@ def train(
     if preset not in get_args(PresetName):
         raise UserError(f"preset {preset!r} is unknown: use one of {', '.join(get_args(PresetName))}")
     try:
-        sections = over({"model": dict(model or {}), "training": training | {"dataset": dataset}}, preset)
+        sections = complete_from_preset(
+            {"model": dict(model or {}), "training": training | {"dataset": dataset}}, preset
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
     network: FamilyConfig = _validate(FamilyConfig, sections["model"], "model")
@@ -375,7 +377,7 @@ def evaluate(
     run: str | Path | None = None,
     *,
     sampling: Mapping[str, Any] | None = None,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
     **evaluation: Any,
 ) -> Evaluation:
     """Evaluate the checkpoints of a run, or a single model, against the held-out images of a data set.
@@ -427,7 +429,7 @@ def evaluate(
 
 def _sampling(model: FamilyConfig, fields: Mapping[str, Any], preset: PresetName = "fast") -> SamplingConfig:
     """Complete ``fields`` of the section ``sampling`` from the preset for ``model``, as params.yaml is."""
-    sections = over({"model": model.model_dump(), "sampling": dict(fields)}, preset)
+    sections = complete_from_preset({"model": model.model_dump(), "sampling": dict(fields)}, preset)
     sampling = sampling_config(**sections["sampling"])
     if words := sampling_conflict(model, sampling):
         raise UserError(words)

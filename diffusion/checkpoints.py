@@ -228,7 +228,7 @@ def _load_on_base(path: Path, header: ModelHeader, base: Model) -> Model:
         assert isinstance(header.model, DiffusersConfig)
         network.set_classes(header.model)
     # The guide of the base knows nothing of what was trained.
-    return replace(base, header=header, guide=None).at(None)
+    return replace(base, header=header, guide=None).with_size(None)
 
 
 def read_shapes(path: Path) -> dict[str, list[int]]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import Field, JsonValue, ModelWrapValidatorHandler, ValidationError, model_validator
 
-from diffusion.common.config import Config, dataset_folder, unset
+from diffusion.common.config import Config, dataset_folder, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.curation.config import CurationConfig
@@ -20,7 +20,7 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.gate import GateConfig
 from diffusion.models.config import FAMILIES, FamilyConfig, ModelConfig, shape_conflict, training_conflict
-from diffusion.presets import PresetName, over, preset
+from diffusion.presets import PresetName, complete_from_preset, preset
 from diffusion.process.samplers import (
     SamplingConfig,
     describe_error,
@@ -51,7 +51,7 @@ class RegistryConfig(Config):
     model: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Name of the registered model and of the MLflow experiment; null: the data set's name, with the family as suffix
     unless it is ddpm, such as faces-vae."""
-    approval: bool = Field(False, exclude_if=unset)
+    approval: bool = Field(False, exclude_if=is_unset)
     """Whether a person must approve each promotion in Prefect's UI; without an answer within three days the version is
     held."""
 
@@ -61,7 +61,7 @@ class SamplingBatchConfig(Config):
 
     format: Literal["png", "tar"] = "png"
     """png: one file per image. tar: one WebDataset shard per chunk, with KEY.png and KEY.json per image."""
-    chunk: int | None = Field(None, ge=1, le=2**14, exclude_if=unset)
+    chunk: int | None = Field(None, ge=1, le=2**14, exclude_if=is_unset)
     """Images per chunk, which is one task and one tar; a multiple of sampling.compute_batch, constant within a sampling
     batch. Null: four compute batches; in larger sampling batches more, for 256 chunks of at most 4096 images."""
     runner: Literal["threads", "processes", "ray"] = "threads"
@@ -132,7 +132,7 @@ class Params(Config):
     def _apply_preset(cls, tree: Any, validate: ModelWrapValidatorHandler["Params"]) -> "Params":
         # Anything but a mapping with a known preset fails in the validation of the fields.
         if isinstance(tree, dict) and (name := tree.get("preset", "fast")) in get_args(PresetName):
-            params = validate(over(tree, name))
+            params = validate(complete_from_preset(tree, name))
             if isinstance(sampling := tree.get("sampling", {}), dict):
                 # What the preset adds does not count as set: it is of this section model, see resolve_sampling.
                 params.sampling.model_fields_set.intersection_update(sampling)
@@ -199,7 +199,7 @@ class Params(Config):
         """Sampling of a model file, whatever the section model: the fields given, and the preset's for such a model."""
         preset = self.preset if model.family == "ddpm" else "fast"
         fields = self.sampling.model_dump(include=self.sampling.model_fields_set)
-        sections = over({"model": model.model_dump(), "sampling": fields}, preset)
+        sections = complete_from_preset({"model": model.model_dump(), "sampling": fields}, preset)
         return effective_sampling(model, sampling_config(**sections["sampling"]))
 
     def adapt_to_model(self, model: FamilyConfig, name: str | None = None) -> "Params":
@@ -276,7 +276,7 @@ def load_with_origins(
         params = Params.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{_find_source(error, path, assignments)}: {describe_invalid_config(error)}") from error
-    preset = flatten_sections(over(tree, params.preset)).keys() - flatten_sections(tree).keys()
+    preset = flatten_sections(complete_from_preset(tree, params.preset)).keys() - flatten_sections(tree).keys()
     origins |= dict.fromkeys(preset, f"preset {params.preset}")
     return params, {key: origins.get(key, "default") for key in flatten_sections(params.model_dump(mode="json"))}
 

@@ -14,7 +14,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.escaping import escape_markdown
 from diffusion.evaluation.evaluate import evaluate as score_models
 from diffusion.evaluation.evaluate import findings
-from diffusion.evaluation.reports.html import plain
+from diffusion.evaluation.reports.html import format_plain
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.checkpointing import Checkpoints
 from diffusion.training.ema import models_to_evaluate
@@ -82,7 +82,10 @@ def report(params: Params, evaluation: Evaluation, folder: Path, version: Versio
         tracker.log_file(path, "evaluation" if path.parent == folder else "evaluation/grids")
     pages = [run_page(tracker.client, tracker.run_id, artifact) for artifact in ("evaluation/report.html", None)]
     guidance_scores = {f"KID, guidance {entry.sampling.guidance_text}": entry.kid for entry in evaluation.guidance}
-    rows = [{"metric": name, "value": plain(value)} for name, value in (evaluation.metrics() | guidance_scores).items()]
+    rows = [
+        {"metric": name, "value": format_plain(value)}
+        for name, value in (evaluation.metrics() | guidance_scores).items()
+    ]
     text = " ".join(escape_markdown(line) for line in findings(evaluation))
     description = f"{text}\n\n[Report]({pages[0]}) · [MLflow run]({pages[1]})"
     create_table_artifact(rows, key=artifact_key("evaluation", params.training.dataset), description=description)
@@ -90,7 +93,7 @@ def report(params: Params, evaluation: Evaluation, folder: Path, version: Versio
 
 def find_tracker(params: Params) -> RunTracker:
     """Tracker of the MLflow run of the training in ``params.run_folder``; raises UserError if there is none."""
-    if (checkpoint := next(Checkpoints(params.run_folder / "checkpoints").newest_whole(), None)) is None:
+    if (checkpoint := next(Checkpoints(params.run_folder / "checkpoints").iterate_whole(), None)) is None:
         raise UserError(f"no checkpoint in {params.run_folder}: run `darkroom train` first")
     client = MlflowClient()
     if (run := find_run(client, params.model_name, TRAIN_KEY, checkpoint[1]["train_key"])) is None:

@@ -11,7 +11,7 @@ from prefect.artifacts import create_markdown_artifact
 from pydantic import ValidationError
 
 from diffusion.common.config import Config
-from diffusion.common.escaping import counted
+from diffusion.common.escaping import pluralize
 from diffusion.common.files import write_json
 from diffusion.data.ingest.ingest import IngestResult, Rebuild
 from diffusion.data.ingest.ingest import ingest as ingest_images
@@ -67,7 +67,7 @@ def ingest(
     summary = f"{result.added:,} new" if result.changed else "nothing new"
     return completed_state(
         IngestOutcome(result=result, version=version, report=report),
-        f"{params.training.dataset}: {counted(result.kept, 'image')}, {summary}; version {result.digest[:12]}",
+        f"{params.training.dataset}: {pluralize(result.kept, 'image')}, {summary}; version {result.digest[:12]}",
     )
 
 

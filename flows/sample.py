@@ -17,11 +17,11 @@ from diffusion.checkpoints import load_model
 from diffusion.common.config import Config
 from diffusion.common.device import resolve_device
 from diffusion.common.errors import ConflictError, DarkroomError
-from diffusion.common.escaping import counted
-from diffusion.common.image_grids import grid, save_png
+from diffusion.common.escaping import pluralize
+from diffusion.common.image_grids import make_grid, save_png
 from diffusion.common.threads import cores
 from diffusion.data.dataset import Dataset
-from diffusion.data.prefetch import in_order
+from diffusion.data.prefetch import yield_in_order
 from diffusion.generation.config import UNCONDITIONAL, Conditions, read_request
 from diffusion.generation.explain import explain as explain_model
 from diffusion.generation.requests import GenerationResult, generate_to_folder
@@ -184,7 +184,7 @@ def generate_chunks(params: Params, batch: SamplingBatch, place: Location, versi
         for chunk in missing_chunks
     )
     with ray_resources(config, gpu=resolve_device(batch.sampling.device).type == "cuda"):
-        for chunk, work in zip(missing_chunks, in_order(futures, 2 * config.workers), strict=True):
+        for chunk, work in zip(missing_chunks, yield_in_order(futures, 2 * config.workers), strict=True):
             works.append(work)
             image_count += len(chunks[chunk])
             show("images generated", image_count, batch.count)
@@ -215,7 +215,7 @@ def finish(batch: SamplingBatch, place: Location, cost: GenerationCost) -> Sampl
     pngs = (io.BytesIO(read_image(store, place, batch, row["index"], row)) for row in rows)
     images = [np.atleast_3d(np.array(Image.open(png, formats=("PNG",)))) for png in pngs]
     sheet = Path("samples", batch.model, str(batch.version), f"{batch.name}.png")
-    save_png(sheet, grid([torch.from_numpy(image).permute(2, 0, 1) for image in images]))
+    save_png(sheet, make_grid([torch.from_numpy(image).permute(2, 0, 1) for image in images]))
     result = SamplingBatchResult(
         uri=f"{place}/",
         model=f"models:/{batch.model}/{batch.version}",
@@ -225,7 +225,7 @@ def finish(batch: SamplingBatch, place: Location, cost: GenerationCost) -> Sampl
         contact_sheet=sheet,
         took=cost,
     )
-    images_text = f"{counted(batch.count, 'image')} of {result.model} in `{result.uri}`"
+    images_text = f"{pluralize(batch.count, 'image')} of {result.model} in `{result.uri}`"
     text = f"{images_text}, manifest `{result.manifest}`\n\n{cost.words}"
     create_markdown_artifact(text, key=artifact_key("samples", batch.model), description=f"images of {result.model}")
     return result

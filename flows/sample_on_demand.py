@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 from prefect import flow
 from pydantic import Field
 
-from diffusion.common.escaping import counted
+from diffusion.common.escaping import pluralize
 from diffusion.common.shapes import parse_size
 from diffusion.generation.config import Conditions
 from diffusion.process.samplers import SamplingConfig, sampling_config
@@ -48,4 +48,4 @@ def sample_on_demand(
     sizes = () if size is None else (parse_size(size),)
     conditions = Conditions(labels=labels, prompts=prompts, negative_prompt=negative_prompt, sizes=sizes)
     result = sample(Params(sampling=sampling, sampling_batch=sampling_batch), model, count, seed, to, conditions)
-    return completed_state(result, f"{counted(result.count, 'image')} of {result.model} in {result.uri}")
+    return completed_state(result, f"{pluralize(result.count, 'image')} of {result.model} in {result.uri}")

@@ -16,7 +16,7 @@ from pydantic import JsonValue
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
-from diffusion.common.image_grids import grid, png_bytes
+from diffusion.common.image_grids import make_grid, png_bytes
 from diffusion.common.progress import Progress
 from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.evaluate import REAL_GRID, grid_name
@@ -135,6 +135,6 @@ def rank_variants(variants: Mapping[str, Params], progress: Progress) -> Ranking
     folder = Path("reports") / params.training.dataset
     models = {name: (variant.run_folder / "final.safetensors", variant.sampling) for name, variant in variants.items()}
     ranking, images = rank_models(params.dataset_folder, models, params.evaluation, folder, progress)
-    sheets = {name: png_bytes(grid(samples, columns=8)) for name, samples in images.items()}
+    sheets = {name: png_bytes(make_grid(samples, columns=8)) for name, samples in images.items()}
     write_ranking_report(folder / PAGE, ranking, sheets, sheets.pop("real"))
     return RankingResult(ranking=ranking, report=folder / PAGE)

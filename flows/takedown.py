@@ -12,7 +12,13 @@ from diffusion.common.errors import UserError
 from diffusion.common.escaping import escape_markdown
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.data.versions import takedown as images
-from diffusion.data.versions.takedown_records import Holders, Removal, Selection, held_keys, holders
+from diffusion.data.versions.takedown_records import (
+    AffectedVersions,
+    Removal,
+    Selection,
+    find_affected_versions,
+    find_held_keys,
+)
 from diffusion.data.versions.versions import known_versions
 from flows import environment
 from flows.config import Params
@@ -128,7 +134,7 @@ def record(params: Params, removal: Removal) -> DataVersion:
 
 
 @retryable_task
-def mark_derived(params: Params, removal: Removal) -> tuple[dict[str, Manifest], Holders, DerivedArtifacts]:
+def mark_derived(params: Params, removal: Removal) -> tuple[dict[str, Manifest], AffectedVersions, DerivedArtifacts]:
     """Find all versions of the data set, those that held the images, and what derives from them; mark it in MLflow."""
     folder, source = params.dataset_folder, environment.data_source()
     catalog = Catalog.of(folder.name, source)
@@ -136,7 +142,7 @@ def mark_derived(params: Params, removal: Removal) -> tuple[dict[str, Manifest],
     versions = catalog.versions(retired=True) | known_versions(folder) | catalog.versions()
     with TemporaryDirectory() as scratch:
         lookup = StoredFiles(folder.name, source).remote_lookup(versions.values(), Path(scratch))
-        version_holders = holders(folder, removal, versions.values(), lookup)
+        version_holders = find_affected_versions(folder, removal, versions.values(), lookup)
     contents = {versions[digest].content_digest for digest in version_holders.held}
     other_contents = {
         versions[digest].content_digest
@@ -166,7 +172,7 @@ def find_elsewhere(params: Params, removal: Removal) -> tuple[dict[str, list[str
             with TemporaryDirectory() as scratch:
                 for version in {manifest.digest: manifest for manifest in versions if manifest}.values():
                     lookup = StoredFiles(name, source).remote_lookup([version], Path(scratch))
-                    version_keys, complete = held_keys(folder, removal, version, lookup)
+                    version_keys, complete = find_held_keys(folder, removal, version, lookup)
                     keys, whole = keys | set(version_keys), whole and complete
         except UserError as error:
             logger.warning("%s", error)
@@ -179,7 +185,7 @@ def find_elsewhere(params: Params, removal: Removal) -> tuple[dict[str, list[str
 
 @retryable_task
 def clear(
-    params: Params, versions: dict[str, Manifest], version_holders: Holders, derived: DerivedArtifacts
+    params: Params, versions: dict[str, Manifest], version_holders: AffectedVersions, derived: DerivedArtifacts
 ) -> PurgeResult:
     """Delete files that only the affected versions need, and files that show their images."""
     folder = params.dataset_folder

@@ -269,7 +269,7 @@ def generated_images(models: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
         "whole schedule": {"sampler": "ddim", "sigma_max": None, "sigma_min": None},
     }
     for name, options in samplers.items():
-        config = SAMPLING.with_sampler(options.get("sampler", name)).changed(options)
+        config = SAMPLING.with_sampler(options.get("sampler", name)).with_changes(options)
         yield f"sampler/{name}", digest_of_images(sample(ddpm, range(3, 9), 7, config))
     plain = sampling_config(compute_batch=8, precision="fp32")
     conditions = {

@@ -49,6 +49,6 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 """Device for computation; auto: a GPU if there is one."""
 
 
-def unset(value: object) -> bool:
+def is_unset(value: object) -> bool:
     """Whether an optional field has its default, and is not written: older configurations keep their digests."""
     return value is None or value is False or value == "auto"

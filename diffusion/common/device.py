@@ -12,7 +12,7 @@ import torch
 
 from diffusion.common.config import DeviceName
 from diffusion.common.errors import UserError
-from diffusion.common.threads import Shared
+from diffusion.common.threads import SharedSettings
 
 CPU_INFO = Path("/proc/cpuinfo")
 ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
@@ -75,11 +75,11 @@ def _deterministic() -> Iterator[None]:
     torch.set_float32_matmul_precision(precision)
 
 
-_DETERMINISTIC = Shared(_deterministic)
+_DETERMINISTIC = SharedSettings(_deterministic)
 
 
 @contextmanager
-def repeatable(device: torch.device) -> Iterator[None]:
+def compute_deterministically(device: torch.device) -> Iterator[None]:
     """Compute deterministically, as CPUs always do, with float32 matrix products in TF32 on GPUs; for any threads."""
     if device.type != "cuda":
         yield

@@ -30,6 +30,6 @@ def python_literal(text: str) -> str:
     return escape_controls(json.dumps(text, ensure_ascii=False))
 
 
-def counted(number: int, one: str, several: str | None = None) -> str:
+def pluralize(number: int, one: str, several: str | None = None) -> str:
     """Format a number of things with their name; ``several``: its plural, if that is not the name with an s."""
     return f"{number:,} {one if number == 1 else several or one + 's'}"

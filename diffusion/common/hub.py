@@ -70,7 +70,7 @@ class HubFile(NamedTuple):
             return self.is_whole(data)
 
 
-class _Again(Exception):
+class _RetryableError(Exception):
     """A transient failure; ``after``: seconds that the server asks to wait."""
 
     def __init__(self, reason: str, after: float | None = None) -> None:
@@ -124,14 +124,14 @@ def hub_api() -> "HfApi":
         ) from error
     disable_progress_bars()
     hooks = (session := get_session()).event_hooks
-    if _bound_waiting not in hooks["request"]:
-        session.event_hooks = hooks | {"request": [*hooks["request"], _bound_waiting]}
+    if _limit_timeouts not in hooks["request"]:
+        session.event_hooks = hooks | {"request": [*hooks["request"], _limit_timeouts]}
     # False: no token that a login left on this machine.
     token = os.environ.get("HF_TOKEN", "").strip() or False
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT", "").strip() or None, token=token, library_name="darkroom")
 
 
-def _bound_waiting(request: Any) -> None:
+def _limit_timeouts(request: Any) -> None:
     # The client waits without end for most answers.
     limits = request.extensions.get("timeout") or {}
     kinds = ("connect", "read", "write", "pool")
@@ -140,7 +140,7 @@ def _bound_waiting(request: Any) -> None:
 
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Turn errors of the Hub's client about ``what`` into UserError, transient ones into ``_Again``."""
+    """Turn errors of the Hub's client about ``what`` into UserError, transient ones into ``_RetryableError``."""
     import httpx2
     from huggingface_hub.errors import (
         DisabledRepoError,
@@ -172,11 +172,11 @@ def hub_errors(what: str) -> Iterator[None]:
         if status not in (408, 425, 429) and status < 500:
             raise DarkroomError(f"the Hub answers HTTP {status} about {what}: check HF_ENDPOINT") from error
         pause = error.response.headers.get("Retry-After", "")
-        raise _Again(f"HTTP {status}", float(pause[:6]) if pause.isdecimal() else None) from error
+        raise _RetryableError(f"HTTP {status}", float(pause[:6]) if pause.isdecimal() else None) from error
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
         raise UserError(f"HF_ENDPOINT leads nowhere ({error}): give https://HOST, or unset it") from error
     except httpx2.TransportError as error:
-        raise _Again(str(error) or type(error).__name__) from error
+        raise _RetryableError(str(error) or type(error).__name__) from error
     except (httpx2.TooManyRedirects, httpx2.DecodingError, JSONDecodeError, KeyError, TypeError) as error:
         raise DarkroomError(f"the answer about {what} is none of a Hub's: check HF_ENDPOINT") from error
 
@@ -193,7 +193,7 @@ def retry(what: str, request: Callable[[], Result], has_progressed: Callable[[],
         try:
             with hub_errors(what):
                 return request()
-        except _Again as error:
+        except _RetryableError as error:
             failures = 1 if has_progressed() else failures + 1
             if failures >= TRIES:
                 raise TransientError(
@@ -336,7 +336,7 @@ class Repository:
                     if data.tell() > file.size:
                         return
             if data.tell() < file.size:
-                raise _Again(f"{data.tell()} of {file.size} bytes")
+                raise _RetryableError(f"{data.tell()} of {file.size} bytes")
 
         if data.seek(0, os.SEEK_END) < file.size:
             retry(source, request, lambda: data.seek(0, os.SEEK_END) > offset)

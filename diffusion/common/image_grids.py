@@ -26,7 +26,7 @@ XMP = (
 )
 
 
-def grid(images: Images, columns: int | None = None, pad: int = 2, scale: int | None = None) -> Image.Image:
+def make_grid(images: Images, columns: int | None = None, pad: int = 2, scale: int | None = None) -> Image.Image:
     """Arrange ``images``, each (C, H, W) uint8 with C 1 or 3, on white; by default in a square, about 64 pixels each.
 
     Each is in the middle of a cell as high and as wide as the highest and the widest.
@@ -47,27 +47,29 @@ def grid(images: Images, columns: int | None = None, pad: int = 2, scale: int | 
     return Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
 
 
-def image_of(image: Tensor) -> Image.Image:
+def to_pil_image(image: Tensor) -> Image.Image:
     """Convert ``image``, (C, H, W) uint8 with C 1 or 3, to Pillow."""
     return Image.fromarray(image.permute(1, 2, 0).squeeze(-1).contiguous().cpu().numpy())
 
 
-def beside(*sets: Images) -> list[Tensor]:
+def interleave_images(*sets: Images) -> list[Tensor]:
     """Interleave sets of N images: the first of every set, then the second of every set."""
     return [image for group in zip(*sets, strict=True) for image in group]
 
 
-def blocks(small: Images, scale: int) -> list[Tensor]:
+def repeat_pixels(small: Images, scale: int) -> list[Tensor]:
     """Enlarge ``small`` images, each (C, h, w), to (C, h·scale, w·scale) by repeating pixels."""
     return [image.repeat_interleave(scale, 1).repeat_interleave(scale, 2) for image in small]
 
 
-def above(images: Images, others: Images, columns: int = 8, scale: int | None = None) -> Image.Image:
+def make_paired_grid(images: Images, others: Images, columns: int = 8, scale: int | None = None) -> Image.Image:
     """Arrange ``images`` above their counterparts in ``others``, each (C, H, W) uint8, in full rows only."""
     columns = min(columns, len(images))
     count = len(images) // columns * columns
     rows = (range(start, start + columns) for start in range(0, count, columns))
-    return grid([half[number] for row in rows for half in (images, others) for number in row], columns, scale=scale)
+    return make_grid(
+        [half[number] for row in rows for half in (images, others) for number in row], columns, scale=scale
+    )
 
 
 def png_bytes(image: Image.Image) -> bytes:
@@ -77,7 +79,7 @@ def png_bytes(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def marked_png(image: Image.Image, entries: Mapping[str, str | None]) -> bytes:
+def encode_png_with_metadata(image: Image.Image, entries: Mapping[str, str | None]) -> bytes:
     """Encode ``image`` as PNG with IPTC's source type and ``entries`` as text chunks ``darkroom:NAME``."""
     texts = PngInfo()
     texts.add_itxt("XML:com.adobe.xmp", XMP)

@@ -10,5 +10,5 @@ class Progress(Protocol):
         """Report ``done`` of ``total`` units (images, steps; None: unknown) of ``what``."""
 
 
-def silent(what: str, done: int, total: int | None, note: str = "") -> None:
+def ignore_progress(what: str, done: int, total: int | None, note: str = "") -> None:
     """Ignore all progress."""

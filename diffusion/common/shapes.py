@@ -69,21 +69,21 @@ def stack_images(images: Sequence[Tensor]) -> Images:
     return torch.stack(list(images)) if len({image.shape for image in images}) == 1 else list(images)
 
 
-def by_shape(images: Images, work: Callable[[Tensor], Tensor]) -> Tensor:
+def map_by_shape(images: Images, work: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply ``work`` to the images of each shape, (n, C, H, W), and return its rows in the order of ``images``."""
     import torch
 
     if isinstance(images, torch.Tensor):
         return work(images)
     rows: list[Tensor] = [torch.empty(0)] * len(images)
-    for numbers in numbers_by_shape(map(height_and_width, images)).values():
+    for numbers in group_by_shape(map(height_and_width, images)).values():
         results = work(torch.stack([images[number] for number in numbers]))
         for number, row in zip(numbers, results, strict=True):
             rows[number] = row
     return torch.stack(rows)
 
 
-def numbers_by_shape(shapes: Iterable[Shape]) -> dict[Shape, list[int]]:
+def group_by_shape(shapes: Iterable[Shape]) -> dict[Shape, list[int]]:
     """Group the numbers 0, 1 … of ``shapes`` by shape, in the order in which each comes first."""
     numbers: dict[Shape, list[int]] = {}
     for number, shape in enumerate(shapes):

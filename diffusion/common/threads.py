@@ -15,7 +15,7 @@ from threading import Lock
 import torch
 
 
-class Shared:
+class SharedSettings:
     """Reentrant context manager that applies ``settings`` to all threads at the first entry, until the last exit."""
 
     def __init__(self, settings: Callable[[], AbstractContextManager[None]]) -> None:
@@ -51,7 +51,7 @@ def _one_torch_thread() -> Iterator[None]:
         libc.malloc_trim(0)
 
 
-_ONE_TORCH_THREAD = Shared(_one_torch_thread)
+_ONE_TORCH_THREAD = SharedSettings(_one_torch_thread)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from diffusion.common.config import Config, unset
+from diffusion.common.config import Config, is_unset
 
 Verdict = Literal["largest", "one_per_class", "report"]
 """What becomes of a group of near-duplicates: the largest original stays, or the largest of each class, or all."""
@@ -20,7 +20,7 @@ class NsfwModel(Config):
     """Order of the input's dimensions: images, channels, height and width."""
     channels: Literal["RGB", "BGR"] = "RGB"
     """Order of the channels."""
-    size: int | None = Field(None, ge=8, le=1024, exclude_if=unset)
+    size: int | None = Field(None, ge=8, le=1024, exclude_if=is_unset)
     """Height and width of the input in pixels, to which images are resized; null: the network's own."""
     mean: tuple[float, float, float] = (0, 0, 0)
     """What is subtracted from the 8-bit values of each channel, in the order of ``channels``."""

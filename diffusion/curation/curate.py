@@ -19,9 +19,9 @@ from filelock import FileLock
 
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
-from diffusion.common.escaping import counted
+from diffusion.common.escaping import pluralize
 from diffusion.common.files import digest_of, make_folder, sha256_file, write_json
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.curation.config import CurationConfig, Verdict
 from diffusion.curation.measures import Measurements, extractor_of, measure, read_images
 from diffusion.data.ingest.config import IngestConfig
@@ -86,7 +86,7 @@ class CurationResult(Config):
         rules = ", ".join(f"{count:,} by {rule}" for rule, count in self.rules.items())
         changes = f"{self.newly_dropped:,} newly dropped, {self.restored:,} brought back"
         return [
-            f"{counted(self.kept, 'image')} {verb_prefix}kept, {self.dropped:,} {verb_prefix}dropped ({changes})",
+            f"{pluralize(self.kept, 'image')} {verb_prefix}kept, {self.dropped:,} {verb_prefix}dropped ({changes})",
             *([f"rules      {rules}"] if rules else []),
             *([] if self.semantic_distance is None else [f"semantic   distance {self.semantic_distance:.4g}"]),
             *(f"  dropped: {image.source}: {image.reason}" for image in self.images[:SHOWN]),
@@ -209,7 +209,7 @@ def curate(
     config: CurationConfig,
     ingest: IngestConfig,
     evaluation: EvaluationConfig,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
     *,
     fan_out: FanOut | None = None,
     dry_run: bool = False,
@@ -344,7 +344,7 @@ def curate_ingested(
     config: CurationConfig,
     ingest: IngestConfig,
     evaluation: EvaluationConfig,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
     *,
     fan_out: FanOut | None = None,
 ) -> IngestResult:

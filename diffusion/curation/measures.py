@@ -23,7 +23,7 @@ from diffusion.data.ingest.chunks import perceptual_hash
 from diffusion.data.manifest import STORED, Manifest, Part, measures_folder, read_records
 from diffusion.data.prefetch import FanOut
 from diffusion.data.shards import LocalShards
-from diffusion.data.versions.versions import stored_in
+from diffusion.data.versions.versions import count_stored
 from diffusion.evaluation.config import EvaluationConfig
 
 CHUNK_PIXELS = 2**22
@@ -160,7 +160,7 @@ class NsfwScores:
     sha256: str
 
     @classmethod
-    def of(cls, model: NsfwModel) -> "NsfwScores":
+    def from_model(cls, model: NsfwModel) -> "NsfwScores":
         """Check the classifier's file; raises UserError if it is missing, too large, or takes another input."""
         path = model.path
         if not path.is_file():
@@ -323,13 +323,13 @@ def measure(
     if everything or config.compares_features:
         measures.append(Features(evaluation))
     if config.nsfw is not None and (everything or config.max_nsfw is not None):
-        measures.append(NsfwScores.of(config.nsfw))
+        measures.append(NsfwScores.from_model(config.nsfw))
     parts = [(number, part) for number, part in enumerate(manifest.parts) if part.shard is not None]
     part_rows = [stored_rows(folder, part) for _, part in parts]
     keys = [rows["key"].to_pylist() for rows in part_rows]
     tasks = [[ShardTask(folder, part, kind) for _, part in parts] for kind in measures]
     missing = [task for row in tasks for task, names in zip(row, keys, strict=True) if not task.is_done(names)]
-    total, done = sum(stored_in(task.part) for task in missing), 0
+    total, done = sum(count_stored(task.part) for task in missing), 0
     if missing:
         progress("images measured", 0, total)
     for count in fan_out(measure_shard, missing):

@@ -12,7 +12,7 @@ from PIL import Image
 from diffusion.common.config import Config
 from diffusion.common.escaping import escape_controls
 from diffusion.common.files import make_folder, write_bytes
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.curation.config import CurationConfig
 from diffusion.curation.curate import Decision, Grouping, decide, images_of
 from diffusion.curation.measures import Measurements, measure
@@ -74,7 +74,7 @@ def write_curation_report(
     config: CurationConfig,
     ingest: IngestConfig,
     evaluation: EvaluationConfig,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> CurationPage:
     """Measure all images of the data set in ``folder``, kept or dropped, and write the page; changes nothing else.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffusion.checkpoints import save_tensors
 from diffusion.common.files import sha256_file, write_bytes
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.data.ingest.ingest import encodings_folder, forget_encodings
 from diffusion.data.manifest import read_manifest
@@ -51,7 +51,7 @@ class Captions:
     """(N,) int32, index of each row's caption; −1: none."""
     encoding: CaptionEncoder
 
-    def of(self, rows: Rows) -> Tensor:
+    def select_rows(self, rows: Rows) -> Tensor:
         """Return the embedding of each row's caption, or of none: (len(rows), E)."""
         numbers = torch.from_numpy(self.numbers[np.asarray(rows, np.int64)]).long()
         return torch.where((numbers < 0)[:, None], self.encoding.none, self.embeddings[numbers])
@@ -61,7 +61,7 @@ def embeddings_of(
     dataset: Dataset,
     texts: Sequence[str],
     pool: Executor,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
     encoding: CaptionEncoder = MINI_LM,
 ) -> Tensor:
     """Compute the embeddings of ``texts``, all the captions of ``dataset`` in their order: (len(texts), E).

@@ -61,7 +61,7 @@ Rows: TypeAlias = Sequence[int] | np.ndarray
 """Row numbers, (N,)."""
 
 
-class ByShard(NamedTuple):
+class ShardSamples(NamedTuple):
     """The samples of a split, shard by shard."""
 
     samples: np.ndarray
@@ -77,7 +77,7 @@ class Table(NamedTuple):
     """(N,) ROW."""
     rows: dict[Split, np.ndarray]
     """Rows of each split, sorted: int64."""
-    by_shard: ByShard
+    by_shard: ShardSamples
     """Training images."""
 
 
@@ -97,7 +97,7 @@ class Dataset:
         self.shapes = manifest.shapes
         """Shapes (H, W) of the images in pixels, from the narrowest to the widest; one for a data set of squares."""
         numbers = {shape: number for number, shape in enumerate(self.shapes)}
-        parts = _with_shards(manifest)
+        parts = _parts_with_shards(manifest)
         self.shard_buckets = np.array([numbers[part.shape or self.shapes[0]] for part in parts], np.int64)
         """Number in ``shapes`` of the images of each shard, (S,) int64."""
         counts = np.bincount(self.shard_buckets, [sum(part.splits.values()) for part in parts], len(self.shapes))
@@ -138,7 +138,7 @@ class Dataset:
         """Return the rows of a split, sorted by key, as (N,) int64."""
         return self._rows[split]
 
-    def by_shard(self) -> ByShard:
+    def by_shard(self) -> ShardSamples:
         """Return the training images shard by shard."""
         return self._by_shard
 
@@ -164,7 +164,7 @@ class Dataset:
     @cached_property
     def _captions(self) -> pa.ChunkedArray:
         """Return the captions in the order of the records; read at the first use."""
-        parts = _with_shards(self.manifest)
+        parts = _parts_with_shards(self.manifest)
         pieces = [_read_kept(self.folder, part, "caption")["caption"].combine_chunks() for part in parts]
         return pa.chunked_array(pieces, pa.string())
 
@@ -183,7 +183,7 @@ class Dataset:
         """Return the number of each row's shape in ``shapes``: (len(rows),) int64."""
         return self.shard_buckets[self._table["shard"][_numbers(rows)]]  # type: ignore[no-any-return]
 
-    def by_bucket(self, rows: Rows) -> list[np.ndarray]:
+    def split_by_bucket(self, rows: Rows) -> list[np.ndarray]:
         """Split ``rows`` into those of each bucket that has any, in the order of ``shapes``; their order stays."""
         rows, row_buckets = _numbers(rows), self.buckets(rows)
         return [rows[row_buckets == bucket] for bucket in np.unique(row_buckets)]
@@ -263,7 +263,7 @@ def _read_kept(folder: Path, part: Part, *columns: str) -> pa.Table:
     return table.filter(pc.equal(table["outcome"], "kept"))
 
 
-def _with_shards(manifest: Manifest) -> list[Part]:
+def _parts_with_shards(manifest: Manifest) -> list[Part]:
     return [part for part in manifest.parts if part.shard is not None]
 
 
@@ -274,14 +274,14 @@ def open_table(folder: Path, manifest: Manifest) -> Table:
     """
     if manifest.kept <= IN_MEMORY:
         labels = manifest.labels
-        pieces = [_read_piece(folder, part, number, labels) for number, part in enumerate(_with_shards(manifest))]
+        pieces = [_read_piece(folder, part, number, labels) for number, part in enumerate(_parts_with_shards(manifest))]
         images = np.concatenate(pieces)
         images["read"] = np.arange(len(images))
         images = images[np.argsort(images["key"])]
         rows = {split: np.flatnonzero(images["split"] == number) for number, split in enumerate(SPLITS)}
         shards = images["shard"][rows["train"]]
         counts = np.bincount(shards, minlength=len(manifest.shards))
-        return Table(images, rows, ByShard(np.argsort(shards, kind="stable"), counts))
+        return Table(images, rows, ShardSamples(np.argsort(shards, kind="stable"), counts))
     path = work_folder(folder) / "tables" / f"{manifest.digest}.bin"
     make_folder(path.parent)
     with FileLock(path.with_name("lock")):
@@ -296,7 +296,7 @@ def open_table(folder: Path, manifest: Manifest) -> Table:
 
 
 def _map_table(path: Path, manifest: Manifest, mode: Literal["r", "r+"]) -> Table:
-    counts = np.array([part.splits.get("train", 0) for part in _with_shards(manifest)])
+    counts = np.array([part.splits.get("train", 0) for part in _parts_with_shards(manifest)])
     train = int(counts.sum())
     places = np.cumsum([0, manifest.kept * ROW.itemsize, train * 8, (manifest.kept - train) * 8, train * 8]).tolist()
     if mode == "r+":
@@ -304,12 +304,12 @@ def _map_table(path: Path, manifest: Manifest, mode: Literal["r", "r+"]) -> Tabl
     file = np.asarray(np.memmap(path, np.uint8, mode))
     images, rows, held_out, samples = (file[first:end] for first, end in pairwise(places))
     split_rows: dict[Split, np.ndarray] = {"train": rows.view(np.int64), "held_out": held_out.view(np.int64)}
-    return Table(images.view(ROW), split_rows, ByShard(samples.view(np.int64), counts))
+    return Table(images.view(ROW), split_rows, ShardSamples(samples.view(np.int64), counts))
 
 
 def _write_table(path: Path, folder: Path, manifest: Manifest, scratch: Path) -> None:
     """Write the table by an external sort, range of keys by range of keys."""
-    parts, labels = _with_shards(manifest), manifest.labels
+    parts, labels = _parts_with_shards(manifest), manifest.labels
     ends = np.cumsum([sum(part.splits.values()) for part in parts])
     groups = np.split(np.arange(len(parts)), np.flatnonzero(np.diff(ends // RANGE)) + 1)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion.checkpoints import save_tensors
 from diffusion.common.files import digest_of, sha256_file, write_bytes
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.data.ingest.ingest import encodings_folder, forget_encodings
 from diffusion.data.manifest import read_manifest
@@ -39,7 +39,7 @@ class LatentCache:
         encode: Callable[[Tensor], Tensor],
         mirrored: bool,
         pool: Executor,
-        progress: Progress = silent,
+        progress: Progress = ignore_progress,
     ) -> None:
         rows = np.arange(len(dataset))
         self._shards = dataset.shards(rows)
@@ -77,7 +77,7 @@ class LatentCache:
         parts = [np.asarray(rows)[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE)]
         return torch.cat(list(pool.map(encode_part, parts)))
 
-    def of(self, rows: Rows, mirrored: np.ndarray | None = None) -> Tensor:
+    def select_rows(self, rows: Rows, mirrored: np.ndarray | None = None) -> Tensor:
         """Return the latents of the images in ``rows``, of their mirror images where ``mirrored``: (N, c, h, w)."""
         latents = []
         for number, row in enumerate(np.asarray(rows, np.int64)):

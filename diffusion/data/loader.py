@@ -15,7 +15,7 @@ from torch import Tensor
 from diffusion.common.errors import UserError
 from diffusion.common.random import Permutation, generator, permutation, uniform
 from diffusion.common.shapes import shape_name
-from diffusion.data.dataset import ByShard, Dataset, Rows
+from diffusion.data.dataset import Dataset, Rows, ShardSamples
 
 
 class TrainingOrder:
@@ -40,7 +40,7 @@ class TrainingOrder:
             start, count = start + len(pieces[-1]), count - len(pieces[-1])
         return np.concatenate(pieces)
 
-    def coming(self, start: int) -> tuple[int, ...] | None:
+    def list_upcoming_shards(self, start: int) -> tuple[int, ...] | None:
         """Return the shards needed from ``start`` on, soonest first; None: any of them at any time."""
         return None
 
@@ -62,7 +62,7 @@ class WindowedOrder(TrainingOrder):
     """
 
     def __init__(
-        self, layout_digest: str, seed: int, window: int, by_shard: ByShard, shards: np.ndarray | None = None
+        self, layout_digest: str, seed: int, window: int, by_shard: ShardSamples, shards: np.ndarray | None = None
     ) -> None:
         counts = by_shard.counts
         numbers = np.arange(len(counts)) if shards is None else shards
@@ -74,7 +74,7 @@ class WindowedOrder(TrainingOrder):
         self._epoch = lru_cache(maxsize=2)(self._shards_and_ends)
         self._window = lru_cache(maxsize=4)(self._permute)
 
-    def coming(self, start: int) -> tuple[int, ...]:
+    def list_upcoming_shards(self, start: int) -> tuple[int, ...]:
         """Return the shards of the window at position ``start``, then those of the next window."""
         positions, shards = self.window(start)
         return tuple(dict.fromkeys([*shards.tolist(), *self.window(positions.stop)[1].tolist()]))
@@ -131,11 +131,11 @@ class BucketedOrder(TrainingOrder):
             self._phases.append(int(generator(seed, "buckets", bucket).integers(rest)))
             rest -= order.length
 
-    def coming(self, start: int) -> tuple[int, ...] | None:
+    def list_upcoming_shards(self, start: int) -> tuple[int, ...] | None:
         """Return the shards needed by all buckets from ``start`` on, about the soonest first."""
         batches = self._count_batches(start // self._batch_size)
         pairs = zip(self._orders, batches, strict=True)
-        sequences = [order.coming(count * self._batch_size) for order, count in pairs]
+        sequences = [order.list_upcoming_shards(count * self._batch_size) for order, count in pairs]
         shards = [sequence for sequence in sequences if sequence is not None]
         if not shards:
             return None
@@ -249,7 +249,7 @@ class Loader:
 
     def prefetch(self, position: int, end: int | None = None) -> None:
         """Start to prepare the batch at ``position`` and those that follow it, and drop all others."""
-        if self._latents is None and (shards := self.order.coming(position)) != self._shards:
+        if self._latents is None and (shards := self.order.list_upcoming_shards(position)) != self._shards:
             self.dataset.prefetch(shards)
             self._shards = shards
         next_positions = range(position, position + (self._prefetch + 1) * self.batch_size, self.batch_size)

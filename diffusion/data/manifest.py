@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, ValidationError, model_validator
 
-from diffusion.common.config import Config, PlainName, unset
+from diffusion.common.config import Config, PlainName, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json, digest_of, sha256_bytes, sha256_file, write_bytes
 from diffusion.common.shapes import Shape
@@ -88,11 +88,11 @@ class Part(Config):
     modes: dict[str, int]
     """Kept images by split, by label and by stored mode, ``L`` or ``RGB``."""
     totals: Totals
-    source: str | None = Field(None, exclude_if=unset)
+    source: str | None = Field(None, exclude_if=is_unset)
     """Versioned source of its images, as hf://datasets/OWNER/NAME@COMMIT; None: the source has no versions."""
-    shape: Shape | None = Field(None, exclude_if=unset)
+    shape: Shape | None = Field(None, exclude_if=is_unset)
     """Height and width of every image in the shard, in pixels; None: it has no shard, or the data set no buckets."""
-    captioners: dict[str, int] | None = Field(None, exclude_if=unset)
+    captioners: dict[str, int] | None = Field(None, exclude_if=is_unset)
     """Kept images by the captioner that captioned them; None: all captions are those of the source."""
 
 
@@ -110,9 +110,9 @@ class Manifest(Config):
     content_digest: Sha256 | Literal[""]
     """SHA-256 over the sorted samples and the storage configuration; free of history."""
     storage: StorageConfig
-    licence: str | None = Field(None, exclude_if=unset)
+    licence: str | None = Field(None, exclude_if=is_unset)
     """Licence of the images, if known."""
-    near_duplicate_bits: int | None = Field(None, ge=0, le=MOST_BITS, exclude_if=unset)
+    near_duplicate_bits: int | None = Field(None, ge=0, le=MOST_BITS, exclude_if=is_unset)
     """Number of bits that ``ingest.near_duplicates: auto`` stands for; None: it was not calibrated."""
     parts: list[Part]
 
@@ -192,7 +192,7 @@ class Manifest(Config):
             for split in get_args(Split)
         }
 
-    def stored_otherwise(self, other: StorageConfig) -> tuple[str, Any, Any] | None:
+    def find_storage_difference(self, other: StorageConfig) -> tuple[str, Any, Any] | None:
         """Return the first storage setting that differs from ``other``, and both values; any buckets match null."""
         if other.fit == "bucket" and other.buckets is None:
             other = other.model_copy(update={"buckets": self.storage.buckets})

@@ -16,14 +16,14 @@ Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
 
 
-class Begun(Protocol[Result_co]):
+class FutureLike(Protocol[Result_co]):
     """A future of any library."""
 
     def result(self) -> Result_co:
         """Wait for the result; raises the error of the work."""
 
 
-def in_order(futures: Iterator[Begun[Result]], start_count: int) -> Iterator[Result]:
+def yield_in_order(futures: Iterator[FutureLike[Result]], start_count: int) -> Iterator[Result]:
     """Yield the results of ``futures`` in order; ``start_count`` of them are started before the first is requested."""
     queue = deque(islice(futures, start_count))
     while queue:
@@ -37,7 +37,7 @@ def prefetch(
     """Yield ``work`` of each of ``items`` in order; up to twice ``workers`` are buffered. Shuts ``pool`` down."""
     pool = pool or ThreadPoolExecutor(workers)
     try:
-        yield from in_order((pool.submit(work, item) for item in items), 2 * workers)
+        yield from yield_in_order((pool.submit(work, item) for item in items), 2 * workers)
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -109,7 +109,7 @@ class LocalShards:
         path = self._folder / entry.name
         try:
             with path.open("rb") as file:
-                problem = damage(file, entry)
+                problem = describe_damage(file, entry)
         except FileNotFoundError:
             problem = "missing"
         if problem:
@@ -117,17 +117,17 @@ class LocalShards:
 
     def _map(self, name: str) -> memoryview:
         with (self._folder / name).open("rb") as file:
-            return mapped(file)
+            return map_file(file)
 
 
-def damage(file: BufferedReader, entry: FileEntry) -> str | None:
+def describe_damage(file: BufferedReader, entry: FileEntry) -> str | None:
     """Describe the damage of an open shard; None if it is intact."""
     if (size := os.fstat(file.fileno()).st_size) != entry.bytes:
         return f"{size} bytes long instead of {entry.bytes}"
     return None if hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256 else "changed (its SHA-256 differs)"
 
 
-def mapped(file: BufferedReader) -> memoryview:
+def map_file(file: BufferedReader) -> memoryview:
     """Map the bytes of an immutable file into memory."""
     return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
@@ -162,7 +162,7 @@ class ShardCache:
         # A background fetch that has not started is cancelled.
         if future is not None and not future.cancel():
             future.result()
-        with self._open(entry) as file, mapped(file) as view:
+        with self._open(entry) as file, map_file(file) as view:
             return [bytes(view[offset : offset + size]) for offset, size in spans]
 
     def prefetch(self, entries: Sequence[FileEntry]) -> None:
@@ -206,7 +206,7 @@ class ShardCache:
         # The kernel's own time of now is that of its last tick, which many reads share.
         os.utime(file.fileno(), ns=(time.time_ns(),) * 2)
         if entry.sha256 not in self._verified:
-            if problem := damage(file, entry):
+            if problem := describe_damage(file, entry):
                 logger.warning("shard %s in the cache, %s, is %s: fetching it again", entry.name, path, problem)
                 file.close()
                 with self._file_lock():
@@ -227,7 +227,7 @@ class ShardCache:
                 for _ in range(2):
                     self._store.fetch(entry, partial)
                     file = partial.open("rb")
-                    if not (problem := damage(file, entry)):
+                    if not (problem := describe_damage(file, entry)):
                         self._verified.add(entry.sha256)
                         with self._file_lock():
                             partial.replace(path)

@@ -16,8 +16,8 @@ from pydantic import Field, FiniteFloat
 
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
-from diffusion.common.escaping import counted
-from diffusion.data.dataset import ByShard
+from diffusion.common.escaping import pluralize
+from diffusion.data.dataset import ShardSamples
 from diffusion.data.loader import WindowedOrder, require_equal_shares
 from diffusion.data.manifest import Manifest
 
@@ -77,7 +77,7 @@ class Shards(NamedTuple):
     """Number of training images in each shard, (S,) int64."""
 
     @classmethod
-    def of(cls, manifest: Manifest) -> "Shards":
+    def from_manifest(cls, manifest: Manifest) -> "Shards":
         """Read the shards of a data set from its manifest; raises UserError if it has several buckets."""
         # Each bucket has windows of its own, so that other settings fit.
         if (buckets := len({part.shape for part in manifest.parts if part.shard is not None})) > 1:
@@ -89,19 +89,19 @@ class Shards(NamedTuple):
         return cls(manifest.layout_digest, *np.array(parts, np.int64).reshape(-1, 2).T)
 
     @classmethod
-    def assumed(cls, images: int, bytes_per_image: int, shard_bytes: int) -> "Shards":
+    def make_equal(cls, images: int, bytes_per_image: int, shard_bytes: int) -> "Shards":
         """Make up equal shards of about ``shard_bytes``."""
         images_per_shard = max(1, shard_bytes // bytes_per_image)
         counts = np.full(-(-images // images_per_shard), images_per_shard)
         counts[-1] = images - images_per_shard * (len(counts) - 1)
         return cls("", counts * bytes_per_image, counts)
 
-    def by_shard(self) -> ByShard:
+    def by_shard(self) -> ShardSamples:
         """Number the images shard by shard, so that each number tells its shard."""
         length = int(self.images.sum())
         # Beyond EXACT nobody looks at them.
         samples = np.arange(length) if length <= EXACT else np.broadcast_to(np.int64(0), length)
-        return ByShard(samples, self.images)
+        return ShardSamples(samples, self.images)
 
     def two_windows(self, window: int) -> int:
         """Return the bytes of the two largest windows, which a cache must hold."""
@@ -148,7 +148,7 @@ class Setting(Config):
     """Share of the time that training waits, by bandwidth in bytes per second."""
 
 
-class Smallest(Config):
+class SmallestSettings(Config):
     """The smallest settings with which training hardly waits."""
 
     window: int
@@ -157,7 +157,7 @@ class Smallest(Config):
     waiting: float
 
 
-class Report(Config):
+class SimulationReport(Config):
     """What ``darkroom data simulate`` says."""
 
     images: int
@@ -168,14 +168,14 @@ class Report(Config):
     seconds_per_step: dict[str, float]
     simulation: Simulation
     windows: list[Setting]
-    smallest: Smallest | None
+    smallest: SmallestSettings | None
 
     def lines(self) -> Iterator[str]:
         """Describe the training, and how its settings could be chosen."""
         machines, streaming, simulation = self.machines, self.streaming, self.simulation
         yield (
-            f"data       {counted(self.images, 'training image')} in {counted(self.shards, 'shard')}, "
-            f"{naturalsize(self.bytes)}, all of which each of {counted(machines.nodes, 'node')} fetches"
+            f"data       {pluralize(self.images, 'training image')} in {pluralize(self.shards, 'shard')}, "
+            f"{naturalsize(self.bytes)}, all of which each of {pluralize(machines.nodes, 'node')} fetches"
         )
         yield (
             f"settings   training.window={streaming.window} training.stream_bytes={streaming.stream_bytes} "
@@ -190,7 +190,7 @@ class Report(Config):
             yield (
                 f"epoch {number:<4} {_duration(epoch.seconds)}, {epoch.waiting:.1%} of it waiting "
                 f"({_duration(epoch.waited)}); {naturalsize(epoch.fetched_bytes)} a node in "
-                f"{counted(epoch.fetched, 'shard')}, {counted(epoch.hits, 'hit')}"
+                f"{pluralize(epoch.fetched, 'shard')}, {pluralize(epoch.hits, 'hit')}"
             )
         if self.smallest is not None:
             best = self.smallest
@@ -213,7 +213,9 @@ class Report(Config):
             yield f"           {row.window:>6}{row.stream_bytes:>17,}{shares}"
 
 
-def report(shards: Shards, machines: Machines, training: Mapping[str, Any], epochs: int = 1) -> Report:
+def simulate_training(
+    shards: Shards, machines: Machines, training: Mapping[str, Any], epochs: int = 1
+) -> SimulationReport:
     """Simulate a training with the fields ``training`` of its section; a null window or cache is as small as suffices.
 
     Raises UserError if the settings do not fit each other, the machines, the data set or the disk.
@@ -231,7 +233,7 @@ def report(shards: Shards, machines: Machines, training: Mapping[str, Any], epoc
     smallest = find_smallest(shards, machines, streaming)
     if smallest is not None and training["window"] is None and training["stream_bytes"] is None:
         streaming = _with_window(shards, streaming, max(smallest.window, min_window))
-    return Report(
+    return SimulationReport(
         images=int(shards.images.sum()),
         shards=len(shards.bytes),
         bytes=int(shards.bytes.sum()),
@@ -281,7 +283,7 @@ def simulate(
         if position not in positions:
             positions, window = order.window(position)
             next_window = order.window(positions.stop)
-            shard_order = order.coming(position)
+            shard_order = order.list_upcoming_shards(position)
             victims = iter(sorted(cache.difference(shard_order), key=lambda shard: (last_use[shard], shard)))
             for shard in shard_order:
                 if shard in cache:
@@ -385,7 +387,7 @@ def compare_windows(shards: Shards, machines: Machines, streaming: Streaming) ->
     ]
 
 
-def find_smallest(shards: Shards, machines: Machines, streaming: Streaming) -> Smallest | None:
+def find_smallest(shards: Shards, machines: Machines, streaming: Streaming) -> SmallestSettings | None:
     """Find the smallest window, and for it the smallest ``prefetch``, with which training hardly waits; None: none."""
     if max(seconds_per_step(shards, machines, streaming).values()) * (1 - ACCEPTABLE) > machines.step_seconds:
         return None
@@ -394,7 +396,9 @@ def find_smallest(shards: Shards, machines: Machines, streaming: Streaming) -> S
         while window >= smallest_window(shards, streaming.batch_size, prefetch) and prefetch <= 64:
             setting = _with_window(shards, streaming.model_copy(update={"prefetch": prefetch}), window)
             if (waiting := _waiting_share(shards, machines, setting)) <= ACCEPTABLE:
-                return Smallest(window=window, stream_bytes=setting.stream_bytes, prefetch=prefetch, waiting=waiting)
+                return SmallestSettings(
+                    window=window, stream_bytes=setting.stream_bytes, prefetch=prefetch, waiting=waiting
+                )
             prefetch *= 2
     return None
 

@@ -36,7 +36,7 @@ STOCK = dict.fromkeys(("ddpm", "dpmpp_2m", "dpmpp_2m_sde", "deis", "unipc"), "DD
 """Stock pipeline of each sampler; the schedulers of other samplers need scaled noise."""
 
 
-class Exported(Config):
+class ExportResult(Config):
     """Result of an export."""
 
     folder: Path
@@ -54,7 +54,7 @@ class Exported(Config):
 
 def export_to_diffusers(
     weights: Path, folder: Path, sampling: SamplingConfig, version: str | None = None, run_id: str | None = None
-) -> Exported:
+) -> ExportResult:
     """Write the model in the file ``weights`` to ``folder`` as a pipeline of diffusers: whole, or not at all.
 
     ``sampling`` is the default sampling options. An imported pipeline is written as the one that came in: its own
@@ -66,7 +66,7 @@ def export_to_diffusers(
     partial = folder.absolute().with_name(f".{folder.absolute().name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     if isinstance(header.model, DiffusersConfig):
-        return Exported(
+        return ExportResult(
             pipeline=_write_pipeline(weights, partial),
             files=_publish(partial, folder.absolute()),
             folder=folder,
@@ -98,15 +98,17 @@ def export_to_diffusers(
     # Stock pipelines neither condition nor guide.
     is_ours = bool(model.classes) or model.config.text or model.header.sampling(sampling).autoguides
     pipeline = "DarkroomPipeline" if is_ours else STOCK.get(sampling.sampler, "DarkroomPipeline")
-    result = Exported(folder=folder, files={}, pipeline=pipeline, weights_sha256=digest, version=version, run_id=run_id)
+    result = ExportResult(
+        folder=folder, files={}, pipeline=pipeline, weights_sha256=digest, version=version, run_id=run_id
+    )
     kind = getattr(diffusers, pipeline, diffusers_format.DarkroomPipeline)
-    parts = diffusers_format.DarkroomUNet.of(model, sampling), scheduler_of(model, sampling)
+    parts = diffusers_format.DarkroomUNet.from_model(model, sampling), scheduler_of(model, sampling)
     kind(*parts).save_pretrained(partial, safe_serialization=True)
     (partial / "README.md").write_text(readme(model, sampling, result, folder.name))
     return result.model_copy(update={"files": _publish(partial, folder.absolute())})
 
 
-def export_adapter(weights: Path, folder: Path, version: str | None = None, run_id: str | None = None) -> Exported:
+def export_adapter(weights: Path, folder: Path, version: str | None = None, run_id: str | None = None) -> ExportResult:
     """Write the low-rank matrices in the file ``weights`` to ``folder`` for ``load_lora_weights`` of diffusers.
 
     Its factor α/r is part of B there. Raises UserError if the model has none, its pipeline takes none, or the folder
@@ -122,7 +124,7 @@ def export_adapter(weights: Path, folder: Path, version: str | None = None, run_
             f"only the pipelines {', '.join(WITH_ADAPTERS)} of diffusers load low-rank matrices: use --to diffusers, "
             "which merges them"
         )
-    result = Exported(
+    result = ExportResult(
         pipeline=header.model.pipeline,
         files={},
         folder=folder,
@@ -204,7 +206,7 @@ def _digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}
 
 
-def readme(model: DiffusionModel, sampling: SamplingConfig, result: Exported, place: str) -> str:
+def readme(model: DiffusionModel, sampling: SamplingConfig, result: ExportResult, place: str) -> str:
     """Write the README of an export at ``place``, a folder or OWNER/NAME on the Hub: usage, origin and limitations."""
     header, (channels, size, _) = model.header, model.shape
     if isinstance(header.model, DiffusersConfig):
@@ -252,7 +254,7 @@ made by a model.
 """
 
 
-def _readme_of_pipeline(header: ModelHeader, result: Exported, place: str, is_adapter: bool = False) -> str:
+def _readme_of_pipeline(header: ModelHeader, result: ExportResult, place: str, is_adapter: bool = False) -> str:
     origin, is_trained = header.origin, header.images > 0
     source = "unknown"
     if origin is not None:

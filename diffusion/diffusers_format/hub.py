@@ -15,7 +15,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.escaping import escape_markdown
 from diffusion.common.files import sha256_file
 from diffusion.common.hub import HubFile, Repository, hub_api, parse_hub_uri, retry
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.diffusers_format.import_pipeline import INDEX, WEIGHTS
 from diffusion.families.model import Origin
 
@@ -35,7 +35,7 @@ LICENCES = re.compile(
 """Identifiers of licences that the Hub knows."""
 
 
-def download_pipeline(uri: str, folder: Path, progress: Progress = silent) -> Origin:
+def download_pipeline(uri: str, folder: Path, progress: Progress = ignore_progress) -> Origin:
     """Download the pipeline ``hf://OWNER/NAME@REVISION`` into ``folder``.
 
     Only safetensors, configurations, vocabularies and texts are fetched, each verified by its digest in the listing of
@@ -47,7 +47,7 @@ def download_pipeline(uri: str, folder: Path, progress: Progress = silent) -> Or
     """
     name, revision = parse_hub_uri(uri, "model")
     repository = Repository.resolve("model", name, revision)
-    files = _of_pipeline(repository)
+    files = _select_pipeline_files(repository)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         paths = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
@@ -65,7 +65,7 @@ def download_pipeline(uri: str, folder: Path, progress: Progress = silent) -> Or
     return Origin(source=f"hf://{name}", revision=repository.commit, licence=repository.licence, files=digests)
 
 
-def _of_pipeline(repository: Repository) -> list[HubFile]:
+def _select_pipeline_files(repository: Repository) -> list[HubFile]:
     """Return the files of a pipeline; raises UserError for one that is incomplete without its pickles."""
     files = repository.files
     if INDEX not in files or files[INDEX].size > LARGEST_SMALL:
@@ -107,7 +107,7 @@ def _of_pipeline(repository: Repository) -> list[HubFile]:
     return [files[path] for path in sorted(paths)]
 
 
-class Pushed(Config):
+class PushResult(Config):
     """Result of a push to the Hub."""
 
     repository: str
@@ -133,7 +133,7 @@ def check_push(uri: str) -> str:
 
 def push_to_hub(
     uri: str, folder: Path, card: str, samples: Mapping[str, bytes], message: str, public: bool = False
-) -> Pushed:
+) -> PushResult:
     """Push an export to the model repository ``uri`` in one commit, unless it is there already.
 
     The repository is created if it does not exist, private unless ``public``. Files of an earlier export are replaced;
@@ -151,7 +151,7 @@ def push_to_hub(
     files |= {CARD: card.encode()} | dict(samples)
     folders = {path.partition("/")[0] for path in files if "/" in path}
 
-    def push() -> Pushed:
+    def push() -> PushResult:
         api.create_repo(name, private=not public, exist_ok=True)
         head = Repository.resolve("model", name, None)
         changes = [path for path, data in files.items() if not _is_there(path, data, head.files)]
@@ -159,7 +159,7 @@ def push_to_hub(
             path for path in head.files if "/" in path and path.partition("/")[0] in folders and path not in files
         ]
         if not changes and not stale_paths:
-            return Pushed(repository=f"hf://{name}", commit=head.commit, created=False, files=len(files))
+            return PushResult(repository=f"hf://{name}", commit=head.commit, created=False, files=len(files))
         operations: list[Any] = [
             CommitOperationAdd(path, str(data) if isinstance(data := files[path], Path) else data) for path in changes
         ]
@@ -169,7 +169,7 @@ def push_to_hub(
         except RuntimeError as error:
             # Failed uploads of large files come wrapped.
             raise error.__cause__ or error from error
-        return Pushed(repository=f"hf://{name}", commit=commit.oid, created=True, files=len(files))
+        return PushResult(repository=f"hf://{name}", commit=commit.oid, created=True, files=len(files))
 
     return retry(f"model {name}", push)
 

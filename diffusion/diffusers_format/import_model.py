@@ -8,7 +8,7 @@ from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_file, write_atomically
 from diffusion.common.hub import Repository, parse_hub_uri
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.diffusers_format.hub import download_pipeline
 from diffusion.diffusers_format.import_pipeline import import_pipeline
 from diffusion.families.model import Origin
@@ -29,7 +29,7 @@ class ImportedFile(Config):
 
 
 def import_file(
-    source: str, path: Path, licence: str | None, downloads: Path, progress: Progress = silent
+    source: str, path: Path, licence: str | None, downloads: Path, progress: Progress = ignore_progress
 ) -> ImportedFile:
     """Write the model that ``source`` names to the file ``path``, whole or not at all.
 

@@ -38,7 +38,7 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             self.guide = UNet(model_header.model, in_channels, sample_size, len(classes))
 
     @classmethod
-    def of(cls, model: DiffusionModel, sampling: SamplingConfig) -> "DarkroomUNet":
+    def from_model(cls, model: DiffusionModel, sampling: SamplingConfig) -> "DarkroomUNet":
         """Copy ``model``, with ``sampling`` as its default sampling options, and its guide where these need it."""
         if not model.header.sampling(sampling).autoguides:
             model = replace(model, header=model.header.model_copy(update={"guide_images": None}), guide=None)
@@ -80,7 +80,7 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
         ``sample`` is x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, (N, C, H, W), and ``timestep`` t, whole or not, of all or of each
         (N,). ``class_labels`` (N,) are numbers in the sorted classes, one more for any; ``text`` (N, 384) embeddings of
-        captions, zeros for none. With 2C ``out_channels`` the second half is v of ``deviation_between``, as a
+        captions, zeros for none. With 2C ``out_channels`` the second half is v of ``interpolate_deviation``, as a
         DDPMScheduler with the variance ``learned_range`` takes it.
         """
         t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
@@ -88,7 +88,7 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         x = sample.float() * (1 + sigma**2).sqrt().float()[:, None, None, None]
         inputs = {"label": class_labels, "text": text}
         conditioning = {name: tensor for name, tensor in inputs.items() if tensor is not None}
-        x0, v = self.model.denoiser(conditioning).answer(x, sigma)
+        x0, v = self.model.denoiser(conditioning).estimate(x, sigma)
         answer = torch.cat([x0, v], dim=1) if self.config.out_channels > self.config.in_channels else x0
         answer = answer.to(sample.dtype)
         return UNet2DOutput(sample=answer) if return_dict else (answer,)

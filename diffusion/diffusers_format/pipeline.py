@@ -91,7 +91,7 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         if (height is None) != (width is None):
             raise UserError("only one of height and width is given: give both, or none")
         size = None if height is None or width is None else (height, width)
-        model, indices = self.unet.model.at(size), range(batch_size)
+        model, indices = self.unet.model.with_size(size), range(batch_size)
         fields = {
             "steps": num_inference_steps,
             "guidance": guidance_scale,
@@ -104,7 +104,7 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         changes |= {name: value for name, value in fields.items() if value is not None}
         labels, prompts = ((texts,) if isinstance(texts, str) else tuple(texts) for texts in (labels, prompts))
         conditions = Conditions(labels=labels, prompts=prompts, negative_prompt=negative_prompt)
-        config = self.unet.sampling.changed(changes)
+        config = self.unet.sampling.with_changes(changes)
         config = model.header.sampling(config, is_conditional(model.classes, conditions))
         check_prompts(conditions, model.prompt_length)
         check_sampling(model, config, conditions)
@@ -121,7 +121,7 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         conditioning = {name: tensor.to(device) for name, tensor in conditioning.items()}
         denoise = denoiser_of(model, conditioning, config, embeddings[conditions.negative_prompt].to(device))
         start, options = self._noise(model, batch_size, seed, generator, eta)
-        timesteps, sigmas = visited(self.scheduler, model.schedule, config)
+        timesteps, sigmas = set_noise_levels(self.scheduler, model.schedule, config)
         in_sigma = isinstance(self.scheduler, IN_SIGMA)
         mean = model.start(conditioning)
         first_sigma = config.sigma_grid(model.schedule)[0]
@@ -135,7 +135,7 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
             self.scheduler.scale_model_input(state, t)  # some insist on it; σ says the same
             x = state if in_sigma else float((1 + sigma**2).sqrt()) * state
             if is_learned:
-                x0, v = model.denoiser(conditioning).answer(x, sigma)
+                x0, v = model.denoiser(conditioning).estimate(x, sigma)
                 output = torch.cat([x0, v], dim=1)
             else:
                 output = x0 = denoise(x, sigma)
@@ -247,7 +247,9 @@ def scheduler_of(model: DiffusionModel, sampling: SamplingConfig) -> SchedulerMi
     return scheduler
 
 
-def visited(scheduler: SchedulerMixin, schedule: NoiseSchedule, config: SamplingConfig) -> tuple[Tensor, Tensor]:
+def set_noise_levels(
+    scheduler: SchedulerMixin, schedule: NoiseSchedule, config: SamplingConfig
+) -> tuple[Tensor, Tensor]:
     """Set the noise levels of ``config`` in ``scheduler``; returns its times, and σ at each as float64."""
     # DDPM and DDIM keep their own integral times, which equal Darkroom's if all steps of the schedule are used.
     scheduler.set_timesteps(config.steps)

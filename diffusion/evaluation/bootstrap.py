@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.random import generator
 from diffusion.common.threads import worker_threads
 from diffusion.evaluation.estimate import Estimate, NonNegative, Share
@@ -30,7 +30,7 @@ from diffusion.evaluation.metrics.distances import PER_FEATURE, kid_kernel
 from diffusion.evaluation.metrics.neighbours import (
     DENSITY_NEIGHBOURS,
     MANIFOLD_NEIGHBOURS,
-    over_blocks,
+    map_blocks,
     squared_distances,
 )
 
@@ -93,7 +93,7 @@ def _estimate(value: float, halves: Tensor, samples: int, reference: int) -> Est
 
 
 def compute_halves(
-    sets: Sequence[Tensor], reference: Tensor, splits: int = SPLITS, progress: Progress = silent
+    sets: Sequence[Tensor], reference: Tensor, splits: int = SPLITS, progress: Progress = ignore_progress
 ) -> list[dict[Figure, Tensor]]:
     """Compute every metric on the halves of each of ``sets``, features (N, D), and of ``reference``, (M, D).
 
@@ -156,7 +156,7 @@ class Gaussian:
 
 
 def frechet_of_halves(
-    sets: Sequence[Tensor], reference: Tensor, splits: int = SPLITS, progress: Progress = silent
+    sets: Sequence[Tensor], reference: Tensor, splits: int = SPLITS, progress: Progress = ignore_progress
 ) -> list[Tensor]:
     """Compute the Fréchet distance (arXiv 1706.08500) of the halves of each of ``sets`` to those of ``reference``.
 
@@ -170,15 +170,15 @@ def frechet_of_halves(
     products = [_Products(halves, real) if halves.sums is None and real.sums is None else None for halves in generated]
 
     def compute_split(split: int) -> list[Tensor]:
-        theirs = cache(partial(real.at, split))
+        theirs = cache(partial(real.fit_halves, split))
         return [
             inner_products.distances(split)
             if inner_products is not None
-            else torch.stack([gaussian_distance(x, y) for x, y in zip(halves.at(split), theirs(), strict=True)])
+            else torch.stack([gaussian_distance(x, y) for x, y in zip(halves.fit_halves(split), theirs(), strict=True)])
             for halves, inner_products in zip(generated, products, strict=True)
         ]
 
-    values = over_blocks(compute_split, splits, 1, "Fréchet distances of halves", progress)
+    values = map_blocks(compute_split, splits, 1, "Fréchet distances of halves", progress)
     return [torch.stack(distances) for distances in zip(*values, strict=True)]
 
 
@@ -208,7 +208,7 @@ class _HalvedSet:
         self.half = len(features) // 2
         self.sums = None if self.half <= features.shape[1] else _sums(features, torch.arange(2 * self.half))
 
-    def at(self, split: int) -> tuple[Gaussian, Gaussian]:
+    def fit_halves(self, split: int) -> tuple[Gaussian, Gaussian]:
         """Return the Gaussians of both halves of a cut."""
         rows, other_rows = (self.members[2 * split + half].nonzero()[:, 0] for half in (0, 1))
         if self.sums is None:
@@ -267,7 +267,7 @@ def _sums(features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kid_of_halves(
-    sets: Sequence[Tensor], reference: Tensor, splits: int = SPLITS, progress: Progress = silent
+    sets: Sequence[Tensor], reference: Tensor, splits: int = SPLITS, progress: Progress = ignore_progress
 ) -> list[Tensor]:
     """Compute KID (``metrics.distances``) of the halves of each of ``sets`` to those of ``reference``.
 
@@ -314,7 +314,7 @@ def _means_across(x: Tensor, y: Tensor, x_members: Tensor, y_members: Tensor, pr
 
 def _sum_blocks(work: Callable[[int], Tensor], count: int, progress: Progress) -> Tensor:
     """Sum over blocks in a fixed order, in float64: billions of float32 kernels leave no digit of a small distance."""
-    return sum(over_blocks(work, count, BLOCK, "KID of halves", progress), torch.zeros((), dtype=torch.float64))
+    return sum(map_blocks(work, count, BLOCK, "KID of halves", progress), torch.zeros((), dtype=torch.float64))
 
 
 TABLE = 64
@@ -323,7 +323,7 @@ then reaches to the last of them."""
 
 
 def shares_of_halves(
-    sets: Sequence[Tensor], reference: Tensor, splits: int = SPLITS, progress: Progress = silent
+    sets: Sequence[Tensor], reference: Tensor, splits: int = SPLITS, progress: Progress = ignore_progress
 ) -> list[dict[Figure, Tensor]]:
     """Compute precision, recall, density and coverage, as in ``Scores``, of the halves of ``sets``.
 
@@ -379,7 +379,7 @@ def _shares(
         return pairs
 
     pairs = torch.zeros(len(generated_members), dtype=torch.float64)
-    for block in over_blocks(compute_block, len(generated), BLOCK, "neighbourhoods of halves", progress):
+    for block in map_blocks(compute_block, len(generated), BLOCK, "neighbourhoods of halves", progress):
         pairs += block
     samples, references = (members.sum(1, dtype=torch.float64) for members in (generated_members, real_members))
     return {
@@ -401,7 +401,7 @@ def _radii(features: Tensor, members: Tensor, counts: Sequence[int], progress: P
             columns = (rank < k).sum(1).clamp(max=distances.shape[1] - 1)
             kth_radii[half] = distances.gather(1, columns[:, None])[:, 0].where(members[half], -1)
 
-    list(over_blocks(compute_half, len(members)))
+    list(map_blocks(compute_half, len(members)))
     return radii
 
 
@@ -414,5 +414,5 @@ def _find_nearest(features: Tensor, progress: Progress) -> tuple[Tensor, Tensor]
         values, indices = distances.topk(min(TABLE, len(features) - 1), largest=False)
         return values, indices.int()
 
-    values, indices = zip(*over_blocks(compute_block, len(features), BLOCK, "neighbours", progress), strict=True)
+    values, indices = zip(*map_blocks(compute_block, len(features), BLOCK, "neighbours", progress), strict=True)
     return torch.cat(values), torch.cat(indices)

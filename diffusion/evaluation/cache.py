@@ -22,21 +22,21 @@ Key = dict[str, Any]
 Result = TypeVar("Result", bound=Config)
 
 
-def cached(folder: Path, key: Key, work: Callable[[], Tensors]) -> Tensors:
+def load_or_compute(folder: Path, key: Key, work: Callable[[], Tensors]) -> Tensors:
     """Return the tensors cached in ``folder`` under ``key``, or compute them with ``work`` and cache them.
 
     The file is ``<digest of the key>.safetensors`` with the key in its header; its own digest is written last. A
     damaged or truncated file, or one of another key, is computed again. Concurrent processes wait for the one that
     computes. Tensors are memory-mapped from the file.
     """
-    return _load_or_compute(folder, key, lambda: (None, work()))[1]
+    return _load_or_compute_json(folder, key, lambda: (None, work()))[1]
 
 
-def cached_result(
+def load_or_compute_result(
     folder: Path, key: Key, kind: type[Result], work: Callable[[], tuple[Result, Tensors]]
 ) -> tuple[Result, Tensors]:
     """Return a cached result of this ``kind``, stored in the file's header beside the key, and its tensors."""
-    result, tensors = _load_or_compute(folder, key, work)
+    result, tensors = _load_or_compute_json(folder, key, work)
     return kind.model_validate(result), tensors
 
 
@@ -45,7 +45,9 @@ def pieces_folder(folder: Path, key: Key) -> Path:
     return folder / f"{digest_of(to_jsonable_python(key))}.pieces"
 
 
-def _load_or_compute(folder: Path, key: Key, work: Callable[[], tuple[Config | None, Tensors]]) -> tuple[Any, Tensors]:
+def _load_or_compute_json(
+    folder: Path, key: Key, work: Callable[[], tuple[Config | None, Tensors]]
+) -> tuple[Any, Tensors]:
     """Return the result, as JSON, and the tensors."""
     key, pieces = to_jsonable_python(key), pieces_folder(folder, key)
     path, seal = pieces.with_suffix(".safetensors"), pieces.with_suffix(".sha256")

@@ -16,9 +16,9 @@ from torch import Tensor
 from diffusion.checkpoints import read_model_header
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
-from diffusion.common.escaping import counted
+from diffusion.common.escaping import pluralize
 from diffusion.common.files import write_json
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.shapes import Images
 from diffusion.evaluation.bootstrap import FEWEST_FOR_ERRORS, difference
 from diffusion.evaluation.config import EvaluationConfig
@@ -106,7 +106,7 @@ def compare_with_champion(
     sampling: SamplingConfig,
     gate: GateConfig,
     output: Path,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> tuple[ChampionComparison, SampleGrids]:
     """Compare two model files on the data set in ``data`` and apply the gate.
 
@@ -153,7 +153,7 @@ def compare_with_champion(
 
 
 @dataclass(frozen=True)
-class _Look:
+class _ComparisonRun:
     """A comparison on so many images."""
 
     ours: ModelEvaluator
@@ -165,7 +165,9 @@ class _Look:
     compared: ComparisonMetrics
 
 
-def _compare(evaluator: Evaluator, candidate: Path, champion: Path | None, gate: GateConfig, samples: int) -> _Look:
+def _compare(
+    evaluator: Evaluator, candidate: Path, champion: Path | None, gate: GateConfig, samples: int
+) -> _ComparisonRun:
     """Compare two model files on ``samples`` images of each."""
     ours = evaluator.model(candidate, samples, name="candidate")
     evaluations = [ours.evaluate()]
@@ -184,7 +186,7 @@ def _compare(evaluator: Evaluator, candidate: Path, champion: Path | None, gate:
                 # Sampling that does not apply to its family is replaced by that family's defaults.
                 their_sampling = effective_sampling(their_model, their_sampling)
             if header.guide_images is None:
-                their_sampling = their_sampling.changed({"autoguidance": None})
+                their_sampling = their_sampling.with_changes({"autoguidance": None})
             theirs = evaluator.model(champion, samples, their_sampling, name="champion")
             require_same_requests(ours, theirs)
             evaluations.append(theirs.evaluate())
@@ -239,7 +241,7 @@ def _compare(evaluator: Evaluator, candidate: Path, champion: Path | None, gate:
             assert theirs.psnr is not None
             differences = {"headline": psnr_headline(ours.psnr, theirs.psnr)}
         metrics = metrics.model_copy(update=differences)
-    return _Look(ours, theirs, evaluations, replicates, metrics)
+    return _ComparisonRun(ours, theirs, evaluations, replicates, metrics)
 
 
 def require_same_requests(ours: ModelEvaluator, theirs: ModelEvaluator) -> None:
@@ -259,7 +261,7 @@ def require_same_requests(ours: ModelEvaluator, theirs: ModelEvaluator) -> None:
     lost_classes = [name for name in theirs.model.classes if name not in classes]
     if classes and lost_classes:
         raise UserError(
-            f"it generates {counted(len(lost_classes), 'class', 'classes')} that the candidate does not know, "
+            f"it generates {pluralize(len(lost_classes), 'class', 'classes')} that the candidate does not know, "
             f"{lost_classes[0]!r} among them: look at both, and decide with `darkroom promote --to`"
         )
 
@@ -277,7 +279,8 @@ def _describe_differences(ours: ModelEvaluator, theirs: ModelEvaluator) -> Itera
     if bool(classes[0]) != bool(classes[1]):
         yield f"only the {'candidate' if classes[0] else 'champion'} has classes: no class is compared by itself"
     elif new_classes := [name for name in classes[0] if name not in classes[1]]:
-        yield f"the candidate generates {counted(len(new_classes), 'class', 'classes')} that the champion does not know"
+        class_count = pluralize(len(new_classes), "class", "classes")
+        yield f"the candidate generates {class_count} that the champion does not know"
 
 
 def _agreement(ours: ModelEvaluator, theirs: ModelEvaluator | None) -> PromptAgreement | str | None:
@@ -303,7 +306,7 @@ def evaluate_model(
     config: EvaluationConfig,
     sampling: SamplingConfig,
     output: Path,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> tuple[ModelEvaluation, str]:
     """Evaluate a model file on the held-out images of ``data`` as a comparison does; returns the features' name, too.
 
@@ -357,7 +360,7 @@ def _sample_grids(ours: ModelEvaluator, theirs: ModelEvaluator | None, evaluatio
     real, pairs = ours.real, evaluation.memorization.pairs
     classes = {}
     if evaluation.per_class is not None and ours.labels is not None:
-        labels = real.labelled(ours.model.classes).labels
+        labels = real.select_labelled_features(ours.model.classes).labels
         for name in [scores.name for scores in evaluation.per_class.worst_first][:4]:
             number = ours.model.classes.index(name)
             numbers = [torch.nonzero(indices == number)[:8, 0] for indices in (labels, ours.labels)]

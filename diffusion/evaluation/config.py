@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from diffusion.common.config import LARGEST_EMA_STD, Config, unset
+from diffusion.common.config import LARGEST_EMA_STD, Config, is_unset
 from diffusion.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class EvaluationConfig(Config):
     finalists: int = Field(2, ge=1)
     """Number of checkpoints evaluated in full, on all samples. If there are more (training.keep, ema_stds), rounds with
     fewer images select them by KID, or PSNR for autoencoders, which are unbiased for any number of images."""
-    first_samples: int | None = Field(None, ge=10, exclude_if=unset)
+    first_samples: int | None = Field(None, ge=10, exclude_if=is_unset)
     """Images generated from each checkpoint in the first of these rounds. The better quarter advances, with four times
     as many images, until finalists are left. Null: a quarter of samples, at least 10: one round."""
     ema_stds: tuple[Annotated[float, Field(gt=0, lt=LARGEST_EMA_STD)], ...] = ()
@@ -49,14 +49,14 @@ class EvaluationConfig(Config):
     extractor: Literal["efflite0", "inception", "labels", "file"] = "efflite0"
     """Feature network: EfficientNet-Lite0 trained on ImageNet; Inception-v3, the network of "FID" in the literature; a
     small classifier trained on the data set's own labels; or the network in the ONNX file at extractor_weights."""
-    extractor_size: int | None = Field(None, ge=8, le=1024, exclude_if=unset)
+    extractor_size: int | None = Field(None, ge=8, le=1024, exclude_if=is_unset)
     """Height and width, in pixels, to which images are resized for it; a multiple of 32 for efflite0. Scores at two
     sizes are not comparable. Null: 64 for efflite0, the images' own size up to 32 for labels, the network's own for
     file."""
-    extractor_weights: Path | None = Field(None, exclude_if=unset)
+    extractor_weights: Path | None = Field(None, exclude_if=is_unset)
     """Path of the network for file, or of the weights for inception; null: the weights where torch-fidelity keeps them,
     or else downloaded from its release."""
-    text_image_encoder: Path | None = Field(None, exclude_if=unset)
+    text_image_encoder: Path | None = Field(None, exclude_if=is_unset)
     """Folder with an encoder of images and texts, such as CLIP, by which the agreement of images with their prompts is
     measured for models of captions: model.safetensors, config.json, tokenizer.json and processor_config.json, as
     transformers' CLIPModel and CLIPProcessor save them, or vision_model.onnx and text_model.onnx with the last two.

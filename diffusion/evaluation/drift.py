@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from diffusion.common.config import Config
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.random import generator, permutation
-from diffusion.common.shapes import by_shape
+from diffusion.common.shapes import map_by_shape
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import Manifest
 from diffusion.data.versions.versions import Elsewhere
@@ -61,7 +61,7 @@ def compare_with_training(
     config: EvaluationConfig,
     level: float,
     elsewhere: Elsewhere,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> DataDrift | None:
     """Compare the images that ``dataset`` adds to ``trained`` with those of ``trained`` that it still has.
 
@@ -75,7 +75,7 @@ def compare_with_training(
     features: list[Tensor] = []
     for batch in read_batches(dataset, np.concatenate(sides)):
         progress("features of new images and of those trained on", sum(map(len, features)), 2 * count)
-        features.append(by_shape(batch, extractor))
+        features.append(map_by_shape(batch, extractor))
     new, old = torch.split(torch.cat(features), count)
     kid, p_value = permutation_test(new, old, level)
     return DataDrift(extractor=extractor.name, added=len(row_sets[0]), compared=count, kid=kid, p_value=p_value)

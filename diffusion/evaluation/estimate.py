@@ -32,29 +32,29 @@ class Estimate(Config):
 
     def interval(self, confidence: float) -> Interval:
         """Return the two-sided interval from Student's t."""
-        reach = self.reach((1 + confidence) / 2)
+        reach = self.error_bound((1 + confidence) / 2)
         return Interval(low=self.value - reach, high=self.value + reach, confidence=confidence)
 
-    def at_least(self, confidence: float) -> float:
+    def lower_bound(self, confidence: float) -> float:
         """Return the one-sided lower bound of the true value."""
-        return self.value - self.reach(confidence)
+        return self.value - self.error_bound(confidence)
 
-    def at_most(self, confidence: float) -> float:
+    def upper_bound(self, confidence: float) -> float:
         """Return the one-sided upper bound of the true value."""
-        return self.value + self.reach(confidence)
+        return self.value + self.error_bound(confidence)
 
-    def reach(self, probability: float) -> float:
+    def error_bound(self, probability: float) -> float:
         """Return the bound on the error above the true value that holds with this probability."""
         # Imported here: scipy takes longer to load than everything `darkroom --help` needs.
         from scipy.special import stdtrit
 
         return float(stdtrit(self.freedom, probability)) * self.error
 
-    def times(self, factor: float) -> "Estimate":
+    def multiply(self, factor: float) -> "Estimate":
         """Return the estimate of ``factor`` times the metric."""
         return self.model_copy(update={"value": self.value * factor, "error": self.error * abs(factor)})
 
-    def less(self, other: "Estimate | float") -> "Estimate":
+    def subtract(self, other: "Estimate | float") -> "Estimate":
         """Return the estimate of the difference from an independent estimate, or from a number."""
         if not isinstance(other, Estimate):
             return self.model_copy(update={"value": self.value - other})
@@ -87,7 +87,7 @@ class Share(Estimate):
         """
         p = self.value
         independent = min(p * (1 - p) / self.error**2, self.count) if self.error and 0 < p < 1 else self.count
-        z = self.model_copy(update={"error": 1.0}).reach((1 + confidence) / 2)
+        z = self.model_copy(update={"error": 1.0}).error_bound((1 + confidence) / 2)
         low, high = wilson_interval(p, independent, z)
         return Interval(low=low, high=high, confidence=confidence)
 
@@ -101,7 +101,7 @@ class MetricEstimate(Config):
     interval: Interval
 
     @classmethod
-    def of(cls, estimate: Estimate) -> "MetricEstimate":
+    def from_estimate(cls, estimate: Estimate) -> "MetricEstimate":
         """Build from ``estimate``, with confidence CONFIDENCE."""
         return cls(value=estimate.value, error=estimate.error, interval=estimate.interval(CONFIDENCE))
 

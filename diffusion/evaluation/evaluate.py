@@ -14,10 +14,17 @@ from pathlib import Path
 
 from diffusion.checkpoints import read_model_header
 from diffusion.common.errors import UserError
-from diffusion.common.escaping import counted
+from diffusion.common.escaping import pluralize
 from diffusion.common.files import write_bytes, write_json
-from diffusion.common.image_grids import above, beside, blocks, grid, png_bytes, save_png
-from diffusion.common.progress import Progress, silent
+from diffusion.common.image_grids import (
+    interleave_images,
+    make_grid,
+    make_paired_grid,
+    png_bytes,
+    repeat_pixels,
+    save_png,
+)
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.shapes import Images
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import MetricEstimate
@@ -29,18 +36,18 @@ from diffusion.evaluation.real_images import SHOWN
 from diffusion.evaluation.reports.charts import charts
 from diffusion.evaluation.reports.html import (
     Cell,
-    between,
-    captioned,
-    decimals,
-    fixed,
+    caption_images,
+    count_decimals,
+    format_fixed,
+    format_interval,
+    format_plain,
+    format_signed,
+    format_with_error,
     metric_cell,
-    plain,
     render,
-    signed,
-    with_error,
 )
 from diffusion.evaluation.results import CheckpointEvaluation, Evaluation, GuidanceScore, ModelScores
-from diffusion.generation.super_resolution import shrunk, task_of
+from diffusion.generation.super_resolution import shrink_images, task_of
 from diffusion.process.samplers import SamplingConfig
 from diffusion.process.schedules import resolution_scale
 
@@ -99,7 +106,7 @@ def score_guidance(evaluator: Evaluator, best: ModelEvaluator) -> list[GuidanceS
     if not changes:
         return []
     rows, samples, scores = real.training_rows(config.seed, real.samples), max(10, config.samples // 4), []
-    samplings = [evaluator.sampling, *(evaluator.sampling.changed(change) for change in changes)]
+    samplings = [evaluator.sampling, *(evaluator.sampling.with_changes(change) for change in changes)]
     for variant in samplings:
         model = evaluator.model(best.path, samples, variant, f"guidance {variant.guidance_text}", config.seed + 2, rows)
         scores.append(kid_deviations(model.features, real.features(rows)))
@@ -121,7 +128,7 @@ def grid_name(checkpoint: CheckpointEvaluation) -> str:
 
 
 @dataclass(frozen=True)
-class Sheets:
+class ReportImages:
     """Images of the report."""
 
     real: Images
@@ -143,7 +150,7 @@ def evaluate(
     sampling: SamplingConfig,
     output: Path,
     losses: Path | None = None,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> Evaluation:
     """Evaluate ``checkpoints`` on the held-out images of the data set in folder ``data``.
 
@@ -173,7 +180,7 @@ def evaluate(
     def score(path: Path, samples: int) -> CheckpointEvaluation:
         model = evaluator.model(path, samples)
         generated_images[model.sha256] = model.images[:SHOWN]
-        return CheckpointEvaluation(**dict(model.scored()), file=str(path))
+        return CheckpointEvaluation(**dict(model.compute_model_scores()), file=str(path))
 
     finalists, preliminary = select_finalists(checkpoints, config, score)
     by_sha256 = {checkpoint.sha256: checkpoint for checkpoint in (score(path, config.samples) for path in finalists)}
@@ -194,17 +201,19 @@ def evaluate(
         baselines=evaluator.baselines(),
         guidance=score_guidance(evaluator, model),
     )
-    sheets = Sheets(evaluator.real.shown_images, generated_images, model.captions, model.reconstructed, task.scale)
+    sheets = ReportImages(
+        evaluator.real.shown_images, generated_images, model.captions, model.reconstructed, task.scale
+    )
     _write(evaluation, sheets, output)
     write_report(output / "report.html", evaluation, sheets, losses, same_version)
     return evaluation
 
 
-def _write(evaluation: Evaluation, sheets: Sheets, output: Path) -> None:
-    grids = {REAL_GRID: grid(sheets.real)}
-    grids |= {grid_name(model): grid(sheets.generated[model.sha256]) for model in evaluation.checkpoints}
+def _write(evaluation: Evaluation, sheets: ReportImages, output: Path) -> None:
+    grids = {REAL_GRID: make_grid(sheets.real)}
+    grids |= {grid_name(model): make_grid(sheets.generated[model.sha256]) for model in evaluation.checkpoints}
     if sheets.reconstructed is not None:
-        grids["held_out_reconstructed.png"] = above(sheets.real, sheets.reconstructed)
+        grids["held_out_reconstructed.png"] = make_paired_grid(sheets.real, sheets.reconstructed)
     for name, image in grids.items():
         save_png(output / "grids" / name, image)
     # Old grids go last: a concurrent evaluation of the same checkpoints has written the current ones as well.
@@ -238,7 +247,7 @@ SHARES = ("precision", "recall", "density", "coverage")
 
 
 def write_report(
-    path: Path, evaluation: Evaluation, sheets: Sheets, losses: Path | None = None, same_version: bool = True
+    path: Path, evaluation: Evaluation, sheets: ReportImages, losses: Path | None = None, same_version: bool = True
 ) -> str:
     """Write the HTML report to ``path``; returns its SHA-256.
 
@@ -252,9 +261,13 @@ def write_report(
     comparison = None
     if low:
         images, scale = sheets.real[:COMPARED], sheets.scale
-        small_images = [shrunk(image[None], scale)[0] for image in images]
+        small_images = [shrink_images(image[None], scale)[0] for image in images]
         bicubic = [resample(image[None], scale, "bicubic")[0] for image in small_images]
-        comparison = png_bytes(grid(beside(blocks(small_images, scale), bicubic, best[:COMPARED], images), columns=8))
+        comparison = png_bytes(
+            make_grid(
+                interleave_images(repeat_pixels(small_images, scale), bicubic, best[:COMPARED], images), columns=8
+            )
+        )
     strip_scale = max(1, round(32 / max(image.shape[-1] for image in best)))
     page = render(
         "report.html",
@@ -262,17 +275,19 @@ def write_report(
         same_version=same_version,
         findings=findings(evaluation),
         lines=score_lines(evaluation),
-        generated=png_bytes(grid(best)),
-        samples=captioned(best, sheets.captions),
-        real=png_bytes(grid(sheets.real)),
-        reconstructed=None if sheets.reconstructed is None else png_bytes(above(sheets.real, sheets.reconstructed)),
+        generated=png_bytes(make_grid(best)),
+        samples=caption_images(best, sheets.captions),
+        real=png_bytes(make_grid(sheets.real)),
+        reconstructed=None
+        if sheets.reconstructed is None
+        else png_bytes(make_paired_grid(sheets.real, sheets.reconstructed)),
         shown=len(best),
         charts=charts(evaluation, losses),
         metric=evaluation.best.selection_metric.name,
         enlarged=scores,
         compared=comparison,
         metric_cell=metric_cell,
-        strips={sha256: png_bytes(grid(x[:16], 8, 1, strip_scale)) for sha256, x in sheets.generated.items()},
+        strips={sha256: png_bytes(make_grid(x[:16], 8, 1, strip_scale)) for sha256, x in sheets.generated.items()},
     )
     return write_bytes(path, page)
 
@@ -285,11 +300,12 @@ def describe_kid(evaluation: Evaluation) -> str:
     scores, baseline = evaluation.best.scores, evaluation.real_baseline.scores
     estimate = evaluation.estimates.get(f"kid_{scores.extractor}")
     if estimate is None:
-        return f"KID {with_error(scores.kid, scores.kid_se)}; real images {signed(baseline.kid)}"
+        return f"KID {format_with_error(scores.kid, scores.kid_se)}; real images {format_signed(baseline.kid)}"
     unguided = ", without guidance" if evaluation.guidance and evaluation.sampling.is_guided else ""
-    digits = decimals(estimate.interval.high - estimate.interval.low)
+    digits = count_decimals(estimate.interval.high - estimate.interval.low)
     kid, low, high, real = (
-        fixed(value, digits) for value in (estimate.value, estimate.interval.low, estimate.interval.high, baseline.kid)
+        format_fixed(value, digits)
+        for value in (estimate.value, estimate.interval.low, estimate.interval.high, baseline.kid)
     )
     return f"KID {kid} [{low}, {high}]{unguided}; real images {real}"
 
@@ -315,8 +331,8 @@ def advise_longer(evaluation: Evaluation) -> str | None:
     ):
         return None
     return (
-        f"KID was still falling at the end, from {signed(earlier_scores.kid)} to {signed(best.scores.kid)}: more "
-        "training.images, or training.minutes, would give better images"
+        f"KID was still falling at the end, from {format_signed(earlier_scores.kid)} to "
+        f"{format_signed(best.scores.kid)}: more training.images, or training.minutes, would give better images"
     )
 
 
@@ -338,11 +354,11 @@ def findings(evaluation: Evaluation) -> list[str]:
     if evaluation.preliminary:
         min_images = min(model.selection_metric.count for model in evaluation.preliminary)
         lines.append(
-            f"{counted(len(evaluation.preliminary), 'more checkpoint')} fell behind on fewer images, from "
+            f"{pluralize(len(evaluation.preliminary), 'more checkpoint')} fell behind on fewer images, from "
             f"{min_images:,} on, and {'was' if len(evaluation.preliminary) == 1 else 'were'} not evaluated in full."
         )
     if evaluation.guidance:
-        kids = {score.sampling.guidance_text: signed(score.kid) for score in evaluation.guidance}
+        kids = {score.sampling.guidance_text: format_signed(score.kid) for score in evaluation.guidance}
         choice = evaluation.sampling.guidance_text
         lines.append(
             f"Of {len(kids) - 1} kinds of guidance none surely lowers its KID, {kids[choice]} against training images."
@@ -391,10 +407,10 @@ def score_lines(evaluation: Evaluation) -> list[tuple[str, Cell, Cell, str, str]
         meaning = "The same by what the eye sees of structure."
         lines.append(("reconstruction_ssim", structure, Cell("1"), "higher", meaning))
         name, meaning = f"reconstruction_fd_{quality.extractor}", "What they lose on the way of what is seen."
-        lines.append((name, Cell(plain(quality.fd)), Cell("0"), "lower", meaning))
+        lines.append((name, Cell(format_plain(quality.fd)), Cell("0"), "lower", meaning))
     if isinstance(agreement := evaluation.best.text_image_agreement, TextImageAgreement):
         value, real = (
-            Cell(f"{mean.value:.3f}", between(mean.interval)) for mean in (agreement.agreement, agreement.real)
+            Cell(f"{mean.value:.3f}", format_interval(mean.interval)) for mean in (agreement.agreement, agreement.real)
         )
         meaning = (
             "Mean cosine of an image's and its prompt's embeddings; beside it that of held-out images and their "
@@ -412,5 +428,8 @@ def score_cell(scores: Scores, name: str, estimates: Mapping[str, MetricEstimate
     if value is None:
         return Cell()
     if name == "kid" and not estimates:
-        return Cell(with_error(value, scores.kid_se))
-    return Cell(f"{value:.3f}" if name in SHARES else signed(value), between(estimate.interval) if estimate else "")
+        return Cell(format_with_error(value, scores.kid_se))
+    return Cell(
+        f"{value:.3f}" if name in SHARES else format_signed(value),
+        format_interval(estimate.interval) if estimate else "",
+    )

@@ -22,14 +22,14 @@ from diffusion.common.device import resolve_device
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of, sha256_file
 from diffusion.common.fingerprint import fingerprint
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.shapes import (
     Images,
     Shape,
     apportion,
+    group_by_shape,
     height_and_width,
     interleave,
-    numbers_by_shape,
     shape_name,
     stack_images,
 )
@@ -37,7 +37,7 @@ from diffusion.common.threads import cores
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.bootstrap import FEWEST_FOR_ERRORS, SPLITS, Figure, Replicates, compute_halves
-from diffusion.evaluation.cache import Key, Tensors, cached, cached_result, pieces_folder
+from diffusion.evaluation.cache import Key, Tensors, load_or_compute, load_or_compute_result, pieces_folder
 from diffusion.evaluation.config import EvaluationConfig, require_enough
 from diffusion.evaluation.estimate import MetricEstimate
 from diffusion.evaluation.features.feature_extractor import Extractor, make_extractor
@@ -51,7 +51,7 @@ from diffusion.evaluation.metrics.held_out_loss import (
     measure_losses,
     summarize_losses,
 )
-from diffusion.evaluation.metrics.per_class import Labelled, PerClass, evaluate_classes
+from diffusion.evaluation.metrics.per_class import LabelledFeatures, PerClass, evaluate_classes
 from diffusion.evaluation.metrics.per_shape import PerShape, evaluate_shapes
 from diffusion.evaluation.metrics.pixel_metrics import (
     RESAMPLING,
@@ -86,7 +86,7 @@ from diffusion.evaluation.results import (
 )
 from diffusion.families.model import Model
 from diffusion.generation.config import UNCONDITIONAL, Conditions, is_conditional
-from diffusion.generation.generate import conditions_of, labels_of, reconstructed
+from diffusion.generation.generate import conditions_of, labels_of, reconstruct_images
 from diffusion.generation.super_resolution import GenerationTask, generate, task_of
 from diffusion.process.likelihood import Terms
 from diffusion.process.samplers import SamplingConfig
@@ -113,7 +113,7 @@ class Evaluator:
         config: EvaluationConfig,
         sampling: SamplingConfig,
         folder: Path,
-        progress: Progress = silent,
+        progress: Progress = ignore_progress,
         task: GenerationTask = GenerationTask(),  # noqa: B008 (frozen)
     ) -> None:
         require_enough(read_manifest(data))
@@ -172,7 +172,7 @@ class Evaluator:
                 "nothing of two tasks"
             )
         for shape in [] if header.shapes is None and not dataset.manifest.storage.buckets else dataset.shapes:
-            model.model.at(shape)  # raises for a shape of the data set that its network does not take
+            model.model.with_size(shape)  # raises for a shape of the data set that its network does not take
         return model
 
     def replicates(self, models: Sequence["ModelEvaluator"]) -> list[MetricReplicates]:
@@ -192,10 +192,13 @@ class Evaluator:
 
         key: Key = {"kind": "halves", "format_version": 3, "generated": [model.features_key for model in models]}
         key |= {"real_baseline": [seed, count], "training": real.key(real.train), "compared": real.key(real.compared)}
-        tensors = cached(self.folder, key | {"splits": SPLITS}, work)
+        tensors = load_or_compute(self.folder, key | {"splits": SPLITS}, work)
         count, dimensions = reference.shape
         return [
-            {f: Replicates(f, score.of(f), tensors[f"{n}/{f}"], samples, count, dimensions) for f in get_args(Figure)}
+            {
+                f: Replicates(f, score.get_metric(f), tensors[f"{n}/{f}"], samples, count, dimensions)
+                for f in get_args(Figure)
+            }
             for n, (samples, score) in enumerate(zip(map(len, sets), scores, strict=True))
         ]
 
@@ -208,7 +211,10 @@ class Evaluator:
     def estimates(self, replicates: MetricReplicates) -> dict[str, MetricEstimate]:
         """Return estimates of metrics by name, such as kid_efflite0."""
         extractor = self.conditions.extractor
-        return {f"{figure}_{extractor}": MetricEstimate.of(halves.estimate) for figure, halves in replicates.items()}
+        return {
+            f"{figure}_{extractor}": MetricEstimate.from_estimate(halves.estimate)
+            for figure, halves in replicates.items()
+        }
 
     def baselines(self) -> dict[str, ResamplingBaseline] | None:
         """Return the scores of resampling for super-resolution models; None for other models."""
@@ -219,14 +225,16 @@ class Evaluator:
         def compute(name: str) -> tuple[ResamplingBaseline, Tensors]:
             assert real.small is not None
             outputs = {shape: resample(images, real.task.scale, name) for shape, images in real.small.items()}
-            large_images = in_order(real.shapes(real.shown), outputs)
+            large_images = restore_order(real.shapes(real.shown), outputs)
             similarity = compare_images(large_images, real.dataset.images_in_order(real.shown))
             return ResamplingBaseline(scores=real.score(real.extractor(large_images)), similarity=similarity), {}
 
         key: Key = {"kind": "baseline", "format_version": 2, "samples": len(real.shown)}
         key |= {"low_resolution": low_resolution, "compared": real.key(real.compared)}
         return {
-            name: cached_result(self.folder, key | {"name": name}, ResamplingBaseline, partial(compute, name))[0]
+            name: load_or_compute_result(self.folder, key | {"name": name}, ResamplingBaseline, partial(compute, name))[
+                0
+            ]
             for name in RESAMPLING
         }
 
@@ -304,7 +312,7 @@ class ModelEvaluator:
     @cached_property
     def _numbers(self) -> dict[Shape, list[int]]:
         """Return the places of the images of each shape among all."""
-        return numbers_by_shape(self.shapes)
+        return group_by_shape(self.shapes)
 
     def _indices(self, shape: Shape) -> range:
         """Return the indices in the seed of the images of a shape, from 0 in the first one.
@@ -339,7 +347,7 @@ class ModelEvaluator:
     @cached_property
     def guided(self) -> SamplingConfig:
         """Return the sampling configuration, without guidance if the model has no conditions."""
-        return self.sampling if self.is_conditional else self.sampling.unguided()
+        return self.sampling if self.is_conditional else self.sampling.without_guidance()
 
     @cached_property
     def images(self) -> Images:
@@ -347,7 +355,7 @@ class ModelEvaluator:
         images = {}
         for shape in self._numbers:
             key = self._key_at(shape)
-            images[shape] = cached(self.folder, key, partial(self._generate, shape, key))["images"]
+            images[shape] = load_or_compute(self.folder, key, partial(self._generate, shape, key))["images"]
             self.evaluator.generated[_compute_digest(key)] = images[shape]
         return next(iter(images.values())) if len(images) == 1 else self._merge(images)
 
@@ -377,20 +385,20 @@ class ModelEvaluator:
 
             inputs = None if self.real.small is None else self.real.small[shape][start : numbers.stop]
             seed, conditions, model = self.config.seed, self._conditions_at(shape), self.model
-            model = model if inputs is not None else model.at(shape)
+            model = model if inputs is not None else model.with_size(shape)
             indices = self._indices(shape)[numbers.start : numbers.stop]
             return {"images": generate(model, inputs, indices, seed, self.guided, report_progress, conditions)}
 
         pieces = [previous_images[:reused_count]] if reused_count else []
         for start in range(reused_count, count, size):
             key = {"kind": "piece", "first": start, "count": min(size, count - start)}
-            pieces.append(cached(folder, key, partial(piece, start))["images"])
+            pieces.append(load_or_compute(folder, key, partial(piece, start))["images"])
         return {"images": torch.cat(pieces)}
 
     @cached_property
     def features(self) -> Tensor:
         """Return the features of the generated images, (samples, D) float32."""
-        return cached(self.folder, self.features_key, lambda: {"features": self.real.extractor(self.images)})[
+        return load_or_compute(self.folder, self.features_key, lambda: {"features": self.real.extractor(self.images)})[
             "features"
         ]
 
@@ -443,8 +451,10 @@ class ModelEvaluator:
         classes, real = self.model.classes, self.real
         if self.labels is None or not real.dataset.manifest.class_histogram.keys() & set(classes):
             return None
-        generated = Labelled(self.features, self.labels)
-        return evaluate_classes(generated, real.labelled(classes), real.reader(classes), classes, real.extractor.name)
+        generated = LabelledFeatures(self.features, self.labels)
+        return evaluate_classes(
+            generated, real.select_labelled_features(classes), real.reader(classes), classes, real.extractor.name
+        )
 
     @cached_property
     def cosines(self) -> tuple[Cosines, Cosines] | str | None:
@@ -462,7 +472,7 @@ class ModelEvaluator:
         # They are used in turn if there are more images than captions.
         image_prompts = prompts
         if len(prompts):
-            places = numbers_by_shape(real.shapes(rows)) if len(real.dataset.shapes) > 1 else {}
+            places = group_by_shape(real.shapes(rows)) if len(real.dataset.shapes) > 1 else {}
             positions = {}
             for shape, numbers in self._numbers.items():
                 shape_places = places.get(shape, range(len(rows)))
@@ -472,10 +482,10 @@ class ModelEvaluator:
             return "the images have fewer than two different prompts: ingest captions"
         key: Key = extractor_key(encoder)
         texts_key: Key = {"kind": "embeddings of texts", "format_version": 1, "texts": digest_of(captions)} | key
-        texts = cached(self.folder, texts_key, lambda: {"texts": encoder.embed(captions)})["texts"]
+        texts = load_or_compute(self.folder, texts_key, lambda: {"texts": encoder.embed(captions)})["texts"]
         images_key: Key = {"kind": "embeddings of generated images", "format_version": 1} | key
         images_key["generated"] = self.generated_key
-        images = cached(self.folder, images_key, lambda: {"images": encoder(self.images)})["images"]
+        images = load_or_compute(self.folder, images_key, lambda: {"images": encoder(self.images)})["images"]
         real_embeddings = real.features(rows, extractor=encoder)
         if len(widths := {texts.shape[1], images.shape[1]}) > 1:
             raise UserError(
@@ -500,14 +510,16 @@ class ModelEvaluator:
         def work() -> Tensors:
             dataset = self.real.dataset
             chunks = (
-                part[start : start + CHUNK] for part in dataset.by_bucket(rows) for start in range(0, len(part), CHUNK)
+                part[start : start + CHUNK]
+                for part in dataset.split_by_bucket(rows)
+                for start in range(0, len(part), CHUNK)
             )
             pieces = ((dataset.images(chunk), conditioning_of_rows(self.model, dataset, chunk)) for chunk in chunks)
             terms = measure_losses(self.model, pieces, self.sampling, self.progress)
             bits = {} if terms.bits is None else {"bits": terms.bits}
             return {"edges": terms.edges, "losses": terms.losses, **bits}
 
-        tensors = cached(self.folder, self._held_out_key("losses", len(rows)), work)
+        tensors = load_or_compute(self.folder, self._held_out_key("losses", len(rows)), work)
         return summarize_losses(Terms(tensors["edges"], tensors["losses"], tensors.get("bits")))
 
     @property
@@ -517,7 +529,7 @@ class ModelEvaluator:
         if len(batches) < 2:
             return next(iter(batches), None)
         shapes = self.real.shapes(self.real.held_out[:SHOWN])
-        return in_order(shapes, {height_and_width(images): images for images in batches})
+        return restore_order(shapes, {height_and_width(images): images for images in batches})
 
     @property
     def psnr(self) -> Tensor | None:
@@ -533,10 +545,10 @@ class ModelEvaluator:
         rows = real.held_out if self.samples >= self.config.samples else real.held_out[: self.samples]
 
         def work() -> tuple[Reconstruction, Tensors]:
-            model = self.model.on(resolve_device(self.sampling.device))
+            model = self.model.to(resolve_device(self.sampling.device))
             ratios, ssims, features, examples = list[Tensor](), list[Tensor](), list[Tensor](), dict[str, Tensor]()
-            for images in real.by_bucket(rows):
-                outputs = reconstructed(model, images, self.sampling)
+            for images in real.read_by_bucket(rows):
+                outputs = reconstruct_images(model, images, self.sampling)
                 ratios.append(psnr(outputs, images))
                 ssims.append(ssim(outputs, images))
                 features.append(real.extractor(outputs))
@@ -555,9 +567,9 @@ class ModelEvaluator:
             return reconstruction, {"psnr": image_psnr, **examples}
 
         key = self._held_out_key("reconstructions", len(rows)) | {"extractor_digest": real.extractor.digest}
-        return cached_result(self.folder, key, Reconstruction, work)
+        return load_or_compute_result(self.folder, key, Reconstruction, work)
 
-    def scored(self) -> ModelScores:
+    def compute_model_scores(self) -> ModelScores:
         """Return the metrics that every model has."""
         similarity = None
         if self.header.model.low_resolution is not None:
@@ -584,14 +596,14 @@ class ModelEvaluator:
         rows = real.held_out
         nearest_to_real = real.neighbours(real.key(rows), real.images(rows), real.features(rows), flip)
         return ModelEvaluation(
-            **dict(self.scored()),
+            **dict(self.compute_model_scores()),
             sampling=self.guided,
             memorization=detect_memorization(nearest, nearest_to_real),
             duplicates=detect_duplicates(thumbnails_of_pieces(pieces), real.thumbnails),
             drift=compare_appearance(appearance_of_pieces(pieces), real.appearance),
             per_class=self.per_class,
             held_out_loss=self.held_out_loss,
-            gflop=gflop(self.model, self.guided),
+            gflop=count_gflop(self.model, self.guided),
         )
 
     @property
@@ -635,13 +647,13 @@ def _compute_digest(key: Key) -> str:
     return digest_of(to_jsonable_python(key | {"samples": None}))
 
 
-def in_order(shapes: Sequence[Shape], images: Mapping[Shape, Tensor]) -> Images:
+def restore_order(shapes: Sequence[Shape], images: Mapping[Shape, Tensor]) -> Images:
     """Put images of each shape into the order of ``shapes``, of which there may be fewer."""
     iterators = {shape: iter(batch) for shape, batch in images.items()}
     return stack_images([next(iterators[shape]) for shape in shapes])
 
 
-def gflop(model: Model, config: SamplingConfig) -> float:
+def count_gflop(model: Model, config: SamplingConfig) -> float:
     """Count the operations, in 10⁹, of an image's matrix products and convolutions: unlike seconds, always the same."""
     operations = 0
     for times, forward in model.passes(config):

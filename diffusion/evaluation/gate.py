@@ -11,10 +11,10 @@ from typing import Literal
 
 from pydantic import Field, FiniteFloat
 
-from diffusion.common.config import Config, unset
-from diffusion.common.escaping import counted
+from diffusion.common.config import Config, is_unset
+from diffusion.common.escaping import pluralize
 from diffusion.evaluation.estimate import Estimate
-from diffusion.evaluation.reports.html import count, signed, with_error
+from diffusion.evaluation.reports.html import format_count, format_signed, format_with_error
 
 ENOUGH = 4 * 1280
 """Images of either side from which the Fréchet distance decides, four for each feature of the default network: below,
@@ -66,7 +66,7 @@ class GateConfig(Config):
     """Times that the two are compared at most, 1 to 8. Where a comparison holds the candidate and more images may tell,
     both generate twice as many. Each look has an equal share of 1 − c, so that all together err no more often than one
     would. 1: evaluation.samples decide."""
-    across_families: bool = Field(False, exclude_if=unset)
+    across_families: bool = Field(False, exclude_if=is_unset)
     """Whether a champion of another family (``model.family``) may be replaced, compared by generated images,
     autoencoders too. Otherwise the candidate is held. Two families are compared if registry.model gives both the same
     name."""
@@ -97,7 +97,7 @@ class Headline(Config):
     @property
     def lead(self) -> Estimate:
         """Return how much better the candidate is."""
-        return self.difference.times(1 if self.real_baseline is None else -1)
+        return self.difference.multiply(1 if self.real_baseline is None else -1)
 
     def smallest(self, delta: float) -> float:
         """Return the lead that δ requires, in the unit of the metric, for the champion's distance as measured."""
@@ -253,11 +253,11 @@ def _headline(metrics: ComparisonMetrics, config: GateConfig, c: float) -> Findi
         return _finding("headline", Verdict.hold, "not measured: its difference from the champion")
     lead, smallest = headline.lead, headline.smallest(config.delta)
     unit = " dB" if headline.real_baseline is None else ""
-    low, high = lead.at_least(c), lead.at_most(c)
+    low, high = lead.lower_bound(c), lead.upper_bound(c)
     figures = (
         f"{headline.name} {_figure(headline.candidate)}{unit}, the champion's {_figure(headline.champion)}{unit}, on "
-        f"{_images(metrics)}: better by {_figure(lead)}{unit}, at least {signed(low)} and at most {signed(high)}, "
-        f"each with confidence {c:g}; δ = {config.delta:g} is {signed(smallest)}{unit}"
+        f"{_images(metrics)}: better by {_figure(lead)}{unit}, at least {format_signed(low)} and at most "
+        f"{format_signed(high)}, each with confidence {c:g}; δ = {config.delta:g} is {format_signed(smallest)}{unit}"
     )
     cost = metrics.cost
     if config.saving is not None and cost is not None and cost.candidate * config.saving <= cost.champion:
@@ -266,9 +266,9 @@ def _headline(metrics: ComparisonMetrics, config: GateConfig, c: float) -> Findi
         # the lead larger and the limit laxer.
         error = lead.error if headline.real_baseline is None else lead.error + config.delta * headline.champion.error
         margin = lead.model_copy(update={"value": lead.value + smallest, "error": error})
-        if margin.at_least(c) > 0:
+        if margin.lower_bound(c) > 0:
             return _finding("headline", Verdict.promote, f"not worse by δ {words}: {figures}")
-        if margin.at_most(c) < 0:
+        if margin.upper_bound(c) < 0:
             return _finding("headline", Verdict.reject, f"worse by more than δ {words}: {figures}")
         images = images_needed(metrics.samples, margin, margin.value, c) if margin.value > 0 else None
         advice = _advice("this difference", images, metrics)
@@ -293,7 +293,7 @@ def _first_version(metrics: ComparisonMetrics, config: GateConfig) -> Finding:
         return _finding("headline", Verdict.hold, f"not measured: {' and '.join(missing_names)} of a first version")
     values = {name: value for name, value in metrics.own.items() if name in limits}
     words = "".join(f", {name} {_figure(value)} (required {limits[name]:g})" for name, value in values.items())
-    if all(value.at_least(config.confidence) > limits[name] for name, value in values.items()):
+    if all(value.lower_bound(config.confidence) > limits[name] for name, value in values.items()):
         return _finding("headline", Verdict.promote, f"first version: there was no champion{words}")
     reason = (
         f"first version, whose images are not surely like real ones{words} on {_images(metrics)}: train longer "
@@ -306,7 +306,9 @@ def _memorization(metrics: ComparisonMetrics, limit: float, confidence: float) -
     """Apply the limit on copies: above it a model is held, and rejected if chance cannot explain the excess."""
     if (copies := metrics.memorized) is None:
         return _finding("memorized", Verdict.hold, "not measured: the share of copies of training images")
-    words = f"copies of training images: {copies.share:.2%} of {count(metrics.samples)} generated, limit {limit:.2%}"
+    words = (
+        f"copies of training images: {copies.share:.2%} of {format_count(metrics.samples)} generated, limit {limit:.2%}"
+    )
     if copies.share <= limit:
         return _finding("memorized", Verdict.promote, words)
     if copies.p_value <= 1 - confidence:
@@ -322,8 +324,8 @@ def _recall(metrics: ComparisonMetrics, limit: float, objection: float, c: float
     if (recall := metrics.recall) is None:
         return _finding("recall", Verdict.hold, "not measured: its difference from the champion's")
     words = f"recall {_figure(recall)} higher than the champion's on {_images(metrics)}, allowed is a loss of {limit:g}"
-    loss = recall.times(-1)
-    return _compare_with_limit("recall", loss, loss.less(limit), words, metrics, objection, c)
+    loss = recall.multiply(-1)
+    return _compare_with_limit("recall", loss, loss.subtract(limit), words, metrics, objection, c)
 
 
 def _worst_class(metrics: ComparisonMetrics, limit: float, objection: float, c: float) -> Finding:
@@ -333,7 +335,7 @@ def _worst_class(metrics: ComparisonMetrics, limit: float, objection: float, c: 
         f"worst class {worst.candidate_class!r} at {_figure(worst.candidate)}, the champion's "
         f"{worst.champion_class!r} at {_figure(worst.champion)}, limit {1 + limit:g} times as much"
     )
-    loss, excess = (worst.candidate.less(worst.champion.times(factor)) for factor in (1, 1 + limit))
+    loss, excess = (worst.candidate.subtract(worst.champion.multiply(factor)) for factor in (1, 1 + limit))
     return _compare_with_limit("worst class", loss, excess, words, metrics, objection, c)
 
 
@@ -347,7 +349,7 @@ def _agreement(
         f"its images agree with their prompts by {_figure(agreement.candidate)} more than with those of others, the "
         f"champion's by {_figure(agreement.champion)}, allowed is a loss of {limit:.0%}"
     )
-    loss, allowance = agreement.difference.times(-1), agreement.champion.times(limit)
+    loss, allowance = agreement.difference.multiply(-1), agreement.champion.multiply(limit)
     # Both errors come from the same images, so they are added as if they had one sign, which is the most they can be.
     excess = loss.model_copy(update={"value": loss.value - allowance.value, "error": loss.error + allowance.error})
     return _compare_with_limit(rule, loss, excess, words, metrics, objection, c)
@@ -372,9 +374,9 @@ def _compare_with_limit(
     ``objection`` is the confidence that there is a loss at all.
     """
     # A loss that chance explains is no objection: few samples would otherwise hold models that are as good.
-    if loss.at_least(objection) <= 0 or excess.at_most(c) <= 0:
+    if loss.lower_bound(objection) <= 0 or excess.upper_bound(c) <= 0:
         return _finding(rule, Verdict.promote, words)
-    if excess.at_least(c) > 0:
+    if excess.lower_bound(c) > 0:
         return _finding(rule, Verdict.reject, f"beyond the limit with confidence {c:g}: {words}")
     images = images_needed(metrics.samples, excess, abs(excess.value), c)
     reason = f"not surely within the limit: {words}{_advice('that', images, metrics)}"
@@ -387,7 +389,7 @@ def images_needed(images: int, estimate: Estimate, distance: float, confidence: 
     For ``confidence`` and a power of 80 %. Errors fall as 1/√n if the held-out images grow by the same factor, so n
     ((t_c + t_0.8) · error / distance)². Rounded up to two significant digits. None if that is above 10⁹.
     """
-    times = estimate.reach(confidence) + estimate.reach(POWER)
+    times = estimate.error_bound(confidence) + estimate.error_bound(POWER)
     if times * math.sqrt(images / MOST) >= distance:
         return None
     exact = max(images * (times / distance) ** 2, 1)
@@ -399,14 +401,14 @@ def _advice(subject: str, images: int | None, metrics: ComparisonMetrics) -> str
     if images is None:
         return ""
     factor = f"{images / metrics.samples:,.1f} times as many, held-out ones included"
-    return f"; to decide on {subject} takes about {count(images)} images, {factor}"
+    return f"; to decide on {subject} takes about {format_count(images)} images, {factor}"
 
 
 def _images(metrics: ComparisonMetrics) -> str:
     if metrics.basis == "reconstructed":
-        return counted(metrics.samples, "held-out image")
-    return f"{counted(metrics.samples, 'generated image')} and {count(metrics.reference)} held-out"
+        return pluralize(metrics.samples, "held-out image")
+    return f"{pluralize(metrics.samples, 'generated image')} and {format_count(metrics.reference)} held-out"
 
 
 def _figure(estimate: Estimate) -> str:
-    return with_error(estimate.value, estimate.error).replace("-", "−")
+    return format_with_error(estimate.value, estimate.error).replace("-", "−")

@@ -14,17 +14,17 @@ import torch
 from pydantic import Field, JsonValue
 from torch import Tensor
 
-from diffusion.common.config import Config, unset
+from diffusion.common.config import Config, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.files import write_json
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.shapes import Images
 from diffusion.common.threads import cores
 from diffusion.evaluation.bootstrap import difference
-from diffusion.evaluation.cache import cached
+from diffusion.evaluation.cache import load_or_compute
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import CONFIDENCE, Estimate, MetricEstimate
-from diffusion.evaluation.evaluator import CACHE, Evaluator, ModelEvaluator, gflop
+from diffusion.evaluation.evaluator import CACHE, Evaluator, ModelEvaluator, count_gflop
 from diffusion.evaluation.gate import GateConfig
 from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss
 from diffusion.evaluation.real_images import SHOWN
@@ -43,7 +43,7 @@ class RankedModel(ModelScores):
     file: str
     settings: dict[str, JsonValue] = Field({}, exclude_if=lambda settings: not settings)
     """Settings by dotted key, if the models differ in those alone."""
-    run_id: str | None = Field(None, exclude_if=unset)
+    run_id: str | None = Field(None, exclude_if=is_unset)
     """Id of its MLflow run."""
     value: float
     """Value of the ranking's metric."""
@@ -51,15 +51,15 @@ class RankedModel(ModelScores):
     """Standard error of ``value``."""
     estimates: dict[str, MetricEstimate]
     """Distances and shares by name, such as kid_efflite0, with intervals; empty where there are too few images."""
-    minutes: float | None = Field(None, exclude_if=unset)
+    minutes: float | None = Field(None, exclude_if=is_unset)
     """Configured training time in minutes; None if configured in images."""
-    parameters: int | None = Field(None, exclude_if=unset)
-    held_out_loss: HeldOutLoss | None = Field(None, exclude_if=unset)
-    likelihood: Literal["bound", "exact"] | None = Field(None, exclude_if=unset)
+    parameters: int | None = Field(None, exclude_if=is_unset)
+    held_out_loss: HeldOutLoss | None = Field(None, exclude_if=is_unset)
+    likelihood: Literal["bound", "exact"] | None = Field(None, exclude_if=is_unset)
     """Whether its bits per dimension are an upper bound, or exact; None if it has no likelihood."""
-    gflop: float | None = Field(None, exclude_if=unset)
+    gflop: float | None = Field(None, exclude_if=is_unset)
     """Floating-point operations to generate one image, in 10⁹."""
-    images_per_second: float | None = Field(None, exclude_if=unset)
+    images_per_second: float | None = Field(None, exclude_if=is_unset)
     """Images per second with all cores, measured once; depends on the machine and its load."""
     sampling: SamplingConfig
 
@@ -102,7 +102,7 @@ def rank_models(
     models: Mapping[str, tuple[Path, SamplingConfig]],
     config: EvaluationConfig,
     output: Path,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> tuple[Ranking, dict[str, Images]]:
     """Rank model files, each with its sampling, by the distance of their images to held-out ones of ``data``.
 
@@ -120,17 +120,17 @@ def rank_models(
     figure = GateConfig().metric(config.samples, len(evaluator.real.compared))
     ranked_models = [
         RankedModel(
-            **dict(model.scored()),
+            **dict(model.compute_model_scores()),
             name=name,
             file=str(model.path),
-            value=model.scores.of(figure),
+            value=model.scores.get_metric(figure),
             error=figures[figure].estimate.error if figures else model.scores.kid_se if figure == "kid" else 0.0,
             estimates=evaluator.estimates(figures),
             minutes=model.header.training.get("minutes"),
             parameters=sum(parameter.numel() for parameter in model.model.network.parameters()),
             held_out_loss=model.held_out_loss,
             likelihood=model.header.model.likelihood,
-            gflop=gflop(model.model, model.guided),
+            gflop=count_gflop(model.model, model.guided),
             images_per_second=_speed(model),
             sampling=model.guided,
         )
@@ -186,7 +186,7 @@ def rank_evaluations(
         higher_is_better=best.sign > 0,
         models=models,
         leads=[
-            Lead(worse=model.name, difference=best.estimate.less(metric.estimate))
+            Lead(worse=model.name, difference=best.estimate.subtract(metric.estimate))
             for model, metric in zip(models[1:], ranks, strict=True)
         ],
         real_baseline=runs[0][0].real_baseline,
@@ -203,4 +203,4 @@ def _speed(model: ModelEvaluator) -> float:
         return {"images_per_second": torch.tensor(count / (time.perf_counter() - start), dtype=torch.float64)}
 
     key = {"kind": "speed", "format_version": 2, "generated": model.generated_key, "cores": cores()}
-    return float(cached(model.folder, key, work)["images_per_second"])
+    return float(load_or_compute(model.folder, key, work)["images_per_second"])

@@ -21,12 +21,12 @@ from diffusion.common.random import permutation
 from diffusion.common.shapes import Images, Shape, height_and_width, mirror
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.evaluation.bootstrap import FEWEST_FOR_ERRORS
-from diffusion.evaluation.cache import Key, Tensors, cached, cached_result
+from diffusion.evaluation.cache import Key, Tensors, load_or_compute, load_or_compute_result
 from diffusion.evaluation.features.feature_extractor import BATCH, Extractor
 from diffusion.evaluation.metrics.copies import PIXELS, shifted_thumbnails
 from diffusion.evaluation.metrics.distances import Moments, Reference, Scores, compute_scores
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest
-from diffusion.evaluation.metrics.per_class import Labelled, LinearDiscriminant, fit_discriminant
+from diffusion.evaluation.metrics.per_class import LabelledFeatures, LinearDiscriminant, fit_discriminant
 from diffusion.evaluation.metrics.pixel_metrics import measure_appearance
 from diffusion.evaluation.metrics.registration import find_registered
 from diffusion.generation.super_resolution import GenerationTask
@@ -78,18 +78,18 @@ class RealImages:
         features = self.features(self.compared)
 
         def work() -> Tensors:
-            reference = Reference.of(features, self.progress)
+            reference = Reference.from_features(features, self.progress)
             moments = {"mean": reference.moments.mean, "root": reference.moments.root}
             return moments | {"nearest": reference.nearest, "kernel_sums": reference.kernel_sums}
 
         key: Key = {"kind": "statistics", "format_version": 2, "features": self.key(self.compared)}
-        stats = cached(self.folder, key, work)
+        stats = load_or_compute(self.folder, key, work)
         return Reference(features, Moments(stats["mean"], stats["root"]), stats["nearest"], stats["kernel_sums"])
 
     def scores(self, key: Key, features: Tensor) -> Scores:
         """Return the cached scores of ``features`` (N, D), whose cache key is ``key``, against the reference."""
         key = {"kind": "scores", "format_version": 2, "features": key, "compared": self.key(self.compared)}
-        return cached_result(self.folder, key, Scores, lambda: (self.score(features), {}))[0]
+        return load_or_compute_result(self.folder, key, Scores, lambda: (self.score(features), {}))[0]
 
     def score(self, features: Tensor) -> Scores:
         """Compute the scores of ``features`` (N, D) against the reference."""
@@ -109,7 +109,7 @@ class RealImages:
     def small(self) -> dict[Shape, Tensor] | None:
         """Return the inputs of super-resolution, (N, C, h, w) uint8 of each large shape; None for other models."""
         inputs: dict[Shape, list[Tensor]] = {}
-        for images in self.by_bucket(self.shown):
+        for images in self.read_by_bucket(self.shown):
             if (piece := self.task.inputs(images)) is not None:
                 inputs.setdefault(height_and_width(images), []).append(piece)
         return {shape: torch.cat(pieces) for shape, pieces in inputs.items()} or None
@@ -150,20 +150,20 @@ class RealImages:
                 self.progress("features of real images", sum(map(len, pieces)), len(rows))
             return {"features": torch.cat(pieces)}
 
-        return cached(folder or self.folder, self.key(rows, extractor), work)["features"]
+        return load_or_compute(folder or self.folder, self.key(rows, extractor), work)["features"]
 
-    def labelled(self, classes: Sequence[str]) -> Labelled:
+    def select_labelled_features(self, classes: Sequence[str]) -> LabelledFeatures:
         """Return the reference images that have one of ``classes``."""
-        return Labelled(self.reference.features, self.dataset.classes(self.compared, classes))
+        return LabelledFeatures(self.reference.features, self.dataset.classes(self.compared, classes))
 
     def images(self, rows: Rows) -> Iterator[Images]:
         """Yield the images in ``rows``, each (C, H, W) uint8, in chunks."""
         for start in range(0, len(rows), CHUNK):
             yield self.dataset.images_in_order(rows[start : start + CHUNK])
 
-    def by_bucket(self, rows: Rows) -> Iterator[Tensor]:
+    def read_by_bucket(self, rows: Rows) -> Iterator[Tensor]:
         """Yield the images in ``rows`` one shape after the other, (n, C, H, W) uint8, in chunks."""
-        for bucket_rows in self.dataset.by_bucket(rows):
+        for bucket_rows in self.dataset.split_by_bucket(rows):
             for start in range(0, len(bucket_rows), CHUNK):
                 yield self.dataset.images(bucket_rows[start : start + CHUNK])
 
@@ -200,7 +200,7 @@ class RealImages:
             return tensors
 
         key = {"kind": "neighbours", "format_version": 4, "of": key, "mirrored": mirrored}
-        tensors = cached(self.folder, key | {"training": self.key(self.train)}, work)
+        tensors = load_or_compute(self.folder, key | {"training": self.key(self.train)}, work)
         return {space: NearestNeighbours(tensors[f"{space}/distances"], tensors[f"{space}/rows"]) for space in spaces}
 
     def reader(self, classes: Sequence[str]) -> LinearDiscriminant:
@@ -212,7 +212,7 @@ class RealImages:
             return {"weights": discriminant.weights, "offsets": discriminant.offsets}
 
         key = {"kind": "reader", "format_version": 1, "training": self.key(self.train), "classes": list(classes)}
-        return LinearDiscriminant(**cached(self.folder, key, work))
+        return LinearDiscriminant(**load_or_compute(self.folder, key, work))
 
     def _training(self) -> Iterator[Tensor]:
         """Yield features of all training images, piece by piece."""

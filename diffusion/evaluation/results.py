@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 
-from diffusion.common.config import Config, unset
+from diffusion.common.config import Config, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.common.fingerprint import Fingerprint
@@ -38,10 +38,10 @@ class EvaluationConditions(Config):
     """Description of pre- and postprocessing of the feature network."""
     evaluation: EvaluationConfig
     """Configuration of the evaluation; a comparison of candidate and champion uses ``seed`` + 1."""
-    text_image_encoder: str | None = Field(None, exclude_if=unset)
+    text_image_encoder: str | None = Field(None, exclude_if=is_unset)
     """Digest of the files of the text-image encoder; None: none is set."""
     sampling: SamplingConfig
-    low_resolution: int | None = Field(None, exclude_if=unset)
+    low_resolution: int | None = Field(None, exclude_if=is_unset)
     """Height and width, in pixels, of the inputs of super-resolution models; None for other models."""
 
     @property
@@ -128,14 +128,14 @@ class ModelScores(Config):
     """Fingerprint of the machine that generated its images."""
     scores: Scores
     """Scores of its images against held-out ones."""
-    reconstruction: Reconstruction | None = Field(None, exclude_if=unset)
+    reconstruction: Reconstruction | None = Field(None, exclude_if=is_unset)
     """Reconstruction metrics, if the model is an autoencoder or generates in the latents of one."""
-    similarity: ImageSimilarity | None = Field(None, exclude_if=unset)
+    similarity: ImageSimilarity | None = Field(None, exclude_if=is_unset)
     """Similarity of upscaled to real images."""
-    text_image_agreement: TextImageAgreement | str | None = Field(None, exclude_if=unset)
+    text_image_agreement: TextImageAgreement | str | None = Field(None, exclude_if=is_unset)
     """Agreement of images with their prompts, or why it was not measured; None for models without captions."""
 
-    per_shape: PerShape | None = Field(None, exclude_if=unset)
+    per_shape: PerShape | None = Field(None, exclude_if=is_unset)
     """Distances by shape; None for images of one shape."""
 
     def metrics(self) -> dict[str, float]:
@@ -171,7 +171,7 @@ class ModelEvaluation(ModelScores):
     memorization: Memorization
     duplicates: Duplicates
     drift: AppearanceDrift
-    per_class: PerClass | None = Field(None, exclude_if=unset)
+    per_class: PerClass | None = Field(None, exclude_if=is_unset)
     """None for models without classes."""
     held_out_loss: HeldOutLoss
     gflop: float
@@ -217,7 +217,7 @@ class Evaluation(Config):
     selection metrics are comparable. None of them is the best."""
     estimates: dict[str, MetricEstimate]
     """Estimates of the best checkpoint's metrics."""
-    baselines: dict[str, ResamplingBaseline] | None = Field(None, exclude_if=unset)
+    baselines: dict[str, ResamplingBaseline] | None = Field(None, exclude_if=is_unset)
     """Scores of resampling by name, for super-resolution models."""
     guidance: list[GuidanceScore] = Field([], exclude_if=lambda guidance: not guidance)
     """No guidance, and each one that was tried with the best checkpoint, the least first; empty if none was."""
@@ -246,6 +246,8 @@ class Evaluation(Config):
         """Return the best checkpoint's metrics and those of the real baseline and of resampling, by name."""
         baseline = {f"real_baseline_{name}": value for name, value in self.real_baseline.metrics().items()}
         for name, base in (self.baselines or {}).items():
-            distances = {f"{figure}_{base.scores.extractor}": base.scores.of(figure) for figure in ("fd", "kid")}
+            distances = {
+                f"{figure}_{base.scores.extractor}": base.scores.get_metric(figure) for figure in ("fd", "kid")
+            }
             baseline |= {f"{name}_{figure}": value for figure, value in (distances | base.similarity.metrics()).items()}
         return {"images": self.best.images, **flatten(self.estimates), **self.best.metrics(), **baseline}

@@ -25,8 +25,8 @@ from diffusion.families.model import (
 from diffusion.models.config import LatentSpace, ModelConfig, ObjectiveConfig
 from diffusion.models.unet import TIMES, UNet, sinusoidal
 from diffusion.models.vae import Latents, latent_shape
-from diffusion.process.denoiser import Denoiser, clipped, guided
-from diffusion.process.editing import Edit, blanked, levels_for, pigdm, repaint, replace_known, whole
+from diffusion.process.denoiser import Denoiser, apply_guidance, clip_estimates
+from diffusion.process.editing import Edit, downsample_mask, fill_hole, pigdm, repaint, replace_known, select_levels
 from diffusion.process.likelihood import Terms, denoising_terms
 from diffusion.process.parametrization import (
     Objective,
@@ -81,7 +81,7 @@ class DiffusionModel(Model):
         """Wrap the network with the schedule that it was trained on."""
         assert isinstance(header.model, ModelConfig)
         shape = header.latents.shape if header.latents else header.square
-        return cls(header, network, make_schedule(header.model, shape), autoencoder).at(None)
+        return cls(header, network, make_schedule(header.model, shape), autoencoder).with_size(None)
 
     @property
     def config(self) -> ModelConfig:
@@ -94,12 +94,12 @@ class DiffusionModel(Model):
         """Autoencoder of latent diffusion."""
         return self.latents
 
-    def at(self, size: tuple[int, int] | None) -> Self:
+    def with_size(self, size: tuple[int, int] | None) -> Self:
         """Return the model for images of ``size``; sampling starts at the noise level of their number of values."""
-        model = super().at(size)
+        model = super().with_size(size)
         if model.shape != self.shape:
             model.check_size()
-        return replace(model, schedule=self.schedule.of(model.noise_shape))
+        return replace(model, schedule=self.schedule.with_shape(model.noise_shape))
 
     def check_size(self) -> None:
         """Raise UserError if the network folds more pixels than its images are high or wide."""
@@ -115,11 +115,11 @@ class DiffusionModel(Model):
         """(C, H, W) of images, or of their latents."""
         return noise_shape(self.shape, self.header.latents)
 
-    def decoded(self, x: Tensor) -> Tensor:
+    def decode(self, x: Tensor) -> Tensor:
         """Decode states of the reverse process, (N, *noise_shape), to images (N, C, H, W), nominally in [−1, 1]."""
         return x if self.latents is None else self.latents.decode(x)
 
-    def encoded(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
         """Encode images (N, C, H, W) in [−1, 1] as states of the reverse process, (N, *noise_shape)."""
         return images if self.latents is None else self.latents.encode(images)
 
@@ -148,20 +148,20 @@ class DiffusionModel(Model):
         if batch.edit is not None:
             if self.header.student_steps is not None:
                 # With few levels all strengths would be the same.
-                sigmas = config.changed({"steps": max(config.steps, EDIT_STEPS)}).sigma_grid(self.schedule)
-            return edited(self, batch.edit, denoise, sigmas, batch.noise, config)
-        return to_uint8(self.decoded(config.run(denoise, sigmas, batch.noise, self.start(batch.conditioning))))
+                sigmas = config.with_changes({"steps": max(config.steps, EDIT_STEPS)}).sigma_grid(self.schedule)
+            return run_edit(self, batch.edit, denoise, sigmas, batch.noise, config)
+        return to_uint8(self.decode(config.run(denoise, sigmas, batch.noise, self.start(batch.conditioning))))
 
     def passes(self, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:
         """List the sampler's evaluations of the network and one pass through the decoder."""
         x = torch.zeros(1, *self.noise_shape)
         forward = partial(self.network, x, torch.zeros(1), low=None if self.network.level is None else x)
-        return [(1, lambda: self.decoded(x)), (count_evaluations(config, self.schedule), forward)]
+        return [(1, lambda: self.decode(x)), (count_evaluations(config, self.schedule), forward)]
 
     def terms(self, x0: Tensor, conditioning: Conditioning, indices: Sequence[int]) -> Terms:
         """Compute losses by noise level and the likelihood bound; in latents the losses alone."""
         denoiser, sigma_data = self.denoiser(conditioning), self.header.sigma_data
-        return denoising_terms(denoiser, self.encoded(x0), sigma_data, indices, self.latents is None)
+        return denoising_terms(denoiser, self.encode(x0), sigma_data, indices, self.latents is None)
 
 
 def noise_shape(shape: tuple[int, int, int], latents: LatentSpace | None) -> tuple[int, int, int]:
@@ -201,7 +201,7 @@ class DenoisingObjective(TrainingObjective):
         channels, height, width = x0.shape[1:]
         space = None if self.autoencoder is None else self.autoencoder.space
         shape = noise_shape((channels, height, width), space)
-        schedule = self.objective.schedule.of(shape)
+        schedule = self.objective.schedule.with_shape(shape)
         if probe is not None:
             t = timesteps_at(self.config, schedule, (torch.arange(len(x0)) + 0.5) / len(x0))
             noise = GaussianNoise(0, f"probe/{probe}", indices, shape)()
@@ -252,7 +252,7 @@ def _mean(header: ModelHeader) -> Tensor | None:
     return None if header.data_mean is None else torch.tensor(header.data_mean).view(1, -1, 1, 1)
 
 
-def unconditional(model: DiffusionModel, conditioning: Conditioning, negative: Tensor) -> Conditioning:
+def make_unconditional(model: DiffusionModel, conditioning: Conditioning, negative: Tensor) -> Conditioning:
     """Replace ``conditioning`` by no class and the embedding of the negative prompt, (E,)."""
     return {
         name: torch.full_like(value, len(model.classes)) if name == "label" else negative.expand_as(value)
@@ -268,13 +268,15 @@ def denoiser_of(model: DiffusionModel, conditioning: Conditioning, config: Sampl
     # Only the mixture is clipped: clipped estimates would be equal where images are black or white.
     conditional = replace(model.denoiser(conditioning), clip=False)
     if config.autoguidance is not None and config.autoguides:
-        mixture = guided(conditional, guide_denoiser(model, conditioning), config.autoguidance)
+        mixture = apply_guidance(conditional, guide_denoiser(model, conditioning), config.autoguidance)
     elif config.guidance is not None and config.guides:
-        reference = replace(model.denoiser(unconditional(model, conditioning, negative)), clip=False)
-        mixture = guided(conditional, reference, config.guidance, config.guidance_interval, config.guidance_rescale)
+        reference = replace(model.denoiser(make_unconditional(model, conditioning, negative)), clip=False)
+        mixture = apply_guidance(
+            conditional, reference, config.guidance, config.guidance_interval, config.guidance_rescale
+        )
     else:
         return model.denoiser(conditioning)
-    return mixture if model.latents is not None else clipped(mixture)
+    return mixture if model.latents is not None else clip_estimates(mixture)
 
 
 def guide_denoiser(model: DiffusionModel, conditioning: Conditioning) -> Denoiser:
@@ -283,29 +285,29 @@ def guide_denoiser(model: DiffusionModel, conditioning: Conditioning) -> Denoise
     return replace(replace(model, network=model.guide).denoiser(conditioning), clip=False)
 
 
-def edited(
+def run_edit(
     model: DiffusionModel, edit: Edit, denoise: Denoise, sigmas: Tensor, noise: Noise, config: SamplingConfig
 ) -> Tensor:
     """Run the reverse process from the image of ``edit`` with the noise of its strength; restores all kept pixels."""
     # An edit has an image to start around, and nothing to gain from a level without signal.
-    levels = levels_for(sigmas[sigmas <= ZERO_SNR], edit.strength)
+    levels = select_levels(sigmas[sigmas <= ZERO_SNR], edit.strength)
     start = float(levels[0]) * noise()
-    content, mask = known_part(model, edit, start.device)
+    content, mask = encode_known_part(model, edit, start.device)
     if mask is not None:
         if edit.guided:
             denoise = pigdm(denoise, content, mask, model.header.sigma_data)
-            denoise = denoise if model.latents is not None else clipped(denoise)
+            denoise = denoise if model.latents is not None else clip_estimates(denoise)
         denoise = replace_known(denoise, content, mask)
     x = repaint(config.build_sampler(), denoise, content + start, levels, noise, edit.stretch, edit.resample_steps)
-    return paste_kept(edit, to_uint8(model.decoded(x)))
+    return paste_kept(edit, to_uint8(model.decode(x)))
 
 
-def known_part(model: DiffusionModel, edit: Edit, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def encode_known_part(model: DiffusionModel, edit: Edit, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Encode what is known of an edit's image, (1, *noise_shape), and its mask there, (1, h, w); None: no mask."""
     # At full strength the reverse process gets nothing of the hole.
-    image = edit.image if edit.kept is None or edit.strength < 1 else blanked(edit.image, edit.kept)
-    content = model.encoded(to_float(image.to(device))[None])
-    return content, None if edit.kept is None else whole(edit.kept.to(device), height_and_width(content))
+    image = edit.image if edit.kept is None or edit.strength < 1 else fill_hole(edit.image, edit.kept)
+    content = model.encode(to_float(image.to(device))[None])
+    return content, None if edit.kept is None else downsample_mask(edit.kept.to(device), height_and_width(content))
 
 
 def paste_kept(edit: Edit, images: Tensor) -> Tensor:
@@ -327,6 +329,6 @@ def count_evaluations(config: SamplingConfig, schedule: NoiseSchedule) -> int:
     scale, interval = 1.0 if config.guidance is None else config.guidance, config.guidance_interval
     if config.autoguidance is not None and config.autoguides:
         scale, interval = config.autoguidance, None
-    denoise = guided(count, count, scale, interval)
+    denoise = apply_guidance(count, count, scale, interval)
     config.run(denoise, config.sigma_grid(schedule), lambda: torch.zeros(1, 1, 1, 1))
     return evaluations

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from diffusion.common.random import GaussianNoise, uniform
 from diffusion.common.shapes import height_and_width
-from diffusion.families.ddpm import DiffusionModel, guide_denoiser, unconditional
+from diffusion.families.ddpm import DiffusionModel, guide_denoiser, make_unconditional
 from diffusion.families.model import Conditioning, ModelHeader, OptimizerStep, TrainingBatch, TrainingObjective
 from diffusion.models.config import ObjectiveConfig
 from diffusion.models.text_encoder import WIDTH
 from diffusion.models.unet import UNet
-from diffusion.process.denoiser import guided
-from diffusion.process.likelihood import like
+from diffusion.process.denoiser import apply_guidance
+from diffusion.process.likelihood import broadcast_to_images
 
 LOG_SIGMA_STD = 1.8
 """Standard deviation of ln σ, wider than that of denoising, as the first evaluation starts from pure noise; its mean is
@@ -47,7 +47,7 @@ class ConsistencyObjective(TrainingObjective):
         self, x0: Tensor, indices: Sequence[int], conditioning: Conditioning, probe: str | None = None
     ) -> TrainingBatch:
         """Sample noise levels, noise and dropout seeds; in a probe levels are spread evenly, as close as at the end."""
-        teacher = self.teacher.at(height_and_width(x0))
+        teacher = self.teacher.with_size(height_and_width(x0))
         seed, shape, schedule = self.config.seed, teacher.noise_shape, teacher.schedule
         random = {}
         if probe is not None:
@@ -72,10 +72,10 @@ class ConsistencyObjective(TrainingObjective):
         model = replace(teacher, header=self.header)
         student = replace(model.denoiser(conditioning), network=predict, clip=False)
         with torch.no_grad():
-            x0 = teacher.encoded(batch.x0)
-            x = x0 + like(x0, sigma) * random["noise"]
+            x0 = teacher.encode(batch.x0)
+            x = x0 + broadcast_to_images(x0, sigma) * random["noise"]
             x0 = x0 + self._shift(x, sigma, conditioning)
-            target = student(x0 + like(x, lower_sigma / sigma) * (x - x0), lower_sigma).float()
+            target = student(x0 + broadcast_to_images(x, lower_sigma / sigma) * (x - x0), lower_sigma).float()
         estimate = student(x, sigma).float()
         if teacher.latents is None:
             # Sampling clips estimates, so one beyond black or white is right where the target is there: without this
@@ -97,12 +97,12 @@ class ConsistencyObjective(TrainingObjective):
             reference = guide_denoiser(self.teacher, conditioning)
         elif student.guidance is not None:
             scale, interval = student.guidance, student.guidance_interval
-            null_conditioning = unconditional(self.teacher, conditioning, torch.zeros(WIDTH, device=x.device))
+            null_conditioning = make_unconditional(self.teacher, conditioning, torch.zeros(WIDTH, device=x.device))
             reference = replace(self.teacher.denoiser(null_conditioning), clip=False)
         else:
             return torch.zeros_like(x)
         estimate = replace(self.teacher.denoiser(conditioning), clip=False)(x, sigma)
-        mixture = guided(lambda *_: estimate, reference, scale, interval)(x, sigma)
+        mixture = apply_guidance(lambda *_: estimate, reference, scale, interval)(x, sigma)
         if self.teacher.latents is None:
             mixture, estimate = mixture.clamp(-1, 1), estimate.clamp(-1, 1)
         return mixture - estimate

@@ -108,21 +108,21 @@ class RelativisticObjective(TrainingObjective):
         label = batch.conditioning.get("label")
         generated = network(batch.random["noise"][:, self.config.latent :], label)
         with torch.no_grad():
-            real = self.discriminator(self.augmented(batch.x0, batch), label)
-        return functional.softplus(real - self.discriminator(self.augmented(generated, batch), label))
+            real = self.discriminator(self.augment_images(batch.x0, batch), label)
+        return functional.softplus(real - self.discriminator(self.augment_images(generated, batch), label))
 
     def discriminator_losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
         """Compute the discriminator's loss: the opposite, plus gradient penalties at both images."""
         label = batch.conditioning.get("label")
         with torch.no_grad():
             generated = network(batch.random["noise"][:, : self.config.latent], label)
-            images = torch.cat([self.augmented(batch.x0, batch), self.augmented(generated, batch)])
+            images = torch.cat([self.augment_images(batch.x0, batch), self.augment_images(generated, batch)])
         labels = None if label is None else label.repeat(2)
         scores, penalties = gradient_penalties(lambda x: self.discriminator(x, labels), images)
         real, generated = scores.chunk(2)
         return functional.softplus(generated - real) + self.config.gamma / 2 * torch.stack(penalties.chunk(2)).sum(0)
 
-    def augmented(self, images: Tensor, batch: TrainingBatch) -> Tensor:
+    def augment_images(self, images: Tensor, batch: TrainingBatch) -> Tensor:
         """Augment ``images``, real or generated, as those of the ``batch``."""
         return augment(images, batch.random["augment"], self.config.augment)
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
-from diffusion.common.config import LARGEST_SIZE, Config, PlainName, unset
+from diffusion.common.config import LARGEST_SIZE, Config, PlainName, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.fingerprint import autocast
 from diffusion.common.shapes import Size, shape_name
@@ -44,7 +44,7 @@ class Base(Config):
 
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     """SHA-256 of its file, which lies beside the fine-tuned model's, or one folder above, as SHA256.safetensors."""
-    version: str | None = Field(None, exclude_if=unset)
+    version: str | None = Field(None, exclude_if=is_unset)
     """Registered version, models:/NAME/NUMBER; None: it was a file."""
 
 
@@ -79,7 +79,7 @@ class ModelHeader(Config):
     channels: Literal[1, 3]
     size: int = Field(ge=1, le=LARGEST_SIZE)
     """Height and width of the images, in pixels; of images of several shapes those of the square of equal area."""
-    shapes: dict[Size, int] | None = Field(None, min_length=1, max_length=256, exclude_if=unset)
+    shapes: dict[Size, int] | None = Field(None, min_length=1, max_length=256, exclude_if=is_unset)
     """Shapes of the images, each with its number of training images; None: all are square."""
     dataset: PlainName
     """Name of the data set."""
@@ -87,32 +87,32 @@ class ModelHeader(Config):
     """Digest of the data set."""
     sigma_data: float = Field(1.0, gt=0, le=1e6)
     """Standard deviation of the network's data: images in [−1, 1], residuals of super-resolution, or latents."""
-    data_mean: tuple[float, ...] | None = Field(None, exclude_if=unset)
+    data_mean: tuple[float, ...] | None = Field(None, exclude_if=is_unset)
     """Mean of each channel of the images, in [−1, 1], around which the reverse process starts, and prediction = edm
     works; None: 0."""
     class_histogram: dict[str, int]
     """Number of images of each class of the data set, sorted by class."""
     encoder: TextEncoder | None = None
     """Text encoder of the captions; None: the network has no captions."""
-    latents: LatentSpace | None = Field(None, exclude_if=unset)
+    latents: LatentSpace | None = Field(None, exclude_if=is_unset)
     """Latent space of the network; None: it works on pixels."""
-    base: Base | None = Field(None, exclude_if=unset)
+    base: Base | None = Field(None, exclude_if=is_unset)
     """The fine-tuned model, whose weights this file lacks; None: it has all weights."""
-    lora: LoRAConfig | None = Field(None, exclude_if=unset)
+    lora: LoRAConfig | None = Field(None, exclude_if=is_unset)
     """Low-rank adaptation of ``base``; None: none."""
     images: int = Field(ge=0, lt=2**63)
     """Images seen in training."""
     training: dict[str, Any]
     """The resolved training configuration."""
-    guidance: float | None = Field(None, ge=0, le=1000, exclude_if=unset)
+    guidance: float | None = Field(None, ge=0, le=1000, exclude_if=is_unset)
     """Scale of guidance that evaluation chose, for sampling.guidance = null. None: none."""
-    guidance_interval: tuple[float, float] | None = Field(None, exclude_if=unset)
+    guidance_interval: tuple[float, float] | None = Field(None, exclude_if=is_unset)
     """Noise levels σ at which it guides. None: all."""
-    autoguidance: float | None = Field(None, ge=0, le=1000, exclude_if=unset)
+    autoguidance: float | None = Field(None, ge=0, le=1000, exclude_if=is_unset)
     """Scale of autoguidance that evaluation chose, for sampling.autoguidance = null. None: none."""
-    guide_images: int | None = Field(None, ge=0, lt=2**63, exclude_if=unset)
+    guide_images: int | None = Field(None, ge=0, lt=2**63, exclude_if=is_unset)
     """Images that the weights of the guide have seen, away from which autoguidance leads. None: there is no guide."""
-    origin: Origin | None = Field(None, exclude_if=unset)
+    origin: Origin | None = Field(None, exclude_if=is_unset)
     """Origin of an imported pipeline; None: the model was trained here."""
 
     @property
@@ -155,7 +155,7 @@ class ModelHeader(Config):
         is_set = config.guidance is not None or config.autoguidance is not None
         if is_set or is_consistency or not (conditional or self.autoguidance is not None):
             return config
-        return config.changed({name: getattr(self, name) for name in GUIDANCE_OPTIONS})
+        return config.with_changes({name: getattr(self, name) for name in GUIDANCE_OPTIONS})
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ class Model(ABC):
         """(C, H, W) of the images."""
         return self.header.channels, *(self.size or next(iter(self.header.trained_shapes)))
 
-    def at(self, size: tuple[int, int] | None) -> Self:
+    def with_size(self, size: tuple[int, int] | None) -> Self:
         """Return the model for images of ``size``, (H, W) pixels; None: of those that it generates by default.
 
         Raises UserError if its network takes no images of that size.
@@ -261,7 +261,7 @@ class Model(ABC):
         """Count the tokens of ``prompt``, those of an empty one, and the most that the model's text encoder reads."""
         return prompt_length(prompt)
 
-    def on(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> Self:
         """Copy the model's modules to ``device``."""
         modules: dict[str, Any] = {
             name: copy.deepcopy(module).to(device)
@@ -302,7 +302,7 @@ class TrainingBatch:
     """Random numbers of the family: ``noise``, Gaussian, (N, C, H, W); ``t``, time steps, (N,); ``dropout_seeds``, (N,)
     int64."""
 
-    def on(self, device: torch.device) -> "TrainingBatch":
+    def to(self, device: torch.device) -> "TrainingBatch":
         """Copy the batch to ``device``, asynchronously on a GPU."""
         if device.type == "cpu":
             return self

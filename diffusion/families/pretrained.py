@@ -19,19 +19,19 @@ from diffusion.families.ddpm import (
     DenoisingObjective,
     DiffusionModel,
     count_evaluations,
-    known_part,
+    encode_known_part,
+    make_unconditional,
     paste_kept,
-    unconditional,
 )
 from diffusion.families.model import Conditioning, ConditioningBatch, ModelHeader, TrainingObjective, to_uint8
 from diffusion.models.config import DiffusersConfig, ObjectiveConfig
 from diffusion.models.pretrained import PipelineNetwork, build, tensor_names
 from diffusion.models.vae import Latents
-from diffusion.process.denoiser import Denoiser, rescaled
+from diffusion.process.denoiser import Denoiser, rescale_guidance
 from diffusion.process.likelihood import Terms
 from diffusion.process.parametrization import Objective, Parametrization, make_weight
 from diffusion.process.samplers import Noise, SamplingConfig, SchedulerSampling
-from diffusion.process.schedules import NoiseSchedule, flow_schedule, with_finite_end
+from diffusion.process.schedules import NoiseSchedule, flow_schedule, make_final_sigma_finite
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,13 @@ class PretrainedModel(DiffusionModel):
         """Wrap the components with the schedule of the pipeline's scheduler."""
         assert isinstance(header.model, DiffusersConfig)
         latents = network if header.model.latents is not None else None
-        return cls(header, network, make_pipeline_schedule(header.model), latents).at(None)
+        return cls(header, network, make_pipeline_schedule(header.model), latents).with_size(None)
 
-    def on(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> Self:
         """Copy the components to ``device``."""
         if next(self.network.parameters()).device == device:
             return self
-        return self.make_model(self.header, copy.deepcopy(self.network).to(device), None).at(self.size)
+        return self.make_model(self.header, copy.deepcopy(self.network).to(device), None).with_size(self.size)
 
     @property
     def config(self) -> DiffusersConfig:  # type: ignore[override]
@@ -142,7 +142,7 @@ class PretrainedModel(DiffusionModel):
                     "a pipeline's own scheduler only replaces what is known: use the method replace, or another "
                     "sampling.sampler"
                 )
-            content, mask = known_part(self, edit, x.device)
+            content, mask = encode_known_part(self, edit, x.device)
             offset = (config.steps - max(1, int(config.steps * edit.strength))) * scheduler.order
             timesteps = timesteps[offset:]
             if hasattr(scheduler, "set_begin_index"):
@@ -152,12 +152,12 @@ class PretrainedModel(DiffusionModel):
         predict = self._build_prediction(batch, config)
         for number, t in enumerate(timesteps):
             model_input = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
-            with _GivenNoise(batch.noise):
+            with _NoiseOverride(batch.noise):
                 x = scheduler.step(predict(model_input, t), t, x, return_dict=False)[0]
             if content is not None and mask is not None:
                 t_next = timesteps[number + 1 : number + 2]
                 x = torch.where(mask, _add_noise(scheduler, content, noise, t_next) if len(t_next) else content, x)
-        images = to_uint8(self.decoded(x))
+        images = to_uint8(self.decode(x))
         return images if edit is None else paste_kept(edit, images)
 
     def _scheduler(self, steps: int, device: torch.device = CPU) -> Any:
@@ -189,7 +189,7 @@ class PretrainedModel(DiffusionModel):
         if not config.guides:
             return lambda x, t: self.network.predict(x, t, **conditioning)
         assert config.guidance is not None
-        scale, null_conditioning = config.guidance, unconditional(self, conditioning, batch.negative)
+        scale, null_conditioning = config.guidance, make_unconditional(self, conditioning, batch.negative)
         joint = {name: torch.cat([null_conditioning[name], value]) for name, value in conditioning.items()}
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class PretrainedModel(DiffusionModel):
             base, ours = self.network.predict(torch.cat([x, x]), t, **joint).chunk(2)
             prediction = base + scale * (ours - base)
             share = config.guidance_rescale
-            return prediction if share is None else rescaled(prediction, ours, share)
+            return prediction if share is None else rescale_guidance(prediction, ours, share)
 
         return predict
 
@@ -215,7 +215,7 @@ class PretrainedModel(DiffusionModel):
             count = len(self._scheduler(config.steps).timesteps) * (2 if config.guides else 1)
         else:
             count = count_evaluations(config, self.schedule)
-        return [(1, lambda: self.decoded(x)), (count, lambda: self.network(x, torch.zeros(1), **conditioning))]
+        return [(1, lambda: self.decode(x)), (count, lambda: self.network(x, torch.zeros(1), **conditioning))]
 
     def terms(self, x0: Tensor, conditioning: Conditioning, indices: Sequence[int]) -> Terms:
         """Compute losses by noise level, and bits in pixels; nothing if the network's prediction is unknown."""
@@ -224,7 +224,7 @@ class PretrainedModel(DiffusionModel):
         return super().terms(x0, conditioning, indices)
 
 
-class _GivenNoise(TorchFunctionMode):
+class _NoiseOverride(TorchFunctionMode):
     """Have schedulers take their fresh noise from ``noise``, of each image by itself, instead of ``torch.randn``."""
 
     def __init__(self, noise: Noise) -> None:
@@ -264,7 +264,7 @@ def make_pipeline_schedule(config: DiffusersConfig) -> NoiseSchedule:
         return flow_schedule(scheduler.config.num_train_timesteps, values)
     schedule = NoiseSchedule(scheduler.alphas_cumprod.double().cpu(), values)
     if scheduler.config.get("rescale_betas_zero_snr"):
-        schedule = replace(with_finite_end(schedule), zero_terminal_snr=True)
+        schedule = replace(make_final_sigma_finite(schedule), zero_terminal_snr=True)
     if not ((schedule.alphas_cumprod.diff() < 0).all() and schedule.alphas_cumprod[-1] > 0):
         raise UserError(f"the {config.scheduler.kind} has no distinct noise levels: its configuration is damaged")
     return schedule

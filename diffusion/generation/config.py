@@ -113,17 +113,17 @@ class GenerationRequest(Config):
     def sampling(self, config: SamplingConfig) -> SamplingConfig:
         """Apply the request's options to ``config``; raises UserError if they contradict each other."""
         if (guidance := getattr(self, "guidance", None)) is not None:
-            config = config.changed({"autoguidance": None})
+            config = config.with_changes({"autoguidance": None})
         if guidance == 1:
             # Its other options have no effect without guidance.
-            config = config.unguided()
+            config = config.without_guidance()
         if self.sampler is not None and self.sampler != config.sampler:
             names = [kind.model_fields["sampler"].default for kind in SAMPLERS]
             if self.sampler not in names:
                 raise UserError(f"there is no sampler {self.sampler!r}: use {', '.join(names)}")
             config = config.with_sampler(self.sampler)
         options = {"steps": self.steps, "guidance": guidance}
-        return config.changed({name: value for name, value in options.items() if value is not None})
+        return config.with_changes({name: value for name, value in options.items() if value is not None})
 
 
 class ConditionalRequest(GenerationRequest):

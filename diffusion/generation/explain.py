@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import write_bytes
-from diffusion.common.image_grids import above, figure_png, grid, save_png
+from diffusion.common.image_grids import figure_png, make_grid, make_paired_grid, save_png
 from diffusion.common.random import GaussianNoise
 from diffusion.common.shapes import height_and_width
 from diffusion.families.autoregressive import AutoregressiveModel, bits_of_pixels
@@ -24,7 +24,7 @@ from diffusion.families.gan import GANModel
 from diffusion.families.model import Conditioning, Model, to_float, to_uint8
 from diffusion.families.vae import VAEModel
 from diffusion.generation.config import Conditions
-from diffusion.generation.generate import interpolate, make_conditioning, reconstructed
+from diffusion.generation.generate import interpolate, make_conditioning, reconstruct_images
 from diffusion.generation.super_resolution import task_of
 from diffusion.process.samplers import sampling_config
 from diffusion.process.schedules import NoiseSchedule
@@ -37,7 +37,7 @@ NOISE_RANGE = 3.0
 INK, MUTED, SIGNAL, NOISE = "#1c1f23", "#5c6570", "#2563eb", "#b9c0c8"
 
 
-class Reverse(NamedTuple):
+class ReverseProcess(NamedTuple):
     """K steps of a reverse process."""
 
     numbers: list[int]
@@ -61,10 +61,10 @@ def explain(model: Model, image: Tensor, output: Path, seed: int = 0) -> list[Pa
             f"the image is {theirs} and the model generates {' or '.join(ours)} (channels × height × width): "
             "take one from the data set that the model was trained on"
         )
-    model = model.at(height_and_width(image))
+    model = model.with_size(height_and_width(image))
     match model:
         case DiffusionModel():
-            x0 = model.encoded(to_float(image)[None])[0]
+            x0 = model.encode(to_float(image)[None])[0]
             noise = GaussianNoise(seed, "explain", [0], model.noise_shape)()[0]
             conditioning = task_of(model.config, model.header.size).conditioning(image[None]) or None
             figures = {
@@ -77,20 +77,20 @@ def explain(model: Model, image: Tensor, output: Path, seed: int = 0) -> list[Pa
             return list(figures)
         case VAEModel():
             path = output / "reconstruction.png"
-            sheet = above(image[None], reconstructed(model, image[None], sampling_config()), scale=4)
+            sheet = make_paired_grid(image[None], reconstruct_images(model, image[None], sampling_config()), scale=4)
         case GANModel():
             path = output / "way.png"
             conditions = [Conditions(labels=(name,)) for name in model.classes] or [Conditions()]
             config = sampling_config(compute_batch=FRAMES)
             rows = [interpolate(model, seed, seed + 1, FRAMES, config, conditions=label) for label in conditions]
-            sheet = grid(torch.cat(rows), columns=FRAMES)
+            sheet = make_grid(torch.cat(rows), columns=FRAMES)
         case AutoregressiveModel():
             path = output / "surprise.png"
             with torch.inference_mode():
                 bits = bits_of_pixels(model.network, to_float(image[None]), {}) / image.shape[0]
             # Eight bits per value are white.
             surprise = (bits / 8 * 255).clamp(0, 255).to(torch.uint8)[:, None].expand(-1, len(image), -1, -1)
-            sheet = above(image[None], surprise, scale=8)
+            sheet = make_paired_grid(image[None], surprise, scale=8)
         case _:
             raise TypeError(type(model))
     save_png(path, sheet)
@@ -122,7 +122,7 @@ def training_step(
 
 
 @torch.inference_mode()
-def reverse(model: DiffusionModel, seed: int, conditioning: Conditioning | None = None) -> Reverse:
+def reverse(model: DiffusionModel, seed: int, conditioning: Conditioning | None = None) -> ReverseProcess:
     """Record the default sampler on image 0 of ``seed`` at up to FRAMES steps spread evenly in time t."""
     sigmas = model.schedule.sigma_grid(REVERSE_STEPS)
     conditioning = make_conditioning(model, [0], seed) if conditioning is None else conditioning
@@ -140,7 +140,7 @@ def reverse(model: DiffusionModel, seed: int, conditioning: Conditioning | None 
     indices = torch.unique((times - targets[:, None]).abs().argmin(1))
     # The sampler's x is x_0 + σ ε; times √ᾱ = 1/√(1 + σ²) it is the forward process' x_t.
     scale = (1 + sigmas[indices] ** 2).sqrt().float()[:, None, None, None]
-    return Reverse(
+    return ReverseProcess(
         numbers=(indices + 1).tolist(),
         steps=times[indices].tolist(),
         images=torch.cat([pairs[i][0] for i in indices]) / scale,
@@ -209,7 +209,7 @@ def draw_training_step(
     return figure
 
 
-def draw_reverse(model: DiffusionModel, frames: Reverse) -> Figure:
+def draw_reverse(model: DiffusionModel, frames: ReverseProcess) -> Figure:
     """Plot the states above the estimates of the image, and the result at the end."""
     subtitle = f"{REVERSE_STEPS} steps; each moves towards the model's estimate of the image, then asks again"
     figure = _figure(model, 4.3, "The reverse process: noise turns into an image", subtitle)
@@ -227,7 +227,7 @@ def draw_reverse(model: DiffusionModel, frames: Reverse) -> Figure:
 
 def _decode(model: DiffusionModel, x: Tensor) -> Tensor:
     """Show a state or an estimate as an image: latents are decoded, however noisy."""
-    return to_uint8(model.decoded(x[None]))[0]
+    return to_uint8(model.decode(x[None]))[0]
 
 
 def _figure(model: DiffusionModel, height: float, title: str, subtitle: str) -> Figure:

@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from diffusion.common.device import repeatable, resolve_device
+from diffusion.common.device import compute_deterministically, resolve_device
 from diffusion.common.errors import UserError
 from diffusion.common.fingerprint import autocast
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.random import GaussianNoise, uniform
-from diffusion.common.shapes import numbers_by_shape
+from diffusion.common.shapes import group_by_shape
 from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.families.ddpm import DiffusionModel
@@ -18,7 +18,7 @@ from diffusion.families.model import Conditioning, ConditioningBatch, Model, to_
 from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions
 from diffusion.models.config import DiffusersConfig, FamilyConfig, ModelConfig
 from diffusion.models.text_encoder import prompt_length
-from diffusion.process.editing import Edit, between, whole
+from diffusion.process.editing import Edit, downsample_mask, slerp
 from diffusion.process.samplers import Noise, SamplingConfig, sampling_conflict
 
 Embeddings = Mapping[str | None, Tensor]
@@ -30,7 +30,7 @@ def sample(
     indices: Sequence[int],
     seed: int,
     config: SamplingConfig,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
     conditions: Conditions = UNCONDITIONAL,
     edit: Edit | None = None,
     at_once: int | None = None,
@@ -38,7 +38,7 @@ def sample(
 ) -> Tensor:
     """Generate the images ``indices`` of ``seed``, or edits of the image of ``edit``: (len(indices), C, H, W) uint8.
 
-    All have the size of ``model`` (``Model.at``), whatever those of ``conditions`` are: see ``sample_each``.
+    All have the size of ``model`` (``Model.with_size``), whatever those of ``conditions`` are: see ``sample_each``.
 
     Image i is always computed as member i mod B of the compute batch i div B (B = ``config.compute_batch``), because
     floating-point sums change with a batch's shape. ``at_once`` compute batches are computed concurrently on a CPU;
@@ -64,10 +64,10 @@ def sample(
     batches = [range(b * size, (b + 1) * size) for b in sorted({index // size for index in indices})]
     generated_images: dict[int, Tensor] = {}
     device = resolve_device(config.device)
-    model = model.on(device)
+    model = model.to(device)
 
     # A GPU computes a batch in parallel by itself.
-    with repeatable(device), worker_threads(at_once if device.type == "cpu" else 1) as pool:
+    with compute_deterministically(device), worker_threads(at_once if device.type == "cpu" else 1) as pool:
         # Inside, as the bits of embeddings depend on the number of threads.
         embeddings = prompt_embeddings(model, conditions)
 
@@ -90,7 +90,7 @@ def sample_each(
     indices: Sequence[int],
     seed: int,
     config: SamplingConfig,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
     conditions: Conditions = UNCONDITIONAL,
     at_once: int | None = None,
 ) -> list[Tensor]:
@@ -100,8 +100,8 @@ def sample_each(
     in it, so images of equal sizes should have consecutive indices. Raises UserError for sizes that the model's
     network does not take, before anything is generated.
     """
-    by_size = numbers_by_shape(conditions.size(index) or model.shape[1:] for index in indices)
-    models = {size: model.at(size) for size in by_size}
+    by_size = group_by_shape(conditions.size(index) or model.shape[1:] for index in indices)
+    models = {size: model.with_size(size) for size in by_size}
     generated_images: dict[int, Tensor] = {}
 
     def report_progress(what: str, done: int, total: int | None, note: str = "") -> None:
@@ -121,7 +121,7 @@ def interpolate(
     to_seed: int,
     count: int,
     config: SamplingConfig,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
     conditions: Conditions = UNCONDITIONAL,
 ) -> Tensor:
     """Generate images from image 0 of ``seed`` to that of ``to_seed``, (count, C, H, W) uint8, as ``sample`` does."""
@@ -132,7 +132,7 @@ def interpolate(
         # Members beyond the last image only fill the batch.
         places = shares[torch.tensor(members).clamp(max=count - 1)]
         ends = [GaussianNoise(end, "sampling", [0], model.noise_shape) for end in (seed, to_seed)]
-        return lambda: between(ends[0]()[0], ends[1]()[0], places)
+        return lambda: slerp(ends[0]()[0], ends[1]()[0], places)
 
     return sample(model, range(count), seed, config, progress, conditions, noise=noise)
 
@@ -200,7 +200,7 @@ def check_edit(model: Model, edit: Edit) -> None:
             f"a model of the family {model.config.family} has no steps in which to edit an image: use a diffusion model"
         )
     _, height, width = model.noise_shape
-    if edit.kept is not None and edit.strength == 1 and not whole(edit.kept, (height, width)).any():
+    if edit.kept is not None and edit.strength == 1 and not downsample_mask(edit.kept, (height, width)).any():
         factor = len(edit.kept) // height
         raise UserError(
             f"the mask keeps no square of {factor}×{factor} pixels whole, which is what one position of the model's "
@@ -238,7 +238,7 @@ def labels_of(model: Model, indices: Sequence[int], seed: int, conditions: Condi
     return torch.searchsorted(counts.cumsum(0).double() / counts.sum(), uniform(seed, "label", indices), right=True)
 
 
-def reconstructed(model: Model, images: Tensor, config: SamplingConfig) -> Tensor:
+def reconstruct_images(model: Model, images: Tensor, config: SamplingConfig) -> Tensor:
     """Reconstruct ``images``, (N, C, H, W) uint8, with the autoencoder of ``model``, in compute batches."""
     autoencoder, device = model.autoencoder, next(model.network.parameters()).device
     assert autoencoder is not None
@@ -250,7 +250,7 @@ def reconstructed(model: Model, images: Tensor, config: SamplingConfig) -> Tenso
         with autocast(config.precision, device):
             return to_uint8(autoencoder.decode(autoencoder.encode(to_float(inputs).to(device))))[: len(batch)].cpu()
 
-    with repeatable(device), worker_threads(None if device.type == "cpu" else 1) as pool:
+    with compute_deterministically(device), worker_threads(None if device.type == "cpu" else 1) as pool:
         return torch.cat(list(pool.map(reconstruct, torch.split(images, config.compute_batch))))
 
 

@@ -15,11 +15,11 @@ from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.files import PARTIAL, digest_of, sha256_bytes, sha256_file, write_bytes, write_json
 from diffusion.common.fingerprint import Fingerprint, fingerprint
-from diffusion.common.image_grids import blocks, grid, image_of, marked_png, save_png
-from diffusion.common.progress import Progress, silent
+from diffusion.common.image_grids import encode_png_with_metadata, make_grid, repeat_pixels, save_png, to_pil_image
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.shapes import Shape, height_and_width, shape_name
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.decode import UnusableEntry, prepare, unscaled
+from diffusion.data.ingest.decode import UnusableEntryError, decode_unscaled, prepare
 from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.model import Model
 from diffusion.generation.config import (
@@ -94,7 +94,7 @@ def tasks_of(model: Model) -> tuple[Task, ...]:
 
 
 def answer(
-    model: Model, requests: Sequence[GenerationRequest], sampling: SamplingConfig, progress: Progress = silent
+    model: Model, requests: Sequence[GenerationRequest], sampling: SamplingConfig, progress: Progress = ignore_progress
 ) -> list[Tensor]:
     """Generate the images of each request, (count, C, H, W) uint8, with ``sampling`` where the request sets nothing.
 
@@ -110,7 +110,9 @@ def answer(
             configs.append(sampling_of(model, request, sampling))
             inputs.append(input_of(model, request))
             source = inputs[-1]
-            models.append(model.at(height_and_width(source.image) if isinstance(source, Edit) else size_of(request)))
+            models.append(
+                model.with_size(height_and_width(source.image) if isinstance(source, Edit) else size_of(request))
+            )
         except UserError as error:
             raise UserError(f"row {number}: {error}" if len(requests) > 1 else str(error)) from error
         source = inputs[-1]
@@ -147,12 +149,12 @@ def answer(
     return [answers[number] for number in range(len(requests))]
 
 
-def original(model: Model, request: GenerationRequest) -> list[Tensor]:
+def show_input(model: Model, request: GenerationRequest) -> list[Tensor]:
     """Show the input image of ``request``, if any, at the size of generated ones, (C, H, W) uint8, with grey holes."""
     source = input_of(model, request)
     if isinstance(source, Edit):
         return [source.image if source.kept is None else torch.where(source.kept, source.image, HOLE)]
-    return [] if source is None else blocks(source[None], scale_of(model))
+    return [] if source is None else repeat_pixels(source[None], scale_of(model))
 
 
 def sampling_of(model: Model, request: GenerationRequest, sampling: SamplingConfig) -> SamplingConfig:
@@ -166,12 +168,12 @@ def sampling_of(model: Model, request: GenerationRequest, sampling: SamplingConf
             f"sampler {config.sampler} does not fit: consistency is for students, and they have no other: leave it out"
         )
     if getattr(request, "guidance", None) is None and not is_conditional(model.classes, request.conditions):
-        config = config.unguided()
+        config = config.without_guidance()
     check_sampling(model, config, request.conditions)
     check_prompts(request.conditions, model.prompt_length)
     if isinstance(request, InterpolateRequest):
         check_interpolation(model, request.seed, request.to_seed, request.count, request.conditions)
-    model = model.at(size_of(request))  # raises for a size that its network does not take
+    model = model.with_size(size_of(request))  # raises for a size that its network does not take
     if isinstance(model, DiffusionModel):
         config.sigma_grid(model.schedule)  # raises if there is no level between the ends
     return config
@@ -186,7 +188,7 @@ def input_of(model: Model, request: GenerationRequest) -> Edit | Tensor | None:
     """Decode the images of ``request``: an edit, or the image to upscale, (C, h, w) uint8."""
     if isinstance(request, UpscaleRequest):
         # Under 2,048 pixels high and wide.
-        image = _channels_first(_decode(unscaled, request.image, "image", 1024, model.header.channels))
+        image = _channels_first(_decode(decode_unscaled, request.image, "image", 1024, model.header.channels))
         tile_shape(model, image[None])  # raises if it is too small
         if (pixels := request.count * image[0].numel() * scale_of(model) ** 2) > MAX_PIXELS:
             raise UserError(
@@ -209,7 +211,7 @@ def input_of(model: Model, request: GenerationRequest) -> Edit | Tensor | None:
             raise UserError(f"the mask has {theirs} pixels and the image {ours} (width × height): make them equal")
         keep_mask = torch.from_numpy(mask.pixels < 32)  # nearly black, also after scaling
         edit = Edit(image, keep_mask, request.strength, request.resample_steps or 1, guided=request.method == "pigdm")
-    check_edit(model.at(height_and_width(image)), edit)
+    check_edit(model.with_size(height_and_width(image)), edit)
     return edit
 
 
@@ -238,7 +240,7 @@ def _decode(
         raise UserError(f"no image can be fitted to {names}: {error.errors()[0]['msg']}: set another size") from error
     try:
         return decode(payload, config)
-    except UnusableEntry as error:
+    except UnusableEntryError as error:
         raise UserError(f"the {name} cannot be used: {error}") from error
 
 
@@ -248,7 +250,7 @@ def generate_to_folder(
     sampling: SamplingConfig,
     output: Path | None = None,
     origin: Mapping[str, str] | None = None,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> GenerationResult:
     """Generate the images of ``request`` with the model in the file ``weights`` into the folder ``output``.
 
@@ -280,9 +282,9 @@ def generate_to_folder(
     for index, image in zip(request.indices, images, strict=True):
         path = output / f"{index:08d}.png"
         sha256 = write_bytes(path, encode(image, index, request, origin))
-        pixels_sha256 = sha256_bytes(image_of(image).tobytes())
+        pixels_sha256 = sha256_bytes(to_pil_image(image).tobytes())
         rows.append({"file": path.name, "index": index, "sha256": sha256, "pixels_sha256": pixels_sha256})
-    save_png(output / "grid.png", grid([*original(model, request), *images[:SHOWN]]))
+    save_png(output / "grid.png", make_grid([*show_input(model, request), *images[:SHOWN]]))
     record = record.model_copy(update={"images": tuple(rows)})
     write_json(output / ABOUT, record.model_dump(mode="json", exclude_none=True))
     fields = {name: getattr(request, name) for name in ("task", "count", "seed")}
@@ -292,7 +294,7 @@ def generate_to_folder(
 def encode(image: Tensor, index: int, request: GenerationRequest, origin: Mapping[str, str]) -> bytes:
     """Encode image ``index`` of ``request``, (C, H, W) uint8, as a PNG that carries the ``origin`` of its model."""
     texts = {**origin, "task": request.task, "seed": str(request.seed), "index": str(index)}
-    return marked_png(image_of(image), texts)
+    return encode_png_with_metadata(to_pil_image(image), texts)
 
 
 def _require_own(output: Path, request_record: RequestRecord) -> None:

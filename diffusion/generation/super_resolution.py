@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from diffusion.common.device import repeatable, resolve_device
+from diffusion.common.device import compute_deterministically, resolve_device
 from diffusion.common.errors import UserError
 from diffusion.common.fingerprint import CPU, autocast
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.random import GaussianNoise, uniform
 from diffusion.common.shapes import Shape, height_and_width
 from diffusion.common.threads import worker_threads
@@ -28,7 +28,7 @@ from diffusion.models.config import FamilyConfig, ModelConfig
 from diffusion.process.samplers import SamplingConfig
 
 
-def shrunk(images: Tensor, scale: int) -> Tensor:
+def shrink_images(images: Tensor, scale: int) -> Tensor:
     """Downscale ``images``, (N, C, H, W) uint8, to (N, C, H/scale, W/scale) uint8."""
     # Bicubic with antialiasing, as in SR3: equal to Pillow's but for rounding. Integers, as in image files.
     small_shape = tuple(side // scale for side in height_and_width(images))
@@ -36,9 +36,9 @@ def shrunk(images: Tensor, scale: int) -> Tensor:
     return output.round().clamp(0, 255).to(torch.uint8)
 
 
-def enlarged(small: Tensor, scale: int) -> Tensor:
+def enlarge_images(small: Tensor, scale: int) -> Tensor:
     """Upscale ``small``, (N, C, h, w) uint8, bicubically: (N, C, h·scale, w·scale) float32, about in [−1, 1]."""
-    # Enlarging needs no antialiasing; with it, torch's kernel is that of ``shrunk``, and of Pillow.
+    # Enlarging needs no antialiasing; with it, torch's kernel is that of ``shrink_images``, and of Pillow.
     output = interpolate(to_float(small), scale_factor=scale, mode="bicubic", antialias=True)
     return output.contiguous(memory_format=torch.channels_last)
 
@@ -61,13 +61,13 @@ class GenerationTask:
 
     def inputs(self, images: Tensor) -> Tensor | None:
         """Make the small version of each image, (N, C, h, w) uint8; None for generation from noise."""
-        return shrunk(images, self.scale) if self.low_resolution else None
+        return shrink_images(images, self.scale) if self.low_resolution else None
 
     def conditioning(self, images: Tensor) -> Conditioning:
         """Make the small version of each image at full size, (N, C, H, W) float32, and a noise level of 0, (N,)."""
         if (inputs := self.inputs(images)) is None:
             return {}
-        return {"low": enlarged(inputs, self.scale), "level": torch.zeros(len(images))}
+        return {"low": enlarge_images(inputs, self.scale), "level": torch.zeros(len(images))}
 
     def sigma_data(self, images: Tensor) -> float:
         """Compute the standard deviation of the residuals to the small versions of ``images``."""
@@ -113,7 +113,7 @@ def tile_shape(model: Model, images: Tensor) -> Shape:
             f"the image has {height}×{width} pixels (height × width) and the model was trained on {sizes}, so it "
             "enlarges nothing lower or narrower: give it a larger one"
         )
-    return min(candidates, key=lambda shape: len(starts(height, shape[0])) * len(starts(width, shape[1])))
+    return min(candidates, key=lambda shape: len(place_tiles(height, shape[0])) * len(place_tiles(width, shape[1])))
 
 
 def generate(
@@ -122,7 +122,7 @@ def generate(
     indices: range,
     seed: int,
     config: SamplingConfig,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
     conditions: Conditions = UNCONDITIONAL,
 ) -> Tensor:
     """Generate the images ``indices`` of ``seed``, (N, C, H, W) uint8, from the ``inputs`` of the model's task."""
@@ -157,7 +157,7 @@ class Tiles:
         pieces = [canvas[:, :, top : top + high, left : left + wide] for top, left in self.places]
         return torch.stack(pieces, dim=1).flatten(0, 1)
 
-    def blended(self, pieces: Tensor, height: int, width: int) -> Tensor:
+    def blend(self, pieces: Tensor, height: int, width: int) -> Tensor:
         """Blend tiles from ``cut``: (N, C, height, width) float32."""
         high, wide = self.shape
         pieces = pieces.reshape(-1, len(self.places), *pieces.shape[1:])
@@ -172,7 +172,7 @@ def make_tiles(height: int, width: int, shape: Shape, scale: int, device: torch.
     """Make tiles of ``shape`` in small pixels for a small image of ``height`` × ``width``, upscaled by ``scale``."""
     # Aligned to small pixels, as in training. Weights fall towards the edges, where the network lacks context.
     pairs = zip((height, width), shape, strict=True)
-    rows, columns = ([scale * start for start in starts(length, tile)] for length, tile in pairs)
+    rows, columns = ([scale * start for start in place_tiles(length, tile)] for length, tile in pairs)
     places = [(top, left) for top in rows for left in columns]
     high, wide = (side * scale for side in shape)
     ramps = [torch.minimum(torch.arange(1, n + 1), torch.arange(n, 0, -1)).float() for n in (high, wide)]
@@ -184,14 +184,19 @@ def make_tiles(height: int, width: int, shape: Shape, scale: int, device: torch.
     return Tiles((high, wide), places, torch.stack(weights)[:, None].to(device))
 
 
-def starts(length: int, size: int) -> list[int]:
+def place_tiles(length: int, size: int) -> list[int]:
     """Compute evenly spaced starts of tiles of ``size`` that cover ``length`` and overlap by a quarter or more."""
     count = 1 + math.ceil((length - size) / (size - max(1, size // 4)))
     return [round(number * (length - size) / max(count - 1, 1)) for number in range(count)]
 
 
 def upscale(
-    model: Model, images: Tensor, seed: int, config: SamplingConfig, progress: Progress = silent, first: int = 0
+    model: Model,
+    images: Tensor,
+    seed: int,
+    config: SamplingConfig,
+    progress: Progress = ignore_progress,
+    first: int = 0,
 ) -> Tensor:
     """Upscale small ``images``, (N, C, h, w) uint8, to (N, C, h·scale, w·scale) uint8 with the model's scale.
 
@@ -204,7 +209,7 @@ def upscale(
     scale, batch = scale_of(model), config.compute_batch
     device = resolve_device(config.device)
     height, width = height_and_width(images)
-    model = model.on(device)
+    model = model.to(device)
     tiles = make_tiles(height, width, shape, scale, device)
     group_size = max(1, batch // len(tiles.places))
     groups = [range(start, start + group_size) for start in range(0, len(images), group_size)]
@@ -214,11 +219,11 @@ def upscale(
     batches = torch.arange(math.ceil(pieces / batch) * batch).clamp(max=pieces - 1).view(-1, batch)
     evaluations, steps = count(1), count_evaluations(config, model.schedule)
 
-    with repeatable(device), worker_threads(None if device.type == "cpu" else 1) as pool:
+    with compute_deterministically(device), worker_threads(None if device.type == "cpu" else 1) as pool:
 
         def generate(members: range) -> Tensor:
             # The last group is padded with the last image.
-            low = enlarged(images[torch.tensor(members).clamp(max=len(images) - 1)], scale)
+            low = enlarge_images(images[torch.tensor(members).clamp(max=len(images) - 1)], scale)
             numbers = range(first + members.start, first + members.stop)
             full_shape, level = tuple(low.shape[1:]), config.low_resolution_noise or 0.0
             if level:
@@ -240,7 +245,7 @@ def upscale(
                 if is_single:
                     progress("steps of enlarging", next(evaluations), steps)
                 # The estimates are linear in the predictions, so these are blended.
-                return tiles.blended(predictions, *x.shape[-2:])
+                return tiles.blend(predictions, *x.shape[-2:])
 
             noise = GaussianNoise(seed, "sampling", numbers, full_shape)
             with torch.inference_mode():

@@ -46,7 +46,7 @@ class Layer(nn.Module):
         if bias is not None:
             from_above, from_beside = from_above + bias[0][..., None, None], from_beside + bias[1][..., None, None]
         from_above = functional.silu(from_above)
-        return above + from_above, beside + self.out(gated(from_beside + self.link(from_above)))
+        return above + from_above, beside + self.out(gate_activation(from_beside + self.link(from_above)))
 
     def class_bias(self, label: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Biases of both stacks for classes ``label`` (N,), (N, C) and (N, 2C); None for an unconditional layer."""
@@ -86,7 +86,7 @@ class PixelCNN(nn.Module):
         ``label`` is the class of each image or ``no_class``, (N,) integers; None: ``no_class``.
         """
         label = self.labels(label, x)
-        inputs = with_ones(x)
+        inputs = append_ones(x)
         above = self.above(functional.pad(inputs, (1, 1, 1, 0))[..., :-1, :])
         beside = self.beside(functional.pad(inputs, (1, 0, 0, 0))[..., :-1])
         for layer in self.layers:
@@ -129,7 +129,7 @@ class PixelSampler:
     def begin_row(self, y: int) -> None:
         """Evaluate the vertical stack for row ``y``; all rows above it must be sampled."""
         edge = self.images.new_zeros(len(self.images), self.network.channels + 1, 1, self.width)
-        last_row = edge if y == 0 else with_ones(self.images[:, :, y - 1 : y])
+        last_row = edge if y == 0 else append_ones(self.images[:, :, y - 1 : y])
         row = self.network.above(functional.pad(last_row, (1, 1, 0, 0)))
         self.links = []
         for layer, bias, cache in zip(self.layers, self.biases, self.above, strict=True):
@@ -152,13 +152,13 @@ class PixelSampler:
         """Predict the mixture parameters (N, ``parameter_count``) of pixel ``x`` in row ``y``, the current row."""
         neighbour = self.images[:, :, y, x - 1] if x else None
         count, channels = len(self.images), self.network.channels
-        inputs = self.images.new_zeros(count, channels + 1) if neighbour is None else with_ones(neighbour)
+        inputs = self.images.new_zeros(count, channels + 1) if neighbour is None else append_ones(neighbour)
         h = functional.linear(inputs, self.network.beside.weight.flatten(1), self.network.beside.bias)
         for layer, taps, cache, links in zip(self.layers, self.taps, self.beside, self.links, strict=True):
             cache[x] = h
             tap = cache[x - layer.reach] if x >= layer.reach else torch.zeros_like(h)
             update = functional.linear(torch.cat([tap, h], dim=1), taps, layer.beside.bias) + links[x]
-            h = h + functional.linear(gated(update), layer.out.weight.flatten(1), layer.out.bias)
+            h = h + functional.linear(gate_activation(update), layer.out.weight.flatten(1), layer.out.bias)
         return self.network.output(h[..., None, None])[..., 0, 0]
 
 
@@ -250,12 +250,12 @@ def sample_pixels(mixtures: Mixtures, noise: Tensor, levels: int = LEVELS) -> Te
     return torch.stack(values, -1)
 
 
-def gated(x: Tensor) -> Tensor:
+def gate_activation(x: Tensor) -> Tensor:
     """Gated activation, (N, 2C, …) to (N, C, …): tanh of the first half times the sigmoid of the second."""
     values, gates = x.chunk(2, dim=1)
     return values.tanh() * gates.sigmoid()
 
 
-def with_ones(x: Tensor) -> Tensor:
+def append_ones(x: Tensor) -> Tensor:
     """Append a channel of ones to ``x`` (N, C, …)."""
     return torch.cat([x, torch.ones_like(x[:, :1])], dim=1)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag, model_validator
 
-from diffusion.common.config import LARGEST_SIZE, Config, unset
+from diffusion.common.config import LARGEST_SIZE, Config, is_unset
 from diffusion.common.shapes import Shape, shape_name
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "edm"]
@@ -82,11 +82,11 @@ class StudentConfig(Config):
 
     steps: int = Field(ge=1, le=8)
     """Network evaluations in which it generates."""
-    guidance: float | None = Field(None, ge=0, le=1000, exclude_if=unset)
+    guidance: float | None = Field(None, ge=0, le=1000, exclude_if=is_unset)
     """Scale of guidance of the teacher, which the student learns to need no more. Null: none."""
-    guidance_interval: tuple[float, float] | None = Field(None, exclude_if=unset)
+    guidance_interval: tuple[float, float] | None = Field(None, exclude_if=is_unset)
     """Noise levels σ at which the teacher is guided. Null: all."""
-    autoguidance: float | None = Field(None, ge=0, le=1000, exclude_if=unset)
+    autoguidance: float | None = Field(None, ge=0, le=1000, exclude_if=is_unset)
     """Scale of autoguidance of the teacher, instead. Null: none."""
 
     @model_validator(mode="after")
@@ -121,7 +121,7 @@ class ObjectiveConfig(Config):
     values, by the logarithm of the root of their ratio (2301.11093)."""
     log_sigma_std: float | None = Field(None, gt=0)
     """Standard deviation of ln σ for timestep_sampling = lognormal; null: 1.2, EDM's."""
-    student: StudentConfig | None = Field(None, exclude_if=unset)
+    student: StudentConfig | None = Field(None, exclude_if=is_unset)
     """Distil training.init_from into a student of few evaluations, as `darkroom distill` does. Null: train to
     denoise."""
     stratified_timesteps: bool = True
@@ -195,17 +195,17 @@ class ModelConfig(Kind):
     """Dropout rate inside each residual block; the choice depends on seed and image alone."""
     conditional: bool = True
     """Whether the network is conditioned on the class, where the data set has several."""
-    text: bool = Field(False, exclude_if=unset)
+    text: bool = Field(False, exclude_if=is_unset)
     """Whether the network is conditioned on captions, embedded by a sentence encoder (the extra ``text``)."""
-    low_resolution: int | None = Field(None, ge=2, le=LARGEST_SIZE, exclude_if=unset)
+    low_resolution: int | None = Field(None, ge=2, le=LARGEST_SIZE, exclude_if=is_unset)
     """Super-resolution (SR3, arXiv 2104.07636): height and width, in pixels, of the small image that alone
     conditions the network; the data set's size is a multiple of it. Null: no super-resolution."""
-    low_resolution_noise: float | None = Field(None, ge=0, exclude_if=unset)
+    low_resolution_noise: float | None = Field(None, ge=0, exclude_if=is_unset)
     """Largest standard deviation of the noise that training adds to the small image, in [−1, 1]; the network is
     conditioned on its level (noise conditioning augmentation, 2106.15282, section 4.3), which makes it robust to small
     images unlike those of training. Null: 0.1; 0: none."""
 
-    autoencoder: str | None = Field(None, exclude_if=unset)
+    autoencoder: str | None = Field(None, exclude_if=is_unset)
     """Diffusion in the latents of this autoencoder (arXiv 2112.10752), for images of 128 pixels and more: the
     final.safetensors of a model with model.family = vae, or models:/NAME@ALIAS. Null: in pixels."""
 

@@ -23,7 +23,7 @@ FACTORS = (".lora_A.weight", ".lora_B.weight")
 """Ends of the names of A and B, behind the name of the adapted layer, as in peft's files."""
 
 
-class PartlyTrained(nn.Module):
+class TrainableSubset(nn.Module):
     """A network of which training changes the parameters ``trained`` alone, by their names.
 
     Its state, and all that ``parameters`` lists, are these; the other weights of ``network`` move between devices with
@@ -60,7 +60,7 @@ class PartlyTrained(nn.Module):
         return self
 
 
-def make_trainable(network: nn.Module, lora: LoRAConfig | None) -> PartlyTrained:
+def make_trainable(network: nn.Module, lora: LoRAConfig | None) -> TrainableSubset:
     """Freeze a copy of ``network`` except low-rank matrices, or without ``lora`` the denoiser of a pipeline.
 
     The copy shares its frozen weights with ``network``. A is from torch's random numbers, B of zeros. Raises UserError
@@ -75,7 +75,7 @@ def make_trainable(network: nn.Module, lora: LoRAConfig | None) -> PartlyTrained
         trained = {name: clone.get_parameter(name) for name in weights}
         for parameter in trained.values():
             parameter.requires_grad_()
-        return PartlyTrained(clone, trained)
+        return TrainableSubset(clone, trained)
     try:
         import peft
     except ModuleNotFoundError as error:
@@ -90,7 +90,7 @@ def make_trainable(network: nn.Module, lora: LoRAConfig | None) -> PartlyTrained
     )
     peft.inject_adapter_in_model(adapter_config, clone)
     factors = {name: parameter for name, parameter in clone.named_parameters() if parameter.requires_grad}
-    return PartlyTrained(clone, {name.replace(".default.", "."): parameter for name, parameter in factors.items()})
+    return TrainableSubset(clone, {name.replace(".default.", "."): parameter for name, parameter in factors.items()})
 
 
 def denoiser_tensors(network: PipelineNetwork) -> set[str]:

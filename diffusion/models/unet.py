@@ -72,7 +72,7 @@ class SelfAttention(nn.Module):
         return x + out
 
 
-class Shrink(nn.Module):
+class Downsample(nn.Module):
     """Downsampling by a factor of 2."""
 
     def __init__(self, channels: int) -> None:
@@ -85,7 +85,7 @@ class Shrink(nn.Module):
         return out
 
 
-class Grow(nn.Module):
+class Upsample(nn.Module):
     """Upsampling by a factor of 2."""
 
     def __init__(self, channels: int) -> None:
@@ -148,14 +148,14 @@ class UNet(nn.Module):
                 self.down.append(block(current, resolution, resolution in config.attention))
                 skips.append(current)
             if resolution < lowest:
-                self.down.append(Shrink(current))
+                self.down.append(Downsample(current))
                 skips.append(current)
         self.middle.extend([block(current, lowest, middle_attention), block(current, lowest, attention=False)])
         for resolution in range(lowest, -1, -1):
             for _ in range(config.blocks + 1):
                 self.up.append(block(current + skips.pop(), resolution, resolution in config.attention))
             if resolution > 0:
-                self.up.append(Grow(current))
+                self.up.append(Upsample(current))
 
         self.norm = normalisation(current)
         # The prediction, and with a learned variance as many channels for v.
@@ -214,7 +214,7 @@ class UNet(nn.Module):
         for layer in self.middle:
             h = apply(layer, h)
         for layer in self.up:
-            h = layer(h) if isinstance(layer, Grow) else apply(layer, torch.cat([h, skips.pop()], dim=1))
+            h = layer(h) if isinstance(layer, Upsample) else apply(layer, torch.cat([h, skips.pop()], dim=1))
         output: Tensor = self.head(functional.silu(self.norm(h)))
         image = functional.pixel_shuffle(output, self.patch)
         return image[..., :height, :width] if pad_bottom or pad_right else image

@@ -10,7 +10,7 @@ from torch.nn import functional
 from diffusion.common.errors import UserError
 from diffusion.models.autoregressive import log_logistic
 from diffusion.models.config import LatentSpace, VAEConfig
-from diffusion.models.unet import Grow, normalisation
+from diffusion.models.unet import Upsample, normalisation
 
 LOG_VARIANCE = (-20.0, 10.0)
 """Range of a posterior's log-variance; values beyond it make no difference in float32."""
@@ -49,7 +49,7 @@ class Autoencoder(nn.Module):
         inputs = channels * config.patch**2
         latent, blocks = config.latent_channels, config.blocks
         self.encoder = _layers(inputs, widths, blocks, 2 * latent, lambda c: nn.Conv2d(c, c, 3, stride=2, padding=1))
-        self.decoder = _layers(latent, widths[::-1], blocks + 1, inputs, Grow)
+        self.decoder = _layers(latent, widths[::-1], blocks + 1, inputs, Upsample)
         self.log_scale = nn.Parameter(torch.full((1, channels, 1, 1), math.log(SCALE)))
         """Logarithm of the scale of the discretized logistic around reconstructions, in [−1, 1], of each channel.
 
@@ -83,7 +83,7 @@ class Prior(nn.Module):
         self.size, self.shape, self.hidden = config.global_latent, shape, (width, *shape[1:])
         numbers = math.prod(self.hidden)
         self.encoder = nn.Sequential(
-            _layers(channels, [width], 1, width, Grow), nn.Flatten(), nn.Linear(numbers, 2 * self.size)
+            _layers(channels, [width], 1, width, Upsample), nn.Flatten(), nn.Linear(numbers, 2 * self.size)
         )
         self.begin = nn.Linear(self.size, numbers)
         self.blocks = nn.ModuleList(Block(width, width) for _ in range(channels))

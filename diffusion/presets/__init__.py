@@ -16,7 +16,7 @@ def preset(name: str) -> dict[str, Any]:
     return sections
 
 
-def over(chosen: dict[str, Any], name: PresetName) -> dict[str, Any]:
+def complete_from_preset(chosen: dict[str, Any], name: PresetName) -> dict[str, Any]:
     """Complete ``chosen``, sections of fields, from the preset ``name``.
 
     Presets are for diffusion models. Other families have one file each, and any preset but the default raises

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion.process.likelihood import deviation_between, like
+from diffusion.process.likelihood import broadcast_to_images, interpolate_deviation
 from diffusion.process.parametrization import Parametrization
 from diffusion.process.samplers import Denoise, fixed_large, fixed_small
 from diffusion.process.schedules import NoiseSchedule
@@ -30,21 +30,21 @@ class Denoiser:
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Estimate x_0 (N, C, H, W) from ``x`` of the same shape; ``sigma`` is a number or (N,)."""
-        x0, _ = self.answer(x, sigma)
+        x0, _ = self.estimate(x, sigma)
         return x0
 
     def posterior(self, x: Tensor, sigma: Tensor, next_sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Estimate x_0, and the learned standard deviation of x at the lower σ ``next_sigma``: both (N, C, H, W)."""
-        x0, v = self.answer(x, sigma)
-        return x0, deviation_between(v, fixed_small(sigma, next_sigma), fixed_large(sigma, next_sigma))
+        x0, v = self.estimate(x, sigma)
+        return x0, interpolate_deviation(v, fixed_small(sigma, next_sigma), fixed_large(sigma, next_sigma))
 
-    def answer(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def estimate(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Estimate x_0; also returns v (N, C, H, W) of a learned variance, or a tensor without channels."""
         sigma = sigma.to(x.device).double().expand(len(x))
         center = None if self.around is None else self.around.to(x)
         if center is not None:
             x = x - center
-        inputs = like(x, self.parametrization.c_in(sigma)) * x
+        inputs = broadcast_to_images(x, self.parametrization.c_in(sigma)) * x
         output = self.network(inputs, self.schedule.time(sigma)).to(x.dtype)
         prediction, v = output.tensor_split([x.shape[1]], dim=1)
         x0 = self.parametrization.to_x0(prediction, x, sigma)
@@ -53,7 +53,7 @@ class Denoiser:
         return x0.clamp(-1, 1) if self.clip else x0, v
 
 
-def guided(
+def apply_guidance(
     conditional: Denoise,
     unconditional: Denoise,
     scale: float,
@@ -63,7 +63,8 @@ def guided(
     """Combine two denoisers as D_u + w (D_c − D_u), with ``scale`` w (arXiv 2207.12598, equation 6, where w is 1 less).
 
     Guides only for σ above the first number of ``interval`` and up to the second (2404.07724); None: for all σ.
-    ``rescale`` is the share for ``rescaled``, if any. The unconditional denoiser is never called if ``scale`` is 1.
+    ``rescale`` is the share for ``rescale_guidance``, if any. The unconditional denoiser is never called if ``scale``
+    is 1.
     """
     if scale == 1:
         return conditional
@@ -79,18 +80,18 @@ def guided(
         # lerp is exact at either end.
         estimate = torch.lerp(unconditional(x, sigma), x0, scale)
         if rescale is not None:
-            estimate = rescaled(estimate, x0, rescale)
+            estimate = rescale_guidance(estimate, x0, rescale)
         return torch.where(mask.to(x.device).expand(len(x))[:, None, None, None], estimate, x0)
 
     return denoise
 
 
-def rescaled(estimate: Tensor, reference: Tensor, share: float) -> Tensor:
+def rescale_guidance(estimate: Tensor, reference: Tensor, share: float) -> Tensor:
     """Rescale a ``share`` of ``estimate`` to the contrast of ``reference`` (arXiv 2305.08891, equations 15, 16)."""
     ours, theirs = (values.std((1, 2, 3), keepdim=True) for values in (estimate, reference))
     return torch.lerp(estimate, estimate * (theirs / ours.clamp(min=1e-12)), share)
 
 
-def clipped(denoise: Denoise) -> Denoise:
+def clip_estimates(denoise: Denoise) -> Denoise:
     """Clip the estimates of ``denoise`` to [−1, 1], the range of images."""
     return lambda x, sigma: denoise(x, sigma).clamp(-1, 1)

@@ -23,7 +23,7 @@ class Edit:
     kept: Tensor | None = None
     """(H, W) bool, True where the image is kept; None: img2img."""
     strength: float = 1.0
-    """Share of the reverse process that is run, in (0, 1]: see ``levels_for``."""
+    """Share of the reverse process that is run, in (0, 1]: see ``select_levels``."""
     resample_steps: int = 1
     """How often each stretch of steps is run: see ``repaint``. 1: no resampling."""
     stretch: int = 5
@@ -54,7 +54,7 @@ class Edit:
             raise UserError("the mask keeps nothing of the image: make it black where it is to stay")
 
 
-def blanked(images: Tensor, mask: Tensor) -> Tensor:
+def fill_hole(images: Tensor, mask: Tensor) -> Tensor:
     """Fill the hole of ``images`` (..., C, H, W) uint8 with each channel's mean over the pixels of ``mask`` (H, W)."""
     # Even at the highest noise level the brightness of the hole would shine through.
     mean = images[..., mask].float().mean(-1).round().to(images.dtype)
@@ -91,7 +91,7 @@ def pigdm(denoise: Denoise, content: Tensor, mask: Tensor, sigma_data: float) ->
     return guided_estimate
 
 
-def whole(mask: Tensor, shape: tuple[int, int]) -> Tensor:
+def downsample_mask(mask: Tensor, shape: tuple[int, int]) -> Tensor:
     """Downsample ``mask`` (H, W) bool to ``shape`` (h, w): a position is kept if all of its pixels are."""
     holes = functional.max_pool2d((~mask)[None].float(), len(mask) // shape[0])
     return holes == 0
@@ -124,13 +124,13 @@ def repaint(
     return x
 
 
-def levels_for(sigmas: Tensor, strength: float) -> Tensor:
+def select_levels(sigmas: Tensor, strength: float) -> Tensor:
     """Select the last share ``strength``, in (0, 1], of the steps of ``sigmas``, at least one (SDEdit, 2108.01073)."""
     steps = len(sigmas) - 1
     return sigmas[steps - max(1, round(strength * steps)) :]
 
 
-def between(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
+def slerp(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
     """Interpolate noise (C, H, W) spherically at each ``share`` (K,), as (K, C, H, W) (arXiv 2010.02502, app. D.5)."""
     angle = torch.acos(((start * end).sum() / (start.norm() * end.norm())).clamp(-1, 1))
     angles = (share * angle)[:, None, None, None].to(start.dtype)

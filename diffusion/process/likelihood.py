@@ -91,13 +91,13 @@ def noise_levels() -> Tensor:
     return torch.linspace(math.log(SIGMA_MIN), math.log(SIGMA_MAX), LEVELS + 1, dtype=torch.float64).exp()
 
 
-def deviation_between(v: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def interpolate_deviation(v: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Interpolate the logarithms of the variances ``low`` and ``high`` at (v + 1)/2: standard deviations (eq. 15)."""
     share = (v + 1) / 2
     return low ** ((1 - share) / 2) * high ** (share / 2)
 
 
-def bound(schedule: NoiseSchedule, t: Tensor, x0: Tensor, error: Tensor, v: Tensor) -> Tensor:
+def compute_bound(schedule: NoiseSchedule, t: Tensor, x0: Tensor, error: Tensor, v: Tensor) -> Tensor:
     """Compute the term of the variational bound at each image's integral time ``t`` (N,): bits per value, (N,).
 
     ``error`` is estimate minus truth for the images ``x0`` (N, C, H, W), which have values as from ``to_float``. The
@@ -109,13 +109,13 @@ def bound(schedule: NoiseSchedule, t: Tensor, x0: Tensor, error: Tensor, v: Tens
     # The lower variance of the last step is 0, so that of the step before it is used, with ᾱ = 1.
     min_variance = fixed_small(sigmas[1], sigmas[0]) / (1 + sigmas[0] ** 2)
     low, high = fixed_small(sigma, next_sigma).where(~first, min_variance), fixed_large(sigma, next_sigma)
-    deviation = deviation_between(v, like(v, low), like(v, high))
-    mean_error = like(v, 1 - (next_sigma / sigma) ** 2) * error
+    deviation = interpolate_deviation(v, broadcast_to_images(v, low), broadcast_to_images(v, high))
+    mean_error = broadcast_to_images(v, 1 - (next_sigma / sigma) ** 2) * error
     nats = torch.empty_like(v)
     # Each term only on its own images: on the others its gradient may be NaN.
     nats[first] = -log_likelihood(x0[first], x0[first] + error[first], deviation[first])
     # KL divergence of Gaussians.
-    ratio = like(v, low.sqrt())[~first] / deviation[~first]
+    ratio = broadcast_to_images(v, low.sqrt())[~first] / deviation[~first]
     nats[~first] = ((mean_error[~first] / deviation[~first]) ** 2 + ratio**2 - 1) / 2 - ratio.log()
     return nats.mean((1, 2, 3)) / math.log(2)
 
@@ -132,6 +132,6 @@ def log_likelihood(x0: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
     return log_cdf + torch.log1p(-gap)
 
 
-def like(images: Tensor, number: Tensor) -> Tensor:
+def broadcast_to_images(images: Tensor, number: Tensor) -> Tensor:
     """Broadcast a number of each image (N,) to ``images`` (N, C, H, W), in their type."""
     return number.to(images.dtype)[:, None, None, None]

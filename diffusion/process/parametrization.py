@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion.common.random import uniform
 from diffusion.models.config import ModelConfig, ObjectiveConfig, Prediction, SchedulerPrediction
-from diffusion.process.likelihood import bound, like
+from diffusion.process.likelihood import broadcast_to_images, compute_bound
 from diffusion.process.schedules import NoiseSchedule, make_schedule, resolution_scale
 
 Weight = Callable[[Tensor], Tensor]
@@ -63,27 +63,29 @@ class Parametrization:
             case "edm":
                 return sigma * self.sigma_data * self.c_in(sigma)
 
-    def noisy(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    def make_noisy_input(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """Compute the network's input from images ``x0`` and standard Gaussian ``noise``, both (N, C, H, W)."""
         scale = self.c_in(sigma)
-        return like(x0, scale) * x0 + like(x0, scale * sigma) * noise
+        return broadcast_to_images(x0, scale) * x0 + broadcast_to_images(x0, scale * sigma) * noise
 
     def target(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """Compute the target of the network, F with D(x_0 + σ ε; σ) = x_0, without cancellation."""
         c_skip, c_out = self.c_skip(sigma), self.c_out(sigma)
-        return like(x0, (1 - c_skip) / c_out) * x0 - like(x0, c_skip * sigma / c_out) * noise
+        return (
+            broadcast_to_images(x0, (1 - c_skip) / c_out) * x0 - broadcast_to_images(x0, c_skip * sigma / c_out) * noise
+        )
 
     def to_x0(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """Compute the clean image from the network's ``output`` at x = x_0 + σ ε."""
-        return like(x, self.c_skip(sigma)) * x + like(x, self.c_out(sigma)) * output
+        return broadcast_to_images(x, self.c_skip(sigma)) * x + broadcast_to_images(x, self.c_out(sigma)) * output
 
 
-def plain(parametrization: Parametrization) -> Weight:
+def make_plain_weight(parametrization: Parametrization) -> Weight:
     """Unweighted squared error of the prediction, for epsilon DDPM's L_simple (arXiv 2006.11239, equation 14)."""
     return lambda sigma: parametrization.c_out(sigma) ** -2
 
 
-def edm(sigma_data: float) -> Weight:
+def make_edm_weight(sigma_data: float) -> Weight:
     """λ = 1/σ² + 1/σ_data², which equalises the error of EDM's network over all levels (arXiv 2206.00364, table 1)."""
     return lambda sigma: sigma**-2 + sigma_data**-2
 
@@ -112,7 +114,7 @@ class Objective:
         """
         sigma = self.schedule.sigma(t)
         clean = x0 if around is None else x0 - around.to(x0)
-        output = network(self.parametrization.noisy(clean, noise, sigma), t.float()).float()
+        output = network(self.parametrization.make_noisy_input(clean, noise, sigma), t.float()).float()
         prediction, v = output.tensor_split([x0.shape[1]], dim=1)
         difference = prediction - self.parametrization.target(clean, noise, sigma)
         error = difference.square().mean((1, 2, 3))
@@ -122,8 +124,8 @@ class Objective:
             return loss
         # L_hybrid = L_simple + λ L_vlb with λ = 0.001, where L_vlb is the sum of T terms, in bits per value, one of
         # which is sampled; it has no gradient by the mean (arXiv 2102.09672, equation 16 and section 3.1).
-        error_x0 = like(x0, self.parametrization.c_out(sigma)) * difference.detach()
-        return loss + self.schedule.steps / 1000 * bound(self.schedule, t, x0, error_x0, v)
+        error_x0 = broadcast_to_images(x0, self.parametrization.c_out(sigma)) * difference.detach()
+        return loss + self.schedule.steps / 1000 * compute_bound(self.schedule, t, x0, error_x0, v)
 
 
 def make_objective(
@@ -139,14 +141,14 @@ def make_weight(config: ObjectiveConfig, parametrization: Parametrization) -> We
     sigma_data = parametrization.sigma_data
     match config.weighting:
         case "plain":
-            return plain(parametrization)
+            return make_plain_weight(parametrization)
         case "min_snr":
             gamma = 5.0 if config.min_snr_gamma is None else config.min_snr_gamma
             return lambda sigma: (sigma**-2).clamp(max=gamma)
         case "soft_min_snr":  # section 4.4
             return lambda sigma: 1 / (sigma**2 + sigma_data**2)
         case "edm":
-            return edm(sigma_data)
+            return make_edm_weight(sigma_data)
 
 
 def sample_timesteps(config: ObjectiveConfig, schedule: NoiseSchedule, indices: Sequence[int]) -> Tensor:

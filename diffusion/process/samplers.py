@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, 
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
-from diffusion.common.config import Config, DeviceName, unset
+from diffusion.common.config import Config, DeviceName, is_unset
 from diffusion.common.errors import UserError
 from diffusion.models.config import DiffusersConfig, FamilyConfig, ModelConfig, tag
 
@@ -67,20 +67,20 @@ class BaseSampling(Config):
     where model.zero_terminal_snr is set. Null: the schedule's highest, at most 80, or more above 3×32×32 values."""
     sigma_min: float | None = Field(0.04, gt=0)
     """Lowest σ, from which the last step goes to 0, at least the schedule's lowest. Null: the schedule's lowest."""
-    guidance: float | None = Field(None, ge=0, le=1000, exclude_if=unset)
+    guidance: float | None = Field(None, ge=0, le=1000, exclude_if=is_unset)
     """Scale of classifier-free guidance towards the class or prompt (arXiv 2207.12598): 1 is no
     guidance, 2 to 8 gives clearer and less varied images, 0 is unconditional. Twice the work. Null: what evaluation
     chose for the model (evaluation.guidance), or 1."""
-    guidance_interval: tuple[float, float] | None = Field(None, exclude_if=unset)
+    guidance_interval: tuple[float, float] | None = Field(None, exclude_if=is_unset)
     """Guide only at noise levels σ above the first number and up to the second (2404.07724), such as [0.2, 5]: at high
     levels guidance reduces variety, at low levels it has no effect. Null: at all levels."""
-    guidance_rescale: float | None = Field(None, gt=0, le=1, exclude_if=unset)
+    guidance_rescale: float | None = Field(None, gt=0, le=1, exclude_if=is_unset)
     """Share of the contrast added by guidance that is removed, in (0, 1] (2305.08891 uses 0.7). Null: none."""
-    autoguidance: float | None = Field(None, ge=0, le=1000, exclude_if=unset)
+    autoguidance: float | None = Field(None, ge=0, le=1000, exclude_if=is_unset)
     """Scale of autoguidance (2406.02507): at all levels away from what the model itself estimated early in training
     (training.guide). 1 is none; 1.5 to 3 gives clearer images, with or without classes and prompts. Twice the work.
     Instead of guidance. Null: what evaluation chose for the model (evaluation.guidance), or 1."""
-    low_resolution_noise: float | None = Field(None, ge=0, exclude_if=unset)
+    low_resolution_noise: float | None = Field(None, ge=0, exclude_if=is_unset)
     """Super-resolution: standard deviation of the noise added to the small image, in [−1, 1]; at most that of
     the model's training. More noise makes the result follow the small image, faults included, less closely. Null: 0."""
     compute_batch: int = Field(64, ge=1, le=2**16)
@@ -88,7 +88,7 @@ class BaseSampling(Config):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Number format of matrix products; auto: bf16 on GPUs that support it and CPUs that are faster in it
     (AMX, or AMD with AVX512_BF16), else fp32. On a GPU fp32 is TF32."""
-    device: DeviceName = Field("auto", exclude_if=unset)
+    device: DeviceName = Field("auto", exclude_if=is_unset)
     """Compute device: cpu, cuda, or auto, a GPU if there is one."""
 
     def build_sampler(self) -> Sampler:
@@ -159,7 +159,7 @@ class BaseSampling(Config):
         """Build the noise levels, (steps + 1,) float64, falling to 0; see ``NoiseSchedule.sigma_grid``."""
         return schedule.sigma_grid(self.steps, self.sigma_max, self.sigma_min)
 
-    def changed(self, fields: Mapping[str, Any]) -> SamplingConfig:
+    def with_changes(self, fields: Mapping[str, Any]) -> SamplingConfig:
         """Return a copy with these ``fields``; raises UserError for invalid or contradictory options."""
         return sampling_config(**{**self.model_dump(), **fields})
 
@@ -172,9 +172,9 @@ class BaseSampling(Config):
             fields = {name: value for name, value in fields.items() if name not in ("sigma_max", "sigma_min")}
         return sampling_config(**fields | {"sampler": sampler})
 
-    def unguided(self) -> SamplingConfig:
+    def without_guidance(self) -> SamplingConfig:
         """Return a copy without classifier-free guidance."""
-        return self.changed({"guidance": None, "guidance_interval": None, "guidance_rescale": None})
+        return self.with_changes({"guidance": None, "guidance_interval": None, "guidance_rescale": None})
 
 
 def fixed_small(sigma: Tensor, next_sigma: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ class DDPMSampling(BaseSampling):
     function = ddpm
     sampler: Literal["ddpm"] = "ddpm"
     """Name of the sampler."""
-    variance: FixedVariance | None = Field(None, exclude_if=unset)
+    variance: FixedVariance | None = Field(None, exclude_if=is_unset)
     """Variance of the noise in each step: its lower or its upper bound (section 3.2). Null: the variance learned with
     model.variance = learned_range, or else fixed_small."""
 
@@ -266,7 +266,7 @@ class ChurnConfig(Config):
 class ChurnSampling(BaseSampling):
     """Options of samplers with churn."""
 
-    churn: ChurnConfig | None = Field(None, exclude_if=unset)
+    churn: ChurnConfig | None = Field(None, exclude_if=is_unset)
     """Noise added before each step; null: none."""
 
     def build_sampler(self) -> Sampler:
@@ -542,7 +542,7 @@ def effective_sampling(model: FamilyConfig, sampling: SamplingConfig) -> Samplin
     if isinstance(sampling, SchedulerSampling) and isinstance(model, ModelConfig):
         return sampling.with_sampler(sampling_config().sampler)
     if isinstance(model, DiffusersConfig):
-        return sampling.changed({"autoguidance": None})
+        return sampling.with_changes({"autoguidance": None})
     return sampling if isinstance(model, ModelConfig) else sampling_config(**sampling.model_dump(include=COMPUTING))
 
 

@@ -33,7 +33,7 @@ class NoiseSchedule:
         """T, the number of noise levels."""
         return len(self.alphas_cumprod)
 
-    def of(self, shape: tuple[int, int, int]) -> Self:
+    def with_shape(self, shape: tuple[int, int, int]) -> Self:
         """Return the schedule for images, or latents, of ``shape`` (C, H, W): the same levels for other values."""
         return self if math.prod(shape) == self.values else replace(self, values=math.prod(shape))
 
@@ -159,14 +159,14 @@ def _from_curve(alpha_bar: Tensor) -> NoiseSchedule:
     return NoiseSchedule((1 - betas).cumprod(0))
 
 
-def without_signal_at_the_end(schedule: NoiseSchedule) -> NoiseSchedule:
+def rescale_zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
     """Rescale √ᾱ so that its last value is 0 and its first stays (arXiv 2305.08891, algorithm 1)."""
     roots = schedule.alphas_cumprod.sqrt()
     rescaled_roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
-    return with_finite_end(NoiseSchedule(rescaled_roots**2))
+    return make_final_sigma_finite(NoiseSchedule(rescaled_roots**2))
 
 
-def with_finite_end(schedule: NoiseSchedule) -> NoiseSchedule:
+def make_final_sigma_finite(schedule: NoiseSchedule) -> NoiseSchedule:
     """Set the last ᾱ of a schedule without signal there so that σ stays finite."""
     alpha_bar = schedule.alphas_cumprod.clone()
     # Below float32's resolution at 1 and less than the value before.
@@ -190,7 +190,7 @@ def make_schedule(config: ModelConfig, shape: tuple[int, int, int]) -> NoiseSche
     else:
         schedule = SCHEDULES[config.schedule](config.steps)
     if config.zero_terminal_snr:
-        schedule = without_signal_at_the_end(schedule)
+        schedule = rescale_zero_terminal_snr(schedule)
     schedule = replace(schedule, values=values, zero_terminal_snr=config.zero_terminal_snr)
     if not (schedule.alphas_cumprod.diff() < 0).all():
         raise UserError(f"model.schedule {config.schedule} has no {config.steps} different steps: lower model.steps")

@@ -160,7 +160,7 @@ class Checkpoints:
         """Return the complete checkpoints, oldest first."""
         return sorted(path for path in self.folder.glob("*.safetensors") if _digest_of(path).is_file())
 
-    def newest_whole(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+    def iterate_whole(self) -> Iterator[tuple[Path, dict[str, Any]]]:
         """Yield the checkpoints with a valid digest and their headers, newest first; damaged ones are logged."""
         for path in reversed(self.paths()):
             if is_whole(path):
@@ -170,7 +170,7 @@ class Checkpoints:
 
     def newest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return tensors and header of the newest valid checkpoint, or None if there is none."""
-        return next(((load_file(path), header) for path, header in self.newest_whole()), None)
+        return next(((load_file(path), header) for path, header in self.iterate_whole()), None)
 
     def prune(self, keep: int, protected: Container[int] = ()) -> None:
         """Remove all but the ``keep`` newest and those after ``protected`` images; each digest goes first."""

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, PositiveFloat, StrictBool, StrictInt, model_validator
 
-from diffusion.common.config import LARGEST_EMA_STD, Config, DeviceName, PlainName, unset
+from diffusion.common.config import LARGEST_EMA_STD, Config, DeviceName, PlainName, is_unset
 from diffusion.common.errors import UserError
 from diffusion.models.config import FamilyConfig, LoRAConfig, ObjectiveConfig, default_batch_size
 
@@ -20,14 +20,14 @@ class TrainingConfig(ObjectiveConfig):
     output: Path | None = None
     """Output folder of the run: checkpoints, history.csv, sample grids and finally final.safetensors; null:
     runs/DATASET."""
-    init_from: str | None = Field(None, exclude_if=unset)
+    init_from: str | None = Field(None, exclude_if=is_unset)
     """Initial weights. Null: random. Otherwise a model of the same family: the path of its final.safetensors, a
     registered version (models:/NAME@ALIAS, models:/NAME/NUMBER), or champion. The champion is resolved when data and
     configuration are first trained on; while there is none, weights are random."""
-    lora: LoRAConfig | None = Field(None, exclude_if=unset)
+    lora: LoRAConfig | None = Field(None, exclude_if=is_unset)
     """Train low-rank matrices on top of training.init_from instead of its weights (extra ``diffusers``, for peft): the
     model is then megabytes of them and a reference to the file of training.init_from. Null: all weights."""
-    micro_batch: int | None = Field(None, ge=1, exclude_if=unset)
+    micro_batch: int | None = Field(None, ge=1, exclude_if=is_unset)
     """Most images that a thread or process takes through the network at once: the rest of its part of a batch follows,
     and gradients are added in this order, for batches that do not fit into memory. Null: all of its part. Decides the
     last bits of the weights."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from diffusion.checkpoints import AUTOENCODER, AVERAGED, GUIDE
 from diffusion.common.files import sync_file, write_bytes
 from diffusion.common.fingerprint import CPU, autocast
-from diffusion.common.image_grids import beside, blocks, grid, save_png
+from diffusion.common.image_grids import interleave_images, make_grid, repeat_pixels, save_png
 from diffusion.common.progress import Progress
 from diffusion.common.shapes import Images, apportion, height_and_width, interleave, stack_images
 from diffusion.data.dataset import SPLITS
@@ -152,7 +152,7 @@ class TrainingMonitor:
             self.sums[name] = sums
 
 
-class InterruptedValidation(Exception):
+class ValidationInterruptedError(Exception):
     """A validation ended at a signal."""
 
 
@@ -174,7 +174,7 @@ class Validation:
             if self.setup.config.window is not None:  # from as few shards as possible
                 rows = rows[np.argsort(dataset.shards(rows), kind="stable")]
             bucket_batches, start = list[Batch](), 0
-            for bucket in dataset.by_bucket(rows[:VALIDATION_IMAGES]):
+            for bucket in dataset.split_by_bucket(rows[:VALIDATION_IMAGES]):
                 images = dataset.images(bucket) if self.setup.latents is None else self.setup.latents(bucket)
                 bucket_batches.append(Batch(range(start, start + len(bucket)), bucket, images))
                 start += len(bucket)
@@ -193,13 +193,13 @@ class Validation:
     ) -> tuple[Model, dict[str, float]]:
         """Build the model of a state's ``tensors``; returns it and the losses of raw and averaged weights.
 
-        Once ``stop`` is true, their next evaluation raises InterruptedValidation, also in the model.
+        Once ``stop`` is true, their next evaluation raises ValidationInterruptedError, also in the model.
         """
         setup = self.setup
 
         def require_time(*_: object) -> None:
             if stop():
-                raise InterruptedValidation
+                raise ValidationInterruptedError
 
         networks = {"": setup.network_from(tensors, NETWORK), "_ema": setup.network_from(tensors, AVERAGED)}
         for network in networks.values():
@@ -223,7 +223,7 @@ class Validation:
                 network = copy.deepcopy(network).to(device)
             for batch in batches:
                 conditioning = self.setup.conditioning(batch)
-                inputs = self.objective.make_batch(self.setup.x0(batch), batch.indices, conditioning, split).on(device)
+                inputs = self.objective.make_batch(self.setup.x0(batch), batch.indices, conditioning, split).to(device)
                 losses.append(self.objective.losses(network, inputs).cpu())
                 if (split, suffix) == ("held_out", "_ema"):
                     batch_metrics = self.objective.validation_metrics(network, inputs, losses[-1])
@@ -247,7 +247,7 @@ class Validation:
             return generate(model, inputs, range(len(inputs)), 0, sampling, conditions=conditions)
         counts = apportion(model.header.trained_shapes, SAMPLE_GRID)
         images = {
-            shape: generate(model.at(shape), None, range(count), 0, sampling, conditions=conditions)
+            shape: generate(model.with_size(shape), None, range(count), 0, sampling, conditions=conditions)
             for shape, count in counts.items()
         }
         return stack_images([images[shape][number] for shape, number in interleave(counts)])
@@ -255,8 +255,8 @@ class Validation:
     def sample_grid(self, generated: Images) -> Image.Image:
         """Arrange ``generated`` images in a grid; upscaled images stand between their small and real images."""
         if (inputs := self.setup.task.inputs(self.images)) is None:
-            return grid(generated)
-        return grid(beside(blocks(inputs, self.setup.task.scale), generated, self.images), 12)
+            return make_grid(generated)
+        return make_grid(interleave_images(repeat_pixels(inputs, self.setup.task.scale), generated, self.images), 12)
 
     def colour_drift(self, generated: Images) -> dict[str, float]:
         """Compute the deviation of each channel's mean from the data set's, in its standard deviations."""
@@ -325,9 +325,9 @@ class TrainingLog:
 
                 conditioning = setup.task.conditioning(self.validation.images[:1]) or None
                 if conditioning:
-                    model = model.at(height_and_width(self.validation.images))
-                strip = reverse_process_strip(model.on(CPU), conditioning)
-        except InterruptedValidation:
+                    model = model.with_size(height_and_width(self.validation.images))
+                strip = reverse_process_strip(model.to(CPU), conditioning)
+        except ValidationInterruptedError:
             if isinstance(tensors, WrittenTensors):
                 tensors.path.unlink()
             return False

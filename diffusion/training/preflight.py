@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion.common.config import Config, unset
+from diffusion.common.config import Config, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.files import make_folder
 from diffusion.common.fingerprint import describe_precision, resolve_precision
@@ -28,7 +28,7 @@ from diffusion.common.shapes import Shape, shape_name
 from diffusion.families import family_of
 from diffusion.families.ddpm import noise_shape
 from diffusion.models.config import FamilyConfig, LatentSpace
-from diffusion.models.fine_tuning import PartlyTrained, share
+from diffusion.models.fine_tuning import TrainableSubset, share
 from diffusion.models.vae import Autoencoder
 from diffusion.process.samplers import SamplingConfig
 from diffusion.training.checkpointing import WrittenTensors
@@ -56,12 +56,12 @@ class Preflight(Config):
     """Numbers of training and of held-out images."""
     shape: tuple[int, int, int]
     """Shape (C, H, W) of an image; with buckets, of the square of about as many pixels."""
-    shapes: list[Shape] | None = Field(None, exclude_if=unset)
+    shapes: list[Shape] | None = Field(None, exclude_if=is_unset)
     """Shapes (H, W) of the images; None: all are square."""
     classes: int
     captions: int
     """Numbers of classes and of distinct captions that the network is conditioned on."""
-    low_resolution: int | None = Field(None, exclude_if=unset)
+    low_resolution: int | None = Field(None, exclude_if=is_unset)
     """Height and width, in pixels, of the inputs of a super-resolution model; None for other models."""
     arithmetic: str
     """Number format of matrix products, and why."""
@@ -180,7 +180,7 @@ def meta_network(setup: TrainingSetup) -> nn.Module:
     if setup.initial is not None and setup.base is not None:
         empty = replace(setup.initial, network=share(setup.initial.network).to("meta"))
         network = replace(setup, initial=empty).make_network(checkpointing)
-        assert isinstance(network, PartlyTrained)
+        assert isinstance(network, TrainableSubset)
         return network.network
     with torch.device("meta"):
         return replace(setup, initial=None).make_network(checkpointing).train()
@@ -252,7 +252,7 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
     muon = config.optimizer == "muon"
     matrices = sum(parameter.numel() for step in state.steps for parameter in step.matrices) if muon else 0
     frozen = sum(parameter.numel() for parameter in setup.autoencoder.parameters()) if setup.autoencoder else 0
-    if isinstance(state.network, PartlyTrained):
+    if isinstance(state.network, TrainableSubset):
         frozen += sum(weight.numel() for weight in state.network.network.parameters() if not weight.requires_grad)
     network, threads = meta_network(setup), thread_count(config, setup.ranks)
     averages = len(state.averages) + bool(state.guide)

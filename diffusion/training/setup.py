@@ -25,7 +25,7 @@ from diffusion.common.device import device_name, resolve_device
 from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json, digest_of, sha256_bytes, sha256_file
 from diffusion.common.fingerprint import CPU, Fingerprint, fingerprint, resolve_precision
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.random import uniform
 from diffusion.common.shapes import Shape
 from diffusion.data.caption_embeddings import MINI_LM, CaptionEncoder, Captions, embeddings_of
@@ -99,7 +99,7 @@ class TrainingSetup:
     base: Base | None = None
     """The file of ``initial``, of whose weights a part is trained, or low-rank matrices; None: all weights are."""
     latents: Callable[..., Tensor] | None = None
-    """Latents of the images in rows, mirrored or not, as ``LatentCache.of``; None: training works on images."""
+    """Latents of the images in rows, mirrored or not, as ``LatentCache.select_rows``; None: training is on images."""
 
     @cached_property
     def device(self) -> torch.device:
@@ -142,7 +142,8 @@ class TrainingSetup:
             # Rows are sorted by content hash, so the first ones are a random sample.
             rows = self.dataset.rows("train")[:MEASURED]
             stds = [
-                (self.task.sigma_data(self.dataset.images(part)), len(part)) for part in self.dataset.by_bucket(rows)
+                (self.task.sigma_data(self.dataset.images(part)), len(part))
+                for part in self.dataset.split_by_bucket(rows)
             ]
             sigma_data = stds[0][0]
             if len(stds) > 1:
@@ -189,7 +190,7 @@ class TrainingSetup:
         if self.classes:
             conditioning["label"] = self.dataset.classes(batch.rows, self.classes)
         if self.captions is not None:
-            conditioning["text"] = self.captions.of(batch.rows)
+            conditioning["text"] = self.captions.select_rows(batch.rows)
         return conditioning
 
     def training_conditioning(self, batch: Batch) -> Conditioning:
@@ -325,7 +326,7 @@ def make_setup(
     sampling: SamplingConfig,
     ranks: Ranks,
     readers: Executor | None = None,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
     start: str | None = None,
 ) -> TrainingSetup:
     """Check that data set and configuration match, and load captions, latents, autoencoder and initial weights.
@@ -387,7 +388,7 @@ def make_setup(
     if isinstance(initial, PretrainedModel) and initial.latents is not None:
         latents = partial(zero_latents, dataset, initial.config.noise_shape)
         if readers is not None:
-            latents = cached_latents(initial, dataset, config, readers, progress)
+            latents = encode_latents(initial, dataset, config, readers, progress)
     setup = TrainingSetup(dataset, model, config, ranks, captions, autoencoder, initial, base, latents)
     check_conditions(setup.classes, model.text, sampling, setup.sample_grid_conditions())
     autoguides, has_guide = sampling.autoguides, setup.has_guide
@@ -427,7 +428,7 @@ def load_pipeline(config: TrainingConfig, model: DiffusersConfig, dataset: Datas
     if words is not None or not isinstance(pipeline, PretrainedModel):
         raise UserError(f"training.init_from {config.init_from} {words}: begin with another model, or ingest others")
     for shape in dataset.shapes:
-        pipeline.at(shape)  # raises if its network does not take it
+        pipeline.with_size(shape)  # raises if its network does not take it
     if not pipeline.classes:
         return pipeline
     numbers = dict(zip(pipeline.classes, pipeline.config.class_ids, strict=True))
@@ -451,19 +452,19 @@ def caption_encoder(network: PipelineNetwork, lora: LoRAConfig | None) -> Captio
     return CaptionEncoder(digest_of(key), lambda: network.embed, network.embed(""))
 
 
-def cached_latents(
+def encode_latents(
     model: PretrainedModel, dataset: Dataset, config: TrainingConfig, readers: Executor, progress: Progress
 ) -> Callable[..., Tensor]:
     """Encode the images of ``dataset`` by the autoencoder of ``model``, as far as they are not in the cache."""
     device = resolve_device(config.device)
-    network = model.on(device).network
+    network = model.to(device).network
     name = network.config.latents_name
     key = [parts_digest(model.network, name), device_name(device), torch.__version__]
 
     def encode(images: Tensor) -> Tensor:
         return network.encode(images.to(device))
 
-    return LatentCache(dataset, digest_of(key), encode, config.flip, readers, progress).of
+    return LatentCache(dataset, digest_of(key), encode, config.flip, readers, progress).select_rows
 
 
 def zero_latents(
@@ -663,7 +664,7 @@ def load_autoencoder(path: str, dataset: Dataset, window: int | None) -> Latents
     rows = dataset.rows("train")
     if window is not None:
         rows = rows[np.argsort(dataset.shards(rows), kind="stable")]
-    parts = [dataset.images(part) for part in dataset.by_bucket(rows[:MEASURED])]
+    parts = [dataset.images(part) for part in dataset.split_by_bucket(rows[:MEASURED])]
     with torch.inference_mode():
         means = [
             torch.cat([latents.network.encode(to_float(batch)).double() for batch in torch.split(images, ENCODED)])

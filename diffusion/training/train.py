@@ -21,12 +21,12 @@ from filelock import FileLock, Timeout
 
 from diffusion.checkpoints import PARTS, link_base, save_tensors
 from diffusion.common.config import Config
-from diffusion.common.device import repeatable, resolve_device
+from diffusion.common.device import compute_deterministically, resolve_device
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.files import make_folder, remove_partials, write_bytes, write_json
 from diffusion.common.fingerprint import Fingerprint
 from diffusion.common.model_files import read_header
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.threads import cores, worker_threads
 from diffusion.data.caption_embeddings import seconds_to_read
 from diffusion.data.shards import ShardStore
@@ -80,7 +80,7 @@ def train(
     config: TrainingConfig,
     sampling: SamplingConfig,
     track: Callable[[bool], Tracker | None] = lambda _: None,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
     restart: Restart = "never",
     store: ShardStore | None = None,
     start: str | None = None,
@@ -107,7 +107,11 @@ def train(
             )
         # Only the main process writes, so it alone locks the folder.
         lock = _lock(output) if ranks.is_main else nullcontext()
-        with lock, repeatable(resolve_device(config.device)), worker_threads(thread_count(config, ranks)) as threads:
+        with (
+            lock,
+            compute_deterministically(resolve_device(config.device)),
+            worker_threads(thread_count(config, ranks)) as threads,
+        ):
             with worker_threads() as readers:
                 setup = make_setup(dataset, model, config, sampling, ranks, readers, progress, start)
             trainer = Trainer(setup, threads, output)
@@ -153,7 +157,7 @@ def _train(
             return trainer.train(log, stop, is_unlogged)
 
     try:
-        _stoppable(work, setup.device)
+        _run_until_signal(work, setup.device)
     except NotFiniteError as error:
         path = output / f"not_finite{setup.ranks.rank or ''}.safetensors"
         save_tensors(path, error.batch, setup.header(state.images, trainer.total))
@@ -167,7 +171,7 @@ def _train(
     return state.images
 
 
-def _stoppable(work: Callable[[Callable[[], bool]], bool], device: torch.device) -> None:
+def _run_until_signal(work: Callable[[Callable[[], bool]], bool], device: torch.device) -> None:
     """Run ``work`` in a thread, which a signal stops; what the handler of the signal raises is raised at its end.
 
     ``work`` gets a function that says whether to stop, and returns whether it was not stopped. No exception strikes
@@ -254,7 +258,11 @@ def preflight(
 ) -> Preflight:
     """Measure in a few seconds what ``train`` would do with the same arguments; writes nothing, and raises as it."""
     device, threads = resolve_device(config.device), thread_count(config, SINGLE_PROCESS)
-    with open_dataset(data, config, store) as dataset, repeatable(device), worker_threads(threads) as pool:
+    with (
+        open_dataset(data, config, store) as dataset,
+        compute_deterministically(device),
+        worker_threads(threads) as pool,
+    ):
         # Other embeddings and latents cost a step the same, so they need not be computed.
         setup = make_setup(dataset, model, config, sampling, SINGLE_PROCESS)
         reading = 0.0
@@ -290,7 +298,7 @@ def check(
     restart: Literal["never", "if_different", "always"],
 ) -> None:
     """Raise UserError as ``train`` would before its first step; writes nothing, and embeds no captions."""
-    with open_dataset(data, config, None) as dataset, repeatable(resolve_device(config.device)):
+    with open_dataset(data, config, None) as dataset, compute_deterministically(resolve_device(config.device)):
         setup = make_setup(dataset, model, config, sampling, SINGLE_PROCESS)
         meta_network(setup)
         _require_same_run(output, setup, restart)
@@ -346,7 +354,9 @@ def _discard(output: Path) -> None:
 def _differences(output: Path, setup: TrainingSetup) -> list[str]:
     """Describe the differences between the run in ``output`` and ``setup``; empty for the same run, or none."""
     final, checkpoints = output / "final.safetensors", Checkpoints(output / "checkpoints")
-    theirs = read_header(final) if final.is_file() else next((header for _, header in checkpoints.newest_whole()), None)
+    theirs = (
+        read_header(final) if final.is_file() else next((header for _, header in checkpoints.iterate_whole()), None)
+    )
     if theirs is None:
         return []
     if theirs.get("format_version") != FORMAT_VERSION:
@@ -375,7 +385,7 @@ def _begin_or_resume(
     setup, state, config = trainer.setup, trainer.state, trainer.config
     ranks, sources = setup.ranks, (checkpoints, Checkpoints(output / INTERRUPTED))
     # A kill may leave both of the same number of images: the regular one, which is first, is also logged.
-    newest = merge(*(source.newest_whole() for source in sources), key=lambda pair: int(pair[0].stem), reverse=True)
+    newest = merge(*(source.iterate_whole() for source in sources), key=lambda pair: int(pair[0].stem), reverse=True)
     path, header = (ranks.is_main and next(newest, None)) or (None, None)
     if header := ranks.broadcast(header):
         trainer.total = header["total"]

@@ -179,7 +179,7 @@ class Trainer:
             if self.config.student is not None:
                 assert isinstance(setup.initial, DiffusionModel)
                 assert self.config.images is not None
-                teacher = replace(setup.initial, latents=setup.autoencoder).on(self.device)
+                teacher = replace(setup.initial, latents=setup.autoencoder).to(self.device)
                 self.objective = ConsistencyObjective(self.config, teacher, header, self.config.images)
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         mesh = make_mesh(self.device, setup.shard) if setup.shard > 1 else None
@@ -283,7 +283,7 @@ class Trainer:
         config, state = self.config, self.state
         batch = self.loader.batch(state.images, self.total)
         inputs = self.objective.make_batch(self.setup.x0(batch), batch.indices, self.setup.training_conditioning(batch))
-        t, inputs = inputs.random.get("t"), inputs.on(self.device)
+        t, inputs = inputs.random.get("t"), inputs.to(self.device)
         finite, norms = torch.ones((), dtype=torch.bool, device=self.device), []
         for step, optimizers, reducer in zip(state.steps, state.optimizers, self.reducers, strict=True):
             loss = self.backward(step, inputs, reducer)

@@ -25,7 +25,7 @@ from diffusion.data.ingest.ingest import Rebuild, ingest, require_same_storage
 from diffusion.data.manifest import Manifest, read_manifest, read_records
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access
-from diffusion.data.sources.conventions import METADATA_FILES, holds_images, is_image, printable, visible_files
+from diffusion.data.sources.conventions import METADATA_FILES, holds_images, is_image, make_printable, visible_files
 from diffusion.data.sources.hub_dataset import HubDataset
 from diffusion.evaluation.config import FEWEST, EvaluationConfig, require_enough
 from diffusion.generation.config import Conditions, GenerationRequest, check_conditions
@@ -251,7 +251,7 @@ def require_conditions_in_source(params: Params, conditions: Conditions) -> None
     labels = {label for label in conditions.labels if label is not None}
     required_count = 2 if labels or params.sampling.guides else 0
     if is_plain and not (labels <= known_classes and len(known_classes) >= required_count):
-        for name in map(printable, visible_files(root)):
+        for name in map(make_printable, visible_files(root)):
             if is_image(name) and (parent := posixpath.dirname(name)):
                 known_classes.add(posixpath.basename(parent))
                 if labels <= known_classes and len(known_classes) >= required_count:
@@ -340,7 +340,7 @@ def require_conditions(weights: Path, params: Params, conditions: Conditions) ->
         return  # loading it will say what is wrong
     # Guidance may be chosen by the model itself, and is checked with it.
     positive_conditions = conditions.model_copy(update={"negative_prompt": None})
-    check_conditions(classes, config.text, params.sampling.unguided(), positive_conditions)
+    check_conditions(classes, config.text, params.sampling.without_guidance(), positive_conditions)
     if config.family != "diffusers":  # which has a tokenizer of its own
         require_prompts(conditions)
 

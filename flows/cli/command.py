@@ -202,11 +202,11 @@ def print_error(message: str) -> None:
 @contextmanager
 def display_progress() -> "Iterator[Progress]":
     """Show progress and log lines on standard error; with ``--quiet`` warnings alone."""
-    from diffusion.common.progress import silent
+    from diffusion.common.progress import ignore_progress
     from flows.tracking.console import console
 
     if VERBOSITY.get() == "quiet":
-        yield silent
+        yield ignore_progress
     else:
         with console() as progress:
             yield progress

@@ -11,7 +11,7 @@ import typer
 from typer import Argument, Option
 
 from diffusion.common.errors import UserError
-from diffusion.common.escaping import counted
+from diffusion.common.escaping import pluralize
 from flows.cli.command import CommandOutput, Local, command, connect, display_progress
 
 if TYPE_CHECKING:
@@ -137,9 +137,9 @@ def checkout(
     from flows.datasets.checkout import checkout as make_current
 
     result = make_current(folder, version, _connect_remote, with_removed, without_shards, to_build_on=True)
-    summary = f"version {result.digest[:12]}, {counted(len(result.restored), 'file')} restored"
+    summary = f"version {result.digest[:12]}, {pluralize(len(result.restored), 'file')} restored"
     return CommandOutput(
-        result, [f"{counted(result.kept, 'image')} in {result.folder}: {summary}", f"content {result.content_digest}"]
+        result, [f"{pluralize(result.kept, 'image')} in {result.folder}: {summary}", f"content {result.content_digest}"]
     )
 
 
@@ -223,7 +223,7 @@ def remove(
     Example:  darkroom data remove 'alice/*' --dataset faces --reason 'consent withdrawn' --purge
     """
     from diffusion.data.manifest import read_manifest, work_folder
-    from diffusion.data.versions.takedown import choose
+    from diffusion.data.versions.takedown import choose_images
     from diffusion.data.versions.takedown_records import Selection, Selector, is_key, removals
 
     keys = list(filter(is_key, images or ()))
@@ -234,12 +234,13 @@ def remove(
     if dry_run and purge:
         raise UserError("--dry-run only says which images would be removed: leave --purge out")
     if dry_run:
-        preview, names = choose(config.dataset_folder, selection)
+        preview, names = choose_images(config.dataset_folder, selection)
         fields = {"dataset": config.training.dataset, "dry_run": True, "names": names}
         copies, dropped_copies = preview.near_copies, preview.dropped_copies or []
         lines = [
-            f"{counted(preview.images, 'image')} would be removed ({counted(preview.duplicates, 'copy', 'copies')}, "
-            f"{preview.refused:,} quarantined) and {counted(len(preview.parts), 'shard')} rewritten",
+            f"{pluralize(preview.images, 'image')} would be removed "
+            f"({pluralize(preview.duplicates, 'copy', 'copies')}, {preview.refused:,} quarantined)"
+            f" and {pluralize(len(preview.parts), 'shard')} rewritten",
             *_section("source names", len(names), names[:FIRST], "--json"),
             *(
                 _section("dropped near-duplicates that go, too", len(dropped_copies), dropped_copies[:FIRST], "--json")
@@ -258,7 +259,7 @@ def remove(
         typer.confirm(f"Really {action}?", abort=True, err=True)
     if (config.dataset_folder / "manifest.json").is_file() and not any(removals(work_folder(config.dataset_folder))):
         # An earlier takedown may have removed them already, which its repetition reports.
-        choose(config.dataset_folder, selection)
+        choose_images(config.dataset_folder, selection)
     with connect("prefect", "mlflow", "s3"):
         if not (config.dataset_folder / "manifest.json").is_file():
             from flows.datasets.catalog import Catalog
@@ -377,11 +378,11 @@ def simulate(
     size = config.ingest.size
     if images is None or bytes_per_image is None:
         manifest = read_manifest(config.dataset_folder)
-        shards, size = simulator.Shards.of(manifest), manifest.size
+        shards, size = simulator.Shards.from_manifest(manifest), manifest.size
     else:
-        shards = simulator.Shards.assumed(images, bytes_per_image, config.ingest.shard_bytes)
+        shards = simulator.Shards.make_equal(images, bytes_per_image, config.ingest.shard_bytes)
     training = config.training.with_batch_size(config.model, size)
-    report = simulator.report(shards, machines, training.model_dump(), epochs)
+    report = simulator.simulate_training(shards, machines, training.model_dump(), epochs)
     return CommandOutput(report, report.lines())
 
 
@@ -406,7 +407,7 @@ def _connect_remote() -> str:
 
 
 def _diff_lines(difference: "Difference") -> Iterator[str]:
-    counts = f"{difference.kept[0]:,} → {counted(difference.kept[1], 'image')}"
+    counts = f"{difference.kept[0]:,} → {pluralize(difference.kept[1], 'image')}"
     yield f"{difference.before[:12]} → {difference.after[:12]}: {counts}"
     if difference.same_content:
         yield "the same content"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from diffusion.common.escaping import counted
+from diffusion.common.escaping import pluralize
 from flows.cli import command as options
 from flows.cli.command import LARGEST_SEED, CommandOutput, command, connect, display_progress, is_file
 
@@ -146,5 +146,5 @@ def generate_images(
 
             result = generate(config, model or config.champion, fields, image, mask, output)
     return CommandOutput(
-        result, [f"{counted(result.count, 'image')} of {result.model} in {result.folder}", f"look at {result.grid}"]
+        result, [f"{pluralize(result.count, 'image')} of {result.model} in {result.folder}", f"look at {result.grid}"]
     )

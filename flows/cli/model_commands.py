@@ -28,8 +28,8 @@ from flows.cli.command import (
 
 if TYPE_CHECKING:
     from diffusion.data.manifest import Manifest
-    from diffusion.diffusers_format.export import Exported
-    from diffusion.diffusers_format.hub import Pushed
+    from diffusion.diffusers_format.export import ExportResult
+    from diffusion.diffusers_format.hub import PushResult
     from flows.config import Params
     from flows.registry.champion import ChampionChange
     from flows.registry.ledger import History
@@ -337,7 +337,7 @@ def export(
     return CommandOutput(value, lines)
 
 
-def _export(to: str, config: "Params", weights: Path, folder: Path, *source: str) -> "Exported":
+def _export(to: str, config: "Params", weights: Path, folder: Path, *source: str) -> "ExportResult":
     from diffusion.diffusers_format.export import export_adapter, export_to_diffusers
 
     if to == "lora":
@@ -348,19 +348,19 @@ def _export(to: str, config: "Params", weights: Path, folder: Path, *source: str
 def _push(
     uri: str,
     config: "Params",
-    result: "Exported",
+    result: "ExportResult",
     weights: Path,
     data: "Manifest | None",
     metrics: "Mapping[str, float]",
     licence: str | None,
     prompts: list[str],
     public: bool,
-) -> "Pushed":
+) -> "PushResult":
     """Push an export with card and samples; ``data`` is the manifest of its data set, None: unknown."""
     from diffusion.api import ImageGenerator
     from diffusion.checkpoints import find_base, load_model, read_model_header
     from diffusion.common.files import digest_of
-    from diffusion.common.image_grids import marked_png
+    from diffusion.common.image_grids import encode_png_with_metadata
     from diffusion.diffusers_format.export import readme
     from diffusion.diffusers_format.hub import SAMPLES, check_push, hub_card, push_to_hub
     from diffusion.families.ddpm import DiffusionModel
@@ -382,7 +382,7 @@ def _push(
         [image] = generator.generate(1, seed=0, index=index, **condition)
         # The name stands for the request, as the bits depend on the machine.
         request = digest_of([result.weights_sha256, config.sampling.model_dump(mode="json"), metadata])
-        samples[f"{SAMPLES}{index}-{request[:12]}.png"] = marked_png(image, metadata)
+        samples[f"{SAMPLES}{index}-{request[:12]}.png"] = encode_png_with_metadata(image, metadata)
     card = hub_card(
         readme(model, config.sampling, result, name),
         name,

@@ -12,7 +12,7 @@ import typer
 from typer import Argument, Option
 
 from diffusion.common.errors import ConflictError, DarkroomError, UserError
-from diffusion.common.escaping import counted
+from diffusion.common.escaping import pluralize
 from flows.cli.command import VERBOSITY, CommandOutput, Model, command, connect, is_file
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _summary(chain: "Trace") -> Iterator[str]:
         yield f"image     {image.where}: {number}{conditions}, {state[image.as_generated]}"
     if batch := chain.batch:
         state_of_batch = "finished" if chain.finished else "not finished"
-        yield f"batch     {chain.place}: {counted(batch.count, 'image')} of seed {batch.seed}, {state_of_batch}"
+        yield f"batch     {chain.place}: {pluralize(batch.count, 'image')} of seed {batch.seed}, {state_of_batch}"
     elif chain.request:
         yield f"request   {_fields(chain.request.request)}"
     if model := chain.model:
@@ -119,8 +119,8 @@ def _summary(chain: "Trace") -> Iterator[str]:
         lost_count = sum(shard.where is None for shard in data.shards)
         state_of_data = f"{lost_count} of them lost" if lost_count else "all found"
         yield (
-            f"data set  {data.dataset}, version {data.version[:12]}: {counted(data.images, 'image')} in "
-            f"{counted(len(data.shards), 'shard')}, {state_of_data}"
+            f"data set  {data.dataset}, version {data.version[:12]}: {pluralize(data.images, 'image')} in "
+            f"{pluralize(len(data.shards), 'shard')}, {state_of_data}"
         )
         yield from (f"source    {source}" for source in data.sources)
         yield from (f"captions  {count:,} by {captioner}" for captioner, count in data.captioners.items())
@@ -144,7 +144,7 @@ def _chain(chain: "Trace") -> Iterator[str]:
             yield f"          conditions {', '.join(conditions)}"
     if batch := chain.batch:
         yield f"batch     {chain.place}, {'finished' if chain.finished else 'not finished'}"
-        yield f"          {counted(batch.count, 'image')} of seed {batch.seed}: {_fields(batch.sampling)}"
+        yield f"          {pluralize(batch.count, 'image')} of seed {batch.seed}: {_fields(batch.sampling)}"
         if batch.conditions is not None:
             yield f"          conditions {_fields(batch.conditions)}"
         if batch.requests is not None:
@@ -173,7 +173,7 @@ def _chain(chain: "Trace") -> Iterator[str]:
         yield f"data set  {data.dataset}, version {data.version}, {catalog_date}"
         yield f"          content {data.content_digest}"
         yield f"          DVC {data.dvc_digest or 'has no record of it'}"
-        yield f"          {counted(data.images, 'image')} in {counted(len(data.shards), 'shard')}"
+        yield f"          {pluralize(data.images, 'image')} in {pluralize(len(data.shards), 'shard')}"
         for shard in data.shards:
             yield f"shard     {shard.sha256}  {shard.bytes:,} bytes  {shard.name}  {shard.where or 'lost'}"
         if not chain.takedowns:

@@ -9,7 +9,7 @@ import typer
 from typer import Argument, Option
 
 from diffusion.common.errors import UserError
-from diffusion.common.escaping import counted
+from diffusion.common.escaping import pluralize
 from flows.cli import command as options
 from flows.cli.command import CommandOutput, command, connect, display_progress, is_file, is_follower
 from flows.cli.edit_commands import generate_images
@@ -133,17 +133,18 @@ def _preflight(variants: "Mapping[str, Params]") -> CommandOutput:
 
 
 def _describe_ingest(result: "IngestResult", source: str) -> Iterator[str]:
-    from diffusion.data.sources.survey import find_captions, offer
+    from diffusion.data.sources.survey import describe_table, find_captions
 
     yield (
-        f"{counted(result.kept, 'image')} in {result.folder} ({result.added:,} new), "
-        f"{counted(result.duplicates, 'duplicate')}, "
+        f"{pluralize(result.kept, 'image')} in {result.folder} ({result.added:,} new), "
+        f"{pluralize(result.duplicates, 'duplicate')}, "
         f"{result.quarantined_count:,} quarantined"
     )
     if result.near_duplicates is not None:
         yield result.near_duplicates.line
     if result.dropped is not None:
-        yield f"dropped by curation: {counted(result.dropped, 'image')}: darkroom data show --dataset {result.dataset}"
+        image_count = pluralize(result.dropped, "image")
+        yield f"dropped by curation: {image_count}: darkroom data show --dataset {result.dataset}"
     if result.source is not None:
         yield f"source  {result.source}"
     examples = result.quarantined[:20]
@@ -155,7 +156,7 @@ def _describe_ingest(result: "IngestResult", source: str) -> Iterator[str]:
         yield f"captions by {captions.captioner}: {counts}"
         yield from (f"  no caption: {count:,} × {reason}" for reason, count in captions.reasons.items())
     if result.removed:
-        yield f"left out, as taken down before: {counted(result.removed, 'image')}"
+        yield f"left out, as taken down before: {pluralize(result.removed, 'image')}"
     if result.relabelled:
         yield (
             f"kept with their old label or caption: {result.relabelled:,} images that came with another one; "
@@ -163,7 +164,7 @@ def _describe_ingest(result: "IngestResult", source: str) -> Iterator[str]:
         )
     if result.passed_over:
         if Path(source).is_dir() and (table := find_captions(Path(source))) is not None:
-            yield offer(table)
+            yield describe_table(table)
         extensions = [f"{count:,} {end or 'without extension'}" for end, count in result.passed_over.items()]
         yield f"ignored, no image extension: {', '.join(extensions[:5])}{' …' if len(extensions) > 5 else ''}"
         if result.passed_over.keys() & {".json", ".cls", ".txt"} and ".tar" in source and not source.startswith("wds:"):
@@ -446,7 +447,7 @@ def sample(
         result = sample(config, model or config.champion, count, seed, to, conditions, requests)
     files = [f"manifest: {result.manifest}", f"contact sheet: {result.contact_sheet}"]
     return CommandOutput(
-        result, [f"{counted(result.count, 'image')} of {result.model} in {result.uri}", *files, result.took.words]
+        result, [f"{pluralize(result.count, 'image')} of {result.model} in {result.uri}", *files, result.took.words]
     )
 
 
@@ -536,8 +537,8 @@ def _describe_retraining(result: dict[str, Any]) -> Iterator[str]:
     elif result["seconds"]:
         times = ", ".join(f"{name} {clock(seconds)}" for name, seconds in result["seconds"].items())
         yield f"took       {clock(sum(result['seconds'].values()))}: {times}"
-    duplicates = f", {counted(data['duplicates'], 'duplicate')} dropped" if data.get("duplicates") else ""
-    yield f"data set   {counted(data['kept'], 'image')}{duplicates}, content {data['content_digest'][:12]}"
+    duplicates = f", {pluralize(data['duplicates'], 'duplicate')} dropped" if data.get("duplicates") else ""
+    yield f"data set   {pluralize(data['kept'], 'image')}{duplicates}, content {data['content_digest'][:12]}"
     if result["quality"]:
         yield f"quality    {result['quality']} (95 % interval; lower is better)"
     yield f"model      models:/{version['model']}/{version['number']} is {title}: {verdict['reason']}"

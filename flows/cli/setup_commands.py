@@ -15,7 +15,7 @@ import typer
 from typer import Argument, Option
 
 from diffusion.common.errors import DarkroomError, UserError
-from diffusion.common.escaping import counted, escape_controls, python_literal
+from diffusion.common.escaping import escape_controls, pluralize, python_literal
 from flows.cli.command import CommandOutput, DatasetName, ParamsFile, Set, command, connect
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def init(
     size = _size(survey)
     write_bytes(path, _template(survey, name, size).encode())
     if survey.images < FEW:
-        lines.append(f"note       {counted(survey.images, 'image')}: so few that a model will mostly copy them")
+        lines.append(f"note       {pluralize(survey.images, 'image')}: so few that a model will mostly copy them")
     next_command = "darkroom up && darkroom retrain"
     lines += [f"wrote      {path}: {size}×{size} pixels, data set {name}", f"next       {next_command}"]
     value = {"params": str(path), "dataset": name, "size": size, "next": next_command}
@@ -107,7 +107,7 @@ def _size(survey: "Survey") -> int:
 def _template(survey: "Survey", name: str, size: int) -> str:
     lines = "\n".join(f"#   {escape_controls(line)}" for line in survey.lines())
     model = ["  text: true  # learn the captions, for --prompt; needs the extra `text`"] if survey.captions else []
-    small_images = survey.too_small(size)
+    small_images = survey.has_images_below(size)
     return "\n".join(
         [
             "# yaml-language-server: $schema=params.schema.json",

@@ -25,7 +25,13 @@ from diffusion.common.config import Config
 from diffusion.common.errors import ConflictError, UserError
 from diffusion.common.files import canonical_json, sha256_bytes
 from diffusion.data.manifest import Manifest, Sha256, manifest_bytes, parse_manifest, work_folder
-from diffusion.data.versions.takedown_records import Removal, parse_removal, removals, still_held, write_removal
+from diffusion.data.versions.takedown_records import (
+    Removal,
+    find_pending_removals,
+    parse_removal,
+    removals,
+    write_removal,
+)
 from flows.storage.numbered_objects import NumberedObjects, first_free, object_name
 from flows.storage.s3 import Location, MissingObjectError, Store
 from flows.storage.tags import DvcDigest
@@ -168,7 +174,9 @@ class Catalog:
     def find_held_removals(self, folder: Path) -> list[Removal]:
         """Takedown records of images that the current version in ``folder`` still holds."""
         self.fetch_removals(folder)
-        return still_held(folder, removals(work_folder(folder))) if (folder / "manifest.json").is_file() else []
+        return (
+            find_pending_removals(folder, removals(work_folder(folder))) if (folder / "manifest.json").is_file() else []
+        )
 
     def removals(self, names: Collection[str] = ()) -> Iterator[Removal]:
         """Yield the published takedown records of the data set, except for those of ``names`` names."""

@@ -10,8 +10,8 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import write_bytes, write_json
 from diffusion.data.ingest.ingest import forget_encodings, remove_strays
 from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest, versions, work_folder
-from diffusion.data.versions.takedown_records import holders, removals
-from diffusion.data.versions.versions import choose, known_versions, remember
+from diffusion.data.versions.takedown_records import find_affected_versions, removals
+from diffusion.data.versions.versions import choose_version, known_versions, remember
 from flows.datasets import dvc
 from flows.datasets.catalog import Catalog
 from flows.datasets.dvc import StoredFiles, is_whole, needed_files
@@ -127,7 +127,7 @@ class DatasetLocation:
 
         def pick() -> Manifest:
             candidates = {digest: manifest.content_digest for digest, manifest in self.known.items()}
-            return self.known[choose(prefix, candidates, self.folder.name)]
+            return self.known[choose_version(prefix, candidates, self.folder.name)]
 
         try:
             return pick()
@@ -144,7 +144,7 @@ class DatasetLocation:
         if self.source is not None:
             self.catalog().fetch_removals(self.folder)
         for removal in removals(work_folder(self.folder)):
-            if holders(self.folder, removal, [version], self.stored_files.find).held:
+            if find_affected_versions(self.folder, removal, [version], self.stored_files.find).held:
                 remove_strays(self.folder)
                 raise UserError(
                     f"version {version.digest[:12]} of data set {self.folder.name} holds images that were taken down "

@@ -12,7 +12,7 @@ from filelock import FileLock
 from prefect.events import Event
 
 from diffusion.common.errors import ConflictError
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.merge import merge_versions
 from diffusion.data.manifest import Manifest, parse_manifest, read_manifest, version_path, versions, work_folder
@@ -74,7 +74,7 @@ def make_version_event(version: Manifest, catalog: Catalog) -> Event:
 
 
 def bring_up_to_date(
-    folder: Path, source: str, config: IngestConfig, progress: Progress = silent, rebuilding: bool = False
+    folder: Path, source: str, config: IngestConfig, progress: Progress = ignore_progress, rebuilding: bool = False
 ) -> None:
     """Bring the data set in ``folder`` up to date with its newest version in the catalog and with all takedowns.
 

@@ -25,7 +25,7 @@ from diffusion.common.child_processes import end_with_parent
 from diffusion.common.errors import DarkroomError, TransientError, UserError
 from diffusion.common.escaping import escape_controls
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.prefetch import FanOut, in_order
+from diffusion.data.prefetch import FanOut, yield_in_order
 from flows.config import SamplingBatchConfig
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def prefect_fan_out(config: IngestConfig, name: str = "prepare shard") -> FanOut
             one_shard.with_options(task_run_name=f"{name} {number}").submit(item)
             for number, item in enumerate(items, 1)
         )
-        yield from in_order(futures, 2 * config.workers)
+        yield from yield_in_order(futures, 2 * config.workers)
 
     return fan_out
 

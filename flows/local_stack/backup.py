@@ -25,7 +25,7 @@ from pydantic import AwareDatetime, Field, StringConstraints, ValidationError
 from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.files import make_folder, sha256_file, sync_file, sync_folder, write_atomically, write_json
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.manifest import Sha256
 from diffusion.data.versions.takedown_records import Removal, parse_removal
 from flows.environment import SERVERS, settings
@@ -134,7 +134,7 @@ class Backups:
         return sha256
 
 
-def backup(target: Path, progress: Progress = silent) -> Backup:
+def backup(target: Path, progress: Progress = ignore_progress) -> Backup:
     """Copy databases and bucket of the local stack into the folder ``target``, except content that is there already.
 
     The backup is consistent: ledgers match the databases, and the models of all samples are in them. It can be killed
@@ -176,7 +176,7 @@ def backup(target: Path, progress: Progress = silent) -> Backup:
 
 
 def save(
-    store: Store, bucket: str, objects: Sequence[ListedObject], backups: Backups, progress: Progress = silent
+    store: Store, bucket: str, objects: Sequence[ListedObject], backups: Backups, progress: Progress = ignore_progress
 ) -> list[SavedObject]:
     """Copy ``objects``, except those in the newest backup; objects deleted meanwhile are left out."""
     saved_objects = {
@@ -236,7 +236,7 @@ class RestoreState(Config):
 
 
 def restore(
-    target: Path, stamp: str | None, replaced: Path, report: Callable[[str], None], progress: Progress = silent
+    target: Path, stamp: str | None, replaced: Path, report: Callable[[str], None], progress: Progress = ignore_progress
 ) -> tuple[Backup, LaterRemovals]:
     """Restore a backup into DARKROOM_HOME and start the stack.
 

@@ -14,7 +14,7 @@ from uuid import NAMESPACE_URL, uuid5
 from diffusion.checkpoints import find_base, read_model_header
 from diffusion.common.files import digest_of, sibling, write_json
 from diffusion.data.manifest import Manifest
-from diffusion.diffusers_format.export import Exported
+from diffusion.diffusers_format.export import ExportResult
 from diffusion.evaluation.estimate import DEVIATIONS
 from diffusion.families.model import ModelHeader
 
@@ -32,7 +32,7 @@ def bom_path(export: Path) -> Path:
 
 def write_bom(
     weights: Path,
-    export: Exported,
+    export: ExportResult,
     data: Manifest | None = None,
     metrics: Mapping[str, float] = {},
     libraries: Sequence[str] = (),
@@ -102,7 +102,7 @@ def read_bom_files(path: Path) -> dict[str, str]:
         raise ValueError(f"{path} is no bill of materials of an export") from error
 
 
-def _model(header: ModelHeader, export: Exported, licence: str | None) -> Part:
+def _model(header: ModelHeader, export: ExportResult, licence: str | None) -> Part:
     name, _, number = (export.version or "").removeprefix("models:/").partition("/")
     text = bool(getattr(header.model, "text", False))
     is_conditional = text or (header.origin is not None and "StableDiffusion" in export.pipeline)

@@ -18,10 +18,10 @@ from uuid import uuid4
 
 from pydantic import Field, ValidationError
 
-from diffusion.common.config import Config, unset
+from diffusion.common.config import Config, is_unset
 from diffusion.common.errors import ConflictError, UserError
 from diffusion.common.files import PARTIAL, canonical_json, make_folder, sha256_bytes, sync_file, sync_folder
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.manifest import Sha256
 from diffusion.generation.requests import ABOUT, RequestRecord
 from flows import environment
@@ -49,7 +49,7 @@ class Signing(Config):
     signer: str
     """Subject of the signing certificate, and the beginning of its SHA-256."""
     prompts: bool = False
-    parent_sha256: Sha256 | None = Field(None, exclude_if=unset)
+    parent_sha256: Sha256 | None = Field(None, exclude_if=is_unset)
     """SHA-256 of the image that was edited, if it is an ingredient."""
 
     @property
@@ -171,7 +171,12 @@ def parse_place(address: str) -> Folder | Prefix:
 
 
 def sign_images(
-    what: str, out: str, key: SigningKey, prompts: bool = False, parent: Path | None = None, progress: Progress = silent
+    what: str,
+    out: str,
+    key: SigningKey,
+    prompts: bool = False,
+    parent: Path | None = None,
+    progress: Progress = ignore_progress,
 ) -> SignedImages:
     """Sign a copy of each image of ``what``, with C2PA, to ``out``; the same call goes on after a kill.
 

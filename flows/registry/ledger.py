@@ -28,7 +28,7 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, Field, FiniteFloat, JsonValue
 
-from diffusion.common.config import Config, unset
+from diffusion.common.config import Config, is_unset
 from diffusion.common.errors import ConflictError, UserError
 from diffusion.common.files import canonical_json, sha256_bytes
 from flows.environment import settings
@@ -103,7 +103,7 @@ class LedgerEntry(Config):
     evidence: Evidence | None
     """Newest verdict of the gate on the version, possibly overridden; None if it was never evaluated."""
     approval: Approval | None
-    drift: str | None = Field(None, exclude_if=unset)
+    drift: str | None = Field(None, exclude_if=is_unset)
     """Drift alarm that the version was trained for; None if it was trained for another reason."""
     parent: str | None
     """SHA-256 of the previous entry; None for the first."""

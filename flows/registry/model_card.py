@@ -6,13 +6,19 @@ import mlflow
 from jinja2 import Environment, PackageLoader
 from mlflow.client import MlflowClient
 
-from diffusion.common.escaping import counted, escape_markdown
+from diffusion.common.escaping import escape_markdown, pluralize
 from diffusion.data.manifest import Manifest, parse_manifest
 from diffusion.evaluation.comparison import ChampionComparison
 from diffusion.evaluation.estimate import CONFIDENCE
 from diffusion.evaluation.evaluate import describe_kid
 from diffusion.evaluation.metrics.text_image_agreement import TextImageAgreement, describe_agreement
-from diffusion.evaluation.reports.html import between, count, share, signed, with_error
+from diffusion.evaluation.reports.html import (
+    format_count,
+    format_interval,
+    format_share,
+    format_signed,
+    format_with_error,
+)
 from diffusion.evaluation.results import Evaluation
 from diffusion.families.model import ModelHeader, Origin
 from flows.registry.ledger import LedgerEntry
@@ -60,7 +66,9 @@ def write_imported(client: MlflowClient, header: ModelHeader, origin: Origin, ve
 def _environment() -> Environment:
     environment = Environment(loader=PackageLoader("flows.registry"), trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"markdown": escape_markdown, "listed": _join_names}
-    environment.filters |= {function.__name__: function for function in (count, counted, share, with_error)}
+    environment.filters |= {
+        function.__name__: function for function in (format_count, pluralize, format_share, format_with_error)
+    }
     return environment
 
 
@@ -103,7 +111,9 @@ def card(
             sampling=candidate.sampling if candidate else evaluation.sampling,
             grid=f"evaluation/grids/{best.images:010d}-{best.sha256[:8]}.png",
             data=data,
-            classes=_join_names(f"{escape_markdown(name)} ({count(number)})" for name, number in classes.items()),
+            classes=_join_names(
+                f"{escape_markdown(name)} ({format_count(number)})" for name, number in classes.items()
+            ),
             eval_key=evaluation.eval_key,
             quality=describe_kid(evaluation),
             agreement=None if agreement is None else describe_agreement(agreement),
@@ -145,39 +155,39 @@ def _list_metrics(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
             prefix, _, suffix = name.partition("_")
             # kid_se_efflite0 is the standard error of kid_efflite0.
             error = metrics.get(f"{prefix}_se_{suffix}", metrics.get(f"{name}_se"))
-            yield name, _figure(value, error), signed(baseline[name]) if name in baseline else ""
+            yield name, _figure(value, error), format_signed(baseline[name]) if name in baseline else ""
 
 
 def _list_comparison(comparison: ChampionComparison) -> Iterator[tuple[str, ...]]:
     ours, baseline = comparison.candidate.metrics(), comparison.real_baseline.metrics()
     theirs = comparison.champion.metrics() if comparison.champion else {}
     rows = {
-        name: (_figure(metric.value, metric.error), between(metric.interval))
+        name: (_figure(metric.value, metric.error), format_interval(metric.interval))
         for name, metric in comparison.candidate.estimates.items()
     }
     if isinstance(agreement := comparison.candidate.text_image_agreement, TextImageAgreement):
         name, estimate = f"text_image_agreement_{agreement.encoder}", agreement.agreement
-        rows[name] = _figure(estimate.value, estimate.error), between(estimate.interval)
+        rows[name] = _figure(estimate.value, estimate.error), format_interval(estimate.interval)
         baseline |= {name: agreement.real.value}
     for name in ("copies_share", "duplicates_share"):
         rows[name] = f"{ours[name]:.1%}", f"{ours[f'{name}_low']:.1%} … {ours[f'{name}_high']:.1%}"
     for name in ("reconstruction_psnr", "psnr", "bits_per_dim", "held_out_loss"):
         if name in ours:
-            rows[name] = with_error(ours[name], ours[f"{name}_se"]), ""
+            rows[name] = format_with_error(ours[name], ours[f"{name}_se"]), ""
     for name in ("class_agreement", "gflop_per_image"):
         if name in ours:
-            rows[name] = signed(ours[name]), ""
+            rows[name] = format_signed(ours[name]), ""
     sides = (theirs, baseline) if comparison.champion else (baseline,)
     for name, row in rows.items():
-        yield name, *row, *(signed(side[name]) if name in side else "" for side in sides)
+        yield name, *row, *(format_signed(side[name]) if name in side else "" for side in sides)
 
 
 def _figure(value: float, error: float | None) -> str:
     # A share of 0 or 1 has no error that was measured.
-    return with_error(value, error).replace("-", "−") if error else signed(value)
+    return format_with_error(value, error).replace("-", "−") if error else format_signed(value)
 
 
 def _join_names(names: Iterable[str]) -> str:
     texts = list(names)
     more = len(texts) - CLASSES_SHOWN
-    return ", ".join(texts[:CLASSES_SHOWN]) + (f" and {count(more)} more" if more > 0 else "")
+    return ", ".join(texts[:CLASSES_SHOWN]) + (f" and {format_count(more)} more" if more > 0 else "")

@@ -29,7 +29,7 @@ from diffusion.checkpoints import find_base, load_model, read_model_header
 from diffusion.common.config import Config, PlainName
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of, sha256_file
-from diffusion.common.image_grids import image_of, png_bytes
+from diffusion.common.image_grids import png_bytes, to_pil_image
 from diffusion.data.manifest import Sha256
 from diffusion.families.model import Model
 from diffusion.generation.super_resolution import scale_of
@@ -387,5 +387,5 @@ def _example(model: Model) -> pd.DataFrame:
         return pd.DataFrame(example | ({"steps": [8]} if isinstance(model.config, ModelConfig) else {}))
     shape = tuple(side // scale_of(model) for side in model.shape[1:])
     pixels = torch.zeros(model.header.channels, *shape, dtype=torch.uint8)
-    image = base64.b64encode(png_bytes(image_of(pixels))).decode()
+    image = base64.b64encode(png_bytes(to_pil_image(pixels))).decode()
     return pd.DataFrame({"task": ["upscale"], "seed": [0], "image": [image], "steps": [8]})

@@ -24,7 +24,7 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from diffusion.checkpoints import load_model, read_model_header
 from diffusion.common.errors import UserError
-from diffusion.common.image_grids import image_of, png_bytes
+from diffusion.common.image_grids import png_bytes, to_pil_image
 from diffusion.families.model import Model
 from diffusion.generation.config import make_request
 from diffusion.generation.requests import answer
@@ -65,7 +65,7 @@ class ServedModel(PythonModel):
                 raise UserError(f"{count} images in one table: ask for at most {MOST_IMAGES}")
             answers = answer(self.model, requests, self.sampling)
             rows = [
-                {"request": number, "index": index, "png": png_bytes(image_of(image))}
+                {"request": number, "index": index, "png": png_bytes(to_pil_image(image))}
                 for number, (request, images) in enumerate(zip(requests, answers, strict=True))
                 for index, image in zip(request.indices, images, strict=True)
             ]

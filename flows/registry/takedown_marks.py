@@ -18,7 +18,7 @@ from diffusion.common.config import Config, dataset_folder
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import escape_controls, escape_markdown
 from diffusion.data.manifest import read_manifest
-from diffusion.data.versions.takedown_records import Removal, holders
+from diffusion.data.versions.takedown_records import Removal, find_affected_versions
 from diffusion.data.versions.versions import known_versions
 from diffusion.models.config import FAMILIES
 from flows.datasets.catalog import Catalog, Heads
@@ -281,7 +281,7 @@ def _find_removals(dataset: str, content: str) -> list[Removal]:
     ]
     with TemporaryDirectory() as scratch:
         lookup = StoredFiles(dataset, source).remote_lookup(training_versions, Path(scratch))
-        pairs = [(removal, holders(folder, removal, training_versions, lookup)) for removal in removals]
+        pairs = [(removal, find_affected_versions(folder, removal, training_versions, lookup)) for removal in removals]
     # As a takedown does: versions of equal content hold the same images.
     return [
         removal

@@ -27,7 +27,7 @@ from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.files import PARTIAL
 from diffusion.common.model_files import read_header
-from diffusion.evaluation.reports.html import count, storage
+from diffusion.evaluation.reports.html import format_count, format_size
 from diffusion.training.train import discard
 from flows.config import RetentionConfig
 from flows.registry import model_versions
@@ -89,7 +89,7 @@ def format_items(items: Iterable[Item]) -> Iterator[str]:
     sorted_items = sorted(items, key=lambda item: (ACTIONS.index(item.action), item.kind, item.name))
     rows = [("action", "what", "size", "name", "why")]
     rows += [
-        (item.action, item.kind, "" if item.bytes is None else storage(item.bytes), item.name, item.why)
+        (item.action, item.kind, "" if item.bytes is None else format_size(item.bytes), item.name, item.why)
         for item in sorted_items
         if item.action != "keep"
     ]
@@ -98,11 +98,11 @@ def format_items(items: Iterable[Item]) -> Iterator[str]:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
     keep_counts = Counter((item.kind, item.why) for item in sorted_items if item.action == "keep")
     for (kind, reason), number in sorted(keep_counts.items()):
-        yield f"keep       {count(number)} {kind}: {reason}"
+        yield f"keep       {format_count(number)} {kind}: {reason}"
     deleted_count, aside_count, kept_count = (
-        count(sum(item.action == action for item in sorted_items)) for action in ACTIONS
+        format_count(sum(item.action == action for item in sorted_items)) for action in ACTIONS
     )
-    size = storage(sum(item.bytes or 0 for item in sorted_items if item.action == "delete"))
+    size = format_size(sum(item.bytes or 0 for item in sorted_items if item.action == "delete"))
     yield f"{deleted_count} deleted, {size}; {aside_count} set aside; {kept_count} kept"
 
 

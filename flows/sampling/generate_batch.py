@@ -278,7 +278,7 @@ def plan(
         # Named, so that the manifest tells sizes whatever the model is.
         conditions = conditions.model_copy(update={"sizes": (model.shape[1:],)})
     for shape in conditions.sizes:
-        model.at(shape)  # raises for a size that its network does not take
+        model.with_size(shape)  # raises for a size that its network does not take
     table = _table(store, model, model.header.sampling(sampling, conditional=False), conditions, requests)
     if table is not None and default_size and table.names_every_size:
         raise UserError(f"{requests} names the size of each image: leave the size out")
@@ -327,7 +327,7 @@ def _table(
             store.fetch(location.bucket, location.prefix, source)
         table = RequestTable.from_file(source, environment.settings().folder / "requests")
     # The labels and prompts that guidance needs are in the rows, which are checked below.
-    generate.check_sampling(model, sampling.unguided(), UNCONDITIONAL)
+    generate.check_sampling(model, sampling.without_guidance(), UNCONDITIONAL)
     if "prompt" in table.about.columns:
         check_encoder(model.header.encoder)
     table.check(model, sampling, conditions, requests)

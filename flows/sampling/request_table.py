@@ -19,7 +19,7 @@ from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.shapes import parse_shape, parse_size, shape_name
 from diffusion.data.manifest import Sha256
-from diffusion.data.sources.conventions import as_text, records
+from diffusion.data.sources.conventions import records, to_text
 from diffusion.data.sources.local_files import open_text
 from diffusion.families.model import Model
 from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions, is_conditional
@@ -139,7 +139,7 @@ class RequestTable:
             for number, row in enumerate(rows, start=start + 1):
                 conditions = self._conditions([row], others)
                 try:
-                    model.at(conditions.size(0))  # raises for a size that its network does not take
+                    model.with_size(conditions.size(0))  # raises for a size that its network does not take
                     check_conditions(model.classes, model.config.text, sampling, conditions)
                     check_prompts(conditions.model_copy(update={"negative_prompt": None}), model.prompt_length)
                 except UserError as error:
@@ -197,7 +197,7 @@ def _require_columns(names: Iterable[str], place: str) -> None:
 
 def _cell(record: dict[str, Any], name: Column, source: Path, number: int) -> str | None:
     try:
-        text = as_text(record.get(name))
+        text = to_text(record.get(name))
     except ValueError as error:
         raise UserError(f"{source}, record {number}: {error}: give one text for {name}") from error
     if text is not None and len(text) > LONGEST_TEXT:

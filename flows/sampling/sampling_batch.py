@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
-from diffusion.common.config import LARGEST_SIDE, Config, PlainName, unset
+from diffusion.common.config import LARGEST_SIDE, Config, PlainName, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json, digest_of, sha256_bytes
 from diffusion.common.fingerprint import Fingerprint
-from diffusion.common.image_grids import image_of, marked_png
+from diffusion.common.image_grids import encode_png_with_metadata, to_pil_image
 from diffusion.data.manifest import Sha256
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.process.samplers import SamplingConfig
@@ -56,7 +56,7 @@ class SamplingBatch(Config):
     run_id: RunId
     content_digest: Sha256
     weights_sha256: Sha256
-    code_sha256: Sha256 | None = Field(None, exclude_if=unset)
+    code_sha256: Sha256 | None = Field(None, exclude_if=is_unset)
     """Digest of the code that the version ships, by its tag when the batch was begun; None without such a tag."""
     seed: Seed
     count: int = Field(ge=1, le=MOST_IMAGES)
@@ -66,7 +66,7 @@ class SamplingBatch(Config):
     """Conditions of the images; None for unconditional ones. With ``requests`` only the negative prompt and a size."""
     requests: Requests | None = None
     """Reference to the request table in ``requests.parquet``, one row per image."""
-    chunk: int | None = Field(None, ge=1, le=2**20, exclude_if=unset)
+    chunk: int | None = Field(None, ge=1, le=2**20, exclude_if=is_unset)
     """Images in a chunk; None for CHUNK_BATCHES compute batches."""
     format: Literal["png", "tar"] = Field("png", exclude_if=lambda name: name == "png")
     """Storage of the images: files, or a tar for each chunk."""
@@ -204,7 +204,7 @@ def encode(
     """
     conditions = conditions or batch.conditions or UNCONDITIONAL
     prompt = conditions.prompt(index)
-    png_image = image_of(image)
+    png_image = to_pil_image(image)
     metadata: dict[str, str | None] = {
         "seed": str(batch.seed),
         "index": str(index),
@@ -214,7 +214,7 @@ def encode(
         "label": conditions.label(index),
         "prompt": prompt,
     }
-    png = marked_png(png_image, metadata)
+    png = encode_png_with_metadata(png_image, metadata)
     row = batch.row(index) | {
         "sha256": sha256_bytes(png),
         "pixels_sha256": sha256_bytes(png_image.tobytes()),

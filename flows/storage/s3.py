@@ -24,7 +24,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from diffusion.common.errors import ConflictError, DarkroomError, UserError
 from diffusion.common.files import write_atomically
-from diffusion.data.sources.base import Found
+from diffusion.data.sources.base import StoredObject
 
 if TYPE_CHECKING:
     from botocore.response import StreamingBody
@@ -417,11 +417,11 @@ class S3Objects:
     def __getstate__(self) -> None:
         """Leave the client out, as it cannot be pickled."""
 
-    def find(self, uri: str) -> Iterator[Found]:
+    def find(self, uri: str) -> Iterator[StoredObject]:
         """Yield all objects whose URI begins with ``uri``, in the server's order, a page at a time."""
         bucket, prefix = _split(uri)
         for entry in self._store.list_objects(bucket, prefix):
-            yield Found(f"s3://{bucket}/{entry.key}", entry.size, entry.etag)
+            yield StoredObject(f"s3://{bucket}/{entry.key}", entry.size, entry.etag)
 
     def read(self, uri: str) -> bytes:
         """Read the bytes of one object; raises FileNotFoundError if there is none."""

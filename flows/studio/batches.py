@@ -16,7 +16,7 @@ from PIL import Image
 
 from diffusion.common.config import dataset_folder
 from diffusion.common.errors import UserError
-from diffusion.common.image_grids import image_of
+from diffusion.common.image_grids import to_pil_image
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.metrics.registration import find_registered
 from flows.environment import settings
@@ -185,7 +185,7 @@ def nearest_training_images(pixels: np.ndarray, chain: Trace) -> tuple[list[Gall
         neighbours = find_registered([image], pieces, lambda numbers: dataset.images_in_order(rows[numbers]))
         numbers = neighbours.rows[0, :NEAREST].numpy()
         items: list[GalleryItem] = [
-            (image_of(neighbour), f"{distance:.2f} {label or ''}")
+            (to_pil_image(neighbour), f"{distance:.2f} {label or ''}")
             for neighbour, distance, label in zip(
                 dataset.images_in_order(rows[numbers]),
                 neighbours.distances[0, :NEAREST].tolist(),

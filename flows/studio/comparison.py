@@ -22,8 +22,8 @@ from pydantic import Field, ValidationError
 from diffusion.checkpoints import load_model
 from diffusion.common.config import Config, PlainName
 from diffusion.common.errors import ConflictError, UserError
-from diffusion.common.image_grids import image_of
-from diffusion.common.progress import Progress, silent
+from diffusion.common.image_grids import to_pil_image
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.random import generator
 from diffusion.generation.requests import answer, sampling_of, tasks_of
 from diffusion.process.samplers import SamplingConfig
@@ -144,7 +144,11 @@ def read_versions(model: str) -> tuple[list[int], AliasNumbers]:
 
 
 def generate_pairs(
-    sources: Mapping[str, Source], seed: int, count: int, conditions: Mapping[str, str], progress: Progress = silent
+    sources: Mapping[str, Source],
+    seed: int,
+    count: int,
+    conditions: Mapping[str, str],
+    progress: Progress = ignore_progress,
 ) -> dict[str, list[Image.Image]]:
     """Generate images 0 to ``count`` − 1 of ``seed`` with each of ``sources``, of the same size."""
     if len({source.model.shape for source in sources.values()}) > 1:
@@ -157,7 +161,7 @@ def generate_pairs(
     images_by_name = {}
     for name, source in sources.items():
         [images] = answer(source.model, [requests[name]], source.sampling, progress)
-        images_by_name[name] = [image_of(image) for image in images]
+        images_by_name[name] = [to_pil_image(image) for image in images]
     return images_by_name
 
 
@@ -169,7 +173,7 @@ def open_ballot(
     count: int,
     conditions: Mapping[str, str],
     sampling: SamplingConfig,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> Ballot:
     """Begin a blind vote over ``count`` pairs; the sides are shuffled by a new seed."""
     sources = _sources(model, champion, candidate, sampling)

@@ -20,7 +20,7 @@ from diffusion.checkpoints import load_model
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.files import sha256_file
 from diffusion.common.image_grids import png_bytes
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.shapes import Shape, shape_name
 from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.model import Model
@@ -64,7 +64,7 @@ class Source:
         origin = {"model": f"sha256:{sha256_file(weights)}", "content_digest": model.header.content_digest}
         return cls(model, str(weights), origin, sampling)
 
-    def generate(self, fields: Mapping[str, Any], progress: Progress = silent) -> tuple[list[Path], str]:
+    def generate(self, fields: Mapping[str, Any], progress: Progress = ignore_progress) -> tuple[list[Path], str]:
         """Generate the images of a request into new PNG files; returns them with a line about how they were made.
 
         Files and pixels are those of ``darkroom sample`` and ``darkroom edit`` with a model file. Raises UserError as

@@ -24,7 +24,7 @@ from mlflow.utils.mlflow_tags import (
 )
 from PIL import Image
 
-from diffusion.common.escaping import counted
+from diffusion.common.escaping import pluralize
 from diffusion.data.manifest import Manifest
 from diffusion.evaluation.results import CheckpointEvaluation, Evaluation
 from flows.datasets.dvc import CodeVersion, DataVersion
@@ -209,7 +209,7 @@ def open_run(
     run_tags = {
         MLFLOW_RUN_NOTE: f"Training of a {family} model on {manifest.counts['train']:,} images of the data set "
         f"**{manifest.name}**, {manifest.stored_as}, "
-        f"{counted(len(manifest.class_histogram), 'class', 'classes')}; "
+        f"{pluralize(len(manifest.class_histogram), 'class', 'classes')}; "
         f"{manifest.counts['held_out']:,} held out. "
         "Artifacts: `evaluation/report.html` (how good it is), `dataset` (what it learned from), `params.json`.",
         MLFLOW_SOURCE_NAME: "darkroom train",

@@ -22,7 +22,7 @@ from diffusion.evaluation.metrics.copies import (
 )
 from diffusion.evaluation.metrics.distances import compute_scores
 from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss, LevelLoss
-from diffusion.evaluation.metrics.per_class import Labelled, PerClass, evaluate_classes, fit_discriminant
+from diffusion.evaluation.metrics.per_class import LabelledFeatures, PerClass, evaluate_classes, fit_discriminant
 from diffusion.evaluation.metrics.pixel_metrics import compare_appearance, measure_appearance
 from diffusion.evaluation.metrics.registration import find_registered
 from diffusion.evaluation.results import EvaluationConditions, ModelEvaluation, RealBaseline
@@ -111,7 +111,7 @@ def example_comparison(with_champion: bool = True) -> Shown:
 
 
 def _estimates(metrics: dict[Figure, Replicates]) -> dict[str, MetricEstimate]:
-    return {f"{name}_{PIXELS}": MetricEstimate.of(each.estimate) for name, each in metrics.items()}
+    return {f"{name}_{PIXELS}": MetricEstimate.from_estimate(each.estimate) for name, each in metrics.items()}
 
 
 def _side(images: Tensor, points: Tensor, reference: Tensor, metrics: dict[Figure, Replicates]) -> ModelEvaluation:
@@ -164,8 +164,10 @@ def _by_class(images: Tensor) -> PerClass:
     sets, labels = _sets()
     reader = fit_discriminant([(shifted_thumbnails(sets["training"])[0], labels["training"])], len(CLASSES))
     whose = "candidate" if images is sets["candidate"] else "champion"
-    real = Labelled(shifted_thumbnails(sets["held out"])[0], labels["held out"])
-    return evaluate_classes(Labelled(shifted_thumbnails(images)[0], labels[whose]), real, reader, CLASSES, PIXELS)
+    real = LabelledFeatures(shifted_thumbnails(sets["held out"])[0], labels["held out"])
+    return evaluate_classes(
+        LabelledFeatures(shifted_thumbnails(images)[0], labels[whose]), real, reader, CLASSES, PIXELS
+    )
 
 
 def _class_samples(per_class: PerClass) -> dict[str, tuple[Tensor, Tensor]]:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from diffusion.checkpoints import AVERAGED, save_tensors
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.dataset import Dataset
-from diffusion.evaluation.cache import cached
+from diffusion.evaluation.cache import load_or_compute
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.results import CheckpointEvaluation
@@ -31,7 +31,7 @@ def evaluate_one(
     config: EvaluationConfig,
     sampling: SamplingConfig,
     output: Path,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
     task: GenerationTask = GenerationTask(),  # noqa: B008 (frozen)
 ) -> CheckpointEvaluation:
     """What ``evaluate`` finds of one model file under equal conditions, remembered in ``output``.
@@ -39,7 +39,7 @@ def evaluate_one(
     ``task``: that of the models that it is compared with; UserError if it has another.
     """
     evaluator = Evaluator(data, config, sampling, output / "evaluations", progress, task)
-    return CheckpointEvaluation(**dict(evaluator.model(model_file).scored()), file=str(model_file))
+    return CheckpointEvaluation(**dict(evaluator.model(model_file).compute_model_scores()), file=str(model_file))
 
 
 class Watcher:
@@ -84,7 +84,7 @@ def save_images(
 ) -> None:
     """Cache ``images`` in ``folder`` as those that the model in the file ``path`` generated."""
     model = Evaluator(data, config, sampling, folder / "evaluations").model(path)
-    cached(folder / "evaluations", model.generated_key, lambda: {"images": images})
+    load_or_compute(folder / "evaluations", model.generated_key, lambda: {"images": images})
 
 
 def training_images(data: Path, count: int) -> Tensor:

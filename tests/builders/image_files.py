@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.decode import UnusableEntry, prepare
+from diffusion.data.ingest.decode import UnusableEntryError, prepare
 
 PNG_COLOURS = {"L": 0, "RGB": 2, "P": 3, "LA": 4, "RGBA": 6}
 ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
@@ -31,7 +31,7 @@ def pixels(payload: bytes | Image.Image, **fields: object) -> np.ndarray:
 
 
 def reason(payload: bytes | Image.Image, **fields: object) -> str:
-    with pytest.raises(UnusableEntry) as error:
+    with pytest.raises(UnusableEntryError) as error:
         prepare(payload, config(**fields))
     return str(error.value)
 

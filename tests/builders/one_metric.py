@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.evaluation.bootstrap import (
     Figure,
     Replicates,
@@ -19,13 +19,16 @@ from diffusion.evaluation.metrics.neighbours import compute_overlap, nearest_dis
 
 
 def compute_replicates(
-    sets: Sequence[Tensor], reference: Tensor, splits: int, progress: Progress = silent
+    sets: Sequence[Tensor], reference: Tensor, splits: int, progress: Progress = ignore_progress
 ) -> list[dict[Figure, Replicates]]:
-    reference_statistics, results = Reference.of(reference), []
+    reference_statistics, results = Reference.from_features(reference), []
     for x, halves in zip(sets, compute_halves(sets, reference, splits, progress), strict=True):
         scores = compute_scores(x, reference_statistics, "features")
         results.append(
-            {name: Replicates(name, scores.of(name), of_x, len(x), *reference.shape) for name, of_x in halves.items()}
+            {
+                name: Replicates(name, scores.get_metric(name), of_x, len(x), *reference.shape)
+                for name, of_x in halves.items()
+            }
         )
     return results
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.decode import UnusableEntry
+from diffusion.data.ingest.decode import UnusableEntryError
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access, ObjectStore, Payload
 from tests.builders.shapes import blob
@@ -41,7 +41,7 @@ def payloads(uri: str | Path, source_access: Access) -> dict[str, bytes | Image.
 
 
 def _plain(payload: Payload) -> bytes | Image.Image | str:
-    return str(payload) if isinstance(payload, UnusableEntry) else payload
+    return str(payload) if isinstance(payload, UnusableEntryError) else payload
 
 
 def png(number: int, size: int = 12) -> bytes:

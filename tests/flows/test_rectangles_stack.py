@@ -14,7 +14,7 @@ from PIL import Image
 
 import diffusion
 from diffusion.checkpoints import load_model
-from diffusion.common.image_grids import image_of
+from diffusion.common.image_grids import to_pil_image
 from diffusion.evaluation.results import Evaluation
 from diffusion.generation.generate import sample
 from tests.builders.workspace import PARAMS, Workspace, objects, running
@@ -114,5 +114,5 @@ def test_the_python_interface_gives_the_image_of_the_batch(workspace: Workspace)
     # The registered file, which has the guidance that evaluation chose.
     generator = diffusion.load(workspace.folder / "runs" / "blobs" / "weights.safetensors", steps=8, sampler="dpmpp_2m")
     config = generator.sampling.model_copy(update={"compute_batch": 8})
-    images = sample(generator.model.at((12, 24)), [1], 3, generator.model.header.sampling(config))
-    assert image_of(images[0]).tobytes() == stored_image.tobytes()
+    images = sample(generator.model.with_size((12, 24)), [1], 3, generator.model.header.sampling(config))
+    assert to_pil_image(images[0]).tobytes() == stored_image.tobytes()

@@ -17,14 +17,14 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from diffusion.common.config import Config
-from diffusion.common.escaping import counted
-from diffusion.common.progress import Progress, silent
+from diffusion.common.escaping import pluralize
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.ingest.chunks import ENTRY, HASH_BITS, perceptual_hash, reduce_to_grey
 from diffusion.data.ingest.config import MOST_BITS, UNCALIBRATED_BITS, IngestConfig
-from diffusion.data.ingest.decode import UnusableEntry, prepare
+from diffusion.data.ingest.decode import UnusableEntryError, prepare
 from diffusion.data.manifest import STORED, Manifest, read_records
 from diffusion.data.sources.base import Entry, Source
-from diffusion.data.versions.versions import stored_in
+from diffusion.data.versions.versions import count_stored
 
 SAMPLED, FEWEST = 1000, 50
 """Images that are sampled, and distinct ones without which nothing is calibrated.
@@ -65,7 +65,7 @@ class Calibration(Config):
         """Describe the threshold and what it finds."""
         summary = f"near-duplicates: up to {self.bits} of {HASH_BITS} bits"
         if self.copies is None or self.others is None:
-            images = counted(self.images, "distinct image")
+            images = pluralize(self.images, "distinct image")
             return f"{summary}, as {images} are too few to calibrate ingest.near_duplicates=auto, which takes {FEWEST}"
         return (
             f"{summary}, chosen by {self.images:,} images, group {self.copies:.1%} of copies made of them and about "
@@ -93,7 +93,7 @@ def calibrate_ingest(
     planned_count: int,
     source: Source,
     config: IngestConfig,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> Calibration:
     """Calibrate the threshold by a sample of the images of a data set and of those that an ingest adds to it.
 
@@ -106,7 +106,7 @@ def calibrate_ingest(
         config: Configuration by which they are stored.
         progress: Called with the number of sampled images.
     """
-    stored_count = 0 if manifest is None else sum(map(stored_in, manifest.parts))
+    stored_count = 0 if manifest is None else sum(map(count_stored, manifest.parts))
     total = stored_count + planned_count
     numbers = np.array(sorted(random.Random(0).sample(range(total), min(SAMPLED, total))), np.int64)
     stored_numbers, new_numbers = numbers[numbers < stored_count], numbers[numbers >= stored_count] - stored_count
@@ -130,7 +130,7 @@ def _read_stored(folder: Path, manifest: Manifest, numbers: np.ndarray) -> Itera
     """Yield key and pixels of the images at ``numbers``, ascending, of all that lie in the shards of ``manifest``."""
     first = 0
     for part in manifest.parts:
-        last = first + stored_in(part)
+        last = first + count_stored(part)
         positions = numbers[(numbers >= first) & (numbers < last)] - first
         first = last
         if not len(positions) or part.shard is None:
@@ -150,8 +150,8 @@ def _read_new(
         query = f"SELECT {ENTRY} FROM plan WHERE number = ?"  # from 1 on
         entries = [Entry(*database.execute(query, (number + 1,)).fetchone()) for number in numbers.tolist()]
     for payload in source.read([entry for entry in entries if entry.problem is None]):
-        with suppress(UnusableEntry):
-            if not isinstance(payload, UnusableEntry):
+        with suppress(UnusableEntryError):
+            if not isinstance(payload, UnusableEntryError):
                 image = prepare(payload, config)
                 yield image.key, Image.fromarray(image.pixels)
 

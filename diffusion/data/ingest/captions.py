@@ -32,9 +32,9 @@ from diffusion.data.ingest.config import CaptionerConfig
 from diffusion.data.ingest.merge import Merge, write_part
 from diffusion.data.manifest import CAPTIONER, read_records, work_folder
 from diffusion.data.prefetch import prefetch
-from diffusion.data.sources.base import LONGEST, too_long
-from diffusion.data.sources.conventions import as_text
-from diffusion.data.sources.urls import Again, pause, retry_after, short
+from diffusion.data.sources.base import LONGEST, too_long_reason
+from diffusion.data.sources.conventions import to_text
+from diffusion.data.sources.urls import RetryableError, retry_after, retry_delay, shorten_message
 
 LONGEST_ANSWER = 2**17
 """Maximum bytes of an answer: more than the longest caption takes, escaped in JSON."""
@@ -66,11 +66,11 @@ class CaptionCounts(Config):
     """The most frequent reasons for that."""
 
 
-class NoCaption(Exception):
+class NoCaptionError(Exception):
     """The captioner has no usable caption for one image; the message says why."""
 
 
-class Unanswered(NoCaption):
+class NoAnswerError(NoCaptionError):
     """The captioner did not answer, or is broken."""
 
 
@@ -113,8 +113,8 @@ def add_captions(merge: Merge, config: CaptionerConfig, progress: Progress) -> C
             try:
                 for row, answer in zip(requests if unanswered_count < MOST_UNANSWERED else (), answers, strict=False):
                     done += 1
-                    unanswered_count = unanswered_count + 1 if isinstance(answer, Unanswered) else 0
-                    if isinstance(answer, NoCaption):
+                    unanswered_count = unanswered_count + 1 if isinstance(answer, NoAnswerError) else 0
+                    if isinstance(answer, NoCaptionError):
                         reasons[str(answer)] += 1
                     else:
                         captions[row["key"]] = answer
@@ -153,12 +153,12 @@ def add_captions(merge: Merge, config: CaptionerConfig, progress: Progress) -> C
     return counts
 
 
-def _send(captioner: "Captioner", cache: "Cache", name: str, item: tuple[str, bytes]) -> str | NoCaption:
+def _send(captioner: "Captioner", cache: "Cache", name: str, item: tuple[str, bytes]) -> str | NoCaptionError:
     """Send one image, and store the answer."""
     key, image = item
     try:
         caption = captioner(image)
-    except NoCaption as error:
+    except NoCaptionError as error:
         return error
     cache.put(key, name, caption)
     return caption
@@ -185,9 +185,9 @@ class Captioner:
         limits = httpx.Limits(max_connections=config.workers)
         self._client = httpx.Client(headers=headers, timeout=config.seconds, limits=limits)
         self._retrying = Retrying(
-            retry=retry_if_exception_type(Again),
+            retry=retry_if_exception_type(RetryableError),
             stop=stop_after_attempt(config.tries) | stop_when_event_set(self.stopped),
-            wait=pause,
+            wait=retry_delay,
             sleep=sleep_using_event(self.stopped),
             reraise=True,
         )
@@ -197,16 +197,16 @@ class Captioner:
         self._client.close()
 
     def __call__(self, image: bytes) -> str:
-        """Return the caption of a PNG; raises NoCaption, and Unanswered if the captioner itself is the reason."""
+        """Return the caption of a PNG; raises NoCaptionError, or NoAnswerError if the captioner is the reason."""
         if self.config.command:
             return _check_caption(self._run(self.config.command, image))
         try:
             answer = self._retrying.copy()(self._post, image)
             return _check_caption(json.loads(answer)["caption"])
-        except Again as error:
-            raise Unanswered(f"{error}, at each of {self.config.tries} tries") from error
+        except RetryableError as error:
+            raise NoAnswerError(f"{error}, at each of {self.config.tries} tries") from error
         except (ValueError, TypeError, LookupError, RecursionError) as error:
-            raise NoCaption('its answer is not {"caption": "…"}') from error
+            raise NoCaptionError('its answer is not {"caption": "…"}') from error
 
     def _run(self, command: tuple[str, ...], image: bytes) -> str:
         deadline, answer = time.monotonic() + self.config.seconds, b""
@@ -239,21 +239,21 @@ class Captioner:
                     break
                 answer += piece
                 if len(answer) > LONGEST_ANSWER:
-                    raise NoCaption(f"its answer has more than {LONGEST_ANSWER} bytes")
+                    raise NoCaptionError(f"its answer has more than {LONGEST_ANSWER} bytes")
             else:
-                raise Unanswered(f"no answer within {self.config.seconds:g} s")
+                raise NoAnswerError(f"no answer within {self.config.seconds:g} s")
             try:
                 code = process.wait(max(deadline - time.monotonic(), 0))
             except subprocess.TimeoutExpired as error:
-                raise Unanswered(f"it did not end within {self.config.seconds:g} s") from error
+                raise NoAnswerError(f"it did not end within {self.config.seconds:g} s") from error
             if code:
                 errors.seek(max(errors.seek(0, os.SEEK_END) - 1000, 0))
                 last = errors.read().decode(errors="replace").strip().rpartition("\n")[2]
-                raise Unanswered(f"exit code {code}{last and f': {short(last)}'}")
+                raise NoAnswerError(f"exit code {code}{last and f': {shorten_message(last)}'}")
         try:
             return answer.decode()
         except UnicodeDecodeError as error:
-            raise NoCaption("its answer is not UTF-8") from error
+            raise NoCaptionError("its answer is not UTF-8") from error
 
     def _post(self, image: bytes) -> bytes:
         deadline, answer = time.monotonic() + self.config.seconds, b""
@@ -262,19 +262,19 @@ class Captioner:
                 if (status := response.status_code) != 200:
                     line = f"HTTP {status} {httpx.codes.get_reason_phrase(status)}".strip()
                     if status in (408, 425, 429) or status >= 500:
-                        raise Again(line, retry_after(response.headers.get("Retry-After", "")))
-                    raise NoCaption(line) if status in REFUSALS else Unanswered(line)
+                        raise RetryableError(line, retry_after(response.headers.get("Retry-After", "")))
+                    raise NoCaptionError(line) if status in REFUSALS else NoAnswerError(line)
                 for piece in response.iter_raw():
                     answer += piece
                     if len(answer) > LONGEST_ANSWER:
-                        raise NoCaption(f"its answer has more than {LONGEST_ANSWER} bytes")
+                        raise NoCaptionError(f"its answer has more than {LONGEST_ANSWER} bytes")
                     if time.monotonic() > deadline:
-                        raise Again(f"no whole answer within {self.config.seconds:g} s")
+                        raise RetryableError(f"no whole answer within {self.config.seconds:g} s")
                 return answer
         except httpx.TimeoutException as error:
-            raise Again(f"no answer within {self.config.seconds:g} s") from error
+            raise RetryableError(f"no answer within {self.config.seconds:g} s") from error
         except httpx.TransportError as error:
-            raise Again(short(error) or type(error).__name__) from error
+            raise RetryableError(shorten_message(error) or type(error).__name__) from error
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
@@ -286,11 +286,11 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _check_caption(answer: object) -> str:
-    """Return a caption as a source would give it; raises NoCaption if there is none or it is too long."""
-    if not (caption := (as_text(answer) or "").strip()):
-        raise NoCaption("it has no caption for it")
+    """Return a caption as a source would give it; raises NoCaptionError if there is none or it is too long."""
+    if not (caption := (to_text(answer) or "").strip()):
+        raise NoCaptionError("it has no caption for it")
     if len(caption) > LONGEST["caption"]:
-        raise NoCaption(too_long("caption"))
+        raise NoCaptionError(too_long_reason("caption"))
     return caption
 
 

@@ -20,11 +20,11 @@ from diffusion.common.files import canonical_json, digest_of, make_folder, sha25
 from diffusion.common.progress import Progress
 from diffusion.common.shapes import shape_name
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.decode import StoredImage, UnusableEntry, prepare
+from diffusion.data.ingest.decode import StoredImage, UnusableEntryError, prepare
 from diffusion.data.manifest import RECORDS
 from diffusion.data.shards import TarWriter
 from diffusion.data.sources import open_source
-from diffusion.data.sources.base import Access, Entry, ObjectStore, Source, bounded
+from diffusion.data.sources.base import Access, Entry, ObjectStore, Source, limit_texts
 
 ENTRY = "source, locator, stamp, label, caption, problem"
 """Fields of an entry, in their order."""
@@ -73,7 +73,7 @@ def make_plan(
         database.execute("BEGIN")
 
         def rows() -> Iterator[tuple[str | None, ...]]:
-            for number, entry in enumerate(map(bounded, source.entries()), start=1):
+            for number, entry in enumerate(map(limit_texts, source.entries()), start=1):
                 if number % 10_000 == 0:
                     progress("images listed", number, None)
                 yield (*entry, description_digest(entry.label, entry.caption))
@@ -176,15 +176,15 @@ def _prepare(
         row |= {name: getattr(entry, name) for name in ("source", "stamp", "label", "caption")} | {"source_sha256": ""}
         rows.append(row)
         try:
-            payload = next(payloads) if entry.problem is None else UnusableEntry(entry.problem)
-            if isinstance(payload, UnusableEntry):
+            payload = next(payloads) if entry.problem is None else UnusableEntryError(entry.problem)
+            if isinstance(payload, UnusableEntryError):
                 raise payload
             row["source_sha256"] = _digest(payload)
             if row["source_sha256"] in known_digests:
                 row["outcome"] = "known"
                 continue
             image = prepare(payload, chunk.config)
-        except UnusableEntry as error:
+        except UnusableEntryError as error:
             row |= {"outcome": "quarantined", "reason": str(error)}
             continue
         row |= _describe(image, chunk.config)

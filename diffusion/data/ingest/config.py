@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from diffusion.common.config import LARGEST_SIDE, LARGEST_SIZE, Config, unset
+from diffusion.common.config import LARGEST_SIDE, LARGEST_SIZE, Config, is_unset
 from diffusion.common.files import digest_of
 from diffusion.common.shapes import Shape, parse_shape, shape_name
 
@@ -38,7 +38,7 @@ class StorageConfig(Config):
     """How a non-square image becomes square: crop its longer side, pad its shorter one, or squash. ``bucket``: it does
     not; it is stored in the one of ``buckets`` whose aspect ratio is nearest, resized to cover it and cropped."""
     buckets: Annotated[tuple[str, ...] | None, AfterValidator(_order_shapes)] = Field(
-        None, min_length=1, max_length=32, exclude_if=unset
+        None, min_length=1, max_length=32, exclude_if=is_unset
     )
     """Shapes of stored images as WIDTHxHEIGHT in pixels, of unequal aspect ratios and about as many pixels as the
     square of ``size``, for ``fit: bucket``: [80x48, 64x64, 48x80]. Null: at most eight, chosen by a sample of the
@@ -136,7 +136,7 @@ class IngestConfig(StorageConfig):
     source: str = "images/digits"
     """Where the images lie: a folder, tar, zip, Parquet, table of URLs, s3:// prefix, hf:// data set …
     (diffusion/data/sources)."""
-    licence: str | None = Field(None, min_length=1, exclude_if=unset)
+    licence: str | None = Field(None, min_length=1, exclude_if=is_unset)
     """Licence of the images: CC-BY-4.0, or a sentence. It is written to the data set's manifest and every model's card;
     null: unchanged, or that of the card of an hf:// data set."""
     enlarge: bool = False
@@ -147,7 +147,7 @@ class IngestConfig(StorageConfig):
     """Images whose 256-bit perceptual hash differs from that of the first image of a group in at most this many bits
     join it, all in one split; 24 finds other sizes and compressions, and few distinct images. ``auto``: the number is
     calibrated by a sample of the images at the first ingest with it, and part of the data set from then on."""
-    captioner: CaptionerConfig | None = Field(None, exclude_if=unset)
+    captioner: CaptionerConfig | None = Field(None, exclude_if=is_unset)
     """What captions images at the end of an ingest, before rules of ``curation`` drop any; null: images have the
     captions of the source alone."""
     max_quarantined: float = Field(0.5, ge=0, le=1)

@@ -57,7 +57,7 @@ FLIPPED_X, TOP_WAS_LAST, TURNED = {2, 3, 6, 7}, {3, 4, 7, 8}, {5, 6, 7, 8}
 """Orientations whose left or upper side was the right or lower one of the stored image, and whose sides swap."""
 
 
-class UnusableEntry(Exception):
+class UnusableEntryError(Exception):
     """The image cannot be used; the message, one short line, is the reason recorded in the quarantine."""
 
 
@@ -82,7 +82,7 @@ def prepare(payload: bytes | Image.Image, config: IngestConfig) -> StoredImage:
     Of several frames or pages the first is used. ``config.max_seconds`` is CPU time, checked whenever a decoder reads
     on. A WebP or compressed TIFF is decoded in one go, which only ``config.max_pixels`` keeps short.
 
-    Raises UnusableEntry, with the reason, and nothing else, whatever the bytes are.
+    Raises UnusableEntryError, with the reason, and nothing else, whatever the bytes are.
     """
     with _catch_errors(config), ExitStack() as stack:
         source = _decode(payload, config, stack)
@@ -97,27 +97,27 @@ def prepare(payload: bytes | Image.Image, config: IngestConfig) -> StoredImage:
     return StoredImage(key, image.mode, source.size, pixels, png.encode(pixels))
 
 
-def unscaled(payload: bytes, config: IngestConfig) -> np.ndarray:
+def decode_unscaled(payload: bytes, config: IngestConfig) -> np.ndarray:
     """Decode as ``prepare`` does, but at the original size, under 2 · ``config.size``: (H, W) or (H, W, 3) uint8."""
     with _catch_errors(config), ExitStack() as stack:
         source = _decode(payload, config, stack)
         if max(source.size) >= REDUCED * config.size:
             width, height = source.size
-            raise UnusableEntry(f"{width}×{height} pixels: a side of more than {REDUCED * config.size - 1}")
+            raise UnusableEntryError(f"{width}×{height} pixels: a side of more than {REDUCED * config.size - 1}")
         return np.asarray(_to_grey_or_rgb(source, config))
 
 
 @contextmanager
 def _catch_errors(config: IngestConfig) -> Iterator[None]:
-    """Turn any error of decoding into an UnusableEntry with the reason."""
+    """Turn any error of decoding into an UnusableEntryError with the reason."""
     try:
         yield
-    except UnusableEntry:
+    except UnusableEntryError:
         raise
     except Image.DecompressionBombError as error:  # raised by decoders that take memory as they read the head
-        raise UnusableEntry(f"more pixels than the limit of {config.max_pixels}") from error
+        raise UnusableEntryError(f"more pixels than the limit of {config.max_pixels}") from error
     except Exception as error:  # decoders raise whatever they like on bytes that they did not expect
-        raise UnusableEntry(f"damaged: {_one_line(error)}") from error
+        raise UnusableEntryError(f"damaged: {_one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class _Source:
     """Share of that rounding at the left and top, for rotated images; otherwise it is at the right and bottom."""
 
 
-class _Timed(io.BytesIO):
+class _TimeLimitedFile(io.BytesIO):
     """In-memory file that refuses reads once its thread has used ``seconds`` of CPU time."""
 
     def __init__(self, data: bytes, seconds: float) -> None:
@@ -148,7 +148,7 @@ class _Timed(io.BytesIO):
     def check(self) -> None:
         # CPU time is at most wall time, which is twenty times as fast to read.
         if monotonic() > self.soonest and thread_time() > self.until:
-            raise UnusableEntry(f"takes more than {self.seconds:g} seconds to decode")
+            raise UnusableEntryError(f"takes more than {self.seconds:g} seconds to decode")
 
 
 def _decode(payload: bytes | Image.Image, config: IngestConfig, stack: ExitStack) -> _Source:
@@ -157,8 +157,8 @@ def _decode(payload: bytes | Image.Image, config: IngestConfig, stack: ExitStack
         payload.load()
         return _turn_upright(payload, payload.size, 1)
     if len(payload) > config.max_bytes:
-        raise UnusableEntry(f"{len(payload)} bytes are over the limit of {config.max_bytes}")
-    file = _Timed(payload, config.max_seconds)
+        raise UnusableEntryError(f"{len(payload)} bytes are over the limit of {config.max_bytes}")
+    file = _TimeLimitedFile(payload, config.max_seconds)
     image = _open(file)
     size, scale = image.size, 1
     _require_usable(size, config)
@@ -170,7 +170,7 @@ def _decode(payload: bytes | Image.Image, config: IngestConfig, stack: ExitStack
         and (image.tag_v2.get(PLANAR_CONFIGURATION), image.info.get("compression")) == (2, "raw")
     ):
         # Pillow misreads them as planes of 8 bits.
-        raise UnusableEntry("uncompressed planes of 16 bits: save it with the samples of a pixel side by side")
+        raise UnusableEntryError("uncompressed planes of 16 bits: save it with the samples of a pixel side by side")
     if isinstance(image, JpegImageFile):
         is_turned = image.getexif().get(Base.Orientation, 1) in TURNED
         width, height = _resized_size(size[::-1], config)[::-1] if is_turned else _resized_size(size, config)
@@ -192,7 +192,7 @@ def _decode(payload: bytes | Image.Image, config: IngestConfig, stack: ExitStack
     return _turn_upright(image, size, scale)
 
 
-def _open(file: _Timed) -> ImageFile:
+def _open(file: _TimeLimitedFile) -> ImageFile:
     """Read the header of ``file``. Without Image.open, whose warning about large images does not apply here."""
     file.seek(0)
     start = file.read(16)
@@ -200,18 +200,18 @@ def _open(file: _Timed) -> ImageFile:
     for signature, decoder in DECODERS:
         if re.match(signature, start, re.DOTALL):
             return decoder(file)
-    raise UnusableEntry("not an image in a known format (JPEG, PNG, WebP, GIF, BMP, TIFF)")
+    raise UnusableEntryError("not an image in a known format (JPEG, PNG, WebP, GIF, BMP, TIFF)")
 
 
 def _require_usable(size: tuple[int, int], config: IngestConfig) -> None:
     width, height = size
     if width * height > config.max_pixels:
-        raise UnusableEntry(f"{width}×{height} pixels are over the limit of {config.max_pixels}")
+        raise UnusableEntryError(f"{width}×{height} pixels are over the limit of {config.max_pixels}")
     if min(size) < config.min_size:
-        raise UnusableEntry(f"{width}×{height} pixels: the shorter side is under min_size = {config.min_size}")
+        raise UnusableEntryError(f"{width}×{height} pixels: the shorter side is under min_size = {config.min_size}")
     name, side = ("longer", max(size)) if config.fit == "pad" else ("shorter", min(size))
     if side < config.size and not config.enlarge and config.fit != "bucket":
-        raise UnusableEntry(
+        raise UnusableEntryError(
             f"{width}×{height} pixels: the {name} side is under size = {config.size}, and ingest.enlarge is off"
         )
 
@@ -232,7 +232,7 @@ def _to_grey_or_rgb(source: _Source, config: IngestConfig) -> Image.Image:
     """Convert the image to ``L`` or ``RGB`` in sRGB, over the background where it is transparent."""
     image = source.image
     if image.mode == "F":
-        raise UnusableEntry("floating-point pixels have no known range: save it with 8 or 16 bits")
+        raise UnusableEntryError("floating-point pixels have no known range: save it with 8 or 16 bits")
     if image.mode.startswith("I"):
         image = _from_integers(image)
     grey = image.mode in ("1", "L", "LA", "La")
@@ -258,7 +258,7 @@ def _from_integers(image: Image.Image, layout: str = "") -> Image.Image:
     integers = image.convert("I")
     low, high = cast(tuple[int, int], integers.getextrema())
     if low < 0 or high > 65535:
-        raise UnusableEntry("32-bit pixels outside 0…65535: save it with 8 or 16 bits")
+        raise UnusableEntryError("32-bit pixels outside 0…65535: save it with 8 or 16 bits")
     values = np.arange(2**16)
     if layout == "I;12":
         values = np.minimum(values << 4 | values >> 8, 65535)
@@ -277,11 +277,13 @@ def _to_srgb(image: Image.Image) -> Image.Image:
     if not isinstance(profile, bytes) or not profile:
         return image
     if len(profile) > LARGEST_PROFILE:
-        raise UnusableEntry(f"a colour profile of {len(profile)} bytes, which is over the limit of {LARGEST_PROFILE}")
+        raise UnusableEntryError(
+            f"a colour profile of {len(profile)} bytes, which is over the limit of {LARGEST_PROFILE}"
+        )
     try:
         convert = _conversion(profile, image.mode)
     except (ImageCms.PyCMSError, OSError) as error:
-        raise UnusableEntry(f"unusable colour profile: {_one_line(error)}") from error
+        raise UnusableEntryError(f"unusable colour profile: {_one_line(error)}") from error
     return convert(image) if convert else image
 
 
@@ -330,7 +332,7 @@ def _fit(source: _Source, image: Image.Image, config: IngestConfig) -> Image.Ima
     width, height = source.size
     new_width, new_height = _resized_size(source.size, config)
     if config.fit == "bucket" and not config.enlarge and (width < new_width or height < new_height):
-        raise UnusableEntry(
+        raise UnusableEntryError(
             f"{width}×{height} pixels do not cover the bucket of {new_width}×{new_height}, and ingest.enlarge is off"
         )
     left, top = 0, 0

@@ -195,7 +195,7 @@ class Index(HashGroups):
         query = "SELECT 1 FROM removed WHERE digest = ?"
         return any(self._first(query, bytes.fromhex(digest)) for digest in digests if digest)
 
-    def recorded(self, source: str, sha256: str) -> tuple[str, str | None] | None:
+    def find_outcome(self, source: str, sha256: str) -> tuple[str, str | None] | None:
         """Return outcome and reason of the bytes of this name; None if they are not recorded."""
         query = "SELECT outcome, reason FROM records WHERE source = ? AND sha256 = ?"
         record: tuple[str, str | None] | None = self._first(query, source, bytes.fromhex(sha256))
@@ -206,7 +206,7 @@ class Index(HashGroups):
         (count,) = self._first("SELECT count(*) FROM records WHERE outcome = ?", outcome) or (0,)
         return int(count)
 
-    def quarantined(self, limit: int) -> list[dict[str, str]]:
+    def list_quarantined(self, limit: int) -> list[dict[str, str]]:
         """Return source, reason and digest of the first ``limit`` quarantined entries, by name."""
         rows = self.database.execute(
             "SELECT source, reason, sha256 FROM records WHERE outcome = 'quarantined' ORDER BY source LIMIT ?", (limit,)

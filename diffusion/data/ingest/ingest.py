@@ -18,10 +18,10 @@ import pyarrow.compute as pc
 from filelock import FileLock
 from pydantic import Field
 
-from diffusion.common.config import Config, unset
+from diffusion.common.config import Config, is_unset
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.files import is_full_disk, make_folder, remove_partials
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.shapes import Shape, shape_name
 from diffusion.data.ingest.buckets import choose_shapes, nearest_shape
 from diffusion.data.ingest.calibration import Calibration, calibrate_ingest
@@ -50,7 +50,7 @@ Rebuild = Literal["never", "if_different", "always"]
 """When to rebuild the data set from this source alone; ``if_different``: if images are to be stored in another way."""
 
 
-class Quarantined(Config):
+class QuarantineExample(Config):
     """A quarantined entry."""
 
     source: str
@@ -83,14 +83,14 @@ class IngestResult(Config):
     kept: int
     duplicates: int
     """Number of names in the data set's records whose pixels were already there."""
-    quarantined: list[Quarantined]
+    quarantined: list[QuarantineExample]
     """Quarantined entries in the data set's records; the first thousand."""
     quarantined_count: int
-    near_duplicates: Calibration | None = Field(None, exclude_if=unset)
+    near_duplicates: Calibration | None = Field(None, exclude_if=is_unset)
     """How ``ingest.near_duplicates: auto`` was calibrated; None if it was not, by this ingest."""
-    captions: CaptionCounts | None = Field(None, exclude_if=unset)
+    captions: CaptionCounts | None = Field(None, exclude_if=is_unset)
     """What the captioner answered; None if none is configured."""
-    dropped: int | None = Field(None, exclude_if=unset)
+    dropped: int | None = Field(None, exclude_if=is_unset)
     """Number of images that the rules of curation left out; None without rules."""
 
 
@@ -111,7 +111,7 @@ class IngestPreview(Config):
         """Describe the source, and what of it is new."""
         target = "a new data set" if self.kept is None else f"data set {self.dataset}, which has {self.kept:,} images"
         warning = ["small      images below ingest.size are quarantined: lower it, or set ingest.enlarge=true"]
-        lines = [*self.survey.lines(), *(warning if self.survey.too_small(self.size) else [])]
+        lines = [*self.survey.lines(), *(warning if self.survey.has_images_below(self.size) else [])]
         resolution = f"{self.size}×{self.size} pixels"
         if self.shapes != [(self.size, self.size)]:
             resolution = f"{len(self.shapes)} shapes of about as many pixels as {self.size}×{self.size}"
@@ -143,7 +143,7 @@ def preview(
             listings = path if (path := work_folder(folder) / "listings").is_dir() else None
             source = open_source(config.source, Access(config, scratch, objects, listings=listings))
             plan = scratch / "plan.sqlite"
-            _, new = make_plan(plan, source, _origin(config), index.path, requeue, rebuilding, silent)
+            _, new = make_plan(plan, source, _origin(config), index.path, requeue, rebuilding, ignore_progress)
     kept_count = None if before is None or rebuilding else before.kept
     return IngestPreview(
         dataset=folder.name, kept=kept_count, new=new, size=config.size, shapes=config.shapes, survey=source_survey
@@ -152,7 +152,7 @@ def preview(
 
 def require_same_storage(before: Manifest, config: IngestConfig, rebuild: Rebuild) -> bool:
     """Whether the data set is rebuilt; raises UserError if it stores images in another way and must not be."""
-    difference = before.stored_otherwise(config.storage())
+    difference = before.find_storage_difference(config.storage())
     if difference and rebuild == "never":
         name, theirs, ours = difference
         raise UserError(
@@ -180,7 +180,7 @@ def _origin(config: IngestConfig) -> str:
 def ingest(
     folder: Path,
     config: IngestConfig,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
     *,
     requeue: bool = False,
     rebuild: Rebuild = "never",
@@ -260,7 +260,7 @@ def ingest(
                 passed_over=dict(other_files.most_common()),
                 kept=after.kept,
                 duplicates=index.count("duplicate"),
-                quarantined=[Quarantined(**row) for row in index.quarantined(1000)],
+                quarantined=[QuarantineExample(**row) for row in index.list_quarantined(1000)],
                 quarantined_count=index.count("quarantined"),
                 near_duplicates=calibration,
                 captions=captions,

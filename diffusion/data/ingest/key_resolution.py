@@ -12,7 +12,7 @@ from diffusion.data.ingest.config import IngestConfig, StorageConfig
 from diffusion.data.key_ranges import RANGE, range_count, read_range, scratch_folder, write_run
 from diffusion.data.manifest import STORED, Part, digest_of_samples, read_records, sample_digest, work_folder
 from diffusion.data.prefetch import FanOut, local_fan_out
-from diffusion.data.versions.versions import stored_in
+from diffusion.data.versions.versions import count_stored
 
 SAMPLE = np.dtype([("key", "S32"), ("digest", "S32"), ("part", "i4"), ("row", "i4"), ("kept", "?")])
 """Stored image of a part: its sample digest, the number of its part among those resolved, its row in the records."""
@@ -63,7 +63,7 @@ def resolve(
             f"{len(removed_keys):,} images were taken down from one of the data sets and are still in another: run "
             f"`darkroom data remove {key_list} --dataset NAME` there first"
         )
-    count = range_count(sum(stored_in(part) for _, part in parts))
+    count = range_count(sum(count_stored(part) for _, part in parts))
     duplicates = [np.empty(0, DUPLICATE)]
 
     def digests() -> Iterator[bytes]:
@@ -89,7 +89,7 @@ def _group(parts: Iterable[tuple[int, Path, Part]]) -> Iterator[list[tuple[int, 
     group: list[tuple[int, Path, Part]] = []
     for entry in parts:
         group.append(entry)
-        if sum(stored_in(part) for _, _, part in group) >= RANGE:
+        if sum(count_stored(part) for _, _, part in group) >= RANGE:
             yield group
             group = []
     if group:

@@ -103,7 +103,7 @@ class Merge:
         self.index.add_hashes(self.folder, part, rows)
         records, lost_count = [], 0
         for row in rows:
-            ours = self.index.recorded(row["source"], row["source_sha256"])
+            ours = self.index.find_outcome(row["source"], row["source_sha256"])
             if row["outcome"] == "removed":
                 is_recorded = not self._is_known_as_removed(row)
             elif ours is not None and ours[0] != "quarantined":
@@ -131,12 +131,12 @@ class Merge:
             self.new_outcomes["removed"] += 1
             is_known = self._is_known_as_removed(row)
             # Its other files are rejected by their own digests, which are independent of how images are stored.
-            row |= blanked(row, "came again after it was taken down")
+            row |= redact_row(row, "came again after it was taken down")
             return not is_known
         if row["key"] is not None:
             self._classify_image(row)
         if row["outcome"] == "quarantined":
-            if self.index.recorded(row["source"], row["source_sha256"]) == ("quarantined", row["reason"]):
+            if self.index.find_outcome(row["source"], row["source_sha256"]) == ("quarantined", row["reason"]):
                 return False
             # Some contain sizes and server messages, and may be as many as the images.
             is_known = len(self.reasons) < 10_000 or row["reason"] in self.reasons
@@ -249,7 +249,7 @@ def write_part(
     )
 
 
-def blanked(row: dict[str, Any], reason: str) -> dict[str, Any]:
+def redact_row(row: dict[str, Any], reason: str) -> dict[str, Any]:
     """Reduce the row of an image that was taken down to the digests by which it is rejected."""
     digests = {name: row[name] or "" for name in ("key", "source_sha256")}
     return dict.fromkeys(RECORDS.names) | digests | {"outcome": "removed", "reason": reason, "source": ""}
@@ -299,7 +299,7 @@ def merge_versions(folder: Path, config: IngestConfig, theirs: Manifest, base: M
             f"{conflict} {ours.digest[:12]} here is a rebuild: give the command with --rebuild again to publish it all "
             f"the same, or to add to theirs {advice}"
         )
-    if difference := theirs.stored_otherwise(ours.storage):
+    if difference := theirs.find_storage_difference(ours.storage):
         name, their_value, own_value = difference
         raise ConflictError(
             f"{conflict} stores images with ingest.{name}={their_value}, while {ours.digest[:12]} here has {own_value}"

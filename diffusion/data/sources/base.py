@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffusion.common.files import sha256_bytes
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.decode import UnusableEntry
+from diffusion.data.ingest.decode import UnusableEntryError
 
 MISSING = "named in the listing but missing"
 """Reason why a file that was listed, or named by metadata, is not read."""
@@ -33,7 +33,7 @@ class Entry(NamedTuple):
     """Reason why it is not read, if any."""
 
 
-Payload: TypeAlias = bytes | Image.Image | UnusableEntry
+Payload: TypeAlias = bytes | Image.Image | UnusableEntryError
 """An encoded image, a decoded one, or the reason why there is none."""
 
 
@@ -49,39 +49,39 @@ class Source(Protocol):
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield the payload of each of ``entries`` in order, a few in memory at a time.
 
-        Permanent failures of an entry are UnusableEntry (a missing file, HTTP 404, too many bytes); transient errors (a
-        full disk, a lost connection to S3) are raised, so that the whole chunk is retried.
+        Permanent failures of an entry are UnusableEntryError (a missing file, HTTP 404, too many bytes); transient
+        errors (a full disk, a lost connection to S3) are raised, so that the whole chunk is retried.
         """
 
 
-def bounded(entry: Entry) -> Entry:
+def limit_texts(entry: Entry) -> Entry:
     """Limit the length of the texts of an entry: a longer one is cut or left out, and becomes its ``problem``."""
     texts = {"name": entry.source, "label": entry.label, "caption": entry.caption}
     long_kinds = [kind for kind, text in texts.items() if len(text or "") > LONGEST[kind]]
     if not long_kinds:
         return entry
-    source = shortened(entry.source) if "name" in long_kinds else entry.source
+    source = shorten_name(entry.source) if "name" in long_kinds else entry.source
     # Without a stamp, as its texts may be fixed while its bytes stay the same.
-    return Entry(source, entry.locator, stamp="", problem=too_long(long_kinds[0]))
+    return Entry(source, entry.locator, stamp="", problem=too_long_reason(long_kinds[0]))
 
 
-def too_long(kind: str) -> str:
+def too_long_reason(kind: str) -> str:
     """Return the reason for a name, label or caption longer than LONGEST."""
     return f"its {kind} has more than {LONGEST[kind]} characters"
 
 
-def too_large(size: int, limit: int) -> UnusableEntry:
+def too_large_error(size: int, limit: int) -> UnusableEntryError:
     """Return the reason why a file of ``size`` bytes is not read."""
-    return UnusableEntry(f"{size} bytes are over the limit of {limit}")
+    return UnusableEntryError(f"{size} bytes are over the limit of {limit}")
 
 
-def shortened(name: str) -> str:
+def shorten_name(name: str) -> str:
     """Shorten a name that is too long to its two ends and a digest."""
     return f"{name[:100]}…{sha256_bytes(name.encode('utf-8', 'surrogatepass'))[:16]}…{name[-20:]}"
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class StoredObject:
     """An object in an object store; its size in bytes."""
 
     uri: str
@@ -92,7 +92,7 @@ class Found:
 class ObjectStore(Protocol):
     """Storage of objects that are not files. Must be picklable for use in other processes."""
 
-    def find(self, uri: str) -> Iterator[Found]:
+    def find(self, uri: str) -> Iterator[StoredObject]:
         """Yield all objects whose URI begins with ``uri``, in the order of their names."""
 
     def read(self, uri: str) -> bytes:

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from diffusion.common.errors import UserError
 from diffusion.data.sources.base import MISSING, Access, Entry, Payload
-from diffusion.data.sources.local_files import open_text, read_file, stamp_if_there
+from diffusion.data.sources.local_files import open_text, read_file, stamp_if_exists
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 """Extensions of possible images; the format is determined by the bytes."""
@@ -28,7 +28,7 @@ LONGEST_LINE = 2**20
 """Maximum characters of a line of a table, or of all lines of a CSV record: other files may be one endless line."""
 
 
-def printable(name: str) -> str:
+def make_printable(name: str) -> str:
     """Convert a file name of any bytes to text: control characters and what is not UTF-8 become backslash escapes."""
 
     def escape(match: re.Match[str]) -> str:
@@ -81,7 +81,7 @@ def list_images(
             (count,) = database.execute("SELECT count(*) FROM files").fetchone()
             max_records = 10 * count + 1000  # records compress well
             with open_table(locator, stamp) as lines:
-                for number, (name, label, caption) in enumerate(described(lines, f"{where}/{table}"), start=1):
+                for number, (name, label, caption) in enumerate(read_descriptions(lines, f"{where}/{table}"), start=1):
                     if number > max_records:
                         raise UserError(
                             f"the metadata of {count} files has over {max_records} records: take those of others out"
@@ -98,7 +98,7 @@ def list_images(
                 passed_over[posixpath.splitext(name)[1].lower()] += 1
 
 
-def described(lines: TextIO, where: str) -> Iterator[tuple[str, str | None, str | None]]:
+def read_descriptions(lines: TextIO, where: str) -> Iterator[tuple[str, str | None, str | None]]:
     """Yield path, label and caption of each record; raises UserError for one that names no file in the folder."""
     for number, record in enumerate(records(lines, where), start=1):
         name = record.get("file_name")
@@ -107,10 +107,12 @@ def described(lines: TextIO, where: str) -> Iterator[tuple[str, str | None, str 
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
             root = posixpath.dirname(where)
-            raise UserError(f"{where}, record {number}: {printable(name)} leads out of {root}: use a path inside it")
-        if printable(name) != name:
             raise UserError(
-                f"{where}, record {number}: {printable(name)} is no file's name: take its control characters out"
+                f"{where}, record {number}: {make_printable(name)} leads out of {root}: use a path inside it"
+            )
+        if make_printable(name) != name:
+            raise UserError(
+                f"{where}, record {number}: {make_printable(name)} is no file's name: take its control characters out"
             )
         yield path.as_posix(), *texts_of(record, f"{where}, record {number}")
 
@@ -118,12 +120,12 @@ def described(lines: TextIO, where: str) -> Iterator[tuple[str, str | None, str 
 def texts_of(record: dict[str, Any], where: str) -> tuple[str | None, str | None]:
     """Return label and caption (``text`` or ``caption``) of a record; raises UserError for lists and such."""
     try:
-        return as_text(record.get("label")), as_text(record.get("text") or record.get("caption"))
+        return to_text(record.get("label")), to_text(record.get("text") or record.get("caption"))
     except ValueError as error:
         raise UserError(f"{where}: {error}: give one text for each of label and caption") from error
 
 
-def as_text(value: object) -> str | None:
+def to_text(value: object) -> str | None:
     """Convert a label or caption from JSON or a table to text; empty: None. Raises ValueError for lists and such."""
     if value is None or value == "":
         return None
@@ -198,12 +200,12 @@ class Folder:
 
     def _files(self) -> Iterator[tuple[str, str, str]]:
         for name in visible_files(self.root):
-            yield printable(name), json.dumps(name), stamp_if_there(self.root / name)
+            yield make_printable(name), json.dumps(name), stamp_if_exists(self.root / name)
 
 
 def holds_images(root: Path) -> bool:
     """Return whether the folder ``root`` may hold images: a metadata file, or a file with an image's extension."""
-    return any(is_image(name) or name in METADATA_FILES for name in map(printable, visible_files(root)))
+    return any(is_image(name) or name in METADATA_FILES for name in map(make_printable, visible_files(root)))
 
 
 def visible_files(root: Path) -> Iterator[str]:

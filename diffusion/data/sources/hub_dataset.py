@@ -21,11 +21,11 @@ from filelock import FileLock
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of, write_atomically
 from diffusion.common.hub import HubFile, Repository, parse_hub_uri
-from diffusion.data.ingest.decode import UnusableEntry
+from diffusion.data.ingest.decode import UnusableEntryError
 from diffusion.data.prefetch import prefetch
-from diffusion.data.sources.base import Access, Entry, Payload, Source, too_large
-from diffusion.data.sources.conventions import METADATA_FILES, is_hidden, is_image, list_images, printable
-from diffusion.data.sources.local_files import TARS, expanded, open_text, stamp_of
+from diffusion.data.sources.base import Access, Entry, Payload, Source, too_large_error
+from diffusion.data.sources.conventions import METADATA_FILES, is_hidden, is_image, list_images, make_printable
+from diffusion.data.sources.local_files import TARS, expand_braces, open_text, stamp_of
 from diffusion.data.sources.object_store import IN_MEMORY
 from diffusion.data.sources.parquet import Parquet
 from diffusion.data.sources.tars import WebDataset
@@ -106,7 +106,7 @@ class HubDataset:
                 with gzip.open(path, "rt", encoding="utf-8") as rows:
                     file = HubFile(*json.loads(next(rows)))
                     for name, location, *texts in map(json.loads, rows):
-                        source = f"{self.name}/{printable(file.path)}/{name}"
+                        source = f"{self.name}/{make_printable(file.path)}/{name}"
                         yield Entry(source, json.dumps([repository.commit, *file, location]), file.digest, *texts)
         else:
             yield from self._images(repository, files)
@@ -160,11 +160,11 @@ class HubDataset:
         prefix = f"{root}/" if root else ""
         members = [file for file in visible_files if file.path.startswith(prefix)]
         rows = (
-            (printable(file.path.removeprefix(prefix)), json.dumps([repository.commit, *file, None]), file.digest)
+            (make_printable(file.path.removeprefix(prefix)), json.dumps([repository.commit, *file, None]), file.digest)
             for file in members
         )
         for entry in list_images(rows, f"{self.uri}/{root}", self._table, self.access.passed_over):
-            yield entry._replace(source=printable(f"{self.name}/{prefix}") + entry.source)
+            yield entry._replace(source=make_printable(f"{self.name}/{prefix}") + entry.source)
 
     def _table(self, locator: str, _: str) -> TextIO:
         commit, *file, _inside = json.loads(locator)
@@ -174,11 +174,11 @@ class HubDataset:
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes, files fetched concurrently; raises DarkroomError if the Hub cannot be reached."""
-        places = (_Place.of(entry) for entry in entries)
+        places = (_Place.from_entry(entry) for entry in entries)
         for is_file, group in groupby(places, key=lambda place: place.inside is None):
             if is_file:
                 for payload in prefetch(self._image, group, IMAGES_AT_ONCE):
-                    if isinstance(payload, UnusableEntry):
+                    if isinstance(payload, UnusableEntryError):
                         yield payload
                         continue
                     with payload:
@@ -191,11 +191,11 @@ class HubDataset:
                 sub_entries = [Entry("", json.dumps([str(local), *(member.inside or ())]), stamp) for member in members]
                 yield from self._reader(file, local).read(sub_entries)
 
-    def _image(self, place: "_Place") -> "SpooledTemporaryFile[bytes] | UnusableEntry":
+    def _image(self, place: "_Place") -> "SpooledTemporaryFile[bytes] | UnusableEntryError":
         if place.problem is not None:
-            return UnusableEntry(place.problem)
+            return UnusableEntryError(place.problem)
         if place.file.size > self.access.config.max_bytes:
-            return too_large(place.file.size, self.access.config.max_bytes)
+            return too_large_error(place.file.size, self.access.config.max_bytes)
         data = SpooledTemporaryFile(IN_MEMORY, dir=str(self.access.scratch))  # noqa: SIM115 (closed by its reader)
         Repository("dataset", self.name, place.commit).fetch(place.file, data)
         return data
@@ -219,7 +219,7 @@ class _Place(NamedTuple):
     """Reason why it cannot be read, if any."""
 
     @classmethod
-    def of(cls, entry: Entry) -> Self:
+    def from_entry(cls, entry: Entry) -> Self:
         place = json.loads(entry.locator)
         if isinstance(place, str):
             return cls("", HubFile("", 0, ""), None, place)
@@ -272,7 +272,7 @@ def _splits(repository: Repository, requested_name: str | None) -> tuple[str | N
         group = groups.setdefault(str(entry.get("split", "train")), [])
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             full_pattern = f"{folder}/{pattern}" if folder else str(pattern)
-            names = expanded(full_pattern.removeprefix("./"))
+            names = expand_braces(full_pattern.removeprefix("./"))
             group += [file for file in files if any(_matches(name, file.path) for name in names) and file not in group]
     return config_name, groups
 

@@ -14,10 +14,17 @@ from urllib.error import URLError
 from PIL import Image
 
 from diffusion.common.errors import UserError
-from diffusion.data.ingest.decode import UnusableEntry
+from diffusion.data.ingest.decode import UnusableEntryError
 from diffusion.data.sources.base import MISSING, Access, Entry, Payload
-from diffusion.data.sources.conventions import printable
-from diffusion.data.sources.local_files import changed, read_file, stamp, stamp_if_there, stamp_of, uncompressed
+from diffusion.data.sources.conventions import make_printable
+from diffusion.data.sources.local_files import (
+    changed_file_error,
+    decompress,
+    read_file,
+    stamp,
+    stamp_if_exists,
+    stamp_of,
+)
 
 IDX_SPLITS = {"train": "train", "test": "t10k"}
 IDX_FILES = ("MNIST", "FashionMNIST", "KMNIST")
@@ -70,7 +77,7 @@ class Idx:
 
     def entries(self) -> Iterator[Entry]:
         """Yield all images in the file's order; raises UserError if it is damaged, or its labels differ in number."""
-        file_stamp, name = stamp_of(self.images), printable(self.images.name)
+        file_stamp, name = stamp_of(self.images), make_printable(self.images.name)
         with ExitStack() as stack:
             _, (count, height, width) = self._open(stack, self.images, file_stamp, 3)
             name_of_labels = self.images.name.replace("-images", "-labels").replace("idx3", "idx1").removesuffix(".gz")
@@ -92,21 +99,21 @@ class Idx:
             try:
                 file, _ = self._open(stack, self.images, entries[0].stamp, 3)
             except FileNotFoundError:
-                yield from (UnusableEntry(MISSING) for _ in entries)
+                yield from (UnusableEntryError(MISSING) for _ in entries)
                 return
             for entry in entries:
                 number, height, width = json.loads(entry.locator)
                 if width * height > (limit := self.access.config.max_pixels):
-                    yield UnusableEntry(f"{width}×{height} pixels are over the limit of {limit}")
+                    yield UnusableEntryError(f"{width}×{height} pixels are over the limit of {limit}")
                     continue
                 file.seek(16 + number * height * width)
                 yield Image.frombytes("L", (width, height), file.read(height * width))
 
     def _open(self, stack: ExitStack, path: Path, file_stamp: str, dimensions: int) -> tuple[BinaryIO, tuple[int, ...]]:
         """Open an IDX file whose stamp is ``file_stamp``; returns it, positioned behind its header, and its sizes."""
-        plain_path = uncompressed(path, file_stamp, self.access)
+        plain_path = decompress(path, file_stamp, self.access)
         if plain_path == path and stamp(path.stat()) != file_stamp:
-            raise changed(str(path))
+            raise changed_file_error(str(path))
         file = stack.enter_context(plain_path.open("rb"))
         magic, *sizes = struct.unpack(f">{dimensions + 1}I", file.read(4 * dimensions + 4).ljust(4 * dimensions + 4))
         if magic != (8 << 8) + dimensions:
@@ -175,7 +182,7 @@ class TorchvisionSet:
             label = _label(target, classes)
             if isinstance(image, Path):
                 name = image.relative_to(self.root).as_posix()
-                yield Entry(printable(name), json.dumps([str(image)]), stamp_if_there(image), label)
+                yield Entry(make_printable(name), json.dumps([str(image)]), stamp_if_exists(image), label)
             else:
                 # Such a set never changes; torchvision verifies checksums where it has them.
                 yield Entry(f"{self.name}/{number}", json.dumps([number]), self.name, label)

@@ -20,8 +20,8 @@ from filelock import FileLock
 from diffusion.common.config import LONGEST_NAME
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of, sync_file
-from diffusion.data.ingest.decode import UnusableEntry
-from diffusion.data.sources.base import MISSING, Access, Payload, too_large
+from diffusion.data.ingest.decode import UnusableEntryError
+from diffusion.data.sources.base import MISSING, Access, Payload, too_large_error
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 NEVER = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
@@ -47,7 +47,7 @@ def stamp_of(path: Path) -> str:
         raise UserError(f"{path} cannot be read ({error.strerror}): check the path and its permissions") from error
 
 
-def stamp_if_there(path: Path) -> str:
+def stamp_if_exists(path: Path) -> str:
     """Return the stamp of a file, or an empty one if it does not exist, which reading it reports."""
     try:
         return stamp(path.stat())
@@ -60,16 +60,16 @@ def read_file(path: Path, limit: int) -> Payload:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            return UnusableEntry("not a plain file")
+            return UnusableEntryError("not a plain file")
         if status.st_size > limit:
-            return too_large(status.st_size, limit)
+            return too_large_error(status.st_size, limit)
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        return UnusableEntry(MISSING)
+        return UnusableEntryError(MISSING)
     except OSError as error:
         if error.errno not in NEVER:
             raise
-        return UnusableEntry(f"cannot be read: {error.strerror}")
+        return UnusableEntryError(f"cannot be read: {error.strerror}")
 
 
 def open_unchanged(path: Path, file_stamp: str) -> BinaryIO | None:
@@ -80,11 +80,11 @@ def open_unchanged(path: Path, file_stamp: str) -> BinaryIO | None:
         return None
     if stamp(os.fstat(file.fileno())) != file_stamp:
         file.close()
-        raise changed(str(path))
+        raise changed_file_error(str(path))
     return file
 
 
-def changed(where: str) -> UserError:
+def changed_file_error(where: str) -> UserError:
     """Return the error for a file that has changed since it was listed."""
     return UserError(f"{where} has changed since it was listed: run the ingest again")
 
@@ -97,12 +97,12 @@ def open_text(path: Path) -> TextIO:
         raise UserError(f"{path} cannot be read ({error.strerror}): check the path and its permissions") from error
 
 
-def before_wild(pattern: str, signs: str = f"{WILD}{{") -> str:
+def literal_prefix(pattern: str, signs: str = f"{WILD}{{") -> str:
     """Return the part of ``pattern`` before its first wildcard."""
     return pattern[: min((pattern.index(sign) for sign in signs if sign in pattern), default=len(pattern))]
 
 
-def matching(pattern: str, suffix: str) -> list[tuple[str, Path]]:
+def find_files(pattern: str, suffix: str) -> list[tuple[str, Path]]:
     """Return names and paths of the files that match ``pattern``, sorted by name.
 
     It is a file, a folder (all files below it that end in ``suffix``), a glob, or has ``{00..42}`` or ``{a,b}`` in it.
@@ -114,8 +114,8 @@ def matching(pattern: str, suffix: str) -> list[tuple[str, Path]]:
     if path.is_dir():
         base, pieces = path, [f"{glob.escape(pattern)}/**/*{suffix}"]
     else:
-        base = Path(before_wild(pattern).rpartition("/")[0] or ("/" if pattern.startswith("/") else "."))
-        pieces = expanded(pattern)
+        base = Path(literal_prefix(pattern).rpartition("/")[0] or ("/" if pattern.startswith("/") else "."))
+        pieces = expand_braces(pattern)
     names: dict[str, Path] = {}
     for piece in pieces:
         is_pattern = any(sign in piece for sign in WILD)
@@ -127,7 +127,7 @@ def matching(pattern: str, suffix: str) -> list[tuple[str, Path]]:
     return sorted(names.items(), key=lambda item: os.fsencode(item[0]))
 
 
-def expanded(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
     """Expand the braces in ``pattern``; raises UserError if they are unbalanced or stand for too many names."""
     try:
         names = list(islice(braceexpand(pattern), MOST_NAMES + 1))
@@ -138,7 +138,7 @@ def expanded(pattern: str) -> list[str]:
     return names
 
 
-def once(path: Path, write: Callable[[Path], object]) -> Path:
+def write_once(path: Path, write: Callable[[Path], object]) -> Path:
     """Return ``path``, written atomically by ``write`` unless it exists; concurrent workers wait."""
     if path.exists():
         return path
@@ -155,7 +155,7 @@ def once(path: Path, write: Callable[[Path], object]) -> Path:
     return path
 
 
-def uncompressed(path: Path, file_stamp: str, access: Access) -> Path:
+def decompress(path: Path, file_stamp: str, access: Access) -> Path:
     """Return ``path``, or its unpacked scratch copy; raises UserError if it is damaged, changed, or fills the disk."""
     opener = PACKED.get(path.suffix.lower())
     if opener is None:
@@ -164,7 +164,7 @@ def uncompressed(path: Path, file_stamp: str, access: Access) -> Path:
 
     def unpack(partial: Path) -> None:
         if stamp(path.stat()) != file_stamp:
-            raise changed(str(path))
+            raise changed_file_error(str(path))
         try:
             with cast(BinaryIO, opener(path)) as source, partial.open("wb") as file:
                 while piece := source.read(2**20):
@@ -183,4 +183,4 @@ def uncompressed(path: Path, file_stamp: str, access: Access) -> Path:
                 raise
             raise UserError(f"{path} cannot be unpacked ({error}): it is damaged or was cut short") from error
 
-    return once(access.scratch / f"unpacked-{name}", unpack)
+    return write_once(access.scratch / f"unpacked-{name}", unpack)

@@ -10,57 +10,65 @@ from uuid import uuid4
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
-from diffusion.data.ingest.decode import UnusableEntry
+from diffusion.data.ingest.decode import UnusableEntryError
 from diffusion.data.prefetch import prefetch
-from diffusion.data.sources.base import MISSING, Access, Entry, ObjectStore, Payload, too_large
-from diffusion.data.sources.conventions import list_images, printable
-from diffusion.data.sources.local_files import TARS, WILD, before_wild, changed, expanded, once, open_text
+from diffusion.data.sources.base import MISSING, Access, Entry, ObjectStore, Payload, too_large_error
+from diffusion.data.sources.conventions import list_images, make_printable
+from diffusion.data.sources.local_files import (
+    TARS,
+    WILD,
+    changed_file_error,
+    expand_braces,
+    literal_prefix,
+    open_text,
+    write_once,
+)
 
 WORKERS = 16
 IN_MEMORY = 2**20
 """Bytes from which objects fetched ahead are kept on disk."""
 
 
-def require(uri: str, access: Access) -> ObjectStore:
+def require_object_store(uri: str, access: Access) -> ObjectStore:
     """Return the object store; raises UserError if there is none."""
     if access.objects is None:
         raise UserError(f"{uri} needs an S3 client, and there is none here: use `darkroom ingest`, or copy it to disk")
     return access.objects
 
 
-def fetched(uri: str, etag: str, access: Access) -> Path:
+def fetch_object(uri: str, etag: str, access: Access) -> Path:
     """Return a scratch copy of an object; raises FileNotFoundError if it is gone, UserError if it changed."""
-    objects = require(uri, access)
+    objects = require_object_store(uri, access)
 
     def download(partial: Path) -> None:
         item = next(objects.find(uri), None)
         if item is None or item.uri != uri:
             raise FileNotFoundError(uri)
         if item.etag != etag:
-            raise changed(uri)
+            raise changed_file_error(uri)
         objects.download(uri, partial)
 
     suffix = PurePosixPath(uri).suffix
-    return once(access.scratch / f"fetched-{digest_of([uri, etag])[:32]}{suffix}", download)
+    return write_once(access.scratch / f"fetched-{digest_of([uri, etag])[:32]}{suffix}", download)
 
 
-def matching_objects(pattern: str, access: Access) -> Iterator[tuple[str, str, str]]:
-    """Yield name, URI and ETag of the objects that ``pattern`` matches, as ``matching`` does for files."""
-    objects = require(pattern, access)
-    base = before_wild(pattern).rpartition("/")[0] + "/"
+def find_objects(pattern: str, access: Access) -> Iterator[tuple[str, str, str]]:
+    """Yield name, URI and ETag of the objects that ``pattern`` matches, as ``find_files`` does for files."""
+    objects = require_object_store(pattern, access)
+    base = literal_prefix(pattern).rpartition("/")[0] + "/"
     matches: dict[str, str] = {}
-    for piece in expanded(pattern):
+    for piece in expand_braces(pattern):
         # Wildcards do not match slashes.
         parts = piece.split("/")
         etags = {
             item.uri: item.etag
-            for item in objects.find(before_wild(piece, WILD))
+            for item in objects.find(literal_prefix(piece, WILD))
             if len(names := item.uri.split("/")) == len(parts) and all(map(fnmatchcase, names, parts))
         }
         if not etags or "**" in piece:
             raise UserError(f"there is no object {piece}: check the name (** has no meaning here)")
         matches |= etags
-    yield from ((printable(uri.removeprefix(base)), uri, etag) for uri, etag in sorted(matches.items()))
+    yield from ((make_printable(uri.removeprefix(base)), uri, etag) for uri, etag in sorted(matches.items()))
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ class Objects:
             raise UserError(
                 f"{uri} is one file: write wds:{uri} for a tar of WebDataset, and copy others to disk first"
             )
-        return cls(f"{uri.rstrip('/')}/", require(uri, access), access)
+        return cls(f"{uri.rstrip('/')}/", require_object_store(uri, access), access)
 
     def entries(self) -> Iterator[Entry]:
         """Yield all images in the store's order; raises UserError for unreadable metadata."""
@@ -99,23 +107,23 @@ class Objects:
         """Fetch small objects into memory and large ones to disk, so that waiting ones do not fill the memory."""
         place, limit = json.loads(entry.locator), self.access.config.max_bytes
         if isinstance(place, str):
-            return UnusableEntry(place)
+            return UnusableEntryError(place)
         name, size = place
         if size > limit:
-            return too_large(size, limit)
+            return too_large_error(size, limit)
         try:
             if size <= IN_MEMORY:
                 return self.objects.read(self.prefix + name)
             path = self.access.scratch / f"object-{uuid4().hex}"
             self.objects.download(self.prefix + name, path)
         except FileNotFoundError:
-            return UnusableEntry(MISSING)
+            return UnusableEntryError(MISSING)
         return path
 
     def _files(self) -> Iterator[tuple[str, str, str]]:
         for item in self.objects.find(self.prefix):
             name = item.uri.removeprefix(self.prefix)
-            yield printable(name), json.dumps([name, item.size]), item.etag
+            yield make_printable(name), json.dumps([name, item.size]), item.etag
 
     def _table(self, locator: str, etag: str) -> TextIO:
-        return open_text(fetched(self.prefix + json.loads(locator)[0], etag, self.access))
+        return open_text(fetch_object(self.prefix + json.loads(locator)[0], etag, self.access))

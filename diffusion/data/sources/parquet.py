@@ -19,10 +19,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffusion.common.errors import UserError
-from diffusion.data.ingest.decode import UnusableEntry
-from diffusion.data.sources.base import LONGEST, MISSING, Access, Entry, Payload, too_large
-from diffusion.data.sources.conventions import as_text, printable
-from diffusion.data.sources.local_files import changed, matching, stamp, stamp_of
+from diffusion.data.ingest.decode import UnusableEntryError
+from diffusion.data.sources.base import LONGEST, MISSING, Access, Entry, Payload, too_large_error
+from diffusion.data.sources.conventions import make_printable, to_text
+from diffusion.data.sources.local_files import changed_file_error, find_files, stamp, stamp_of
 
 IMAGES = ("image", "img", "picture", "photo", "bytes", "image_bytes", "png", "jpg", "jpeg", "webp")
 TEXTS = (
@@ -48,7 +48,7 @@ BOOLEANS, INTEGERS, BINARY, STRUCT = {1, 2}, {4, 5, 6}, 8, 12
 """Types of Thrift's compact protocol."""
 
 
-class PageRefused(ValueError):
+class PageTooLargeError(ValueError):
     """The column would take too much memory; the message says why."""
 
 
@@ -79,7 +79,7 @@ class Parquet:
 
     def entries(self) -> Iterator[Entry]:
         """Yield all rows; raises UserError for files that are missing, damaged or have no column of images."""
-        for name, path in matching(self.pattern, ".parquet"):
+        for name, path in find_files(self.pattern, ".parquet"):
             file_stamp = stamp_of(path)
             with _open(path) as file, _explain_errors(path):
                 columns = find_columns(file.schema_arrow, self.options, str(path))
@@ -89,7 +89,7 @@ class Parquet:
                 for group in range(file.num_row_groups):
                     for row, texts in enumerate(self._texts(file, group, columns, path)):
                         locator = json.dumps([str(path), group, row])
-                        yield Entry(f"{printable(name)}/{next(number)}", locator, file_stamp, *texts)
+                        yield Entry(f"{make_printable(name)}/{next(number)}", locator, file_stamp, *texts)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes; raises UserError if a file has changed since it was listed."""
@@ -98,10 +98,10 @@ class Parquet:
             rows = [(number, row) for (_, number, row), _ in group]
             path = Path(place)
             if not path.exists():
-                yield from (UnusableEntry(MISSING) for _ in rows)
+                yield from (UnusableEntryError(MISSING) for _ in rows)
                 continue
             if stamp(path.stat()) != file_stamp:
-                raise changed(place)
+                raise changed_file_error(place)
             with _open(path) as file:
                 columns = find_columns(file.schema_arrow, self.options, place)
                 for number, members in groupby(rows, key=lambda pair: pair[0]):
@@ -120,8 +120,8 @@ class Parquet:
             for batch in _batches(file, group, text_columns, 1024, min(self.access.config.max_page_bytes, 2**26), path):
                 values = {name: _values(batch[name]) for name in text_columns} | {None: [None] * len(batch)}
                 for label, caption in zip(values[columns.label], values[columns.caption], strict=True):
-                    yield _class(label, columns.classes), as_text(caption)
-        except PageRefused as error:
+                    yield _class(label, columns.classes), to_text(caption)
+        except PageTooLargeError as error:
             raise UserError(f"{path}, row group {group}, {' and '.join(text_columns)}: {error}") from error
         except pa.ArrowException:  # some are ValueErrors, too
             raise
@@ -141,14 +141,14 @@ class Parquet:
                     limit = self.access.config.max_page_bytes
                     batches = batches or _batches(file, group, columns.leaves, 16, limit, path)
                     values = next(batches).column(0)
-                except PageRefused as error:
+                except PageTooLargeError as error:
                     damage = f"not read from the Parquet file: {error}"
                 except (pa.ArrowException, OSError, StopIteration) as error:
                     # Damage has no errno; system errors have one, and may be transient.
                     if isinstance(error, OSError) and error.errno is not None:
                         raise
                     damage = f"damaged in the Parquet file: {error}"
-            yield UnusableEntry(damage) if damage else _image(values[row - start], self.access.config.max_bytes)
+            yield UnusableEntryError(damage) if damage else _image(values[row - start], self.access.config.max_bytes)
 
 
 def _batches(
@@ -158,7 +158,7 @@ def _batches(
     metadata = file.metadata
     columns = [index for index in range(metadata.num_columns) if metadata.schema.column(index).path in leaves]
     if len(columns) != len(leaves):
-        raise PageRefused(f"there is not one column {' and one '.join(leaves)}")
+        raise PageTooLargeError(f"there is not one column {' and one '.join(leaves)}")
     with path.open("rb") as raw:
         max_rows = min(_rows_at_once(raw, metadata, group, column, max_rows, limit) for column in columns)
     return iter(file.iter_batches(max_rows, row_groups=[group], columns=list(leaves), use_threads=False))
@@ -232,10 +232,10 @@ def _values(column: pa.Array) -> list[Any]:
 
 def _class(value: object, names: Sequence[str] | None) -> str | None:
     if names is None or not isinstance(value, int):
-        return as_text(value)
+        return to_text(value)
     if not -1 <= value < len(names):
         raise ValueError(f"label {value} is none of the {len(names)} classes")
-    return as_text(names[value]) if value >= 0 else None
+    return to_text(names[value]) if value >= 0 else None
 
 
 def _image(value: Any, limit: int) -> Payload:
@@ -244,11 +244,13 @@ def _image(value: Any, limit: int) -> Payload:
         path = value["path"].as_py() if "path" in value else None
         value = value["bytes"]
         if not value.is_valid and path:
-            return UnusableEntry(f"only its path is in the table, not its bytes: {printable(str(path)[:200])}")
+            return UnusableEntryError(
+                f"only its path is in the table, not its bytes: {make_printable(str(path)[:200])}"
+            )
     if not value.is_valid:
-        return UnusableEntry("a row without an image")
+        return UnusableEntryError("a row without an image")
     data = value.as_buffer()
-    return too_large(data.size, limit) if data.size > limit else data.to_pybytes()
+    return too_large_error(data.size, limit) if data.size > limit else data.to_pybytes()
 
 
 @contextmanager
@@ -280,10 +282,10 @@ def _rows_at_once(file: BinaryIO, metadata: pq.FileMetaData, group: int, column:
     """Return how many rows of a column of a row group to decode at a time, at most ``max_rows``, to bound memory."""
     chunk, schema = metadata.row_group(group).column(column), metadata.schema.column(column)
     if schema.max_repetition_level:
-        raise PageRefused("its rows have lists of values")
+        raise PageTooLargeError("its rows have lists of values")
     largest = schema.length if schema.physical_type == "FIXED_LEN_BYTE_ARRAY" else 1
     if largest > DECODED_AT_ONCE:
-        raise PageRefused(f"each row has {largest} bytes, over the limit of {DECODED_AT_ONCE}")
+        raise PageTooLargeError(f"each row has {largest} bytes, over the limit of {DECODED_AT_ONCE}")
     place = min(chunk.data_page_offset, chunk.dictionary_page_offset or chunk.data_page_offset)
     end = place + chunk.total_compressed_size
     while place < end:
@@ -299,13 +301,13 @@ def _rows_at_once(file: BinaryIO, metadata: pq.FileMetaData, group: int, column:
             raise pa.ArrowInvalid("the header of a page is damaged") from error
         if field:
             if value_encoding not in ENCODINGS:
-                raise PageRefused(
+                raise PageTooLargeError(
                     f"its values are encoded in a way ({value_encoding}) that may unpack to any size: write it again "
                     "with data pages of version 1, as pyarrow.parquet.write_table does"
                 )
             # Besides its content Arrow stores 16 bytes per value.
             if (memory := max(size, packed_size) + 16 * values) > limit:
-                raise PageRefused(
+                raise PageTooLargeError(
                     f"a page that takes {memory} bytes is over ingest.max_page_bytes = {limit}: raise it, or write the "
                     "file again with fewer rows in a row group"
                 )

@@ -14,10 +14,10 @@ from pydantic import Field
 
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
-from diffusion.common.escaping import counted
+from diffusion.common.escaping import pluralize
 from diffusion.common.files import write_atomically
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.decode import TURNED, UnusableEntry
+from diffusion.data.ingest.decode import TURNED, UnusableEntryError
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access, Entry, ObjectStore
 from diffusion.data.sources.conventions import METADATA_FILES, records
@@ -66,7 +66,7 @@ class Survey(Config):
     captions_table: CaptionsTable | None
     """Table that probably holds captions, which the source does not use."""
 
-    def too_small(self, size: int) -> bool:
+    def has_images_below(self, size: int) -> bool:
         """Whether some sampled image has fewer pixels than ``size`` on its shorter side."""
         return self.shorter_sides is not None and self.shorter_sides[0] < size
 
@@ -87,9 +87,9 @@ class Survey(Config):
         if self.unreadable and self.shorter_sides is not None:
             lines.append(f"unreadable {self.unreadable:,} of {self.sampled:,} sampled images")
         lines.append(f"classes    {len(self.classes):,}: {names}{rest}" if self.classes else "classes    none")
-        lines.append(f"captions   of {counted(self.captions, 'image')}" if self.captions else "captions   none")
+        lines.append(f"captions   of {pluralize(self.captions, 'image')}" if self.captions else "captions   none")
         if self.captions_table is not None:
-            lines.append(f"           {offer(self.captions_table)}")
+            lines.append(f"           {describe_table(self.captions_table)}")
         return lines
 
 
@@ -112,7 +112,7 @@ def survey(config: IngestConfig, scratch: Path, objects: ObjectStore | None = No
         raise UserError(f"no images in {config.source}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images")
     sizes, is_coloured = list[tuple[int, int]](), False
     for payload in source.read([entry for _, entry in sorted(sample)]):
-        if isinstance(payload, UnusableEntry):
+        if isinstance(payload, UnusableEntryError):
             continue
         try:
             with payload if isinstance(payload, Image.Image) else Image.open(io.BytesIO(payload)) as image:
@@ -164,7 +164,7 @@ def _names_images(folder: Path, rows: list[dict[str, object]], column: str) -> b
     return file_count > 0 and 2 * file_count >= len(rows)
 
 
-def offer(table: CaptionsTable) -> str:
+def describe_table(table: CaptionsTable) -> str:
     """Describe what ``table`` probably is, and how to use it."""
     return (
         f"{table.path.name} probably has their captions ({table.image} = file_name, {table.text} = text), but only "

@@ -11,11 +11,20 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO, TypeAlias, cast
 
 from diffusion.common.errors import UserError
-from diffusion.data.ingest.decode import UnusableEntry
-from diffusion.data.sources.base import LONGEST, MISSING, Access, Entry, Payload, shortened, too_large, too_long
-from diffusion.data.sources.conventions import as_text, is_image, list_images, printable
-from diffusion.data.sources.local_files import matching, open_unchanged, stamp_of, uncompressed
-from diffusion.data.sources.object_store import fetched, matching_objects
+from diffusion.data.ingest.decode import UnusableEntryError
+from diffusion.data.sources.base import (
+    LONGEST,
+    MISSING,
+    Access,
+    Entry,
+    Payload,
+    shorten_name,
+    too_large_error,
+    too_long_reason,
+)
+from diffusion.data.sources.conventions import is_image, list_images, make_printable, to_text
+from diffusion.data.sources.local_files import decompress, find_files, open_unchanged, stamp_of
+from diffusion.data.sources.object_store import fetch_object, find_objects
 
 LONGEST_HEADER = 2**20
 """Maximum bytes of all headers of a member."""
@@ -48,7 +57,7 @@ class Tar:
     def entries(self) -> Iterator[Entry]:
         """Yield its images in its own order or that of its metadata; raises UserError if it is damaged."""
         file_stamp, where = stamp_of(self.path), str(self.path)
-        plain_path = uncompressed(self.path, file_stamp, self.access)
+        plain_path = decompress(self.path, file_stamp, self.access)
         files = ((member.name, json.dumps(member.place), file_stamp) for member in members(plain_path, where))
         for entry in list_images(files, where, self._table, self.access.passed_over):
             yield entry._replace(source=f"{self.path.name}/{entry.source}", stamp=file_stamp)
@@ -63,7 +72,7 @@ class Tar:
         place = json.loads(locator)
         if isinstance(place, str):
             raise UserError(f"the metadata in {self.path} cannot be read ({place}): fix it or remove it")
-        with tarfile.open(uncompressed(self.path, file_stamp, self.access), "r:") as tar:
+        with tarfile.open(decompress(self.path, file_stamp, self.access), "r:") as tar:
             info = tarfile.TarInfo()
             info.offset_data, info.size = place
             yield io.TextIOWrapper(cast(BinaryIO, tar.extractfile(info)), encoding="utf-8-sig", newline="")
@@ -97,7 +106,7 @@ def members(path: Path, where: str) -> Iterator[TarMember]:
 def read(path: Path, file_stamp: str, places: Iterable[Place], access: Access) -> Iterator[Payload]:
     """Yield members of the tar at ``path``; raises UserError if its stamp is no longer ``file_stamp``."""
     try:
-        plain_path = uncompressed(path, file_stamp, access)
+        plain_path = decompress(path, file_stamp, access)
         file = open_unchanged(path, file_stamp) if plain_path == path else plain_path.open("rb")
     except FileNotFoundError:
         file = None
@@ -106,18 +115,18 @@ def read(path: Path, file_stamp: str, places: Iterable[Place], access: Access) -
             yield read_slice(file, place, access.config.max_bytes)
 
 
-def read_slice(file: BinaryIO | None, place: Place, limit: int) -> bytes | UnusableEntry:
+def read_slice(file: BinaryIO | None, place: Place, limit: int) -> bytes | UnusableEntryError:
     """Read the bytes at (offset, size), unless they are more than ``limit``, or the tar is gone (None)."""
     if isinstance(place, str):
-        return UnusableEntry(place)
+        return UnusableEntryError(place)
     offset, size = place
     if file is None:
-        return UnusableEntry(MISSING)
+        return UnusableEntryError(MISSING)
     if size > limit:
-        return too_large(size, limit)
+        return too_large_error(size, limit)
     file.seek(offset)
     data = file.read(size)
-    return data if len(data) == size else UnusableEntry("cut short in the tar")
+    return data if len(data) == size else UnusableEntryError("cut short in the tar")
 
 
 class _Headers(io.BufferedReader):
@@ -138,10 +147,10 @@ def _member(info: tarfile.TarInfo) -> TarMember:
     name, place = info.name.removeprefix("./"), (info.offset_data, info.size)
     if len(name) > LONGEST["name"]:
         # WebDataset keeps all names of a key.
-        return TarMember(printable(shortened(name)), too_long("name"))
+        return TarMember(make_printable(shorten_name(name)), too_long_reason("name"))
     if info.issparse():
-        return TarMember(printable(name), "stored as a sparse file: pack it again without --sparse")
-    return TarMember(printable(name), place if info.isreg() else LINK)
+        return TarMember(make_printable(name), "stored as a sparse file: pack it again without --sparse")
+    return TarMember(make_printable(name), place if info.isreg() else LINK)
 
 
 @dataclass(frozen=True)
@@ -161,7 +170,7 @@ class WebDataset:
         """Yield all images, shard by shard; raises UserError for missing or damaged shards."""
         for name, place, stamp in self._shards():
             path, file_stamp = self._local_file(place, stamp)
-            plain_path = uncompressed(path, file_stamp, self.access)
+            plain_path = decompress(path, file_stamp, self.access)
             with plain_path.open("rb") as file:
                 for images, texts in _samples(plain_path, place):
                     label = caption = reason = None
@@ -181,7 +190,7 @@ class WebDataset:
             try:
                 path, file_stamp = self._local_file(shard, stamp)
             except FileNotFoundError:
-                yield from (UnusableEntry(MISSING) for _ in places)
+                yield from (UnusableEntryError(MISSING) for _ in places)
             else:
                 yield from read(path, file_stamp, places, self.access)
 
@@ -189,15 +198,15 @@ class WebDataset:
         """Return the local file of a shard, and its stamp."""
         if not place.startswith("s3://"):
             return Path(place), stamp
-        path = fetched(place, stamp, self.access)
+        path = fetch_object(place, stamp, self.access)
         return path, stamp_of(path)
 
     def _shards(self) -> Iterator[tuple[str, str, str]]:
         """Yield the unique name, the path or URI, and the stamp or ETag of each shard."""
         if self.pattern.startswith("s3://"):
-            yield from matching_objects(self.pattern, self.access)
+            yield from find_objects(self.pattern, self.access)
         else:
-            yield from ((name, str(path), stamp_of(path)) for name, path in matching(self.pattern, ".tar"))
+            yield from ((name, str(path), stamp_of(path)) for name, path in find_files(self.pattern, ".tar"))
 
 
 def _samples(path: Path, where: str) -> Iterator[tuple[list[TarMember], dict[str, TarMember]]]:
@@ -230,7 +239,7 @@ def _read_texts(sidecars: dict[str, TarMember], file: BinaryIO) -> tuple[str | N
     for kind, member in sidecars.items():
         # Parsed JSON may take a hundred times as many bytes.
         data = read_slice(file, member.place, 2**18)
-        if isinstance(data, UnusableEntry):
+        if isinstance(data, UnusableEntryError):
             raise ValueError(f"{member.name}: {data}")
         texts[kind] = data.decode("utf-8-sig").strip()
     try:
@@ -239,5 +248,5 @@ def _read_texts(sidecars: dict[str, TarMember], file: BinaryIO) -> tuple[str | N
         raise ValueError("its JSON is nested too deeply") from error
     if not isinstance(metadata, dict):
         metadata = {}
-    label, caption = as_text(metadata.get("label")), as_text(metadata.get("caption") or metadata.get("text"))
+    label, caption = to_text(metadata.get("label")), to_text(metadata.get("caption") or metadata.get("text"))
     return label or texts.get("cls") or None, caption or texts.get("txt") or None

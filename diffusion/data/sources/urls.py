@@ -37,10 +37,10 @@ from tenacity import (
 from tenacity.nap import sleep_using_event
 
 from diffusion.common.errors import UserError
-from diffusion.data.ingest.decode import UnusableEntry
+from diffusion.data.ingest.decode import UnusableEntryError
 from diffusion.data.prefetch import prefetch
-from diffusion.data.sources.base import Access, Entry, Payload, too_large
-from diffusion.data.sources.conventions import as_text, printable, records, texts_of
+from diffusion.data.sources.base import Access, Entry, Payload, too_large_error
+from diffusion.data.sources.conventions import make_printable, records, texts_of, to_text
 from diffusion.data.sources.local_files import open_text
 from diffusion.data.sources.object_store import IN_MEMORY
 
@@ -122,8 +122,9 @@ class HttpClient:
     def get(self, url: str) -> Iterator[httpcore.Response]:
         """Yield the response to a GET of ``url`` after all redirects; its body, as sent, must be read inside.
 
-        Raises UnusableEntry (the host has no allowed address), httpx.InvalidURL, httpcore.UnsupportedProtocol (anything
-        but http and https), httpx.TooManyRedirects, httpcore.TimeoutException, or another exception of httpcore.
+        Raises UnusableEntryError (the host has no allowed address), httpx.InvalidURL, httpx.TooManyRedirects,
+        httpcore.UnsupportedProtocol (anything but http and https), httpcore.TimeoutException, or another exception of
+        httpcore.
         """
         self._exchange.deadline = time.monotonic() + self.seconds
         place = httpx.URL(url)
@@ -139,7 +140,7 @@ class HttpClient:
             if place.username or place.password:
                 login = f"{place.username}:{place.password}".encode()
                 headers["Authorization"] = b"Basic " + base64.b64encode(login)
-            pool, extensions = self._pool(place), {"timeout": {"pool": self.left()}}
+            pool, extensions = self._pool(place), {"timeout": {"pool": self.remaining_seconds()}}
             with pool.stream("GET", _for_httpcore(place), headers=headers, extensions=extensions) as response:
                 location = httpx.Headers(response.headers).get("Location")
                 if response.status not in (301, 302, 303, 307, 308) or location is None:
@@ -158,7 +159,7 @@ class HttpClient:
             self.wait_for(lambda: _addresses(url.raw_host.decode(), port, allow_private=False))
         return self._pools[proxy]
 
-    def left(self) -> float:
+    def remaining_seconds(self) -> float:
         """Return the seconds left for this thread's exchange; raises httpcore.ReadTimeout if there are none."""
         seconds: float = self._exchange.deadline - time.monotonic()
         if seconds <= 0 or self.stopped.is_set():
@@ -178,7 +179,7 @@ class HttpClient:
         # Not from a pool: the interpreter would wait for it at exit, and a resolver cannot be stopped.
         threading.Thread(target=run, daemon=True).start()
         while not future.done():
-            wait([future], min(self.left(), STEP_SECONDS))
+            wait([future], min(self.remaining_seconds(), STEP_SECONDS))
         return future.result()
 
 
@@ -201,8 +202,8 @@ class _Network(httpcore.NetworkBackend):
         self._client, self._allow_private = client, allow_private
 
     def connect_tcp(self, host: str, port: int, *_: Any, **__: Any) -> httpcore.NetworkStream:
-        """Connect to the first allowed address of ``host`` that accepts; raises UnusableEntry if it has none."""
-        deadline = time.monotonic() + self._client.left()
+        """Connect to the first allowed address of ``host`` that accepts; raises UnusableEntryError if it has none."""
+        deadline = time.monotonic() + self._client.remaining_seconds()
 
         def connect() -> httpcore.NetworkStream:
             failure: Exception = httpcore.ConnectTimeout()
@@ -225,12 +226,12 @@ class _Stream(httpcore.NetworkStream):
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         while True:
             try:
-                return self._stream.read(max_bytes, min(self._client.left(), STEP_SECONDS))
+                return self._stream.read(max_bytes, min(self._client.remaining_seconds(), STEP_SECONDS))
             except httpcore.ReadTimeout:
-                self._client.left()
+                self._client.remaining_seconds()
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        self._stream.write(buffer, self._client.left())
+        self._stream.write(buffer, self._client.remaining_seconds())
 
     def close(self) -> None:
         self._stream.close()
@@ -241,14 +242,14 @@ class _Stream(httpcore.NetworkStream):
     def start_tls(
         self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None
     ) -> "_Stream":
-        seconds = self._client.left()
+        seconds = self._client.remaining_seconds()
         # The timeout is for the whole handshake.
         stream = self._client.wait_for(lambda: self._stream.start_tls(ssl_context, server_hostname, seconds))
         return _Stream(stream, self._client)
 
 
 def _addresses(host: str, port: int, allow_private: bool) -> list[str]:
-    """Resolve ``host``; raises UnusableEntry if only public addresses are allowed and it has none."""
+    """Resolve ``host``; raises UnusableEntryError if only public addresses are allowed and it has none."""
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as error:
@@ -257,14 +258,14 @@ def _addresses(host: str, port: int, allow_private: bool) -> list[str]:
     addresses = list(dict.fromkeys(str(info[4][0]) for info in infos))
     allowed_addresses = [ip for ip in addresses if allow_private or (is_public(ip) and not is_own(ip))]
     if addresses and not allowed_addresses:
-        raise UnusableEntry(
+        raise UnusableEntryError(
             f"leads to {addresses[0]}, an address that is private, reserved or this machine's: set "
             "ingest.allow_private_addresses to true if what answers there may be asked"
         )
     return allowed_addresses
 
 
-class Again(Exception):
+class RetryableError(Exception):
     """A transient failure, to be retried."""
 
     def __init__(self, reason: str, after: float | None = None) -> None:
@@ -294,9 +295,9 @@ class Urls:
                     raise UserError(f"{self.table}, record {number} has no url or image_url: rename one of {columns}")
                 url = str(record.get("url") or record.get("image_url") or "").strip()
                 texts = texts_of(record, f"{self.table}, record {number}")
-                name = as_text(printable(url)) or f"{self.table.name}/{number}"
+                name = to_text(make_printable(url)) or f"{self.table.name}/{number}"
                 # A constant stamp: URLs are fetched once, as revalidation costs nearly as much.
-                yield Entry(name, as_text(url) or "", "url", *texts)
+                yield Entry(name, to_text(url) or "", "url", *texts)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes, fetched concurrently."""
@@ -305,7 +306,7 @@ class Urls:
         answers = prefetch(partial(self._fetch, client), entries, WORKERS)
         try:
             for answer in answers:
-                if isinstance(answer, UnusableEntry):
+                if isinstance(answer, UnusableEntryError):
                     yield answer
                     continue
                 with answer:
@@ -316,29 +317,29 @@ class Urls:
             answers.close()
             client.close()
 
-    def _fetch(self, client: HttpClient, entry: Entry) -> "SpooledTemporaryFile[bytes] | UnusableEntry":
+    def _fetch(self, client: HttpClient, entry: Entry) -> "SpooledTemporaryFile[bytes] | UnusableEntryError":
         url, config = entry.locator, self.access.config
         if not url:
-            return UnusableEntry("a row without a URL")
+            return UnusableEntryError("a row without a URL")
         if not url.lower().startswith(("http://", "https://")):
-            return UnusableEntry("neither an http:// nor an https:// URL: local files are read from a folder")
+            return UnusableEntryError("neither an http:// nor an https:// URL: local files are read from a folder")
         retry_policy = Retrying(
-            retry=retry_if_exception_type(Again),
+            retry=retry_if_exception_type(RetryableError),
             stop=stop_after_attempt(config.download_tries) | stop_when_event_set(client.stopped),
-            wait=pause,
+            wait=retry_delay,
             sleep=sleep_using_event(client.stopped),
             reraise=True,
         )
         try:
             return retry_policy(_get, client, url, config.max_bytes, self.access.scratch)
-        except UnusableEntry as error:
+        except UnusableEntryError as error:
             return error
-        except Again as error:
-            return UnusableEntry(f"{error}, at each of {config.download_tries} tries")
+        except RetryableError as error:
+            return UnusableEntryError(f"{error}, at each of {config.download_tries} tries")
 
 
 def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTemporaryFile[bytes]":
-    """Fetch a URL once; raises Again for a transient failure, UnusableEntry for any other behaviour of a server."""
+    """Fetch a URL once; raises RetryableError for a transient failure, UnusableEntryError for any other one."""
     try:
         with client.get(url) as response:
             status, headers = response.status, httpx.Headers(response.headers)
@@ -346,45 +347,49 @@ def _get(client: HttpClient, url: str, limit: int, scratch: Path) -> "SpooledTem
                 # The standard name, if any, instead of the server's text.
                 line = f"HTTP {status} {httpx.codes.get_reason_phrase(status)}".strip()
                 if status in (408, 425, 429) or status >= 500:
-                    raise Again(line, retry_after(headers.get("Retry-After", "")))
-                raise UnusableEntry(line)
+                    raise RetryableError(line, retry_after(headers.get("Retry-After", "")))
+                raise UnusableEntryError(line)
             length = headers.get("Content-Length", "")
             if re.fullmatch("[0-9]{1,18}", length) and int(length) > limit:
-                raise too_large(int(length), limit)
+                raise too_large_error(int(length), limit)
             if (encoding := headers.get("Content-Encoding", "identity")) != "identity":
                 # A few bytes may unpack to any number.
-                raise UnusableEntry(f"sent with Content-Encoding {short(encoding)} although none was accepted")
+                raise UnusableEntryError(
+                    f"sent with Content-Encoding {shorten_message(encoding)} although none was accepted"
+                )
             file = SpooledTemporaryFile(IN_MEMORY, dir=str(scratch))  # noqa: SIM115 (closed by the generator that yields it)
             for piece in response.iter_stream():
                 file.write(piece)
                 if file.tell() > limit:
-                    raise UnusableEntry(f"more than the limit of {limit} bytes")
+                    raise UnusableEntryError(f"more than the limit of {limit} bytes")
             return file
-    except (Again, UnusableEntry):
+    except (RetryableError, UnusableEntryError):
         raise
     except httpcore.UnsupportedProtocol as error:
-        raise UnusableEntry("leads to something that is neither http nor https") from error
+        raise UnusableEntryError("leads to something that is neither http nor https") from error
     except (httpx.InvalidURL, httpx.TooManyRedirects) as error:
-        raise UnusableEntry(f"not to be had: {short(error)}") from error
+        raise UnusableEntryError(f"not to be had: {shorten_message(error)}") from error
     except httpcore.TimeoutException as error:
-        raise Again(f"no whole answer within {client.seconds:g} s") from error
+        raise RetryableError(f"no whole answer within {client.seconds:g} s") from error
     except (httpcore.NetworkError, httpcore.RemoteProtocolError, httpcore.ProxyError) as error:
-        raise Again(short(error) or type(error).__name__) from error
+        raise RetryableError(shorten_message(error) or type(error).__name__) from error
     except OSError:  # of the disk: httpcore has its own for the network
         raise
     except Exception as error:  # libraries raise whatever they like on answers that they did not expect
-        raise UnusableEntry(f"an answer that is not understood: {type(error).__name__}: {short(error)}") from error
+        raise UnusableEntryError(
+            f"an answer that is not understood: {type(error).__name__}: {shorten_message(error)}"
+        ) from error
 
 
-def short(message: object) -> str:
+def shorten_message(message: object) -> str:
     """Return the beginning of what a server or library says, on one line."""
-    return printable(str(message)[:150])
+    return make_printable(str(message)[:150])
 
 
-def pause(state: RetryCallState) -> float:
+def retry_delay(state: RetryCallState) -> float:
     """Return the seconds before the next try: the server's Retry-After, bounded, or jittered exponential backoff."""
     error = state.outcome.exception() if state.outcome else None
-    if isinstance(error, Again) and error.after is not None:
+    if isinstance(error, RetryableError) and error.after is not None:
         return min(max(error.after, 0), LONGEST_PAUSE) + random.uniform(0, 1)
     return PAUSE(state)
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO, cast
 
 from diffusion.common.errors import UserError
-from diffusion.data.ingest.decode import UnusableEntry
-from diffusion.data.sources.base import MISSING, Access, Entry, Payload, too_large
-from diffusion.data.sources.conventions import list_images, printable
+from diffusion.data.ingest.decode import UnusableEntryError
+from diffusion.data.sources.base import MISSING, Access, Entry, Payload, too_large_error
+from diffusion.data.sources.conventions import list_images, make_printable
 from diffusion.data.sources.local_files import open_unchanged, stamp_of
 from diffusion.data.sources.tars import LINK
 
@@ -71,21 +71,21 @@ class Zip:
         with file or nullcontext():
             for place in places:
                 if isinstance(place, str):
-                    yield UnusableEntry(place)
+                    yield UnusableEntryError(place)
                 else:
-                    yield self._member(file, ZipOffset(*place[1:])) if file else UnusableEntry(MISSING)
+                    yield self._member(file, ZipOffset(*place[1:])) if file else UnusableEntryError(MISSING)
 
     def _member(self, file: BinaryIO, place: ZipOffset) -> Payload:
         limit = self.access.config.max_bytes
         if place.size > limit:
-            return too_large(place.size, limit)
+            return too_large_error(place.size, limit)
         try:
             with open_member(file, place) as member:
                 # Without a number it would unpack up to 2 GiB at once, whatever the file declares.
                 data = member.read(place.size)
-            return data if len(data) == place.size else UnusableEntry("damaged in the zip: it ends too soon")
+            return data if len(data) == place.size else UnusableEntryError("damaged in the zip: it ends too soon")
         except (zipfile.BadZipFile, zlib.error, struct.error, EOFError) as error:
-            return UnusableEntry(f"damaged in the zip: {error or 'it ends too soon'}")
+            return UnusableEntryError(f"damaged in the zip: {error or 'it ends too soon'}")
 
     @contextmanager
     def _table(self, locator: str, _: str) -> Iterator[TextIO]:
@@ -177,7 +177,7 @@ def _members(file: BinaryIO, start: int, end: int, shift: int) -> Iterator[tuple
         if signature != b"PK\1\2":
             raise zipfile.BadZipFile("its directory is damaged")
         raw = file.read(name_size)
-        name = printable(raw.decode("utf-8", "surrogateescape") if flags & UTF8 else raw.decode("cp437"))
+        name = make_printable(raw.decode("utf-8", "surrogateescape") if flags & UTF8 else raw.decode("cp437"))
         size, packed, header = _replace_markers(file.read(extra_size), [size, packed, header])
         file.seek(comment_size, 1)
         problem = None

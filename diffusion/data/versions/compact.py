@@ -8,9 +8,9 @@ from filelock import FileLock
 
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
-from diffusion.common.escaping import counted
+from diffusion.common.escaping import pluralize
 from diffusion.common.files import sha256_file
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.ingest.chunks import TEXT_OF_A_CHUNK, chunk_size
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import remove_strays
@@ -29,7 +29,7 @@ from diffusion.data.prefetch import FanOut, local_fan_out
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class AdjacentParts:
     """Consecutive parts of the data set in ``folder`` that become one; ``size`` is that of its images in pixels."""
 
     folder: Path
@@ -51,12 +51,12 @@ class CompactionResult(Config):
     def lines(self) -> list[str]:
         """Describe the result."""
         old, new = self.shards
-        words = f"{old:,} shards are {new:,} now" if self.changed else f"{counted(new, 'shard')}, none too small"
+        words = f"{old:,} shards are {new:,} now" if self.changed else f"{pluralize(new, 'shard')}, none too small"
         return [f"{self.dataset}: {words}; version {self.digest[:12]}", f"content {self.content_digest}"]
 
 
 def compact(
-    folder: Path, config: IngestConfig, progress: Progress = silent, fan_out: FanOut | None = None
+    folder: Path, config: IngestConfig, progress: Progress = ignore_progress, fan_out: FanOut | None = None
 ) -> CompactionResult:
     """Make a version of the data set in ``folder`` of the same content, without runs of small parts.
 
@@ -75,7 +75,7 @@ def compact(
         # Shards shrink by their ends when joined, so that another neighbour may fit.
         while groups := _groups(parts, config):
             parts_by_number = {part.number: part for part in parts}
-            joined_parts = fan_out(_join, (Neighbours(folder, before.size, group) for group in groups))
+            joined_parts = fan_out(_join, (AdjacentParts(folder, before.size, group) for group in groups))
             for done, (group, part) in enumerate(zip(groups, joined_parts, strict=True), 1):
                 for member in group:
                     del parts_by_number[member.number]
@@ -117,7 +117,7 @@ def _groups(parts: list[Part], config: IngestConfig) -> list[list[Part]]:
     return [group for group in groups if len(group) > 1]
 
 
-def _join(neighbours: Neighbours) -> Part:
+def _join(neighbours: AdjacentParts) -> Part:
     folder, first = neighbours.folder, neighbours.parts[0]
     records, shards = [], []
     for part in neighbours.parts:

@@ -12,11 +12,11 @@ import pyarrow.compute as pc
 from filelock import FileLock
 from pydantic import Field
 
-from diffusion.common.config import Config, unset
+from diffusion.common.config import Config, is_unset
 from diffusion.common.errors import UserError
-from diffusion.common.escaping import counted
+from diffusion.common.escaping import pluralize
 from diffusion.common.files import make_folder, sha256_file, sync_file, sync_folder
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import remove_strays
 from diffusion.data.ingest.key_resolution import resolve
@@ -36,7 +36,7 @@ from diffusion.data.manifest import (
 )
 from diffusion.data.prefetch import FanOut, local_fan_out
 from diffusion.data.versions.takedown_records import removals
-from diffusion.data.versions.versions import stored_in
+from diffusion.data.versions.versions import count_stored
 
 
 class MergeResult(Config):
@@ -51,15 +51,15 @@ class MergeResult(Config):
     duplicates: int
     """Number of images of the others that it had, or that came twice."""
     kept: int
-    dropped: int | None = Field(None, exclude_if=unset)
+    dropped: int | None = Field(None, exclude_if=is_unset)
     """Number of images that the rules of curation left out; None without rules."""
 
     def lines(self) -> list[str]:
         """Describe the result."""
         drop_note = "" if self.dropped is None else f", {self.dropped:,} dropped by rules"
         return [
-            f"{self.dataset}: {counted(self.kept, 'image')}, {self.added:,} new, "
-            f"{counted(self.duplicates, 'duplicate')} left out{drop_note}; version {self.digest[:12]}",
+            f"{self.dataset}: {pluralize(self.kept, 'image')}, {self.added:,} new, "
+            f"{pluralize(self.duplicates, 'duplicate')} left out{drop_note}; version {self.digest[:12]}",
             f"content {self.content_digest}",
         ]
 
@@ -80,7 +80,7 @@ def merge_datasets(
     folder: Path,
     others: Sequence[Path],
     config: IngestConfig,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
     fan_out: FanOut | None = None,
 ) -> MergeResult:
     """Make a version of the data set in ``folder`` with the images of ``others``, which must be stored alike.
@@ -112,7 +112,7 @@ def merge_datasets(
         parts = [(folder, part) for part in before.parts]
         for path, manifest in zip(folders[1:], rest, strict=True):
             for part in manifest.parts:
-                if part.records.sha256 not in table_digests and (stored_in(part) or "removed" in part.outcomes):
+                if part.records.sha256 not in table_digests and (count_stored(part) or "removed" in part.outcomes):
                     table_digests.add(part.records.sha256)
                     parts.append((path, part))
         scratch = stack.enter_context(scratch_folder(work_folder(folder) / "ranges"))
@@ -148,7 +148,7 @@ def merge_datasets(
 
 
 def _require_alike(ours: Manifest, theirs: Manifest) -> None:
-    if difference := theirs.stored_otherwise(ours.storage):
+    if difference := theirs.find_storage_difference(ours.storage):
         name, their_value, our_value = difference
         raise UserError(
             f"data set {theirs.name} was made with ingest.{name}={their_value} and {ours.name} with {our_value}: "
@@ -183,7 +183,7 @@ def _tasks(
         part_duplicates = duplicates[slice(*np.searchsorted(duplicates["part"], (index, index + 1)))]
         if index < len(before.parts):
             number = part.number
-        elif len(part_duplicates) == stored_in(part) and "removed" not in part.outcomes:
+        elif len(part_duplicates) == count_stored(part) and "removed" not in part.outcomes:
             continue
         else:
             number += 1

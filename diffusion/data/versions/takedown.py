@@ -8,11 +8,11 @@ from filelock import FileLock
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of, sha256_file
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.ingest.captions import forget_captions
 from diffusion.data.ingest.ingest import forget_encodings, remove_strays
 from diffusion.data.ingest.key_resolution import content_digest
-from diffusion.data.ingest.merge import blanked, copy_samples, write_part
+from diffusion.data.ingest.merge import copy_samples, redact_row, write_part
 from diffusion.data.manifest import (
     STORED,
     Manifest,
@@ -26,54 +26,54 @@ from diffusion.data.manifest import (
 )
 from diffusion.data.versions.takedown_records import (
     SELECTED_BY,
-    Chosen,
+    MatchedImages,
     Removal,
     Row,
     Selection,
     Selector,
-    chosen_by,
-    dropped_copies,
+    find_dropped_copies,
+    find_pending_removals,
     is_one_of,
-    nothing,
+    match_images,
+    no_match_error,
     removals,
     rows_of,
-    still_held,
     write_removal,
 )
-from diffusion.data.versions.versions import stored_in
+from diffusion.data.versions.versions import count_stored
 
 
-def choose(folder: Path, selection: Selection) -> tuple[Chosen, list[str]]:
+def choose_images(folder: Path, selection: Selection) -> tuple[MatchedImages, list[str]]:
     """Find the images that ``selection`` matches, and their names; raises UserError if some of it fits none."""
     manifest = read_manifest(folder)
-    matches, names, unmatched = chosen_by(folder, manifest, Selector(selection))
+    matches, names, unmatched = match_images(folder, manifest, Selector(selection))
     if unmatched:
-        raise nothing(unmatched, folder, manifest)
+        raise no_match_error(unmatched, folder, manifest)
     return matches, names
 
 
-def remove(folder: Path, selection: Selection, reason: str, progress: Progress = silent) -> Removal:
+def remove(folder: Path, selection: Selection, reason: str, progress: Progress = ignore_progress) -> Removal:
     """Make a version of the data set in ``folder`` without the images that ``selection`` matches.
 
     Its content digest is that of a set which never held them. Parts that held none are shared; the files of the others
     are deleted last, with the caption embeddings. Locks out ingests. Repeated after a kill it gives the same result;
     once done, it only reports that.
 
-    Raises UserError as ``choose`` does, if no image would be left, or if a required file is damaged.
+    Raises UserError as ``choose_images`` does, if no image would be left, or if a required file is damaged.
     """
     if not reason.strip() or len(reason) > 500 or not reason.isprintable():
         raise UserError("a removal needs a reason: one line of at most 500 characters")
     selector = Selector(selection)
     with FileLock(work_folder(folder) / "lock"):
         before = read_manifest(folder)
-        matches, _, unmatched = chosen_by(folder, before, selector)
+        matches, _, unmatched = match_images(folder, before, selector)
         request_digest = digest_of([selection.model_dump(), reason])[:16]
         earlier_removal = _find_earlier(folder, request_digest)
         if unmatched and earlier_removal is None:
-            raise nothing(unmatched, folder, before)
+            raise no_match_error(unmatched, folder, before)
         after, keys = before, set(matches.image_keys)
         if matches.parts:
-            after = _write_without(folder, before, lambda row: selector.takes(row, keys), reason, progress)
+            after = _write_without(folder, before, lambda row: selector.removes(row, keys), reason, progress)
         parts = zip(before.parts, after.parts, strict=True)
         # Without a record, what is gone was removed elsewhere, and is known as far as the rows left describe it.
         fields = {
@@ -84,7 +84,7 @@ def remove(folder: Path, selection: Selection, reason: str, progress: Progress =
             "parent": before.digest if matches.parts else None,
             "version": after.digest,
             "content_digest": after.content_digest,
-            "tables": sorted(old.records.sha256 for old, new in parts if stored_in(new) < stored_in(old)),
+            "tables": sorted(old.records.sha256 for old, new in parts if count_stored(new) < count_stored(old)),
             "already": not matches.parts,
         }
         removal = Removal.model_validate(matches.model_dump() | fields)
@@ -101,12 +101,12 @@ def _find_earlier(folder: Path, request_digest: str) -> Removal | None:
     """Return the newest removal of this request in the history of the folder, or one that left nothing here."""
     line = [version.digest for version in versions(folder)]
     records = removals(work_folder(folder), request_digest)
-    candidates = [record for record in records if record.version in line or not still_held(folder, [record])]
+    candidates = [record for record in records if record.version in line or not find_pending_removals(folder, [record])]
     removal = min(candidates, key=lambda record: [*line, record.version].index(record.version), default=None)
     return removal and removal.model_copy(update={"already": True})
 
 
-def remove_known(folder: Path, progress: Progress = silent) -> list[Removal]:
+def remove_known(folder: Path, progress: Progress = ignore_progress) -> list[Removal]:
     """Make a version of the data set in ``folder`` without images that takedown records on this machine name.
 
     Each record of which the current version holds images makes a version of its own, as its takedown would have here.
@@ -118,13 +118,13 @@ def remove_known(folder: Path, progress: Progress = silent) -> list[Removal]:
         # A kill, or a version that another machine made without the images, may have left the caption of any of them.
         forget_captions(folder, {key for removal in records for key in removal.image_keys})
         remove_strays(folder)
-    for removal in still_held(folder, records):
+    for removal in find_pending_removals(folder, records):
         before = read_manifest(folder)
         keys, digests = set(removal.image_keys), set(removal.digests)
         # If the storage configuration has changed since, images have other keys, which duplicates share.
         rows = rows_of(folder, before, ("outcome", "key", "source_sha256"))
         keys |= {row["key"] for _, row in rows if row["outcome"] in STORED and row["source_sha256"] in digests}
-        copies = dropped_copies(folder, before)
+        copies = find_dropped_copies(folder, before)
         keys.update(*(copies.get(key, ()) for key in tuple(keys)))
         is_taken = partial(is_one_of, keys=keys, digests=digests)
         if (after := _write_without(folder, before, is_taken, removal.reason, progress)) is not before:
@@ -155,10 +155,10 @@ def _write_without(
     for place, part in enumerate(before.parts):
         if part.number not in numbers:
             continue
-        rows = [blanked(row, reason) if is_taken(row) else row for row in read_records(folder, part).to_pylist()]
+        rows = [redact_row(row, reason) if is_taken(row) else row for row in read_records(folder, part).to_pylist()]
         stored_rows = [row for row in rows if row["outcome"] in STORED]
         shard = part.shard
-        if shard is not None and len(stored_rows) < stored_in(part):
+        if shard is not None and len(stored_rows) < count_stored(part):
             path = folder / shard.name
             if stored_rows and sha256_file(path) != shard.sha256:
                 raise UserError(f"{path} is damaged (its SHA-256 differs): {repair_hint(folder)}")

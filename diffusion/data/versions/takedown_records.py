@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, ValidationError
 
-from diffusion.common.config import Config, unset
+from diffusion.common.config import Config, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of, write_json
 from diffusion.data.manifest import STORED, Manifest, Part, read_manifest, read_records
-from diffusion.data.versions.versions import Elsewhere, find_records, nowhere, stored_in
+from diffusion.data.versions.versions import Elsewhere, count_stored, find_nothing, find_records
 
 SHORTEST = 8
 """Hex digits that a prefix of a key must have."""
@@ -35,7 +35,7 @@ class Selection(Config):
     """Restrict the selection to this class."""
 
 
-class Chosen(Config):
+class MatchedImages(Config):
     """Images matched by a selection. An image is matched under all its names, so its duplicates are, too."""
 
     image_keys: list[str]
@@ -50,7 +50,7 @@ class Chosen(Config):
     near_copies: list[str]
     """Keys of near-duplicates of them, which stay, sorted: those that ingests grouped with them, and the one for which
     curation dropped any of them, with others that it dropped for that one."""
-    dropped_copies: list[str] | None = Field(None, exclude_if=unset)
+    dropped_copies: list[str] | None = Field(None, exclude_if=is_unset)
     """Keys of images that go with them, sorted: curation had dropped these as their near-duplicates, and would bring
     them back without them. None if there are none."""
     parts: list[int]
@@ -84,7 +84,7 @@ class Selector:
         self.fitted: dict[str, set[str]] = {term: set() for term in (*prefixes, *selection.sources)}
         """Keys that each prefix matched; patterns that matched have an empty one."""
 
-    def means(self, row: Row) -> bool:
+    def matches(self, row: Row) -> bool:
         """Return whether ``row`` itself is selected."""
         if self.label is not None and row["label"] != self.label and row["outcome"] != "removed":
             return False
@@ -95,13 +95,13 @@ class Selector:
             self.fitted[term].add(key if term in prefix_matches else "")
         return bool(prefix_matches or pattern_matches)
 
-    def takes(self, row: Row, keys: set[str]) -> bool:
+    def removes(self, row: Row, keys: set[str]) -> bool:
         """Return whether ``row`` is removed along with the images of ``keys``."""
         if row["outcome"] == "removed":
             return False
-        return row["key"] in keys if row["key"] else self.means(row)
+        return row["key"] in keys if row["key"] else self.matches(row)
 
-    def unmatched(self) -> list[str]:
+    def list_unmatched(self) -> list[str]:
         """Return keys and patterns that matched nothing; raises UserError for a prefix of more than one image."""
         for prefix, keys in self.fitted.items():
             if len(keys) > 1:
@@ -110,23 +110,23 @@ class Selector:
         return [term for term, keys in self.fitted.items() if not keys]
 
 
-def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Chosen, list[str], list[str]]:
+def match_images(folder: Path, manifest: Manifest, selector: Selector) -> tuple[MatchedImages, list[str], list[str]]:
     """Return the images that ``selector`` matches, all their names, and its keys and patterns that match nothing."""
     keys: set[str] = set()
     digests: dict[str, str] = {}
-    copies = dropped_copies(folder, manifest)
+    copies = find_dropped_copies(folder, manifest)
     for _, row in rows_of(folder, manifest, SELECTED_BY):
-        if selector.means(row) and row["key"]:
+        if selector.matches(row) and row["key"]:
             if row["outcome"] == "removed":
                 digests[row["key"]] = row["source_sha256"]
             else:
                 keys.add(row["key"])
-    unmatched = selector.unmatched()
+    unmatched = selector.list_unmatched()
     copy_keys = sorted({copy for key in keys for copy in copies.get(key, ())} - keys)
     keys.update(copy_keys)
-    rows = [(part, row) for part, row in rows_of(folder, manifest, SELECTED_BY) if selector.takes(row, keys)]
+    rows = [(part, row) for part, row in rows_of(folder, manifest, SELECTED_BY) if selector.removes(row, keys)]
     outcomes = Counter(row["outcome"] for _, row in rows)
-    matches = Chosen(
+    matches = MatchedImages(
         image_keys=sorted(keys if rows else digests),
         digests=sorted({row["source_sha256"] for _, row in rows} - {""} if rows else {*digests.values()} - {""}),
         images=sum(outcomes[outcome] for outcome in STORED),
@@ -139,7 +139,7 @@ def chosen_by(folder: Path, manifest: Manifest, selector: Selector) -> tuple[Cho
     return matches, sorted({row["source"] for _, row in rows}), unmatched
 
 
-def dropped_copies(folder: Path, manifest: Manifest) -> dict[str, list[str]]:
+def find_dropped_copies(folder: Path, manifest: Manifest) -> dict[str, list[str]]:
     """Return the keys of the images that curation dropped as near-duplicates, by the key of the image kept instead."""
     copies: dict[str, list[str]] = {}
     for part in manifest.parts:
@@ -179,7 +179,7 @@ def is_one_of(row: Row, keys: set[str], digests: set[str]) -> bool:
     return row["outcome"] != "removed" and (row["key"] in keys if row["key"] else row["source_sha256"] in digests)
 
 
-def nothing(unmatched: Sequence[str], folder: Path, manifest: Manifest) -> UserError:
+def no_match_error(unmatched: Sequence[str], folder: Path, manifest: Manifest) -> UserError:
     """Return the error for keys and patterns that match nothing."""
     terms = ", ".join(unmatched[:5]) + (f" and {len(unmatched) - 5} more" if len(unmatched) > 5 else "")
     names = [
@@ -196,7 +196,7 @@ def nothing(unmatched: Sequence[str], folder: Path, manifest: Manifest) -> UserE
     )
 
 
-class Removal(Chosen):
+class Removal(MatchedImages):
     """Record of a completed removal."""
 
     dataset: str
@@ -237,7 +237,7 @@ def write_removal(work: Path, removal: Removal) -> None:
     write_json(work / "removals" / f"{removal.request_digest}-{removal.name}.json", removal.model_dump(mode="json"))
 
 
-class Holders(Config):
+class AffectedVersions(Config):
     """Versions that held removed images, by digest."""
 
     held: list[str]
@@ -245,33 +245,35 @@ class Holders(Config):
     """Versions that cannot be checked because a table is unavailable."""
 
 
-def holders(folder: Path, removal: Removal, versions: Iterable[Manifest], elsewhere: Elsewhere = nowhere) -> Holders:
+def find_affected_versions(
+    folder: Path, removal: Removal, versions: Iterable[Manifest], elsewhere: Elsewhere = find_nothing
+) -> AffectedVersions:
     """Return which of ``versions`` hold images of ``removal``, by their keys or the digests of their files."""
     digests = {*removal.image_keys, *removal.digests}
     hits: dict[str, bool | None] = dict.fromkeys(removal.tables, True)
     holder_digests, unknown_digests = [], []
     for version in versions:
         for part in version.parts:
-            if stored_in(part) and part.records.sha256 not in hits:
+            if count_stored(part) and part.records.sha256 not in hits:
                 table = find_records(folder, part, ("outcome", "key", "source_sha256"), elsewhere)
                 hits[part.records.sha256] = None if table is None else not digests.isdisjoint(_stored_digests(table))
-        answers = {hits[part.records.sha256] for part in version.parts if stored_in(part)}
+        answers = {hits[part.records.sha256] for part in version.parts if count_stored(part)}
         if True in answers:
             holder_digests.append(version.digest)
         elif None in answers:
             unknown_digests.append(version.digest)
-    return Holders(held=holder_digests, unknown=unknown_digests)
+    return AffectedVersions(held=holder_digests, unknown=unknown_digests)
 
 
-def held_keys(
-    folder: Path, removal: Removal, version: Manifest, elsewhere: Elsewhere = nowhere
+def find_held_keys(
+    folder: Path, removal: Removal, version: Manifest, elsewhere: Elsewhere = find_nothing
 ) -> tuple[list[str], bool]:
     """Return the keys of the images of ``removal`` in a version of any data set, and whether all its tables are there.
 
     Another data set may store the same files in another way, under other keys. Raises UserError for a damaged table.
     """
     digests, keys, is_complete = pa.array([*removal.image_keys, *removal.digests], pa.string()), list[str](), True
-    for part in filter(stored_in, version.parts):
+    for part in filter(count_stored, version.parts):
         if (table := find_records(folder, part, ("outcome", "key", "source_sha256"), elsewhere)) is None:
             is_complete = False
             continue
@@ -286,12 +288,12 @@ def _stored_digests(records: pa.Table) -> set[str]:
     return {*rows["key"].to_pylist(), *rows["source_sha256"].to_pylist()}
 
 
-def still_held(folder: Path, removals: Sequence[Removal]) -> list[Removal]:
+def find_pending_removals(folder: Path, removals: Sequence[Removal]) -> list[Removal]:
     """Return the ``removals`` of which the current version has images; raises UserError for a damaged table."""
     if not removals:
         return []
     digests: set[str] = set()
     for part in read_manifest(folder).parts:
-        if stored_in(part):
+        if count_stored(part):
             digests |= _stored_digests(read_records(folder, part, ("outcome", "key", "source_sha256")))
     return [removal for removal in removals if not digests.isdisjoint([*removal.image_keys, *removal.digests])]

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from diffusion.common.config import Config, unset
+from diffusion.common.config import Config, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes, sha256_file, write_bytes
 from diffusion.data.ingest.config import StorageConfig
@@ -97,9 +97,9 @@ class Contents(Config):
     storage: StorageConfig
     channels: int
     kept: int
-    buckets: dict[str, int] | None = Field(None, exclude_if=unset)
+    buckets: dict[str, int] | None = Field(None, exclude_if=is_unset)
     """Number of images of each shape, as WIDTHxHEIGHT; None: all are square."""
-    near_duplicate_bits: int | None = Field(None, exclude_if=unset)
+    near_duplicate_bits: int | None = Field(None, exclude_if=is_unset)
     """Number of bits that ``ingest.near_duplicates: auto`` stands for; None: it was not calibrated."""
     splits: dict[Split, int]
     outcomes: dict[Outcome, int]
@@ -125,12 +125,12 @@ class Contents(Config):
     """The rules that left them out, the most frequent first."""
 
 
-def nowhere(entry: FileEntry) -> None:
+def find_nothing(entry: FileEntry) -> None:
     """Find no files outside the data set's folder."""
 
 
 def find_records(
-    folder: Path, part: Part, columns: Sequence[str] | None = None, elsewhere: Elsewhere = nowhere
+    folder: Path, part: Part, columns: Sequence[str] | None = None, elsewhere: Elsewhere = find_nothing
 ) -> pa.Table | None:
     """Read the records of a part of any version; None if its table is neither in ``folder`` nor ``elsewhere``."""
     entry = part.records
@@ -174,10 +174,10 @@ def resolve(folder: Path, prefix: str | None) -> Manifest:
         return read_manifest(folder)
     manifests = known_versions(folder)
     candidates = {digest: manifest.content_digest for digest, manifest in manifests.items()}
-    return manifests[choose(prefix, candidates, folder.name)]
+    return manifests[choose_version(prefix, candidates, folder.name)]
 
 
-def choose(prefix: str, candidates: dict[str, str], name: str) -> str:
+def choose_version(prefix: str, candidates: dict[str, str], name: str) -> str:
     """Return the one of ``candidates``, with their content digests, whose digest or content begins with ``prefix``."""
     digits = prefix.lower()
     if len(digits) < SHORTEST or digits.strip("0123456789abcdef"):
@@ -198,7 +198,7 @@ def choose(prefix: str, candidates: dict[str, str], name: str) -> str:
     raise UserError(f"{prefix} is no version of data set {name}: there is {listing}")
 
 
-def standing(versions: Sequence[Manifest], read: ReadTable) -> list[dict[str, str] | None]:
+def list_quarantine_reasons(versions: Sequence[Manifest], read: ReadTable) -> list[dict[str, str] | None]:
     """Return the reasons of the quarantined entries of each of ``versions`` of a data set, by name, sorted.
 
     Of all records of a name, the last one counts. None for a version that needs an unavailable table.
@@ -231,7 +231,7 @@ def log(folder: Path) -> Iterator[Step]:
     return (_step(version, parent) for version, parent in pairwise(line) if version is not None)
 
 
-def history(folder: Path, elsewhere: Elsewhere = nowhere) -> list[HistoryEntry]:
+def history(folder: Path, elsewhere: Elsewhere = find_nothing) -> list[HistoryEntry]:
     """Return all known versions, line by line, each before its parent; the line of the current one comes first."""
     manifests = known_versions(folder)
     current = next(iter(manifests))
@@ -242,7 +242,9 @@ def history(folder: Path, elsewhere: Elsewhere = nowhere) -> list[HistoryEntry]:
             line.append(parent)
     lines.sort(key=lambda line: (current not in (version.digest for version in line), -len(line)))
     ordered_versions = list({version.digest: version for line in lines for version in line}.values())
-    quarantines = standing(ordered_versions, lambda part, columns: find_records(folder, part, columns, elsewhere))
+    quarantines = list_quarantine_reasons(
+        ordered_versions, lambda part, columns: find_records(folder, part, columns, elsewhere)
+    )
     return [
         HistoryEntry(
             **dict(_step(version, manifests.get(version.parent or ""))),
@@ -255,12 +257,14 @@ def history(folder: Path, elsewhere: Elsewhere = nowhere) -> list[HistoryEntry]:
     ]
 
 
-def show(folder: Path, version: Manifest, elsewhere: Elsewhere = nowhere, limit: int | None = None) -> Contents:
+def show(folder: Path, version: Manifest, elsewhere: Elsewhere = find_nothing, limit: int | None = None) -> Contents:
     """Return the contents of ``version`` of the data set in ``folder``, with ``limit`` quarantined entries."""
     outcomes: Counter[Outcome] = Counter()
     for part in version.parts:
         outcomes.update(part.outcomes)
-    (quarantine,) = standing([version], lambda part, columns: find_records(folder, part, columns, elsewhere))
+    (quarantine,) = list_quarantine_reasons(
+        [version], lambda part, columns: find_records(folder, part, columns, elsewhere)
+    )
     reasons = None if quarantine is None else Counter(sorted(quarantine.values())).most_common(5)
     curated_parts = [part for part in version.parts if part.outcomes.get("dropped")]
     rows, drops = list[dict[str, str]](), None
@@ -299,18 +303,18 @@ def show(folder: Path, version: Manifest, elsewhere: Elsewhere = nowhere, limit:
     )
 
 
-def unshared(version: Manifest, other: Manifest) -> list[Part]:
+def find_unshared_parts(version: Manifest, other: Manifest) -> list[Part]:
     """Return the parts of ``version`` that are not in ``other``."""
     other_digests = {part.records.sha256 for part in other.parts}
     return [part for part in version.parts if part.records.sha256 not in other_digests]
 
 
-def kept_in(part: Part) -> int:
+def count_kept(part: Part) -> int:
     """Return the number of images of a part."""
     return sum(part.splits.values())
 
 
-def stored_in(part: Part) -> int:
+def count_stored(part: Part) -> int:
     """Return the number of images in the shard of a part: those kept, and those dropped by curation."""
     return part.outcomes.get("kept", 0) + part.outcomes.get("dropped", 0)
 
@@ -324,8 +328,8 @@ def _step(version: Manifest, parent: Manifest | None) -> Step:
     elif version.change == "compact":
         added_count, removed_count = 0, 0
     else:
-        old_counts = {part.number: kept_in(part) for part in unshared(parent, version)}
-        new_counts = {part.number: kept_in(part) for part in unshared(version, parent)}
+        old_counts = {part.number: count_kept(part) for part in find_unshared_parts(parent, version)}
+        new_counts = {part.number: count_kept(part) for part in find_unshared_parts(version, parent)}
         changes = [new_counts.get(number, 0) - old_counts.get(number, 0) for number in {*old_counts, *new_counts}]
         added_count, removed_count = sum(n for n in changes if n > 0), -sum(n for n in changes if n < 0)
     return Step(
@@ -350,7 +354,7 @@ class Sample(Config):
     """The rule of curation that dropped it."""
 
 
-class Changed(Config):
+class SampleChange(Config):
     """An image whose records in two versions differ."""
 
     before: Sample
@@ -374,7 +378,7 @@ class Difference(Config):
     kept: tuple[int, int]
     added: VersionGroup[Sample] | None
     removed: VersionGroup[Sample] | None
-    changed: VersionGroup[Changed] | None
+    changed: VersionGroup[SampleChange] | None
     dropped: VersionGroup[Sample] | None
     """Images newly dropped by curation; those that the old version kept are among ``removed``, too."""
     restored: VersionGroup[Sample] | None
@@ -392,10 +396,10 @@ class Difference(Config):
 
 
 def diff(
-    folder: Path, before: Manifest, after: Manifest, limit: int | None = None, elsewhere: Elsewhere = nowhere
+    folder: Path, before: Manifest, after: Manifest, limit: int | None = None, elsewhere: Elsewhere = find_nothing
 ) -> Difference:
     """Compare two versions, with ``limit`` samples of each kind; raises UserError if a table is damaged."""
-    old_parts, new_parts = unshared(before, after), unshared(after, before)
+    old_parts, new_parts = find_unshared_parts(before, after), find_unshared_parts(after, before)
     remains = _remains(folder, old_parts, new_parts, elsewhere) | _remains(folder, new_parts, old_parts, elsewhere)
 
     unread_tables: set[str] = set()
@@ -411,7 +415,7 @@ def diff(
 
     old_images, new_images = _images(old_parts, remains, read), _images(new_parts, remains, read)
     old_drops, new_drops = (_images(parts, {}, read, "dropped") for parts in (old_parts, new_parts))
-    old_reasons, new_reasons = standing([before, after], read)
+    old_reasons, new_reasons = list_quarantine_reasons([before, after], read)
 
     def samples(images: pa.Table) -> list[Sample]:
         rows = images.sort_by("key").slice(0, limit).to_pylist()
@@ -423,7 +427,7 @@ def diff(
         images = table.filter(pc.invert(pc.is_in(table["key"], other["key"], skip_nulls=True)))
         return VersionGroup(count=len(images), samples=samples(images))
 
-    def find_changes() -> VersionGroup[Changed] | None:
+    def find_changes() -> VersionGroup[SampleChange] | None:
         if old_images is None or new_images is None:
             return None
         # Keys are unique, so equal rows are of the same image.
@@ -435,7 +439,9 @@ def diff(
         )
         mask = reduce(pc.or_, (pc.not_equal(*pair) for pair in columns))
         pairs = zip(samples(old_rows.filter(mask)), samples(new_rows.filter(mask)), strict=True)
-        return VersionGroup(count=pc.sum(mask).as_py() or 0, samples=[Changed(before=b, after=a) for b, a in pairs])
+        return VersionGroup(
+            count=pc.sum(mask).as_py() or 0, samples=[SampleChange(before=b, after=a) for b, a in pairs]
+        )
 
     def entries_only_in(
         reasons: dict[str, str] | None, other: dict[str, str] | None
@@ -501,7 +507,7 @@ def _images(parts: list[Part], remains: dict[str, Part], read: ReadTable, outcom
         if (rest := remains.get(part.records.sha256)) is None:
             continue
         if part.outcomes.get("removed"):  # it is unknown which of them were removed before
-            unknown_count += kept_in(part) - kept_in(rest)
+            unknown_count += count_kept(part) - count_kept(rest)
         else:
             removed_keys.update(table.filter(pc.field("outcome") == "removed")["key"].to_pylist())
     if remains:

@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes, sha256_file
-from diffusion.common.shapes import Images, by_shape
+from diffusion.common.shapes import Images, map_by_shape
 from diffusion.common.threads import worker_threads
 from diffusion.evaluation.config import EvaluationConfig
 
@@ -63,7 +63,9 @@ class Extractor(ABC):
         """Return features, (N, D) float32, of ``images``, each (C, H, W) uint8 with C 1 or 3."""
         compute = partial(self._features, self.network)  # loaded here, once, before the threads use it
         with worker_threads() as pool:
-            return by_shape(images, lambda batch: torch.cat(list(pool.map(compute, torch.split(batch, self.batch)))))
+            return map_by_shape(
+                images, lambda batch: torch.cat(list(pool.map(compute, torch.split(batch, self.batch))))
+            )
 
     @abstractmethod
     def _features(self, network: Any, images: Tensor) -> Tensor:

@@ -13,12 +13,12 @@ from torch.nn.functional import cross_entropy, normalize
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of, sha256_bytes
 from diffusion.common.fingerprint import fingerprint
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.random import permutation
-from diffusion.common.shapes import Images, by_shape, height_and_width
+from diffusion.common.shapes import Images, height_and_width, map_by_shape
 from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset
-from diffusion.evaluation.cache import Key, Tensors, cached
+from diffusion.evaluation.cache import Key, Tensors, load_or_compute
 from diffusion.evaluation.features.feature_extractor import Extractor, resize
 
 SIZE = 32
@@ -93,7 +93,7 @@ class LabelClassifier(Extractor):
 
 
 def load_label_classifier(
-    dataset: Dataset, size: int | None, cache: Path, progress: Progress = silent
+    dataset: Dataset, size: int | None, cache: Path, progress: Progress = ignore_progress
 ) -> LabelClassifier:
     """Train a classifier of the labels of ``dataset`` on its training images at ``size``, or load it from ``cache``.
 
@@ -123,7 +123,7 @@ def load_label_classifier(
                 )
         return network.state_dict() | {"accuracy": (predictions == dataset.classes(held_out, classes)).double().mean()}
 
-    tensors = cached(cache, key, work)
+    tensors = load_or_compute(cache, key, work)
     accuracy = tensors.pop("accuracy").item()
     with torch.device("meta"):  # avoids use of the global random state
         network = ClassifierNetwork(dataset.shape[0], len(classes))
@@ -165,7 +165,7 @@ def _select_labelled(dataset: Dataset, split: Literal["train", "held_out"]) -> t
 
 def _scale(images: Images, size: int) -> Tensor:
     """Convert images, each (C, H, W) uint8, to the network's input: (N, C, size, size) in [−1, 1]."""
-    x = by_shape(
+    x = map_by_shape(
         images, lambda batch: batch.float() if height_and_width(batch) == (size, size) else resize(batch.float(), size)
     )
     return x / 127.5 - 1

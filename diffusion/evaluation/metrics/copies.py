@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, pad
 
 from diffusion.common.config import Config
-from diffusion.common.shapes import Images, by_shape
+from diffusion.common.shapes import Images, map_by_shape
 from diffusion.evaluation.estimate import wilson_interval
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, connected_groups, find_nearest
 
@@ -35,7 +35,7 @@ PIXELS = "pixels"
 def shifted_thumbnails(images: Images) -> Tensor:
     """Compute thumbnails of ``images``, each (C, H, W) uint8, unshifted, then shifted by a pixel: (9, N, D) float32."""
     if isinstance(images, list):
-        return by_shape(images, lambda batch: shifted_thumbnails(batch).transpose(0, 1)).transpose(0, 1)
+        return map_by_shape(images, lambda batch: shifted_thumbnails(batch).transpose(0, 1)).transpose(0, 1)
     height, width = images.shape[-2:]
     padded_images = pad(images.float() / 255, (1, 1, 1, 1), mode="replicate")
     places = sorted(product(range(3), range(3)), key=lambda place: place != (1, 1))

@@ -15,11 +15,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffusion.common.config import Config, unset
-from diffusion.common.progress import Progress, silent
+from diffusion.common.config import Config, is_unset
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.random import permutation
 from diffusion.common.threads import worker_threads
-from diffusion.evaluation.metrics.neighbours import compute_overlap, nearest_distances, over_blocks
+from diffusion.evaluation.metrics.neighbours import compute_overlap, map_blocks, nearest_distances
 
 ROWS = 4096
 """Rows converted to double precision at a time."""
@@ -121,7 +121,7 @@ def jackknife(deviations: Tensor) -> float:
     return float(deviations.square().sum()) * (n - 1) / n
 
 
-def kernel_sums(features: Tensor, progress: Progress = silent) -> Tensor:
+def kernel_sums(features: Tensor, progress: Progress = ignore_progress) -> Tensor:
     """Compute the sum of the kernel of each of the features (N, D) with all others: (N,) float64."""
     count = len(features)
 
@@ -137,7 +137,7 @@ def kernel_sums(features: Tensor, progress: Progress = silent) -> Tensor:
             sums[start : start + KERNEL_BLOCK] += kernel.sum(1, dtype=torch.float64)
         return sums
 
-    blocks = over_blocks(compute_block, count, KERNEL_BLOCK, "kernels of real images", progress)
+    blocks = map_blocks(compute_block, count, KERNEL_BLOCK, "kernels of real images", progress)
     return sum(blocks, torch.zeros(count, dtype=torch.float64))
 
 
@@ -155,7 +155,7 @@ def _cross_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         x_sums = torch.cat([block.sum(1, dtype=torch.float64) for block in blocks])
         return x_sums, reduce(torch.add, (block.sum(0, dtype=torch.float64) for block in blocks))
 
-    x_sums, y_sums = zip(*over_blocks(compute_block, len(y), KERNEL_BLOCK), strict=True)
+    x_sums, y_sums = zip(*map_blocks(compute_block, len(y), KERNEL_BLOCK), strict=True)
     return reduce(torch.add, x_sums), torch.cat(y_sums)
 
 
@@ -177,7 +177,7 @@ class Reference:
     """(M,) float64: sums of KID's kernel of each with all others."""
 
     @classmethod
-    def of(cls, features: Tensor, progress: Progress = silent) -> "Reference":
+    def from_features(cls, features: Tensor, progress: Progress = ignore_progress) -> "Reference":
         """Build from features (M, D), M at least 6."""
         nearest = nearest_distances(features, progress)
         return cls(features, compute_moments(features), nearest, kernel_sums(features, progress))
@@ -208,10 +208,10 @@ class Scores(Config):
     coverage: float
     """Share of the reference with an evaluated image in its neighbourhood (variety), 0 to 1 (arXiv 2002.09797, k =
     5)."""
-    fd_infinity: float | None = Field(None, exclude_if=unset)
+    fd_infinity: float | None = Field(None, exclude_if=is_unset)
     """``fd`` extrapolated to infinitely many images (arXiv 1911.07023); None if there are too few."""
 
-    def of(self, figure: str) -> float:
+    def get_metric(self, figure: str) -> float:
         """Return the metric of that name, one that every set of images has."""
         return float(getattr(self, figure))
 
@@ -227,7 +227,7 @@ def compute_scores(samples: Tensor, reference: Tensor | Reference, extractor: st
 
     Pass a ``Reference`` if it is used again: most of the time is spent on it.
     """
-    real = Reference.of(reference) if isinstance(reference, Tensor) else reference
+    real = Reference.from_features(reference) if isinstance(reference, Tensor) else reference
     kid, kid_se = compute_kid(samples, real.features, real.kernel_sums)
     return Scores(
         extractor=extractor,

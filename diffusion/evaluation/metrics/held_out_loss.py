@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from diffusion.common.config import Config
-from diffusion.common.device import repeatable, resolve_device
+from diffusion.common.device import compute_deterministically, resolve_device
 from diffusion.common.fingerprint import autocast
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.families.model import Conditioning, Model, to_float
@@ -78,14 +78,17 @@ def summarize_losses(terms: Terms) -> HeldOutLoss:
 
 
 def measure_losses(
-    model: Model, pieces: Iterable[tuple[Tensor, Conditioning]], config: SamplingConfig, progress: Progress = silent
+    model: Model,
+    pieces: Iterable[tuple[Tensor, Conditioning]],
+    config: SamplingConfig,
+    progress: Progress = ignore_progress,
 ) -> Terms:
     """Compute the likelihood terms of images, (N, C, H, W) uint8, which come in ``pieces`` with their conditioning.
 
     Computed as ``config`` says. Noise depends on the image number: two models get the same for the same images.
     """
     device = resolve_device(config.device)
-    model = model.on(device)
+    model = model.to(device)
     terms: list[Terms] = []
     count = 0
 
@@ -99,7 +102,7 @@ def measure_losses(
             result = model.terms(x0, batch_conditioning, [offset + place for place in places.tolist()])
         return Terms(result.edges, result.losses[:n].cpu(), None if result.bits is None else result.bits[:n].cpu())
 
-    with repeatable(device), worker_threads(None if device.type == "cpu" else 1) as pool:
+    with compute_deterministically(device), worker_threads(None if device.type == "cpu" else 1) as pool:
         for images, conditioning in pieces:
             terms += pool.map(partial(score, images, conditioning, count), range(0, len(images), config.compute_batch))
             count += len(images)

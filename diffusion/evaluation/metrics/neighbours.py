@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.threads import worker_threads
 
 BLOCK = 2048
@@ -24,8 +24,8 @@ DENSITY_NEIGHBOURS = 5
 T = TypeVar("T")
 
 
-def over_blocks(
-    work: Callable[[int], T], count: int, block: int = 1, what: str = "", progress: Progress = silent
+def map_blocks(
+    work: Callable[[int], T], count: int, block: int = 1, what: str = "", progress: Progress = ignore_progress
 ) -> Iterator[T]:
     """Yield ``work(start)`` of each ``block`` of ``count`` rows, in order, computed by worker threads."""
     starts = range(0, count, block)
@@ -40,7 +40,7 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     return torch.addmm(y.square().sum(1), x, y.T, alpha=-2).add_(x.square().sum(1, keepdim=True)).clamp_(min=0)
 
 
-def nearest_distances(features: Tensor, progress: Progress = silent) -> Tensor:
+def nearest_distances(features: Tensor, progress: Progress = ignore_progress) -> Tensor:
     """Compute squared distances of features (N, D) to their 5 nearest others: (N, 5), ascending; N at least 6."""
     centre, count = features.mean(0), DENSITY_NEIGHBOURS
 
@@ -55,7 +55,7 @@ def nearest_distances(features: Tensor, progress: Progress = silent) -> Tensor:
             nearest = torch.cat([nearest, block_nearest], 1).topk(count, largest=False).values
         return nearest
 
-    return torch.cat([*over_blocks(compute_block, len(features), BLOCK, "neighbours of real images", progress)])
+    return torch.cat([*map_blocks(compute_block, len(features), BLOCK, "neighbours of real images", progress)])
 
 
 def compute_overlap(
@@ -84,7 +84,7 @@ def compute_overlap(
             coverage_mask |= in_radius.any(1)
         return precision_mask, recall_mask, pairs, int(coverage_mask.sum())
 
-    precision, recall, pairs, coverage = zip(*over_blocks(compare_block, len(reference), BLOCK), strict=True)
+    precision, recall, pairs, coverage = zip(*map_blocks(compare_block, len(reference), BLOCK), strict=True)
     return {
         "precision": torch.stack(precision).any(0).double().mean().item(),
         "recall": torch.cat(recall).double().mean().item(),
@@ -126,7 +126,7 @@ def find_nearest(
     pieces: Iterable[Tensor],
     count: int = COPY_NEIGHBOURS,
     themselves: bool = False,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> NearestNeighbours:
     """Find the ``count`` nearest, or as many as there are, to each of ``points`` among the rows of all ``pieces``.
 

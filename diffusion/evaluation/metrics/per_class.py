@@ -63,7 +63,7 @@ FEWEST = 20
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledFeatures:
     """Images of known classes."""
 
     features: Tensor
@@ -71,7 +71,7 @@ class Labelled:
     labels: Tensor
     """(N,) int64, class numbers; any other number: no class."""
 
-    def of(self, label: int) -> Tensor:
+    def select_class(self, label: int) -> Tensor:
         """Return the features of one class."""
         return self.features[self.labels == label]
 
@@ -149,7 +149,11 @@ class PerClass(Config):
 
 
 def evaluate_classes(
-    generated: Labelled, real: Labelled, reader: LinearDiscriminant, names: Sequence[str], extractor: str
+    generated: LabelledFeatures,
+    real: LabelledFeatures,
+    reader: LinearDiscriminant,
+    names: Sequence[str],
+    extractor: str,
 ) -> PerClass:
     """Compare ``generated`` with held-out ``real`` images, class by class.
 
@@ -158,7 +162,7 @@ def evaluate_classes(
     predictions, real_predictions = reader(generated.features), reader(real.features)
     class_scores, skipped_classes = [], []
     for label, name in enumerate(names):
-        ours, theirs = generated.of(label), real.of(label)
+        ours, theirs = generated.select_class(label), real.select_class(label)
         if min(len(ours), len(theirs)) < FEWEST:
             skipped_classes.append(SkippedClass(name=name, samples=len(ours), reference=len(theirs)))
             continue

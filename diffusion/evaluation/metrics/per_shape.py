@@ -49,6 +49,6 @@ def evaluate_shapes(
         kid = None
         if (min_count := min(len(ours), len(theirs))) >= FEWEST:
             value, error = compute_kid(ours, theirs)
-            kid = MetricEstimate.of(Estimate(value=value, error=error, freedom=min_count - 1))
+            kid = MetricEstimate.from_estimate(Estimate(value=value, error=error, freedom=min_count - 1))
         scores.append(ShapeScores(name=shape_name(shape), samples=len(ours), reference=len(theirs), kid=kid))
     return PerShape(extractor=extractor, shapes=scores)

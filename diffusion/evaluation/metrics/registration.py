@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from diffusion.common.progress import Progress, silent
-from diffusion.common.shapes import Images, by_shape, mirror
-from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest, over_blocks
+from diffusion.common.progress import Progress, ignore_progress
+from diffusion.common.shapes import Images, map_by_shape, mirror
+from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest, map_blocks
 
 SIDE, THUMBNAIL = 28, 7
 """Height and width, in pixels, of images that are registered, and of those that find candidates."""
@@ -43,10 +43,10 @@ BLOCK = 25
 """Images registered at a time per worker thread."""
 
 
-def shrink(images: Images) -> Tensor:
+def shrink_and_blur(images: Images) -> Tensor:
     """Shrink ``images``, each (C, H, W) uint8, to SIDE × SIDE and blur them: (N, C, SIDE, SIDE) float32 in [0, 1]."""
     if isinstance(images, list):
-        return by_shape(images, shrink)
+        return map_by_shape(images, shrink_and_blur)
     small_images = functional.interpolate(images.float() / 255, (SIDE, SIDE), mode="bilinear", antialias=True)
     kernel = torch.exp(-(torch.arange(-3, 4) ** 2) / (2 * BLUR**2))
     planes = functional.pad(small_images.flatten(0, 1)[:, None], (3, 3, 3, 3), mode="reflect")
@@ -63,7 +63,7 @@ def describe(small: Tensor) -> Tensor:
     return descriptors
 
 
-def transformed(small: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
+def transform_images(small: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
     """Transform small images (N, C, S, S) by ``parameters``, (N, 4) or (1, 4) for all.
 
     Also returns which pixels come from inside, (N, S, S) or (1, S, S).
@@ -85,7 +85,7 @@ def register(small: Tensor, onto: Tensor, parameters: Tensor) -> Tensor:
     x = (torch.arange(SIDE) * 2 + 1) / SIDE - 1
     x, y = x.view(1, 1, 1, -1), x.view(1, 1, -1, 1)
     for step in range(STEPS + 1):
-        z, inside_mask = transformed(small, parameters)
+        z, inside_mask = transform_images(small, parameters)
         weights = (inside_mask * _edge_weights(SIDE))[:, None].expand_as(z)
         padded_images = functional.pad(z, (1, 1, 1, 1), mode="replicate")
         left, right = padded_images[..., 1:-1, :-2], padded_images[..., 1:-1, 2:]
@@ -116,13 +116,13 @@ def find_registered(
     pieces: Iterable[Images],
     training: Iterable[Images],
     load_rows: Callable[[np.ndarray], Images],
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> NearestNeighbours:
     """Find the nearest training images of others, which come in ``pieces`` of uint8, by registration.
 
     ``training`` yields all training images in pieces as well, and ``load_rows`` returns those of some rows.
     """
-    thumbnails = [describe(shrink(piece)) for piece in training]
+    thumbnails = [describe(shrink_and_blur(piece)) for piece in training]
     parts = [_find_in_piece(piece, thumbnails, load_rows, progress) for piece in pieces]
     return NearestNeighbours(torch.cat([part.distances for part in parts]), torch.cat([part.rows for part in parts]))
 
@@ -130,14 +130,16 @@ def find_registered(
 def _find_in_piece(
     images: Images, training: list[Tensor], load_rows: Callable[[np.ndarray], Images], progress: Progress
 ) -> NearestNeighbours:
-    sides = torch.stack([shrink(images), shrink(mirror(images))])
+    sides = torch.stack([shrink_and_blur(images), shrink_and_blur(mirror(images))])
     starts = STARTS.repeat(2, 1)
-    views = [describe(transformed(sides.flatten(0, 1), start[None])[0]) for start in STARTS]
+    views = [describe(transform_images(sides.flatten(0, 1), start[None])[0]) for start in STARTS]
     points = torch.stack([view.view(2, len(images), -1) for view in views], 1).flatten(0, 1)
     neighbours = find_nearest(points, training, progress=progress)
     # Only candidates are kept as small images: all of a large training set would fill the memory.
     rows, places = np.unique(neighbours.rows.numpy(), return_inverse=True)
-    candidates = torch.cat([shrink(load_rows(rows[first : first + 1000])) for first in range(0, len(rows), 1000)])
+    candidates = torch.cat(
+        [shrink_and_blur(load_rows(rows[first : first + 1000])) for first in range(0, len(rows), 1000)]
+    )
     thumbnails, candidate_places = describe(candidates), torch.from_numpy(places).view(neighbours.rows.shape)
 
     def register_block(first: int) -> Tensor:
@@ -152,7 +154,7 @@ def _find_in_piece(
         distances = register(sources.flatten(0, 1), candidates[nearest.flatten()], starts[best.flatten()])
         return distances.view(nearest.shape)
 
-    distances = torch.cat([*over_blocks(register_block, len(images), BLOCK, "images registered", progress)])
+    distances = torch.cat([*map_blocks(register_block, len(images), BLOCK, "images registered", progress)])
     sorted_distances, order = distances.sort(dim=1, stable=True)
     return NearestNeighbours(sorted_distances, neighbours.rows.gather(1, order))
 

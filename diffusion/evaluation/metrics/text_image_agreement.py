@@ -95,7 +95,7 @@ def mean_over_prompts(values: Tensor, prompts: Tensor) -> Estimate:
 def summarize_agreement(encoder: str, generated: Cosines, real: Cosines) -> TextImageAgreement:
     """Compute means and intervals of a model's cosines and those of real images, by the encoder of this name."""
     agreement, above_chance, real_agreement = (
-        MetricEstimate.of(mean_over_prompts(values, prompts))
+        MetricEstimate.from_estimate(mean_over_prompts(values, prompts))
         for values, prompts in (
             (generated.own, generated.prompts),
             (generated.above_chance, generated.prompts),

@@ -60,8 +60,8 @@ def charts(evaluation: Evaluation, losses: Path | None) -> list[Chart]:
         draw_functions[title] = partial(_draw_scores, evaluation=evaluation, names=names, top=1.02)
     if losses is not None and (columns := read_losses(losses)):
         by_name = {name.replace("_", " "): points for name, points in columns.items()}
-        draw_functions["Loss on fixed images"] = curves(by_name, logarithmic=True)
-    return [chart(title, over_training(draw)) for title, draw in draw_functions.items()]
+        draw_functions["Loss on fixed images"] = plot_curves(by_name, logarithmic=True)
+    return [chart(title, plot_over_training(draw)) for title, draw in draw_functions.items()]
 
 
 def chart(title: str, draw: Draw, size: tuple[float, float] = (5.6, 3.3)) -> Chart:
@@ -92,7 +92,7 @@ def read_losses(path: Path) -> dict[str, list[tuple[float, float]]]:
     return {name: points for name, points in columns.items() if points}
 
 
-def over_training(draw: Draw) -> Draw:
+def plot_over_training(draw: Draw) -> Draw:
     """Wrap ``draw`` with an axis of images seen."""
 
     def draw_over_images(axes: Axes, paper: Paper) -> None:
@@ -104,7 +104,7 @@ def over_training(draw: Draw) -> Draw:
     return draw_over_images
 
 
-def curves(by_name: Mapping[str, Sequence[tuple[float, float]]], logarithmic: bool = False) -> Draw:
+def plot_curves(by_name: Mapping[str, Sequence[tuple[float, float]]], logarithmic: bool = False) -> Draw:
     """Draw a line through the points of each of ``by_name``, on a ``logarithmic`` vertical axis if wanted."""
 
     def draw(axes: Axes, paper: Paper) -> None:
@@ -149,9 +149,11 @@ def _draw_kid(axes: Axes, paper: Paper, evaluation: Evaluation) -> None:
 def _draw_scores(axes: Axes, paper: Paper, evaluation: Evaluation, names: Sequence[str], top: float = 0) -> None:
     """Draw the scores of these ``names`` from 0 to ``top`` or more, each with its real baseline."""
     for name, colour in zip(names, paper.series, strict=False):
-        images, values = zip(*((model.images, model.scores.of(name)) for model in evaluation.checkpoints), strict=True)
+        images, values = zip(
+            *((model.images, model.scores.get_metric(name)) for model in evaluation.checkpoints), strict=True
+        )
         axes.plot(images, values, color=colour, marker="o", markersize=5, linewidth=1.8, label=name)
-        axes.axhline(evaluation.real_baseline.scores.of(name), color=colour, linewidth=1.2, linestyle=DASHED)
+        axes.axhline(evaluation.real_baseline.scores.get_metric(name), color=colour, linewidth=1.2, linestyle=DASHED)
     axes.set_ylim(0, max(top, axes.get_ylim()[1]))
     axes.plot([], [], color=paper.muted, linewidth=1.2, linestyle=DASHED, label="real-vs-real baseline")
     legend(axes, paper)
@@ -165,7 +167,7 @@ def legend(axes: Axes, paper: Paper) -> None:
 def lead_chart(headline: Headline, delta: float, confidence: float) -> Chart:
     """Plot the interval of the candidate's lead beside 0 and the smallest lead that counts."""
     lead, smallest = headline.lead, headline.smallest(delta)
-    reach = lead.reach(confidence)
+    reach = lead.error_bound(confidence)
 
     def draw(axes: Axes, paper: Paper) -> None:
         axes.axvline(0, color=paper.muted, linewidth=1.2, label="as good as the champion")

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from diffusion.common.files import write_bytes
-from diffusion.common.image_grids import above, grid, png_bytes
+from diffusion.common.image_grids import make_grid, make_paired_grid, png_bytes
 from diffusion.evaluation.comparison import ChampionComparison, SampleGrids
 from diffusion.evaluation.estimate import DEVIATIONS, Interval
 from diffusion.evaluation.metrics.pixel_metrics import AppearanceShift
 from diffusion.evaluation.reports.charts import held_out_loss_chart, lead_chart
-from diffusion.evaluation.reports.html import Cell, between, captioned, metric_cell, render
+from diffusion.evaluation.reports.html import Cell, caption_images, format_interval, metric_cell, render
 from diffusion.models.config import FAMILIES
 
 PAGE = "champion_comparison.html"
@@ -46,25 +46,27 @@ def write_comparison_report(
         champion=champion if champion in sides else None,
         sides=sides,
         sheets={
-            name: (len(images), png_bytes(grid(images)), captioned(images, captions))
+            name: (len(images), png_bytes(make_grid(images)), caption_images(images, captions))
             for (name, images), captions in zip(sheets.items(), grids.captions, strict=False)
         },
-        real=png_bytes(grid(grids.real)),
+        real=png_bytes(make_grid(grids.real)),
         lead=headline and lead_chart(headline, comparison.gate.delta, comparison.confidence),
         metrics=dict.fromkeys(name for side in sides.values() for name in side.estimates),
         agreements={
             name: side.text_image_agreement for name, side in sides.items() if side.text_image_agreement is not None
         },
         nearest=[
-            (pair, png_bytes(grid(images, columns=2)))
+            (pair, png_bytes(make_grid(images, columns=2)))
             for pair, *images in zip(copies, grids.nearest_generated, grids.nearest_training, strict=True)
         ],
         groups=[
-            (group, png_bytes(grid(images[:MEMBERS_SHOWN], columns=MEMBERS_SHOWN)))
+            (group, png_bytes(make_grid(images[:MEMBERS_SHOWN], columns=MEMBERS_SHOWN)))
             for group, images in zip(duplicates, grids.duplicates, strict=True)
         ],
         members_shown=MEMBERS_SHOWN,
-        class_samples=[(name, png_bytes(above(*images))) for name, images in grids.classes.items() if len(images[0])],
+        class_samples=[
+            (name, png_bytes(make_paired_grid(*images))) for name, images in grids.classes.items() if len(images[0])
+        ],
         classes_shown=CLASSES_SHOWN,
         losses=held_out_loss_chart({name: side.held_out_loss for name, side in sides.items()}),
         families=FAMILIES,
@@ -85,5 +87,5 @@ def shift_cell(shift: AppearanceShift) -> Cell:
     unit = shift.real_spread or 1.0
     reach = DEVIATIONS * shift.standard_error / unit
     middle = shift.difference / unit
-    interval = between(Interval(low=middle - reach, high=middle + reach, confidence=0.95))
+    interval = format_interval(Interval(low=middle - reach, high=middle + reach, confidence=0.95))
     return Cell(f"{middle:+.3f}".replace("-", "−"), interval)

@@ -26,26 +26,41 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from diffusion.common.config import Config, unset
+from diffusion.common.config import Config, is_unset
 from diffusion.common.errors import UserError
-from diffusion.common.escaping import counted, escape_markdown
+from diffusion.common.escaping import escape_markdown, pluralize
 from diffusion.common.files import write_bytes
-from diffusion.common.image_grids import grid, image_of, png_bytes
-from diffusion.common.progress import Progress, silent
+from diffusion.common.image_grids import make_grid, png_bytes, to_pil_image
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.random import generator, permutation
-from diffusion.common.shapes import Images, Shape, by_shape, height_and_width, shape_name, stack_images
+from diffusion.common.shapes import Images, Shape, height_and_width, map_by_shape, shape_name, stack_images
 from diffusion.data.dataset import SPLITS, Dataset, Rows
 from diffusion.data.ingest.calibration import HashThreshold, calibrate_thresholds
 from diffusion.data.ingest.config import StorageConfig
 from diffusion.data.manifest import Manifest, Outcome, Split, read_records, versions
-from diffusion.data.versions.versions import Elsewhere, find_records, log, nowhere, show, standing, unshared
+from diffusion.data.versions.versions import (
+    Elsewhere,
+    find_nothing,
+    find_records,
+    find_unshared_parts,
+    list_quarantine_reasons,
+    log,
+    show,
+)
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.features.feature_extractor import make_extractor
 from diffusion.evaluation.metrics.distances import compute_kid, compute_moments, frechet_distance, kid_kernel
 from diffusion.evaluation.metrics.neighbours import connected_groups
 from diffusion.evaluation.metrics.pixel_metrics import LUMA
 from diffusion.evaluation.reports.charts import DASHED, Chart, Paper, chart
-from diffusion.evaluation.reports.html import count, plain, render, share, signed, storage
+from diffusion.evaluation.reports.html import (
+    format_count,
+    format_plain,
+    format_share,
+    format_signed,
+    format_size,
+    render,
+)
 
 CALIBRATED, HASHES = 300, 100_000
 """Images whose copies calibrate the search for near-duplicates, and images that they are compared with at most."""
@@ -91,9 +106,9 @@ class RecordStatistics:
     """Groups of keys of near-duplicates, the largest group first."""
 
 
-def collect_statistics(folder: Path, manifest: Manifest, progress: Progress = silent) -> RecordStatistics:
+def collect_statistics(folder: Path, manifest: Manifest, progress: Progress = ignore_progress) -> RecordStatistics:
     """Compute the statistics of ``manifest``, a version of the data set in ``folder``; raises UserError if damaged."""
-    (quarantine,) = standing([manifest], lambda part, columns: read_records(folder, part, columns))
+    (quarantine,) = list_quarantine_reasons([manifest], lambda part, columns: read_records(folder, part, columns))
     assert quarantine is not None  # read_records raises UserError where a table is missing
     shape = len(SPLITS), len(MEASURES)
     result = RecordStatistics(quarantine, np.zeros((*shape, BINS), np.int64), np.zeros(shape))
@@ -219,7 +234,9 @@ class ParentComparison:
     """KID of each permutation of the images compared, (PERMUTATIONS,) float64."""
 
 
-def compare_with_parent(dataset: Dataset, parent: Manifest | None, progress: Progress = silent) -> ParentComparison:
+def compare_with_parent(
+    dataset: Dataset, parent: Manifest | None, progress: Progress = ignore_progress
+) -> ParentComparison:
     """Compare the images that ``dataset`` adds to ``parent`` with the images of ``parent`` that it still has.
 
     Raises UserError if a table or a shard of the current version is missing or damaged.
@@ -229,7 +246,7 @@ def compare_with_parent(dataset: Dataset, parent: Manifest | None, progress: Pro
         return ParentComparison("This is the first version: there is no parent to compare with.")
     if manifest.change.startswith("removal"):
         return ParentComparison("This version only removed images: there is nothing new to compare.", added=0)
-    if any(not (dataset.folder / part.records.name).is_file() for part in unshared(parent, manifest)):
+    if any(not (dataset.folder / part.records.name).is_file() for part in find_unshared_parts(parent, manifest)):
         return ParentComparison("The parent's tables are no longer here, so new images cannot be told from its own.")
     added_rows, parent_rows = (
         rows[permutation(0, f"dataset report/{name}", 0, len(rows))]
@@ -239,42 +256,42 @@ def compare_with_parent(dataset: Dataset, parent: Manifest | None, progress: Pro
         if not len(added_rows):
             verdict = "No image was added: there is nothing new to compare."
         elif len(added_rows) < FEWEST:
-            added_text = counted(len(added_rows), "image was", "images were")
+            added_text = pluralize(len(added_rows), "image was", "images were")
             verdict = f"Only {added_text} added: too few to tell whether they differ from the parent's."
         else:
-            parent_text = counted(len(parent_rows), "image")
+            parent_text = pluralize(len(parent_rows), "image")
             verdict = f"The parent had only {parent_text}: too few to tell whether the new ones differ from them."
         return ParentComparison(verdict, len(added_rows), added_rows, parent_rows)
     extractor = make_extractor(EvaluationConfig())
     features: list[Tensor] = []
     for batch in read_batches(dataset, np.concatenate([added_rows[:sample_count], parent_rows[: 2 * sample_count]])):
         progress("features of new images and of the parent's", sum(len(piece) for piece in features), 3 * sample_count)
-        features.append(by_shape(batch, extractor))
+        features.append(map_by_shape(batch, extractor))
     new_features, reference_features, other_features = torch.split(torch.cat(features), sample_count)
     drift, permuted_kids = measure_drift(new_features, reference_features, other_features, extractor.name)
     similarity = (new_features @ torch.cat([reference_features, other_features]).T).amax(1)
     least_similar = added_rows[similarity.argsort(stable=True)[:16].numpy()]
     verdict = (
         f"The new images {'differ' if drift.differs else 'cannot be told apart'} from the parent's: "
-        f"their KID is {signed(drift.kid)}, and chance alone reaches {signed(drift.kid_chance)}."
+        f"their KID is {format_signed(drift.kid)}, and chance alone reaches {format_signed(drift.kid_chance)}."
     )
     return ParentComparison(verdict, len(added_rows), added_rows, parent_rows, least_similar, drift, permuted_kids)
 
 
 def split_by_parent(
-    dataset: Dataset, parent: Manifest, elsewhere: Elsewhere = nowhere
+    dataset: Dataset, parent: Manifest, elsewhere: Elsewhere = find_nothing
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows of images that ``parent`` lacks and of those that it has, each (n,) int64.
 
     Images are unique in a data set, so only parts that the two versions do not share are compared. Raises UserError if
     a table of theirs is neither in the data set's folder nor ``elsewhere``.
     """
-    new_parts = [part.number for part in unshared(dataset.manifest, parent)]
+    new_parts = [part.number for part in find_unshared_parts(dataset.manifest, parent)]
     shard_parts = [part.number for part in dataset.manifest.parts if part.shard is not None]
     is_new = np.isin(dataset.shards(range(len(dataset))), np.flatnonzero(np.isin(shard_parts, new_parts)))
     candidates = np.flatnonzero(is_new)
     keys = pa.array(dataset.keys(candidates), pa.string())
-    for part in unshared(parent, dataset.manifest):
+    for part in find_unshared_parts(parent, dataset.manifest):
         if (table := find_records(dataset.folder, part, ("key", "outcome"), elsewhere)) is None:
             raise UserError(f"{part.records.name} of version {parent.digest[:12]} is gone: see `darkroom data log`")
         kept_rows = table.filter(pc.field("outcome") == "kept")
@@ -287,7 +304,7 @@ def read_batches(dataset: Dataset, rows: Rows) -> Iterator[Images]:
     step = max(1, BATCH_BYTES // int(np.prod(dataset.shape)))
     for start in range(0, len(rows), step):
         images: dict[int, Tensor] = {}
-        for bucket_rows in dataset.by_bucket(rows[start : start + step]):
+        for bucket_rows in dataset.split_by_bucket(rows[start : start + step]):
             images |= zip(bucket_rows.tolist(), dataset.images(bucket_rows), strict=True)
         yield stack_images([images[int(row)] for row in rows[start : start + step]])
 
@@ -368,7 +385,7 @@ class DatasetSummary(Config):
     quarantined: int
     removed: int
     """Images taken down, in this version and before."""
-    dropped: int | None = Field(None, exclude_if=unset)
+    dropped: int | None = Field(None, exclude_if=is_unset)
     """Images that the rules of curation leave out; None if there are none."""
     near_duplicate_groups: int | None
     """None if near-duplicates were not searched for."""
@@ -378,7 +395,7 @@ class DatasetSummary(Config):
     channels: int
     size: int
     """Height and width of the stored images, in pixels; with buckets, of the square of about as many pixels."""
-    buckets: dict[str, int] | None = Field(None, exclude_if=unset)
+    buckets: dict[str, int] | None = Field(None, exclude_if=is_unset)
     """Number of images of each shape, as WIDTHxHEIGHT; None: all are square."""
     storage: StorageConfig
     shards: int
@@ -413,24 +430,24 @@ class DatasetSummary(Config):
             "Taken down": f"{self.removed:,}",
             "Dropped by curation": self.dropped is not None and f"{self.dropped:,}",
             "Near-duplicates": self.near_duplicate_groups is not None
-            and f"{self.near_duplicates:,} in {counted(self.near_duplicate_groups, 'group')}",
+            and f"{self.near_duplicates:,} in {pluralize(self.near_duplicate_groups, 'group')}",
             "Classes": f"{self.classes:,}",
-            "With a caption": share(self.captioned, self.kept),
+            "With a caption": format_share(self.captioned, self.kept),
             "Stored as": f"{self.size}×{self.size}, {'RGB' if self.channels == 3 else 'grey'}",
             "Buckets": self.buckets and ", ".join(f"{name}: {images:,}" for name, images in self.buckets.items()),
-            "Files": f"{storage(self.bytes)} with {counted(self.shards, 'shard')}",
+            "Files": f"{format_size(self.bytes)} with {pluralize(self.shards, 'shard')}",
         }
         if (drift := self.drift) is not None:
             lines |= {
-                "KID": f"{signed(drift.kid)}, and chance alone reaches {signed(drift.kid_chance)}",
-                "Fréchet distance": f"{plain(drift.fd)}, baseline {plain(drift.fd_baseline)}",
+                "KID": f"{format_signed(drift.kid)}, and chance alone reaches {format_signed(drift.kid_chance)}",
+                "Fréchet distance": f"{format_plain(drift.fd)}, baseline {format_plain(drift.fd_baseline)}",
                 "Neighbour accuracy": f"{drift.neighbor_accuracy:.1%}, baseline {drift.neighbor_accuracy_baseline:.1%}",
             }
         table = "\n".join(f"| {name} | {value} |" for name, value in lines.items() if value)
         return f"# Data set {escape_markdown(self.name)}\n\n{self.verdict}\n\n| | |\n|---|---|\n{table}\n"
 
 
-def write_dataset_report(folder: Path, output: Path, progress: Progress = silent) -> DatasetSummary:
+def write_dataset_report(folder: Path, output: Path, progress: Progress = ignore_progress) -> DatasetSummary:
     """Write the page on the current version of the data set in ``folder`` to ``output``; equal versions, equal pages.
 
     Raises UserError if a file of the version is missing or damaged.
@@ -532,7 +549,7 @@ def _shapes(dataset: Dataset, order: Rows) -> dict[str, Any]:
         "shape_counts": list(zip(manifest.storage.buckets or (), *manifest.shape_counts.values(), strict=False)),
         "bucket_rows": [
             (shape_name(dataset.shapes[int(dataset.buckets(bucket_rows[:1])[0])]), bucket_rows[:12])
-            for bucket_rows in (dataset.by_bucket(order) if manifest.buckets else [])
+            for bucket_rows in (dataset.split_by_bucket(order) if manifest.buckets else [])
         ],
     }
 
@@ -561,7 +578,7 @@ def _near_duplicate_thresholds(dataset: Dataset, order: Rows, statistics: Record
     manifest_bits = dataset.manifest.near_duplicate_bits
     thresholds, sufficient_bits = list[HashThreshold](), None
     if len(order) and len(statistics.hashes) > 1:
-        images = [image_of(image) for batch in read_batches(dataset, order[:CALIBRATED]) for image in batch]
+        images = [to_pil_image(image) for batch in read_batches(dataset, order[:CALIBRATED]) for image in batch]
         thresholds, sufficient_bits = calibrate_thresholds(images, statistics.hashes, manifest_bits)
     return {
         "thresholds": thresholds,
@@ -573,7 +590,7 @@ def _near_duplicate_thresholds(dataset: Dataset, order: Rows, statistics: Record
 
 def _sheet(dataset: Dataset, rows: Rows, columns: int = 8) -> bytes:
     """Lay out the images of ``rows`` in a PNG."""
-    return png_bytes(grid(_thumbnails(dataset, rows), columns, pad=0 if len(rows) == 1 else 2))
+    return png_bytes(make_grid(_thumbnails(dataset, rows), columns, pad=0 if len(rows) == 1 else 2))
 
 
 def _mean_image(dataset: Dataset, rows: Rows) -> bytes:
@@ -581,7 +598,7 @@ def _mean_image(dataset: Dataset, rows: Rows) -> bytes:
     square = (min(SIDE, dataset.manifest.size),) * 2
     images = _thumbnails(dataset, rows)
     stack = images if isinstance(images, Tensor) else torch.cat([_reduce(image[None], square) for image in images])
-    return png_bytes(grid(stack.double().mean(0, keepdim=True).round().to(torch.uint8), pad=0))
+    return png_bytes(make_grid(stack.double().mean(0, keepdim=True).round().to(torch.uint8), pad=0))
 
 
 def _find_rows(dataset: Dataset, keys: Sequence[str]) -> list[int]:
@@ -603,34 +620,34 @@ def describe(
 ) -> list[str]:
     """Return the most important findings as sentences."""
     form = f"{manifest.stored_as} in {'colour' if summary.channels == 3 else 'grey'}"
-    lines = [f"{counted(summary.kept, 'image')} of {form}; {count(summary.held_out)} held out from training."]
+    lines = [f"{pluralize(summary.kept, 'image')} of {form}; {format_count(summary.held_out)} held out from training."]
     if parent is not None:
-        parts = [] if manifest.change.startswith("removal") else unshared(manifest, parent)
+        parts = [] if manifest.change.startswith("removal") else find_unshared_parts(manifest, parent)
         if manifest.change == "curation":
             # It writes tables anew of parts that were read before.
             parent_numbers = {part.number for part in parent.parts}
             parts = [part for part in parts if part.number not in parent_numbers]
         if outcomes := sum((Counter(part.outcomes) for part in parts), Counter[Outcome]()):
-            new, copies, bad = (count(outcomes[outcome]) for outcome in ("kept", "duplicate", "quarantined"))
-            total = counted(outcomes.total(), "file")
+            new, copies, bad = (format_count(outcomes[outcome]) for outcome in ("kept", "duplicate", "quarantined"))
+            total = pluralize(outcomes.total(), "file")
             lines.append(
                 f"Of {total} read for this version, {new} were new images, {copies} duplicates, {bad} quarantined."
             )
         ours, theirs = set(manifest.labels), set(parent.labels)
         if new_classes := sorted(ours - theirs):
-            lines.append(f"{counted(len(new_classes), 'new class', 'new classes')}: {_enumerate(new_classes)}.")
+            lines.append(f"{pluralize(len(new_classes), 'new class', 'new classes')}: {_enumerate(new_classes)}.")
         if lost_classes := sorted(theirs - ours):
-            lines.append(f"{counted(len(lost_classes), 'class', 'classes')} gone: {_enumerate(lost_classes)}.")
+            lines.append(f"{pluralize(len(lost_classes), 'class', 'classes')} gone: {_enumerate(lost_classes)}.")
     if summary.lost:
-        lines.append(f"{counted(summary.lost, 'image of its parent is', 'images of its parent are')} gone.")
+        lines.append(f"{pluralize(summary.lost, 'image of its parent is', 'images of its parent are')} gone.")
     lines.append(summary.verdict)
     if summary.quarantined:
         pattern, files, _ = reasons[0]
-        number = "all" if files == summary.quarantined else count(files)
-        percent = share(summary.quarantined, summary.kept + summary.duplicates + summary.quarantined)
+        number = "all" if files == summary.quarantined else format_count(files)
+        percent = format_share(summary.quarantined, summary.kept + summary.duplicates + summary.quarantined)
         lines.append(
-            f"{percent} of all files are in quarantine ({count(summary.quarantined)}), {number} for this reason: "
-            f"{pattern}."
+            f"{percent} of all files are in quarantine ({format_count(summary.quarantined)}), {number} for this "
+            f"reason: {pattern}."
         )
     return lines
 
@@ -703,4 +720,4 @@ def _reduce(images: Tensor, shape: Shape) -> Tensor:
 
 def _enumerate(names: Sequence[str]) -> str:
     remainder = len(names) - CLASS_NAMES
-    return ", ".join(names[:CLASS_NAMES]) + (f" and {count(remainder)} more" if remainder > 0 else "")
+    return ", ".join(names[:CLASS_NAMES]) + (f" and {format_count(remainder)} more" if remainder > 0 else "")

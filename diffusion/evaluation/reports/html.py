@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffusion.common.escaping import counted, escape_controls
+from diffusion.common.escaping import escape_controls, pluralize
 from diffusion.common.shapes import Images
 from diffusion.evaluation.estimate import Interval, MetricEstimate
 
@@ -21,7 +21,7 @@ class Cell:
 
 def metric_cell(metric: MetricEstimate | None) -> Cell:
     """Return the cell of a metric; empty if it was not measured."""
-    return Cell() if metric is None else Cell(signed(metric.value), between(metric.interval))
+    return Cell() if metric is None else Cell(format_signed(metric.value), format_interval(metric.interval))
 
 
 def render(template: str, **content: object) -> bytes:
@@ -37,7 +37,16 @@ def render(template: str, **content: object) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (uri, with_error, plain, signed, count, counted, share, storage)
+    filters = (
+        encode_data_uri,
+        format_with_error,
+        format_plain,
+        format_signed,
+        format_count,
+        pluralize,
+        format_share,
+        format_size,
+    )
     environment.filters |= {function.__name__: function for function in filters}
     return environment.get_template(template).render(**content).encode()
 
@@ -49,58 +58,58 @@ def _escape(value: Any) -> Any:
     return "\n".join(map(escape_controls, value.split("\n")))
 
 
-def uri(png: bytes) -> str:
+def encode_data_uri(png: bytes) -> str:
     """Encode a PNG file as a data URI."""
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def decimals(error: float) -> int:
+def count_decimals(error: float) -> int:
     """Return the number of decimals that shows the second significant digit of ``error``; 3 if it is 0."""
     return max(0, 1 - math.floor(math.log10(error))) if error > 0 else 3
 
 
-def fixed(value: float, digits: int) -> str:
+def format_fixed(value: float, digits: int) -> str:
     """Format ``value`` with this many decimals and a typographic minus, but never as −0."""
     text = f"{value:,.{digits}f}"
     return text.replace("-", "−") if float(text.replace(",", "")) else text.lstrip("-")
 
 
-def captioned(images: Images, captions: Sequence[str]) -> list[tuple[bytes, str]]:
+def caption_images(images: Images, captions: Sequence[str]) -> list[tuple[bytes, str]]:
     """Return a PNG of each of ``images``, each (C, H, W) uint8, with its caption; empty without ``captions``."""
-    from diffusion.common.image_grids import image_of, png_bytes
+    from diffusion.common.image_grids import png_bytes, to_pil_image
 
-    return [(png_bytes(image_of(image)), caption) for image, caption in zip(images, captions, strict=False)]
+    return [(png_bytes(to_pil_image(image)), caption) for image, caption in zip(images, captions, strict=False)]
 
 
-def with_error(value: float, error: float) -> str:
+def format_with_error(value: float, error: float) -> str:
     """Format ``value`` ± ``error``, both to the error's second significant digit."""
-    digits = decimals(error)
+    digits = count_decimals(error)
     return f"{value:,.{digits}f} ± {error:,.{digits}f}"
 
 
-def plain(value: float) -> str:
+def format_plain(value: float) -> str:
     """Format ``value`` to three significant digits or six decimals, never in powers of ten; less is 0."""
     digits = min(6, max(0, 2 - math.floor(math.log10(abs(value))))) if abs(value) >= 5e-7 else 0
     return f"{value:,.{digits}f}" if digits or value >= 0.5 or value <= -0.5 else "0"
 
 
-def signed(value: float) -> str:
-    """Format ``value`` as ``plain`` does, with a typographic minus."""
-    return plain(value).replace("-", "−")
+def format_signed(value: float) -> str:
+    """Format ``value`` as ``format_plain`` does, with a typographic minus."""
+    return format_plain(value).replace("-", "−")
 
 
-def between(interval: Interval) -> str:
+def format_interval(interval: Interval) -> str:
     """Format both ends of an interval to the second significant digit of its length."""
-    digits = decimals(interval.high - interval.low)
-    return f"{fixed(interval.low, digits)} … {fixed(interval.high, digits)}"
+    digits = count_decimals(interval.high - interval.low)
+    return f"{format_fixed(interval.low, digits)} … {format_fixed(interval.high, digits)}"
 
 
-def count(number: int) -> str:
+def format_count(number: int) -> str:
     """Format a number of things."""
     return f"{number:,}"
 
 
-def share(part: int, whole: int) -> str:
+def format_share(part: int, whole: int) -> str:
     """Format ``part`` of ``whole`` in per cent, never 0 % of something nor 100 % of less than all."""
     if not part or part == whole:
         return "100 %" if part else "0 %"
@@ -109,7 +118,7 @@ def share(part: int, whole: int) -> str:
     return "over 99.9 %" if percent > 99.9 else f"{percent:.1f} %"
 
 
-def storage(size: int) -> str:
+def format_size(size: int) -> str:
     """Format ``size`` bytes to three digits, in the largest decimal unit that leaves at least 1."""
     for unit, power in (("TB", 12), ("GB", 9), ("MB", 6), ("kB", 3)):
         # A value that rounds to a thousand belongs to the next unit.

@@ -8,14 +8,22 @@ from pathlib import Path
 from humanize import metric as si
 from matplotlib.axes import Axes
 
-from diffusion.common.escaping import counted
+from diffusion.common.escaping import pluralize
 from diffusion.common.files import write_bytes
 from diffusion.evaluation.estimate import CONFIDENCE
 from diffusion.evaluation.evaluate import score_cell
 from diffusion.evaluation.metrics.text_image_agreement import TextImageAgreement
 from diffusion.evaluation.ranking import RankedModel, Ranking
-from diffusion.evaluation.reports.charts import Chart, Paper, chart, curves, over_training, read_losses
-from diffusion.evaluation.reports.html import Cell, between, count, plain, render, signed, with_error
+from diffusion.evaluation.reports.charts import Chart, Paper, chart, plot_curves, plot_over_training, read_losses
+from diffusion.evaluation.reports.html import (
+    Cell,
+    format_count,
+    format_interval,
+    format_plain,
+    format_signed,
+    format_with_error,
+    render,
+)
 from diffusion.evaluation.results import Evaluation, RealBaseline
 
 PAGE = "comparison.html"
@@ -81,11 +89,11 @@ def findings(ranking: Ranking) -> list[str]:
     if len(ranking.leads) > NAMED:
         if not (ties := [lead for lead in ranking.leads if not lead.is_sure]):
             return ["It is better than every other, with 95 % confidence."]
-        return [f"{counted(len(ties), 'other')} cannot be told from it with 95 % confidence."]
+        return [f"{pluralize(len(ties), 'other')} cannot be told from it with 95 % confidence."]
     title = METRICS[figure][0] if figure in METRICS else ranking.metric
     sentences = []
     for lead in ranking.leads:
-        distance = between(lead.difference.interval(CONFIDENCE))
+        distance = format_interval(lead.difference.interval(CONFIDENCE))
         if lead.is_sure:
             sentences.append(f"{best} is better than {lead.worse}: by {distance} in {title}.")
         else:
@@ -101,10 +109,13 @@ def metric_columns(ranking: Ranking) -> list[Column]:
         name: (*words, [score_cell(side.scores, name, side.estimates) for side in sides])
         for name, words in METRICS.items()
     }
-    values = [*(Cell(with_error(model.value, model.error)) for model in models), Cell()]
+    values = [*(Cell(format_with_error(model.value, model.error)) for model in models), Cell()]
     metric_column = columns.pop(leading, (ranking.metric, "higher is better", values))
     leads = [lead.difference for lead in ranking.leads]
-    distances = [Cell("best"), *(Cell(signed(lead.value), between(lead.interval(CONFIDENCE))) for lead in leads)]
+    distances = [
+        Cell("best"),
+        *(Cell(format_signed(lead.value), format_interval(lead.interval(CONFIDENCE))) for lead in leads),
+    ]
     distances += [Cell()] * (len(sides) - len(distances))
     other_columns = [("behind the best", f"difference in {metric_column[0]}", distances), *columns.values()]
     if any(model.text_image_agreement is not None for model in models):
@@ -115,7 +126,7 @@ def metric_columns(ranking: Ranking) -> list[Column]:
 
 def _agreement(agreement: TextImageAgreement | str | None) -> Cell:
     if isinstance(agreement, TextImageAgreement):
-        return Cell(f"{agreement.agreement.value:.3f}", between(agreement.agreement.interval))
+        return Cell(f"{agreement.agreement.value:.3f}", format_interval(agreement.agreement.interval))
     return Cell("no captions" if agreement is None else "not measured", agreement or "")
 
 
@@ -131,13 +142,15 @@ def _costs(model: RankedModel) -> tuple[str, ...]:
     if loss is not None:
         bits = "none"
         if loss.bits_per_dim is not None and loss.bits_per_dim_se is not None:
-            bits = ("≤ " if model.likelihood == "bound" else "") + with_error(loss.bits_per_dim, loss.bits_per_dim_se)
+            bits = ("≤ " if model.likelihood == "bound" else "") + format_with_error(
+                loss.bits_per_dim, loss.bits_per_dim_se
+            )
     return (
         bits,
-        "" if model.images_per_second is None else plain(model.images_per_second),
-        "" if model.gflop is None else plain(model.gflop),
+        "" if model.images_per_second is None else format_plain(model.images_per_second),
+        "" if model.gflop is None else format_plain(model.gflop),
         "" if model.parameters is None else si(model.parameters, precision=3),
-        count(model.images),
+        format_count(model.images),
         model.run_id or "",
     )
 
@@ -168,8 +181,10 @@ def training_charts(names: Sequence[str], evaluations: Sequence[Evaluation], los
     """Plot selection metrics of checkpoints, and held-out losses of CSV files, if there are any, for each run."""
     metrics = [[(model.images, model.selection_metric.value) for model in run.checkpoints] for run in evaluations]
     name = evaluations[0].best.selection_metric.name
-    charts = [chart(name, over_training(curves(dict(zip(names, metrics, strict=True)))))]
+    charts = [chart(name, plot_over_training(plot_curves(dict(zip(names, metrics, strict=True)))))]
     columns = [read_losses(path).get("held_out_loss_ema", []) if path.is_file() else [] for path in losses]
     if any(columns):
-        charts.append(chart("Loss on held-out images", over_training(curves(dict(zip(names, columns, strict=True))))))
+        charts.append(
+            chart("Loss on held-out images", plot_over_training(plot_curves(dict(zip(names, columns, strict=True)))))
+        )
     return charts

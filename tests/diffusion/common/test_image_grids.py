@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffusion.common.image_grids import grid, png_bytes
+from diffusion.common.image_grids import make_grid, png_bytes
 
 
 @given(
@@ -20,7 +20,7 @@ from diffusion.common.image_grids import grid, png_bytes
 def test_every_pixel_is_found_again_in_the_grid(count: int, channels: int, columns: int, pad: int, scale: int) -> None:
     images = torch.randint(0, 256, (count, channels, 4, 6), generator=torch.Generator().manual_seed(count))
     images = images.to(torch.uint8)
-    sheet = np.asarray(grid(images, columns, pad, scale))
+    sheet = np.asarray(make_grid(images, columns, pad, scale))
     for number in range(count):
         row, column = divmod(number, columns)
         for y, x in [(0, 0), (3, 5), (2, 1)]:
@@ -31,7 +31,7 @@ def test_every_pixel_is_found_again_in_the_grid(count: int, channels: int, colum
 
 
 def test_uncovered_grid_cells_are_white() -> None:
-    sheet = np.asarray(grid(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), columns=2, pad=2, scale=1))
+    sheet = np.asarray(make_grid(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), columns=2, pad=2, scale=1))
     assert sheet.shape == (14, 14)
     assert (sheet[8:12, 8:12] == 255).all()
     assert (sheet[:2] == 255).all()
@@ -40,11 +40,11 @@ def test_uncovered_grid_cells_are_white() -> None:
 
 @pytest.mark.parametrize(("size", "expected"), [(8, 8), (28, 2), (64, 1), (256, 1)])
 def test_small_images_are_enlarged_until_they_can_be_seen(size: int, expected: int) -> None:
-    assert grid(torch.zeros(1, 1, size, size, dtype=torch.uint8), pad=0).size == (size * expected,) * 2
+    assert make_grid(torch.zeros(1, 1, size, size, dtype=torch.uint8), pad=0).size == (size * expected,) * 2
 
 
 def test_png_bytes_are_lossless_and_the_same_each_time() -> None:
     images = torch.randint(0, 256, (5, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    image = grid(images)
-    assert png_bytes(image) == png_bytes(grid(images))
+    image = make_grid(images)
+    assert png_bytes(image) == png_bytes(make_grid(images))
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png_bytes(image)))), np.asarray(image))

@@ -21,7 +21,7 @@ from diffusion.data.ingest.merge import merge_versions
 from diffusion.data.manifest import STORED, read_manifest, work_folder
 from diffusion.data.prefetch import local_fan_out
 from diffusion.data.versions.takedown import remove, remove_known
-from diffusion.data.versions.takedown_records import Selection, holders, write_removal
+from diffusion.data.versions.takedown_records import Selection, find_affected_versions, write_removal
 from diffusion.data.versions.versions import diff, log, show
 from diffusion.evaluation.config import EvaluationConfig
 from tests.builders.ingested import files_of, records
@@ -374,7 +374,7 @@ def test_a_dropped_image_that_is_taken_down_is_gone_for_good(
     assert after.content_digest == curated.content_digest
     assert not any(png in (data / entry.name).read_bytes() for entry in after.shards)
     assert list((data.parent / ".set" / "measures").iterdir()) == []
-    assert holders(data, removal, [curated]).held == [curated.digest]
+    assert find_affected_versions(data, removal, [curated]).held == [curated.digest]
     rules(data)
     assert row["key"] not in {each["key"] for each in records(data) if each["outcome"] == "kept"}
     assert ingest(data, config(original[0] / "images"), requeue=True).added == 0

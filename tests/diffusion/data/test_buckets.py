@@ -41,7 +41,7 @@ def test_each_image_goes_to_the_bucket_of_nearest_aspect_with_its_pixels(source:
         rows = np.arange(len(data))
         assert [manifest.shapes[bucket] for bucket in np.unique(data.buckets(rows))] == manifest.shapes
         pixels_by_image = {}
-        for part in data.by_bucket(rows):
+        for part in data.split_by_bucket(rows):
             for pixels in data.pixels(part):
                 pixels_by_image[int(pixels[0, 0, 2]) // 3] = pixels
         for number, size in enumerate(SIZES):
@@ -59,10 +59,10 @@ def test_the_same_images_without_a_cache_and_as_a_webdataset(source: Path, tmp_p
         closing(Dataset.open(tmp_path / "set")) as data,
         closing(Dataset.open(tmp_path / "set", cache_bytes=0)) as bare,
     ):
-        for rows in data.by_bucket(np.arange(len(data))):
+        for rows in data.split_by_bucket(np.arange(len(data))):
             for _ in range(2):
                 np.testing.assert_array_equal(data.pixels(rows), bare.pixels(rows))
-        wide = data.by_bucket(data.rows("train"))[-1]
+        wide = data.split_by_bucket(data.rows("train"))[-1]
         expected = dict(zip(data.keys(wide), data.images(wide), strict=True))
     samples = list(open_webdataset(tmp_path / "set", shape=(24, 48)))
     assert {sample["key"] for sample in samples} == set(expected)
@@ -77,7 +77,7 @@ def test_statistics_are_those_of_the_pixels(source: Path, tmp_path: Path) -> Non
     ingest(tmp_path / "set", config(source, buckets=BUCKETS))
     manifest = read_manifest(tmp_path / "set")
     with closing(Dataset.open(tmp_path / "set")) as data:
-        pieces = [data.pixels(rows).reshape(-1, 3) for rows in data.by_bucket(data.rows("train"))]
+        pieces = [data.pixels(rows).reshape(-1, 3) for rows in data.split_by_bucket(data.rows("train"))]
     values = np.concatenate(pieces) / 127.5 - 1
     np.testing.assert_allclose(manifest.mean, values.mean(0), atol=1e-9)
     np.testing.assert_allclose(manifest.std, values.std(0), atol=1e-9)
@@ -157,7 +157,7 @@ def test_takedown_leaves_the_shapes_of_the_parts(source: Path, tmp_path: Path) -
     after = read_manifest(tmp_path / "set")
     assert [part.shape for part in after.parts] == [part.shape for part in before.parts]
     with closing(Dataset.open(tmp_path / "set")) as data:
-        for rows in data.by_bucket(np.arange(len(data))):
+        for rows in data.split_by_bucket(np.arange(len(data))):
             assert len(data.images(rows)) == len(rows)
     without = tmp_path / "without"
     shutil.copytree(source, without)
@@ -217,9 +217,9 @@ def test_two_lines_of_versions_are_united_bucket_by_bucket(source: Path, tmp_pat
 def test_windows_of_buckets_are_not_simulated_as_if_they_were_one(source: Path, tmp_path: Path) -> None:
     ingest(tmp_path / "set", config(source, buckets=BUCKETS))
     with pytest.raises(UserError, match="3 buckets"):
-        Shards.of(read_manifest(tmp_path / "set"))
+        Shards.from_manifest(read_manifest(tmp_path / "set"))
     for path in source.iterdir():
         path.unlink()
     rectangle(1, 64, 64).save(source / "square.png")
     ingest(tmp_path / "one", config(source, buckets=BUCKETS))
-    assert len(Shards.of(read_manifest(tmp_path / "one")).bytes) == 1
+    assert len(Shards.from_manifest(read_manifest(tmp_path / "one")).bytes) == 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.caption_embeddings import MINI_LM, Captions, embeddings_of, seconds_to_read
 from diffusion.data.dataset import Dataset
 from diffusion.data.ingest.config import IngestConfig
@@ -49,7 +49,7 @@ def ingested(source: Path, folder: Path) -> Dataset:
     return Dataset.open(folder)
 
 
-def read(dataset: Dataset, pool: ThreadPoolExecutor, progress: Progress = silent) -> Captions:
+def read(dataset: Dataset, pool: ThreadPoolExecutor, progress: Progress = ignore_progress) -> Captions:
     texts, numbers = dataset.different_captions()
     return Captions(embeddings_of(dataset, texts, pool, progress), numbers, MINI_LM)
 
@@ -66,10 +66,10 @@ def test_each_row_has_the_embedding_of_its_caption_and_zeros_without(
     captions = read(dataset, pool)
     rows = list(range(len(dataset)))
     reference = FakeEncoder()
-    for row, caption, embedding in zip(rows, dataset.captions(rows), captions.of(rows), strict=True):
+    for row, caption, embedding in zip(rows, dataset.captions(rows), captions.select_rows(rows), strict=True):
         assert (captions.numbers[row] < 0) == (caption is None)
         assert torch.equal(embedding, torch.zeros(384) if caption is None else reference(caption))
-    assert torch.equal(captions.of(rows[::-1]), captions.of(rows).flip(0))
+    assert torch.equal(captions.select_rows(rows[::-1]), captions.select_rows(rows).flip(0))
 
 
 def test_each_caption_is_read_once_however_many_images_and_trainings_have_it(

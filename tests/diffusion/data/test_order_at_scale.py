@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from diffusion.common import random
 from diffusion.common.random import WHOLE, Permutation, permutation
-from diffusion.data.dataset import ByShard
+from diffusion.data.dataset import ShardSamples
 from diffusion.data.loader import TrainingOrder, WindowedOrder
 
 BILLION = 10**9
@@ -123,9 +123,9 @@ def test_a_window_of_a_billion_images_shows_each_image_of_its_shards_once(
     counts[::2] -= 17
     counts[1::2] += 17
     ends = np.cumsum(counts)
-    order = WindowedOrder("layout", 0, window, ByShard(Counted(), counts))  # type: ignore[arg-type]
+    order = WindowedOrder("layout", 0, window, ShardSamples(Counted(), counts))  # type: ignore[arg-type]
     at = epoch * BILLION + data.draw(st.integers(0, BILLION - 1))
-    shards = np.array(order.coming(at)[:window])
+    shards = np.array(order.list_upcoming_shards(at)[:window])
     # The window begins where its shards were first among those to come.
     rows = order.rows(at, 1)
     assert np.searchsorted(ends, rows[0], side="right") in shards
@@ -134,10 +134,14 @@ def test_a_window_of_a_billion_images_shows_each_image_of_its_shards_once(
     low, high = max(epoch * BILLION, at - size), at
     while low < high:  # the first position with these shards
         middle = (low + high) // 2
-        low, high = (low, middle) if set(order.coming(middle)[:window]) == set(shards) else (middle + 1, high)
+        low, high = (
+            (low, middle) if set(order.list_upcoming_shards(middle)[:window]) == set(shards) else (middle + 1, high)
+        )
     first = low
     last = first + size
-    if last > (epoch + 1) * BILLION:  # the last window of an epoch is shorter, and the next ones follow in ``coming``
+    if (
+        last > (epoch + 1) * BILLION
+    ):  # the last window of an epoch is shorter, and the next ones follow in ``list_upcoming_shards``
         return
     expected = np.concatenate([np.arange(ends[shard] - counts[shard], ends[shard]) for shard in shards])
     np.testing.assert_array_equal(np.sort(order.rows(first, size)), np.sort(expected))
@@ -145,6 +149,8 @@ def test_a_window_of_a_billion_images_shows_each_image_of_its_shards_once(
 
 def test_the_windows_of_an_epoch_of_a_billion_images_hold_every_shard_once() -> None:
     counts = np.full(BILLION // 8000, 8000)
-    order = WindowedOrder("layout", 0, 64, ByShard(Counted(), counts))  # type: ignore[arg-type]
-    shards = [shard for at in range(0, BILLION, 64 * 8000) for shard in order.coming(at)[:64]][: len(counts)]
+    order = WindowedOrder("layout", 0, 64, ShardSamples(Counted(), counts))  # type: ignore[arg-type]
+    shards = [shard for at in range(0, BILLION, 64 * 8000) for shard in order.list_upcoming_shards(at)[:64]][
+        : len(counts)
+    ]
     assert sorted(shards) == list(range(len(counts)))

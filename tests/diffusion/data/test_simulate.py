@@ -88,7 +88,10 @@ class Run:
                     if position == 0:
                         self.first = loader.waited
                     start = time.perf_counter()
-                    shards = [folder / "cache" / f"{manifest.shards[n].sha256}.tar" for n in order.coming(position)]
+                    shards = [
+                        folder / "cache" / f"{manifest.shards[n].sha256}.tar"
+                        for n in order.list_upcoming_shards(position)
+                    ]
                     while step is None and not all(path.is_file() for path in shards):
                         time.sleep(0.002)
                     time.sleep(step or 0)
@@ -114,11 +117,11 @@ def totals(simulation: Simulation) -> tuple[int, int, int]:
 def test_bytes_and_hits_are_those_of_a_real_run(tmp_path: Path, manifest: Manifest, window: int, room: int) -> None:
     settings, store = streaming(manifest, window, room), Throttled(tmp_path / "set")
     Run(tmp_path, manifest, settings, store, epochs=3)
-    simulation = simulate(Shards.of(manifest), Machines(), settings, epochs=3)
+    simulation = simulate(Shards.from_manifest(manifest), Machines(), settings, epochs=3)
     size, fetched, hits = totals(simulation)
     assert (size, fetched) == (sum(entry.bytes for entry in store.fetched), len(store.fetched))
-    order = WindowedOrder(manifest.layout_digest, settings.seed, window, Shards.of(manifest).by_shard())
-    shard_sets = [set(order.coming(at)) for at in range(0, 3 * IMAGES, window * EACH)]
+    order = WindowedOrder(manifest.layout_digest, settings.seed, window, Shards.from_manifest(manifest).by_shard())
+    shard_sets = [set(order.list_upcoming_shards(at)) for at in range(0, 3 * IMAGES, window * EACH)]
     new = len(shard_sets[0]) + sum(len(now - before) for before, now in pairwise(shard_sets))
     assert hits == new - fetched
     if room == 24:
@@ -137,7 +140,7 @@ def test_waiting_is_that_of_a_real_run(tmp_path: Path, manifest: Manifest, trans
         decode_rate=BATCH / run.decoding,
         step_seconds=run.stepping / (2 * IMAGES / BATCH),
     )
-    simulation = simulate(Shards.of(manifest), machines, settings, epochs=2)
+    simulation = simulate(Shards.from_manifest(manifest), machines, settings, epochs=2)
     waited = sum(epoch.waited for epoch in simulation.epochs)
     assert abs(run.waited - waited) < 0.2 * (run.waited + run.stepping)
     assert abs(run.first - simulation.first_batch) < 0.2 * (run.waited + run.stepping)
@@ -145,7 +148,7 @@ def test_waiting_is_that_of_a_real_run(tmp_path: Path, manifest: Manifest, trans
 
 
 FAST = Machines(bandwidth=1e12, latency=0, disk_bandwidth=1e12, decode_rate=1e9, step_seconds=0.1)
-BILLION = Shards.assumed(10**9, 20_000, 64 * 2**20)
+BILLION = Shards.make_equal(10**9, 20_000, 64 * 2**20)
 SETTINGS = Streaming(batch_size=4096, window=64, stream_bytes=10**10, prefetch=4, workers=2, seed=0)
 
 
@@ -167,7 +170,7 @@ def test_training_that_needs_twice_the_time_of_a_step_waits_for_half_of_it(slow:
 
 
 def test_of_a_billion_images_each_shard_is_fetched_once_by_every_node() -> None:
-    shards = Shards.assumed(10**9, 20_000, 2**30)
+    shards = Shards.make_equal(10**9, 20_000, 2**30)
     settings = SETTINGS.model_copy(update={"batch_size": 2**16, "window": 16, "stream_bytes": 40 * 2**30})
     (epoch,) = simulate(shards, FAST.model_copy(update={"nodes": 64, "ranks": 8}), settings).epochs
     ahead = shards.bytes[:16].sum()  # of the next epoch
@@ -195,7 +198,7 @@ def test_steps_that_repeat_are_counted_as_if_they_were_simulated_one_by_one(
     batches: int | None,
     uneven: bool,
 ) -> None:
-    shards = Shards.assumed(5_000_000, 20_000, 2**30)
+    shards = Shards.make_equal(5_000_000, 20_000, 2**30)
     if uneven:
         images = np.random.default_rng(0).integers(40_000, 80_000, len(shards.images))
         shards = Shards("", images * 20_000, images)

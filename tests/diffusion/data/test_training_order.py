@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusion.data.dataset import ByShard
+from diffusion.data.dataset import ShardSamples
 from diffusion.data.loader import BucketedOrder, TrainingOrder, WindowedOrder
 
 
@@ -35,7 +35,7 @@ LAYOUT = np.array([4] * 7 + [0] * 3 + [1] * 11 + [2] + [5] * 6)
 
 
 def windowed(window: int, seed: int = 0, digest: str = "layout", shards: np.ndarray = LAYOUT) -> WindowedOrder:
-    return WindowedOrder(digest, seed, window, ByShard(np.argsort(shards, kind="stable"), np.bincount(shards)))
+    return WindowedOrder(digest, seed, window, ShardSamples(np.argsort(shards, kind="stable"), np.bincount(shards)))
 
 
 @given(
@@ -69,7 +69,7 @@ def test_rows_of_a_window_lie_in_as_many_shards_and_are_named_before(window: int
     numbers = [next(number for number, each in enumerate(windows) if shard in each) for shard in shards]
     assert numbers == sorted(numbers), "a shard came back when another window had begun"
     for offset, number in enumerate(numbers):
-        coming = order.coming(start + offset)
+        coming = order.list_upcoming_shards(start + offset)
         assert set(coming[: len(windows[number])]) == windows[number]
         if number + 1 < len(windows):
             assert set(coming) == windows[number] | windows[number + 1]
@@ -129,7 +129,7 @@ def bucketed(counts: list[int], batch: int, seed: int = 0, window: int | None = 
     shards = np.zeros(sum(counts), np.int64)
     for bucket, own in enumerate(numbers):
         shards[own] = np.arange(len(own)) % 3 + 3 * bucket
-    by_shard = ByShard(np.argsort(shards, kind="stable"), np.bincount(shards, minlength=3 * len(counts)))
+    by_shard = ShardSamples(np.argsort(shards, kind="stable"), np.bincount(shards, minlength=3 * len(counts)))
     orders = [
         TrainingOrder(f"digest/{bucket}", seed, len(own), own)
         if window is None
@@ -188,5 +188,5 @@ def test_the_shards_of_a_bucketed_batch_are_named_before(counts: list[int], size
         own = np.empty(sum(counts), int)
         for bucket, samples in enumerate(samples_of(counts)):
             own[samples] = np.arange(len(samples)) % 3 + 3 * bucket
-        assert set(own[order.rows(batch * size, size)].tolist()) <= set(order.coming(batch * size) or ())
-    assert bucketed(counts, size).coming(0) is None
+        assert set(own[order.rows(batch * size, size)].tolist()) <= set(order.list_upcoming_shards(batch * size) or ())
+    assert bucketed(counts, size).list_upcoming_shards(0) is None

@@ -18,7 +18,7 @@ from diffusion.checkpoints import AVERAGED, export, load_model, save_tensors
 from diffusion.common.errors import UserError
 from diffusion.common.random import GaussianNoise
 from diffusion.diffusers_format import DarkroomPipeline
-from diffusion.diffusers_format.export import Exported, export_to_diffusers
+from diffusion.diffusers_format.export import ExportResult, export_to_diffusers
 from diffusion.families.ddpm import DiffusionModel, denoiser_of
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.generation.generate import make_conditioning, prompt_embeddings, sample
@@ -69,12 +69,12 @@ def write_model(
     return path
 
 
-def exported(weights: Path, **sampling: Any) -> tuple[DiffusionModel, Exported]:
+def exported(weights: Path, **sampling: Any) -> tuple[DiffusionModel, ExportResult]:
     config = SAMPLING_ADAPTER.validate_python({"steps": 8} | sampling)
     return load_model(weights), export_to_diffusers(weights, weights.parent / "folder", config)
 
 
-def load(exported_pipeline: Exported, kind: Any = DarkroomPipeline) -> Any:
+def load(exported_pipeline: ExportResult, kind: Any = DarkroomPipeline) -> Any:
     pipe = kind.from_pretrained(exported_pipeline.folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -372,7 +372,7 @@ def test_exported_pipeline_guides_as_evaluation_chose_unless_overridden(tmp_path
     pipe = load(exported_pipeline)
     assert_equal(pipe(batch_size=COUNT, seed=SEED, output_type="pt").images, ours(model, guided))
     unguided = pipe(batch_size=COUNT, seed=SEED, output_type="pt", guidance_scale=1).images
-    assert_equal(unguided, ours(model, guided.unguided()))
+    assert_equal(unguided, ours(model, guided.without_guidance()))
     assert "guidance 3 at σ from 0.2 to 5" in (exported_pipeline.folder / "README.md").read_text()
 
 
@@ -384,7 +384,7 @@ def test_exported_pipeline_has_the_guide_that_autoguidance_leads_away_from(tmp_p
     pipe = load(exported_pipeline)
     assert_equal(pipe(batch_size=COUNT, seed=SEED, output_type="pt").images, ours(model, guided))
     unguided = pipe(batch_size=COUNT, seed=SEED, output_type="pt", guidance_scale=1).images
-    assert_equal(unguided, ours(model, guided.changed({"autoguidance": None})))
+    assert_equal(unguided, ours(model, guided.with_changes({"autoguidance": None})))
     (tmp_path / "folder").rename(tmp_path / "guided")
     _, without = exported(weights, sampler="dpmpp_2m", autoguidance=1)
     assert load(without).unet.guide is None

@@ -158,7 +158,7 @@ def test_the_error_of_a_difference_is_its_spread_and_what_both_have_in_common_ca
         with one_thread():
             candidate, champion = kid_replicates([same_noise + 0.35, 1.1 * same_noise + 0.4], reference, splits=40)
         differences.append(difference(candidate, champion))
-        apart.append(candidate.estimate.less(champion.estimate).error)
+        apart.append(candidate.estimate.subtract(champion.estimate).error)
     spread = np.std([each.value for each in differences])
     assert math.sqrt(np.mean([each.error**2 for each in differences])) == pytest.approx(spread, rel=0.25)
     assert np.mean([each.error for each in differences]) < np.mean(apart) / 2

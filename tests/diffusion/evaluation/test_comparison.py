@@ -351,7 +351,7 @@ def test_champion_without_a_guide_is_sampled_without_autoguidance(data: Path, tm
     candidate = write_model(tmp_path / "candidate.safetensors", 0, 1, guide=2)
     champion = write_model(tmp_path / "champion.safetensors", 1, 1)
     comparison, grids = compare_models(
-        candidate, champion, data, tmp_path, sampling=SAMPLING.changed({"autoguidance": 2})
+        candidate, champion, data, tmp_path, sampling=SAMPLING.with_changes({"autoguidance": 2})
     )
     assert comparison.champion is not None
     assert grids.champion is not None
@@ -527,7 +527,7 @@ def test_candidate_and_champion_are_each_sampled_with_the_guidance_in_their_own_
     data: Path, tmp_path: Path
 ) -> None:
     new, old = (write_model(tmp_path / f"{seed}.st", seed, seed, classes={"left": 1, "right": 1}) for seed in (1, 2))
-    guided = SAMPLING.changed({"guidance": 3, "guidance_interval": (0.2, 5)})
+    guided = SAMPLING.with_changes({"guidance": 3, "guidance_interval": (0.2, 5)})
     guided_file = tmp_path / "chosen.safetensors"
     export(new, guided_file, guided)
     expected = {

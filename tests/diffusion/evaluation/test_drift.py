@@ -14,7 +14,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import read_manifest
-from diffusion.data.versions.versions import nowhere
+from diffusion.data.versions.versions import find_nothing
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.drift import LOWEST_LEVEL, compare_with_training, level_of_test, permutation_test
 from tests.builders.shapes import disc
@@ -90,7 +90,7 @@ def test_new_images_are_compared_with_those_of_the_training_version(tmp_path: Pa
     for numbers, shift in ((range(120, 150), 0), (range(150, 240), 0), (range(240, 400), 90)):
         add(numbers, shift)
         with closing(Dataset.open(data)) as dataset:
-            drifts.append(compare_with_training(dataset, trained, config, 0.0125, nowhere))
+            drifts.append(compare_with_training(dataset, trained, config, 0.0125, find_nothing))
     few, same, shifted = drifts
     assert few is None
     assert same is not None

@@ -16,9 +16,9 @@ def test_intervals_are_students() -> None:
     difference = Estimate(value=2.0, error=0.5, freedom=9).interval(0.95)
     low, high = stats.t.interval(0.95, 9, loc=2.0, scale=0.5)
     assert (difference.low, difference.high, difference.confidence) == (pytest.approx(low), pytest.approx(high), 0.95)
-    bound = Estimate(value=2.0, error=0.5, freedom=9).at_least(0.975)
+    bound = Estimate(value=2.0, error=0.5, freedom=9).lower_bound(0.975)
     assert bound == pytest.approx(low)
-    assert Estimate(value=2.0, error=0.5, freedom=9).at_most(0.975) == pytest.approx(high)
+    assert Estimate(value=2.0, error=0.5, freedom=9).upper_bound(0.975) == pytest.approx(high)
 
 
 @given(st.integers(1, 500), st.data())
@@ -54,7 +54,7 @@ def test_paired_difference_removes_common_variation() -> None:
     difference = paired_difference(ours.tolist(), theirs.tolist())
     unpaired = math.hypot(stats.sem(ours), stats.sem(theirs))
     assert difference.error < unpaired / 20
-    assert difference.at_least(0.99) > 0
+    assert difference.lower_bound(0.99) > 0
 
 
 def test_images_of_unlike_number_are_not_paired() -> None:
@@ -63,9 +63,9 @@ def test_images_of_unlike_number_are_not_paired() -> None:
 
 
 def test_errors_of_independent_figures_add_up_in_squares() -> None:
-    difference = Estimate(value=5, error=3, freedom=10).less(Estimate(value=1, error=4, freedom=7))
+    difference = Estimate(value=5, error=3, freedom=10).subtract(Estimate(value=1, error=4, freedom=7))
     assert difference == Estimate(value=4, error=5, freedom=7)
-    assert difference.less(1.5).times(-2) == Estimate(value=-5, error=10, freedom=7)
+    assert difference.subtract(1.5).multiply(-2) == Estimate(value=-5, error=10, freedom=7)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

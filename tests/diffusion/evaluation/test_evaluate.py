@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffusion.checkpoints import load_model
 from diffusion.common.errors import UserError
-from diffusion.common.image_grids import grid
+from diffusion.common.image_grids import make_grid
 from diffusion.data.dataset import Dataset
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
@@ -99,9 +99,9 @@ def test_grids_show_the_first_generated_and_held_out_images(
     (output / "grids").mkdir(parents=True)
     (output / "grids" / "of-an-earlier-run.png").write_bytes(b"")
     evaluate(dataset, checkpoints[:1], CONFIG, SAMPLING, output)
-    expected_grid = grid(sample(load_model(checkpoints[0]), range(20), CONFIG.seed, SAMPLING))
+    expected_grid = make_grid(sample(load_model(checkpoints[0]), range(20), CONFIG.seed, SAMPLING))
     data = Dataset.open(dataset)
-    real = grid(data.images(data.rows("held_out")[:64]))
+    real = make_grid(data.images(data.rows("held_out")[:64]))
     paths = sorted((output / "grids").iterdir())
     assert [path.name[:10] for path in paths] == ["0000000300", "held_out.p"]
     for path, expected in zip(paths, (expected_grid, real), strict=True):

@@ -18,7 +18,7 @@ from diffusion.evaluation.metrics.pixel_metrics import compare_appearance, measu
 from diffusion.evaluation.results import ModelEvaluation
 from diffusion.families.model import Model
 from diffusion.generation.generate import sample
-from diffusion.generation.super_resolution import GenerationTask, shrunk, upscale
+from diffusion.generation.super_resolution import GenerationTask, shrink_images, upscale
 from diffusion.process.samplers import sampling_config
 from tests.builders.bucketed import bucketed_set
 from tests.builders.comparisons import (
@@ -168,8 +168,8 @@ def test_super_resolution_is_evaluated_on_split_held_out_images(data: Path, tmp_
     evaluation = Evaluator(data, CONFIG, SAMPLING, tmp_path / "evaluations", task=GenerationTask(4, 2, 0.1)).model(path)
     held_out = dataset.rows("held_out")
     real_images = dataset.images(held_out[:20])
-    assert torch.equal(evaluation.images, upscale(load_model(path), shrunk(real_images, 2), CONFIG.seed, SAMPLING))
-    similarity = evaluation.scored().similarity
+    assert torch.equal(evaluation.images, upscale(load_model(path), shrink_images(real_images, 2), CONFIG.seed, SAMPLING))
+    similarity = evaluation.compute_model_scores().similarity
     assert similarity is not None
     assert similarity.psnr == pytest.approx(psnr(evaluation.images, real_images).mean().item())
     expected = compute_scores(extractor(evaluation.images), extractor(dataset.images(held_out[20:])), "x")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusion.checkpoints import load_model
 from diffusion.common.errors import UserError
-from diffusion.common.image_grids import grid, png_bytes
+from diffusion.common.image_grids import make_grid, png_bytes
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.features.feature_extractor import make_extractor
 from diffusion.evaluation.metrics.distances import compute_moments, frechet_distance
@@ -125,13 +125,13 @@ def test_ranking_report_shows_all_families_and_is_self_contained(
     data: Path, models: dict[str, tuple[Path, SamplingConfig]], tmp_path: Path
 ) -> None:
     ranking, sheets = compared(models, data, tmp_path)
-    sheet_files = {name: png_bytes(grid(images, 8)) for name, images in sheets.items()}
+    sheet_files = {name: png_bytes(make_grid(images, 8)) for name, images in sheets.items()}
     write_ranking_report(tmp_path / PAGE, ranking, sheet_files, sheet_files.pop("real"))
     page = Page((tmp_path / PAGE).read_text())
     assert all(address.startswith("data:") for address in page.addresses)
     for name in models:
-        assert np.array_equal(page.image(f"Images of {name}"), np.asarray(grid(sheets[name], 8)))
-    assert np.array_equal(page.image("Real held-out images"), np.asarray(grid(sheets["real"], 8)))
+        assert np.array_equal(page.image(f"Images of {name}"), np.asarray(make_grid(sheets[name], 8)))
+    assert np.array_equal(page.image("Real held-out images"), np.asarray(make_grid(sheets["real"], 8)))
     for words in ("KID", "precision", "recall", "bits per dimension", "images per second", "parameters", "≤", "none"):
         assert words in page.text
     assert all(words in page.text for words in findings(ranking))
@@ -155,7 +155,7 @@ def test_a_model_of_captions_leads_none_without_and_its_agreement_is_shown_or_mi
         ranking, sheets = rank_models(tmp_path / "data", two, config, tmp_path / others)
         assert ranking.comparable == bool(ranking.leads) == (others != "none")
         assert any("better" in words or "told apart" in words for words in findings(ranking)) == ranking.comparable
-        files_of = {name: png_bytes(grid(images, 8)) for name, images in sheets.items()}
+        files_of = {name: png_bytes(make_grid(images, 8)) for name, images in sheets.items()}
         write_ranking_report(tmp_path / PAGE, ranking, files_of, files_of.pop("real"))
         page_text = Page((tmp_path / PAGE).read_text()).text
         assert "text-image agreement" in page_text

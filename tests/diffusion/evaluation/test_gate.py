@@ -314,7 +314,7 @@ def test_delta_is_a_share_of_what_the_champion_lacks() -> None:
 @given(st.floats(1e-4, 1e4), st.floats(-0.02, 0.02), st.floats(1e-5, 0.02), st.floats(0, 0.5))
 def test_the_verdict_does_not_depend_on_the_unit(unit: float, difference: float, error: float, delta: float) -> None:
     def scaled(estimate: Estimate) -> Estimate:
-        return estimate.times(unit)
+        return estimate.multiply(unit)
 
     here = headline(difference, error)
     there = Headline(
@@ -325,8 +325,10 @@ def test_the_verdict_does_not_depend_on_the_unit(unit: float, difference: float,
         real_baseline=0.001 * unit,
     )
     verdicts = {decided({"delta": delta}, headline=each).verdict for each in (here, there)}
-    margin = min(abs(bound - here.smallest(delta)) for bound in (here.lead.at_least(0.95), here.lead.at_most(0.95)))
-    if min(margin, abs(here.lead.at_most(0.95))) > 1e-9:  # rounding decides what lies nearer
+    margin = min(
+        abs(bound - here.smallest(delta)) for bound in (here.lead.lower_bound(0.95), here.lead.upper_bound(0.95))
+    )
+    if min(margin, abs(here.lead.upper_bound(0.95))) > 1e-9:  # rounding decides what lies nearer
         assert len(verdicts) == 1
 
 

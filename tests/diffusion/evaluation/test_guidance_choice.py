@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion.checkpoints import export, load_model
 from diffusion.data.dataset import Dataset
-from diffusion.evaluation.cache import cached
+from diffusion.evaluation.cache import load_or_compute
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate, findings
 from diffusion.evaluation.evaluator import Evaluator
@@ -31,10 +31,10 @@ from tests.builders.small_models import write_model
 CLASSES = {"left": 60, "right": 60}
 CANDIDATES = {
     "none": SAMPLING,
-    "1.5 at σ from 0.2 to 5": SAMPLING.changed({"guidance": 1.5, "guidance_interval": (0.2, 5)}),
-    "2 at σ from 0.2 to 5": SAMPLING.changed({"guidance": 2, "guidance_interval": (0.2, 5)}),
-    "3 at σ from 0.2 to 5": SAMPLING.changed({"guidance": 3, "guidance_interval": (0.2, 5)}),
-    "2 at all σ": SAMPLING.changed({"guidance": 2}),
+    "1.5 at σ from 0.2 to 5": SAMPLING.with_changes({"guidance": 1.5, "guidance_interval": (0.2, 5)}),
+    "2 at σ from 0.2 to 5": SAMPLING.with_changes({"guidance": 2, "guidance_interval": (0.2, 5)}),
+    "3 at σ from 0.2 to 5": SAMPLING.with_changes({"guidance": 3, "guidance_interval": (0.2, 5)}),
+    "2 at all σ": SAMPLING.with_changes({"guidance": 2}),
 }
 COUNT = CONFIG.samples // 4
 
@@ -63,7 +63,7 @@ def evaluated(data: Path, checkpoint: Path, output: Path, images: dict[str, Tens
     rows = evaluator.real.training_rows(CONFIG.seed, CONFIG.samples)
     for text, generated in images.items():
         model = evaluator.model(checkpoint, COUNT, CANDIDATES[text], seed=CONFIG.seed + 2, captioned=rows)
-        cached(evaluator.folder, model.generated_key, lambda generated=generated: {"images": generated})
+        load_or_compute(evaluator.folder, model.generated_key, lambda generated=generated: {"images": generated})
     return evaluate(data, [checkpoint], CONFIG, SAMPLING, output)
 
 
@@ -119,7 +119,7 @@ def test_chosen_guidance_goes_into_the_registered_file_which_samples_with_it(dat
     model = load_model(weights)
     [images] = answer(model, [make_request({"task": "sample", "seed": 7, "count": 3})], SAMPLING)
     assert torch.equal(images, sample(load_model(checkpoint), range(3), 7, CANDIDATES[name]))
-    unguided = SAMPLING.changed({"guidance": 1})
+    unguided = SAMPLING.with_changes({"guidance": 1})
     [images] = answer(model, [make_request({"task": "sample", "seed": 7, "count": 3})], unguided)
     assert torch.equal(images, sample(model, range(3), 7, SAMPLING))
     # The gate and monitoring see it as it samples.
@@ -140,7 +140,7 @@ def test_of_guidance_with_equal_kid_the_least_is_chosen(data: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("guidance", [1, 2])
 def test_guidance_of_a_user_wins(data: Path, tmp_path: Path, guidance: float) -> None:
-    sampling = SAMPLING.changed({"guidance": guidance})
+    sampling = SAMPLING.with_changes({"guidance": guidance})
     evaluation = evaluate(data, [write_checkpoint(tmp_path)], CONFIG, sampling, tmp_path / "report")
     assert (evaluation.guidance, evaluation.sampling) == ([], sampling)
 

@@ -43,7 +43,7 @@ def test_evaluation_has_intervals_of_best_checkpoint_and_baseline(dataset: Path,
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_bytes())
     for name in ("kid", "fd", "precision", "recall", "density", "coverage"):
         interval = evaluation.estimates[f"{name}_efflite0"].interval
-        assert metrics[f"{name}_efflite0"] == evaluation.best.scores.of(name)
+        assert metrics[f"{name}_efflite0"] == evaluation.best.scores.get_metric(name)
         assert metrics[f"{name}_efflite0_low"] == interval.low
         assert metrics[f"{name}_efflite0_high"] == interval.high
     # One below 12.

@@ -16,7 +16,7 @@ from diffusion.evaluation.metrics.copies import (
 )
 from diffusion.evaluation.metrics.distances import Scores, compute_scores
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest
-from diffusion.evaluation.metrics.per_class import Labelled, PerClass, evaluate_classes, fit_discriminant
+from diffusion.evaluation.metrics.per_class import LabelledFeatures, PerClass, evaluate_classes, fit_discriminant
 from diffusion.evaluation.metrics.registration import find_registered
 from tests.builders.degraded import blurred, compressed, with_copies, with_noise, without_classes
 from tests.builders.real_images import FASHION, clothes
@@ -97,7 +97,7 @@ def test_missing_classes_raise_distances_and_lower_recall_only() -> None:
 def test_label_agreement_falls_with_each_wrong_class() -> None:
     images, classes = sets()["generated"]
     reader = fit_discriminant([(features("training"), sets()["training"][1])], len(CLASSES))
-    real = Labelled(features("held_out"), sets()["held_out"][1])
+    real = LabelledFeatures(features("held_out"), sets()["held_out"][1])
     features_of_images = extractor()(images[: 2 * COUNT])
     last = (classes[: 2 * COUNT] == 9).nonzero()[:, 0]
 
@@ -106,7 +106,7 @@ def test_label_agreement_falls_with_each_wrong_class() -> None:
         labels = classes[: 2 * COUNT]
         instead = last[torch.arange(len(labels)) % len(last)]
         return evaluate_classes(
-            Labelled(features_of_images[torch.where(labels < wrong, instead, torch.arange(len(labels)))], labels),
+            LabelledFeatures(features_of_images[torch.where(labels < wrong, instead, torch.arange(len(labels)))], labels),
             real,
             reader,
             CLASSES,

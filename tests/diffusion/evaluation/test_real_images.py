@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion.common.fingerprint import fingerprint
-from diffusion.common.progress import Progress, silent
+from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation import real_images
 from diffusion.evaluation.cache import pieces_folder
@@ -59,11 +59,11 @@ def same(first: Reference, second: Reference) -> bool:
 
 
 def pixels_of(dataset: Dataset, rows: np.ndarray = ROWS, factor: float = 1.0) -> Reference:
-    return Reference.of(dataset.images(rows).flatten(1).float() * factor)
+    return Reference.from_features(dataset.images(rows).flatten(1).float() * factor)
 
 
 def real_images_of(
-    cache: Path, dataset: Dataset, rows: np.ndarray, extractor: Pixels, progress: Progress = silent
+    cache: Path, dataset: Dataset, rows: np.ndarray, extractor: Pixels, progress: Progress = ignore_progress
 ) -> RealImages:
     """The real images of ``dataset``, of which those in ``rows`` are the reference."""
     real = RealImages(dataset, extractor, 10, 10, cache, GenerationTask(), progress)
@@ -76,7 +76,7 @@ def cached_features(cache: Path, dataset: Dataset, rows: np.ndarray, extractor: 
 
 
 def cached_reference(
-    cache: Path, dataset: Dataset, rows: np.ndarray, extractor: Pixels, progress: Progress = silent
+    cache: Path, dataset: Dataset, rows: np.ndarray, extractor: Pixels, progress: Progress = ignore_progress
 ) -> Reference:
     return real_images_of(cache, dataset, rows, extractor, progress).reference
 

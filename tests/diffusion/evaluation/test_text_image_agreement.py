@@ -22,7 +22,7 @@ from diffusion.evaluation.metrics.text_image_agreement import (
     number_of_each,
 )
 from diffusion.evaluation.reports.comparison_report import write_comparison_report
-from diffusion.evaluation.reports.html import signed
+from diffusion.evaluation.reports.html import format_signed
 from diffusion.evaluation.results import Evaluation
 from diffusion.generation.generate import conditions_of, sample
 from tests.builders.captioned import COLOURS, squares
@@ -260,8 +260,8 @@ def test_comparison_report_shows_both_agreements_and_their_baselines(data: Path,
         if is_shown:
             assert isinstance(ours, TextImageAgreement)
             assert isinstance(theirs, TextImageAgreement)
-            assert f"version 2 {signed(ours.agreement.value)}" in text
-            assert f"version 1 {signed(theirs.agreement.value)}" in text
+            assert f"version 2 {format_signed(ours.agreement.value)}" in text
+            assert f"version 1 {format_signed(theirs.agreement.value)}" in text
 
 
 def test_an_agreement_that_falls_within_the_limit_or_by_chance_is_no_objection(data: Path, tmp_path: Path) -> None:

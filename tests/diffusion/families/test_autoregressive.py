@@ -14,7 +14,7 @@ from diffusion.checkpoints import load_model
 from diffusion.common.errors import UserError
 from diffusion.common.random import GaussianNoise
 from diffusion.data.dataset import Dataset
-from diffusion.evaluation.evaluator import gflop
+from diffusion.evaluation.evaluator import count_gflop
 from diffusion.evaluation.metrics.held_out_loss import measure_losses
 from diffusion.families.autoregressive import AutoregressiveModel, bits_of_pixels
 from diffusion.families.model import to_float, to_uint8
@@ -154,7 +154,7 @@ def test_sampling_costs_one_pass_for_any_number_of_pixels(model: AutoregressiveM
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         sample_images(model.network, torch.zeros(1, 2, SIZE, SIZE), torch.tensor([0]))
     # But for the first layer above, which a whole pass computes for one row more and leaves out.
-    assert counter.get_total_flops() / 1e9 == pytest.approx(gflop(model, sampling_config()), rel=0.1)
+    assert counter.get_total_flops() / 1e9 == pytest.approx(count_gflop(model, sampling_config()), rel=0.1)
 
 
 @pytest.mark.parametrize("stop", [16, 240])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffusion.checkpoints import load_model, read_model_header
 from diffusion.common.errors import UserError
-from diffusion.common.image_grids import image_of, png_bytes
+from diffusion.common.image_grids import png_bytes, to_pil_image
 from diffusion.data.dataset import Dataset
 from diffusion.diffusers_format.export import export_to_diffusers
 from diffusion.families.ddpm import DiffusionModel, count_evaluations
@@ -128,7 +128,7 @@ def test_student_samples_as_it_was_distilled_unless_a_request_says_otherwise(
 def test_students_edit_an_image_the_more_the_greater_the_strength(dataset: Path, teacher: Path, tmp_path: Path) -> None:
     model = load_model(distilled(dataset, tmp_path / "student", teacher, 32).final)
     source_images = Dataset.open(dataset).images(np.arange(1))
-    image = png_bytes(image_of(source_images[0]))
+    image = png_bytes(to_pil_image(source_images[0]))
     changes = []
     for strength in (0.2, 0.5, 0.9):
         request = make_request({"task": "img2img", "image": image, "strength": strength, "count": 8})

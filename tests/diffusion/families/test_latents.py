@@ -22,10 +22,10 @@ from diffusion.evaluation.evaluate import evaluate
 from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.model import to_float, to_uint8
 from diffusion.generation.explain import explain
-from diffusion.generation.generate import interpolate, make_conditioning, reconstructed, sample
+from diffusion.generation.generate import interpolate, make_conditioning, reconstruct_images, sample
 from diffusion.models.config import ModelConfig
-from diffusion.process.denoiser import guided
-from diffusion.process.editing import Edit, whole
+from diffusion.process.denoiser import apply_guidance
+from diffusion.process.editing import Edit, downsample_mask
 from diffusion.training.config import TrainingConfig
 from diffusion.training.ema import models_to_evaluate
 from diffusion.training.logging import read_metrics
@@ -78,7 +78,7 @@ def image(data: Path) -> torch.Tensor:
 
 def test_latents_of_training_images_have_mean_0_and_deviation_1(data: Path, model: DiffusionModel) -> None:
     dataset = Dataset.open(data)
-    z = model.encoded(to_float(dataset.images(dataset.rows("train"))))
+    z = model.encode(to_float(dataset.images(dataset.rows("train"))))
     assert z.shape[1:] == model.noise_shape == (3, 4, 4)
     spread, mean = torch.std_mean(z.double(), (0, 2, 3), correction=0)
     assert torch.allclose(mean, torch.zeros(3).double(), atol=1e-4)
@@ -90,7 +90,7 @@ def test_latents_of_training_images_have_mean_0_and_deviation_1(data: Path, mode
 
 def test_its_autoencoder_is_the_one_it_was_given(data: Path, first: Path, model: DiffusionModel) -> None:
     images = Dataset.open(data).images(range(20))
-    ours, theirs = (reconstructed(each, images, SAMPLING) for each in (model, load_model(first)))
+    ours, theirs = (reconstruct_images(each, images, SAMPLING) for each in (model, load_model(first)))
     # Scaled to deviation 1 on the way and back.
     assert (ours.int() - theirs.int()).abs().max() <= 1
 
@@ -99,7 +99,7 @@ def test_latent_denoising_loss_matches_the_training_log(data: Path, run: Path, m
     dataset = Dataset.open(data)
     held_out = dataset.rows("held_out")
     with torch.inference_mode():
-        z = model.encoded(to_float(dataset.images(held_out)))
+        z = model.encode(to_float(dataset.images(held_out)))
         # EDM's noise levels and weights for a deviation of 1, whose loss is 1 for a network that answers 0.
         levels = torch.special.ndtri((torch.arange(len(z)).double() + 0.5) / len(z))
         sigma = (-1.2 + 1.2 * levels).exp()
@@ -173,7 +173,9 @@ def test_interpolation_between_seeds_starts_and_ends_at_their_images(model: Diff
 def test_a_latent_is_kept_only_if_all_its_pixels_are(seed: int, factor: int) -> None:
     mask = np.random.default_rng(seed).random((16, 16)) < 0.9
     cells = mask.reshape(16 // factor, factor, 16 // factor, factor)
-    assert np.array_equal(whole(torch.from_numpy(mask), (16 // factor, 16 // factor))[0].numpy(), cells.all((1, 3)))
+    assert np.array_equal(
+        downsample_mask(torch.from_numpy(mask), (16 // factor, 16 // factor))[0].numpy(), cells.all((1, 3))
+    )
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -188,7 +190,7 @@ def test_latent_inpainting_keeps_known_pixels_bit_for_bit(data: Path, model: Dif
 
 def test_latent_img2img_strength_controls_the_change(data: Path, model: DiffusionModel) -> None:
     real, config = image(data), STEPPED.model_copy(update={"steps": 20})
-    back = reconstructed(model, real[None], SAMPLING)[0]
+    back = reconstruct_images(model, real[None], SAMPLING)[0]
     strengths = (0.05, 0.4, 0.95)
     weak, middle, strong = (
         mean_square(sample(model, [0], 0, config, edit=Edit(real, strength=each))[0], back) for each in strengths
@@ -245,9 +247,9 @@ def test_estimates_are_not_clipped_to_the_range_of_images_with_or_without_guidan
         noise = GaussianNoise(0, "sampling", range(36), model.noise_shape)
         conditioning = make_conditioning(model, range(36), 0)
         untold = {"label": torch.full_like(conditioning["label"], 2)}
-        mixture = guided(model.denoiser(conditioning), model.denoiser(untold), 3.0)
+        mixture = apply_guidance(model.denoiser(conditioning), model.denoiser(untold), 3.0)
         expected = STEPPED.run(mixture, STEPPED.sigma_grid(model.schedule), noise)
-        assert torch.equal(images, to_uint8(model.decoded(expected)))
+        assert torch.equal(images, to_uint8(model.decode(expected)))
 
 
 def test_invalid_or_mismatched_autoencoder_is_an_error(data: Path, first: Path, run: Path, tmp_path: Path) -> None:

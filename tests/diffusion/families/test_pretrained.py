@@ -179,7 +179,7 @@ def test_euler_in_sigma_at_the_levels_of_a_flow_is_the_pipelines_own_scheduler(
     noise = torch.randn(COUNT, *model.noise_shape, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
         x = sampling_config(sampler="euler").run(model.denoiser(conditioning), shares / (1 - shares), lambda: noise)
-        images = model.decoded(x)
+        images = model.decode(x)
     expected = ours(model, conditions, steps=8)
     assert (((images + 1) * 127.5).clamp(0, 255) - expected).abs().max() < 1.0
 
@@ -224,7 +224,7 @@ def test_img2img_by_the_scheduler_is_that_of_diffusers(
     image = torch.randint(0, 256, model.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     images = ours(model, Conditions(prompts=("a red circle",)), Edit(image, strength=0.6), guidance=3.0)
     pipeline = diffusers.StableDiffusionImg2ImgPipeline.from_pretrained(folder)
-    latents = model.encoded(image[None].float() / 127.5 - 1)  # the mean, where the pipeline samples
+    latents = model.encode(image[None].float() / 127.5 - 1)  # the mean, where the pipeline samples
     expected = pipeline(
         prompt=["a red circle"] * COUNT,
         image=latents.expand(COUNT, -1, -1, -1),
@@ -287,7 +287,7 @@ def test_a_network_of_classes_alone_is_not_guided(make_pipeline: Callable[..., t
     folder, model = make_pipeline("class_conditional")
     config = sampling_config(sampler="scheduler", steps=3, compute_batch=2)
     with pytest.raises(UserError, match=r"sampling\.guidance"):
-        sample(model, [0], 0, config.changed({"guidance": 3.0}))
+        sample(model, [0], 0, config.with_changes({"guidance": 3.0}))
     with pytest.raises(UserError, match="label"):
         sample(model, [0], 0, config, conditions=Conditions(labels=(None,)))
     images = sample(model, [0, 1], 0, config, conditions=Conditions(labels=("0", "2")))

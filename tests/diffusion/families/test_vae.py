@@ -12,7 +12,7 @@ from torch.distributions import MultivariateNormal
 
 from diffusion.checkpoints import export, load_model
 from diffusion.common.errors import UserError
-from diffusion.common.image_grids import above, png_bytes
+from diffusion.common.image_grids import make_paired_grid, png_bytes
 from diffusion.common.random import GaussianNoise
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.config import EvaluationConfig
@@ -24,7 +24,7 @@ from diffusion.families.model import to_float, to_uint8
 from diffusion.families.vae import VAEModel
 from diffusion.generation.config import Conditions, make_request
 from diffusion.generation.explain import explain
-from diffusion.generation.generate import interpolate, reconstructed, sample
+from diffusion.generation.generate import interpolate, reconstruct_images, sample
 from diffusion.generation.requests import answer, tasks_of
 from diffusion.models import vae
 from diffusion.models.config import ModelConfig, VAEConfig
@@ -73,7 +73,7 @@ def test_images_come_back_closer_than_the_mean_image(data: Path, tmp_path: Path)
     final = autoencoder(data, tmp_path / "run", config={"images": 1600, "learning_rate": 1e-2}).final
     dataset = Dataset.open(data)
     held_out, train_set = (dataset.images(dataset.rows(split)) for split in ("held_out", "train"))
-    back = reconstructed(load_model(final), held_out, SAMPLING)
+    back = reconstruct_images(load_model(final), held_out, SAMPLING)
     mean = to_uint8(to_float(train_set).mean(0))
     assert mean_square(back, held_out) < 0.5 * mean_square(mean.expand_as(held_out), held_out)
 
@@ -146,7 +146,7 @@ def test_vae_is_evaluated_by_held_out_reconstruction(data: Path, run: Path, tmp_
     dataset, extractor = Dataset.open(data), EfficientNetLite0(32)
     held_out = dataset.images(dataset.rows("held_out"))
     for checkpoint in evaluation.checkpoints:
-        back = reconstructed(load_model(Path(checkpoint.file)), held_out, SAMPLING)
+        back = reconstruct_images(load_model(Path(checkpoint.file)), held_out, SAMPLING)
         ratios = [10 * math.log10(255**2 / mean_square(*pair)) for pair in zip(back, held_out, strict=True)]
         assert checkpoint.reconstruction is not None
         assert checkpoint.reconstruction.psnr == pytest.approx(np.mean(ratios))
@@ -159,7 +159,7 @@ def test_vae_is_evaluated_by_held_out_reconstruction(data: Path, run: Path, tmp_
     assert json.loads((tmp_path / "metrics.json").read_text())["reconstruction_psnr"] == best.reconstruction.psnr
     assert "reconstruction_psnr" in (tmp_path / "scores.csv").read_text().splitlines()[0]
     grid_pixels = np.asarray(Image.open(tmp_path / "grids" / "held_out_reconstructed.png"))
-    expected = above(held_out, reconstructed(load_model(Path(best.file)), held_out, SAMPLING))
+    expected = make_paired_grid(held_out, reconstruct_images(load_model(Path(best.file)), held_out, SAMPLING))
     assert np.array_equal(grid_pixels, np.asarray(expected))
     page = (tmp_path / "report.html").read_text()
     assert "<h2>Reconstructions</h2>" in page
@@ -170,7 +170,7 @@ def test_vae_is_evaluated_by_held_out_reconstruction(data: Path, run: Path, tmp_
 
 def test_originals_are_shown_above_reconstructions() -> None:
     images = torch.from_numpy(random_images(5, size=4))
-    sheet = np.asarray(above(images, 255 - images, columns=2, scale=1))
+    sheet = np.asarray(make_paired_grid(images, 255 - images, columns=2, scale=1))
     assert sheet.shape == (2 + 4 * 6, 2 + 2 * 6)
     assert np.array_equal(sheet[2:6, 2:6], images[0, 0])
     assert np.array_equal(sheet[8:12, 2:6], 255 - images[0, 0])

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffusion.checkpoints import load_model
-from diffusion.common.device import repeatable, resolve_device
+from diffusion.common.device import compute_deterministically, resolve_device
 from diffusion.common.errors import UserError
 from diffusion.common.fingerprint import fingerprint
 from diffusion.generation.generate import sample
@@ -48,8 +48,8 @@ def test_concurrent_determinism_settings_are_restored_by_the_last_user() -> None
 
     before, gpu = switches(), torch.device("cuda")
     one, other = ExitStack(), ExitStack()
-    one.enter_context(repeatable(gpu))
-    other.enter_context(repeatable(gpu))
+    one.enter_context(compute_deterministically(gpu))
+    other.enter_context(compute_deterministically(gpu))
     one.close()
     assert switches() == ("high", True, True)
     other.close()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusion.checkpoints import AVERAGED, load_model, read_tensors, save_tensors
 from diffusion.common.errors import UserError
-from diffusion.common.shapes import apportion, by_shape, interleave, parse_size
+from diffusion.common.shapes import apportion, interleave, map_by_shape, parse_size
 from diffusion.families.autoregressive import AutoregressiveModel
 from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.gan import GANModel
@@ -65,7 +65,7 @@ def test_images_of_a_size_have_the_same_bits_whatever_they_are_generated_with(mo
     mixed = sample_each(model, range(10), 3, SAMPLING, conditions=conditions)
     for index, image in enumerate(mixed):
         size = sizes[index % 5] or (16, 16)
-        alone = sample(model.at(size), [index], 3, SAMPLING)
+        alone = sample(model.with_size(size), [index], 3, SAMPLING)
         assert image.shape == (1, *size)
         assert torch.equal(image, alone[0])
     assert torch.equal(mixed[2], sample(model, [2], 3, SAMPLING)[0])
@@ -79,7 +79,7 @@ def test_requests_of_several_sizes_give_the_images_of_each_by_itself(model: Mode
     for request, images in zip(requests, together, strict=True):
         assert torch.equal(images, answer(model, [request], SAMPLING)[0])
     assert [tuple(images.shape[2:]) for images in together] == [(8, 8), (12, 20), (16, 16), (20, 12)]
-    path = interpolate(model.at((12, 20)), 5, 6, 3, SAMPLING)
+    path = interpolate(model.with_size((12, 20)), 5, 6, 3, SAMPLING)
     assert (path[0].int() - together[1][0].int()).abs().max() <= 1
 
 
@@ -96,14 +96,14 @@ def test_a_network_takes_every_shape_as_padding_to_its_fold_does() -> None:
 def test_sampling_starts_at_the_noise_level_of_the_number_of_values(model: Model) -> None:
     assert isinstance(model, DiffusionModel)
     for size in ((8, 8), (12, 20), (16, 9)):
-        grid = SAMPLING.sigma_grid(model.at(size).schedule)
+        grid = SAMPLING.sigma_grid(model.with_size(size).schedule)
         assert grid[0].item() == pytest.approx(math.sqrt(math.prod(size)))
-    assert torch.equal(model.at((12, 20)).schedule.sigmas, model.schedule.sigmas)
+    assert torch.equal(model.with_size((12, 20)).schedule.sigmas, model.schedule.sigmas)
 
 
 def test_a_model_of_shapes_generates_the_most_frequent_one_by_default(of_shapes: DiffusionModel) -> None:
     assert of_shapes.shape == (1, 8, 32)
-    assert of_shapes.at((16, 16)).at(None).shape == (1, 8, 32)
+    assert of_shapes.with_size((16, 16)).with_size(None).shape == (1, 8, 32)
     assert [*of_shapes.header.trained_shapes] == [(8, 32), (32, 8), (16, 16)]
     stored = json.loads(of_shapes.header.model_dump_json())
     assert stored["shapes"] == {"16x16": 3, "32x8": 9, "8x32": 5}
@@ -144,9 +144,9 @@ def test_autoregressive_models_generate_any_shape_from_their_own_noise() -> None
     config = AutoregressiveConfig(width=8, layers=2, mixtures=2)
     about = header().model_copy(update={"model": config})
     model = AutoregressiveModel(about, AutoregressiveModel.make_network(config, (1, 8, 8), 0).eval())
-    images = sample(model.at((8, 10)), range(3), 0, SAMPLING_PLAIN)
+    images = sample(model.with_size((8, 10)), range(3), 0, SAMPLING_PLAIN)
     assert images.shape == (3, 1, 8, 10)
-    assert torch.equal(images[1:2], sample(model.at((8, 10)), [1], 0, SAMPLING_PLAIN))
+    assert torch.equal(images[1:2], sample(model.with_size((8, 10)), [1], 0, SAMPLING_PLAIN))
 
 
 SAMPLING_PLAIN = sampling_config(compute_batch=4)
@@ -162,9 +162,9 @@ SAMPLING_PLAIN = sampling_config(compute_batch=4)
 def test_families_with_a_linear_layer_say_that_they_take_one_square(kind: type[Model], config: GANConfig) -> None:
     about = header().model_copy(update={"model": config})
     model = kind(about, kind.make_network(config, (1, 8, 8), 0))
-    assert model.at((8, 8)).shape == (1, 8, 8)
+    assert model.with_size((8, 8)).shape == (1, 8, 8)
     with pytest.raises(UserError, match="8x8 pixels alone"):
-        model.at((8, 12))
+        model.with_size((8, 12))
     assert shape_conflict(config, 8, [(8, 8)]) is None
     assert "ingest.fit" in (shape_conflict(config, 8, [(4, 16), (16, 4)]) or "")
 
@@ -177,15 +177,15 @@ def test_latents_of_any_shape_are_decoded_and_those_the_factor_does_not_divide_r
     )
     network = UNet(about.model, 2, 4).eval()  # type: ignore[arg-type]
     model = DiffusionModel.make_model(about, network, Latents(space, 1).eval())
-    assert model.at((8, 12)).noise_shape == (2, 4, 6)
-    assert sample(model.at((8, 12)), [0], 0, SAMPLING).shape == (1, 1, 8, 12)
+    assert model.with_size((8, 12)).noise_shape == (2, 4, 6)
+    assert sample(model.with_size((8, 12)), [0], 0, SAMPLING).shape == (1, 1, 8, 12)
     with pytest.raises(UserError, match="does not divide"):
-        model.at((8, 11))
+        model.with_size((8, 11))
 
 
 def test_a_side_below_the_fold_is_an_error(model: Model) -> None:
     with pytest.raises(UserError, match="4 pixels and more"):
-        model.at((3, 30))
+        model.with_size((3, 30))
 
 
 @pytest.mark.parametrize("text", ["96", "96x", "x64", "0x64", "96x4", "96x64x3", "9999x64", "a×b", ""])
@@ -235,7 +235,7 @@ def test_shares_of_shapes_are_exact_and_any_first_images_have_them() -> None:
 
 def test_work_on_images_of_several_shapes_comes_back_in_their_order() -> None:
     images: list[Tensor] = [torch.full((1, 2 + n % 3, 4), n) for n in range(7)]
-    assert by_shape(images, lambda some: some.flatten(1)[:, :1]).flatten().tolist() == [*range(7)]
+    assert map_by_shape(images, lambda some: some.flatten(1)[:, :1]).flatten().tolist() == [*range(7)]
 
 
 def test_a_file_of_a_model_with_shapes_is_loaded_with_them(of_shapes: DiffusionModel, tmp_path: Path) -> None:

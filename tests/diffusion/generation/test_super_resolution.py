@@ -24,10 +24,10 @@ from diffusion.generation.generate import interpolate, sample
 from diffusion.generation.super_resolution import (
     GenerationTask,
     add_conditioning_noise,
-    enlarged,
+    enlarge_images,
     make_tiles,
-    shrunk,
-    starts,
+    place_tiles,
+    shrink_images,
     upscale,
 )
 from diffusion.models.config import ModelConfig
@@ -92,10 +92,10 @@ def pillow(images: Tensor, height: int, width: int) -> Tensor:
 
 def test_resizing_matches_pillow() -> None:
     images = torch.from_numpy(random_images(4, channels=3, size=24))
-    small = shrunk(images, 3)
+    small = shrink_images(images, 3)
     assert small.dtype == torch.uint8
     assert (small.int() - pillow(images, 8, 8).int()).abs().max() <= 1
-    large = to_uint8(enlarged(small[..., :5, :], 3))
+    large = to_uint8(enlarge_images(small[..., :5, :], 3))
     assert (large.int() - pillow(small[..., :5, :], 15, 24).int()).abs().max() <= 1
 
 
@@ -104,8 +104,8 @@ def test_a_network_that_adds_nothing_leaves_the_image_as_interpolation_enlarges_
     nn.init.zeros_(model.network.head.weight)
     assert model.network.head.bias is not None
     nn.init.zeros_(model.network.head.bias)
-    assert torch.equal(upscale(model, SMALL, 0, SAMPLING), to_uint8(enlarged(SMALL, 2)))
-    assert torch.equal(upscale(model, WIDE, 0, SAMPLING), to_uint8(enlarged(WIDE, 2)))
+    assert torch.equal(upscale(model, SMALL, 0, SAMPLING), to_uint8(enlarge_images(SMALL, 2)))
+    assert torch.equal(upscale(model, WIDE, 0, SAMPLING), to_uint8(enlarge_images(WIDE, 2)))
 
 
 def test_super_resolution_sigma_data_is_the_residual_deviation() -> None:
@@ -209,7 +209,7 @@ def test_a_grid_shows_held_out_images_small_enlarged_and_real(data: Path, tmp_pa
     result = train(data, tmp_path / "run", MODEL, config, SAMPLING)
     dataset = Dataset.open(data)
     real = dataset.images(dataset.rows("held_out")[:36])
-    large = upscale(load_model(result.final), shrunk(real, 2), 0, SAMPLING)
+    large = upscale(load_model(result.final), shrink_images(real, 2), 0, SAMPLING)
     sheet = np.asarray(Image.open(tmp_path / "run" / "samples" / "0000000032.png"))
     scale, pad = 8, 2
 
@@ -218,7 +218,7 @@ def test_a_grid_shows_held_out_images_small_enlarged_and_real(data: Path, tmp_pa
         return torch.from_numpy(sheet[top : top + 8 * scale : scale, left : left + 8 * scale : scale].copy())
 
     for number in (0, 7, 35):
-        assert torch.equal(cell(3 * number)[::2, ::2], shrunk(real, 2)[number, 0])
+        assert torch.equal(cell(3 * number)[::2, ::2], shrink_images(real, 2)[number, 0])
         assert torch.equal(cell(3 * number + 1), large[number, 0])
         assert torch.equal(cell(3 * number + 2), real[number, 0])
 
@@ -239,7 +239,7 @@ def test_super_resolution_beats_bicubic_on_a_determined_task(data: Path, tmp_pat
     # Also of images larger than those of the training, whose blocks tiles would cut if they began elsewhere.
     for across in (4, 11):
         real = torch.from_numpy(flat_blocks(20, across, seed=9))
-        small = shrunk(real, 2)
+        small = shrink_images(real, 2)
         ours, bicubic = (
             psnr(each, real).mean() for each in (upscale(model, small, 0, many), enlarged_as_stored(small))
         )
@@ -247,12 +247,12 @@ def test_super_resolution_beats_bicubic_on_a_determined_task(data: Path, tmp_pat
 
 
 def enlarged_as_stored(small: Tensor) -> Tensor:
-    return to_uint8(enlarged(small, 2))
+    return to_uint8(enlarge_images(small, 2))
 
 
 @given(st.integers(2, 40), st.integers(0, 200))
 def test_tiles_cover_everything_and_overlap_by_a_quarter(size: int, more: int) -> None:
-    begins = starts(size + more, size)
+    begins = place_tiles(size + more, size)
     assert begins[0] == 0
     assert begins[-1] == more
     strides = np.diff(begins)
@@ -264,14 +264,14 @@ def test_tiles_cover_everything_and_overlap_by_a_quarter(size: int, more: int) -
 def test_blending_tiles_restores_the_image(height: int, width: int, scale: int) -> None:
     tiles = make_tiles(height, width, (4, 4), scale)
     canvas = torch.randn(2, 3, height * scale, width * scale, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(tiles.blended(tiles.cut(canvas), height * scale, width * scale), canvas)
+    torch.testing.assert_close(tiles.blend(tiles.cut(canvas), height * scale, width * scale), canvas)
     assert all(start % scale == 0 for place in tiles.places for start in place)
 
 
 def test_tiles_that_disagree_pass_into_each_other_without_an_edge() -> None:
     tiles = make_tiles(16, 52, (16, 16), 4)
     pieces = torch.arange(len(tiles.places)).float()[:, None, None, None].expand(-1, 1, 64, 64)
-    canvas = tiles.blended(pieces, 64, 208)[0, 0]
+    canvas = tiles.blend(pieces, 64, 208)[0, 0]
     assert canvas[:, 0].eq(0).all()
     assert canvas[:, -1].eq(len(tiles.places) - 1).all()
     # From one tile's answer to the next over all of the 16 pixels or more that both see.
@@ -307,8 +307,8 @@ def test_tiles_give_the_image_that_the_whole_gives(sampler: str) -> None:
     whole, in_tiles = (upscale(oracle(low, 2 * low), square, 5, config) for low in (14, 4))
     assert (whole.int() - in_tiles.int()).abs().max() <= 1
     # And it is one of the right distribution: about the small image, with its spread.
-    difference = to_float(whole) - enlarged(square, 2)
-    inside = enlarged(square, 2).abs() < 0.2
+    difference = to_float(whole) - enlarge_images(square, 2)
+    inside = enlarge_images(square, 2).abs() < 0.2
     assert abs(difference[inside].std() - Oracle.SPREAD) < 0.05
     assert abs(difference[inside].mean()) < 0.05
 
@@ -317,7 +317,7 @@ def test_tiles_give_the_image_that_the_whole_gives(sampler: str) -> None:
 @pytest.mark.parametrize("small", [SMALL, WIDE], ids=["square", "wide"])
 @pytest.mark.parametrize("batch", [8, 3])
 def test_upscaled_image_does_not_depend_on_the_batch(sampler: str, small: Tensor, batch: int) -> None:
-    config = SAMPLING.with_sampler(sampler).changed({"compute_batch": batch, "low_resolution_noise": 0.05})
+    config = SAMPLING.with_sampler(sampler).with_changes({"compute_batch": batch, "low_resolution_noise": 0.05})
     model = untrained()
     many = upscale(model, small, 7, config)
     assert many.shape == (len(small), 1, 2 * small.shape[2], 2 * small.shape[3])

@@ -14,7 +14,7 @@ from diffusion.common.errors import UserError
 from diffusion.families.ddpm import DiffusionModel
 from diffusion.generation.config import Conditions
 from diffusion.generation.generate import interpolate, sample
-from diffusion.process.editing import Edit, between, levels_for, pigdm, repaint, replace_known
+from diffusion.process.editing import Edit, pigdm, repaint, replace_known, select_levels, slerp
 from diffusion.process.samplers import SamplingConfig, sampling_config
 from diffusion.process.schedules import edm_schedule
 from tests.builders.ideal_denoiser import IdealDenoiser, two_tone_points
@@ -120,17 +120,17 @@ def test_repaint_with_one_resample_step_equals_the_sampler() -> None:
 @given(st.floats(0.01, 1), st.integers(2, 100))
 def test_the_stronger_the_change_the_more_steps_and_noise(strength: float, steps: int) -> None:
     sigmas = edm_schedule(1000).sigma_grid(steps)
-    levels = levels_for(sigmas, strength)
+    levels = select_levels(sigmas, strength)
     assert levels[-1] == 0
     assert len(levels) >= 2
     assert abs((len(levels) - 1) - max(1.0, strength * steps)) <= 0.5
-    assert torch.equal(levels_for(sigmas, 1), sigmas)
+    assert torch.equal(select_levels(sigmas, 1), sigmas)
 
 
 @given(st.integers(0, 1000))
 def test_interpolated_noise_keeps_its_variance(seed: int) -> None:
     one, other = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
-    path = between(one, other, torch.linspace(0, 1, 7))
+    path = slerp(one, other, torch.linspace(0, 1, 7))
     torch.testing.assert_close(path[0], one)
     torch.testing.assert_close(path[-1], other)
     norms = path.flatten(1).norm(dim=1)

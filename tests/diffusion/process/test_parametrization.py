@@ -11,7 +11,14 @@ from torch import Tensor
 
 from diffusion.models.config import ModelConfig, Prediction
 from diffusion.process.denoiser import Denoiser
-from diffusion.process.parametrization import Objective, Parametrization, edm, make_objective, make_weight, plain
+from diffusion.process.parametrization import (
+    Objective,
+    Parametrization,
+    make_edm_weight,
+    make_objective,
+    make_plain_weight,
+    make_weight,
+)
 from diffusion.process.schedules import NoiseSchedule, cosine_schedule, edm_schedule, linear_schedule, sigmoid_schedule
 from diffusion.training.config import TrainingConfig
 
@@ -47,7 +54,9 @@ def test_predictions_and_inputs_match_diffusers(prediction: Prediction, t: int) 
     expected = {"epsilon": noise, "sample": x0, "v_prediction": theirs.get_velocity(x0, noise, at)}[prediction]
     # Theirs takes the roots in float32, which is where the last digits differ.
     torch.testing.assert_close(ours.target(x0, noise, sigma), expected, atol=2e-5, rtol=0)
-    torch.testing.assert_close(ours.noisy(x0, noise, sigma), theirs.add_noise(x0, noise, at), atol=2e-5, rtol=0)
+    torch.testing.assert_close(
+        ours.make_noisy_input(x0, noise, sigma), theirs.add_noise(x0, noise, at), atol=2e-5, rtol=0
+    )
 
 
 @given(sigmas)
@@ -56,7 +65,10 @@ def test_edms_preconditioning_is_that_of_diffusers(sigma: float) -> None:
     x0, noise, output = images(0), images(1), images(2)
     x = x0 + sigma * noise
     torch.testing.assert_close(
-        ours.noisy(x0, noise, level(sigma)), theirs.precondition_inputs(x, torch.tensor(sigma)), atol=1e-5, rtol=1e-5
+        ours.make_noisy_input(x0, noise, level(sigma)),
+        theirs.precondition_inputs(x, torch.tensor(sigma)),
+        atol=1e-5,
+        rtol=1e-5,
     )
     torch.testing.assert_close(
         ours.to_x0(output, x, level(sigma)),
@@ -148,7 +160,7 @@ def test_each_image_has_its_own_step_and_its_own_loss() -> None:
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_noising_and_loss_are_float32_under_autocast(prediction: Prediction) -> None:
     parametrization = Parametrization(prediction, SIGMA_DATA)
-    objective = Objective(cosine_schedule(1000), parametrization, plain(parametrization))
+    objective = Objective(cosine_schedule(1000), parametrization, make_plain_weight(parametrization))
     x0, noise, t = images(0), images(1), torch.tensor([3, 700])
     inputs: list[Tensor] = []
 
@@ -166,7 +178,7 @@ def test_noising_and_loss_are_float32_under_autocast(prediction: Prediction) -> 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_residual_objective_equals_training_on_the_difference(prediction: Prediction) -> None:
-    objective = Objective(edm_schedule(1000), Parametrization(prediction, 0.2), edm(0.2))
+    objective = Objective(edm_schedule(1000), Parametrization(prediction, 0.2), make_edm_weight(0.2))
     generator = torch.Generator().manual_seed(0)
     x0, around, noise = (torch.randn(4, 1, 8, 8, generator=generator) for _ in range(3))
     t = torch.tensor([1.0, 300.0, 600.0, 990.0])

@@ -90,7 +90,7 @@ def test_deterministic_samplers_converge_to_the_exact_solution_at_their_order(
 def test_fresh_noise_leaves_the_distribution_of_the_data_as_it_is(config: SamplingConfig) -> None:
     schedule = cosine_schedule(1000)
     noise, sigmas = noises(1, 4000, 1), schedule.sigma_grid(500)
-    sampler = config.changed({"steps": 500}).build_sampler()
+    sampler = config.with_changes({"steps": 500}).build_sampler()
     images = sampler(gaussian_denoiser, sigmas[0].float() * noise(), sigmas, noise)
     assert images.std().item() == pytest.approx(SPREAD, rel=0.06)
     assert images.mean().item() == pytest.approx(0, abs=0.05)

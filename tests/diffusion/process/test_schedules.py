@@ -14,8 +14,8 @@ from diffusion.process.schedules import (
     edm_schedule,
     linear_schedule,
     make_schedule,
+    rescale_zero_terminal_snr,
     sigmoid_schedule,
-    without_signal_at_the_end,
 )
 
 THEIR_NAME = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
@@ -92,7 +92,7 @@ def test_a_schedule_without_signal_at_its_end_is_that_of_diffusers(name: str) ->
 
 @given(schedules)
 def test_stretching_keeps_the_first_level_and_the_order_of_all(schedule: NoiseSchedule) -> None:
-    stretched = without_signal_at_the_end(schedule)
+    stretched = rescale_zero_terminal_snr(schedule)
     assert stretched.alphas_cumprod[0].item() == pytest.approx(schedule.alphas_cumprod[0].item())
     assert (stretched.alphas_cumprod.diff() < 0).all()
     assert stretched.sigmas.isfinite().all()

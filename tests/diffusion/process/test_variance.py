@@ -22,8 +22,8 @@ from diffusion.generation.generate import sample
 from diffusion.models.config import ModelConfig, Prediction, training_conflict
 from diffusion.models.unet import UNet
 from diffusion.process.denoiser import Denoiser
-from diffusion.process.likelihood import HALF_A_LEVEL, bound, deviation_between, log_likelihood
-from diffusion.process.parametrization import Objective, Parametrization, plain
+from diffusion.process.likelihood import HALF_A_LEVEL, compute_bound, interpolate_deviation, log_likelihood
+from diffusion.process.parametrization import Objective, Parametrization, make_plain_weight
 from diffusion.process.samplers import (
     SAMPLING_ADAPTER,
     DDPMSampling,
@@ -102,7 +102,7 @@ def test_the_logarithm_goes_straight_from_one_bound_to_the_other(v: float) -> No
     low, high = torch.tensor(0.01, dtype=torch.float64), torch.tensor(0.09, dtype=torch.float64)
     share = (v + 1) / 2
     expected = math.exp(0.5 * (share * math.log(0.09) + (1 - share) * math.log(0.01)))
-    assert deviation_between(torch.tensor([v]), low, high).item() == pytest.approx(expected)
+    assert interpolate_deviation(torch.tensor([v]), low, high).item() == pytest.approx(expected)
 
 
 def as_in_the_paper(schedule: NoiseSchedule, t: int, x0: Tensor, noise: Tensor, errors: Tensor, v: Tensor) -> Tensor:
@@ -141,8 +141,8 @@ def test_the_bound_is_the_papers_as_torch_distributions_have_it(schedule: NoiseS
         for i, t in enumerate(times)
     ]
     assert min(each) > 0
-    torch.testing.assert_close(bound(schedule, times, x0, errors, v), torch.stack(each), rtol=1e-9, atol=1e-9)
-    single = bound(schedule, times, x0.float(), errors.float(), v.float())
+    torch.testing.assert_close(compute_bound(schedule, times, x0, errors, v), torch.stack(each), rtol=1e-9, atol=1e-9)
+    single = compute_bound(schedule, times, x0.float(), errors.float(), v.float())
     torch.testing.assert_close(single.double(), torch.stack(each), rtol=1e-4, atol=1e-5)
 
 
@@ -173,14 +173,14 @@ def test_the_bound_is_least_where_the_variance_is_the_true_one(schedule: NoiseSc
     slopes = []
     for beside in (-0.1, 0.0, 0.1):
         v = (true + beside).requires_grad_()
-        (slope,) = torch.autograd.grad(bound(schedule, times, torch.zeros_like(errors), errors, v).sum(), v)
+        (slope,) = torch.autograd.grad(compute_bound(schedule, times, torch.zeros_like(errors), errors, v).sum(), v)
         slopes.append(slope)
     # It is convex in v, so there is no other minimum.
     assert (slopes[0] < 0).all()
     assert (slopes[2] > 0).all()
     assert (slopes[1].abs() < 1e-5 * slopes[2]).all()
     low, high = (filled(each(sigma, following), v) for each in (fixed_small, fixed_large))
-    variance = deviation_between(true, low, high) ** 2
+    variance = interpolate_deviation(true, low, high) ** 2
     torch.testing.assert_close(variance[:, 0, 0, 0], true_variance(sigma, following), rtol=1e-9, atol=0)
 
 
@@ -206,7 +206,7 @@ def test_training_on_gaussian_data_prefers_the_true_variance_to_any_other(predic
     schedule, generator = linear_schedule(1000), torch.Generator().manual_seed(0)
     x0 = MEAN + SPREAD * torch.randn(64, 1, 16, 16, generator=generator)
     noise, parametrization = torch.randn(x0.shape, generator=generator), Parametrization(prediction, SPREAD)
-    objective = Objective(schedule, parametrization, plain(parametrization))
+    objective = Objective(schedule, parametrization, make_plain_weight(parametrization))
     for time in (1, 5, 50):
         t = torch.full((64,), time)
         true = exact_v(*levels(schedule, t[:1]))
@@ -226,7 +226,7 @@ def test_the_bound_teaches_the_variance_and_nothing_else(prediction: Prediction)
     noise = torch.randn(x0.shape, generator=generator)
     t = torch.tensor([0, 1, 250, 499])
     parametrization = Parametrization(prediction, SPREAD)
-    objective = Objective(schedule, parametrization, plain(parametrization))
+    objective = Objective(schedule, parametrization, make_plain_weight(parametrization))
     output = torch.randn(4, 6, 4, 4, generator=generator) * 0.1
     output.requires_grad_()
     loss = objective.loss(lambda _x, _time: output, x0, t, noise)
@@ -239,13 +239,13 @@ def test_the_bound_teaches_the_variance_and_nothing_else(prediction: Prediction)
     error = parametrization.c_out(schedule.sigma(t)).float()[:, None, None, None] * (
         output[:, :3] - parametrization.target(x0, noise, schedule.sigma(t))
     )
-    term = bound(schedule, t, x0, error, output[:, 3:])
+    term = compute_bound(schedule, t, x0, error, output[:, 3:])
     torch.testing.assert_close(loss - simple, 0.5 * term, rtol=1e-4, atol=1e-5)
 
 
 def test_the_bound_is_float32_under_autocast() -> None:
     parametrization = Parametrization("v_prediction")
-    objective = Objective(cosine_schedule(1000), parametrization, plain(parametrization))
+    objective = Objective(cosine_schedule(1000), parametrization, make_plain_weight(parametrization))
     x0, noise, t = torch.zeros(3, 1, 4, 4), torch.randn(3, 1, 4, 4), torch.tensor([0, 3, 700])
 
     def network(x: Tensor, time: Tensor) -> Tensor:
@@ -327,9 +327,9 @@ def test_ddpm_of_every_variance_is_that_of_diffusers_step_for_step_on_any_grid(
     generator = torch.Generator().manual_seed(5)
 
     class RecordingDenoiser(Denoiser):
-        def answer(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        def estimate(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
             inputs.append(x / (1 + sigma**2).sqrt().float())
-            return super().answer(x, sigma)
+            return super().estimate(x, sigma)
 
     denoiser = RecordingDenoiser(network, schedule, Parametrization("epsilon"), learned_variance=True)
     DDPMSampling(variance=ours).run(denoiser, sigmas, lambda: torch.randn(2, 1, 4, 4, generator=generator))

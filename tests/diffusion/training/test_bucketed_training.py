@@ -124,7 +124,7 @@ def test_latents_have_the_shapes_of_the_buckets(data: Path, tmp_path: Path) -> N
     vae = train(square, tmp_path / "vae", autoencoder, short, sampling_config()).final
     model = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), patch=1, autoencoder=str(vae))
     final = train(data, tmp_path / "run", model, short, SAMPLING).final
-    assert load_model(final).at((12, 24)).noise_shape == (2, 6, 12)
+    assert load_model(final).with_size((12, 24)).noise_shape == (2, 6, 12)
 
 
 def test_a_family_of_one_shape_is_rejected(data: Path, tmp_path: Path) -> None:

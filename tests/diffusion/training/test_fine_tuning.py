@@ -260,7 +260,9 @@ def test_latents_are_those_of_each_image_and_of_its_mirror_image(
         images = to_float(dataset.images(rows))
         images[torch.from_numpy(mirrored)] = images[torch.from_numpy(mirrored)].flip(-1)
         with torch.inference_mode():
-            torch.testing.assert_close(cache.of(rows, mirrored), model.network.encode(images), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                cache.select_rows(rows, mirrored), model.network.encode(images), rtol=1e-4, atol=1e-5
+            )
         call_count, files = len(calls), {path: path.read_bytes() for path in encodings_folder(folder).iterdir()}
         LatentCache(dataset, "digest", encode, True, pool)
         assert len(calls) == call_count
@@ -272,10 +274,10 @@ def test_latents_are_those_of_each_image_and_of_its_mirror_image(
         LatentCache(dataset, "another", encode, False, pool)
         assert len(list(encodings_folder(folder).iterdir())) == 2 * len(files)
     # Mapped files stay readable after a takedown has deleted them.
-    before = cache.of(rows)
+    before = cache.select_rows(rows)
     remove(folder, Selection(sources=["3.png"]), "consent withdrawn")
     assert not encodings_folder(folder).exists()
-    assert torch.equal(cache.of(rows), before)
+    assert torch.equal(cache.select_rows(rows), before)
 
 
 @pytest.mark.slow

@@ -123,33 +123,33 @@ def test_autoguidance_leads_from_the_guides_estimate_through_the_models(tmp_path
 
 def test_a_guide_with_the_models_own_weights_changes_nothing(tmp_path: Path) -> None:
     same, plain = model_of(tmp_path, guide=0), generated(model_of(tmp_path, guide=None), SAMPLING)
-    assert torch.equal(generated(same, SAMPLING.changed({"autoguidance": 3})), plain)
+    assert torch.equal(generated(same, SAMPLING.with_changes({"autoguidance": 3})), plain)
     other = model_of(tmp_path)
-    assert torch.equal(generated(other, SAMPLING.changed({"autoguidance": 1})), plain)
-    assert not torch.equal(generated(other, SAMPLING.changed({"autoguidance": 3})), plain)
+    assert torch.equal(generated(other, SAMPLING.with_changes({"autoguidance": 1})), plain)
+    assert not torch.equal(generated(other, SAMPLING.with_changes({"autoguidance": 3})), plain)
 
 
 def test_autoguidance_that_was_chosen_applies_unless_a_user_guides(tmp_path: Path) -> None:
     about = model_of(tmp_path, classes={"a": 1, "b": 1}).header.model_copy(update={"autoguidance": 2.0})
-    assert about.sampling(SAMPLING) == SAMPLING.changed({"autoguidance": 2})
+    assert about.sampling(SAMPLING) == SAMPLING.with_changes({"autoguidance": 2})
     # It needs neither class nor prompt.
-    assert about.sampling(SAMPLING, conditional=False) == SAMPLING.changed({"autoguidance": 2})
+    assert about.sampling(SAMPLING, conditional=False) == SAMPLING.with_changes({"autoguidance": 2})
     for own in ({"guidance": 3}, {"guidance": 1}, {"autoguidance": 1}, {"autoguidance": 1.5}):
-        assert about.sampling(SAMPLING.changed(own)) == SAMPLING.changed(own)
+        assert about.sampling(SAMPLING.with_changes(own)) == SAMPLING.with_changes(own)
 
 
 def test_a_request_with_guidance_has_no_autoguidance_besides(tmp_path: Path) -> None:
     path = write_model(tmp_path / "model.safetensors", 0, 100, classes={"a": 1, "b": 1}, guide=1)
     model = load_model(path)
-    sampling = SAMPLING.changed({"autoguidance": 2})
+    sampling = SAMPLING.with_changes({"autoguidance": 2})
     [images] = answer(model, [make_request({"task": "sample", "seed": 3, "count": 5})], sampling)
     assert torch.equal(images, sample(model, range(5), 3, sampling))
     request = make_request({"task": "sample", "guidance": 3})
-    assert sampling_of(model, request, sampling) == SAMPLING.changed({"guidance": 3})
+    assert sampling_of(model, request, sampling) == SAMPLING.with_changes({"guidance": 3})
 
 
 def test_autoguidance_of_a_model_without_a_guide_is_rejected(tmp_path: Path) -> None:
-    request, guided = make_request({"task": "sample"}), SAMPLING.changed({"autoguidance": 2})
+    request, guided = make_request({"task": "sample"}), SAMPLING.with_changes({"autoguidance": 2})
     with pytest.raises(UserError, match=r"training\.guide"):
         sampling_of(model_of(tmp_path, guide=None), request, guided)
     # That of its base knows nothing of what an adapter learned.
@@ -157,11 +157,11 @@ def test_autoguidance_of_a_model_without_a_guide_is_rejected(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"training\.guide"):
         sampling_of(load_model(write_lora(tmp_path / "lora.safetensors", base, 2)), request, guided)
     with pytest.raises(UserError, match="leave one out"):
-        guided.changed({"guidance": 2})
+        guided.with_changes({"guidance": 2})
 
 
 def test_training_and_distillation_with_autoguidance_and_no_guide_are_rejected(dataset: Path, tmp_path: Path) -> None:
-    guided = SAMPLING.changed({"autoguidance": 2})
+    guided = SAMPLING.with_changes({"autoguidance": 2})
     with pytest.raises(UserError, match=r"training\.guide"):
         train(dataset, tmp_path / "run", MODEL, changed(guide=None), guided)
     teacher = run(dataset, tmp_path / "teacher", changed(guide=None, images=32)).final
@@ -175,11 +175,11 @@ def test_models_for_super_resolution_have_no_guide(dataset: Path, tmp_path: Path
     result = train(dataset, tmp_path / "run", enlarging, changed(images=32), SAMPLING)
     assert not read_tensors(result.final, GUIDE)
     with pytest.raises(UserError, match=r"training\.guide"):
-        train(dataset, tmp_path / "guided", enlarging, changed(images=32), SAMPLING.changed({"autoguidance": 2}))
+        train(dataset, tmp_path / "guided", enlarging, changed(images=32), SAMPLING.with_changes({"autoguidance": 2}))
 
 
 def test_sample_grids_of_a_training_are_guided(dataset: Path, tmp_path: Path) -> None:
-    for name, sampling in (("plain", SAMPLING), ("guided", SAMPLING.changed({"autoguidance": 3}))):
+    for name, sampling in (("plain", SAMPLING), ("guided", SAMPLING.with_changes({"autoguidance": 3}))):
         train(dataset, tmp_path / name, MODEL, changed(), sampling)
     last = "samples/0000000320.png"
     assert (tmp_path / "plain" / last).read_bytes() != (tmp_path / "guided" / last).read_bytes()
@@ -188,7 +188,7 @@ def test_sample_grids_of_a_training_are_guided(dataset: Path, tmp_path: Path) ->
 
 
 def test_pipelines_of_diffusers_are_sampled_without_autoguidance() -> None:
-    guided = SAMPLING.changed({"autoguidance": 2})
+    guided = SAMPLING.with_changes({"autoguidance": 2})
     assert effective_sampling(DiffusersConfig(), guided) == SAMPLING
     assert effective_sampling(MODEL, guided) == guided
     assert "sampling.autoguidance" in (sampling_conflict(DiffusersConfig(), guided) or "")

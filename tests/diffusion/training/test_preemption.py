@@ -21,7 +21,7 @@ from diffusion.families.model import Model
 from diffusion.training.checkpointing import Checkpoints
 from diffusion.training.logging import Validation, read_metrics
 from diffusion.training.setup import COUNTS
-from diffusion.training.train import _stoppable
+from diffusion.training.train import _run_until_signal
 from diffusion.training.trainer import WINDOW, Trainer
 from tests.builders import ROOT
 from tests.builders.small_datasets import random_images, write_dataset
@@ -202,7 +202,7 @@ def test_signals_as_the_work_begins_and_ends_neither_hang_it_nor_get_lost() -> N
             try:
                 armed.append(True)
                 signal.setitimer(signal.ITIMER_REAL, 1e-5 + number % 100 * 1e-5)
-                _stoppable(work, torch.device("cpu"))
+                _run_until_signal(work, torch.device("cpu"))
                 armed.clear()
             except KeyboardInterrupt:
                 armed.clear()
@@ -222,7 +222,7 @@ def test_a_failure_after_a_signal_is_logged_and_is_the_cause(caplog: pytest.LogC
         raise ValueError
 
     with pytest.raises(KeyboardInterrupt) as interrupt:
-        _stoppable(work, torch.device("cpu"))
+        _run_until_signal(work, torch.device("cpu"))
     assert isinstance(interrupt.value.__cause__, ValueError)
     assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ValueError]
 

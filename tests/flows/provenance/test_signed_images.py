@@ -108,13 +108,15 @@ def requested(folder: Path, count: int = 6, **request: object) -> Path:
     """Images made on request, of random pixels, with prompts in their metadata as those of batches have."""
     from diffusion.common.files import write_json
     from diffusion.common.fingerprint import fingerprint
-    from diffusion.common.image_grids import marked_png
+    from diffusion.common.image_grids import encode_png_with_metadata
     from tests.builders.sampling_batches import SAMPLING
 
     rows = []
     for index in range(count):
         pixels = np.random.default_rng(index).integers(0, 255, (8, 8), dtype=np.uint8)
-        png = marked_png(Image.fromarray(pixels), {"seed": "0", "prompt": "a secret wish", "index": str(index)})
+        png = encode_png_with_metadata(
+            Image.fromarray(pixels), {"seed": "0", "prompt": "a secret wish", "index": str(index)}
+        )
         (folder / f"{index:08d}.png").parent.mkdir(parents=True, exist_ok=True)
         (folder / f"{index:08d}.png").write_bytes(png)
         digests = {"sha256": hashlib.sha256(png).hexdigest(), "pixels_sha256": hashlib.sha256(pixels).hexdigest()}

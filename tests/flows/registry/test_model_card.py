@@ -13,7 +13,7 @@ from diffusion.evaluation.comparison import ChampionComparison, compare_with_cha
 from diffusion.evaluation.estimate import Interval, MetricEstimate
 from diffusion.evaluation.gate import Finding, GateConfig
 from diffusion.evaluation.metrics.text_image_agreement import TextImageAgreement
-from diffusion.evaluation.reports.html import between, signed, with_error
+from diffusion.evaluation.reports.html import format_interval, format_signed, format_with_error
 from diffusion.evaluation.results import GuidanceScore
 from flows.registry import model_card
 from flows.registry.ledger import Evidence, History
@@ -93,10 +93,10 @@ def test_model_card_shows_intervals_and_limits_of_the_comparison(tmp_path: Path)
     assert comparison.champion is not None
     measured = comparison.candidate.estimates["kid_efflite0"]
     assert figures["kid_efflite0"] == [
-        with_error(measured.value, measured.error),
-        between(measured.interval),
-        signed(comparison.champion.estimates["kid_efflite0"].value),
-        signed(comparison.real_baseline.estimates["kid_efflite0"].value),
+        format_with_error(measured.value, measured.error),
+        format_interval(measured.interval),
+        format_signed(comparison.champion.estimates["kid_efflite0"].value),
+        format_signed(comparison.real_baseline.estimates["kid_efflite0"].value),
     ]
     assert {"copies_share", "duplicates_share", "bits_per_dim", "gflop_per_image"} <= figures.keys()
     cells = rows(card, "Gate decision", 1)
@@ -180,11 +180,11 @@ def test_model_card_is_written_per_verdict_and_keeps_takedowns(
 def test_model_card_names_the_guidance_that_evaluation_chose(data: Manifest) -> None:
     evaluation = an_evaluation([0.02])
     assert "guidance" not in model_card.card(HEADER, evaluation, data, VERSION, ENTRY)
-    sampling = evaluation.conditions.sampling.changed({"guidance": 2, "guidance_interval": (0.2, 5)})
+    sampling = evaluation.conditions.sampling.with_changes({"guidance": 2, "guidance_interval": (0.2, 5)})
     chosen = [GuidanceScore(sampling=sampling, kid=0.1, excess=0, excess_se=0)]
     card = model_card.card(HEADER, evaluation.model_copy(update={"guidance": chosen}), data, VERSION, ENTRY)
     assert "guidance 2 at σ from 0.2 to 5" in section(card, "How to call it")
-    sampling = evaluation.conditions.sampling.changed({"autoguidance": 2})
+    sampling = evaluation.conditions.sampling.with_changes({"autoguidance": 2})
     chosen = [GuidanceScore(sampling=sampling, kid=0.1, excess=0, excess_se=0)]
     card = model_card.card(HEADER, evaluation.model_copy(update={"guidance": chosen}), data, VERSION, ENTRY)
     assert "guidance 2 by autoguidance" in section(card, "How to call it")

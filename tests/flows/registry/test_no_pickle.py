@@ -22,7 +22,7 @@ from diffusion.common.files import sha256_bytes, sha256_file
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import read_manifest
-from diffusion.evaluation.cache import cached
+from diffusion.evaluation.cache import load_or_compute
 from diffusion.training.checkpointing import Checkpoints
 from flows.registry.model_versions import WEIGHTS, cached_weights, resolve
 from tests.builders import ROOT
@@ -122,12 +122,12 @@ def test_pickle_instead_of_a_checkpoint_is_never_loaded(
 
 
 def test_pickle_in_the_feature_cache_is_never_loaded(tmp_path: Path, trace: Path, planted_by_torch: bytes) -> None:
-    cached(tmp_path, {"number": 1}, lambda: {"features": torch.ones(2)})
+    load_or_compute(tmp_path, {"number": 1}, lambda: {"features": torch.ones(2)})
     (path,) = tmp_path.glob("*.safetensors")
     path.write_bytes(planted_by_torch)
     path.with_suffix(".sha256").write_bytes(f"{sha256_file(path)}\n".encode())
     with pytest.raises(UserError, match=r"is no model|something else than a model"):
-        cached(tmp_path, {"number": 1}, lambda: {"features": torch.ones(2)})
+        load_or_compute(tmp_path, {"number": 1}, lambda: {"features": torch.ones(2)})
     assert not trace.exists()
 
 

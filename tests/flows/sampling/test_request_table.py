@@ -122,7 +122,7 @@ def test_chosen_guidance_applies_to_tables_whose_every_row_is_conditional_and_au
     plain = write_model(tmp_path / "plain.safetensors", 1, 0, classes={"even": 1, "odd": 1}, guide=2)
     config = SamplingBatchConfig()
     for kind, expected in (("guidance", guidance), ("autoguidance", 2)):
-        export(plain, model_file := tmp_path / f"{kind}.safetensors", SAMPLING.changed({kind: 2}))
+        export(plain, model_file := tmp_path / f"{kind}.safetensors", SAMPLING.with_changes({kind: 2}))
         batch, _ = plan(store, VERSION, model_file, SAMPLING, config, None, 0, UNCONDITIONAL, str(tmp_path / "t.csv"))
         assert getattr(batch.sampling, kind) == expected
 

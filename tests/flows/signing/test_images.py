@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from PIL import Image
 
 from diffusion.common.errors import UserError
-from diffusion.common.image_grids import marked_png
+from diffusion.common.image_grids import encode_png_with_metadata
 from flows.signing.images import ImageSigner, verify_image
 from flows.signing.keys import SignatureError
 from tests.builders.signing_keys import Identity, identity
@@ -36,7 +36,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Identity:
 
 @pytest.fixture(scope="module")
 def png() -> bytes:
-    return marked_png(Image.fromarray(PIXELS), {"model": "models:/faces/3"})
+    return encode_png_with_metadata(Image.fromarray(PIXELS), {"model": "models:/faces/3"})
 
 
 def test_a_signed_copy_has_the_pixels_and_says_who_made_it_of_what(ours: Identity, png: bytes) -> None:

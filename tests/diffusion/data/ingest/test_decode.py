@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageOps
 
-from diffusion.data.ingest.decode import StoredImage, UnusableEntry, prepare
+from diffusion.data.ingest.decode import StoredImage, UnusableEntryError, prepare
 from diffusion.data.png import decode_many
 from tests.builders.image_files import (
     config,
@@ -305,7 +305,7 @@ def test_damaged_bytes_decode_or_are_quarantined_but_never_crash(
         data = checksummed(data)
     try:
         stored_image = prepare(data, config(enlarge=True, fit=fit, max_pixels=10_000))
-    except UnusableEntry as refusal:
+    except UnusableEntryError as refusal:
         assert 0 < len(str(refusal)) < 200  # noqa: PT017 (either way out is right)
         assert str(refusal).isprintable()  # noqa: PT017
     else:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from diffusion.common.errors import UserError
-from diffusion.common.progress import silent
+from diffusion.common.progress import ignore_progress
 from diffusion.data.ingest.chunks import TEXT_OF_A_CHUNK, chunks_of, make_plan
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import prepare
@@ -162,7 +162,7 @@ def test_chunks_are_shorter_where_texts_are_long(tmp_path: Path) -> None:
     (source / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     with closing(Index(tmp_path / "index.sqlite", tmp_path / "data", None, None)) as index:
         listed = open_source(str(source), access(tmp_path / "scratch"))
-        make_plan(tmp_path / "plan.sqlite", listed, "", index.path, False, True, silent)
+        make_plan(tmp_path / "plan.sqlite", listed, "", index.path, False, True, ignore_progress)
     # As of a set so large that a chunk had a thousand.
     first = next(chunks_of(tmp_path, IngestConfig(source=str(source)), None, 8000))
     assert TEXT_OF_A_CHUNK <= first.last * 10_000 < 1.01 * TEXT_OF_A_CHUNK

@@ -21,8 +21,8 @@ from diffusion.data.ingest.captions import Cache
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import Manifest, read_manifest, versions, work_folder, write_manifest
-from diffusion.data.versions.takedown import choose, remove, remove_known
-from diffusion.data.versions.takedown_records import Removal, Selection, holders, removals, write_removal
+from diffusion.data.versions.takedown import choose_images, remove, remove_known
+from diffusion.data.versions.takedown_records import Removal, Selection, find_affected_versions, removals, write_removal
 from tests.builders import ROOT
 from tests.builders.ingested import files_of, records
 from tests.builders.shapes import blob
@@ -146,7 +146,7 @@ def test_quarantined_entry_can_be_removed_without_changing_images(images: Path, 
     removal = remove(folder, Selection(sources=["odd/bad.png"]), "asked to")
     assert (removal.images, removal.refused, removal.content_digest) == (0, 1, content)
     assert "bad.png" not in {Path(str(row["source"])).name for row in records(folder)}
-    assert holders(folder, removal, versions(folder)).held == []
+    assert find_affected_versions(folder, removal, versions(folder)).held == []
 
 
 def test_repeated_removal_changes_nothing_and_returns_the_same(dataset: Path) -> None:
@@ -209,7 +209,7 @@ def test_multi_line_removal_reason_is_an_error(dataset: Path) -> None:
 
 def test_choose_lists_the_selected_images_and_changes_nothing(dataset: Path) -> None:
     files = files_of(dataset)
-    selection, names = choose(dataset, Selection(sources=["odd/0?.png"]))
+    selection, names = choose_images(dataset, Selection(sources=["odd/0?.png"]))
     assert selection.images == 5
     assert names == [f"odd/{number:02d}.png" for number in range(1, 10, 2)]
     assert files_of(dataset) == files
@@ -239,11 +239,11 @@ def test_holders_are_the_versions_that_kept_the_images(images: Path, tmp_path: P
     blob(902).save(images / "even" / "92.png")
     after = version()
 
-    affected = holders(folder, removal, manifests)
+    affected = find_affected_versions(folder, removal, manifests)
     assert affected.held == [back]
     assert set(affected.unknown) == {without, grown, more, larger}
     tables = {path.name: path for path in (*remote.rglob("*.parquet"), *folder.rglob("*.parquet"))}
-    affected = holders(folder, removal, manifests, lambda entry: tables.get(Path(entry.name).name))
+    affected = find_affected_versions(folder, removal, manifests, lambda entry: tables.get(Path(entry.name).name))
     assert set(affected.held) == {larger, back}
     assert after not in {*affected.held, *affected.unknown}
 

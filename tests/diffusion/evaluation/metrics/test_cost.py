@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.checkpoints import load_model
 from diffusion.common.random import GaussianNoise
-from diffusion.evaluation.evaluator import gflop
+from diffusion.evaluation.evaluator import count_gflop
 from diffusion.families.ddpm import count_evaluations
 from diffusion.families.model import ConditioningBatch
 from diffusion.generation.generate import make_conditioning
@@ -54,11 +54,11 @@ def test_image_cost_equals_the_flops_of_sampling_it(guidance: float | None, tmp_
     )
     with FlopCounterMode(display=False) as counter:
         model.sample(batch, sampling, torch.device("cpu"))
-    assert gflop(model, sampling) == pytest.approx(counter.get_total_flops() / 1e9, rel=0.01)
+    assert count_gflop(model, sampling) == pytest.approx(counter.get_total_flops() / 1e9, rel=0.01)
 
 
 def test_a_wider_network_costs_more(tmp_path: Path) -> None:
     wide = CONFIG.model_copy(update={"width": 32})
     paths = [write_model(tmp_path / f"{c.width}.safetensors", 0, 1, config=c) for c in (CONFIG, wide)]
-    narrow_cost, wide_cost = (gflop(load_model(path), sampling_config()) for path in paths)
+    narrow_cost, wide_cost = (count_gflop(load_model(path), sampling_config()) for path in paths)
     assert 2 < wide_cost / narrow_cost < 4.5

@@ -168,7 +168,7 @@ def test_values_with_errors_are_those_of_the_scores() -> None:
     scores = compute_scores(samples, reference, "x")
     [replicates] = compute_replicates([samples], reference, splits=2)
     assert {figure: each.whole for figure, each in replicates.items()} == {
-        figure: scores.of(figure) for figure in replicates
+        figure: scores.get_metric(figure) for figure in replicates
     }
 
 
@@ -307,7 +307,7 @@ def test_moments_are_the_same_from_one_piece_and_from_several() -> None:
 
 def test_a_reference_known_before_gives_the_same_scores() -> None:
     samples, reference = gaussian(60, 8, seed=0), gaussian(80, 8, seed=1)
-    assert compute_scores(samples, Reference.of(reference), "x") == compute_scores(samples, reference, "x")
+    assert compute_scores(samples, Reference.from_features(reference), "x") == compute_scores(samples, reference, "x")
 
 
 @pytest.mark.slow

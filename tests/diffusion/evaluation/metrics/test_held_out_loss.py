@@ -26,8 +26,8 @@ from diffusion.models.text_encoder import ENCODER
 from diffusion.models.unet import UNet
 from diffusion.models.vae import VAE, Latents
 from diffusion.process.denoiser import Denoiser
-from diffusion.process.likelihood import HALF_A_LEVEL, LEVELS, Terms, bound, denoising_terms, noise_levels
-from diffusion.process.parametrization import Objective, Parametrization, edm
+from diffusion.process.likelihood import HALF_A_LEVEL, LEVELS, Terms, compute_bound, denoising_terms, noise_levels
+from diffusion.process.parametrization import Objective, Parametrization, make_edm_weight
 from diffusion.process.samplers import sampling_config
 from diffusion.process.schedules import edm_schedule
 from tests.builders.captioned import FakeEncoder
@@ -130,7 +130,7 @@ def test_it_is_the_limit_of_the_sum_over_ever_more_steps_from_below() -> None:
             errors = wiener(variances, x, sigma) - x0
             # The lesser variance, but for the last step, where it is next to none.
             v = torch.full_like(x0, -1 if t else 1)
-            total += bound(schedule, times, x0, errors, v).mean().item()
+            total += compute_bound(schedule, times, x0, errors, v).mean().item()
         sums.append(total)
     assert limit is not None
     assert limit < sums[1] + 0.03
@@ -151,7 +151,7 @@ def test_the_loss_is_that_of_training_with_edms_weight(tmp_path: Path) -> None:
         return denoiser(x, sigma)
 
     terms = denoising_terms(estimate, x0, 0.5, range(6))
-    objective = Objective(model.schedule, parametrization, edm(0.5))
+    objective = Objective(model.schedule, parametrization, make_edm_weight(0.5))
     for (x, sigma), losses in zip(inputs, terms.losses.unbind(1), strict=False):
         noise = ((x - x0) / sigma[:, None, None, None]).float()
         expected = objective.loss(model.network, x0, model.schedule.time(sigma), noise)

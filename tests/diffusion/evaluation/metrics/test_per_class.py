@@ -7,26 +7,26 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 from torch_fidelity.metric_kid import kernel_mmd
 
-from diffusion.evaluation.metrics.per_class import SHRINKAGE, Labelled, PerClass, evaluate_classes, fit_discriminant
+from diffusion.evaluation.metrics.per_class import SHRINKAGE, LabelledFeatures, PerClass, evaluate_classes, fit_discriminant
 
 NAMES = ("boots", "coats", "hats")
 WIDTH = 12
 
 
-def features(count: int, seed: int, wrong: int | None = None) -> Labelled:
+def features(count: int, seed: int, wrong: int | None = None) -> LabelledFeatures:
     """``count`` points of each class about a centre of its own; those of class ``wrong`` about that of the first."""
     random = torch.Generator().manual_seed(seed)
     labels = torch.arange(len(NAMES)).repeat_interleave(count)
     centres = 3 * torch.eye(len(NAMES), WIDTH)
     if wrong is not None:
         centres[wrong] = centres[0]
-    return Labelled(centres[labels] + torch.randn(len(labels), WIDTH, generator=random), labels)
+    return LabelledFeatures(centres[labels] + torch.randn(len(labels), WIDTH, generator=random), labels)
 
 
 READER = fit_discriminant([(features(200, 99).features, features(200, 99).labels)], len(NAMES))
 
 
-def per_class_of(generated: Labelled, real: Labelled | None = None) -> PerClass:
+def per_class_of(generated: LabelledFeatures, real: LabelledFeatures | None = None) -> PerClass:
     return evaluate_classes(generated, real or features(60, 1), READER, NAMES, "some")
 
 
@@ -65,13 +65,13 @@ def test_rare_class_is_predicted_too() -> None:
     rows = (training.labels != 2) | (torch.arange(900) % 30 == 0)
     reader = fit_discriminant([(training.features[rows], training.labels[rows])], 3)
     queries = features(200, 1)
-    assert (reader(queries.of(2)) == 2).double().mean() > 0.85
+    assert (reader(queries.select_class(2)) == 2).double().mean() > 0.85
 
 
 def test_each_class_has_its_kid_over_all_pairs() -> None:
     generated, real = features(60, 0, wrong=1), features(60, 1)
     for label, result in enumerate(per_class_of(generated, real).classes):
-        expected = kernel_mmd(generated.of(label).double().numpy(), real.of(label).double().numpy(), kid_kernel="poly")
+        expected = kernel_mmd(generated.select_class(label).double().numpy(), real.select_class(label).double().numpy(), kid_kernel="poly")
         assert result.kid == pytest.approx(expected, rel=1e-4)
         assert (result.name, result.samples, result.reference) == (NAMES[label], 60, 60)
 
@@ -101,7 +101,7 @@ def test_real_images_are_recognised_as_often_as_real_ones() -> None:
 def test_classes_with_too_few_images_are_named_as_not_evaluated() -> None:
     generated, real = features(60, 0), features(60, 1)
     rows = (generated.labels != 1) | (torch.arange(180) < 60 + 19)
-    per_class = per_class_of(Labelled(generated.features[rows], generated.labels[rows]), real)
+    per_class = per_class_of(LabelledFeatures(generated.features[rows], generated.labels[rows]), real)
     assert [each.name for each in per_class.classes] == ["boots", "hats"]
     assert [(each.name, each.samples, each.reference) for each in per_class.skipped] == [("coats", 19, 60)]
 
@@ -109,7 +109,7 @@ def test_classes_with_too_few_images_are_named_as_not_evaluated() -> None:
 def test_images_of_any_class_belong_to_none() -> None:
     generated = features(60, 0)
     nothing: Tensor = torch.full_like(generated.labels, 3)
-    per_class = per_class_of(Labelled(generated.features, nothing))
+    per_class = per_class_of(LabelledFeatures(generated.features, nothing))
     assert (per_class.classes, per_class.worst, per_class.agreement) == ([], None, None)
     assert per_class.metrics().keys() == {"class_agreement_real"}
     assert PerClass.model_validate_json(per_class.model_dump_json()) == per_class

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion.checkpoints import AVERAGED, load_model, save_tensors
 from diffusion.common.errors import UserError
-from diffusion.common.image_grids import beside, blocks, grid
+from diffusion.common.image_grids import interleave_images, make_grid, repeat_pixels
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
@@ -29,7 +29,7 @@ from diffusion.evaluation.metrics.pixel_metrics import (
     ssim,
 )
 from diffusion.evaluation.results import Evaluation
-from diffusion.generation.super_resolution import GenerationTask, shrunk, upscale
+from diffusion.generation.super_resolution import GenerationTask, shrink_images, upscale
 from diffusion.models.unet import UNet
 from diffusion.process.samplers import sampling_config
 from tests.builders.comparisons import Watcher, evaluate_one
@@ -116,7 +116,7 @@ def test_scores_are_those_of_the_enlarged_held_out_images_beside_interpolation(
     half = len(held_out) // 2
     assert half < CONFIG.samples
     real, others = dataset.images(held_out[:half]), dataset.images(held_out[half:])
-    small = shrunk(real, 2)
+    small = shrink_images(real, 2)
     sets = {
         path.stem: (upscale(load_model(path), small, CONFIG.seed, SAMPLING), model)
         for path, model in zip(checkpoints, evaluation.checkpoints, strict=True)
@@ -162,9 +162,9 @@ def test_report_compares_super_resolution_with_interpolation(
     dataset = Dataset.open(data)
     held_out = dataset.rows("held_out")
     real = dataset.images(held_out[: len(held_out) // 2])[:16]
-    small = shrunk(real, 2)
+    small = shrink_images(real, 2)
     enlarged_images = upscale(load_model(Path(evaluation.best.file)), small, CONFIG.seed, SAMPLING)
-    expected_grid = grid(beside(blocks(small, 2), resample(small, 2, "bicubic"), enlarged_images, real), columns=8)
+    expected_grid = make_grid(interleave_images(repeat_pixels(small, 2), resample(small, 2, "bicubic"), enlarged_images, real), columns=8)
     assert np.array_equal(page.image("Enlargements side by side"), np.asarray(expected_grid))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.common.image_grids import grid
+from diffusion.common.image_grids import make_grid
 from diffusion.evaluation.reports.comparison_report import probability, write_comparison_report
 from tests.builders.browser import chromium, look
 from tests.builders.comparison_results import Shown, example_comparison
@@ -59,7 +59,7 @@ def test_both_sides_images_and_real_ones_are_there_to_be_seen(tmp_path: Path) ->
         ("Images of version 2", context.grids.champion),
         ("Real held-out images", context.grids.real),
     ):
-        assert np.array_equal(page.image(name), np.asarray(grid(images)))
+        assert np.array_equal(page.image(name), np.asarray(make_grid(images)))
 
 
 def test_comparison_report_shows_nearest_training_images_and_copies(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_comparison_report_shows_nearest_training_images_and_copies(tmp_path: Pa
     for pair, image, training in zip(
         memorization.pairs, context.grids.nearest_generated, context.grids.nearest_training, strict=True
     ):
-        both = np.asarray(grid(torch.stack([image, training]), columns=2))
+        both = np.asarray(make_grid(torch.stack([image, training]), columns=2))
         assert np.array_equal(page.image(f"Generated image {pair.generated} and its nearest training image"), both)
 
 
@@ -85,7 +85,7 @@ def test_comparison_report_groups_duplicate_images(tmp_path: Path) -> None:
     assert {20, 31, 42} <= set(planted.members)
     for group, images in zip(duplicates.groups, context.grids.duplicates, strict=True):
         numbers = "no. " + ", ".join(map(str, group.members[:4])) + (" …" if group.size > 4 else "")
-        assert np.array_equal(page.image(f"Duplicates {numbers}"), np.asarray(grid(images[:4], columns=4)))
+        assert np.array_equal(page.image(f"Duplicates {numbers}"), np.asarray(make_grid(images[:4], columns=4)))
 
 
 def test_comparison_report_shows_worst_classes_below_real_images(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_comparison_report_shows_worst_classes_below_real_images(tmp_path: Path)
     assert len(context.grids.classes) == 2
     for name, (real, generated) in context.grids.classes.items():
         sheet = page.image(f"Real images of {name} above generated ones")
-        assert np.array_equal(sheet, np.asarray(grid(torch.cat([real, generated]), columns=len(real))))
+        assert np.array_equal(sheet, np.asarray(make_grid(torch.cat([real, generated]), columns=len(real))))
 
 
 def test_comparison_report_shows_metrics_with_intervals_and_baseline(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from diffusion.common.image_grids import grid, image_of, png_bytes
+from diffusion.common.image_grids import make_grid, png_bytes, to_pil_image
 from diffusion.evaluation.estimate import Estimate, MetricEstimate, Share
-from diffusion.evaluation.evaluate import Sheets, advise_longer, findings, write_report
+from diffusion.evaluation.evaluate import ReportImages, advise_longer, findings, write_report
 from diffusion.evaluation.reports.charts import read_losses
-from diffusion.evaluation.reports.html import plain, with_error
+from diffusion.evaluation.reports.html import format_plain, format_with_error
 from diffusion.evaluation.results import (
     Evaluation,
     RealBaseline,
@@ -33,7 +33,7 @@ def figures() -> dict[str, MetricEstimate]:
 
 
 def measured(**estimates: Estimate) -> dict[str, MetricEstimate]:
-    return {f"{name}_efflite0": MetricEstimate.of(each) for name, each in estimates.items()}
+    return {f"{name}_efflite0": MetricEstimate.from_estimate(each) for name, each in estimates.items()}
 
 
 def with_more(evaluation: Evaluation) -> Evaluation:
@@ -59,11 +59,11 @@ def with_more(evaluation: Evaluation) -> Evaluation:
     return evaluation.model_copy(update=update | {"features": "EfficientNet-Lite0 trained on ImageNet"})
 
 
-def sheets_for(evaluation: Evaluation) -> Sheets:
+def sheets_for(evaluation: Evaluation) -> ReportImages:
     images_by_model = {
         each.sha256: images(number) for number, each in enumerate(evaluation.checkpoints + evaluation.preliminary)
     }
-    return Sheets(real=images(99), generated=images_by_model)
+    return ReportImages(real=images(99), generated=images_by_model)
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_evaluation_report_shows_best_images_beside_real_ones(tmp_path: Path) ->
     shown_images = [
         base64.b64decode(each.split(",")[1]) for each in Page((tmp_path / "report.html").read_text()).addresses
     ]
-    assert shown_images[:2] == [png_bytes(grid(images(1))), png_bytes(grid(images(99)))]
+    assert shown_images[:2] == [png_bytes(make_grid(images(1))), png_bytes(make_grid(images(99)))]
     assert all(png.startswith(b"\x89PNG") for png in shown_images)
 
 
@@ -194,7 +194,7 @@ def test_samples_have_their_class_or_prompt_below_them(tmp_path: Path) -> None:
     write_report(tmp_path / "report.html", evaluation, sheets)
     page = Page((tmp_path / "report.html").read_text())
     generated = sheets.generated[evaluation.best.sha256]
-    assert np.array_equal(page.image("a <bird> number 63"), np.asarray(image_of(generated[63])))
+    assert np.array_equal(page.image("a <bird> number 63"), np.asarray(to_pil_image(generated[63])))
     assert "a <bird> number 0" in page.text
 
 
@@ -265,7 +265,7 @@ def test_findings_weigh_the_lead_over_the_next_best(second: float, word: str) ->
     ],
 )
 def test_figures_have_three_digits_and_no_powers_of_ten(value: float, text: str) -> None:
-    assert plain(value) == text
+    assert format_plain(value) == text
 
 
 @pytest.mark.parametrize(
@@ -278,4 +278,4 @@ def test_figures_have_three_digits_and_no_powers_of_ten(value: float, text: str)
     ],
 )
 def test_a_figure_has_the_digits_that_its_error_leaves(value: float, error: float, text: str) -> None:
-    assert with_error(value, error) == text
+    assert format_with_error(value, error) == text

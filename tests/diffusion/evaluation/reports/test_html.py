@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffusion.evaluation.reports.html import storage
+from diffusion.evaluation.reports.html import format_size
 
 
 @pytest.mark.parametrize(
@@ -21,4 +21,4 @@ from diffusion.evaluation.reports.html import storage
     ],
 )
 def test_sizes_have_three_digits_and_the_largest_unit_that_leaves_one(size: int, words: str) -> None:
-    assert storage(size) == words
+    assert format_size(size) == words

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from pydantic import JsonValue
 
-from diffusion.common.image_grids import grid, png_bytes
+from diffusion.common.image_grids import make_grid, png_bytes
 from diffusion.evaluation.ranking import Ranking, rank_evaluations
 from diffusion.evaluation.reports.ranking_report import findings, training_charts, write_ranking_report
 from tests.builders.browser import chromium, look
 from tests.builders.evaluations import an_evaluation, images
 from tests.builders.html_pages import Page
 
-REAL = png_bytes(grid(images(7)))
+REAL = png_bytes(make_grid(images(7)))
 
 
 def settings(rate: float, width: int = 32) -> dict[str, JsonValue]:
@@ -29,7 +29,7 @@ def ranked(kids: Mapping[float, float] | list[float], several: list[dict[str, Js
 
 
 def write(path: Path, ranking: Ranking) -> str:
-    sheets = {each.name: png_bytes(grid(images(int(each.value * 100)))) for each in ranking.models}
+    sheets = {each.name: png_bytes(make_grid(images(int(each.value * 100)))) for each in ranking.models}
     losses = path.with_suffix(".csv")
     losses.write_text("images,held_out_loss_ema\n100,0.5\n200,0.4\n")
     evaluations = [an_evaluation([each.value + 0.5, each.value]) for each in ranking.models]
@@ -49,7 +49,7 @@ def test_the_best_comes_first_and_each_has_its_settings_metrics_and_images(tmp_p
     assert f"{20:032x}" in words
     shown_images = {name: pixels for name, pixels in page.images if name.startswith("Images of")}
     assert len(shown_images) == 3
-    expected = np.asarray(grid(images(20)))
+    expected = np.asarray(make_grid(images(20)))
     np.testing.assert_array_equal(shown_images["Images of learning_rate 0.004, width 32"], expected)
     assert all(address.startswith("data:") for address in page.addresses)
 
