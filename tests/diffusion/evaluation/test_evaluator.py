@@ -168,7 +168,9 @@ def test_super_resolution_is_evaluated_on_split_held_out_images(data: Path, tmp_
     evaluation = Evaluator(data, CONFIG, SAMPLING, tmp_path / "evaluations", task=GenerationTask(4, 2, 0.1)).model(path)
     held_out = dataset.rows("held_out")
     real_images = dataset.images(held_out[:20])
-    assert torch.equal(evaluation.images, upscale(load_model(path), shrink_images(real_images, 2), CONFIG.seed, SAMPLING))
+    assert torch.equal(
+        evaluation.images, upscale(load_model(path), shrink_images(real_images, 2), CONFIG.seed, SAMPLING)
+    )
     similarity = evaluation.compute_model_scores().similarity
     assert similarity is not None
     assert similarity.psnr == pytest.approx(psnr(evaluation.images, real_images).mean().item())

@@ -106,7 +106,9 @@ def test_label_agreement_falls_with_each_wrong_class() -> None:
         labels = classes[: 2 * COUNT]
         instead = last[torch.arange(len(labels)) % len(last)]
         return evaluate_classes(
-            LabelledFeatures(features_of_images[torch.where(labels < wrong, instead, torch.arange(len(labels)))], labels),
+            LabelledFeatures(
+                features_of_images[torch.where(labels < wrong, instead, torch.arange(len(labels)))], labels
+            ),
             real,
             reader,
             CLASSES,

@@ -75,7 +75,10 @@ def test_outside_its_interval_guidance_leaves_the_conditional_alone(level: float
 
 def test_each_image_has_its_own_level() -> None:
     conditional, unconditional, x = Gaussian(0.5, 0.3), Gaussian(-0.5, 0.6), noisy(count=3)
-    denoise, sigmas = apply_guidance(conditional, unconditional, 3.0, interval=(0.2, 5.0)), torch.tensor([0.1, 1.0, 10.0])
+    denoise, sigmas = (
+        apply_guidance(conditional, unconditional, 3.0, interval=(0.2, 5.0)),
+        torch.tensor([0.1, 1.0, 10.0]),
+    )
     one_by_one = [denoise(x[i : i + 1], sigmas[i]) for i in range(3)]
     torch.testing.assert_close(denoise(x, sigmas), torch.cat(one_by_one))
 
@@ -84,7 +87,9 @@ def test_each_image_has_its_own_level() -> None:
 def test_rescaling_gives_back_the_spread_that_the_conditional_had(share: float, seed: int) -> None:
     strong, conditional = 3 * noisy(seed) + 0.2, noisy(seed + 1)
     spreads = [each.flatten(1).numpy().std(1, ddof=1) for each in (strong, conditional)]
-    whole, part = (rescale_guidance(strong, conditional, each).flatten(1).numpy().std(1, ddof=1) for each in (1.0, share))
+    whole, part = (
+        rescale_guidance(strong, conditional, each).flatten(1).numpy().std(1, ddof=1) for each in (1.0, share)
+    )
     np.testing.assert_allclose(whole, spreads[1])
     np.testing.assert_allclose(part, share * spreads[1] + (1 - share) * spreads[0])
 

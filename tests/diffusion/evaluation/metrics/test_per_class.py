@@ -7,7 +7,13 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 from torch_fidelity.metric_kid import kernel_mmd
 
-from diffusion.evaluation.metrics.per_class import SHRINKAGE, LabelledFeatures, PerClass, evaluate_classes, fit_discriminant
+from diffusion.evaluation.metrics.per_class import (
+    SHRINKAGE,
+    LabelledFeatures,
+    PerClass,
+    evaluate_classes,
+    fit_discriminant,
+)
 
 NAMES = ("boots", "coats", "hats")
 WIDTH = 12
@@ -71,7 +77,9 @@ def test_rare_class_is_predicted_too() -> None:
 def test_each_class_has_its_kid_over_all_pairs() -> None:
     generated, real = features(60, 0, wrong=1), features(60, 1)
     for label, result in enumerate(per_class_of(generated, real).classes):
-        expected = kernel_mmd(generated.select_class(label).double().numpy(), real.select_class(label).double().numpy(), kid_kernel="poly")
+        expected = kernel_mmd(
+            generated.select_class(label).double().numpy(), real.select_class(label).double().numpy(), kid_kernel="poly"
+        )
         assert result.kid == pytest.approx(expected, rel=1e-4)
         assert (result.name, result.samples, result.reference) == (NAMES[label], 60, 60)
 

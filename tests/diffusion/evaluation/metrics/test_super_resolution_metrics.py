@@ -164,7 +164,9 @@ def test_report_compares_super_resolution_with_interpolation(
     real = dataset.images(held_out[: len(held_out) // 2])[:16]
     small = shrink_images(real, 2)
     enlarged_images = upscale(load_model(Path(evaluation.best.file)), small, CONFIG.seed, SAMPLING)
-    expected_grid = make_grid(interleave_images(repeat_pixels(small, 2), resample(small, 2, "bicubic"), enlarged_images, real), columns=8)
+    expected_grid = make_grid(
+        interleave_images(repeat_pixels(small, 2), resample(small, 2, "bicubic"), enlarged_images, real), columns=8
+    )
     assert np.array_equal(page.image("Enlargements side by side"), np.asarray(expected_grid))
 
 
