@@ -98,6 +98,11 @@ def test_errors_blame_the_file_or_the_option_that_they_are_from(params: Path) ->
     # Of several fields that contradict each other, those of the command line are to blame if the file alone is valid.
     with pytest.raises(UserError, match=r"^--set sampling_batch\.chunk=100: "):
         load_params(params, ["sampling_batch.chunk=100"])
+    # And the file as well, if the message names a field that stands there.
+    params.write_text("model:\n  conditional: true\n")
+    for override in ("model.low_resolution=8", "model.family=vae"):
+        with pytest.raises(UserError, match=rf"^\S*params\.yaml .*--set {override}: .*model\.conditional"):
+            load_params(params, [override])
 
 
 def test_each_field_has_the_origin_that_set_it_last(params: Path) -> None:

@@ -60,6 +60,8 @@ def test_init_writes_a_configuration_that_ingests_the_images(run: CommandLine, i
     params = load_params(Path("params.yaml"), [])
     assert (params.ingest.source, params.ingest.size, params.training.dataset) == (str(images), 12, "images")
     assert params.model.conditional
+    for other in ("model.family=vae", "model.low_resolution=6"):
+        load_params(Path("params.yaml"), [other])
     result = run.json("ingest", "--local")
     assert (result["kept"], result["quarantined"]) == (48, [])
 
