@@ -142,9 +142,12 @@ def check_sampling(model: Model, config: SamplingConfig, conditions: Conditions)
     check_sampling_options(model.config, config)
     check_conditions(model.classes, model.config.text, config, conditions)
     if config.autoguides and model.guide is None:
+        # As TrainingSetup.can_have_guide.
+        is_partial = model.header.base is not None or model.header.student_steps is not None
+        can_have_guide = not is_partial and model.config.low_resolution is None
         raise UserError(
-            f"sampling.autoguidance = {config.autoguidance:g} leads away from the model's earlier weights, and its "
-            "file has none: train it with training.guide, or leave it out (null)"
+            f"sampling.autoguidance = {config.autoguidance:g} leads away from the guide of a model (training.guide), "
+            f"and this one has none: {'train one that has one, or ' if can_have_guide else ''}leave it out (null)"
         )
     if isinstance(model.config, DiffusersConfig) and model.classes and not model.config.has_null_class:
         if config.guides:

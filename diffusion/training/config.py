@@ -61,7 +61,8 @@ class TrainingConfig(ObjectiveConfig):
     guide: float | None = Field(0.25, gt=0, lt=1)
     """Share of the training after which the averaged weights are kept in the model's file as its guide, away from which
     sampling.autoguidance leads (arXiv 2406.02507): that file is then twice as large. A training that begins with a
-    model that has a guide keeps that one. Null: none."""
+    model that has a guide keeps that one; with one that has none, the new model gets one of its own. Low-rank matrices
+    (training.lora), students and models for super-resolution have none. Null: none."""
     condition_dropout: float = Field(0.1, ge=0, lt=1)
     """Conditioning dropout: share of the images for which class and caption are both dropped, for unconditional
     generation. With both class and caption, one of the two is dropped for an equal share again (arXiv 2211.09800)."""

@@ -215,11 +215,16 @@ class TrainingSetup:
         return conditions_of(self.dataset, rows[self.captions.numbers[rows] >= 0][:SAMPLE_GRID], self.classes)
 
     @cached_property
-    def has_guide(self) -> bool:
-        """Return whether the model keeps a guide: no student, adapter, or model for super-resolution does."""
+    def can_have_guide(self) -> bool:
+        """Return whether the model can keep a guide: no student, adapter, or model for super-resolution does."""
         if not isinstance(self.model, ModelConfig) or self.model.low_resolution is not None:
             return False
-        return self.config.guide is not None and self.config.student is None and self.base is None
+        return self.config.student is None and self.base is None
+
+    @cached_property
+    def has_guide(self) -> bool:
+        """Return whether the model keeps a guide."""
+        return self.config.guide is not None and self.can_have_guide
 
     @cached_property
     def given_guide(self) -> tuple[nn.Module, int] | None:
@@ -395,9 +400,10 @@ def make_setup(
     if config.student is not None:
         autoguides, has_guide = config.student.autoguidance is not None, bool(initial and initial.guide)
     if autoguides and not has_guide:
+        advice = "set training.guide to 0.25, or " if setup.can_have_guide else ""
         raise UserError(
-            "sampling.autoguidance leads away from the guide of a model, and this one has none: set training.guide to "
-            "0.25 where a diffusion model is trained from scratch, or leave sampling.autoguidance out"
+            "sampling.autoguidance leads away from the guide of a model (training.guide), and this one has none: "
+            f"{advice}leave sampling.autoguidance out"
         )
     return setup
 
