@@ -27,6 +27,8 @@ from diffusion.families.model import ModelHeader, Origin
 from diffusion.models.config import GUIDANCE, PIPELINES, SCHEDULERS, Component, DiffusersConfig
 
 INDEX = "model_index.json"
+OWN_NETWORK = "DarkroomUNet"
+"""Class of the network in pipelines that Darkroom exports."""
 CODE, PICKLES = (".py", ".pyc", ".so"), (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 CARRIED_COMPONENTS = {
     "safety_checker": ("stable_diffusion", "StableDiffusionSafetyChecker"),
@@ -155,6 +157,11 @@ def _read_json(folder: Path, name: str, files: dict[str, Path]) -> dict[str, Any
 
 def _components(folder: Path, index: dict[str, Any], files: dict[str, Path]) -> Iterator[tuple[str, Component]]:
     """Read the class and configuration of each component that is run."""
+    if any(isinstance(value, list) and OWN_NETWORK in value for value in index.values()):
+        raise UserError(
+            f"{folder} was exported by `darkroom model export`: use the .safetensors that it was exported from, or "
+            "import that"
+        )
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str) or pipeline not in PIPELINES:
         if pipeline == PIPELINE_NAME:

@@ -222,6 +222,14 @@ def test_the_licence_is_of_the_model_card_or_of_who_imports(tmp_path: Path, ddpm
         assert read_model_header(path).origin.licence == licence  # type: ignore[union-attr]
 
 
+def test_an_export_of_darkroom_is_not_imported_whatever_its_licence(tmp_path: Path, ddpm: Path) -> None:
+    network = ["diffusion.diffusers_format.network", "DarkroomUNet"]
+    for pipeline in ("DarkroomPipeline", "DDPMPipeline"):
+        change(ddpm / "model_index.json", _class_name=pipeline, unet=network)
+        with pytest.raises(UserError, match=r"\.safetensors"):
+            import_pipeline(ddpm, tmp_path / "model.safetensors", ORIGIN.model_copy(update={"licence": None}))
+
+
 def a_pickle(folder: Path) -> None:
     (folder / "unet/diffusion_pytorch_model.bin").write_bytes(pickle.dumps({}))
 
