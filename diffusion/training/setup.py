@@ -698,7 +698,7 @@ def load_initial_weights(
 ) -> Model:
     """Load the model in the file ``path``, whose averaged weights initialize a network of ``model`` for ``dataset``.
 
-    ``option`` is the one that ``path`` is from: training.init_from, or distillation.teacher, without which it cannot be.
+    ``option`` names the file: training.init_from, or distillation.teacher, without which there is no student.
     Optimizer, averages and learning rate start from scratch. Raises UserError if the file does not exist or fit.
     """
     initial = load_model(_local(option, path))

@@ -32,6 +32,7 @@ from flows.config import Params
 from tests.builders.sampler_options import noises
 from tests.builders.small_autoencoders import autoencoder, colours, denoiser
 from tests.builders.small_datasets import write_dataset
+from tests.builders.small_models import write_model
 from tests.builders.training_runs import CONFIG, MODEL, SAMPLING, Stop, StopAt
 
 STEPS = 2
@@ -237,6 +238,14 @@ def test_what_cannot_be_distilled_or_exported_is_rejected(dataset: Path, teacher
         TrainingConfig(images=100, student={"steps": 2})  # type: ignore[arg-type]
     training = CONFIG.model_copy(update={"student": {"steps": 2}})
     assert training_conflict(MODEL.model_copy(update={"prediction": "sample"}), training) is not None
+
+
+def test_a_teacher_of_another_network_is_an_error_that_names_it(dataset: Path, tmp_path: Path) -> None:
+    config = MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
+    teacher = write_model(tmp_path / "teacher.safetensors", 0, 0, config=config)
+    with pytest.raises(UserError, match=r"^distillation\.teacher .*--set model\.low_resolution=4") as raised:
+        distilled(dataset, tmp_path / "student", teacher)
+    assert "init_from" not in str(raised.value)
 
 
 def test_one_step_students_of_any_schedule_begin_at_a_level_that_they_know() -> None:

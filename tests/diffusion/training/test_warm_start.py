@@ -1,6 +1,7 @@
 """A warm start: from the weights of another model, bit for bit, and a training of its own for each of them."""
 
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ from safetensors.torch import load_file
 
 from diffusion.checkpoints import read_model_header
 from diffusion.common.errors import UserError
+from diffusion.data.dataset import Dataset
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
+from diffusion.training.setup import load_initial_weights
 from diffusion.training.train import TrainResult, preflight, train
 from tests.builders.small_autoencoders import VAE
 from tests.builders.small_models import write_model
@@ -81,6 +84,12 @@ def test_init_from_of_another_architecture_is_a_one_line_error(
         UserError, match=rf"training\.init_from .*start-0\.safetensors {words}.*training\.init_from=null"
     ):
         run(dataset, tmp_path / "warm", start_file)
+
+
+def test_advised_settings_of_another_network_are_valid(dataset: Path, tmp_path: Path) -> None:
+    captioned = MODEL.model_copy(update={"text": True})
+    with pytest.raises(UserError, match=r"--set model\.text=false"), closing(Dataset.open(dataset)) as data:
+        load_initial_weights(str(start(tmp_path)), captioned, data, list(CLASSES))
 
 
 def test_families_do_not_mix(dataset: Path, tmp_path: Path) -> None:
