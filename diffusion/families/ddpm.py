@@ -102,8 +102,14 @@ class DiffusionModel(Model):
         return replace(model, schedule=self.schedule.with_shape(model.noise_shape))
 
     def check_size(self) -> None:
-        """Raise UserError if the network folds more pixels than its images are high or wide."""
-        fold = self.network.fold * (1 if self.header.latents is None else self.header.latents.autoencoder.factor)
+        """Raise UserError if its autoencoder, or the network, does not take images of this height and width."""
+        factor = 1 if self.header.latents is None else self.header.latents.autoencoder.factor
+        if any(side % factor for side in self.shape[1:]):
+            raise UserError(
+                f"the model's autoencoder takes images whose sides are multiples of {factor} pixels, and "
+                f"{shape_name(self.shape[1:])} is no such size: choose another one"
+            )
+        fold = self.network.fold * factor
         if min(self.shape[1:]) < fold:
             raise UserError(
                 f"the model's network takes images of {fold} pixels and more along each side, and "

@@ -271,7 +271,9 @@ def _describe_error(task: Task, error: ValidationError) -> str:
     if errors[0]["type"] == "value_error":
         message = message.removeprefix("Value error, ")
         return f"{name}: {message}" if name else message
-    return f"{name}: {message.lower()}" if name else message
+    value = error.errors()[0]["input"]
+    value_text = f" (got {value!r})" if isinstance(value, int | float) else ""
+    return f"{name}: {message.lower()}{value_text}" if name else message
 
 
 def read_request(fields: Mapping[str, Any], image: Path | None = None, mask: Path | None = None) -> GenerationRequest:

@@ -313,10 +313,13 @@ def require_shape(weights: Path, model: str, params: Params) -> None:
     version, header = read_manifest(params.dataset_folder), read_header(weights).get("model_header") or {}
     theirs, ours = (header.get("channels"), header.get("size")), (version.channels, version.size)
     if theirs != ours:
+        colours: dict[Any, str] = {1: "grey", 3: "RGB"}
+        they, we = (f"{size}×{size} in {colours.get(channels)}" for channels, size in (theirs, ours))
+        settings: dict[str, Any] = {"ingest.mode": str(colours.get(theirs[0])).lower()} if theirs[0] != ours[0] else {}
+        settings |= {"ingest.size": theirs[1]} if theirs[1] != ours[1] else {}
         raise UserError(
-            f"{model} generates images of {theirs[1]}×{theirs[1]} with {theirs[0]} channels, and data set "
-            f"{version.name} holds {ours[1]}×{ours[1]} with {ours[0]}: ingest images of its size, with "
-            f"ingest.size={theirs[1]}"
+            f"{model} generates images of {they}, and data set {version.name} holds {we}: ingest images like its own, "
+            f"with {' '.join(f'--set {key}={value}' for key, value in settings.items())}"
         )
 
 

@@ -45,6 +45,16 @@ def check_model_uri(model: str | None) -> str | None:
     return model
 
 
+def check_registered(model: str | None) -> str | None:
+    """Check the form of the URI of a registered model, where no file is taken; without a server."""
+    if is_file(model):
+        raise UserError(
+            f"--model {model} is a file, and only a registered model is taken here: give models:/NAME@ALIAS or "
+            f"models:/NAME/NUMBER, or register it by `darkroom model import {model} --name NAME`"
+        )
+    return check_model_uri(model)
+
+
 def check_size(size: str | None) -> str | None:
     """Check the form of a size."""
     if size is not None:
@@ -67,7 +77,7 @@ Model = Annotated[
 ]
 ModelUri = Annotated[
     str | None,
-    Option("--model", help="models:/NAME@ALIAS or models:/NAME/NUMBER; default champion.", callback=check_model_uri),
+    Option("--model", help="models:/NAME@ALIAS or models:/NAME/NUMBER; default champion.", callback=check_registered),
 ]
 OutFolder = Annotated[Path | None, Option("--out", metavar="FOLDER", help="Output folder; default: one in samples/.")]
 Count = Annotated[int, Option("--count", min=1, help="Number of images.")]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
+from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
 from flows.cli import command as options
 from flows.cli.command import LARGEST_SEED, CommandOutput, command, connect, display_progress, is_file
@@ -17,6 +18,20 @@ app = typer.Typer(name="edit", help="Inpainting, img2img, interpolation, super-r
 Image = Annotated[Path, Argument(help="Image file; cropped and resized to the model's shape, or --size.")]
 Label = Annotated[str | None, Option("--label", metavar="NAME", help="Class label.")]
 Prompt = Annotated[str | None, Option("--prompt", help="Text prompt, for a model with model.text.")]
+
+
+def check_strength(strength: float | None) -> float | None:
+    """Check that a strength is above 0 and at most 1."""
+    if strength is not None and not 0 < strength <= 1:
+        raise UserError(f"--strength {strength:g} is out of range: give a number above 0, and at most 1")
+    return strength
+
+
+def check_partial_strength(strength: float | None) -> float | None:
+    """Check that a strength is above 0 and below 1."""
+    if strength is not None and not 0 < strength < 1:
+        raise UserError(f"--strength {strength:g} is out of range: give a number above 0 and below 1")
+    return strength
 
 
 @command(app)
@@ -31,7 +46,9 @@ def inpaint(
     resample_steps: Annotated[
         int | None, Option(min=2, max=100, help="How often each stretch of steps is resampled; default: 5, pigdm 1.")
     ] = None,
-    strength: Annotated[float | None, Option(help="Noise added to the hole; default: 1, which replaces all.")] = None,
+    strength: Annotated[
+        float | None, Option(help="Noise added to the hole; default: 1, which replaces all.", callback=check_strength)
+    ] = None,
     count: options.Count = 8,
     seed: options.Seed = 0,
     label: Label = None,
@@ -55,7 +72,10 @@ def inpaint(
 def img2img(
     config: "Params",
     image: Image,
-    strength: Annotated[float | None, Option(help="Noise added to the image, between 0 and 1; default: 0.6.")] = None,
+    strength: Annotated[
+        float | None,
+        Option(help="Noise added to the image, between 0 and 1; default: 0.6.", callback=check_partial_strength),
+    ] = None,
     count: options.Count = 8,
     seed: options.Seed = 0,
     label: Label = None,

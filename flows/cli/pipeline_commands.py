@@ -425,7 +425,10 @@ def sample(
         if to is not None:
             raise UserError("--to is where images of a registered model go, and this is a file: use --out FOLDER")
         if requests is not None:
-            raise UserError("--requests is for images of a registered model, and this is a file: give it --prompt")
+            raise UserError(
+                "--requests is for images of a registered model, and this is a file: give it --size, or --label or "
+                "--prompt for a model with classes or captions, or register it by `darkroom model import`"
+            )
         fields: dict[str, Any] = {"count": 64 if count is None else count, "seed": seed, "size": size}
         fields |= {"label": _unwrap_single(label), "prompt": _unwrap_single(prompt), "negative_prompt": negative_prompt}
         return generate_images(config, "sample", fields, model, output)
@@ -580,6 +583,11 @@ def distill(config: "Params", dry_run: DryRun = False, local: options.Local = Fa
         from diffusion.common.model_files import read_header
 
         path = config.distillation.teacher
+        if path == "champion" or path.startswith("models:/"):
+            raise UserError(
+                f"distillation.teacher = {path} is in the registry, and --local works without a server: give the path "
+                "of its .safetensors, or leave --local out"
+            )
         read_header(Path(path))
         from diffusion.checkpoints import read_model_header
         from diffusion.training.setup import student_training

@@ -271,6 +271,11 @@ def test_invalid_or_mismatched_autoencoder_is_an_error(data: Path, first: Path, 
         denoiser(first, low_resolution=8)
 
 
+def test_sizes_that_the_factor_does_not_divide_are_an_error(run: Path) -> None:
+    with pytest.raises(UserError, match="multiples of 4 pixels"):
+        load_model(run / "final.safetensors").at((18, 20))
+
+
 def test_latent_models_are_not_exported_to_diffusers(run: Path, first: Path, tmp_path: Path) -> None:
     mistakes = (
         (run / "final.safetensors", r"a model with model\.autoencoder has no counterpart in diffusers"),

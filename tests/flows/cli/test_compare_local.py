@@ -48,3 +48,8 @@ def test_a_run_of_other_settings_is_not_thrown_away(workspace: Path) -> None:
     CliRunner().invoke(app, COMMAND, catch_exceptions=False)
     with pytest.raises(UserError, match=r"runs/discs-gan holds a run that differs in training\.images"):
         CliRunner().invoke(app, [*COMMAND, "--set", "training.images=128"], catch_exceptions=False)
+
+
+def test_a_teacher_in_the_registry_is_an_error_without_servers(workspace: Path) -> None:
+    with pytest.raises(UserError, match=r"distillation\.teacher"):
+        CliRunner().invoke(app, ["distill", "--local"], catch_exceptions=False)

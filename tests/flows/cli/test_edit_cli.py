@@ -180,7 +180,12 @@ def test_stored_sampling_settings_are_those_that_were_used(darkroom: Darkroom, f
         (("edit", "inpaint", "face.png", "--mask", "model.safetensors"), "the mask cannot be used: not an image"),
         (("edit", "interpolate", "0"), "from seed 0 to seed 0: give two seeds"),
         (("edit", "upscale", "face.png"), "not trained to upscale"),
+        (("edit", "img2img", "face.png", "--strength", "2"), "--strength 2"),
+        (("edit", "img2img", "face.png", "--strength", "1"), "--strength 1"),
+        (("edit", "inpaint", "face.png", "--mask", "hole.png", "--strength", "0"), "--strength 0"),
+        (("model", "explain"), "--model model.safetensors is a file"),
         (("sample", "--to", "s3://bucket"), "use --out FOLDER"),
+        (("sample", "--requests", "sizes.csv"), "--size"),
         (("sample", "--label", "cat", "--label", "dog"), "trained without classes"),
     ],
 )

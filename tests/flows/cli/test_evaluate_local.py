@@ -43,3 +43,6 @@ def test_a_model_of_another_size_is_rejected_before_it_generates(workspace: Path
     with pytest.raises(UserError, match=r"ingest\.size=16"):
         CliRunner().invoke(app, ["evaluate", "--model", str(path)], catch_exceptions=False)
     assert not (workspace / "reports").exists()
+    path = write_model(workspace / "colour.safetensors", 1, 7, channels=3)
+    with pytest.raises(UserError, match=r"ingest\.mode=rgb$"):
+        CliRunner().invoke(app, ["evaluate", "--model", str(path)], catch_exceptions=False)
