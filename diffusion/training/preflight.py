@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from humanize import naturalsize, precisedelta
@@ -60,7 +61,7 @@ class Preflight(Config):
     """Shapes (H, W) of the images; None: all are square."""
     classes: int
     captions: int
-    """Numbers of classes and of distinct captions that the network is conditioned on."""
+    """Numbers of classes, and of distinct captions of training images, that the network is conditioned on."""
     low_resolution: int | None = Field(None, exclude_if=is_unset)
     """Height and width, in pixels, of the inputs of a super-resolution model; None for other models."""
     arithmetic: str
@@ -234,6 +235,14 @@ def state_size(
     return FLOAT * (2 * checkpoint + (parameters + others) * (1 + threads) + frozen), FLOAT * checkpoint
 
 
+def count_captions(setup: TrainingSetup) -> int:
+    """Count the distinct captions of training images that the network is conditioned on."""
+    if setup.captions is None:
+        return 0
+    numbers = setup.captions.numbers[setup.dataset.rows("train")]
+    return len(np.unique(numbers[numbers >= 0]))
+
+
 def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: float = 0) -> Preflight:
     """Compute the preflight of a run at the ``pace`` of ``measure_pace``; ``reading`` is the time to embed captions."""
     setup, config, state = trainer.setup, trainer.config, trainer.state
@@ -276,7 +285,7 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
         shape=dataset.shape,
         shapes=None if dataset.manifest.storage.buckets is None else dataset.shapes,
         classes=len(setup.classes),
-        captions=len(setup.captions.embeddings) if setup.captions else 0,
+        captions=count_captions(setup),
         low_resolution=setup.model.low_resolution,
         arithmetic=describe_precision(config.precision, setup.device),
         parameters=parameters,

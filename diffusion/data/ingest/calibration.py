@@ -81,8 +81,8 @@ class Calibration(Config):
         if self.bits == MOST_BITS:
             reason = f"ingest.near_duplicates is {MOST_BITS} bits at most"
         return (
-            f"ingest.near_duplicates=auto chose {self.bits} bits, which miss about {1 - self.copies:.0%} of copies "
-            f"(JPEG, other sizes): {reason}"
+            f"ingest.near_duplicates=auto chose {counted(self.bits, 'bit')}, and so misses about "
+            f"{1 - self.copies:.0%} of copies (JPEG, other sizes): {reason}"
         )
 
 

@@ -115,6 +115,13 @@ def test_a_dry_run_counts_captions_and_keeps_nothing(data: Path, fake_encoder: F
     assert "3 classes, 3 captions" in dict(about.lines())["images"]
 
 
+def test_a_dry_run_counts_captions_of_training_images_alone(tmp_path: Path, fake_encoder: FakeEncoder) -> None:
+    captions = [f"number {number}" if number else None for number in range(32)]
+    write_dataset(tmp_path / "own", random_images(32, channels=3), 32, captions=captions)
+    about = preflight(tmp_path / "own", MODEL, CONFIG, SAMPLING)
+    assert (about.captions, about.train, about.held_out) == (24, 24, 8)
+
+
 @given(st.floats(0, 0.5), st.integers(0, 2**32))
 def test_class_and_caption_dropout_share_one_random_number(share: float, seed: int) -> None:
     u = torch.rand(400, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -105,7 +105,7 @@ def test_where_distinct_images_are_near_most_copies_are_missed_and_the_log_says_
     assert near_duplicates.others == sum(each <= limit for each in distances) / len(images)
     assert near_duplicates.copies is not None
     assert near_duplicates.copies < 0.9
-    assert f"{limit} bits, which miss about {1 - near_duplicates.copies:.0%} of copies" in caplog.text
+    assert f"{limit} bits, and so misses about {1 - near_duplicates.copies:.0%} of copies" in caplog.text
     assert f"group {near_duplicates.copies:.1%} of copies" in near_duplicates.line
     assert sum(row["near"] is not None for row in records(tmp_path / "set")) <= 3
 
