@@ -4,6 +4,7 @@ Each combination of a sweep is an ordinary training and evaluation in a folder o
 finished; its MLflow run is a child of the sweep's. A comparison trains each model family with the same budget.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,9 +28,11 @@ from diffusion.models.config import FAMILIES
 from flows.config import SECTIONS, Combination, Params, combinations, family_variants, format_settings
 from flows.deployment.tasks import artifact_key, retryable_task
 from flows.evaluate import evaluate
-from flows.tracking.console import reporter
+from flows.tracking.console import phase, reporter
 from flows.tracking.runs import SWEEP, RunTracker, find_or_create_run
 from flows.train import train
+
+logger = logging.getLogger(__name__)
 
 
 class RankingResult(Config):
@@ -42,26 +45,31 @@ class RankingResult(Config):
 
 
 @flow(name="sweep", flow_run_name="sweep-{params.training.dataset}")
-def sweep(params: Params, over: dict[str, list[JsonValue]]) -> RankingResult:
+def sweep(params: Params, over: dict[str, list[JsonValue]], options: Sequence[str] = ()) -> RankingResult:
     """Train and evaluate every combination of the values in ``over``, by dotted key, and rank them.
 
-    Raises UserError if two of them are the same training, as the default of a field and its value.
+    ``options`` of the command line are those by which it got ``params``; the command that the report suggests has them
+    as well. Raises UserError if two combinations are the same training, as the default of a field and its value.
     """
     points = combinations(params, over)
     parent = begin(params, over)
     runs: list[str] = []
     evaluations: list[Evaluation] = []
-    for point in points:
-        run_id = train(point.params, restart="if_different").run_id
-        if run_id in runs:
-            raise UserError(
-                f"--over with {format_settings(point.settings)} is the same training as with "
-                f"{format_settings(points[runs.index(run_id)].settings)}: leave one of them out"
-            )
-        runs.append(run_id)
-        MlflowClient().set_tag(runs[-1], MLFLOW_PARENT_RUN_ID, parent)
-        evaluations.append(evaluate(point.params, point.folder))
-    return rank(params, parent, points, runs, evaluations)
+    seconds: dict[str, float] = {}
+    for number, point in enumerate(points, start=1):
+        words = words_of(point.settings)
+        logger.info("combination %d of %d: %s", number, len(points), words)
+        with phase(words, seconds):
+            run_id = train(point.params, restart="if_different").run_id
+            if run_id in runs:
+                raise UserError(
+                    f"--over with {format_settings(point.settings)} is the same training as with "
+                    f"{format_settings(points[runs.index(run_id)].settings)}: leave one of them out"
+                )
+            runs.append(run_id)
+            MlflowClient().set_tag(runs[-1], MLFLOW_PARENT_RUN_ID, parent)
+            evaluations.append(evaluate(point.params, point.folder))
+    return rank(params, parent, points, runs, evaluations, options)
 
 
 @retryable_task
@@ -79,9 +87,14 @@ def begin(params: Params, over: dict[str, list[JsonValue]]) -> str:
 
 @retryable_task
 def rank(
-    params: Params, parent: str, points: list[Combination], runs: list[str], evaluations: list[Evaluation]
+    params: Params,
+    parent: str,
+    points: list[Combination],
+    runs: list[str],
+    evaluations: list[Evaluation],
+    options: Sequence[str],
 ) -> RankingResult:
-    """Rank all combinations; write the report and log it to the sweep's run."""
+    """Rank all combinations; write the report and log it to the sweep's run; ``options`` as in ``sweep``."""
     ranking = rank_evaluations(evaluations, [point.settings for point in points], runs)
     places = dict(zip(runs, zip(points, evaluations, strict=True), strict=True))
     rows = [(model.name, *places[model.run_id]) for model in ranking.models if model.run_id is not None]
@@ -91,7 +104,7 @@ def rank(
     }
     losses = [point.params.run_folder / "losses.csv" for _, point, _ in rows]
     charts = training_charts(list(grids), [evaluation for *_, evaluation in rows], losses)
-    write_ranking_report(page, ranking, grids, (points[0].folder / "grids" / REAL_GRID).read_bytes(), charts)
+    write_ranking_report(page, ranking, grids, (points[0].folder / "grids" / REAL_GRID).read_bytes(), charts, options)
     tracker = RunTracker(MlflowClient(), parent)
     tracker.client.log_text(parent, page.read_text(), "sweep.html")
     tracker.finish()
@@ -111,7 +124,10 @@ def compare(params: Params, families: Sequence[str] = tuple(FAMILIES), restart: 
     in the families' folders.
     """
     variants = family_variants(params, families)
-    trainings = {name: train(variant, "if_different" if restart else "never") for name, variant in variants.items()}
+    trainings, seconds = {}, dict[str, float]()
+    for name, variant in variants.items():
+        with phase(name, seconds):
+            trainings[name] = train(variant, "if_different" if restart else "never")
     result = retryable_task(rank_variants)(variants, reporter())
     log_report([training.run_id for training in trainings.values()], result.report)
     create_markdown_artifact(

@@ -139,7 +139,8 @@ def command(
 
     def register(function: Function) -> Function:
         parameters = dict(inspect.signature(function).parameters)
-        has_config, takes_file = parameters.pop("config", None) is not None, "params_file" in parameters
+        has_config = parameters.pop("config", None) is not None
+        takes_file, takes_settings = "params_file" in parameters, "settings" in parameters
         common_parameters: dict[str, tuple[Any, Any]] = (
             {"dataset": (DatasetName, None)} if has_config and dataset else {}
         )
@@ -168,7 +169,8 @@ def command(
                         fields["ingest.source"] = ("SOURCE", arguments["source"])
                     options = {key: option for key, option in fields.items() if option[1] is not None}
                     file = arguments["params_file"] if takes_file else arguments.pop("params_file")
-                    arguments["config"] = load_params(file, arguments.pop("settings"), options)
+                    settings = arguments["settings"] if takes_settings else arguments.pop("settings")
+                    arguments["config"] = load_params(file, settings, options)
                 with connect(*servers) if servers else nullcontext():
                     output = function(**arguments)
                 # Lines may still have to be computed.

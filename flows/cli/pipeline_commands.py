@@ -622,6 +622,8 @@ def sweep(
     config: "Params",
     over: Annotated[list[str], Option(metavar="KEY=V,V", help="Values of a field of model or training; repeatable.")],
     dry_run: DryRun = False,
+    params_file: options.ParamsFile = Path("params.yaml"),
+    settings: options.Set = [],  # noqa: B006
 ) -> CommandOutput:
     """Grid search: train and evaluate every combination of settings, and rank them in a report; resumable.
 
@@ -641,13 +643,20 @@ def sweep(
     with connect("prefect", "mlflow", "s3"):
         from flows.sweep import sweep
 
-        result = sweep(config, values)
+        result = sweep(config, values, configuration_options(params_file, settings, values))
     lines = [
         f"{result.ranking.metric} {model.value:.4g} ± {model.error:.2g}  "
         + " ".join(f"{key}={value}" for key, value in model.settings.items())
         for model in result.ranking.models
     ]
     return CommandOutput(result, [*lines, f"report: {result.report}", f"MLflow run {result.run_id}"])
+
+
+def configuration_options(params_file: Path, settings: list[str], over: "Mapping[str, Any]") -> list[str]:
+    """Options by which another command gets the configuration of a sweep, but for the fields that it varies."""
+    words = [] if params_file == Path("params.yaml") else ["--params", str(params_file)]
+    fixed_settings = (setting for setting in settings if setting.partition("=")[0].strip() not in over)
+    return words + [word for setting in fixed_settings for word in ("--set", setting)]
 
 
 @pipeline

@@ -145,7 +145,7 @@ class Lines:
 
     def end(self, seconds: float) -> None:
         """End the phase, which took this long."""
-        self.write(f"{self.phase:<11}done in {clock(seconds)}")
+        self.write(f"{self.phase:<10} done in {clock(seconds)}")
         self.phase, self.own, self.later = "", 0, 0
 
     def close(self) -> None:

@@ -1,9 +1,17 @@
 """What --over means: every combination, each in folders of its own, and nothing that would not compare."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from diffusion.common.errors import UserError
+from flows.cli.pipeline_commands import configuration_options
 from flows.config import Params, combinations, parse_over
+from flows.sweep import sweep
+from flows.tracking.console import CONSOLE, Lines
 
 PARAMS = Params.model_validate({"training": {"dataset": "faces", "images": 100}, "model": {"width": 16}})
 
@@ -48,3 +56,40 @@ def test_invalid_sweep_is_a_one_line_error(words: list[str], error: str) -> None
     with pytest.raises(UserError, match=error) as error_info:
         combinations(PARAMS, parse_over(words))
     assert "\n" not in str(error_info.value)
+
+
+def test_options_of_a_sweep_are_those_of_all_its_trainings() -> None:
+    settings = ["training.images=100", "model.width=16"]
+    options = configuration_options(Path("faces.yaml"), settings, parse_over(["model.width=16,32"]))
+    assert options == ["--params", "faces.yaml", "--set", "training.images=100"]
+    assert configuration_options(Path("params.yaml"), [], {}) == []
+
+
+def test_progress_of_a_sweep_names_the_combination(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    lines = Lines(said.append)
+    monkeypatch.setattr("flows.tracking.console.EVERY", 0.0)
+
+    def train(params: Params, restart: str) -> SimpleNamespace:
+        lines("images trained on", 50, 100)
+        return SimpleNamespace(run_id=str(params.model.width))  # type: ignore[union-attr]
+
+    def rank(*arguments: Any) -> Sequence[str]:
+        options: Sequence[str] = arguments[-1]
+        return options
+
+    for name, function in (("train", train), ("evaluate", lambda *_: None), ("begin", lambda *_: "0"), ("rank", rank)):
+        monkeypatch.setattr(f"flows.sweep.{name}", function)
+    monkeypatch.setattr("flows.sweep.MlflowClient", lambda: SimpleNamespace(set_tag=lambda *_: None))
+    token = CONSOLE.set(lines)
+    try:
+        options: Any = sweep.fn(PARAMS, {"model.width": [16, 32]}, ["--set", "training.images=100"])
+    finally:
+        CONSOLE.reset(token)
+    assert options == ["--set", "training.images=100"]
+    assert said == [
+        "width=16: images trained on: 50 of 100",
+        "width=16   done in 0:00",
+        "width=32: images trained on: 50 of 100",
+        "width=32   done in 0:00",
+    ]

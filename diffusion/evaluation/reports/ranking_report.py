@@ -53,11 +53,17 @@ Column = tuple[str, str, list[Cell]]
 
 
 def write_ranking_report(
-    path: Path, ranking: Ranking, images: Mapping[str, bytes], real: bytes, charts: Sequence[Chart] = ()
+    path: Path,
+    ranking: Ranking,
+    images: Mapping[str, bytes],
+    real: bytes,
+    charts: Sequence[Chart] = (),
+    options: Sequence[str] = (),
 ) -> str:
     """Write the report to ``path``, whole; returns its SHA-256.
 
-    ``images`` holds a PNG of the first images of each model by name, and ``real`` one of held-out images.
+    ``images`` holds a PNG of the first images of each model by name, and ``real`` one of held-out images. ``options``
+    of the command line are what all models have in common, for the suggested command.
     """
     best, overview = ranking.models[0], metrics_chart(ranking)
     words = [word for key, value in best.settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
@@ -72,7 +78,7 @@ def write_ranking_report(
         charts=charts,
         images=images,
         real=real,
-        command=words and shlex.join(["darkroom", "retrain", "--dataset", ranking.dataset, *words]),
+        command=words and shlex.join(["darkroom", "retrain", "--dataset", ranking.dataset, *options, *words]),
     )
     return write_bytes(path, page)
 

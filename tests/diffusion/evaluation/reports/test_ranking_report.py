@@ -54,6 +54,14 @@ def test_the_best_comes_first_and_each_has_its_settings_metrics_and_images(tmp_p
     assert all(address.startswith("data:") for address in page.addresses)
 
 
+def test_the_suggested_command_has_the_options_of_the_sweep(tmp_path: Path) -> None:
+    ranking, path = ranked([0.2]), tmp_path / "sweep.html"
+    sheets = {each.name: REAL for each in ranking.models}
+    write_ranking_report(path, ranking, sheets, REAL, options=["--set", "training.images=4000"])
+    words = " ".join(Page(path.read_text()).words)
+    assert "--set training.images=4000 --set training.learning_rate=0.2 --set model.width=32" in words
+
+
 @pytest.mark.parametrize(
     ("kids", "words"),
     [
