@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from diffusion.common.config import LARGEST_EMA_STD, Config, is_unset
 from diffusion.common.errors import UserError
+from diffusion.common.escaping import counted
 
 if TYPE_CHECKING:
     from diffusion.data.manifest import Manifest
@@ -17,12 +18,17 @@ FEWEST = 10
 
 def require_enough(manifest: "Manifest") -> None:
     """Raise UserError if a split of a version of a data set is too small for an evaluation."""
+    if (words := shortage(manifest)) is not None:
+        raise UserError(f"{words}: ingest more, or change ingest.held_out")
+
+
+def shortage(manifest: "Manifest") -> str | None:
+    """Describe which split of a version of a data set is too small for an evaluation; None if neither is."""
     for split, count in manifest.counts.items():
         if count < FEWEST:
-            raise UserError(
-                f"data set {manifest.name} has {count} {split.replace('_', '-').replace('train', 'training')} images, "
-                f"and evaluation needs {FEWEST}: ingest more, or change ingest.held_out"
-            )
+            name = split.replace("_", "-").replace("train", "training")
+            return f"data set {manifest.name} has {counted(count, f'{name} image')}, and evaluation needs {FEWEST}"
+    return None
 
 
 class EvaluationConfig(Config):

@@ -58,6 +58,8 @@ LOOK_SECONDS = 0.5
 PATIENCE = 5.0
 """Seconds after the first signal from which Ctrl-C ends a training at once."""
 LEAVING = "stopping after this step: Ctrl-C again, after %d s, leaves without a checkpoint"
+DISCARD_OR_MOVE = "give --restart to throw it away, or set training.output to another folder"
+"""Advice where a folder holds another run."""
 
 logger = logging.getLogger(__name__)
 
@@ -296,21 +298,22 @@ def check(
     config: TrainingConfig,
     sampling: SamplingConfig,
     restart: Literal["never", "if_different", "always"],
+    advice: str = DISCARD_OR_MOVE,
 ) -> None:
-    """Raise UserError as ``train`` would before its first step; writes nothing, and embeds no captions."""
+    """Raise UserError as ``train`` would before its first step; writes nothing, and embeds no captions.
+
+    ``advice``: what the message says to do with another run in the folder ``output``.
+    """
     with open_dataset(data, config, None) as dataset, compute_deterministically(resolve_device(config.device)):
         setup = make_setup(dataset, model, config, sampling, SINGLE_PROCESS)
         meta_network(setup)
-        _require_same_run(output, setup, restart)
+        _require_same_run(output, setup, restart, advice)
 
 
-def _require_same_run(output: Path, setup: TrainingSetup, restart: str) -> bool:
+def _require_same_run(output: Path, setup: TrainingSetup, restart: str, advice: str = DISCARD_OR_MOVE) -> bool:
     """Whether the folder ``output`` holds another run, which may be discarded; raises UserError if it may not."""
     if (differences := _differences(output, setup)) and restart == "never":
-        raise UserError(
-            f"{output} holds a run that differs in {', '.join(differences)}: "
-            "give --restart to throw it away, or set training.output to another folder"
-        )
+        raise UserError(f"{output} holds a run that differs in {', '.join(differences)}: {advice}")
     return bool(differences)
 
 

@@ -234,6 +234,13 @@ def is_file(model: str | None) -> TypeGuard[str]:
     return model is not None and model.endswith(".safetensors")
 
 
+def hide_prefect_log() -> None:
+    """Keep Prefect, before it is imported, from writing log lines to the console, which shows our own progress."""
+    if VERBOSITY.get() != "verbose":
+        # The Prefect UI still gets every log line.
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+
+
 @contextmanager
 def connect(*servers: "Server") -> Iterator[None]:
     """Use the ``servers`` in this process, and show progress on the console."""
@@ -251,9 +258,8 @@ def connect(*servers: "Server") -> Iterator[None]:
         from flows.tracking.json_logs import VARIABLES
 
         os.environ.update(VARIABLES)
-    elif VERBOSITY.get() != "verbose":
-        # The console shows our own progress; the Prefect UI still gets every log line.
-        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    else:
+        hide_prefect_log()
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "INFO" if VERBOSITY.get() == "verbose" else "WARNING")

@@ -1,9 +1,10 @@
 """Top-level pipeline commands, from ``ingest`` to ``retrain``; each runs the flow of its name."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from flows.environment import Server
     from flows.promote import PromotionResult
 
+logger = logging.getLogger(__name__)
 app = typer.Typer()
 To = Annotated[str | None, Option(metavar="S3_URI", help="s3://BUCKET, or a prefix in it; default: DARKROOM_BUCKET.")]
 Labels = Annotated[list[str], Option("--label", metavar="NAME", help="Class label; several are used in turn.")]
@@ -30,6 +32,7 @@ Prompts = Annotated[list[str], Option("--prompt", help="Text prompt; several are
 EVALUATED = "models:/NAME@ALIAS, models:/NAME/NUMBER or a .safetensors, instead of the run's checkpoints."
 ALL_FAMILIES = ["ddpm", "vae", "gan", "autoregressive"]
 """Families of ``diffusion.models.config``, which is too slow to import for ``--help``."""
+OTHER_RUN = "give --restart to throw it away, or the settings of that run by --set, or move its folder away"
 DryRun = Annotated[bool, Option("--dry-run", help="Only show what would be done, and the estimated time.")]
 pipeline = command(app, panel="Pipeline")
 
@@ -123,11 +126,13 @@ def _preflight(variants: "Mapping[str, Params]") -> CommandOutput:
             estimates[name] = preflight(config.dataset_folder, config.model, config.training, config.sampling, store)
     lines = []
     for name, estimate in estimates.items():
-        rows = estimate.lines()
-        lines += [f"{key:10} {text}" for key, text in rows] if len(estimates) == 1 else [f"{name}: {rows[-1][1]}"]
+        rows = dict(estimate.lines())
+        is_single = len(estimates) == 1
+        lines += [f"{key:10} {text}" for key, text in rows.items()] if is_single else [f"{name}: {rows['time']}"]
     seconds = sum(estimate.seconds or 0 for estimate in estimates.values())
     if len(estimates) > 1:
-        lines.append(f"{len(estimates)} trainings, {precisedelta(seconds, minimum_unit='minutes', format='%d')} in all")
+        unit = "seconds" if seconds < 60 else "minutes"
+        lines.append(f"{len(estimates)} trainings, {precisedelta(seconds, minimum_unit=unit, format='%d')} in all")
     value = {name: estimate.model_dump(mode="json") for name, estimate in estimates.items()}
     return CommandOutput({"dry_run": True, "seconds": seconds, "trainings": value}, lines)
 
@@ -225,8 +230,9 @@ def train(
         if restart and not is_follower():
             discard(config.run_folder)
         with display_progress() as progress:
+            _warn_of_few_images(config)
             result = _train(config, progress=progress, restart=restart_mode)
-        return None if is_follower() else CommandOutput(result, [f"{result.images} images seen; {result.final}"])
+        return None if is_follower() else CommandOutput(result, [_describe_training(result)])
     if is_follower():
         with _prepare_inputs(config) as (config, store):
             _train(config, store=store)
@@ -236,21 +242,41 @@ def train(
     read_manifest(config.dataset_folder)
     with connect("prefect", "mlflow", "s3"):
         require_training_inputs(config)
-        from flows.config import registered_autoencoder, registered_initial_weights
-
-        if config.training.stream_bytes is None and not (
-            registered_autoencoder(config) or registered_initial_weights(config)
-        ):
-            from diffusion.training.train import check
-
-            params = config.model, config.training, config.sampling
-            check(config.dataset_folder, config.run_folder, *params, "always" if restart else restart_mode)
+        _warn_of_few_images(config)
+        _check_training(config, "always" if restart else restart_mode)
         from flows.train import train
 
         training = train(config, "always" if restart else restart_mode)
     return CommandOutput(
-        training, [f"{training.result.images} images seen; {training.result.final}; MLflow run {training.run_id}"]
+        training,
+        [f"{_describe_training(training.result)}; MLflow run {training.run_id}"],
     )
+
+
+def _warn_of_few_images(config: "Params") -> None:
+    """Warn if models of the data set cannot be evaluated."""
+    from diffusion.data.manifest import read_manifest
+    from diffusion.evaluation.config import shortage
+
+    if not is_follower() and (words := shortage(read_manifest(config.dataset_folder))) is not None:
+        logger.warning("%s: the model can be trained, but not evaluated; ingest more, or change ingest.held_out", words)
+
+
+def _check_training(config: "Params", restart: "Literal['never', 'if_different', 'always']", *advice: str) -> None:
+    """Raise UserError as a training would before its first step, if its inputs are on this machine."""
+    from flows.config import registered_autoencoder, registered_initial_weights
+
+    if config.training.stream_bytes is None and not (
+            registered_autoencoder(config) or registered_initial_weights(config)
+        ):
+        from diffusion.training.train import check
+
+        params = config.model, config.training, config.sampling
+        check(config.dataset_folder, config.run_folder, *params, restart, *advice)
+
+
+def _describe_training(result: "TrainResult") -> str:
+    return f"{counted(result.images, 'image')} seen; {result.final}"
 
 
 def _train(config: "Params", **options: Any) -> "TrainResult":
@@ -599,7 +625,7 @@ def distill(config: "Params", dry_run: DryRun = False, local: options.Local = Fa
             return _preflight({"student": config})
         with display_progress() as progress:
             result = _train(config, progress=progress, restart="if_different")
-        return CommandOutput(result, [f"{result.images} images seen; {result.final}"])
+        return CommandOutput(result, [_describe_training(result)])
     with connect("prefect", "mlflow", "s3"):
         from flows.cli.checks import require_version
 
@@ -679,14 +705,19 @@ def compare(
     from flows.cli.checks import require_evaluable
 
     require_evaluable(config)
+    for variant in () if restart else variants.values():
+        _check_training(variant, "never", OTHER_RUN)
     if dry_run:
         return _preflight(variants)
     if local:
+        options.hide_prefect_log()
         from flows.sweep import rank_variants
+        from flows.tracking.console import phase
 
         with display_progress() as progress:
-            for variant in variants.values():
-                _train(variant, progress=progress, restart="if_different" if restart else "never")
+            for name, variant in variants.items():
+                with phase(name, {}):
+                    _train(variant, progress=progress, restart="if_different" if restart else "never")
             result = rank_variants(variants, progress)
     else:
         with connect("prefect", "mlflow", "s3"):

@@ -1,6 +1,7 @@
 """``darkroom compare --local``: families trained and evaluated side by side, without any server."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 from diffusion.checkpoints import read_model_header
 from diffusion.common.errors import UserError
 from flows.cli import app
+from flows.cli.command import hide_prefect_log
 from tests.builders.comparisons import discs
 
 PARAMS = {
@@ -46,10 +48,32 @@ def test_families_train_in_separate_folders_with_one_ranking_report(workspace: P
 
 def test_a_run_of_other_settings_is_not_thrown_away(workspace: Path) -> None:
     CliRunner().invoke(app, COMMAND, catch_exceptions=False)
-    with pytest.raises(UserError, match=r"runs/discs-gan holds a run that differs in training\.images"):
-        CliRunner().invoke(app, [*COMMAND, "--set", "training.images=128"], catch_exceptions=False)
+    for options in ([], ["--dry-run"]):
+        words = [*COMMAND, "--set", "training.images=128", *options]
+        with pytest.raises(UserError, match=r"runs/discs-gan holds a run that differs in training\.images") as raised:
+            CliRunner().invoke(app, words, catch_exceptions=False)
+        # A comparison takes no other folder.
+        assert "training.output" not in str(raised.value)
 
 
 def test_a_teacher_in_the_registry_is_an_error_without_servers(workspace: Path) -> None:
     with pytest.raises(UserError, match=r"distillation\.teacher"):
         CliRunner().invoke(app, ["distill", "--local"], catch_exceptions=False)
+
+
+def test_training_on_a_data_set_that_cannot_be_evaluated_warns_and_goes_on(workspace: Path) -> None:
+    discs(workspace / "data" / "few", 20)
+    words = ["train", "--local", "--dataset", "few", "--set", "model.width=16", "--set", "training.images=1024"]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert next(line for line in done.stderr.splitlines() if "ingest.held_out" in line).startswith("warning: ")
+    assert done.stderr.count("ingest.held_out") == 1
+    assert done.stdout.startswith("1,024 images seen")
+    done = CliRunner().invoke(app, [*words, "--dataset", "discs"], catch_exceptions=False)
+    assert "ingest.held_out" not in done.stderr
+
+
+def test_prefect_repeats_no_log_line(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "")
+    monkeypatch.delenv("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL")
+    hide_prefect_log()
+    assert os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] == "CRITICAL"

@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -235,6 +236,20 @@ def test_a_dry_run_of_several_trainings_measures_each_without_a_server(run: Comm
     assert all(each["images"] == 64 for each in about["trainings"].values())
     assert about["seconds"] == sum(each["seconds"] for each in about["trainings"].values()) > 0
     assert not Path("runs").exists()
+
+
+def test_a_dry_run_of_several_trainings_shows_the_time_of_each_and_of_all(
+    run: CommandLine, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [("time", "20 seconds"), ("at SIGTERM", "ends")]
+    estimate = SimpleNamespace(seconds=20.0, lines=lambda: lines, model_dump=lambda mode: {})
+    monkeypatch.setattr("diffusion.training.train.preflight", lambda *_: estimate)
+    words = ["sweep", "--over", "training.seed=1,2", "--dry-run", "--dataset", "blobs"]
+    assert run(*words).splitlines() == [
+        "seed=1: 20 seconds",
+        "seed=2: 20 seconds",
+        "2 trainings, 40 seconds in all",
+    ]
 
 
 def test_quiet_shows_the_result_alone_before_or_after_the_command(
