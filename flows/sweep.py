@@ -57,7 +57,7 @@ def sweep(params: Params, over: dict[str, list[JsonValue]], options: Sequence[st
     evaluations: list[Evaluation] = []
     seconds: dict[str, float] = {}
     for number, point in enumerate(points, start=1):
-        words = words_of(point.settings)
+        words = format_settings(point.settings)
         logger.info("combination %d of %d: %s", number, len(points), words)
         with phase(words, seconds):
             run_id = train(point.params, restart="if_different").run_id

@@ -166,7 +166,7 @@ def decide(
         near = Grouping(leaders, config.near_duplicate_bits)
         for row in np.flatnonzero(leaders != np.arange(len(leaders))) if verdict != "report" else ():
             phash, leader_phash = (int(measurements.phashes[number], 16) for number in (row, leaders[row]))
-            bits = f"{counted((phash ^ leader_phash).bit_count(), 'bit')} (at most {config.near_duplicate_bits})"
+            bits = f"{pluralize((phash ^ leader_phash).bit_count(), 'bit')} (at most {config.near_duplicate_bits})"
             leader_keys[row] = leader = keys[leaders[row]]
             reasons[row] = f"near_duplicates = {verdict}: {bits} from {leader[:16]}"
     if (verdict := config.semantic_duplicates) is not None:

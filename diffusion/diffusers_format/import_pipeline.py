@@ -164,10 +164,6 @@ def _components(folder: Path, index: dict[str, Any], files: dict[str, Path]) -> 
         )
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str) or pipeline not in PIPELINES:
-        if pipeline == PIPELINE_NAME:
-            raise UserError(
-                f"{folder} was exported by `darkroom model export`: import the .safetensors that it was exported from"
-            )
         shown_name = str(pipeline)[:LONGEST_NAME]
         raise UserError(f"{folder} is a {shown_name}, which is not supported: one of {', '.join(PIPELINES)} is")
     components = {**PIPELINES[pipeline], "scheduler": SCHEDULERS}

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from diffusion.common.config import LARGEST_EMA_STD, Config, is_unset
 from diffusion.common.errors import UserError
-from diffusion.common.escaping import counted
+from diffusion.common.escaping import pluralize
 
 if TYPE_CHECKING:
     from diffusion.data.manifest import Manifest
@@ -27,7 +27,7 @@ def shortage(manifest: "Manifest") -> str | None:
     for split, count in manifest.counts.items():
         if count < FEWEST:
             name = split.replace("_", "-").replace("train", "training")
-            return f"data set {manifest.name} has {counted(count, f'{name} image')}, and evaluation needs {FEWEST}"
+            return f"data set {manifest.name} has {pluralize(count, f'{name} image')}, and evaluation needs {FEWEST}"
     return None
 
 

@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 
 from diffusion.common.device import compute_deterministically, resolve_device
 from diffusion.common.errors import UserError
-from diffusion.common.escaping import counted
+from diffusion.common.escaping import pluralize
 from diffusion.common.fingerprint import CPU, autocast
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.random import GaussianNoise, uniform
@@ -104,7 +104,7 @@ def tile_shape(model: Model, images: Tensor) -> Shape:
     shapes = [(high // scale, wide // scale) for high, wide in model.header.trained_shapes]
     if channels != model.header.channels:
         raise UserError(
-            f"the image has {counted(channels, 'channel')} and the model enlarges images of {model.header.channels}: "
+            f"the image has {pluralize(channels, 'channel')} and the model enlarges images of {model.header.channels}: "
             f"make it {'grey' if model.header.channels == 1 else 'RGB'}"
         )
     candidates = [(high, wide) for high, wide in shapes if high <= height and wide <= width]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from diffusion.checkpoints import load_model, tensor_bytes, weights_digest
 from diffusion.common.device import device_name, resolve_device
 from diffusion.common.errors import UserError
-from diffusion.common.escaping import counted
+from diffusion.common.escaping import pluralize
 from diffusion.common.files import canonical_json, digest_of, sha256_bytes, sha256_file
 from diffusion.common.fingerprint import CPU, Fingerprint, fingerprint, resolve_precision
 from diffusion.common.progress import Progress, ignore_progress
@@ -656,7 +656,7 @@ def load_autoencoder(path: str, dataset: Dataset, window: int | None) -> Latents
     assert isinstance(config, VAEConfig)
     if model.header.channels != channels:
         raise UserError(
-            f"model.autoencoder {path} was trained on images of {counted(model.header.channels, 'channel')} and data "
+            f"model.autoencoder {path} was trained on images of {pluralize(model.header.channels, 'channel')} and data "
             f"set {dataset.manifest.name} has {channels}: train an autoencoder on images like these"
         )
     sizes = latent_shape(config, size, size)

@@ -267,8 +267,8 @@ def _check_training(config: "Params", restart: "Literal['never', 'if_different',
     from flows.config import registered_autoencoder, registered_initial_weights
 
     if config.training.stream_bytes is None and not (
-            registered_autoencoder(config) or registered_initial_weights(config)
-        ):
+        registered_autoencoder(config) or registered_initial_weights(config)
+    ):
         from diffusion.training.train import check
 
         params = config.model, config.training, config.sampling
@@ -276,7 +276,7 @@ def _check_training(config: "Params", restart: "Literal['never', 'if_different',
 
 
 def _describe_training(result: "TrainResult") -> str:
-    return f"{counted(result.images, 'image')} seen; {result.final}"
+    return f"{pluralize(result.images, 'image')} seen; {result.final}"
 
 
 def _train(config: "Params", **options: Any) -> "TrainResult":

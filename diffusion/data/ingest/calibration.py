@@ -81,7 +81,7 @@ class Calibration(Config):
         if self.bits == MOST_BITS:
             reason = f"ingest.near_duplicates is {MOST_BITS} bits at most"
         return (
-            f"ingest.near_duplicates=auto chose {counted(self.bits, 'bit')}, and so misses about "
+            f"ingest.near_duplicates=auto chose {pluralize(self.bits, 'bit')}, and so misses about "
             f"{1 - self.copies:.0%} of copies (JPEG, other sizes): {reason}"
         )
 
