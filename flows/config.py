@@ -293,7 +293,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(), _UniqueKeyLoader) or {}
+        tree = _UniqueKeyLoader(path.read_text()).get_single_data() or {}
     except FileNotFoundError as error:
         if path != Path("params.yaml"):
             raise UserError(f"{path} not found: give the path of a configuration to --params") from error

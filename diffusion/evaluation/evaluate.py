@@ -169,7 +169,7 @@ def evaluate(
     evaluator = Evaluator(data, config, sampling, output / CACHE, progress, task)
     generated_images: dict[str, Images] = {}
     same_version = header.content_digest == evaluator.conditions.content_digest
-    if not same_version:
+    if not same_version and header.dataset == evaluator.real.dataset.manifest.name:
         logger.warning(
             "%s was trained on another version of data set %s: if ingest.held_out was changed since, some of the "
             "held-out images may be its training images, and its scores too good; train again then",

@@ -593,10 +593,18 @@ def _describe_retraining(result: dict[str, Any]) -> Iterator[str]:
 
 
 @pipeline
-def distill(config: "Params", dry_run: DryRun = False, local: options.Local = False) -> CommandOutput:
+def distill(
+    config: "Params",
+    restart: Annotated[
+        bool, Option("--restart", help="With --local: discard a student of other settings or of another teacher.")
+    ] = False,
+    dry_run: DryRun = False,
+    local: options.Local = False,
+) -> CommandOutput:
     """Train a student of the champion that generates in two evaluations or so, and promote it if it is as good.
 
-    The same command resumes an interrupted distillation.
+    The same command resumes an interrupted distillation. With servers a student of other settings replaces the one in
+    the run folder, which is in the registry.
 
     Example:  darkroom distill --dataset faces --set distillation.steps=2
 
@@ -624,8 +632,10 @@ def distill(config: "Params", dry_run: DryRun = False, local: options.Local = Fa
         if dry_run:
             return _preflight({"student": config})
         with display_progress() as progress:
-            result = _train(config, progress=progress, restart="if_different")
+            result = _train(config, progress=progress, restart="if_different" if restart else "never")
         return CommandOutput(result, [_describe_training(result)])
+    if restart:
+        raise UserError("--restart is for --local: with servers a student of other settings replaces the one before")
     with connect("prefect", "mlflow", "s3"):
         from flows.cli.checks import require_version
 

@@ -126,6 +126,9 @@ def test_missing_or_broken_configuration_file_is_an_error(tmp_path: Path) -> Non
     (tmp_path / "params.yaml").write_text("training: [")
     with pytest.raises(UserError, match="not YAML"):
         load_params(tmp_path / "params.yaml", [])
+    (tmp_path / "params.yaml").write_text("training:\n  images: 5\n  images: 6\n")
+    with pytest.raises(UserError, match="images is given twice"):
+        load_params(tmp_path / "params.yaml", [])
     (tmp_path / "params.yaml").write_text("- a\n- b\n")
     with pytest.raises(UserError, match="sections"):
         load_params(tmp_path / "params.yaml", [])

@@ -50,6 +50,7 @@ def test_sweep_folder_depends_on_init_from() -> None:
         (["model.width=32,32"], "the same value twice"),
         (["training.learning_rate=1e-3,0.001"], "the same value twice"),
         (["training.images.x=1,2"], "images is a value, not a section"),
+        (["training.guide=0.25,0.5"], "set sampling.autoguidance"),
     ],
 )
 def test_invalid_sweep_is_a_one_line_error(words: list[str], error: str) -> None:

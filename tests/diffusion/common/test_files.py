@@ -8,7 +8,9 @@ from pathlib import Path
 from subprocess import PIPE, Popen
 
 import pytest
+import torch
 
+from diffusion.checkpoints import save_tensors
 from diffusion.common.files import PARTIAL, remove_partials, write_atomically, write_bytes
 from tests.builders import ROOT
 
@@ -53,6 +55,12 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, fail)
     assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("file", b"old")]
+
+
+def test_tensors_have_the_permissions_of_other_files(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "other", b"")
+    save_tensors(tmp_path / "some.safetensors", {"x": torch.zeros(1)}, {})
+    assert (tmp_path / "some.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_partial_files_of_killed_writers_are_recognized_and_removed(tmp_path: Path) -> None:

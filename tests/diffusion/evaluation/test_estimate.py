@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy import stats
 
-from diffusion.evaluation.estimate import Estimate, Share, paired_difference
+from diffusion.evaluation.estimate import Estimate, NonNegative, Share, paired_difference
 
 
 def test_intervals_are_students() -> None:
@@ -29,6 +29,12 @@ def test_intervals_of_shares_are_wilsons_for_independent_images(count: int, data
     interval = Share(value=share, error=error, freedom=10**9, count=count).interval(0.95)
     theirs = stats.binomtest(hits, count).proportion_ci(0.95, method="wilson")
     assert (interval.low, interval.high) == (pytest.approx(theirs.low, abs=1e-6), pytest.approx(theirs.high, abs=1e-6))
+
+
+def test_an_interval_of_what_is_never_negative_is_cut_off_at_0() -> None:
+    usual, cut = (kind(value=0.1, error=0.2, freedom=9).interval(0.95) for kind in (Estimate, NonNegative))
+    assert (cut.low, cut.high) == (0, usual.high)
+    assert usual.low < 0
 
 
 def test_correlated_images_widen_the_interval_of_a_share() -> None:

@@ -107,8 +107,11 @@ def test_chosen_guidance_goes_into_the_registered_file_which_samples_with_it(dat
     assert evaluation.sampling == CANDIDATES[name]
     assert min(evaluation.guidance, key=lambda each: each.kid).sampling == CANDIDATES[name]
     assert Evaluation.read(report / "evaluation.json") == evaluation
-    [statement] = [each for each in findings(evaluation) if "uidance" in each]
+    headline, *_ = statements = findings(evaluation)
+    assert "without guidance" in headline
+    [statement] = [each for each in statements if each.startswith("Guidance")]
     assert statement.startswith(f"Guidance {name} lowers its KID")
+    assert statement.endswith("--set sampling.guidance=2 --set sampling.guidance_interval=[0.2,5].")
     page = Page((report / "report.html").read_text())
     assert all(text in page.text for text in CANDIDATES)
     assert f"{name} chosen" in " ".join(page.text.split())

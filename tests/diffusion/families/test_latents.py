@@ -273,7 +273,7 @@ def test_invalid_or_mismatched_autoencoder_is_an_error(data: Path, first: Path, 
 
 def test_sizes_that_the_factor_does_not_divide_are_an_error(run: Path) -> None:
     with pytest.raises(UserError, match="multiples of 4 pixels"):
-        load_model(run / "final.safetensors").at((18, 20))
+        load_model(run / "final.safetensors").with_size((18, 20))
 
 
 def test_latent_models_are_not_exported_to_diffusers(run: Path, first: Path, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_latents_of_any_shape_are_decoded_and_those_the_factor_does_not_divide_r
     model = DiffusionModel.make_model(about, network, Latents(space, 1).eval())
     assert model.with_size((8, 12)).noise_shape == (2, 4, 6)
     assert sample(model.with_size((8, 12)), [0], 0, SAMPLING).shape == (1, 1, 8, 12)
-    with pytest.raises(UserError, match="does not divide"):
+    with pytest.raises(UserError, match="multiples of 2 pixels"):
         model.with_size((8, 11))
 
 

@@ -376,7 +376,7 @@ GUIDED = SAMPLING.model_copy(update={"guidance": 3.0})
             r"not trained to enlarge any: .*low_resolution.* say 4",
         ),
         (lambda: upscale(untrained(), SMALL.expand(-1, 3, -1, -1), 0, SAMPLING), "3 channels .* make it grey"),
-        (lambda: upscale(untrained(MODEL, 3), SMALL, 0, SAMPLING), "1 channels .* make it RGB"),
+        (lambda: upscale(untrained(MODEL, 3), SMALL, 0, SAMPLING), "1 channel .* make it RGB"),
         (lambda: upscale(untrained(), WIDE[:, :, :3], 0, SAMPLING), r"3×12 pixels .* trained on 4×4.* nothing lower"),
         (lambda: upscale(untrained(), SMALL, 0, GUIDED), "guidance = 3 .* leave it out"),
         (lambda: upscale(untrained(), SMALL, 0, NOISY), "0.2 is more than the model was trained with, 0.1"),
