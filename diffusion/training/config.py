@@ -179,7 +179,7 @@ class DistillationConfig(Config):
     is named, its teacher is distilled."""
     steps: int = Field(2, ge=1, le=8)
     """Network evaluations in which the student generates an image."""
-    images: int = Field(60_000, ge=1)
+    images: int = Field(120_000, ge=1)
     """Images to see."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate."""
