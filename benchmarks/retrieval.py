@@ -135,7 +135,7 @@ def main() -> None:
 
 
 def table(title: str, ranks_by_kind: dict[str, Tensor]) -> str:
-    """How often the right caption is among the first, of the ranks in ``ranks_by_kind``, (N,) of each kind of images."""
+    """How often the right caption is among the first, of the ranks of each kind of images, (N,)."""
     lines = [
         f"\n| {title}; the right one is among the first |" + "".join(f" {rank} |" for rank in RANKS) + " median rank |"
     ]
