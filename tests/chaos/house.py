@@ -195,7 +195,7 @@ class Site(Workspace):
             "content": done["data"]["result"]["content_digest"],
             # Of the tensors alone, as the header says of which data set they are.
             "weights": {name: sha256_bytes(each.numpy().tobytes()) for name, each in load_file(self.final).items()},
-            "printed": sorted(samples),
+            "samples": sorted(samples),
             "whole": all(sha256_bytes(samples[row["key"]]) == row["sha256"] for row in table),
             "pixels": [row["pixels_sha256"] for row in table],
             "notes": len(self.house.objects(f"retrained/{self.name}/")),

@@ -26,13 +26,13 @@ from tests.chaos.power_drills import backup_drill
 def database(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("create table told (text)")
-        connection.execute("insert into told values (?)", (text,))
+        connection.execute("create table notes (text)")
+        connection.execute("insert into notes values (?)", (text,))
 
 
 def read_text(path: Path) -> str:
     with closing(sqlite3.connect(path)) as connection:
-        return str(connection.execute("select text from told").fetchone()[0])
+        return str(connection.execute("select text from notes").fetchone()[0])
 
 
 def now() -> datetime:
