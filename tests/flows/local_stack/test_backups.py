@@ -152,7 +152,7 @@ def test_a_restore_that_was_killed_is_not_started_over_and_given_again_places_al
     assert not (folder / f"{DATABASES[-1]}-wal").exists()
 
     with closing(sqlite3.connect(folder / DATABASES[-1])) as used, used:
-        used.execute("update told set text = 'used since'")
+        used.execute("update notes set text = 'used since'")
     with pytest.raises(KeyboardInterrupt):
         restore(backup_folder, None, Path("nothing"), print)
     assert read_text(folder / DATABASES[-1]) == "used since"
