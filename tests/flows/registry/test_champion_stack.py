@@ -268,22 +268,22 @@ def test_a_retraining_waits_for_approval_and_without_it_leaves_the_champion(
     workspace: Workspace, server: MlflowClient
 ) -> None:
     prefect = Prefect(workspace)
-    always = ("registry.approval=true", "registry.model=approved", "gate.recall_loss=null", "gate.memorized=null")
+    always = ("registry.approval=true", "registry.model=retrained", "gate.recall_loss=null", "gate.memorized=null")
     # One that has learned next to nothing, and one that is surely better.
     for version, images, approved in ((1, 16, True), (2, 1600, False)):
-        sets = (*always, f"training.images={images}", f"training.output=runs/approved-{version}")
+        sets = (*always, f"training.images={images}", f"training.output=runs/retrained-{version}")
         options = [word for each in sets for word in ("--set", each)]
         process = workspace.begin("retrain", "images", "--count", "1", *options, "--json")
         run = prefect.paused(process)
         assert run["name"].startswith("promote-")
-        assert aliases(server, "approved") == ({} if version == 1 else {"champion": 1})
+        assert aliases(server, "retrained") == ({} if version == 1 else {"champion": 1})
         assert prefect.answer(run, approved=approved, by="Ada", note="looked at it").is_success
         out, err = process.communicate(timeout=300)
         assert process.returncode == (0 if approved else 3), err[-3000:]
         result = json.loads(out)
         assert result["verdict"]["version"]["number"] == version
         assert result["verdict"]["promoted"] is approved
-        assert result["samples"]["model"] == "models:/approved/1"
-    assert aliases(server, "approved") == {"champion": 1, "candidate": 2}
-    entries = workspace.json("model", "history", "--set", "registry.model=approved")["entries"]
+        assert result["samples"]["model"] == "models:/retrained/1"
+    assert aliases(server, "retrained") == {"champion": 1, "candidate": 2}
+    entries = workspace.json("model", "history", "--set", "registry.model=retrained")["entries"]
     assert [(each["what"], each["approval"]["approved"]) for each in entries] == [("promote", True), ("hold", False)]
