@@ -35,6 +35,8 @@ DURATIONS = ("training.images", "training.minutes")
 SECTIONS = ("model", "training")
 """Sections that may vary; data, sampling and evaluation are the same for all, so that metrics are comparable."""
 FIXED = ("training.dataset", "training.output", "model.family")
+MODELS = "models"
+"""Folder in a report folder, with a folder for each model file that was evaluated by itself."""
 SHARED: Mapping[str, set[str]] = {
     "training": {
         *("dataset", "images", "minutes", "flip", "seed", "precision", "device", "compile", "checkpoints", "keep"),
@@ -185,10 +187,15 @@ class Params(Config):
         """Folder that evaluation writes to."""
         return Path("reports") / (self._name() + self._student)
 
+    def model_report_folder(self, sha256: str) -> Path:
+        """Folder for the evaluation of one model file with this digest, beside that of the training."""
+        return self.report_folder / MODELS / sha256[:8]
+
     @property
     def report_folders(self) -> list[Path]:
-        """Report folders of the data set for all families."""
-        return [Path("reports") / self._name(family) for family in FAMILIES]
+        """Report folders of the data set for all families, and of single model files that were evaluated on it."""
+        folders = [Path("reports") / self._name(family) for family in FAMILIES]
+        return [each for folder in folders for each in (folder, *sorted((folder / MODELS).glob("*")))]
 
     @property
     def model_name(self) -> str:
@@ -279,6 +286,11 @@ def load_with_origins(
     preset = flatten_sections(complete_from_preset(tree, params.preset)).keys() - flatten_sections(tree).keys()
     origins |= dict.fromkeys(preset, f"preset {params.preset}")
     return params, {key: origins.get(key, "default") for key in flatten_sections(params.model_dump(mode="json"))}
+
+
+def override_keys(overrides: list[str]) -> list[str]:
+    """Dotted keys of the fields that ``key=value`` of ``--set`` set."""
+    return [field for override in overrides for field in flatten_sections(_nest(*_parse_override(override)[1:]))]
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

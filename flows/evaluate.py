@@ -14,6 +14,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.escaping import escape_markdown
 from diffusion.evaluation.evaluate import evaluate as score_models
 from diffusion.evaluation.evaluate import findings
+from diffusion.evaluation.evaluator import CACHE
 from diffusion.evaluation.reports.html import format_plain
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.checkpointing import Checkpoints
@@ -33,11 +34,11 @@ from flows.tracking.runs import TRAIN_KEY, RunTracker, find_run, log_evaluation,
 def evaluate(params: Params, folder: Path | None = None, model: str | None = None) -> Evaluation:
     """Evaluate every checkpoint, or the registered version ``model`` alone, against the held-out images.
 
-    Reports to ``folder``, by default that of the data set.
+    Reports to ``folder``, by default that of the data set, or of the version.
     """
     params, version = (params, None) if model is None else fetch_version(params, model)
     require_champion(params)
-    folder = folder or params.report_folder
+    folder = folder or report_folder(params, version)
     evaluation = evaluate_models(params, folder, version)
     report(params, evaluation, folder, version)
     return evaluation
@@ -52,17 +53,22 @@ def fetch_version(params: Params, model: str) -> tuple[Params, Version]:
     return params.adapt_to_model(header.model, version.model), version
 
 
+def report_folder(params: Params, version: Version | None) -> Path:
+    """Folder for the evaluation of ``version``, or of the training."""
+    return params.report_folder if version is None else params.model_report_folder(version.weights_sha256)
+
+
 @retryable_task
 def evaluate_models(params: Params, folder: Path, version: Version | None) -> Evaluation:
     """Score the checkpoints, or the ``version``; results under the same conditions are cached."""
     require_current(params.dataset_folder)
+    data, settings = params.dataset_folder, (params.evaluation, params.sampling)
     if version is None:
         losses = params.run_folder / "losses.csv"
         models = models_to_evaluate(params.run_folder, folder, params.evaluation.ema_stds)
-    else:
-        losses, models = None, [model_versions.cached_weights(version)]
-    data, settings = params.dataset_folder, (params.evaluation, params.sampling)
-    return score_models(data, models, *settings, folder, losses, reporter())
+        return score_models(data, models, *settings, folder, losses, reporter())
+    weights, cache = model_versions.cached_weights(version), params.report_folder / CACHE
+    return score_models(data, [weights], *settings, folder, progress=reporter(), cache=cache)
 
 
 @retryable_task

@@ -30,7 +30,7 @@ from diffusion.evaluation.results import Evaluation
 from diffusion.training.ema import SNAPSHOTS
 from flows.config import Params
 from flows.deployment.tasks import artifact_key, retryable_task
-from flows.evaluate import fetch_version, find_tracker
+from flows.evaluate import fetch_version, find_tracker, report_folder
 from flows.registry import model_card, model_versions
 from flows.registry.aliases import append, project, read_verified_history
 from flows.registry.champion import champion_problem, require_champion
@@ -97,20 +97,20 @@ class ApprovalForm(RunInput):
 @flow(name="promote", flow_run_name="promote-{params.training.dataset}")
 def promote(params: Params, model: str | None = None) -> PromotionResult:
     """Promote the best checkpoint, which is registered first, or the version ``model``, if the gate prefers it."""
-    if not (path := params.report_folder / "evaluation.json").is_file():
-        raise UserError(f"no evaluation in {params.report_folder}: run `darkroom evaluate` first")
+    params, version = (params, None) if model is None else fetch_version(params, model)
+    folder = report_folder(params, version)
+    if not (path := folder / "evaluation.json").is_file():
+        option = "" if model is None else f" --model {model}"
+        raise UserError(f"no evaluation in {folder}: run `darkroom evaluate{option}` first")
     evaluation = Evaluation.read(path)
-    if model is None:
-        require_champion(params)
+    require_champion(params)
+    if version is None:
         version = register(params, evaluation)
-    else:
-        params, version = fetch_version(params, model)
-        require_champion(params)
-        if evaluation.best.sha256 != version.weights_sha256 or not _is_current(params, evaluation):
-            raise UserError(
-                f"{params.report_folder} evaluates another model than {version.uri}, or with other data or settings: "
-                f"run `darkroom evaluate --model {version.uri}` first, with the same settings as promote"
-            )
+    elif evaluation.best.sha256 != version.weights_sha256 or not _is_current(params, evaluation):
+        raise UserError(
+            f"{folder} evaluates {version.uri} with other data or settings: run `darkroom evaluate --model "
+            f"{version.uri}` first, with the same settings as promote"
+        )
     version = require_promotable(version)
     result = apply_gate(params, evaluation, version)
     approval = request_approval(version, result) if params.registry.approval else None

@@ -151,14 +151,16 @@ def evaluate(
     output: Path,
     losses: Path | None = None,
     progress: Progress = ignore_progress,
+    cache: Path | None = None,
 ) -> Evaluation:
     """Evaluate ``checkpoints`` on the held-out images of the data set in folder ``data``.
 
     All generate the same image numbers of the same seed; the best one has the best selection metric. Of more than
     ``config.finalists`` only the leading ones are evaluated in full, as shorter rounds select them. Expensive parts are
-    cached in ``output``: the same call continues after a kill, and generates nothing once it is complete. ``output``
-    gets ``evaluation.json``, ``metrics.json``, ``scores.csv``, if there were rounds ``preliminary.csv`` of those that
-    fell behind, grids as PNG, and at last ``report.html``, with ``losses``: the CSV by images seen that training left.
+    cached in the folder ``cache``, by default one in ``output``: the same call continues after a kill, and generates
+    nothing once it is complete. ``output`` gets ``evaluation.json``, ``metrics.json``, ``scores.csv``, if there were
+    rounds ``preliminary.csv`` of those that fell behind, grids as PNG, and at last ``report.html``, with ``losses``:
+    the CSV by images seen that training left.
 
     Raises UserError for a data set too small, or a file that is no model or one of another image size.
     """
@@ -166,7 +168,7 @@ def evaluate(
         raise UserError("no checkpoint to evaluate: train first, with `darkroom train`")
     header = read_model_header(checkpoints[0])
     task = task_of(header.model, header.size)
-    evaluator = Evaluator(data, config, sampling, output / CACHE, progress, task)
+    evaluator = Evaluator(data, config, sampling, cache or output / CACHE, progress, task)
     generated_images: dict[str, Images] = {}
     same_version = header.content_digest == evaluator.conditions.content_digest
     if not same_version and header.dataset == evaluator.real.dataset.manifest.name:

@@ -30,7 +30,8 @@ from diffusion.data.sources.hub_dataset import HubDataset
 from diffusion.evaluation.config import FEWEST, EvaluationConfig, require_enough
 from diffusion.generation.config import Conditions, GenerationRequest, check_conditions
 from diffusion.models.config import FamilyConfig, ModelConfig, classes_of
-from flows.config import Params, registered_autoencoder, registered_initial_weights
+from diffusion.process.samplers import SamplingConfig
+from flows.config import Params, override_keys, registered_autoencoder, registered_initial_weights
 from flows.environment import settings
 from flows.local_stack.http_api import NotServingError, query_mlflow
 from flows.storage.tags import parse_model_uri, parse_tags
@@ -193,6 +194,7 @@ def require_batch(
     to: str | None,
     conditions: Conditions,
     requests: str | None,
+    overrides: list[str],
 ) -> None:
     """Raise UserError for a sampling batch that cannot be planned; the arguments are those of ``sample``."""
     from mlflow.client import MlflowClient
@@ -204,17 +206,41 @@ def require_batch(
     require_destination(to)
     version = model_versions.resolve(MlflowClient(), uri)
     weights, config = model_versions.cached_weights(version), params.sampling_batch
-    generate_batch.plan(Store(), version, weights, params.sampling, config, count, seed, conditions, requests)
+    batch, _ = generate_batch.plan(
+        Store(), version, weights, params.sampling, config, count, seed, conditions, requests
+    )
+    _require_effect(overrides, params.sampling, batch.sampling, uri)
 
 
-def require_answerable(params: Params, uri: str, request: GenerationRequest) -> None:
-    """Raise UserError for a ``request`` that the version ``uri`` cannot answer, such as a mask of another size."""
+def require_answerable(
+    given: SamplingConfig,
+    sampling: SamplingConfig,
+    overrides: list[str],
+    weights: Path,
+    name: str,
+    request: GenerationRequest,
+) -> None:
+    """Raise UserError for a ``request`` that a model cannot answer, such as a mask of another size.
+
+    Also if some of the ``overrides``, which are in the configuration ``given``, have no effect when the model, called
+    ``name``, answers with ``sampling``.
+    """
     from diffusion.checkpoints import load_model
     from diffusion.generation.requests import input_of, sampling_of
 
-    model = load_model(fetch_weights(uri))
-    sampling_of(model, request, params.sampling)
+    model = load_model(weights)
+    used = sampling_of(model, request, sampling)
     input_of(model, request)
+    _require_effect(overrides, given, used, name)
+
+
+def _require_effect(overrides: list[str], given: SamplingConfig, used: SamplingConfig, name: str) -> None:
+    for key in override_keys(overrides):
+        section, _, field = key.partition(".")
+        # A scale of 1 is no guidance, and null leaves the choice to the model.
+        without_effect = (None, 1) if field in ("guidance", "autoguidance") else (None,)
+        if section == "sampling" and getattr(given, field) not in (*without_effect, getattr(used, field, None)):
+            raise UserError(f"--set {key} has no effect on these images of {name}: leave it out")
 
 
 def require_run(params: Params) -> None:
@@ -224,11 +250,11 @@ def require_run(params: Params) -> None:
         raise UserError(f"no checkpoint in {params.run_folder}: run `darkroom train` first")
 
 
-def require_evaluation(params: Params) -> None:
-    """Raise UserError if there is no evaluation to promote by."""
-    read_manifest(params.dataset_folder)
-    if not (params.report_folder / "evaluation.json").is_file():
-        raise UserError(f"no evaluation in {params.report_folder}: run `darkroom evaluate` first")
+def require_evaluation(folder: Path, model: str | None = None) -> None:
+    """Raise UserError if ``folder`` has no evaluation of the training, or of ``model``, to promote by."""
+    if not (folder / "evaluation.json").is_file():
+        option = "" if model is None else f" --model {model}"
+        raise UserError(f"no evaluation in {folder}: run `darkroom evaluate{option}` first")
 
 
 def require_conditions_in_source(params: Params, conditions: Conditions) -> None:
@@ -300,7 +326,7 @@ def require_version(uri: str, params: Params | None = None, conditions: Conditio
 
 
 def fetch_weights(uri: str) -> Path:
-    """Fetch the weights of a registered version, as its flow would."""
+    """Fetch the weights of a registered version into a file named by their digest, as its flow would."""
     from mlflow.client import MlflowClient
 
     from flows.registry import model_versions

@@ -57,6 +57,7 @@ def inpaint(
     size: options.Size = None,
     model: options.Model = None,
     output: options.OutFolder = None,
+    settings: options.Set = [],  # noqa: B006
 ) -> CommandOutput:
     """Fill the masked part of an image; all other pixels are kept.
 
@@ -65,7 +66,7 @@ def inpaint(
     fields: dict[str, Any] = {"count": count, "seed": seed, "strength": strength, "method": method}
     fields |= {"resample_steps": resample_steps, "label": label, "prompt": prompt, "negative_prompt": negative_prompt}
     fields |= {"size": size}
-    return generate_images(config, "inpaint", fields, model, output, image, mask)
+    return generate_images(config, settings, "inpaint", fields, model, output, image, mask)
 
 
 @command(app)
@@ -84,6 +85,7 @@ def img2img(
     size: options.Size = None,
     model: options.Model = None,
     output: options.OutFolder = None,
+    settings: options.Set = [],  # noqa: B006
 ) -> CommandOutput:
     """Generate variations of an image, optionally conditioned on a label or prompt.
 
@@ -91,7 +93,7 @@ def img2img(
     """
     fields: dict[str, Any] = {"count": count, "seed": seed, "strength": strength}
     fields |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt, "size": size}
-    return generate_images(config, "img2img", fields, model, output, image)
+    return generate_images(config, settings, "img2img", fields, model, output, image)
 
 
 @command(app)
@@ -106,6 +108,7 @@ def interpolate(
     size: options.Size = None,
     model: options.Model = None,
     output: options.OutFolder = None,
+    settings: options.Set = [],  # noqa: B006
 ) -> CommandOutput:
     """Interpolate between image 0 of one seed and image 0 of another.
 
@@ -113,7 +116,7 @@ def interpolate(
     """
     fields: dict[str, Any] = {"count": count, "seed": seed, "to_seed": to_seed}
     fields |= {"label": label, "prompt": prompt, "negative_prompt": negative_prompt, "size": size}
-    return generate_images(config, "interpolate", fields, model, output)
+    return generate_images(config, settings, "interpolate", fields, model, output)
 
 
 @command(app)
@@ -124,16 +127,18 @@ def upscale(
     seed: options.Seed = 0,
     model: options.Model = None,
     output: options.OutFolder = None,
+    settings: options.Set = [],  # noqa: B006
 ) -> CommandOutput:
     """Upscale an image with a super-resolution model (model.low_resolution); large images in overlapping tiles.
 
     Example:  darkroom edit upscale small.png --model models:/faces-16-to-64@champion
     """
-    return generate_images(config, "upscale", {"count": count, "seed": seed}, model, output, image)
+    return generate_images(config, settings, "upscale", {"count": count, "seed": seed}, model, output, image)
 
 
 def generate_images(
     config: "Params",
+    settings: list[str],
     task: str,
     fields: dict[str, Any],
     model: str | None,
@@ -141,30 +146,35 @@ def generate_images(
     image: Path | None = None,
     mask: Path | None = None,
 ) -> CommandOutput:
-    """Generate images with a model file in this process, or with a registered model in a flow."""
+    """Generate images with a model file in this process, or with a registered model in a flow.
+
+    ``settings`` are those of ``--set``: one without effect on the images is an error.
+    """
     from diffusion.generation.config import read_request
 
     fields = {"task": task} | {name: value for name, value in fields.items() if value is not None}
     request = read_request(fields, image, mask)
     if is_file(model):
-        from flows.cli.checks import require_conditions
+        from flows.cli.checks import require_answerable, require_conditions
 
         require_conditions(Path(model), config, request.conditions)
         from diffusion.checkpoints import read_model_header
         from diffusion.generation.requests import generate_to_folder
 
         sampling = config.resolve_sampling(read_model_header(Path(model)).model)
+        require_answerable(config.sampling, sampling, settings, Path(model), model, request)
         with display_progress() as progress:
             result = generate_to_folder(Path(model), request, sampling, output, progress=progress)
     else:
         with connect("prefect", "mlflow", "s3"):
-            from flows.cli.checks import require_answerable, require_version
+            from flows.cli.checks import fetch_weights, require_answerable, require_version
 
-            require_version(model or config.champion, config, request.conditions)
-            require_answerable(config, model or config.champion, request)
+            uri = model or config.champion
+            require_version(uri, config, request.conditions)
+            require_answerable(config.sampling, config.sampling, settings, fetch_weights(uri), uri, request)
             from flows.sample import generate
 
-            result = generate(config, model or config.champion, fields, image, mask, output)
+            result = generate(config, uri, fields, image, mask, output)
     return CommandOutput(
         result, [f"{pluralize(result.count, 'image')} of {result.model} in {result.folder}", f"look at {result.grid}"]
     )

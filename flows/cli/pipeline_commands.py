@@ -332,17 +332,22 @@ def evaluate(
         checks.require_shape(Path(model), model, config)
     if local or is_file(model):
         from diffusion.checkpoints import read_model_header
+        from diffusion.common.files import sha256_file
         from diffusion.evaluation.evaluate import evaluate as evaluate_models
+        from diffusion.evaluation.evaluator import CACHE
         from diffusion.training.ema import models_to_evaluate
 
-        data, folder, losses = config.dataset_folder, config.report_folder, config.run_folder / "losses.csv"
+        data, folder, losses = config.dataset_folder, config.report_folder, None
+        cache = folder / CACHE
         if is_file(model):
             config, models = config.adapt_to_model(read_model_header(Path(model)).model), [Path(model)]
+            folder = config.model_report_folder(sha256_file(Path(model)))
         else:
+            losses = config.run_folder / "losses.csv"
             models = models_to_evaluate(config.run_folder, folder, config.evaluation.ema_stds)
+        settings = config.evaluation, config.sampling
         with display_progress() as progress:
-            curves = None if is_file(model) else losses
-            evaluation = evaluate_models(data, models, config.evaluation, config.sampling, folder, curves, progress)
+            evaluation = evaluate_models(data, models, *settings, folder, losses, progress, cache)
     else:
         with connect("prefect", "mlflow", "s3"):
             if model is not None:
@@ -352,7 +357,8 @@ def evaluate(
 
             evaluation = evaluate(config, model=model)
     metrics = [f"  {name}: {value:.4g}" for name, value in evaluation.metrics().items()]
-    report = str(config.report_folder / "report.html")
+    folder = config.report_folder if model is None else config.model_report_folder(evaluation.best.sha256)
+    report = str(folder / "report.html")
     count = len(evaluation.checkpoints) + len(evaluation.preliminary)
     heading = [f"best of {count} checkpoints:" if model is None else f"{model}:"]
     sampling = evaluation.sampling
@@ -396,16 +402,19 @@ def promote(
             return describe_champion_change(champion.promote(config.model_name, version, reason, taken_down))
     if reason is not None or taken_down:
         raise UserError("--reason and --taken-down are for a manual override of the gate: give --to VERSION as well")
-    from flows.cli.checks import require_evaluation, require_run, require_version
+    from diffusion.data.manifest import read_manifest
+    from flows.cli.checks import fetch_weights, require_evaluation, require_run, require_version
 
     if is_file(model):
         raise UserError(f"{model} is no registered version: `darkroom model import {model} --name NAME` makes it one")
+    read_manifest(config.dataset_folder)
     if model is None:
         require_run(config)
-    require_evaluation(config)
+        require_evaluation(config.report_folder)
     with connect("prefect", "mlflow", "s3"):
         if model is not None:
             require_version(model)
+            require_evaluation(config.model_report_folder(fetch_weights(model).stem), model)
         from flows.promote import promote
 
         return _describe_promotion(promote(config, model))
@@ -432,6 +441,7 @@ def sample(
     prompt: Prompts = [],  # noqa: B006
     negative_prompt: options.NegativePrompt = None,
     size: options.Size = None,
+    settings: options.Set = [],  # noqa: B006
 ) -> CommandOutput:
     """Generate images with a registered model to S3, with a manifest; the same command resumes an interrupted batch.
 
@@ -457,7 +467,7 @@ def sample(
             )
         fields: dict[str, Any] = {"count": 64 if count is None else count, "seed": seed, "size": size}
         fields |= {"label": _unwrap_single(label), "prompt": _unwrap_single(prompt), "negative_prompt": negative_prompt}
-        return generate_images(config, "sample", fields, model, output)
+        return generate_images(config, settings, "sample", fields, model, output)
     if output is not None:
         raise UserError("--out is where images of a model file go, and this is a registered model: use --to S3_URI")
     if requests is not None and not requests.startswith("s3://") and not Path(requests).is_file():
@@ -470,7 +480,7 @@ def sample(
     conditions = Conditions(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt, sizes=sizes)
     with connect("prefect", "mlflow", "s3"):
         require_version(model or config.champion, config, conditions)
-        require_batch(config, model or config.champion, count, seed, to, conditions, requests)
+        require_batch(config, model or config.champion, count, seed, to, conditions, requests, settings)
         from flows.sample import sample
 
         result = sample(config, model or config.champion, count, seed, to, conditions, requests)

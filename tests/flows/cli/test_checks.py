@@ -210,8 +210,23 @@ def test_a_batch_that_cannot_be_planned_is_found_before_its_flow_run(
     Path("labels.csv").write_text("label\ncat\n")
     Path("sizes.csv").write_text("label,size\ncat,8x8\n")
     plain = Conditions()
-    require_batch(Params(), uri, 4, 0, f"s3://{bucket}", plain, None)
-    require_batch(Params(), uri, None, 0, None, plain, "labels.csv")
+    require_batch(Params(), uri, 4, 0, f"s3://{bucket}", plain, None, [])
+    require_batch(Params(), uri, None, 0, None, plain, "labels.csv", [])
+    set_steps = ["sampling.steps=32"]
+    with_steps = Params.model_validate({"sampling": {"steps": 32}})
+    require_batch(with_steps, uri, 4, 0, None, plain, None, set_steps)
+    write_model(student := tmp_path / "student.safetensors", seed=1, images=1, training={"student": {"steps": 2}})
+    with pytest.raises(UserError):
+        require_batch(
+            with_steps,
+            add_version(mlflow_client, tmp_path, bucket, data=student.read_bytes()).uri,
+            4,
+            0,
+            None,
+            plain,
+            None,
+            set_steps,
+        )
     for to, conditions, requests in (
         ("http://example.org", plain, None),
         ("s3://no-such-bucket-here", plain, None),
@@ -221,23 +236,24 @@ def test_a_batch_that_cannot_be_planned_is_found_before_its_flow_run(
         (None, plain, f"s3://{bucket}/none.csv"),
     ):
         with pytest.raises(UserError):
-            require_batch(Params(), uri, None, 0, to, conditions, requests)
+            require_batch(Params(), uri, None, 0, to, conditions, requests, [])
 
 
-def test_an_edit_that_the_model_cannot_make_is_found_before_its_flow_run(
-    mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
+def test_an_edit_that_the_model_cannot_make_is_found_before_its_flow_run(tmp_path: Path) -> None:
     weights = write_model(tmp_path / "m.safetensors", seed=1, images=1, classes={"cat": 5, "dog": 5})
-    uri = add_version(mlflow_client, tmp_path, bucket, data=weights.read_bytes()).uri
-    disc(1).save("image.png")
-    disc(1).resize((4, 4)).save("small.png")
-    image, small = Path("image.png"), Path("small.png")
-    require_answerable(Params(), uri, read_request({"task": "img2img"}, image))
+    image, small = tmp_path / "image.png", tmp_path / "small.png"
+    disc(1).save(image)
+    disc(1).resize((4, 4)).save(small)
+    sampling = Params().sampling
+
+    def require(task: str, *files: Path) -> None:
+        require_answerable(sampling, sampling, [], weights, "m", read_request({"task": task}, *files))
+
+    require("img2img", image)
     with pytest.raises(UserError):
-        require_answerable(Params(), uri, read_request({"task": "inpaint"}, image, small))
+        require("inpaint", image, small)
     with pytest.raises(UserError):
-        require_answerable(Params(), uri, read_request({"task": "upscale"}, image))
+        require("upscale", image)
 
 
 def test_files_that_a_training_begins_with_are_sought_before_it(no_servers: None) -> None:

@@ -168,8 +168,28 @@ def test_images_name_the_weights_of_a_file_and_not_where_it_lay(darkroom: Darkro
 
 def test_stored_sampling_settings_are_those_that_were_used(darkroom: Darkroom, folder: Path) -> None:
     """Guidance that leads nowhere is not done, and so is not said."""
-    result = run_json(darkroom, "sample", "--count", "1", "--set", "sampling.guidance=3")
+    (folder / "params.yaml").write_text("sampling: {guidance: 3}\n")
+    result = run_json(darkroom, "sample", "--count", "1")
     assert "guidance" not in json.loads((folder / result["about"]).read_text())["sampling"]
+
+
+@pytest.mark.parametrize("verb", [("sample",), ("edit", "img2img", "face.png")])
+def test_settings_of_the_command_line_without_effect_are_an_error(
+    darkroom: Darkroom, folder: Path, verb: tuple[str, ...]
+) -> None:
+    write_model(folder / "student.safetensors", seed=0, images=0, training={"student": {"steps": 2}})
+    for setting, model in (
+        ("sampling.guidance=3", "model.safetensors"),
+        ("sampling={guidance: 3}", "model.safetensors"),
+        ("sampling.steps=32", "student.safetensors"),
+        ("sampling.sampler=heun", "student.safetensors"),
+    ):
+        result = darkroom(*verb, "--count", "1", "--model", model, "--set", setting)
+        assert (result.code, result.out, len(result.err.strip().splitlines())) == (2, "", 1), result.err
+        assert setting.partition("=")[0] in result.err
+    assert not (folder / "samples").exists()
+    for setting in ("sampling.guidance=1", "sampling.guidance=null", "sampling.sigma_max=20"):
+        assert darkroom(*verb, "--count", "1", "--model", "student.safetensors", "--set", setting).code == 0
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from diffusion.common.errors import UserError
+from diffusion.common.files import sha256_file
 from diffusion.evaluation.results import Evaluation
 from flows.cli import app
 from tests.builders.comparisons import discs
@@ -33,9 +34,26 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_model_file_is_evaluated_with_the_guidance_that_it_has(workspace: Path) -> None:
     path = write_model(workspace / "elsewhere.safetensors", 1, 7, classes=CLASSES, training=GUIDABLE)
     result = CliRunner().invoke(app, ["evaluate", "--model", str(path), "--json"], catch_exceptions=False)
-    evaluation = Evaluation.read(workspace / "reports" / "discs" / "evaluation.json")
+    folder = workspace / "reports" / "discs" / "models" / sha256_file(path)[:8]
+    evaluation = Evaluation.read(folder / "evaluation.json")
     assert json.loads(result.stdout)["best"] == evaluation.best.model_dump(mode="json")
     assert (len(evaluation.checkpoints), evaluation.best.images, evaluation.guidance) == (1, 7, [])
+
+
+def test_the_report_of_a_model_file_leaves_that_of_the_training(workspace: Path) -> None:
+    (checkpoints := workspace / "runs" / "discs" / "checkpoints").mkdir(parents=True)
+    checkpoint = write_model(checkpoints / "0000000009.safetensors", 1, 9, classes=CLASSES)
+    (checkpoints.parent / "losses.csv").write_text("images\n")
+    (checkpoints / f"{checkpoint.name}.sha256").write_text(f"{sha256_file(checkpoint)}\n")
+    other = write_model(workspace / "other.safetensors", 2, 7, classes=CLASSES)
+    evaluate = ["evaluate", "--local", "--json"]
+    first = json.loads(CliRunner().invoke(app, evaluate, catch_exceptions=False).stdout)
+    page = Path(first["report"]).read_bytes()
+    second = json.loads(CliRunner().invoke(app, [*evaluate, "--model", str(other)], catch_exceptions=False).stdout)
+    assert (first["best"]["images"], second["best"]["images"]) == (9, 7)
+    assert Path(second["report"]).is_file()
+    assert Path(first["report"]).read_bytes() == page
+    assert Evaluation.read(workspace / "reports" / "discs" / "evaluation.json").best.images == 9
 
 
 def test_a_model_of_another_size_is_rejected_before_it_generates(workspace: Path) -> None:
