@@ -281,6 +281,17 @@ def test_each_family_has_its_own_runs_reports_and_champion(params: Path) -> None
     assert (str(explicit.run_folder), explicit.model_name) == ("elsewhere", "mine")
 
 
+def test_a_takedown_searches_the_reports_of_single_models(
+    params: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    vae = load_params(params, ["training.dataset=faces", "model.family=vae"])
+    folder = vae.model_report_folder("0123456789" * 6)
+    assert folder not in vae.report_folders
+    folder.mkdir(parents=True)
+    assert folder in vae.report_folders
+
+
 def test_a_configuration_of_any_family_survives_being_written_down(params: Path) -> None:
     families = [[f"model.family={family}"] for family in ("vae", "gan", "autoregressive")]
     for overrides in (*families, ["model.autoencoder=models:/faces-vae@champion"], []):
