@@ -156,6 +156,11 @@ class Params(Config):
                 "sampling.guidance needs an unconditional prediction, which the network never learns "
                 "with training.condition_dropout = 0: set that to 0.1, or leave guidance out"
             )
+        if self.sampling.autoguides and self.training.guide is None and self.training.init_from is None:
+            raise ValueError(
+                "sampling.autoguidance leads away from a guide, which training.guide = null leaves out: set that to "
+                "0.25, or leave autoguidance out"
+            )
         if self.gate.class_loss is not None and not self.model.conditional:
             raise ValueError("gate.class_loss needs a class-conditional model (model.conditional): leave it out")
         if isinstance(self.model, ModelConfig) and self.model.variance != "fixed" and self.sampling.sampler != "ddpm":

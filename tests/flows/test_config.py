@@ -240,6 +240,9 @@ def test_incompatible_model_and_training_settings_fail_on_load(params: Path) -> 
         load_params(params, ["preset=large", "model.variance=learned_range"])
     with pytest.raises(UserError, match=r"never learns with training\.condition_dropout = 0: set that to 0\.1"):
         load_params(params, ["sampling.guidance=3", "training.condition_dropout=0"])
+    with pytest.raises(UserError, match=r"training\.guide = null"):
+        load_params(params, ["sampling.autoguidance=2", "training.guide=null"])
+    load_params(params, ["sampling.autoguidance=2", "training.guide=null", "training.init_from=models:/faces/1"])
     with pytest.raises(UserError, match=r"sampling\.variance means nothing to sampler = heun"):
         load_params(params, ["sampling.sampler=heun", "sampling.variance=larger"])
 
