@@ -37,6 +37,9 @@ SECTIONS = ("model", "training")
 FIXED = ("training.dataset", "training.output", "model.family")
 MODELS = "models"
 """Folder in a report folder, with a folder for each model file that was evaluated by itself."""
+SWEEPS = "sweeps"
+"""Folder in a report folder with a folder for each combination of a sweep, and in runs/ with one for each model."""
+STUDENT = "-student"
 SHARED: Mapping[str, set[str]] = {
     "training": {
         *("dataset", "images", "minutes", "flip", "seed", "precision", "device", "compile", "checkpoints", "keep"),
@@ -198,9 +201,19 @@ class Params(Config):
 
     @property
     def report_folders(self) -> list[Path]:
-        """Report folders of the data set for all families, and of single model files that were evaluated on it."""
-        folders = [Path("reports") / self._name(family) for family in FAMILIES]
-        return [each for folder in folders for each in (folder, *sorted((folder / MODELS).glob("*")))]
+        """Report folders of the data set: of families, their students, combinations of sweeps, and single models."""
+        folders = [Path("reports", name) for name in self._names]
+        return folders + [
+            path for folder in folders for kind in (MODELS, SWEEPS) for path in sorted((folder / kind).glob("*/"))
+        ]
+
+    @property
+    def run_folders(self) -> list[Path]:
+        """Default folders of the data set's trainings: of families, their students, and combinations of sweeps."""
+        sweeps = [Path("runs", SWEEPS, name) for name in dict.fromkeys([self.model_name, *self._names])]
+        return [Path("runs", name) for name in self._names] + [
+            path for folder in sweeps for path in sorted(folder.glob("*/"))
+        ]
 
     @property
     def model_name(self) -> str:
@@ -234,7 +247,11 @@ class Params(Config):
     @property
     def _student(self) -> str:
         """Suffix of folders: a student has its own beside those of its teacher."""
-        return "" if self.training.student is None else "-student"
+        return "" if self.training.student is None else STUDENT
+
+    @property
+    def _names(self) -> list[str]:
+        return [self._name(family) + suffix for family in FAMILIES for suffix in ("", STUDENT)]
 
     def _name(self, family: str | None = None) -> str:
         """Data set name, with the family as suffix unless it is ddpm: each family has its own runs and champion."""
@@ -468,11 +485,11 @@ def _make_combination(params: Params, settings: dict[str, Any]) -> Combination:
     # With the digest, so that settings with equal abbreviations have different folders.
     digest = digest_of({name: getattr(variant, name).model_dump(mode="json") for name in SECTIONS})[:8]
     name = f"{re.sub(r'[^0-9A-Za-z.=,_-]+', '-', format_settings(settings))[:80]}-{digest}"
-    training = variant.training.model_copy(update={"output": Path("runs", "sweeps", params.model_name, name)})
+    training = variant.training.model_copy(update={"output": Path("runs", SWEEPS, params.model_name, name)})
     # Guidance is chosen for the model that is registered, and none of these is.
     evaluation = variant.evaluation.model_copy(update={"guidance": None})
     variant = variant.model_copy(update={"training": training, "evaluation": evaluation})
-    return Combination(settings=settings, params=variant, folder=params.report_folder / "sweeps" / name, digest=digest)
+    return Combination(settings=settings, params=variant, folder=params.report_folder / SWEEPS / name, digest=digest)
 
 
 def format_settings(settings: Mapping[str, object]) -> str:

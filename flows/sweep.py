@@ -25,9 +25,10 @@ from diffusion.evaluation.ranking import RANKING, Ranking, rank_evaluations, ran
 from diffusion.evaluation.reports.ranking_report import PAGE, findings, training_charts, write_ranking_report
 from diffusion.evaluation.results import Evaluation
 from diffusion.models.config import FAMILIES
-from flows.config import SECTIONS, Combination, Params, combinations, family_variants, format_settings
+from flows.config import SECTIONS, SWEEPS, Combination, Params, combinations, family_variants, format_settings
 from flows.deployment.tasks import artifact_key, retryable_task
 from flows.evaluate import evaluate
+from flows.registry.takedown_marks import EVALUATED_ON, join_takedown_names
 from flows.tracking.console import phase, reporter
 from flows.tracking.runs import SWEEP, RunTracker, find_or_create_run
 from flows.train import train
@@ -98,7 +99,7 @@ def rank(
     ranking = rank_evaluations(evaluations, [point.settings for point in points], runs)
     places = dict(zip(runs, zip(points, evaluations, strict=True), strict=True))
     rows = [(model.name, *places[model.run_id]) for model in ranking.models if model.run_id is not None]
-    page = params.report_folder / "sweeps" / f"{parent}.html"
+    page = params.report_folder / SWEEPS / f"{parent}.html"
     grids = {
         name: (point.folder / "grids" / grid_name(evaluation.best)).read_bytes() for name, point, evaluation in rows
     }
@@ -106,6 +107,10 @@ def rank(
     charts = training_charts(list(grids), [evaluation for *_, evaluation in rows], losses)
     write_ranking_report(page, ranking, grids, (points[0].folder / "grids" / REAL_GRID).read_bytes(), charts, options)
     tracker = RunTracker(MlflowClient(), parent)
+    # The page shows held-out images, which a takedown must find.
+    tags = tracker.client.get_run(parent).data.tags
+    content_digest = ranking.conditions.content_digest
+    tracker.tag({EVALUATED_ON: join_takedown_names(tags.get(EVALUATED_ON), content_digest)})
     tracker.client.log_text(parent, page.read_text(), "sweep.html")
     tracker.finish()
     values = [f"{model.value:.4g} ± {model.error:.2g}" for model in ranking.models]

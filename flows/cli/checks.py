@@ -38,8 +38,8 @@ from flows.storage.tags import parse_model_uri, parse_tags
 
 LISTED = 10
 """Most models or versions in a message."""
-TRIED = 1000
-"""Most images that are ingested for a trial: seconds."""
+MOST_CHECKED = 1000
+"""Most images that are ingested to check whether they suffice: seconds."""
 
 
 def require_source(config: IngestConfig) -> None:
@@ -133,7 +133,7 @@ def require_enough_images(params: Params, version: Manifest | None) -> None:
         count = sum(1 for _ in islice(open_source(config.source, Access(config, source, objects)).entries(), most))
         if count == most:
             return
-        if count > TRIED:
+        if count > MOST_CHECKED:
             if count * share < FEWEST:
                 raise UserError(
                     f"ingest.held_out = {config.held_out:g} of {count:,} images leaves about {count * share:.0f} on "
@@ -141,7 +141,7 @@ def require_enough_images(params: Params, version: Manifest | None) -> None:
                 )
             return
         if version is not None:
-            if version.kept > TRIED or not (folder / "manifest.json").is_file() or read_manifest(folder) != version:
+            if version.kept > MOST_CHECKED or not (folder / "manifest.json").is_file() or read_manifest(folder) != version:
                 return
             shutil.copytree(folder, scratch)
         # Captions decide nothing here, and each would be paid for.
@@ -236,10 +236,14 @@ def require_answerable(
 
 def _require_effect(overrides: list[str], given: SamplingConfig, used: SamplingConfig, name: str) -> None:
     for key in override_keys(overrides):
-        section, _, field = key.partition(".")
+        section, field = key.split(".")[:2] if "." in key else (key, "")
         # A scale of 1 is no guidance, and null leaves the choice to the model.
         without_effect = (None, 1) if field in ("guidance", "autoguidance") else (None,)
-        if section == "sampling" and getattr(given, field) not in (*without_effect, getattr(used, field, None)):
+        if (
+            section == "sampling"
+            and field
+            and getattr(given, field) not in (*without_effect, getattr(used, field, None))
+        ):
             raise UserError(f"--set {key} has no effect on these images of {name}: leave it out")
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from diffusion.evaluation.ranking import RANKING, Ranking
 from diffusion.evaluation.reports.comparison_report import PAGE as COMPARISON_PAGE
 from diffusion.evaluation.reports.ranking_report import PAGE
 from diffusion.evaluation.results import Evaluation
+from flows.config import SWEEPS
 from flows.datasets.dvc import Cache, Listing, Remote
 from flows.storage.s3 import DELETED_AT_ONCE
 
@@ -107,13 +108,11 @@ def purge_files(folder: Path, versions: Iterable[Manifest], others: Iterable[Man
         ("evaluation.json", Evaluation, ("report.html", COMPARISON_PAGE, "grids")),
         (RANKING, Ranking, (PAGE,)),
     ):
-        if (reports / name).is_file():
-            digest = None
-            # Pages of another version of Darkroom may show any images.
-            with suppress(ValidationError):
-                digest = report_type.model_validate_json((reports / name).read_bytes()).conditions.content_digest
-            if digest is None or digest in contents:
-                paths += [reports / page for page in pages]
+        if (reports / name).is_file() and _may_show(reports / name, report_type, contents):
+            paths += [reports / page for page in pages]
+    # The page of a sweep shows the images that its combinations were evaluated on.
+    if any(_may_show(path, Evaluation, contents) for path in (reports / SWEEPS).glob("*/evaluation.json")):
+        paths += sorted((reports / SWEEPS).glob("*.html"))
     with FileLock(work_folder(folder) / "lock"):
         paths += [work_folder(folder) / name for name in WORK_FILES]
         paths = [path for path in paths if path.exists()]
@@ -123,6 +122,14 @@ def purge_files(folder: Path, versions: Iterable[Manifest], others: Iterable[Man
             else:
                 path.unlink()
     return [str(path) for path in paths]
+
+
+def _may_show(path: Path, report_type: type[Evaluation] | type[Ranking], contents: Container[str]) -> bool:
+    """Whether pages beside ``path`` may show images of versions with these ``contents``."""
+    try:
+        return report_type.model_validate_json(path.read_bytes()).conditions.content_digest in contents
+    except ValidationError:  # of another version of Darkroom
+        return True
 
 
 def purge_samples(run: Path, versions: Iterable[Manifest]) -> list[str]:

@@ -159,8 +159,8 @@ def clear_images(derived: DerivedArtifacts) -> list[str]:
     """Delete artifacts that show real images of the data set from the runs; returns them as runs:/ID/PATH."""
     client, uris, run_ids = MlflowClient(), [], {run.run_id for run in derived.runs}
     for run in (client.get_run(run_id) for run_id in (*run_ids, *derived.evaluated)):
-        folders = ("dataset", "explain", "evaluation", "evaluation/grids", "images")
-        dataset, explain, evaluation, grids, images = (
+        folders = (None, "dataset", "explain", "evaluation", "evaluation/grids", "images")
+        root, dataset, explain, evaluation, grids, images = (
             [item.path for item in client.list_artifacts(run.info.run_id, folder)] for folder in folders
         )
         params = run.data.params
@@ -170,7 +170,7 @@ def clear_images(derived: DerivedArtifacts) -> list[str]:
             grids += images
         else:
             grids = [path for path in grids if path.rpartition("/")[2].startswith("held_out")]
-        pages = [path for path in evaluation if path.endswith(".html")]
+        pages = [path for path in (*root, *evaluation) if path.endswith(".html")]
         artifacts = get_artifact_repository(run.info.artifact_uri)
         dataset_files = dataset if run.info.run_id in run_ids else ()
         for path in (*dataset_files, *explain, *pages, *grids):
@@ -285,6 +285,6 @@ def _find_removals(dataset: str, content: str) -> list[Removal]:
     # As a takedown does: versions of equal content hold the same images.
     return [
         removal
-        for removal, version in pairs
-        if version.held and len(version.held) + len(version.unknown) == len(training_versions)
+        for removal, affected in pairs
+        if affected.held and len(affected.held) + len(affected.unknown) == len(training_versions)
     ]

@@ -186,6 +186,17 @@ def test_reports_of_other_darkroom_versions_are_deleted_too(name: str, dataset: 
     assert not page.exists()
 
 
+def test_pages_of_sweeps_are_deleted_too(dataset: Path, tmp_path: Path) -> None:
+    page = tmp_path / "reports" / "sweeps" / "0123.html"
+    (page.parent / "width=8").mkdir(parents=True)
+    page.write_bytes(b"")
+    purge_files(dataset, [read_manifest(dataset)], [], page.parents[1])
+    assert page.exists()
+    (page.parent / "width=8" / "evaluation.json").write_text('{"of": "another version"}')
+    assert purge_files(dataset, [read_manifest(dataset)], [], page.parents[1]) == [str(page)]
+    assert not page.exists()
+
+
 def run_on(mlflow: MlflowClient, digest: str, dataset: str = "blobs", experiment: str = "blobs") -> str:
     mlflow_experiment = mlflow.get_experiment_by_name(experiment)
     experiment_id = mlflow_experiment.experiment_id if mlflow_experiment else mlflow.create_experiment(experiment)
@@ -289,12 +300,12 @@ def test_held_out_images_are_cleared_from_evaluations_of_versions_that_learned_f
 ) -> None:
     run = run_on(mlflow, "b" * 64)
     mlflow.set_tag(run, EVALUATED_ON, join_takedown_names("c" * 64, "a" * 64))
-    for path in ("dataset/page.html", "evaluation/report.html", "evaluation/grids/held_out.png"):
+    pages = ("evaluation/report.html", "evaluation/grids/held_out.png", "sweep.html")
+    for path in ("dataset/page.html", *pages):
         mlflow.log_text(run, "x", path)
     descendants = find_derived("blobs", {"a" * 64}, {"a" * 64, "b" * 64}, bucket)
     assert (descendants.runs, descendants.evaluated) == ([], [run])
-    cleared = {f"runs:/{run}/evaluation/report.html", f"runs:/{run}/evaluation/grids/held_out.png"}
-    assert set(clear_images(descendants)) == cleared
+    assert set(clear_images(descendants)) == {f"runs:/{run}/{path}" for path in pages}
     assert [item.path for item in mlflow.list_artifacts(run, "dataset")] == ["dataset/page.html"]
 
 

@@ -183,13 +183,16 @@ def test_settings_of_the_command_line_without_effect_are_an_error(
         ("sampling={guidance: 3}", "model.safetensors"),
         ("sampling.steps=32", "student.safetensors"),
         ("sampling.sampler=heun", "student.safetensors"),
+        ("sampling={sampler: heun, churn: {amount: 5}}", "student.safetensors"),
     ):
         result = darkroom(*verb, "--count", "1", "--model", model, "--set", setting)
         assert (result.code, result.out, len(result.err.strip().splitlines())) == (2, "", 1), result.err
         assert setting.partition("=")[0] in result.err
     assert not (folder / "samples").exists()
-    for setting in ("sampling.guidance=1", "sampling.guidance=null", "sampling.sigma_max=20"):
+    for setting in ("sampling.guidance=1", "sampling.guidance=null", "sampling.sigma_max=20", "sampling={}"):
         assert darkroom(*verb, "--count", "1", "--model", "student.safetensors", "--set", setting).code == 0
+    churn = ["--set", "sampling.sampler=heun", "--set", "sampling.churn.amount=5"]
+    assert darkroom(*verb, "--count", "1", "--model", "model.safetensors", *churn).code == 0
 
 
 @pytest.mark.parametrize(
