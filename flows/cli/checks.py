@@ -141,7 +141,8 @@ def require_enough_images(params: Params, version: Manifest | None) -> None:
                 )
             return
         if version is not None:
-            if version.kept > MOST_CHECKED or not (folder / "manifest.json").is_file() or read_manifest(folder) != version:
+            is_here = (folder / "manifest.json").is_file() and read_manifest(folder) == version
+            if version.kept > MOST_CHECKED or not is_here:
                 return
             shutil.copytree(folder, scratch)
         # Captions decide nothing here, and each would be paid for.
@@ -236,14 +237,12 @@ def require_answerable(
 
 def _require_effect(overrides: list[str], given: SamplingConfig, used: SamplingConfig, name: str) -> None:
     for key in override_keys(overrides):
-        section, field = key.split(".")[:2] if "." in key else (key, "")
+        section, *fields = key.split(".")
+        if section != "sampling" or not fields:
+            continue
         # A scale of 1 is no guidance, and null leaves the choice to the model.
-        without_effect = (None, 1) if field in ("guidance", "autoguidance") else (None,)
-        if (
-            section == "sampling"
-            and field
-            and getattr(given, field) not in (*without_effect, getattr(used, field, None))
-        ):
+        without_effect = (None, 1) if fields[0] in ("guidance", "autoguidance") else (None,)
+        if getattr(given, fields[0]) not in (*without_effect, getattr(used, fields[0], None)):
             raise UserError(f"--set {key} has no effect on these images of {name}: leave it out")
 
 
