@@ -140,7 +140,7 @@ def main() -> None:
                 count_of_kind = sum(not names.isdisjoint(sources) for names in files.values())
                 hits += count_of_kind
                 by_kind[kind] = f"{count_of_kind}/{len(pairs)}"
-            precision = hits / len(sources) if sources else float("nan")
+            precision = hits / len(sources) if kinds and sources else float("nan")
             counts = f"dropped {len(sources)}, precision {precision:.3f}, recall {by_kind}"
             print(f"{rule}: {counts}; {seconds:.2f} s per 1,000 images")
 

@@ -25,8 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusion.common.threads import cores
-from diffusion.evaluation.bootstrap import SPLITS, frechet_of_halves, shares_of_halves
-from diffusion.evaluation.bootstrap import kid_of_halves as kid_of_halves
+from diffusion.evaluation.bootstrap import SPLITS, frechet_of_halves, kid_of_halves, shares_of_halves
 from diffusion.evaluation.metrics.distances import (
     Moments,
     Reference,
@@ -134,7 +133,7 @@ def evaluate(scratch: Path) -> dict[str, Any]:
 
 
 def intervals(scratch: Path) -> dict[str, Any]:
-    """What the errors of an evaluation's figures take, as ``bootstrap.replicates`` computes them: by part, and in all.
+    """What the errors of figures take, as ``bootstrap.compute_halves`` computes them: by part, and in all.
 
     Each replicate is a figure on one half of the samples against one half of the reference: two of each cut.
     """

@@ -81,8 +81,8 @@ def main() -> None:
 
 def kid_of(workspace: Path, model: Path) -> str:
     """KID on the held-out images by their captions, with its 95 % interval and that of real images, in words."""
-    darkroom(workspace, "evaluate", "--local", "--model", str(model.resolve()), words=GUIDED)
-    return describe_kid(Evaluation.read(workspace / "reports" / "images" / "evaluation.json"))
+    summary = darkroom(workspace, "evaluate", "--local", "--model", str(model.resolve()), words=GUIDED)
+    return describe_kid(Evaluation.read((workspace / summary["report"]).with_name("evaluation.json")))
 
 
 if __name__ == "__main__":

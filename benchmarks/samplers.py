@@ -48,6 +48,7 @@ def main() -> None:
     denoiser = model.denoiser(conditioning)
 
     def generate(config: SamplingConfig, steps: int) -> Tensor:
+        config = config.with_changes({"steps": steps})
         noise = GaussianNoise(arguments.seed, "sampling", numbers, model.shape)
         return config.run(denoiser, config.sigma_grid(model.schedule), noise, model.start(conditioning))
 

@@ -187,9 +187,9 @@ def main() -> None:
     inputs = {"weights": sha256_file(weights), "threads": torch.get_num_threads()}
     scorer = FrechetScorer(Dataset.open(workspace / "data" / "images"), workspace)
     comparison = Comparison(load_model(weights), scorer, MeasurementCache(workspace / "sampling"), inputs)
-    measure_rates = partial(comparison.rates, count=args.count, rounds=args.rounds)
+    compare_rates = partial(comparison.rates, count=args.count, rounds=args.rounds)
     for config in EQUAL_CONFIGS:
-        rates_by_name = measure_rates(config, config)
+        rates_by_name = compare_rates(config, config)
         print()
         print_rates(rates_by_name, dict.fromkeys(rates_by_name, short(config)))
 
@@ -202,7 +202,7 @@ def main() -> None:
     distances["Darkroom"] = comparison.distance("Darkroom", best, args.samples)
     configs = dict.fromkeys(TYPES, DIFFUSERS_CONFIG) | {"Darkroom": best}
     words = {name: f"{short(each)}: {distances[name]:.0f}" for name, each in configs.items()}
-    print_rates(measure_rates(best, DIFFUSERS_CONFIG), words)
+    print_rates(compare_rates(best, DIFFUSERS_CONFIG), words)
 
 
 if __name__ == "__main__":

@@ -286,7 +286,7 @@ def write_report(
         shown=len(best),
         charts=charts(evaluation, losses),
         metric=evaluation.best.selection_metric.name,
-        enlarged=scores,
+        enlargements=scores,
         compared=comparison,
         metric_cell=metric_cell,
         strips={sha256: png_bytes(make_grid(x[:16], 8, 1, strip_scale)) for sha256, x in sheets.generated.items()},

@@ -247,11 +247,11 @@ class DenoisingObjective(TrainingObjective):
             return [OptimizerStep({"network": network}, losses, matrices=matrices)]
         uncertainty = Uncertainty()
 
-        def compute_loss(losses: Tensor, batch: TrainingBatch) -> Tensor:
+        def compute_objective(losses: Tensor, batch: TrainingBatch) -> Tensor:
             loss: Tensor = uncertainty(losses, batch.random["t"] * (TIMES / self.objective.schedule.steps))
             return loss
 
-        return [OptimizerStep({"network": network, "uncertainty": uncertainty}, losses, compute_loss, matrices)]
+        return [OptimizerStep({"network": network, "uncertainty": uncertainty}, losses, compute_objective, matrices)]
 
 
 def _mean(header: ModelHeader) -> Tensor | None:

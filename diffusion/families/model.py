@@ -332,8 +332,8 @@ class OptimizerStep:
     """Modules by their name in checkpoints; the first name is also that of the optimizer."""
     losses: Callable[[TrainingBatch], Tensor]
     """The logged loss of each image, (N,) float32, under autocast."""
-    minimized: Callable[[Tensor, TrainingBatch], Tensor] = lambda losses, _: losses
-    """From the logged losses to the minimized ones, (N,) float32."""
+    compute_objective: Callable[[Tensor, TrainingBatch], Tensor] = lambda losses, _: losses
+    """Computes the minimized losses, (N,) float32, from the logged ones."""
     matrices: Sequence[nn.Parameter] = ()
     """Weights of hidden layers, which Muon trains where it is configured; all others are AdamW's."""
 

@@ -149,8 +149,8 @@ def answer(
     return [answers[number] for number in range(len(requests))]
 
 
-def show_input(model: Model, request: GenerationRequest) -> list[Tensor]:
-    """Show the input image of ``request``, if any, at the size of generated ones, (C, H, W) uint8, with grey holes."""
+def render_input(model: Model, request: GenerationRequest) -> list[Tensor]:
+    """Return the input image of ``request``, if any, as large as generated ones, (C, H, W) uint8, with grey holes."""
     source = input_of(model, request)
     if isinstance(source, Edit):
         return [source.image if source.kept is None else torch.where(source.kept, source.image, HOLE)]
@@ -284,7 +284,7 @@ def generate_to_folder(
         sha256 = write_bytes(path, encode(image, index, request, origin))
         pixels_sha256 = sha256_bytes(to_pil_image(image).tobytes())
         rows.append({"file": path.name, "index": index, "sha256": sha256, "pixels_sha256": pixels_sha256})
-    save_png(output / "grid.png", make_grid([*show_input(model, request), *images[:SHOWN]]))
+    save_png(output / "grid.png", make_grid([*render_input(model, request), *images[:SHOWN]]))
     record = record.model_copy(update={"images": tuple(rows)})
     write_json(output / ABOUT, record.model_dump(mode="json", exclude_none=True))
     fields = {name: getattr(request, name) for name in ("task", "count", "seed")}

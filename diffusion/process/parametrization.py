@@ -81,12 +81,12 @@ class Parametrization:
 
 
 def make_plain_weight(parametrization: Parametrization) -> Weight:
-    """Unweighted squared error of the prediction, for epsilon DDPM's L_simple (arXiv 2006.11239, equation 14)."""
+    """Make the weight of the plain squared error, for epsilon DDPM's L_simple (arXiv 2006.11239, equation 14)."""
     return lambda sigma: parametrization.c_out(sigma) ** -2
 
 
 def make_edm_weight(sigma_data: float) -> Weight:
-    """λ = 1/σ² + 1/σ_data², which equalises the error of EDM's network over all levels (arXiv 2206.00364, table 1)."""
+    """Make λ = 1/σ² + 1/σ_data², which equalises the error of EDM's network over all levels (2206.00364, table 1)."""
     return lambda sigma: sigma**-2 + sigma_data**-2
 
 

@@ -90,8 +90,8 @@ def models_to_evaluate(output: Path, report: Path, ema_stds: Iterable[float] = (
     return [path for path in Checkpoints(output / "checkpoints").paths() if int(path.stem) > 0] + averages
 
 
-def reconstruct_average(folder: Path, std: float, dest: Path) -> Path:
-    """Write the average of relative ``std`` at the last snapshot in ``folder`` to ``dest``; UserError if it cannot."""
+def reconstruct_average(folder: Path, std: float, output: Path) -> Path:
+    """Write the average of relative ``std`` at the last snapshot in ``folder`` to ``output``, or raise UserError."""
     if not (paths := Checkpoints(folder).paths()):
         raise UserError(
             f"evaluation.ema_stds needs the snapshots of training.ema_stds, and {folder} has none: train with it"
@@ -117,7 +117,7 @@ def reconstruct_average(folder: Path, std: float, dest: Path) -> Path:
     tensors = {AVERAGED + name: value.float() for name, value in total.items()}
     for prefix in (GUIDE, AUTOENCODER):
         tensors |= {prefix + name: value for name, value in read_tensors(paths[-1], prefix).items()}
-    path = dest / f"std-{std:g}.safetensors"
-    link_bases(paths[-1], dest)
+    path = output / f"std-{std:g}.safetensors"
+    link_bases(paths[-1], output)
     save_tensors(path, tensors, header)
     return path

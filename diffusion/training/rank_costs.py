@@ -220,7 +220,7 @@ def _count_sharded_bytes(step: OptimizerStep, setup: TrainingSetup) -> tuple[Cou
                 with messages:
                     losses: Tensor = family.forward(modules[0], shape).view(1)
                     batch = TrainingBatch(torch.empty(1), {}, {"t": torch.zeros(1)})
-                    step.minimized(losses, batch).sum().backward()  # type: ignore[no-untyped-call]
+                    step.compute_objective(losses, batch).sum().backward()  # type: ignore[no-untyped-call]
                 counts += Counter({name: size * times for name, size in messages.own.items()})
     outer, *blocks = messages.gathered
     return counts, outer + sum(sorted(blocks)[-2:])

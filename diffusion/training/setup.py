@@ -462,7 +462,10 @@ def caption_encoder(network: PipelineNetwork, lora: LoRAConfig | None) -> Captio
 def encode_latents(
     model: PretrainedModel, dataset: Dataset, config: TrainingConfig, readers: Executor, progress: Progress
 ) -> Callable[..., Tensor]:
-    """Encode the images of ``dataset`` by the autoencoder of ``model``, as far as they are not in the cache."""
+    """Encode the images of ``dataset`` by the autoencoder of ``model``, as far as they are not in the cache.
+
+    Returns the function that looks up the latents of rows of the data set.
+    """
     device = resolve_device(config.device)
     network = model.to(device).network
     name = network.config.latents_name

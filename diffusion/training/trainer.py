@@ -316,7 +316,7 @@ class Trainer:
             """Compute the share of these images in the loss of the batch and in the minimized value."""
             with autocast(config.precision, self.device):
                 losses = step.losses(part)
-            value = step.minimized(losses, part).sum() / config.images_per_step
+            value = step.compute_objective(losses, part).sum() / config.images_per_step
             return losses.detach().sum() / config.images_per_step, value
 
         def micro_batches(part: TrainingBatch) -> list[TrainingBatch]:

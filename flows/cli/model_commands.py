@@ -337,12 +337,12 @@ def export(
     return CommandOutput(value, lines)
 
 
-def _export(to: str, config: "Params", weights: Path, folder: Path, *source: str) -> "ExportResult":
+def _export(to: str, config: "Params", weights: Path, folder: Path, *origin: str) -> "ExportResult":
     from diffusion.diffusers_format.export import export_adapter, export_to_diffusers
 
     if to == "lora":
-        return export_adapter(weights, folder, *source)
-    return export_to_diffusers(weights, folder, config.sampling, *source)
+        return export_adapter(weights, folder, *origin)
+    return export_to_diffusers(weights, folder, config.sampling, *origin)
 
 
 def _push(

@@ -179,7 +179,7 @@ class Catalog:
         )
 
     def removals(self, names: Collection[str] = ()) -> Iterator[Removal]:
-        """Yield the published takedown records of the data set, except for those of ``names`` names."""
+        """Yield the published takedown records of the data set, except for those called one of ``names``."""
         for key in self.store.list_keys(self.place.bucket, self.place.key("removals/")):
             if PurePosixPath(key).stem in names:
                 continue

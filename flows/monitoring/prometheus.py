@@ -70,7 +70,7 @@ class Servers(Collector):
 
     def __init__(self) -> None:
         # By model: a ledger is read again when its listing or MLflow's record of it changes.
-        self.read: dict[str, LedgerSnapshot] = {}
+        self.ledgers: dict[str, LedgerSnapshot] = {}
         # Alarms are written once: each is read once.
         self.alarms: dict[ListedObject, NumberedAlarm] = {}
 
@@ -82,7 +82,7 @@ class Servers(Collector):
         """Metrics of all servers that answer, and the availability of each."""
         sources: dict[Server, Callable[[], Iterator[Sample]]] = {
             "prefect": prefect_samples,
-            "s3": lambda: chain(ledger_samples(self.read), alarm_samples(self.alarms)),
+            "s3": lambda: chain(ledger_samples(self.ledgers), alarm_samples(self.alarms)),
             "mlflow": mlflow_samples,
         }
         families = {name: GaugeMetricFamily(name, help_, labels=labels) for name, (help_, labels) in GAUGES.items()}

@@ -123,7 +123,7 @@ class Alarms(NumberedObjects):
 
 
 def check_alarm_limits(alarms: Sequence[NumberedAlarm], limits: MonitorConfig, now: datetime) -> RetrainingHold | None:
-    """Whether ``limits`` forbid another alarm at ``now``, after ``alarms``; None if they do not."""
+    """Return why ``limits`` forbid another alarm at ``now``, after ``alarms``; None if they do not."""
     week = [alarm for alarm in alarms if now - alarm.when < timedelta(days=7)]
     if len(week) >= limits.retrainings_per_week:
         numbers = ", ".join(str(alarm.number) for alarm in week)

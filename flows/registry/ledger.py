@@ -230,7 +230,7 @@ class History:
         return next((entry for entry in reversed(self.entries) if entry.version == version), None)
 
     def manual_demotion(self, version: int) -> LedgerEntry | None:
-        """Entry of the manual override that demoted or refused ``version``, unless a later one supersedes it."""
+        """Entry of the manual override that demoted or rejected ``version``, unless a later one supersedes it."""
         for entry in reversed(self.entries):
             if entry.from_version == version != entry.to_version:
                 return entry if entry.by_hand else None

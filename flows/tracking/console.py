@@ -52,7 +52,7 @@ class Pace:
             self.seen.popleft()
 
     def is_report_due(self, seconds: float) -> bool:
-        """Whether these ``seconds`` have passed since the last time that something was due."""
+        """Whether these ``seconds`` have passed since the last report; if so, the next interval begins now."""
         now = time.monotonic()
         if now - self.last < seconds:
             return False

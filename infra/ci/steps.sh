@@ -8,7 +8,7 @@ check() { # style, types, layers, secrets, known vulnerabilities
     make audit
 }
 
-tests() { # all but the long ones; those are for the night: make test-slow
+tests() { # the fast ones; for the night: make test-slow and make test-long
     make test
 }
 

@@ -55,7 +55,7 @@ def duplicate(of: Record, source: str) -> Record:
 
 
 def quarantined(source: str, reason: str) -> Record:
-    """A record of a refused file."""
+    """A record of a quarantined file."""
     return {"source": source, "source_sha256": "2" * 64, "outcome": "quarantined", "reason": reason}
 
 

@@ -1,8 +1,8 @@
-"""S3 requests judged by IAM policies, as Amazon documents it.
+"""S3 requests evaluated by IAM policies, as Amazon documents it.
 
 No server that can be had here knows the condition keys ``s3:if-none-match`` and ``s3:ObjectCreationOperation``:
-SeaweedFS 4.48 and Ceph 18.2 take them for missing, whatever the request says. So tests judge requests by this, before
-a real server gets them.
+SeaweedFS 4.48 and Ceph 18.2 take them for missing, whatever the request says. So tests evaluate requests with this,
+before a real server gets them.
 """
 
 import re

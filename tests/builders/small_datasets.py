@@ -33,7 +33,7 @@ def write_dataset(
     """The data set of ``images``, (N, C, H, W) uint8, in shards of ``per_shard``.
 
     Every so many images are held out, from the first on; 0: none. Each records table also has a row of an image
-    that was refused.
+    that was quarantined.
     """
     labels, captions = labels or [None] * len(images), captions or [None] * len(images)
     rows = [

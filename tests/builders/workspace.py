@@ -95,7 +95,7 @@ class Workspace:
         return json.loads(self.run(*arguments, "--json", code=code))
 
     def two_versions(self) -> None:
-        """Train and judge two versions of blobs, of which the first or both were champion."""
+        """Train and evaluate two versions of blobs, of which the first or both were champion."""
         self.json("retrain", "images", "--count", "1")
         second = ("--set", "training.seed=1", "--set", "training.output=runs/second")
         self.json("train", *second)

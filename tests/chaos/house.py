@@ -32,7 +32,7 @@ QUICK = PARAMS | {
     "evaluation": {"samples": 16, "extractor_size": 32},
 }
 COUNT = 8
-"""Images printed at the end."""
+"""Images sampled at the end."""
 NIGHT = {"AWS_ACCESS_KEY_ID": "night", "AWS_SECRET_ACCESS_KEY": "night-secret"}
 """Keys that retrainings have to themselves where a drill takes them away."""
 

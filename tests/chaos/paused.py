@@ -47,8 +47,8 @@ def main() -> None:
 
     join = stack.join_servers
 
-    def join_and_arm(*needs: Server) -> None:
-        join(*needs)
+    def join_and_arm(*servers: Server) -> None:
+        join(*servers)
         # Not before: libraries read the environment that it makes when they are imported.
         arm(point, Path(folder))
 

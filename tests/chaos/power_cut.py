@@ -288,7 +288,7 @@ def library(folder: Path) -> Path:
 def record(
     library_file: Path, root: Path, script: str, *arguments: str, variables: Mapping[str, str] = {}
 ) -> Recording:
-    """Run the Python ``script`` in the folder ``root``, with the library ``made``; its changes to ``root``."""
+    """Run the Python ``script`` in the folder ``root``, with ``library_file`` preloaded; its changes to ``root``."""
     log = root.parent / f"{root.name}.writes"
     start = Disk.of(root.resolve())
     environment = os.environ | {

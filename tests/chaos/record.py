@@ -65,16 +65,16 @@ class Results:
 
     def cells(self) -> dict[str, tuple[str, str, str]]:
         """Kills, seconds and result of each drill whose every parameter has a result, by its test."""
-        cells_by_test: dict[str, list[dict[str, object]]] = {}
+        results_by_test: dict[str, list[dict[str, object]]] = {}
         for item, result in self.by_item().items():
-            cells_by_test.setdefault(item.partition("[")[0], []).append(result)
+            results_by_test.setdefault(item.partition("[")[0], []).append(result)
         return {
             test: (
-                str(sum(int(str(each["kills"])) for each in each_of) or ""),
-                f"{sum(float(str(each['seconds'])) for each in each_of):.0f}",
-                _worst([str(each["outcome"]) for each in each_of]),
+                str(sum(int(str(each["kills"])) for each in results) or ""),
+                f"{sum(float(str(each['seconds'])) for each in results):.0f}",
+                _worst([str(each["outcome"]) for each in results]),
             )
-            for test, each_of in cells_by_test.items()
+            for test, results in results_by_test.items()
         }
 
 

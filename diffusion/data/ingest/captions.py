@@ -40,7 +40,7 @@ LONGEST_ANSWER = 2**17
 """Maximum bytes of an answer: more than the longest caption takes, escaped in JSON."""
 MOST_UNANSWERED = 20
 """Images in a row without an answer, after which the captioner is taken for broken and called no more."""
-REFUSALS = (400, 413, 415, 422)
+REJECTED_STATUSES = (400, 413, 415, 422)
 """HTTP statuses that concern one image; all others than 200 concern the endpoint."""
 WITHHELD = ("AWS_", "DARKROOM_", "MLFLOW_", "PREFECT_")
 """Prefixes of environment variables that a command does not get: keys and passwords of the pipeline's own servers."""
@@ -263,7 +263,7 @@ class Captioner:
                     line = f"HTTP {status} {httpx.codes.get_reason_phrase(status)}".strip()
                     if status in (408, 425, 429) or status >= 500:
                         raise RetryableError(line, retry_after(response.headers.get("Retry-After", "")))
-                    raise NoCaptionError(line) if status in REFUSALS else NoAnswerError(line)
+                    raise NoCaptionError(line) if status in REJECTED_STATUSES else NoAnswerError(line)
                 for piece in response.iter_raw():
                     answer += piece
                     if len(answer) > LONGEST_ANSWER:

@@ -39,7 +39,7 @@ STAMPED = """
             OR EXISTS (SELECT 1 FROM stored.removed d WHERE d.digest = s.sha256))
 """
 """Query: the entry was read before with the same stamp, and its outcome is recorded in this version."""
-REFUSED = "SELECT 1 FROM stored.records r WHERE r.source = l.source AND r.outcome = 'quarantined'"
+QUARANTINED = "SELECT 1 FROM stored.records r WHERE r.source = l.source AND r.outcome = 'quarantined'"
 KNOWN = "SELECT group_concat(hex(r.sha256)) FROM stored.records r WHERE r.source = l.source"
 CORRECTED = "SELECT 1 FROM stored.entries s WHERE s.origin = :origin AND s.source = l.source AND s.digest != l.digest"
 """Query: the source describes the entry in another way than before, so it is read again, even with equal bytes."""
@@ -81,7 +81,10 @@ def make_plan(
         database.executemany(f"INSERT OR REPLACE INTO listing ({ENTRY}, digest) VALUES (?, ?, ?, ?, ?, ?, ?)", rows())
         known_column, condition = KNOWN, f"NOT EXISTS ({STAMPED})"
         if requeue:
-            known_column, condition = f"{KNOWN} AND r.outcome != 'quarantined'", f"{condition} OR EXISTS ({REFUSED})"
+            known_column, condition = (
+                f"{KNOWN} AND r.outcome != 'quarantined'",
+                f"{condition} OR EXISTS ({QUARANTINED})",
+            )
         if rebuilding:
             known_column, condition = "NULL", "TRUE"
         order = "l.number" if source.in_order else "l.source"

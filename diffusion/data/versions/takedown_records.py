@@ -81,7 +81,7 @@ class Selector:
             self.prefixes.setdefault(key[:SHORTEST], []).append(key)
         self.patterns = [(pattern, re.compile(fnmatch.translate(pattern))) for pattern in selection.sources]
         self.label = selection.label
-        self.fitted: dict[str, set[str]] = {term: set() for term in (*prefixes, *selection.sources)}
+        self.keys_by_term: dict[str, set[str]] = {term: set() for term in (*prefixes, *selection.sources)}
         """Keys that each prefix matched; patterns that matched have an empty one."""
 
     def matches(self, row: Row) -> bool:
@@ -92,7 +92,7 @@ class Selector:
         prefix_matches = [prefix for prefix in self.prefixes.get(key[:SHORTEST], ()) if key.startswith(prefix)]
         pattern_matches = [name for name, pattern in self.patterns if row["source"] and pattern.match(row["source"])]
         for term in (*prefix_matches, *pattern_matches):
-            self.fitted[term].add(key if term in prefix_matches else "")
+            self.keys_by_term[term].add(key if term in prefix_matches else "")
         return bool(prefix_matches or pattern_matches)
 
     def removes(self, row: Row, keys: set[str]) -> bool:
@@ -103,11 +103,11 @@ class Selector:
 
     def list_unmatched(self) -> list[str]:
         """Return keys and patterns that matched nothing; raises UserError for a prefix of more than one image."""
-        for prefix, keys in self.fitted.items():
+        for prefix, keys in self.keys_by_term.items():
             if len(keys) > 1:
                 key_list = ", ".join(key[:16] for key in sorted(keys)[:5])
                 raise UserError(f"{prefix} is the beginning of {len(keys)} keys ({key_list} …): give more digits")
-        return [term for term, keys in self.fitted.items() if not keys]
+        return [term for term, keys in self.keys_by_term.items() if not keys]
 
 
 def match_images(folder: Path, manifest: Manifest, selector: Selector) -> tuple[MatchedImages, list[str], list[str]]:
@@ -251,7 +251,7 @@ def find_affected_versions(
     """Return which of ``versions`` hold images of ``removal``, by their keys or the digests of their files."""
     digests = {*removal.image_keys, *removal.digests}
     hits: dict[str, bool | None] = dict.fromkeys(removal.tables, True)
-    holder_digests, unknown_digests = [], []
+    held_digests, unknown_digests = [], []
     for version in versions:
         for part in version.parts:
             if count_stored(part) and part.records.sha256 not in hits:
@@ -259,10 +259,10 @@ def find_affected_versions(
                 hits[part.records.sha256] = None if table is None else not digests.isdisjoint(_stored_digests(table))
         answers = {hits[part.records.sha256] for part in version.parts if count_stored(part)}
         if True in answers:
-            holder_digests.append(version.digest)
+            held_digests.append(version.digest)
         elif None in answers:
             unknown_digests.append(version.digest)
-    return AffectedVersions(held=holder_digests, unknown=unknown_digests)
+    return AffectedVersions(held=held_digests, unknown=unknown_digests)
 
 
 def find_held_keys(

@@ -494,7 +494,10 @@ def _undo_drops(table: pa.Table) -> pa.Table:
 
 
 def _images(parts: list[Part], remains: dict[str, Part], read: ReadTable, outcome: Outcome = "kept") -> pa.Table | None:
-    """Return the images of ``parts``, of ``remains`` also the removed ones; None if a table is unavailable."""
+    """Return the images of ``parts``, with those that a takedown removed from them; None if a table is unavailable.
+
+    ``remains`` are the parts that takedowns rewrote, by the digest of the table before.
+    """
     tables = [pa.schema([RECORDS.field(name) for name in COLUMNS[1:]]).empty_table()]
     removed_keys: set[str] = set()
     unknown_count = 0

@@ -105,7 +105,7 @@ def plot_over_training(draw: Draw) -> Draw:
 
 
 def plot_curves(by_name: Mapping[str, Sequence[tuple[float, float]]], logarithmic: bool = False) -> Draw:
-    """Draw a line through the points of each of ``by_name``, on a ``logarithmic`` vertical axis if wanted."""
+    """Make the function that draws a line through the points of each of ``by_name``, over a ``logarithmic`` axis."""
 
     def draw(axes: Axes, paper: Paper) -> None:
         for number, (name, points) in enumerate(by_name.items()):

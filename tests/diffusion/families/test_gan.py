@@ -135,7 +135,7 @@ def test_gan_losses_and_gradients_match_the_closed_form() -> None:
 
 
 def numbers(count: int, **values: float) -> Tensor:
-    """Numbers that leave ``count`` images as they are at a rate of 0.5, but for those ``chosen`` by name."""
+    """Numbers that leave ``count`` images as they are at a rate of 0.5, but for ``values``, by name."""
     names = ["recolour", "translate", "cut", "brightness", "saturation", "contrast", "down", "right", "row", "column"]
     neutral = dict.fromkeys(names, 0.5) | values
     return torch.tensor([[neutral[name] for name in names]]).expand(count, -1)

@@ -14,7 +14,7 @@ from diffusion.common.errors import UserError
 from diffusion.families.ddpm import DiffusionModel
 from diffusion.generation.config import REQUESTS, GenerationRequest, make_request
 from diffusion.generation.generate import interpolate, sample
-from diffusion.generation.requests import answer, show_input, tasks_of
+from diffusion.generation.requests import answer, render_input, tasks_of
 from diffusion.generation.super_resolution import upscale
 from diffusion.process.samplers import sampling_config
 from tests.builders.small_models import CONFIG, write_model
@@ -135,7 +135,7 @@ def test_upscale_request_returns_the_requested_number_of_variants(enlarging: Dif
     assert not torch.equal(images[0], images[1])
     [third] = answer(enlarging, [request("upscale", image=png(pixels), seed=2, index=2)], SAMPLING)
     assert torch.equal(third[0], images[2])
-    [begun_with] = show_input(enlarging, row)
+    [begun_with] = render_input(enlarging, row)
     assert torch.equal(begun_with, torch.from_numpy(np.kron(pixels, np.ones((2, 2), np.uint8)))[None])
 
 
@@ -188,7 +188,7 @@ def test_partially_masked_pixel_of_a_larger_mask_is_repainted(model: DiffusionMo
     mask = np.zeros_like(large)
     # A bar of three pixels, less than half of what each of those generated stands for.
     mask[34:37] = 255
-    [bar] = show_input(model, request("inpaint", image=png(large), mask=png(mask)))
+    [bar] = render_input(model, request("inpaint", image=png(large), mask=png(mask)))
     assert (bar[0, 4] == 128).all()
     assert not (bar[0, :3] == 128).all(1).any()
 

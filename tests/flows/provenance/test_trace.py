@@ -448,7 +448,7 @@ def test_reproduce_count_without_effect_is_an_error(
 
 
 def original(pixels: np.ndarray, array: np.ndarray | None = None) -> LocatedImage:
-    """An image with ``pixels``, and a row that says it was ``printed`` with others."""
+    """An image with ``pixels``, and a row that says its pixels were those of ``array``, by default its own."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     row = {"pixels_sha256": sha256_bytes((pixels if array is None else array).tobytes())}
