@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -127,15 +127,21 @@ class Forks:
             socket.send_fds(connection, [json.dumps([str(folder), variables, arguments]).encode()], numbers)
         return Fork(connection, outputs)
 
-    def finish(self, folder: Path, *arguments: str, **variables: str | None) -> str:
-        """What the command prints, which ends well."""
+    def finish(self, folder: Path, *arguments: str, codes: Collection[int] = (0,), **variables: str | None) -> str:
+        """What the command prints, which ends with one of ``codes``."""
         process = self.start(folder, *arguments, **variables)
         out, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors[-3000:]
+        assert process.returncode in codes, errors[-3000:]
         return out
 
     def strike(
-        self, number: signal.Signals, moment: float, folder: Path, *arguments: str, **variables: str | None
+        self,
+        number: signal.Signals,
+        moment: float,
+        folder: Path,
+        *arguments: str,
+        codes: Collection[int] = (0,),
+        **variables: str | None,
     ) -> None:
         """Send a signal to the command after ``moment`` seconds, and require that it ends as programs do.
 
@@ -147,8 +153,8 @@ class Forks:
         with suppress(ProcessLookupError):
             (os.killpg if number == signal.SIGKILL else os.kill)(process.pid, number)
         _, errors = process.communicate(timeout=PATIENCE)
-        # 0 where it was done before.
-        assert process.returncode in (0, -number, 128 + number), errors[-3000:]
+        # One of ``codes`` where it was done before.
+        assert process.returncode in (*codes, -number, 128 + number), errors[-3000:]
         assert "Traceback" not in errors, errors[-6000:]
         deadline = time.monotonic() + PATIENCE
         while survivors := [each for each in psutil.process_iter() if _session(each.pid) == process.pid]:

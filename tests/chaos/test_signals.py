@@ -12,7 +12,9 @@ from pathlib import Path
 from signal import SIGINT, SIGTERM, Signals
 
 import pytest
+from safetensors.torch import load_file
 
+from diffusion.common.files import sha256_bytes
 from tests.builders.forked import Forks, rounds
 from tests.chaos.conftest import Undisturbed
 from tests.chaos.house import COUNT, House, Site
@@ -99,3 +101,54 @@ def test_terminated_retraining_resumes_to_the_same_result(
         result = json.loads(forks.finish(site.folder, *site.retraining, "--json"))
         assert site.end(result) == undisturbed.end
         assert json.loads(forks.finish(site.folder, *site.retraining, "--json"))["skipped"]
+
+
+@pytest.mark.drill(
+    "`distill` and `sweep` are terminated",
+    "SIGTERM, or SIGINT, at random moments",
+    "ends in time, with its signal's code, without traceback or children; the same command: the same end",
+)
+@pytest.mark.parametrize("number", [SIGTERM, SIGINT], ids=lambda number: number.name)
+def test_terminated_distillations_and_sweeps_resume_to_the_same_result(
+    forks: Forks, sites: Callable[[Signals, int], Site], number: Signals, kills: int
+) -> None:
+    moments = random.Random(number)
+    left_alone, durations = sites(number, 0), dict[str, float]()
+    forks.finish(left_alone.folder, *left_alone.retraining)
+    for command in derivations(left_alone):
+        start = time.monotonic()
+        forks.finish(left_alone.folder, *command, codes=DECIDED)
+        durations[command[0]] = time.monotonic() - start
+    for index, strikes in enumerate(rounds(kills), start=1):
+        site = sites(number, index)
+        forks.finish(site.folder, *site.retraining)
+        for command in derivations(site):
+            for _ in range(strikes):
+                moment = moments.uniform(0, durations[command[0]])
+                forks.strike(number, moment, site.folder, *command, codes=DECIDED)
+            forks.finish(site.folder, *command, codes=DECIDED)
+        assert student_and_ranking(site, forks) == student_and_ranking(left_alone, forks)
+
+
+DECIDED = (0, 3)
+"""Codes of a command that ends by itself: the gate promotes the student, or it does not."""
+
+
+def derivations(site: Site) -> list[tuple[str, ...]]:
+    """Commands that train from what ``retrain`` made."""
+    teacher = f"distillation.teacher=models:/{site.name}/1"
+    return [
+        ("distill", "--set", teacher, "--set", "distillation.images=320", "--json"),
+        ("sweep", "--over", "training.seed=3,4", "--json"),
+    ]
+
+
+def student_and_ranking(site: Site, forks: Forks) -> tuple[dict[str, str], list[tuple[str, float]]]:
+    """The tensors of the student, by digest, and what the combinations of the sweep scored."""
+    tensors = load_file(site.folder / "runs" / f"{site.name}-student" / "final.safetensors")
+    _, sweep = derivations(site)
+    ranking = json.loads(forks.finish(site.folder, *sweep))["ranking"]
+    return (
+        {name: sha256_bytes(each.numpy().tobytes()) for name, each in tensors.items()},
+        [(model["name"], model["value"]) for model in ranking["models"]],
+    )
