@@ -80,6 +80,7 @@ check: $(READY) docs  ## Check lint, format, types, layers, secrets and document
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks/*.py
 	$(BIN)/lint-imports
 	PATH="$(CURDIR)/$(BIN):$$PATH" infra/ci/secrets.sh
 

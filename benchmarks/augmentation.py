@@ -85,8 +85,10 @@ class AugmentedObjective(ddpm.DenoisingObjective):
 
 
 def main() -> None:
-    replaced = {"diffusion.families.ddpm.UNet": AugmentedUNet}
-    replaced["diffusion.families.ddpm.DenoisingObjective"] = AugmentedObjective
+    replaced = {
+        "diffusion.families.ddpm.UNet": AugmentedUNet,
+        "diffusion.families.ddpm.DenoisingObjective": AugmentedObjective,
+    }
     compare(__doc__, "as-they-are", "augmented", replaced)
 
 

@@ -94,8 +94,8 @@ def main() -> None:
             image = Image.open(path).convert("RGB")
             image = image.resize((2 * options.size, 2 * options.size), Image.Resampling.BICUBIC)
             image.save(root / "images" / f"{number:05d}-as-is.png")
-            if (kind := number // group_size) < len(PLANTED):
-                name = list(PLANTED)[kind]
+            if (group := number // group_size) < len(PLANTED):
+                name = list(PLANTED)[group]
                 PLANTED[name][0](image).convert("RGB").save(root / "images" / f"{number:05d}-{name}.png")
         config = IngestConfig(source=str(root / "images"), size=options.size, workers=2)
         folder = root / "data" / "set"
@@ -103,7 +103,7 @@ def main() -> None:
         count = ingest(folder, config).kept
         print(f"ingest: {1000 * (time.monotonic() - start) / count:.1f} s per 1,000 images; {count} images")
         open_nsfw = {"layout": "NHWC", "channels": "BGR", "mean": (104, 117, 123), "std": (1, 1, 1)}
-        rules = {
+        rules: dict[str, dict[str, object]] = {
             "near_duplicates": {"near_duplicates": "largest"},
             "semantic_duplicates": {"semantic_duplicates": "largest"},
             "min_sharpness": {"min_sharpness": 60},

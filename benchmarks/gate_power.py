@@ -68,7 +68,7 @@ def main() -> None:
         counts: dict[str, list[int]] = {name: [] for name in COSTS}
         for trial in range(arguments.trials):
             permutation = torch.randperm(len(real), generator=torch.Generator().manual_seed(trial))
-            ours, theirs, baseline, held_out = permutation[: 2 * most + 2 * count].split([most, most, count, count])
+            ours, theirs, baseline, held_out = permutation[: 2 * most + 2 * count].split([most, most, count, count])  # type: ignore[no-untyped-call]
             sets = of_candidate[ours], of_champion[theirs]
             reference = real[held_out]
             *_, baseline_replicates = compute_replicates([real[baseline]], reference)
@@ -77,14 +77,14 @@ def main() -> None:
                 if not undecided:
                     break
                 samples = count * 2**look
-                pair = compute_replicates([features[:samples] for features in sets], reference)
+                candidate, champion = compute_replicates([features[:samples] for features in sets], reference)
                 for name in sorted(undecided):
                     metrics = ComparisonMetrics(
                         basis="generated",
                         samples=samples,
                         reference=count,
                         has_champion=True,
-                        headline=distance_headline(*pair, baseline_replicates, "efflite0", config),
+                        headline=distance_headline(candidate, champion, baseline_replicates, "efflite0", config),
                         cost=Cost(candidate=COSTS[name], champion=1.0, unit="evaluations"),
                     )
                     decision = decide(metrics, config, config.looks)

@@ -15,7 +15,7 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from diffusion.models.config import ModelConfig
 from diffusion.models.unet import UNet
@@ -76,7 +76,7 @@ def main() -> None:
         for processes in args.processes:
             with tempfile.TemporaryDirectory() as folder:
                 arguments = processes, str(Path(folder)), name, args.batch, args.rounds
-                mp.spawn(work, arguments, processes)  # type: ignore[no-untyped-call]
+                spawn(work, arguments, processes)  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ average.
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.model import to_float, to_uint8
 from diffusion.process.denoiser import clip_estimates
 from diffusion.process.editing import fill_hole, pigdm, repaint, replace_known
-from diffusion.process.samplers import sampling_config
+from diffusion.process.samplers import Denoise, sampling_config
 
 SHOWN = 8
 BATCH = 64
@@ -79,7 +80,7 @@ def main() -> None:
     mask[hole, hole] = False
 
     mean = training.float().mean(0).round().to(torch.uint8)
-    methods = {
+    methods: dict[str, Callable[[], Tensor]] = {
         "nothing cut out": lambda: originals,
         "mean": lambda: torch.where(mask, originals, mean),
         "nearest": lambda: torch.where(mask, originals, training[nearest(originals, training, mask)]),
@@ -114,10 +115,10 @@ def inpaint(
     """Fill each of ``originals`` (N, C, H, W) once where ``mask`` (H, W) is false, in batches."""
     config, batches = sampling_config(), []
     sampler, levels = config.build_sampler(), config.sigma_grid(model.schedule)
-    for numbers in torch.arange(len(originals)).split(BATCH):
+    for numbers in torch.arange(len(originals)).split(BATCH):  # type: ignore[no-untyped-call]
         noise = GaussianNoise(0, "sampling", numbers.tolist(), model.shape)
         known = to_float(fill_hole(originals[numbers], mask))
-        denoise = model.denoiser()
+        denoise: Denoise = model.denoiser()
         if guided:
             denoise = clip_estimates(pigdm(denoise, known, mask, model.header.sigma_data))
         denoise = replace_known(denoise, known, mask)
@@ -133,7 +134,7 @@ def inpaint(
 def nearest(images: Tensor, training: Tensor, mask: Tensor) -> Tensor:
     """The number of the training image that is nearest to each image where ``mask`` is true: (len(images),)."""
     ours, theirs = (each[..., mask].flatten(1).float() for each in (images, training))
-    return torch.cat([torch.cdist(part, theirs).argmin(1) for part in ours.split(64)])
+    return torch.cat([torch.cdist(part, theirs).argmin(1) for part in ours.split(64)])  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

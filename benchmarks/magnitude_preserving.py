@@ -133,7 +133,7 @@ LAYERS = (ResidualBlock, SelfAttention, Downsample, Upsample)
 
 
 def main() -> None:
-    replaced = {f"diffusion.models.unet.{layer.__name__}": layer for layer in LAYERS}
+    replaced: dict[str, type[nn.Module]] = {f"diffusion.models.unet.{layer.__name__}": layer for layer in LAYERS}
     replaced["diffusion.models.unet.normalisation"] = Normalisation
     compare(__doc__, "group-norm", "magnitude-preserving", replaced)
 

@@ -63,8 +63,13 @@ class RunResult:
 class Contestant(Protocol):
     """A training program under comparison."""
 
-    name: str
-    workspace: Path
+    @property
+    def name(self) -> str:
+        """Name in the table."""
+
+    @property
+    def workspace(self) -> Path:
+        """Folder of its images and its results."""
 
     @property
     def stem(self) -> str:
@@ -154,7 +159,7 @@ class Peer:
 
     def _trainers(self, *options: object) -> dict[str, Any]:
         script = Path(__file__).with_name("trainers.py")
-        command = [self.python, script, self.name, self.workspace / "images.npy", *map(str, options)]
+        command: list[str | Path] = [self.python, script, self.name, self.workspace / "images.npy", *map(str, options)]
         figures: dict[str, Any] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
         return figures
 

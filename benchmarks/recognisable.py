@@ -40,10 +40,10 @@ def train_classifier(data: Dataset, epochs: int) -> nn.Sequential:
     optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * (len(rows) // 64))
     for _ in range(epochs):
-        for batch in torch.randperm(len(rows)).split(64)[: len(rows) // 64]:
+        for batch in torch.randperm(len(rows)).split(64)[: len(rows) // 64]:  # type: ignore[no-untyped-call]
             loss = nn.functional.cross_entropy(network(x[batch]), y[batch])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
     return network.eval()
@@ -52,7 +52,7 @@ def train_classifier(data: Dataset, epochs: int) -> nn.Sequential:
 @torch.inference_mode()
 def verdict(network: nn.Sequential, images: Tensor) -> tuple[Tensor, Tensor]:
     """Confidence and class of each image."""
-    probabilities = torch.cat([network(part).softmax(1) for part in to_float(images).split(100)])
+    probabilities = torch.cat([network(part).softmax(1) for part in to_float(images).split(100)])  # type: ignore[no-untyped-call]
     confidence, label = probabilities.max(1)
     return confidence, label
 

@@ -154,7 +154,7 @@ def train_model(workspace: Path, settings: list[str]) -> Path:
         workspace, "train", "--local", "--restart-if-different", words=[*settings, "training.output=runs/captions"]
     )
     print(json.dumps(summary))
-    return workspace / summary["final"]
+    return workspace / str(summary["final"])
 
 
 def _captioned(dataset: Dataset, split: str) -> Captioned:

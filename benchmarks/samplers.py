@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffusion.checkpoints import load_model
 from diffusion.common.random import GaussianNoise
+from diffusion.families.ddpm import DiffusionModel
 from diffusion.generation.generate import make_conditioning
 from diffusion.process.samplers import SamplingConfig, sampling_config
 
@@ -43,6 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     model = load_model(arguments.model)
+    assert isinstance(model, DiffusionModel)
     numbers = range(arguments.count)
     conditioning = make_conditioning(model, numbers, arguments.seed)
     denoiser = model.denoiser(conditioning)

@@ -139,7 +139,7 @@ class Comparison:
             return rates({"Darkroom": DarkroomSampler(self.model, ours), **others}, count, rounds)
 
         settings = {"ours": short(ours), "theirs": short(theirs), "count": count, "rounds": rounds}
-        return {name: median(each) for name, each in self.cache(self.inputs | settings, measure).items()}
+        return {name: median(each) for name, each in self.cache({**self.inputs, **settings}, measure).items()}
 
     def distance(self, name: str, config: SamplingConfig, samples: int) -> float:
         """Of so many images of the contestant called ``name``."""
@@ -148,7 +148,7 @@ class Comparison:
             contestant = DarkroomSampler(self.model, config) if name == "Darkroom" else self.pipeline(config, name)
             return self.scorer.distance(contestant.generate(samples))
 
-        return float(self.cache(self.inputs | {"samples": samples, name: short(config)}, measure))
+        return float(self.cache({**self.inputs, "samples": samples, name: short(config)}, measure))
 
     def fewest(self, bar: float, samples: int) -> SamplingConfig | None:
         """The sampler that needs the fewest steps to come as near as ``bar``; None: none does."""
@@ -186,7 +186,9 @@ def main() -> None:
     weights = args.model or train_default(workspace, args.seconds)
     inputs = {"weights": sha256_file(weights), "threads": torch.get_num_threads()}
     scorer = FrechetScorer(Dataset.open(workspace / "data" / "images"), workspace)
-    comparison = Comparison(load_model(weights), scorer, MeasurementCache(workspace / "sampling"), inputs)
+    model = load_model(weights)
+    assert isinstance(model, DiffusionModel)
+    comparison = Comparison(model, scorer, MeasurementCache(workspace / "sampling"), inputs)
     compare_rates = partial(comparison.rates, count=args.count, rounds=args.rounds)
     for config in EQUAL_CONFIGS:
         rates_by_name = compare_rates(config, config)

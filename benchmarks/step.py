@@ -82,7 +82,7 @@ def measure_matrix_products(device: torch.device, clock: Callable[[], float]) ->
     size = 1024 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device) for _ in range(2))
     c, d = a.bfloat16(), b.bfloat16()
-    products = {"fp32": lambda: a @ b, "bf16": lambda: c @ d}
+    products: dict[str, Callable[[], torch.Tensor]] = {"fp32": lambda: a @ b, "bf16": lambda: c @ d}
     peak_rates = {}
     for name, product in products.items():
         seconds = []
@@ -120,7 +120,7 @@ def diffusers_step(batch: int, size: int, bf16: bool, device: torch.device) -> t
 
 def profile_step(step: Step) -> Counter[str]:
     """Seconds of the processor in a step, or of the GPU, by what it computes."""
-    with profile(activities=sorted(supported_activities(), key=str)) as profiler:
+    with profile(activities=sorted(supported_activities(), key=str)) as profiler:  # type: ignore[no-untyped-call]
         for _ in range(3):
             step()
     seconds: Counter[str] = Counter()

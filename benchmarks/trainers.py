@@ -61,7 +61,7 @@ def diffusers(channels: int, size: int) -> tuple[nn.Module, Step, Generate]:
         clean = images * 2 - 1
         noise, t = torch.randn_like(clean), torch.randint(0, 1000, (len(clean),))
         loss = nn.functional.mse_loss(network(schedule.add_noise(clean, noise, t), t).sample, noise)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         steps += 1
         # A cosine after a warm-up, as its script has it.
@@ -102,7 +102,8 @@ def denoising_diffusion_pytorch(channels: int, size: int) -> tuple[nn.Module, St
         average.update()
 
     def generate(count: int) -> Tensor:
-        return average.ema_model.eval().sample(batch_size=count)
+        images: Tensor = average.ema_model.eval().sample(batch_size=count)
+        return images
 
     return network, step, generate
 

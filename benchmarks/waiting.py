@@ -19,12 +19,13 @@ CACHES = {"in memory": 2**31, "decoded each time": 0}
 
 def waited(data: Path, images: int, cache_bytes: int) -> tuple[float, float]:
     """Train; returns images per second, and the share of the time in which training waited for them."""
-    settings = {"images": images, "checkpoints": 1, "cache_bytes": cache_bytes, "output": f"runs/{cache_bytes}"}
+    output = f"runs/{cache_bytes}"
+    settings = {"images": images, "checkpoints": 1, "cache_bytes": cache_bytes, "output": output}
     overrides = [word for key, value in settings.items() for word in ("--set", f"training.{key}={value}")]
     workspace = data.parents[1]
     command = [str(Path(sys.executable).with_name("darkroom")), "train", "--local", "--restart-if-different", "--json"]
     run([*command, *overrides], workspace)
-    with (workspace / settings["output"] / "history.csv").open() as file:
+    with (workspace / output / "history.csv").open() as file:
         rows = [(float(row["images_per_second"]), float(row["data_wait"])) for row in csv.DictReader(file)]
     # Each row stands for as many images, and so for as many seconds as its rate says.
     seconds = [1 / rate for rate, _ in rows]
