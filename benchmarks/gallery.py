@@ -87,13 +87,13 @@ class Plate:
         return "-".join(self.title.lower().split())
 
 
-EARLIER = ("model.width=32", "model.channel_mult=[1,2]", "model.attention=[1]", "training.batch_size=64")
-"""The defaults when some of the models were trained."""
 FACES = Training("faces", "faces", 64, 240_000, ("model.text=true", "model.width=64"))
-ENLARGING = Training("faces-16-to-64", "faces", 64, 40_000, ("model.low_resolution=16", *EARLIER))
 CLOTHES = Training("clothes", "clothes", 32, 150_000)
-PIECES = Training("faces-64-to-256", "face-pieces", 64, 150_000, ENLARGING.settings)
-PHOTOGRAPHS = Training("photographs-64-to-256", "photograph-pieces", 64, 100_000, PIECES.settings)
+ENLARGING = Training("faces-16-to-64", "faces", 64, 60_000, ("model.low_resolution=16",))
+PIECES = Training("faces-64-to-256", "face-pieces", 64, 80_000, ENLARGING.settings)
+PHOTOGRAPHS = Training(
+    "photographs-64-to-256", "photograph-pieces", 64, 80_000, (*ENLARGING.settings, "training.flip=true")
+)
 AUTOENCODER = Training("photographs-vae", "photograph-parts", 64, 150_000, ("model.family=vae", "training.flip=true"))
 LATENT = Training(
     "photographs",
@@ -102,15 +102,15 @@ LATENT = Training(
     300_000,
     (f"model.autoencoder={AUTOENCODER.model}", "model.width=64", "model.channel_mult=[1,2]", "training.flip=true"),
 )
-TRAININGS = (FACES, ENLARGING, PIECES, PHOTOGRAPHS, AUTOENCODER, LATENT, CLOTHES)
+TRAININGS = (FACES, CLOTHES, ENLARGING, PIECES, PHOTOGRAPHS, AUTOENCODER, LATENT)
 EMOJI = "examples/emoji.safetensors"
 ENLARGED = "perched-osprey.jpg"
 """Photograph that is enlarged, of the package budgie-backgrounds."""
 PLATES = (
     Plate(
         "Faces that never were",
-        "A model conditioned on captions, sampled without a prompt.",
-        f"sample --count 32 --model {FACES.model}",
+        "A model conditioned on captions, sampled without a prompt, by autoguidance.",
+        f"sample --count 32 --set sampling.autoguidance=2 --model {FACES.model}",
     ),
     Plate(
         "Text to image",
@@ -131,8 +131,7 @@ PLATES = (
     Plate(
         "By class",
         "Fashion-MNIST, its class 7: sneakers.",
-        "sample --count 24 --label 7 --set sampling.steps=32 --set sampling.guidance=2 "
-        f"--set sampling.guidance_interval=[0.2,5] --model {CLOTHES.model}",
+        f"sample --count 24 --label 7 --set sampling.steps=32 --set sampling.autoguidance=2 --model {CLOTHES.model}",
     ),
     Plate(
         "Photographs in latents",
@@ -161,8 +160,7 @@ PLATES = (
     Plate(
         "The way between two seeds",
         "From image 0 of seed 3 to image 0 of seed 7, on the great circle between their noise.",
-        "edit interpolate 7 --seed 3 --count 9 --prompt 'brown hair, short, calm face' --set sampling.guidance=2 "
-        f"--model {FACES.model}",
+        f"edit interpolate 7 --seed 3 --count 9 --set sampling.autoguidance=2 --model {FACES.model}",
     ),
     Plate(
         "Super-resolution from 16 to 64",
