@@ -28,7 +28,7 @@ from diffusion.models.config import FAMILIES
 from flows.config import SECTIONS, SWEEPS, Combination, Params, combinations, family_variants, format_settings
 from flows.deployment.tasks import artifact_key, retryable_task
 from flows.evaluate import evaluate
-from flows.registry.takedown_marks import EVALUATED_ON, join_takedown_names
+from flows.registry.takedown_marks import EVALUATED_ON, join_takedown_names, require_current
 from flows.tracking.console import phase, reporter
 from flows.tracking.runs import SWEEP, RunTracker, find_or_create_run
 from flows.train import train
@@ -111,6 +111,7 @@ def rank(
     tags = tracker.client.get_run(parent).data.tags
     content_digest = ranking.conditions.content_digest
     tracker.tag({EVALUATED_ON: join_takedown_names(tags.get(EVALUATED_ON), content_digest)})
+    require_current(params.dataset_folder)
     tracker.client.log_text(parent, page.read_text(), "sweep.html")
     tracker.finish()
     values = [f"{model.value:.4g} ± {model.error:.2g}" for model in ranking.models]

@@ -95,12 +95,14 @@ def takedown(params: Params, selection: Selection, reason: str, purge: bool = Fa
     removal = remove(params, selection, reason)
     version = record(params, removal)
     announce(params, silently=False)
-    versions, affected, derived = mark_derived(params, removal)
+    versions, affected_versions, derived = mark_derived(params, removal)
     fields = {"name": removal.name, "removal": removal, "version": version, "derived": derived}
     copies, unclear_datasets = find_elsewhere(params, removal)
     fields |= {"elsewhere": copies, "elsewhere_unclear": unclear_datasets}
-    purge_result = clear(params, versions, affected, derived) if purge else None
-    result = TakedownResult(**fields, held=affected.held, unknown=affected.unknown, purged=purge_result)
+    purge_result = clear(params, versions, affected_versions, derived) if purge else None
+    result = TakedownResult(
+        **fields, held=affected_versions.held, unknown=affected_versions.unknown, purged=purge_result
+    )
     items = [f"- {escape_markdown(line)}" for line in (f"reason {removal.reason}", *result.lines())]
     create_markdown_artifact(
         "\n".join(items), key=artifact_key("takedown", params.training.dataset), description=f"takedown {result.name}"
@@ -142,17 +144,18 @@ def mark_derived(params: Params, removal: Removal) -> tuple[dict[str, Manifest],
     versions = catalog.versions(retired=True) | known_versions(folder) | catalog.versions()
     with TemporaryDirectory() as scratch:
         lookup = StoredFiles(folder.name, source).remote_lookup(versions.values(), Path(scratch))
-        affected = find_affected_versions(folder, removal, versions.values(), lookup)
-    contents = {versions[digest].content_digest for digest in affected.held}
+        affected_versions = find_affected_versions(folder, removal, versions.values(), lookup)
+    contents = {versions[digest].content_digest for digest in affected_versions.held}
     other_contents = {
-        versions[digest].content_digest for digest in versions.keys() - {*affected.held, *affected.unknown}
+        versions[digest].content_digest
+        for digest in versions.keys() - {*affected_versions.held, *affected_versions.unknown}
     }
     # Versions of equal content hold the same images.
     derived = find_derived(
         folder.name, contents - other_contents, contents | other_contents, environment.settings().bucket
     )
     mark([run.run_id for run in derived.runs], [model.uri for model in derived.models], removal)
-    return versions, affected, derived
+    return versions, affected_versions, derived
 
 
 @retryable_task
@@ -184,13 +187,13 @@ def find_elsewhere(params: Params, removal: Removal) -> tuple[dict[str, list[str
 
 @retryable_task
 def clear(
-    params: Params, versions: dict[str, Manifest], affected: AffectedVersions, derived: DerivedArtifacts
+    params: Params, versions: dict[str, Manifest], affected_versions: AffectedVersions, derived: DerivedArtifacts
 ) -> PurgeResult:
     """Delete files that only the affected versions need, and files that show their images."""
     folder = params.dataset_folder
-    held_versions = [versions[digest] for digest in affected.held]
-    other_versions = [version for digest, version in versions.items() if digest not in affected.held]
-    Catalog.of(folder.name, environment.data_source()).delete_pages(affected.held)
+    held_versions = [versions[digest] for digest in affected_versions.held]
+    other_versions = [version for digest, version in versions.items() if digest not in affected_versions.held]
+    Catalog.of(folder.name, environment.data_source()).delete_pages(affected_versions.held)
     objects, files = purge_dvc(held_versions, other_versions, environment.data_source()), list[str]()
     for reports in params.report_folders:
         files += purge_files(folder, held_versions, other_versions, reports)

@@ -214,7 +214,7 @@ def require_batch(
 
 
 def require_answerable(
-    given: SamplingConfig,
+    given_sampling: SamplingConfig,
     sampling: SamplingConfig,
     overrides: list[str],
     weights: Path,
@@ -223,26 +223,28 @@ def require_answerable(
 ) -> None:
     """Raise UserError for a ``request`` that a model cannot answer, such as a mask of another size.
 
-    Also if some of the ``overrides``, which are in the configuration ``given``, have no effect when the model, called
-    ``name``, answers with ``sampling``.
+    Also if some of the ``overrides``, which are in ``given_sampling``, have no effect when the model, called ``name``,
+    answers with ``sampling``.
     """
     from diffusion.checkpoints import load_model
     from diffusion.generation.requests import input_of, sampling_of
 
     model = load_model(weights)
-    used = sampling_of(model, request, sampling)
+    used_sampling = sampling_of(model, request, sampling)
     input_of(model, request)
-    _require_effect(overrides, given, used, name)
+    _require_effect(overrides, given_sampling, used_sampling, name)
 
 
-def _require_effect(overrides: list[str], given: SamplingConfig, used: SamplingConfig, name: str) -> None:
+def _require_effect(
+    overrides: list[str], given_sampling: SamplingConfig, used_sampling: SamplingConfig, name: str
+) -> None:
     for key in override_keys(overrides):
         section, *fields = key.split(".")
         if section != "sampling" or not fields:
             continue
         # A scale of 1 is no guidance, and null leaves the choice to the model.
         without_effect = (None, 1) if fields[0] in ("guidance", "autoguidance") else (None,)
-        if getattr(given, fields[0]) not in (*without_effect, getattr(used, fields[0], None)):
+        if getattr(given_sampling, fields[0]) not in (*without_effect, getattr(used_sampling, fields[0], None)):
             raise UserError(f"--set {key} has no effect on these images of {name}: leave it out")
 
 

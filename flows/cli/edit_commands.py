@@ -162,7 +162,8 @@ def generate_images(
         from diffusion.generation.requests import generate_to_folder
 
         sampling = config.resolve_sampling(read_model_header(Path(model)).model)
-        require_answerable(config.sampling, sampling, settings, Path(model), model, request)
+        if settings:  # else none can be without effect, and the model is loaded once
+            require_answerable(config.sampling, sampling, settings, Path(model), model, request)
         with display_progress() as progress:
             result = generate_to_folder(Path(model), request, sampling, output, progress=progress)
     else:

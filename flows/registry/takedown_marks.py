@@ -34,7 +34,7 @@ from flows.tracking.runs import AUTOENCODER, MANIFEST_ARTIFACT, START, RunTracke
 TAKEDOWN = "darkroom.takedown"
 """Tag of runs and model versions trained on images taken down since: the names of those takedowns."""
 EVALUATED_ON = "darkroom.evaluated_on"
-"""Tag of the run of a version that was evaluated by itself: content digests of the data sets, separated by commas."""
+"""Tag of runs of versions evaluated by themselves, and of sweeps: content digests of the data sets, with commas."""
 NOTE = "mlflow.note.content"
 NOTE_BEGINS = "Takedown "
 
@@ -285,6 +285,7 @@ def _find_removals(dataset: str, content: str) -> list[Removal]:
     # As a takedown does: versions of equal content hold the same images.
     return [
         removal
-        for removal, affected in pairs
-        if affected.held and len(affected.held) + len(affected.unknown) == len(training_versions)
+        for removal, affected_versions in pairs
+        if affected_versions.held
+        and len(affected_versions.held) + len(affected_versions.unknown) == len(training_versions)
     ]

@@ -113,11 +113,11 @@ def test_terminated_distillations_and_sweeps_resume_to_the_same_result(
     forks: Forks, sites: Callable[[Signals, int], Site], number: Signals, kills: int
 ) -> None:
     moments = random.Random(number)
-    left_alone, durations = sites(number, 0), dict[str, float]()
-    forks.finish(left_alone.folder, *left_alone.retraining)
-    for command in derivations(left_alone):
+    undisturbed_site, durations = sites(number, 0), dict[str, float]()
+    forks.finish(undisturbed_site.folder, *undisturbed_site.retraining)
+    for command in derivations(undisturbed_site):
         start = time.monotonic()
-        forks.finish(left_alone.folder, *command, codes=DECIDED)
+        forks.finish(undisturbed_site.folder, *command, codes=DECISION_CODES)
         durations[command[0]] = time.monotonic() - start
     for index, strikes in enumerate(rounds(kills), start=1):
         site = sites(number, index)
@@ -125,12 +125,12 @@ def test_terminated_distillations_and_sweeps_resume_to_the_same_result(
         for command in derivations(site):
             for _ in range(strikes):
                 moment = moments.uniform(0, durations[command[0]])
-                forks.strike(number, moment, site.folder, *command, codes=DECIDED)
-            forks.finish(site.folder, *command, codes=DECIDED)
-        assert student_and_ranking(site, forks) == student_and_ranking(left_alone, forks)
+                forks.strike(number, moment, site.folder, *command, codes=DECISION_CODES)
+            forks.finish(site.folder, *command, codes=DECISION_CODES)
+        assert student_and_ranking(site, forks) == student_and_ranking(undisturbed_site, forks)
 
 
-DECIDED = (0, 3)
+DECISION_CODES = (0, 3)
 """Codes of a command that ends by itself: the gate promotes the student, or it does not."""
 
 

@@ -81,10 +81,8 @@ def make_plan(
         database.executemany(f"INSERT OR REPLACE INTO listing ({ENTRY}, digest) VALUES (?, ?, ?, ?, ?, ?, ?)", rows())
         known_column, condition = KNOWN, f"NOT EXISTS ({STAMPED})"
         if requeue:
-            known_column, condition = (
-                f"{KNOWN} AND r.outcome != 'quarantined'",
-                f"{condition} OR EXISTS ({QUARANTINED})",
-            )
+            known_column = f"{KNOWN} AND r.outcome != 'quarantined'"
+            condition = f"{condition} OR EXISTS ({QUARANTINED})"
         if rebuilding:
             known_column, condition = "NULL", "TRUE"
         order = "l.number" if source.in_order else "l.source"

@@ -105,7 +105,10 @@ def plot_over_training(draw: Draw) -> Draw:
 
 
 def plot_curves(by_name: Mapping[str, Sequence[tuple[float, float]]], logarithmic: bool = False) -> Draw:
-    """Make the function that draws a line through the points of each of ``by_name``, over a ``logarithmic`` axis."""
+    """Make the function that draws a line through the points of each of ``by_name``.
+
+    ``logarithmic``: whether the vertical axis is.
+    """
 
     def draw(axes: Axes, paper: Paper) -> None:
         for number, (name, points) in enumerate(by_name.items()):

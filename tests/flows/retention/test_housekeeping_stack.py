@@ -56,6 +56,11 @@ def test_gc_deletes_sweep_runs_without_a_registered_version(workspace: Workspace
     page = (workspace.folder / swept["report"]).read_text()
     assert all(run.info.run_id in page for run in runs)
     assert [item.path for item in server.list_artifacts(swept["run_id"])] == ["sweep.html"]
+    # By which a takedown finds the page.
+    assert (
+        server.get_run(swept["run_id"]).data.tags["darkroom.evaluated_on"]
+        == swept["ranking"]["conditions"]["content_digest"]
+    )
     finals = {path: path.stat().st_mtime_ns for path in workspace.folder.glob("runs/sweeps/blobs/*/final.safetensors")}
     assert len(finals) == 2
     assert workspace.json(*command) == swept
