@@ -40,14 +40,20 @@ FILES = "files."
 """Prefix of an imported pipeline's files that are no weights, and of the headers of those that are: bytes, by path."""
 PARTS = (AVERAGED, GUIDE, AUTOENCODER, CARRIED, FILES)
 """Prefixes of a final model's tensors."""
+CONTENT_SHA256 = "content_sha256"
+"""Key of a file's header: SHA-256 over the rest of the header and all tensors."""
 LARGEST_FILES = 128 * 2**20
 """Most bytes of all files of an imported pipeline that are no weights."""
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
-    """Write a safetensors file atomically with ``header`` in its metadata; returns the file's SHA-256."""
+    """Write a safetensors file atomically with ``header`` in its metadata; returns the file's SHA-256.
+
+    The header gets the digest of both, by which ``verify_weights`` finds damage.
+    """
+    contiguous_tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    header = header | {CONTENT_SHA256: content_digest(contiguous_tensors, header)}
     metadata = {METADATA_KEY: canonical_json(header)}
-    contiguous_tensors = {name: value.detach().contiguous() for name, value in tensors.items()}
 
     def write(partial: Path) -> None:
         partial.touch()
@@ -59,6 +65,41 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any])
         return write_atomically(path, write)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def content_digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """Compute the SHA-256 over ``header``, but for its own digest, and names, types, shapes and bytes of tensors."""
+    rest = {key: value for key, value in header.items() if key != CONTENT_SHA256}
+    digest = hashlib.sha256(canonical_json(rest).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(tensor_bytes(value))
+    return digest.hexdigest()
+
+
+def verify_weights(path: Path) -> None:
+    """Raise UserError if a model file, or one that it is based on, is damaged or has weights that are not finite.
+
+    Files of versions before there was a digest are searched for the latter alone.
+    """
+    stat = path.stat()
+    _verify_file(path.absolute(), stat.st_size, stat.st_mtime_ns)
+    if (base := read_model_header(path).base) is not None:
+        verify_weights(find_base(path, base))
+
+
+@lru_cache(64)
+def _verify_file(path: Path, size: int, mtime: int) -> None:
+    """Verify one file, which is read again only after a change."""
+    tensors, header = read_tensors(path, ""), read_header(path)
+    if CONTENT_SHA256 in header and header[CONTENT_SHA256] != content_digest(tensors, header):
+        raise UserError(f"{path} is damaged, as its content is not what its digest says: fetch or make it again")
+    for name, value in tensors.items():
+        if name.startswith(PARTS) and value.is_floating_point() and not value.isfinite().all():
+            raise UserError(
+                f"{path} has weights that are not finite, in {name.removeprefix(AVERAGED)}: use a checkpoint from "
+                "before its training diverged, or fetch it again"
+            )
 
 
 def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
@@ -107,8 +148,9 @@ def tensor_bytes(value: Tensor) -> memoryview:
 def export(checkpoint: Path, path: Path, sampling: SamplingConfig | None = None) -> str:
     """Write the final model of a checkpoint to ``path``, with the guidance of ``sampling``; returns its SHA-256.
 
-    The files that the model is based on are linked beside it.
+    The files that the model is based on are linked beside it. Raises UserError if the checkpoint is damaged.
     """
+    verify_weights(checkpoint)
     tensors = {prefix + name: value for prefix in PARTS for name, value in read_tensors(checkpoint, prefix).items()}
     header = read_header(checkpoint)
     if sampling is not None:
@@ -177,10 +219,13 @@ def read_model_header(path: Path) -> ModelHeader:
 def load_model(path: Path) -> Model:
     """Load the averaged network of a model or checkpoint, unpickling nothing; raises UserError for any other file.
 
+    It also raises UserError for a file that is damaged, and for weights that are not finite.
+
     A fine-tuned model is loaded with the one that it is based on, into whose weights low-rank matrices are merged.
     """
     header = read_model_header(path)
     if header.base is not None:
+        verify_weights(path)
         return _load_on_base(path, header, load_model(find_base(path, header.base)))
     # The header is untrusted: no memory is allocated for it before the file is known to hold these tensors.
     mismatch = UserError(
@@ -189,6 +234,7 @@ def load_model(path: Path) -> Model:
     )
     if (names := match_tensors(header, read_shapes(path))) is None:
         raise mismatch
+    verify_weights(path)
     with _SkipInitialization():
         modules = _modules(header)
     for prefix, module in modules.items():

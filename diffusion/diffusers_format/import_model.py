@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from diffusion.checkpoints import link_bases, read_model_header
+from diffusion.checkpoints import link_bases, read_model_header, verify_weights
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_file, write_atomically
@@ -41,7 +41,8 @@ def import_file(
         progress: Shows the download.
 
     Raises:
-        UserError: The source is none of these, is not supported, or has no licence.
+        UserError: The source is none of these, is not supported, is damaged, has weights that are not finite, or has no
+            licence.
     """
     place, own_origin = Path(source), None
     if source.startswith("hf://"):
@@ -64,6 +65,7 @@ def import_file(
             )
         link_bases(place, path.parent)
         write_atomically(path, lambda partial: shutil.copyfile(place, partial))
+    verify_weights(path)
     header = read_model_header(path)
     # The bytes of a model file, and so its header, stay as they are.
     origin = own_origin.model_copy(update={"licence": licence}) if own_origin is not None else header.origin

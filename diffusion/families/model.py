@@ -376,5 +376,10 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Convert images, nominally in [−1, 1], to uint8 with clipping."""
+    """Convert images, nominally in [−1, 1], to uint8 with clipping; raises UserError for values that are not finite."""
+    if not images.isfinite().all():
+        raise UserError(
+            "the model generates values that are not finite (NaN or infinity): set sampling.precision to fp32, lower "
+            "the guidance, or use a checkpoint from before its training diverged"
+        )
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from diffusion.checkpoints import save_tensors, tensor_bytes
+from diffusion.checkpoints import CONTENT_SHA256, content_digest, save_tensors, tensor_bytes
 from diffusion.common.files import canonical_json, make_folder, sha256_file, sync_folder, write_bytes
 from diffusion.common.model_files import METADATA_KEY, read_header
 from diffusion.training.distributed import Ranks, full_tensor, is_sharded
@@ -47,7 +47,8 @@ def write_together(folder: Path, tensors: dict[str, Tensor], header: dict[str, A
     process, because they share no file system, that one gathers and writes one tensor after the other. All processes
     must call this together; returns WrittenTensors in the main process, and nothing in others.
     """
-    head, starts, end = _layout(tensors, {METADATA_KEY: canonical_json(header)})
+    no_digest = 2 * uuid4().hex  # its place in the head, until all tensors are there
+    head, starts, end = _layout(tensors, {METADATA_KEY: canonical_json(header | {CONTENT_SHA256: no_digest})})
     path = folder / f".{uuid4().hex}.partial"
     if ranks.is_main:
         make_folder(folder)
@@ -67,7 +68,15 @@ def write_together(folder: Path, tensors: dict[str, Tensor], header: dict[str, A
             file.flush()
             os.fsync(file.fileno())
     ranks.barrier()
-    return WrittenTensors(path) if ranks.is_main else {}
+    if not ranks.is_main:
+        return {}
+    written_tensors = WrittenTensors(path)
+    with path.open("r+b") as file:
+        file.seek(head.index(no_digest.encode()))
+        file.write(content_digest(written_tensors, header).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    return written_tensors
 
 
 def _layout(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[bytes, dict[str, int], int]:

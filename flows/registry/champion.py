@@ -2,6 +2,7 @@
 
 from mlflow.client import MlflowClient
 
+from diffusion.checkpoints import verify_weights
 from diffusion.common.config import Config
 from diffusion.common.errors import ConflictError, UserError
 from flows.config import Params
@@ -152,6 +153,7 @@ def _require_usable(client: MlflowClient, history: History, number: int, taken_d
     # Without weights it could neither generate images nor be compared with the next candidate.
     if not version.weights_sha256 or model_versions.weights_size(version) is None:
         raise UserError(f"{version.uri} has no weights ({WEIGHTS}, artifacts/weights.safetensors): promote another one")
+    verify_weights(model_versions.cached_weights(version))
     version = reload_with_takedowns(version)
     if (message := describe_takedowns(version)) and not taken_down:
         raise UserError(

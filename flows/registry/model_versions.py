@@ -25,7 +25,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
 from pydantic import ValidationError
 
 import diffusion
-from diffusion.checkpoints import find_base, load_model, read_model_header
+from diffusion.checkpoints import find_base, load_model, read_model_header, verify_weights
 from diffusion.common.config import Config, PlainName
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of, sha256_file
@@ -236,7 +236,11 @@ def base_tags(client: MlflowClient, weights: Path, start: str | None = None) -> 
 def register(
     model: str, run_id: str, weights: Path, sampling: SamplingConfig, tags: Mapping[str, Any], images: int
 ) -> Version:
-    """Register the file ``weights.safetensors`` as a version of ``model``, or return the version with these weights."""
+    """Register the file ``weights.safetensors`` as a version of ``model``, or return the version with these weights.
+
+    Raises UserError if they are damaged or not finite.
+    """
+    verify_weights(weights)
     client = MlflowClient()
     with FileLock(weights.with_name(f".{weights.name}.lock")):
         digest = sha256_file(weights)

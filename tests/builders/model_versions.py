@@ -1,12 +1,14 @@
-"""Versions in a registry that weigh nothing, and a client that is killed between two writes."""
+"""Versions in a registry that weigh next to nothing, and a client that is killed between two writes."""
 
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from mlflow.client import MlflowClient
 
 from diffusion.common.files import sha256_bytes
 from flows.registry.model_versions import WEIGHTS, Version, get_version
+from tests.builders.small_models import write_model
 
 WRITES = (
     "set_registered_model_alias",
@@ -45,11 +47,14 @@ def add_version(
     run_id: str = "0" * 32,
     **tags: str,
 ) -> Version:
-    """A new version of ``model`` with weights ``data``, or of a few bytes, below ``folder``."""
+    """A new version of ``model`` with weights ``data``, or with small ones, below ``folder``."""
     if not client.search_registered_models(f"name = '{model}'"):
         client.create_registered_model(model)
     count = len(client.search_model_versions(f"name = '{model}'"))
-    data = f"{model} {count}".encode() if data is None else data
+    if data is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = write_model(folder / f"{count}.safetensors", seed=crc32(f"{model} {count}".encode()), images=count)
+        data = path.read_bytes()
     weights = folder / sha256_bytes(data) / "artifacts" / "weights.safetensors"
     weights.parent.mkdir(parents=True)
     weights.write_bytes(data)

@@ -6,15 +6,21 @@ from pathlib import Path
 
 import pytest
 from mlflow.client import MlflowClient
+from safetensors.torch import save_file
 
+from diffusion.checkpoints import read_tensors, save_tensors
 from diffusion.common.errors import UserError
+from diffusion.common.files import canonical_json
+from diffusion.common.model_files import METADATA_KEY, read_header
+from diffusion.process.samplers import sampling_config
 from flows.config import Params
-from flows.registry import champion
+from flows.registry import champion, model_versions
 from flows.registry.aliases import read_verified_history
 from flows.registry.champion import champion_problem, require_champion
 from flows.registry.ledger import Ledger
 from flows.registry.model_versions import Version, resolve
 from tests.builders.model_versions import add_version
+from tests.builders.small_models import write_model
 
 
 @pytest.fixture
@@ -109,12 +115,32 @@ def test_only_working_remedies_are_named(mlflow_client: MlflowClient, params: Pa
     require_champion.fn(params.model_copy(update={"registry": params.registry.model_copy(update={"model": "other"})}))
 
 
+@pytest.mark.parametrize("value", [float("nan"), 1.0], ids=["not finite", "altered"])
+def test_damaged_weights_become_champion_in_no_way(
+    mlflow_client: MlflowClient, params: Params, versions: list[Version], tmp_path: Path, value: float
+) -> None:
+    path = write_model(tmp_path / "model.safetensors", seed=9, images=9)
+    tensors, header = read_tensors(path, ""), read_header(path)
+    next(iter(tensors.values())).view(-1)[0] = value
+    if value == 1.0:  # by something that knows nothing of digests
+        save_file(tensors, path, {METADATA_KEY: canonical_json(header)})
+    else:
+        save_tensors(path, tensors, header)
+    version = add_version(mlflow_client, tmp_path / "registry", params.model_name, data=path.read_bytes())
+    with pytest.raises(UserError):
+        champion.promote(params.model_name, version.number)
+    with pytest.raises(UserError):
+        model_versions.register(params.model_name, "0" * 32, path, sampling_config(), {}, 9)
+    assert read_verified_history(mlflow_client, Ledger.of(params.model_name)).alias_numbers.champion == 2
+
+
 def test_deleted_or_recreated_registered_model_is_reported(
     mlflow_client: MlflowClient, params: Params, versions: list[Version], tmp_path: Path
 ) -> None:
     mlflow_client.delete_registered_model(params.model_name)
     assert "is not in MLflow's registry any more" in problem(params)
-    for data in (b"1", b"2", b"3"):
+    for seed in range(3):
+        data = write_model(tmp_path / "other.safetensors", seed, images=seed).read_bytes()
         add_version(mlflow_client, tmp_path / "anew", params.model_name, data=data)
     message = problem(params)
     assert "has other weights under that number" in message
