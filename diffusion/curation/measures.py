@@ -17,6 +17,7 @@ from PIL import Image
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of, sha256_bytes, sha256_file, write_atomically
+from diffusion.common.onnx_network import OnnxNetwork
 from diffusion.common.progress import Progress
 from diffusion.curation.config import CurationConfig, NsfwModel
 from diffusion.data.ingest.chunks import perceptual_hash
@@ -182,13 +183,14 @@ class NsfwScores:
         """Compute the scores; raises UserError if they are not in [0, 1]."""
         from diffusion.evaluation.features.feature_extractor import resize
 
-        session, size = _classifier(self)
+        network, size = _classifier(self)
         x = resize(torch.from_numpy(images.transpose(0, 3, 1, 2)).float(), size).numpy()
         x = x if self.model.channels == "RGB" else x[:, ::-1]
         x = x.transpose(0, 2, 3, 1) if self.model.layout == "NHWC" else x
         to_channels = (1, 1, 1, 3) if self.model.layout == "NHWC" else (1, 3, 1, 1)
         mean, std = (np.array(values, np.float32).reshape(to_channels) for values in (self.model.mean, self.model.std))
-        (scores,) = session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray((x - mean) / std)})
+        name = network.session.get_inputs()[0].name
+        (scores,) = network.run(None, {name: np.ascontiguousarray((x - mean) / std)})
         try:
             nsfw_scores = scores.reshape(len(images), -1)[:, self.model.output]
         except IndexError as error:
@@ -203,15 +205,13 @@ class NsfwScores:
 
 
 @lru_cache(maxsize=2)
-def _classifier(scores: NsfwScores) -> tuple[Any, int]:
+def _classifier(scores: NsfwScores) -> tuple[OnnxNetwork, int]:
     """Open the classifier, and find the height and width of its input."""
-    from diffusion.evaluation.features.feature_extractor import open_session
-
     path, data = scores.model.path, scores.model.path.read_bytes()
     if sha256_bytes(data) != scores.sha256:
         raise UserError(f"{path} changed while images were measured: give the command again")
-    session = open_session(path, data)
-    inputs, outputs = session.get_inputs(), session.get_outputs()
+    network = OnnxNetwork(path, data)
+    inputs, outputs = network.session.get_inputs(), network.session.get_outputs()
     kinds, shape = [argument.type for argument in (*inputs, *outputs)], inputs[0].shape
     if kinds == ["tensor(float)"] * 2 and len(shape) == 4:
         count, *rest = shape
@@ -219,7 +219,7 @@ def _classifier(scores: NsfwScores) -> tuple[Any, int]:
         fixed_sides = {side for side in sides if isinstance(side, int)}
         size = scores.model.size or min(fixed_sides, default=None)
         if channels == 3 and not isinstance(count, int) and size is not None and fixed_sides <= {size}:
-            return session, size
+            return network, size
     types = ", ".join(f"{argument.type} {tuple(argument.shape)}" for argument in inputs)
     raise UserError(
         f"{path} takes {types}, which is no batch of float images as curation.nsfw says (layout {scores.model.layout}, "

@@ -6,7 +6,6 @@ pickled programs, which ``torch.jit.load`` runs, and are not supported.
 
 import io
 import math
-import tempfile
 from abc import ABC, abstractmethod
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -21,12 +20,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes, sha256_file
+from diffusion.common.onnx_network import OnnxNetwork, first_line
 from diffusion.common.shapes import Images, map_by_shape
 from diffusion.common.threads import worker_threads
 from diffusion.evaluation.config import EvaluationConfig
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 BATCH = 32
@@ -207,11 +206,6 @@ def _literature_weights() -> Path:
     return path
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or else its class."""
-    return str(error).partition("\n")[0] or type(error).__name__
-
-
 class OnnxFile(Extractor):
     """The network in an ONNX file: images (N, C, S, S) to features (N, D) float32, for any N.
 
@@ -229,8 +223,8 @@ class OnnxFile(Extractor):
         if not path.is_file():
             raise UserError(f"no network at evaluation.extractor_weights = {path}: give the path of an .onnx file")
         data = path.read_bytes()
-        self.network = open_session(path, data)
-        inputs, outputs = self.network.get_inputs(), self.network.get_outputs()
+        self.network = OnnxNetwork(path, data)
+        inputs, outputs = self.network.session.get_inputs(), self.network.session.get_outputs()
         input_types, output_types = (
             ", ".join(f"{value.type} {tuple(value.shape)}" for value in values) for values in (inputs, outputs)
         )
@@ -262,37 +256,16 @@ class OnnxFile(Extractor):
         self.about = f"the network in {path.name}, images at {self.size} pixels"
 
     @torch.inference_mode()
-    def _features(self, network: "InferenceSession", images: Tensor) -> Tensor:
+    def _features(self, network: OnnxNetwork, images: Tensor) -> Tensor:
         if images.shape[1] > self.channels:
             raise UserError(f"the network in {self.path} takes grey images, and these have colours: use another file")
         x = resize(images.expand(-1, self.channels, -1, -1).float(), self.size)
         x = x / 255 if self.kind == "tensor(float)" else x.round().to(torch.uint8)
-        (features,) = network.run(None, {network.get_inputs()[0].name: x.numpy()})
-        return torch.from_numpy(features)
-
-
-def open_session(path: Path, data: bytes) -> "InferenceSession":
-    """Open the network in the bytes ``data`` of the ONNX file ``path``; raises UserError if it cannot run."""
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "ONNX files are read by onnxruntime, which is not installed: "
-            "run `pip install -e '.[onnx]'` in Darkroom's checkout"
-        ) from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1  # threads compute in parallel
-    options.log_severity_level = 4  # errors come as exceptions
-    with tempfile.TemporaryDirectory() as empty_folder:
-        # External weight files would not be covered by the digest, so they are disabled.
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", empty_folder)
-        try:
-            return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's many errors have no base of their own
-            raise UserError(
-                f"{path} is no ONNX network that onnxruntime {onnxruntime.__version__} can run "
-                f"({first_line(error)}): export it again, all in one file"
-            ) from error
+        (output,) = network.run(None, {network.session.get_inputs()[0].name: x.numpy()})
+        features = torch.from_numpy(output)
+        if not features.isfinite().all():
+            raise UserError(f"the network in {self.path} gives features that are not finite: export it in float32")
+        return features
 
 
 def _unfit_error(path: Path, actual: str, expected: str) -> UserError:

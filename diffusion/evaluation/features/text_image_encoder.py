@@ -18,12 +18,12 @@ from torch.nn.functional import interpolate, normalize
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of, sha256_file
+from diffusion.common.onnx_network import OnnxNetwork, first_line
 from diffusion.common.shapes import height_and_width
 from diffusion.common.threads import worker_threads
-from diffusion.evaluation.features.feature_extractor import Extractor, first_line, open_session
+from diffusion.evaluation.features.feature_extractor import Extractor
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
     from transformers import CLIPModel
 
 LONGEST = 77
@@ -200,9 +200,10 @@ class OnnxTextImageEncoder(TextImageEncoder):
     def __init__(self, folder: Path, subfolder: str) -> None:
         super().__init__(folder, (f"{subfolder}{VISION}", f"{subfolder}{TEXT}"))
         vision_path, text_path = folder / f"{subfolder}{VISION}", folder / f"{subfolder}{TEXT}"
-        vision, text = (open_session(path, path.read_bytes()) for path in (vision_path, text_path))
+        vision, text = (OnnxNetwork(path, path.read_bytes()) for path in (vision_path, text_path))
         self.network = vision, text
-        pixels, self.inputs = vision.get_inputs(), {value.name: value for value in text.get_inputs()}
+        pixels = vision.session.get_inputs()
+        self.inputs = {value.name: value for value in text.session.get_inputs()}
         if (
             len(pixels) != 1
             or pixels[0].type != "tensor(float)"
@@ -218,14 +219,14 @@ class OnnxTextImageEncoder(TextImageEncoder):
             raise _unfit_error(text_path, "input_ids (1, L), with attention_mask or without, and nothing else")
         self.padded = isinstance(ids.shape[1], int)
         self.longest = ids.shape[1] if self.padded else LONGEST
-        self.outputs = [_output(vision_path, vision, "image_embeds"), _output(text_path, text, "text_embeds")]
+        self.outputs = [_output(vision, "image_embeds"), _output(text, "text_embeds")]
 
-    def _embed_pixels(self, network: "tuple[InferenceSession, InferenceSession]", x: Tensor) -> Tensor:
-        session = network[0]
-        (embedding,) = session.run([self.outputs[0]], {session.get_inputs()[0].name: x.numpy()})
+    def _embed_pixels(self, network: tuple[OnnxNetwork, OnnxNetwork], x: Tensor) -> Tensor:
+        vision = network[0]
+        (embedding,) = vision.run([self.outputs[0]], {vision.session.get_inputs()[0].name: x.numpy()})
         return torch.from_numpy(embedding)
 
-    def _embed_tokens(self, network: "tuple[InferenceSession, InferenceSession]", ids: Tensor) -> Tensor:
+    def _embed_tokens(self, network: tuple[OnnxNetwork, OnnxNetwork], ids: Tensor) -> Tensor:
         mask = torch.ones_like(ids)
         if self.padded:
             padding = self.longest - ids.shape[1]
@@ -238,12 +239,12 @@ class OnnxTextImageEncoder(TextImageEncoder):
         return torch.from_numpy(embedding)
 
 
-def _output(path: Path, session: "InferenceSession", name: str) -> str:
+def _output(network: OnnxNetwork, name: str) -> str:
     """Return the name of the output with the embeddings: ``name``, or the only one."""
-    ranks = {value.name: len(value.shape) for value in session.get_outputs()}
+    ranks = {value.name: len(value.shape) for value in network.session.get_outputs()}
     output = name if len(ranks) > 1 else next(iter(ranks))
     if ranks.get(output) != 2:
-        raise UserError(f"{path} has no output {name} (N, D): export it again, with the projection")
+        raise UserError(f"{network.path} has no output {name} (N, D): export it again, with the projection")
     return output
 
 

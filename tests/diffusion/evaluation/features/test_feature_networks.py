@@ -277,7 +277,9 @@ def test_weights_outside_the_file_are_rejected_as_no_digest_covers_them(
     onnx.save(model, path, save_as_external_data=True, location="beside.bin", size_threshold=0)
     assert (tmp_path / "beside.bin").exists()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"means\.onnx is no ONNX network that onnxruntime .* can run.*all in one file"):
+    with pytest.raises(
+        UserError, match=r"means\.onnx is not an ONNX network that onnxruntime .* can run.*all in one file"
+    ):
         make_extractor(from_file(path))
 
 
@@ -292,7 +294,7 @@ def test_invalid_onnx_file_is_rejected(tmp_path: Path) -> None:
 def test_bytes_that_are_no_network_are_rejected(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     (tmp_path / "network.onnx").write_bytes(b"no network")
-    with pytest.raises(UserError, match="is no ONNX network"):
+    with pytest.raises(UserError, match="is not an ONNX network"):
         make_extractor(from_file(tmp_path / "network.onnx"))
 
 
