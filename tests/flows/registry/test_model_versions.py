@@ -51,10 +51,8 @@ def logged(client: MlflowClient, name: str, weights: Path) -> str:
 
 
 def weights_in(folder: Path) -> Path:
-    path = folder / "artifacts" / "weights.safetensors"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"weights")
-    return path
+    (folder / "artifacts").mkdir(parents=True)
+    return write_model(folder / "artifacts" / "weights.safetensors", seed=1, images=1)
 
 
 @contextmanager
@@ -112,7 +110,7 @@ def test_two_machines_that_register_the_same_leave_one_version(
     version = register(copies[1])
     [logged_model] = mlflow_client.search_logged_models([where])
     assert mlflow_client.get_model_version(name, "1").source == logged_model.model_uri
-    assert model_versions.cached_weights(version, tmp_path / "cache").read_bytes() == b"weights"
+    assert model_versions.cached_weights(version, tmp_path / "cache").read_bytes() == copies[0].read_bytes()
 
 
 def test_duplicate_versions_are_deleted_unless_aliased(mlflow_client: MlflowClient, name: str, tmp_path: Path) -> None:
