@@ -44,8 +44,8 @@ class Budget:
     begun: float = field(default_factory=time.monotonic)
 
     def check(self) -> None:
-        """Raise StoppedError if the deadline passed, nobody waits for the images, or the process ends."""
-        if self.is_abandoned() or not threading.main_thread().is_alive():
+        """Raise StoppedError if the deadline passed, or nobody waits for the images."""
+        if self.is_abandoned():
             raise StoppedError("the request was stopped: its client left, or the server ends")
         if time.monotonic() > self.begun + self.limits.max_request_seconds:
             raise StoppedError(
