@@ -128,8 +128,9 @@ def answer(
             raise UserError(f"row {number}: {error}" if len(requests) > 1 else str(error)) from error
         size = source.numel() * scale_of(model) ** 2 if isinstance(source, Tensor) else math.prod(models[-1].shape)
         values += request.count * size
-        is_sample = isinstance(request, SampleRequest)
-        key = (request.seed, request.conditions, config.model_dump_json()) if is_sample else (number,)
+        key: tuple[object, ...] = (number,)
+        if isinstance(request, SampleRequest):
+            key = (request.seed, request.conditions, config.model_dump_json())
         plans.setdefault(key, []).append(number)
     if values > MAX_VALUES:
         raise UserError(

@@ -134,10 +134,10 @@ class ScoringApp:
             return Response("there are POST /invocations, and GET /ping, /health and /version\n", 404)
         except DarkroomError as error:
             answer = to_mlflow_error(error)
-            status = 503 if self.ending.is_set() else answer.get_http_status_code()
+            status = 503 if self.ending.is_set() else answer.get_http_status_code()  # type: ignore[no-untyped-call]
             if isinstance(error, RefusedBodyError):
                 status = error.status
-            return Response(answer.serialize_as_json(), status, media_type=JSON)
+            return Response(answer.serialize_as_json(), status, media_type=JSON)  # type: ignore[no-untyped-call]
 
     async def _invoke(self, request: Request) -> bytes:
         """Compute the answer to a request, which ends with its client; raises DarkroomError."""
