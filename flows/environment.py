@@ -10,6 +10,7 @@ from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from diffusion.common.errors import UserError
+from diffusion.generation.config import GenerationLimits
 
 Server = Literal["mlflow", "prefect", "s3"]
 SERVERS: tuple[Server, ...] = get_args(Server)
@@ -44,7 +45,7 @@ SERVER_PREFIXES = ("AWS_", "MLFLOW_", "PREFECT_", "DARKROOM_")
 """Prefixes of variables with server addresses and credentials."""
 
 
-class Settings(BaseSettings):
+class Settings(GenerationLimits, BaseSettings):
     """Darkroom's own variables, ``DARKROOM_*``."""
 
     model_config = SettingsConfigDict(env_prefix="DARKROOM_", frozen=True, use_attribute_docstrings=True)

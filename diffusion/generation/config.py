@@ -1,5 +1,6 @@
-"""Conditions and generation requests, one pydantic model per task with the options that affect it; without torch."""
+"""Conditions, limits and generation requests, one pydantic model per task with its own options; without torch."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +21,31 @@ MAX_INTEGER = 2**63 - 1
 """Largest seed or index that manifests can store."""
 MAX_FILE_BYTES = 64 * 2**20
 """Largest size of an input image file, in bytes."""
+
+
+class GenerationLimits(Config):
+    """Limits of a served model and of the studio."""
+
+    max_request_megapixels: float = Field(250, gt=0)
+    """Most work of a request to a served model or the studio: images × network evaluations × pixels, in millions. 64
+    images of 64×64 in 16 steps take 4.2, with guidance 8.4; one image as much as a whole `sampling.compute_batch`."""
+    max_request_seconds: float = Field(120, gt=0, le=86_400)
+    """Deadline of such a request, its waiting included, in seconds."""
+    max_waiting_requests: int = Field(8, ge=0, le=1000)
+    """Most requests to a served model that wait while one is computed; more are refused with status 429."""
+    max_request_bytes: int = Field(2**25, ge=1024, le=2**30)
+    """Largest body of a request to `darkroom model serve`, with its images in base64."""
+
+    @classmethod
+    def from_environment(cls) -> "GenerationLimits":
+        """Read the variables ``DARKROOM_*``; raises UserError that names an invalid one."""
+        variables = {name: os.environ.get(f"DARKROOM_{name.upper()}") for name in GenerationLimits.model_fields}
+        try:
+            return GenerationLimits.model_validate({name: text for name, text in variables.items() if text is not None})
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = f"DARKROOM_{first['loc'][0]}".upper()
+            raise UserError(f"the variable {name} is {first['input']!r}: {first['msg']}") from error
 
 
 class Conditions(Config):
@@ -93,7 +119,7 @@ class GenerationRequest(Config):
     """Number of images."""
     seed: int = Field(0, ge=0, le=MAX_INTEGER)
     """Image i of a seed is the same image everywhere."""
-    sampler: str | None = None
+    sampler: str | None = Field(None, max_length=100)
     """As sampling.sampler, with the defaults of its options; null: as configured."""
     steps: int | None = Field(None, ge=1, le=10_000)
     """As sampling.steps; null: as configured."""
@@ -243,13 +269,15 @@ REQUESTS: Mapping[Task, type[GenerationRequest]] = {
     "upscale": UpscaleRequest,
 }
 """Request class of each task."""
+FIELDS = tuple(dict.fromkeys(name for request in REQUESTS.values() for name in request.model_fields))
+"""Fields of the requests of all tasks."""
 
 
 def make_request(fields: Mapping[str, Any]) -> GenerationRequest:
     """Make the request with these ``fields``, None meaning left out; raises UserError if one does not fit the task."""
     values = {name: value for name, value in fields.items() if value is not None}
-    if (task := values.get("task", "sample")) not in REQUESTS:
-        raise UserError(f"there is no task {task!r}: use {', '.join(REQUESTS)}")
+    if (task := values.get("task", "sample")) not in [*REQUESTS]:  # a list: what JSON holds may not be hashable
+        raise UserError(f"there is no task {str(task)[:40]!r}: use {', '.join(REQUESTS)}")
     try:
         return REQUESTS[task].model_validate(values)
     except ValidationError as error:
@@ -259,9 +287,12 @@ def make_request(fields: Mapping[str, Any]) -> GenerationRequest:
 def _describe_error(task: Task, error: ValidationError) -> str:
     errors = error.errors(include_input=False)
     if extra_fields := [str(entry["loc"][-1]) for entry in errors if entry["type"] == "extra_forbidden"]:
-        if tasks := [key for key, request in REQUESTS.items() if extra_fields[0] in request.model_fields]:
-            return f"{extra_fields[0]} means nothing to {task}, only to {', '.join(tasks)}: leave it out"
-        return f"there is no {extra_fields[0]} to ask for; there is {', '.join(REQUESTS[task].model_fields)}"
+        if unknown_fields := [name[:40] for name in extra_fields if name not in FIELDS][:10]:
+            return (
+                f"there is no {', '.join(unknown_fields)} to ask for; there is {', '.join(REQUESTS[task].model_fields)}"
+            )
+        tasks = [key for key, request in REQUESTS.items() if extra_fields[0] in request.model_fields]
+        return f"{extra_fields[0]} means nothing to {task}, only to {', '.join(tasks)}: leave it out"
     if missing_fields := [str(entry["loc"][-1]) for entry in errors if entry["type"] == "missing"]:
         return f"{task} needs {' and '.join(missing_fields)}: give {'them' if missing_fields[1:] else 'it'}"
     # Behind the name of a field come the alternatives of its type.

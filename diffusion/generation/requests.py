@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -23,11 +24,11 @@ from diffusion.data.ingest.decode import UnusableEntryError, decode_unscaled, pr
 from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.model import Model
 from diffusion.generation.config import (
-    Conditions,
     GenerationRequest,
     Img2ImgRequest,
     InpaintRequest,
     InterpolateRequest,
+    SampleRequest,
     Task,
     UpscaleRequest,
     is_conditional,
@@ -40,6 +41,7 @@ from diffusion.generation.generate import (
     interpolate,
     sample,
 )
+from diffusion.generation.limits import Budget, check_size, count_megapixels
 from diffusion.generation.super_resolution import scale_of, tile_shape, upscale
 from diffusion.process.editing import Edit
 from diffusion.process.samplers import SamplingConfig
@@ -94,59 +96,81 @@ def tasks_of(model: Model) -> tuple[Task, ...]:
 
 
 def answer(
-    model: Model, requests: Sequence[GenerationRequest], sampling: SamplingConfig, progress: Progress = ignore_progress
+    model: Model,
+    requests: Sequence[GenerationRequest],
+    sampling: SamplingConfig,
+    progress: Progress = ignore_progress,
+    budget: Budget | None = None,
 ) -> list[Tensor]:
     """Generate the images of each request, (count, C, H, W) uint8, with ``sampling`` where the request sets nothing.
 
     Samples of one seed in several requests are generated together. Raises UserError, before anything is generated, if
-    ``model`` cannot do a task, was not trained with a label or prompt, or an option would have no effect.
+    ``model`` cannot do a task, was not trained with a label or prompt, an option would have no effect, or the requests
+    take more work than a ``budget``; and StoppedError when its time is over.
     """
+    plans: dict[tuple[object, ...], list[int]] = {}
     models: list[Model] = []
     configs: list[SamplingConfig] = []
     inputs: list[Edit | Tensor | None] = []
     values = 0
     for number, request in enumerate(requests):
         try:
-            configs.append(sampling_of(model, request, sampling))
-            inputs.append(input_of(model, request))
-            source = inputs[-1]
+            if budget:
+                budget.check()
+            configs.append(config := sampling_of(model, request, sampling))
+            inputs.append(source := input_of(model, request))
             models.append(
                 model.with_size(height_and_width(source.image) if isinstance(source, Edit) else size_of(request))
             )
+            if budget:
+                check_size(models[-1])
         except UserError as error:
             raise UserError(f"row {number}: {error}" if len(requests) > 1 else str(error)) from error
-        source = inputs[-1]
         size = source.numel() * scale_of(model) ** 2 if isinstance(source, Tensor) else math.prod(models[-1].shape)
         values += request.count * size
+        key: tuple[object, ...] = (number,)
+        if isinstance(request, SampleRequest):
+            key = (request.seed, request.conditions, config.model_dump_json())
+        plans.setdefault(key, []).append(number)
     if values > MAX_VALUES:
         raise UserError(
             f"the requested images have {values:,} values, and {MAX_VALUES:,} are held at once: ask for fewer, or have "
             "a registered version generate them in batches (darkroom sample --model models:/…)"
         )
+    indices = {
+        key: sorted({index for number in plan for index in requests[number].indices}) for key, plan in plans.items()
+    }
+    if budget:
+        budget.check_work(
+            sum(count_megapixels(models[n], configs[n], indices[key], inputs[n]) for key, (n, *_) in plans.items())
+        )
     answers: dict[int, Tensor] = {}
-    groups: dict[tuple[int, Conditions, str], list[int]] = {}
-    for number, (request, sized_model, config, source) in enumerate(
-        zip(requests, models, configs, inputs, strict=True)
-    ):
-        seed, conditions = request.seed, request.conditions
-        if isinstance(source, Edit):
-            answers[number] = sample(sized_model, request.indices, seed, config, progress, conditions, source)
-        elif source is not None:
-            copies = source.expand(request.count, -1, -1, -1)
-            answers[number] = upscale(model, copies, seed, config, progress, request.indices.start)
-        elif isinstance(request, InterpolateRequest):
-            answers[number] = interpolate(
-                sized_model, seed, request.to_seed, request.count, config, progress, conditions
-            )
-        else:
-            groups.setdefault((seed, conditions, config.model_dump_json()), []).append(number)
-    for (seed, conditions, _), numbers in groups.items():
-        indices = sorted({index for number in numbers for index in requests[number].indices})
-        images = sample(models[numbers[0]], indices, seed, configs[numbers[0]], progress, conditions)
-        by_index = dict(zip(indices, images, strict=True))
-        for number in numbers:
-            answers[number] = torch.stack([by_index[index] for index in requests[number].indices])
+    with budget.watch(model) if budget else nullcontext():
+        for key, plan in plans.items():
+            first = plan[0]
+            images = _generate(models[first], requests[first], indices[key], configs[first], inputs[first], progress)
+            by_index = dict(zip(indices[key], images, strict=True))
+            for number in plan:
+                answers[number] = torch.stack([by_index[index] for index in requests[number].indices])
     return [answers[number] for number in range(len(requests))]
+
+
+def _generate(
+    model: Model,
+    request: GenerationRequest,
+    indices: Sequence[int],
+    config: SamplingConfig,
+    source: Edit | Tensor | None,
+    progress: Progress,
+) -> Tensor:
+    """Generate the images ``indices`` of a request, or of several that are samples and differ in them alone."""
+    if isinstance(source, Tensor):
+        copies = source.expand(len(indices), -1, -1, -1)
+        return upscale(model, copies, request.seed, config, progress, indices[0])
+    if isinstance(request, InterpolateRequest):
+        to_seed, conditions = request.to_seed, request.conditions
+        return interpolate(model, request.seed, to_seed, request.count, config, progress, conditions)
+    return sample(model, indices, request.seed, config, progress, request.conditions, source)
 
 
 def render_input(model: Model, request: GenerationRequest) -> list[Tensor]:

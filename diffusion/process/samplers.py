@@ -56,6 +56,8 @@ class BaseSampling(Config):
 
     function: ClassVar[Sampler]
     """The sampler; it takes the configuration's own options as keyword arguments."""
+    evaluations_per_step: ClassVar[int] = 1
+    """Most evaluations of the denoiser in a step."""
     sampler: str
     """Name of the sampler, which determines the other options."""
     steps: int = Field(16, ge=2, le=10_000)
@@ -318,6 +320,7 @@ class HeunSampling(ChurnSampling):
     """Heun's method in σ (arXiv 2206.00364): second order, with two evaluations per step."""
 
     function = heun
+    evaluations_per_step = 2
     sampler: Literal["heun"] = "heun"
     """Name of the sampler."""
 

@@ -1,7 +1,7 @@
-"""``darkroom model``: import, history, rollback, release, model card, explanation and export of registered models."""
+"""``darkroom model``: import, history, rollback, release, model card, explanation, serving and export of models."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 LONGEST_REASON = 80  # characters of a reason in the table of a history, unless -v is given
 SAMPLED = 8  # sample images of a push
 app = typer.Typer(
-    name="model", help="Models: import, history, rollback, release, card, explanation, export.", no_args_is_help=True
+    name="model",
+    help="Models: import, history, rollback, release, card, explanation, serving, export.",
+    no_args_is_help=True,
 )
 registry_command = command(app, dataset_argument=True, servers=("mlflow", "s3"))
 
@@ -221,6 +223,25 @@ def explain(
 
     result = explain(config, model or config.champion, output or config.report_folder / "explain", seed)
     return CommandOutput(result, map(str, result.files))
+
+
+@command(app)
+def serve(
+    config: "Params",
+    model: Model = None,
+    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=1, max=65535, help="Port to listen on.")] = 5001,
+) -> None:
+    """Serve a model over HTTP by MLflow's protocol, within limits of work, time, memory and requests at once.
+
+    Only the weights are read from the registry. DARKROOM_MAX_REQUEST_*, DARKROOM_MAX_WAITING_REQUESTS set the limits.
+
+    Example:  darkroom model serve --model models:/faces@champion --port 5001
+    """
+    with nullcontext() if is_file(model) else connect("mlflow", "s3"):
+        from flows.registry.serving import serve
+
+        serve(config, model or config.champion, host, port)
 
 
 @command(app)

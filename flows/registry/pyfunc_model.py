@@ -5,10 +5,13 @@ A request is a table with a row for each task and the columns of ``diffusion.gen
 all rows share may be given as a parameter. Files (``image``, ``mask``) are given in base64. The answer is a table with
 a row per image: ``request``, the number of its request's row, ``index``, the image number, and ``png``. Equal requests
 give equal bits within the fingerprint of the machine.
+
+However the model is loaded, the work and time of a table are limited (``GenerationLimits``), and tables take turns.
 """
 
 import base64
 import binascii
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,19 +22,35 @@ import pandas as pd
 from mlflow.client import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
-from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.protos.databricks_pb2 import (
+    DEADLINE_EXCEEDED,
+    INTERNAL_ERROR,
+    INVALID_PARAMETER_VALUE,
+    REQUEST_LIMIT_EXCEEDED,
+)
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
 from diffusion.checkpoints import load_model, read_model_header
-from diffusion.common.errors import UserError
+from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.image_grids import png_bytes, to_pil_image
 from diffusion.families.model import Model
-from diffusion.generation.config import make_request
+from diffusion.generation.config import FIELDS, MAX_FILE_BYTES, GenerationLimits, GenerationRequest, make_request
+from diffusion.generation.limits import Budget, BusyError, RequestQueue, StoppedError
 from diffusion.generation.requests import answer
-from diffusion.process.samplers import SAMPLING_ADAPTER
+from diffusion.process.samplers import SAMPLING_ADAPTER, SamplingConfig
 
-MOST_IMAGES = 4096
+MAX_IMAGES = 4096
+"""Most images of a table, and so rows."""
 FILES = ("image", "mask")
+MAX_CELL_LENGTH = MAX_FILE_BYTES * 4 // 3 + 4
+"""Most characters of a file in base64."""
+RECORD = f"one or more of the fields {', '.join(FIELDS)}"
+ERROR_CODES: Mapping[type[DarkroomError], int] = {
+    UserError: INVALID_PARAMETER_VALUE,
+    BusyError: REQUEST_LIMIT_EXCEEDED,
+    StoppedError: DEADLINE_EXCEEDED,
+}
+"""MLflow's code of each error, which implies the HTTP status: 400, 429 and 504."""
 
 
 class ServedModel(PythonModel):
@@ -41,37 +60,57 @@ class ServedModel(PythonModel):
         """Load the weights from their safetensors file, and those that they are based on from MLflow."""
         weights = Path(context.artifacts["weights"])
         fetch_bases(weights)
-        self.model: Model = load_model(weights)
-        self.sampling = SAMPLING_ADAPTER.validate_python(context.model_config)
+        self.use(load_model(weights), SAMPLING_ADAPTER.validate_python(context.model_config))
+
+    def use(self, model: Model, sampling: SamplingConfig) -> None:
+        """Serve ``model``, with ``sampling`` where a request sets nothing, within the limits of the environment."""
+        self.model, self.sampling, self.limits = model, sampling, GenerationLimits.from_environment()
+        self.queue = RequestQueue(self.limits.max_waiting_requests)
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
         """Generate the images of each row, in order; an empty cell has the value of the parameter of its name.
 
-        Raises MlflowException, which HTTP clients receive, for requests that the model does not support and for more
-        than MOST_IMAGES images.
+        Raises MlflowException, which HTTP clients receive, for requests that the model does not support, or that take
+        more than the limits.
         """
-        requests = []
         try:
-            for number, row in enumerate(model_input.to_dict("records")):
+            # Before the rows are walked, which takes a hundred times the memory of the table.
+            _check_length(model_input)
+            with self.queue.take_place():
+                rows = self.answer(model_input.to_dict("records"), params or {}, Budget(self.limits))
+        except DarkroomError as error:
+            raise to_mlflow_error(error) from error
+        return pd.DataFrame(rows, columns=["request", "index", "png"])
+
+    def answer(
+        self, rows: Sequence[Mapping[Any, Any]], params: Mapping[str, Any], budget: Budget
+    ) -> list[dict[str, Any]]:
+        """Generate the images of each row, as ``predict`` does, within ``budget``; raises DarkroomError."""
+        _check_length(rows)
+        with self.queue.wait_for_turn(budget):
+            requests = []
+            for number, row in enumerate(rows):
+                budget.check()
                 try:
-                    fields = {str(name): _parse_cell(str(name), value) for name, value in row.items()}
-                    cells = {name: value for name, value in fields.items() if value is not None}
-                    requests.append(make_request({**(params or {}), **cells}))
+                    requests.append(_parse_row(row, params))
                 except UserError as error:
                     raise UserError(f"row {number}: {error}") from error
-            if (count := sum(request.count for request in requests)) > MOST_IMAGES:
-                raise UserError(f"{count} images in one table: ask for at most {MOST_IMAGES}")
-            answers = answer(self.model, requests, self.sampling)
-            rows = [
+            if (count := sum(request.count for request in requests)) > MAX_IMAGES:
+                raise UserError(f"{count} images in one table: ask for at most {MAX_IMAGES}")
+            answers = answer(self.model, requests, self.sampling, budget=budget)
+            return [
                 {"request": number, "index": index, "png": png_bytes(to_pil_image(image))}
                 for number, (request, images) in enumerate(zip(requests, answers, strict=True))
                 for index, image in zip(request.indices, images, strict=True)
             ]
-        except UserError as error:
-            raise MlflowException(str(error), INVALID_PARAMETER_VALUE) from error
-        return pd.DataFrame(rows, columns=["request", "index", "png"])
+
+
+def to_mlflow_error(error: DarkroomError) -> MlflowException:
+    """Convert an error to MLflow's, with the code that implies its HTTP status."""
+    codes = (code for kind, code in ERROR_CODES.items() if isinstance(error, kind))
+    return MlflowException(str(error), next(codes, INTERNAL_ERROR))
 
 
 def fetch_bases(weights: Path) -> None:
@@ -95,10 +134,26 @@ def fetch_bases(weights: Path) -> None:
             Path(mlflow.artifacts.download_artifacts(uri, dst_path=scratch)).replace(path)
 
 
+def _check_length(rows: Sized) -> None:
+    if not 0 < len(rows) <= MAX_IMAGES:
+        count = f"{len(rows)} records" if len(rows) else "no record that asks for anything"
+        raise UserError(f"{count} in the table: give 1 to {MAX_IMAGES}, each with {RECORD}")
+
+
+def _parse_row(row: Mapping[Any, Any], params: Mapping[str, Any]) -> GenerationRequest:
+    """Make the request of a row; raises UserError if it has no field: MLflow drops those that it does not know."""
+    cells = {str(name): cell for name, value in row.items() if (cell := _parse_cell(str(name), value)) is not None}
+    if not cells:
+        raise UserError(f"the record asks for nothing: give {RECORD}")
+    return make_request({**params, **cells})
+
+
 def _parse_cell(name: str, value: Any) -> Any:
     if value is None or (pd.api.types.is_scalar(value) and pd.isna(value)):
         return None
     if name in FILES:
+        if isinstance(value, str | bytes) and len(value) > MAX_CELL_LENGTH:
+            raise UserError(f"{name} has over {MAX_FILE_BYTES} bytes: give a smaller one")
         try:
             return base64.b64decode(value, validate=True)
         except (binascii.Error, TypeError, ValueError) as error:

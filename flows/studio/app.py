@@ -4,6 +4,7 @@ import os
 import secrets
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
@@ -106,7 +107,7 @@ def launch(page: gr.Blocks, password: str, port: int | None = None, browser: boo
 
 def serve(params: Params, model: str | None, port: int | None, browser: bool) -> None:
     """Serve the studio for a model file or a registered model until the process is interrupted."""
-    with TemporaryDirectory(prefix="darkroom-ui-") as scratch:
+    with TemporaryDirectory(prefix="darkroom-ui-", ignore_cleanup_errors=True) as scratch:
         os.environ["GRADIO_TEMP_DIR"] = scratch
         if model is not None and model.endswith(".safetensors"):
             page = build(Source.from_file(Path(model), params.sampling))
@@ -122,12 +123,10 @@ def serve(params: Params, model: str | None, port: int | None, browser: bool) ->
         text = "of DARKROOM_UI_PASSWORD" if fixed_password else password
         print(f"{address}  user {USER}  password {text}  (Ctrl+C ends it)", file=sys.stderr, flush=True)
         signal.signal(signal.SIGTERM, _end)
-        try:
+        with suppress(KeyboardInterrupt):
             Event().wait()
-        except KeyboardInterrupt:
-            pass
-        finally:
-            page.close(verbose=False)
+    # Not by closing the page: a thread that generates would hold the process until its deadline.
+    os._exit(0)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

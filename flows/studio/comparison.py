@@ -25,8 +25,10 @@ from diffusion.common.errors import ConflictError, UserError
 from diffusion.common.image_grids import to_pil_image
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.random import generator
+from diffusion.generation.limits import Budget
 from diffusion.generation.requests import answer, sampling_of, tasks_of
 from diffusion.process.samplers import SamplingConfig
+from flows.environment import settings
 from flows.registry import model_versions
 from flows.registry.aliases import none_if_missing, read_record
 from flows.registry.ledger import AliasNumbers, Ledger
@@ -158,9 +160,9 @@ def generate_pairs(
         if "sample" not in tasks_of(source.model):
             raise UserError(f"{source.name} generates nothing from noise: compare versions that do")
         requests[name] = source.request({"task": "sample", "seed": seed, "count": count, **conditions})
-    images_by_name = {}
+    images_by_name, budget = {}, Budget(settings())
     for name, source in sources.items():
-        [images] = answer(source.model, [requests[name]], source.sampling, progress)
+        [images] = answer(source.model, [requests[name]], source.sampling, progress, budget)
         images_by_name[name] = [to_pil_image(image) for image in images]
     return images_by_name
 

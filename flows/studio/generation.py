@@ -26,8 +26,10 @@ from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.model import Model
 from diffusion.families.pretrained import PretrainedModel
 from diffusion.generation.config import MAX_FILE_BYTES, GenerationRequest, Task, make_request
+from diffusion.generation.limits import Budget
 from diffusion.generation.requests import answer, encode, sampling_of, tasks_of
 from diffusion.process.samplers import SAMPLERS, SamplingConfig
+from flows.environment import settings
 
 LARGEST_SEED = 2**53 - 1
 """Largest seed that a number in JavaScript can hold exactly."""
@@ -71,7 +73,7 @@ class Source:
         ``make_request`` and ``answer`` do.
         """
         request = self.request(fields)
-        [images] = answer(self.model, [request], self.sampling, progress)
+        [images] = answer(self.model, [request], self.sampling, progress, Budget(settings()))
         folder = Path(mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")))
         paths = [folder / f"{index:08d}.png" for index in request.indices]
         for path, index, image in zip(paths, request.indices, images, strict=True):

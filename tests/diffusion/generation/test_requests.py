@@ -211,7 +211,9 @@ def test_missing_task_fields_are_named(task: str) -> None:
     ("fields", "words"),
     [
         ({"task": "paint"}, "there is no task 'paint': use sample, inpaint"),
+        ({"task": ["sample"]}, "there is no task"),
         ({"colour": "red"}, "there is no colour to ask for; there is count, seed"),
+        ({"colour": "red", "strength": 1, "x" * 99: 1}, f"there is no colour, {'x' * 40} to ask for"),
         ({"count": 0}, "count: .*greater than or equal to 1"),
         ({"count": 1.5}, "count: .*integer"),
         ({"label": []}, "label: "),

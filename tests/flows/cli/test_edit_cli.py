@@ -229,6 +229,10 @@ def test_a_model_file_that_is_not_there_is_one_line(darkroom: Darkroom) -> None:
 
 @pytest.fixture
 def served(folder: Path) -> ServedModel:
+    return serve(folder)
+
+
+def serve(folder: Path) -> ServedModel:
     model = ServedModel()
     config = sampling_config(steps=3, compute_batch=4).model_dump(mode="json")
     # What MLflow hands over: where the weights lie, and the configuration that was logged.
@@ -271,6 +275,40 @@ def test_a_row_that_cannot_be_answered_is_named(served: ServedModel) -> None:
         served.predict(None, pd.DataFrame({"task": ["img2img"], "seed": [0], "image": ["å"]}))  # type: ignore[arg-type]
     with pytest.raises(MlflowException, match="4097 images in one table"):
         served.predict(None, pd.DataFrame({"seed": [0], "count": [4097.0]}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("records", "status"),
+    [
+        ([{"prompts": "a cat"}], 400),  # which MLflow drops
+        ([{}], 400),
+        ([], 400),
+        ([{"seed": 1}, {"seed": None}], 400),
+        ([{"seed": 1}] * 4097, 400),
+        ([{"count": 4096, "steps": 10_000}], 400),
+        ([{"task": "img2img", "image": "A" * 100_000_000}], 400),
+        ([{"count": 64, "steps": 10_000}], 504),
+    ],
+    ids=["unknown", "empty", "none", "null", "rows", "work", "file", "time"],
+)
+def test_a_table_is_limited_however_the_model_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, records: list[dict[str, Any]], status: int
+) -> None:
+    monkeypatch.setenv("DARKROOM_MAX_REQUEST_SECONDS", "1")
+    served = serve(folder)
+    table = _enforce_schema(pd.DataFrame(records), SIGNATURE.inputs)
+    with pytest.raises(MlflowException) as error:
+        served.predict(None, table)  # type: ignore[arg-type]
+    assert error.value.get_http_status_code() == status
+
+
+def test_a_busy_model_refuses_what_cannot_wait(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DARKROOM_MAX_WAITING_REQUESTS", "0")
+    served = serve(folder)
+    with served.queue.take_place(), pytest.raises(MlflowException) as error:
+        served.predict(None, pd.DataFrame({"seed": [0]}))  # type: ignore[arg-type]
+    assert error.value.get_http_status_code() == 429
+    assert len(served.predict(None, pd.DataFrame({"seed": [0]}))) == 1  # type: ignore[arg-type]
 
 
 def test_the_signature_has_every_field_of_a_request() -> None:

@@ -1,6 +1,10 @@
 """The studio for a model file, without a browser: its tabs, its images, and who may ask for them."""
 
 import importlib.util
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +15,13 @@ from PIL import Image
 
 from diffusion.common.errors import UserError
 from diffusion.generation.config import read_request
+from diffusion.generation.limits import StoppedError
 from diffusion.generation.requests import generate_to_folder
 from diffusion.models.config import ModelConfig
 from diffusion.process.samplers import sampling_config
 from flows.cli.operations_commands import ui
 from flows.config import Params
+from flows.local_stack.server_process import choose_ports
 from tests.builders.command_line import darkroom
 from tests.builders.shapes import blob
 from tests.builders.small_models import CONFIG, write_model
@@ -102,6 +108,14 @@ def test_what_the_model_cannot_do_is_an_error_of_the_user(source: Source, fields
         source.generate({"task": "sample"} | fields)
 
 
+def test_a_request_takes_no_more_work_or_time_than_allowed(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="DARKROOM_MAX_REQUEST_MEGAPIXELS"):
+        source.generate({"task": "sample", "count": 64, "steps": 10_000, "size": "16x16", "sampler": "heun"})
+    monkeypatch.setenv("DARKROOM_MAX_REQUEST_SECONDS", "0.5")
+    with pytest.raises(StoppedError):
+        source.generate({"task": "sample", "count": 64, "steps": 10_000})
+
+
 def test_nothing_is_served_without_the_password(address: str) -> None:
     with httpx.Client(base_url=address) as client:
         for path in (
@@ -145,3 +159,31 @@ def test_a_taken_port_and_a_missing_gradio_are_errors_of_the_user(
         ui(Params())
     assert error.value.exit_code == 2
     assert "darkroom-diffusion[ui]" in str(error.value)
+
+
+@pytest.mark.slow
+def test_it_ends_soon_while_it_generates(weights: Path) -> None:
+    from gradio_client import Client
+
+    [port] = choose_ports(1)
+    command = [sys.executable, "-c", "from flows.cli import main; main()", "ui", "--model", str(weights)]
+    process = subprocess.Popen(
+        [*command, "--port", str(port), "--no-browser"],
+        env=os.environ | {"DARKROOM_UI_PASSWORD": PASSWORD, "TMPDIR": str(weights.parent)},
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert process.stderr is not None
+        assert str(port).encode() in process.stderr.readline()
+        client = Client(f"http://127.0.0.1:{port}", auth=(USER, PASSWORD), verbose=False)
+        job = client.submit("odd", "", 7, 64, "", 10_000, None, api_name="/sample")
+        time.sleep(3)
+        assert not job.done()
+        begun = time.monotonic()
+        process.terminate()
+        process.wait(30)
+        assert time.monotonic() < begun + 3
+        assert not [*weights.parent.glob("darkroom-ui-*")]
+    finally:
+        process.kill()
+        process.communicate()

@@ -1,0 +1,229 @@
+"""HTTP server of a model, ``darkroom model serve``: MLflow's scoring protocol within limits.
+
+``mlflow models serve`` reads and parses bodies of any size, goes on when the client left, and ends when the last
+request does. Here a body is measured before it is parsed, a generation ends with its client, its deadline or the
+server, and nothing but weights is read from the registry.
+"""
+
+import asyncio
+import base64
+import json
+import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from threading import Event
+from types import FrameType
+from typing import Annotated, Any, Self
+
+import uvicorn
+from mlflow.client import MlflowClient
+from mlflow.version import VERSION
+from pydantic import Field, ValidationError, model_validator
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from diffusion.checkpoints import load_model
+from diffusion.common.config import Config
+from diffusion.common.errors import DarkroomError, UserError
+from diffusion.generation.limits import Budget, StoppedError
+from flows.config import Params
+from flows.registry.model_versions import cached_weights, resolve
+from flows.registry.pyfunc_model import MAX_IMAGES, ServedModel, to_mlflow_error
+from flows.registry.takedown_marks import warn_of_takedown
+
+MAX_SEPARATORS = 2**17
+"""Most commas and line ends of a body: each may become a value of some hundred bytes."""
+TRANSFER_SECONDS = 30
+"""Time for a client to send its request, and again to read the answer."""
+GRACE_SECONDS = 1
+"""Time for answers to be sent when the server ends."""
+
+JSON = "application/json"
+Rows = Annotated[list[dict[str, Any]], Field(max_length=MAX_IMAGES)]
+
+
+class Split(Config):
+    """Table as the names of its columns and the cells of its rows."""
+
+    columns: list[str]
+    data: list[list[Any]] = Field(max_length=MAX_IMAGES)
+    index: list[Any] | None = None
+
+
+class ScoringRequest(Config):
+    """Body of a request in MLflow's protocol: a table, in one of its forms, and parameters."""
+
+    dataframe_records: Rows | None = None
+    instances: Rows | None = None
+    dataframe_split: Split | None = None
+    inputs: dict[str, list[Any]] | None = None
+    """Cells of each column."""
+    params: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _is_one_table(self) -> Self:
+        tables = (self.dataframe_records, self.instances, self.dataframe_split, self.inputs)
+        if sum(table is not None for table in tables) != 1:
+            raise ValueError("give one of dataframe_records, dataframe_split, instances and inputs")
+        assert self.rows is not None  # raises ValueError for rows or columns of different lengths
+        return self
+
+    @property
+    def rows(self) -> Rows:
+        """Rows of the table; raises ValueError if they are of different lengths."""
+        if self.dataframe_split is not None:
+            return [dict(zip(self.dataframe_split.columns, row, strict=True)) for row in self.dataframe_split.data]
+        if self.inputs is not None:
+            return [dict(zip(self.inputs, row, strict=True)) for row in zip(*self.inputs.values(), strict=True)]
+        return self.dataframe_records or self.instances or []
+
+
+class RefusedBodyError(UserError):
+    """Body of a request that is not read, or not parsed."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def parse_body(body: bytearray) -> ScoringRequest:
+    """Parse the body of a request; raises UserError, for too many values before they take memory."""
+    if body.count(b",") + body.count(b"\n") > MAX_SEPARATORS:
+        raise RefusedBodyError(f"the table has over {MAX_SEPARATORS:,} values: give at most {MAX_IMAGES} records", 413)
+    try:
+        return ScoringRequest.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        place = ".".join(str(part)[:40] for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(
+            f"the body is not a table in MLflow's protocol: {': '.join(filter(None, [place, message]))}"
+        ) from error
+
+
+class ScoringApp:
+    """ASGI application of a served model: /invocations, /ping, /health and /version, as MLflow has them."""
+
+    def __init__(self, served: ServedModel) -> None:
+        self.served, self.limits = served, served.limits
+        self.ending = Event()
+        """Set when the server ends."""
+        self._threads = ThreadPoolExecutor(self.limits.max_waiting_requests + 1)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, whose place in the queue is taken until the answer is sent."""
+        with ExitStack() as place:
+            response = await self._respond(Request(scope, receive), place)
+            with suppress(TimeoutError):  # of a client that does not read: uvicorn closes the connection
+                async with asyncio.timeout(TRANSFER_SECONDS):
+                    await response(scope, receive, send)
+
+    async def _respond(self, request: Request, place: ExitStack) -> Response:
+        try:
+            match request.method, request.url.path:
+                case "GET", "/ping" | "/health":
+                    return Response("\n", media_type=JSON)
+                case "GET", "/version":
+                    return Response(VERSION, media_type=JSON)
+                case "POST", "/invocations":
+                    place.enter_context(self.served.queue.take_place())
+                    return Response(await self._invoke(request), media_type=JSON)
+            return Response("there are POST /invocations, and GET /ping, /health and /version\n", 404)
+        except DarkroomError as error:
+            answer = to_mlflow_error(error)
+            status = 503 if self.ending.is_set() else answer.get_http_status_code()  # type: ignore[no-untyped-call]
+            if isinstance(error, RefusedBodyError):
+                status = error.status
+            return Response(answer.serialize_as_json(), status, media_type=JSON)  # type: ignore[no-untyped-call]
+
+    async def _invoke(self, request: Request) -> bytes:
+        """Compute the answer to a request, which ends with its client; raises DarkroomError."""
+        left = Event()
+        budget = Budget(self.limits, lambda: left.is_set() or self.ending.is_set())
+        body = await self._read_body(request)
+
+        async def watch_client() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            left.set()
+
+        watch = asyncio.create_task(watch_client())
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, self._score, body, budget)
+        finally:
+            watch.cancel()
+
+    async def _read_body(self, request: Request) -> bytearray:
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
+            raise RefusedBodyError(f"only JSON is read here: send it with Content-Type: {JSON}", 415)
+        body, limit = bytearray(), self.limits.max_request_bytes
+        too_large = RefusedBodyError(
+            f"the request has over {limit:,} bytes: send less, or set DARKROOM_MAX_REQUEST_BYTES to more", 413
+        )
+        if int(request.headers.get("content-length", 0)) > limit:
+            raise too_large
+        try:
+            async with asyncio.timeout(TRANSFER_SECONDS):
+                async for chunk in request.stream():
+                    if len(body) + len(chunk) > limit:
+                        raise too_large
+                    body += chunk
+        except TimeoutError as error:
+            raise RefusedBodyError(
+                f"the request did not arrive within {TRANSFER_SECONDS} s: send it again", 408
+            ) from error
+        except ClientDisconnect as error:
+            raise StoppedError("the client left") from error
+        return body
+
+    def _score(self, body: bytearray, budget: Budget) -> bytes:
+        table = parse_body(body)
+        rows = self.served.answer(table.rows, table.params or {}, budget)
+        predictions = [row | {"png": base64.b64encode(row["png"]).decode()} for row in rows]
+        return json.dumps({"predictions": predictions}).encode()
+
+
+class ScoringServer(uvicorn.Server):
+    """Server of the application, which ends within seconds of SIGTERM, whatever is computed."""
+
+    def __init__(self, app: ScoringApp) -> None:
+        self.app = app
+        # With the end of this time the tasks are cancelled and the signal is raised again, which ends the process.
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                ws="none",
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=GRACE_SECONDS,
+            )
+        )
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """End what is generated, then the server."""
+        self.app.ending.set()
+        super().handle_exit(sig, frame)
+
+
+def serve(params: Params, model: str, host: str, port: int) -> None:
+    """Serve a model file, or the weights of a registered model, until the process is interrupted."""
+    if model.endswith(".safetensors"):
+        weights = Path(model)
+    else:
+        version = resolve(MlflowClient(), model)
+        warn_of_takedown(version)
+        weights, model = cached_weights(version), version.uri
+    loaded, served = load_model(weights), ServedModel()
+    served.use(loaded, params.resolve_sampling(loaded.config))
+    try:
+        listener = socket.create_server((host, port))
+    except OSError as error:
+        raise UserError(f"port {port} of {host} cannot be used ({error.strerror}): give another --port") from error
+    print(f"{model} at http://{host}:{port}/invocations  (Ctrl+C ends it)", file=sys.stderr, flush=True)
+    with suppress(KeyboardInterrupt):
+        ScoringServer(ScoringApp(served)).run(sockets=[listener])
