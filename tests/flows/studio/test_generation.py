@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from diffusion.common.errors import UserError
+from diffusion.common.image_grids import png_bytes
 from diffusion.generation.config import read_request
 from diffusion.generation.requests import generate_to_folder
 from diffusion.models.config import ModelConfig
@@ -84,12 +85,13 @@ def test_a_painted_hole_is_filled_as_by_the_command_with_a_mask(source: Source, 
     Image.fromarray(hole).save(tmp_path / "mask.png")
     request = read_request({"task": "inpaint", "count": 2}, tmp_path / "image.png", tmp_path / "mask.png")
     result = generate_to_folder(weights, request, SAMPLING, tmp_path / "out")
-    painted = editor_files({"background": image.convert("RGBA"), "layers": [layer], "composite": None}, [(8, 8)])
+    painted = editor_files({"background": png_bytes(image.convert("RGBA")), "layers": [png_bytes(layer)]}, [(8, 8)])
     paths, _ = source.generate({"task": "inpaint", "count": 2} | painted)
     assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in sorted(result.folder.glob("0*.png"))]
     # Painting on the enlarged image marks the same pixels.
-    large = {"background": enlarge_to_canvas(image.convert("RGBA")), "layers": [layer.resize((512, 512), 0)]}
-    again, _ = source.generate({"task": "inpaint", "count": 2} | editor_files(large, [(8, 8)]))
+    large = enlarge_to_canvas(image.convert("RGBA")), layer.resize((512, 512), 0)
+    files = {"background": png_bytes(large[0]), "layers": [png_bytes(large[1])]}
+    again, _ = source.generate({"task": "inpaint", "count": 2} | editor_files(files, [(8, 8)]))
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths]
 
 
