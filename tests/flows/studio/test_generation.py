@@ -62,6 +62,17 @@ def test_only_tabs_and_inputs_that_the_model_can_use_are_shown(source: Source, t
     assert "Class" not in labels(enlarging, gr.Dropdown)
 
 
+def test_no_number_is_empty_and_options_left_out_are_as_configured(source: Source) -> None:
+    # The browser shows and sends 0 for an empty number once it is seen.
+    numbers = [each for each in build(source).blocks.values() if isinstance(each, gr.Number | gr.Slider)]
+    assert {each.label for each in numbers} >= {"Seed", "Images"}
+    assert None not in [each.value for each in numbers]
+    paths, note = source.generate({"steps": "", "guidance": "", "label": "odd"})
+    assert note.endswith("dpmpp_2m, 3 steps")
+    same_paths, _ = source.generate({"steps": "3", "label": "odd"})
+    assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in same_paths]
+
+
 def test_images_are_the_files_of_the_command_line(source: Source, weights: Path, tmp_path: Path) -> None:
     options = ("--set", "sampling.sampler=dpmpp_2m", "--set", "sampling.steps=3", "--set", "sampling.compute_batch=8")
     result = darkroom(
@@ -97,7 +108,10 @@ def test_a_painted_hole_is_filled_as_by_the_command_with_a_mask(source: Source, 
 
 @pytest.mark.parametrize(
     "fields",
-    [{"label": "neither"}, {"prompt": "a cat"}, {"count": 65}, {"seed": -1}, {"task": "upscale"}, {"task": "inpaint"}],
+    [
+        *({"label": "neither"}, {"prompt": "a cat"}, {"count": 65}, {"seed": -1}, {"task": "upscale"}),
+        *({"task": "inpaint"}, {"steps": "0"}, {"steps": "many"}, {"steps": "2.5"}, {"guidance": "nan"}),
+    ],
 )
 def test_what_the_model_cannot_do_is_an_error_of_the_user(source: Source, fields: dict[str, object]) -> None:
     with pytest.raises(UserError):
