@@ -58,6 +58,9 @@ class Settings(GenerationLimits, BaseSettings):
     """Format of progress and log lines on standard error: plain text or JSON."""
     ui_password: str | None = Field(None, min_length=8)
     """Password of `darkroom ui`, for the user darkroom; unset: a new one is shown at each start."""
+    ui_url: str | None = Field(None, pattern=r"^https?://[A-Za-z0-9.:\[\]-]+(/[A-Za-z0-9._~-]+)*/?$")
+    """Address of `darkroom ui` at a reverse proxy on this machine, https://HOST or https://HOST/PATH, which removes the
+    path; unset: requests to loopback names alone are answered."""
     signing_key: SecretStr | None = None
     """Private key that signs exports, images and the ledger: path of a PEM file, or its text; unset: none."""
     signing_key_passphrase: SecretStr | None = None

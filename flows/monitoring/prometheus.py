@@ -6,20 +6,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from itertools import chain
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 from urllib.parse import quote
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app, start_http_server
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from diffusion.common.errors import DarkroomError, UserError
 from flows.environment import Server, settings
 from flows.local_stack.http_api import LoginRejectedError, NotServingError, query_mlflow, query_prefect
+from flows.local_stack.same_origin import refusal
 from flows.registry.alarms import Alarms, Cause, NumberedAlarm
 from flows.registry.ledger import History, Known, Ledger, NewestEntry
 from flows.storage.s3 import ListedObject, Location, Store, client
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "darkroom_up": ("whether the server answers", ("server",)),
@@ -59,10 +64,29 @@ def serve(host: str, port: int) -> None:
     registry = CollectorRegistry()
     registry.register(Servers())
     try:
-        start_http_server(port, host, registry)
+        server, _ = start_http_server(port, host, registry)
     except OSError as error:
         raise UserError(f"{host}:{port} cannot be listened on ({error}): give another --port") from error
+    if ip_address(str(server.server_address[0])).is_loopback:
+        server.set_app(refuse_other_pages(make_wsgi_app(registry)))
     threading.Event().wait()
+
+
+def refuse_other_pages(app: "WSGIApplication") -> "WSGIApplication":
+    """Answer 403 instead of ``app`` to web pages of other origins, which reach every port of the loopback address."""
+
+    def answer(environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+        headers = {
+            name.removeprefix("HTTP_").replace("_", "-").lower(): text
+            for name, text in environ.items()
+            if name.startswith("HTTP_")
+        }
+        if (reason := refusal(environ["REQUEST_METHOD"], environ["PATH_INFO"], headers)) is None:
+            return app(environ, start_response)
+        start_response("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8")])
+        return [f"{reason}\n".encode()]
+
+    return answer
 
 
 class Servers(Collector):

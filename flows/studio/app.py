@@ -19,6 +19,7 @@ from flows.environment import loopback_no_proxy, settings
 from flows.local_stack.server_process import LOOPBACK
 from flows.studio import generation
 from flows.studio.generation import Source
+from flows.studio.server import StudioApp
 
 USER = "darkroom"
 WAITING = 32
@@ -79,15 +80,21 @@ def build(source: Source, model: str | None = None, uri: str | None = None) -> g
     return page.queue(max_size=WAITING, default_concurrency_limit=4)
 
 
-def launch(page: gr.Blocks, password: str, port: int | None = None, browser: bool = False) -> str:
-    """Serve ``page`` in the background and return its address; raises UserError if ``port`` is taken."""
+def launch(
+    page: gr.Blocks, password: str, port: int | None = None, browser: bool = False, url: str | None = None
+) -> str:
+    """Serve ``page`` in the background and return its address; raises UserError if ``port`` is taken.
+
+    Behind a reverse proxy its address is ``url``.
+    """
     os.environ.update(loopback_no_proxy())
     try:
         _, address, _ = page.launch(
             auth=(USER, password),
             server_name=LOOPBACK,
             server_port=port,
-            inbrowser=browser,
+            inbrowser=browser and url is None,
+            root_path=url,
             prevent_thread_lock=True,
             quiet=True,
             share=False,
@@ -99,10 +106,11 @@ def launch(page: gr.Blocks, password: str, port: int | None = None, browser: boo
             max_file_size=MAX_FILE_BYTES,
             theme=gr.themes.Default(**FONTS),
             css=CSS,
+            _app=StudioApp(url),
         )
     except OSError as error:
         raise UserError(f"port {port or '7860'} of {LOOPBACK} cannot be used: give another one to --port") from error
-    return str(address)
+    return url or str(address)
 
 
 def serve(params: Params, model: str | None, port: int | None, browser: bool) -> None:
@@ -117,9 +125,9 @@ def serve(params: Params, model: str | None, port: int | None, browser: bool) ->
 
             uri = model or params.champion
             page = build(load_uri(uri, params.sampling), parse_model_uri(uri)[0], uri)
-        fixed_password = settings().ui_password
+        fixed_password, url = settings().ui_password, settings().ui_url
         password = fixed_password or secrets.token_urlsafe(12)
-        address = launch(page, password, port, browser)
+        address = launch(page, password, port, browser, url)
         text = "of DARKROOM_UI_PASSWORD" if fixed_password else password
         print(f"{address}  user {USER}  password {text}  (Ctrl+C ends it)", file=sys.stderr, flush=True)
         signal.signal(signal.SIGTERM, _end)

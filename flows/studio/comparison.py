@@ -8,7 +8,7 @@ import logging
 import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from html import escape
 from typing import Any, Literal
@@ -33,6 +33,7 @@ from flows.registry import model_versions
 from flows.registry.aliases import none_if_missing, read_record
 from flows.registry.ledger import AliasNumbers, Ledger
 from flows.storage.tags import RunId, VersionNumber
+from flows.studio.errors import show_errors
 from flows.studio.generation import (
     ONE_AT_A_TIME,
     GalleryItem,
@@ -41,8 +42,8 @@ from flows.studio.generation import (
     controls_key,
     make_progress_callback,
     pixels_class,
-    show_errors,
 )
+from flows.studio.server import new_token, require_token
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +96,8 @@ class Ballot:
     run_id: RunId | Literal[""]
     images: Mapping[str, Sequence[Image.Image]]
     """Images of the candidate and of the champion."""
+    token: str = field(default_factory=new_token)
+    """What the page sends with the vote on the next pair."""
 
     @property
     def pair(self) -> int | None:
@@ -218,7 +221,7 @@ def cast(ballot: Ballot, side: Side | Literal["equal"]) -> tuple[Ballot, str]:
     ]
     tally = format_tally([session, *other_sessions], session.candidate, session.champion)
     client.set_model_version_tag(session.model, str(session.candidate), VOTES, tally)
-    return replace(ballot, session=session), tally
+    return replace(ballot, session=session, token=new_token()), tally
 
 
 def read_sessions(client: MlflowClient, run_id: str) -> list[VoteSession]:
@@ -269,7 +272,7 @@ def tab(model: str, source: Source) -> None:
                     )
                     galleries.append(gallery)
         with gr.Column(visible=False) as voting_panel:
-            state, tally = gr.State(), gr.HTML()
+            state, tally, token = gr.State(), gr.HTML(), gr.Textbox(visible=False)
             with gr.Row(elem_classes="pair") as pair:
                 sides = [
                     gr.Image(label=label, interactive=False, height=300, min_width=120, **style)
@@ -315,20 +318,21 @@ def tab(model: str, source: Source) -> None:
         return gr.Row(visible=False), gr.Column(visible=True), *_show_ballot(ballot, "")
 
     def vote(side: Side | Literal["equal"]) -> Any:
-        def run(ballot: Ballot) -> tuple[Any, ...]:
+        def run(ballot: Ballot, sent: str | None) -> tuple[Any, ...]:
             with show_errors():
+                require_token(ballot.token if ballot else None, sent)
                 return _show_ballot(*cast(ballot, side))
 
         return run
 
     page.select(choose, None, [champion, candidate], api_visibility="private", queue=False)
-    voting_outputs = [state, tally, pair, choices, *sides]
+    voting_outputs = [state, token, tally, pair, choices, *sides]
     show_button.click(compare, inputs, [both, voting_panel, *galleries], api_name="compare", **ONE_AT_A_TIME)
     vote_button.click(start, inputs, [both, voting_panel, *voting_outputs], api_visibility="private", **ONE_AT_A_TIME)
     for side, button in buttons.items():
         button.click(
             vote(side),
-            state,
+            [state, token],
             voting_outputs,
             api_visibility="private",
             show_progress="hidden",
@@ -338,11 +342,11 @@ def tab(model: str, source: Source) -> None:
 
 
 def _show_ballot(ballot: Ballot, tally: str) -> tuple[Any, ...]:
-    """Values of the voting panel: state, words, visibility, and the two sides."""
+    """Values of the voting panel: state, token, words, visibility, and the two sides."""
     session, sides = ballot.session, ballot.sides()
     if sides is not None:
         text = f"Pair {len(session.votes) + 1} of {len(ballot.images['candidate'])}: which image is better?"
-        return ballot, f"<p>{text}</p>", gr.Row(visible=True), gr.Row(visible=True), *sides
+        return ballot, ballot.token, f"<p>{text}</p>", gr.Row(visible=True), gr.Row(visible=True), *sides
     counts = Counter(session.votes)
     text = (
         f"<p>Your votes: {counts['candidate']} for candidate {session.candidate}, {counts['champion']} for champion "
@@ -350,4 +354,4 @@ def _show_ballot(ballot: Ballot, tally: str) -> tuple[Any, ...]:
         f"<p>Recorded on models:/{escape(session.model)}/{session.candidate} as {VOTES}: <b>{escape(tally)}</b>. "
         "Votes are evidence for a person; they decide nothing.</p>"
     )
-    return ballot, text, gr.Row(visible=False), gr.Row(visible=False), None, None
+    return ballot, ballot.token, text, gr.Row(visible=False), gr.Row(visible=False), None, None

@@ -4,10 +4,8 @@ import io
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Self
@@ -17,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from diffusion.checkpoints import load_model
-from diffusion.common.errors import DarkroomError, UserError
+from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_file
 from diffusion.common.image_grids import png_bytes
 from diffusion.common.progress import Progress, ignore_progress
@@ -25,11 +23,13 @@ from diffusion.common.shapes import Shape, shape_name
 from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.model import Model
 from diffusion.families.pretrained import PretrainedModel
-from diffusion.generation.config import MAX_FILE_BYTES, GenerationRequest, Task, make_request
+from diffusion.generation.config import GenerationRequest, Task, make_request
 from diffusion.generation.limits import Budget
 from diffusion.generation.requests import answer, encode, sampling_of, tasks_of
 from diffusion.process.samplers import SAMPLERS, SamplingConfig
 from flows.environment import settings
+from flows.studio.errors import show_errors
+from flows.studio.uploads import Canvas, ImageUpload, PaintableImage, check_upload, decode_upload
 
 LARGEST_SEED = 2**53 - 1
 """Largest seed that a number in JavaScript can hold exactly."""
@@ -97,16 +97,6 @@ class Source:
         return f"{config.sampler}, {config.steps} steps{guidance}"
 
 
-@contextmanager
-def show_errors() -> Iterator[None]:
-    """Context that shows errors with a one-line message in the page; others are logged, without details there."""
-    try:
-        yield
-    except DarkroomError as error:
-        # Gradio renders the message as HTML, and it may hold texts of a model or a bucket.
-        raise gr.Error(escape(str(error)), duration=20, print_exception=False) from error
-
-
 def make_progress_callback(bar: gr.Progress) -> Progress:
     """Progress callback that moves the ``bar`` of a page."""
 
@@ -168,17 +158,11 @@ def option_controls(source: Source, task: Task, count: int) -> dict[str, Any]:
                 exclusions = {"consistency"} if isinstance(model, PretrainedModel) else {"consistency", "scheduler"}
                 choices += [(name, name) for name in names if name not in exclusions]
                 controls["sampler"] = gr.Dropdown(choices, value="", label="Sampler", min_width=140)
-            controls["steps"] = gr.Number(
-                None, label="Steps", precision=0, minimum=1, maximum=10_000, placeholder=str(sampling.steps)
-            )
+            # Not gr.Number, which shows and sends 0 where there is no value.
+            controls["steps"] = gr.Textbox(label="Steps", placeholder=str(sampling.steps), max_lines=1, min_width=110)
         if task != "upscale" and (model.classes or model.config.text):
-            controls["guidance"] = gr.Number(
-                None,
-                label="Guidance (1: none)",
-                minimum=0,
-                maximum=1000,
-                step=0.5,
-                placeholder=sampling.guidance_text,
+            controls["guidance"] = gr.Textbox(
+                label="Guidance (1: none)", placeholder=sampling.guidance_text, max_lines=1
             )
             if model.config.text:
                 controls["negative_prompt"] = gr.Textbox(label="Negative prompt", placeholder="needs guidance")
@@ -189,17 +173,20 @@ def _seed(label: str, value: int) -> Any:
     return gr.Number(value, label=label, precision=0, minimum=0, maximum=LARGEST_SEED, min_width=110)
 
 
-def editor_files(canvas: Mapping[str, Any] | None, shapes: Iterable[Shape]) -> dict[str, bytes | None]:
-    """Image and mask files of an image editor: painted pixels are filled, others are kept.
+def editor_files(canvas: Canvas | None, shapes: Iterable[Shape]) -> dict[str, bytes | None]:
+    """Image and mask files of an image editor: painted pixels are filled, others are kept; transparency becomes black.
 
     An image of one of ``shapes`` that was ``enlarged`` to be painted on becomes what it was.
     """
-    if canvas is None or canvas.get("background") is None:
+    if canvas is None or canvas["background"] is None:
         return {"image": None, "mask": None}
-    background = canvas["background"].convert("RGB")
+    image = decode_upload(canvas["background"])
+    background = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
     hole = np.zeros((background.height, background.width), bool)
-    for layer in canvas["layers"]:
-        hole[np.asarray(layer.getchannel("A")) > 0] = True
+    for layer in map(decode_upload, canvas["layers"]):
+        if layer.size != background.size:
+            raise UserError("what was painted is not as large as the image: clear the image and paint again")
+        hole |= np.asarray(layer.getchannel("A")) > 0
     for height, width in shapes:
         small = background.resize((width, height), Image.Resampling.NEAREST)
         if enlarge_to_canvas(small) == background:
@@ -228,9 +215,8 @@ def tabs(source: Source, container: Any, current: Callable[[], Source]) -> None:
                 controls: dict[str, Any] = {}
                 if task == "inpaint":
                     brush = gr.Brush(default_size=40, colors=["#2979ff"], color_mode="fixed")
-                    editor = controls["image"] = editors[task] = gr.ImageEditor(
+                    editor = controls["image"] = editors[task] = PaintableImage(
                         label="Paint over what is to be filled",
-                        type="pil",
                         format="png",
                         sources=("upload", "clipboard"),
                         transforms=(),
@@ -241,9 +227,8 @@ def tabs(source: Source, container: Any, current: Callable[[], Source]) -> None:
                     )
                     editor.upload(_put_on_canvas, editor, editor, api_visibility="private", queue=False)
                 elif task in ("img2img", "upscale"):
-                    controls["image"] = editors[task] = gr.Image(
+                    controls["image"] = editors[task] = ImageUpload(
                         label="Image",
-                        type="filepath",
                         format="png",
                         sources=["upload", "clipboard"],
                         height=300,
@@ -313,8 +298,6 @@ def _run(current: Callable[[], Source], task: Task, controls: Mapping[str, Any])
             source = current()
             if task == "inpaint":
                 fields |= editor_files(fields["image"], source.model.header.trained_shapes)
-            elif (path := fields.get("image")) is not None:
-                fields["image"] = _read_upload(Path(path))
             paths, note = source.generate({"task": task} | fields, make_progress_callback(bar))
         start = int(paths[0].stem)
         return [(path, str(start + number)) for number, path in enumerate(paths)], note, paths
@@ -322,14 +305,12 @@ def _run(current: Callable[[], Source], task: Task, controls: Mapping[str, Any])
     return run
 
 
-def _read_upload(path: Path) -> bytes:
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise UserError(f"the image has over {MAX_FILE_BYTES} bytes: give a smaller one")
-    return path.read_bytes()
-
-
-def _put_on_canvas(canvas: dict[str, Any]) -> dict[str, Any]:
-    return {"background": enlarge_to_canvas(canvas["background"]), "layers": [], "composite": None}
+def _put_on_canvas(canvas: Canvas) -> Any:
+    background = canvas["background"]
+    if background is None or max(check_upload(background)) >= CANVAS:
+        return gr.skip()
+    with show_errors():
+        return {"background": enlarge_to_canvas(decode_upload(background)), "layers": [], "composite": None}
 
 
 def _choose(paths: list[Path], event: gr.SelectData) -> tuple[Path, Any]:

@@ -10,7 +10,8 @@ from diffusion.common.errors import ConflictError, UserError
 from flows.registry.aliases import read_verified_history
 from flows.registry.champion import ChampionChange, champion_problem, roll_back
 from flows.registry.ledger import History, Ledger, LedgerEntry
-from flows.studio.generation import show_errors
+from flows.studio.errors import show_errors
+from flows.studio.server import new_token, require_token
 
 
 def read_history(model: str) -> History:
@@ -57,6 +58,7 @@ def tab(model: str) -> None:
     """Add the tab for the ledger of ``model``."""
     with gr.Tab("Ledger") as page:
         page_html, champion = gr.HTML(), gr.State()
+        expected_token, token = gr.State(), gr.Textbox(visible=False)
         with gr.Row():
             refresh_button = gr.Button("Refresh", size="sm", scale=0, min_width=110)
             rollback_button = gr.Button(
@@ -78,7 +80,7 @@ def tab(model: str) -> None:
         standing = history.alias_numbers
         return problem_html + timeline(history), standing.champion, gr.Button(interactive=standing.previous is not None)
 
-    def question_of(number: int) -> tuple[Any, str]:
+    def question_of(number: int) -> tuple[Any, str, str, str]:
         with show_errors():
             standing = read_history(model).alias_numbers
             if standing.champion != number:
@@ -87,19 +89,21 @@ def tab(model: str) -> None:
             f"Version {standing.previous} becomes champion of **{model}** instead of {number}. Everything that loads "
             f"`models:/{model}@champion` gets it, and the gate never promotes version {number} again."
         )
-        return gr.Column(visible=True), text
+        return gr.Column(visible=True), text, *[new_token()] * 2
 
-    def act(number: int, text: str) -> tuple[Any, str, str]:
+    def act(number: int, text: str, expected: str | None, sent: str | None) -> tuple[Any, str, str, None, None]:
         with show_errors():
+            require_token(expected, sent)
             change = roll_back_from(model, number, text)
-        return gr.Column(visible=False), "", f"`{change.version.uri}` is champion."
+        return gr.Column(visible=False), "", f"`{change.version.uri}` is champion.", None, None
 
     outputs = [page_html, champion, rollback_button]
     # Without the cover that Gradio lays over what an event changes, and after an error leaves there.
     plain: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     page.select(show, None, outputs, **plain)
     refresh_button.click(show, None, outputs, api_name="ledger")
-    rollback_button.click(question_of, champion, [confirmation, question], **plain)
+    tokens = [expected_token, token]
+    rollback_button.click(question_of, champion, [confirmation, question, *tokens], **plain)
     cancel_button.click(lambda: gr.Column(visible=False), None, confirmation, queue=False, **plain)
-    rollback = confirm_button.click(act, [champion, reason], [confirmation, reason, message], **plain)
+    rollback = confirm_button.click(act, [champion, reason, *tokens], [confirmation, reason, message, *tokens], **plain)
     rollback.success(show, None, outputs, **plain)

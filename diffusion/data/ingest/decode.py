@@ -97,6 +97,25 @@ def prepare(payload: bytes | Image.Image, config: IngestConfig) -> StoredImage:
     return StoredImage(key, image.mode, source.size, pixels, png.encode(pixels))
 
 
+def read_size(payload: bytes, config: IngestConfig) -> tuple[int, int]:
+    """Read width and height from the header of an image file, without decoding a pixel.
+
+    Raises UnusableEntryError as ``prepare`` does: for more bytes or pixels than ``config`` allows, say.
+    """
+    with _catch_errors(config):
+        return _read_header(payload, config)[1].size
+
+
+def decode_rgba(payload: bytes, config: IngestConfig) -> Image.Image:
+    """Decode as ``prepare`` does, but at the original size and with its transparency: ``RGBA``."""
+    with _catch_errors(config), ExitStack() as stack:
+        image, alpha = _split_alpha(_decode(payload, config, stack, reduce=False).image)
+        image = image.convert("RGBA")
+        if alpha is not None:
+            image.putalpha(alpha)
+        return image
+
+
 def decode_unscaled(payload: bytes, config: IngestConfig) -> np.ndarray:
     """Decode as ``prepare`` does, but at the original size, under 2 · ``config.size``: (H, W) or (H, W, 3) uint8."""
     with _catch_errors(config), ExitStack() as stack:
@@ -151,17 +170,23 @@ class _TimeLimitedFile(io.BytesIO):
             raise UnusableEntryError(f"takes more than {self.seconds:g} seconds to decode")
 
 
-def _decode(payload: bytes | Image.Image, config: IngestConfig, stack: ExitStack) -> _Source:
-    if isinstance(payload, Image.Image):
-        _require_usable(payload.size, config)
-        payload.load()
-        return _turn_upright(payload, payload.size, 1)
+def _read_header(payload: bytes, config: IngestConfig) -> tuple[_TimeLimitedFile, ImageFile]:
     if len(payload) > config.max_bytes:
         raise UnusableEntryError(f"{len(payload)} bytes are over the limit of {config.max_bytes}")
     file = _TimeLimitedFile(payload, config.max_seconds)
     image = _open(file)
+    _require_usable(image.size, config)
+    return file, image
+
+
+def _decode(payload: bytes | Image.Image, config: IngestConfig, stack: ExitStack, reduce: bool = True) -> _Source:
+    """Decode ``payload``; with ``reduce`` a JPEG that will be scaled down, at a fraction of its size."""
+    if isinstance(payload, Image.Image):
+        _require_usable(payload.size, config)
+        payload.load()
+        return _turn_upright(payload, payload.size, 1)
+    file, image = _read_header(payload, config)
     size, scale = image.size, 1
-    _require_usable(size, config)
     args = image.tile[0].args if image.tile else ""
     layout = str(args[0] if isinstance(args, tuple) else args)  # Pillow's name of that of samples: ``RGB;16B``, say
     if (
@@ -174,7 +199,7 @@ def _decode(payload: bytes | Image.Image, config: IngestConfig, stack: ExitStack
     if isinstance(image, JpegImageFile):
         is_turned = image.getexif().get(Base.Orientation, 1) in TURNED
         width, height = _resized_size(size[::-1], config)[::-1] if is_turned else _resized_size(size, config)
-        draft = image.draft(None, (REDUCED * width, REDUCED * height))
+        draft = image.draft(None, (REDUCED * width, REDUCED * height)) if reduce else None
         scale = round(size[0] / draft[1][2]) if draft else 1
         image.decodermaxblock = 4096  # a few bytes may be a scan over the whole image
     elif size[0] * size[1] > LARGE:
@@ -230,7 +255,19 @@ def _turn_upright(image: Image.Image, size: tuple[int, int], scale: int) -> _Sou
 
 def _to_grey_or_rgb(source: _Source, config: IngestConfig) -> Image.Image:
     """Convert the image to ``L`` or ``RGB`` in sRGB, over the background where it is transparent."""
-    image = source.image
+    image, alpha = _split_alpha(source.image)
+    grey = image.mode == "L"
+    shows_background = alpha is not None or (config.fit == "pad" and source.size[0] != source.size[1])
+    is_coloured = len(set(bytes.fromhex(config.background[1:]))) > 1
+    kept_mode = "L" if grey and not (shows_background and is_coloured) else "RGB"
+    image = image.convert({"grey": "L", "rgb": "RGB", "keep": kept_mode}[config.mode])
+    if alpha is None:
+        return image
+    return Image.composite(image, Image.new(image.mode, image.size, config.background), alpha)
+
+
+def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Convert ``image`` to ``L`` or ``RGB`` in sRGB; returns it and its opacity, None if it is opaque."""
     if image.mode == "F":
         raise UnusableEntryError("floating-point pixels have no known range: save it with 8 or 16 bits")
     if image.mode.startswith("I"):
@@ -243,14 +280,7 @@ def _to_grey_or_rgb(source: _Source, config: IngestConfig) -> Image.Image:
         alpha = alpha if alpha.getextrema() != (255, 255) else None
     if image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("L" if grey else "RGB")
-    image = _to_srgb(image)
-    shows_background = alpha is not None or (config.fit == "pad" and source.size[0] != source.size[1])
-    is_coloured = len(set(bytes.fromhex(config.background[1:]))) > 1
-    kept_mode = "L" if grey and not (shows_background and is_coloured) else "RGB"
-    image = image.convert({"grey": "L", "rgb": "RGB", "keep": kept_mode}[config.mode])
-    if alpha is None:
-        return image
-    return Image.composite(image, Image.new(image.mode, image.size, config.background), alpha)
+    return _to_srgb(image), alpha
 
 
 def _from_integers(image: Image.Image, layout: str = "") -> Image.Image:

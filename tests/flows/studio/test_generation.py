@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from diffusion.common.errors import UserError
+from diffusion.common.image_grids import png_bytes
 from diffusion.generation.config import read_request
 from diffusion.generation.limits import StoppedError
 from diffusion.generation.requests import generate_to_folder
@@ -67,6 +68,17 @@ def test_only_tabs_and_inputs_that_the_model_can_use_are_shown(source: Source, t
     assert "Class" not in labels(enlarging, gr.Dropdown)
 
 
+def test_no_number_is_empty_and_options_left_out_are_as_configured(source: Source) -> None:
+    # The browser shows and sends 0 for an empty number once it is seen.
+    numbers = [each for each in build(source).blocks.values() if isinstance(each, gr.Number | gr.Slider)]
+    assert {each.label for each in numbers} >= {"Seed", "Images"}
+    assert None not in [each.value for each in numbers]
+    paths, note = source.generate({"steps": "", "guidance": "", "label": "odd"})
+    assert note.endswith("dpmpp_2m, 3 steps")
+    same_paths, _ = source.generate({"steps": "3", "label": "odd"})
+    assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in same_paths]
+
+
 def test_images_are_the_files_of_the_command_line(source: Source, weights: Path, tmp_path: Path) -> None:
     options = ("--set", "sampling.sampler=dpmpp_2m", "--set", "sampling.steps=3", "--set", "sampling.compute_batch=8")
     result = darkroom(
@@ -90,18 +102,22 @@ def test_a_painted_hole_is_filled_as_by_the_command_with_a_mask(source: Source, 
     Image.fromarray(hole).save(tmp_path / "mask.png")
     request = read_request({"task": "inpaint", "count": 2}, tmp_path / "image.png", tmp_path / "mask.png")
     result = generate_to_folder(weights, request, SAMPLING, tmp_path / "out")
-    painted = editor_files({"background": image.convert("RGBA"), "layers": [layer], "composite": None}, [(8, 8)])
+    painted = editor_files({"background": png_bytes(image.convert("RGBA")), "layers": [png_bytes(layer)]}, [(8, 8)])
     paths, _ = source.generate({"task": "inpaint", "count": 2} | painted)
     assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in sorted(result.folder.glob("0*.png"))]
     # Painting on the enlarged image marks the same pixels.
-    large = {"background": enlarge_to_canvas(image.convert("RGBA")), "layers": [layer.resize((512, 512), 0)]}
-    again, _ = source.generate({"task": "inpaint", "count": 2} | editor_files(large, [(8, 8)]))
+    large = enlarge_to_canvas(image.convert("RGBA")), layer.resize((512, 512), 0)
+    files = {"background": png_bytes(large[0]), "layers": [png_bytes(large[1])]}
+    again, _ = source.generate({"task": "inpaint", "count": 2} | editor_files(files, [(8, 8)]))
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths]
 
 
 @pytest.mark.parametrize(
     "fields",
-    [{"label": "neither"}, {"prompt": "a cat"}, {"count": 65}, {"seed": -1}, {"task": "upscale"}, {"task": "inpaint"}],
+    [
+        *({"label": "neither"}, {"prompt": "a cat"}, {"count": 65}, {"seed": -1}, {"task": "upscale"}),
+        *({"task": "inpaint"}, {"steps": "0"}, {"steps": "many"}, {"steps": "2.5"}, {"guidance": "nan"}),
+    ],
 )
 def test_what_the_model_cannot_do_is_an_error_of_the_user(source: Source, fields: dict[str, object]) -> None:
     with pytest.raises(UserError):

@@ -1,6 +1,7 @@
 """The studio in a browser: a person logs in, generates, paints a hole and fills it, votes, and rolls back."""
 
 import re
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,13 @@ from mlflow.client import MlflowClient
 from playwright.sync_api import Page, expect
 
 from diffusion.process.samplers import sampling_config
+from flows.local_stack.server_process import choose_ports
 from flows.registry.model_versions import Version
 from flows.sampling import generate_batch
 from flows.storage.s3 import Location, Store
 from tests.builders.browser import chromium, look
+from tests.builders.http_server import serving
+from tests.builders.reverse_proxy import proxying
 from tests.builders.sampling_batches import batch
 from tests.builders.small_models import write_model
 
@@ -72,6 +76,10 @@ def test_a_person_generates_and_inpaints(width: int, tmp_path: Path) -> None:
         page = browser.new_page(viewport={"width": width, "height": 900})
         page.on("request", lambda request: hosts.add(request.url.partition("//")[2].partition("/")[0]))
         log_in(page, address)
+        # Options that were looked at and left alone are as configured.
+        page.get_by_role("button", name="Sampler").locator("visible=true").click()
+        for label in ("Steps", "Guidance (1: none)"):
+            expect(page.get_by_label(label).locator("visible=true")).to_have_value("")
         page.get_by_role("button", name="Generate", exact=True).click()
         expect(page.get_by_text("8 images of seed 0")).to_be_visible(timeout=60_000)
         thumbnails = page.locator(".grid-container:visible button")
@@ -100,6 +108,129 @@ def test_a_person_generates_and_inpaints(width: int, tmp_path: Path) -> None:
     studio.close(verbose=False)
     # Fonts, scripts and counters of others: nothing is fetched from anywhere else.
     assert hosts == {address.partition("//")[2].rstrip("/")}
+
+
+ATTACK = """
+<form id="form" method="post" target="frame"></form>
+<iframe name="frame"></iframe>
+<script>
+const studio = "STUDIO", results = {};
+const join = {fn_index: 0, data: [], session_hash: "guessed"};
+const form = new FormData();
+form.append("files", new Blob(["x"]), "x.png");
+const image = path => new Promise(done => {
+  const element = new Image();
+  element.onload = () => done("loaded");
+  element.onerror = () => done("failed");
+  element.src = studio + path;
+});
+const frame = () => new Promise(done => {
+  const element = document.querySelector("iframe");
+  element.onload = () => { try { done(element.contentDocument ? "readable" : "closed"); } catch { done("closed"); } };
+  document.querySelector("form").action = studio + "gradio_api/queue/join";
+  document.querySelector("form").submit();
+  setTimeout(() => done("closed"), 3000);
+});
+const stream = () => new Promise(done => {
+  const source = new EventSource(studio + "gradio_api/heartbeat/x", {withCredentials: true});
+  source.onmessage = () => done("opened");
+  source.onerror = () => done("failed");
+});
+const socket = () => new Promise(done => {
+  const socket = new WebSocket(studio.replace("http", "ws") + "gradio_api/queue/join");
+  socket.onopen = () => done("opened");
+  socket.onerror = () => done("failed");
+});
+const ask = (path, options = {}) => fetch(studio + path, {credentials: "include", ...options})
+  .then(answer => "read " + answer.status, () => "failed");
+(async () => {
+  results.config = await ask("config");
+  results.upload = await ask("gradio_api/upload", {method: "POST", body: form});
+  results.join = await ask("gradio_api/queue/join", {method: "POST", body: JSON.stringify(join)});
+  results.json = await ask("gradio_api/queue/join",
+    {method: "POST", body: JSON.stringify(join), headers: {"Content-Type": "application/json"}});
+  results.opaque = (await fetch(studio + "gradio_api/upload",
+    {method: "POST", mode: "no-cors", credentials: "include", body: form})).type;
+  results.form = await frame();
+  results.logout = await image("logout");
+  results.favicon = await image("favicon.ico");
+  results.stream = await stream();
+  results.socket = await socket();
+  document.title = JSON.stringify(results);
+})();
+</script>
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
+def test_a_page_of_another_port_reads_and_changes_nothing(name: str, tmp_path: Path) -> None:
+    weights = write_model(tmp_path / "blobs.safetensors", 1, 0, size=16, classes={"even": 3, "odd": 1})
+    studio = build(Source.from_file(weights, sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)))
+    address = launch(studio, PASSWORD)
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(ATTACK.replace("STUDIO", address).encode())
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with chromium() as browser, serving(Page) as foreign:
+        own = browser.new_context().new_page()
+        log_in(own, address)
+        generate = own.get_by_role("button", name="Generate", exact=True)
+        expect(generate).to_be_visible(timeout=60_000)
+        before = {*studio.upload_file_set}
+        page = own.context.new_page()
+        answers = dict[str, list[int]]()
+        page.on("response", lambda answer: answers.setdefault(answer.url, []).append(answer.status))
+        page.goto(foreign.replace("127.0.0.1", name))
+        page.wait_for_function("document.title.startsWith('{')", timeout=60_000)
+        results = page.evaluate("JSON.parse(document.title)")
+        assert results == {
+            **dict.fromkeys(("config", "upload", "join", "json", "logout", "favicon", "stream", "socket"), "failed"),
+            "opaque": "opaque",  # sent, and refused
+            "form": "closed",
+        }
+        asked = {url: statuses for url, statuses in answers.items() if url.startswith(address)}
+        # The browser shows none of those that it keeps from the page.
+        assert {address + "gradio_api/upload", address + "logout"} <= asked.keys()
+        assert {status for statuses in asked.values() for status in statuses} == {403}
+        assert {*studio.upload_file_set} == before
+        # A link opens the studio, but no frame shows it.
+        page.evaluate("document.querySelector('iframe').src = '" + address + "'")
+        page.wait_for_timeout(2000)
+        assert "Generate" not in "".join(frame.content() for frame in page.frames[1:])
+        own.reload()
+        generate.click()
+        expect(own.get_by_text("8 images of seed 0")).to_be_visible(timeout=60_000)
+        page.evaluate("location.href = '" + address + "'")
+        expect(
+            page.get_by_role("button", name="Generate", exact=True).or_(page.get_by_label("password"))
+        ).to_be_visible()
+    studio.close(verbose=False)
+
+
+@pytest.mark.slow
+def test_a_person_generates_behind_a_reverse_proxy(tmp_path: Path) -> None:
+    weights = write_model(tmp_path / "blobs.safetensors", 1, 0, size=16, classes={"even": 3, "odd": 1})
+    studio = build(Source.from_file(weights, sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)))
+    [port] = choose_ports(1)
+    url = f"http://127.0.0.1:{port}/darkroom"
+    launch(studio, PASSWORD, url=url)
+    with chromium() as browser, proxying(port, "/darkroom", studio.local_url):
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        log_in(page, f"{url}/")
+        page.get_by_role("button", name="Generate", exact=True).click()
+        expect(page.get_by_text("8 images of seed 0")).to_be_visible(timeout=60_000)
+        expect(page.locator(".grid-container:visible button")).to_have_count(8)
+        page.wait_for_timeout(1000)
+        look(page, tmp_path / "proxied.png")
+    studio.close(verbose=False)
 
 
 @pytest.mark.slow

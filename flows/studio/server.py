@@ -1,0 +1,96 @@
+"""The web server of the studio: it answers its own pages and programs, not other pages in the same browser."""
+
+import secrets
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from gradio.routes import App, ORJSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse
+
+from diffusion.common.errors import ConflictError
+from diffusion.generation.config import MAX_FILE_BYTES
+from flows.local_stack.same_origin import refusal
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+MAX_FORM_BYTES = 2**20
+"""Maximum size of a request without a file, in bytes."""
+FILE_ROUTES = ("/upload", "/component_server")
+RESPONSE_HEADERS = {
+    # No other page shows this one in a frame, or keeps a handle of its window.
+    "Content-Security-Policy": "frame-ancestors 'none'",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class StudioApp(App):  # type: ignore[misc]
+    """Gradio's application behind a check of each request, also of those that Gradio answers itself."""
+
+    def __init__(self, url: str | None = None) -> None:
+        """Serve pages at loopback names, and at ``url`` if a reverse proxy leads from there."""
+        super().__init__(default_response_class=ORJSONResponse, openapi_url=None)
+        address = urlsplit(url or "")
+        self.origin = f"{address.scheme}://{address.netloc}".lower() if url else None
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer a request, or refuse it with 403, or 411 and 413 for its length."""
+        if scope["type"] == "lifespan":
+            await super().__call__(scope, receive, send)
+            return
+        status, reason = self._refuse(scope)
+        if reason is None:
+            await super().__call__(scope, receive, lambda message: send(self._protect(message)))
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await PlainTextResponse(f"{reason}\n", status)(scope, receive, send)
+
+    def _refuse(self, scope: Message) -> tuple[int, str | None]:
+        """Status and reason of a refusal; no reason: the request is answered."""
+        sent = Headers(scope=scope)
+        headers = {name: ", ".join(sent.getlist(name)) for name in sent}
+        if reason := refusal(scope.get("method", "GET"), scope["path"], headers, self.origin):
+            hint = "open the address that `darkroom ui` printed, or set DARKROOM_UI_URL to that of your reverse proxy"
+            return 403, f"{reason}: {hint}"
+        if "transfer-encoding" in headers:
+            return 411, "requests need a Content-Length"
+        limit = MAX_FORM_BYTES + (MAX_FILE_BYTES if scope["path"].endswith(FILE_ROUTES) else 0)
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length[:20]) > limit:
+            return 413, f"the request has over {limit} bytes"
+        return 200, None
+
+    def _protect(self, message: Message) -> Message:
+        """Add to a response what keeps other pages from using it."""
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(raw=list(message["headers"]))
+            cookies = headers.getlist("set-cookie")
+            for name in [*headers]:
+                if name == "set-cookie" or name.startswith("access-control-"):
+                    del headers[name]
+            for cookie in cookies:
+                parts = [part.strip() for part in cookie.split(";")]
+                kept = [part for part in parts if not part.lower().startswith(("samesite", "httponly"))]
+                headers.append("set-cookie", "; ".join([*kept, "HttpOnly", "SameSite=Strict"]))
+            headers.update(RESPONSE_HEADERS)
+            message["headers"] = headers.raw
+        return message
+
+
+def new_token() -> str:
+    """Make a token for one change of the registry, which only the page that it is sent to can send back."""
+    return secrets.token_urlsafe(16)
+
+
+def require_token(expected: str | None, token: str | None) -> None:
+    """Raise ConflictError unless ``token`` is the one that was ``expected`` in this session."""
+    if not expected or not secrets.compare_digest(expected.encode(), (token or "").encode()):
+        raise ConflictError("this question was answered, or asked in another page: ask again")

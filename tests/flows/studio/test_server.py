@@ -1,0 +1,170 @@
+"""The studio's server: it answers its own pages and programs, and changes the registry for the page that asked."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+from uuid import uuid4
+
+import httpx
+import pytest
+from mlflow.client import MlflowClient
+
+from diffusion.common.errors import ConflictError, UserError
+from diffusion.process.samplers import sampling_config
+from flows.environment import settings
+from flows.registry.model_versions import Version
+from tests.builders.small_models import write_model
+from tests.builders.studio_client import PASSWORD, USER, logged_in, named, trigger
+
+pytest.importorskip("gradio", reason="the studio needs Gradio: pip install 'darkroom-diffusion[ui]'")
+from flows.studio.app import build, launch
+from flows.studio.comparison import VOTES, load_version
+from flows.studio.generation import Source
+from flows.studio.ledger import read_history
+from flows.studio.server import new_token, require_token
+
+SAMPLING = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)
+PUBLIC = "https://studio.example.org/darkroom"
+FOREIGN: list[Mapping[str, str]] = [
+    {"Origin": "http://127.0.0.1:9999", "Sec-Fetch-Site": "same-site"},
+    {"Origin": "http://127.0.0.1:9999"},
+    {"Origin": "null"},
+    {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "no-cors"},
+    {"Referer": "http://127.0.0.1:9999/page.html"},
+    {"Host": "evil.example:7860"},
+]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    weights = write_model(tmp_path_factory.mktemp("model") / "blobs.safetensors", 1, 0, classes={"even": 3, "odd": 1})
+    return Source.from_file(weights, SAMPLING)
+
+
+@pytest.fixture(scope="module")
+def address(source: Source) -> Iterator[str]:
+    page = build(source)
+    yield launch(page, PASSWORD)
+    page.close(verbose=False)
+
+
+@pytest.mark.parametrize("headers", FOREIGN, ids=str)
+def test_every_route_is_closed_to_other_pages(address: str, headers: Mapping[str, str]) -> None:
+    with logged_in(address) as client:
+        requests = [
+            *[("GET", path) for path in ("config", "logout", "gradio_api/info", "gradio_api/token", "nothing-here")],
+            *[("GET", path) for path in ("gradio_api/queue/data?session_hash=x", "gradio_api/heartbeat/x")],
+            *[("GET", path) for path in ("gradio_api/file=/etc/hosts", "theme.css", "favicon.ico")],
+            *[("POST", path) for path in ("login", "gradio_api/upload", "gradio_api/queue/join", "gradio_api/cancel")],
+            *[("POST", path) for path in ("gradio_api/run/sample", "gradio_api/component_server", "")],
+            ("OPTIONS", "config"),
+            ("OPTIONS", "gradio_api/queue/join"),
+            ("DELETE", "config"),
+        ]
+        for method, path in requests:
+            preflight = {"Access-Control-Request-Method": "POST"} if method == "OPTIONS" else {}
+            response = client.request(method, path, headers={**headers, **preflight})
+            assert response.status_code == 403, (method, path)
+            assert not [name for name in response.headers if name.startswith("access-control-")]
+        # Nothing has logged the person out.
+        assert client.get("config").status_code == 200
+
+
+def test_cookies_are_strict_and_answers_stay_with_the_page(address: str) -> None:
+    own = {"Origin": address.rstrip("/"), "Sec-Fetch-Site": "same-origin"}
+    with httpx.Client(base_url=address, headers=own) as client:
+        login = client.post("login", data={"username": USER, "password": PASSWORD})
+        assert login.status_code == 200
+        cookies = [cookie.split("; ")[1:] for cookie in login.headers.get_list("set-cookie")]
+        assert len(cookies) == 2
+        for attributes in cookies:
+            assert {"HttpOnly", "SameSite=Strict"} <= {*attributes}
+            assert len([each for each in attributes if each.lower().startswith("samesite")]) == 1
+        page = client.get("")
+        assert page.headers["X-Frame-Options"] == "DENY"
+        assert page.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
+        assert page.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+        assert not [name for name in page.headers if name.startswith("access-control-")]
+
+
+def test_a_reverse_proxy_is_answered_at_its_address_only(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DARKROOM_UI_URL", PUBLIC)
+    page = build(source)
+    assert launch(page, PASSWORD, url=settings().ui_url) == PUBLIC
+    with httpx.Client(base_url=f"http://127.0.0.1:{page.server_port}/") as client:
+        login = {"username": USER, "password": PASSWORD}
+        for host in ("studio.example.org", f"127.0.0.1:{page.server_port}"):
+            headers = {"Host": host, "Origin": "https://studio.example.org"}
+            assert client.post("login", data=login, headers=headers).status_code == 200
+            assert client.get("config", headers=headers).json()["root"] == PUBLIC
+        for headers in ({"Host": "www.example.org"}, {"Host": "studio.example.org", "Origin": "https://evil.example"}):
+            assert client.post("login", data=login, headers=headers).status_code == 403
+    page.close(verbose=False)
+
+
+@pytest.mark.parametrize(
+    "url", ["studio.example.org", "ftp://studio.example.org", "https://user:secret@h", "https://h/?a"]
+)
+def test_an_address_that_is_none_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DARKROOM_UI_URL", url)
+    with pytest.raises(UserError):
+        settings()
+
+
+def test_a_token_is_for_one_page() -> None:
+    token = new_token()
+    require_token(token, token)
+    for expected, sent in ((token, new_token()), (token, None), (token, "ä"), (None, None), ("", ""), (None, token)):
+        with pytest.raises(ConflictError):
+            require_token(expected, sent)
+
+
+@pytest.fixture
+def studio(versions: list[Version], bucket: str) -> Iterator[httpx.Client]:
+    """A person who is logged in to the studio of a model named as the bucket, whose champion is version 2."""
+    page = build(load_version(versions[1].uri, SAMPLING), bucket)
+    with logged_in(launch(page, PASSWORD)) as client:
+        yield client
+    page.close(verbose=False)
+
+
+def event_of(title: str, config: Mapping[str, Any], kind: str = "click") -> Any:
+    """Choose the event of a button or of a tab."""
+    ids = {
+        each["id"] for each in config["components"] if title in (each["props"].get(key) for key in ("value", "label"))
+    }
+    return lambda event: any(target[0] in ids and target[1] == kind for target in event["targets"])
+
+
+def test_a_rollback_needs_the_token_of_its_question(studio: httpx.Client, bucket: str) -> None:
+    config, session = studio.get("config").json(), uuid4().hex
+    act, ask = event_of("Roll back", config), event_of("Roll back …", config)
+    trigger(studio, named("ledger"), {}, session)  # as the tab does: the session knows the champion
+    blind = {"Reason, kept in the ledger": "from another page", "textbox": "guessed"}
+    assert "ask again" in trigger(studio, act, blind, session)["error"]
+    question = trigger(studio, ask, {}, session)["data"]
+    [token] = [each for each in question if isinstance(each, str) and "becomes champion" not in each]
+    asked = blind | {"textbox": token}
+    assert "ask again" in trigger(studio, act, blind, session)["error"]
+    assert "error" in trigger(studio, act, asked, uuid4().hex)  # of another session
+    assert read_history(bucket).alias_numbers.champion == 2
+    assert "error" not in trigger(studio, act, asked, session)
+    assert read_history(bucket).alias_numbers.champion == 1
+    assert "ask again" in trigger(studio, act, asked, session)["error"]  # each is for one change
+    assert len(read_history(bucket).entries) == 3
+
+
+def test_a_vote_needs_the_token_of_its_pair(studio: httpx.Client, mlflow_client: MlflowClient, bucket: str) -> None:
+    config, session = studio.get("config").json(), uuid4().hex
+    vote = event_of("No difference", config)
+    assert "ask again" in trigger(studio, vote, {"textbox": "guessed"}, session)["error"]
+    trigger(studio, event_of("Compare", config, "select"), {}, session)
+    begin = {"Champion": 2, "Candidate": 1, "Images": 2, "Class": ""}
+    ballot = trigger(studio, event_of("Vote blind", config), begin, session)["data"]
+    token = next(each for each in ballot if isinstance(each, str) and not each.startswith("<"))
+    assert "ask again" in trigger(studio, vote, {"textbox": "guessed"}, session)["error"]
+    assert VOTES not in mlflow_client.get_model_version(bucket, "1").tags
+    assert "error" not in trigger(studio, vote, {"textbox": token}, session)
+    assert "ask again" in trigger(studio, vote, {"textbox": token}, session)["error"]
+    assert mlflow_client.get_model_version(bucket, "1").tags[VOTES].endswith("no difference 1")
+    assert token not in json.dumps(config)
