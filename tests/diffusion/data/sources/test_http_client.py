@@ -17,10 +17,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from tenacity import wait_none
 
+from diffusion.common.http_client import is_own, is_public
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.sources import open_source
-from diffusion.data.sources.urls import is_own, is_public
 from tests.builders.archives import peak
 from tests.builders.reading_sources import access, png, read_all
 from tests.builders.url_tables import table
@@ -460,8 +460,8 @@ def all_listening(kinds: dict[str, Serve]) -> Iterator[list[int]]:
 def test_no_retry_after_stops_an_ingest(
     names: Names, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: str
 ) -> None:
-    monkeypatch.setattr("diffusion.data.sources.urls.PAUSE", wait_none())
-    monkeypatch.setattr("diffusion.data.sources.urls.LONGEST_PAUSE", 0.0)
+    monkeypatch.setattr("diffusion.common.http_client.PAUSE", wait_none())
+    monkeypatch.setattr("diffusion.common.http_client.MAX_PAUSE", 0.0)
     busy = at_once(response(b"", f"Retry-After: {seconds}".encode().decode("latin-1"), status="503 Busy"))
     with listening(busy) as port:
         url = f"http://127.0.0.1:{port}/a.png"
