@@ -9,6 +9,7 @@ import torch
 from hypothesis import settings
 from tenacity import wait_none
 
+from diffusion.common.hub import hub_client
 from tests.builders.small_datasets import ingest_blobs, write_blobs
 from tests.hub import Hub, hub_server
 
@@ -48,6 +49,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hugging Face Hub on this machine, which the real client asks; without a token."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    hub_client.cache_clear()
     monkeypatch.setattr("diffusion.common.http_client.PAUSE", wait_none())
     with hub_server() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.address)

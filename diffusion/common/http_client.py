@@ -18,7 +18,6 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any, TypeVar
 from urllib.request import getproxies, proxy_bypass
@@ -30,7 +29,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_aft
 from tenacity.nap import sleep_using_event
 from tenacity.wait import wait_random_exponential
 
-from diffusion.common.errors import UserError
+from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.escaping import escape_controls
 
 Result = TypeVar("Result")
@@ -63,7 +62,7 @@ NOT_PUBLIC = tuple(
 )
 
 
-class HttpError(Exception):
+class HttpError(DarkroomError):
     """A request that fails; the message, one line, says why."""
 
 
@@ -152,15 +151,11 @@ class HttpClient:
         self.stopped = threading.Event()
         """Ends all waits once it is set."""
         self._exchange = threading.local()
-        context = ssl_context or httpx.create_ssl_context()
-        new_pool = partial(httpcore.ConnectionPool, ssl_context=context, max_connections=connections)
+        self._connections, self._ssl_context, self._lock = connections, ssl_context, threading.Lock()
         self._environment = getproxies() if use_proxies else {}
-        direct = new_pool(network_backend=_Network(self, public_only))
-        self._pools: dict[str | None, httpcore.ConnectionPool] = {None: direct}
-        for scheme in ("http", "https", "all"):
-            if address := self._environment.get(scheme):
-                # It comes from the environment, which is trusted.
-                self._pools[address] = new_pool(proxy=_proxy(address), network_backend=_Network(self, False))
+        addresses = {self._environment[name] for name in ("http", "https", "all") if self._environment.get(name)}
+        self._proxies = {address: _proxy(address) for address in addresses}
+        self._pools: dict[tuple[str, str], httpcore.ConnectionPool] = {}
 
     def close(self) -> None:
         """Close all connections."""
@@ -285,12 +280,21 @@ class HttpClient:
 
     def _pool(self, url: httpx.URL) -> httpcore.ConnectionPool:
         _, host, port = origin(url)
-        proxy = self._environment.get(url.scheme) or self._environment.get("all")
-        if not proxy or proxy_bypass(f"{host}:{port}", self._environment):
-            return self._pools[None]
-        if self._public_only:
+        address = self._environment.get(url.scheme) or self._environment.get("all") or ""
+        proxy = None if proxy_bypass(f"{host}:{port}", self._environment) else self._proxies.get(address)
+        if proxy and self._public_only:
             self.wait_for(lambda: _addresses(url.raw_host.decode(), port, public_only=True))
-        return self._pools[proxy]
+        key = (url.scheme, address if proxy else "")
+        with self._lock:
+            if key not in self._pools:
+                if url.scheme == "https" and self._ssl_context is None:
+                    self._ssl_context = httpx.create_ssl_context()  # slow
+                # The proxy comes from the environment, which is trusted.
+                network = _Network(self, self._public_only and not proxy)
+                self._pools[key] = httpcore.ConnectionPool(
+                    self._ssl_context, proxy=proxy, max_connections=self._connections, network_backend=network
+                )
+            return self._pools[key]
 
     def remaining_seconds(self) -> float:
         """Return the seconds left for this thread's exchange; raises httpcore.ReadTimeout if there are none."""

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["model", "dataset"]
 Result = TypeVar("Result")
-NAME = r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}"
+REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})(?:@([^?#\s]+))?")
 COMMIT = re.compile("[0-9a-f]{40}")
 MAX_CARD = 2**20
 """Maximum bytes of a README.md that is read."""
@@ -88,7 +88,7 @@ class HubFile(NamedTuple):
 def parse_hub_uri(uri: str, kind: Kind) -> tuple[str, str | None]:
     """Return OWNER/NAME and the revision, if any, of ``hf://[datasets/]OWNER/NAME[@REVISION]``; raises UserError."""
     start = "hf://datasets/" if kind == "dataset" else "hf://"
-    match = re.fullmatch(f"{start}({NAME})(?:@([^?#\\s]+))?", uri)
+    match = REPOSITORY.fullmatch(uri.removeprefix(start)) if uri.startswith(start) else None
     if match is None or (kind == "model" and match[1].startswith(("datasets/", "spaces/"))):
         raise UserError(f"{uri} names no {_kind_name(kind)} of the Hugging Face Hub: write {start}OWNER/NAME@REVISION")
     return match[1], match[2]
@@ -100,12 +100,12 @@ def _kind_name(kind: Kind) -> str:
 
 def read_front_matter(card: str) -> dict[str, Any]:
     """Parse the YAML at the beginning of the text of a card; empty if there is none, or it is damaged or too long."""
-    first, *lines = card[:MAX_FRONT_MATTER].removeprefix("\ufeff").splitlines() or [""]
-    ends = [number for number, line in enumerate(lines) if line.rstrip() == "---"]
-    if first.rstrip() != "---" or not ends:
+    first, *lines = card[:MAX_FRONT_MATTER].removeprefix("\ufeff").split("\n")
+    ends = (number for number, line in enumerate(lines) if line.rstrip() == "---")
+    if first.rstrip() != "---" or (end := next(ends, None)) is None:
         return {}
     try:
-        front_matter = yaml.safe_load("\n".join(lines[: ends[0]]))
+        front_matter = yaml.safe_load("\n".join(lines[:end]))
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return front_matter if isinstance(front_matter, dict) else {}
