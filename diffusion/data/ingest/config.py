@@ -79,8 +79,8 @@ class StorageConfig(Config):
         return self
 
 
-class CaptionerConfig(Config):
-    """A command or an HTTP endpoint of yours that captions images, called once per image."""
+class CaptionProgram(Config):
+    """What captions images: a command or an HTTP endpoint, with what it gets from the environment."""
 
     command: tuple[str, ...] | None = Field(None, min_length=1)
     """Program and arguments, started once per image without a shell. It reads the stored image as PNG from standard
@@ -93,23 +93,11 @@ class CaptionerConfig(Config):
     url: str | None = None
     """HTTP endpoint instead of a command: the PNG is the body of a POST, the answer is JSON, {"caption": "…"}, or null
     for no caption. Redirects are not followed."""
-    version: str = Field(min_length=1, max_length=100)
-    """Version of the model and its prompt, in your words: if it, command or url changes, all are captioned again."""
     token_env: str | None = Field(None, pattern=VARIABLE)
     """Environment variable with a token, sent to ``url`` as ``Authorization: Bearer …``."""
-    replace: bool = False
-    """Whether captions of the source are replaced; otherwise only images without one are captioned."""
-    workers: int = Field(4, ge=1, le=256)
-    """Number of images captioned concurrently."""
-    seconds: float = Field(60.0, gt=0)
-    """Deadline of one answer in seconds, from the start of the request or command to the last byte."""
-    tries: int = Field(4, ge=1)
-    """Attempts at ``url`` before an image stays without a caption until the next ingest; a command is started once."""
-    max_failed: float = Field(0.5, ge=0, le=1)
-    """Share of the images that get no caption above which the ingest fails; the captions of the others are kept."""
 
     @model_validator(mode="after")
-    def _is_one_of_two(self) -> "CaptionerConfig":
+    def _is_one_of_two(self) -> Self:
         if (self.command is None) == (self.url is None):
             raise ValueError("give either command or url")
         if self.url is not None:
@@ -130,6 +118,23 @@ class CaptionerConfig(Config):
         if self.url and self.environment:
             raise ValueError("environment is for command: an endpoint gets the token that token_env names")
         return self
+
+
+class CaptionerConfig(CaptionProgram):
+    """A command or an HTTP endpoint of yours that captions images, called once per image."""
+
+    version: str = Field(min_length=1, max_length=100)
+    """Version of the model and its prompt, in your words: if it, command or url changes, all are captioned again."""
+    replace: bool = False
+    """Whether captions of the source are replaced; otherwise only images without one are captioned."""
+    workers: int = Field(4, ge=1, le=256)
+    """Number of images captioned concurrently."""
+    seconds: float = Field(60.0, gt=0)
+    """Deadline of one answer in seconds, from the start of the request or command to the last byte."""
+    tries: int = Field(4, ge=1)
+    """Attempts at ``url`` before an image stays without a caption until the next ingest; a command is started once."""
+    max_failed: float = Field(0.5, ge=0, le=1)
+    """Share of the images that get no caption above which the ingest fails; the captions of the others are kept."""
 
     @property
     def identity(self) -> str:
