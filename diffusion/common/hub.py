@@ -105,7 +105,7 @@ def read_front_matter(card: str) -> dict[str, Any]:
     if first.rstrip() != "---" or (end := next(ends, None)) is None:
         return {}
     try:
-        front_matter = yaml.safe_load("\n".join(lines[:end]))
+        front_matter = yaml.safe_load("\n".join([*lines[:end], ""]))
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return front_matter if isinstance(front_matter, dict) else {}
