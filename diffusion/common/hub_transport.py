@@ -7,6 +7,7 @@ import httpx2
 from huggingface_hub import constants, set_client_factory
 from huggingface_hub.utils import hf_raise_for_status
 
+from diffusion.common.errors import UserError
 from diffusion.common.http_client import CREDENTIALS, HttpClient, HttpResponse, origin
 
 MAX_ANSWER = 2**26
@@ -16,8 +17,11 @@ MAX_REDIRECTS = 5
 
 
 def endpoint() -> str:
-    """Return the address of the Hub."""
-    return os.environ.get("HF_ENDPOINT", "").strip().rstrip("/") or constants.ENDPOINT
+    """Return the address of the Hub; raises UserError for one that is not of HTTP."""
+    address = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/") or constants.ENDPOINT
+    if not address.startswith(("http://", "https://")):
+        raise UserError(f"HF_ENDPOINT is {address}: give https://HOST, or unset it")
+    return address
 
 
 class _Transport(httpx2.BaseTransport):
