@@ -114,14 +114,16 @@ def test_what_is_slower_than_the_rate_ends(kind: str, min_rate: float | None) ->
         assert time.monotonic() - start < 3
 
 
-def test_an_upload_that_nobody_reads_ends(client: HttpClient) -> None:
+@pytest.mark.parametrize("content", [bytes(50_000_000), [bytes(50_000_000)]], ids=["bytes", "pieces"])
+def test_an_upload_that_is_read_slowly_ends(client: HttpClient, content: bytes | list[bytes]) -> None:
     def reading_slowly(socket: socket.socket) -> None:
-        while socket.recv(1000):
-            time.sleep(0.1)
+        while socket.recv(2**17):
+            time.sleep(0.02)
 
     with listening(reading_slowly) as port:
         start, url = time.monotonic(), f"http://127.0.0.1:{port}/"
-        with pytest.raises(RetryableError), client.stream("POST", url, {}, bytes(50_000_000), max_bytes=9):
+        headers = {"Content-Length": "50000000"}
+        with pytest.raises(RetryableError), client.stream("POST", url, headers, content, max_bytes=9):
             pass
         assert time.monotonic() - start < 5
 
