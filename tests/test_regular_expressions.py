@@ -28,9 +28,9 @@ BUILT = {
     "flows/config.py: f'\\\\b{re.escape(key)}\\\\b'": "a literal",
 }
 """Expressions that are made while the program runs, and why they may be."""
-LENGTHS = (16, 20, 24, 28, 500, 4000, 8000, 16_000, 32_000, 64_000)
-MAX_SECONDS = 0.5
-"""CPU time for each text. Of 64,000 characters, linear expressions take milliseconds, quadratic ones many seconds."""
+LENGTHS = (16, 20, 24, 500, 4000, 10_000, 40_000)
+MAX_SECONDS = 0.3
+"""CPU time for each text. Of 40,000 characters, linear expressions take milliseconds, quadratic ones many seconds."""
 CHARACTERS = (*map(chr, range(32, 127)), "\n", "\t", "é", "\ufeff", "\x00", "\ud800")
 
 
@@ -190,7 +190,6 @@ def test_no_expression_takes_more_than_linear_time() -> None:
     [
         (r"\ufeff?---\s*?\n(.*?)^---\s*$", "match"),
         (r"(a+)+$", "match"),
-        (r"(\w+\s?)*!", "fullmatch"),
     ],
 )
 def test_expressions_of_more_than_linear_time_are_found(pattern: str, method: str) -> None:
