@@ -7,9 +7,10 @@ from typing import Literal, get_args
 from urllib.request import getproxies
 
 from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from diffusion.common.errors import UserError
+from diffusion.data.ingest.config import CaptionProgram
 from diffusion.generation.config import GenerationLimits
 
 Server = Literal["mlflow", "prefect", "s3"]
@@ -41,6 +42,8 @@ DEFAULTS = {
     "DO_NOT_TRACK": "true",
 }
 PREFIX = "DARKROOM_STAGING_"
+WORKER_VARIABLES = ("DARKROOM_CAPTIONERS", "DARKROOM_PRIVATE_ADDRESSES")
+"""Variables that say what parameters of deployments may make a worker do."""
 SERVER_PREFIXES = ("AWS_", "MLFLOW_", "PREFECT_", "DARKROOM_")
 """Prefixes of variables with server addresses and credentials."""
 
@@ -67,6 +70,11 @@ class Settings(GenerationLimits, BaseSettings):
     """Passphrase of that key; unset: it is not encrypted."""
     signing_certificates: str | None = None
     """Certificate of that key, then those that lead to a root: path of a PEM file, or its text; images need it."""
+    captioners: tuple[CaptionProgram, ...] = ()
+    """Captioners that runs of deployments may use on this worker: a JSON list of ``{"command": […]}`` or ``{"url":
+    "…"}``, with ``environment`` or ``token_env`` if there are any, as in ``ingest.captioner``."""
+    private_addresses: bool = False
+    """Whether runs of deployments may set ``ingest.allow_private_addresses`` on this worker."""
 
     @property
     def folder(self) -> Path:
@@ -78,6 +86,8 @@ def settings() -> Settings:
     """Read the ``DARKROOM_*`` variables; raises UserError that names an invalid one."""
     try:
         return Settings()
+    except SettingsError as error:
+        raise UserError(f"DARKROOM_CAPTIONERS is not JSON ({error.__cause__}): write a list of captioners") from error
     except ValidationError as error:
         detail = error.errors()[0]
         name = f"DARKROOM_{detail['loc'][0]}".upper()

@@ -22,7 +22,14 @@ from flows.datasets.catalog import Catalog
 from flows.datasets.checkout import unpin
 from flows.datasets.dvc import DataVersion
 from flows.datasets.sync import announce, bring_up_to_date, publish
-from flows.deployment.tasks import artifact_key, completed_state, prefect_fan_out, retryable_task, task_runner
+from flows.deployment.tasks import (
+    artifact_key,
+    completed_state,
+    prefect_fan_out,
+    require_permitted,
+    retryable_task,
+    task_runner,
+)
 from flows.environment import data_source, settings
 from flows.storage.s3 import S3Objects, Store
 from flows.tracking.console import reporter
@@ -50,6 +57,7 @@ def ingest(
 
     A new version emits an event, unless the caller will retrain on it anyway (``to_retrain``).
     """
+    require_permitted(params)
     make = make_dataset.with_options(task_runner=task_runner(params.ingest))
 
     def change(earlier: IngestResult | None) -> IngestResult:

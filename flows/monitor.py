@@ -25,7 +25,7 @@ from diffusion.data.manifest import read_manifest, versions
 from flows.config import Params
 from flows.datasets.dvc import StoredFiles
 from flows.datasets.sync import sync
-from flows.deployment.tasks import artifact_key, completed_state, emit, retryable_task
+from flows.deployment.tasks import artifact_key, completed_state, emit, require_permitted, retryable_task
 from flows.environment import data_source
 from flows.registry.alarms import Alarm, Alarms, Cause, NumberedAlarm, RetrainingHold
 from flows.registry.ledger import who
@@ -76,6 +76,7 @@ class MonitorResult(Config):
 @flow(name="monitor", flow_run_name="monitor-{params.training.dataset}")
 def monitor(params: Params) -> MonitorResult:
     """Re-evaluate the champion on the newest held-out images, test for drift, and request a retraining if there is."""
+    require_permitted(params)
     sync(params, None)
     result = evaluate_champion(params)
     if not result.skipped:

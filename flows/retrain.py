@@ -21,7 +21,7 @@ from diffusion.generation.config import UNCONDITIONAL, Conditions
 from flows.config import Params, registered_autoencoder
 from flows.datasets.checkout import CheckoutResult
 from flows.datasets.sync import sync
-from flows.deployment.tasks import artifact_key, completed_state, concurrency_slot
+from flows.deployment.tasks import artifact_key, completed_state, concurrency_slot, require_permitted
 from flows.environment import settings
 from flows.ingest import IngestOutcome, ingest
 from flows.registry.alarms import Alarms
@@ -161,6 +161,7 @@ def retrain(
             the new images of ingest.source.
         alarm: Number of the drift alarm that requests it, which one run answers.
     """
+    require_permitted(params)
     if params.model.low_resolution is not None and (count, seed, to) != (64, 0, None):
         raise UserError("a model with model.low_resolution only upscales images: leave --count, --seed and --to out")
     seconds: dict[str, float] = {}

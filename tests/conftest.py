@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from tenacity import wait_none
 
+from diffusion.common.hub import hub_client
 from tests.builders.small_datasets import ingest_blobs, write_blobs
 from tests.hub import Hub, hub_server
 
@@ -47,8 +49,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hugging Face Hub on this machine, which the real client asks; without a token."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("diffusion.common.hub.LONGEST_PAUSE", 0.01)
+    hub_client.cache_clear()
+    monkeypatch.setattr("diffusion.common.http_client.PAUSE", wait_none())
     with hub_server() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.address)
         yield hub

@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -60,6 +60,7 @@ class Hub:
     """Bytes of a file after which the connection breaks."""
     statuses: list[int] = field(default_factory=list)
     """Answers to the next requests, instead of what was asked for."""
+    retry_after: str = ""
     added_size: int = 0
     """Bytes by which listings lie."""
     other_bytes: bool = False
@@ -67,6 +68,12 @@ class Hub:
     endless: bool = False
     elsewhere: str | None = None
     """Address of another host that files are redirected to."""
+    pages_at: str | None = None
+    """Address of another host that pages of a listing go on at."""
+    empty_pages: bool = False
+    """Whether a listing goes on for ever, with nothing in it."""
+    drip: float = 0.0
+    """Seconds between bytes of the headers of answers, which have no end."""
     drop_commits: int = 0
     """Commits that are made, but whose answer is lost."""
     drop_uploads: int = 0
@@ -110,11 +117,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _handle(self) -> None:
         self.path = unquote(urlsplit(self.path).path) + (f"?{query}" if (query := urlsplit(self.path).query) else "")
-        self.hub.requests.append((self.command, self.path, dict(self.headers)))
+        self.hub.requests.append(
+            (self.command, self.path, {name.title(): value for name, value in self.headers.items()})
+        )
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = self.path.partition("?")[0]
+        if self.hub.drip:
+            for byte in b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 1000:
+                self.wfile.write(bytes([byte]))
+                time.sleep(self.hub.drip)
         if self.hub.statuses:
-            self._send(self.hub.statuses.pop(0), b"busy")
+            wait = {"Retry-After": self.hub.retry_after} if self.hub.retry_after else {}
+            self._send(self.hub.statuses.pop(0), b"busy", wait)
             return
         for pattern, answer in ROUTES:
             method, _, rest = pattern.partition(" ")
@@ -134,6 +148,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         self._handle()
+
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # the other side has seen enough
+            super().handle()
 
     def _send(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -192,8 +210,10 @@ class _Handler(BaseHTTPRequestHandler):
         folders = sorted({path.rpartition("/")[0] for path in repo[0].commits[repo[1]] if "/" in path})
         entries += [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in folders]
         start = int(parse_qs(urlsplit(self.path).query).get("cursor", ["0"])[0])
-        more = f"{self.hub.address}{self.path.partition('?')[0]}?recursive=True&cursor={start + PAGE}"
-        links = {"Link": f'<{more}>; rel="next"'} if start + PAGE < len(entries) else {}
+        more = (
+            f"{self.hub.pages_at or self.hub.address}{self.path.partition('?')[0]}?recursive=True&cursor={start + PAGE}"
+        )
+        links = {"Link": f'<{more}>; rel="next"'} if start + PAGE < len(entries) or self.hub.empty_pages else {}
         self._json(entries[start : start + PAGE], links)
 
     def resolve(self, name: str, rev: str, path: str, kind: str | None = None) -> None:

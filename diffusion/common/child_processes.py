@@ -1,9 +1,28 @@
-"""Child processes that exit with their parent, even if the parent is killed."""
+"""Child processes: the environment of foreign programs, and an end with their parent, even if it is killed."""
 
 import multiprocessing
 import os
 import threading
 import time
+from collections.abc import Collection
+
+HARMLESS = frozenset(
+    (
+        *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "LD_LIBRARY_PATH"),
+        *("VIRTUAL_ENV", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "NO_PROXY", "no_proxy"),
+    )
+)
+HARMLESS_PREFIXES = ("LC_", "CUDA_", "CUBLAS_", "NVIDIA_", "OMP_", "MKL_", "PYTORCH_", "XDG_")
+"""Variables that hold no secret: where programs, files and certificates are, language, devices and threads."""
+
+
+def child_environment(names: Collection[str] = ()) -> dict[str, str]:
+    """Return the variables that a foreign program gets: those that hold no secret, and ``names``."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in HARMLESS or name in names or name.startswith(HARMLESS_PREFIXES)
+    }
 
 
 def end_with_parent() -> None:

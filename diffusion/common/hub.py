@@ -13,31 +13,46 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
-from json import JSONDecodeError
+from functools import cache, cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import yaml
+from tenacity import RetryCallState, Retrying, stop_after_attempt
 
 from diffusion.common.config import LONGEST_NAME
 from diffusion.common.errors import DarkroomError, TransientError, UserError
 from diffusion.common.files import sync_file, sync_folder
+from diffusion.common.http_client import (
+    HttpClient,
+    HttpError,
+    OversizedError,
+    RetryableError,
+    retry_delay,
+    shorten_message,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 Kind = Literal["model", "dataset"]
 Result = TypeVar("Result")
-NAME = r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}"
+REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})(?:@([^?#\s]+))?")
 COMMIT = re.compile("[0-9a-f]{40}")
-LONGEST_CARD = 2**20
+MAX_CARD = 2**20
 """Maximum bytes of a README.md that is read."""
+MAX_FRONT_MATTER = 2**16
+"""Maximum characters of the front matter of a README.md."""
+MAX_FILES = 10**6
+"""Maximum number of files of a repository."""
+MAX_LISTING_SECONDS = 900.0
+"""Deadline of the listing of all files, which takes a request for each thousand."""
 TRIES = 5
-"""Attempts without a new byte before a download, or a request, fails."""
+"""Attempts without progress, ``MIN_RATE``, before a download, or a request, fails."""
 SECONDS = 30.0
-"""Longest wait for the next bytes of an answer."""
-LONGEST_PAUSE = 30.0
+"""Deadline of an exchange, but for its body, which comes at ``MIN_RATE``."""
+MIN_RATE = 1000.0
+"""Least bytes per second of a body, and of a download over all its attempts."""
 RESERVE = 2**28
 """Bytes that a download leaves free on the disk."""
 NO_LICENCE = ("unknown", "other", "")
@@ -70,18 +85,10 @@ class HubFile(NamedTuple):
             return self.is_whole(data)
 
 
-class _RetryableError(Exception):
-    """A transient failure; ``after``: seconds that the server asks to wait."""
-
-    def __init__(self, reason: str, after: float | None = None) -> None:
-        super().__init__(reason)
-        self.after = after
-
-
 def parse_hub_uri(uri: str, kind: Kind) -> tuple[str, str | None]:
     """Return OWNER/NAME and the revision, if any, of ``hf://[datasets/]OWNER/NAME[@REVISION]``; raises UserError."""
     start = "hf://datasets/" if kind == "dataset" else "hf://"
-    match = re.fullmatch(f"{start}({NAME})(?:@([^?#\\s]+))?", uri)
+    match = REPOSITORY.fullmatch(uri.removeprefix(start)) if uri.startswith(start) else None
     if match is None or (kind == "model" and match[1].startswith(("datasets/", "spaces/"))):
         raise UserError(f"{uri} names no {_kind_name(kind)} of the Hugging Face Hub: write {start}OWNER/NAME@REVISION")
     return match[1], match[2]
@@ -92,10 +99,13 @@ def _kind_name(kind: Kind) -> str:
 
 
 def read_front_matter(card: str) -> dict[str, Any]:
-    """Parse the YAML at the beginning of the text of a card; empty if there is none, or it is damaged."""
-    match = re.match(r"\ufeff?---\s*?\n(.*?)^---\s*$", card, re.DOTALL | re.MULTILINE)
+    """Parse the YAML at the beginning of the text of a card; empty if there is none, or it is damaged or too long."""
+    first, *lines = card[:MAX_FRONT_MATTER].removeprefix("\ufeff").split("\n")
+    ends = (number for number, line in enumerate(lines) if line.rstrip() == "---")
+    if first.rstrip() != "---" or (end := next(ends, None)) is None:
+        return {}
     try:
-        front_matter = yaml.safe_load(match[1]) if match else {}
+        front_matter = yaml.safe_load("\n".join([*lines[:end], ""]))
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return front_matter if isinstance(front_matter, dict) else {}
@@ -115,39 +125,39 @@ def licence_of(front_matter: Mapping[str, Any]) -> str | None:
 def hub_api() -> "HfApi":
     """Return the Hub's client; raises UserError if it is not installed."""
     try:
-        from huggingface_hub import HfApi
-        from huggingface_hub.utils import disable_progress_bars, get_session
+        from huggingface_hub import HfApi, constants
+        from huggingface_hub.utils import disable_progress_bars
+
+        from diffusion.common.hub_transport import endpoint, use_http_client
     except ModuleNotFoundError as error:
         raise UserError(
             f"the Hugging Face Hub needs {error.name}, which is not installed: run `pip install -e '.[hub]'` in "
             "Darkroom's checkout"
         ) from error
+    if constants.is_offline_mode():
+        raise UserError("the Hub cannot be reached, as HF_HUB_OFFLINE is set: unset it")
     disable_progress_bars()
-    hooks = (session := get_session()).event_hooks
-    if _limit_timeouts not in hooks["request"]:
-        session.event_hooks = hooks | {"request": [*hooks["request"], _limit_timeouts]}
+    use_http_client(hub_client(os.getpid()))
     # False: no token that a login left on this machine.
     token = os.environ.get("HF_TOKEN", "").strip() or False
-    return HfApi(endpoint=os.environ.get("HF_ENDPOINT", "").strip() or None, token=token, library_name="darkroom")
+    return HfApi(endpoint=endpoint(), token=token, library_name="darkroom")
 
 
-def _limit_timeouts(request: Any) -> None:
-    # The client waits without end for most answers.
-    limits = request.extensions.get("timeout") or {}
-    kinds = ("connect", "read", "write", "pool")
-    request.extensions["timeout"] = {kind: SECONDS if limits.get(kind) is None else limits[kind] for kind in kinds}
+@cache
+def hub_client(process: int) -> HttpClient:
+    """Return the client of the process with this id: a fork must not share connections."""
+    return HttpClient(SECONDS, MIN_RATE)
 
 
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Turn errors of the Hub's client about ``what`` into UserError, transient ones into ``_RetryableError``."""
+    """Turn errors of the Hub's client about ``what`` into UserError or DarkroomError, but for RetryableError."""
     import httpx2
     from huggingface_hub.errors import (
         DisabledRepoError,
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
     )
 
@@ -163,44 +173,45 @@ def hub_errors(what: str) -> Iterator[None]:
         raise UserError(f"{what} is disabled on the Hub: use another") from error
     except RepositoryNotFoundError as error:
         raise UserError(f"{what} is not on the Hub, or private: check OWNER/NAME; if it is private, {token}") from error
-    except OfflineModeIsEnabled as error:
-        raise UserError(f"{what} cannot be reached, as HF_HUB_OFFLINE is set: unset it") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
             raise UserError(f"the Hub refuses access to {what} (HTTP {status}): {token}") from error
-        if status not in (408, 425, 429) and status < 500:
-            raise DarkroomError(f"the Hub answers HTTP {status} about {what}: check HF_ENDPOINT") from error
-        pause = error.response.headers.get("Retry-After", "")
-        raise _RetryableError(f"HTTP {status}", float(pause[:6]) if pause.isdecimal() else None) from error
-    except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+        raise DarkroomError(f"the Hub answers HTTP {status} about {what}: check HF_ENDPOINT") from error
+    except httpx2.InvalidURL as error:
         raise UserError(f"HF_ENDPOINT leads nowhere ({error}): give https://HOST, or unset it") from error
-    except httpx2.TransportError as error:
-        raise _RetryableError(str(error) or type(error).__name__) from error
-    except (httpx2.TooManyRedirects, httpx2.DecodingError, JSONDecodeError, KeyError, TypeError) as error:
-        raise DarkroomError(f"the answer about {what} is none of a Hub's: check HF_ENDPOINT") from error
+    except RetryableError:
+        raise
+    except (HttpError, httpx2.HTTPError, ValueError, LookupError, TypeError, RecursionError) as error:
+        reason = shorten_message(error)
+        raise DarkroomError(f"the answer about {what} is none of a Hub's ({reason}): check HF_ENDPOINT") from error
 
 
-def retry(what: str, request: Callable[[], Result], has_progressed: Callable[[], bool] = lambda: False) -> Result:
+def retry(what: str, request: Callable[[], Result], received: Callable[[], int] = lambda: 0) -> Result:
     """Return the result of ``request``, repeated after transient failures: TRIES times at most without progress.
 
-    ``has_progressed``: whether the last, failed request brought anything.
+    ``received``: number of bytes so far; attempts that bring less than ``MIN_RATE`` make no progress.
 
     Raises UserError as ``hub_errors`` does, and TransientError if the Hub cannot be reached.
     """
-    failures = 0
-    while True:
-        try:
-            with hub_errors(what):
-                return request()
-        except _RetryableError as error:
-            failures = 1 if has_progressed() else failures + 1
-            if failures >= TRIES:
-                raise TransientError(
-                    f"the Hub gave no whole answer about {what} ({' '.join(str(error).split())[:200]}), at each of "
-                    f"{TRIES} tries: give the same command again later, which goes on from there"
-                ) from error
-            time.sleep(min(error.after or 0.25 * 2**failures, LONGEST_PAUSE))
+    size, start = received(), time.monotonic()
+
+    def is_transient(state: RetryCallState) -> bool:
+        nonlocal size, start
+        gained, seconds = received() - size, time.monotonic() - start
+        size, start = size + gained, start + seconds
+        if gained > MIN_RATE * seconds:
+            state.attempt_number = 1
+        return state.outcome is not None and isinstance(state.outcome.exception(), RetryableError)
+
+    try:
+        with hub_errors(what):
+            return Retrying(retry=is_transient, stop=stop_after_attempt(TRIES), wait=retry_delay, reraise=True)(request)
+    except RetryableError as error:
+        raise TransientError(
+            f"the Hub gave no whole answer about {what} ({error}), at each of {TRIES} tries: give the same command "
+            "again later, which goes on from there"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -244,19 +255,25 @@ class Repository:
     @cached_property
     def files(self) -> dict[str, HubFile]:
         """All files by path, sorted; raises DarkroomError for paths that lead out of the repository."""
-        from huggingface_hub.hf_api import RepoFile
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
         api = hub_api()
+        headers = build_hf_headers(token=api.token, library_name="darkroom")
 
         def request() -> list[HubFile]:
-            entries = api.list_repo_tree(self.name, recursive=True, revision=self.commit, repo_type=self.kind)
-            return [
-                HubFile(entry.path, entry.lfs.size, entry.lfs.sha256)
-                if entry.lfs
-                else HubFile(entry.path, entry.size, entry.blob_id)
-                for entry in entries
-                if isinstance(entry, RepoFile)
-            ]
+            url: str | None = f"{api.endpoint}/api/{self.kind}s/{self.name}/tree/{self.commit}?recursive=true"
+            files, deadline = list[HubFile](), time.monotonic() + MAX_LISTING_SECONDS
+            while url:
+                if len(files) > MAX_FILES or time.monotonic() > deadline:
+                    raise HttpError(f"a listing of more than {MAX_FILES} files or {MAX_LISTING_SECONDS:g} s")
+                hf_raise_for_status(page := get_session().get(url, headers=headers))
+                for entry in page.json():
+                    if entry["type"] == "file":
+                        large = entry.get("lfs")
+                        size, digest = (large["size"], large["oid"]) if large else (entry["size"], entry["oid"])
+                        files.append(HubFile(str(entry["path"]), int(size), str(digest)))
+                url = page.links.get("next", {}).get("url")
+            return files
 
         files = retry(self.uri, request)
         for file in files:
@@ -271,7 +288,7 @@ class Repository:
     def card(self) -> dict[str, Any]:
         """Front matter of the repository's README.md; empty if it has none."""
         file = self.files.get("README.md")
-        if file is None or file.size > LONGEST_CARD:
+        if file is None or file.size > MAX_CARD:
             return {}
         return read_front_matter(self.read(file).decode("utf-8", "replace"))
 
@@ -315,31 +332,35 @@ class Repository:
         DarkroomError if other bytes than those of the listing came, which empties ``data``.
         """
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+        from huggingface_hub.utils import build_hf_headers
 
-        api = hub_api()
+        from diffusion.common.hub_transport import raise_for_status
+
+        client, api = hub_client(os.getpid()), hub_api()
         url = hf_hub_url(self.name, file.path, repo_type=self.kind, revision=self.commit, endpoint=api.endpoint)
-        headers = build_hf_headers(token=api.token, library_name="darkroom") | {"Accept-Encoding": "identity"}
-        source, offset = f"{file.path} of {self.uri}", 0
+        headers = build_hf_headers(token=api.token, library_name="darkroom")
+        source = f"{file.path} of {self.uri}"
+
+        def received() -> int:
+            return data.seek(0, os.SEEK_END)
 
         def request() -> None:
-            nonlocal offset
-            offset = data.seek(0, os.SEEK_END)
-            range_header = {"Range": f"bytes={offset}-"} if offset else {}
-            with get_session().stream("GET", url, headers=headers | range_header, timeout=SECONDS) as response:
-                hf_raise_for_status(response)
-                if response.status_code != 206:
+            range_header = {"Range": f"bytes={offset}-"} if (offset := received()) else {}
+            with client.stream("GET", url, headers | range_header, max_bytes=file.size) as response:
+                raise_for_status(response, url)
+                if response.status != 206:
                     data.seek(0)
                     data.truncate()
-                for piece in response.iter_raw():
-                    data.write(piece)
-                    if data.tell() > file.size:
-                        return
+                try:
+                    for piece in response.pieces:
+                        data.write(piece)
+                except OversizedError:
+                    return
             if data.tell() < file.size:
-                raise _RetryableError(f"{data.tell()} of {file.size} bytes")
+                raise RetryableError(f"{data.tell()} of {file.size} bytes")
 
-        if data.seek(0, os.SEEK_END) < file.size:
-            retry(source, request, lambda: data.seek(0, os.SEEK_END) > offset)
+        if received() < file.size:
+            retry(source, request, received)
         if not file.is_whole(data):
             data.seek(0)
             data.truncate()

@@ -21,7 +21,7 @@ from diffusion.checkpoints import AVERAGED, CARRIED, FILES, LARGEST_FILES, match
 from diffusion.common.config import LARGEST_SIZE, LONGEST_NAME
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of, sha256_bytes, sha256_file
-from diffusion.common.hub import LONGEST_CARD, licence_of, read_front_matter
+from diffusion.common.hub import MAX_CARD, licence_of, read_front_matter
 from diffusion.common.model_files import LARGEST_HEADER
 from diffusion.families.model import ModelHeader, Origin
 from diffusion.models.config import GUIDANCE, PIPELINES, SCHEDULERS, Component, DiffusersConfig
@@ -70,7 +70,7 @@ def import_pipeline(folder: Path, path: Path, origin: Origin) -> str:
     files = dict(_files(folder))
     index = _read_json(folder, INDEX, files)
     components = dict(_components(folder, index, files))
-    card = files["README.md"].read_bytes()[:LONGEST_CARD] if "README.md" in files else b""
+    card = files["README.md"].read_bytes()[:MAX_CARD] if "README.md" in files else b""
     licence = origin.licence or licence_of(read_front_matter(card.decode(errors="replace")))
     if licence is None:
         raise UserError(

@@ -1,10 +1,12 @@
 """Shared parts of the Prefect flows: task retries, task runners, fan-out, concurrency slots and final states."""
 
 import asyncio
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 from prefect import Task, task
@@ -15,7 +17,7 @@ from prefect.concurrency.sync import concurrency
 from prefect.events import Event
 from prefect.events.clients import get_events_client
 from prefect.exceptions import ObjectNotFound
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 from prefect.settings import get_current_settings
 from prefect.states import Completed, Failed
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
@@ -24,9 +26,10 @@ from prefect.tasks import exponential_backoff
 from diffusion.common.child_processes import end_with_parent
 from diffusion.common.errors import DarkroomError, TransientError, UserError
 from diffusion.common.escaping import escape_controls
-from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.config import CaptionProgram, IngestConfig
 from diffusion.data.prefetch import FanOut, yield_in_order
-from flows.config import SamplingBatchConfig
+from flows.config import Params, SamplingBatchConfig
+from flows.environment import settings
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +152,33 @@ def concurrency_slot(name: str) -> Iterator[None]:
             f"Prefect has no concurrency limit {name}, without which runs of deployments would get in each other's "
             "way: run `darkroom deploy`"
         ) from error
+
+
+def require_permitted(params: Params) -> None:
+    """Raise UserError if a deployment's parameters make its worker run, ask or overwrite what it does not permit.
+
+    Whoever may start a run sets its parameters. A run that was started on this machine may do whatever its user may.
+    """
+    if deployment.id is None:
+        return
+    captioner, permitted = params.ingest.captioner, settings()
+    if captioner is not None:
+        program = CaptionProgram(**{name: getattr(captioner, name) for name in CaptionProgram.model_fields})
+        if program not in permitted.captioners:
+            text = escape_controls(json.dumps(program.model_dump(exclude_none=True), ensure_ascii=False))
+            raise UserError(
+                f"ingest.captioner is not one that this worker permits: if it may be used, add {text} to the list "
+                "DARKROOM_CAPTIONERS in the worker's environment"
+            )
+    if params.ingest.allow_private_addresses and not permitted.private_addresses:
+        raise UserError(
+            "this worker does not permit ingest.allow_private_addresses: set DARKROOM_PRIVATE_ADDRESSES=true in its "
+            "environment if tables of URLs may lead into its network"
+        )
+    if not params.run_folder.resolve().is_relative_to(Path.cwd()):
+        raise UserError(
+            f"training.output is {params.run_folder}, outside of the worker's folder {Path.cwd()}: give one below it"
+        )
 
 
 def heartbeat_timeout() -> int:

@@ -1,25 +1,24 @@
-"""Minimal HTTP client for MLflow and Prefect, whose own clients take seconds to import, and health checks with it.
+"""Requests to MLflow and Prefect, whose own clients take seconds to import, and health checks with them.
 
 The checks use the same URL and credentials as the clients, and not the servers' ``/health`` endpoints, which return 200
 even if the host name or the password is rejected.
 """
 
 import base64
-import http.client
 import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from diffusion.common.errors import DarkroomError, UserError
+from diffusion.common.http_client import HttpClient, HttpError
 from flows.environment import SECRET_VARIABLE, SERVER_TITLES, SERVER_VARIABLES, Server, settings
 
-LARGEST = 64 * 2**20  # largest accepted response, in bytes
+MAX_ANSWER = 64 * 2**20  # bytes
 
 
 class NotServingError(DarkroomError):
@@ -67,22 +66,19 @@ def fetch(url: str, login: str = "", body: Any = None, timeout: float = 3) -> by
     login, headers = login or url_login, {"Content-Type": "application/json"}
     if login:
         headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
-    data = None if body is None else json.dumps(body).encode()
-    try:
-        request = urllib.request.Request(url, data, headers)
-        # No proxy for the loopback address.
-        proxies: dict[str, str] | None = {} if request.host.startswith("127.0.0.1") else None
-        with urllib.request.build_opener(urllib.request.ProxyHandler(proxies)).open(request, timeout=timeout) as answer:
-            content = bytes(answer.read(LARGEST + 1))
-    except urllib.error.HTTPError as error:
-        if error.code == 401:
-            raise LoginRejectedError(f"{url}: wrong user or password") from error
-        raise NotServingError(f"{url}: {error}") from error
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise NotServingError(f"{url}: {error}") from error
-    if len(content) > LARGEST:
-        raise NotServingError(f"{url}: answers with more than {LARGEST} bytes")
-    return content
+    method, data = ("GET", b"") if body is None else ("POST", json.dumps(body).encode())
+    # No proxy for the loopback address.
+    client = HttpClient(timeout, use_proxies=urlsplit(url).hostname != "127.0.0.1")
+    with closing(client):
+        try:
+            with client.stream(method, url, headers, data, max_bytes=MAX_ANSWER) as response:
+                if response.status == 401:
+                    raise LoginRejectedError(f"{url}: wrong user or password")
+                if not 200 <= response.status < 300:
+                    raise NotServingError(f"{url}: {response.reason}")
+                return b"".join(response.pieces)
+        except HttpError as error:
+            raise NotServingError(f"{url}: {error}") from error
 
 
 def split_login(url: str) -> tuple[str, str]:

@@ -10,10 +10,10 @@ import ssl
 import sysconfig
 import time
 from collections.abc import Sequence
+from contextlib import closing
 
-import httpx
-
-from diffusion.common.errors import UserError
+from diffusion.common.errors import DarkroomError, UserError
+from diffusion.common.http_client import HttpClient
 from flows.environment import settings
 from flows.local_stack.server_process import LOOPBACK
 from flows.local_stack.stack import LocalStack, servers_in_environment
@@ -57,10 +57,14 @@ def vacuum_deleted_objects() -> None:
     time.sleep(3)  # A deletion through S3 reaches the volumes in less than one, usually.
     identity = ssl.create_default_context(cafile=local.folder / "s3" / TLS)
     identity.load_cert_chain(local.folder / "s3" / TLS)
-    with httpx.Client(verify=identity, trust_env=False, timeout=600) as master:
-        # Compact volumes with any share of deleted bytes.
-        address = f"https://{LOOPBACK}:{local.state.ports['master']}/vol/vacuum"
-        master.get(address, params={"garbageThreshold": 1e-9}).raise_for_status()
+    # Compact volumes with any share of deleted bytes.
+    address = f"https://{LOOPBACK}:{local.state.ports['master']}/vol/vacuum?garbageThreshold=1e-9"
+    with (
+        closing(HttpClient(600, ssl_context=identity, use_proxies=False)) as client,
+        client.stream("GET", address, max_bytes=2**20) as response,
+    ):
+        if response.status != 200:
+            raise DarkroomError(f"the S3 server does not free the space of deleted objects: {response.reason}")
 
 
 def files(configuration: str, tls_identity: str) -> dict[str, str]:

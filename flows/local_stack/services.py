@@ -10,14 +10,16 @@ from pathlib import Path
 
 import psutil
 
+from diffusion.common.child_processes import child_environment
 from diffusion.common.files import digest_of
-from flows.environment import DEFAULTS, SERVER_PREFIXES, SERVERS, Server, loopback_no_proxy
+from flows.environment import DEFAULTS, SERVER_PREFIXES, SERVERS, WORKER_VARIABLES, Server, loopback_no_proxy
 from flows.local_stack import seaweedfs
 from flows.local_stack.http_api import NotServingError, request_json
 from flows.local_stack.server_process import LOOPBACK, Process, marks, start
 from flows.local_stack.stack import LocalStack, ServiceName, write_private
 from flows.storage.s3 import Store, client
 
+PROXIES = tuple(form(f"{kind}_proxy") for kind in ("http", "https", "all") for form in (str.lower, str.upper))
 POOL = "darkroom"  # process work pool of the stack's worker
 
 
@@ -44,8 +46,9 @@ class Service:
 
     def start(self, stack: LocalStack) -> Process:
         """Start the service as a detached process."""
-        prefixes = (*SERVER_PREFIXES, "WEED_")
-        variables = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
+        variables = child_environment(PROXIES)
+        if self.name == "worker":  # whose flows need the keys of sources and captioners
+            variables = {name: value for name, value in os.environ.items() if not name.startswith(SERVER_PREFIXES)}
         environment = variables | loopback_no_proxy() | self.environment | marks(stack.folder, self.name)
         self.cwd.mkdir(parents=True, exist_ok=True)
         for name, text in self.files.items():
@@ -165,6 +168,7 @@ def _worker(stack: LocalStack) -> Service:
         *("--pool", POOL, "--type", "process", "--name", "local"),
     ]
     environment = DEFAULTS | {"DARKROOM_HOME": str(stack.folder), "DARKROOM_BUCKET": stack.bucket}
+    environment |= {name: os.environ[name] for name in WORKER_VARIABLES if name in os.environ}
     for server in SERVERS:
         environment |= _client_environment(stack, server)
     return Service("worker", "Prefect worker", command, environment, stack.folder.parent, check, after="prefect")

@@ -4,7 +4,6 @@ The shipped code runs in a process of its own, with this machine's libraries and
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -24,12 +23,12 @@ from mlflow.client import MlflowClient
 from safetensors.numpy import load_file
 
 import diffusion
+from diffusion.common.child_processes import child_environment
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.files import write_bytes, write_json
 from diffusion.common.fingerprint import Fingerprint
 from flows import environment
-from flows.environment import SERVER_PREFIXES
 from flows.registry import model_versions
 from flows.registry.model_versions import CODE, CODE_FOLDER, SERVED_MODEL, Version, digest_code
 from flows.registry.takedown_marks import warn_of_takedown
@@ -298,13 +297,12 @@ def _run(request: dict[str, Any], code: Path, version: Version, installed: bool)
     folder = Path(request["folder"])
     stdin, stderr = folder / "request.json", folder / "stderr"
     write_json(stdin, request | {"code": str(code)})
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(SERVER_PREFIXES)}
     with stdin.open() as request_file, stderr.open("w") as errors:
         process = subprocess.Popen(
             # Not -I, which implies -s: the libraries may be installed for this user alone.
             [sys.executable, "-E", "-P", "-B", "-c", BEGIN, str(code), str(REGENERATION)],
             cwd=folder,
-            env=variables,
+            env=child_environment(),
             text=True,
             stdin=request_file,
             stdout=subprocess.PIPE,

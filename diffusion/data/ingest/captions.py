@@ -18,15 +18,13 @@ from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryFile
-from threading import Event, Lock
+from threading import Lock
 from typing import Any
 
-import httpx
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, stop_when_event_set
-from tenacity.nap import sleep_using_event
-
+from diffusion.common.child_processes import child_environment
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
+from diffusion.common.http_client import HttpClient, HttpError, OversizedError, RetryableError, shorten_message
 from diffusion.common.progress import Progress
 from diffusion.data.ingest.config import CaptionerConfig
 from diffusion.data.ingest.merge import Merge, write_part
@@ -34,16 +32,15 @@ from diffusion.data.manifest import CAPTIONER, read_records, work_folder
 from diffusion.data.prefetch import prefetch
 from diffusion.data.sources.base import LONGEST, too_long_reason
 from diffusion.data.sources.conventions import to_text
-from diffusion.data.sources.urls import RetryableError, retry_after, retry_delay, shorten_message
 
-LONGEST_ANSWER = 2**17
+MAX_ANSWER = 2**17
 """Maximum bytes of an answer: more than the longest caption takes, escaped in JSON."""
-MOST_UNANSWERED = 20
+MAX_UNANSWERED = 20
 """Images in a row without an answer, after which the captioner is taken for broken and called no more."""
 REJECTED_STATUSES = (400, 413, 415, 422)
 """HTTP statuses that concern one image; all others than 200 concern the endpoint."""
-WITHHELD = ("AWS_", "DARKROOM_", "MLFLOW_", "PREFECT_")
-"""Prefixes of environment variables that a command does not get: keys and passwords of the pipeline's own servers."""
+POLL_SECONDS = 0.05
+"""Interval between checks whether a command has ended."""
 SCHEMA = """
     PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA secure_delete = ON;
     CREATE TABLE IF NOT EXISTS captions (key BLOB, captioner TEXT, caption TEXT, PRIMARY KEY (key, captioner))
@@ -111,7 +108,7 @@ def add_captions(merge: Merge, config: CaptionerConfig, progress: Progress) -> C
                 partial(_send, captioner, cache, name), _images(folder / part.shard.name, requests), config.workers
             )
             try:
-                for row, answer in zip(requests if unanswered_count < MOST_UNANSWERED else (), answers, strict=False):
+                for row, answer in zip(requests if unanswered_count < MAX_UNANSWERED else (), answers, strict=False):
                     done += 1
                     unanswered_count = unanswered_count + 1 if isinstance(answer, NoAnswerError) else 0
                     if isinstance(answer, NoCaptionError):
@@ -120,11 +117,11 @@ def add_captions(merge: Merge, config: CaptionerConfig, progress: Progress) -> C
                         captions[row["key"]] = answer
                     failed_count = reasons.total()
                     progress("images captioned", done, total, f"{failed_count:,} failed" if failed_count else "")
-                    if unanswered_count == MOST_UNANSWERED:
-                        captioner.stopped.set()
+                    if unanswered_count == MAX_UNANSWERED:
+                        captioner.client.stopped.set()
                         break
             except BaseException:
-                captioner.stopped.set()
+                captioner.client.stopped.set()
                 raise
             finally:
                 answers.close()
@@ -169,9 +166,8 @@ class Captioner:
 
     def __init__(self, config: CaptionerConfig) -> None:
         self.config = config
-        self.stopped = Event()
-        """Ends all pauses before another try once it is set."""
-        headers = {"Content-Type": "image/png", "Accept": "application/json", "Accept-Encoding": "identity"}
+        self.client = HttpClient(config.seconds, connections=config.workers)
+        self._headers = {"Content-Type": "image/png", "Accept": "application/json"}
         if config.token_env:
             token = os.environ.get(config.token_env, "").strip()
             if not token or not token.isascii() or not token.isprintable():
@@ -179,32 +175,33 @@ class Captioner:
                     f"the environment has no token in {config.token_env}, which ingest.captioner.token_env names: "
                     "set it to one line of ASCII"
                 )
-            headers["Authorization"] = f"Bearer {token}"
+            self._headers["Authorization"] = f"Bearer {token}"
         if config.command and shutil.which(config.command[0]) is None:
             raise UserError(f"ingest.captioner.command: {config.command[0]} is no program: give its path")
-        limits = httpx.Limits(max_connections=config.workers)
-        self._client = httpx.Client(headers=headers, timeout=config.seconds, limits=limits)
-        self._retrying = Retrying(
-            retry=retry_if_exception_type(RetryableError),
-            stop=stop_after_attempt(config.tries) | stop_when_event_set(self.stopped),
-            wait=retry_delay,
-            sleep=sleep_using_event(self.stopped),
-            reraise=True,
-        )
+        if missing_names := [name for name in config.environment or () if name not in os.environ]:
+            raise UserError(
+                f"the environment has no {missing_names[0]}, which ingest.captioner.environment names: set it, or "
+                "leave it out"
+            )
+        self._environment = child_environment(config.environment or ())
 
     def close(self) -> None:
         """Close all connections."""
-        self._client.close()
+        self.client.close()
 
     def __call__(self, image: bytes) -> str:
         """Return the caption of a PNG; raises NoCaptionError, or NoAnswerError if the captioner is the reason."""
         if self.config.command:
             return _check_caption(self._run(self.config.command, image))
         try:
-            answer = self._retrying.copy()(self._post, image)
+            answer = self.client.retrying(self.config.tries)(self._post, image)
             return _check_caption(json.loads(answer)["caption"])
         except RetryableError as error:
             raise NoAnswerError(f"{error}, at each of {self.config.tries} tries") from error
+        except OversizedError as error:
+            raise NoCaptionError(f"its answer has more than {MAX_ANSWER} bytes") from error
+        except HttpError as error:
+            raise NoAnswerError(str(error)) from error
         except (ValueError, TypeError, LookupError, RecursionError) as error:
             raise NoCaptionError('its answer is not {"caption": "…"}') from error
 
@@ -221,7 +218,7 @@ class Captioner:
                     stdin=file,
                     stdout=subprocess.PIPE,
                     stderr=errors,
-                    env={name: value for name, value in os.environ.items() if not name.startswith(WITHHELD)},
+                    env=self._environment,
                     start_new_session=True,
                 )
             except OSError as error:
@@ -234,14 +231,19 @@ class Captioner:
             output = stack.enter_context(process.stdout)
             selector = stack.enter_context(selectors.DefaultSelector())
             selector.register(output, selectors.EVENT_READ)
-            while selector.select(max(deadline - time.monotonic(), 0)):
-                if not (piece := os.read(output.fileno(), 2**16)):
+            while True:
+                # A child of the command may hold the pipe open: once it ended, what it wrote is there.
+                has_ended, remaining = process.poll() is not None, deadline - time.monotonic()
+                if remaining <= 0:
+                    raise NoAnswerError(f"no answer within {self.config.seconds:g} s")
+                if selector.select(0 if has_ended else min(remaining, POLL_SECONDS)):
+                    if not (piece := os.read(output.fileno(), 2**16)):
+                        break
+                    answer += piece
+                    if len(answer) > MAX_ANSWER:
+                        raise NoCaptionError(f"its answer has more than {MAX_ANSWER} bytes")
+                elif has_ended:
                     break
-                answer += piece
-                if len(answer) > LONGEST_ANSWER:
-                    raise NoCaptionError(f"its answer has more than {LONGEST_ANSWER} bytes")
-            else:
-                raise NoAnswerError(f"no answer within {self.config.seconds:g} s")
             try:
                 code = process.wait(max(deadline - time.monotonic(), 0))
             except subprocess.TimeoutExpired as error:
@@ -256,25 +258,10 @@ class Captioner:
             raise NoCaptionError("its answer is not UTF-8") from error
 
     def _post(self, image: bytes) -> bytes:
-        deadline, answer = time.monotonic() + self.config.seconds, b""
-        try:
-            with self._client.stream("POST", str(self.config.url), content=image) as response:
-                if (status := response.status_code) != 200:
-                    line = f"HTTP {status} {httpx.codes.get_reason_phrase(status)}".strip()
-                    if status in (408, 425, 429) or status >= 500:
-                        raise RetryableError(line, retry_after(response.headers.get("Retry-After", "")))
-                    raise NoCaptionError(line) if status in REJECTED_STATUSES else NoAnswerError(line)
-                for piece in response.iter_raw():
-                    answer += piece
-                    if len(answer) > LONGEST_ANSWER:
-                        raise NoCaptionError(f"its answer has more than {LONGEST_ANSWER} bytes")
-                    if time.monotonic() > deadline:
-                        raise RetryableError(f"no whole answer within {self.config.seconds:g} s")
-                return answer
-        except httpx.TimeoutException as error:
-            raise RetryableError(f"no answer within {self.config.seconds:g} s") from error
-        except httpx.TransportError as error:
-            raise RetryableError(shorten_message(error) or type(error).__name__) from error
+        with self.client.stream("POST", str(self.config.url), self._headers, image, max_bytes=MAX_ANSWER) as response:
+            if response.status != 200:
+                raise (NoCaptionError if response.status in REJECTED_STATUSES else NoAnswerError)(response.reason)
+            return b"".join(response.pieces)
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

@@ -14,6 +14,8 @@ AREAS = (0.75, 1.25)
 """Least and most pixels of a bucket, as multiples of those of the square."""
 MOST_BITS = 48
 """Largest threshold of near-duplicates, in bits of 256: the index looks up all hashes up to it."""
+VARIABLE = "^[A-Za-z_][A-Za-z0-9_]*$"
+"""Name of an environment variable."""
 UNCALIBRATED_BITS = 24
 """Threshold of near-duplicates in a data set of too few images to calibrate it."""
 
@@ -77,34 +79,25 @@ class StorageConfig(Config):
         return self
 
 
-class CaptionerConfig(Config):
-    """A command or an HTTP endpoint of yours that captions images, called once per image."""
+class CaptionProgram(Config):
+    """What captions images: a command or an HTTP endpoint, with what it gets from the environment."""
 
     command: tuple[str, ...] | None = Field(None, min_length=1)
     """Program and arguments, started once per image without a shell. It reads the stored image as PNG from standard
     input, or from the file whose path replaces an argument ``{image}``, and writes the caption to standard output in
-    UTF-8; empty output: no caption for this image. Its environment is this one without ``AWS_*``, ``DARKROOM_*``,
-    ``MLFLOW_*`` and ``PREFECT_*``."""
+    UTF-8; empty output: no caption for this image. A run of a deployment starts only what ``DARKROOM_CAPTIONERS`` in
+    the worker's environment names."""
+    environment: tuple[Annotated[str, Field(pattern=VARIABLE)], ...] | None = Field(None, exclude_if=is_unset)
+    """Environment variables that the command gets besides those that hold no secret, such as ``PATH``, ``HOME``,
+    ``LANG`` and ``CUDA_VISIBLE_DEVICES``."""
     url: str | None = None
     """HTTP endpoint instead of a command: the PNG is the body of a POST, the answer is JSON, {"caption": "…"}, or null
     for no caption. Redirects are not followed."""
-    version: str = Field(min_length=1, max_length=100)
-    """Version of the model and its prompt, in your words: if it, command or url changes, all are captioned again."""
-    token_env: str | None = Field(None, pattern="^[A-Za-z_][A-Za-z0-9_]*$")
+    token_env: str | None = Field(None, pattern=VARIABLE)
     """Environment variable with a token, sent to ``url`` as ``Authorization: Bearer …``."""
-    replace: bool = False
-    """Whether captions of the source are replaced; otherwise only images without one are captioned."""
-    workers: int = Field(4, ge=1, le=256)
-    """Number of images captioned concurrently."""
-    seconds: float = Field(60.0, gt=0)
-    """Timeout of one answer in seconds."""
-    tries: int = Field(4, ge=1)
-    """Attempts at ``url`` before an image stays without a caption until the next ingest; a command is started once."""
-    max_failed: float = Field(0.5, ge=0, le=1)
-    """Share of the images that get no caption above which the ingest fails; the captions of the others are kept."""
 
     @model_validator(mode="after")
-    def _is_one_of_two(self) -> "CaptionerConfig":
+    def _is_one_of_two(self) -> Self:
         if (self.command is None) == (self.url is None):
             raise ValueError("give either command or url")
         if self.url is not None:
@@ -121,8 +114,27 @@ class CaptionerConfig(Config):
                 raise ValueError(f"url: {error}") from error
             _ = place.port  # raises ValueError outside 0 to 65535
         if self.command and self.token_env:
-            raise ValueError("token_env is for url: a command reads its environment by itself")
+            raise ValueError("token_env is for url: a command gets the variables that environment names")
+        if self.url and self.environment:
+            raise ValueError("environment is for command: an endpoint gets the token that token_env names")
         return self
+
+
+class CaptionerConfig(CaptionProgram):
+    """A command or an HTTP endpoint of yours that captions images, called once per image."""
+
+    version: str = Field(min_length=1, max_length=100)
+    """Version of the model and its prompt, in your words: if it, command or url changes, all are captioned again."""
+    replace: bool = False
+    """Whether captions of the source are replaced; otherwise only images without one are captioned."""
+    workers: int = Field(4, ge=1, le=256)
+    """Number of images captioned concurrently."""
+    seconds: float = Field(60.0, gt=0)
+    """Deadline of one answer in seconds, from the start of the request or command to the last byte."""
+    tries: int = Field(4, ge=1)
+    """Attempts at ``url`` before an image stays without a caption until the next ingest; a command is started once."""
+    max_failed: float = Field(0.5, ge=0, le=1)
+    """Share of the images that get no caption above which the ingest fails; the captions of the others are kept."""
 
     @property
     def identity(self) -> str:

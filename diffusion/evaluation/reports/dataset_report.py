@@ -77,7 +77,7 @@ COLUMNS = (
     *("source", "outcome", "reason", "key", "split", "caption"),
     *("width", "height", "total", "squares", "phash", "near"),
 )
-VARIABLE = re.compile(r"\S*[/\\]\S*|0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+(?:[.,]\d+)*", re.IGNORECASE)
+VARIABLE = re.compile(r"(?<!\S)\S*[/\\]\S*|0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+(?:[.,]\d+)*", re.IGNORECASE)
 """Paths, digests and numbers: what differs between two messages about the same problem."""
 
 

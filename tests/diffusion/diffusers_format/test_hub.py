@@ -12,6 +12,7 @@ import diffusers
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.utils._runtime import is_xet_available
 
 from diffusion.checkpoints import load_model, read_model_header
 from diffusion.common.errors import DarkroomError, UserError
@@ -130,6 +131,28 @@ def test_what_is_no_hub_and_a_commit_that_is_gone_are_errors_of_one_line(hub: Hu
     hub.statuses = [200]
     with pytest.raises(DarkroomError, match="HF_ENDPOINT"):
         download_pipeline("hf://me/tiny", tmp_path / "tiny")
+
+
+@pytest.mark.parametrize("address", ["ftp://127.0.0.1", "127.0.0.1"])
+def test_an_endpoint_that_cannot_be_is_a_mistake_of_one_line(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    with pytest.raises(UserError, match="HF_ENDPOINT") as error:
+        download_pipeline("hf://me/tiny", tmp_path / "tiny")
+    assert "\n" not in str(error.value)
+
+
+def test_no_upload_or_pause_of_the_library_escapes_the_client(
+    hub: Hub, tmp_path: Path, pipeline: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own uploads by Xet, and its own waits for as long as an answer says, have no deadline."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("diffusion.common.http_client.MAX_PAUSE", 0.0)
+    hub.statuses, hub.retry_after = [503], "999999999"
+    assert push_to_hub("hf://me/new", write_files(tmp_path / "export", pipeline), "# Card", {}, "Export").created
+    assert hub.stored
+    assert is_xet_available() is False
 
 
 def test_a_repeated_import_goes_on_although_the_branch_moved(

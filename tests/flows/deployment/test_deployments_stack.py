@@ -410,3 +410,14 @@ def test_images_are_generated_by_the_form_in_prefects_ui(workspace: Workspace, p
         shot(page, "prefect_run")
         page.get_by_role("tab", name="Artifacts").or_(page.get_by_text("Artifacts", exact=True)).last.click()
         expect(page.get_by_text("samples-blobs", exact=True).first).to_be_visible()
+
+
+def test_a_parameter_of_a_deployment_starts_no_program_on_the_worker(
+    workspace: Workspace, prefect: Prefect, tmp_path: Path
+) -> None:
+    params = prefect.deployment("retrain/blobs")["parameters"]["params"]
+    params["ingest"]["captioner"] = {"command": ["touch", str(tmp_path / "done")], "version": "one"}
+    run = prefect.ended(prefect.start("retrain/blobs", params=params))
+    assert run["state_type"] == "FAILED"
+    assert "DARKROOM_CAPTIONERS" in run["state"]["message"]
+    assert not (tmp_path / "done").exists()

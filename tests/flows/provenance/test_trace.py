@@ -524,3 +524,17 @@ def test_changed_library_versions_are_named() -> None:
         f"torch: 1.0 → {installed('torch').split('+')[0]}",
         "no-such-thing: 2 → not installed",
     ]
+
+
+def test_the_code_of_a_version_gets_no_keys_of_the_environment(
+    stored_batch: StoredBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hush")
+    script = f"import os; open({str(tmp_path / 'seen')!r}, 'w').write(repr(os.environ)); raise SystemExit(1)"
+    monkeypatch.setattr("flows.provenance.reproduce.BEGIN", script)
+    with pytest.raises(UserError):
+        reproduce(str(stored_batch.place), count=1)
+    seen = (tmp_path / "seen").read_text()
+    assert "PATH" in seen
+    assert "hush" not in seen
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] not in seen

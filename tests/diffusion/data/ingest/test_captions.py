@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -33,7 +34,7 @@ from diffusion.data.versions.takedown_records import Selection
 from diffusion.data.versions.versions import diff
 from diffusion.evaluation.config import EvaluationConfig
 from tests.builders import ROOT
-from tests.builders.http_server import serving
+from tests.builders.http_server import Serve, dripped, listening, request_of, response, serving
 from tests.builders.ingested import files_of, records
 from tests.builders.shapes import blob
 
@@ -286,8 +287,8 @@ mode = sys.argv[1]
 if mode == "hang":
     time.sleep(60)
 if mode == "secret":
-    assert "PATH" in os.environ, "no PATH"
-    sys.exit(" ".join(name for name in os.environ if name.startswith(("AWS_", "DARKROOM_"))) or 0)
+    assert {"PATH", "LC_TIME", "MODEL_KEY"} <= os.environ.keys(), "too few"
+    sys.exit(" ".join(name for name, value in os.environ.items() if value == "hush") or 0)
 if mode == "flood":
     while True:
         os.write(1, b"x" * 65536)
@@ -345,6 +346,8 @@ def test_a_captioner_that_cannot_be_is_named_at_once(images: Path, data: Path) -
         {"url": "http://x y/"},
         {"url": "http://x/\n"},
         {"command": []},
+        {"url": "http://x", "environment": ["PATH"]},
+        {"command": ["x"], "environment": ["A=b"]},
     ):
         with pytest.raises(ValidationError):
             CaptionerConfig.model_validate({"version": "1", **wrong})
@@ -371,16 +374,67 @@ def test_nothing_that_a_command_starts_outlives_its_answer(tmp_path: Path, image
         time.sleep(0.02)
 
 
-def test_a_command_does_not_get_the_keys_of_the_servers(
+def test_a_command_gets_only_variables_that_are_harmless_or_named(
     images: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
-    monkeypatch.setenv("DARKROOM_SIGNING_KEY_PASSPHRASE", "hush")
+    for name in (
+        "AWS_SECRET_ACCESS_KEY",
+        "HF_TOKEN",
+        "CAPTIONER_TOKEN",
+        "DATABASE_URL",
+        "SSH_AUTH_SOCK",
+        "HTTPS_PROXY",
+    ):
+        monkeypatch.setenv(name, "hush")
+    monkeypatch.setenv("LC_TIME", "C")
+    monkeypatch.setenv("MODEL_KEY", "needed")
     for path in sorted(images.glob("*/*"))[1:]:
         path.unlink()
-    result = run(images, data, {"command": [sys.executable, "-S", "-c", SCRIPT, "secret"], "max_failed": 1})
+    command = {"command": [sys.executable, "-S", "-c", SCRIPT, "secret"], "max_failed": 1}
+    result = run(images, data, command | {"environment": ["MODEL_KEY"]})
     assert result.captions is not None
     assert list(result.captions.reasons) == ["it has no caption for it"]
+    with pytest.raises(UserError, match="MODEL_KEI"):
+        run(images, data, command | {"environment": ["MODEL_KEI"]})
+
+
+@pytest.mark.parametrize("answer", ["echo caption", "printf caption; exec >/dev/null"], ids=["open", "closed"])
+def test_an_answer_counts_though_a_child_holds_standard_output(images: Path, data: Path, answer: str) -> None:
+    for path in sorted(images.glob("*/*"))[1:]:
+        path.unlink()
+    start = time.monotonic()
+    run(images, data, {"command": ["sh", "-c", f"sleep 60 & {answer}"], "seconds": 30})
+    assert set(captions(data).values()) == {"caption"}
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize(
+    "serve",
+    [
+        dripped(b"", b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 1000),
+        dripped(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b"x" * 1000),
+    ],
+    ids=["headers", "body"],
+)
+def test_an_endpoint_that_sends_byte_by_byte_ends_in_time(images: Path, data: Path, serve: Serve) -> None:
+    start = time.monotonic()
+    with listening(serve) as port, pytest.raises(UserError, match=r"within 0\.2 s"):
+        run(images, data, {"url": f"http://127.0.0.1:{port}/", "seconds": 0.2, "tries": 1, "workers": 24})
+    assert time.monotonic() - start < 10
+
+
+def test_an_endpoint_that_redirects_is_not_followed(images: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPTIONER_TOKEN", "hush")
+    requests: list[bytes] = []
+    with listening(lambda client: requests.append(request_of(client))) as other:
+
+        def redirect(client: socket.socket) -> None:
+            request_of(client)
+            client.sendall(response(b"", f"Location: http://127.0.0.1:{other}/", status="302 Found"))
+
+        with listening(redirect) as port, pytest.raises(UserError, match="302"):
+            run(images, data, {"url": f"http://127.0.0.1:{port}/", "token_env": "CAPTIONER_TOKEN"})
+    assert requests == []
 
 
 def test_images_that_are_curated_before_they_are_captioned_are_not_sent(images: Path, data: Path) -> None:

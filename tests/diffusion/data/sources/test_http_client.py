@@ -5,8 +5,8 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,49 +17,18 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from tenacity import wait_none
 
+from diffusion.common.http_client import is_own, is_public
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.sources import open_source
-from diffusion.data.sources.urls import is_own, is_public
 from tests.builders.archives import peak
+from tests.builders.http_server import Serve, drip, dripped, listening, request_of, response
 from tests.builders.reading_sources import access, png, read_all
 from tests.builders.url_tables import table
 
 PUBLIC = "93.184.215.14"
 """An address that nothing here ever connects to."""
 OPTION = "ingest.allow_private_addresses"
-Serve = Callable[[socket.socket], None]
-
-
-def response(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
-    lines = (f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *headers, "", "")
-    return "\r\n".join(lines).encode("latin-1") + body
-
-
-def request_of(client: socket.socket) -> bytes:
-    data = b""
-    while b"\r\n\r\n" not in data and (piece := client.recv(65536)):
-        data += piece
-    return data
-
-
-@contextmanager
-def listening(serve: Serve) -> Iterator[int]:
-    """The port of a server that hands each connection to ``serve``, in a thread of its own."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def run(client: socket.socket) -> None:
-            with client, suppress(OSError):
-                serve(client)
-
-        def accept() -> None:
-            with suppress(OSError):
-                while True:
-                    threading.Thread(target=run, args=(server.accept()[0],), daemon=True).start()
-
-        threading.Thread(target=accept, daemon=True).start()
-        yield server.getsockname()[1]
-        server.shutdown(socket.SHUT_RDWR)
 
 
 class Names:
@@ -293,26 +262,11 @@ def test_quarantined_private_urls_are_fetched_once_allowed(names: Names, tmp_pat
         assert second.content_digest == ingest(tmp_path / "other", allowed).content_digest
 
 
-def drip(client: socket.socket, data: bytes) -> None:
-    for each in data:
-        client.sendall(bytes([each]))
-        time.sleep(0.05)
-
-
 def forever(data: bytes) -> Serve:
     def serve(client: socket.socket) -> None:
         request_of(client)
         while True:
             client.sendall(data)
-
-    return serve
-
-
-def dripped(start: bytes, data: bytes) -> Serve:
-    def serve(client: socket.socket) -> None:
-        request_of(client)
-        client.sendall(start)
-        drip(client, data)
 
     return serve
 
@@ -460,8 +414,8 @@ def all_listening(kinds: dict[str, Serve]) -> Iterator[list[int]]:
 def test_no_retry_after_stops_an_ingest(
     names: Names, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: str
 ) -> None:
-    monkeypatch.setattr("diffusion.data.sources.urls.PAUSE", wait_none())
-    monkeypatch.setattr("diffusion.data.sources.urls.LONGEST_PAUSE", 0.0)
+    monkeypatch.setattr("diffusion.common.http_client.PAUSE", wait_none())
+    monkeypatch.setattr("diffusion.common.http_client.MAX_PAUSE", 0.0)
     busy = at_once(response(b"", f"Retry-After: {seconds}".encode().decode("latin-1"), status="503 Busy"))
     with listening(busy) as port:
         url = f"http://127.0.0.1:{port}/a.png"

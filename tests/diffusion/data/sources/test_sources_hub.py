@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tenacity import wait_fixed
 
 from diffusion.common.errors import DarkroomError, TransientError, UserError
 from diffusion.data.ingest.config import IngestConfig
@@ -289,6 +290,60 @@ def test_a_token_opens_private_sets_and_is_seen_nowhere(
     assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
     records = [read_records(folder, part).to_pylist() for part in read_manifest(folder).parts]
     assert TOKEN not in repr(records)
+
+
+def test_no_link_to_another_page_gets_the_token(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    files = {f"{number}.png": png(number) for number in range(20)}
+    hub.dataset("me/blobs", files)
+    with hub_server() as other:
+        other.dataset("me/blobs", files)
+        other.pages_at, hub.pages_at = hub.address, other.address
+        assert len(payloads("hf://datasets/me/blobs", access(tmp_path / "scratch"))) == 20
+        assert [path for path in other.paths("tree") if "cursor" in path]
+        assert all("Authorization" not in headers for _, _, headers in other.requests)
+    own = [headers.get("Authorization") for _, path, headers in hub.requests if "resolve" in path or "tree" in path]
+    assert set(own) == {f"Bearer {TOKEN}"}
+
+
+def misbehave(hub: Hub, **fields: object) -> None:
+    hub.dataset("me/blobs", {"a.parquet": parquet(range(80))})
+    vars(hub).update(fields)
+
+
+@pytest.mark.parametrize("fields", [{"drip": 0.05}, {"pause": 0.05, "piece": 1}], ids=["headers", "file"])
+def test_a_hub_that_sends_byte_by_byte_ends_in_bounded_time(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, object]
+) -> None:
+    monkeypatch.setattr("diffusion.common.hub.SECONDS", 0.2)
+    misbehave(hub, **fields)
+    start = time.monotonic()
+    with pytest.raises(TransientError):
+        read_all("hf://datasets/me/blobs", access(tmp_path / "scratch"))
+    assert time.monotonic() - start < 10
+    assert len(hub.requests) < 10
+
+
+def test_a_byte_for_each_attempt_is_not_progress(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusion.common.http_client.PAUSE", wait_fixed(0.01))
+    misbehave(hub, drop_after=1)
+    with pytest.raises(TransientError):
+        read_all("hf://datasets/me/blobs", access(tmp_path / "scratch"))
+    assert len(hub.paths("resolve")) == 5
+
+
+def test_a_listing_without_end_is_an_error(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusion.common.hub.MAX_LISTING_SECONDS", 0.5)
+    misbehave(hub, empty_pages=True)
+    with pytest.raises(DarkroomError, match="HF_ENDPOINT"):
+        read_all("hf://datasets/me/blobs", access(tmp_path / "scratch"))
+
+
+def test_a_hub_cannot_ask_for_a_pause_without_end(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library would sleep as long as the answer says."""
+    monkeypatch.setattr("diffusion.common.http_client.MAX_PAUSE", 0.0)
+    misbehave(hub, statuses=[429], retry_after="999999999")
+    assert len(read_all("hf://datasets/me/blobs", access(tmp_path / "scratch"))) == 80
 
 
 def test_a_login_on_this_machine_is_not_used(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between tries, so that the tests are fast."""
-    monkeypatch.setattr("diffusion.data.sources.urls.PAUSE", wait_none())
+    monkeypatch.setattr("diffusion.common.http_client.PAUSE", wait_none())
 
 
 def answers(server: Server, tmp_path: Path, *places: str, **fields: object) -> list[object]:
