@@ -146,7 +146,8 @@ def hub_api() -> "HfApi":
 @cache
 def hub_client(process: int) -> HttpClient:
     """Return the client of the process with this id: a fork must not share connections."""
-    return HttpClient(SECONDS, MIN_RATE)
+    # Downloads of all workers of an ingest, of which none should wait for a connection.
+    return HttpClient(SECONDS, MIN_RATE, connections=256)
 
 
 @contextmanager
