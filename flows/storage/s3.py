@@ -36,6 +36,7 @@ Put = Literal["written", "already there"]
 """Outcome of a write: by this call, or with the same bytes by an earlier one."""
 
 PROBE = ".darkroom-conditional-put"  # name of the object that ``require_conditional_puts`` probes the server with
+PROBE_BODY = b"Kept by Darkroom: a second write of this key must fail.\n"
 LARGEST_PUT = 5 * 2**30  # maximum size in bytes of an object that is written by one request
 DELETED_AT_ONCE = 1000  # maximum number of objects in one delete request
 WRONG_KEYS = ("ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch")
@@ -348,7 +349,7 @@ class Store:
             "two jobs could overwrite each other, and ingest, train, promote and sample refuse to write there: use a "
             "server that honours it, such as Amazon's, SeaweedFS or Ceph's"
         )
-        for body in (b"Kept by Darkroom: a second write of this key must fail.\n", b"This must never be seen.\n"):
+        for body in (PROBE_BODY, b"This must never be seen.\n"):
             try:
                 with self.explain_errors(bucket, key):
                     self.client.put_object(Bucket=bucket, Key=key, Body=body, IfNoneMatch="*")
