@@ -23,7 +23,7 @@ from flows.cli import (
     setup_commands,
     signing_commands,
 )
-from flows.cli.command import VERBOSITY, Quiet, Verbose, print_error, set_verbosity
+from flows.cli.command import MAX_ERROR, VERBOSITY, Quiet, Verbose, print_error, set_verbosity
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 """Base class of errors in options and arguments, for which typer has no public name."""
@@ -119,7 +119,7 @@ def main() -> None:
 def _fail(message: str, exit_code: int) -> NoReturn:
     print_error(message)
     if "--json" in sys.argv:
-        print(json.dumps({"error": " ".join(message.split()), "exit_code": exit_code}, ensure_ascii=False))
+        print(json.dumps({"error": " ".join(message.split())[:MAX_ERROR], "exit_code": exit_code}, ensure_ascii=False))
     sys.exit(exit_code)
 
 

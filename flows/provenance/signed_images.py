@@ -1,8 +1,8 @@
 """Signed copies of generated images: one for each, in a folder or on S3; the images themselves stay as they are.
 
 ``signing.json`` says of what and by whom, the copies have the names of the images, ``manifest/part-00000.jsonl`` leads
-from the SHA-256 of each image to that of its copy, and ``_SUCCESS``, written last, has the SHA-256 of the records. So it
-lists all files, and ``_SUCCESS.sig`` is its signature.
+from the SHA-256 of each image to that of its copy, and ``_SUCCESS``, written last, has the SHA-256 of the records. So
+it lists all files, and ``_SUCCESS.sig`` is its signature.
 
 Signatures are random. Therefore a name is written once: of two processes that sign an image the first one counts, and
 a stopped process is continued by the same command.
