@@ -103,7 +103,10 @@ def test_model_card_shows_intervals_and_limits_of_the_comparison(tmp_path: Path)
     assert cells["headline"] == [finding_of(comparison, "headline").verdict, finding_of(comparison, "headline").reason]
     assert cells.keys() == {"headline", "memorized", "recall", "cost"}
     limits = section(card, "Limits")
-    assert "look like copies of training images; of images that no model has seen" in limits
+    # Card, gate and ledger say the same of copies.
+    words = comparison.candidate.memorization.summary
+    assert words[1:] in limits
+    assert words in finding_of(comparison, "memorized").reason
     assert comparison.candidate.per_class is not None
     assert comparison.candidate.per_class.worst is not None
     assert f"Its worst class is {comparison.candidate.per_class.worst.name}: KID " in limits
