@@ -27,25 +27,25 @@ class _BoundedLoader(yaml.SafeLoader):
         """Number of values behind each finished anchor."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event, before = self.peek_event(), self.count
-        anchor = event.anchor
+        event: yaml.NodeEvent = self.peek_event()  # type: ignore[no-untyped-call]
+        anchor, before, line = event.anchor, self.count, event.start_mark.line + 1
         self.count += 1
         if isinstance(event, yaml.AliasEvent):
             # An unknown one is reported by PyYAML.
             if anchor in self.anchors and anchor not in self.sizes:
-                raise yaml.composer.ComposerError(None, None, f"*{anchor} contains itself", event.start_mark)
+                raise ValueError(f"*{anchor} contains itself, in line {line}")
             self.count += self.sizes.get(anchor, 0)
         elif event.tag is not None:
-            raise yaml.composer.ComposerError(None, None, f"the tag {event.tag} is not plain YAML", event.start_mark)
+            raise ValueError(f"it has the tag {event.tag} in line {line}")
         self.depth += 1
         if self.depth > MAX_DEPTH or self.count > MAX_NODES:
             limit = f"{MAX_DEPTH} levels" if self.depth > MAX_DEPTH else f"{MAX_NODES} values"
-            raise yaml.composer.ComposerError(None, None, f"it has over {limit}", event.start_mark)
+            raise ValueError(f"it has over {limit}, in line {line}")
         node = super().compose_node(parent, index)
         self.depth -= 1
         if isinstance(node, yaml.ScalarNode):
             if node.tag.endswith((":int", ":float")) and len(node.value) > MAX_DIGITS:
-                raise yaml.composer.ComposerError(None, None, "a number is too long", event.start_mark)
+                raise ValueError(f"it has a number of over {MAX_DIGITS} digits in line {line}")
             node.value.encode()  # raises UnicodeEncodeError, a ValueError, for what no text may hold
         if anchor is not None and not isinstance(event, yaml.AliasEvent):
             self.sizes[anchor] = self.count - before
@@ -58,7 +58,7 @@ class _BoundedLoader(yaml.SafeLoader):
                 key = self.construct_object(key_node, deep=True)
                 # PyYAML reports a key that is a section or a list.
                 if isinstance(key, Hashable) and key in keys:
-                    raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", key_node.start_mark)
+                    raise ValueError(f"{key} is given twice, the second time in line {key_node.start_mark.line + 1}")
                 keys |= {key} if isinstance(key, Hashable) else set()
         return super().construct_mapping(node, deep)
 

@@ -112,7 +112,7 @@ def card(
                 f"{escape_markdown(name)} ({format_count(number)})" for name, number in classes.items()
             ),
             eval_key=evaluation.eval_key,
-            quality=describe_kid(evaluation),
+            quality=describe_kid(evaluation, candidate, comparison.real_baseline if comparison else None),
             agreement=None if agreement is None else describe_agreement(agreement),
             rarest=min(classes.items(), key=lambda item: item[1], default=None),
             most=max(classes.values(), default=0),

@@ -389,6 +389,19 @@ def test_a_file_of_any_kind_beside_signed_copies_is_found(
         assert json.loads(capsys.readouterr().out)["verified"] is False
 
 
+@pytest.mark.parametrize("what", [name for name in ADDED if "image" not in name])
+def test_a_file_of_any_kind_in_a_signed_export_is_found(tmp_path: Path, ours: Identity, what: str) -> None:
+    folder = tmp_path / "export"
+    folder.mkdir()
+    (folder / "model_index.json").write_text("{}")
+    ours.signer().sign(folder, tmp_path / "export.sig")
+    [before] = verify(str(folder), ours.trust())
+    assert (before.verified, before.complete) == (True, True)
+    ADDED[what](folder)
+    [after] = verify(str(folder), ours.trust())
+    assert (after.verified, after.complete) == (False, False)
+
+
 def test_a_list_without_a_trusted_root_is_not_complete(no_servers: None, tmp_path: Path, ours: Identity) -> None:
     sign_images(str(requested(tmp_path / "images")), str(tmp_path / "signed"), ours.signer())
     assert not any(each.complete for each in verify(str(tmp_path / "signed"), Trust()))
