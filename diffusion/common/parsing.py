@@ -27,7 +27,7 @@ class _BoundedLoader(yaml.SafeLoader):
         """Number of values behind each finished anchor."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event: yaml.NodeEvent = self.peek_event()  # type: ignore[no-untyped-call]
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         anchor, before, line = event.anchor, self.count, event.start_mark.line + 1
         self.count += 1
         if isinstance(event, yaml.AliasEvent):
