@@ -71,7 +71,7 @@ def page(ranking: Ranking, dataset: Dataset, source: str, minutes: float) -> str
         [
             "# Comparison of model families",
             f"{len(dataset):,} images of {dataset.manifest.size}×{dataset.manifest.size} (`{source}`), each family "
-            f"trained for {minutes:g} minutes with its default settings, on {cores()} cores "
+            f"trained once for {minutes:g} minutes with its default settings, on {cores()} cores "
             f"({machine.device}, {machine.precision}), evaluated on {ranking.models[0].scores.samples:,} images "
             "of the same seed against held-out ones. `python benchmarks/families.py` writes this page, "
             "and `darkroom compare` one for your own images.",

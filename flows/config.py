@@ -9,12 +9,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import Field, JsonValue, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from diffusion.common.config import Config, dataset_folder, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
+from diffusion.common.parsing import parse_yaml, read_yaml
 from diffusion.curation.config import CurationConfig
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.evaluation.config import EvaluationConfig
@@ -32,6 +32,8 @@ from diffusion.training.config import DistillationConfig, TrainingConfig
 
 DURATIONS = ("training.images", "training.minutes")
 """Fields of which one replaces the other."""
+MAX_QUOTED = 200
+"""Maximum length of a value in an error."""
 SECTIONS = ("model", "training")
 """Sections that may vary; data, sampling and evaluation are the same for all, so that metrics are comparable."""
 FIXED = ("training.dataset", "training.output", "model.family")
@@ -315,27 +317,19 @@ def override_keys(overrides: list[str]) -> list[str]:
     return [field for override in overrides for field in flatten_sections(_nest(*_parse_override(override)[1:]))]
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe loader that refuses a mapping with a key given twice, of which YAML would take the last value."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if repeated_keys := [key for number, key in enumerate(keys) if key in keys[:number]]:
-            raise yaml.constructor.ConstructorError(None, None, f"{repeated_keys[0]} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = _UniqueKeyLoader(path.read_text()).get_single_data() or {}
+        tree = read_yaml(path) or {}
     except FileNotFoundError as error:
         if path != Path("params.yaml"):
             raise UserError(f"{path} not found: give the path of a configuration to --params") from error
         tree = {}
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give a configuration file to --params") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not plain YAML ({error}): mend it, or begin with a new one by `darkroom init`"
+        ) from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections such as `training:`, not a {type(tree).__name__}")
     return tree
@@ -344,11 +338,13 @@ def _read(path: Path) -> dict[str, Any]:
 def _parse_override(override: str) -> tuple[str, str, Any]:
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
-        raise UserError(f"--set {override}: write it as key=value, for example training.batch_size=64")
+        raise UserError(f"--set {override[:MAX_QUOTED]}: write it as key=value, for example training.batch_size=64")
     try:
-        return f"--set {override}", key.strip(), yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: {text!r} is not a YAML value") from error
+        return f"--set {override[:MAX_QUOTED]}", key.strip(), parse_yaml(text)
+    except ValueError as error:
+        raise UserError(
+            f"--set {key}: {text[:MAX_QUOTED]!r} is not a value in plain YAML ({error}): write it as in params.yaml"
+        ) from error
 
 
 def _nest(key: str, value: Any) -> dict[str, Any]:
@@ -419,7 +415,7 @@ def describe_invalid_config(error: ValidationError) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] in ("tuple_type", "list_type"):
         message = "give a list, as [a, b]"
-    value_text = "" if detail["type"] == "value_error" else f" (got {detail['input']!r})"
+    value_text = "" if detail["type"] == "value_error" else f" (got {repr(detail['input'])[:MAX_QUOTED]})"
     return f"{dotted_key}: {message}{value_text}" if dotted_key else message + value_text
 
 
@@ -439,12 +435,11 @@ def parse_over(arguments: Sequence[str]) -> dict[str, list[Any]]:
     for argument in arguments:
         key, equal, text = argument.partition("=")
         values: list[Any] = []
-        with suppress(yaml.YAMLError):
-            values = yaml.safe_load(f"[{text}]") if equal else []
+        with suppress(ValueError):
+            values = parse_yaml(f"[{text}]") if equal else []
         if not values or not key.strip():
-            raise UserError(
-                f"--over {argument}: write it as key=value,value, for example training.learning_rate=1e-3,4e-3"
-            )
+            example = "training.learning_rate=1e-3,4e-3"
+            raise UserError(f"--over {argument[:MAX_QUOTED]}: write it as key=value,value, for example {example}")
         if key.strip() in over:
             raise UserError(f"--over {argument}: {key.strip()} is given twice; write all its values after one --over")
         over[key.strip()] = values

@@ -356,7 +356,7 @@ def gate_verdicts() -> Values:
                 has_champion=True,
                 headline=distance_headline(ours, theirs, baseline, "stored", config),
                 recall=difference(ours["recall"], theirs["recall"]),
-                memorized=CopyShare(share=copies, p_value=1e-9 if copies else 0.7),
+                memorized=CopyShare(share=copies, expected=0, p_value=1e-9 if copies else 0.7),
                 cost=Cost(candidate=1.0, champion=1.0, unit="GFLOP"),
             )
             decision = decide(compared, config)

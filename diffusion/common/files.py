@@ -25,12 +25,18 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def is_full_disk(error: BaseException) -> bool:
-    """Whether ``error`` reports a full disk or an exceeded disk quota."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+FULL_DISK = re.compile("No space left on device|Disk quota exceeded|disk is full", re.IGNORECASE)
+"""What the system, and SQLite, say of a full disk, in errors of native libraries and of other processes."""
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether ``error``, or one that it was raised from or holds, reports a full disk or an exceeded disk quota."""
+    if error is None:
+        return False
+    if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or FULL_DISK.search(str(error)):
         return True
-    # Native libraries raise their own types, with the system's message inside.
-    return "No space left on device" in str(error) or "disk is full" in str(error)
+    parts = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    return any(map(is_full_disk, (error.__cause__, *parts)))
 
 
 def canonical_json(value: Any) -> str:

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from diffusion.common.config import Config, PlainName, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json, digest_of, sha256_bytes, sha256_file, write_bytes
+from diffusion.common.parsing import parse_json
 from diffusion.common.shapes import Shape
 from diffusion.data.ingest.config import MOST_BITS, StorageConfig
 
@@ -318,7 +319,7 @@ def read_manifest(folder: Path) -> Manifest:
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """Parse a manifest; raises UserError, naming the location ``where``, if it is damaged."""
     try:
-        if (version := json.loads(data).get("format_version")) != FORMAT_VERSION:
+        if (version := parse_json(data).get("format_version")) != FORMAT_VERSION:
             raise UserError(
                 f"{where} has format {version}, and this Darkroom reads {FORMAT_VERSION}: ingest its source again "
                 "under another name (--dataset)"

@@ -1,7 +1,6 @@
 """Pipelines of diffusers on the Hugging Face Hub: verified downloads of what is no code, and pushes of exports."""
 
 import io
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.escaping import escape_markdown
 from diffusion.common.files import sha256_file
 from diffusion.common.hub import HubFile, Repository, hub_api, parse_hub_uri, retry
+from diffusion.common.parsing import parse_json
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.diffusers_format.import_pipeline import INDEX, WEIGHTS
 from diffusion.families.model import Origin
@@ -76,9 +76,9 @@ def _select_pipeline_files(repository: Repository) -> list[HubFile]:
             + "; use a repository that save_pretrained wrote"
         )
     try:
-        index = json.loads(repository.read(files[INDEX]))
+        index = parse_json(repository.read(files[INDEX]))
         components = [name for name, item in index.items() if isinstance(item, list) and item and item[0] is not None]
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{INDEX} of {repository.uri} cannot be read ({error}): use another repository") from error
     paths = {INDEX}
     paths |= {path for path in files if "/" not in path and re.fullmatch(r"README\.md|LICEN[SC]E(\.\w+)?", path)}

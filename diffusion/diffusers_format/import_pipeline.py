@@ -4,7 +4,6 @@ The folder is not trusted: nothing in it is unpickled or run, and all that is re
 components of the allow-list in ``diffusion.models.config`` are imported.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of, sha256_bytes, sha256_file
 from diffusion.common.hub import MAX_CARD, licence_of, read_front_matter
 from diffusion.common.model_files import LARGEST_HEADER
+from diffusion.common.parsing import parse_json
 from diffusion.families.model import ModelHeader, Origin
 from diffusion.models.config import GUIDANCE, PIPELINES, SCHEDULERS, Component, DiffusersConfig
 
@@ -144,8 +144,8 @@ def _read_json(folder: Path, name: str, files: dict[str, Path]) -> dict[str, Any
     if files[name].stat().st_size > LARGEST_JSON:
         raise UserError(f"{folder / name} has over {LARGEST_JSON} bytes, which no configuration has: save it again")
     try:
-        value = json.loads(files[name].read_bytes())
-    except (ValueError, RecursionError) as error:
+        value = parse_json(files[name].read_bytes())
+    except ValueError as error:
         raise UserError(f"{folder / name} is no JSON: save the pipeline again") from error
     if not isinstance(value, dict):
         raise UserError(f"{folder / name} is no JSON object: save the pipeline again")

@@ -26,7 +26,6 @@ from diffusion.evaluation.estimate import Estimate, paired_difference
 from diffusion.evaluation.evaluator import CACHE, Evaluator, MetricReplicates, ModelEvaluator
 from diffusion.evaluation.gate import (
     ComparisonMetrics,
-    CopyShare,
     Cost,
     Decision,
     GateConfig,
@@ -215,7 +214,7 @@ def _compare(
         has_champion=champion is not None,
         incomparable=incomparable,
         own=estimates if generated and champion is None else {},
-        memorized=CopyShare(share=memorization.excess, p_value=memorization.p_value) if generated else None,
+        memorized=memorization.copy_share if generated else None,
         agreement=_agreement(ours, theirs if incomparable is None else None),
     )
     if theirs is not None and incomparable is None:

@@ -46,7 +46,14 @@ from diffusion.evaluation.reports.html import (
     metric_cell,
     render,
 )
-from diffusion.evaluation.results import CheckpointEvaluation, Evaluation, GuidanceScore, ModelScores
+from diffusion.evaluation.results import (
+    CheckpointEvaluation,
+    Evaluation,
+    GuidanceScore,
+    ModelEvaluation,
+    ModelScores,
+    RealBaseline,
+)
 from diffusion.generation.super_resolution import shrink_images, task_of
 from diffusion.process.samplers import SamplingConfig
 from diffusion.process.schedules import resolution_scale
@@ -294,16 +301,20 @@ def write_report(
     return write_bytes(path, page)
 
 
-def describe_kid(evaluation: Evaluation) -> str:
+def describe_kid(
+    evaluation: Evaluation, candidate: ModelEvaluation | None = None, real: RealBaseline | None = None
+) -> str:
     """Describe the best checkpoint's KID, with its 95 % interval if there is one, beside that of real images.
 
-    It is without the guidance that was chosen, if any was: see ``score_guidance``.
+    It is without the guidance that was chosen, if any was: see ``score_guidance``. With ``candidate`` it is the KID of
+    that model, as the gate compared it beside the baseline ``real``: with its guidance, and of another seed.
     """
-    scores, baseline = evaluation.best.scores, evaluation.real_baseline.scores
-    estimate = evaluation.estimates.get(f"kid_{scores.extractor}")
+    scores, baseline = (candidate or evaluation.best).scores, (real or evaluation.real_baseline).scores
+    estimate = (candidate or evaluation).estimates.get(f"kid_{scores.extractor}")
     if estimate is None:
         return f"KID {format_with_error(scores.kid, scores.kid_se)}; real images {format_signed(baseline.kid)}"
-    unguided = ", without guidance" if evaluation.guidance and evaluation.sampling.is_guided else ""
+    is_unguided = candidate is None and evaluation.guidance and evaluation.sampling.is_guided
+    unguided = ", without guidance" if is_unguided else ""
     digits = count_decimals(estimate.interval.high - estimate.interval.low)
     kid, low, high, real = (
         format_fixed(value, digits)

@@ -106,13 +106,31 @@ class Headline(Config):
         return delta * max(self.champion.value - self.real_baseline, 0.0)
 
 
+def describe_copies(share: float, expected: float, images: int) -> str:
+    """Word the ``share`` of copies of training images among ``images`` beside that ``expected`` by chance.
+
+    Gate, ledger, report and model card say it in these words.
+    """
+    text, chance = f"{share:.2%}", f"{expected:.2%}"
+    relation = f"{'fewer' if share < expected else 'more'} than the {chance} that chance gives"
+    if text == chance:
+        relation = "as many as chance gives"
+    return f"copies of training images: {text} of {format_count(images)} generated, {relation}"
+
+
 class CopyShare(Config):
-    """Share of the candidate's images that are copies of training images."""
+    """Share of the candidate's images that look like copies of training images."""
 
     share: float = Field(ge=0, le=1)
-    """Share of copies, beyond chance."""
+    expected: float = Field(ge=0, le=1)
+    """Share for a model that copies nothing."""
     p_value: float = Field(ge=0, le=1)
     """Probability of as many apparent copies if none is one."""
+
+    @property
+    def excess(self) -> float:
+        """Share of copies among the images that do not look like one by chance, 0 to 1."""
+        return max(0.0, (self.share - self.expected) / (1 - self.expected)) if self.expected < 1 else 0.0
 
 
 class WorstClass(Config):
@@ -306,10 +324,11 @@ def _memorization(metrics: ComparisonMetrics, limit: float, confidence: float) -
     """Apply the limit on copies: above it a model is held, and rejected if chance cannot explain the excess."""
     if (copies := metrics.memorized) is None:
         return _finding("memorized", Verdict.hold, "not measured: the share of copies of training images")
-    words = (
-        f"copies of training images: {copies.share:.2%} of {format_count(metrics.samples)} generated, limit {limit:.2%}"
+    words = describe_copies(copies.share, copies.expected, metrics.samples)
+    words += (
+        f": {copies.excess:.2%} beyond it, limit {limit:.2%}" if copies.excess else f"; limit {limit:.2%} beyond it"
     )
-    if copies.share <= limit:
+    if copies.excess <= limit:
         return _finding("memorized", Verdict.promote, words)
     if copies.p_value <= 1 - confidence:
         return _finding("memorized", Verdict.reject, words)

@@ -3,8 +3,7 @@
 from importlib.resources import files
 from typing import Any, Literal
 
-import yaml
-
+from diffusion.common.parsing import parse_yaml
 from diffusion.models.config import FAMILIES
 
 PresetName = Literal["fast", "ddpm", "large"]
@@ -12,7 +11,7 @@ PresetName = Literal["fast", "ddpm", "large"]
 
 def preset(name: str) -> dict[str, Any]:
     """Read the file of a preset, of a family other than ddpm, or of super-resolution, as sections of fields."""
-    sections: dict[str, Any] = yaml.safe_load(files(__name__).joinpath(f"{name}.yaml").read_text()) or {}
+    sections: dict[str, Any] = parse_yaml(files(__name__).joinpath(f"{name}.yaml").read_text()) or {}
     return sections
 
 

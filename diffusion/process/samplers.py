@@ -574,5 +574,5 @@ def describe_error(error: Mapping[str, Any], location: Sequence[int | str]) -> s
         close = difflib.get_close_matches(path[-1], fields, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(fields))}"
         return f"unknown key {place}: {hint}"
-    value = "" if error["type"] in ("value_error", "unknown_sampler") else f" (got {error['input']!r})"
+    value = "" if error["type"] in ("value_error", "unknown_sampler") else f" (got {repr(error['input'])[:200]})"
     return f"{place}: {message}{value}" if path or error["type"] == "unknown_sampler" else message

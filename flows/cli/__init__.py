@@ -3,6 +3,7 @@
 import atexit
 import gc
 import json
+import logging
 import os
 import sys
 from typing import Annotated, Any, NoReturn
@@ -23,12 +24,15 @@ from flows.cli import (
     setup_commands,
     signing_commands,
 )
-from flows.cli.command import VERBOSITY, Quiet, Verbose, print_error, set_verbosity
+from flows.cli.command import MAX_ERROR, VERBOSITY, Quiet, Verbose, print_error, set_verbosity
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 """Base class of errors in options and arguments, for which typer has no public name."""
 EXTRAS = dict.fromkeys(("c2pa", "cryptography", "model_signing"), "signing") | {"cyclonedx": "diffusers"}
 """Extra of libraries that are not of [pipeline]."""
+FULL_DISK_ERROR = (
+    "a disk is full: free some space and give the same command again, which goes on from there; -v shows where"
+)
 app = typer.Typer(
     name="darkroom",
     help="Turn a growing folder of images into a diffusion model that is promoted only when it is better.",
@@ -80,6 +84,8 @@ def main() -> None:
     """Run the command line; an error becomes one line, or with ``--json`` an object, and its exit code."""
     # Waiting threads should sleep, not spin: spinning threads slow down other work on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # That its cache of fonts cannot be written is not worth a line.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     # At its end the interpreter would look for cycles in all that the libraries hold, for two seconds.
     atexit.register(gc.freeze)
     try:
@@ -92,7 +98,9 @@ def main() -> None:
                     "leave torchrun out, or use it for `darkroom train` alone"
                 )
         try:
-            sys.exit(app(standalone_mode=False) or 0)
+            exit_code = app(standalone_mode=False) or 0
+            sys.stdout.flush()
+            sys.exit(exit_code)
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] in ("diffusion", "flows"):
                 raise
@@ -102,7 +110,7 @@ def main() -> None:
                 f"`pip install -e '.[{extra}]'` in its checkout"
             ) from error
     except DarkroomError as error:
-        _fail(str(error), error.exit_code)
+        _fail(FULL_DISK_ERROR if error.exit_code == 1 and is_full_disk(error) else str(error), error.exit_code)
     except typer.Abort:
         _fail("aborted", 1)
     except USAGE_ERROR as error:
@@ -110,16 +118,21 @@ def main() -> None:
     except Exception as error:
         if VERBOSITY.get() == "verbose":
             raise
-        hint = "-v shows where"
         if is_full_disk(error):
-            hint = "a disk is full: free some space and give the same command again, which goes on from there"
-        _fail(f"{type(error).__name__}: {' '.join(str(error).split())[:500]} ({hint})", 1)
+            _fail(FULL_DISK_ERROR, 1)
+        _fail(f"{type(error).__name__}: {' '.join(str(error).split())[:500]} (-v shows where)", 1)
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
     print_error(message)
-    if "--json" in sys.argv:
-        print(json.dumps({"error": " ".join(message.split()), "exit_code": exit_code}, ensure_ascii=False))
+    try:
+        if "--json" in sys.argv:
+            value = {"error": " ".join(message.split())[:MAX_ERROR], "exit_code": exit_code}
+            print(json.dumps(value, ensure_ascii=False))
+        sys.stdout.flush()
+    except OSError:
+        # It is a file on a full disk, or a closed pipe. At its end the interpreter would try again, with a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(exit_code)
 
 

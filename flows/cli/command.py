@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from diffusion.common.progress import Progress
     from flows.environment import Server
 
+MAX_ERROR = 2000  # characters of an error; what is wrong stands first
 LARGEST_SEED = 2**63 - 1  # largest seed that a manifest can hold
 Set = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Override a field, as training.batch_size=64.")]
 ParamsFile = Annotated[Path, Option("--params", help="Configuration file.")]
@@ -208,7 +209,7 @@ def set_verbosity(quiet: bool, verbose: bool) -> None:
 
 def print_error(message: str) -> None:
     """Print an error as one line on standard error."""
-    print(escape_controls(f"darkroom: {' '.join(message.split())}"), file=sys.stderr)
+    print(escape_controls(f"darkroom: {' '.join(message.split())[:MAX_ERROR]}"), file=sys.stderr)
 
 
 @contextmanager

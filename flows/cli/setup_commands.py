@@ -260,6 +260,7 @@ def _models() -> list[dict[str, Any]]:
 
 def _batches() -> list[dict[str, Any]]:
     with connect("s3"):
+        from diffusion.common.parsing import parse_json
         from flows.environment import settings
         from flows.storage.s3 import MissingObjectError, Store, batch_places
 
@@ -268,7 +269,7 @@ def _batches() -> list[dict[str, Any]]:
             fields: dict[str, Any] = {}
             # Read without the class, whose module imports torch; it may be damaged.
             with suppress(MissingObjectError, ValueError, KeyError, TypeError):
-                batch = json.loads(store.get(bucket, place.key("batch.json"), most=2**20))
+                batch = parse_json(store.get(bucket, place.key("batch.json"), most=2**20))
                 fields = {
                     "model": f"{batch['model']}/{batch['version']}",
                     "images": batch["count"],

@@ -24,6 +24,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from diffusion.common.config import Config
 from diffusion.common.errors import ConflictError, UserError
 from diffusion.common.files import canonical_json, sha256_bytes
+from diffusion.common.parsing import parse_yaml
 from diffusion.data.manifest import Manifest, Sha256, manifest_bytes, parse_manifest, work_folder
 from diffusion.data.versions.takedown_records import (
     Removal,
@@ -152,8 +153,8 @@ class Catalog:
         if (data := self._get(name)) is None:
             return None
         try:
-            return POINTER.validate_python(yaml.safe_load(data)["outs"][0]["md5"])
-        except (yaml.YAMLError, LookupError, TypeError, ValueError) as error:
+            return POINTER.validate_python(parse_yaml(data.decode())["outs"][0]["md5"])
+        except (LookupError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self.place}/{name} is no DVC pointer: delete it, and ingest the data set again"
             ) from error

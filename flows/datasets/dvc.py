@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -45,6 +45,26 @@ class ListedFile(Config):
 LISTING = TypeAdapter(list[ListedFile])
 
 
+@contextmanager
+def open_repository(root: str | None = None) -> Iterator[Repo]:
+    """Open the DVC repository at ``root``, by default that around the working folder.
+
+    Raises NotDvcRepoError if there is none, and UserError if one of its files is damaged.
+    """
+    with ExitStack() as stack:
+        try:
+            repo = stack.enter_context(Repo(root, _wait_for_lock=True))
+            _ = repo.index.outs  # reads dvc.yaml, dvc.lock and all .dvc files
+        except NotDvcRepoError:
+            raise
+        except (DvcException, ValueError, RecursionError) as error:
+            raise UserError(
+                f"DVC cannot read its files in {root or Path.cwd()} ({' '.join(str(error).split())}): mend dvc.yaml, "
+                "dvc.lock or the .dvc file, or take it from git"
+            ) from error
+        yield repo
+
+
 @dataclass(frozen=True)
 class Cache:
     """DVC's cache on this machine."""
@@ -55,7 +75,7 @@ class Cache:
     def from_working_folder(cls) -> "Cache | None":
         """Cache of the DVC repository around the working folder; None outside of one."""
         try:
-            with Repo() as repo:
+            with open_repository() as repo:
                 return cls(Path(repo.cache.local.path))
         except NotDvcRepoError:
             return None
@@ -322,7 +342,7 @@ def record_data(folder: Path, push_to: str | None) -> DataVersion:
         root = str(Path.cwd())
         Repo.init(root, no_scm=not (Path(root) / ".git").exists()).close()
     try:
-        with Repo(root, _wait_for_lock=True) as repo:
+        with open_repository(root) as repo:
             if any(output.stage.addressing == INGEST_STAGE for output in _outputs(repo, folder)):
                 repo.commit(INGEST_STAGE, force=True)
                 output = repo.find_outs_by_path(str(folder))[0]
@@ -338,7 +358,7 @@ def record_data(folder: Path, push_to: str | None) -> DataVersion:
 def data_version(folder: Path) -> DataVersion | None:
     """DVC's record of the current version of the data set in ``folder``; None if DVC has not recorded it."""
     try:
-        with Repo() as repo:
+        with open_repository() as repo:
             version = next((_make_data_version(output) for output in _outputs(repo, folder) if output.hash_info), None)
             cache = Cache(Path(repo.cache.local.path))
     except NotDvcRepoError:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dvc.exceptions import NotDvcRepoError
-from dvc.repo import Repo
 from filelock import FileLock
 from pydantic import ValidationError
 
@@ -21,7 +20,7 @@ from diffusion.evaluation.reports.comparison_report import PAGE as COMPARISON_PA
 from diffusion.evaluation.reports.ranking_report import PAGE
 from diffusion.evaluation.results import Evaluation
 from flows.config import SWEEPS
-from flows.datasets.dvc import Cache, Listing, Remote
+from flows.datasets.dvc import Cache, Listing, Remote, open_repository
 from flows.storage.s3 import DELETED_AT_ONCE
 
 WORK_FILES = (
@@ -72,7 +71,7 @@ def unreferenced_objects(versions: Iterable[Manifest], others: Iterable[Manifest
     }
     retained_paths = {entry.name for version in others for entry in version.files}
     needed_md5s = {md5 for name, listing in listings.items() if name not in doomed_listings for md5 in listing.values()}
-    with suppress(NotDvcRepoError), Repo() as repo:
+    with suppress(NotDvcRepoError), open_repository() as repo:
         # Files that the repository around the working folder tracks individually.
         needed_md5s |= {output.hash_info.value for output in repo.index.outs if output.hash_info}
     files = {

@@ -18,15 +18,42 @@ from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.workers.process import ProcessWorker
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError, UserError
+from diffusion.common.parsing import read_yaml
 from flows.config import Params
 from flows.deployment.tasks import SHORTEST_LEASE, heartbeat_timeout
 
 PACKAGED = Path(__file__).with_name("prefect.yaml")
 PLACEHOLDER = re.compile(r"\{\{ \$(\w+) \}\}")
+
+
+class NamedPool(BaseModel):
+    """Work pool in ``prefect.yaml``."""
+
+    name: str
+    type: str
+
+
+class NamedLimit(BaseModel):
+    """Concurrency limit in ``prefect.yaml``."""
+
+    name: str
+    limit: int
+
+
+class Definitions(BaseModel, extra="allow"):
+    """What ``deploy`` itself reads of ``prefect.yaml``; Prefect checks the rest."""
+
+    name: str
+    pull: Any
+    work_pools: list[NamedPool]
+    concurrency_limits: list[NamedLimit]
+    deployments: list[dict[str, Any]]
+    automations: list[dict[str, Any]]
+    notifications: list[dict[str, Any]]
 
 
 class DeployResult(Config):
@@ -96,15 +123,20 @@ def read_definitions(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     Notifications are dropped without a value for WEBHOOK. Raises UserError for what is invalid, missing or unknown.
     """
     try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    sections = ("work_pools", "concurrency_limits", "deployments", "automations", "notifications")
-    if missing_sections := [name for name in sections if not isinstance(tree, dict) or name not in tree]:
-        raise UserError(f"{path} lacks {', '.join(missing_sections)}: begin with a copy of {PACKAGED}")
-    if "WEBHOOK" not in values:
+        tree = read_yaml(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): begin with a copy of {PACKAGED}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not plain YAML ({error}): mend it, or begin with a copy of {PACKAGED}") from error
+    if isinstance(tree, dict) and "WEBHOOK" not in values:
         tree["notifications"] = []
     declarations: dict[str, Any] = fill_placeholders(tree, values, path)
+    try:
+        Definitions.model_validate(declarations)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise UserError(f"{path}: {where}: {first['msg']}: begin with a copy of {PACKAGED}") from error
     declarations["automations"] += declarations.pop("notifications")
     return declarations
 

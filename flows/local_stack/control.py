@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError, UserError
-from diffusion.common.files import is_full_disk
+from diffusion.common.files import FULL_DISK, is_full_disk
 from flows.environment import SERVER_TITLES, SERVERS, Server, loopback_no_proxy, settings
 from flows.local_stack import seaweedfs
 from flows.local_stack.server_process import are_free, choose_ports, members, stop
@@ -237,4 +237,6 @@ def _status(stack: LocalStack, service: Service) -> ServiceStatus:
 def _failure(stack: LocalStack, service: Service, problem: str) -> DarkroomError:
     log = stack.log(service.name)
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return DarkroomError(f"{service.title} {problem}; the last line of {log} is: {(lines or ['nothing'])[-1][:300]}")
+    # What a full disk leads to says less than what reports it.
+    line = next(filter(FULL_DISK.search, reversed(lines[-100:])), (lines or ["nothing"])[-1])
+    return DarkroomError(f"{service.title} {problem}; the last line of {log} is: {line[:300]}")

@@ -16,6 +16,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_f
 
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.http_client import HttpClient, HttpError
+from diffusion.common.parsing import parse_json
 from flows.environment import SECRET_VARIABLE, SERVER_TITLES, SERVER_VARIABLES, Server, settings
 
 MAX_ANSWER = 64 * 2**20  # bytes
@@ -32,7 +33,7 @@ class LoginRejectedError(UserError):
 def request_json(url: str, login: str = "", body: Any = None, timeout: float = 3) -> Any:
     """Send a GET, or a POST of ``body``; returns the JSON response. Raises as ``fetch`` does."""
     try:
-        return json.loads(fetch(url, login, body, timeout))
+        return parse_json(fetch(url, login, body, timeout))
     except ValueError as error:
         raise NotServingError(f"{split_login(url)[0]}: {error}") from error
 

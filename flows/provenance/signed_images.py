@@ -1,7 +1,9 @@
 """Signed copies of generated images: one for each, in a folder or on S3; the images themselves stay as they are.
 
 ``signing.json`` says of what and by whom, the copies have the names of the images, ``manifest/part-00000.jsonl`` leads
-from the SHA-256 of each image to that of its copy, and ``_SUCCESS``, written last, has the SHA-256 of the records.
+from the SHA-256 of each image to that of its copy, and ``_SUCCESS``, written last, has the SHA-256 of the records. So
+it lists all files, and ``_SUCCESS.sig`` is its signature.
+
 Signatures are random. Therefore a name is written once: of two processes that sign an image the first one counts, and
 a stopped process is continued by the same command.
 """
@@ -13,14 +15,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 from uuid import uuid4
 
 from pydantic import Field, ValidationError
 
 from diffusion.common.config import Config, is_unset
 from diffusion.common.errors import ConflictError, UserError
-from diffusion.common.files import PARTIAL, canonical_json, make_folder, sha256_bytes, sync_file, sync_folder
+from diffusion.common.files import canonical_json, make_folder, remove_partials, sha256_bytes, sync_file, sync_folder
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.manifest import Sha256
 from diffusion.generation.requests import ABOUT, RequestRecord
@@ -29,9 +31,9 @@ from flows.sampling.lookup import Success, find, read_image, read_rows
 from flows.sampling.sampling_batch import BATCH, LARGEST_IMAGE, SUCCESS, Row, find_conflicts, image_key, part_key
 from flows.signing.images import ImageSigner, verify_image
 from flows.signing.keys import SignatureError, SigningKey, describe
-from flows.storage.s3 import DELETED, PROBE, Location, MissingObjectError, Store
+from flows.storage.s3 import DELETED, Location, MissingObjectError, Store
 
-SIGNING = "signing.json"
+SIGNING, SUCCESS_SIGNATURE = "signing.json", f"{SUCCESS}.sig"
 AT_ONCE = 8  # images in transfer at the same time
 CHUNK = 256  # images of a part of the manifest, for what is no sampling batch
 PROMPT = b"darkroom:prompt\0"  # beginning of the PNG chunk with the prompt
@@ -92,13 +94,13 @@ class Place(Protocol):
     """Folder or prefix on S3 of files that are written once."""
 
     def get(self, name: str) -> bytes | None:
-        """Read a file; None if there is none."""
+        """Read a file; None if there is none, or something else of its name."""
 
     def put(self, name: str, data: bytes) -> bytes:
         """Write a file whole unless it is there; returns what is there then."""
 
     def names(self) -> Iterator[str]:
-        """Yield the names of all files, those in subfolders with their path."""
+        """Yield the names of all there is of any kind, in subfolders with their path; raises OSError."""
 
 
 @dataclass(frozen=True)
@@ -108,29 +110,39 @@ class Folder:
     path: Path
 
     def get(self, name: str) -> bytes | None:  # noqa: D102
-        with suppress(FileNotFoundError):
-            return (self.path / name).read_bytes()
-        return None
+        path = self.path / name
+        # Links lead elsewhere, and reading a pipe never ends.
+        return path.read_bytes() if path.is_file() and not path.is_symlink() else None
 
     def put(self, name: str, data: bytes) -> bytes:  # noqa: D102
         path = self.path / name
         make_folder(path.parent)
         temporary_path = path.with_name(f".{path.name}.{uuid4().hex}.partial")
         try:
-            temporary_path.write_bytes(data)
-            sync_file(temporary_path)
-            # A link, unlike a rename, does not replace what another process wrote.
-            with suppress(FileExistsError):
+            # A process that finished first, and so wrote this name, also deletes this temporary file. A link, unlike a
+            # rename, does not replace what another process wrote.
+            with suppress(FileExistsError, FileNotFoundError):
+                temporary_path.write_bytes(data)
+                sync_file(temporary_path)
                 os.link(temporary_path, path)
         finally:
             temporary_path.unlink(missing_ok=True)
         sync_folder(path.parent)
-        return path.read_bytes()
+        if (written := self.get(name)) is None:
+            raise ConflictError(f"{path} is there, and is not a file: give --out another place")
+        return written
 
     def names(self) -> Iterator[str]:  # noqa: D102
-        for path in sorted(self.path.rglob("*")):
-            if path.is_file() and not PARTIAL.fullmatch(path.name):
+        def fail(error: OSError) -> NoReturn:
+            raise error
+
+        for folder, folders, files in os.walk(self.path, onerror=fail):
+            path = Path(folder)
+            # What would hide in an empty folder's name, or behind a link, counts as well.
+            names = [*files, *(name for name in folders if (path / name).is_symlink())]
+            if not files and not folders and path != self.path:
                 yield path.relative_to(self.path).as_posix()
+            yield from ((path / name).relative_to(self.path).as_posix() for name in names)
 
     def __str__(self) -> str:
         return str(self.path)
@@ -158,8 +170,7 @@ class Prefix:
 
     def names(self) -> Iterator[str]:  # noqa: D102
         prefix = self.place.key("")
-        keys = (key.removeprefix(prefix) for key in self.store.list_keys(self.place.bucket, prefix))
-        return (name for name in keys if name != PROBE)
+        return (key.removeprefix(prefix) for key in self.store.list_keys(self.place.bucket, prefix))
 
     def __str__(self) -> str:
         return str(self.place)
@@ -228,8 +239,13 @@ def sign_images(
             image_count += part.count(b"\n")
             progress("images signed", image_count, signing.count)
     success = canonical_json(Success(sha256=digests).model_dump(mode="json")).encode()
+    if target.get(SUCCESS_SIGNATURE) is None:
+        target.put(SUCCESS_SIGNATURE, key.sign_bytes(success))
     if target.put(SUCCESS, success) != success:
         raise ConflictError(f"{target} was altered: its {SUCCESS} names other records than there are")
+    if isinstance(target, Folder):
+        # Left by a killed process; they would count as files that are not signed.
+        remove_partials(target.path)
     return SignedImages(out=str(target), images=image_count, signed=signed_count, signer=signing.signer)
 
 

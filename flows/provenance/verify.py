@@ -11,13 +11,23 @@ from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes
 from flows.provenance.bill_of_materials import BOM, bom_path, read_bom_files
-from flows.provenance.signed_images import SIGNING, Folder, Place, Prefix, SignedRow, Signing, parse_place
+from flows.provenance.signed_images import (
+    SIGNING,
+    SUCCESS_SIGNATURE,
+    Folder,
+    Place,
+    Prefix,
+    SignedRow,
+    Signing,
+    parse_place,
+)
 from flows.registry.ledger import LARGEST, SIGNATURES, BrokenChainError, LedgerEntry, follow_chain
 from flows.sampling.lookup import Success
-from flows.sampling.sampling_batch import SUCCESS
+from flows.sampling.sampling_batch import SUCCESS, part_key
 from flows.signing.images import SignedImage, verify_image
 from flows.signing.keys import SignatureError, Trust, describe_differences, signature_path, signed_files
 from flows.storage.numbered_objects import NAME
+from flows.storage.s3 import PROBE, PROBE_BODY
 
 SIGNATURE = re.compile(rf"{SIGNATURES}/[0-9a-f]+/([0-9]{{8}})\.sig")
 SHA256 = re.compile("[0-9a-f]{64}")
@@ -33,6 +43,8 @@ class Check(Config):
     verified: bool
     trusted: bool = False
     """Whether it was signed by a key or certificate that the user trusts."""
+    complete: bool = False
+    """Whether a list of all its files is signed as well, so that none is missing and none was added."""
     summary: str = ""
     """Signer and contents of what is verified."""
     problem: str = ""
@@ -65,18 +77,20 @@ def verify(path: str, trust: Trust, head: str | None = None, model: str | None =
     if path.lower().endswith(IMAGES) and not (local is not None and local.is_dir()):
         _reject_options("an image", of_ledger | {"--key": trust.key})
         folder, _, name = path.rpartition("/")
-        data = parse_place(folder).get(name) if local is None else Folder(Path()).get(path)
+        data = parse_place(folder).get(name) if local is None else local.read_bytes() if local.is_file() else None
         if data is None:
             raise UserError(f"there is no {path}: give an image, a folder, or an S3 address")
         return [_image(path, data, trust)[0]]
     if local is not None and (local.is_file() or signature_path(local).is_file() or bom_path(local).is_file()):
         _reject_options("a signed file or folder", of_ledger)
         return list(_signed_files(local, trust))
-    names = list(place.names())
+    # A place on S3, and a download of it, has what the server was probed with.
+    listing = place.names() if local is None or local.is_dir() else ()
+    names = sorted(name for name in listing if name != PROBE or place.get(name) != PROBE_BODY)
     if any(NAME.fullmatch(name) for name in names):
         expected = model or (place.place.prefix.rpartition("/")[2] if isinstance(place, Prefix) else None)
         return [_ledger(path, place, names, trust, head, expected)]
-    if any(name.lower().endswith(IMAGES) for name in names):
+    if SIGNING in names or any(name.lower().endswith(IMAGES) for name in names):
         _reject_options("images", of_ledger | {"--key": trust.key})
         return list(_images(path.rstrip("/"), place, names, trust))
     raise UserError(f"nothing to verify at {path}: give an image, a folder of images, an export, or a ledger")
@@ -106,9 +120,13 @@ def _signed_files(path: Path, trust: Trust) -> Iterator[Check]:
             signer = trust.verify(target, signature_path(target))
             if target == path:
                 files = signed_files(signature_path(path))
+                # The library passes over folders that are empty, or that it must not read.
+                if path.is_dir() and (others := set(Folder(path).names()) - files.keys()):
+                    raise SignatureError(f"{min(others)} was added")
             elif files is not None and (problem := describe_differences(read_bom_files(bom), files)):
                 raise SignatureError(f"it is of other files than {path} holds: {problem}")
-            yield Check(path=str(target), kind=kind, verified=True, trusted=True, summary=f"signed by {signer}")
+            summary = f"signed by {signer}"
+            yield Check(path=str(target), kind=kind, verified=True, trusted=True, complete=True, summary=summary)
         except (SignatureError, ValueError) as error:
             yield _fail(str(target), kind, str(error))
         kind = "bill of materials"
@@ -129,18 +147,22 @@ def _image(path: str, data: bytes, trust: Trust) -> tuple[Check, SignedImage | N
 
 
 def _images(path: str, place: Place, names: list[str], trust: Trust) -> Iterator[Check]:
-    """Verify every image, and that all images which were signed with it are there under their names, and no other.
+    """Verify every image, that all images which were signed with it are there under their names, and no other file.
 
-    Each copy says how many there are. Where the records of ``darkroom sign`` are, they say the rest.
+    Each copy says how many there are. Which other files belong to them is said by the list of ``darkroom sign`` alone:
+    without its signature the folder is never called complete.
     """
-    others = [name for name in names if not name.lower().endswith(IMAGES)]
+    others = {name for name in names if not name.lower().endswith(IMAGES)}
     signing = _read_signing(place) if SIGNING in others else None
     digests, titles, counts = dict[str, tuple[str, str]](), dict[str, set[str]](), dict[str, int]()
+    failures = 0
     for name in names:
         if name in others:
             continue
-        data = place.get(name) or b""
-        check, image = _image(f"{path}/{name}", data, trust)
+        data = place.get(name)
+        check, image = _image(f"{path}/{name}", data or b"", trust)
+        if data is None:
+            check = _fail(check.path, "image", "it is a link, or not a file at all")
         lineage = {} if image is None else image.lineage
         if image is not None and isinstance(count := lineage.get("count"), int):
             digests[name] = str(lineage.get("image_sha256")), sha256_bytes(data)
@@ -151,28 +173,45 @@ def _images(path: str, place: Place, names: list[str], trust: Trust) -> Iterator
                 check = _fail(check.path, "image", f"it was renamed: it was signed as {image.title}")
         if image is not None and signing is not None and (_source(lineage), lineage.get("count")) != signing.key:
             check = _fail(check.path, "image", f"it is signed, and not of the images that {SIGNING} names")
+        failures += not check.verified
         yield check
-    records = [name for name in others if name in (SIGNING, SUCCESS) or name.startswith("manifest/")]
-    if not records and not counts:
+    if not others and not counts:
         return
-    problems = [
+    problems = [f"{failures} images are not verified"] if failures else []
+    problems += [
         f"{len(titles[source])} of {count} images of {source}"
         for source, count in sorted(counts.items())
         if len(titles[source]) != count
     ]
+    signer = ""
     if signing is not None:
-        problems += _compare_manifest(place, signing, digests, set(others))
-    elif records:
-        problems.insert(0, f"{SIGNING} " + ("was altered" if SIGNING in records else "is missing"))
-    summary = "" if problems else f"all {sum(counts.values())} images of {', '.join(sorted(counts))}, and no other"
+        problems += _compare_manifest(place, signing, digests, others)
+        if SUCCESS in others:
+            try:
+                signer = _verify_list(place, trust)
+            except SignatureError as error:
+                problems.append(f"{SUCCESS}: {error}")
+    else:
+        is_altered = SIGNING in others
+        problems += [f"{SIGNING} was altered"] if is_altered else [f"{name or path} is not signed" for name in others]
+    summary = f"all {sum(counts.values())} images of {', '.join(sorted(counts))}"
+    summary += f", and no other file, by the list of {signer}" if signer else "; no list of files is verified"
     yield Check(
         path=path,
         kind="signed images",
         verified=not problems,
         trusted=trust.roots is not None and not problems,
-        summary=summary,
-        problem="; ".join(problems[:10]),
+        complete=bool(signer) and not problems,
+        summary="" if problems else summary,
+        problem="; ".join(sorted(problems)[:10]),
     )
+
+
+def _verify_list(place: Place, trust: Trust) -> str:
+    """Verify the signature of the list of files; returns the signer, "" without a root to trust."""
+    if (signature := place.get(SUCCESS_SIGNATURE)) is None:
+        raise SignatureError("this list of files is not signed: give `darkroom sign` again")
+    return trust.verify_bytes(place.get(SUCCESS) or b"", signature) if trust.roots is not None else ""
 
 
 def _source(lineage: dict[str, Any]) -> str:
@@ -197,7 +236,9 @@ def _compare_manifest(
     rows = list[SignedRow]()
     try:
         records = Success.model_validate_json(data).sha256
-        yield from (f"{name} was added" for name in sorted(others - {SUCCESS, *records}))
+        if records.keys() != {SIGNING, *map(part_key, range(len(records) - 1))}:
+            yield f"{SUCCESS} names other files than those of signed copies"
+        yield from (f"{name or 'a file'} was added" for name in sorted(others - {SUCCESS, SUCCESS_SIGNATURE, *records}))
         for name, digest in records.items():
             # The names are not trusted either.
             part = (place.get(name) or b"") if name in others else b""
@@ -256,6 +297,9 @@ def _ledger(path: str, place: Place, names: list[str], trust: Trust, head: str |
         return _fail(path, "ledger", str(error))
     signed_number, newest_entry = max(signed_heads), entries[-1]
     problems = [f"entry {number} {reason}" for number, reason in reasons.items()]
+    problems += [
+        f"{name} is not of a ledger" for name in names if not (NAME.fullmatch(name) or SIGNATURE.fullmatch(name))
+    ]
     # Of an entry that is not there any more, or was replaced; an older one may be signed by an older key.
     problems += [text for number, text in failures if number > signed_number]
     if newest_entry.number > signed_number:

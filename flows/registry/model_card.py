@@ -15,7 +15,6 @@ from diffusion.evaluation.metrics.text_image_agreement import TextImageAgreement
 from diffusion.evaluation.reports.html import (
     format_count,
     format_interval,
-    format_share,
     format_signed,
     format_with_error,
 )
@@ -66,9 +65,7 @@ def write_imported(client: MlflowClient, header: ModelHeader, origin: Origin, ve
 def _environment() -> Environment:
     environment = Environment(loader=PackageLoader("flows.registry"), trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"markdown": escape_markdown, "listed": _join_names}
-    environment.filters |= {
-        function.__name__: function for function in (format_count, pluralize, format_share, format_with_error)
-    }
+    environment.filters |= {function.__name__: function for function in (format_count, pluralize, format_with_error)}
     return environment
 
 
@@ -115,7 +112,7 @@ def card(
                 f"{escape_markdown(name)} ({format_count(number)})" for name, number in classes.items()
             ),
             eval_key=evaluation.eval_key,
-            quality=describe_kid(evaluation),
+            quality=describe_kid(evaluation, candidate, comparison.real_baseline if comparison else None),
             agreement=None if agreement is None else describe_agreement(agreement),
             rarest=min(classes.items(), key=lambda item: item[1], default=None),
             most=max(classes.values(), default=0),
@@ -170,7 +167,7 @@ def _list_comparison(comparison: ChampionComparison) -> Iterator[tuple[str, ...]
         rows[name] = _figure(estimate.value, estimate.error), format_interval(estimate.interval)
         baseline |= {name: agreement.real.value}
     for name in ("copies_share", "duplicates_share"):
-        rows[name] = f"{ours[name]:.1%}", f"{ours[f'{name}_low']:.1%} … {ours[f'{name}_high']:.1%}"
+        rows[name] = f"{ours[name]:.2%}", f"{ours[f'{name}_low']:.2%} … {ours[f'{name}_high']:.2%}"
     for name in ("reconstruction_psnr", "psnr", "bits_per_dim", "held_out_loss"):
         if name in ours:
             rows[name] = format_with_error(ours[name], ours[f"{name}_se"]), ""

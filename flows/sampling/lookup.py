@@ -337,6 +337,25 @@ def _compare_records(
                     yield from differ(f"{row['tar']}/{image:08d}.json", name, image, ["what is said of it"])
             elif other:
                 yield from differ(MANIFEST, BATCH, image, sampling_batch.find_conflicts(batch, image, other))
+    if index is None:
+        yield from _compare_listing(store, batch, place, {*record_names, MANIFEST, SUCCESS}, is_finished)
+
+
+def _compare_listing(
+    store: Store, batch: SamplingBatch, place: Location, records: set[str], is_finished: bool
+) -> Iterator[str]:
+    """Yield each object in the batch that does not belong to it, and how many of a finished one are gone."""
+    prefix, kind, missing = place.key(""), "images", batch.count
+    if batch.format == "tar":
+        kind, missing = "tars", len(batch.chunks())
+    for key in store.list_keys(place.bucket, prefix):
+        name = key.removeprefix(prefix)
+        if sampling_batch.find_chunk(batch, name) is not None:
+            missing -= not name.startswith("manifest/")
+        elif name not in records:
+            yield f"{place}/{name} is not of this batch: it was added"
+    if is_finished and missing:
+        yield f"{missing} {kind} of {place} are gone"
 
 
 def _has_metadata(store: Store, place: Location, row: Row) -> bool:

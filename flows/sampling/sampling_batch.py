@@ -191,8 +191,13 @@ def find_chunk(batch: SamplingBatch, name: str) -> int | None:
     match = CHUNK_OBJECT.fullmatch(name)
     if match is None or (match["tar" if batch.format == "png" else "image"] is not None):
         return None
-    chunk = int(match["image"]) // batch.chunk_size if match["image"] else int(match["tar"] or match["part"])
-    return chunk if chunk * batch.chunk_size < batch.count else None
+    if match["image"]:
+        index = int(match["image"])
+        chunk, is_known = index // batch.chunk_size, index < batch.count and name == image_key(index)
+    else:
+        chunk = int(match["tar"] or match["part"])
+        is_known = chunk * batch.chunk_size < batch.count and name in (tar_key(chunk), part_key(chunk))
+    return chunk if is_known else None
 
 
 def encode(

@@ -22,7 +22,7 @@ from botocore import exceptions
 from botocore.config import Config as ClientConfig
 from botocore.exceptions import BotoCoreError, ClientError
 
-from diffusion.common.errors import ConflictError, DarkroomError, UserError
+from diffusion.common.errors import ConflictError, DarkroomError, TransientError, UserError
 from diffusion.common.files import write_atomically
 from diffusion.data.sources.base import StoredObject
 
@@ -36,11 +36,46 @@ Put = Literal["written", "already there"]
 """Outcome of a write: by this call, or with the same bytes by an earlier one."""
 
 PROBE = ".darkroom-conditional-put"  # name of the object that ``require_conditional_puts`` probes the server with
+PROBE_BODY = b"Kept by Darkroom: a second write of this key must fail.\n"
 LARGEST_PUT = 5 * 2**30  # maximum size in bytes of an object that is written by one request
 DELETED_AT_ONCE = 1000  # maximum number of objects in one delete request
 WRONG_KEYS = ("ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch")
 DENIED = ("403", "AccessDenied", "Forbidden", *WRONG_KEYS)
 ELSEWHERE = ("301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect")
+AGAIN = "give the same command again, which goes on from there; if it stays so, look at the server's log"
+REASONS: Mapping[tuple[str, ...], tuple[type[DarkroomError], str, str]] = {
+    ("SlowDown", "ServiceUnavailable", "RequestLimitExceeded", "Throttling", "TooManyRequests", "429", "503"): (
+        TransientError,
+        "takes no more requests for now",
+        "give the same command again in a minute, which goes on from there, and run fewer at once",
+    ),
+    ("InsufficientStorage", "QuotaExceeded", "XMinioStorageFull", "507"): (
+        UserError,
+        "has no room left",
+        "free some space in the bucket with `darkroom gc`, or raise its quota",
+    ),
+    ("EntityTooLarge", "413"): (UserError, "takes no object of this size", "raise its limit for uploads"),
+    ("BadDigest", "InvalidDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"): (
+        TransientError,
+        "received other bytes than were sent",
+        "check the network and proxies on the way, then give the same command again",
+    ),
+    ("NotImplemented", "MethodNotAllowed", "405", "501"): (
+        UserError,
+        "does not know this operation",
+        "use a server that does, such as Amazon's, SeaweedFS or Ceph's",
+    ),
+    ("RequestTimeout", "408", "504"): (TransientError, "waited too long for data", AGAIN),
+    ("BucketAlreadyExists",): (UserError, "has this bucket, of another owner", "set DARKROOM_BUCKET to another name"),
+    ("InvalidObjectState",): (UserError, "has the object in its archive", "restore it there first"),
+    ("ConditionalRequestConflict", "OperationAborted", "PreconditionFailed", "409", "412"): (
+        TransientError,
+        "had another writer at the same moment",
+        "give the same command again",
+    ),
+    ("500", "502"): (TransientError, "failed to answer the request", AGAIN),
+}
+"""Error, what the server says, and what to do, by the server's codes and HTTP statuses."""
 NO_KEYS = exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.CredentialRetrievalError
 DAMAGED_READS = exceptions.FlexibleChecksumError, exceptions.IncompleteReadError, exceptions.ResponseStreamingError
 BROKEN_READ = tenacity.retry_if_exception_type(
@@ -348,7 +383,7 @@ class Store:
             "two jobs could overwrite each other, and ingest, train, promote and sample refuse to write there: use a "
             "server that honours it, such as Amazon's, SeaweedFS or Ceph's"
         )
-        for body in (b"Kept by Darkroom: a second write of this key must fail.\n", b"This must never be seen.\n"):
+        for body in (PROBE_BODY, b"This must never be seen.\n"):
             try:
                 with self.explain_errors(bucket, key):
                     self.client.put_object(Bucket=bucket, Key=key, Body=body, IfNoneMatch="*")
@@ -465,7 +500,12 @@ def _explain(error: ClientError, place: str, bucket: str, server: str) -> Darkro
         return UserError(f"{place}: the clocks of {server} and of this machine are too far apart ({code}): {hint}")
     if code in ELSEWHERE:
         return UserError(f"{place}: the bucket lies in another region ({code}): set AWS_DEFAULT_REGION to it")
-    return DarkroomError(f"{place}: {server} answered {code}: {message}")
+    status = str(get_status(error))
+    others = DarkroomError, "refuses the request", "check AWS_ENDPOINT_URL_S3, and look at the server's log"
+    known = next((words for codes, words in REASONS.items() if code in codes), None)
+    kind, reason, hint = known or next((words for codes, words in REASONS.items() if status in codes), others)
+    details = f"{code}: {' '.join(message.split())}" if message else code
+    return kind(f"{place}: {server} {reason} ({details}): {hint}")
 
 
 DELETED = "deleted"

@@ -125,7 +125,7 @@ def test_missing_or_broken_configuration_file_is_an_error(tmp_path: Path) -> Non
     with pytest.raises(UserError, match="not found"):
         load_params(tmp_path / "params.yaml", [])
     (tmp_path / "params.yaml").write_text("training: [")
-    with pytest.raises(UserError, match="not YAML"):
+    with pytest.raises(UserError, match="not plain YAML"):
         load_params(tmp_path / "params.yaml", [])
     (tmp_path / "params.yaml").write_text("training:\n  images: 5\n  images: 6\n")
     with pytest.raises(UserError, match="images is given twice"):

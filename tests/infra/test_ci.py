@@ -28,6 +28,19 @@ def test_ci_workflow_calls_existing_steps_and_has_no_password() -> None:
     assert "head.repo.full_name == github.repository" in workflow["jobs"]["compare"]["if"]
 
 
+def test_actions_are_named_by_commit_with_their_version_beside() -> None:
+    lines = [
+        line.strip().removeprefix("- ")
+        for folder in (ROOT / ".github", CI)
+        for path in [*folder.rglob("*.yaml"), *folder.rglob("*.yml")]
+        for line in path.read_text().splitlines()
+        if re.match(r"\s*(- )?uses:", line)
+    ]
+    assert lines
+    for line in lines:
+        assert re.fullmatch(r"uses: [\w.-]+/[\w./-]+@[0-9a-f]{40}  # v\d+(\.\d+)+", line), line
+
+
 def test_steps_call_targets_and_verbs_that_exist() -> None:
     text = (CI / "steps.sh").read_text()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from functools import cache
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,7 +28,7 @@ from tests.builders.installation import INFRA, new_environment
 
 KUBERNETES = INFRA / "kubernetes"
 POOLS = ("cpu", "gpu")
-COMPONENTS = ("ray", "training")
+COMPONENTS = ("ray", "training", "internet")
 OVERLAYS = ("dev", "prod", "prod with components")
 Object = dict[str, Any]
 
@@ -139,9 +140,51 @@ def test_network_policies_deny_by_default(overlay: str) -> None:
         for rule in policy.get("ingress", []):
             assert rule.get("from"), f"{name} lets anybody in"
         for rule in policy.get("egress", []):
-            assert rule.get("ports") or rule.get("to"), f"{name} lets out to anywhere"
+            assert rule.get("to"), f"{name} lets out to anywhere"
+            blocks = [each["ipBlock"]["cidr"] for each in rule["to"] if "ipBlock" in each]
+            if name != "internet":
+                assert all(ip_network(block).prefixlen >= 12 for block in blocks), f"{name} lets out to {blocks}"
     for server, port in (("mlflow", 5000), ("prefect", 4200)):
         assert reach(policies, server, port) == [{"darkroom/reaches-servers": "true"}]
+
+
+INSIDE = ("10.1.2.3", "172.17.0.1", "192.168.1.1", "169.254.169.254", "127.0.0.1", "100.64.0.1", "fd00::1", "fe80::1")
+"""Addresses of a cluster, its nodes, and of a cloud's metadata."""
+
+
+def test_the_internet_is_opened_by_a_component_for_pods_that_ask() -> None:
+    for overlay in ("dev", "prod"):
+        assert "internet" not in [each["metadata"]["name"] for each in kind(overlay, "NetworkPolicy")]
+    spec = named("prod with components", "NetworkPolicy", "internet")["spec"]
+    label = spec["podSelector"]["matchLabels"]
+    for name, template in pods("prod with components").items():
+        assert not label.items() <= template["metadata"]["labels"].items(), name
+    for variables, expected in (({}, False), ({"internet": "true"}, True)):
+        labels = job("cpu", **variables)["spec"]["template"]["metadata"]["labels"]
+        assert (label.items() <= labels.items()) is expected
+    (rule,) = spec["egress"]
+    assert {each["port"] for each in rule["ports"]} == {80, 443}
+
+    def is_open(address: str) -> bool:
+        ip = ip_address(address)
+        return any(
+            ip in ip_network(block["cidr"]) and not any(ip in ip_network(each) for each in block.get("except", ()))
+            for block in (each["ipBlock"] for each in rule["to"])
+        )
+
+    assert not any(map(is_open, INSIDE))
+    assert is_open("1.1.1.1")
+    assert is_open("2606:4700::1111")
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_only_workers_reach_the_api_server(overlay: str) -> None:
+    policy = named(overlay, "NetworkPolicy", "kubernetes")["spec"]
+    label = policy["podSelector"]["matchLabels"].items()
+    names = {name for name, template in pods(overlay).items() if label <= template["metadata"]["labels"].items()}
+    assert names <= {"worker-cpu", "worker-gpu"}
+    assert names
+    assert {each["port"] for rule in policy["egress"] for each in rule["ports"]} == {443, 6443}
 
 
 def reach(policies: dict[str, Object], server: str, port: int) -> list[Object]:

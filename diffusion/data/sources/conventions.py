@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
 from diffusion.common.errors import UserError
+from diffusion.common.parsing import parse_json
 from diffusion.data.sources.base import MISSING, Access, Entry, Payload
 from diffusion.data.sources.local_files import open_text, read_file, stamp_if_exists
 
@@ -141,11 +142,11 @@ def records(lines: TextIO, where: str) -> Iterator[dict[str, Any]]:
             yield from _csv_records(lines)
             return
         for line in filter(str.strip, _short_lines(lines)):
-            record = json.loads(line)
+            record = parse_json(line)
             if not isinstance(record, dict):
                 raise ValueError(f"{line.strip()[:60]} is no JSON object")
             yield record
-    except (ValueError, csv.Error, RecursionError) as error:
+    except (ValueError, csv.Error) as error:
         raise UserError(f"{where} cannot be read ({error}): fix it or remove it") from error
 
 

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffusion.common.errors import UserError
+from diffusion.common.parsing import parse_json
 from diffusion.data.ingest.decode import UnusableEntryError
 from diffusion.data.sources.base import LONGEST, MISSING, Access, Entry, Payload, too_large_error
 from diffusion.data.sources.conventions import make_printable, to_text
@@ -201,7 +202,7 @@ def find_columns(schema: pa.Schema, options: dict[str, str], where: str) -> Colu
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
     """Return the features that Hugging Face's ``datasets`` recorded about the columns, if any."""
     try:
-        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        info = parse_json((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
     except (ValueError, KeyError, TypeError):
         return {}
     return {name: entry for name, entry in info.items() if isinstance(entry, dict)} if isinstance(info, dict) else {}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO, TypeAlias, cast
 
 from diffusion.common.errors import UserError
+from diffusion.common.parsing import parse_json
 from diffusion.data.ingest.decode import UnusableEntryError
 from diffusion.data.sources.base import (
     LONGEST,
@@ -242,10 +243,7 @@ def _read_texts(sidecars: dict[str, TarMember], file: BinaryIO) -> tuple[str | N
         if isinstance(data, UnusableEntryError):
             raise ValueError(f"{member.name}: {data}")
         texts[kind] = data.decode("utf-8-sig").strip()
-    try:
-        metadata = json.loads(texts.get("json", "{}"))
-    except RecursionError as error:
-        raise ValueError("its JSON is nested too deeply") from error
+    metadata = parse_json(texts.get("json", "{}"))
     if not isinstance(metadata, dict):
         metadata = {}
     label, caption = to_text(metadata.get("label")), to_text(metadata.get("caption") or metadata.get("text"))

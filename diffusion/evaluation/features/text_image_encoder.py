@@ -4,7 +4,6 @@ The weights are the user's: a folder that transformers wrote as safetensors, or 
 unpickled or run, and nothing is downloaded.
 """
 
-import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property, partial
@@ -19,6 +18,7 @@ from torch.nn.functional import interpolate, normalize
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of, sha256_file
 from diffusion.common.onnx_network import OnnxNetwork, first_line
+from diffusion.common.parsing import parse_json
 from diffusion.common.shapes import height_and_width
 from diffusion.common.threads import worker_threads
 from diffusion.evaluation.features.feature_extractor import Extractor
@@ -71,7 +71,7 @@ class TextImageEncoder(Extractor):
     def _read_processor(self, name: str) -> None:
         """Read the preprocessing of images from the file ``name``."""
         try:
-            spec = json.loads((self.folder / name).read_bytes())
+            spec = parse_json((self.folder / name).read_bytes())
             spec = spec.get("image_processor", spec)
             size, crop = (spec[key] for key in ("size", "crop_size"))
             size = size if isinstance(size, int) else size.get("shortest_edge") or size["height"]
@@ -81,7 +81,7 @@ class TextImageEncoder(Extractor):
             self.mean, self.std = mean.view(3, 1, 1), std.view(3, 1, 1)
             if not 1 <= self.crop <= self.size <= LARGEST:
                 raise ValueError(f"size {self.size}, crop_size {self.crop}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except (OSError, ValueError, ArithmeticError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(
                 f"{self.folder / name} does not say how CLIP's images are prepared ({first_line(error)}): save the "
                 "encoder's processor there (CLIPProcessor.save_pretrained)"
@@ -140,7 +140,7 @@ class CLIP(TextImageEncoder):
             ) from error
         super().__init__(folder, ("config.json", "model.safetensors"))
         try:
-            fields = json.loads((folder / "config.json").read_bytes())
+            fields = parse_json((folder / "config.json").read_bytes())
             if fields.get("model_type") != "clip":
                 raise ValueError(f"model_type {fields.get('model_type')!r}")
             # Other fields could name code or weights that lie elsewhere.

@@ -24,6 +24,7 @@ from torch.nn.functional import adaptive_avg_pool2d, pad
 from diffusion.common.config import Config
 from diffusion.common.shapes import Images, map_by_shape
 from diffusion.evaluation.estimate import wilson_interval
+from diffusion.evaluation.gate import CopyShare, describe_copies
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, connected_groups, find_nearest
 
 SIDE = 8
@@ -162,9 +163,14 @@ class Memorization(CopyRate):
     """The nearest pairs of all, one per generated image, whether copies or not."""
 
     @property
-    def excess(self) -> float:
-        """Return the share of copies beyond chance, at least 0."""
-        return max(0.0, (self.share - self.expected) / (1 - self.expected)) if self.expected < 1 else 0.0
+    def copy_share(self) -> CopyShare:
+        """Return what the gate decides on."""
+        return CopyShare(share=self.share, expected=self.expected, p_value=self.p_value)
+
+    @property
+    def summary(self) -> str:
+        """Return the share of copies beside chance, in words."""
+        return describe_copies(self.share, self.expected, self.generated)
 
     @property
     def suspicious(self) -> bool:

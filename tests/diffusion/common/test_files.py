@@ -1,6 +1,8 @@
 """Files are seen whole or not at all, whoever else writes them, and whenever somebody is killed."""
 
+import errno
 import os
+import sqlite3
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +13,8 @@ import pytest
 import torch
 
 from diffusion.checkpoints import save_tensors
-from diffusion.common.files import PARTIAL, remove_partials, write_atomically, write_bytes
+from diffusion.common.errors import DarkroomError
+from diffusion.common.files import PARTIAL, is_full_disk, remove_partials, write_atomically, write_bytes
 from tests.builders import ROOT
 
 WRITER = """
@@ -72,3 +75,27 @@ def test_partial_files_of_killed_writers_are_recognized_and_removed(tmp_path: Pa
     write_atomically(tmp_path / "folder" / "file", looking)
     remove_partials(tmp_path)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["file"]
+
+
+def chained(cause: BaseException) -> DarkroomError:
+    error = DarkroomError("it cannot be written")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(errno.ENOSPC, "", "file"), True),
+        (OSError(errno.EDQUOT, ""), True),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), True),
+        (sqlite3.OperationalError("database or disk is full"), True),
+        (chained(OSError(errno.ENOSPC, "")), True),
+        (chained(chained(OSError(errno.ENOSPC, ""))), True),
+        (ExceptionGroup("two", [ValueError(), chained(OSError(errno.ENOSPC, ""))]), True),
+        (OSError(errno.EACCES, "denied"), False),
+        (chained(ValueError()), False),
+    ],
+)
+def test_a_full_disk_is_recognised_behind_other_errors(error: Exception, expected: bool) -> None:
+    assert is_full_disk(error) is expected

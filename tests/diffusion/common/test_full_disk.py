@@ -135,3 +135,44 @@ def test_a_full_disk_is_one_line_and_with_room_again_the_same_command_ends_the_s
     (folder / "filler").unlink()
     finish(start(folder, "", *command))
     assert finished(folder / output) == expected
+
+
+VERBS = [
+    ("ingest", "images", "--local", "--dataset", "more", "--set", "ingest.size=16"),
+    ("evaluate", "--local"),
+    SAMPLE,
+    ("edit", "interpolate", "7", "--model", "weights.safetensors", "--out", "between"),
+    ("model", "export", "--to", "diffusers", "--model", "weights.safetensors", "--out", "exported"),
+    ("data", "log", "--json"),
+    ("config", "schema"),
+    ("up",),
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("command", VERBS, ids=" ".join)
+def test_a_disk_without_room_is_one_line_of_any_command(
+    command: tuple[str, ...], images: Path, dataset: Path, small_disk: Path
+) -> None:
+    """Standard output and temporary files are on the full disk as well."""
+    folder = workspace(small_disk / "work", dataset, ("evaluate",) if "evaluate" in command else ())
+    shutil.copytree(images, folder / "images")
+    with (folder / "filler").open("wb") as filler, (folder / "answer").open("wb") as answer:
+        os.posix_fallocate(filler.fileno(), 0, shutil.disk_usage(small_disk).free)
+        variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+        process = subprocess.run(
+            [sys.executable, "-c", COMMAND, "", *command],
+            cwd=folder,
+            env=variables,
+            text=True,
+            stdout=answer,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    if command == ("up",):
+        finish(start(folder, "", "down"))
+    assert process.returncode == 1, process.stderr[-3000:]
+    [line] = [line for line in process.stderr.splitlines() if line.startswith("darkroom: ")]
+    assert "a disk is full: free some space" in line
+    assert "Error" not in process.stderr
+    assert "Errno" not in process.stderr

@@ -217,7 +217,7 @@ FULL: dict[str, Any] = {
     "reference": 1000,
     "has_champion": True,
     "recall": Estimate(value=0.01, error=0.02, freedom=100),
-    "memorized": CopyShare(share=0.01, p_value=0.2),
+    "memorized": CopyShare(share=0.01, expected=0, p_value=0.2),
     "cost": Cost(candidate=39, champion=39, unit="network evaluations"),
 }
 
@@ -232,8 +232,8 @@ def headline(difference: float, error: float = 0.001, champion: float = 0.021, b
     )
 
 
-def copies(share: float, p_value: float = 0.001) -> CopyShare:
-    return CopyShare(share=share, p_value=p_value)
+def copies(share: float, p_value: float = 0.001, expected: float = 0) -> CopyShare:
+    return CopyShare(share=share, expected=expected, p_value=p_value)
 
 
 def decided(config: dict[str, Any] | None = None, **changes: Any) -> Decision:
@@ -348,7 +348,7 @@ def test_nothing_that_is_not_better_by_delta_as_measured_is_promoted(
         (
             {"memorized": copies(0.051)},
             "reject",
-            "copies of training images: 5.10% of 500 generated, limit 5.00%",
+            "5.10% of 500 generated, more than the 0.00% that chance gives: 5.10% beyond it, limit 5.00%",
         ),
         (
             {"memorized": copies(0.051, p_value=0.06)},
@@ -474,7 +474,23 @@ def test_incomparable_candidate_is_held_and_rejected_if_it_copies() -> None:
 def test_a_better_model_over_the_limit_of_copies_is_never_promoted() -> None:
     decision = decided(headline=headline(-0.02), memorized=copies(0.06))
     assert decision.verdict == Verdict.reject
-    assert decision.reasons == ("copies of training images: 6.00% of 500 generated, limit 5.00%",)
+    assert len(decision.reasons) == 1
+    assert decision.reasons[0].startswith("copies of training images: 6.00% of 500 generated")
+
+
+@pytest.mark.parametrize(
+    ("share", "expected", "verdict", "words"),
+    [
+        (0.008, 0.048, "promote", "0.80% of 500 generated, fewer than the 4.80% that chance gives; limit 5.00% beyond"),
+        (0.048, 0.048, "promote", "4.80% of 500 generated, as many as chance gives; limit 5.00% beyond it"),
+        (0.08, 0.048, "promote", "8.00% of 500 generated, more than the 4.80% that chance gives: 3.36% beyond it"),
+        (0.1, 0.048, "reject", "10.00% of 500 generated, more than the 4.80% that chance gives: 5.46% beyond it"),
+    ],
+)
+def test_copies_are_worded_beside_chance(share: float, expected: float, verdict: str, words: str) -> None:
+    decision = decided(memorized=copies(share, expected=expected))
+    (finding,) = [finding for finding in decision.findings if finding.rule == "memorized"]
+    assert (finding.verdict, words in finding.reason) == (verdict, True), finding.reason
 
 
 def test_headline_metric_is_kid_below_four_images_per_feature() -> None:

@@ -142,7 +142,7 @@ def test_copies_of_training_images_are_counted_and_no_distance_sees_them() -> No
     several = [with_copies(generated_images(), training[:count]) for count in (0, 15, 60, 240)]
     detections = [detect_copies_among(each) for each in several]
     assert grows([each.share for each in detections], by=0.03)
-    assert [each.excess for each in detections] == pytest.approx([0, 0.05, 0.2, 0.8], abs=0.04)
+    assert [each.copy_share.excess for each in detections] == pytest.approx([0, 0.05, 0.2, 0.8], abs=0.04)
     assert detections[0].p_value > 0.01 > 1e-4 > detections[1].p_value
     # What copies all of its images is as good as real ones to any distance.
     assert abs(scores(training[:COUNT]).kid) < 3 * scores(training[:COUNT]).kid_se

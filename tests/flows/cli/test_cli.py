@@ -1,6 +1,7 @@
 """The command line: quick to answer, one line per mistake, one object per --json."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 import flows.cli
 from flows.cli.command import CommandOutput, command
+from tests.builders import ROOT
 from tests.builders.command_line import darkroom
 
 COMMANDS = (
@@ -154,3 +156,19 @@ def test_single_process_commands_fail_under_torchrun(
     monkeypatch.setenv("RANK", "1")
     process = darkroom(tmp_path, *words)
     assert (process.returncode, "leave torchrun out" in process.stderr) == (2, True)
+
+
+def test_an_answer_that_has_no_room_is_one_line(tmp_path: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        command = [sys.executable, "-c", "from flows.cli import main; main()", "config", "schema"]
+        process = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    [line] = process.stderr.splitlines()
+    assert (process.returncode, "a disk is full: free some space" in line) == (1, True)

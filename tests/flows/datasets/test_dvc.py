@@ -9,10 +9,12 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
+from diffusion.common.errors import UserError
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from flows.datasets.dvc import data_version, record_data
 from tests.builders import ROOT
+from tests.builders.hostile_texts import YAML
 from tests.builders.shapes import blob
 from tests.builders.workspace import PARAMS
 
@@ -33,6 +35,24 @@ def test_a_data_set_outside_dvc_yaml_gets_a_pointer_of_its_own(
     assert version.pointer == "data/other.dvc"
     assert record_data(folder, push_to=None) == version
     assert data_version(folder) == version
+
+
+@pytest.mark.parametrize("file", ["dvc.yaml", "dvc.lock", "data/other.dvc"])
+@pytest.mark.parametrize(
+    "what", ["a NUL", "a text", "a number of 6,000 digits", "indented sections that are nested too deeply"]
+)
+def test_a_hostile_file_of_dvc_is_an_error_of_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, what: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Repo.init(str(tmp_path), no_scm=True).close()
+    Path("data/other").mkdir(parents=True)
+    Path("data/other/manifest.json").write_text("{}")
+    Path("dvc.yaml").write_text("stages: {ingest: {cmd: echo, outs: [data/other]}}")
+    Path(file).write_bytes(YAML[what])
+    for read in (data_version, lambda folder: record_data(folder, push_to=None)):
+        with pytest.raises(UserError):
+            read(Path("data/other"))
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from flows.monitor import DRIFTED, compare_kid, monitor
 from flows.retrain import retrain
 from flows.sample_on_demand import sample_on_demand
 from tests.builders import ROOT
+from tests.builders.hostile_texts import YAML
 
 PARAMS = Params.model_validate({"training": {"dataset": "faces"}, "ingest": {"source": "images"}})
 VALUES: dict[str, Any] = {
@@ -109,8 +110,8 @@ def test_notification_is_valid_json_for_any_message() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("deployments: [", "is not YAML"),
-        ("name: x", "lacks work_pools, concurrency_limits"),
+        ("deployments: [", "is not plain YAML"),
+        ("name: x", "pull: Field required"),
         (PACKAGED.read_text().replace("$DATASET", "$DATASETS"), r"nothing is called \$DATASETS; there is CRON"),
     ],
 )
@@ -119,6 +120,25 @@ def test_a_declaration_that_cannot_be_is_one_line(tmp_path: Path, change: str, w
     path.write_text(change)
     with pytest.raises(UserError, match=words):
         read_definitions(path, VALUES)
+
+
+@pytest.mark.parametrize("what", YAML)
+def test_a_hostile_declaration_is_an_error_of_the_user(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "prefect.yaml"
+    path.write_bytes(YAML[what])
+    with pytest.raises(UserError):
+        read_definitions(path, VALUES)
+
+
+@pytest.mark.parametrize("value", [3, [3], [{}], {}, None])
+def test_a_declaration_of_another_shape_is_an_error_of_the_user(tmp_path: Path, value: object) -> None:
+    for section in ("work_pools", "concurrency_limits", "deployments", "automations"):
+        # Prefect itself checks what a deployment or an automation holds.
+        if value != [{}] or section in ("work_pools", "concurrency_limits"):
+            path = tmp_path / "prefect.yaml"
+            path.write_text(yaml.safe_dump(yaml.safe_load(PACKAGED.read_text()) | {section: value}))
+            with pytest.raises(UserError, match=section):
+                read_definitions(path, VALUES)
 
 
 def test_a_placeholder_alone_keeps_its_type() -> None:

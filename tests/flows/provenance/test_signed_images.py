@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -209,6 +210,7 @@ def test_a_stopped_process_is_continued_and_signs_no_image_twice(
             assert copies.setdefault(path.name, path.read_bytes()) == path.read_bytes()
     assert len(copies) > 2
     left[0] = 100
+    (out / f".00000005.png.{'0' * 32}.partial").touch()
     assert sign_images(str(source), str(out), ours.signer()).signed == 6 - len(copies)
     assert all(each.verified for each in verify(str(out), ours.trust()))
     assert copies.items() <= {path.name: path.read_bytes() for path in out.glob("*.png")}.items()
@@ -273,6 +275,46 @@ def test_copies_do_not_go_into_the_folder_of_their_images(no_servers: None, tmp_
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
 
 
+def unsign(folder: Path) -> None:
+    """Leave the images alone: each says that it is one of six."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.suffix != ".png":
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
+def name_added(folder: Path) -> None:
+    """Name a file in the list, as whoever can write to the folder could."""
+    (folder / "logo.gif").touch()
+    about = json.loads((folder / "_SUCCESS").read_text())
+    about["sha256"]["logo.gif"] = hashlib.sha256(b"").hexdigest()
+    (folder / "_SUCCESS").write_text(json.dumps(about))
+
+
+def linked(path: Path) -> None:
+    """Put a link to the same bytes in the place of a file."""
+    target = path.rename(path.parent.parent / "elsewhere")
+    path.symlink_to(target)
+
+
+ADDED: dict[str, Callable[[Path], object]] = {
+    "a text": lambda folder: (folder / "notes.txt").write_text("hello"),
+    "a GIF": lambda folder: Image.new("L", (8, 8)).save(folder / "logo.gif"),
+    "an SVG": lambda folder: (folder / "logo.svg").write_text("<svg/>"),
+    "an empty file": lambda folder: (folder / "x").touch(),
+    "a dot-file": lambda folder: (folder / ".hidden").write_text("hello"),
+    "the file of a killed process": lambda folder: (folder / f".x.{'0' * 32}.partial").write_text("hello"),
+    "a file named as the probe of S3": lambda folder: (folder / ".darkroom-conditional-put").write_text("hello"),
+    "a file of bytes that are no text": lambda folder: os.mknod(os.fsencode(folder) + b"/\xff\n.gif"),
+    "a file in a folder": lambda folder: [(folder / "sub").mkdir(), (folder / "sub" / "x").touch()],
+    "an empty folder": lambda folder: (folder / "sub").mkdir(),
+    "a folder named as an image": lambda folder: (folder / "00000009.png").mkdir(),
+    "a link to a file": lambda folder: (folder / "link").symlink_to(folder / "00000001.png"),
+    "a link to an image": lambda folder: (folder / "link.png").symlink_to(folder / "00000001.png"),
+    "a link to a folder": lambda folder: (folder / "link").symlink_to(folder.parent),
+    "a link to nothing": lambda folder: (folder / "link").symlink_to("nothing"),
+    "a pipe": lambda folder: os.mkfifo(folder / "pipe"),
+    "a pipe named as an image": lambda folder: os.mkfifo(folder / "pipe.png"),
+}
 KEPT = {f"{index:08d}.png" for index in range(5)}
 TAMPERING: dict[str, Callable[[Path], object]] = {
     "a pixel": lambda folder: flip(folder / "00000001.png"),
@@ -281,7 +323,14 @@ TAMPERING: dict[str, Callable[[Path], object]] = {
     "a renamed image": lambda folder: (folder / "00000001.png").rename(folder / "00000007.png"),
     "a copied image": lambda folder: shutil.copy(folder / "00000001.png", folder / "00000007.png"),
     "swapped images": swap,
-    "an added file": lambda folder: (folder / "notes.txt").write_text("hello"),
+    "an added file that the list names": name_added,
+    "a list without a signature": lambda folder: (folder / "_SUCCESS.sig").unlink(),
+    "a list with a signature of something else": lambda folder: shutil.copy(
+        folder.parent / "other" / "_SUCCESS.sig", folder
+    ),
+    "no images": lambda folder: [path.unlink() for path in folder.glob("*.png")],
+    "a link in place of an image": lambda folder: linked(folder / "00000001.png"),
+    "a link in place of a record": lambda folder: linked(folder / "manifest" / "part-00000.jsonl"),
     "an added image": lambda folder: Image.new("L", (8, 8)).save(folder / "more.png"),
     "an image of another batch": lambda folder: shutil.copy(
         folder.parent / "other" / "00000001.png", folder / "00000001.png"
@@ -307,6 +356,55 @@ def test_each_change_of_signed_copies_is_found(no_servers: None, tmp_path: Path,
     checks = verify(str(out), ours.trust())
     assert not all(each.verified for each in checks)
     assert not any(each.trusted for each in checks if not each.verified)
+    assert not any(each.complete for each in checks)
+
+
+@pytest.mark.parametrize("what", ADDED)
+def test_a_file_of_any_kind_beside_signed_copies_is_found(
+    no_servers: None,
+    tmp_path: Path,
+    ours: Identity,
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "signed"
+    sign_images(str(requested(tmp_path / "images")), str(out), ours.signer())
+    bare = shutil.copytree(out, tmp_path / "bare")
+    unsign(bare)
+    for folder, complete in ((out, True), (bare, False)):
+        before = verify(str(folder), ours.trust())
+        assert all(each.verified for each in before)
+        assert before[-1].complete is complete
+        assert ("no other file" in str(before[-1])) is complete
+        ADDED[what](folder)
+        for trust in (ours.trust(), Trust()):
+            checks = verify(str(folder), trust)
+            assert not checks[-1].verified
+            assert not any(each.complete for each in checks)
+        monkeypatch.setattr(sys, "argv", ["darkroom", "verify", str(folder), "--trust", str(ours.root), "--json"])
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        assert exit_info.value.code == 3
+        assert json.loads(capsys.readouterr().out)["verified"] is False
+
+
+@pytest.mark.parametrize("what", [name for name in ADDED if "image" not in name])
+def test_a_file_of_any_kind_in_a_signed_export_is_found(tmp_path: Path, ours: Identity, what: str) -> None:
+    folder = tmp_path / "export"
+    folder.mkdir()
+    (folder / "model_index.json").write_text("{}")
+    ours.signer().sign(folder, tmp_path / "export.sig")
+    [before] = verify(str(folder), ours.trust())
+    assert (before.verified, before.complete) == (True, True)
+    ADDED[what](folder)
+    [after] = verify(str(folder), ours.trust())
+    assert (after.verified, after.complete) == (False, False)
+
+
+def test_a_list_without_a_trusted_root_is_not_complete(no_servers: None, tmp_path: Path, ours: Identity) -> None:
+    sign_images(str(requested(tmp_path / "images")), str(tmp_path / "signed"), ours.signer())
+    assert not any(each.complete for each in verify(str(tmp_path / "signed"), Trust()))
 
 
 def test_copies_by_another_signer_are_found(no_servers: None, tmp_path: Path, ours: Identity) -> None:

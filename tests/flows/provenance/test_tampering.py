@@ -182,6 +182,36 @@ def test_a_record_of_a_batch_that_was_altered_is_named(
         assert not any("\n" in words for words in disagreements)
 
 
+@pytest.mark.parametrize(
+    ("kind", "added"),
+    [
+        ("png", "logo.gif"),
+        ("png", "00000008.png"),
+        ("png", "000000001.png"),
+        ("png", "samples-00000.tar"),
+        ("png", "manifest/part-00002.jsonl"),
+        ("png", "more/00000001.png"),
+        ("tar", "00000001.png"),
+        ("tar", "samples-00002.tar"),
+    ],
+)
+def test_an_object_that_was_added_to_a_batch_is_named(samples: Samples, tmp_path: Path, kind: str, added: str) -> None:
+    place = samples.beside(f"{tmp_path.name}-{kind}", samples.files(kind) | {added: b"added"})
+    (words,) = samples.disagreements(place, None)
+    assert f"{place}/{added}" in words
+    batch = find(str(place), samples.store, BUCKET).batch
+    assert batch is not None
+    assert generate_batch.list_unfinished_chunks(samples.store, batch, place) == []
+
+
+@pytest.mark.parametrize(("kind", "gone"), [("png", NAME), ("tar", f"samples-0000{CHUNK}.tar")])
+def test_images_that_are_gone_from_a_batch_are_counted(samples: Samples, tmp_path: Path, kind: str, gone: str) -> None:
+    files = samples.files(kind)
+    del files[gone]
+    (words,) = samples.disagreements(samples.beside(f"{tmp_path.name}-{kind}", files), None)
+    assert words.startswith("1 ")
+
+
 def test_trace_lists_disagreements_of_the_records(samples: Samples) -> None:
     files = samples.files("png")
     place = samples.beside("relabelled", files | {PART: relabelled_part(files[PART])})

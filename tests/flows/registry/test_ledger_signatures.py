@@ -111,6 +111,8 @@ TAMPERING: dict[str, Callable[[Path], object]] = {
     "an entry that nobody signed": follow_on,
     "no signature": strip,
     "an entry renamed": lambda folder: entry(folder, 3).rename(entry(folder, 4)),
+    "a file of another kind": lambda folder: (folder / "logo.gif").touch(),
+    "a file in another folder": lambda folder: entry(folder / "signatures", 1).write_text("{}"),
     "a foreign object": lambda folder: entry(folder, 7).write_text("{}"),
 }
 

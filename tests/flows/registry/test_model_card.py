@@ -102,8 +102,17 @@ def test_model_card_shows_intervals_and_limits_of_the_comparison(tmp_path: Path)
     cells = rows(card, "Gate decision", 1)
     assert cells["headline"] == [finding_of(comparison, "headline").verdict, finding_of(comparison, "headline").reason]
     assert cells.keys() == {"headline", "memorized", "recall", "cost"}
+    # The beginning and the table give the same figure: that of the comparison.
+    match = re.search(r"^KID ([−0-9.]+) \[", card, re.MULTILINE)
+    assert match is not None
+    kid = comparison.candidate.estimates["kid_efflite0"].value
+    assert float(match[1].replace("−", "-")) == pytest.approx(kid, abs=0.006)
+    assert comparison.candidate.scores.kid == pytest.approx(kid)
     limits = section(card, "Limits")
-    assert "look like copies of training images; of images that no model has seen" in limits
+    # Card, gate and ledger say the same of copies.
+    words = comparison.candidate.memorization.summary
+    assert words[1:] in limits
+    assert words in finding_of(comparison, "memorized").reason
     assert comparison.candidate.per_class is not None
     assert comparison.candidate.per_class.worst is not None
     assert f"Its worst class is {comparison.candidate.per_class.worst.name}: KID " in limits

@@ -119,10 +119,10 @@ def test_versions_are_promoted_and_rejected_with_figures_and_the_gate_in_the_led
 
     data, entry = read_manifest(params.dataset_folder), history.find_newest_entry(3)
     card = model_card.card(header(), third.evaluation, data, third.version, entry, copier.comparison)
-    assert rows(card, "How good it is")["copies_share"][0] == "100.0%"
+    assert rows(card, "How good it is")["copies_share"][0] == "100.00%"
     assert "copies of training images" in rows(card, "Gate decision")["why"][0]
     assert rows(card, "Gate decision", 1)["memorized"][0] == "reject"
-    assert "100 % look like copies of training images" in section(card, "Limits")
+    assert "Copies of training images: 100.00% of" in section(card, "Limits")
 
 
 def test_rolled_back_version_is_held_without_a_comparison(mlflow_client: MlflowClient, params: Params) -> None:

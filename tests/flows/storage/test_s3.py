@@ -1,5 +1,6 @@
 import base64
 import hashlib
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion.common.errors import ConflictError, UserError
+from diffusion.common.errors import ConflictError, DarkroomError, TransientError, UserError
 from flows.storage.s3 import LARGEST_PUT, Location, MissingObjectError, Object, Store, client
 from tests.builders.http_server import serving
 from tests.builders.s3_clients import stock
@@ -274,6 +275,56 @@ def breaking_server() -> Iterator[str]:
 def test_a_read_that_breaks_off_is_read_again(breaking_server: str) -> None:
     keys = {"AWS_ENDPOINT_URL_S3": breaking_server, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
     assert Store(client(attempts=1, variables=keys)).get("prints", "x") == b"image"
+
+
+ANSWERS: dict[str, type[DarkroomError]] = {
+    "503/SlowDown": TransientError,
+    "429/TooManyRequests": TransientError,
+    "500/InternalError": TransientError,
+    "502/BadGateway": TransientError,
+    "400/RequestTimeout": TransientError,
+    "400/BadDigest": TransientError,
+    "409/OperationAborted": TransientError,
+    "409/BucketAlreadyExists": UserError,
+    "507/InsufficientStorage": UserError,
+    "403/QuotaExceeded": UserError,
+    "413/EntityTooLarge": UserError,
+    "405/MethodNotAllowed": UserError,
+    "501/NotImplemented": UserError,
+    "400/SomethingNew": DarkroomError,
+    "599/SomethingElse": DarkroomError,
+}
+
+
+def test_each_answer_of_a_server_has_a_reason_and_what_to_do() -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            _, _, status, code, message = self.path.split("?")[0].split("/")
+            body = (
+                f"<Error><Code>{code}</Code><Message>{message and 'a reason' + chr(10) + 'in lines'}</Message></Error>"
+            )
+            self.send_response(int(status))
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with serving(Handler) as url:
+        keys = {"AWS_ENDPOINT_URL_S3": url, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
+        store = Store(client(attempts=1, variables=keys))
+        for answer, kind in ANSWERS.items():
+            for message in ("", "with"):
+                with pytest.raises(DarkroomError) as error:
+                    store.get("prints", f"{answer}/{message}")
+                assert type(error.value) is kind, answer
+                [line] = str(error.value).splitlines()
+                before, _, fix = line.rpartition("): ")
+                assert len(fix.split()) > 3, answer
+                assert ("a reason in lines" in before) is bool(message)
+                # The reason in words, and not the code alone.
+                assert re.search(rf"{url} [a-z' ,]+ [a-z' ,]+\({answer.partition('/')[2]}", before), answer
 
 
 def test_a_wrong_key_is_rejected_in_one_line(s3_environment: dict[str, str], bucket: str) -> None:

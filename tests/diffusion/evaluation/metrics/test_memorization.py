@@ -117,7 +117,7 @@ def test_near_duplicates_among_held_out_images_do_not_hide_copies(name: str) -> 
 @pytest.mark.slow
 def test_the_share_grows_with_the_copies() -> None:
     training, _, real = scans()
-    shares = [memorization(with_copies(real, training[:count])).excess for count in (0, 40, 200)]
+    shares = [memorization(with_copies(real, training[:count])).copy_share.excess for count in (0, 40, 200)]
     assert shares == pytest.approx([0, 0.1, 0.5], abs=0.03)
 
 
@@ -173,10 +173,10 @@ def test_model_that_repeats_near_duplicates_as_real_images_do_is_no_worse() -> N
         )
     detection = detect_memorization(*({"x": find_nearest(some, [training])} for some in (generated, held_out)))
     assert detection.suspicious
-    assert detection.excess < 0.05
+    assert detection.copy_share.excess < 0.05
     copies = training[:400] + 0.05
     worse = detect_memorization({"x": find_nearest(copies, [training])}, {"x": find_nearest(held_out, [training])})
-    assert worse.excess > 0.9
+    assert worse.copy_share.excess > 0.9
 
 
 def test_nothing_is_nearer_than_real_images_that_repeat_those_of_training() -> None:
@@ -184,7 +184,7 @@ def test_nothing_is_nearer_than_real_images_that_repeat_those_of_training() -> N
     same = {"x": find_nearest(points, [points])}
     detection = detect_memorization(same, same)
     assert detection.p_value > 0.5
-    assert detection.excess == 0
+    assert detection.copy_share.excess == 0
     assert Memorization.model_validate_json(detection.model_dump_json()) == detection
 
 
