@@ -1,0 +1,195 @@
+"""Choice of the guidance that the best checkpoint samples with: none, unless some kind is significantly better.
+
+Guidance costs work and variety. So a kind of guidance takes the place of none only if its KID is lower with confidence
+``gate.confidence``, by Holm's correction over all kinds, and its recall surely lower by no more than
+``gate.recall_loss``: among equally good kinds none stays in as large a share of all choices.
+
+All kinds generate the same image numbers of one noise and are compared with the same training images, so what they have
+in common cancels. The gate sees none of these: it compares images of another seed with held-out images.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from diffusion.evaluation.bootstrap import FEWEST_FOR_ERRORS, SPLITS, Replicates, difference, shares_of_halves
+from diffusion.evaluation.cache import Key, Tensors, load_or_compute
+from diffusion.evaluation.estimate import Estimate, holm
+from diffusion.evaluation.evaluator import Evaluator, ModelEvaluator
+from diffusion.evaluation.gate import GateConfig
+from diffusion.evaluation.metrics.distances import jackknife, kid_deviations
+from diffusion.evaluation.metrics.neighbours import compute_overlap, nearest_distances
+from diffusion.evaluation.reports.html import format_signed, format_with_error
+from diffusion.evaluation.results import GuidanceChoice, GuidanceScore, GuidanceVerdict
+from diffusion.process.samplers import SamplingConfig
+from diffusion.process.schedules import resolution_scale
+
+INTERVAL = 0.2, 5.0
+"""Noise levels σ between which guidance is tried (arXiv 2404.07724), up to 3×32×32 values; higher for larger images."""
+REFERENCE = 4
+"""Training images for each generated one: the reference then adds little to the error, and its features cost little."""
+FIRST_SHARE = 4
+"""The first look is at one image of so many; what is not better there is not looked at again."""
+KidDeviations = tuple[float, Tensor, Tensor]
+"""KID with its deviations without each generated and each training image: see ``kid_deviations``."""
+
+
+def list_samplings(evaluator: Evaluator, best: ModelEvaluator) -> list[SamplingConfig]:
+    """List the samplings to choose from for the ``best`` checkpoint, the cheapest and least guided first.
+
+    The first has no guidance. Empty if a user has set guidance or the file names one, for a student, or unless the
+    model is a diffusion model that has a guide, or that has classes or captions and learned to do without them.
+    """
+    header, scales = best.header, sorted(evaluator.config.guidance or ())
+    is_set = (best.sampling.guidance, best.sampling.autoguidance) != (None, None)
+    if not scales or header.model.family != "ddpm" or is_set or header.student_steps is not None:
+        return []
+    changes = list[dict[str, object]]()
+    if best.is_conditional and header.training.get("condition_dropout", 0) > 0:
+        factor = resolution_scale(math.prod(best.model.noise_shape))
+        interval = [round(factor * sigma, 2) for sigma in INTERVAL]
+        changes += [{"guidance": w, "guidance_interval": interval} for w in scales]
+        changes.append({"guidance": scales[len(scales) // 2]})
+    if header.guide_images is not None:
+        changes += [{"autoguidance": w} for w in scales]
+    samplings = [evaluator.sampling.with_changes(change) for change in changes]
+    return [evaluator.sampling, *samplings] if samplings else []
+
+
+def choose_guidance(evaluator: Evaluator, best: ModelEvaluator, gate: GateConfig) -> GuidanceChoice | None:
+    """Choose how the ``best`` checkpoint samples, by ``choose``; None if there is nothing to choose from.
+
+    Each sampling generates up to ``config.samples`` images of ``config.seed`` + 2; models with captions for those of
+    the training images that they are compared with.
+    """
+    config, real = evaluator.config, evaluator.real
+    if not (samplings := list_samplings(evaluator, best)):
+        return None
+    rows = real.training_rows(config.seed, REFERENCE * real.samples)
+    reference, reference_key = real.features(rows), real.key(rows)
+
+    def generate(number: int, samples: int) -> ModelEvaluator:
+        sampling = samplings[number]
+        return evaluator.model(
+            best.path, samples, sampling, f"guidance {sampling.guidance_text}", config.seed + 2, rows
+        )
+
+    def measure_kid(number: int, samples: int) -> KidDeviations:
+        return kid_deviations(generate(number, samples).features, reference)
+
+    def measure_recall(number: int) -> Replicates:
+        model = generate(number, config.samples)
+        samples = model.features
+
+        def work() -> Tensors:
+            halves = shares_of_halves([samples], reference)[0]["recall"]
+            overlap = compute_overlap(samples, reference, nearest_distances(samples), nearest_distances(reference))
+            return {"halves": halves, "recall": torch.tensor(overlap["recall"], dtype=torch.float64)}
+
+        key: Key = {"kind": "recall of guidance", "format_version": 1, "generated": model.features_key}
+        tensors = load_or_compute(evaluator.folder, key | {"reference": reference_key, "splits": SPLITS}, work)
+        return Replicates("recall", float(tensors["recall"]), tensors["halves"], len(samples), *reference.shape)
+
+    # Whole batches, which are the first of all images as well.
+    batch = evaluator.sampling.compute_batch
+    first = max(10, math.ceil(config.samples / FIRST_SHARE / batch) * batch)
+    looks = [first, config.samples] if first < config.samples else [config.samples]
+    has_recall = min(config.samples, len(reference)) >= FEWEST_FOR_ERRORS
+    return choose(samplings, looks, measure_kid, measure_recall if has_recall else None, gate)
+
+
+def choose(
+    samplings: Sequence[SamplingConfig],
+    looks: Sequence[int],
+    measure_kid: Callable[[int, int], KidDeviations],
+    measure_recall: Callable[[int], Replicates] | None,
+    gate: GateConfig,
+) -> GuidanceChoice:
+    """Choose one of ``samplings``, of which the first has no guidance and the others cost more and more.
+
+    ``measure_kid(i, images)`` is of the first ``images`` of sampling i, for the numbers in ``looks``, which ascend:
+    what is not better than none at one look is dropped, which makes no choice of guidance more likely.
+    ``measure_recall(i)`` is of all images; None if they are too few for errors.
+    """
+    left, kids, gains = list(range(1, len(samplings))), dict[int, KidDeviations](), dict[int, Estimate]()
+    images = dict[int, int]()
+    for count in looks:
+        if left:
+            for number in (0, *left):
+                kids[number], images[number] = measure_kid(number, count), count
+            gains |= {number: _subtract(kids[0], kids[number]) for number in left}
+            left = [number for number in left if gains[number].value > 0]
+    p_values = [1.0, *holm([gains[n].p_value if n in left else 1.0 for n in range(1, len(samplings))])]
+    limit, losses = gate.recall_loss, dict[int, Estimate]()
+    significant = [number for number in left if p_values[number] <= 1 - gate.confidence]
+    if significant and limit is not None and measure_recall is not None:
+        unguided = measure_recall(0)
+        losses = {number: difference(unguided, measure_recall(number)) for number in significant}
+    allowed = [
+        number
+        for number in significant
+        if limit is None or (number in losses and losses[number].upper_bound(gate.confidence) <= limit)
+    ]
+    best = min(allowed, key=lambda number: kids[number][0], default=0)
+    # More guidance costs variety and work (Breiman et al., Classification and Regression Trees, 1984, section 3.4.3).
+    excesses = {number: _subtract(kids[number], kids[best]) for number in allowed}
+    chosen = next((number for number in allowed if excesses[number].value <= excesses[number].error), 0)
+
+    def judge(number: int) -> GuidanceVerdict | None:
+        if number in (0, chosen):
+            return "chosen" if number == chosen else None
+        if number in allowed:
+            return "better"
+        if number in significant:
+            return "may lose too much recall"
+        return "not significantly better" if images[number] == looks[-1] else "dropped early"
+
+    scores = [
+        GuidanceScore(
+            sampling=sampling,
+            images=images[number],
+            kid=kids[number][0],
+            gain=gains.get(number),
+            p_value=p_values[number],
+            recall_loss=losses.get(number),
+            verdict=judge(number),
+        )
+        for number, sampling in enumerate(samplings)
+    ]
+    return GuidanceChoice(scores=scores, confidence=gate.confidence, max_recall_loss=limit)
+
+
+def _subtract(kid: KidDeviations, other: KidDeviations) -> Estimate:
+    """Estimate the difference of two KIDs of images of the same noise to the same reference, by the jackknife."""
+    variance = sum(jackknife(x - y) for x, y in zip(kid[1:], other[1:], strict=True))
+    freedom = min(map(len, kid[1:])) - 1
+    return Estimate(value=kid[0] - other[0], error=math.sqrt(variance), freedom=freedom)
+
+
+def describe_guidance(choice: GuidanceChoice) -> str:
+    """Describe which guidance was chosen, or why none was, with figures."""
+    unguided, *tried = choice.scores
+    best = choice.chosen if choice.chosen.gain else min(tried, key=lambda score: (score.p_value, score.kid))
+    if best.gain is None or best.verdict == "dropped early":
+        return f"It samples without guidance: none of {len(tried)} kinds is better on the first {best.images:,} images."
+    guidance, gain = f"guidance {best.sampling.guidance_text}", format_with_error(best.gain.value, best.gain.error)
+    kids = (
+        f"lowers its KID against training images, {format_signed(unguided.kid)}, by {gain} (p = {best.p_value:.2g} by "
+        f"Holm's correction)"
+    )
+    loss = "by an unknown share, as images are too few"
+    if best.recall_loss is not None:
+        loss = f"by {format_with_error(best.recall_loss.value, best.recall_loss.error)}"
+    if best.verdict == "may lose too much recall":
+        return (
+            f"It samples without guidance: {guidance} {kids}, but recall {loss}, and gate.recall_loss allows "
+            f"{choice.max_recall_loss:g}."
+        )
+    if best.verdict == "chosen":
+        return (
+            f"G{guidance[1:]} {kids}{'' if best.recall_loss is None else f' and recall {loss}'}: a registered model "
+            f"samples with it, a file with {best.sampling.guidance_options}."
+        )
+    return f"It samples without guidance: none of {len(tried)} kinds is significantly better; {guidance} {kids}."
