@@ -38,7 +38,8 @@ class EvaluationConfig(Config):
     """Images generated from each checkpoint, and real training images in the real baseline."""
     finalists: int = Field(2, ge=1)
     """Number of checkpoints evaluated in full, on all samples. If there are more (training.keep, ema_stds), rounds with
-    fewer images select them by KID, or PSNR for autoencoders, which are unbiased for any number of images."""
+    fewer images select them by KID, or PSNR for autoencoders, which are unbiased for any number of images. Likewise the
+    number of kinds of guidance that a first look at a third as many images lets through."""
     first_samples: int | None = Field(None, ge=10, exclude_if=is_unset)
     """Images generated from each checkpoint in the first of these rounds. The better quarter advances, with four times
     as many images, until finalists are left. Null: a quarter of samples, at least 10: one round."""
@@ -49,7 +50,8 @@ class EvaluationConfig(Config):
     """Scales of guidance that are tried with the best checkpoint where sampling.guidance and sampling.autoguidance are
     null. With classes or captions: each at the noise levels σ from 0.2 to 5, or higher ones for images of more than
     3×32×32 values, and the middle one at all levels. Of models with a guide (training.guide): each as autoguidance. The
-    registered model samples with the best, or with none. [] or null: none is tried."""
+    registered model samples with none unless one of them significantly lowers KID, with gate.confidence and within
+    gate.recall_loss. [] or null: none is tried."""
     reference: int = Field(10_000, ge=10)
     """Held-out images used as the reference: at most this many, the first by key."""
     extractor: Literal["efflite0", "inception", "labels", "file"] = "efflite0"

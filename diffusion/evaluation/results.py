@@ -187,9 +187,8 @@ class ModelEvaluation(ModelScores):
         return figures | {"gflop_per_image": self.gflop} | flatten(self.estimates)
 
 
-GuidanceVerdict = Literal["chosen", "better", "may lose too much recall", "not significantly better", "dropped early"]
-"""``better``: than none, but not than the chosen one by a standard error. ``dropped early``: not better than none on
-the first images."""
+GuidanceVerdict = Literal["chosen", "better", "may lose too much recall", "not significantly better", "not a finalist"]
+"""``better``: than none, but not than the chosen one by a standard error."""
 
 
 class GuidanceScore(Config):
@@ -197,12 +196,12 @@ class GuidanceScore(Config):
 
     sampling: SamplingConfig
     images: int
-    """Number of generated images."""
+    """Number of generated images, of the last look, or of the first if this is not a finalist."""
     kid: float
     gain: Estimate | None = Field(None, exclude_if=is_unset)
     """How much lower ``kid`` is than without guidance, on as many images of the same noise; None without guidance."""
-    p_value: float = Field(ge=0, le=1)
-    """One-sided p-value of ``gain`` by Holm's correction over all that were tried."""
+    p_value: float | None = Field(None, ge=0, le=1, exclude_if=is_unset)
+    """One-sided p-value of ``gain`` by Holm's correction over all finalists; None if this is not one."""
     recall_loss: Estimate | None = Field(None, exclude_if=is_unset)
     """How much lower recall is than without guidance; None where ``gain`` is not significant, or images are too few."""
     verdict: GuidanceVerdict | None

@@ -37,8 +37,8 @@ CANDIDATES = {
     "3 at σ from 0.2 to 5": SAMPLING.with_changes({"guidance": 3, "guidance_interval": (0.2, 5)}),
     "2 at all σ": SAMPLING.with_changes({"guidance": 2}),
 }
-LOOKS = (16, CONFIG.samples)
-"""A quarter of the images, in whole batches, and all."""
+LOOKS = {"first": slice(0, 16), "last": slice(16, 16 + CONFIG.samples)}
+"""Numbers of the images that select finalists, a third of ``samples`` in whole batches, and of those that decide."""
 
 
 @pytest.fixture
@@ -62,10 +62,10 @@ def write_checkpoint(
 def evaluated(data: Path, checkpoint: Path, output: Path, images: dict[str, Tensor]) -> Evaluation:
     """An evaluation of a model that generates these ``images``, by guidance."""
     evaluator = Evaluator(data, CONFIG, SAMPLING, output / "evaluations")
-    rows = evaluator.real.training_rows(CONFIG.seed, 4 * CONFIG.samples)
-    for (text, generated), count in product(images.items(), LOOKS):
-        model = evaluator.model(checkpoint, count, CANDIDATES[text], seed=CONFIG.seed + 2, captioned=rows)
-        first = generated[:count]
+    rows = evaluator.real.training_rows(CONFIG.seed, 5 * CONFIG.samples)
+    for (text, generated), numbers in product(images.items(), LOOKS.values()):
+        model = evaluator.model(checkpoint, numbers.stop, CANDIDATES[text], seed=CONFIG.seed + 2, captioned=rows)
+        first = generated[: numbers.stop]
         load_or_compute(evaluator.folder, model.generated_key, lambda first=first: {"images": first})
     return evaluate(data, [checkpoint], CONFIG, SAMPLING, output)
 
@@ -76,7 +76,7 @@ def scores_of(evaluation: Evaluation) -> list[GuidanceScore]:
 
 
 def spoiled(data: Path, deviation: float) -> Tensor:
-    clean = training_images(data, CONFIG.samples)
+    clean = training_images(data, LOOKS["last"].stop)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     return (clean + deviation * noise).round().clamp(0, 255).to(torch.uint8)
 
@@ -91,18 +91,26 @@ def test_guidance_is_scored_on_images_and_training_images_that_the_gate_does_not
     assert watcher.sampled_models == {"100", *(f"guidance {text}" for text in CANDIDATES)}
     dataset, extractor, model = Dataset.open(data), EfficientNetLite0(32), load_model(checkpoint)
     train = dataset.rows("train")
-    rows = Evaluator(data, CONFIG, SAMPLING, tmp_path / "other").real.training_rows(CONFIG.seed, 4 * CONFIG.samples)
-    assert sorted(rows) == sorted(train)  # fewer than 4 for each generated image
-    reference = extractor(dataset.images(rows))
+    rows = Evaluator(data, CONFIG, SAMPLING, tmp_path / "other").real.training_rows(CONFIG.seed, 5 * CONFIG.samples)
+    assert sorted(rows) == sorted(train)  # fewer than 5 for each generated image
+    references = {"first": rows[: len(rows) // 5], "last": rows[len(rows) // 5 :]}
 
-    def kid(sampling: SamplingConfig, count: int) -> float:
-        return compute_kid(extractor(sample(model, range(count), CONFIG.seed + 2, sampling)), reference)[0]
+    def kid(sampling: SamplingConfig, look: str) -> float:
+        images = sample(model, range(LOOKS[look].stop), CONFIG.seed + 2, sampling)[LOOKS[look]]
+        return compute_kid(extractor(images), extractor(dataset.images(references[look])))[0]
 
+    first_kids = {each.sampling.guidance_text: kid(each.sampling, "first") for each in scores}
+    best = sorted(first_kids, key=first_kids.__getitem__)[: CONFIG.finalists]
+    finalists = {text for text in best if first_kids[text] < first_kids["none"]}
+    assert {each.sampling.guidance_text for each in scores if each.p_value is not None} == finalists
+    unguided = kid(SAMPLING, "last" if finalists else "first")
     for each in scores:
-        assert each.kid == pytest.approx(kid(each.sampling, each.images), rel=1e-3)
+        text = each.sampling.guidance_text
+        is_last = text in finalists or (finalists and text == "none")
+        assert each.kid == pytest.approx(kid(each.sampling, "last") if is_last else first_kids[text], rel=1e-3)
         if each.gain is not None:
-            assert each.images in LOOKS
-            assert each.gain.value == pytest.approx(kid(SAMPLING, each.images) - each.kid, abs=2e-3)
+            before = unguided if is_last else first_kids["none"]
+            assert each.gain.value == pytest.approx(before - each.kid, abs=1e-3)
 
     again = Watcher()
     assert evaluate(data, [checkpoint], CONFIG, SAMPLING, tmp_path / "report", progress=again) == evaluation
@@ -144,10 +152,10 @@ def test_of_guidance_with_equal_kid_the_least_is_chosen(data: Path, tmp_path: Pa
     images = dict(zip(CANDIDATES, (bad, clean, clean, bad, clean), strict=True))
     some = evaluated(data, checkpoint, tmp_path / "some", images)
     assert some.sampling == CANDIDATES["1.5 at σ from 0.2 to 5"]
-    assert [each.verdict for each in scores_of(some)] == [None, "chosen", "better", "dropped early", "better"]
+    assert [each.verdict for each in scores_of(some)] == [None, "chosen", "better", *["not a finalist"] * 2]
     none = evaluated(data, checkpoint, tmp_path / "none", dict.fromkeys(CANDIDATES, clean))
     assert none.sampling == SAMPLING
-    assert {each.verdict for each in scores_of(none)} == {"chosen", "dropped early"}
+    assert {each.verdict for each in scores_of(none)} == {"chosen", "not a finalist"}
     assert "It samples without guidance" in " ".join(findings(none))
     plain = export(checkpoint, tmp_path / "plain.safetensors")
     assert export(checkpoint, tmp_path / "weights.safetensors", none.sampling) == plain
