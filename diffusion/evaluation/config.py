@@ -38,8 +38,7 @@ class EvaluationConfig(Config):
     """Images generated from each checkpoint, and real training images in the real baseline."""
     finalists: int = Field(2, ge=1)
     """Number of checkpoints evaluated in full, on all samples. If there are more (training.keep, ema_stds), rounds with
-    fewer images select them by KID, or PSNR for autoencoders, which are unbiased for any number of images. Likewise the
-    number of kinds of guidance that a first look at a third as many images lets through."""
+    fewer images select them by KID, or PSNR for autoencoders, which are unbiased for any number of images."""
     first_samples: int | None = Field(None, ge=10, exclude_if=is_unset)
     """Images generated from each checkpoint in the first of these rounds. The better quarter advances, with four times
     as many images, until finalists are left. Null: a quarter of samples, at least 10: one round."""

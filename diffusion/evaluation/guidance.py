@@ -4,16 +4,17 @@ Guidance costs work and variety. So a kind of guidance takes the place of none o
 ``gate.confidence``, and its recall lower by no more than ``gate.recall_loss`` with as much: among equally good kinds
 none stays in as large a share of all choices.
 
-A first look at few images selects ``config.finalists`` kinds. ``config.samples`` images with other numbers decide,
-against other training images, with Holm's correction over the finalists alone, as their images had no part in the
-selection. To test all kinds on all images takes 1.7 times the work and finds fewer gains.
+A first look at few images selects FINALISTS kinds. ``config.samples`` images with other numbers decide, against other
+training images, with Holm's correction over the finalists alone, as their images had no part in the selection. To test
+all kinds on all images takes more work and finds fewer gains.
 
 All kinds generate the same image numbers of one noise and are compared with the same training images, so what they have
 in common cancels. The gate sees none of these: it compares images of another seed with held-out images.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -37,6 +38,7 @@ REFERENCE = 4
 """Training images for each generated one: the reference then adds little to the error, and its features cost little."""
 FIRST_SHARE = 3
 """The first look is at one image for so many that decide."""
+FINALISTS = 3
 Look = Literal["first", "last"]
 KidDeviations = tuple[float, Tensor, Tensor]
 """KID with its deviations without each generated and each training image: see ``kid_deviations``."""
@@ -88,8 +90,8 @@ def choose_guidance(evaluator: Evaluator, best: ModelEvaluator, gate: GateConfig
     def measure_kid(number: int, look: Look) -> KidDeviations:
         return kid_deviations(features(number, look)[1], real.features(looks[look][1]))
 
-    def measure_recall(number: int) -> Replicates:
-        (generated_key, samples), reference = features(number, "last"), real.features(rows[cut:])
+    def measure_recall(number: int, look: Look) -> Replicates:
+        (generated_key, samples), reference = features(number, look), real.features(looks[look][1])
 
         def work() -> Tensors:
             halves = shares_of_halves([samples], reference)[0]["recall"]
@@ -97,58 +99,58 @@ def choose_guidance(evaluator: Evaluator, best: ModelEvaluator, gate: GateConfig
             return {"halves": halves, "recall": torch.tensor(overlap["recall"], dtype=torch.float64)}
 
         key: Key = {"kind": "recall of guidance", "format_version": 1, "generated": generated_key, "first": first}
-        tensors = load_or_compute(evaluator.folder, key | {"reference": real.key(rows[cut:]), "splits": SPLITS}, work)
+        key |= {"reference": real.key(looks[look][1]), "splits": SPLITS}
+        tensors = load_or_compute(evaluator.folder, key, work)
         return Replicates("recall", float(tensors["recall"]), tensors["halves"], len(samples), *reference.shape)
 
-    has_recall = min(config.samples, len(rows) - cut) >= FEWEST_FOR_ERRORS
-    return choose(samplings, config.finalists, measure_kid, measure_recall if has_recall else None, gate)
+    has_recall = min(first, cut, len(rows) - cut) >= FEWEST_FOR_ERRORS
+    return choose(samplings, measure_kid, measure_recall if has_recall else None, gate)
 
 
 def choose(
     samplings: Sequence[SamplingConfig],
-    finalists: int,
     measure_kid: Callable[[int, Look], KidDeviations],
-    measure_recall: Callable[[int], Replicates] | None,
+    measure_recall: Callable[[int, Look], Replicates] | None,
     gate: GateConfig,
 ) -> GuidanceChoice:
     """Choose one of ``samplings``, of which the first has no guidance and the others cost more and more.
 
-    ``measure_kid(i, look)`` is of sampling i, on images and training images that the two looks have not in common;
-    ``measure_recall(i)`` of the last look's, None if these are too few for errors.
+    ``measure_kid(i, look)`` and ``measure_recall(i, look)`` are of sampling i, on images and training images that the
+    two looks have not in common; no recall if images are too few for errors.
     """
-    numbers = range(1, len(samplings))
-    kids = {number: measure_kid(number, "first") for number in (0, *numbers)}
-    gains = {number: _subtract(kids[0], kids[number]) for number in numbers}
-    leaders = sorted(numbers, key=lambda number: -gains[number].value)[:finalists]
-    final = sorted(number for number in leaders if gains[number].value > 0)
+    limit, losses = gate.recall_loss, dict[int, Estimate]()
+
+    def is_within_limit(number: int, look: Look, confidence: float) -> bool:
+        """Whether recall is lower than without guidance by no more than the limit, with this confidence."""
+        if limit is None or measure_recall is None:
+            return limit is None
+        losses[number] = difference(measure_recall(0, look), measure_recall(number, look))
+        return losses[number].upper_bound(confidence) <= limit
+
+    kids = {number: measure_kid(number, "first") for number in range(len(samplings))}
+    gains = {number: _subtract(kids[0], kids[number]) for number in range(1, len(samplings))}
+    leaders = (n for n in sorted(gains, key=lambda number: -gains[number].value) if gains[n].value > 0)
+    final = sorted(islice((n for n in leaders if is_within_limit(n, "first", 0.5)), FINALISTS))
     if final:
         kids |= {number: measure_kid(number, "last") for number in (0, *final)}
     gains |= {number: _subtract(kids[0], kids[number]) for number in final}
     p_values = dict(zip(final, holm([gains[number].p_value for number in final]), strict=True))
     significant = [number for number in final if p_values[number] <= 1 - gate.confidence]
-    limit, losses = gate.recall_loss, dict[int, Estimate]()
-    if significant and limit is not None and measure_recall is not None:
-        unguided = measure_recall(0)
-        losses = {number: difference(unguided, measure_recall(number)) for number in significant}
-    allowed = [
-        number
-        for number in significant
-        if limit is None or (number in losses and losses[number].upper_bound(gate.confidence) <= limit)
-    ]
+    allowed = [number for number in significant if is_within_limit(number, "last", gate.confidence)]
     best = min(allowed, key=lambda number: kids[number][0], default=0)
     # More guidance costs variety and work (Breiman et al., Classification and Regression Trees, 1984, section 3.4.3).
     excesses = {number: _subtract(kids[number], kids[best]) for number in allowed}
     chosen = next((number for number in allowed if excesses[number].value <= excesses[number].error), 0)
-
-    def judge(number: int) -> GuidanceVerdict | None:
-        if number in (0, chosen):
-            return "chosen" if number == chosen else None
-        if number in allowed:
-            return "better"
-        if number in significant:
-            return "may lose too much recall"
-        return "not significantly better" if number in final else "not a finalist"
-
+    # The last one counts.
+    groups: list[tuple[GuidanceVerdict, Iterable[int]]] = [
+        ("not a finalist", gains),
+        ("may lose too much recall", losses),
+        ("not significantly better", final),
+        ("may lose too much recall", significant),
+        ("better", allowed),
+        ("chosen", [chosen]),
+    ]
+    verdicts = {number: verdict for verdict, group in groups for number in group}
     scores = [
         GuidanceScore(
             sampling=sampling,
@@ -157,7 +159,7 @@ def choose(
             gain=gains.get(number),
             p_value=p_values.get(number),
             recall_loss=losses.get(number),
-            verdict=judge(number),
+            verdict=verdicts.get(number),
         )
         for number, sampling in enumerate(samplings)
     ]

@@ -203,7 +203,8 @@ class GuidanceScore(Config):
     p_value: float | None = Field(None, ge=0, le=1, exclude_if=is_unset)
     """One-sided p-value of ``gain`` by Holm's correction over all finalists; None if this is not one."""
     recall_loss: Estimate | None = Field(None, exclude_if=is_unset)
-    """How much lower recall is than without guidance; None where ``gain`` is not significant, or images are too few."""
+    """How much lower recall is than without guidance, on the first images if ``gain`` is not significant; None where it
+    decides nothing, or images are too few."""
     verdict: GuidanceVerdict | None
     """None if this is no guidance and was not chosen."""
 
