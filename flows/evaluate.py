@@ -66,9 +66,9 @@ def evaluate_models(params: Params, folder: Path, version: Version | None) -> Ev
     if version is None:
         losses = params.run_folder / "losses.csv"
         models = models_to_evaluate(params.run_folder, folder, params.evaluation.ema_stds)
-        return score_models(data, models, *settings, folder, losses, reporter())
+        return score_models(data, models, *settings, folder, losses, reporter(), gate=params.gate)
     weights, cache = model_versions.cached_weights(version), params.report_folder / CACHE
-    return score_models(data, [weights], *settings, folder, progress=reporter(), cache=cache)
+    return score_models(data, [weights], *settings, folder, progress=reporter(), cache=cache, gate=params.gate)
 
 
 @retryable_task
@@ -87,7 +87,8 @@ def report(params: Params, evaluation: Evaluation, folder: Path, version: Versio
     for path in (folder / "report.html", folder / "evaluation.json", *sorted(folder.glob("grids/*.png"))):
         tracker.log_file(path, "evaluation" if path.parent == folder else "evaluation/grids")
     pages = [run_page(tracker.client, tracker.run_id, artifact) for artifact in ("evaluation/report.html", None)]
-    guidance_scores = {f"KID, guidance {entry.sampling.guidance_text}": entry.kid for entry in evaluation.guidance}
+    tried = [] if evaluation.guidance is None else evaluation.guidance.scores
+    guidance_scores = {f"KID, guidance {entry.sampling.guidance_text}": entry.kid for entry in tried}
     rows = [
         {"metric": name, "value": format_plain(value)}
         for name, value in (evaluation.metrics() | guidance_scores).items()

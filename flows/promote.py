@@ -156,7 +156,9 @@ def _is_current(params: Params, evaluation: Evaluation) -> bool:
     """Whether ``evaluation`` was made with the data and the settings of ``params``."""
     conditions, content = evaluation.conditions, read_manifest(params.dataset_folder).content_digest
     made_with = conditions.evaluation, conditions.sampling, conditions.content_digest
-    return made_with == (params.evaluation, params.sampling, content)
+    choice, gate = evaluation.guidance, params.gate
+    same_rules = choice is None or (choice.confidence, choice.max_recall_loss) == (gate.confidence, gate.recall_loss)
+    return same_rules and made_with == (params.evaluation, params.sampling, content)
 
 
 @retryable_task

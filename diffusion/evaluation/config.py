@@ -49,7 +49,8 @@ class EvaluationConfig(Config):
     """Scales of guidance that are tried with the best checkpoint where sampling.guidance and sampling.autoguidance are
     null. With classes or captions: each at the noise levels σ from 0.2 to 5, or higher ones for images of more than
     3×32×32 values, and the middle one at all levels. Of models with a guide (training.guide): each as autoguidance. The
-    registered model samples with the best, or with none. [] or null: none is tried."""
+    registered model samples with none unless one of them significantly lowers KID, with gate.confidence and within
+    gate.recall_loss. [] or null: none is tried."""
     reference: int = Field(10_000, ge=10)
     """Held-out images used as the reference: at most this many, the first by key."""
     extractor: Literal["efflite0", "inception", "labels", "file"] = "efflite0"

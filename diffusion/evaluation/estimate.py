@@ -50,6 +50,15 @@ class Estimate(Config):
 
         return float(stdtrit(self.freedom, probability)) * self.error
 
+    @property
+    def p_value(self) -> float:
+        """Return the one-sided p-value against a true value of 0 or less."""
+        from scipy.special import stdtr
+
+        if not self.error:
+            return float(self.value <= 0)
+        return float(stdtr(self.freedom, -self.value / self.error))
+
     def multiply(self, factor: float) -> "Estimate":
         """Return the estimate of ``factor`` times the metric."""
         return self.model_copy(update={"value": self.value * factor, "error": self.error * abs(factor)})
@@ -112,6 +121,18 @@ def wilson_interval(share: float, count: float, deviations: float = DEVIATIONS) 
     middle = (share + correction / 2) / (1 + correction)
     half_width = math.sqrt(correction * (share * (1 - share) + correction / 4)) / (1 + correction)
     return max(middle - half_width, 0.0), min(middle + half_width, 1.0)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p-values of several tests: those under α reject a true hypothesis with probability α at most, altogether.
+
+    Holm's step-down procedure (Scand. J. Statist. 6, 1979), valid whatever the tests have in common.
+    """
+    adjusted, largest = [1.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, (len(p_values) - rank) * p_values[index])
+        adjusted[index] = min(largest, 1.0)
+    return adjusted
 
 
 def paired_difference(candidate: Sequence[float], champion: Sequence[float]) -> Estimate:

@@ -28,8 +28,10 @@ from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.shapes import Images
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import MetricEstimate
-from diffusion.evaluation.evaluator import CACHE, Evaluator, ModelEvaluator
-from diffusion.evaluation.metrics.distances import Scores, jackknife, kid_deviations
+from diffusion.evaluation.evaluator import CACHE, Evaluator
+from diffusion.evaluation.gate import GateConfig
+from diffusion.evaluation.guidance import choose_guidance, describe_guidance
+from diffusion.evaluation.metrics.distances import Scores
 from diffusion.evaluation.metrics.pixel_metrics import TITLES, ResamplingBaseline, describe_baselines, resample
 from diffusion.evaluation.metrics.text_image_agreement import TextImageAgreement, describe_agreement
 from diffusion.evaluation.real_images import SHOWN
@@ -49,14 +51,12 @@ from diffusion.evaluation.reports.html import (
 from diffusion.evaluation.results import (
     CheckpointEvaluation,
     Evaluation,
-    GuidanceScore,
     ModelEvaluation,
     ModelScores,
     RealBaseline,
 )
 from diffusion.generation.super_resolution import shrink_images, task_of
 from diffusion.process.samplers import SamplingConfig
-from diffusion.process.schedules import resolution_scale
 
 logger = logging.getLogger(__name__)
 ETA = 4
@@ -84,45 +84,6 @@ def select_finalists(
         preliminary += [evaluation for _, evaluation in evaluations[places:]]
         samples *= ETA
     return candidates, sorted(preliminary, key=lambda evaluation: evaluation.images)
-
-
-GUIDANCE_INTERVAL = 0.2, 5.0
-"""Noise levels σ between which guidance is tried (arXiv 2404.07724), up to 3×32×32 values; higher for larger images."""
-
-
-def score_guidance(evaluator: Evaluator, best: ModelEvaluator) -> list[GuidanceScore]:
-    """Score the images of the ``best`` checkpoint without guidance and with each one that ``config.guidance`` tries.
-
-    The gate sees none of what they are scored by: they are a quarter of ``config.samples``, of ``config.seed`` + 2, and
-    compared with training images, whose captions they have. The least guidance comes first, and autoguidance last.
-    Empty if a user has set it or the file names one, for a student, or unless the model is a diffusion model that has a
-    guide, or that has classes or captions and learned to do without them.
-    """
-    header, config, real = best.header, evaluator.config, evaluator.real
-    is_set = (best.sampling.guidance, best.sampling.autoguidance) != (None, None)
-    if not config.guidance or header.model.family != "ddpm" or is_set or header.student_steps is not None:
-        return []
-    scales, changes = sorted(config.guidance), list[dict[str, object]]()
-    if best.is_conditional and header.training.get("condition_dropout", 0) > 0:
-        factor = resolution_scale(math.prod(best.model.noise_shape))
-        interval = [round(factor * sigma, 2) for sigma in GUIDANCE_INTERVAL]
-        changes += [{"guidance": w, "guidance_interval": interval} for w in scales]
-        changes.append({"guidance": scales[len(scales) // 2]})
-    if header.guide_images is not None:
-        changes += [{"autoguidance": w} for w in scales]
-    if not changes:
-        return []
-    rows, samples, scores = real.training_rows(config.seed, real.samples), max(10, config.samples // 4), []
-    samplings = [evaluator.sampling, *(evaluator.sampling.with_changes(change) for change in changes)]
-    for variant in samplings:
-        model = evaluator.model(best.path, samples, variant, f"guidance {variant.guidance_text}", config.seed + 2, rows)
-        scores.append(kid_deviations(model.features, real.features(rows)))
-    lowest, *theirs = min(scores, key=lambda deviations: deviations[0])
-    results = []
-    for sampling, (kid, *ours) in zip(samplings, scores, strict=True):
-        variance = sum(jackknife(x - y) for x, y in zip(ours, theirs, strict=True))
-        results.append(GuidanceScore(sampling=sampling, kid=kid, excess=kid - lowest, excess_se=math.sqrt(variance)))
-    return results
 
 
 REAL_GRID = "held_out.png"
@@ -159,11 +120,13 @@ def evaluate(
     losses: Path | None = None,
     progress: Progress = ignore_progress,
     cache: Path | None = None,
+    gate: GateConfig = GateConfig(),  # noqa: B008 (frozen)
 ) -> Evaluation:
     """Evaluate ``checkpoints`` on the held-out images of the data set in folder ``data``.
 
     All generate the same image numbers of the same seed; the best one has the best selection metric. Of more than
-    ``config.finalists`` only the leading ones are evaluated in full, as shorter rounds select them. Expensive parts are
+    ``config.finalists`` only the leading ones are evaluated in full, as shorter rounds select them. For the best one
+    guidance is chosen that ``gate`` will not object to: see ``choose_guidance``. Expensive parts are
     cached in the folder ``cache``, by default one in ``output``: the same call continues after a kill, and generates
     nothing once it is complete. ``output`` gets ``evaluation.json``, ``metrics.json``, ``scores.csv``, if there were
     rounds ``preliminary.csv`` of those that fell behind, grids as PNG, and at last ``report.html``, with ``losses``:
@@ -208,7 +171,7 @@ def evaluate(
         preliminary=preliminary,
         estimates=evaluator.estimates(replicates),
         baselines=evaluator.baselines(),
-        guidance=score_guidance(evaluator, model),
+        guidance=choose_guidance(evaluator, model, gate),
     )
     sheets = ReportImages(
         evaluator.real.shown_images, generated_images, model.captions, model.reconstructed, task.scale
@@ -370,15 +333,8 @@ def findings(evaluation: Evaluation) -> list[str]:
             f"{pluralize(len(evaluation.preliminary), 'more checkpoint')} fell behind on fewer images, from "
             f"{min_images:,} on, and {'was' if len(evaluation.preliminary) == 1 else 'were'} not evaluated in full."
         )
-    if evaluation.guidance:
-        kids = {score.sampling.guidance_text: format_signed(score.kid) for score in evaluation.guidance}
-        choice = evaluation.sampling.guidance_text
-        lines.append(
-            f"Of {len(kids) - 1} kinds of guidance none surely lowers its KID, {kids[choice]} against training images."
-            if choice == "none"
-            else f"Guidance {choice} lowers its KID against training images from {kids['none']} to {kids[choice]}: a "
-            f"registered model samples with it, a file with {evaluation.sampling.guidance_options}."
-        )
+    if evaluation.guidance is not None:
+        lines.append(describe_guidance(evaluation.guidance))
     if evaluation.baselines:
         lines.append(describe_baselines(best.scores, evaluation.baselines))
     return lines

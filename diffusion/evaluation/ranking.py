@@ -6,7 +6,8 @@ images that it is ranked by.
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,7 @@ from diffusion.common.threads import cores
 from diffusion.evaluation.bootstrap import difference
 from diffusion.evaluation.cache import load_or_compute
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.estimate import CONFIDENCE, Estimate, MetricEstimate
+from diffusion.evaluation.estimate import CONFIDENCE, Estimate, MetricEstimate, holm
 from diffusion.evaluation.evaluator import CACHE, Evaluator, ModelEvaluator, count_gflop
 from diffusion.evaluation.gate import GateConfig
 from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss
@@ -71,11 +72,27 @@ class Lead(Config):
     """Name of the other model."""
     difference: Estimate
     """Difference of the metrics, at least 0 as measured."""
+    p_value: float = Field(ge=0, le=1)
+    """Two-sided p-value of ``difference``, by Holm's correction over all pairs of the ranking."""
 
     @property
     def is_sure(self) -> bool:
-        """Return whether the interval of the difference excludes 0."""
-        return self.difference.interval(CONFIDENCE).low > 0
+        """Return whether the best model is significantly better: false of any in 5 % of rankings at most."""
+        return self.p_value <= 1 - CONFIDENCE
+
+
+def measure_leads(names: Sequence[str], compute_difference: Callable[[int, int], Estimate]) -> list[Lead]:
+    """Compare the first of ``names``, the best as measured, with each other one, all sorted by the same measurement.
+
+    ``compute_difference(i, j)`` estimates by how much number j is worse than number i. Which is the best was found by
+    the same images, and the best of equals is always ahead of the others; so the p-values are corrected for all pairs,
+    any of which might have been the best and another one.
+    """
+    pairs = list(combinations(range(len(names)), 2))
+    differences = [compute_difference(i, j) for i, j in pairs]
+    p_values = holm([min(2 * difference.p_value, 1.0) for difference in differences])
+    leads = zip(names[1:], differences, p_values, strict=False)  # pairs (0, 1), (0, 2), … come first
+    return [Lead(worse=name, difference=difference, p_value=p_value) for name, difference, p_value in leads]
 
 
 class Ranking(Config):
@@ -95,6 +112,12 @@ class Ranking(Config):
     """Leads of the best over each other model, in their order; empty if there are too few images, or families were not
     ``comparable``."""
     real_baseline: RealBaseline
+
+    @property
+    def confidence(self) -> float:
+        """Return the confidence of the interval of each lead with which all hold together (Bonferroni, all pairs)."""
+        count = len(self.models)
+        return 1 - (1 - CONFIDENCE) / max(1, count * (count - 1) // 2)
 
 
 def rank_models(
@@ -137,7 +160,7 @@ def rank_models(
         for (name, model), figures in zip(evaluators.items(), model_replicates, strict=True)
     ]
     ranked_models.sort(key=lambda model: model.value)
-    best, *others = [model.name for model in ranked_models]
+    names = [model.name for model in ranked_models]
     # Captions of held-out images tell a model what these show.
     comparable = len({bool(model.conditions.prompts) for model in evaluators.values()}) == 1
     ranking = Ranking(
@@ -147,11 +170,9 @@ def rank_models(
         metric=f"{figure}_{evaluator.conditions.extractor}",
         higher_is_better=False,
         models=ranked_models,
-        leads=[
-            Lead(worse=name, difference=difference(replicates[name][figure], replicates[best][figure]))
-            for name in others
-            if baseline and comparable
-        ],
+        leads=measure_leads(names, lambda i, j: difference(replicates[names[j]][figure], replicates[names[i]][figure]))
+        if baseline and comparable
+        else [],
         real_baseline=evaluator.real_baseline(baseline),
     )
     write_json(output / RANKING, json.loads(ranking.model_dump_json()))
@@ -177,18 +198,17 @@ def rank_evaluations(
         )
         for evaluation, setting, run_id in runs
     ]
-    best, *ranks = [evaluation.best.selection_metric for evaluation, _, _ in runs]
+    metrics = [evaluation.best.selection_metric for evaluation, _, _ in runs]
     return Ranking(
         dataset=runs[0][0].dataset,
         conditions=runs[0][0].conditions,
         comparable=len({evaluation.eval_key for evaluation in evaluations}) == 1,
-        metric=best.name,
-        higher_is_better=best.sign > 0,
+        metric=metrics[0].name,
+        higher_is_better=metrics[0].sign > 0,
         models=models,
-        leads=[
-            Lead(worse=model.name, difference=best.estimate.subtract(metric.estimate))
-            for model, metric in zip(models[1:], ranks, strict=True)
-        ],
+        leads=measure_leads(
+            [model.name for model in models], lambda i, j: metrics[i].estimate.subtract(metrics[j].estimate)
+        ),
         real_baseline=runs[0][0].real_baseline,
     )
 

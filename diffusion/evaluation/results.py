@@ -187,15 +187,41 @@ class ModelEvaluation(ModelScores):
         return figures | {"gflop_per_image": self.gflop} | flatten(self.estimates)
 
 
+GuidanceVerdict = Literal["chosen", "better", "may lose too much recall", "not significantly better", "not a finalist"]
+"""``better``: than none, but not than the chosen one by a standard error."""
+
+
 class GuidanceScore(Config):
-    """KID of the best checkpoint's images with some guidance, or none, against training images."""
+    """Scores of the best checkpoint's images with some guidance, or none, against training images."""
 
     sampling: SamplingConfig
+    images: int
+    """Number of generated images, of the last look, or of the first if this is not a finalist."""
     kid: float
-    excess: float
-    """How far ``kid`` lies above the smallest of all that were tried."""
-    excess_se: float
-    """Standard error of ``excess``; all were tried on the same noise."""
+    gain: Estimate | None = Field(None, exclude_if=is_unset)
+    """How much lower ``kid`` is than without guidance, on as many images of the same noise; None without guidance."""
+    p_value: float | None = Field(None, ge=0, le=1, exclude_if=is_unset)
+    """One-sided p-value of ``gain`` by Holm's correction over all finalists; None if this is not one."""
+    recall_loss: Estimate | None = Field(None, exclude_if=is_unset)
+    """How much lower recall is than without guidance, on the first images if ``gain`` is not significant; None where it
+    decides nothing, or images are too few."""
+    verdict: GuidanceVerdict | None
+    """None if this is no guidance and was not chosen."""
+
+
+class GuidanceChoice(Config):
+    """Choice of the guidance that a registered model samples with."""
+
+    scores: list[GuidanceScore]
+    """No guidance, and each one that was tried, the cheapest and least first."""
+    confidence: float
+    max_recall_loss: float | None
+    """``gate.confidence`` and ``gate.recall_loss``, by which it was made."""
+
+    @property
+    def chosen(self) -> GuidanceScore:
+        """Return the score of the chosen one."""
+        return next(score for score in self.scores if score.verdict == "chosen")
 
 
 class Evaluation(Config):
@@ -219,18 +245,13 @@ class Evaluation(Config):
     """Estimates of the best checkpoint's metrics."""
     baselines: dict[str, ResamplingBaseline] | None = Field(None, exclude_if=is_unset)
     """Scores of resampling by name, for super-resolution models."""
-    guidance: list[GuidanceScore] = Field([], exclude_if=lambda guidance: not guidance)
-    """No guidance, and each one that was tried with the best checkpoint, the least first; empty if none was."""
+    guidance: GuidanceChoice | None = Field(None, exclude_if=is_unset)
+    """Choice of guidance for the best checkpoint; None if there was none."""
 
     @property
     def sampling(self) -> SamplingConfig:
-        """Return how the registered model samples: as configured, with the guidance that was chosen, if any was tried.
-
-        It is the least whose KID is within one standard error of the smallest (Breiman et al., Classification and
-        Regression Trees, 1984, section 3.4.3), as more costs variety and work.
-        """
-        samplings = [score.sampling for score in self.guidance if score.excess <= score.excess_se]
-        return samplings[0] if samplings else self.conditions.sampling
+        """Return how the registered model samples: as configured, with the guidance that was chosen, if any was."""
+        return self.conditions.sampling if self.guidance is None else self.guidance.chosen.sampling
 
     @classmethod
     def read(cls, path: Path) -> "Evaluation":

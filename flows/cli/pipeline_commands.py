@@ -347,7 +347,7 @@ def evaluate(
             models = models_to_evaluate(config.run_folder, folder, config.evaluation.ema_stds)
         settings = config.evaluation, config.sampling
         with display_progress() as progress:
-            evaluation = evaluate_models(data, models, *settings, folder, losses, progress, cache)
+            evaluation = evaluate_models(data, models, *settings, folder, losses, progress, cache, config.gate)
     else:
         with connect("prefect", "mlflow", "s3"):
             if model is not None:

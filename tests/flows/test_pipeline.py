@@ -63,7 +63,8 @@ def test_retrain_ends_in_a_champion_with_lineage_and_samples(
     evaluation = Evaluation.read(workspace.folder / "reports" / "blobs" / "evaluation.json")
     header = read_model_header(workspace.folder / "runs" / "blobs" / "weights.safetensors")
     # None, four kinds of classifier-free guidance, and three scales of autoguidance.
-    assert len(evaluation.guidance) == 8
+    assert evaluation.guidance is not None
+    assert len(evaluation.guidance.scores) == 8
     assert header.sampling(evaluation.conditions.sampling) == evaluation.sampling
     assert version.tags.get("darkroom.guidance", "none") == evaluation.sampling.guidance_text
     artifacts = {item.path for item in server.list_artifacts(run.info.run_id, "evaluation")}

@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 
 from diffusion.common.escaping import pluralize
 from diffusion.common.files import write_bytes
-from diffusion.evaluation.estimate import CONFIDENCE
 from diffusion.evaluation.evaluate import score_cell
 from diffusion.evaluation.metrics.text_image_agreement import TextImageAgreement
 from diffusion.evaluation.ranking import RankedModel, Ranking
@@ -95,15 +94,16 @@ def findings(ranking: Ranking) -> list[str]:
     if len(ranking.leads) > NAMED:
         if not (ties := [lead for lead in ranking.leads if not lead.is_sure]):
             return ["It is better than every other, with 95 % confidence."]
-        return [f"{pluralize(len(ties), 'other')} cannot be told from it with 95 % confidence."]
+        verb = "is" if len(ties) == 1 else "are"
+        return [f"{pluralize(len(ties), 'other')} {verb} not distinguishable from the best, with 95 % confidence."]
     title = METRICS[figure][0] if figure in METRICS else ranking.metric
     sentences = []
     for lead in ranking.leads:
-        distance = format_interval(lead.difference.interval(CONFIDENCE))
+        distance = f"{format_with_error(lead.difference.value, lead.difference.error)} in {title}"
         if lead.is_sure:
-            sentences.append(f"{best} is better than {lead.worse}: by {distance} in {title}.")
+            sentences.append(f"{best} is better than {lead.worse}: by {distance}.")
         else:
-            sentences.append(f"{best} and {lead.worse} cannot be told apart: {distance} in {title} lie between them.")
+            sentences.append(f"{lead.worse} is not distinguishable from the best, {best}: {distance} lie between them.")
     return sentences
 
 
@@ -120,10 +120,11 @@ def metric_columns(ranking: Ranking) -> list[Column]:
     leads = [lead.difference for lead in ranking.leads]
     distances = [
         Cell("best"),
-        *(Cell(format_signed(lead.value), format_interval(lead.interval(CONFIDENCE))) for lead in leads),
+        *(Cell(format_signed(lead.value), format_interval(lead.interval(ranking.confidence))) for lead in leads),
     ]
     distances += [Cell()] * (len(sides) - len(distances))
-    other_columns = [("behind the best", f"difference in {metric_column[0]}", distances), *columns.values()]
+    meaning = f"difference in {metric_column[0]}; all intervals hold together"
+    other_columns = [("behind the best", meaning, distances), *columns.values()]
     if any(model.text_image_agreement is not None for model in models):
         cells = [_agreement(model.text_image_agreement) for model in models]
         other_columns.append(("text-image agreement", "cosine of image and prompt, higher is better", [*cells, Cell()]))

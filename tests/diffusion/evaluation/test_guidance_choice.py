@@ -1,5 +1,7 @@
-"""Guidance is chosen by evaluation: the least that brings images nearest to training images, unless a user sets it."""
+"""Guidance is chosen by evaluation: none, unless some brings images significantly nearer to training images."""
 
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,11 @@ from diffusion.evaluation.evaluate import evaluate, findings
 from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
 from diffusion.evaluation.metrics.distances import compute_kid
-from diffusion.evaluation.results import Evaluation
+from diffusion.evaluation.results import Evaluation, GuidanceScore
 from diffusion.generation.config import make_request
 from diffusion.generation.generate import sample
 from diffusion.generation.requests import answer
-from diffusion.process.samplers import sampling_config
+from diffusion.process.samplers import SamplingConfig, sampling_config
 from tests.builders.captioned import squares
 from tests.builders.comparisons import CONFIG, SAMPLING, Watcher, discs, training_images
 from tests.builders.evaluations import an_evaluation
@@ -36,7 +38,8 @@ CANDIDATES = {
     "3 at σ from 0.2 to 5": SAMPLING.with_changes({"guidance": 3, "guidance_interval": (0.2, 5)}),
     "2 at all σ": SAMPLING.with_changes({"guidance": 2}),
 }
-COUNT = CONFIG.samples // 4
+LOOKS = {"first": slice(0, 16), "last": slice(16, 16 + CONFIG.samples)}
+"""Numbers of the images that select finalists, a third of ``samples`` in whole batches, and of those that decide."""
 
 
 @pytest.fixture
@@ -60,15 +63,20 @@ def write_checkpoint(
 def evaluated(data: Path, checkpoint: Path, output: Path, images: dict[str, Tensor]) -> Evaluation:
     """An evaluation of a model that generates these ``images``, by guidance."""
     evaluator = Evaluator(data, CONFIG, SAMPLING, output / "evaluations")
-    rows = evaluator.real.training_rows(CONFIG.seed, CONFIG.samples)
-    for text, generated in images.items():
-        model = evaluator.model(checkpoint, COUNT, CANDIDATES[text], seed=CONFIG.seed + 2, captioned=rows)
-        load_or_compute(evaluator.folder, model.generated_key, lambda generated=generated: {"images": generated})
+    rows = evaluator.real.training_rows(CONFIG.seed, 5 * CONFIG.samples)
+    for (text, generated), numbers in product(images.items(), LOOKS.values()):
+        model = evaluator.model(checkpoint, numbers.stop, CANDIDATES[text], seed=CONFIG.seed + 2, captioned=rows)
+        load_or_compute(evaluator.folder, model.generated_key, partial(dict, images=generated[: numbers.stop]))
     return evaluate(data, [checkpoint], CONFIG, SAMPLING, output)
 
 
+def scores_of(evaluation: Evaluation) -> list[GuidanceScore]:
+    assert evaluation.guidance is not None
+    return evaluation.guidance.scores
+
+
 def spoiled(data: Path, deviation: float) -> Tensor:
-    clean = training_images(data, COUNT)
+    clean = training_images(data, LOOKS["last"].stop)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     return (clean + deviation * noise).round().clamp(0, 255).to(torch.uint8)
 
@@ -78,21 +86,30 @@ def test_guidance_is_scored_on_images_and_training_images_that_the_gate_does_not
 ) -> None:
     checkpoint, watcher = write_checkpoint(tmp_path), Watcher()
     evaluation = evaluate(data, [checkpoint], CONFIG, SAMPLING, tmp_path / "report", progress=watcher)
-    assert {each.sampling.guidance_text: each.sampling for each in evaluation.guidance} == CANDIDATES
+    scores = scores_of(evaluation)
+    assert {each.sampling.guidance_text: each.sampling for each in scores} == CANDIDATES
     assert watcher.sampled_models == {"100", *(f"guidance {text}" for text in CANDIDATES)}
     dataset, extractor, model = Dataset.open(data), EfficientNetLite0(32), load_model(checkpoint)
     train = dataset.rows("train")
-    rows = Evaluator(data, CONFIG, SAMPLING, tmp_path / "other").real.training_rows(CONFIG.seed, CONFIG.samples)
-    assert len(rows) == CONFIG.samples
-    assert set(rows) <= set(train)
-    reference = extractor(dataset.images(rows))
-    for each in evaluation.guidance:
-        images = sample(model, range(COUNT), CONFIG.seed + 2, each.sampling)
-        assert each.kid == pytest.approx(compute_kid(extractor(images), reference)[0], rel=1e-3)
-    smallest = min(each.kid for each in evaluation.guidance)
-    assert [each.excess for each in evaluation.guidance] == [each.kid - smallest for each in evaluation.guidance]
-    near = [each.sampling for each in evaluation.guidance if each.kid - smallest <= each.excess_se]
-    assert evaluation.sampling == near[0]
+    rows = Evaluator(data, CONFIG, SAMPLING, tmp_path / "other").real.training_rows(CONFIG.seed, 5 * CONFIG.samples)
+    assert sorted(rows) == sorted(train)  # fewer than 5 for each generated image
+    references = {"first": rows[: len(rows) // 5], "last": rows[len(rows) // 5 :]}
+
+    def kid(sampling: SamplingConfig, look: str) -> float:
+        images = sample(model, range(LOOKS[look].stop), CONFIG.seed + 2, sampling)[LOOKS[look]]
+        return compute_kid(extractor(images), extractor(dataset.images(references[look])))[0]
+
+    first_kids = {each.sampling.guidance_text: kid(each.sampling, "first") for each in scores}
+    finalists = {each.sampling.guidance_text for each in scores if each.p_value is not None}
+    assert all(first_kids[text] < first_kids["none"] for text in finalists)
+    unguided = kid(SAMPLING, "last" if finalists else "first")
+    for each in scores:
+        text = each.sampling.guidance_text
+        is_last = text in finalists or (finalists and text == "none")
+        assert each.kid == pytest.approx(kid(each.sampling, "last") if is_last else first_kids[text], rel=1e-3)
+        if each.gain is not None:
+            before = unguided if is_last else first_kids["none"]
+            assert each.gain.value == pytest.approx(before - each.kid, abs=1e-3)
 
     again = Watcher()
     assert evaluate(data, [checkpoint], CONFIG, SAMPLING, tmp_path / "report", progress=again) == evaluation
@@ -105,7 +122,7 @@ def test_chosen_guidance_goes_into_the_registered_file_which_samples_with_it(dat
     evaluation = evaluated(data, checkpoint, report, {text: spoiled(data, noise) for text, noise in noises.items()})
     name = "2 at σ from 0.2 to 5"
     assert evaluation.sampling == CANDIDATES[name]
-    assert min(evaluation.guidance, key=lambda each: each.kid).sampling == CANDIDATES[name]
+    assert min(scores_of(evaluation), key=lambda each: each.kid).sampling == CANDIDATES[name]
     assert Evaluation.read(report / "evaluation.json") == evaluation
     headline, *_ = statements = findings(evaluation)
     assert "without guidance" in headline
@@ -134,9 +151,11 @@ def test_of_guidance_with_equal_kid_the_least_is_chosen(data: Path, tmp_path: Pa
     images = dict(zip(CANDIDATES, (bad, clean, clean, bad, clean), strict=True))
     some = evaluated(data, checkpoint, tmp_path / "some", images)
     assert some.sampling == CANDIDATES["1.5 at σ from 0.2 to 5"]
+    assert [each.verdict for each in scores_of(some)] == [None, "chosen", "better", "not a finalist", "better"]
     none = evaluated(data, checkpoint, tmp_path / "none", dict.fromkeys(CANDIDATES, clean))
     assert none.sampling == SAMPLING
-    assert "none surely lowers its KID" in " ".join(findings(none))
+    assert {each.verdict for each in scores_of(none)} == {"chosen", "not a finalist"}
+    assert "It samples without guidance" in " ".join(findings(none))
     plain = export(checkpoint, tmp_path / "plain.safetensors")
     assert export(checkpoint, tmp_path / "weights.safetensors", none.sampling) == plain
 
@@ -145,7 +164,7 @@ def test_of_guidance_with_equal_kid_the_least_is_chosen(data: Path, tmp_path: Pa
 def test_guidance_of_a_user_wins(data: Path, tmp_path: Path, guidance: float) -> None:
     sampling = SAMPLING.with_changes({"guidance": guidance})
     evaluation = evaluate(data, [write_checkpoint(tmp_path)], CONFIG, sampling, tmp_path / "report")
-    assert (evaluation.guidance, evaluation.sampling) == ([], sampling)
+    assert (evaluation.guidance, evaluation.sampling) == (None, sampling)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +182,7 @@ def test_no_guidance_is_chosen_where_there_are_no_candidates(
 ) -> None:
     checkpoint = write_checkpoint(tmp_path, classes, **training)
     config = CONFIG.model_copy(update={"guidance": candidates})
-    assert evaluate(data, [checkpoint], config, SAMPLING, tmp_path / "report").guidance == []
+    assert evaluate(data, [checkpoint], config, SAMPLING, tmp_path / "report").guidance is None
 
 
 def test_autoguidance_by_a_guide_is_a_candidate_with_and_without_classes(data: Path, tmp_path: Path) -> None:
@@ -171,7 +190,7 @@ def test_autoguidance_by_a_guide_is_a_candidate_with_and_without_classes(data: P
     for classes, others in ((CLASSES, list(CANDIDATES)), ({}, ["none"])):
         folder = tmp_path / f"{len(classes)}"
         checkpoint = write_checkpoint(folder, classes, guide=2)
-        choice = evaluate(data, [checkpoint], CONFIG, SAMPLING, folder / "report").guidance
+        choice = scores_of(evaluate(data, [checkpoint], CONFIG, SAMPLING, folder / "report"))
         assert [each.sampling.guidance_text for each in choice] == [*others, *by_guide]
         weights = folder / "weights.safetensors"
         export(checkpoint, weights, choice[-1].sampling)
@@ -196,7 +215,7 @@ def test_interval_grows_with_the_noise_levels_of_large_images(tmp_path: Path) ->
     )
     config = CONFIG.model_copy(update={"samples": 10, "guidance": (4, 2)})
     sampling = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=10, precision="fp32")
-    choice = evaluate(tmp_path / "large", [checkpoint], config, sampling, tmp_path / "report").guidance
+    choice = scores_of(evaluate(tmp_path / "large", [checkpoint], config, sampling, tmp_path / "report"))
     texts = [each.sampling.guidance_text for each in choice]
     assert texts == ["none", "2 at σ from 0.4 to 10", "4 at σ from 0.4 to 10", "4 at all σ"]
 

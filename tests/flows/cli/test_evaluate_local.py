@@ -37,7 +37,7 @@ def test_a_model_file_is_evaluated_with_the_guidance_that_it_has(workspace: Path
     folder = workspace / "reports" / "discs" / "models" / sha256_file(path)[:8]
     evaluation = Evaluation.read(folder / "evaluation.json")
     assert json.loads(result.stdout)["best"] == evaluation.best.model_dump(mode="json")
-    assert (len(evaluation.checkpoints), evaluation.best.images, evaluation.guidance) == (1, 7, [])
+    assert (len(evaluation.checkpoints), evaluation.best.images, evaluation.guidance) == (1, 7, None)
 
 
 def test_the_report_of_a_model_file_leaves_that_of_the_training(workspace: Path) -> None:

@@ -14,7 +14,8 @@ from diffusion.evaluation.estimate import Interval, MetricEstimate
 from diffusion.evaluation.gate import Finding, GateConfig
 from diffusion.evaluation.metrics.text_image_agreement import TextImageAgreement
 from diffusion.evaluation.reports.html import format_interval, format_signed, format_with_error
-from diffusion.evaluation.results import GuidanceScore
+from diffusion.evaluation.results import GuidanceChoice, GuidanceScore
+from diffusion.process.samplers import SamplingConfig
 from flows.registry import model_card
 from flows.registry.ledger import Evidence, History
 from flows.registry.model_versions import Version
@@ -186,14 +187,19 @@ def test_model_card_is_written_per_verdict_and_keeps_takedowns(
     assert card.count(f"Takedown {REMOVAL.name}: made from images") == 1
 
 
+def chosen_guidance(sampling: SamplingConfig) -> GuidanceChoice:
+    score = GuidanceScore(sampling=sampling, images=500, kid=0.1, verdict="chosen")
+    return GuidanceChoice(scores=[score], confidence=0.95, max_recall_loss=0.1)
+
+
 def test_model_card_names_the_guidance_that_evaluation_chose(data: Manifest) -> None:
     evaluation = an_evaluation([0.02])
     assert "guidance" not in model_card.card(HEADER, evaluation, data, VERSION, ENTRY)
     sampling = evaluation.conditions.sampling.with_changes({"guidance": 2, "guidance_interval": (0.2, 5)})
-    chosen = [GuidanceScore(sampling=sampling, kid=0.1, excess=0, excess_se=0)]
+    chosen = chosen_guidance(sampling)
     card = model_card.card(HEADER, evaluation.model_copy(update={"guidance": chosen}), data, VERSION, ENTRY)
     assert "guidance 2 at σ from 0.2 to 5" in section(card, "How to call it")
     sampling = evaluation.conditions.sampling.with_changes({"autoguidance": 2})
-    chosen = [GuidanceScore(sampling=sampling, kid=0.1, excess=0, excess_se=0)]
+    chosen = chosen_guidance(sampling)
     card = model_card.card(HEADER, evaluation.model_copy(update={"guidance": chosen}), data, VERSION, ENTRY)
     assert "guidance 2 by autoguidance" in section(card, "How to call it")

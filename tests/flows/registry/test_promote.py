@@ -12,10 +12,13 @@ from mlflow.artifacts import load_text
 from mlflow.client import MlflowClient
 from torch import Tensor
 
+from diffusion.common.errors import UserError
+from diffusion.common.files import sha256_file
 from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.comparison import ChampionComparison
+from diffusion.evaluation.results import GuidanceChoice, GuidanceScore
 from flows.config import Params
-from flows.promote import GateResult, apply_gate, next_entry
+from flows.promote import GateResult, apply_gate, next_entry, register
 from flows.registry import model_card
 from flows.registry.ledger import History, Ledger
 from flows.registry.model_versions import Version
@@ -75,6 +78,24 @@ def good(count: int, first: int) -> Tensor:
 def spoiled(images: Tensor, deviation: float) -> Tensor:
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     return (images + deviation * noise).round().clamp(0, 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize(("limit", "words"), [(0.2, "no checkpoint in"), (0.1, "run `darkroom evaluate` again")])
+def test_a_choice_of_guidance_by_other_limits_is_outdated(params: Params, limit: float, words: str) -> None:
+    checkpoint = write_model(params.run_folder / "checkpoints" / "100.safetensors", 1, 100)
+    template, content = an_evaluation([0.02]), read_manifest(params.dataset_folder).content_digest
+    settings = {"evaluation": params.evaluation, "sampling": params.sampling, "content_digest": content}
+    score = GuidanceScore(sampling=params.sampling, images=48, kid=0.1, verdict="chosen")
+    evaluation = template.model_copy(
+        update={
+            "conditions": template.conditions.model_copy(update=settings),
+            "best": template.best.model_copy(update={"file": str(checkpoint), "sha256": sha256_file(checkpoint)}),
+            "guidance": GuidanceChoice(scores=[score], confidence=params.gate.confidence, max_recall_loss=0.2),
+        }
+    )
+    gate = params.gate.model_copy(update={"recall_loss": limit})
+    with pytest.raises(UserError, match=words):
+        register.fn(params.model_copy(update={"gate": gate}), evaluation)
 
 
 @pytest.mark.slow

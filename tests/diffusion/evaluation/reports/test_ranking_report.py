@@ -67,9 +67,9 @@ def test_the_suggested_command_has_the_options_of_the_sweep(tmp_path: Path) -> N
     [
         ([0.2], "nothing to compare"),
         ([0.2, 0.9], "is better than learning_rate 0.9, width 32: by"),
-        ([0.2, 0.23], "cannot be told apart"),
+        ([0.2, 0.23], "is not distinguishable from the best"),
         ([0.2, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4], "better than every other"),
-        ([0.2, 0.23, 0.9, 1.0, 1.1, 1.2, 1.3], "1 other cannot be"),
+        ([0.2, 0.23, 0.9, 1.0, 1.1, 1.2, 1.3], "1 other is not distinguishable from the best"),
     ],
 )
 def test_sweep_findings_respect_the_standard_errors(kids: list[float], words: str) -> None:
