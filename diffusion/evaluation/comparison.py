@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,12 +25,14 @@ from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import Estimate, paired_difference
 from diffusion.evaluation.evaluator import CACHE, Evaluator, MetricReplicates, ModelEvaluator
 from diffusion.evaluation.gate import (
+    ClassAgreement,
     ComparisonMetrics,
     CopyShare,
     Cost,
     Decision,
     GateConfig,
     Headline,
+    OwnMetric,
     PromptAgreement,
     WorstClass,
     decide,
@@ -62,7 +64,7 @@ class ChampionComparison(Config):
     look: int
     """Number of the look that decided, from 1."""
     confidence: float
-    """Confidence of its statements: above ``gate.confidence`` if there might have been several."""
+    """Confidence that a promotion took at it: above ``gate.confidence`` if there might have been several looks."""
     decision: Decision
 
     @property
@@ -128,8 +130,8 @@ def compare_with_champion(
         pair = _compare(evaluator, candidate, champion, rules, config.samples * 2 ** (look - 1))
         can_repeat = pair.compared.has_champion and pair.compared.basis == "generated" and evaluator.real.small is None
         looks = gate.looks if can_repeat else 1
-        decision = decide(pair.compared, rules, looks)
-        if look == looks or not decision.worth_another_look(max_samples):
+        decision = decide(pair.compared, rules, look if can_repeat else 1, looks)
+        if not can_repeat or look == looks or not decision.worth_another_look(max_samples):
             break
     *model_replicates, baseline = pair.replicates
     evaluation, *their_evaluation = (
@@ -145,7 +147,7 @@ def compare_with_champion(
         real_baseline=evaluator.real_baseline(baseline),
         compared=pair.compared,
         look=look,
-        confidence=gate.confidence_of(looks),
+        confidence=gate.promotion_confidence(look, looks),
         decision=decision,
     )
     write_json(output / COMPARISON, json.loads(result.model_dump_json()))
@@ -202,19 +204,14 @@ def _compare(
             f"out, and errors need {FEWEST_FOR_ERRORS} of either: generate more with evaluation.samples, or hold more "
             "out with ingest.held_out"
         )
-    memorization, scores = evaluations[0].memorization, evaluations[0].scores
-    # Sets that are too small for errors are decided on as measured.
-    estimates: dict[Literal["precision", "recall"], Estimate] = {
-        "precision": replicates[0]["precision"].estimate if baseline else Estimate(value=scores.precision),
-        "recall": replicates[0]["recall"].estimate if baseline else Estimate(value=scores.recall),
-    }
+    memorization = evaluations[0].memorization
     metrics = ComparisonMetrics(
         basis="generated" if generated else "reconstructed",
         samples=len(ours.features) if generated else len(ours.real.held_out),
         reference=len(ours.real.compared),
         has_champion=champion is not None,
         incomparable=incomparable,
-        own=estimates if generated and champion is None else {},
+        **(_own_metrics(evaluator, evaluations[0], replicates) if generated and champion is None else {}),
         memorized=CopyShare(share=memorization.excess, p_value=memorization.p_value) if generated else None,
         agreement=_agreement(ours, theirs if incomparable is None else None),
     )
@@ -242,6 +239,30 @@ def _compare(
             differences = {"headline": psnr_headline(ours.psnr, theirs.psnr)}
         metrics = metrics.model_copy(update=differences)
     return _ComparisonRun(ours, theirs, evaluations, replicates, metrics)
+
+
+def _own_metrics(
+    evaluator: Evaluator, evaluation: ModelEvaluation, replicates: list[MetricReplicates]
+) -> dict[str, Any]:
+    """Return what ``ComparisonMetrics`` has of a first version alone, beside real images."""
+    own, own_real = dict[OwnMetric, Estimate](), dict[OwnMetric, Estimate]()
+    ours, baseline, per_class = evaluation.scores, evaluator.real_baseline(replicates[1]).scores, evaluation.per_class
+    names: tuple[Literal["precision", "recall", "coverage"], ...] = ("precision", "recall", "coverage")
+    for name in names:
+        # Sets that are too small for errors are decided on as measured.
+        own[name], own_real[name] = (
+            halves[name].estimate if halves else Estimate(value=scores.get_metric(name))
+            for halves, scores in zip(replicates, (ours, baseline), strict=True)
+        )
+    if per_class is None:
+        return {"own": own, "own_real": own_real, "class_conditional": False}
+    if (agreements := per_class.agreements) is not None:
+        own["class agreement"], own_real["class agreement"] = agreements
+    classes = tuple(
+        ClassAgreement(name=scores.name, candidate=scores.agreements[0], real=scores.agreements[1])
+        for scores in per_class.classes
+    )
+    return {"own": own, "own_real": own_real, "classes": classes}
 
 
 def require_same_requests(ours: ModelEvaluator, theirs: ModelEvaluator) -> None:

@@ -19,6 +19,7 @@ from diffusion.evaluation.gate import GateConfig, Verdict
 from diffusion.generation.generate import labels_of, sample
 from diffusion.models.config import AutoregressiveConfig, FamilyConfig, GANConfig, VAEConfig
 from diffusion.process.samplers import SamplingConfig, sampling_config
+from tests.builders import NO_BARS
 from tests.builders.captioned import squares
 from tests.builders.comparisons import (
     CONFIG,
@@ -37,7 +38,7 @@ from tests.builders.small_models import write_model
 
 GATE = GateConfig(recall_loss=None, looks=1)
 """Recall of 48 images is not known well enough."""
-NO_BARS = GATE.model_copy(update={"min_precision": None, "min_recall": None})
+OPEN_GATE = GATE.model_copy(update=NO_BARS)
 COMPARISON_CONFIG = CONFIG.model_copy(update={"seed": CONFIG.seed + 1})
 """Trials draw with another seed than that by which checkpoints are chosen."""
 
@@ -170,7 +171,7 @@ def test_a_model_that_copies_its_training_images_is_rejected_however_good_they_a
 def test_a_first_version_needs_no_champion_and_has_its_intervals(
     data: Path, models: list[Path], tmp_path: Path
 ) -> None:
-    comparison, grids = compare_models(models[0], None, data, tmp_path, NO_BARS)
+    comparison, grids = compare_models(models[0], None, data, tmp_path, OPEN_GATE)
     assert comparison.decision.verdict == Verdict.promote
     assert comparison.decision.reasons[0] == "first version: there was no champion"
     assert comparison.compared.own.keys() == {"precision", "recall"}
