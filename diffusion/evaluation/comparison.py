@@ -211,7 +211,7 @@ def _compare(
         reference=len(ours.real.compared),
         has_champion=champion is not None,
         incomparable=incomparable,
-        **(_own_metrics(evaluator, evaluations[0], replicates) if generated and champion is None else {}),
+        **(own_metrics(ours, *replicates) if generated and champion is None else {}),
         memorized=CopyShare(share=memorization.excess, p_value=memorization.p_value) if generated else None,
         agreement=_agreement(ours, theirs if incomparable is None else None),
     )
@@ -241,26 +241,27 @@ def _compare(
     return _ComparisonRun(ours, theirs, evaluations, replicates, metrics)
 
 
-def _own_metrics(
-    evaluator: Evaluator, evaluation: ModelEvaluation, replicates: list[MetricReplicates]
-) -> dict[str, Any]:
-    """Return what ``ComparisonMetrics`` has of a first version alone, beside real images."""
+def own_metrics(model: ModelEvaluator, replicates: MetricReplicates, baseline: MetricReplicates) -> dict[str, Any]:
+    """Return what a first version is decided on, as fields of ``ComparisonMetrics``: its own metrics, and real ones.
+
+    ``replicates`` and ``baseline`` are those of the model and of the real baseline.
+    """
     own, own_real = dict[OwnMetric, Estimate](), dict[OwnMetric, Estimate]()
-    ours, baseline, per_class = evaluation.scores, evaluator.real_baseline(replicates[1]).scores, evaluation.per_class
+    scores, per_class = (model.scores, model.evaluator.real_baseline(baseline).scores), model.per_class
     names: tuple[Literal["precision", "recall", "coverage"], ...] = ("precision", "recall", "coverage")
     for name in names:
         # Sets that are too small for errors are decided on as measured.
         own[name], own_real[name] = (
-            halves[name].estimate if halves else Estimate(value=scores.get_metric(name))
-            for halves, scores in zip(replicates, (ours, baseline), strict=True)
+            halves[name].estimate if halves else Estimate(value=each.get_metric(name))
+            for halves, each in zip((replicates, baseline), scores, strict=True)
         )
     if per_class is None:
         return {"own": own, "own_real": own_real, "class_conditional": False}
     if (agreements := per_class.agreements) is not None:
         own["class agreement"], own_real["class agreement"] = agreements
     classes = tuple(
-        ClassAgreement(name=scores.name, candidate=scores.agreements[0], real=scores.agreements[1])
-        for scores in per_class.classes
+        ClassAgreement(name=each.name, candidate=each.agreements[0], real=each.agreements[1])
+        for each in per_class.classes
     )
     return {"own": own, "own_real": own_real, "classes": classes}
 

@@ -64,9 +64,9 @@ class GateConfig(Config):
     """Coverage that a first version must surely have, as a share of what as many real images reach: a model of one
     class or of few images lacks it."""
     min_class_agreement: float | None = Field(0.5, ge=0, lt=1)
-    """Share of a first version's images that must surely be recognised as their class, as a share of what real images
-    reach, where model and data set have classes in common. No class of 20 images or more, generated and held out, may
-    surely lie below."""
+    """Share of a first version's images that a classifier must surely recognise as their class, as a share of what real
+    images reach. Applies if model and data set have classes in common. No class may surely lie below it of which 20
+    images or more are generated and held out; smaller ones count among all."""
     memorized: float | None = Field(0.05, ge=0, le=1)
     """Largest share of generated images that may be copies of training images, beyond chance. Applies to first
     versions, too."""
