@@ -36,7 +36,7 @@ SHARED = 0.5
 """Share of the variance within a class that two models have in common at one image number."""
 COUNT = 4000
 """Samples from which a KID is known."""
-LEADS = (-0.2, 0.0, 0.05, 0.1, 0.15, 0.2, 0.4)
+LEADS = (-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2)
 COSTS = {"equal cost": 1.0, "half the cost": 0.5}
 
 

@@ -4,11 +4,11 @@ There are three verdicts. Promote: better by more than δ with confidence c, and
 which is with confidence c not worse by δ, and much cheaper. Reject: worse than the champion, or beyond a limit, with
 confidence c. Hold: neither is certain, or a required metric is missing.
 
-Several looks at growing numbers of images share the error of a promotion: each look needs more than c. A rejection has
-confidence c at every look. Its error adds up as well, but changes nothing: like a hold it keeps the champion. Among
-equals one in nine of three looks is rejected instead of held, and of candidates that are better by two errors of the
-first look fewer than one in a thousand; the correction would let half as many again of the worse ones through to
-further looks.
+Several looks at growing numbers of images share the error of a promotion, so that each takes more than c. A rejection
+takes c at every look. Its error adds up, too, but a wrong rejection changes nothing: like a hold it keeps the champion,
+and costs one candidate. Three looks reject one in nine equals, which would be held otherwise, and one or two in ten
+thousand of the candidates that are better by two errors of the first look. Corrected, they would reject a worse one
+more rarely than a single look does.
 """
 
 import math
