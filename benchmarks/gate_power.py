@@ -1,15 +1,19 @@
-"""How often the gate promotes a candidate that is better by a known share, and how often it errs.
+"""How often the gate promotes and rejects a candidate that is better or worse by a known share.
 
-    python benchmarks/gate_power.py                      # 500 samples of each model, 500 held-out images
-    python benchmarks/gate_power.py --samples 1200
-    python benchmarks/gate_power.py --looks 3             # up to 2,000 samples of each, as the gate does by default
+    python benchmarks/gate_power.py --looks 1     # 500 samples of each model, 500 held-out images
+    python benchmarks/gate_power.py --looks 3     # up to 2,000 samples of each, as the gate does by default
 
-Samples are the 5,000 digits of the demo with Gaussian noise: the champion's with so much that its KID is 0.3, about
-that of the demo's model without guidance, a candidate's with less, until its KID is lower by its lead. In each trial
-the images are dealt anew to candidate, champion, real baseline and held-out images.
+Features are synthetic, so that every trial has new images: within each class Gaussian, with the mean of each class and
+the pooled covariance, in the COMPONENTS main directions, of the default features of the demo's 5,000 digits. A model's
+features lie on the way from those of the digits to those of the same digits with noise: the champion's where its KID is
+0.3, about that of the demo's model without guidance, a candidate's where its KID is lower by its lead. As in use, both
+generate the same image numbers, of equal classes and noise: a share SHARED of the variance within a class is common to
+both. Held-out images and the real baseline are new in each trial and remain the same for all of its looks.
 """
 
 import argparse
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,17 +28,65 @@ from diffusion.evaluation.gate import ComparisonMetrics, Cost, GateConfig, Verdi
 from diffusion.evaluation.metrics.distances import compute_kid
 
 KID = 0.3
-NOISE = (0, 4, 8, 12, 16, 24, 32)
-"""Standard deviations, in levels of 255, between which a KID is interpolated."""
-LEADS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5)
+NOISE = 24.0
+"""Standard deviation, in levels of 255, of the noise on the digits that models lie towards."""
+COMPONENTS = 64
+"""Directions of features."""
+SHARED = 0.5
+"""Share of the variance within a class that two models have in common at one image number."""
+COUNT = 4000
+"""Samples from which a KID is known."""
+LEADS = (-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2)
 COSTS = {"equal cost": 1.0, "half the cost": 0.5}
 
 
-def noisy_features(deviation: float) -> Tensor:
-    pixels = torch.from_numpy(mnist_data()[0].reshape(-1, 1, 28, 28)).float()
-    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
-    images = (pixels + deviation * noise).round().clamp(0, 255).to(torch.uint8)
-    return make_extractor(EvaluationConfig())(images)
+@dataclass(frozen=True)
+class Features:
+    """Distribution of the features of images of equally frequent classes."""
+
+    means: Tensor
+    """(classes, D) float32."""
+    root: Tensor
+    """(D, D) float32, lower: of the covariance within a class."""
+
+    def towards(self, other: "Features", share: float) -> "Features":
+        return Features(torch.lerp(self.means, other.means, share), torch.lerp(self.root, other.root, share))
+
+    def draw(self, classes: Tensor, noise: Tensor) -> Tensor:
+        """Features, (N, D), of images of ``classes``, (N,), by Gaussian ``noise``, (N, D)."""
+        return self.means[classes] + noise @ self.root.T
+
+
+def fit_digits() -> tuple[Features, Features]:
+    """The distributions of the features of the digits, and of noisy ones."""
+    pixels, labels = (torch.from_numpy(array) for array in mnist_data())
+    images = pixels.reshape(-1, 1, 28, 28).float()
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    extractor = make_extractor(EvaluationConfig())
+    clean, noisy = (extractor(x.round().clamp(0, 255).to(torch.uint8)) for x in (images, images + NOISE * noise))
+    # Not centred: the kernel sees the mean.
+    directions = torch.linalg.svd(torch.cat([clean, noisy])[::2], full_matrices=False).Vh[:COMPONENTS]
+    kept = ((clean @ directions.T).square().sum() / clean.square().sum()).item()
+    within = clean - torch.stack([clean[labels == label].mean(0) for label in labels.unique()])[labels]
+    kept_within = ((within @ directions.T).square().sum() / within.square().sum()).item()
+    print(f"{COMPONENTS} directions have {kept:.1%} of the features' squares and {kept_within:.1%} within classes")
+    fitted = []
+    for features in (clean, noisy):
+        # The kernel divides products by the number of features.
+        x = features @ directions.T * (COMPONENTS / features.shape[1]) ** 0.5
+        means = torch.stack([x[labels == label].mean(0) for label in labels.unique()])
+        fitted.append(Features(means, torch.linalg.cholesky((x - means[labels]).T.cov())))
+    return fitted[0], fitted[1]
+
+
+def shares_of(real: Features, noisy: Features) -> list[float]:
+    """How far each candidate, and first the champion, lies towards the noisy digits."""
+    generator = torch.Generator().manual_seed(0)
+    classes, noise, other_noise = torch.arange(COUNT) % 10, *torch.randn(2, COUNT, COMPONENTS, generator=generator)
+    reference, shares = real.draw(classes, other_noise), np.linspace(0, 1.5, 10)
+    kids = [compute_kid(real.towards(noisy, share).draw(classes, noise), reference)[0] for share in shares]
+    goals = [KID, *((1 - lead) * KID for lead in LEADS)]
+    return [float(np.sqrt(np.interp(goal, kids, shares**2))) for goal in goals]
 
 
 def compute_replicates(sets: list[Tensor], reference: Tensor) -> list[dict[Figure, Replicates]]:
@@ -47,57 +99,62 @@ def compute_replicates(sets: list[Tensor], reference: Tensor) -> list[dict[Figur
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=500, help="of each model, and held-out images; at most 1,250")
-    parser.add_argument("--looks", type=int, default=1, help="at twice the samples each, of as many held-out images")
-    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--samples", type=int, default=500, help="of each model at the first look, and held-out images")
+    parser.add_argument("--looks", type=int, default=1, help="at twice the samples each")
+    parser.add_argument("--trials", type=int, default=400)
     arguments = parser.parse_args()
     count, config = arguments.samples, GateConfig(memorized=None, recall_loss=None, looks=arguments.looks)
-    most = count * 2 ** (config.looks - 1)
-    real = noisy_features(0)
-    # Of different images, as no two sets of a trial share one.
-    kids = [compute_kid(noisy_features(deviation)[::2], real[1::2])[0] for deviation in NOISE]
-    deviations = np.interp([(1 - lead) * KID for lead in LEADS], kids, NOISE)
-    of_champion = noisy_features(deviations[0])
+    max_samples = count * 2 ** (config.looks - 1)
+    real, noisy = fit_digits()
+    champion_share, *candidate_shares = shares_of(real, noisy)
+    champion = real.towards(noisy, champion_share)
+    candidates = [real.towards(noisy, share) for share in candidate_shares]
     print(f"δ = {config.delta:g}, c = {config.confidence:g}, {count} samples and held-out images, KID {KID:g}")
-    for deviation in deviations:
-        of_candidate = noisy_features(deviation)
-        # Interpolation is not exact.
-        both_kids = [compute_kid(features[::2], real[1::2])[0] for features in (of_champion, of_candidate)]
-        lead = 1 - both_kids[1] / both_kids[0]
-        verdicts: dict[str, list[Verdict]] = {name: [] for name in COSTS}
-        counts: dict[str, list[int]] = {name: [] for name in COSTS}
-        for trial in range(arguments.trials):
-            permutation = torch.randperm(len(real), generator=torch.Generator().manual_seed(trial))
-            ours, theirs, baseline, held_out = permutation[: 2 * most + 2 * count].split([most, most, count, count])  # type: ignore[no-untyped-call]
-            sets = of_candidate[ours], of_champion[theirs]
-            reference = real[held_out]
-            *_, baseline_replicates = compute_replicates([real[baseline]], reference)
-            undecided = set(COSTS)
-            for look in range(config.looks):
-                if not undecided:
-                    break
-                samples = count * 2**look
-                candidate, champion = compute_replicates([features[:samples] for features in sets], reference)
-                for name in sorted(undecided):
-                    metrics = ComparisonMetrics(
-                        basis="generated",
-                        samples=samples,
-                        reference=count,
-                        has_champion=True,
-                        headline=distance_headline(candidate, champion, baseline_replicates, "efflite0", config),
-                        cost=Cost(candidate=COSTS[name], champion=1.0, unit="evaluations"),
-                    )
-                    decision = decide(metrics, config, config.looks)
-                    if look == config.looks - 1 or not decision.worth_another_look(most):
-                        verdicts[name].append(decision.verdict)
-                        counts[name].append(samples)
-                        undecided.remove(name)
-        shares = {
-            name: ", ".join(f"{verdict} {outcomes.count(verdict) / len(outcomes):.0%}" for verdict in Verdict)
-            + f" of {np.mean(counts[name]):,.0f} samples"
-            for name, outcomes in verdicts.items()
-        }
-        print(f"lead {lead:.1%}: " + "; ".join(f"{name}: {words}" for name, words in shares.items()), flush=True)
+    outcomes = defaultdict[tuple[float, str], list[tuple[Verdict, int]]](list)
+    errors = defaultdict[int, list[float]](list)
+    for trial in range(arguments.trials):
+        generator = torch.Generator().manual_seed(trial)
+        classes = torch.randint(10, (max_samples + 2 * count,), generator=generator)
+        ours, *of_real = classes.split([max_samples, count, count])
+        shared, own, other_own = torch.randn(3, max_samples, COMPONENTS, generator=generator)
+        noise, other_noise = (SHARED**0.5 * shared + (1 - SHARED) ** 0.5 * each for each in (own, other_own))
+        baseline, reference = (real.draw(each, torch.randn(count, COMPONENTS, generator=generator)) for each in of_real)
+        undecided = [(lead, cost) for lead in LEADS for cost in COSTS]
+        for look in range(1, config.looks + 1):
+            samples = count * 2 ** (look - 1)
+            models = {None: champion.draw(ours[:samples], other_noise[:samples])} | {
+                lead: candidate.draw(ours[:samples], noise[:samples])
+                for lead, candidate in zip(LEADS, candidates, strict=True)
+                if any(lead == other for other, _ in undecided)
+            }
+            *replicates, of_baseline = compute_replicates([*models.values(), baseline], reference)
+            by_model = dict(zip(models, replicates, strict=True))
+            for lead, cost in list(undecided):
+                headline = distance_headline(by_model[lead], by_model[None], of_baseline, "efflite0", config)
+                metrics = ComparisonMetrics(
+                    basis="generated",
+                    samples=samples,
+                    reference=count,
+                    has_champion=True,
+                    headline=headline,
+                    cost=Cost(candidate=COSTS[cost], champion=1.0, unit="evaluations"),
+                )
+                errors[samples].append(headline.lead.error)
+                decision = decide(metrics, config, look, config.looks)
+                if look == config.looks or not decision.worth_another_look(max_samples):
+                    outcomes[lead, cost].append((decision.verdict, samples))
+                    undecided.remove((lead, cost))
+            if not undecided:
+                break
+    for lead in LEADS:
+        texts = []
+        for cost in COSTS:
+            verdicts, counts = zip(*outcomes[lead, cost], strict=True)
+            shares = Counter(verdicts)
+            words = ", ".join(f"{verdict} {shares[verdict] / len(verdicts):.1%}" for verdict in Verdict)
+            texts.append(f"{cost}: {words} of {np.mean(counts):,.0f} samples")
+        print(f"lead {lead:.0%}: " + "; ".join(texts))
+    print("error of the lead: " + ", ".join(f"{np.mean(each):.4f} at {samples:,}" for samples, each in errors.items()))
 
 
 if __name__ == "__main__":

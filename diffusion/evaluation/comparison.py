@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,11 +25,13 @@ from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import Estimate, paired_difference
 from diffusion.evaluation.evaluator import CACHE, Evaluator, MetricReplicates, ModelEvaluator
 from diffusion.evaluation.gate import (
+    ClassAgreement,
     ComparisonMetrics,
     Cost,
     Decision,
     GateConfig,
     Headline,
+    OwnMetric,
     PromptAgreement,
     WorstClass,
     decide,
@@ -61,7 +63,7 @@ class ChampionComparison(Config):
     look: int
     """Number of the look that decided, from 1."""
     confidence: float
-    """Confidence of its statements: above ``gate.confidence`` if there might have been several."""
+    """Confidence that a promotion took at it: above ``gate.confidence`` if there might have been several looks."""
     decision: Decision
 
     @property
@@ -127,8 +129,8 @@ def compare_with_champion(
         pair = _compare(evaluator, candidate, champion, rules, config.samples * 2 ** (look - 1))
         can_repeat = pair.compared.has_champion and pair.compared.basis == "generated" and evaluator.real.small is None
         looks = gate.looks if can_repeat else 1
-        decision = decide(pair.compared, rules, looks)
-        if look == looks or not decision.worth_another_look(max_samples):
+        decision = decide(pair.compared, rules, look if can_repeat else 1, looks)
+        if not can_repeat or look == looks or not decision.worth_another_look(max_samples):
             break
     *model_replicates, baseline = pair.replicates
     evaluation, *their_evaluation = (
@@ -144,7 +146,7 @@ def compare_with_champion(
         real_baseline=evaluator.real_baseline(baseline),
         compared=pair.compared,
         look=look,
-        confidence=gate.confidence_of(looks),
+        confidence=gate.promotion_confidence(look, looks),
         decision=decision,
     )
     write_json(output / COMPARISON, json.loads(result.model_dump_json()))
@@ -201,19 +203,14 @@ def _compare(
             f"out, and errors need {FEWEST_FOR_ERRORS} of either: generate more with evaluation.samples, or hold more "
             "out with ingest.held_out"
         )
-    memorization, scores = evaluations[0].memorization, evaluations[0].scores
-    # Sets that are too small for errors are decided on as measured.
-    estimates: dict[Literal["precision", "recall"], Estimate] = {
-        "precision": replicates[0]["precision"].estimate if baseline else Estimate(value=scores.precision),
-        "recall": replicates[0]["recall"].estimate if baseline else Estimate(value=scores.recall),
-    }
+    memorization = evaluations[0].memorization
     metrics = ComparisonMetrics(
         basis="generated" if generated else "reconstructed",
         samples=len(ours.features) if generated else len(ours.real.held_out),
         reference=len(ours.real.compared),
         has_champion=champion is not None,
         incomparable=incomparable,
-        own=estimates if generated and champion is None else {},
+        **(own_metrics(ours, *replicates) if generated and champion is None else {}),
         memorized=memorization.copy_share if generated else None,
         agreement=_agreement(ours, theirs if incomparable is None else None),
     )
@@ -241,6 +238,31 @@ def _compare(
             differences = {"headline": psnr_headline(ours.psnr, theirs.psnr)}
         metrics = metrics.model_copy(update=differences)
     return _ComparisonRun(ours, theirs, evaluations, replicates, metrics)
+
+
+def own_metrics(model: ModelEvaluator, replicates: MetricReplicates, baseline: MetricReplicates) -> dict[str, Any]:
+    """Return what a first version is decided on, as fields of ``ComparisonMetrics``: its own metrics, and real ones.
+
+    ``replicates`` and ``baseline`` are those of the model and of the real baseline.
+    """
+    own, own_real = dict[OwnMetric, Estimate](), dict[OwnMetric, Estimate]()
+    scores, per_class = (model.scores, model.evaluator.real_baseline(baseline).scores), model.per_class
+    names: tuple[Literal["precision", "recall", "coverage"], ...] = ("precision", "recall", "coverage")
+    for name in names:
+        # Sets that are too small for errors are decided on as measured.
+        own[name], own_real[name] = (
+            halves[name].estimate if halves else Estimate(value=each.get_metric(name))
+            for halves, each in zip((replicates, baseline), scores, strict=True)
+        )
+    if per_class is None:
+        return {"own": own, "own_real": own_real, "class_conditional": False}
+    if (agreements := per_class.agreements) is not None:
+        own["class agreement"], own_real["class agreement"] = agreements
+    classes = tuple(
+        ClassAgreement(name=each.name, candidate=each.agreements[0], real=each.agreements[1])
+        for each in per_class.classes
+    )
+    return {"own": own, "own_real": own_real, "classes": classes}
 
 
 def require_same_requests(ours: ModelEvaluator, theirs: ModelEvaluator) -> None:

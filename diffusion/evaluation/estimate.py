@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
+import numpy as np
 from pydantic import Field, FiniteFloat
 
 from diffusion.common.config import Config
@@ -142,3 +144,51 @@ def paired_difference(candidate: Sequence[float], champion: Sequence[float]) -> 
     mean = math.fsum(differences) / count
     variance = math.fsum((difference - mean) ** 2 for difference in differences) / (count - 1)
     return Estimate(value=mean, error=math.sqrt(variance / count), freedom=count - 1)
+
+
+def share_estimate(share: float, count: int) -> Estimate:
+    """Estimate a share of ``count`` independent images; none or all of them have an error, too.
+
+    The error is that of one image more of either kind (Agresti and Caffo, Am. Stat. 54, 2000).
+    """
+    shrunk_share = (share * count + 1) / (count + 2)
+    error = math.sqrt(shrunk_share * (1 - shrunk_share) / count)
+    return Estimate(value=share, error=error, freedom=max(count - 1, 1))
+
+
+MAX_DEVIATION = 8.0
+"""Standard errors to which statistics of several looks are integrated, and the largest bound of one."""
+NODES = 100
+"""Nodes of that quadrature, which is right to ten digits."""
+
+
+@cache
+def sequential_confidences(looks: int, confidence: float) -> tuple[float, ...]:
+    """Return the one-sided confidence of each of ``looks`` tests, each on twice the images of the one before.
+
+    Together they err with probability 1 − ``confidence``. The bound of each, in standard errors, is √2 times that of
+    the next one (O'Brien and Fleming, Biometrics 35, 1979). With independent images, statistic k + 1 given statistic k
+    is N(Z/√2, ½), and the probability to pass no bound is integrated from one to the next (Armitage, McPherson and
+    Rowe, J. R. Stat. Soc. A 132, 1969). Where they share errors, as of the same held-out images, the statistics are
+    more correlated and the tests together err less (Slepian, Bell Syst. Tech. J. 41, 1962).
+    """
+    # Imported here: scipy takes longer to load than everything `darkroom --help` needs.
+    from scipy.optimize import brentq
+    from scipy.special import ndtr
+    from scipy.stats import norm
+
+    nodes, weights = np.polynomial.legendre.leggauss(NODES)
+
+    def bounds(last: float) -> list[float]:
+        return [min(last * math.sqrt(2) ** later, MAX_DEVIATION) for later in range(looks)[::-1]]
+
+    def missing_error(last: float) -> float:
+        points, mass, deviation = np.zeros(1), np.ones(1), 1.0
+        for bound in bounds(last):
+            half_width = (bound + MAX_DEVIATION) / 2
+            previous_points, points = points, half_width * (nodes + 1) - MAX_DEVIATION
+            density = norm.pdf(points[:, None], previous_points / math.sqrt(2), deviation) @ mass
+            mass, deviation = half_width * weights * density, math.sqrt(0.5)
+        return float(confidence - mass.sum())
+
+    return tuple(ndtr(bounds(brentq(missing_error, 0, MAX_DEVIATION))).tolist())

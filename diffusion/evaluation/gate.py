@@ -3,9 +3,16 @@
 There are three verdicts. Promote: better by more than δ with confidence c, and no limit is overstepped; or as good,
 which is with confidence c not worse by δ, and much cheaper. Reject: worse than the champion, or beyond a limit, with
 confidence c. Hold: neither is certain, or a required metric is missing.
+
+Several looks at growing numbers of images share the error of a promotion, so that each takes more than c. A rejection
+takes c at every look. Its error adds up, too, but a wrong rejection changes nothing: like a hold it keeps the champion,
+and costs one candidate. Three looks reject one in nine equals, which would be held otherwise, and one or two in ten
+thousand of the candidates that are better by two errors of the first look. Corrected, they would reject a worse one
+more rarely than a single look does.
 """
 
 import math
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
@@ -13,18 +20,23 @@ from pydantic import Field, FiniteFloat
 
 from diffusion.common.config import Config, is_unset
 from diffusion.common.escaping import pluralize
-from diffusion.evaluation.estimate import Estimate
+from diffusion.evaluation.estimate import Estimate, sequential_confidences
 from diffusion.evaluation.reports.html import format_count, format_signed, format_with_error
 
-ENOUGH = 4 * 1280
+OwnMetric = Literal["precision", "recall", "coverage", "class agreement"]
+"""Metric of a model's images by themselves, which a first version is decided on."""
+MIN_FRECHET_IMAGES = 4 * 1280
 """Images of either side from which the Fréchet distance decides, four for each feature of the default network: below,
 its bias outweighs differences."""
 POWER = 0.8
 """Statistical power for which the number of images needed is computed."""
-HOPELESS = 4
+MAX_LOOK_FACTOR = 4
 """Times as many images as the last look would have; if a decision needs more, no further look is taken."""
-MOST = 10**9
+MAX_IMAGES = 10**9
 """Largest number of images needed that is reported."""
+MAX_CLASSES_NAMED = 5
+"""Classes that a reason names."""
+LOOK_AT_THEM = "look at its samples, and if they suffice, make it champion by `darkroom promote --to`"
 
 
 class GateConfig(Config):
@@ -42,11 +54,19 @@ class GateConfig(Config):
     δ."""
     recall_loss: float | None = Field(0.1, ge=0, le=1)
     """Largest loss of recall, from 0 to 1: fidelity must not come from generating only easy images."""
-    min_precision: float | None = Field(0.1, ge=0, lt=1)
-    """Precision that a first version must surely have, from 0 to 1: without a champion nothing else would keep noise
-    out."""
+    min_precision: float | None = Field(0.6, ge=0, lt=1)
+    """Precision that a first version must surely have, as a share of what as many real images reach. Without a champion
+    nothing else would keep out models whose images are half noise, blurred or averages."""
     min_recall: float | None = Field(0.1, ge=0, lt=1)
-    """Recall that a first version must surely have, from 0 to 1."""
+    """Recall that a first version must surely have, as a share of what as many real images reach: little, as guidance
+    lowers it."""
+    min_coverage: float | None = Field(0.5, ge=0, lt=1)
+    """Coverage that a first version must surely have, as a share of what as many real images reach: a model of one
+    class or of few images lacks it."""
+    min_class_agreement: float | None = Field(0.5, ge=0, lt=1)
+    """Share of a first version's images that a classifier must surely recognise as their class, as a share of what real
+    images reach. Applies if model and data set have classes in common. No class may surely lie below it of which 20
+    images or more are generated and held out; smaller ones count among all."""
     memorized: float | None = Field(0.05, ge=0, le=1)
     """Largest share of generated images that may be copies of training images, beyond chance. Applies to first
     versions, too."""
@@ -64,8 +84,8 @@ class GateConfig(Config):
     must be better."""
     looks: int = Field(3, ge=1, le=8)
     """Times that the two are compared at most, 1 to 8. Where a comparison holds the candidate and more images may tell,
-    both generate twice as many. Each look has an equal share of 1 − c, so that all together err no more often than one
-    would. 1: evaluation.samples decide."""
+    both generate twice as many. Each look promotes at a higher confidence (O'Brien and Fleming), so that all together
+    err no more often than one would. 1: evaluation.samples decide."""
     across_families: bool = Field(False, exclude_if=is_unset)
     """Whether a champion of another family (``model.family``) may be replaced, compared by generated images,
     autoencoders too. Otherwise the candidate is held. Two families are compared if registry.model gives both the same
@@ -75,11 +95,11 @@ class GateConfig(Config):
         """Return the distance that decides for these numbers of images."""
         if self.headline != "auto":
             return self.headline
-        return "fd" if min(samples, reference) >= ENOUGH else "kid"
+        return "fd" if min(samples, reference) >= MIN_FRECHET_IMAGES else "kid"
 
-    def confidence_of(self, looks: int) -> float:
-        """Return the confidence of each statement of so many looks, which share 1 − c (Bonferroni)."""
-        return 1 - (1 - self.confidence) / looks
+    def promotion_confidence(self, look: int, looks: int) -> float:
+        """Return the confidence that a promotion takes at one of ``looks`` looks, counted from 1."""
+        return sequential_confidences(looks, self.confidence)[look - 1]
 
 
 class Headline(Config):
@@ -116,6 +136,14 @@ def describe_copies(share: float, expected: float, images: int) -> str:
     if text == chance:
         relation = "as many as chance gives"
     return f"copies of training images: {text} of {format_count(images)} generated, {relation}"
+
+
+class ClassAgreement(Config):
+    """How often images of a class are recognised as such: the candidate's, and real ones."""
+
+    name: str
+    candidate: Estimate
+    real: Estimate
 
 
 class CopyShare(Config):
@@ -178,8 +206,12 @@ class ComparisonMetrics(Config):
     """What differs between the two in the conditions of the comparison, each in a sentence; no objection."""
     class_conditional: bool = True
     """Whether both are; else no class is compared by itself."""
-    own: dict[Literal["precision", "recall"], Estimate] = Field({}, exclude_if=lambda own: not own)
-    """The candidate's own precision and recall, which a first version is decided on."""
+    own: dict[OwnMetric, Estimate] = Field({}, exclude_if=lambda own: not own)
+    """The candidate's own metrics, which a first version is decided on."""
+    own_real: dict[OwnMetric, Estimate] = Field({}, exclude_if=lambda own: not own)
+    """The same of as many real images, and for class agreement of the held-out ones."""
+    classes: tuple[ClassAgreement, ...] = Field((), exclude_if=lambda classes: not classes)
+    """Classes of a first version that have images enough."""
     headline: Headline | None = None
     recall: Estimate | None = None
     """Candidate minus champion, on the same images as the headline."""
@@ -190,7 +222,7 @@ class ComparisonMetrics(Config):
     cost: Cost | None = None
 
 
-Rule = Literal["headline", "conditions", "recall", "memorized", "worst class", "text-image agreement", "cost"]
+Rule = OwnMetric | Literal["headline", "conditions", "memorized", "worst class", "text-image agreement", "cost"]
 
 
 class Verdict(StrEnum):
@@ -223,7 +255,7 @@ class Decision(Config):
         """Return whether more images, ``limit`` at most, may decide: only holds object, and for want of images."""
         holds = [finding for finding in self.findings if finding.verdict == Verdict.hold]
         counts = [finding.images for finding in holds if finding.images is not None]
-        return self.verdict == Verdict.hold and len(counts) == len(holds) and max(counts) <= HOPELESS * limit
+        return self.verdict == Verdict.hold and len(counts) == len(holds) and max(counts) <= MAX_LOOK_FACTOR * limit
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -231,27 +263,39 @@ class Decision(Config):
         return tuple(finding.reason for finding in self.findings if finding.verdict == self.verdict)
 
 
-def decide(metrics: ComparisonMetrics, config: GateConfig, looks: int = 1) -> Decision:
-    """Decide on ``metrics``, of one of ``looks`` looks, by the rules of ``config``.
+@dataclass(frozen=True)
+class _Confidences:
+    """One-sided confidences of the statements of one look."""
 
-    What promotes or rejects has the confidence of one of several looks; a loss is an objection at that of one alone.
-    """
-    c = config.confidence_of(looks)
-    findings = [_headline(metrics, config, c)]
+    rejection: float
+    """c, of what rejects or holds."""
+    promotion: float
+    """Of what promotes at this look."""
+    last: float
+    """Of what promotes at the last look, for which the number of images needed is computed."""
+
+
+def decide(metrics: ComparisonMetrics, config: GateConfig, look: int = 1, looks: int = 1) -> Decision:
+    """Decide on ``metrics`` by the rules of ``config``, at one of ``looks`` looks, counted from 1."""
+    promotion, last = (config.promotion_confidence(number, looks) for number in (look, looks))
+    confidences = _Confidences(config.confidence, promotion, last)
     generated = metrics.basis == "generated"
+    findings = [_headline(metrics, config, confidences)]
+    if generated and not metrics.has_champion:
+        findings += _first_version(metrics, config)
     if generated and config.memorized is not None:
         findings.append(_memorization(metrics, config.memorized, config.confidence))
     if generated and metrics.has_champion and metrics.incomparable is None:
         if config.recall_loss is not None:
-            findings.append(_recall(metrics, config.recall_loss, config.confidence, c))
+            findings.append(_recall(metrics, config.recall_loss, confidences))
         if config.class_loss is not None and metrics.class_conditional:
-            findings.append(_worst_class(metrics, config.class_loss, config.confidence, c))
+            findings.append(_worst_class(metrics, config.class_loss, confidences))
         if config.cost is not None:
             findings.append(_cost(metrics.cost, config.cost))
         if metrics.unlike:
             findings.append(_finding("conditions", Verdict.promote, "; ".join(metrics.unlike)))
     if generated and metrics.agreement is not None and config.agreement_loss is not None:
-        findings.append(_agreement(metrics.agreement, config.agreement_loss, metrics, config.confidence, c))
+        findings.append(_agreement(metrics.agreement, config.agreement_loss, metrics, confidences))
     verdicts = {finding.verdict for finding in findings}
     worst = next(verdict for verdict in (Verdict.reject, Verdict.hold, Verdict.promote) if verdict in verdicts)
     return Decision(verdict=worst, findings=tuple(findings))
@@ -261,21 +305,22 @@ def _finding(rule: Rule, verdict: Verdict, reason: str, images: int | None = Non
     return Finding(rule=rule, verdict=verdict, reason=reason, images=images)
 
 
-def _headline(metrics: ComparisonMetrics, config: GateConfig, c: float) -> Finding:
+def _headline(metrics: ComparisonMetrics, config: GateConfig, confidences: _Confidences) -> Finding:
     headline = metrics.headline
     if not metrics.has_champion:
-        return _first_version(metrics, config)
+        return _finding("headline", Verdict.promote, "first version: there was no champion")
     if metrics.incomparable is not None:
         return _finding("headline", Verdict.hold, metrics.incomparable)
     if headline is None:
         return _finding("headline", Verdict.hold, "not measured: its difference from the champion")
     lead, smallest = headline.lead, headline.smallest(config.delta)
     unit = " dB" if headline.real_baseline is None else ""
-    low, high = lead.lower_bound(c), lead.upper_bound(c)
+    low, high = lead.lower_bound(confidences.promotion), lead.upper_bound(confidences.rejection)
     figures = (
         f"{headline.name} {_figure(headline.candidate)}{unit}, the champion's {_figure(headline.champion)}{unit}, on "
-        f"{_images(metrics)}: better by {_figure(lead)}{unit}, at least {format_signed(low)} and at most "
-        f"{format_signed(high)}, each with confidence {c:g}; δ = {config.delta:g} is {format_signed(smallest)}{unit}"
+        f"{_images(metrics)}: better by {_figure(lead)}{unit}, at least {format_signed(low)} with "
+        f"confidence {confidences.promotion:.4g} and at most {format_signed(high)} with {config.confidence:g}; "
+        f"δ = {config.delta:g} is {format_signed(smallest)}{unit}"
     )
     cost = metrics.cost
     if config.saving is not None and cost is not None and cost.candidate * config.saving <= cost.champion:
@@ -284,11 +329,11 @@ def _headline(metrics: ComparisonMetrics, config: GateConfig, c: float) -> Findi
         # the lead larger and the limit laxer.
         error = lead.error if headline.real_baseline is None else lead.error + config.delta * headline.champion.error
         margin = lead.model_copy(update={"value": lead.value + smallest, "error": error})
-        if margin.lower_bound(c) > 0:
+        if margin.lower_bound(confidences.promotion) > 0:
             return _finding("headline", Verdict.promote, f"not worse by δ {words}: {figures}")
-        if margin.upper_bound(c) < 0:
+        if margin.upper_bound(confidences.rejection) < 0:
             return _finding("headline", Verdict.reject, f"worse by more than δ {words}: {figures}")
-        images = images_needed(metrics.samples, margin, margin.value, c) if margin.value > 0 else None
+        images = images_needed(metrics.samples, margin, margin.value, confidences.last) if margin.value > 0 else None
         advice = _advice("this difference", images, metrics)
         return _finding("headline", Verdict.hold, f"not surely as good within δ {words}: {figures}{advice}", images)
     if low > smallest:
@@ -298,26 +343,56 @@ def _headline(metrics: ComparisonMetrics, config: GateConfig, c: float) -> Findi
     if high < smallest:
         return _finding("headline", Verdict.hold, f"not better by δ, as more images would only confirm: {figures}")
     is_ahead = lead.value > smallest
-    images = images_needed(metrics.samples, lead, lead.value - smallest if is_ahead else smallest, c)
+    images = images_needed(metrics.samples, lead, lead.value - smallest if is_ahead else smallest, confidences.last)
     advice = _advice("this lead" if is_ahead else "a lead of 2δ", images, metrics)
     return _finding("headline", Verdict.hold, f"not surely better by δ: {figures}{advice}", images)
 
 
-def _first_version(metrics: ComparisonMetrics, config: GateConfig) -> Finding:
-    """Hold a first version unless its precision and recall are surely above their bars."""
-    bars = {"precision": config.min_precision, "recall": config.min_recall}
-    limits = {name: bar for name, bar in bars.items() if bar is not None and metrics.basis == "generated"}
-    if missing_names := [name for name in limits if name not in metrics.own]:
-        return _finding("headline", Verdict.hold, f"not measured: {' and '.join(missing_names)} of a first version")
-    values = {name: value for name, value in metrics.own.items() if name in limits}
-    words = "".join(f", {name} {_figure(value)} (required {limits[name]:g})" for name, value in values.items())
-    if all(value.lower_bound(config.confidence) > limits[name] for name, value in values.items()):
-        return _finding("headline", Verdict.promote, f"first version: there was no champion{words}")
-    reason = (
-        f"first version, whose images are not surely like real ones{words} on {_images(metrics)}: train longer "
-        "(training.minutes or training.images), or look at its samples and make it champion by `darkroom promote --to`"
-    )
-    return _finding("headline", Verdict.hold, reason)
+def _first_version(metrics: ComparisonMetrics, config: GateConfig) -> list[Finding]:
+    """Hold a first version unless each of its own metrics is surely above its share of what real images reach."""
+    shares: dict[OwnMetric, float | None] = {
+        "precision": config.min_precision,
+        "recall": config.min_recall,
+        "coverage": config.min_coverage,
+        "class agreement": config.min_class_agreement if metrics.class_conditional else None,
+    }
+    findings = [_own_metric(name, share, metrics, config) for name, share in shares.items() if share is not None]
+    if (share := shares["class agreement"]) is None:
+        return findings
+    # Each of K classes at 1 − (1 − c)/K: one that is recognised just often enough rarely holds the model by chance.
+    confidence = 1 - (1 - config.confidence) / max(len(metrics.classes), 1)
+    lost_classes = [
+        f"{scores.name!r} {_figure(scores.candidate)}, real ones {scores.real.value:.2f}"
+        for scores in metrics.classes
+        if scores.candidate.subtract(scores.real.multiply(share)).upper_bound(confidence) < 0
+    ]
+    if lost_classes:
+        names = "; ".join(lost_classes[:MAX_CLASSES_NAMED]) + "; …" * (len(lost_classes) > MAX_CLASSES_NAMED)
+        reason = (
+            f"images of {pluralize(len(lost_classes), 'class', 'classes')} are surely recognised too rarely (required "
+            f"{share:g} of what real images reach): {names}; {LOOK_AT_THEM}"
+        )
+        findings.append(_finding("class agreement", Verdict.hold, reason))
+    return findings
+
+
+def _own_metric(name: OwnMetric, share: float, metrics: ComparisonMetrics, config: GateConfig) -> Finding:
+    """Hold a first version unless its metric is surely above ``share`` of what real images reach."""
+    if name not in metrics.own or name not in metrics.own_real:
+        return _finding(name, Verdict.hold, f"not measured: {name} of a first version")
+    value, real = metrics.own[name], metrics.own_real[name]
+    excess = value.subtract(real.multiply(share))
+    words = f"{name} {_figure(value)} (required {share * real.value:.3g}, {share:g} of what real images reach)"
+    if excess.lower_bound(config.confidence) > 0:
+        return _finding(name, Verdict.promote, words)
+    if excess.upper_bound(config.confidence) < 0:
+        reason = f"surely too low by {_figure(excess.multiply(-1))} on {_images(metrics)}: {words}; {LOOK_AT_THEM}"
+        return _finding(name, Verdict.hold, reason)
+    side = "above" if excess.value > 0 else "below"
+    images = images_needed(metrics.samples, excess, abs(excess.value), config.confidence)
+    reason = f"{side} what is required by {_figure(excess.multiply(1 if excess.value > 0 else -1))}, but not surely"
+    advice = _advice("that", images, metrics)
+    return _finding(name, Verdict.hold, f"{reason}, on {_images(metrics)}: {words}{advice}", images)
 
 
 def _memorization(metrics: ComparisonMetrics, limit: float, confidence: float) -> Finding:
@@ -339,15 +414,15 @@ def _memorization(metrics: ComparisonMetrics, limit: float, confidence: float) -
     return _finding("memorized", Verdict.hold, reason)
 
 
-def _recall(metrics: ComparisonMetrics, limit: float, objection: float, c: float) -> Finding:
+def _recall(metrics: ComparisonMetrics, limit: float, confidences: _Confidences) -> Finding:
     if (recall := metrics.recall) is None:
         return _finding("recall", Verdict.hold, "not measured: its difference from the champion's")
     words = f"recall {_figure(recall)} higher than the champion's on {_images(metrics)}, allowed is a loss of {limit:g}"
     loss = recall.multiply(-1)
-    return _compare_with_limit("recall", loss, loss.subtract(limit), words, metrics, objection, c)
+    return _compare_with_limit("recall", loss, loss.subtract(limit), words, metrics, confidences)
 
 
-def _worst_class(metrics: ComparisonMetrics, limit: float, objection: float, c: float) -> Finding:
+def _worst_class(metrics: ComparisonMetrics, limit: float, confidences: _Confidences) -> Finding:
     if (worst := metrics.worst_class) is None:
         return _finding("worst class", Verdict.hold, "not measured: the distance of each class")
     words = (
@@ -355,11 +430,11 @@ def _worst_class(metrics: ComparisonMetrics, limit: float, objection: float, c: 
         f"{worst.champion_class!r} at {_figure(worst.champion)}, limit {1 + limit:g} times as much"
     )
     loss, excess = (worst.candidate.subtract(worst.champion.multiply(factor)) for factor in (1, 1 + limit))
-    return _compare_with_limit("worst class", loss, excess, words, metrics, objection, c)
+    return _compare_with_limit("worst class", loss, excess, words, metrics, confidences)
 
 
 def _agreement(
-    agreement: PromptAgreement | str, limit: float, metrics: ComparisonMetrics, objection: float, c: float
+    agreement: PromptAgreement | str, limit: float, metrics: ComparisonMetrics, confidences: _Confidences
 ) -> Finding:
     rule: Rule = "text-image agreement"
     if isinstance(agreement, str):
@@ -371,7 +446,7 @@ def _agreement(
     loss, allowance = agreement.difference.multiply(-1), agreement.champion.multiply(limit)
     # Both errors come from the same images, so they are added as if they had one sign, which is the most they can be.
     excess = loss.model_copy(update={"value": loss.value - allowance.value, "error": loss.error + allowance.error})
-    return _compare_with_limit(rule, loss, excess, words, metrics, objection, c)
+    return _compare_with_limit(rule, loss, excess, words, metrics, confidences)
 
 
 def _cost(cost: Cost | None, limit: float) -> Finding:
@@ -386,18 +461,16 @@ def _cost(cost: Cost | None, limit: float) -> Finding:
 
 
 def _compare_with_limit(
-    rule: Rule, loss: Estimate, excess: Estimate, words: str, metrics: ComparisonMetrics, objection: float, c: float
+    rule: Rule, loss: Estimate, excess: Estimate, words: str, metrics: ComparisonMetrics, confidences: _Confidences
 ) -> Finding:
-    """Reject a loss that is beyond the limit with confidence ``c``; hold one that is sure and may be beyond it.
-
-    ``objection`` is the confidence that there is a loss at all.
-    """
+    """Reject a loss that is surely beyond the limit; hold one that is sure and may be beyond it."""
     # A loss that chance explains is no objection: few samples would otherwise hold models that are as good.
-    if loss.lower_bound(objection) <= 0 or excess.upper_bound(c) <= 0:
+    if loss.lower_bound(confidences.rejection) <= 0 or excess.upper_bound(confidences.promotion) <= 0:
         return _finding(rule, Verdict.promote, words)
-    if excess.lower_bound(c) > 0:
-        return _finding(rule, Verdict.reject, f"beyond the limit with confidence {c:g}: {words}")
-    images = images_needed(metrics.samples, excess, abs(excess.value), c)
+    if excess.lower_bound(confidences.rejection) > 0:
+        reason = f"beyond the limit with confidence {confidences.rejection:g}: {words}"
+        return _finding(rule, Verdict.reject, reason)
+    images = images_needed(metrics.samples, excess, abs(excess.value), confidences.last)
     reason = f"not surely within the limit: {words}{_advice('that', images, metrics)}"
     return _finding(rule, Verdict.hold, reason, images)
 
@@ -409,7 +482,7 @@ def images_needed(images: int, estimate: Estimate, distance: float, confidence: 
     ((t_c + t_0.8) · error / distance)². Rounded up to two significant digits. None if that is above 10⁹.
     """
     times = estimate.error_bound(confidence) + estimate.error_bound(POWER)
-    if times * math.sqrt(images / MOST) >= distance:
+    if times * math.sqrt(images / MAX_IMAGES) >= distance:
         return None
     exact = max(images * (times / distance) ** 2, 1)
     unit: int = 10 ** max(0, math.floor(math.log10(exact)) - 1)

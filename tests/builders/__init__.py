@@ -4,3 +4,5 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 """The checkout."""
+NO_BARS = dict.fromkeys(("min_precision", "min_recall", "min_coverage", "min_class_agreement"))
+"""Settings of a gate that lets any first version through which copies nothing."""

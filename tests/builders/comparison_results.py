@@ -28,6 +28,7 @@ from diffusion.evaluation.metrics.registration import find_registered
 from diffusion.evaluation.results import EvaluationConditions, ModelEvaluation, RealBaseline
 from diffusion.process.likelihood import noise_levels
 from diffusion.process.samplers import sampling_config
+from tests.builders import NO_BARS
 from tests.builders.degraded import with_copies, with_noise
 from tests.builders.one_metric import compute_replicates
 from tests.builders.real_images import images
@@ -37,7 +38,7 @@ COUNT = 240
 CLASSES = ["T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]
 TWICE = [20, 31, 42]
 """Images of the candidate that are one."""
-GATE = GateConfig(memorized=None, cost=None, min_precision=None, min_recall=None)
+GATE = GateConfig(memorized=None, cost=None, **NO_BARS)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def example_comparison(with_champion: bool = True) -> Shown:
         ),
         compared=compared,
         look=1,
-        confidence=GATE.confidence_of(1),
+        confidence=GATE.confidence,
         decision=decide(compared, GATE),
     )
     grids = SampleGrids(

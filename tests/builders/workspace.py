@@ -18,7 +18,7 @@ import yaml
 
 from flows.local_stack.server_process import members
 from flows.local_stack.stack import SERVICES
-from tests.builders import ROOT
+from tests.builders import NO_BARS, ROOT
 from tests.builders.forked import Fork, Forks
 from tests.builders.shapes import disc
 
@@ -38,7 +38,7 @@ PARAMS = {
     "sampling": {"sampler": "dpmpp_2m", "steps": 8, "compute_batch": 8},
     "evaluation": {"samples": 64, "extractor_size": 32},
     # Their short trainings make images that a first version is not let through with.
-    "gate": {"min_precision": None, "min_recall": None},
+    "gate": NO_BARS,
 }
 
 

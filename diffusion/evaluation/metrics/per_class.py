@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion.common.config import Config
-from diffusion.evaluation.estimate import Estimate, wilson_interval
+from diffusion.evaluation.estimate import Estimate, share_estimate, wilson_interval
 from diffusion.evaluation.metrics.distances import compute_kid
 
 SMALLEST = 1e-12
@@ -103,6 +103,11 @@ class ClassScores(Config):
         """Return the KID with its error."""
         return Estimate(value=self.kid, error=self.kid_se, freedom=min(self.samples, self.reference) - 1)
 
+    @property
+    def agreements(self) -> tuple[Estimate, Estimate]:
+        """Return the agreement of generated and of real images."""
+        return share_estimate(self.agreement, self.samples), share_estimate(self.agreement_real, self.reference)
+
 
 class SkippedClass(Config):
     """A class with too few images: ``samples`` generated ones, ``reference`` real ones."""
@@ -123,6 +128,15 @@ class PerClass(Config):
     """Share of all conditionally generated images assigned to their class; None if there are none."""
     agreement_real: float | None
     """The same share of real images."""
+
+    @property
+    def agreements(self) -> tuple[Estimate, Estimate] | None:
+        """Return the agreement of all generated and of all real images; None if either has none of a class."""
+        if self.agreement is None or self.agreement_real is None:
+            return None
+        scores = [*self.classes, *self.skipped]
+        samples, reference = (sum(getattr(each, side) for each in scores) for side in ("samples", "reference"))
+        return share_estimate(self.agreement, samples), share_estimate(self.agreement_real, reference)
 
     @property
     def worst(self) -> ClassScores | None:

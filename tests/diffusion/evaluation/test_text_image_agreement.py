@@ -25,6 +25,7 @@ from diffusion.evaluation.reports.comparison_report import write_comparison_repo
 from diffusion.evaluation.reports.html import format_signed
 from diffusion.evaluation.results import Evaluation
 from diffusion.generation.generate import conditions_of, sample
+from tests.builders import NO_BARS
 from tests.builders.captioned import COLOURS, squares
 from tests.builders.comparisons import CONFIG, SAMPLING, Watcher, discs, save_images
 from tests.builders.html_pages import Page
@@ -273,9 +274,7 @@ def test_an_agreement_that_falls_within_the_limit_or_by_chance_is_no_objection(d
 
 def test_a_first_version_has_its_agreement_among_the_reasons(data: Path, tmp_path: Path) -> None:
     colours = [text.split()[0] for text in prompts(data)]
-    comparison = compared(
-        data, tmp_path, of_colours(colours, 20), None, GateConfig(min_precision=None, min_recall=None)
-    )
+    comparison = compared(data, tmp_path, of_colours(colours, 20), None, GateConfig(**NO_BARS))
     verdict, reason = rule(comparison)
     assert verdict == "promote"
     assert "text-image agreement by clip_" in reason

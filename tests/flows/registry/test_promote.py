@@ -22,6 +22,7 @@ from flows.promote import GateResult, apply_gate, next_entry, register
 from flows.registry import model_card
 from flows.registry.ledger import History, Ledger
 from flows.registry.model_versions import Version
+from tests.builders import NO_BARS
 from tests.builders.comparisons import CONFIG, SAMPLING, discs, save_images, training_images
 from tests.builders.evaluations import an_evaluation
 from tests.builders.model_cards import rows, section
@@ -42,7 +43,7 @@ def params(mlflow_client: MlflowClient, bucket: str, tmp_path: Path, monkeypatch
             "training": {"dataset": "discs"},
             "evaluation": CONFIG.model_dump(),
             "sampling": SAMPLING.model_dump(),
-            "gate": {"recall_loss": None, "delta": 0.1, "min_precision": None, "min_recall": None},
+            "gate": {"recall_loss": None, "delta": 0.1, **NO_BARS},
             "registry": {"model": f"discs-{uuid4().hex}"},
         }
     )
