@@ -126,18 +126,6 @@ class Headline(Config):
         return delta * max(self.champion.value - self.real_baseline, 0.0)
 
 
-def describe_copies(share: float, expected: float, images: int) -> str:
-    """Word the ``share`` of copies of training images among ``images`` beside that ``expected`` by chance.
-
-    Gate, ledger, report and model card say it in these words.
-    """
-    text, chance = f"{share:.2%}", f"{expected:.2%}"
-    relation = f"{'fewer' if share < expected else 'more'} than the {chance} that chance gives"
-    if text == chance:
-        relation = "as many as chance gives"
-    return f"copies of training images: {text} of {format_count(images)} generated, {relation}"
-
-
 class ClassAgreement(Config):
     """How often images of a class are recognised as such: the candidate's, and real ones."""
 
@@ -159,6 +147,14 @@ class CopyShare(Config):
     def excess(self) -> float:
         """Share of copies among the images that do not look like one by chance, 0 to 1."""
         return max(0.0, (self.share - self.expected) / (1 - self.expected)) if self.expected < 1 else 0.0
+
+    def describe(self, images: int) -> str:
+        """Word the share among ``images`` beside chance; gate, ledger, report and model card say it in these words."""
+        text, chance = f"{self.share:.2%}", f"{self.expected:.2%}"
+        relation = f"{'fewer' if self.share < self.expected else 'more'} than the {chance} that chance gives"
+        if text == chance:
+            relation = "as many as chance gives"
+        return f"copies of training images: {text} of {format_count(images)} generated, {relation}"
 
 
 class WorstClass(Config):
@@ -399,7 +395,7 @@ def _memorization(metrics: ComparisonMetrics, limit: float, confidence: float) -
     """Apply the limit on copies: above it a model is held, and rejected if chance cannot explain the excess."""
     if (copies := metrics.memorized) is None:
         return _finding("memorized", Verdict.hold, "not measured: the share of copies of training images")
-    words = describe_copies(copies.share, copies.expected, metrics.samples)
+    words = copies.describe(metrics.samples)
     words += (
         f": {copies.excess:.2%} beyond it, limit {limit:.2%}" if copies.excess else f"; limit {limit:.2%} beyond it"
     )

@@ -24,7 +24,7 @@ from torch.nn.functional import adaptive_avg_pool2d, pad
 from diffusion.common.config import Config
 from diffusion.common.shapes import Images, map_by_shape
 from diffusion.evaluation.estimate import wilson_interval
-from diffusion.evaluation.gate import CopyShare, describe_copies
+from diffusion.evaluation.gate import CopyShare
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, connected_groups, find_nearest
 
 SIDE = 8
@@ -170,7 +170,7 @@ class Memorization(CopyRate):
     @property
     def summary(self) -> str:
         """Return the share of copies beside chance, in words."""
-        return describe_copies(self.share, self.expected, self.generated)
+        return self.copy_share.describe(self.generated)
 
     @property
     def suspicious(self) -> bool:
