@@ -279,11 +279,11 @@ def describe_kid(
     is_unguided = candidate is None and evaluation.guidance and evaluation.sampling.is_guided
     unguided = ", without guidance" if is_unguided else ""
     digits = count_decimals(estimate.interval.high - estimate.interval.low)
-    kid, low, high, real = (
+    kid, low, high, real_kid = (
         format_fixed(value, digits)
         for value in (estimate.value, estimate.interval.low, estimate.interval.high, baseline.kid)
     )
-    return f"KID {kid} [{low}, {high}]{unguided}; real images {real}"
+    return f"KID {kid} [{low}, {high}]{unguided}; real images {real_kid}"
 
 
 def advise_longer(evaluation: Evaluation) -> str | None:

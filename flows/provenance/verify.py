@@ -159,9 +159,10 @@ def _images(path: str, place: Place, names: list[str], trust: Trust) -> Iterator
     for name in names:
         if name in others:
             continue
-        data = place.get(name)
-        check, image = _image(f"{path}/{name}", data or b"", trust)
-        if data is None:
+        stored = place.get(name)
+        data = stored or b""
+        check, image = _image(f"{path}/{name}", data, trust)
+        if stored is None:
             check = _fail(check.path, "image", "it is a link, or not a file at all")
         lineage = {} if image is None else image.lineage
         if image is not None and isinstance(count := lineage.get("count"), int):
