@@ -269,7 +269,7 @@ def describe_kid(
 ) -> str:
     """Describe the best checkpoint's KID, with its 95 % interval if there is one, beside that of real images.
 
-    It is without the guidance that was chosen, if any was: see ``score_guidance``. With ``candidate`` it is the KID of
+    It is without the guidance that was chosen, if any was: see ``choose_guidance``. With ``candidate`` it is the KID of
     that model, as the gate compared it beside the baseline ``real``: with its guidance, and of another seed.
     """
     scores, baseline = (candidate or evaluation.best).scores, (real or evaluation.real_baseline).scores
