@@ -25,7 +25,7 @@ from diffusion.common.progress import Progress, ignore_progress
 from diffusion.curation.config import CurationConfig, Verdict
 from diffusion.curation.measures import Measurements, extractor_of, measure, read_images
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.index import Index
+from diffusion.data.ingest.index import Index, explain_database_errors
 from diffusion.data.ingest.ingest import IngestResult, remove_strays
 from diffusion.data.ingest.merge import write_part
 from diffusion.data.manifest import (
@@ -287,8 +287,12 @@ def _apply(
     records, parts = measurements.records, list(before.parts)
     pairs = zip(decision.reasons, decision.leaders, strict=True)
     decisions = dict(zip(records["key"].to_pylist(), pairs, strict=True))
-    index_path, bits = work_folder(folder) / "index.sqlite", ingest.near_duplicate_bits(before.near_duplicate_bits)
-    with closing(Index(index_path, folder, before, bits)) as index, index.transaction():
+    work, bits = work_folder(folder), ingest.near_duplicate_bits(before.near_duplicate_bits)
+    with (
+        explain_database_errors(work),
+        closing(Index(work / "index.sqlite", folder, before, bits)) as index,
+        index.transaction(),
+    ):
         for place in np.unique(records["part"].to_numpy()[differs]).tolist():
             part = before.parts[place]
             rows = read_records(folder, part).to_pylist()

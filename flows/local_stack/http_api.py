@@ -125,7 +125,8 @@ def require(*servers: Server) -> None:
                 raise UserError(f"{SERVER_TITLES[server]} at {error}: set {hint}{SECRET_VARIABLE[server]}") from error
             except NotServingError as error:
                 raise DarkroomError(
-                    f"{SERVER_TITLES[server]} does not answer ({error}): is it running, and is {variable} right?"
+                    f"{SERVER_TITLES[server]} does not answer ({error}): is it running, is {variable} right, or has "
+                    "another program locked its database?"
                 ) from error
 
 

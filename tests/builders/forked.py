@@ -120,7 +120,7 @@ class Forks:
         self.count += 1
         outputs = self.folder / f"fork-{self.count}.out", self.folder / f"fork-{self.count}.err"
         connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(120)
+        connection.settimeout(600)  # on a busy machine the imports take minutes
         connection.connect(self.address)
         with ExitStack() as files:
             numbers = [files.enter_context(path.open("wb")).fileno() for path in outputs]
@@ -217,11 +217,14 @@ def main() -> None:
     with connect("prefect", "mlflow", "s3"):
         import torch._dynamo  # noqa: F401 (as the first optimizer does)
 
+        import flows.compact_merge
         import flows.evaluate
         import flows.gc
         import flows.promote
+        import flows.registry.import_model
         import flows.retrain
         import flows.sample
+        import flows.sweep
         import flows.takedown
         import flows.train  # noqa: F401
     # What is here stays, and to look at it again in each fork would copy its pages.

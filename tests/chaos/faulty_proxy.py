@@ -23,6 +23,7 @@ class Fault(Enum):
     DENIED = "403 Forbidden"
     RESET = "the connection is reset before the server hears of it"
     UNANSWERED = "the server does it, and the connection is reset before the answer"
+    CUT = "the server does it, and the answer ends in the middle of its body, or of its first line if it has none"
     SLOW = "it takes its time"
 
 
@@ -84,9 +85,13 @@ class FaultyProxy:
             with socket.create_connection(self.server) as server:
                 server.sendall(line + b"\r\nConnection: close\r\n" + rest)
                 threading.Thread(target=_pump, args=(client, server), daemon=True).start()
-                if fault is Fault.UNANSWERED:
-                    _last_answer(server, client)
-                    _reset(client)
+                if fault in (Fault.UNANSWERED, Fault.CUT):
+                    head, end, body = _last_answer(server, client).partition(b"\r\n\r\n")
+                    if fault is Fault.UNANSWERED:
+                        _reset(client)
+                    else:
+                        client.sendall(head + end + body[: len(body) // 2] if body else head[:10])
+                        client.shutdown(socket.SHUT_RDWR)
                     return
                 if fault is Fault.SLOW:
                     time.sleep(SLOW)
@@ -101,11 +106,15 @@ def _pump(source: socket.socket, target: socket.socket) -> None:
             target.sendall(piece)
 
 
-def _last_answer(server: socket.socket, client: socket.socket) -> None:
-    """Wait for the server's answer, and keep it; but the client learns that it may send its body."""
+def _last_answer(server: socket.socket, client: socket.socket) -> bytes:
+    """The server's answer, of which the client learns no more than that it may send its body."""
+    answer = b""
     while piece := server.recv(65536):
         if piece.startswith(b"HTTP/1.1 100"):
             client.sendall(piece)
+        else:
+            answer += piece
+    return answer
 
 
 def _refuse(client: socket.socket, fault: Fault, with_body: bool) -> None:

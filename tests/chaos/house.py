@@ -25,6 +25,7 @@ from flows.local_stack.seaweedfs import config
 from flows.local_stack.server_process import Process, members, stop
 from flows.local_stack.services import Service, services
 from flows.local_stack.stack import LocalStack, ServiceName
+from flows.storage.s3 import Store, client
 from tests.builders.workspace import PARAMS, Workspace, objects
 
 QUICK = PARAMS | {
@@ -52,6 +53,10 @@ class House:
         local_stack = LocalStack.read(self.workspace.folder / ".darkroom")
         assert local_stack is not None
         return local_stack
+
+    @property
+    def store(self) -> Store:
+        return Store(client(variables=self.stack.variables("s3")))
 
     def site(self, folder: Path) -> "Site":
         """A machine of its own, whose working folder is ``folder``."""
@@ -99,6 +104,12 @@ class House:
         while not _serves(service, process):
             assert time.monotonic() < deadline, self.stack.log(service.name).read_text()[-2000:]
             time.sleep(0.2)
+
+
+def stack_alone(folder: Path) -> dict[str, str | None]:
+    """Variables by which a command has to do with the local stack in ``folder``, and with no other server."""
+    names = ["MLFLOW_TRACKING_URI", "PREFECT_API_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "DARKROOM_BUCKET"]
+    return {"DARKROOM_HOME": str(folder), **dict.fromkeys(names)}
 
 
 def fill(folder: Path, filler: Path) -> None:

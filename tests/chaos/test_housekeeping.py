@@ -27,7 +27,7 @@ from flows.storage.s3 import Object, Store, client
 from tests.builders.forked import Forks, rounds
 from tests.builders.ingested import files_of
 from tests.builders.workspace import running
-from tests.chaos.house import QUICK, House, Site
+from tests.chaos.house import QUICK, House, Site, stack_alone
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -80,6 +80,7 @@ class Machine:
         with closing(sqlite3.connect(self.folder / "mlflow.db")) as mlflow:
             stages = dict(mlflow.execute("SELECT run_uuid, lifecycle_stage FROM runs"))
             tags = sorted(mlflow.execute("SELECT run_uuid, key FROM tags"))
+            notes = mlflow.execute("SELECT run_uuid, value FROM tags WHERE key = 'mlflow.note.content'").fetchall()
         objects = {
             # Takedowns and their records are named by what they are about, and tell when they were done.
             key: data if key.endswith((".png", ".tar")) or "/md5/" in key else b""
@@ -90,6 +91,7 @@ class Machine:
         return {
             "objects": {key: sha256_bytes(data) for key, data in objects.items()},
             "runs": (stages, tags),
+            "takedowns noted": sorted((run, note.count("Takedown")) for run, note in notes),
             "shards": {
                 name: sha256_bytes(data)
                 for name, data in files_of(self.folder / "data").items()
@@ -114,7 +116,7 @@ def machine(house: House, forks: Forks, tmp_path_factory: pytest.TempPathFactory
         "MLFLOW_TRACKING_USERNAME": None,
         "MLFLOW_TRACKING_PASSWORD": None,
     }
-    store = Store(client(variables=house.stack.variables("s3")))
+    store = house.store
     store.ensure_bucket(bucket)
     new_machine = Machine(site, forks, store, bucket, variables, folder / "saved")
     new_machine.finish(*site.retraining)
@@ -225,12 +227,6 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
         yield local_stack
 
 
-def beside(folder: Path) -> dict[str, str | None]:
-    """Variables by which a command has to do with the local stack in ``folder``, and with no other server."""
-    names = ["MLFLOW_TRACKING_URI", "PREFECT_API_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "DARKROOM_BUCKET"]
-    return {"DARKROOM_HOME": str(folder), **dict.fromkeys(names)}
-
-
 def held(stack: LocalStack) -> dict[str, str]:
     """The objects of a stack's bucket, by their SHA-256."""
     store = Store(client(variables=stack.variables("s3")))
@@ -246,7 +242,7 @@ def held(stack: LocalStack) -> dict[str, str]:
 def test_interrupted_backup_is_complete_when_repeated(
     stack: LocalStack, forks: Forks, tmp_path: Path, number: Signals, kills: int
 ) -> None:
-    variables, expected = beside(stack.folder), held(stack)
+    variables, expected = stack_alone(stack.folder), held(stack)
     moments, seconds = random.Random(number), 0.0
     for index, strikes in enumerate([0, *rounds(kills)]):
         target = tmp_path / str(index)
@@ -279,11 +275,11 @@ def test_interrupted_restore_recovers_the_whole_backup(
     stack: LocalStack, forks: Forks, tmp_path: Path, number: Signals, kills: int
 ) -> None:
     expected, target = held(stack), str(tmp_path / "backups")
-    forks.finish(tmp_path, "server", "backup", target, **beside(stack.folder))
+    forks.finish(tmp_path, "server", "backup", target, **stack_alone(stack.folder))
     moments, seconds = random.Random(number), 0.0
     for index, strikes in enumerate([0, *rounds(kills)]):
         folder = tmp_path / f"restored{index}"
-        variables = beside(folder)
+        variables = stack_alone(folder)
         try:
             for _ in range(strikes):
                 if not _is_restored(folder):

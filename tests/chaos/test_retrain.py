@@ -1,6 +1,6 @@
 """``retrain`` while its process, its disk, its clock and the servers beside it fail: the same command, the same end.
 
-Kills at random moments are in tests/flows/test_pipeline.py, signals in test_signals.py.
+Kills and signals at random moments are in test_signals.py.
 """
 
 import subprocess
@@ -17,11 +17,15 @@ from tests.chaos.house import House, Site, expect_exit, fill
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
+TRAINING = "diffusion.training.checkpointing:Checkpoints.save@3"
+"""In the middle of it."""
+SAMPLING = "flows.sampling.generate_batch:_put_files@1"
+"""Before the first images are there."""
 STEPS = (
     "flows.ingest:ingest_images",  # ingest: nothing is there
     "flows.datasets.catalog:Catalog.publish",  # pushed, and in no catalog
     "flows.train:train_model",  # train: no run is there
-    "diffusion.training.checkpointing:Checkpoints.save@3",  # half way
+    TRAINING,
     "flows.tracking.runs:RunTracker.finish",  # trained, and the run goes on
     "flows.evaluate:score_models",  # evaluate
     "flows.evaluate:log_evaluation",  # evaluated, and MLflow knows nothing
@@ -29,12 +33,10 @@ STEPS = (
     "flows.promote:compare_with_champion",  # a version, and no verdict
     "flows.promote:project",  # in the ledger, and nowhere else
     "flows.sampling.generate_batch:begin",  # sample
-    "flows.sampling.generate_batch:_put_files@1",  # before the first images are there
+    SAMPLING,
     "flows.sampling.generate_batch:finish",  # all are, and no manifest
     "flows.retrain:Request.write_note",  # all is done, and nothing says so
 )
-TRAINING = "diffusion.training.checkpointing:Checkpoints.save@3"
-"""In the middle of it."""
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
 
@@ -54,13 +56,16 @@ def test_retraining_killed_in_every_step_ends_the_same(site: Site, undisturbed: 
 
 @pytest.mark.drill(
     "Prefect's server is restarted",
-    "killed in the middle of a training, and away when it ends",
+    "killed in the middle of a training, or of a sampling, and away when it ends",
     "the run waits, and ends by itself",
 )
-def test_prefects_server_may_be_restarted_meanwhile(house: House, site: Site, undisturbed: Undisturbed) -> None:
-    with site.paused(TRAINING) as process:
+@pytest.mark.parametrize("point", [TRAINING, SAMPLING], ids=["training", "sampling"])
+def test_prefects_server_may_be_restarted_meanwhile(
+    house: House, site: Site, undisturbed: Undisturbed, point: str
+) -> None:
+    with site.paused(point) as process:
         house.kill("prefect")
-    # The training is done by now, and nobody was told.
+    # The training or sampling is done by now, and nobody was told.
     time.sleep(5)
     house.start("prefect")
     expect_exit(process, 0)

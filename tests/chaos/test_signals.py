@@ -1,4 +1,4 @@
-"""Commands that are terminated at random moments, as by systemd, Kubernetes, Slurm and Ctrl-C.
+"""Commands that are killed or terminated at random moments, as by a power cut, systemd, Kubernetes, Slurm and Ctrl-C.
 
 Each ends within a bounded time and without a traceback, leaves no process behind, and given again ends as if nothing
 had happened.
@@ -9,17 +9,24 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from signal import SIGINT, SIGTERM, Signals
+from signal import SIGINT, SIGKILL, SIGTERM, Signals
+from typing import Any
 
 import pytest
+from mlflow.client import MlflowClient
 from safetensors.torch import load_file
 
 from diffusion.common.files import sha256_bytes
 from tests.builders.forked import Forks, rounds
+from tests.builders.pipelines import stable_diffusion
+from tests.builders.small_models import write_model
+from tests.builders.training_runs import MODEL
 from tests.chaos.conftest import Undisturbed
 from tests.chaos.house import COUNT, House, Site
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+signals = pytest.mark.parametrize("number", [SIGKILL, SIGTERM, SIGINT], ids=lambda number: number.name)
 
 
 def steps(site: Site) -> list[tuple[str, ...]]:
@@ -47,17 +54,18 @@ def seconds(house: House, forks: Forks, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture
 def sites(house: House, tmp_path: Path) -> Callable[[Signals, int], Site]:
     """Machines that nobody has used."""
-    # Of two runs of one test on one stack, too, none finds what the other did.
-    return lambda number, index: house.site(tmp_path / f"{tmp_path.name[:24]}-{number.name.lower()}-{index}")
+    # The end of its name is another for each run of a test, so that none finds what the other did.
+    name = tmp_path.name.removeprefix("test_")
+    return lambda number, index: house.site(tmp_path / f"{name}-{number.name.lower()}-{index}")
 
 
 @pytest.mark.drill(
-    "each step is terminated",
-    "SIGTERM, or SIGINT, at random moments of ingest, train, evaluate, promote and sample",
+    "each step is killed or terminated",
+    "SIGKILL, SIGTERM, or SIGINT, at random moments of ingest, train, evaluate, promote and sample",
     "ends in time, with its signal's code, without traceback or children; the same command: the same end",
 )
-@pytest.mark.parametrize("number", [SIGTERM, SIGINT], ids=lambda number: number.name)
-def test_terminated_steps_resume_to_the_same_result(
+@signals
+def test_interrupted_steps_resume_to_the_same_result(
     forks: Forks,
     sites: Callable[[Signals, int], Site],
     seconds: dict[str, float],
@@ -80,12 +88,12 @@ def test_terminated_steps_resume_to_the_same_result(
 
 
 @pytest.mark.drill(
-    "`retrain` is terminated",
-    "SIGTERM, or SIGINT, at random moments",
+    "`retrain` is killed or terminated",
+    "SIGKILL, SIGTERM, or SIGINT, at random moments",
     "ends in time, with its signal's code, without traceback or children; the same command: the same end",
 )
-@pytest.mark.parametrize("number", [SIGTERM, SIGINT], ids=lambda number: number.name)
-def test_terminated_retraining_resumes_to_the_same_result(
+@signals
+def test_interrupted_retraining_resumes_to_the_same_result(
     forks: Forks,
     sites: Callable[[Signals, int], Site],
     seconds: dict[str, float],
@@ -104,12 +112,12 @@ def test_terminated_retraining_resumes_to_the_same_result(
 
 
 @pytest.mark.drill(
-    "`distill` and `sweep` are terminated",
-    "SIGTERM, or SIGINT, at random moments",
+    "`distill` and `sweep` are killed or terminated",
+    "SIGKILL, SIGTERM, or SIGINT, at random moments",
     "ends in time, with its signal's code, without traceback or children; the same command: the same end",
 )
-@pytest.mark.parametrize("number", [SIGTERM, SIGINT], ids=lambda number: number.name)
-def test_terminated_distillations_and_sweeps_resume_to_the_same_result(
+@signals
+def test_interrupted_distillations_and_sweeps_resume_to_the_same_result(
     forks: Forks, sites: Callable[[Signals, int], Site], number: Signals, kills: int
 ) -> None:
     moments = random.Random(number)
@@ -152,3 +160,55 @@ def student_and_ranking(site: Site, forks: Forks) -> tuple[dict[str, str], list[
         {name: sha256_bytes(each.numpy().tobytes()) for name, each in tensors.items()},
         [(model["name"], model["value"]) for model in ranking["models"]],
     )
+
+
+@pytest.mark.drill(
+    "`model import` is killed or terminated",
+    "SIGKILL, SIGTERM, or SIGINT, at random moments, of a model file and of a Stable Diffusion pipeline",
+    "ends in time, with its signal's code, without traceback or children; the same command: one version, one run, "
+    "its weights once",
+)
+@signals
+@pytest.mark.parametrize("kind", ["file", "pipeline"])
+def test_interrupted_imports_register_one_whole_version(
+    forks: Forks, sites: Callable[[Signals, int], Site], number: Signals, kills: int, kind: str
+) -> None:
+    moments, seconds, ends = random.Random(number), 0.0, list[dict[str, Any]]()
+    for index, strikes in enumerate([0, *rounds(kills)]):
+        site = sites(number, index)
+        if kind == "file":
+            seed = 100 * number + index  # weights that are there already are not stored again
+            classes = {"even": 80, "odd": 80}
+            source = write_model(site.folder / "elsewhere.safetensors", seed, 9, config=MODEL, classes=classes)
+        else:
+            source = stable_diffusion(site.folder / "painter")
+        # A part of a pipeline's header, and so of the digest of its weights.
+        command = ("model", "import", source.name, "--name", site.name, "--licence", site.name, "--json")
+        for _ in range(strikes):
+            forks.strike(number, moments.uniform(0, seconds), site.folder, *command)
+        start = time.monotonic()
+        result = json.loads(forks.finish(site.folder, *command))
+        seconds = seconds or time.monotonic() - start
+        assert json.loads(forks.finish(site.folder, *command))["version"] == result["version"]
+        ends.append(imported(site))
+    assert len(ends) > 1
+    assert all(end == ends[0] for end in ends)
+
+
+def imported(site: Site) -> dict[str, Any]:
+    """All that an import left behind, but for ids, times and the weights themselves, which are whole."""
+    client = MlflowClient(site.variables["MLFLOW_TRACKING_URI"])
+    experiment = client.get_experiment_by_name(site.name)
+    assert experiment is not None
+    [run] = client.search_runs([experiment.experiment_id])
+    [version] = client.search_model_versions(f"name='{site.name}'")
+    [model] = client.search_logged_models([experiment.experiment_id])
+    objects = site.house.objects(f"mlflow/{experiment.experiment_id}/")
+    [weights] = [data for key, data in objects.items() if key.endswith("weights.safetensors")]
+    assert sha256_bytes(weights) == version.tags["darkroom.weights_sha256"]
+    return {
+        "run": (run.info.status, sorted(run.data.tags), sorted(run.data.params)),
+        "version": (version.version, sorted(version.tags), len(version.description or "") > 0),
+        "objects": sorted(key.replace(run.info.run_id, "RUN").replace(model.model_id, "MODEL") for key in objects),
+        "left": sorted(path.name for path in (site.house.stack.folder / "imports" / site.name).rglob("*")),
+    }

@@ -10,6 +10,8 @@ import pytest
 
 from diffusion.common.files import sha256_bytes
 from diffusion.data.manifest import read_manifest
+from flows.storage.s3 import Object
+from tests.builders.ingested import files_of
 from tests.chaos.conftest import Undisturbed
 from tests.chaos.faulty_proxy import Fault, FaultyProxy
 from tests.chaos.house import NIGHT, House, Site, expect_exit
@@ -35,11 +37,11 @@ def through(site: Site, fault: Callable[[int, str], Fault | None]) -> Iterator[F
 
 @pytest.mark.drill(
     "S3 is busy, slow and breaks off",
-    "of nine requests one gets 503, one is reset, one is done and its answer lost, one is slow",
+    "of eleven requests one gets 503, one is reset, two are done and their answer lost or cut, one is slow",
     "ends by itself, nothing is there twice",
 )
 def test_requests_are_retried_when_s3_is_busy_slow_or_disconnects(site: Site, undisturbed: Undisturbed) -> None:
-    course = [Fault.BUSY, None, Fault.RESET, None, None, Fault.UNANSWERED, None, Fault.SLOW, None]
+    course = [Fault.BUSY, None, Fault.RESET, None, None, Fault.UNANSWERED, None, Fault.SLOW, None, None, Fault.CUT]
     with through(site, lambda number, _: course[number % len(course)]) as proxy:
         result = site.json(*site.retraining)
     assert min(Counter(proxy.met).values()) >= 5
@@ -64,6 +66,50 @@ def test_rejecting_s3_server_gives_a_one_line_error_and_command_resumes(
     with through(site, no_samples):
         assert expected in expect_exit(site.start(*site.retraining), code)
     assert site.end(site.json(*site.retraining)) == undisturbed.end
+
+
+@pytest.mark.drill(
+    "answers of S3 end early",
+    "at a checkout and an ingest from S3, the first body of each object is cut in half; then every body",
+    "the first: the same end; every: a line, exit 1, and nothing that is short; the same command: the same end",
+)
+def test_a_body_that_ends_early_is_never_taken_as_whole(
+    house: House, site: Site, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    version = site.json("ingest", str(house.images), "--dataset", site.name)["digest"]
+    expected = files_of(site.folder / "data" / site.name)
+    place = f"source/{site.name}"
+    house.store.put_many(
+        house.stack.bucket,
+        [Object(f"{place}/{path.relative_to(house.images)}", path.read_bytes()) for path in house.images.rglob("*.*")],
+    )
+    checkout = ("data", "checkout", version, "--dataset", site.name)
+    cut = set[str]()
+
+    def cut_body(_: int, line: str) -> Fault | None:
+        if not line.startswith("GET") or not ("/dvc/" in line or f"/{place}/" in line):
+            return None
+        if name == "first" and line in cut:
+            return None
+        cut.add(line)
+        return Fault.CUT
+
+    for name in ("first", "every"):
+        machine = house.site(tmp_path / name / site.name)
+        ingest = ("ingest", f"s3://{house.stack.bucket}/{place}", "--dataset", f"{site.name}-{name}")
+        with through(machine, cut_body) as proxy:
+            if name == "every":
+                for command in (checkout, ingest):
+                    expect_exit(machine.start(*command), 1)
+                assert not list((machine.folder / "data").glob("*/manifest.json"))
+                assert not house.objects(f"datasets/{site.name}-{name}/")
+            else:
+                machine.run(*checkout)
+                assert machine.json(*ingest)["content_digest"] == undisturbed.end["content"]
+        assert proxy.met.count(Fault.CUT) >= 2
+        machine.run(*checkout)
+        assert files_of(machine.folder / "data" / site.name) == expected
+        assert machine.json(*ingest)["content_digest"] == undisturbed.end["content"]
 
 
 @pytest.mark.drill(

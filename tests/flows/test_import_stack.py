@@ -1,10 +1,5 @@
 """Models from elsewhere on real servers: imported, evaluated, fine-tuned, sampled to S3, traced and reproduced."""
 
-import os
-import random
-import signal
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +10,6 @@ from PIL import Image
 
 from diffusion.checkpoints import read_model_header
 from diffusion.common.files import sha256_file
-from tests.builders.forked import Fork
 from tests.builders.pipelines import stable_diffusion
 from tests.builders.shapes import disc
 from tests.builders.small_models import write_model
@@ -57,14 +51,6 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
         yield space
 
 
-def kill(process: Fork | subprocess.Popen[str], seconds: float) -> None:
-    """Kill the process and its children after so many seconds, unless it has ended."""
-    time.sleep(seconds)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-
 def traced_and_reproduced(workspace: Workspace, uri: str) -> list[dict[str, object]]:
     """The origins of a batch's images, which are generated again to the same bits."""
     lineage = workspace.json("trace", f"{uri}00000001.png")
@@ -75,22 +61,11 @@ def traced_and_reproduced(workspace: Workspace, uri: str) -> list[dict[str, obje
     return origins
 
 
-@pytest.mark.drill(
-    "an import is killed",
-    "SIGKILL at a random moment",
-    "the same command: one version, one run, its weights once",
-)
-def test_a_model_from_elsewhere_is_promoted_and_fine_tuned(
-    workspace: Workspace, server: MlflowClient, kills: int
-) -> None:
+def test_a_model_from_elsewhere_is_promoted_and_fine_tuned(workspace: Workspace, server: MlflowClient) -> None:
     classes = {"even": 80, "odd": 80}
     model_file = write_model(workspace.folder / "elsewhere.safetensors", 0, images=9, config=MODEL, classes=classes)
     command = ("model", "import", str(model_file), "--name", "bases", *LICENCE)
-    start = time.monotonic()
-    for _ in range(kills):
-        kill(workspace.begin(*command), random.uniform(0, 5))
     result = workspace.json(*command)
-    print(f"{kills} kills and an import in {time.monotonic() - start:.0f} s")
     assert result["version"]["number"] == 1
     assert workspace.json(*command)["version"] == result["version"]
     assert len(server.search_model_versions("name='bases'")) == 1
@@ -132,12 +107,7 @@ def test_a_model_from_elsewhere_is_promoted_and_fine_tuned(
     assert origin["uri"] == "models:/bases/1"
 
 
-@pytest.mark.drill(
-    "an import of a pipeline is killed",
-    "SIGKILL at a random moment",
-    "the same command: one version, which samples, traces and reproduces",
-)
-def test_stable_diffusion_goes_through_the_same_gate(workspace: Workspace, server: MlflowClient, kills: int) -> None:
+def test_stable_diffusion_goes_through_the_same_gate(workspace: Workspace, server: MlflowClient) -> None:
     stable_diffusion(workspace.folder / "painter")
     captions = workspace.folder / "captioned"
     captions.mkdir()
@@ -152,8 +122,6 @@ def test_stable_diffusion_goes_through_the_same_gate(workspace: Workspace, serve
     where = ("--dataset", "captioned")
     workspace.json("ingest", str(captions), *where, "--set", "ingest.size=16")
     command = ("model", "import", "painter", "--name", "painter")
-    for _ in range(kills):
-        kill(workspace.begin(*command), random.uniform(0, 6))
     result = workspace.json(*command)
     uri = result["version"]["model"]
     assert (uri, result["family"], result["origin"]["licence"]) == ("painter", "diffusers", "openrail")

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -243,34 +242,6 @@ def test_a_worse_model_is_rejected_with_its_reason(
     artifacts = {item.path for item in server.list_artifacts(rejected_version.run_id, "evaluation")}
     assert "evaluation/champion_comparison.json" in artifacts
     assert server.get_model_version_by_alias("blobs", "champion").version == champion
-
-
-@pytest.mark.drill("`retrain` is killed", "SIGKILL at random moments", "one version, one run, the same bytes")
-def test_retrain_killed_at_random_moments_ends_the_same(workspace: Workspace, server: MlflowClient, kills: int) -> None:
-    settings = ["--set", "training.seed=1", "--set", "registry.model=killed", "--set", "training.output=runs/killed"]
-    command = ["retrain", "images", "--count", "40", *settings]
-    moments = random.Random(1)
-    for _ in range(kills):
-        process = workspace.begin(*command)
-        time.sleep(moments.uniform(0.5, 15))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    result = workspace.json(*command)
-
-    versions = server.search_model_versions("name='killed'")
-    assert [version.version for version in versions] == ["1"]
-    assert server.get_model_version_by_alias("killed", "champion").version == "1"
-    runs = server.search_runs([server.get_experiment_by_name("killed").experiment_id])
-    assert [run.info.run_id for run in runs] == [result["run_id"]]
-    losses = server.get_metric_history(result["run_id"], "train/loss")
-    assert len({point.step for point in losses}) == len(losses)
-    assert max(point.step for point in losses) == 1600
-    contents = objects(workspace, result["samples"]["uri"])
-    assert len([key for key in contents if key.endswith(".png")]) == 40
-    undisturbed = ["--set", "training.seed=1", "--set", "training.output=runs/undisturbed"]
-    workspace.run("train", "--local", *undisturbed)
-    final = [workspace.folder / "runs" / name / "final.safetensors" for name in ("killed", "undisturbed")]
-    assert final[0].read_bytes() == final[1].read_bytes()
 
 
 def test_best_of_the_post_hoc_ema_models_is_promoted(workspace: Workspace, server: MlflowClient) -> None:

@@ -1,11 +1,7 @@
 """Takedown as a whole: what was made from the images is named and marked, and copies of them are cleared."""
 
-import random
 import shutil
-import signal
-import time
 from collections.abc import Iterator
-from contextlib import closing
 from hashlib import md5
 from pathlib import Path
 
@@ -35,7 +31,6 @@ from flows.registry.takedown_marks import (
 )
 from flows.storage.s3 import Store
 from tests.builders.catalogs import FOLDER, Place
-from tests.builders.forked import Forks
 from tests.builders.ingested import files_of
 from tests.builders.removals import REMOVAL
 from tests.builders.shapes import disc
@@ -359,48 +354,21 @@ def test_takedown_tags_run_version_and_samples_and_retraining_is_clean(
     assert never["content_digest"] == anew["content_digest"]
 
 
-@pytest.mark.long
-@pytest.mark.drill(
-    "a takedown is killed",
-    "SIGKILL at random moments of `data remove --purge`",
-    "the images are nowhere, all is marked once",
-)
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_a_takedown_killed_at_random_moments_ends_the_same(
-    workspace: Workspace, server: MlflowClient, kills: int
-) -> None:
-    def named(name: str) -> list[str]:
-        return ["--dataset", name, "--set", f"registry.model={name}", "--set", f"training.output=runs/{name}"]
-
+@pytest.mark.timeout(900)
+def test_purged_images_are_in_no_object_and_on_no_volume_of_the_server(workspace: Workspace) -> None:
     images = workspace.folder / "more"
     shutil.copytree(workspace.folder / "images", images)
     for number in range(200, 220):
         disc(number).save(images / "odd" / f"{number}.png")
-    png = stored_png(images / "odd" / "200.png")
-    moments, endings, duration = random.Random(3), [], 0.0
-    with closing(Forks(workspace.variables)) as forks:
-        for name in ("undisturbed", *(f"killed{number}" for number in range(kills))):
-            forks.finish(workspace.folder, "ingest", "more", "--dataset", name)
-            assert any(png in content for _, content in objects(workspace, "s3://darkroom/dvc/files/md5/").values())
-            run = run_on(server, read_manifest(workspace.folder / "data" / name).content_digest, name, name)
-            command = ["data", "remove", "odd/2*.png", "--reason", "asked to", "--purge", "--yes", *named(name)]
-            if name != "undisturbed":
-                forks.strike(signal.SIGKILL, moments.uniform(0, duration), workspace.folder, *command)
-            start = time.monotonic()
-            forks.finish(workspace.folder, *command)
-            duration = duration or time.monotonic() - start
-            data = files_of(workspace.folder / "data" / name)
-            shards = {file: content for file, content in data.items() if file.startswith(("shards/", "records/"))}
-            tags = server.get_run(run).data.tags
-            endings.append((shards, tags["darkroom.takedown"], tags["mlflow.note.content"].count("Takedown")))
-    assert all(ending == endings[0] for ending in endings)
-    remote = objects(workspace, "s3://darkroom/dvc/files/md5/")
-    assert not any(png in content for _, content in remote.values())
+    png, volumes = stored_png(images / "odd" / "200.png"), workspace.folder / ".darkroom" / "s3"
+    workspace.run("ingest", "more", "--dataset", "purged")
+    assert any(png in content for _, content in objects(workspace, "s3://darkroom/dvc/files/md5/").values())
+    assert any(png in path.read_bytes() for path in volumes.rglob("*.dat"))
+    workspace.run("data", "remove", "odd/2*.png", "--dataset", "purged", "--reason", "asked to", "--purge", "--yes")
+    assert not any(png in content for _, content in objects(workspace, "s3://darkroom/dvc/files/md5/").values())
     # Nor in what the server itself keeps of them.
-    volumes = list((workspace.folder / ".darkroom" / "s3").rglob("*.dat"))
-    assert volumes
-    assert not any(png in path.read_bytes() for path in volumes)
+    assert not any(png in path.read_bytes() for path in volumes.rglob("*.dat"))
 
 
 def stored_png(path: Path) -> bytes:

@@ -27,6 +27,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.http_client import HttpClient, HttpError, OversizedError, RetryableError, shorten_message
 from diffusion.common.progress import Progress
 from diffusion.data.ingest.config import CaptionerConfig
+from diffusion.data.ingest.index import LOCK_TIMEOUT, explain_database_errors
 from diffusion.data.ingest.merge import Merge, write_part
 from diffusion.data.manifest import CAPTIONER, read_records, work_folder
 from diffusion.data.prefetch import prefetch
@@ -296,7 +297,7 @@ class Cache:
         path = work_folder(folder) / "captions.sqlite"
         self._lock = Lock()
         try:
-            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._database = sqlite3.connect(path, LOCK_TIMEOUT, isolation_level=None, check_same_thread=False)
             self._database.executescript(SCHEMA)
         except sqlite3.OperationalError:
             raise
@@ -330,5 +331,5 @@ class Cache:
 def forget_captions(folder: Path, keys: Iterable[str]) -> None:
     """Delete all answers about the images ``keys`` of the data set in ``folder``."""
     if (work_folder(folder) / "captions.sqlite").is_file():
-        with closing(Cache(folder)) as cache:
+        with explain_database_errors(work_folder(folder)), closing(Cache(folder)) as cache:
             cache.forget(keys)

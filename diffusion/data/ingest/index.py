@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from diffusion.common.files import digest_of
+from diffusion.common.errors import DarkroomError, TransientError
+from diffusion.common.files import digest_of, is_full_disk
 from diffusion.data.ingest.chunks import HASH_BITS, description_digest, perceptual_hash
 from diffusion.data.manifest import STORED, Manifest, Part, digest_of_samples, read_records, sample_digest
 from diffusion.data.versions.takedown_records import removals
@@ -31,6 +32,8 @@ GROUPS = """
         WITHOUT ROWID;
 """
 FORMAT = 2
+LOCK_TIMEOUT = 30.0
+"""Seconds to wait for a program that has locked a database, such as a backup."""
 
 
 class HashGroups:
@@ -240,8 +243,33 @@ class Index(HashGroups):
 
 def _open(path: Path) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
-    database = sqlite3.connect(path, isolation_level=None)
+    database = sqlite3.connect(path, LOCK_TIMEOUT, isolation_level=None)
     # A page cache of 16 MiB: memory does not grow with the index.
     pragmas = "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA cache_size = -16384;"
     database.executescript(pragmas + SCHEMA)
     return database
+
+
+@contextmanager
+def explain_database_errors(work: Path) -> Iterator[None]:
+    """Context that turns errors of the databases in the folder ``work``, and a full disk, into one-line errors."""
+    try:
+        yield
+    except (OSError, sqlite3.OperationalError) as error:
+        if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
+            names = ", ".join(sorted(path.name for path in work.glob("*.sqlite")))
+            raise TransientError(
+                f"another program has locked a database in {work} ({names}) for {LOCK_TIMEOUT:.0f} s: end the program "
+                "that has it open, and give the same command again, which goes on with what is finished"
+            ) from error
+        if not is_full_disk(error):
+            raise
+        raise DarkroomError(
+            f"the disk that holds {work} is full: free some space and give the same command again, "
+            "which goes on with what is finished"
+        ) from error
+    except sqlite3.DatabaseError as error:
+        raise DarkroomError(
+            f"{work / 'index.sqlite'} is damaged ({error}): delete it and give the same command again, "
+            "which builds it again"
+        ) from error

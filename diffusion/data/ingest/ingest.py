@@ -6,10 +6,9 @@ The manifest is written last; until then the previous version is complete, and n
 import logging
 import re
 import shutil
-import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -19,8 +18,8 @@ from filelock import FileLock
 from pydantic import Field
 
 from diffusion.common.config import Config, is_unset
-from diffusion.common.errors import DarkroomError, UserError
-from diffusion.common.files import is_full_disk, make_folder, remove_partials
+from diffusion.common.errors import UserError
+from diffusion.common.files import make_folder, remove_partials
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.shapes import Shape, shape_name
 from diffusion.data.ingest.buckets import choose_shapes, nearest_shape
@@ -28,7 +27,7 @@ from diffusion.data.ingest.calibration import Calibration, calibrate_ingest
 from diffusion.data.ingest.captions import CaptionCounts, add_captions
 from diffusion.data.ingest.chunks import chunks_of, make_plan, prepare_chunk
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.index import Index
+from diffusion.data.ingest.index import Index, explain_database_errors
 from diffusion.data.ingest.merge import Merge, write_part
 from diffusion.data.manifest import (
     Manifest,
@@ -200,7 +199,7 @@ def ingest(
     fan_out = fan_out or local_fan_out(config)
     work = work_folder(folder)
     make_folder(work)
-    with FileLock(work / "lock"), _explain_full_disk(work):
+    with FileLock(work / "lock"), explain_database_errors(work):
         before = read_manifest(folder) if (folder / "manifest.json").is_file() else None
         rebuilding = before is None or require_same_storage(before, config, rebuild)
         current = None if rebuilding else before
@@ -265,24 +264,6 @@ def ingest(
                 near_duplicates=calibration,
                 captions=captions,
             )
-
-
-@contextmanager
-def _explain_full_disk(work: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, sqlite3.OperationalError) as error:
-        if not is_full_disk(error):
-            raise
-        raise DarkroomError(
-            f"the disk that holds {work} is full: free some space and give the same command again, "
-            "which goes on with what is finished"
-        ) from error
-    except sqlite3.DatabaseError as error:
-        raise DarkroomError(
-            f"{work / 'index.sqlite'} is damaged ({error}): delete it and give the same command again, "
-            "which builds it again"
-        ) from error
 
 
 def encodings_folder(folder: Path) -> Path:

@@ -21,7 +21,7 @@ from diffusion.common.files import make_folder, sync_file, sync_folder, write_at
 from diffusion.common.shapes import Shape, parse_shape
 from diffusion.data.ingest.chunks import shard_of
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.index import Index
+from diffusion.data.ingest.index import Index, explain_database_errors
 from diffusion.data.manifest import (
     CAPTIONER,
     OPTIONAL,
@@ -309,8 +309,10 @@ def merge_versions(folder: Path, config: IngestConfig, theirs: Manifest, base: M
     recorded_bits = ours.near_duplicate_bits if theirs.near_duplicate_bits is None else theirs.near_duplicate_bits
     bits = config.near_duplicate_bits(recorded_bits)
     config = config.model_copy(update=dict(theirs.storage) | {"near_duplicates": bits})
+    work = work_folder(folder)
     with (
-        closing(Index(work_folder(folder) / "index.sqlite", folder, theirs, bits)) as index,
+        explain_database_errors(work),
+        closing(Index(work / "index.sqlite", folder, theirs, bits)) as index,
         index.transaction(),
     ):
         merge = Merge(folder, config, index, "", list(theirs.parts))

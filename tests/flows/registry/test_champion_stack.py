@@ -3,11 +3,11 @@
 import base64
 import json
 import random
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from signal import SIGKILL, SIGTERM, Signals
 from typing import Any
 
 import httpx
@@ -79,14 +79,15 @@ def test_invalid_promotions_are_an_error(workspace: Workspace, words: tuple[str,
 
 @pytest.mark.long
 @pytest.mark.drill(
-    "a promotion by hand is killed",
-    "SIGKILL at random moments",
+    "a promotion by hand is killed or terminated",
+    "SIGKILL, or SIGTERM, at random moments",
     "one champion at each moment; the same command: one entry in the ledger",
 )
-def test_killed_at_random_moments_there_is_one_champion_and_the_same_command_ends_the_same(
-    workspace: Workspace, server: MlflowClient, kills: int
+@pytest.mark.parametrize("number", [SIGKILL, SIGTERM], ids=lambda number: number.name)
+def test_interrupted_at_random_moments_there_is_one_champion_and_the_same_command_ends_the_same(
+    workspace: Workspace, server: MlflowClient, number: Signals, kills: int
 ) -> None:
-    moments = random.Random(6)
+    moments = random.Random(number)
     with closing(Forks(workspace.variables)) as forks:
 
         def answer(*arguments: str) -> Any:
@@ -99,7 +100,7 @@ def test_killed_at_random_moments_there_is_one_champion_and_the_same_command_end
         for _ in range(kills):
             target = 3 - champion
             command = ("promote", "--to", str(target))
-            forks.strike(signal.SIGKILL, moments.uniform(0, duration), workspace.folder, *command)
+            forks.strike(number, moments.uniform(0, duration), workspace.folder, *command)
             assert aliases(server)["champion"] in (1, 2)
             history = answer("model", "history")
             assert history["verified"] - entries in (0, 1)

@@ -1,0 +1,113 @@
+"""A bucket of 20,000 objects: the requests of a command grow with the pages of its listings, and not with objects."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from flows.storage.s3 import Object
+from tests.builders.forked import Forks
+from tests.chaos.faulty_proxy import FaultyProxy
+from tests.chaos.house import House, Site
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+IMAGES, OTHERS = 8_000, 12_000
+"""Objects of a sampling batch, and of DVC's remote, which are of no version."""
+PAGE = 1_000
+"""Objects in a page of a listing, and in a request that deletes."""
+MAX_LISTINGS = 4
+"""How often a command may go through all objects."""
+
+
+class Shop:
+    """A machine with a bucket and an MLflow of its own, whose requests to S3 are counted."""
+
+    def __init__(self, house: House, forks: Forks, folder: Path) -> None:
+        self.site, self.forks, self.store = house.site(folder), forks, house.store
+        self.bucket = f"test-{uuid4().hex}"
+        self.variables: dict[str, str | None] = {
+            "DARKROOM_BUCKET": self.bucket,
+            "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+            "MLFLOW_TRACKING_USERNAME": None,
+            "MLFLOW_TRACKING_PASSWORD": None,
+        }
+        self.store.ensure_bucket(self.bucket)
+
+    def json(self, *arguments: str, **variables: str | None) -> Any:
+        """The result of a command."""
+        return json.loads(self.forks.finish(self.site.folder, *arguments, "--json", **self.variables | variables))
+
+    def count(self, *arguments: str) -> tuple[int, Any]:
+        """How many requests a command makes, and its result."""
+        with counting(self.site) as proxy:
+            result = self.json(*arguments, AWS_ENDPOINT_URL_S3=proxy.url)
+        return len(proxy.met), result
+
+    def look(self, image: str) -> dict[str, int]:
+        """How many requests each command makes that looks at the bucket; ``image`` is the address of a sample."""
+        copy = self.site.folder / "copy.png"
+        bucket, _, key = image.removeprefix("s3://").partition("/")
+        copy.write_bytes(self.store.get(bucket, key))
+        counts = dict[str, int]()
+        for command in (
+            ("gc", "--dry-run"),
+            ("gc",),
+            ("ls", "batches"),
+            ("data", "log"),
+            ("model", "history"),
+            ("trace", image),
+            ("trace", str(copy)),
+        ):
+            counts[" ".join(command[:2])], result = self.count(*command)
+            if command[0] == "trace":
+                assert result["broken"] == []
+                assert result["finished"]
+        return counts
+
+
+@contextmanager
+def counting(site: Site) -> Iterator[FaultyProxy]:
+    """A proxy before the S3 server without any fault."""
+    proxy = FaultyProxy(site.variables["AWS_ENDPOINT_URL_S3"], lambda _, line: None)
+    try:
+        yield proxy
+    finally:
+        proxy.close()
+
+
+@pytest.mark.drill(
+    "a bucket of 20,000 objects",
+    "a sampling batch of 8,000 images and 12,000 objects on DVC's remote; gc, ls, data log, model history, trace",
+    "requests grow as the pages of listings do, and not as objects; gc deletes the batch by the thousand",
+)
+def test_requests_grow_with_pages_and_not_with_objects(house: House, forks: Forks, tmp_path: Path) -> None:
+    shop = Shop(house, forks, tmp_path / "shop")
+    few = shop.json(*shop.site.retraining)["samples"]["uri"]
+    before = shop.look(f"{few}00000003.png")
+    quick = ("--set", "sampling.steps=2", "--set", "sampling.compute_batch=500")
+    many = shop.json("sample", "--count", str(IMAGES), *quick)["uri"]
+    names = [hashlib.md5(str(number).encode(), usedforsecurity=False).hexdigest() for number in range(OTHERS)]
+    objects = [Object(f"dvc/files/md5/{name[:2]}/{name[2:]}", name.encode()) for name in names]
+    shop.store.put_many(shop.bucket, objects, workers=32)
+    pages = (IMAGES + OTHERS) // PAGE
+    after = shop.look(f"{many}00007654.png")
+    print(before, after)
+    for command, count in after.items():
+        assert count <= before[command] + MAX_LISTINGS * pages, command
+    assert after["gc"] >= before["gc"] + IMAGES // PAGE  # it has seen them
+    [row] = [row for row in shop.json("ls", "batches")["batches"] if row["name"] == many]
+    assert (row["images"], row["state"]) == (IMAGES, "finished")
+
+    strict = ("--set", "retention.batch_days=0", "--set", "retention.grace_hours=0")
+    deleted, result = shop.count("gc", *strict)
+    assert {item["action"] for item in result["items"] if item["kind"] == "sampling batches"} == {"set aside"}
+    assert not list(shop.store.list_keys(shop.bucket, "samples/"))
+    assert deleted <= after["gc"] + MAX_LISTINGS * pages
+    # Nothing of what it does not know.
+    assert len(list(shop.store.list_keys(shop.bucket, "dvc/"))) > OTHERS
