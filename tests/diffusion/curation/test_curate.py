@@ -319,7 +319,7 @@ def test_a_classifier_is_known_by_its_bytes_and_its_input(data: Path, tmp_path: 
     assert rules(data, dry_run=True, nsfw=nsfw | {"channels": "BGR"}, max_nsfw=0.61).images != first.images
     assert rules(data, dry_run=True, nsfw=nsfw | {"output": 1}, max_nsfw=0.61).dropped == 0
     path.write_bytes(b"import os")
-    with pytest.raises(UserError, match="no ONNX network"):
+    with pytest.raises(UserError, match="not an ONNX network"):
         rules(data, nsfw=nsfw, max_nsfw=0.61)
     with pytest.raises(UserError, match="layout"):
         rules(data, nsfw={"path": str(classifier(path)), "layout": "NHWC"}, max_nsfw=0.6)

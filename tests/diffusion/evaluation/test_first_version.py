@@ -107,7 +107,7 @@ def decisions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Decision]:
             samples=COUNT,
             reference=len(evaluator.real.compared),
             has_champion=False,
-            memorized=CopyShare(share=0.0, p_value=1.0),
+            memorized=CopyShare(share=0.0, expected=0, p_value=1.0),
             **own_metrics(model, halves, baseline),
         )
         decisions[name] = decide(metrics, GateConfig())

@@ -21,7 +21,7 @@ COMMANDS = (
 )
 GROUPS = {
     "data": ("log", "show", "diff", "checkout", "curate", "remove", "compact", "merge", "simulate"),
-    "model": ("history", "rollback", "explain", "export", "release", "card", "import"),
+    "model": ("history", "rollback", "explain", "export", "release", "card", "import", "serve"),
     "edit": ("inpaint", "img2img", "interpolate", "upscale"),
     "config": ("show", "schema", "validate"),
     "server": ("up", "down", "status", "env", "health", "metrics", "backup", "restore"),
