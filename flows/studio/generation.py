@@ -5,6 +5,7 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
@@ -29,7 +30,7 @@ from diffusion.generation.requests import answer, encode, sampling_of, tasks_of
 from diffusion.process.samplers import SAMPLERS, SamplingConfig
 from flows.environment import settings
 from flows.studio.errors import show_errors
-from flows.studio.uploads import Canvas, ImageUpload, PaintableImage, check_upload, decode_upload
+from flows.studio.uploads import Canvas, ImageUpload, PaintableImage, check_upload, decode_upload, memory_returned
 
 LARGEST_SEED = 2**53 - 1
 """Largest seed that a number in JavaScript can hold exactly."""
@@ -181,7 +182,8 @@ def editor_files(canvas: Canvas | None, shapes: Iterable[Shape]) -> dict[str, by
     if canvas is None or canvas["background"] is None:
         return {"image": None, "mask": None}
     image = decode_upload(canvas["background"])
-    background = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
+    background = Image.new("RGB", image.size)
+    background.paste(image, mask=image.getchannel("A"))
     hole = np.zeros((background.height, background.width), bool)
     for layer in map(decode_upload, canvas["layers"]):
         if layer.size != background.size:
@@ -294,7 +296,7 @@ def _run(current: Callable[[], Source], task: Task, controls: Mapping[str, Any])
 
     def run(values: dict[Any, Any], bar: gr.Progress = gr.Progress()) -> tuple[list[GalleryItem], str, list[Path]]:  # noqa: B008
         fields = {name: values[control] for name, control in controls.items()}
-        with show_errors():
+        with show_errors(), memory_returned() if "image" in fields else nullcontext():
             source = current()
             if task == "inpaint":
                 fields |= editor_files(fields["image"], source.model.header.trained_shapes)

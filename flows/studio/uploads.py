@@ -3,8 +3,11 @@
 Gradio's own components decode what they are sent, of any format and size, before an event handler sees it.
 """
 
+import ctypes
 import re
 from abc import ABCMeta
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -52,6 +55,16 @@ def decode_upload(payload: bytes) -> Image.Image:
         return decode_rgba(payload, LIMITS)
     except UnusableEntryError as error:
         raise UserError(f"the image cannot be used: {error}") from error
+
+
+@contextmanager
+def memory_returned() -> Iterator[None]:
+    """Context after which the memory of decoded images is the system's again; glibc would keep it, thread by thread."""
+    try:
+        yield
+    finally:
+        if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+            trim(0)
 
 
 def _read(file: Any) -> bytes:
