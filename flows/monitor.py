@@ -1,7 +1,8 @@
 """Flow ``monitor``: re-evaluate the champion on the current held-out images, test for drift, and request retraining.
 
-Two tests, each with half of ``monitor.false_alarms``: is the champion's KID worse than at its promotion, and do the
-images that its training version lacks differ from those it learned? A drift alarm (``flows.registry.alarms``) is
+Two questions, each with half of ``monitor.false_alarms``: is the champion's KID worse than at its promotion, and do the
+images that its training version lacks differ from those it learned, in any of the tests of
+``diffusion.evaluation.drift``? A drift alarm (``flows.registry.alarms``) is
 committed to S3, within the limits; its event starts the deployment of ``retrain``.
 """
 
@@ -12,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import NormalDist
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 from uuid import NAMESPACE_URL, uuid5
 
 from prefect import flow
@@ -120,20 +121,21 @@ def evaluate_champion(params: Params) -> MonitorResult:
     level = level_of_test(position, params.monitor.false_alarms / 2)
     quality, is_worse = compare_kid(extractor, figures, before, level)
     drift = None if training_data is None else compare_data(params, version, training_data, level)
-    description, differs = describe_data(drift, level)
+    tests = drift.tests if drift is not None else ()
     metrics = {f"monitor/{name}": value for name, value in figures.items()}
-    if drift is not None:
-        metrics |= {"monitor/data_kid": drift.kid, "monitor/data_p_value": drift.p_value}
+    metrics |= {f"monitor/{test.name}_p_value": test.p_value for test in tests}
+    metrics |= {f"monitor/{test.name}_kid": test.kid for test in tests if test.kid is not None}
     RunTracker(client, version.run_id).log_metrics(metrics, int(time.time()))
     now, then = ({name: f"{value:.4g}" for name, value in scores.items()} for scores in (figures, before))
     rows = [{"metric": name, "now": now[name], "at promotion": then.get(name, "")} for name in sorted(now)]
-    summary = f"{version.uri}: {quality}; {description}"
+    rows += [{"metric": f"p of {test.name}", "now": test.description, "at promotion": ""} for test in tests]
+    summary = f"{version.uri}: {quality}; {describe_data(drift)}"
     create_table_artifact(rows, key=artifact_key("monitor", params.training.dataset), description=summary)
     return MonitorResult(
         **fields,
         figures=figures,
         data=drift and drift.model_dump(),
-        causes=tuple(cause for cause, is_cause in zip(get_args(Cause), (is_worse, differs), strict=True) if is_cause),
+        causes=(*(["quality"] if is_worse else ()), *(test.name for test in tests if test.differs)),
         summary=summary,
         skipped=False,
     )
@@ -183,14 +185,14 @@ def compare_kid(
     return f"{text}, {before[kid]:.4g} ± {before[se]:.2g} at promotion: {verdict}", is_worse
 
 
-def describe_data(drift: "DataDrift | None", level: float) -> tuple[str, bool]:
-    """Describe the comparison of images; also returns whether they differ at the significance ``level``."""
+def describe_data(drift: "DataDrift | None") -> str:
+    """Describe the comparison of images: the tests that found a difference, or else the most significant one."""
     if drift is None:
-        return "too few new images to compare with those it learned", False
-    differs = drift.p_value <= level
-    verdict = "differ from" if differs else "show no difference from"
-    p_value = f"p = {drift.p_value:.2g} at level {level:.2g}"
-    return f"{drift.added:,} new images {verdict} those it learned ({p_value})", differs
+        return "too few new images to compare with those it learned"
+    found = [test for test in drift.tests if test.differs]
+    verdict = "differ from" if found else "show no difference from"
+    details = ", ".join(test.description for test in found or [min(drift.tests, key=lambda test: test.p_value)])
+    return f"{drift.added:,} new images {verdict} those it learned: {details}"
 
 
 @retryable_task

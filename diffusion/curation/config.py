@@ -11,6 +11,39 @@ Verdict = Literal["largest", "one_per_class", "report"]
 """What becomes of a group of near-duplicates: the largest original stays, or the largest of each class, or all."""
 
 
+MIN_RECALL = 0.95
+"""Share of copies of each kind that semantic near-duplicates should find; below, a warning says so."""
+
+
+class SemanticCalibration(Config):
+    """The distance of semantic near-duplicates, and what it finds in this data set."""
+
+    distance: float
+    """Largest distance of near-duplicates, given or calibrated: see ``CurationConfig.semantic_distance``."""
+    recall: dict[str, float]
+    """Share found of copies of the data set's own images, by the kind of change, in [0, 1]."""
+    mistaken: float | None
+    """Estimated share of distinct images that have another one as near, in [0, 1]; None: too few images."""
+
+    @property
+    def line(self) -> str:
+        """Describe the distance and what it finds."""
+        found = ", ".join(f"{share:.0%} {kind}" for kind, share in self.recall.items())
+        mistaken = "" if self.mistaken is None else f", and about {self.mistaken:.1%} of distinct images"
+        return f"distance {self.distance:.4g} finds of copies {found}{mistaken}"
+
+    @property
+    def warning(self) -> str | None:
+        """Describe which copies the distance misses; None: it finds MIN_RECALL of each kind."""
+        missed = ", ".join(f"{1 - share:.0%} {kind}" for kind, share in self.recall.items() if share < MIN_RECALL)
+        if not missed:
+            return None
+        return (
+            f"curation.semantic_duplicates misses of copies {missed} (distance {self.distance:.4g}): a larger "
+            "curation.semantic_distance finds more, and takes more distinct images for near-duplicates"
+        )
+
+
 class NsfwModel(Config):
     """A classifier in an ONNX file, and the input that it takes: no code comes from the file."""
 
@@ -75,9 +108,11 @@ class CurationConfig(Config):
     near_duplicate_bits: int = Field(24, ge=0, le=48)
     """Bits of 256 in which the hashes of near-duplicates may differ, as in ingest.near_duplicates."""
     semantic_duplicates: Verdict | None = None
-    """The same for images that look alike to the network evaluation.extractor: crops, other colours, mirror images."""
+    """The same for other compressions and sizes, crops down to nine tenths of each side, and mirror images. Candidates
+    are nearest by the features of evaluation.extractor and by thumbnails, and registered onto each other."""
     semantic_distance: float | None = Field(None, gt=0)
-    """Largest distance of their features; null: calibrated by altered copies of the data set's own images."""
+    """Largest difference that registration of a near-duplicate leaves anywhere, in standard deviations of the image;
+    null: calibrated by altered copies of the data set's own images, of which the share found is reported."""
     nsfw: NsfwModel | None = None
     """Classifier whose score ``max_nsfw`` limits."""
     max_dropped: float = Field(0.5, gt=0, le=1)

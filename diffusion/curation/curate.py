@@ -6,6 +6,7 @@ in their last bits, so decisions on values next to a limit may, too. Only tables
 """
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing, suppress
@@ -22,7 +23,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
 from diffusion.common.files import digest_of, make_folder, sha256_file, write_json
 from diffusion.common.progress import Progress, ignore_progress
-from diffusion.curation.config import CurationConfig, Verdict
+from diffusion.curation.config import CurationConfig, SemanticCalibration, Verdict
 from diffusion.curation.measures import Measurements, extractor_of, measure, read_images
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index, explain_database_errors
@@ -41,7 +42,9 @@ from diffusion.data.prefetch import FanOut, local_fan_out
 from diffusion.data.shards import LocalShards
 from diffusion.evaluation.config import EvaluationConfig
 
-FORMAT = 2
+logger = logging.getLogger(__name__)
+
+FORMAT = 3
 """Incremented when the same rules would decide otherwise."""
 MAX_LISTED, SHOWN = 1000, 20
 """Dropped images listed in a result, and in words."""
@@ -74,8 +77,8 @@ class CurationResult(Config):
     """Number of dropped images by the rule that dropped them, the first one in the order of the configuration."""
     images: list[DroppedImage]
     """The first dropped images, by key."""
-    semantic_distance: float | None = None
-    """Largest distance of semantic near-duplicates, given or calibrated; None if they were not looked for."""
+    semantic: SemanticCalibration | None = None
+    """What finds semantic near-duplicates; None if they were not looked for."""
 
     def lines(self, dry_run: bool = False) -> list[str]:
         """Describe the result; ``dry_run``: of rules that were not applied."""
@@ -88,7 +91,7 @@ class CurationResult(Config):
         return [
             f"{pluralize(self.kept, 'image')} {verb_prefix}kept, {self.dropped:,} {verb_prefix}dropped ({changes})",
             *([f"rules      {rules}"] if rules else []),
-            *([] if self.semantic_distance is None else [f"semantic   distance {self.semantic_distance:.4g}"]),
+            *([f"semantic   {self.semantic.line}"] if self.semantic else []),
             *(f"  dropped: {image.source}: {image.reason}" for image in self.images[:SHOWN]),
             *([f"  … and {rest:,} more: {hint}"] if rest > 0 else []),
             *([] if self.changed else [f"no new version{version_suffix}: the rules decide as in {self.digest[:12]}"]),
@@ -116,6 +119,7 @@ class Decision:
     """All measures by name, (N,) float64, ``outlier`` included where features were compared."""
     near: Grouping | None
     semantic: Grouping | None
+    calibration: SemanticCalibration | None
 
     @property
     def rules(self) -> dict[str, int]:
@@ -129,17 +133,22 @@ def rule_of(reason: str | None) -> str | None:
 
 
 def decide(
-    folder: Path, manifest: Manifest, measurements: Measurements, config: CurationConfig, evaluation: EvaluationConfig
+    folder: Path,
+    manifest: Manifest,
+    measurements: Measurements,
+    config: CurationConfig,
+    evaluation: EvaluationConfig,
+    progress: Progress = ignore_progress,
 ) -> Decision:
     """Apply the rules of ``config`` to the images of ``manifest``: rules on single images first, then near-duplicates.
 
     Images that a rule drops lead no group, so that a blurred copy is not kept instead of a sharp one.
     """
     columns = dict(measurements.columns)
-    if measurements.features is not None:
+    if (features := measurements.matrices.get("features")) is not None:
         from diffusion.curation.duplicates import outlier_scores
 
-        columns["outlier"] = outlier_scores(measurements.features)
+        columns["outlier"] = outlier_scores(features)
     reasons: list[str | None] = [None] * len(measurements)
     leader_keys: list[str | None] = [None] * len(measurements)
     for rule, limit in config.limits.items():
@@ -158,7 +167,7 @@ def decide(
     def classes(verdict: Verdict) -> Sequence[str | None]:
         return labels if verdict == "one_per_class" else [None] * len(labels)
 
-    near = semantic = None
+    near = semantic = calibration = None
     if (verdict := config.near_duplicates) is not None:
         from diffusion.curation.duplicates import leaders_by_hash
 
@@ -170,27 +179,22 @@ def decide(
             leader_keys[row] = leader = keys[leaders[row]]
             reasons[row] = f"near_duplicates = {verdict}: {bits} from {leader[:16]}"
     if (verdict := config.semantic_duplicates) is not None:
-        from diffusion.curation.duplicates import leaders_by_features
+        from diffusion.curation.duplicates import CALIBRATION_IMAGES, Appearance, CandidatePairs, calibrate_distance
 
-        assert measurements.features is not None
-        limit = config.semantic_distance or _calibrate(folder, manifest, measurements, evaluation)
-        leaders = leaders_by_features(measurements.features, remaining_rows(), classes(verdict), limit)
+        appearance = Appearance(measurements.matrices["features"], measurements.matrices["small"])
+        pairs = CandidatePairs(appearance, remaining_rows(), classes(verdict), progress)
+        # Keys are digests, so the first ones are a random sample that stays nearly the same when images are added.
+        samples = images_of(folder, manifest, records.slice(0, CALIBRATION_IMAGES))
+        extractor, given = extractor_of(evaluation), config.semantic_distance
+        calibration = calibrate_distance(appearance, pairs, samples, extractor, given)
+        limit = calibration.distance
+        leaders, distances = pairs.leaders(remaining_rows(), limit)
         semantic = Grouping(leaders, limit)
         for row in np.flatnonzero(leaders != np.arange(len(leaders))) if verdict != "report" else ():
-            separation = (measurements.features[row] - measurements.features[leaders[row]]).norm().item()
-            distance = f"distance {separation:.3g} (at most {limit:.4g})"
+            distance = f"distance {distances[row]:.3g} (at most {limit:.4g})"
             leader_keys[row] = leader = keys[leaders[row]]
             reasons[row] = f"semantic_duplicates = {verdict}: {distance} from {leader[:16]}"
-    return Decision(reasons, leader_keys, columns, near, semantic)
-
-
-def _calibrate(folder: Path, manifest: Manifest, measurements: Measurements, evaluation: EvaluationConfig) -> float:
-    from diffusion.curation.duplicates import CALIBRATION_IMAGES, calibrate_distance
-
-    assert measurements.features is not None
-    # Keys are digests, so the first ones are a random sample that stays nearly the same when images are added.
-    records = measurements.records.slice(0, CALIBRATION_IMAGES)
-    return calibrate_distance(measurements.features, images_of(folder, manifest, records), extractor_of(evaluation))
+    return Decision(reasons, leader_keys, columns, near, semantic, calibration)
 
 
 def images_of(folder: Path, manifest: Manifest, records: pa.Table) -> list[np.ndarray]:
@@ -240,7 +244,9 @@ def curate(
                 return _result(folder, before, None, changed=False)
         require_whole(folder, before)
         measurements = measure(folder, before, config, evaluation, fan_out or local_fan_out(ingest), progress)
-        decision = decide(folder, before, measurements, config, evaluation)
+        decision = decide(folder, before, measurements, config, evaluation, progress)
+        if decision.calibration is not None and (warning := decision.calibration.warning) is not None:
+            logger.warning("%s", warning)
         _require_enough(before, decision, config)
         differs = _find_changes(measurements, decision)
         after = before
@@ -339,7 +345,7 @@ def _result(
         restored=restored_count,
         rules=dict(rules),
         images=[DroppedImage(key=row["key"], source=row["source"], reason=row["reason"]) for row in rows[:MAX_LISTED]],
-        semantic_distance=curation[1].semantic.limit if curation and curation[1].semantic else None,
+        semantic=curation[1].calibration if curation else None,
     )
 
 

@@ -144,6 +144,21 @@ class Features:
         return {"features": pa.FixedSizeListArray.from_arrays(values, features.shape[1])}
 
 
+@dataclass(frozen=True)
+class SmallImages:
+    """Small, blurred copies of images, by which ``evaluation.metrics.registration`` compares near-duplicates."""
+
+    digest: str = digest_of(["small", 1])
+
+    def columns(self, images: np.ndarray) -> dict[str, pa.Array]:
+        """Compute them as lists of 3·SIDE·SIDE 8-bit levels."""
+        from diffusion.evaluation.metrics.registration import shrink_and_blur
+
+        small = shrink_and_blur(torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))))
+        levels = small.mul(255).round().byte().flatten(1).numpy()
+        return {"small": pa.FixedSizeListArray.from_arrays(pa.array(levels.ravel()), levels.shape[1])}
+
+
 @lru_cache(maxsize=2)
 def extractor_of(config: EvaluationConfig) -> Any:
     """Open the network that ``config`` names, once per process."""
@@ -294,8 +309,8 @@ class Measurements:
     is needed."""
     phashes: list[str]
     """Perceptual hashes; empty if they are not needed."""
-    features: torch.Tensor | None
-    """(N, D) float32; None if they are not needed."""
+    matrices: dict[str, torch.Tensor]
+    """``features`` (N, D) float32, and ``small`` (N, 3·SIDE·SIDE) uint8, if they are needed."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -322,6 +337,8 @@ def measure(
         measures.append(PixelMeasures())
     if everything or config.compares_features:
         measures.append(Features(evaluation))
+    if everything or config.semantic_duplicates is not None:
+        measures.append(SmallImages())
     if config.nsfw is not None and (everything or config.max_nsfw is not None):
         measures.append(NsfwScores.from_model(config.nsfw))
     parts = [(number, part) for number, part in enumerate(manifest.parts) if part.shard is not None]
@@ -345,22 +362,22 @@ def measure(
         "side": np.minimum(records["width"], records["height"]).astype(float),
         "aspect": np.maximum(records["width"], records["height"]) / np.minimum(records["width"], records["height"]),
     }
-    phashes, features = list[str](), None
+    phashes, matrices = list[str](), dict[str, torch.Tensor]()
     for row in tasks:
         tables = [task.read(names) for task, names in zip(row, keys, strict=True)]
         for name in set(tables[0].column_names) - {"key"}:
             pieces = [table[name] for table in tables]
-            if name == "features":
+            if (dtype := {"features": np.float32, "small": np.uint8}.get(name)) is not None:
                 rows = np.argsort(order)  # of each image in the order of the shards
-                matrix, start = np.empty((len(order), pieces[0].type.list_size), np.float32), 0
+                matrix, start = np.empty((len(order), pieces[0].type.list_size), dtype), 0
                 for piece in pieces:
                     matrix[rows[start : start + len(piece)]] = pc.list_flatten(piece).to_numpy().reshape(len(piece), -1)
                     start += len(piece)
-                features = torch.from_numpy(matrix)
+                matrices[name] = torch.from_numpy(matrix)
                 continue
             values = np.concatenate([piece.to_numpy(zero_copy_only=False) for piece in pieces])[order]
             if name == "phash":
                 phashes = values.tolist()
             else:
                 columns[name] = values.astype(float)
-    return Measurements(records, columns, phashes, features)
+    return Measurements(records, columns, phashes, matrices)

@@ -88,7 +88,7 @@ def write_curation_report(
         require_whole(folder, manifest)
         measurements = measure(folder, manifest, config, evaluation, local_fan_out(ingest), progress, everything=True)
         verdicts = {name: getattr(config, name) or "report" for name in ("near_duplicates", "semantic_duplicates")}
-        decision = decide(folder, manifest, measurements, config.model_copy(update=verdicts), evaluation)
+        decision = decide(folder, manifest, measurements, config.model_copy(update=verdicts), evaluation, progress)
         thumbnails: dict[int, int] = {}
         panels = [
             _panel(name, decision, measurements, config, thumbnails) for name in MEASURES if name in decision.columns
@@ -119,6 +119,7 @@ def write_curation_report(
         panels=panels,
         groups=groups,
         limits=limits,
+        calibration=decision.calibration,
         verdicts=verdicts,
         copies=dict(zip(groups, copies, strict=True)),
         data={

@@ -24,14 +24,15 @@ from flows.storage.s3 import Location, MissingObjectError, Store
 
 LARGEST = 2**14  # maximum size of an alarm in bytes; larger objects are no alarms
 
-Cause = Literal["quality", "data"]
-"""quality: the champion is surely worse than at its promotion; data: new images surely differ from those it learned."""
+Cause = Literal["quality", "images", "class_shares", "images_by_class"]
+"""quality: the champion is surely worse than at its promotion; others: the test by which new images surely differ from
+those it learned (``diffusion.evaluation.drift``)."""
 
 
 class Alarm(Config):
     """A request of ``monitor`` to retrain."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     model: str
     key: Sha256
     """Digest of the champion's weights, the data set's content and the settings that were compared."""

@@ -146,6 +146,19 @@ def kid_kernel(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T).div_(x.shape[1]).add_(1).pow_(3)
 
 
+def kids_of_splits(pairs: Tensor, first: Tensor) -> Tensor:
+    """Compute the KID between the two sides of N images for each of P splits of equal numbers, (P,).
+
+    ``pairs``: kernel of all pairs, (N, N) float64, with zeros on the diagonal. ``first``: 1 for the images of one side
+    and 0 for the others, (N, P) float64; at least two on each side.
+    """
+    n = float(first[:, 0].sum())
+    m = len(pairs) - n
+    within = (first * (pairs @ first)).sum(0)
+    cross = pairs.sum(0) @ first - within
+    return within / (n * (n - 1)) + (pairs.sum() - within - 2 * cross) / (m * (m - 1)) - 2 * cross / (n * m)
+
+
 def _cross_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Compute sums of the kernel of each of x with all y, (N,), and of each of y with all x, (M,); float64."""
 

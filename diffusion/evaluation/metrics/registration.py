@@ -82,6 +82,16 @@ def register(small: Tensor, onto: Tensor, parameters: Tensor) -> Tensor:
 
     The distance is the share of the standard deviation of ``onto`` that remains unexplained.
     """
+    residual, contrast = fit(small, onto, parameters)
+    distances: Tensor = (residual.square().sum((1, 2, 3)) / contrast).clamp(0, 1).sqrt()
+    return distances
+
+
+def fit(small: Tensor, onto: Tensor, parameters: Tensor, limits: Tensor = LIMITS) -> tuple[Tensor, Tensor]:
+    """Register small images onto others, both (N, C, S, S), from ``parameters`` (N, 4), which ``limits`` (4,) bound.
+
+    Returns what remains unexplained of ``onto``, (N, C, S, S), and its weighted sum of squared deviations, (N,).
+    """
     x = (torch.arange(SIDE) * 2 + 1) / SIDE - 1
     x, y = x.view(1, 1, 1, -1), x.view(1, 1, -1, 1)
     for step in range(STEPS + 1):
@@ -104,12 +114,11 @@ def register(small: Tensor, onto: Tensor, parameters: Tensor) -> Tensor:
         solution = torch.linalg.solve(matrix @ matrix.mT + damping, matrix @ target)
         if step < STEPS:
             change = solution[:, 3:, 0] / solution[:, 1].clamp(min=0.3)
-            parameters = (parameters + change.clamp(-0.1, 0.1)).clamp(-LIMITS, LIMITS)
-    residual = (target - matrix.mT @ solution).square().sum((1, 2))
+            parameters = (parameters + change.clamp(-0.1, 0.1)).clamp(-limits, limits)
+    residual = (target - matrix.mT @ solution).view_as(onto)
     mean = target.sum((1, 2)) / weights.sum((1, 2, 3))
     contrast = ((onto - mean[:, None, None, None]) * weights).square().sum((1, 2, 3))
-    distances: Tensor = (residual / (contrast + SLOPE)).clamp(0, 1).sqrt()
-    return distances
+    return residual, contrast + SLOPE
 
 
 def find_registered(

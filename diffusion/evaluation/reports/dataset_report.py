@@ -49,7 +49,13 @@ from diffusion.data.versions.versions import (
 )
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.features.feature_extractor import make_extractor
-from diffusion.evaluation.metrics.distances import compute_kid, compute_moments, frechet_distance, kid_kernel
+from diffusion.evaluation.metrics.distances import (
+    compute_kid,
+    compute_moments,
+    frechet_distance,
+    kid_kernel,
+    kids_of_splits,
+)
 from diffusion.evaluation.metrics.neighbours import connected_groups
 from diffusion.evaluation.metrics.pixel_metrics import LUMA
 from diffusion.evaluation.reports.charts import DASHED, Chart, Paper, chart
@@ -177,9 +183,9 @@ def _measure_images(rows: pa.Table, pixels: int) -> np.ndarray:
     return np.column_stack([mean @ LUMA, np.sqrt(np.maximum(squares - mean**2, 0).mean(1)), mean])
 
 
-MOST = 1000
+MAX_COMPARED = 1000
 """Images compared on each side, at most."""
-FEWEST = 50
+MIN_COMPARED = 50
 """Images needed on each side for a comparison."""
 BATCH_BYTES = 2**26
 """Bytes of images at full size in memory at a time."""
@@ -252,10 +258,10 @@ def compare_with_parent(
         rows[permutation(0, f"dataset report/{name}", 0, len(rows))]
         for name, rows in zip(("added", "parent"), split_by_parent(dataset, parent), strict=True)
     )
-    if (sample_count := min(MOST, len(added_rows), len(parent_rows) // 2)) < FEWEST:
+    if (sample_count := min(MAX_COMPARED, len(added_rows), len(parent_rows) // 2)) < MIN_COMPARED:
         if not len(added_rows):
             verdict = "No image was added: there is nothing new to compare."
-        elif len(added_rows) < FEWEST:
+        elif len(added_rows) < MIN_COMPARED:
             added_text = pluralize(len(added_rows), "image was", "images were")
             verdict = f"Only {added_text} added: too few to tell whether they differ from the parent's."
         else:
@@ -332,17 +338,6 @@ def measure_drift(added: Tensor, parent: Tensor, others: Tensor, extractor: str)
         neighbor_accuracy_baseline=_neighbor_accuracy(torch.cat([others, parent])),
     )
     return drift, permuted_kids.numpy()
-
-
-def kids_of_splits(pairs: Tensor, first: Tensor) -> Tensor:
-    """Compute the KID between the halves of 2n images for each of P splits, (P,).
-
-    ``pairs``: kernel of all pairs, (2n, 2n) float64, with zeros on the diagonal. ``first``: 1 for the images of one
-    half and 0 for the others, (2n, P) float64.
-    """
-    count = len(pairs) // 2
-    cross_sums = ((1 - first) * (pairs @ first)).sum(0)
-    return (pairs.sum() - 2 * cross_sums) / (count * (count - 1)) - 2 * cross_sums / count**2
 
 
 def _neighbor_accuracy(features: Tensor) -> float:

@@ -1,13 +1,19 @@
 """Curation: what rules drop is what was planted, whatever the history, the workers and kills."""
 
+import io
 import shutil
+from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx import save as save_onnx
 from PIL import Image
+from torch.nn.functional import adaptive_avg_pool2d
 
 from diffusion.common.errors import UserError
 from diffusion.curation import curate as curation
@@ -24,8 +30,14 @@ from diffusion.data.versions.takedown import remove, remove_known
 from diffusion.data.versions.takedown_records import Selection, find_affected_versions, write_removal
 from diffusion.data.versions.versions import diff, log, show
 from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.metrics.registration import shrink_and_blur
 from tests.builders.ingested import files_of, records
 from tests.builders.planted import plant, scene
+from tests.builders.real_images import digits
+from tests.builders.real_images import images as real_images
+
+if TYPE_CHECKING:
+    from diffusion.curation.duplicates import Appearance
 
 EVALUATION = EvaluationConfig()
 SHARP = {"min_sharpness": 30}
@@ -107,7 +119,7 @@ def test_one_per_class_drops_no_image_for_one_of_another_class(tmp_path: Path) -
 
 
 def test_near_duplicates_form_no_chains() -> None:
-    from diffusion.curation.duplicates import leaders_by_features, leaders_by_hash
+    from diffusion.curation.duplicates import leaders_by_hash
 
     # Each differs from the next one in 10 bits, and the first from the third in 20.
     phashes = [f"{(1 << (10 * step)) - 1:064x}" for step in range(6)]
@@ -115,38 +127,52 @@ def test_near_duplicates_form_no_chains() -> None:
     assert leaders_by_hash(phashes, order, classes, 10).tolist() == [0, 0, 2, 2, 4, 4]
     assert leaders_by_hash(phashes, order[::-1].copy(), classes, 10).tolist() == [1, 1, 3, 3, 5, 5]
     assert leaders_by_hash(phashes, order, list("ababab"), 10).tolist() == [*range(6)]
-    import torch
-
-    line = torch.arange(6.0)[:, None] * torch.ones(1, 4) / 2  # neighbours are 1 apart
-    assert leaders_by_features(line, order, classes, 1.01).tolist() == [0, 0, 2, 2, 4, 4]
-    assert leaders_by_features(line, order, list("ababab"), 1.01).tolist() == [*range(6)]
 
 
-def test_leaders_by_features_are_those_of_a_search_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
+def appearance(images: Sequence[Image.Image]) -> "Appearance":
+    from diffusion.curation.duplicates import Appearance
 
-    from diffusion.curation import duplicates
+    pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]).transpose(0, 3, 1, 2))
+    small = shrink_and_blur(pixels).mul(255).round().byte().flatten(1)
+    return Appearance(adaptive_avg_pool2d(pixels.float(), 2).flatten(1), small)
 
-    points = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
-    order = torch.randperm(300, generator=torch.Generator().manual_seed(1)).numpy()
-    expected = np.arange(300)
-    leaders: list[int] = []
-    for row in order.tolist():
-        distances = [(points[row] - points[leader]).norm().item() for leader in leaders]
-        if distances and min(distances) <= 0.3:
-            expected[row] = leaders[int(np.argmin(distances))]
-        else:
-            leaders.append(row)
-    distances_of = duplicates.squared_distances
-    for block in (7, 64, 1024):
 
-        def bounded(x: torch.Tensor, y: torch.Tensor, block: int = block) -> torch.Tensor:
-            assert max(len(x), len(y)) <= block
-            return distances_of(x, y)
+def test_semantic_leaders_are_those_of_a_search_one_by_one() -> None:
+    from diffusion.curation.duplicates import CandidatePairs, register_pairs
 
-        monkeypatch.setattr(duplicates, "squared_distances", bounded)
-        monkeypatch.setattr(duplicates, "BLOCK", block)
-        assert duplicates.leaders_by_features(points, order, [None] * 300, 0.3).tolist() == expected.tolist()
+    panorama = scene(5, 256)
+    # Windows that overlap by nine tenths are near each other, and those far apart are not.
+    images = [panorama.crop((step * 9, 0, step * 9 + 96, 96)) for step in range(12)]
+    images += [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images[:4]]
+    looks, limit = appearance(images), 0.3
+    every = np.array([*combinations(range(16), 2)])
+    distances = dict(zip(map(tuple, every.tolist()), register_pairs(looks.small, every).tolist(), strict=True))
+    assert 10 < sum(distance <= limit for distance in distances.values()) < 60
+    for classes in ([None] * 16, [*"abababababababab"]):
+        order = np.random.default_rng(0).permutation(16)
+        expected, kept = np.arange(16), list[int]()
+        for row in order.tolist():
+            near = [
+                (distances[min(row, other), max(row, other)], other)
+                for other in kept
+                if classes[row] == classes[other] and distances[min(row, other), max(row, other)] <= limit
+            ]
+            if near:
+                expected[row] = min(near)[1]
+            else:
+                kept.append(row)
+        leaders, separations = CandidatePairs(looks, order, classes).leaders(order, limit)
+        assert leaders.tolist() == expected.tolist()
+        assert separations[leaders != np.arange(16)].max() <= limit
+
+
+def test_a_large_group_has_one_leader() -> None:
+    from diffusion.curation.duplicates import CandidatePairs
+
+    images = [scene(1, 96).crop((n % 6, n // 6, 90 + n % 6, 90 + n // 6)).resize((64, 64)) for n in range(36)]
+    order = np.arange(40)
+    leaders, _ = CandidatePairs(appearance([*images, *map(scene, range(2, 6))]), order, [None] * 40).leaders(order, 0.3)
+    assert leaders.tolist() == [0] * 36 + [36, 37, 38, 39]
 
 
 def test_without_rules_nothing_is_measured_and_no_byte_changes(data: Path) -> None:
@@ -268,17 +294,61 @@ def test_an_outlier_is_far_from_all_others(data: Path) -> None:
     assert sum("flat" in name for name in dropped(data)) >= len(dropped(data)) - 1
 
 
-def test_semantic_near_duplicates_are_found_by_a_calibrated_distance(
-    original: tuple[Path, dict[str, set[str]]], data: Path
+ALTERED: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "jpeg": lambda image: Image.open(io.BytesIO(encoded(image, "JPEG", quality=60))),
+    "half": lambda image: image.resize((image.width // 2, image.height // 2), Image.Resampling.BICUBIC),
+    "crop": lambda image: image.crop((0, image.height // 10, image.width * 9 // 10, image.height)),
+    "mirror": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+}
+
+
+def encoded(image: Image.Image, name: str, **options: object) -> bytes:
+    image.save(data := io.BytesIO(), name, **options)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["digits", "clothes"])
+def test_semantic_near_duplicates_are_what_their_name_promises(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = rules(data, semantic_duplicates="largest", min_entropy=2)
-    names = {name for name, reason in dropped(data).items() if reason.startswith("semantic")}
-    pairs = {name[:3] for kind in ("larger", "jpeg", "crop") for name in original[1][kind]}
-    hits = {name[:3] for name in names} & pairs
-    assert result.semantic_distance is not None
-    # Small drawings are what the network knows least: precision goes before recall.
-    assert len(hits) >= 6
-    assert len(names) == len(hits)
+    monkeypatch.setattr("diffusion.curation.duplicates.CALIBRATION_IMAGES", 50)
+    count, copied = 100, 12
+    pixels = digits(count)[0] if kind == "digits" else real_images(count)[0]
+    originals = [Image.fromarray(image[0].numpy()).convert("RGB").resize((112, 112)) for image in pixels]
+    (tmp_path / "images").mkdir()
+    for number, image in enumerate(originals):
+        image.save(tmp_path / "images" / f"{number:03d}.png")
+    for place, (name, alter) in enumerate(ALTERED.items()):
+        for number in range(place * copied, (place + 1) * copied):
+            alter(originals[number]).convert("RGB").save(tmp_path / "images" / f"{number:03d}-{name}.png")
+    ingest(tmp_path / "data" / "set", config(tmp_path / "images"))
+    result = rules(tmp_path / "data" / "set", semantic_duplicates="largest")
+    pairs = {name.partition(".")[0].partition("-")[0] for name in dropped(tmp_path / "data" / "set")}
+    found = [sum(f"{number:03d}" in pairs for number in range(start, start + copied)) for start in range(0, 48, copied)]
+    assert min(found) >= 0.8 * copied
+    assert sum(found) >= 0.95 * len(ALTERED) * copied
+    # Distinct images that are called duplicates: at most one of 52.
+    assert sum(int(number) >= copied * len(ALTERED) for number in pairs) <= 1
+    assert result.dropped <= copied * len(ALTERED) + 3
+    assert result.semantic is not None
+    assert result.semantic.recall.keys() == {"JPEG", "half size", "crop", "mirror"}
+    assert min(result.semantic.recall.values()) >= 0.95
+    assert result.semantic.mistaken is not None
+    assert result.semantic.mistaken <= 0.011
+    assert result.semantic.warning is None
+
+
+def test_a_distance_that_misses_copies_is_warned_of(
+    data: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusion.curation.duplicates.CALIBRATION_IMAGES", 8)
+    result = rules(data, semantic_duplicates="report", semantic_distance=1e-3, min_side=1, dry_run=True)
+    assert result.semantic is not None
+    assert result.semantic.distance == 1e-3
+    assert result.semantic.recall["JPEG"] < 0.95
+    assert result.semantic.recall["mirror"] == 1
+    assert "JPEG" in caplog.text
+    assert "mirror" not in caplog.text
 
 
 def classifier(path: Path, layout: str = "NCHW") -> Path:

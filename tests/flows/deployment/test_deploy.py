@@ -16,11 +16,12 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools import is_valid_schema, validate
 
 from diffusion.common.errors import UserError
+from diffusion.evaluation.drift import DataDrift, DriftTest
 from diffusion.process.samplers import SAMPLERS
 from flows.config import Params
 from flows.datasets.sync import CREATED
 from flows.deployment.deploy import PACKAGED, deploy, fill_placeholders, read_definitions
-from flows.monitor import DRIFTED, compare_kid, monitor
+from flows.monitor import DRIFTED, compare_kid, describe_data, monitor
 from flows.retrain import retrain
 from flows.sample_on_demand import sample_on_demand
 from tests.builders import ROOT
@@ -165,6 +166,20 @@ def test_a_champion_drifts_if_it_is_worse_by_more_than_chance_allows(now: float,
     assert drift == drifted
     assert f"kid_x {now:.4g} ± 0.001, 0.01 ± 0.0012 at promotion" in words
     assert compare_kid("x", ours, {})[1] is False
+
+
+def test_the_monitor_names_tests_classes_and_figures_of_drift() -> None:
+    images = DriftTest(name="images", p_value=0.3, level=0.002, kid=0.01)
+    shares = DriftTest(name="class_shares", p_value=0.001, level=0.002, label="hats", shares=(0.313, 0.102))
+    within = DriftTest(name="images_by_class", p_value=0.0005, level=0.002, label=None, kid=0.0421)
+    drift = DataDrift(extractor="x", added=150, compared=(150, 1000), tests=(images, shares, within))
+    words = describe_data(drift)
+    for part in ("150 new images differ", "'hats'", "31.3%", "10.2%", "without a class", "0.0421", "p = 0.0005"):
+        assert part in words
+    assert "all images" not in words
+    alike = drift.model_copy(update={"tests": (images,)})
+    assert "no difference" in describe_data(alike)
+    assert "p = 0.3 at level 0.002" in describe_data(alike)
 
 
 def test_scheduled_flows_import_no_torch_or_mlflow_when_idle() -> None:

@@ -68,12 +68,13 @@ def test_shifted_images_start_one_retraining_and_its_version_says_why(workspace:
     add(workspace, 120, 80, 0)
     unshifted = workspace.json("monitor")
     assert unshifted["causes"] == []
-    assert unshifted["data"]["p_value"] > 0.0125
+    assert {test["name"] for test in unshifted["data"]["tests"]} == {"images", "class_shares", "images_by_class"}
+    assert all(test["p_value"] > test["level"] for test in unshifted["data"]["tests"])
     assert prefect.client.patch("/work_pools/darkroom", json={"is_paused": True}).is_success
 
     add(workspace, 200, 150, 90)
     output = workspace.json("monitor")
-    assert "data" in output["causes"]
+    assert {"images", "images_by_class"} <= {*output["causes"]}
     assert output["alarm"]["number"] == 1
     [run] = eventually(retrainings)
     assert run["parameters"]["alarm"] == 1
@@ -114,7 +115,7 @@ def test_shifted_images_start_one_retraining_and_its_version_says_why(workspace:
         text=True,
         check=True,
     ).stdout.splitlines()
-    assert "darkroom_drift_alarms blobs data 1.0" in shown_output
+    assert "darkroom_drift_alarms blobs images_by_class 1.0" in shown_output
     assert "darkroom_flow_runs_held_last_day monitor 1.0" in shown_output
     assert any(line.startswith("darkroom_drift_last_alarm_timestamp_seconds blobs ") for line in shown_output)
     # The same event again, as after a restore of Prefect's database: another run does not answer the alarm.

@@ -34,7 +34,7 @@ def alarm(name: str, hours: float = 0) -> Alarm:
         version="models:/faces/1",
         dataset="faces",
         content_digest="0" * 64,
-        causes=("data",),
+        causes=("class_shares",),
         reason="new images differ",
     )
 
@@ -100,7 +100,7 @@ def test_scrapes_read_each_alarm_once(alarms: Alarms, monkeypatch: pytest.Monkey
         # The foreign object is looked at again and again.
         assert sorted(reads) == [1, 1, number]
         assert scrapes[0] == scrapes[1]
-        assert ("darkroom_drift_alarms", ("faces", "data"), number - 1) in scrapes[0]
+        assert ("darkroom_drift_alarms", ("faces", "class_shares"), number - 1) in scrapes[0]
         assert ("darkroom_drift_last_alarm_timestamp_seconds", ("faces",), decision.when.timestamp()) in scrapes[0]
 
 
@@ -119,6 +119,7 @@ def test_an_event_has_one_id_and_names_the_reason(alarms: Alarms) -> None:
     assert event.id == make_drift_event(decision, alarms).id
     assert event.resource.id == "darkroom.model.faces"
     assert (event.payload["alarm"], event.payload["reason"]) == (1, "new images differ")
+    assert event.payload["causes"] == ["class_shares"]
 
 
 def test_killed_between_alarm_and_event_the_next_monitor_emits_that_event_and_no_other(
