@@ -57,8 +57,8 @@ MIN_CALIBRATION_IMAGES = 50
 """Images without which the share of distinct images that are as near is not estimated."""
 CALIBRATION_RECALL = 0.98
 """Share of copies of each kind to find."""
-FIT_STEPS = 50
-"""Steps of the fixed-point iteration that fits the distances of distinct images."""
+FIT_STEPS, TINY = 50, 1e-6
+"""Steps of the fixed-point iteration that fits the distances of distinct images, and a distance as good as 0."""
 MAX_MISTAKEN = 0.01
 """Largest estimated share of distinct images that may have another one within the calibrated distance."""
 UNCALIBRATED_LIMIT = 0.2
@@ -239,7 +239,7 @@ def calibrate_distance(
         distance: If given, it is not chosen, and only its recall is measured.
     """
     copies = [make_altered_copies(image, number) for number, image in enumerate(samples)]
-    found, originals = dict[str, np.ndarray](), torch.arange(len(samples))
+    originals, found, needed = torch.arange(len(samples)), dict[str, np.ndarray](), 0.0
     for kind in copies[0]:
         batches = [np.ascontiguousarray(each[kind].transpose(2, 0, 1)) for each in copies]
         tensors = [torch.from_numpy(batch)[None] for batch in batches]
@@ -252,13 +252,12 @@ def calibrate_distance(
         both = torch.cat([images.small[originals], altered.small])
         distances = register_pairs(both, np.arange(len(both)).reshape(2, -1).T)
         found[kind] = np.where(is_candidate, distances, np.inf)
-    needed = max(float(np.quantile(values, CALIBRATION_RECALL, method="inverted_cdf")) for values in found.values())
+        needed = max(needed, float(np.quantile(distances, CALIBRATION_RECALL, method="inverted_cdf")))
     distinct = fit_distinct(pairs.nearest_beyond(needed), needed)
     if distance is None:
-        largest = UNCALIBRATED_LIMIT if distinct is None else float(np.exp(distinct.inv_cdf(MAX_MISTAKEN)))
-        distance = min(needed, largest)
+        distance = min(needed, UNCALIBRATED_LIMIT if distinct is None else math.exp(distinct.inv_cdf(MAX_MISTAKEN)))
     recall = {kind: float((values <= distance).mean()) for kind, values in found.items()}
-    mistaken = distinct and distinct.cdf(float(np.log(distance)))
+    mistaken = distinct and distinct.cdf(math.log(max(distance, TINY)))
     return SemanticCalibration(distance=distance, recall=recall, mistaken=mistaken)
 
 
@@ -268,7 +267,7 @@ def fit_distinct(nearest: np.ndarray, beyond: float) -> NormalDist | None:
     It is fitted to the lower quartile and the median of those farther than ``beyond``, (n,): nearer images may be
     copies in the data set, of which there may be many. Returns None for fewer than MIN_CALIBRATION_IMAGES.
     """
-    if len(nearest) < MIN_CALIBRATION_IMAGES or not math.isfinite(beyond):
+    if len(nearest) < MIN_CALIBRATION_IMAGES:
         return None
     quartile, median = np.log(np.quantile(nearest, [0.25, 0.5]))
     normal, share = NormalDist(), 0.0
@@ -277,7 +276,7 @@ def fit_distinct(nearest: np.ndarray, beyond: float) -> NormalDist | None:
         low, middle = (normal.inv_cdf(share + rank * (1 - share)) for rank in (0.25, 0.5))
         spread = max((median - quartile) / (middle - low), 1e-6)
         distinct = NormalDist(median - middle * spread, spread)
-        share = min(distinct.cdf(math.log(beyond)), 0.9)
+        share = min(distinct.cdf(math.log(max(beyond, TINY))), 0.9)
     return distinct
 
 
