@@ -12,7 +12,6 @@ both. Held-out images and the real baseline are new in each trial and remain the
 """
 
 import argparse
-from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +37,8 @@ COUNT = 4000
 """Samples from which a KID is known."""
 LEADS = (-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2)
 COSTS = {"equal cost": 1.0, "half the cost": 0.5}
+Trial = dict[tuple[float, str], tuple[Verdict, int]]
+"""Verdict, and number of samples at the last look, by lead and cost."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,14 @@ def fit_digits() -> tuple[Features, Features]:
     # Not centred: the kernel sees the mean.
     directions = torch.linalg.svd(torch.cat([clean, noisy])[::2], full_matrices=False).Vh[:COMPONENTS]
     kept = ((clean @ directions.T).square().sum() / clean.square().sum()).item()
-    within = clean - torch.stack([clean[labels == label].mean(0) for label in labels.unique()])[labels]
+    within = clean - torch.stack([clean[labels == label].mean(0) for label in range(10)])[labels]
     kept_within = ((within @ directions.T).square().sum() / within.square().sum()).item()
     print(f"{COMPONENTS} directions have {kept:.1%} of the features' squares and {kept_within:.1%} within classes")
     fitted = []
     for features in (clean, noisy):
         # The kernel divides products by the number of features.
         x = features @ directions.T * (COMPONENTS / features.shape[1]) ** 0.5
-        means = torch.stack([x[labels == label].mean(0) for label in labels.unique()])
+        means = torch.stack([x[labels == label].mean(0) for label in range(10)])
         fitted.append(Features(means, torch.linalg.cholesky((x - means[labels]).T.cov())))
     return fitted[0], fitted[1]
 
@@ -97,6 +98,42 @@ def compute_replicates(sets: list[Tensor], reference: Tensor) -> list[dict[Figur
     ]
 
 
+def run_trial(
+    number: int, count: int, config: GateConfig, models: dict[float | None, Features], real: Features
+) -> Trial:
+    """Compare each candidate with the champion, None among ``models``, on new images until it is decided."""
+    generator, max_samples = torch.Generator().manual_seed(number), count * 2 ** (config.looks - 1)
+    classes = torch.randint(10, (max_samples + 2 * count,), generator=generator)
+    generated, *of_real = torch.split(classes, [max_samples, count, count])
+    shared, own, other_own = torch.randn(3, max_samples, COMPONENTS, generator=generator)
+    noise, other_noise = (SHARED**0.5 * shared + (1 - SHARED) ** 0.5 * each for each in (own, other_own))
+    baseline, reference = (real.draw(each, torch.randn(count, COMPONENTS, generator=generator)) for each in of_real)
+    outcomes: Trial = {}
+    for look in range(1, config.looks + 1):
+        samples = count * 2 ** (look - 1)
+        undecided = [(lead, cost) for lead in LEADS for cost in COSTS if (lead, cost) not in outcomes]
+        sets = {
+            lead: model.draw(generated[:samples], (other_noise if lead is None else noise)[:samples])
+            for lead, model in models.items()
+            if lead is None or any(lead == other for other, _ in undecided)
+        }
+        *replicates, of_baseline = compute_replicates([*sets.values(), baseline], reference)
+        by_model = dict(zip(sets, replicates, strict=True))
+        for lead, cost in undecided:
+            metrics = ComparisonMetrics(
+                basis="generated",
+                samples=samples,
+                reference=count,
+                has_champion=True,
+                headline=distance_headline(by_model[lead], by_model[None], of_baseline, "efflite0", config),
+                cost=Cost(candidate=COSTS[cost], champion=1.0, unit="evaluations"),
+            )
+            decision = decide(metrics, config, look, config.looks)
+            if look == config.looks or not decision.worth_another_look(max_samples):
+                outcomes[lead, cost] = decision.verdict, samples
+    return outcomes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=500, help="of each model at the first look, and held-out images")
@@ -104,57 +141,19 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=400)
     arguments = parser.parse_args()
     count, config = arguments.samples, GateConfig(memorized=None, recall_loss=None, looks=arguments.looks)
-    max_samples = count * 2 ** (config.looks - 1)
     real, noisy = fit_digits()
-    champion_share, *candidate_shares = shares_of(real, noisy)
-    champion = real.towards(noisy, champion_share)
-    candidates = [real.towards(noisy, share) for share in candidate_shares]
+    models = {
+        lead: real.towards(noisy, share) for lead, share in zip((None, *LEADS), shares_of(real, noisy), strict=True)
+    }
     print(f"δ = {config.delta:g}, c = {config.confidence:g}, {count} samples and held-out images, KID {KID:g}")
-    outcomes = defaultdict[tuple[float, str], list[tuple[Verdict, int]]](list)
-    errors = defaultdict[int, list[float]](list)
-    for trial in range(arguments.trials):
-        generator = torch.Generator().manual_seed(trial)
-        classes = torch.randint(10, (max_samples + 2 * count,), generator=generator)
-        ours, *of_real = classes.split([max_samples, count, count])
-        shared, own, other_own = torch.randn(3, max_samples, COMPONENTS, generator=generator)
-        noise, other_noise = (SHARED**0.5 * shared + (1 - SHARED) ** 0.5 * each for each in (own, other_own))
-        baseline, reference = (real.draw(each, torch.randn(count, COMPONENTS, generator=generator)) for each in of_real)
-        undecided = [(lead, cost) for lead in LEADS for cost in COSTS]
-        for look in range(1, config.looks + 1):
-            samples = count * 2 ** (look - 1)
-            models = {None: champion.draw(ours[:samples], other_noise[:samples])} | {
-                lead: candidate.draw(ours[:samples], noise[:samples])
-                for lead, candidate in zip(LEADS, candidates, strict=True)
-                if any(lead == other for other, _ in undecided)
-            }
-            *replicates, of_baseline = compute_replicates([*models.values(), baseline], reference)
-            by_model = dict(zip(models, replicates, strict=True))
-            for lead, cost in list(undecided):
-                headline = distance_headline(by_model[lead], by_model[None], of_baseline, "efflite0", config)
-                metrics = ComparisonMetrics(
-                    basis="generated",
-                    samples=samples,
-                    reference=count,
-                    has_champion=True,
-                    headline=headline,
-                    cost=Cost(candidate=COSTS[cost], champion=1.0, unit="evaluations"),
-                )
-                errors[samples].append(headline.lead.error)
-                decision = decide(metrics, config, look, config.looks)
-                if look == config.looks or not decision.worth_another_look(max_samples):
-                    outcomes[lead, cost].append((decision.verdict, samples))
-                    undecided.remove((lead, cost))
-            if not undecided:
-                break
+    trials = [run_trial(number, count, config, models, real) for number in range(arguments.trials)]
     for lead in LEADS:
         texts = []
         for cost in COSTS:
-            verdicts, counts = zip(*outcomes[lead, cost], strict=True)
-            shares = Counter(verdicts)
-            words = ", ".join(f"{verdict} {shares[verdict] / len(verdicts):.1%}" for verdict in Verdict)
+            verdicts, counts = zip(*(outcomes[lead, cost] for outcomes in trials), strict=True)
+            words = ", ".join(f"{verdict} {verdicts.count(verdict) / len(verdicts):.1%}" for verdict in Verdict)
             texts.append(f"{cost}: {words} of {np.mean(counts):,.0f} samples")
         print(f"lead {lead:.0%}: " + "; ".join(texts))
-    print("error of the lead: " + ", ".join(f"{np.mean(each):.4f} at {samples:,}" for samples, each in errors.items()))
 
 
 if __name__ == "__main__":
