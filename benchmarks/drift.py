@@ -30,7 +30,7 @@ TRAINED, POOL = 1000, 5000
 
 
 def features_of(images: torch.Tensor) -> torch.Tensor:
-    return torch.cat([make_extractor(EvaluationConfig())(batch) for batch in images.split(500)])
+    return torch.cat([make_extractor(EvaluationConfig())(batch) for batch in torch.split(images, 500)])
 
 
 def own_tests(new: np.ndarray, old: np.ndarray, classes: tuple[np.ndarray, np.ndarray], level: float) -> list[str]:

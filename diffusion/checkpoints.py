@@ -91,7 +91,7 @@ def verify_weights(path: Path) -> None:
 @lru_cache(64)
 def _verify_file(path: Path, size: int, mtime: int) -> None:
     """Verify one file, which is read again only after a change."""
-    tensors, header = read_tensors(path, ""), read_header(path)
+    header, tensors = read_header(path), read_tensors(path, "")
     if CONTENT_SHA256 in header and header[CONTENT_SHA256] != content_digest(tensors, header):
         raise UserError(f"{path} is damaged, as its content is not what its digest says: fetch or make it again")
     for name, value in tensors.items():

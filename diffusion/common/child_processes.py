@@ -12,8 +12,21 @@ HARMLESS = frozenset(
         *("VIRTUAL_ENV", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "NO_PROXY", "no_proxy"),
     )
 )
-HARMLESS_PREFIXES = ("LC_", "CUDA_", "CUBLAS_", "NVIDIA_", "OMP_", "MKL_", "PYTORCH_", "XDG_")
-"""Variables that hold no secret: where programs, files and certificates are, language, devices and threads."""
+HARMLESS_PREFIXES = (
+    "LC_",
+    "ATEN_",
+    "CUDA_",
+    "CUBLAS_",
+    "DNNL_",
+    "MKL_",
+    "NVIDIA_",
+    "OMP_",
+    "ONEDNN_",
+    "OPENBLAS_",
+    "PYTORCH_",
+    "XDG_",
+)
+"""Variables that hold no secret: where programs, files and certificates are, language, devices, kernels and threads."""
 
 
 def child_environment(names: Collection[str] = ()) -> dict[str, str]:

@@ -52,8 +52,8 @@ class Stages:
         mlflow.set_tracking_uri(stage[0])
         return MlflowClient()
 
-    def version(self, weights: bytes, folder: Path) -> int:
-        """A version in staging, evaluated there and made champion, with a run that tells all about it."""
+    def version(self, seed: int, folder: Path) -> int:
+        """A version in staging, of random weights by ``seed``, evaluated there and made champion, with a run that tells all about it."""
         client = self.at(self.staging)
         mlflow_experiment = client.get_experiment_by_name("blobs")
         experiment = mlflow_experiment.experiment_id if mlflow_experiment else client.create_experiment("blobs")
@@ -66,6 +66,7 @@ class Stages:
         for path in ("evaluation/evaluation.json", "evaluation/grids/a.png", "dataset/manifest.json", "dataset/x.html"):
             client.log_text(run_id, path, path)
         client.set_terminated(run_id)
+        weights = write_model(folder / f"{seed}.safetensors", seed, images=480).read_bytes()
         version = add_version(client, folder, "blobs", data=weights, run_id=run_id, **{"darkroom.images": "480"})
         client.update_model_version("blobs", str(version.number), description="# blobs\n\nA card.")
         return version.number
@@ -90,7 +91,7 @@ def stages(
 @pytest.mark.slow
 def test_staging_champion_is_released_with_its_lineage(stages: Stages, tmp_path: Path) -> None:
     there = stages.at(stages.staging)
-    number = stages.version(b"weights", tmp_path)
+    number = stages.version(1, tmp_path)
     champion.promote("blobs", number, "rounder", evidence=EVIDENCE)
     theirs = there.get_run(there.get_model_version("blobs", str(number)).run_id)
 
@@ -102,7 +103,10 @@ def test_staging_champion_is_released_with_its_lineage(stages: Stages, tmp_path:
     assert version.tags["darkroom.images"] == "480"
     assert version.tags[RELEASED_FROM] == f"models:/blobs/{number} in {stages.staging[0]}"
     assert (version.description or "").startswith("# blobs\n\nA card.")
-    assert model_versions.cached_weights(result.version, tmp_path / "cache").read_bytes() == b"weights"
+    assert (
+        model_versions.cached_weights(result.version, tmp_path / "cache").read_bytes()
+        == (tmp_path / "1.safetensors").read_bytes()
+    )
 
     run = here.get_run(version.run_id)
     assert run.info.run_id != theirs.info.run_id
@@ -129,9 +133,9 @@ def test_staging_champion_is_released_with_its_lineage(stages: Stages, tmp_path:
 
 @pytest.mark.slow
 def test_releasing_a_version_that_is_not_champion_needs_a_reason(stages: Stages, tmp_path: Path) -> None:
-    stages.version(b"first", tmp_path)
+    stages.version(1, tmp_path)
     champion.promote("blobs", 1)
-    stages.version(b"second", tmp_path)
+    stages.version(2, tmp_path)
     stages.at(stages.production)
     with pytest.raises(UserError, match="is not champion there"):
         release("models:/blobs/2")
@@ -151,7 +155,7 @@ def test_releasing_a_version_that_is_not_champion_needs_a_reason(stages: Stages,
 def test_release_killed_before_registration_resumes(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stages.version(b"first", tmp_path)
+    stages.version(1, tmp_path)
     champion.promote("blobs", 1)
     here = stages.at(stages.production)
     for victim in ("set_terminated", "finalize_logged_model", "update_model_version"):
@@ -172,7 +176,7 @@ def test_release_killed_before_registration_resumes(
 def test_two_releases_at_once_make_one_version_and_one_run(
     stages: Stages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stages.version(b"weights", tmp_path)
+    stages.version(1, tmp_path)
     (folder := tmp_path / "parcel").mkdir()
     fetch("models:/blobs/1", folder)
     bundle, here = unpack(folder), stages.at(stages.production)
@@ -219,7 +223,7 @@ def test_released_model_generates_the_same_images(stages: Stages, tmp_path: Path
 
 @pytest.mark.slow
 def test_altered_model_bundle_is_an_error(stages: Stages, tmp_path: Path) -> None:
-    stages.version(b"first", tmp_path)
+    stages.version(1, tmp_path)
     stages.at(stages.production)
     fetch("models:/blobs/1", tmp_path / "parcel")
     unpack(tmp_path / "parcel")
