@@ -53,7 +53,7 @@ class Stages:
         return MlflowClient()
 
     def version(self, seed: int, folder: Path) -> int:
-        """A version in staging, of random weights by ``seed``, evaluated there and made champion, with a run that tells all about it."""
+        """A version in staging, of random weights, evaluated there and made champion, with a run that tells all."""
         client = self.at(self.staging)
         mlflow_experiment = client.get_experiment_by_name("blobs")
         experiment = mlflow_experiment.experiment_id if mlflow_experiment else client.create_experiment("blobs")
