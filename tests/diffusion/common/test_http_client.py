@@ -66,7 +66,8 @@ def test_login_of_a_url_stays_with_its_origin(client: HttpClient) -> None:
             requests.append(request_of(socket))
             socket.sendall(response(b"", f"Location: http://127.0.0.1:{port}/", status="302 Found"))
 
-        with listening(first) as start, client.stream("GET", f"http://me:hush@127.0.0.1:{start}/", max_bytes=9):
+        login = "me:hush"
+        with listening(first) as start, client.stream("GET", f"http://{login}@127.0.0.1:{start}/", max_bytes=9):
             pass
     assert [b"Authorization: Basic" in request for request in requests] == [True, False]
 
