@@ -102,9 +102,7 @@ def test_a_reverse_proxy_is_answered_at_its_address_only(source: Source, monkeyp
     page.close(verbose=False)
 
 
-@pytest.mark.parametrize(
-    "url", ["studio.example.org", "ftp://studio.example.org", "https://user@h", "https://h/?a"]
-)
+@pytest.mark.parametrize("url", ["studio.example.org", "ftp://studio.example.org", "https://user@h", "https://h/?a"])
 def test_an_address_that_is_none_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DARKROOM_UI_URL", url)
     with pytest.raises(UserError):
