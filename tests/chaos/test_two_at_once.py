@@ -26,7 +26,7 @@ from tests.builders.small_models import write_model
 from tests.builders.training_runs import MODEL
 from tests.chaos.house import QUICK, House, Site, stack_alone
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]
 
 VERBS = (
     *("ingest", "train", "evaluate", "promote", "sample", "retrain", "gc"),
@@ -95,7 +95,7 @@ class Pairs:
     def finish(self, verb: str, number: int) -> Any:
         """The result of the command, which must do its work; the gate may decide against a model."""
         process = self.start(verb, number)
-        out, errors = process.communicate(timeout=300)
+        out, errors = process.communicate(timeout=900)
         assert process.returncode == 0 or (process.returncode == 3 and verb in GATED), f"{verb}: {errors[-6000:]}"
         return json.loads(out)
 
@@ -106,7 +106,7 @@ class Pairs:
             processes.append((verb, self.start(verb, number)))
             time.sleep(moments.uniform(0, 1))
         for verb, process in processes:
-            _, errors = process.communicate(timeout=300)
+            _, errors = process.communicate(timeout=900)
             assert process.returncode in (0, 2, 3), f"{verb}: {process.returncode}: {errors[-6000:]}"
             assert "Traceback" not in errors, f"{verb}: {errors[-6000:]}"
             lines = [line for line in errors.splitlines() if line.startswith("darkroom: ")]
