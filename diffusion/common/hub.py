@@ -17,7 +17,6 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
-import yaml
 from tenacity import RetryCallState, Retrying, stop_after_attempt
 
 from diffusion.common.config import LONGEST_NAME
@@ -31,6 +30,7 @@ from diffusion.common.http_client import (
     retry_delay,
     shorten_message,
 )
+from diffusion.common.parsing import parse_yaml
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -105,8 +105,8 @@ def read_front_matter(card: str) -> dict[str, Any]:
     if first.rstrip() != "---" or (end := next(ends, None)) is None:
         return {}
     try:
-        front_matter = yaml.safe_load("\n".join([*lines[:end], ""]))
-    except (yaml.YAMLError, ValueError, RecursionError):
+        front_matter = parse_yaml("\n".join([*lines[:end], ""]))
+    except ValueError:
         return {}
     return front_matter if isinstance(front_matter, dict) else {}
 

@@ -32,8 +32,8 @@ POWER = 0.8
 """Statistical power for which the number of images needed is computed."""
 MAX_LOOK_FACTOR = 4
 """Times as many images as the last look would have; if a decision needs more, no further look is taken."""
-MAX_IMAGES = 10**9
-"""Largest number of images needed that is reported."""
+MAX_NEEDED_IMAGES = 10**9
+"""Largest number of needed images that is reported."""
 MAX_CLASSES_NAMED = 5
 """Classes that a reason names."""
 LOOK_AT_THEM = "look at its samples, and if they suffice, make it champion by `darkroom promote --to`"
@@ -448,12 +448,9 @@ def _agreement(
 def _cost(cost: Cost | None, limit: float) -> Finding:
     if cost is None:
         return _finding("cost", Verdict.hold, "not measured: the cost of generating an image")
+    costs = f"an image costs {cost.candidate:,.4g} {cost.unit}, of the champion {cost.champion:,.4g}"
     verdict = Verdict.promote if cost.candidate <= limit * cost.champion else Verdict.reject
-    reason = (
-        f"an image costs {cost.candidate:,.4g} {cost.unit}, of the champion {cost.champion:,.4g}, limit "
-        f"{limit:g} times as much"
-    )
-    return _finding("cost", verdict, reason)
+    return _finding("cost", verdict, f"{costs}, limit {limit:g} times as much")
 
 
 def _compare_with_limit(
@@ -478,7 +475,7 @@ def images_needed(images: int, estimate: Estimate, distance: float, confidence: 
     ((t_c + t_0.8) · error / distance)². Rounded up to two significant digits. None if that is above 10⁹.
     """
     times = estimate.error_bound(confidence) + estimate.error_bound(POWER)
-    if times * math.sqrt(images / MAX_IMAGES) >= distance:
+    if times * math.sqrt(images / MAX_NEEDED_IMAGES) >= distance:
         return None
     exact = max(images * (times / distance) ** 2, 1)
     unit: int = 10 ** max(0, math.floor(math.log10(exact)) - 1)

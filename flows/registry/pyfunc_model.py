@@ -39,7 +39,7 @@ from diffusion.generation.limits import Budget, BusyError, RequestQueue, Stopped
 from diffusion.generation.requests import answer
 from diffusion.process.samplers import SAMPLING_ADAPTER, SamplingConfig
 
-MAX_IMAGES = 4096
+MAX_TABLE_IMAGES = 4096
 """Most images of a table, and so rows."""
 FILES = ("image", "mask")
 MAX_CELL_LENGTH = MAX_FILE_BYTES * 4 // 3 + 4
@@ -97,8 +97,8 @@ class ServedModel(PythonModel):
                     requests.append(_parse_row(row, params))
                 except UserError as error:
                     raise UserError(f"row {number}: {error}") from error
-            if (count := sum(request.count for request in requests)) > MAX_IMAGES:
-                raise UserError(f"{count} images in one table: ask for at most {MAX_IMAGES}")
+            if (count := sum(request.count for request in requests)) > MAX_TABLE_IMAGES:
+                raise UserError(f"{count} images in one table: ask for at most {MAX_TABLE_IMAGES}")
             answers = answer(self.model, requests, self.sampling, budget=budget)
             return [
                 {"request": number, "index": index, "png": png_bytes(to_pil_image(image))}
@@ -135,9 +135,9 @@ def fetch_bases(weights: Path) -> None:
 
 
 def _check_length(rows: Sized) -> None:
-    if not 0 < len(rows) <= MAX_IMAGES:
+    if not 0 < len(rows) <= MAX_TABLE_IMAGES:
         count = f"{len(rows)} records" if len(rows) else "no record that asks for anything"
-        raise UserError(f"{count} in the table: give 1 to {MAX_IMAGES}, each with {RECORD}")
+        raise UserError(f"{count} in the table: give 1 to {MAX_TABLE_IMAGES}, each with {RECORD}")
 
 
 def _parse_row(row: Mapping[Any, Any], params: Mapping[str, Any]) -> GenerationRequest:

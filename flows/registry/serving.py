@@ -12,6 +12,7 @@ import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from ipaddress import ip_address
 from pathlib import Path
 from threading import Event
 from types import FrameType
@@ -30,8 +31,9 @@ from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.generation.limits import Budget, StoppedError
 from flows.config import Params
+from flows.local_stack.same_origin import refusal
 from flows.registry.model_versions import cached_weights, resolve
-from flows.registry.pyfunc_model import MAX_IMAGES, ServedModel, to_mlflow_error
+from flows.registry.pyfunc_model import MAX_TABLE_IMAGES, ServedModel, to_mlflow_error
 from flows.registry.takedown_marks import warn_of_takedown
 
 MAX_SEPARATORS = 2**17
@@ -42,14 +44,14 @@ GRACE_SECONDS = 1
 """Time for answers to be sent when the server ends."""
 
 JSON = "application/json"
-Rows = Annotated[list[dict[str, Any]], Field(max_length=MAX_IMAGES)]
+Rows = Annotated[list[dict[str, Any]], Field(max_length=MAX_TABLE_IMAGES)]
 
 
 class Split(Config):
     """Table as the names of its columns and the cells of its rows."""
 
     columns: list[str]
-    data: list[list[Any]] = Field(max_length=MAX_IMAGES)
+    data: list[list[Any]] = Field(max_length=MAX_TABLE_IMAGES)
     index: list[Any] | None = None
 
 
@@ -81,8 +83,8 @@ class ScoringRequest(Config):
         return self.dataframe_records or self.instances or []
 
 
-class RefusedBodyError(UserError):
-    """Body of a request that is not read, or not parsed."""
+class RefusedRequestError(UserError):
+    """Request that is not answered, or whose body is not read or not parsed, by its HTTP status."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -92,7 +94,9 @@ class RefusedBodyError(UserError):
 def parse_body(body: bytearray) -> ScoringRequest:
     """Parse the body of a request; raises UserError, for too many values before they take memory."""
     if body.count(b",") + body.count(b"\n") > MAX_SEPARATORS:
-        raise RefusedBodyError(f"the table has over {MAX_SEPARATORS:,} values: give at most {MAX_IMAGES} records", 413)
+        raise RefusedRequestError(
+            f"the table has over {MAX_SEPARATORS:,} values: give at most {MAX_TABLE_IMAGES} records", 413
+        )
     try:
         return ScoringRequest.model_validate_json(body)
     except ValidationError as error:
@@ -107,8 +111,9 @@ def parse_body(body: bytearray) -> ScoringRequest:
 class ScoringApp:
     """ASGI application of a served model: /invocations, /ping, /health and /version, as MLflow has them."""
 
-    def __init__(self, served: ServedModel) -> None:
-        self.served, self.limits = served, served.limits
+    def __init__(self, served: ServedModel, is_local: bool = True) -> None:
+        """Answer programs on this machine alone if it ``is_local``: no pages of a browser, under whatever name."""
+        self.served, self.limits, self.is_local = served, served.limits, is_local
         self.ending = Event()
         """Set when the server ends."""
         self._threads = ThreadPoolExecutor(self.limits.max_waiting_requests + 1)
@@ -123,7 +128,10 @@ class ScoringApp:
 
     async def _respond(self, request: Request, place: ExitStack) -> Response:
         try:
-            match request.method, request.url.path:
+            method, path = request.method, request.url.path
+            if self.is_local and (reason := refusal(method, path, request.headers)):
+                raise RefusedRequestError(f"{reason}: give `--host` for other machines", 403)
+            match method, path:
                 case "GET", "/ping" | "/health":
                     return Response("\n", media_type=JSON)
                 case "GET", "/version":
@@ -135,7 +143,7 @@ class ScoringApp:
         except DarkroomError as error:
             answer = to_mlflow_error(error)
             status = 503 if self.ending.is_set() else answer.get_http_status_code()  # type: ignore[no-untyped-call]
-            if isinstance(error, RefusedBodyError):
+            if isinstance(error, RefusedRequestError):
                 status = error.status
             return Response(answer.serialize_as_json(), status, media_type=JSON)  # type: ignore[no-untyped-call]
 
@@ -158,9 +166,9 @@ class ScoringApp:
 
     async def _read_body(self, request: Request) -> bytearray:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
-            raise RefusedBodyError(f"only JSON is read here: send it with Content-Type: {JSON}", 415)
+            raise RefusedRequestError(f"only JSON is read here: send it with Content-Type: {JSON}", 415)
         body, limit = bytearray(), self.limits.max_request_bytes
-        too_large = RefusedBodyError(
+        too_large = RefusedRequestError(
             f"the request has over {limit:,} bytes: send less, or set DARKROOM_MAX_REQUEST_BYTES to more", 413
         )
         if int(request.headers.get("content-length", 0)) > limit:
@@ -172,7 +180,7 @@ class ScoringApp:
                         raise too_large
                     body += chunk
         except TimeoutError as error:
-            raise RefusedBodyError(
+            raise RefusedRequestError(
                 f"the request did not arrive within {TRANSFER_SECONDS} s: send it again", 408
             ) from error
         except ClientDisconnect as error:
@@ -226,4 +234,4 @@ def serve(params: Params, model: str, host: str, port: int) -> None:
         raise UserError(f"port {port} of {host} cannot be used ({error.strerror}): give another --port") from error
     print(f"{model} at http://{host}:{port}/invocations  (Ctrl+C ends it)", file=sys.stderr, flush=True)
     with suppress(KeyboardInterrupt):
-        ScoringServer(ScoringApp(served)).run(sockets=[listener])
+        ScoringServer(ScoringApp(served, ip_address(listener.getsockname()[0]).is_loopback)).run(sockets=[listener])

@@ -26,7 +26,7 @@ from diffusion.common.image_grids import to_pil_image
 from diffusion.generation.generate import sample
 from diffusion.process.samplers import sampling_config
 from flows.local_stack.server_process import choose_ports
-from flows.registry.pyfunc_model import MAX_IMAGES, ServedModel
+from flows.registry.pyfunc_model import MAX_TABLE_IMAGES, ServedModel
 from flows.registry.serving import ScoringApp
 from tests.builders.small_models import write_model
 
@@ -57,7 +57,7 @@ def post(served: ServedModel) -> Post:
     transport = httpx.ASGITransport(ScoringApp(served))
 
     async def send(content: Any, headers: Mapping[str, str]) -> httpx.Response:
-        async with httpx.AsyncClient(transport=transport, base_url="http://served") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.post("/invocations", content=content, headers=headers)
 
     def run(body: Any, headers: Mapping[str, str] = JSON) -> httpx.Response:
@@ -84,6 +84,14 @@ def test_every_form_of_a_table_has_the_same_answer(post: Post, weights: Path) ->
     assert image.tobytes() == to_pil_image(expected).tobytes()
 
 
+@pytest.mark.parametrize("header", [{"Host": "rebound.example"}, {"Origin": "http://localhost:9999"}])
+def test_on_loopback_pages_of_browsers_are_refused(served: ServedModel, post: Post, header: dict[str, str]) -> None:
+    body = {"dataframe_records": [{"seed": 1}]}
+    answer = post(body, JSON | header)
+    assert (answer.status_code, answer.json()["error_code"]) == (403, "INVALID_PARAMETER_VALUE")
+    assert post(body).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("body", "named"),
     [
@@ -102,7 +110,7 @@ def test_every_form_of_a_table_has_the_same_answer(post: Post, weights: Path) ->
         ({"dataframe_records": [{"prompt": ["x"] * 1025}]}, "prompt"),
         ({"dataframe_records": [{"task": "img2img", "image": "x"}]}, "image"),
         ({"dataframe_records": [{"count": 10**30}]}, "images"),
-        ({"dataframe_records": [{"seed": 1}] * (MAX_IMAGES + 1)}, "dataframe_records"),
+        ({"dataframe_records": [{"seed": 1}] * (MAX_TABLE_IMAGES + 1)}, "dataframe_records"),
         ({"dataframe_records": "all"}, "dataframe_records"),
         ({"dataframe_split": {"columns": ["seed"], "data": [[1, 2]]}}, "table"),
         ({"inputs": {"seed": [1], "index": [1, 2]}}, "table"),
