@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any
 
@@ -340,7 +341,7 @@ def record_data(folder: Path, push_to: str | None) -> DataVersion:
         root = Repo.find_root()
     except NotDvcRepoError:
         root = str(Path.cwd())
-        Repo.init(root, no_scm=not (Path(root) / ".git").exists()).close()
+        _create_repository(Path(root))
     try:
         with open_repository(root) as repo:
             if any(output.stage.addressing == INGEST_STAGE for output in _outputs(repo, folder)):
@@ -353,6 +354,20 @@ def record_data(folder: Path, push_to: str | None) -> DataVersion:
             return _make_data_version(output, push_to is not None)
     except (DvcException, BotoCoreError, OSError) as error:
         raise DarkroomError(f"DVC could not record or push {folder}: {error}") from error
+
+
+def _create_repository(root: Path) -> None:
+    """Create a DVC repository, which appears whole: DVC says in a second write that there is no git."""
+    if (root / ".git").exists():
+        Repo.init(str(root)).close()  # of which DVC adds what is missing whenever it is opened
+        return
+    with TemporaryDirectory(dir=root, prefix=".dvc-") as scratch:
+        Repo.init(scratch, no_scm=True).close()
+        try:
+            (Path(scratch) / ".dvc").rename(root / ".dvc")
+        except OSError:
+            if not (root / ".dvc").is_dir():  # by a process that was faster
+                raise
 
 
 def data_version(folder: Path) -> DataVersion | None:

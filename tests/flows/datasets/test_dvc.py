@@ -37,6 +37,18 @@ def test_a_data_set_outside_dvc_yaml_gets_a_pointer_of_its_own(
     assert data_version(folder) == version
 
 
+def test_killed_as_soon_as_its_folder_exists_a_repository_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/file").write_text("x")
+    code = "from pathlib import Path; from flows.datasets.dvc import record_data; record_data(Path('data'), None)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path) as process:
+        while not (tmp_path / ".dvc").exists():
+            assert process.poll() is None
+        process.kill()
+    with Repo(str(tmp_path)) as repo:
+        assert repo.config["core"]["no_scm"]
+
+
 @pytest.mark.parametrize("file", ["dvc.yaml", "dvc.lock", "data/other.dvc"])
 @pytest.mark.parametrize(
     "what", ["a NUL", "a text", "a number of 6,000 digits", "indented sections that are nested too deeply"]
