@@ -95,7 +95,9 @@ def _verify_file(path: Path, size: int, mtime: int) -> None:
     if CONTENT_SHA256 in header and header[CONTENT_SHA256] != content_digest(tensors, header):
         raise UserError(f"{path} is damaged, as its content is not what its digest says: fetch or make it again")
     for name, value in tensors.items():
-        if name.startswith(PARTS) and value.is_floating_point() and not value.isfinite().all():
+        # Weights are computed with in float32, in which those of other types may be infinite.
+        is_finite = not value.is_floating_point() or value.to(torch.float32).isfinite().all()
+        if name.startswith(PARTS) and (value.is_complex() or not is_finite):
             raise UserError(
                 f"{path} has weights that are not finite, in {name.removeprefix(AVERAGED)}: use a checkpoint from "
                 "before its training diverged, or fetch it again"

@@ -44,8 +44,8 @@ STEP_SECONDS = 0.25
 """Interval of a wait between checks whether the client is being closed, in seconds."""
 PIECE = 2**14
 """Bytes that are sent between checks of the deadline."""
-CREDENTIALS = ("Authorization", "Cookie")
-"""Headers that only the origin gets which they are given for."""
+PUBLIC_HEADERS = ("accept", "accept-encoding", "range", "user-agent")
+"""Headers that another origin gets as well, where a redirect leads there; others may be credentials."""
 
 NOT_PUBLIC = tuple(
     ip_network(network)
@@ -184,7 +184,7 @@ class HttpClient:
     ) -> Iterator[HttpResponse]:
         """Yield the response to a request; its body must be read inside, by the same thread.
 
-        Redirects of GET and HEAD are followed, without ``CREDENTIALS`` where they lead to another origin.
+        Redirects of GET and HEAD are followed, with ``PUBLIC_HEADERS`` alone where they lead to another origin.
 
         Raises RetryableError for what may pass: an overdue answer, a broken connection, HTTP 408, 425, 429 and 5xx.
         Raises HttpError for a URL that cannot be, PrivateAddressError, OversizedError for a body of more than
@@ -233,8 +233,7 @@ class HttpClient:
             response.close()
             previous, place = place, place.join(location)
             if origin(place) != origin(previous):
-                for name in CREDENTIALS:
-                    fields.pop(name, None)
+                fields = httpx.Headers([(name, text) for name, text in fields.items() if name in PUBLIC_HEADERS])
         raise httpx.TooManyRedirects(f"more than {MAX_REDIRECTS} redirects")
 
     def _pieces(self, response: httpcore.Response, headers: httpx.Headers, max_bytes: int) -> Iterator[bytes]:

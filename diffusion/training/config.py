@@ -1,13 +1,19 @@
 """The section ``training``. Every schedule counts images seen, so it is independent of batch size and resumption."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PositiveFloat, StrictBool, StrictInt, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, PositiveFloat, StrictBool, StrictInt, model_validator
 
 from diffusion.common.config import LARGEST_EMA_STD, Config, DeviceName, PlainName, is_unset
 from diffusion.common.errors import UserError
 from diffusion.models.config import FamilyConfig, LoRAConfig, ObjectiveConfig, default_batch_size
+
+
+def _check_folder(path: Path) -> Path:
+    if not path.name or not str(path).isprintable():
+        raise ValueError("must name a folder, such as runs/digits")
+    return path
 
 
 class TrainingConfig(ObjectiveConfig):
@@ -17,7 +23,7 @@ class TrainingConfig(ObjectiveConfig):
 
     dataset: PlainName = "digits"
     """Name of the data set, a folder in data/."""
-    output: Path | None = None
+    output: Annotated[Path, AfterValidator(_check_folder)] | None = None
     """Output folder of the run: checkpoints, history.csv, sample grids and finally final.safetensors; null:
     runs/DATASET."""
     init_from: str | None = Field(None, exclude_if=is_unset)

@@ -5,6 +5,7 @@ import gc
 import json
 import logging
 import os
+import signal
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -110,17 +111,33 @@ def main() -> None:
                 f"`pip install -e '.[{extra}]'` in its checkout"
             ) from error
     except DarkroomError as error:
+        _end_by_signal(error)
         _fail(FULL_DISK_ERROR if error.exit_code == 1 and is_full_disk(error) else str(error), error.exit_code)
     except typer.Abort:
         _fail("aborted", 1)
     except USAGE_ERROR as error:
         _fail_usage(error)
     except Exception as error:
+        _end_by_signal(error)
         if VERBOSITY.get() == "verbose":
             raise
         if is_full_disk(error):
             _fail(FULL_DISK_ERROR, 1)
         _fail(f"{type(error).__name__}: {' '.join(str(error).split())[:500]} (-v shows where)", 1)
+
+
+def _end_by_signal(error: BaseException) -> None:
+    """End as a signal ends a process, if ``error`` is what became of one: it may strike Prefect's engine anywhere."""
+    if "prefect.exceptions" not in sys.modules:
+        return
+    from prefect.exceptions import TerminationSignal
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, TerminationSignal):
+            signal.signal(cause.signal, signal.SIG_DFL)
+            signal.raise_signal(cause.signal)
+        cause = cause.__cause__ or cause.__context__
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

@@ -175,9 +175,10 @@ def require_permitted(params: Params) -> None:
             "this worker does not permit ingest.allow_private_addresses: set DARKROOM_PRIVATE_ADDRESSES=true in its "
             "environment if tables of URLs may lead into its network"
         )
-    if not params.run_folder.resolve().is_relative_to(Path.cwd()):
+    runs = Path("runs").resolve()
+    if runs not in params.run_folder.resolve().parents:
         raise UserError(
-            f"training.output is {params.run_folder}, outside of the worker's folder {Path.cwd()}: give one below it"
+            f"training.output is {params.run_folder}, and not in the worker's folder {runs}: give one there"
         )
 
 

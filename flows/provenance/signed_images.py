@@ -31,7 +31,7 @@ from flows.sampling.lookup import Success, find, read_image, read_rows
 from flows.sampling.sampling_batch import BATCH, LARGEST_IMAGE, SUCCESS, Row, find_conflicts, image_key, part_key
 from flows.signing.images import ImageSigner, verify_image
 from flows.signing.keys import SignatureError, SigningKey, describe
-from flows.storage.s3 import DELETED, Location, MissingObjectError, Store
+from flows.storage.s3 import DELETED, LargeObjectError, Location, MissingObjectError, Store
 
 SIGNING, SUCCESS_SIGNATURE = "signing.json", f"{SUCCESS}.sig"
 AT_ONCE = 8  # images in transfer at the same time
@@ -94,7 +94,7 @@ class Place(Protocol):
     """Folder or prefix on S3 of files that are written once."""
 
     def get(self, name: str) -> bytes | None:
-        """Read a file; None if there is none, or something else of its name."""
+        """Read a file; None if there is none, one of over LARGEST_IMAGE bytes, or something else of its name."""
 
     def put(self, name: str, data: bytes) -> bytes:
         """Write a file whole unless it is there; returns what is there then."""
@@ -112,7 +112,11 @@ class Folder:
     def get(self, name: str) -> bytes | None:  # noqa: D102
         path = self.path / name
         # Links lead elsewhere, and reading a pipe never ends.
-        return path.read_bytes() if path.is_file() and not path.is_symlink() else None
+        if not path.is_file() or path.is_symlink():
+            return None
+        with path.open("rb") as file:
+            data = file.read(LARGEST_IMAGE + 1)
+        return data if len(data) <= LARGEST_IMAGE else None
 
     def put(self, name: str, data: bytes) -> bytes:  # noqa: D102
         path = self.path / name
@@ -156,7 +160,7 @@ class Prefix:
     store: Store
 
     def get(self, name: str) -> bytes | None:  # noqa: D102
-        with suppress(MissingObjectError):
+        with suppress(MissingObjectError, LargeObjectError):
             return self.store.get(self.place.bucket, self.place.key(name), LARGEST_IMAGE)
         return None
 

@@ -76,10 +76,10 @@ def verify(path: str, trust: Trust, head: str | None = None, model: str | None =
     place, local = parse_place(path), None if path.startswith("s3://") else Path(path)
     if path.lower().endswith(IMAGES) and not (local is not None and local.is_dir()):
         _reject_options("an image", of_ledger | {"--key": trust.key})
-        folder, _, name = path.rpartition("/")
-        data = parse_place(folder).get(name) if local is None else local.read_bytes() if local.is_file() else None
+        folder, _, name = (path if local is None else str(local.resolve())).rpartition("/")
+        data = parse_place(folder).get(name)
         if data is None:
-            raise UserError(f"there is no {path}: give an image, a folder, or an S3 address")
+            raise UserError(f"there is no image {path} of a usual size: give an image, a folder, or an S3 address")
         return [_image(path, data, trust)[0]]
     if local is not None and (local.is_file() or signature_path(local).is_file() or bom_path(local).is_file()):
         _reject_options("a signed file or folder", of_ledger)
@@ -163,7 +163,7 @@ def _images(path: str, place: Place, names: list[str], trust: Trust) -> Iterator
         data = stored or b""
         check, image = _image(f"{path}/{name}", data, trust)
         if stored is None:
-            check = _fail(check.path, "image", "it is a link, or not a file at all")
+            check = _fail(check.path, "image", "it is too large, a link, or not a file at all")
         lineage = {} if image is None else image.lineage
         if image is not None and isinstance(count := lineage.get("count"), int):
             digests[name] = str(lineage.get("image_sha256")), sha256_bytes(data)

@@ -8,6 +8,7 @@ server, and nothing but weights is read from the registry.
 import asyncio
 import base64
 import json
+import os
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +30,9 @@ from starlette.types import Receive, Scope, Send
 from diffusion.checkpoints import load_model
 from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError, UserError
-from diffusion.generation.limits import Budget, StoppedError
+from diffusion.generation.limits import Budget, BusyError, StoppedError
 from flows.config import Params
+from flows.local_stack.http_protocol import BoundedProtocol
 from flows.local_stack.same_origin import refusal
 from flows.registry.model_versions import cached_weights, resolve
 from flows.registry.pyfunc_model import MAX_TABLE_IMAGES, ServedModel, to_mlflow_error
@@ -117,6 +119,7 @@ class ScoringApp:
         self.ending = Event()
         """Set when the server ends."""
         self._threads = ThreadPoolExecutor(self.limits.max_waiting_requests + 1)
+        self._unanswered_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, whose place in the queue is taken until the answer is sent."""
@@ -137,8 +140,9 @@ class ScoringApp:
                 case "GET", "/version":
                     return Response(VERSION, media_type=JSON)
                 case "POST", "/invocations":
+                    body = await self._read_body(request, place)
                     place.enter_context(self.served.queue.take_place())
-                    return Response(await self._invoke(request), media_type=JSON)
+                    return Response(await self._invoke(request, body), media_type=JSON)
             return Response("there are POST /invocations, and GET /ping, /health and /version\n", 404)
         except DarkroomError as error:
             answer = to_mlflow_error(error)
@@ -147,11 +151,10 @@ class ScoringApp:
                 status = error.status
             return Response(answer.serialize_as_json(), status, media_type=JSON)  # type: ignore[no-untyped-call]
 
-    async def _invoke(self, request: Request) -> bytes:
-        """Compute the answer to a request, which ends with its client; raises DarkroomError."""
+    async def _invoke(self, request: Request, body: bytearray) -> bytes:
+        """Compute the answer to a request, which ends with its client or the server; raises DarkroomError."""
         left = Event()
         budget = Budget(self.limits, lambda: left.is_set() or self.ending.is_set())
-        body = await self._read_body(request)
 
         async def watch_client() -> None:
             while (await request.receive())["type"] != "http.disconnect":
@@ -160,14 +163,27 @@ class ScoringApp:
 
         watch = asyncio.create_task(watch_client())
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, self._score, body, budget)
+            answer = asyncio.get_running_loop().run_in_executor(self._threads, self._score, body, budget)
+            while not (await asyncio.wait([answer], timeout=0.2))[0]:
+                if (
+                    self.ending.is_set()
+                ):  # in the middle of what does not ask the budget, such as the decoding of an image
+                    raise StoppedError("the server ends")
+            return answer.result()
         finally:
             watch.cancel()
 
-    async def _read_body(self, request: Request) -> bytearray:
+    async def _read_body(self, request: Request, place: ExitStack) -> bytearray:
+        """Read the body of a request, which counts as unanswered until ``place`` is left; raises UserError."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
             raise RefusedRequestError(f"only JSON is read here: send it with Content-Type: {JSON}", 415)
         body, limit = bytearray(), self.limits.max_request_bytes
+        most_unanswered = (self.limits.max_waiting_requests + 1) * limit
+
+        def forget() -> None:
+            self._unanswered_bytes -= len(body)
+
+        place.callback(forget)
         too_large = RefusedRequestError(
             f"the request has over {limit:,} bytes: send less, or set DARKROOM_MAX_REQUEST_BYTES to more", 413
         )
@@ -178,7 +194,10 @@ class ScoringApp:
                 async for chunk in request.stream():
                     if len(body) + len(chunk) > limit:
                         raise too_large
+                    if self._unanswered_bytes + len(chunk) > most_unanswered:
+                        raise BusyError("the requests that are sent at once are too large together: try again later")
                     body += chunk
+                    self._unanswered_bytes += len(chunk)
         except TimeoutError as error:
             raise RefusedRequestError(
                 f"the request did not arrive within {TRANSFER_SECONDS} s: send it again", 408
@@ -203,6 +222,7 @@ class ScoringServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                http=BoundedProtocol,
                 lifespan="off",
                 ws="none",
                 log_level="warning",
@@ -235,3 +255,5 @@ def serve(params: Params, model: str, host: str, port: int) -> None:
     print(f"{model} at http://{host}:{port}/invocations  (Ctrl+C ends it)", file=sys.stderr, flush=True)
     with suppress(KeyboardInterrupt):
         ScoringServer(ScoringApp(served, ip_address(listener.getsockname()[0]).is_loopback)).run(sockets=[listener])
+    # Not by returning: a thread that decodes would hold the process. SIGTERM has ended it before.
+    os._exit(0)

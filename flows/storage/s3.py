@@ -87,6 +87,10 @@ class MissingObjectError(UserError):
     """Missing object."""
 
 
+class LargeObjectError(UserError):
+    """Object of more bytes than its kind may have."""
+
+
 class AccessDeniedError(UserError):
     """Access denied by the server."""
 
@@ -310,7 +314,7 @@ class Store:
     def _body(self, bucket: str, key: str, most: int | None) -> "StreamingBody":
         answer = self.client.get_object(Bucket=bucket, Key=key)
         if most is not None and (size := answer["ContentLength"]) > most:
-            raise UserError(f"s3://{bucket}/{key} has {size} bytes, and none of its kind has over {most}: delete it")
+            raise LargeObjectError(f"s3://{bucket}/{key} has {size} bytes, and none of its kind over {most}: delete it")
         return answer["Body"]
 
     def download(self, bucket: str, key: str, path: Path) -> str:

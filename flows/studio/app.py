@@ -16,6 +16,7 @@ from diffusion.common.errors import UserError
 from diffusion.generation.config import MAX_FILE_BYTES
 from flows.config import Params
 from flows.environment import loopback_no_proxy, settings
+from flows.local_stack.http_protocol import BoundedProtocol
 from flows.local_stack.server_process import LOOPBACK
 from flows.studio import generation
 from flows.studio.generation import Source
@@ -108,6 +109,7 @@ def launch(
             css=CSS,
             _app=StudioApp(url),
         )
+        page.server.config.http_protocol_class = BoundedProtocol
     except OSError as error:
         raise UserError(f"port {port or '7860'} of {LOOPBACK} cannot be used: give another one to --port") from error
     return url or str(address)

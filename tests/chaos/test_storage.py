@@ -57,7 +57,7 @@ def test_requests_are_retried_when_s3_is_busy_slow_or_disconnects(site: Site, un
 def test_rejecting_s3_server_gives_a_one_line_error_and_command_resumes(
     site: Site, undisturbed: Undisturbed, fault: Fault
 ) -> None:
-    words = {Fault.BUSY: (1, "answered SlowDown"), Fault.DENIED: (2, "denies access")}
+    words = {Fault.BUSY: (1, "SlowDown"), Fault.DENIED: (2, "denies access")}
     code, expected = words[fault]
 
     def no_samples(_: int, line: str) -> Fault | None:

@@ -60,6 +60,28 @@ def test_weights_that_are_not_finite_are_refused_by_every_reader(
         read(path, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        (torch.float64, 1e300),
+        (torch.complex64, 1),
+        (torch.float8_e5m2, float("inf")),
+        (torch.float8_e4m3fn, float("nan")),
+    ],
+    ids=str,
+)
+def test_weights_of_other_types_are_judged_as_they_are_used(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
+    path = write_model(tmp_path / "model.safetensors", seed=0, images=1)
+    tensors = read_tensors(path, "")
+    name = max(name for name in tensors if name.startswith(AVERAGED))
+    tensors[name] = torch.full_like(tensors[name], value, dtype=torch.float32 if dtype.itemsize == 1 else dtype).to(
+        dtype
+    )
+    save_tensors(path, tensors, read_header(path))
+    with pytest.raises(UserError, match="not finite"):
+        load_model(path)
+
+
 def test_a_changed_header_is_damage_too(tmp_path: Path) -> None:
     path = write_model(tmp_path / "model.safetensors", seed=0, images=7)
     content = path.read_bytes()

@@ -172,3 +172,21 @@ def test_an_answer_that_has_no_room_is_one_line(tmp_path: Path) -> None:
         )
     [line] = process.stderr.splitlines()
     assert (process.returncode, "a disk is full: free some space" in line) == (1, True)
+
+
+def test_what_becomes_of_a_signal_in_prefects_engine_ends_by_the_signal(tmp_path: Path) -> None:
+    program = """
+import flows.cli
+from prefect.exceptions import TerminationSignal
+
+def strike(**_):
+    try:
+        raise TerminationSignal(15)
+    finally:
+        raise ValueError("Task run is not set")
+
+flows.cli.app = strike
+flows.cli.main()
+"""
+    process = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stderr) == (-15, "")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from diffusion.common.errors import UserError
 from flows.config import Params
@@ -82,10 +83,21 @@ def test_a_deployed_run_stays_outside_of_the_network_and_inside_its_folder(
         require_permitted(reaching)
     deployed.setenv("DARKROOM_PRIVATE_ADDRESSES", "true")
     require_permitted(reaching)
-    for output in ("../elsewhere", "/etc/cron.d", str(tmp_path.parent)):
+    for output in ("", ".", "runs/\0"):
+        with pytest.raises(ValidationError):
+            Params.model_validate({"training": {"output": output}})
+    for output in (
+        "../elsewhere",
+        "/etc/cron.d",
+        str(tmp_path.parent),
+        str(tmp_path),
+        "data/digits",
+        ".darkroom",
+        "runs",
+    ):
         with pytest.raises(UserError, match=r"training\.output"):
             require_permitted(Params.model_validate({"training": {"output": output}}))
-    for output in ("runs/other", str(tmp_path / "runs")):
+    for output in ("runs/other", str(tmp_path / "runs/digits")):
         require_permitted(Params.model_validate({"training": {"output": output}}))
 
 

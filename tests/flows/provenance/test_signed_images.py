@@ -296,6 +296,11 @@ def linked(path: Path) -> None:
     path.symlink_to(target)
 
 
+def write_hole(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(2**42)
+
+
 ADDED: dict[str, Callable[[Path], object]] = {
     "a text": lambda folder: (folder / "notes.txt").write_text("hello"),
     "a GIF": lambda folder: Image.new("L", (8, 8)).save(folder / "logo.gif"),
@@ -312,6 +317,7 @@ ADDED: dict[str, Callable[[Path], object]] = {
     "a link to an image": lambda folder: (folder / "link.png").symlink_to(folder / "00000001.png"),
     "a link to a folder": lambda folder: (folder / "link").symlink_to(folder.parent),
     "a link to nothing": lambda folder: (folder / "link").symlink_to("nothing"),
+    "an image as large as no memory": lambda folder: write_hole(folder / "large.png"),
     "a pipe": lambda folder: os.mkfifo(folder / "pipe"),
     "a pipe named as an image": lambda folder: os.mkfifo(folder / "pipe.png"),
 }

@@ -196,7 +196,12 @@ def begin(url: str, row: dict[str, Any]) -> socket.socket:
     """Send a request and leave it open."""
     body = json.dumps({"dataframe_records": [row]}).encode()
     connection = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
-    lines = ("POST /invocations HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {len(body)}")
+    lines = (
+        "POST /invocations HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    )
     connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
     return connection
 
