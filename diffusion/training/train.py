@@ -48,7 +48,7 @@ from diffusion.training.preflight import (
 )
 from diffusion.training.rank_costs import RankCosts, rank_costs
 from diffusion.training.setup import COUNTS, FINGERPRINT, FORMAT_VERSION, TrainingSetup, make_setup, open_dataset
-from diffusion.training.trainer import WINDOW, NotFiniteError, Trainer, thread_count
+from diffusion.training.trainer import FEWER_CHECKPOINTS, WINDOW, NotFiniteError, Trainer, thread_count
 
 Restart = Literal["never", "if_different"]
 """When to discard an existing run of another configuration or data set in the folder."""
@@ -392,6 +392,7 @@ def _begin_or_resume(
     path, header = (ranks.is_main and next(newest, None)) or (None, None)
     if header := ranks.broadcast(header):
         trainer.total = header["total"]
+        trainer.checkpoints = min(config.checkpoints, header.get(FEWER_CHECKPOINTS, config.checkpoints))
         state.load(read_everywhere(path, ranks), header[COUNTS])
         trainer.window = [torch.tensor(values, device=setup.device) for values in header.get(WINDOW, [])]
         trainer.loader.prefetch(state.images, trainer.total)
@@ -405,8 +406,11 @@ def _begin_or_resume(
     pace = None if config.images else measure_pace(setup, trainer.threads, sampling, output)
     preflight = make_preflight(trainer, pace)
     trainer.total = math.ceil(preflight.images / config.images_per_step) * config.images_per_step
+    trainer.checkpoints = preflight.checkpoints
     trainer.loader.prefetch(state.images, trainer.total)
     if ranks.is_main:
+        if preflight.fewer_checkpoints:
+            logger.warning("training.minutes = %g: %s", config.minutes, preflight.fewer_checkpoints)
         summary = dict(preflight.lines())
         logger.info("training on %s; %s, %s", *(summary[name] for name in ("images", "network", "length")))
         warn_of_memory(preflight, setup.device)
