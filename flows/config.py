@@ -28,7 +28,7 @@ from diffusion.process.samplers import (
     sampling_config,
     sampling_conflict,
 )
-from diffusion.training.config import DistillationConfig, TrainingConfig
+from diffusion.training.config import DistillationConfig, TrainingConfig, earlier_runs
 
 DURATIONS = ("training.images", "training.minutes")
 """Fields of which one replaces the other."""
@@ -211,11 +211,11 @@ class Params(Config):
 
     @property
     def run_folders(self) -> list[Path]:
-        """Default folders of the data set's trainings: of families, their students, and combinations of sweeps."""
+        """Default folders of the data set's trainings: of families, their students, sweeps, and those set aside."""
+        folders = [Path("runs", name) for name in self._names]
         sweeps = [Path("runs", SWEEPS, name) for name in dict.fromkeys([self.model_name, *self._names])]
-        return [Path("runs", name) for name in self._names] + [
-            path for folder in sweeps for path in sorted(folder.glob("*/"))
-        ]
+        folders += [path for folder in folders for path in earlier_runs(folder)]
+        return folders + [path for folder in sweeps for path in sorted(folder.glob("*/"))]
 
     @property
     def model_name(self) -> str:

@@ -104,8 +104,8 @@ class Preflight(Config):
         if self.checkpoint_seconds is None or self.checkpoints == self.requested_checkpoints:
             return None
         return (
-            f"{pluralize(self.checkpoints, 'checkpoint')} instead of {self.requested_checkpoints}, as the sample grid of "
-            f"each takes {self.checkpoint_seconds:.0f} s"
+            f"{pluralize(self.checkpoints, 'checkpoint')} instead of {self.requested_checkpoints}, as each takes "
+            f"{self.checkpoint_seconds:.2g} s for its sample grid"
         )
 
     @property

@@ -518,6 +518,7 @@ def retrain(
     if config.model.low_resolution is not None and (count, seed, to) != (64, 0, None):
         raise UserError("a model with model.low_resolution only upscales images: leave --count, --seed and --to out")
     from diffusion.generation.config import Conditions
+    from diffusion.training.config import earlier_runs
     from flows.cli import checks
 
     conditions = Conditions(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
@@ -544,6 +545,7 @@ def retrain(
         from flows.retrain import retrain
 
         result = retrain(config, count, seed, to, conditions, version).model_dump(mode="json")
+    result["set_aside"] = list(map(str, earlier_runs(config.run_folder)))
     return CommandOutput(result, _describe_retraining(result), None if result["verdict"]["promoted"] else typer.Exit(3))
 
 
@@ -589,6 +591,8 @@ def _describe_retraining(result: dict[str, Any]) -> Iterator[str]:
         yield "samples    none: there is no champion yet; the report shows images of this version"
     if result["advice"]:
         yield f"advice     {result['advice']}"
+    for folder in result["set_aside"]:
+        yield f"set aside  {folder}: finished and never promoted; training with its settings takes it back"
     yield f"report     {result['report']}"
     yield f"explained  {', '.join(result['explained']['files'])}"
     yield f"MLflow     {result['mlflow_page'] or result['run_id']}"

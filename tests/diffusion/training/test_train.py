@@ -31,7 +31,7 @@ from diffusion.generation.generate import sample
 from diffusion.models.config import ModelConfig
 from diffusion.process.schedules import make_schedule
 from diffusion.training.checkpointing import Checkpoints, CheckpointWriter
-from diffusion.training.config import TrainingConfig
+from diffusion.training.config import TrainingConfig, earlier_runs
 from diffusion.training.ema import models_to_evaluate
 from diffusion.training.logging import MetricsFile, TrainingMonitor, read_metrics
 from diffusion.training.preflight import count_flops
@@ -189,6 +189,25 @@ def test_discarded_run_restarts_with_the_same_result(dataset: Path, tmp_path: Pa
     again = run(dataset, tmp_path / "run").final
     assert again.stat().st_mtime_ns != modification_time
     assert again.read_bytes() == bits
+
+
+def test_finished_run_is_set_aside_and_taken_back(dataset: Path, tmp_path: Path) -> None:
+    short, output = CONFIG.model_copy(update={"images": 32, "checkpoints": 1}), tmp_path / "run"
+    other = short.model_copy(update={"seed": 1})
+    first = run(dataset, output, short).final.stat()
+    run(dataset, output, other, restart="set_aside")
+    [aside] = earlier_runs(output)
+    assert (aside / "final.safetensors").stat().st_ino == first.st_ino
+    assert run(dataset, output, short, restart="set_aside").final.stat() == first
+    [aside] = earlier_runs(output)
+    assert read_header(aside / "final.safetensors")["model_header"]["training"]["seed"] == 1
+
+
+def test_unfinished_run_is_not_set_aside(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        run(dataset, tmp_path / "run", track=lambda _: StopAt(16))
+    run(dataset, tmp_path / "run", CONFIG.model_copy(update={"images": 32}), restart="set_aside")
+    assert earlier_runs(tmp_path / "run") == []
 
 
 @pytest.mark.slow
