@@ -12,7 +12,8 @@ from typer import Argument, Option
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
 from flows.cli import command as options
-from flows.cli.command import CommandOutput, command, connect, display_progress, is_file, is_follower
+from flows.cli.arguments import check_model, check_requests, is_file
+from flows.cli.command import CommandOutput, command, connect, display_progress, is_follower
 from flows.cli.edit_commands import generate_images
 from flows.cli.model_commands import describe_champion_change
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 app = typer.Typer()
-To = Annotated[str | None, Option(metavar="S3_URI", help="s3://BUCKET, or a prefix in it; default: DARKROOM_BUCKET.")]
 Labels = Annotated[list[str], Option("--label", metavar="NAME", help="Class label; several are used in turn.")]
 Prompts = Annotated[list[str], Option("--prompt", help="Text prompt; several are used in turn.")]
 EVALUATED = "models:/NAME@ALIAS, models:/NAME/NUMBER or a .safetensors, instead of the run's checkpoints."
@@ -311,7 +311,7 @@ def _prepare_inputs(config: "Params", dry_run: bool = False) -> "Iterator[tuple[
 @pipeline
 def evaluate(
     config: "Params",
-    model: Annotated[str | None, Option(metavar="URI|FILE", callback=options.check_model_uri, help=EVALUATED)] = None,
+    model: Annotated[str | None, Option(metavar="URI|FILE", callback=check_model, help=EVALUATED)] = None,
     local: options.Local = False,
 ) -> CommandOutput:
     """Evaluate the checkpoints, or any model of the images' size, against the held-out images.
@@ -373,7 +373,7 @@ def promote(
     config: "Params",
     model: Annotated[
         str | None,
-        Option(metavar="URI", callback=options.check_model_uri, help="Registered version, instead of a run's best."),
+        Option(metavar="URI", callback=check_model, help="Registered version, instead of a run's best."),
     ] = None,
     version: Annotated[int | None, Option("--to", min=1, metavar="VERSION", help="Make this version champion.")] = None,
     reason: options.Reason = None,
@@ -432,10 +432,14 @@ def sample(
     count: Annotated[int | None, Option(min=1, help="Number; default: 64, or one per row of --requests.")] = None,
     requests: Annotated[
         str | None,
-        Option(metavar="TABLE", help="Labels, prompts or sizes in a .csv, .jsonl or .parquet, local or on s3://."),
+        Option(
+            metavar="TABLE",
+            help="Labels, prompts or sizes in a .csv, .jsonl or .parquet, local or on s3://.",
+            callback=check_requests,
+        ),
     ] = None,
     seed: options.Seed = 0,
-    to: To = None,
+    to: options.To = None,
     output: options.OutFolder = None,
     label: Labels = [],  # noqa: B006
     prompt: Prompts = [],  # noqa: B006
@@ -470,8 +474,6 @@ def sample(
         return generate_images(config, settings, "sample", fields, model, output)
     if output is not None:
         raise UserError("--out is where images of a model file go, and this is a registered model: use --to S3_URI")
-    if requests is not None and not requests.startswith("s3://") and not Path(requests).is_file():
-        raise UserError(f"--requests {requests} is no file: give a .csv, .jsonl or .parquet table, local or on s3://")
     from diffusion.common.shapes import parse_size
     from diffusion.generation.config import Conditions
     from flows.cli.checks import require_batch, require_version
@@ -501,7 +503,7 @@ def retrain(
     version: Annotated[str | None, Option(metavar="DIGEST", help="Data set version, instead of an ingest.")] = None,
     count: options.Count = 64,
     seed: options.Seed = 0,
-    to: To = None,
+    to: options.To = None,
     label: Labels = [],  # noqa: B006
     prompt: Prompts = [],  # noqa: B006
     negative_prompt: options.NegativePrompt = None,

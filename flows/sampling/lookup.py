@@ -24,7 +24,8 @@ from diffusion.data.manifest import Sha256
 from diffusion.data.shards import BLOCK
 from diffusion.generation.requests import ABOUT, RequestRecord
 from flows.sampling import sampling_batch
-from flows.sampling.request_table import LARGEST_GROUP, REQUESTS
+from flows.sampling.request_rows import MAX_GROUP_BYTES
+from flows.sampling.request_table import REQUESTS
 from flows.sampling.sampling_batch import BATCH, MANIFEST, SUCCESS, Row, SamplingBatch
 from flows.storage.s3 import Location, MissingObjectError, Store
 from flows.storage.tags import RunId, VersionNumber, parse_model_uri
@@ -375,7 +376,7 @@ def _has_metadata(store: Store, place: Location, row: Row) -> bool:
 def _row_group(file: pq.ParquetFile, number: int, rows: int) -> list[Row]:
     """Rows of a row group; repeated texts are held once, so that a hostile file cannot exhaust memory."""
     metadata = file.metadata.row_group(number)
-    if metadata.num_rows != rows or metadata.total_byte_size > LARGEST_GROUP:
+    if metadata.num_rows != rows or metadata.total_byte_size > MAX_GROUP_BYTES:
         raise UserError(f"row group {number} has {metadata.num_rows} rows and {metadata.total_byte_size} bytes")
     table = file.read_row_group(number)
     columns = [_values(column) for column in table.columns]
