@@ -18,7 +18,8 @@ from diffusion.common.config import Config
 from diffusion.common.device import resolve_device
 from diffusion.common.errors import ConflictError, DarkroomError
 from diffusion.common.escaping import pluralize
-from diffusion.common.image_grids import make_grid, save_png
+from diffusion.common.files import write_bytes
+from diffusion.common.image_grids import GRID, encode_png_with_metadata, make_captioned_grid
 from diffusion.common.threads import cores
 from diffusion.data.dataset import Dataset
 from diffusion.data.prefetch import yield_in_order
@@ -215,7 +216,10 @@ def finish(batch: SamplingBatch, place: Location, cost: GenerationCost) -> Sampl
     pngs = (io.BytesIO(read_image(store, place, batch, row["index"], row)) for row in rows)
     images = [np.atleast_3d(np.array(Image.open(png, formats=("PNG",)))) for png in pngs]
     sheet = Path("samples", batch.model, str(batch.version), f"{batch.name}.png")
-    save_png(sheet, make_grid([torch.from_numpy(image).permute(2, 0, 1) for image in images]))
+    texts = [", ".join(filter(None, (row["label"], row["prompt"]))) for row in rows]
+    grid = make_captioned_grid([torch.from_numpy(image).permute(2, 0, 1) for image in images], texts)
+    origin = {"model": f"models:/{batch.model}/{batch.version}", "run_id": batch.run_id, "seed": str(batch.seed)}
+    write_bytes(sheet, encode_png_with_metadata(grid, origin | {GRID: f"{place}/"}))
     result = SamplingBatchResult(
         uri=f"{place}/",
         model=f"models:/{batch.model}/{batch.version}",
