@@ -216,9 +216,9 @@ def remove(
 
     Example:  darkroom data remove 'alice/*' --dataset faces --reason 'consent withdrawn' --purge
     """
-    from diffusion.data.manifest import read_manifest, work_folder
-    from diffusion.data.versions.takedown import choose_images
-    from diffusion.data.versions.takedown_records import Selection, Selector, is_key, removals
+    from diffusion.data.manifest import read_manifest
+    from diffusion.data.versions.takedown import choose_images, require_removable
+    from diffusion.data.versions.takedown_records import Selection, Selector, is_key
 
     keys = list(filter(is_key, images or ()))
     sources = [*(pattern for pattern in images or () if not is_key(pattern)), *source]
@@ -251,9 +251,8 @@ def remove(
         if not sys.stdin.isatty():
             raise UserError(f"to {action}, give --yes (or --dry-run to list the images)")
         typer.confirm(f"Really {action}?", abort=True, err=True)
-    if (config.dataset_folder / "manifest.json").is_file() and not any(removals(work_folder(config.dataset_folder))):
-        # An earlier takedown may have removed them already, which its repetition reports.
-        choose_images(config.dataset_folder, selection)
+    if (config.dataset_folder / "manifest.json").is_file():
+        require_removable(config.dataset_folder, selection, reason)
     with connect("prefect", "mlflow", "s3"):
         if not (config.dataset_folder / "manifest.json").is_file():
             from flows.datasets.catalog import Catalog
