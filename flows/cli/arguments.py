@@ -4,9 +4,11 @@ They are callbacks of typer, and every command with such an option has its check
 the registry is in ``checks``.
 """
 
+import difflib
 import functools
+import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -116,6 +118,10 @@ def check_image(path: Path) -> None:
 def check_generated(address: str) -> str:
     """Check that a local image is there and was generated."""
     if address.startswith("s3://"):
+        from flows.storage.s3 import Location
+
+        if not Location.parse(address).prefix:
+            raise UserError(f"{address} is a whole bucket: give the address of a batch in it, or of one of its images")
         return address
     if not Path(address).is_file():
         raise UserError(f"{address} is no file: give an image of a batch, or its address, s3://BUCKET/…/00000007.png")
@@ -135,7 +141,7 @@ def check_generated(address: str) -> str:
 @when_given
 def check_output(path: Path) -> None:
     """Check that a folder to write to exists and can be written to, or can be made."""
-    require_writable(path, f"--out {path}")
+    require_writable(path, str(path))
 
 
 @when_given
@@ -144,6 +150,15 @@ def check_new_folder(path: Path) -> None:
     if path.exists():
         raise UserError(f"--out {path} exists already: give a new folder, or remove it first")
     check_output(path)
+
+
+@when_given
+def check_cron(schedule: str) -> None:
+    """Check the form of a cron schedule."""
+    if not re.fullmatch(r"(@[a-z]+|([0-9A-Za-z*/,#?-]+\s+){4,5}[0-9A-Za-z*/,#?-]+)", schedule.strip()):
+        raise UserError(
+            f"{schedule!r} is not a cron schedule: write minute, hour, day, month and weekday, as '0 2 * * *'"
+        )
 
 
 @when_given
@@ -191,3 +206,15 @@ def require_params_file(file: Path, arguments: Mapping[str, Any], settings: list
             "no params.yaml in this folder, so nothing says what to work on: run `darkroom init FOLDER` with a folder "
             "of images, go to the folder that has one, or name a data set by --dataset"
         )
+
+
+def require_known_key(key: str, option: str, keys: Collection[str]) -> None:
+    """Raise UserError, with the nearest of the dotted ``keys``, if ``key`` is neither one of them nor a section."""
+    if any(f"{known}.".startswith(f"{key}.") for known in keys):
+        return
+    field = key.rpartition(".")[2]
+    same_field = [known for known in keys if known.rpartition(".")[2] == field]
+    nearest = same_field or difflib.get_close_matches(key, keys, 1)
+    sections = ", ".join(dict.fromkeys(known.partition(".")[0] for known in keys))
+    hint = f"did you mean {' or '.join(nearest[:3])}?" if nearest else f"the sections are {sections}"
+    raise UserError(f"{option} {key}: there is no such key in params.yaml: {hint}")

@@ -13,7 +13,7 @@ from typer import Argument, Option
 
 from diffusion.common.errors import ConflictError, DarkroomError, UserError
 from diffusion.common.escaping import pluralize
-from flows.cli.arguments import check_generated, check_output, is_file, require_free_port
+from flows.cli.arguments import check_cron, check_generated, check_output, is_file, require_free_port
 from flows.cli.command import VERBOSITY, CommandOutput, Model, command, connect
 
 if TYPE_CHECKING:
@@ -208,8 +208,8 @@ def _fields(fields: "BaseModel | Mapping[str, object]") -> str:
 @command(app, panel="Operations", servers=("prefect",))
 def deploy(
     config: "Params",
-    cron: Annotated[str, Option(help="Retraining schedule, in UTC.")] = "0 2 * * *",
-    monitor_cron: Annotated[str, Option(help="Monitoring schedule, in UTC.")] = "0 5 * * *",
+    cron: Annotated[str, Option(help="Retraining schedule, in UTC.", callback=check_cron)] = "0 2 * * *",
+    monitor_cron: Annotated[str, Option(help="Monitoring schedule, in UTC.", callback=check_cron)] = "0 5 * * *",
     pool: Annotated[str, Option(metavar="NAME", help="Work pool for sampling and monitoring.")] = "darkroom",
     training_pool: Annotated[str | None, Option(metavar="NAME", help="That for training; default: --pool.")] = None,
     workspace: Annotated[Path, Option(metavar="FOLDER", help="Workers' folder of data, runs, reports.")] = Path(),

@@ -12,7 +12,7 @@ from typer import Argument, Option
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
 from flows.cli import command as options
-from flows.cli.arguments import check_model, check_requests, is_file
+from flows.cli.arguments import check_model, check_requests, is_file, require_known_key, require_writable
 from flows.cli.command import CommandOutput, command, connect, display_progress, is_follower
 from flows.cli.edit_commands import generate_images
 from flows.cli.model_commands import describe_champion_change
@@ -240,6 +240,7 @@ def train(
     from diffusion.data.manifest import read_manifest
 
     read_manifest(config.dataset_folder)
+    require_writable(config.run_folder, "training.output")
     with connect("prefect", "mlflow", "s3"):
         require_training_inputs(config)
         _warn_of_few_images(config)
@@ -529,6 +530,7 @@ def retrain(
         checks.require_conditions_in_source(config, conditions)
     if dry_run:
         return _preview_retraining(config, version)
+    require_writable(config.run_folder, "training.output")
     with connect("prefect", "mlflow", "s3"):
         if config.model.family != "diffusers":  # which has a tokenizer of its own
             checks.require_prompts(conditions)
@@ -593,7 +595,7 @@ def _describe_retraining(result: dict[str, Any]) -> Iterator[str]:
         yield "samples    none: there is no champion yet; the report shows images of this version"
     if result["advice"]:
         yield f"advice     {result['advice']}"
-    for folder in result["set_aside"]:
+    for folder in result["set_aside"] or ():
         yield f"set aside  {folder}: finished and never promoted; training with its settings takes it back"
     yield f"report     {result['report']}"
     yield f"explained  {', '.join(result['explained']['files'])}"
@@ -619,8 +621,8 @@ def distill(
 ) -> CommandOutput:
     """Train a student of the champion that generates in two evaluations or so, and promote it if it is as good.
 
-    The same command resumes an interrupted distillation. With servers a student of other settings replaces the one in
-    the run folder, which is in the registry.
+    The same command resumes an interrupted distillation. With servers a student of other settings in the run folder
+    makes way: it is in the registry, or else it is moved to runs/earlier.
 
     Example:  darkroom distill --dataset faces --set distillation.steps=2
 
@@ -683,9 +685,12 @@ def sweep(
 
     Example:  darkroom sweep --dataset faces --over training.learning_rate=1e-3,4e-3 --over model.width=48,64
     """
-    from flows.config import combinations, format_settings, parse_over
+    from flows.config import SECTIONS, combinations, flatten_sections, format_settings, parse_over
 
     values = parse_over(over)
+    for key in values:
+        if key.partition(".")[0] not in SECTIONS:  # whose families have fields of their own, checked with the values
+            require_known_key(key, "--over", flatten_sections(config.model_dump(mode="json")))
     points = combinations(config, values)
     from flows.cli.checks import require_evaluable
 

@@ -186,6 +186,8 @@ def restore(
 def _show(status: "StackStatus") -> CommandOutput:
     lines = [f"{service.title:<16} {service.state:<8} {service.url}" for service in status.services]
     lines += [f"{server:<16} elsewhere, by {variable}" for server, variable in status.elsewhere.items()]
+    if all(service.state == "stopped" for service in status.services):
+        lines.append(f"no local server runs in {status.folder}: `darkroom up` starts MLflow, Prefect and S3")
     if status.services:
         lines += [f"logs and data     {status.folder}", f"passwords         {status.credentials}"]
     return CommandOutput(status, lines)

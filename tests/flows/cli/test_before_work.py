@@ -61,6 +61,13 @@ MISTAKES = (
     ),
     "ui --model notes.safetensors",
     "server restore nosuch",
+    "deploy --cron nightly",
+    "deploy --monitor-cron 25",
+    *(f"{verb} {place}" for verb in ("trace", "reproduce") for place in ("s3://bucket", "s3://B/x", "one.png")),
+    "ingest wds:nosuch.tar",
+    "ingest parquet:nosuch.parquet",
+    "retrain wds:nosuch.tar",
+    "sweep --over bogus=1",
     *(f"{verb} --size 64by64" for verb in ("sample", "edit img2img one.png", "edit interpolate 3")),
 )
 CONNECTED = (
@@ -115,7 +122,14 @@ def requests(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str
             paths.append(self.path)
             self.send_error(500)
 
-        do_POST = do_PUT = do_HEAD = do_GET
+        def do_POST(self) -> None:
+            self.do_GET()
+
+        def do_PUT(self) -> None:
+            self.do_GET()
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
 
     with serving(Recording) as url:
         for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "AWS_ENDPOINT_URL_S3"):
