@@ -92,10 +92,12 @@ def load_font(size: int) -> "ImageFont.FreeTypeFont | ImageFont.ImageFont":
 
 def _wrap(text: str, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont", width: int, max_lines: int) -> list[str]:
     """Break ``text`` into at most ``max_lines`` lines of ``width`` pixels; an ellipsis ends one that was cut."""
-    printable = "".join(character if character.isprintable() else " " for character in text)
+    # More characters fit into no line, and measuring is slow.
+    longest = width // 2
+    printable = "".join(character if character.isprintable() else " " for character in text[: longest * max_lines])
     lines, rest = list[str](), " ".join(printable.split()) or "none"
     while rest:
-        end = len(rest)
+        end = min(len(rest), longest)
         while end > 1 and font.getlength(rest[:end]) > width:
             end -= 1
         if end < len(rest) and (space := rest.rfind(" ", 1, end + 1)) > 0:
