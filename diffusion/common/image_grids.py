@@ -24,6 +24,12 @@ GRID = "grid"
 """Name of the entry in the metadata of a grid of generated images: the address of its batch, or its task."""
 MAX_TEXTS = 20
 """Maximum number of texts that have rows of their own in a grid."""
+MAX_CHARACTERS = 4000
+"""Maximum number of characters of a text that are looked at."""
+MAX_MEASURED = 120
+"""Number of characters of which no line has more; to measure them takes time."""
+NO_TEXT = "none"
+"""What stands before images without prompt and class, among others."""
 XMP = (
     '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
     '<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" '
@@ -64,12 +70,12 @@ def make_captioned_grid(images: Images, texts: Sequence[str]) -> Image.Image:
         return make_grid(images)
     columns = min(max(map(len, groups.values())), max(8, math.ceil(math.sqrt(len(images)))))
     scale = max(1, round(64 / max(max(height_and_width(image)) for image in images)))
-    rows = [(text, make_grid(group, columns, scale=scale)) for text, group in groups.items()]
-    size = max(12, min(20, rows[0][1].height // 5))
-    pad, width = size // 2, 12 * size
-    heights = [row.height for _, row in rows]
+    rows = [(_clean(text), make_grid(group, columns, scale=scale)) for text, group in groups.items()]
+    size = max(12, min(20, scale * max(image.shape[-2] for image in images) // 5))
+    pad, font, heights = size // 2, load_font(size), [row.height for _, row in rows]
+    width = 2 * pad + min(12 * size, max(math.ceil(font.getlength(text[:MAX_MEASURED])) for text, _ in rows))
     sheet = Image.new(rows[0][1].mode, (width + max(row.width for _, row in rows), sum(heights)), "white")
-    draw, font, top = ImageDraw.Draw(sheet), load_font(size), 0
+    draw, top = ImageDraw.Draw(sheet), 0
     for (text, row), height in zip(rows, heights, strict=True):
         sheet.paste(row, (width, top))
         line_height = round(1.25 * size)
@@ -90,14 +96,17 @@ def load_font(size: int) -> "ImageFont.FreeTypeFont | ImageFont.ImageFont":
     return ImageFont.load_default(size)
 
 
+def _clean(text: str) -> str:
+    """Return ``text`` in one line of printable characters, and ``NO_TEXT`` for none."""
+    printable = "".join(character if character.isprintable() else " " for character in text[:MAX_CHARACTERS])
+    return " ".join(printable.split()) or NO_TEXT
+
+
 def _wrap(text: str, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont", width: int, max_lines: int) -> list[str]:
     """Break ``text`` into at most ``max_lines`` lines of ``width`` pixels; an ellipsis ends one that was cut."""
-    # More characters fit into no line, and measuring is slow.
-    longest = width // 2
-    printable = "".join(character if character.isprintable() else " " for character in text[: longest * max_lines])
-    lines, rest = list[str](), " ".join(printable.split()) or "none"
+    lines, rest = list[str](), text[: MAX_MEASURED * max_lines]
     while rest:
-        end = min(len(rest), longest)
+        end = min(len(rest), MAX_MEASURED)
         while end > 1 and font.getlength(rest[:end]) > width:
             end -= 1
         if end < len(rest) and (space := rest.rfind(" ", 1, end + 1)) > 0:
