@@ -39,7 +39,6 @@ from flows.registry import model_versions
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import TAKEDOWN
 from flows.sampling import generate_batch, sampling_batch
-from flows.sampling.generate_batch import GenerationCost
 from flows.sampling.lookup import LocatedImage
 from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Object, Store
@@ -203,14 +202,12 @@ def test_copied_sample_traces_to_its_batch_among_equal_seeds(stored_batch: Store
 
 
 def test_grid_of_a_batch_traces_to_it(stored_batch: StoredBatch, tmp_path: Path) -> None:
-    result = sample.finish.fn(stored_batch.batch, stored_batch.place, GenerationCost())
-    assert result is not None
+    sheet = sample.write_contact_sheet(stored_batch.store, stored_batch.batch, stored_batch.place)
     copy = tmp_path / "sent by mail.png"
-    copy.write_bytes(result.contact_sheet.read_bytes())
+    copy.write_bytes(sheet.read_bytes())
     assert trace(str(copy)) == trace(f"{stored_batch.place}/")
-    # A row for each of even, odd and neither.
     with Image.open(copy) as grid:
-        assert grid.height == 3 * (8 * 8 + 2 * 2)
+        assert grid.height == 3 * (8 * 8 + 2 * 2), "a row for each of even, odd and neither"
     write_grid(copy, f"{stored_batch.place}-elsewhere/")
     with pytest.raises(UserError, match="no batch"):
         trace(str(copy))
