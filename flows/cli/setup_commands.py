@@ -7,9 +7,7 @@ import sys
 import webbrowser
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from functools import reduce
 from itertools import islice
-from operator import getitem
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -56,7 +54,6 @@ def init(
 
     Example:  darkroom init ~/faces
     """
-    from diffusion.common.config import plain_name
     from diffusion.common.files import write_bytes
     from diffusion.data.sources import survey as surveys
     from diffusion.data.sources.conventions import holds_images
@@ -65,12 +62,7 @@ def init(
     path, folder = Path("params.yaml"), Path(source)
     if (exists := path.exists()) and not write_metadata:
         raise UserError(f"{path} exists already: edit it, or run `darkroom init` in another folder")
-    place = re.split("[@?]", source)[0] if source.startswith("hf:") else str(folder.resolve())
-    name = dataset or re.sub(r"[^a-z0-9]+", "-", Path(place).name.partition(".")[0].lower()).strip("-")
-    try:
-        plain_name(name := name or "images")
-    except ValueError as error:
-        raise UserError(f"--dataset {name} {error}") from error
+    name = _choose_name(source, dataset)
     if folder.is_dir() and not holds_images(folder):
         source = find_idx(folder) or source
     table = surveys.find_captions(folder) if folder.is_dir() else None
@@ -80,17 +72,16 @@ def init(
         guess = surveys.describe_table(table).partition(", but")[0]
         question = f"{guess}. Write {folder}/metadata.csv, to learn them?"
         write_metadata = typer.confirm(question, default=True, err=True)
-    survey, is_edited = None, False
-    if exists:
-        survey, text = _survey(source), path.read_text()
-        name = _own_name(text, name)
-        is_edited = text != _template(survey, name, _size(survey))
+    text = path.read_text() if exists else None
+    if text is not None:
+        survey, name = _survey(source), _own_name(text, name)
+        if text == _template(survey, name, _size(survey)):
+            text = None  # as init wrote it
     if write_metadata and table is not None:
         surveys.write_metadata(table)
-        survey = None
-    survey = survey or _survey(source)
+    survey = _survey(source)
     lines, size = survey.lines(), _size(survey)
-    if is_edited:
+    if text is not None:
         lines.append(f"kept       {path}, which was edited: {_how_to_learn_captions(text)} to learn the captions")
         return CommandOutput({"params": str(path), "survey": survey.model_dump(mode="json")}, lines)
     write_bytes(path, _template(survey, name, size).encode())
@@ -100,6 +91,18 @@ def init(
     lines += [f"wrote      {path}: {size}×{size} pixels, data set {name}", f"next       {next_command}"]
     value = {"params": str(path), "dataset": name, "size": size, "next": next_command}
     return CommandOutput(value | {"survey": survey.model_dump(mode="json")}, lines)
+
+
+def _choose_name(source: str, dataset: str | None) -> str:
+    """Name of the data set: ``dataset``, or else one from the name of the source."""
+    from diffusion.common.config import plain_name
+
+    place = re.split("[@?]", source)[0] if source.startswith("hf:") else str(Path(source).resolve())
+    name = dataset or re.sub(r"[^a-z0-9]+", "-", Path(place).name.partition(".")[0].lower()).strip("-")
+    try:
+        return plain_name(name or "images")
+    except ValueError as error:
+        raise UserError(f"--dataset {name} {error}") from error
 
 
 def _survey(source: str) -> "Survey":
@@ -191,13 +194,14 @@ def show_config(
 
     options = {} if dataset is None else {"training.dataset": ("--dataset", dataset)}
     params, origins = load_with_origins(params_file, settings, options)
-    tree = params.model_dump(mode="json")
+    tree: Any = params.model_dump(mode="json")
     values = flatten_sections(tree)
     if key is not None:
         require_known_key(key, "config show", values)
         values = {name: value for name, value in values.items() if f"{name}.".startswith(f"{key}.")}
         origins = {name: origins[name] for name in values}
-        tree = reduce(getitem, key.split("."), tree)
+        for name in key.split("."):
+            tree = tree[name]
     texts = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
     widths = max(map(len, texts)), min(max(map(len, texts.values())), 32)
     lines = [f"{key:<{widths[0]}}  {text:<{widths[1]}}  {origins[key]}" for key, text in texts.items()]
