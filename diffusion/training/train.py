@@ -300,7 +300,7 @@ def check(
     model: FamilyConfig,
     config: TrainingConfig,
     sampling: SamplingConfig,
-    restart: Literal["never", "if_different", "always"],
+    restart: Restart | Literal["always"],
     advice: str = DISCARD_OR_MOVE,
 ) -> None:
     """Raise UserError as ``train`` would before its first step; writes nothing, and embeds no captions.

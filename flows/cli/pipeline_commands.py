@@ -263,7 +263,7 @@ def _warn_of_few_images(config: "Params") -> None:
         logger.warning("%s: the model can be trained, but not evaluated; ingest more, or change ingest.held_out", words)
 
 
-def _check_training(config: "Params", restart: "Literal['never', 'if_different', 'always']", *advice: str) -> None:
+def _check_training(config: "Params", restart: "Restart | Literal['always']", *advice: str) -> None:
     """Raise UserError as a training would before its first step, if its inputs are on this machine."""
     from flows.config import registered_autoencoder, registered_initial_weights
 
