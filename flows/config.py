@@ -28,7 +28,7 @@ from diffusion.process.samplers import (
     sampling_config,
     sampling_conflict,
 )
-from diffusion.training.config import DistillationConfig, TrainingConfig
+from diffusion.training.config import DistillationConfig, TrainingConfig, earlier_runs
 
 DURATIONS = ("training.images", "training.minutes")
 """Fields of which one replaces the other."""
@@ -211,11 +211,11 @@ class Params(Config):
 
     @property
     def run_folders(self) -> list[Path]:
-        """Default folders of the data set's trainings: of families, their students, and combinations of sweeps."""
+        """Default folders of the data set's trainings: of families, their students, sweeps, and those set aside."""
+        folders = [Path("runs", name) for name in self._names]
         sweeps = [Path("runs", SWEEPS, name) for name in dict.fromkeys([self.model_name, *self._names])]
-        return [Path("runs", name) for name in self._names] + [
-            path for folder in sweeps for path in sorted(folder.glob("*/"))
-        ]
+        folders += [path for folder in folders for path in earlier_runs(folder)]
+        return folders + [path for folder in sweeps for path in sorted(folder.glob("*/"))]
 
     @property
     def model_name(self) -> str:
@@ -410,11 +410,18 @@ def describe_invalid_config(error: ValidationError) -> str:
             names = " and ".join(families)
             return f"{dotted_key} is a field of model.family = {names}, and this is {family}: leave it out"
         close = difflib.get_close_matches(location[-1], fields, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(fields))}"
+        if not family and len(location) == 1:
+            sections = {
+                name: getattr(field.annotation, "model_fields", ()) for name, field in Params.model_fields.items()
+            }
+            close = [f"{name}.{dotted_key}" for name, names in sections.items() if dotted_key in names] or close
+        hint = f"did you mean {' or '.join(close)}?" if close else f"known here: {', '.join(sorted(fields))}"
         return f"unknown key {dotted_key}: {hint}"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] in ("tuple_type", "list_type"):
         message = "give a list, as [a, b]"
+    if detail["type"].startswith("model_"):
+        message = f"this is a section: write its fields on lines of their own, indented below `{location[-1]}:`"
     value_text = "" if detail["type"] == "value_error" else f" (got {repr(detail['input'])[:MAX_QUOTED]})"
     return f"{dotted_key}: {message}{value_text}" if dotted_key else message + value_text
 

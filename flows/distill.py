@@ -22,7 +22,7 @@ def distill(params: Params) -> PromotionResult:
     training = student_training(params.training, params.distillation, params.sampling, *find_teacher(params))
     params = params.model_copy(update={"training": training})
     require_promotable(params)
-    train(params, restart="if_different")
+    train(params, restart="set_aside")
     evaluate(params)
     return promote(params)
 

@@ -208,7 +208,7 @@ def retrain(
 
         expected = request.estimate_phase_seconds()
         with phase("train", seconds, expected):
-            training = train(params, restart="if_different", drift=drift)
+            training = train(params, restart="set_aside", drift=drift)
         with phase("evaluate", seconds, expected):
             evaluation = evaluate(params)
         with phase("promote", seconds, expected):

@@ -18,7 +18,8 @@ from diffusion.common.config import Config
 from diffusion.common.device import resolve_device
 from diffusion.common.errors import ConflictError, DarkroomError
 from diffusion.common.escaping import pluralize
-from diffusion.common.image_grids import make_grid, save_png
+from diffusion.common.files import write_bytes
+from diffusion.common.image_grids import GRID, encode_png_with_metadata, make_captioned_grid
 from diffusion.common.threads import cores
 from diffusion.data.dataset import Dataset
 from diffusion.data.prefetch import yield_in_order
@@ -209,26 +210,34 @@ def finish(batch: SamplingBatch, place: Location, cost: GenerationCost) -> Sampl
     store = Store()
     if not generate_batch.finish(store, batch, place):
         return None
-    sheet_count = min(64, batch.count)
-    chunks = range(-(-sheet_count // batch.chunk_size))
-    rows = [row for chunk in chunks for row in read_rows(store, place, batch, chunk)][:sheet_count]
-    pngs = (io.BytesIO(read_image(store, place, batch, row["index"], row)) for row in rows)
-    images = [np.atleast_3d(np.array(Image.open(png, formats=("PNG",)))) for png in pngs]
-    sheet = Path("samples", batch.model, str(batch.version), f"{batch.name}.png")
-    save_png(sheet, make_grid([torch.from_numpy(image).permute(2, 0, 1) for image in images]))
     result = SamplingBatchResult(
         uri=f"{place}/",
         model=f"models:/{batch.model}/{batch.version}",
         count=batch.count,
         seed=batch.seed,
         manifest=f"{place}/{MANIFEST}",
-        contact_sheet=sheet,
+        contact_sheet=write_contact_sheet(store, batch, place),
         took=cost,
     )
     images_text = f"{pluralize(batch.count, 'image')} of {result.model} in `{result.uri}`"
     text = f"{images_text}, manifest `{result.manifest}`\n\n{cost.words}"
     create_markdown_artifact(text, key=artifact_key("samples", batch.model), description=f"images of {result.model}")
     return result
+
+
+def write_contact_sheet(store: Store, batch: SamplingBatch, place: Location) -> Path:
+    """Write a grid of the first images of a batch, which can be traced to it; returns its path."""
+    count = min(64, batch.count)
+    chunks = range(-(-count // batch.chunk_size))
+    rows = [row for chunk in chunks for row in read_rows(store, place, batch, chunk)][:count]
+    pngs = (io.BytesIO(read_image(store, place, batch, row["index"], row)) for row in rows)
+    images = [np.atleast_3d(np.array(Image.open(png, formats=("PNG",)))) for png in pngs]
+    texts = [", ".join(filter(None, (row["label"], row["prompt"]))) for row in rows]
+    grid = make_captioned_grid([torch.from_numpy(image).permute(2, 0, 1) for image in images], texts)
+    origin = {"model": f"models:/{batch.model}/{batch.version}", "run_id": batch.run_id, "seed": str(batch.seed)}
+    path = Path("samples", batch.model, str(batch.version), f"{batch.name}.png")
+    write_bytes(path, encode_png_with_metadata(grid, origin | {GRID: f"{place}/"}))
+    return path
 
 
 @retryable_task

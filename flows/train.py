@@ -10,6 +10,7 @@ from prefect.logging import get_run_logger
 from diffusion.common.config import Config
 from diffusion.common.device import resolve_device
 from diffusion.common.errors import UserError
+from diffusion.common.model_files import read_header
 from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.training.logging import METRICS_BUFFER, RESTARTED, read_metrics
 from diffusion.training.preflight import PREFLIGHT
@@ -76,6 +77,8 @@ def train_and_track(params: Params, restart: Restart, drift: str | None = None) 
         trackers.append(BufferedTracker(_open(ready, manifest, is_discarded, drift), folder, is_new or is_discarded))
         return trackers[0]
 
+    if restart == "set_aside" and _is_registered(params):
+        restart = "if_different"
     data, run, show = params.dataset_folder, params.run_folder, reporter()
     store = RemoteShards(data, data_source()) if params.training.stream_bytes is not None else None
     try:
@@ -99,6 +102,15 @@ def train_and_track(params: Params, restart: Restart, drift: str | None = None) 
             tracker.log_file(record, "history")
         _finish(ready, tracker)
     return TrainingRun(run_id=tracker.run_id, result=result)
+
+
+def _is_registered(params: Params) -> bool:
+    """Whether the registry has a version of the finished training in the run folder, which may go then."""
+    if not (final := params.run_folder / "final.safetensors").is_file():
+        return False
+    client, key = MlflowClient(), str(read_header(final).get("train_key"))
+    run = find_run(client, params.model_name, TRAIN_KEY, key)
+    return run is not None and bool(client.search_model_versions(f"run_id='{run.info.run_id}'"))
 
 
 def _finish(ready: ResolvedParams, tracker: RunTracker) -> None:

@@ -15,6 +15,21 @@ MAX_NODES = 2**14
 """Maximum number of values in a YAML document, with those behind an alias counted at each use."""
 MAX_DIGITS = 100
 """Maximum length of a number in YAML."""
+TOKENS = {
+    "mapping values are not allowed here": "expected no colon here; indent keys like their neighbours, and quote "
+    "a text with a colon",
+    "found character '\\t' that cannot start any token": "expected spaces before a key, found a tab",
+    "that cannot start any token": "that cannot begin a value: quote it",
+    "could not find expected ':'": "expected a colon after the key",
+    "<block end>": "the next key with the same indentation",
+    "'<block mapping start>'": "a key with another indentation",
+    "the node content": "a value",
+    "'<stream end>'": "the end",
+    "'<scalar>'": "a text",
+    ", but found": ", found",
+    ", but got": ", found",
+}
+"""What PyYAML calls the things that it expects and finds, in plain words."""
 
 
 class _BoundedLoader(yaml.SafeLoader):
@@ -69,14 +84,33 @@ def parse_yaml(text: str) -> Any:
         if len(text) > MAX_YAML_BYTES:
             raise ValueError(f"it has over {MAX_YAML_BYTES} bytes")
         return _BoundedLoader(text).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(_describe_marked(error)) from error
+    except yaml.reader.ReaderError as error:
+        raise ValueError(f"it holds the character U+{error.character:04X} at position {error.position}") from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise ValueError(" ".join(str(error).split())) from error
+
+
+def _describe_marked(error: yaml.MarkedYAMLError) -> str:
+    """Describe an error of PyYAML: where, as people count lines and columns, what was expected, and what was found."""
+    text, mark, start = error.problem or "", error.problem_mark or error.context_mark, error.context_mark
+    for token, words in TOKENS.items():
+        text = text.replace(token, words)
+    if start is not None and mark is not None and start.line != mark.line:
+        text += f", in what begins in line {start.line + 1}"
+    return text if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: {text}"
 
 
 def read_yaml(path: Path) -> Any:
     """Parse the YAML file at ``path``; raises OSError if it cannot be read, and ValueError as ``parse_yaml`` does."""
     with path.open("rb") as file:
-        return parse_yaml(file.read(MAX_YAML_BYTES + 1).decode("utf-8-sig"))
+        data = file.read(MAX_YAML_BYTES + 1)
+    try:
+        return parse_yaml(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line}: expected text in UTF-8") from error
 
 
 def parse_json(data: str | bytes) -> Any:

@@ -18,6 +18,7 @@ from diffusion.common.escaping import pluralize
 from diffusion.common.files import write_bytes, write_json
 from diffusion.common.image_grids import (
     interleave_images,
+    make_captioned_grid,
     make_grid,
     make_paired_grid,
     png_bytes,
@@ -247,7 +248,7 @@ def write_report(
         same_version=same_version,
         findings=findings(evaluation),
         lines=score_lines(evaluation),
-        generated=png_bytes(make_grid(best)),
+        generated=png_bytes(make_captioned_grid(best, sheets.captions) if sheets.captions else make_grid(best)),
         samples=caption_images(best, sheets.captions),
         real=png_bytes(make_grid(sheets.real)),
         reconstructed=None

@@ -266,6 +266,14 @@ def label_names(
     return [None] * len(indices) if labels is None else [names[number] for number in labels.tolist()]
 
 
+def describe_conditions(model: Model, indices: Sequence[int], seed: int, conditions: Conditions) -> list[str]:
+    """Describe each image by its class and its prompt, as grids show it; "" without either."""
+    labels = label_names(model, indices, seed, conditions)
+    return [
+        ", ".join(filter(None, (label, conditions.prompt(index)))) for index, label in zip(indices, labels, strict=True)
+    ]
+
+
 def make_conditioning(
     model: Model,
     indices: Sequence[int],

@@ -16,7 +16,13 @@ from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.files import PARTIAL, digest_of, sha256_bytes, sha256_file, write_bytes, write_json
 from diffusion.common.fingerprint import Fingerprint, fingerprint
-from diffusion.common.image_grids import encode_png_with_metadata, make_grid, repeat_pixels, save_png, to_pil_image
+from diffusion.common.image_grids import (
+    GRID,
+    encode_png_with_metadata,
+    make_captioned_grid,
+    repeat_pixels,
+    to_pil_image,
+)
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.shapes import Shape, height_and_width, shape_name
 from diffusion.data.ingest.config import IngestConfig
@@ -38,6 +44,7 @@ from diffusion.generation.generate import (
     check_interpolation,
     check_prompts,
     check_sampling,
+    describe_conditions,
     interpolate,
     sample,
 )
@@ -308,7 +315,7 @@ def generate_to_folder(
         sha256 = write_bytes(path, encode(image, index, request, origin))
         pixels_sha256 = sha256_bytes(to_pil_image(image).tobytes())
         rows.append({"file": path.name, "index": index, "sha256": sha256, "pixels_sha256": pixels_sha256})
-    save_png(output / "grid.png", make_grid([*render_input(model, request), *images[:SHOWN]]))
+    write_bytes(output / "grid.png", _encode_grid(model, images[:SHOWN], request, origin))
     record = record.model_copy(update={"images": tuple(rows)})
     write_json(output / ABOUT, record.model_dump(mode="json", exclude_none=True))
     fields = {name: getattr(request, name) for name in ("task", "count", "seed")}
@@ -317,8 +324,21 @@ def generate_to_folder(
 
 def encode(image: Tensor, index: int, request: GenerationRequest, origin: Mapping[str, str]) -> bytes:
     """Encode image ``index`` of ``request``, (C, H, W) uint8, as a PNG that carries the ``origin`` of its model."""
-    texts = {**origin, "task": request.task, "seed": str(request.seed), "index": str(index)}
-    return encode_png_with_metadata(to_pil_image(image), texts)
+    return encode_png_with_metadata(to_pil_image(image), _metadata(index, request, origin))
+
+
+def _metadata(index: int, request: GenerationRequest, origin: Mapping[str, str]) -> dict[str, str]:
+    return {**origin, "task": request.task, "seed": str(request.seed), "index": str(index)}
+
+
+def _encode_grid(model: Model, images: Tensor, request: GenerationRequest, origin: Mapping[str, str]) -> bytes:
+    """Encode the grid of a request as a PNG that can be traced like its images."""
+    inputs, texts = render_input(model, request), [""] * len(images)
+    if not isinstance(request, InterpolateRequest):  # whose images are in order
+        texts = describe_conditions(model, request.indices[: len(images)], request.seed, request.conditions)
+    input_text = "input" if len(set(texts)) > 1 else texts[0]
+    grid = make_captioned_grid([*inputs, *images], [*(input_text for _ in inputs), *texts])
+    return encode_png_with_metadata(grid, _metadata(request.indices[0], request, origin) | {GRID: request.task})
 
 
 def _require_own(output: Path, request_record: RequestRecord) -> None:

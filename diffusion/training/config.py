@@ -9,6 +9,14 @@ from diffusion.common.config import LARGEST_EMA_STD, Config, DeviceName, PlainNa
 from diffusion.common.errors import UserError
 from diffusion.models.config import FamilyConfig, LoRAConfig, ObjectiveConfig, default_batch_size
 
+EARLIER = "earlier"
+"""Folder beside run folders, with a folder for each of their names, for finished runs that were set aside."""
+
+
+def earlier_runs(output: Path) -> list[Path]:
+    """List the folders of finished runs that were set aside when another run began in the folder ``output``."""
+    return [path.parent for path in sorted((output.parent / EARLIER / output.name).glob("*/final.safetensors"))]
+
 
 def _check_folder(path: Path) -> Path:
     if not path.name or not str(path).isprintable():

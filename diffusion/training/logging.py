@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from diffusion.checkpoints import AUTOENCODER, AVERAGED, GUIDE
 from diffusion.common.files import sync_file, write_bytes
 from diffusion.common.fingerprint import CPU, autocast
-from diffusion.common.image_grids import interleave_images, make_grid, repeat_pixels, save_png
+from diffusion.common.image_grids import interleave_images, make_captioned_grid, make_grid, repeat_pixels, save_png
 from diffusion.common.progress import Progress
 from diffusion.common.shapes import Images, apportion, height_and_width, interleave, stack_images
 from diffusion.data.dataset import SPLITS
@@ -32,6 +32,7 @@ from diffusion.families import family_of
 from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.model import Model, TrainingObjective, to_float
 from diffusion.generation.config import is_conditional
+from diffusion.generation.generate import describe_conditions
 from diffusion.generation.super_resolution import generate
 from diffusion.process.samplers import SamplingConfig
 from diffusion.training.checkpointing import INTERRUPTED, Checkpoints, CheckpointWriter, WrittenTensors
@@ -252,10 +253,13 @@ class Validation:
         }
         return stack_images([images[shape][number] for shape, number in interleave(counts)])
 
-    def sample_grid(self, generated: Images) -> Image.Image:
-        """Arrange ``generated`` images in a grid; upscaled images stand between their small and real images."""
+    def sample_grid(self, model: Model, generated: Images) -> Image.Image:
+        """Arrange images that ``model`` generated, by class or caption; upscaled ones beside small and real images."""
         if (inputs := self.setup.task.inputs(self.images)) is None:
-            return make_grid(generated)
+            conditions = self.setup.sample_grid_conditions()
+            texts = describe_conditions(model, range(SAMPLE_GRID), 0, conditions)
+            numbers = [number for _, number in interleave(apportion(model.header.trained_shapes, SAMPLE_GRID))]
+            return make_captioned_grid(generated, [texts[number] for number in numbers])
         return make_grid(interleave_images(repeat_pixels(inputs, self.setup.task.scale), generated, self.images), 12)
 
     def colour_drift(self, generated: Images) -> dict[str, float]:
@@ -332,7 +336,7 @@ class TrainingLog:
                 tensors.path.unlink()
             return False
         self.losses.append(images, {name: metrics.get(name, math.nan) for name in LOSSES})
-        sample_grid = self.validation.sample_grid(generated)
+        sample_grid = self.validation.sample_grid(model, generated)
         save_png(self.output / "samples" / f"{images:010d}.png", sample_grid)
         if self.tracker:
             self.tracker.log_metrics(metrics | self.validation.colour_drift(generated), images)

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.common.config import Config, is_unset
 from diffusion.common.errors import UserError
+from diffusion.common.escaping import pluralize
 from diffusion.common.files import make_folder
 from diffusion.common.fingerprint import describe_precision, resolve_precision
 from diffusion.common.shapes import Shape, shape_name
@@ -86,10 +87,26 @@ class Preflight(Config):
     batch_size: int
     images: int
     """Images to see in all."""
+    checkpoints: int
+    """Number of checkpoints, each with a sample grid."""
+    requested_checkpoints: int
+    """``training.checkpoints``: there are fewer if their sample grids would take over half of training.minutes."""
+    checkpoint_seconds: float | None
+    """Measured duration of validation and sample grid at a checkpoint; None if nothing was measured."""
     images_per_second: float | None
     """Measured training speed; None if training.images is given and nothing was measured."""
     seconds: float | None
     """Expected duration on this machine, checkpoints and the embedding of captions included."""
+
+    @property
+    def fewer_checkpoints(self) -> str | None:
+        """Return why there are fewer checkpoints than training.checkpoints, in words; None if there are not."""
+        if self.checkpoint_seconds is None or self.checkpoints == self.requested_checkpoints:
+            return None
+        return (
+            f"{pluralize(self.checkpoints, 'checkpoint')} instead of {self.requested_checkpoints}, as each takes "
+            f"{self.checkpoint_seconds:.2g} s for its sample grid"
+        )
 
     @property
     def memory(self) -> int:
@@ -110,6 +127,7 @@ class Preflight(Config):
         if self.seconds is not None and self.images_per_second is not None:
             length = precisedelta(self.seconds, minimum_unit="seconds" if self.seconds < 60 else "minutes", format="%d")
             time = f"{length} at {self.images_per_second:.0f} images/s, as measured"
+            time += f"; {self.fewer_checkpoints}" if self.fewer_checkpoints else ""
             steps = f" ({self.batch_size / self.images_per_second:.2g} s each)"
         checkpoint = naturalsize(self.checkpoint_bytes, binary=True)
         muon = f", then {naturalsize(self.optimizer_bytes, binary=True)} for Muon" if self.optimizer_bytes else ""
@@ -246,16 +264,15 @@ def count_captions(setup: TrainingSetup) -> int:
 def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: float = 0) -> Preflight:
     """Compute the preflight of a run at the ``pace`` of ``measure_pace``; ``reading`` is the time to embed captions."""
     setup, config, state = trainer.setup, trainer.config, trainer.state
-    dataset, images = setup.dataset, config.images
+    dataset, images, checkpoints = setup.dataset, config.images, config.checkpoints
     if images is None:
         assert pace is not None
         assert config.minutes is not None
-        if (pauses := pace[1] * config.checkpoints) > config.minutes * 60 / 2:
-            raise UserError(
-                f"{pauses:.0f} s of training.minutes = {config.minutes:g} would go into {config.checkpoints} sample "
-                "grids: raise it, or lower sampling.steps or training.checkpoints"
-            )
-        images = max(config.images_per_step, int((config.minutes * 60 - pauses) / pace[0]))
+        # On a slow machine sample grids take at most half of the time, unless a single one takes longer.
+        half_seconds = config.minutes * 60 / 2
+        checkpoints = max(1, min(checkpoints, int(half_seconds / pace[1])))
+        training_seconds = max(half_seconds, 2 * half_seconds - checkpoints * pace[1])
+        images = max(config.images_per_step, int(training_seconds / pace[0]))
     parameters = sum(parameter.numel() for parameter in state.network.parameters())
     others = sum(parameter.numel() for step in state.steps for parameter in step.parameters) - parameters
     muon = config.optimizer == "muon"
@@ -273,9 +290,9 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
     half = resolve_precision(config.precision, setup.device) == "bf16"
     # One checkpoint is written before another is removed, and there may be one from a signal. A snapshot holds averages
     # and guide alone.
-    snapshots = math.ceil(config.checkpoints * averages / (3 + averages)) if config.ema_stds is not None else 0
-    extra_files = config.keep_best + (config.checkpoints // config.keep_every if config.keep_every else 0)
-    files = min(config.keep + extra_files, config.checkpoints) + 3 + snapshots
+    snapshots = math.ceil(checkpoints * averages / (3 + averages)) if config.ema_stds is not None else 0
+    extra_files = config.keep_best + (checkpoints // config.keep_every if config.keep_every else 0)
+    files = min(config.keep + extra_files, checkpoints) + 3 + snapshots
     latents = setup.autoencoder.space if setup.autoencoder else None
     return Preflight(
         dataset=dataset.manifest.name,
@@ -299,8 +316,11 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
         checkpoint_bytes=checkpoint,
         batch_size=config.images_per_step,
         images=images,
+        checkpoints=checkpoints,
+        requested_checkpoints=config.checkpoints,
+        checkpoint_seconds=pace and pace[1],
         images_per_second=pace and 1 / pace[0],
-        seconds=pace and images * pace[0] + config.checkpoints * pace[1] + reading,
+        seconds=pace and images * pace[0] + checkpoints * pace[1] + reading,
     )
 
 

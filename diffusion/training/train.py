@@ -33,7 +33,7 @@ from diffusion.data.shards import ShardStore
 from diffusion.models.config import FamilyConfig
 from diffusion.process.samplers import SamplingConfig
 from diffusion.training.checkpointing import INTERRUPTED, Checkpoints, CheckpointWriter, read_everywhere, save
-from diffusion.training.config import TrainingConfig
+from diffusion.training.config import EARLIER, TrainingConfig, earlier_runs
 from diffusion.training.distributed import SINGLE_PROCESS, process_group
 from diffusion.training.ema import SNAPSHOTS
 from diffusion.training.logging import METRICS_BUFFER, RESTARTED, Tracker, TrainingLog, Validation
@@ -48,10 +48,11 @@ from diffusion.training.preflight import (
 )
 from diffusion.training.rank_costs import RankCosts, rank_costs
 from diffusion.training.setup import COUNTS, FINGERPRINT, FORMAT_VERSION, TrainingSetup, make_setup, open_dataset
-from diffusion.training.trainer import WINDOW, NotFiniteError, Trainer, thread_count
+from diffusion.training.trainer import FEWER_CHECKPOINTS, WINDOW, NotFiniteError, Trainer, thread_count
 
-Restart = Literal["never", "if_different"]
-"""When to discard an existing run of another configuration or data set in the folder."""
+Restart = Literal["never", "if_different", "set_aside"]
+"""What happens to a run of another configuration or data set in the folder: an error, it is discarded, or a finished
+one is set aside, from where a later training like it takes it back."""
 
 LOOK_SECONDS = 0.5
 """Seconds between looks at signals and at the end of a training."""
@@ -94,9 +95,8 @@ def train(
     SIGTERM SystemExit(143), unless the caller has a handler of its own that raises. Under torchrun each process
     computes a share of every batch, and only the main process writes. ``sampling`` is how sample grids are generated;
     ``track`` is called once the folder is locked, with whether the run starts from scratch, and returns the tracker, if
-    any; ``restart`` says when to discard an existing run in the folder instead of resuming it; ``store`` is the source
-    of the shards if ``config.stream_bytes`` is set; ``start`` is the registered version in the file
-    ``config.init_from``, if any.
+    any; ``restart`` says what happens to another run in the folder; ``store`` is the source of the shards if
+    ``config.stream_bytes`` is set; ``start`` is the registered version in the file ``config.init_from``, if any.
 
     Raises UserError if the folder holds a run of another configuration or data set (and ``restart`` is ``never``),
     another process trains in it, the data set is damaged, or configuration and data set do not fit each other.
@@ -118,7 +118,10 @@ def train(
                 setup = make_setup(dataset, model, config, sampling, ranks, readers, progress, start)
             trainer = Trainer(setup, threads, output)
             if ranks.is_main and _require_same_run(output, setup, restart):
-                _discard(output)
+                _set_aside(output) if restart == "set_aside" else _discard(output)
+            earlier = output.parent / EARLIER / output.name / setup.train_key[:16]
+            if ranks.is_main and restart == "set_aside" and earlier in earlier_runs(output) and not output.exists():
+                earlier.rename(output)
             if ranks.is_main and setup.base is not None:
                 assert config.init_from is not None
                 link_base(Path(config.init_from), output)
@@ -297,7 +300,7 @@ def check(
     model: FamilyConfig,
     config: TrainingConfig,
     sampling: SamplingConfig,
-    restart: Literal["never", "if_different", "always"],
+    restart: Restart | Literal["always"],
     advice: str = DISCARD_OR_MOVE,
 ) -> None:
     """Raise UserError as ``train`` would before its first step; writes nothing, and embeds no captions.
@@ -354,6 +357,20 @@ def _discard(output: Path) -> None:
             shutil.rmtree(folder)
 
 
+def _set_aside(output: Path) -> None:
+    """Move the finished run in folder ``output`` to where ``earlier_runs`` finds it; discard an unfinished one."""
+    final, earlier = output / "final.safetensors", output.parent / EARLIER / output.name
+    if not final.is_file():
+        _discard(output)
+        return
+    target = earlier / str(read_header(final).get("train_key"))[:16]
+    make_folder(earlier)
+    if target.exists():  # the same training
+        shutil.rmtree(target)
+    output.rename(target)
+    logger.warning("%s held another finished training, which lies in %s now", output, target)
+
+
 def _differences(output: Path, setup: TrainingSetup) -> list[str]:
     """Describe the differences between the run in ``output`` and ``setup``; empty for the same run, or none."""
     final, checkpoints = output / "final.safetensors", Checkpoints(output / "checkpoints")
@@ -392,6 +409,7 @@ def _begin_or_resume(
     path, header = (ranks.is_main and next(newest, None)) or (None, None)
     if header := ranks.broadcast(header):
         trainer.total = header["total"]
+        trainer.checkpoints = min(config.checkpoints, header.get(FEWER_CHECKPOINTS, config.checkpoints))
         state.load(read_everywhere(path, ranks), header[COUNTS])
         trainer.window = [torch.tensor(values, device=setup.device) for values in header.get(WINDOW, [])]
         trainer.loader.prefetch(state.images, trainer.total)
@@ -405,8 +423,11 @@ def _begin_or_resume(
     pace = None if config.images else measure_pace(setup, trainer.threads, sampling, output)
     preflight = make_preflight(trainer, pace)
     trainer.total = math.ceil(preflight.images / config.images_per_step) * config.images_per_step
+    trainer.checkpoints = preflight.checkpoints
     trainer.loader.prefetch(state.images, trainer.total)
     if ranks.is_main:
+        if preflight.fewer_checkpoints:
+            logger.warning("training.minutes = %g: %s", config.minutes, preflight.fewer_checkpoints)
         summary = dict(preflight.lines())
         logger.info("training on %s; %s, %s", *(summary[name] for name in ("images", "network", "length")))
         warn_of_memory(preflight, setup.device)

@@ -43,6 +43,8 @@ from diffusion.training.muon import Muon
 from diffusion.training.setup import COUNTS, FINGERPRINT, TrainingSetup
 
 LOGS_PER_CHECKPOINT = 20
+FEWER_CHECKPOINTS = "fewer_checkpoints"
+"""Name of ``Trainer.checkpoints`` in the header of a checkpoint, if there are fewer than configured."""
 WINDOW = "window"
 """Name of ``Trainer.window`` in the header of a checkpoint that was written at a signal."""
 
@@ -213,6 +215,8 @@ class Trainer:
         )
         self.total = 0
         """Total number of images to see, a whole number of batches."""
+        self.checkpoints = self.config.checkpoints
+        """Number of checkpoints: fewer than configured on a machine that is too slow for them."""
         self.window: list[Tensor] = []
         """Loss and gradient norm, (2,), of each step since the last ones were logged."""
         self.pending: deque[PendingStep] = deque()
@@ -228,8 +232,8 @@ class Trainer:
         """
         state, config, ranks = self.state, self.config, self.setup.ranks
         steps = self.total // config.images_per_step
-        log_every = max(1, steps // (config.checkpoints * LOGS_PER_CHECKPOINT)) * config.images_per_step
-        save_every = math.ceil(self.total / config.checkpoints / log_every) * log_every
+        log_every = max(1, steps // (self.checkpoints * LOGS_PER_CHECKPOINT)) * config.images_per_step
+        save_every = math.ceil(self.total / self.checkpoints / log_every) * log_every
         is_due = is_unlogged and (state.images % save_every == 0 or state.images == self.total)
         start_images, start_time, start_wait = state.images, time.perf_counter(), self.loader.waited
         while is_due or state.images < self.total:
@@ -393,6 +397,8 @@ class Trainer:
     def checkpoint_header(self) -> dict[str, Any]:
         """Build the header of a checkpoint: that of a model, the counts of the state and the machine's fingerprint."""
         header = self.setup.header(self.state.images, self.total)
+        if self.checkpoints < self.config.checkpoints:
+            header |= {FEWER_CHECKPOINTS: self.checkpoints}
         return header | {COUNTS: self.state.counts(), FINGERPRINT: self.setup.fingerprint.model_dump(mode="json")}
 
 

@@ -8,6 +8,7 @@ import math
 import os
 import posixpath
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -21,12 +22,15 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_f
 from diffusion.common.errors import UserError
 from diffusion.common.model_files import read_header
 from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.decode import UnusableEntryError, prepare
 from diffusion.data.ingest.ingest import Rebuild, ingest, require_same_storage
 from diffusion.data.manifest import Manifest, read_manifest, read_records
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access
 from diffusion.data.sources.conventions import METADATA_FILES, holds_images, is_image, make_printable, visible_files
 from diffusion.data.sources.hub_dataset import HubDataset
+from diffusion.data.sources.known_sets import find_idx
+from diffusion.data.sources.local_files import find_files
 from diffusion.evaluation.config import FEWEST, EvaluationConfig, require_enough
 from diffusion.generation.config import Conditions, GenerationRequest, check_conditions
 from diffusion.models.config import FamilyConfig, ModelConfig, classes_of
@@ -38,8 +42,14 @@ from flows.storage.tags import parse_model_uri, parse_tags
 
 LISTED = 10
 """Most models or versions in a message."""
-MOST_CHECKED = 1000
-"""Most images that are ingested to check whether they suffice: seconds."""
+MAX_CHECKED = 1000
+"""Maximum number of images that are decoded to check whether they suffice: seconds."""
+MAX_LISTED = 20_000
+"""Number of files from which a folder is not checked."""
+SPOT_CHECKED = 16
+"""Number of images that are decoded to see whether more have to be."""
+SAMPLING_ERROR = 0.1
+"""Difference between the shares of unusable images in a sample of ``MAX_CHECKED`` and in the source: six deviations."""
 
 
 def require_source(config: IngestConfig) -> None:
@@ -49,8 +59,13 @@ def require_source(config: IngestConfig) -> None:
     source = open_source(config.source, Access(config, Path()))
     if isinstance(source, HubDataset):
         source.find()
+    scheme, _, place = config.source.partition(":")
+    if scheme in ("wds", "parquet") and not place.startswith("s3://"):
+        find_files(place.partition("?")[0], f".{scheme}")  # raises for files that are not there
     if Path(config.source).is_dir() and not holds_images(Path(config.source)):
-        raise UserError(f"no images in {config.source}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images")
+        idx = find_idx(Path(config.source))
+        hint = f"use the source {idx}" if idx else "give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images"
+        raise UserError(f"no images in {config.source}{', but IDX files' if idx else ''}: {hint}")
 
 
 def require_training_inputs(params: Params) -> Manifest:
@@ -89,7 +104,44 @@ def require_ingestable(params: Params, rebuild: Rebuild = "never") -> Manifest |
         manifest = read_manifest(folder)
     if manifest is not None:
         require_same_storage(manifest, params.ingest, rebuild)
+    require_usable(params.ingest)
     return manifest
+
+
+def require_usable(config: IngestConfig) -> None:
+    """Raise UserError if so few images of a folder can be used that its ingest would fail; large folders are not read.
+
+    A few evenly spaced ones are decoded, and many more only if some of these are unusable.
+    """
+    root = Path(config.source)
+    if not root.is_dir() or sum(1 for _ in islice(visible_files(root), MAX_LISTED)) == MAX_LISTED:
+        return
+    if config.fit == "bucket":  # whose shapes, which decide what is too small, may not be chosen yet
+        config = config.model_copy(update={"fit": "crop", "buckets": None, "enlarge": True})
+    reasons, checked, step = Counter[str](), 0, 1
+    with TemporaryDirectory() as scratch:
+        source = open_source(config.source, Access(config, Path(scratch)))
+        entries = list(source.entries())
+        for limit in (SPOT_CHECKED, MAX_CHECKED):
+            step = math.ceil(len(entries) / limit) or 1
+            reasons, checked = Counter[str](), len(entries[::step])
+            for payload in source.read(entries[::step]):
+                try:
+                    if isinstance(payload, UnusableEntryError):
+                        raise payload
+                    prepare(payload, config)
+                except UnusableEntryError as error:
+                    reasons[str(error)] += 1
+            if not reasons:
+                return
+    # A sample may have more unusable ones than the folder.
+    allowed_share = config.max_quarantined + (0 if step == 1 else SAMPLING_ERROR)
+    if reasons.total() == checked or reasons.total() > allowed_share * checked:
+        words = "; ".join(f"{number} × {reason}" for reason, number in reasons.most_common(3))
+        raise UserError(
+            f"{reasons.total()} of {checked} images of {config.source} cannot be used ({words}), more than the share "
+            f"of {config.max_quarantined:g} that ingest.max_quarantined allows: fix them, or allow more"
+        )
 
 
 def deployment_notes(params: Params, workspace: Path) -> list[str]:
@@ -133,7 +185,7 @@ def require_enough_images(params: Params, version: Manifest | None) -> None:
         count = sum(1 for _ in islice(open_source(config.source, Access(config, source, objects)).entries(), most))
         if count == most:
             return
-        if count > MOST_CHECKED:
+        if count > MAX_CHECKED:
             if count * share < FEWEST:
                 raise UserError(
                     f"ingest.held_out = {config.held_out:g} of {count:,} images leaves about {count * share:.0f} on "
@@ -142,7 +194,7 @@ def require_enough_images(params: Params, version: Manifest | None) -> None:
             return
         if version is not None:
             is_here = (folder / "manifest.json").is_file() and read_manifest(folder) == version
-            if version.kept > MOST_CHECKED or not is_here:
+            if version.kept > MAX_CHECKED or not is_here:
                 return
             shutil.copytree(folder, scratch)
         # Captions decide nothing here, and each would be paid for.

@@ -9,13 +9,21 @@ from contextlib import contextmanager, nullcontext, redirect_stdout
 from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import typer
 from typer import Argument, Option
 
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.escaping import escape_controls
+from flows.cli.arguments import (
+    check_destination,
+    check_model,
+    check_output,
+    check_registered,
+    check_size,
+    require_params_file,
+)
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -37,50 +45,30 @@ DatasetArgument = Annotated[str | None, Argument(metavar="DATASET", help="The sa
 Local = Annotated[bool, Option("--local", help="Work on files of this machine, without a server, as dvc.yaml does.")]
 
 
-def check_model_uri(model: str | None) -> str | None:
-    """Check the form of a model URI, without a server."""
-    if model is not None and not is_file(model):
-        from flows.storage.tags import parse_model_uri
-
-        parse_model_uri(model)
-    return model
-
-
-def check_registered(model: str | None) -> str | None:
-    """Check the form of the URI of a registered model, where no file is taken; without a server."""
-    if is_file(model):
-        raise UserError(
-            f"--model {model} is a file, and only a registered model is taken here: give models:/NAME@ALIAS or "
-            f"models:/NAME/NUMBER, or register it by `darkroom model import {model} --name NAME`"
-        )
-    return check_model_uri(model)
-
-
-def check_size(size: str | None) -> str | None:
-    """Check the form of a size."""
-    if size is not None:
-        from diffusion.common.shapes import parse_size
-
-        try:
-            parse_size(size)
-        except UserError as error:
-            raise UserError(f"--size: {error}") from error
-    return size
-
-
 Model = Annotated[
     str | None,
     Option(
         metavar="URI|FILE",
         help="models:/NAME@ALIAS or models:/NAME/NUMBER; default: champion. Or a .safetensors.",
-        callback=check_model_uri,
+        callback=check_model,
     ),
 ]
 ModelUri = Annotated[
     str | None,
     Option("--model", help="models:/NAME@ALIAS or models:/NAME/NUMBER; default champion.", callback=check_registered),
 ]
-OutFolder = Annotated[Path | None, Option("--out", metavar="FOLDER", help="Output folder; default: one in samples/.")]
+OutFolder = Annotated[
+    Path | None,
+    Option("--out", metavar="FOLDER", help="Output folder; default: one in samples/.", callback=check_output),
+]
+To = Annotated[
+    str | None,
+    Option(
+        metavar="S3_URI",
+        help="s3://BUCKET, or a prefix in it; default: DARKROOM_BUCKET.",
+        callback=check_destination,
+    ),
+]
 Count = Annotated[int, Option("--count", min=1, help="Number of images.")]
 Seed = Annotated[int, Option("--seed", min=0, max=LARGEST_SEED, help="Seed; its image i is the same everywhere.")]
 NegativePrompt = Annotated[str | None, Option("--negative-prompt", help="What not to show; needs sampling.guidance.")]
@@ -171,6 +159,8 @@ def command(
                     options = {key: option for key, option in fields.items() if option[1] is not None}
                     file = arguments["params_file"] if takes_file else arguments.pop("params_file")
                     settings = arguments["settings"] if takes_settings else arguments.pop("settings")
+                    if dataset:
+                        require_params_file(file, arguments | {"dataset": any(names)}, settings)
                     arguments["config"] = load_params(file, settings, options)
                 with connect(*servers) if servers else nullcontext():
                     output = function(**arguments)
@@ -228,11 +218,6 @@ def display_progress() -> "Iterator[Progress]":
 def is_follower() -> bool:
     """Whether torchrun started this process beside the one of rank 0, which alone records and prints."""
     return os.environ.get("RANK", "0") != "0"
-
-
-def is_file(model: str | None) -> TypeGuard[str]:
-    """Whether ``model`` is the path of a model file, which needs no server, and not a registry URI."""
-    return model is not None and model.endswith(".safetensors")
 
 
 def hide_prefect_log() -> None:

@@ -1,6 +1,5 @@
 """``darkroom data``: versions of a data set, their differences, checkout, and takedown of images."""
 
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -12,6 +11,7 @@ from typer import Argument, Option
 
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
+from flows.cli.arguments import require_writable
 from flows.cli.command import CommandOutput, Local, command, connect, display_progress
 
 if TYPE_CHECKING:
@@ -160,7 +160,6 @@ def curate(
     """
     folder, rules = config.dataset_folder, config.curation
     if report is not None:
-        from diffusion.common.files import make_folder
         from diffusion.data.manifest import read_manifest
 
         if dry_run or local:
@@ -168,12 +167,7 @@ def curate(
         if report.suffix != ".html" or report.is_dir():
             raise UserError(f"--report {report}: give the path of an .html file")
         read_manifest(folder)
-        try:
-            make_folder(report.parent)
-        except OSError as error:
-            raise UserError(f"--report {report}: no folder {report.parent} ({error.strerror}): give another") from error
-        if not os.access(report.parent, os.W_OK):
-            raise UserError(f"--report {report}: nothing may be written to {report.parent}: give another folder")
+        require_writable(report.parent, f"--report {report}")
         from diffusion.curation.report import write_curation_report
 
         with display_progress() as progress:
@@ -222,9 +216,9 @@ def remove(
 
     Example:  darkroom data remove 'alice/*' --dataset faces --reason 'consent withdrawn' --purge
     """
-    from diffusion.data.manifest import read_manifest, work_folder
-    from diffusion.data.versions.takedown import choose_images
-    from diffusion.data.versions.takedown_records import Selection, Selector, is_key, removals
+    from diffusion.data.manifest import read_manifest
+    from diffusion.data.versions.takedown import choose_images, require_removable
+    from diffusion.data.versions.takedown_records import Selection, Selector, is_key
 
     keys = list(filter(is_key, images or ()))
     sources = [*(pattern for pattern in images or () if not is_key(pattern)), *source]
@@ -257,9 +251,8 @@ def remove(
         if not sys.stdin.isatty():
             raise UserError(f"to {action}, give --yes (or --dry-run to list the images)")
         typer.confirm(f"Really {action}?", abort=True, err=True)
-    if (config.dataset_folder / "manifest.json").is_file() and not any(removals(work_folder(config.dataset_folder))):
-        # An earlier takedown may have removed them already, which its repetition reports.
-        choose_images(config.dataset_folder, selection)
+    if (config.dataset_folder / "manifest.json").is_file():
+        require_removable(config.dataset_folder, selection, reason)
     with connect("prefect", "mlflow", "s3"):
         if not (config.dataset_folder / "manifest.json").is_file():
             from flows.datasets.catalog import Catalog
@@ -400,9 +393,11 @@ def _make_cache_lookup(folder: Path) -> "Callable[[FileEntry], Path | None]":
 
 def _connect_remote() -> str:
     from flows.environment import data_source
+    from flows.local_stack.http_api import require
     from flows.local_stack.stack import join_servers
 
     join_servers("s3")
+    require("s3")
     return data_source()
 
 

@@ -9,13 +9,16 @@ from typer import Argument, Option
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
 from flows.cli import command as options
-from flows.cli.command import LARGEST_SEED, CommandOutput, command, connect, display_progress, is_file
+from flows.cli.arguments import check_image, is_file
+from flows.cli.command import LARGEST_SEED, CommandOutput, command, connect, display_progress
 
 if TYPE_CHECKING:
     from flows.config import Params
 
 app = typer.Typer(name="edit", help="Inpainting, img2img, interpolation, super-resolution.", no_args_is_help=True)
-Image = Annotated[Path, Argument(help="Image file; cropped and resized to the model's shape, or --size.")]
+Image = Annotated[
+    Path, Argument(help="Image file; cropped and resized to the model's shape, or --size.", callback=check_image)
+]
 Label = Annotated[str | None, Option("--label", metavar="NAME", help="Class label.")]
 Prompt = Annotated[str | None, Option("--prompt", help="Text prompt, for a model with model.text.")]
 
@@ -38,7 +41,9 @@ def check_partial_strength(strength: float | None) -> float | None:
 def inpaint(
     config: "Params",
     image: Image,
-    mask: Annotated[Path, Option(help="Image file of the image's size: white is filled, black is kept.")],
+    mask: Annotated[
+        Path, Option(help="Image file of the image's size: white is filled, black is kept.", callback=check_image)
+    ],
     method: Annotated[
         Literal["replace", "pigdm", "repaint"],
         Option(help="replace: set known pixels each step. pigdm: gradient guidance, 2.5x the work. repaint: resample."),
@@ -122,7 +127,10 @@ def interpolate(
 @command(app)
 def upscale(
     config: "Params",
-    image: Annotated[Path, Argument(help="Image file, at least as large as the model's low-resolution input.")],
+    image: Annotated[
+        Path,
+        Argument(help="Image file, at least as large as the model's low-resolution input.", callback=check_image),
+    ],
     count: Annotated[int, Option(min=1, help="Number of images.")] = 1,
     seed: options.Seed = 0,
     model: options.Model = None,

@@ -10,6 +10,14 @@ import typer
 from typer import Argument, Option
 
 from diffusion.common.errors import UserError
+from flows.cli.arguments import (
+    check_new_folder,
+    check_output,
+    check_registered,
+    is_file,
+    require_free_port,
+    require_writable,
+)
 from flows.cli.command import (
     VERBOSITY,
     Certificates,
@@ -19,11 +27,9 @@ from flows.cli.command import (
     Reason,
     Seed,
     SigningKeyFile,
-    check_model_uri,
     command,
     connect,
     display_progress,
-    is_file,
 )
 
 if TYPE_CHECKING:
@@ -75,6 +81,7 @@ def import_(
     if output is not None:
         if not is_file(str(output)):
             raise UserError(f"--out {output} is no name of a model file: let it end in .safetensors")
+        require_writable(output.parent, f"--out {output}")
         import shutil
 
         from diffusion.diffusers_format.import_model import import_file
@@ -166,7 +173,7 @@ def rollback(config: "Params", reason: Reason = None) -> CommandOutput:
 def release(
     model: Annotated[
         str,
-        Argument(metavar="URI", help="Model in staging: models:/NAME@champion or /NUMBER.", callback=check_model_uri),
+        Argument(metavar="URI", help="Model in staging: models:/NAME@champion or /NUMBER.", callback=check_registered),
     ],
     reason: Reason = None,
 ) -> CommandOutput:
@@ -209,7 +216,9 @@ def card(config: "Params", model: ModelUri = None) -> CommandOutput:
 def explain(
     config: "Params",
     model: ModelUri = None,
-    output: Annotated[Path | None, Option("--out", help="Output folder; default: reports/DATASET/explain.")] = None,
+    output: Annotated[
+        Path | None, Option("--out", help="Output folder; default: reports/DATASET/explain.", callback=check_output)
+    ] = None,
     seed: Seed = 0,
 ) -> CommandOutput:
     """Plot the forward process, one training step and the reverse process of a registered model.
@@ -238,6 +247,7 @@ def serve(
 
     Example:  darkroom model serve --model models:/faces@champion --port 5001
     """
+    require_free_port(host, port)
     with nullcontext() if is_file(model) else connect("mlflow", "s3"):
         from flows.registry.serving import serve
 
@@ -251,7 +261,10 @@ def export(
         Literal["diffusers", "lora"],
         Option(help="A pipeline of diffusers; or lora, the adapter of a fine-tuned one for its load_lora_weights."),
     ],
-    folder: Annotated[Path, Option("--out", metavar="FOLDER", help="Output folder, which must not exist yet.")],
+    folder: Annotated[
+        Path,
+        Option("--out", metavar="FOLDER", help="Output folder, which must not exist yet.", callback=check_new_folder),
+    ],
     model: Model = None,
     push: Annotated[
         str | None,

@@ -3,7 +3,7 @@
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +13,8 @@ from typer import Argument, Option
 
 from diffusion.common.errors import ConflictError, DarkroomError, UserError
 from diffusion.common.escaping import pluralize
-from flows.cli.command import VERBOSITY, CommandOutput, Model, command, connect, is_file
+from flows.cli.arguments import check_cron, check_generated, check_output, is_file, require_free_port
+from flows.cli.command import VERBOSITY, CommandOutput, Model, command, connect
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -27,31 +28,12 @@ provenance = command(app, panel="Provenance", servers=("mlflow", "s3"))
 MINUTE = "%Y-%m-%d %H:%M UTC"
 
 
-def _require_image(address: str) -> str:
-    """Check that a local image is there and was generated, without a server."""
-    if address.startswith("s3://"):
-        return address
-    if not Path(address).is_file():
-        raise UserError(f"{address} is no file: give an image of a batch, or its address, s3://BUCKET/…/00000007.png")
-    from PIL import Image
-    from PIL.PngImagePlugin import PngImageFile
-
-    with suppress(OSError, SyntaxError, ValueError, Image.DecompressionBombError), Image.open(address) as image:
-        image.load()
-        if isinstance(image, PngImageFile) and "darkroom:model" in image.text:
-            return address
-    raise UserError(
-        f"{address} names no model that made it: it is no generated image, or was saved again without its PNG "
-        "metadata; give the address that it was sampled to"
-    )
-
-
 What = Annotated[
     str,
     Argument(
         metavar="IMAGE|BATCH",
         help="URI of an image (….png or ….tar/….png), a local copy, or URI of a batch.",
-        callback=_require_image,
+        callback=check_generated,
     ),
 ]
 
@@ -76,7 +58,10 @@ def trace(what: What) -> CommandOutput:
 def reproduce(
     what: What,
     count: Annotated[int | None, Option(min=1, help="Number of images of a batch; default: all.")] = None,
-    out: Annotated[Path | None, Option(metavar="FOLDER", help="Folder to write the images to; default: none.")] = None,
+    out: Annotated[
+        Path | None,
+        Option(metavar="FOLDER", help="Folder to write the images to; default: none.", callback=check_output),
+    ] = None,
     installed: Annotated[bool, Option("--installed", help="Use the code installed here, for newer batches.")] = False,
 ) -> CommandOutput:
     """Regenerate images in a process with the code of their model version, and compare every pixel.
@@ -223,8 +208,8 @@ def _fields(fields: "BaseModel | Mapping[str, object]") -> str:
 @command(app, panel="Operations", servers=("prefect",))
 def deploy(
     config: "Params",
-    cron: Annotated[str, Option(help="Retraining schedule, in UTC.")] = "0 2 * * *",
-    monitor_cron: Annotated[str, Option(help="Monitoring schedule, in UTC.")] = "0 5 * * *",
+    cron: Annotated[str, Option(help="Retraining schedule, in UTC.", callback=check_cron)] = "0 2 * * *",
+    monitor_cron: Annotated[str, Option(help="Monitoring schedule, in UTC.", callback=check_cron)] = "0 5 * * *",
     pool: Annotated[str, Option(metavar="NAME", help="Work pool for sampling and monitoring.")] = "darkroom",
     training_pool: Annotated[str | None, Option(metavar="NAME", help="That for training; default: --pool.")] = None,
     workspace: Annotated[Path, Option(metavar="FOLDER", help="Workers' folder of data, runs, reports.")] = Path(),
@@ -309,6 +294,8 @@ def ui(
     """
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the studio needs Gradio: run `pip install 'darkroom-diffusion[ui]'`")
+    if port is not None:
+        require_free_port("127.0.0.1", port)
     with nullcontext() if is_file(model) else connect("mlflow", "s3"):
         from flows.studio.app import serve
 

@@ -12,7 +12,8 @@ from typer import Argument, Option
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
 from flows.cli import command as options
-from flows.cli.command import CommandOutput, command, connect, display_progress, is_file, is_follower
+from flows.cli.arguments import check_model, check_requests, is_file, require_known_key, require_writable
+from flows.cli.command import CommandOutput, command, connect, display_progress, is_follower
 from flows.cli.edit_commands import generate_images
 from flows.cli.model_commands import describe_champion_change
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 app = typer.Typer()
-To = Annotated[str | None, Option(metavar="S3_URI", help="s3://BUCKET, or a prefix in it; default: DARKROOM_BUCKET.")]
 Labels = Annotated[list[str], Option("--label", metavar="NAME", help="Class label; several are used in turn.")]
 Prompts = Annotated[list[str], Option("--prompt", help="Text prompt; several are used in turn.")]
 EVALUATED = "models:/NAME@ALIAS, models:/NAME/NUMBER or a .safetensors, instead of the run's checkpoints."
@@ -240,6 +240,7 @@ def train(
     from diffusion.data.manifest import read_manifest
 
     read_manifest(config.dataset_folder)
+    require_writable(config.run_folder, "training.output")
     with connect("prefect", "mlflow", "s3"):
         require_training_inputs(config)
         _warn_of_few_images(config)
@@ -262,7 +263,7 @@ def _warn_of_few_images(config: "Params") -> None:
         logger.warning("%s: the model can be trained, but not evaluated; ingest more, or change ingest.held_out", words)
 
 
-def _check_training(config: "Params", restart: "Literal['never', 'if_different', 'always']", *advice: str) -> None:
+def _check_training(config: "Params", restart: "Restart | Literal['always']", *advice: str) -> None:
     """Raise UserError as a training would before its first step, if its inputs are on this machine."""
     from flows.config import registered_autoencoder, registered_initial_weights
 
@@ -311,7 +312,7 @@ def _prepare_inputs(config: "Params", dry_run: bool = False) -> "Iterator[tuple[
 @pipeline
 def evaluate(
     config: "Params",
-    model: Annotated[str | None, Option(metavar="URI|FILE", callback=options.check_model_uri, help=EVALUATED)] = None,
+    model: Annotated[str | None, Option(metavar="URI|FILE", callback=check_model, help=EVALUATED)] = None,
     local: options.Local = False,
 ) -> CommandOutput:
     """Evaluate the checkpoints, or any model of the images' size, against the held-out images.
@@ -373,7 +374,7 @@ def promote(
     config: "Params",
     model: Annotated[
         str | None,
-        Option(metavar="URI", callback=options.check_model_uri, help="Registered version, instead of a run's best."),
+        Option(metavar="URI", callback=check_model, help="Registered version, instead of a run's best."),
     ] = None,
     version: Annotated[int | None, Option("--to", min=1, metavar="VERSION", help="Make this version champion.")] = None,
     reason: options.Reason = None,
@@ -432,10 +433,14 @@ def sample(
     count: Annotated[int | None, Option(min=1, help="Number; default: 64, or one per row of --requests.")] = None,
     requests: Annotated[
         str | None,
-        Option(metavar="TABLE", help="Labels, prompts or sizes in a .csv, .jsonl or .parquet, local or on s3://."),
+        Option(
+            metavar="TABLE",
+            help="Labels, prompts or sizes in a .csv, .jsonl or .parquet, local or on s3://.",
+            callback=check_requests,
+        ),
     ] = None,
     seed: options.Seed = 0,
-    to: To = None,
+    to: options.To = None,
     output: options.OutFolder = None,
     label: Labels = [],  # noqa: B006
     prompt: Prompts = [],  # noqa: B006
@@ -470,8 +475,6 @@ def sample(
         return generate_images(config, settings, "sample", fields, model, output)
     if output is not None:
         raise UserError("--out is where images of a model file go, and this is a registered model: use --to S3_URI")
-    if requests is not None and not requests.startswith("s3://") and not Path(requests).is_file():
-        raise UserError(f"--requests {requests} is no file: give a .csv, .jsonl or .parquet table, local or on s3://")
     from diffusion.common.shapes import parse_size
     from diffusion.generation.config import Conditions
     from flows.cli.checks import require_batch, require_version
@@ -501,7 +504,7 @@ def retrain(
     version: Annotated[str | None, Option(metavar="DIGEST", help="Data set version, instead of an ingest.")] = None,
     count: options.Count = 64,
     seed: options.Seed = 0,
-    to: To = None,
+    to: options.To = None,
     label: Labels = [],  # noqa: B006
     prompt: Prompts = [],  # noqa: B006
     negative_prompt: options.NegativePrompt = None,
@@ -518,6 +521,7 @@ def retrain(
     if config.model.low_resolution is not None and (count, seed, to) != (64, 0, None):
         raise UserError("a model with model.low_resolution only upscales images: leave --count, --seed and --to out")
     from diffusion.generation.config import Conditions
+    from diffusion.training.config import earlier_runs
     from flows.cli import checks
 
     conditions = Conditions(labels=tuple(label), prompts=tuple(prompt), negative_prompt=negative_prompt)
@@ -526,6 +530,7 @@ def retrain(
         checks.require_conditions_in_source(config, conditions)
     if dry_run:
         return _preview_retraining(config, version)
+    require_writable(config.run_folder, "training.output")
     with connect("prefect", "mlflow", "s3"):
         if config.model.family != "diffusers":  # which has a tokenizer of its own
             checks.require_prompts(conditions)
@@ -544,6 +549,7 @@ def retrain(
         from flows.retrain import retrain
 
         result = retrain(config, count, seed, to, conditions, version).model_dump(mode="json")
+    result["set_aside"] = list(map(str, earlier_runs(config.run_folder)))
     return CommandOutput(result, _describe_retraining(result), None if result["verdict"]["promoted"] else typer.Exit(3))
 
 
@@ -589,6 +595,8 @@ def _describe_retraining(result: dict[str, Any]) -> Iterator[str]:
         yield "samples    none: there is no champion yet; the report shows images of this version"
     if result["advice"]:
         yield f"advice     {result['advice']}"
+    for folder in result["set_aside"] or ():
+        yield f"set aside  {folder}: finished and never promoted; training with its settings takes it back"
     yield f"report     {result['report']}"
     yield f"explained  {', '.join(result['explained']['files'])}"
     yield f"MLflow     {result['mlflow_page'] or result['run_id']}"
@@ -613,8 +621,8 @@ def distill(
 ) -> CommandOutput:
     """Train a student of the champion that generates in two evaluations or so, and promote it if it is as good.
 
-    The same command resumes an interrupted distillation. With servers a student of other settings replaces the one in
-    the run folder, which is in the registry.
+    The same command resumes an interrupted distillation. With servers a student of other settings in the run folder
+    makes way: it is in the registry, or else it is moved to runs/earlier.
 
     Example:  darkroom distill --dataset faces --set distillation.steps=2
 
@@ -677,9 +685,12 @@ def sweep(
 
     Example:  darkroom sweep --dataset faces --over training.learning_rate=1e-3,4e-3 --over model.width=48,64
     """
-    from flows.config import combinations, format_settings, parse_over
+    from flows.config import SECTIONS, combinations, flatten_sections, format_settings, parse_over
 
     values = parse_over(over)
+    for key in values:
+        if key.partition(".")[0] not in SECTIONS:  # whose families have fields of their own, checked with the values
+            require_known_key(key, "--over", flatten_sections(config.model_dump(mode="json")))
     points = combinations(config, values)
     from flows.cli.checks import require_evaluable
 

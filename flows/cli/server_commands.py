@@ -10,13 +10,14 @@ from typer import Argument, Option
 
 from diffusion.common.errors import DarkroomError
 from diffusion.common.escaping import escape_controls
+from flows.cli.arguments import check_existing, check_output, require_free_port
 from flows.cli.command import CommandOutput, command, display_progress
 
 if TYPE_CHECKING:
     from flows.local_stack.control import StackStatus
 
 app = typer.Typer(name="server", help="Local servers and their backups; health and metrics.", no_args_is_help=True)
-Target = Annotated[Path, Argument(metavar="FOLDER", help="Backup folder, preferably on another disk.")]
+FOLDER = "Backup folder, preferably on another disk."
 top = typer.Typer()
 """Commands that are also at the top level, as in docker compose."""
 both = command(top, panel="Servers of this machine")
@@ -110,6 +111,7 @@ def metrics(
     """
     from flows.local_stack.stack import join_servers
 
+    require_free_port(host, port)
     join_servers("prefect", "mlflow", "s3")
     from flows.monitoring.prometheus import serve
 
@@ -117,7 +119,7 @@ def metrics(
 
 
 @command(app)
-def backup(target: Target) -> CommandOutput:
+def backup(target: Annotated[Path, Argument(metavar="FOLDER", help=FOLDER, callback=check_output)]) -> CommandOutput:
     """Back up databases and bucket of the running local stack, without passwords and keys.
 
     Backups are incremental. For a team's servers see docs/operations/backup.md.
@@ -143,7 +145,7 @@ def backup(target: Target) -> CommandOutput:
 
 @command(app)
 def restore(
-    target: Target,
+    target: Annotated[Path, Argument(metavar="FOLDER", help=FOLDER, callback=check_existing)],
     stamp: Annotated[str | None, Option("--backup", metavar="STAMP", help="Backup; default: the newest.")] = None,
     replaced: Annotated[
         Path,
@@ -184,6 +186,8 @@ def restore(
 def _show(status: "StackStatus") -> CommandOutput:
     lines = [f"{service.title:<16} {service.state:<8} {service.url}" for service in status.services]
     lines += [f"{server:<16} elsewhere, by {variable}" for server, variable in status.elsewhere.items()]
+    if all(service.state == "stopped" for service in status.services):
+        lines.append(f"no local server runs in {status.folder}: `darkroom up` starts MLflow, Prefect and S3")
     if status.services:
         lines += [f"logs and data     {status.folder}", f"passwords         {status.credentials}"]
     return CommandOutput(status, lines)

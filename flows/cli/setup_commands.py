@@ -6,7 +6,7 @@ import re
 import sys
 import webbrowser
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,6 +16,7 @@ from typer import Argument, Option
 
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.escaping import escape_controls, pluralize, python_literal
+from flows.cli.arguments import require_known_key
 from flows.cli.command import CommandOutput, DatasetName, ParamsFile, Set, command, connect
 
 if TYPE_CHECKING:
@@ -39,53 +40,50 @@ def init(
     source: Annotated[str, Argument(metavar="FOLDER", help="Images: a folder, or any source of `darkroom ingest`.")],
     dataset: DatasetName = None,
     write_metadata: Annotated[
-        bool, Option("--write-metadata", help="First write FOLDER/metadata.csv from a table with captions beside it.")
-    ] = False,
+        bool | None,
+        Option(
+            "--write-metadata/--no-write-metadata",
+            help="First write FOLDER/metadata.csv from a table with captions in it; default: asks in a terminal.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> CommandOutput:
     """Look at images (sizes, channels, classes, captions), and write a commented params.yaml for them.
 
-    An existing params.yaml is never changed. With it, --write-metadata writes the metadata.csv alone.
+    A params.yaml that was edited is never changed: --write-metadata then writes the metadata.csv alone.
 
     Example:  darkroom init ~/faces
     """
-    from tempfile import TemporaryDirectory
-
-    from diffusion.common.config import plain_name
     from diffusion.common.files import write_bytes
-    from diffusion.data.ingest.config import IngestConfig
     from diffusion.data.sources import survey as surveys
+    from diffusion.data.sources.conventions import holds_images
+    from diffusion.data.sources.known_sets import find_idx
 
-    path = Path("params.yaml")
+    path, folder = Path("params.yaml"), Path(source)
     if (exists := path.exists()) and not write_metadata:
         raise UserError(f"{path} exists already: edit it, or run `darkroom init` in another folder")
-    place = re.split("[@?]", source)[0] if source.startswith("hf:") else str(Path(source).resolve())
-    name = dataset or re.sub(r"[^a-z0-9]+", "-", Path(place).name.partition(".")[0].lower()).strip("-")
-    try:
-        plain_name(name := name or "images")
-    except ValueError as error:
-        raise UserError(f"--dataset {name} {error}") from error
-    if write_metadata:
-        if (table := surveys.find_captions(Path(source))) is None:
-            raise UserError(f"no table with captions in {source}: leave --write-metadata out")
+    name = _choose_name(source, dataset)
+    if folder.is_dir() and not holds_images(folder):
+        source = find_idx(folder) or source
+    table = surveys.find_captions(folder) if folder.is_dir() else None
+    if table is None and write_metadata:
+        raise UserError(f"no table with captions in {source}: leave --write-metadata out")
+    if table is not None and write_metadata is None and sys.stdin.isatty() and sys.stderr.isatty():
+        guess = surveys.describe_table(table).partition(", but")[0]
+        question = f"{guess}. Write {folder}/metadata.csv, to learn them?"
+        write_metadata = typer.confirm(question, default=True, err=True)
+    text = path.read_text() if exists else None
+    if text is not None:
+        survey, name = _survey(source), _own_name(text, name)
+        if text == _template(survey, name, _size(survey)):
+            text = None  # as init wrote it
+    if write_metadata and table is not None:
         surveys.write_metadata(table)
-    settings = IngestConfig(source=source)
-    if source.startswith("s3://"):
-        with connect("s3"), TemporaryDirectory() as scratch:
-            from flows.storage.s3 import S3Objects
-
-            survey = surveys.survey(settings, Path(scratch), S3Objects())
-    else:
-        with TemporaryDirectory() as scratch:
-            survey = surveys.survey(settings, Path(scratch))
-    if survey.shorter_sides is None:
-        raise UserError(
-            f"none of {survey.sampled} images of {source} can be read: give JPEG, PNG, WebP, GIF, BMP or TIFF"
-        )
-    lines = survey.lines()
-    if exists:
-        lines.append(f"kept       {path}: set `text: true` in its section `model` to learn the captions")
+    survey = _survey(source)
+    lines, size = survey.lines(), _size(survey)
+    if text is not None:
+        lines.append(f"kept       {path}, which was edited: {_how_to_learn_captions(text)} to learn the captions")
         return CommandOutput({"params": str(path), "survey": survey.model_dump(mode="json")}, lines)
-    size = _size(survey)
     write_bytes(path, _template(survey, name, size).encode())
     if survey.images < FEW:
         lines.append(f"note       {pluralize(survey.images, 'image')}: so few that a model will mostly copy them")
@@ -93,6 +91,54 @@ def init(
     lines += [f"wrote      {path}: {size}×{size} pixels, data set {name}", f"next       {next_command}"]
     value = {"params": str(path), "dataset": name, "size": size, "next": next_command}
     return CommandOutput(value | {"survey": survey.model_dump(mode="json")}, lines)
+
+
+def _choose_name(source: str, dataset: str | None) -> str:
+    """Name of the data set: ``dataset``, or else one from the name of the source."""
+    from diffusion.common.config import plain_name
+
+    place = re.split("[@?]", source)[0] if source.startswith("hf:") else str(Path(source).resolve())
+    name = dataset or re.sub(r"[^a-z0-9]+", "-", Path(place).name.partition(".")[0].lower()).strip("-")
+    try:
+        return plain_name(name or "images")
+    except ValueError as error:
+        raise UserError(f"--dataset {name} {error}") from error
+
+
+def _survey(source: str) -> "Survey":
+    """Survey a source; raises UserError if none of its images can be read."""
+    from tempfile import TemporaryDirectory
+
+    from diffusion.data.ingest.config import IngestConfig
+    from diffusion.data.sources import survey as surveys
+
+    settings = IngestConfig(source=source)
+    with connect("s3") if source.startswith("s3://") else nullcontext(), TemporaryDirectory() as scratch:
+        objects = None
+        if source.startswith("s3://"):
+            from flows.storage.s3 import S3Objects
+
+            objects = S3Objects()
+        survey = surveys.survey(settings, Path(scratch), objects)
+    if survey.shorter_sides is None:
+        raise UserError(
+            f"none of {survey.sampled} images of {source} can be read: give JPEG, PNG, WebP, GIF, BMP or TIFF"
+        )
+    return survey
+
+
+def _own_name(text: str, name: str) -> str:
+    """Name of the data set in the text of a params.yaml, or else ``name``."""
+    from diffusion.common.parsing import parse_yaml
+
+    with suppress(ValueError, KeyError, TypeError):
+        return str(parse_yaml(text)["training"]["dataset"])
+    return name
+
+
+def _how_to_learn_captions(text: str) -> str:
+    has_section = re.search(r"^model:", text, re.MULTILINE)
+    return "set `text: true` in its section `model`" if has_section else "add the lines `model:` and `  text: true`"
 
 
 def _size(survey: "Survey") -> int:
@@ -133,6 +179,7 @@ def _template(survey: "Survey", name: str, size: int) -> str:
 
 @command(config, "show")
 def show_config(
+    key: Annotated[str | None, Argument(metavar="KEY", help="Only a section or field, as training.minutes.")] = None,
     params_file: ParamsFile = Path("params.yaml"),
     settings: Set = [],  # noqa: B006
     dataset: DatasetName = None,
@@ -140,16 +187,25 @@ def show_config(
     """Show every field of the effective configuration, and where it is from: file, option, preset or default.
 
     Example:  darkroom config show --set training.images=8000
+
+    Example:  darkroom config show sampling
     """
     from flows.config import flatten_sections, load_with_origins
 
     options = {} if dataset is None else {"training.dataset": ("--dataset", dataset)}
     params, origins = load_with_origins(params_file, settings, options)
-    values = flatten_sections(params.model_dump(mode="json"))
+    tree: Any = params.model_dump(mode="json")
+    values = flatten_sections(tree)
+    if key is not None:
+        require_known_key(key, "config show", values)
+        values = {name: value for name, value in values.items() if f"{name}.".startswith(f"{key}.")}
+        origins = {name: origins[name] for name in values}
+        for name in key.split("."):
+            tree = tree[name]
     texts = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items()}
     widths = max(map(len, texts)), min(max(map(len, texts.values())), 32)
     lines = [f"{key:<{widths[0]}}  {text:<{widths[1]}}  {origins[key]}" for key, text in texts.items()]
-    return CommandOutput({"params": params.model_dump(mode="json"), "origin": origins}, lines)
+    return CommandOutput({"params" if key is None else key: tree, "origin": origins}, lines)
 
 
 @command(config)

@@ -8,6 +8,7 @@ import typer
 from typer import Argument, Option
 
 from diffusion.common.errors import ConflictError, UserError
+from flows.cli.arguments import check_image, require_writable
 from flows.cli.command import Certificates, CommandOutput, SigningKeyFile, command, connect, display_progress
 
 app = typer.Typer()
@@ -22,7 +23,9 @@ def sign(
     what: Annotated[str, Argument(metavar="BATCH|FOLDER", help="URI of a sampling batch, or folder of edits.")],
     out: Annotated[str, Option(metavar="FOLDER|URI", help="Folder or S3 address of the signed copies.")],
     prompts: Annotated[bool, Option("--prompts", help="Say the prompts; default: they are left out.")] = False,
-    parent: Annotated[Path | None, Option(metavar="FILE", help="The image that was edited, as an ingredient.")] = None,
+    parent: Annotated[
+        Path | None, Option(metavar="FILE", help="The image that was edited, as an ingredient.", callback=check_image)
+    ] = None,
     key: SigningKeyFile = None,
     certificates: Certificates = None,
 ) -> CommandOutput:
@@ -36,6 +39,8 @@ def sign(
     """
     from flows.signing.keys import SigningKey
 
+    if not out.startswith("s3://"):
+        require_writable(Path(out), f"--out {out}")
     signer = SigningKey.load(key, certificates)
     with connect("s3") if "s3://" in f"{what} {out}" else nullcontext(), display_progress() as progress:
         from flows.provenance.signed_images import sign_images

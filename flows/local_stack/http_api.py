@@ -7,10 +7,12 @@ even if the host name or the password is rejected.
 import base64
 import json
 import os
+import socket
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
 from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
@@ -20,6 +22,8 @@ from diffusion.common.parsing import parse_json
 from flows.environment import SECRET_VARIABLE, SERVER_TITLES, SERVER_VARIABLES, Server, settings
 
 MAX_ANSWER = 64 * 2**20  # bytes
+RESTART_SECONDS = 1
+"""Seconds in which a server that is being restarted is back."""
 
 
 class NotServingError(DarkroomError):
@@ -109,9 +113,11 @@ def check(name: str) -> list[str]:
 def require(*servers: Server) -> None:
     """Wait until each of ``servers`` works; raises DarkroomError for one that does not within 10 s.
 
-    The clients of MLflow and Prefect would retry silently for minutes. A wrong login is not retried: UserError. A file
-    store of MLflow is not checked.
+    The clients of MLflow and Prefect would retry silently for minutes. Where nothing listens the error comes at once;
+    a busy server is waited for. A wrong login is not retried: UserError. A file store of MLflow is not checked.
     """
+    for server in servers:
+        _require_listening(server)
     for server in servers:
         variable = SERVER_VARIABLES[server][0]
         if server == "s3":
@@ -128,6 +134,32 @@ def require(*servers: Server) -> None:
                     f"{SERVER_TITLES[server]} does not answer ({error}): is it running, is {variable} right, or has "
                     "another program locked its database?"
                 ) from error
+
+
+def _require_listening(server: Server) -> None:
+    """Raise DarkroomError if nothing listens at the address of ``server``, unless it is reached through a proxy."""
+    names = SERVER_VARIABLES[server][: 2 if server == "s3" else 1]
+    variable = next((name for name in names if os.environ.get(name, "").startswith("http")), None)
+    if variable is None:
+        return  # Amazon's S3, or a file store
+    url = urlsplit(split_login(os.environ[variable])[0])
+    if url.hostname is None or (url.scheme in getproxies() and not proxy_bypass(url.hostname)):
+        return
+    moment = Retrying(
+        retry=retry_if_exception_type(OSError),
+        stop=stop_after_delay(RESTART_SECONDS),
+        wait=wait_fixed(0.3),
+        reraise=True,
+    )
+    try:
+        address = url.hostname, url.port or (443 if url.scheme == "https" else 80)
+        moment(socket.create_connection, address, timeout=2).close()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DarkroomError(
+            f"{SERVER_TITLES[server]} does not answer ({url.scheme}://{url.netloc}: {reason}): is it running, and is "
+            f"{variable} right?"
+        ) from error
 
 
 def require_s3_login() -> None:

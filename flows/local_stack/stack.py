@@ -20,6 +20,8 @@ from flows.local_stack.server_process import LOOPBACK, Process, is_member
 ServiceName = Literal["s3", "mlflow", "prefect", "worker"]
 SERVICES: tuple[ServiceName, ...] = get_args(ServiceName)
 USER = "darkroom"
+LOGINS = ("MLFLOW_TRACKING_USERNAME", *environment.SECRET_VARIABLE.values())
+"""Variables that hold users and passwords of servers."""
 
 
 def _password() -> str:
@@ -199,6 +201,17 @@ def servers_in_environment() -> dict[Server, str]:
     return servers
 
 
+def _require_own_login(local: LocalStack, server: Server) -> None:
+    """Raise UserError if the environment has a login, without an address, that is not the local ``server``'s."""
+    address, title = SERVER_VARIABLES[server][0], environment.SERVER_TITLES[server]
+    for name, value in local.variables(server).items():
+        if name in LOGINS and not os.environ.get(address) and os.environ.get(name, value) not in ("", value):
+            raise UserError(
+                f"{name} is set, and it is not that of the local {title} server (in {local.folder}/credentials.json): "
+                f"unset it, or set {address} to the server that it is for"
+            )
+
+
 def join_servers(*servers: Server) -> None:
     """Connect this process to servers before it imports their clients; raises UserError for one that is not there."""
     for name, value in environment.DEFAULTS.items():
@@ -211,5 +224,6 @@ def join_servers(*servers: Server) -> None:
                 f"no {environment.SERVER_TITLES[server]} server: {SERVER_VARIABLES[server][0]} is not set and no local "
                 f"one runs (in {settings().home}): run `darkroom up`"
             )
+        _require_own_login(local, server)
         os.environ.update(local.variables(server) | environment.loopback_no_proxy())
         os.environ.setdefault("DARKROOM_BUCKET", local.bucket)

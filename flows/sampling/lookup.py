@@ -4,7 +4,7 @@ import io
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,11 +20,13 @@ from pydantic import Field, ValidationError
 from diffusion.common.config import Config, PlainName
 from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json, sha256_bytes, sha256_file
+from diffusion.common.image_grids import GRID
 from diffusion.data.manifest import Sha256
 from diffusion.data.shards import BLOCK
 from diffusion.generation.requests import ABOUT, RequestRecord
 from flows.sampling import sampling_batch
-from flows.sampling.request_table import LARGEST_GROUP, REQUESTS
+from flows.sampling.request_rows import MAX_GROUP_BYTES
+from flows.sampling.request_table import REQUESTS
 from flows.sampling.sampling_batch import BATCH, MANIFEST, SUCCESS, Row, SamplingBatch
 from flows.storage.s3 import Location, MissingObjectError, Store
 from flows.storage.tags import RunId, VersionNumber, parse_model_uri
@@ -72,7 +74,7 @@ class LocatedImage:
 
 @dataclass(frozen=True)
 class SampleLocation:
-    """A located generated image, or a whole sampling batch, in which case ``image`` is None."""
+    """A located generated image; or a whole sampling batch or request, in which case ``image`` is None."""
 
     where: str
     image: LocatedImage | None
@@ -80,11 +82,13 @@ class SampleLocation:
     place: Location | None
     request: RequestRecord | None = None
     """Content of ``request.json`` beside an image made on request."""
+    grid_origin: Origin | None = None
+    """What the grid of a request says of itself."""
 
     @property
     def origin(self) -> SamplingBatch | Origin:
         """Model version, run and data set, from the batch or else from the image itself."""
-        origin = self.batch or (self.image and self.image.origin)
+        origin = self.batch or (self.image and self.image.origin) or self.grid_origin
         # ``find`` rejects images that have neither.
         assert origin
         return origin
@@ -156,13 +160,21 @@ def pixels_sha256(pixels: np.ndarray | None) -> str | None:
 
 
 def _locate_copy(address: str, png: bytes, store: Store, bucket: str) -> SampleLocation:
+    texts = _read_texts(png)
+    if (uri := texts.get(GRID, "")).startswith("s3://"):
+        place = Location.parse(uri)
+        batch = _read_batch(store, place)
+        if batch is None or f"models:/{batch.model}/{batch.version}" != texts.get("model"):
+            raise UserError(f"{address} is the grid of {uri}, where no batch of its model is (any more)")
+        return SampleLocation(address, None, batch, place)
     if (origin := _read_origin(png)) is None:
         raise UserError(
             f"{address} names no registered model that made it: it is no image of ours, is of a model in a file, or "
             "was saved again without its PNG metadata; give the address that it was sampled to"
         )
     if origin.task is not None:
-        return _locate_requested(address, png, origin)
+        location = _locate_requested(address, png, origin)
+        return replace(location, image=None, grid_origin=origin) if GRID in texts else location
     index, candidates = origin.index, []
     for batch, place in _find_batches(origin, store, bucket):
         candidates.append((LocatedImage(png, origin, index, _read_row(store, place, batch, index)), batch, place))
@@ -221,10 +233,14 @@ def _read_row(store: Store, place: Location, batch: SamplingBatch, index: int) -
     return next((row for row in rows if row["index"] == index), None)
 
 
+def _read_texts(png: bytes) -> dict[str, str]:
+    """Read the metadata of ours in a PNG; empty if there is none."""
+    texts = {} if (image := _open_png(png)) is None else image.text
+    return {name.removeprefix("darkroom:"): str(text) for name, text in texts.items() if name.startswith("darkroom:")}
+
+
 def _read_origin(png: bytes) -> Origin | None:
-    if (image := _open_png(png)) is None:
-        return None
-    texts = {name.removeprefix("darkroom:"): text for name, text in image.text.items() if name.startswith("darkroom:")}
+    texts = _read_texts(png)
     try:
         texts["model"], texts["version"] = parse_model_uri(texts["model"])
         return Origin.model_validate({name: texts[name] for name in Origin.model_fields if name in texts})
@@ -375,7 +391,7 @@ def _has_metadata(store: Store, place: Location, row: Row) -> bool:
 def _row_group(file: pq.ParquetFile, number: int, rows: int) -> list[Row]:
     """Rows of a row group; repeated texts are held once, so that a hostile file cannot exhaust memory."""
     metadata = file.metadata.row_group(number)
-    if metadata.num_rows != rows or metadata.total_byte_size > LARGEST_GROUP:
+    if metadata.num_rows != rows or metadata.total_byte_size > MAX_GROUP_BYTES:
         raise UserError(f"row group {number} has {metadata.num_rows} rows and {metadata.total_byte_size} bytes")
     table = file.read_row_group(number)
     columns = [_values(column) for column in table.columns]

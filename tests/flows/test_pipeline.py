@@ -244,6 +244,18 @@ def test_a_worse_model_is_rejected_with_its_reason(
     assert server.get_model_version_by_alias("blobs", "champion").version == champion
 
 
+def test_retraining_keeps_a_finished_training_that_was_never_promoted(
+    workspace: Workspace, retrain_result: Any
+) -> None:
+    short = ("--set", "training.images=32", "--set", "training.checkpoints=1", "--set", "training.seed=77")
+    workspace.run("train", "--restart", *short)
+    weights = (workspace.folder / "runs/blobs/final.safetensors").read_bytes()
+    # Another seed of the samples, so that there is something to do.
+    code = 0 if retrain_result["verdict"]["promoted"] else 3
+    [aside] = workspace.json("retrain", "images", "--count", "2", "--seed", "6", code=code)["set_aside"]
+    assert (workspace.folder / aside / "final.safetensors").read_bytes() == weights
+
+
 def test_best_of_the_post_hoc_ema_models_is_promoted(workspace: Workspace, server: MlflowClient) -> None:
     settings = {
         "training.ema_stds": [0.05, 0.1],

@@ -40,6 +40,14 @@ ARRAYS = ("SEMEION", "STL10", "SVHN", "USPS")
 PICKLED = ("CIFAR10", "CIFAR100", "EMNIST", "ImageNet", "LSUN", "PhotoTour", "QMNIST")
 
 
+def find_idx(folder: Path) -> str | None:
+    """Find the source that reads the IDX files in ``folder``, of training images if there are several; None: none."""
+    splits = [split for split, name in IDX_SPLITS.items() if any(folder.glob(f"{name}-images[-.]idx3-ubyte*"))]
+    if len(splits) > 1:
+        return f"idx:{folder}?split={splits[0]}"
+    return f"idx:{folder}" if any(folder.glob("*-images[-.]idx3-ubyte*")) else None
+
+
 @dataclass(frozen=True)
 class Idx:
     """The images in the file ``images``, named ``FILE/NUMBER``, with the numbers of their classes as labels.

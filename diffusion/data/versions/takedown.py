@@ -52,6 +52,22 @@ def choose_images(folder: Path, selection: Selection) -> tuple[MatchedImages, li
     return matches, names
 
 
+def require_removable(folder: Path, selection: Selection, reason: str) -> None:
+    """Raise UserError as ``remove`` would for the current version in ``folder``; changes nothing."""
+    _require_reason(reason)
+    manifest, selector = read_manifest(folder), Selector(selection)
+    matches, _, unmatched = match_images(folder, manifest, selector)
+    if unmatched and _find_earlier(folder, digest_of([selection.model_dump(), reason])[:16]) is None:
+        raise no_match_error(unmatched, folder, manifest)
+    keys = set(matches.image_keys)
+    _find_taken(folder, manifest, lambda row: selector.removes(row, keys))
+
+
+def _require_reason(reason: str) -> None:
+    if not reason.strip() or len(reason) > 500 or not reason.isprintable():
+        raise UserError("a removal needs a reason: one line of at most 500 characters")
+
+
 def remove(folder: Path, selection: Selection, reason: str, progress: Progress = ignore_progress) -> Removal:
     """Make a version of the data set in ``folder`` without the images that ``selection`` matches.
 
@@ -61,8 +77,7 @@ def remove(folder: Path, selection: Selection, reason: str, progress: Progress =
 
     Raises UserError as ``choose_images`` does, if no image would be left, or if a required file is damaged.
     """
-    if not reason.strip() or len(reason) > 500 or not reason.isprintable():
-        raise UserError("a removal needs a reason: one line of at most 500 characters")
+    _require_reason(reason)
     selector = Selector(selection)
     with FileLock(work_folder(folder) / "lock"):
         before = read_manifest(folder)
@@ -137,20 +152,24 @@ def remove_known(folder: Path, progress: Progress = ignore_progress) -> list[Rem
     return applied_removals
 
 
-def _write_without(
-    folder: Path, before: Manifest, is_taken: Callable[[Row], bool], reason: str, progress: Progress
-) -> Manifest:
-    """Write the version without the rows for which ``is_taken``; returns ``before`` if there are none."""
+def _find_taken(folder: Path, before: Manifest, is_taken: Callable[[Row], bool]) -> set[int]:
+    """Find the numbers of the parts with rows for which ``is_taken``; raises UserError if no image would be left."""
     taken_rows = [(part.number, row["outcome"]) for part, row in rows_of(folder, before, SELECTED_BY) if is_taken(row)]
-    if not taken_rows:
-        return before
-    if sum(outcome == "kept" for _, outcome in taken_rows) == before.kept:
+    if taken_rows and sum(outcome == "kept" for _, outcome in taken_rows) == before.kept:
         raise UserError(
             f"this would remove all {before.kept} images of data set {folder.name}: "
             f"to be rid of the data set, delete {folder}"
         )
+    return {number for number, _ in taken_rows}
+
+
+def _write_without(
+    folder: Path, before: Manifest, is_taken: Callable[[Row], bool], reason: str, progress: Progress
+) -> Manifest:
+    """Write the version without the rows for which ``is_taken``; returns ``before`` if there are none."""
+    if not (numbers := _find_taken(folder, before, is_taken)):
+        return before
     require_whole(folder, before)
-    numbers = {number for number, _ in taken_rows}
     parts = list(before.parts)
     for place, part in enumerate(before.parts):
         if part.number not in numbers:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from diffusion.common.files import write_bytes
-from diffusion.common.image_grids import make_grid, make_paired_grid, png_bytes
+from diffusion.common.image_grids import make_captioned_grid, make_grid, make_paired_grid, png_bytes
 from diffusion.evaluation.comparison import ChampionComparison, SampleGrids
 from diffusion.evaluation.estimate import DEVIATIONS, Interval
 from diffusion.evaluation.metrics.pixel_metrics import AppearanceShift
@@ -46,7 +46,11 @@ def write_comparison_report(
         champion=champion if champion in sides else None,
         sides=sides,
         sheets={
-            name: (len(images), png_bytes(make_grid(images)), caption_images(images, captions))
+            name: (
+                len(images),
+                png_bytes(make_captioned_grid(images, captions) if captions else make_grid(images)),
+                caption_images(images, captions),
+            )
             for (name, images), captions in zip(sheets.items(), grids.captions, strict=False)
         },
         real=png_bytes(make_grid(grids.real)),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from diffusion.common.image_grids import make_grid, png_bytes
+from diffusion.common.image_grids import MAX_TEXTS, make_captioned_grid, make_grid, png_bytes
 
 
 @given(
@@ -48,3 +48,34 @@ def test_png_bytes_are_lossless_and_the_same_each_time() -> None:
     image = make_grid(images)
     assert png_bytes(image) == png_bytes(make_grid(images))
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(png_bytes(image)))), np.asarray(image))
+
+
+def test_each_text_has_a_row_of_its_images_after_it() -> None:
+    tones = [10, 60, 110, 160, 210]
+    images = [torch.full((1, 8, 8), tone, dtype=torch.uint8) for tone in tones]
+    sheet = np.asarray(make_captioned_grid(images, ["cat", "dog", "cat", "dog", "cat"]))
+    rows: list[list[int]] = []
+    for line in sheet:
+        found = [tone for tone in tones if (line == tone).sum() >= 64]
+        if found and found not in rows:
+            rows.append(found)
+    assert rows == [[10, 110, 210], [60, 160]]
+    left = min(int(np.argmax(line == 10)) for line in sheet if (line == 10).sum() >= 64)
+    for half in np.array_split(sheet[:, : left - 2], 2):
+        assert half.min() < 128, "no text"
+
+
+@pytest.mark.parametrize("texts", [["one"] * 30, [str(number) for number in range(MAX_TEXTS + 10)]])
+def test_one_text_or_many_make_a_plain_grid(texts: list[str]) -> None:
+    images = torch.zeros(30, 3, 8, 8, dtype=torch.uint8)
+    assert png_bytes(make_captioned_grid(images, texts)) == png_bytes(make_grid(images))
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "two\nlines", "\x1b[31m\u202e", "x" * 10_000, "a word " * 2_000, "\U0001f600"]
+)
+def test_any_text_fits_beside_its_row(text: str) -> None:
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    grid, short = make_captioned_grid(images, [text, "other"]), make_captioned_grid(images, ["a", "b"])
+    assert grid.height == short.height
+    assert short.width <= grid.width < short.width + 200

@@ -63,3 +63,28 @@ def test_what_exceeds_the_limits_is_an_error(text: str) -> None:
 def test_hostile_json_is_one_kind_of_error(what: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         parse_json(JSON[what])
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("training: [", "line 1, column 12"),
+        ("training:\n  minutes: 3\n dataset: x", "line 3, column 2"),
+        ("training:\n\tminutes: 3", "line 2, column 1"),
+        ("training: minutes: 3", "line 1, column 18"),
+        ("a: 1\nb", "line 2, column 2"),
+        ("a: {b: 1", "line 1, column 9"),
+        ("- a\nb: c", "line 2, column 1"),
+        ("a: @b", "line 1, column 4"),
+    ],
+)
+def test_yaml_mistake_names_its_place_and_what_was_expected(text: str, place: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{place}: .*(expected|cannot begin)") as error:
+        parse_yaml(text)
+    assert "unicode string" not in str(error.value)
+
+
+def test_character_that_yaml_forbids_is_named() -> None:
+    with pytest.raises(ValueError, match=r"U\+0000") as error:
+        parse_yaml("a: \0")
+    assert "unicode string" not in str(error.value)

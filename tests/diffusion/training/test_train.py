@@ -1,6 +1,7 @@
 """Training: exact resume, refusal of what does not belong together, and a model that learns."""
 
 import copy
+import json
 import logging
 import math
 import random
@@ -30,7 +31,7 @@ from diffusion.generation.generate import sample
 from diffusion.models.config import ModelConfig
 from diffusion.process.schedules import make_schedule
 from diffusion.training.checkpointing import Checkpoints, CheckpointWriter
-from diffusion.training.config import TrainingConfig
+from diffusion.training.config import TrainingConfig, earlier_runs
 from diffusion.training.ema import models_to_evaluate
 from diffusion.training.logging import MetricsFile, TrainingMonitor, read_metrics
 from diffusion.training.preflight import count_flops
@@ -190,6 +191,25 @@ def test_discarded_run_restarts_with_the_same_result(dataset: Path, tmp_path: Pa
     assert again.read_bytes() == bits
 
 
+def test_finished_run_is_set_aside_and_taken_back(dataset: Path, tmp_path: Path) -> None:
+    short, output = CONFIG.model_copy(update={"images": 32, "checkpoints": 1}), tmp_path / "run"
+    other = short.model_copy(update={"seed": 1})
+    first = run(dataset, output, short).final.stat()
+    run(dataset, output, other, restart="set_aside")
+    [aside] = earlier_runs(output)
+    assert (aside / "final.safetensors").stat().st_ino == first.st_ino
+    assert run(dataset, output, short, restart="set_aside").final.stat() == first
+    [aside] = earlier_runs(output)
+    assert read_header(aside / "final.safetensors")["model_header"]["training"]["seed"] == 1
+
+
+def test_unfinished_run_is_not_set_aside(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        run(dataset, tmp_path / "run", track=lambda _: StopAt(16))
+    run(dataset, tmp_path / "run", CONFIG.model_copy(update={"images": 32}), restart="set_aside")
+    assert earlier_runs(tmp_path / "run") == []
+
+
 @pytest.mark.slow
 def test_minutes_are_converted_to_images_once(dataset: Path, tmp_path: Path) -> None:
     config = TrainingConfig(dataset="blobs", minutes=0.1, batch_size=16, checkpoints=2)
@@ -200,6 +220,34 @@ def test_minutes_are_converted_to_images_once(dataset: Path, tmp_path: Path) -> 
     images = run(dataset, tmp_path / "run", config).images
     assert images == planned
     assert images % 16 == 0
+
+
+def test_slow_machine_gets_fewer_checkpoints_and_is_told(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("diffusion.training.preflight.MEASURED_SECONDS", 0.1)
+    folder = tmp_path / "run"
+    config = TrainingConfig(dataset="blobs", minutes=0.02, batch_size=16, checkpoints=1000, keep=1000)
+    with pytest.raises(Stop), caplog.at_level(logging.WARNING):
+        run(dataset, folder, config, track=lambda _: StopAt(1))
+    planned = json.loads((folder / "preflight.json").read_bytes())
+    assert 1 <= planned["checkpoints"] < 1000
+    assert any("instead of 1000" in record.getMessage() for record in caplog.records)
+    total = run(dataset, folder, config).images
+    grids = sorted(int(path.stem) for path in (folder / "samples").iterdir())
+    assert len(grids) <= planned["checkpoints"]
+    # A resumption keeps their distance.
+    assert grids[-1] == total
+    assert len(set(np.diff([0, *grids[:-1]]))) <= 1
+
+
+def test_single_sample_grid_slower_than_the_budget_still_trains(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffusion.training.preflight.MEASURED_SECONDS", 0.1)
+    config = TrainingConfig(dataset="blobs", minutes=1e-6, batch_size=16, checkpoints=6)
+    assert run(dataset, tmp_path / "run", config).images == 16
+    assert len(list((tmp_path / "run" / "samples").iterdir())) == 1
 
 
 EDM = {"weighting": "edm", "learned_uncertainty": True, "timestep_sampling": "lognormal", "ema_stds": [0.05, 0.1]}

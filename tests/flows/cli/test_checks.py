@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from flows.cli.checks import (
     require_model,
     require_models,
     require_network,
+    require_usable,
     require_version,
 )
 from flows.config import Params
@@ -163,6 +165,34 @@ def test_images_that_a_small_data_set_has_already_do_not_count_twice(no_servers:
     second = Params.model_validate({"ingest": {"source": "second", "size": 8, "held_out": 0.5}})
     require_enough_images(second, before)
     assert read_manifest(first.dataset_folder) == before
+
+
+@pytest.mark.parametrize(
+    ("usable", "unusable", "ingest", "fails"),
+    [
+        (0, 4, {}, True),
+        (3, 9, {}, True),
+        (9, 3, {}, False),
+        (12, 0, {}, False),
+        (3, 9, {"max_quarantined": 0.9}, False),
+        (0, 4, {"max_quarantined": 1}, True),
+        (12, 0, {"size": 16}, True),
+        (12, 0, {"size": 16, "enlarge": True}, False),
+        (12, 0, {"size": 16, "fit": "bucket"}, False),
+    ],
+)
+def test_folder_without_enough_usable_images_is_found_before_its_ingest(
+    no_servers: None, usable: int, unusable: int, ingest: dict[str, Any], fails: bool
+) -> None:
+    Path("discs").mkdir()
+    for number in range(usable + unusable):
+        path = Path("discs", f"{number}.png")
+        disc(number).save(path)
+        if number >= usable:
+            path.write_bytes(path.read_bytes()[:60])
+    config = Params.model_validate({"ingest": {"source": "discs", "size": 8} | ingest}).ingest
+    with pytest.raises(UserError, match=r"discs cannot be used \(") if fails else nullcontext():
+        require_usable(config)
 
 
 def test_other_storage_than_that_of_the_data_set_is_found_before_a_flow_run(

@@ -62,6 +62,7 @@ def folder(tmp_path: Path) -> Path:
     hole = np.zeros((8, 8), np.uint8)
     hole[2:5, 2:5] = 255
     Image.fromarray(hole).save(tmp_path / "hole.png")
+    (tmp_path / "sizes.csv").write_text("size\n8x8\n")
     return tmp_path
 
 
@@ -152,7 +153,7 @@ def test_requests_that_differ_lie_in_folders_of_their_own(darkroom: Darkroom) ->
 
 def test_a_folder_takes_the_answer_to_one_request_only(darkroom: Darkroom, folder: Path) -> None:
     run_json(darkroom, "sample", "--count", "3", "--out", "mine")
-    for out, words in (("mine", "holds the answer to another request"), ("face.png", "is no folder of images made")):
+    for out, words in (("mine", "holds the answer to another request"), ("face.png", "is a file")):
         result = darkroom("sample", "--count", "2", "--out", out, "--model", "model.safetensors", *QUICK)
         assert (result.code, len(result.err.strip().splitlines())) == (2, 1), result.err
         assert words in result.err
@@ -198,9 +199,12 @@ def test_settings_of_the_command_line_without_effect_are_an_error(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("edit", "img2img", "nothing.png"), "the image nothing.png cannot be read (No such file or directory)"),
+        (("edit", "img2img", "nothing.png"), "nothing.png cannot be read (No such file or directory)"),
         (("edit", "img2img", "face.png", "--label", "cat"), "trained without classes"),
-        (("edit", "inpaint", "face.png", "--mask", "model.safetensors"), "the mask cannot be used: not an image"),
+        (
+            ("edit", "inpaint", "face.png", "--mask", "model.safetensors"),
+            "model.safetensors cannot be read (it is not an image",
+        ),
         (("edit", "interpolate", "0"), "from seed 0 to seed 0: give two seeds"),
         (("edit", "upscale", "face.png"), "not trained to upscale"),
         (("edit", "img2img", "face.png", "--strength", "2"), "--strength 2"),

@@ -40,6 +40,7 @@ def test_an_imported_pipeline_without_a_card_comes_out_with_how_to_load_it(tmp_p
 
 
 def test_mistakes_are_named_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("training: {dataset: blobs}\n")
     write_model(tmp_path / "final.safetensors", seed=0, images=64)
     out = ("--out", "exports")
     for words, message in (

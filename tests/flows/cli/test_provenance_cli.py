@@ -65,7 +65,7 @@ TRACE = Trace(
 
 def lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
     monkeypatch.setattr("flows.cli.command.connect", lambda *_: nullcontext())
-    monkeypatch.setattr(sys, "argv", ["darkroom", *words, "s3://b/p/a.png"])
+    monkeypatch.setattr(sys, "argv", ["darkroom", *words, "s3://bucket/p/a.png"])
     with pytest.raises(SystemExit):
         main()
     return capsys.readouterr().out.splitlines()

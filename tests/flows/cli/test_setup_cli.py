@@ -2,11 +2,13 @@
 
 import csv
 import json
+import struct
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
@@ -97,13 +99,106 @@ def test_a_table_of_captions_is_offered_and_becomes_metadata_on_request(run: Com
     run("init", str(captioned), "--write-metadata", code=2)
 
 
-def test_metadata_is_written_beside_an_existing_configuration(run: CommandLine, captioned: Path) -> None:
+def test_captions_that_are_written_later_are_learned(run: CommandLine, captioned: Path) -> None:
     run("init", str(captioned), "--dataset", "blobs")  # which advises to give the next command
-    file_bytes = Path("params.yaml").read_bytes()
+    run("init", str(captioned), "--write-metadata")
+    params = load_params(Path("params.yaml"), [])
+    assert (params.model.text, params.training.dataset) == (True, "blobs")
+
+
+@pytest.mark.parametrize("section", ["", "model:\n  width: 32\n"])
+def test_edited_configuration_is_kept_with_a_hint_that_fits(run: CommandLine, captioned: Path, section: str) -> None:
+    run("init", str(captioned), "--dataset", "blobs")
+    path = Path("params.yaml")
+    path.write_text(f"{path.read_text()}{section}")
+    path.write_text(path.read_text().replace("minutes: 10", "minutes: 9"))
+    before = path.read_text()
     output = run("init", str(captioned), "--write-metadata")
-    assert "kept       params.yaml" in output
     assert (captioned / "metadata.csv").is_file()
-    assert Path("params.yaml").read_bytes() == file_bytes
+    assert path.read_text() == before
+    assert ("add the lines `model:`" in output) == (not section)
+    lines = ["model:\n", "  text: true\n"] if not section else ["  text: true\n"]
+    path.write_text(before + "".join(lines))
+    assert load_params(path, []).model.text
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_captions_are_offered_in_a_terminal_before_the_configuration(
+    run: CommandLine, captioned: Path, monkeypatch: pytest.MonkeyPatch, answer: bool
+) -> None:
+    questions = []
+
+    def confirm(question: str, **_: object) -> bool:
+        questions.append((question, Path("params.yaml").exists()))
+        return answer
+
+    monkeypatch.setattr("typer.confirm", confirm)
+    for stream in (sys.stdin, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    run("init", str(captioned), "--dataset", "blobs")
+    [(question, was_written)] = questions
+    assert "captions.csv" in question
+    assert not was_written
+    assert load_params(Path("params.yaml"), []).model.text is answer
+
+
+@pytest.mark.parametrize(("names", "option"), [(["train"], ""), (["t10k"], ""), (["t10k", "train"], "?split=train")])
+def test_folder_of_idx_files_is_recognised(run: CommandLine, tmp_path: Path, names: list[str], option: str) -> None:
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    for name in names:
+        header = struct.pack(">4I", 0x803, 40, 12, 12)
+        pixels = np.random.default_rng(0).integers(0, 256, (40, 12, 12), np.uint8).tobytes()
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + pixels)
+    run("ingest", str(folder), "--dataset", "mnist", "--local", code=2)
+    about = run.json("init", str(folder))
+    assert (about["dataset"], about["survey"]["images"]) == ("mnist", 40)
+    assert load_params(Path("params.yaml"), []).ingest.source == f"idx:{folder}{option}"
+    assert run.json("ingest", "--local", "--set", "ingest.held_out=0.5")["kept"] == 40
+
+
+@pytest.mark.parametrize("key", ["training", "training.minutes"])
+def test_config_shows_one_section_or_field(run: CommandLine, key: str) -> None:
+    Path("params.yaml").write_text("training:\n  minutes: 3\n")
+    lines = run("config", "show", key).splitlines()
+    assert all(line.split()[0].startswith(key) for line in lines)
+    assert any(line.split() == ["training.minutes", "3.0", "params.yaml"] for line in lines)
+    run("config", "show", "minutes", code=2)
+
+
+def test_status_says_that_nothing_runs(run: CommandLine) -> None:
+    assert "darkroom up" in run("status")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("ingest pets --local", "train", "train --local", "evaluate", "promote", "sample", "retrain", "retrain pets"),
+        *("distill", "sweep --over training.seed=1,2", "compare", "deploy", "monitor", "ui", "open report"),
+        *(
+            "edit interpolate 3",
+            "data log",
+            "data show",
+            "data diff",
+            "data checkout abcd",
+            "data curate",
+            "data compact",
+        ),
+        *("model history", "model rollback", "model card", "model explain", "model export --to lora --out new"),
+        *("model serve", "config validate"),
+    ],
+)
+def test_without_a_configuration_every_verb_names_init(
+    run: CommandLine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["darkroom", *words.split()])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == 2
+    message = capsys.readouterr().err
+    assert "no params.yaml" in message
+    assert "darkroom init FOLDER" in message
+    assert not any(Path().iterdir())
 
 
 def test_config_shows_values_with_their_origin(run: CommandLine) -> None:
@@ -121,7 +216,6 @@ def test_config_schema_describes_every_section_and_validate_checks_the_file(run:
     assert schema == run.json("config", "schema")
     assert {"ingest", "model", "training", "sampling", "evaluation", "gate"} <= schema["properties"].keys()
     assert schema["$defs"]["IngestConfig"]["properties"]["size"]["maximum"] == 1024
-    assert run.json("config", "validate") == {"valid": True, "file": "params.yaml"}
     Path("faces.yaml").write_text("training:\n  minutes: 3\n")
     assert run.json("config", "validate", "--params", "faces.yaml") == {"valid": True, "file": "faces.yaml"}
     Path("params.yaml").write_text("training:\n  imagess: 3\n")
@@ -189,7 +283,7 @@ def test_passwords_of_the_local_stack_are_named_where_its_servers_are_used(
         "verdict": {**verdict, "version": {"model": "blobs", "number": 1}},
         "explained": {"files": []},
         "advice": None,
-        **dict.fromkeys(("samples", "skipped", "seconds", "quality", "warning", "report", "mlflow_page"), None),
+        **dict.fromkeys(("samples", "skipped", "seconds", "quality", "set_aside", "report", "mlflow_page"), None),
         **{"run_id": "1", "prefect_page": None},
     }
     text = "\n".join(pipeline_commands._describe_retraining(result))
@@ -199,6 +293,7 @@ def test_passwords_of_the_local_stack_are_named_where_its_servers_are_used(
 def test_open_prints_the_address_of_a_report_and_of_a_server_with_where_its_password_is(
     run: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    Path("params.yaml").write_text("training: {dataset: digits}\n")
     run("open", "report", code=2)
     page = tmp_path / "reports" / "digits" / "report.html"
     page.parent.mkdir(parents=True)

@@ -71,6 +71,24 @@ def test_unset_server_variables_come_from_the_local_stack(local: LocalStack, the
     assert ("MLFLOW_TRACKING_PASSWORD" in os.environ) == (theirs != "mlflow")
 
 
+@pytest.mark.parametrize(
+    ("server", "variable"),
+    [
+        ("mlflow", "MLFLOW_TRACKING_PASSWORD"),
+        ("mlflow", "MLFLOW_TRACKING_USERNAME"),
+        ("prefect", "PREFECT_API_AUTH_STRING"),
+        ("s3", "AWS_SECRET_ACCESS_KEY"),
+    ],
+)
+def test_wrong_login_for_a_local_server_is_an_error(local: LocalStack, server: Server, variable: str) -> None:
+    os.environ[variable] = "wrong-secret"
+    with pytest.raises(UserError, match=variable) as refusal:
+        join_servers(server)
+    assert "wrong-secret" not in str(refusal.value)
+    os.environ[variable] = local.variables(server)[variable]
+    join_servers(server)
+
+
 def test_only_the_required_servers_are_joined(local: LocalStack) -> None:
     join_servers("s3")
     assert os.environ["AWS_ENDPOINT_URL_S3"] == "http://127.0.0.1:20001"

@@ -22,6 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from diffusion.checkpoints import export
 from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json, sha256_bytes
+from diffusion.common.image_grids import GRID, encode_png_with_metadata
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import Manifest, read_manifest
@@ -198,6 +199,31 @@ def test_copied_sample_traces_to_its_batch_among_equal_seeds(stored_batch: Store
     assert "no batch of" in lineage.broken[0]
     with pytest.raises(UserError, match="give the address that it was sampled to"):
         reproduce(str(copy))
+
+
+def test_grid_of_a_batch_traces_to_it(stored_batch: StoredBatch, tmp_path: Path) -> None:
+    sheet = sample.write_contact_sheet(stored_batch.store, stored_batch.batch, stored_batch.place)
+    copy = tmp_path / "sent by mail.png"
+    copy.write_bytes(sheet.read_bytes())
+    assert trace(str(copy)) == trace(f"{stored_batch.place}/")
+    with Image.open(copy) as grid:
+        assert grid.height == 3 * (8 * 8 + 2 * 2), "a row for each of even, odd and neither"
+    write_grid(copy, f"{stored_batch.place}-elsewhere/")
+    with pytest.raises(UserError, match="no batch"):
+        trace(str(copy))
+
+
+def write_grid(path: Path, batch: str) -> None:
+    path.write_bytes(encode_png_with_metadata(Image.new("L", (8, 8)), {"model": "models:/blobs/1", GRID: batch}))
+
+
+def test_grid_of_a_request_traces_to_it(stored_batch: StoredBatch, tmp_path: Path) -> None:
+    request = make_request({"task": "sample", "count": 2, "seed": 9, "label": ["even", "odd"]})
+    origin = {"model": stored_batch.version.uri, "run_id": stored_batch.run_id}
+    result = generate_to_folder(Path("weights.safetensors"), request, SAMPLING, tmp_path / "out", origin)
+    chain, of_image = trace(str(result.grid)), trace(str(result.folder / "00000001.png"))
+    assert (chain.image, chain.broken) == (None, [])
+    assert (chain.request, chain.model, chain.data) == (of_image.request, of_image.model, of_image.data)
 
 
 def test_image_generated_on_request_traces_to_request_and_model(stored_batch: StoredBatch, tmp_path: Path) -> None:

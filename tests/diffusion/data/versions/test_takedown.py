@@ -21,7 +21,7 @@ from diffusion.data.ingest.captions import Cache
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import Manifest, read_manifest, versions, work_folder, write_manifest
-from diffusion.data.versions.takedown import choose_images, remove, remove_known
+from diffusion.data.versions.takedown import choose_images, remove, remove_known, require_removable
 from diffusion.data.versions.takedown_records import Removal, Selection, find_affected_versions, removals, write_removal
 from tests.builders import ROOT
 from tests.builders.ingested import files_of, records
@@ -205,6 +205,18 @@ def test_multi_line_removal_reason_is_an_error(dataset: Path) -> None:
     for reason in ("", " ", "two\nlines", "x" * 501):
         with pytest.raises(UserError, match="one line"):
             remove(dataset, Selection(sources=["odd/01.png"]), reason)
+
+
+@pytest.mark.parametrize("pattern", ["cat*", "*"])
+def test_removal_that_would_fail_is_found_before_it(dataset: Path, pattern: str) -> None:
+    remove(dataset, Selection(sources=["odd/01.png"]), "asked to")
+    files = files_of(dataset)
+    with pytest.raises(UserError):
+        require_removable(dataset, Selection(sources=[pattern]), "asked to")
+    # Repeated, it would only report what it did.
+    require_removable(dataset, Selection(sources=["odd/01.png"]), "asked to")
+    require_removable(dataset, Selection(sources=["odd/03.png"]), "asked to")
+    assert files_of(dataset) == files
 
 
 def test_choose_lists_the_selected_images_and_changes_nothing(dataset: Path) -> None:
