@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -177,7 +177,7 @@ def validate(config: "Params", params_file: ParamsFile = Path("params.yaml")) ->
 def ls(
     kind: Annotated[Kind | None, Argument(help="What to list; default: all.")] = None,
 ) -> CommandOutput:
-    """List data sets and runs of this folder, registered models, and sampling batches on S3.
+    """List data sets, here and in the bucket, runs of this folder, registered models, and sampling batches on S3.
 
     Example:  darkroom ls models
     """
@@ -187,14 +187,19 @@ def ls(
     for section, (read, head) in LISTS.items():
         if kind not in (None, section):
             continue
+        rows = list[dict[str, Any]]()
         try:
-            listings[section] = rows = read()
+            for row in read():
+                rows.append(row)
         except DarkroomError as error:
-            if kind is not None:
+            # Data sets may be here without any server.
+            if kind not in (None, "datasets"):
                 raise
             errors[section] = str(error)
-            lines.append(f"{section}: {error}")
-            continue
+            lines.append(f"{section}{' in the bucket' if section == 'datasets' else ''}: {error}")
+            if section != "datasets":
+                continue
+        listings[section] = rows
         table = [(section.upper(), *head), *(tuple(_cell(row.get(name)) for name in ("name", *head)) for row in rows)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (table if rows else [])]
@@ -206,21 +211,35 @@ def _cell(value: Any) -> str:
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _datasets() -> list[dict[str, Any]]:
-    from diffusion.data.manifest import read_manifest
+def _datasets() -> Iterator[dict[str, Any]]:
+    """Yield the data sets of this folder, then those that are in the bucket alone."""
+    from diffusion.data.manifest import Manifest, read_manifest
 
-    rows = []
-    for path in sorted(Path("data").glob("*/manifest.json")):
-        version = read_manifest(path.parent)
-        shape = f"{version.size}×{version.size}×{version.channels}"
-        fields = {
+    def row(name: str, version: Manifest, place: str) -> dict[str, Any]:
+        return {
+            "name": name,
             "images": version.kept,
-            "shape": shape,
+            "shape": f"{version.size}×{version.size}×{version.channels}",
             "classes": len(version.labels),
             "version": version.digest[:12],
+            "place": place,
         }
-        rows.append({"name": path.parent.name, **fields})
-    return rows
+
+    folders = sorted(path.parent for path in Path("data").glob("*/manifest.json"))
+    yield from (row(folder.name, read_manifest(folder), str(folder)) for folder in folders)
+    from flows.local_stack.stack import knows_server
+
+    if not knows_server("s3"):
+        return
+    with connect("s3"):
+        from flows.datasets.catalog import Catalog, Heads
+        from flows.environment import data_source
+
+        source, local_names = data_source(), {folder.name for folder in folders}
+        for name in islice(sorted({*Catalog.names(source)} - local_names), LISTED):
+            catalog = Catalog.of(name, source)
+            if (digest := Heads(catalog).newest()) and (version := catalog.version(digest)) is not None:
+                yield row(name, version, f"bucket: darkroom data checkout --dataset {name}")
 
 
 def _runs() -> list[dict[str, Any]]:
@@ -280,8 +299,8 @@ def _batches() -> list[dict[str, Any]]:
         return rows
 
 
-LISTS: dict[Kind, tuple[Callable[[], list[dict[str, Any]]], tuple[str, ...]]] = {
-    "datasets": (_datasets, ("images", "shape", "classes", "version")),
+LISTS: dict[Kind, tuple[Callable[[], Iterable[dict[str, Any]]], tuple[str, ...]]] = {
+    "datasets": (_datasets, ("images", "shape", "classes", "version", "place")),
     "runs": (_runs, ("state", "images", "family")),
     "models": (_models, ("versions", "champion", "previous", "candidate")),
     "batches": (_batches, ("model", "images", "seed", "state")),

@@ -138,7 +138,7 @@ def test_ls_lists_what_is_here_and_does_not_fail_for_servers_that_are_not(
     write_model(tmp_path / "runs" / "stopped" / "interrupted" / "0000000032.safetensors", seed=0, images=32)
     output = run.json("ls")
     assert output["datasets"][0] | {"version": ""} == {
-        **{"name": "blobs", "images": 48, "shape": "8×8×1", "classes": 2, "version": ""}
+        **{"name": "blobs", "images": 48, "shape": "8×8×1", "classes": 2, "version": "", "place": "data/blobs"}
     }
     assert output["runs"] == [
         {"name": "runs/blobs", "state": "unfinished", "images": None, "family": None},
