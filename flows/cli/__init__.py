@@ -12,7 +12,7 @@ import typer
 from typer import Option
 
 from diffusion.common.child_processes import end_with_parent
-from diffusion.common.errors import DarkroomError, UserError
+from diffusion.common.errors import DarkroomError, UserError, install_hint
 from diffusion.common.files import is_full_disk
 from flows.cli import (
     data_commands,
@@ -106,8 +106,7 @@ def main() -> None:
                 raise
             extra = EXTRAS.get(error.name or "", "pipeline")
             raise UserError(
-                f"this command needs {error.name}, which is not installed: install Darkroom with its extra [{extra}], "
-                f"`pip install -e '.[{extra}]'` in its checkout"
+                f"this command needs {error.name}, which is not installed: {install_hint(extra)}"
             ) from error
     except DarkroomError as error:
         _fail(FULL_DISK_ERROR if error.exit_code == 1 and is_full_disk(error) else str(error), error.exit_code)

@@ -160,7 +160,7 @@ def command(
             # Libraries print to standard output, which belongs to the result.
             with redirect_stdout(sys.stderr):
                 if has_config:
-                    from flows.config import load_params
+                    from flows.config import load_params, override_keys
 
                     names = [arguments.pop(option, None) for option in ("dataset", "named")]
                     if None not in names and names[0] != names[1]:
@@ -172,8 +172,15 @@ def command(
                     file = arguments["params_file"] if takes_file else arguments.pop("params_file")
                     settings = arguments["settings"] if takes_settings else arguments.pop("settings")
                     arguments["config"] = load_params(file, settings, options)
-                with connect(*servers) if servers else nullcontext():
-                    output = function(**arguments)
+                try:
+                    with connect(*servers) if servers else nullcontext():
+                        output = function(**arguments)
+                except UserError as error:
+                    if has_config:
+                        from flows.cli.origins import name_origin
+
+                        error.args = (name_origin(str(error), file, {*override_keys(settings), *options}),)
+                    raise
                 # Lines may still have to be computed.
                 lines = [] if output is None else list(output.lines)
             if output is None:

@@ -28,7 +28,7 @@ FIRST = 20  # number of list entries shown by default
 
 
 @command(app)
-def log(config: "Params") -> CommandOutput:
+def log(config: "Params", local: Local = False) -> CommandOutput:
     """List all versions, here and in the bucket, newest first; the current one, in data/NAME, is marked with a star.
 
     Example:  darkroom data log --dataset faces
@@ -38,7 +38,7 @@ def log(config: "Params") -> CommandOutput:
     folder = config.dataset_folder
     published, problem = None, None
     try:
-        published = _published_versions(folder.name)
+        published = None if local else _published_versions(folder.name)
     except DarkroomError as error:
         problem = str(error)
     entries = history(folder, _make_cache_lookup(folder), published)
@@ -63,6 +63,7 @@ def show_version(
     config: "Params",
     version: Annotated[str | None, Argument(help="Prefix of a version's digest; default: the current one.")] = None,
     everything: All = False,
+    local: Local = False,
 ) -> CommandOutput:
     """Show the contents of a version, and which images were dropped, and which sources quarantined, and why.
 
@@ -109,6 +110,7 @@ def diff(
     before: Annotated[str | None, Argument(metavar="A", help="Old version; default: the new one's parent.")] = None,
     after: Annotated[str | None, Argument(metavar="B", help="New version; default: the current one.")] = None,
     everything: All = False,
+    local: Local = False,
 ) -> CommandOutput:
     """Show the differences between two versions, image by image.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from diffusion.common.errors import ConflictError, DarkroomError, UserError
+from diffusion.common.errors import ConflictError, DarkroomError, UserError, install_hint
 from diffusion.common.escaping import pluralize
 from flows.cli.command import VERBOSITY, CommandOutput, Model, command, connect, is_file
 
@@ -308,7 +308,7 @@ def ui(
     Example:  darkroom ui --model examples/emoji.safetensors
     """
     if importlib.util.find_spec("gradio") is None:
-        raise UserError("the studio needs Gradio: run `pip install 'darkroom-diffusion[ui]'`")
+        raise UserError(f"the studio needs Gradio: {install_hint('ui')}")
     with nullcontext() if is_file(model) else connect("mlflow", "s3"):
         from flows.studio.app import serve
 

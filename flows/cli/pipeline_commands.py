@@ -17,7 +17,8 @@ from flows.cli.edit_commands import generate_images
 from flows.cli.model_commands import describe_champion_change
 
 if TYPE_CHECKING:
-    from diffusion.data.ingest.ingest import IngestPreview, IngestResult
+    from diffusion.data.ingest.ingest import IngestResult
+    from diffusion.data.ingest.preview import IngestPreview
     from diffusion.training.train import Restart, TrainResult
     from flows.config import Params
     from flows.datasets.dvc import RemoteShards
@@ -104,7 +105,7 @@ def ingest(
 
 
 def _preview(config: "Params", requeue: bool = False, rebuild: Any = "never") -> "IngestPreview":
-    from diffusion.data.ingest.ingest import preview
+    from diffusion.data.ingest.preview import preview
 
     if not config.ingest.source.startswith("s3://"):
         return preview(config.dataset_folder, config.ingest, requeue=requeue, rebuild=rebuild)
@@ -138,7 +139,9 @@ def _preflight(variants: "Mapping[str, Params]") -> CommandOutput:
 
 
 def _describe_ingest(result: "IngestResult", source: str) -> Iterator[str]:
+    from diffusion.data.manifest import read_manifest
     from diffusion.data.sources.survey import describe_table, find_captions
+    from diffusion.evaluation.config import SMALL_SET, shortage
 
     yield (
         f"{pluralize(result.kept, 'image')} in {result.folder} ({result.added:,} new), "
@@ -162,11 +165,15 @@ def _describe_ingest(result: "IngestResult", source: str) -> Iterator[str]:
         yield from (f"  no caption: {count:,} × {reason}" for reason, count in captions.reasons.items())
     if result.removed:
         yield f"left out, as taken down before: {pluralize(result.removed, 'image')}"
-    if result.relabelled:
+    if result.relabelled and result.kept == result.added:
+        yield f"equal images with several labels or captions: {result.relabelled:,}; the first one of each stays"
+    elif result.relabelled:
         yield (
             f"kept with their old label or caption: {result.relabelled:,} images that came with another one; "
             "--rebuild applies new ones"
         )
+    if (words := shortage(read_manifest(result.folder))) is not None:
+        yield f"note: {words}: {SMALL_SET}"
     if result.passed_over:
         if Path(source).is_dir() and (table := find_captions(Path(source))) is not None:
             yield describe_table(table)
@@ -256,10 +263,10 @@ def train(
 def _warn_of_few_images(config: "Params") -> None:
     """Warn if models of the data set cannot be evaluated."""
     from diffusion.data.manifest import read_manifest
-    from diffusion.evaluation.config import shortage
+    from diffusion.evaluation.config import SMALL_SET, shortage
 
     if not is_follower() and (words := shortage(read_manifest(config.dataset_folder))) is not None:
-        logger.warning("%s: the model can be trained, but not evaluated; ingest more, or change ingest.held_out", words)
+        logger.warning("%s: %s", words, SMALL_SET)
 
 
 def _check_training(config: "Params", restart: "Literal['never', 'if_different', 'always']", *advice: str) -> None:

@@ -28,6 +28,8 @@ PANEL = "Start and look around"
 Kind = Literal["datasets", "runs", "models", "batches"]
 SIZES = (64, 48, 32, 28, 24, 16, 8)
 """Sizes of stored images that ``init`` chooses from, in pixels; a CPU trains larger ones for hours."""
+MIN_CROPPED = 0.15
+"""Share of the pixels that cropping to squares cuts from which ``init`` proposes to keep the shapes."""
 FEW = 1000
 """Images below which ``init`` warns."""
 LISTED = 1000
@@ -54,6 +56,7 @@ def init(
     from diffusion.common.files import write_bytes
     from diffusion.data.ingest.config import IngestConfig
     from diffusion.data.sources import survey as surveys
+    from diffusion.evaluation.config import choose_held_out
 
     path = Path("params.yaml")
     if (exists := path.exists()) and not write_metadata:
@@ -67,7 +70,7 @@ def init(
     if write_metadata:
         if (table := surveys.find_captions(Path(source))) is None:
             raise UserError(f"no table with captions in {source}: leave --write-metadata out")
-        surveys.write_metadata(table)
+        metadata = surveys.write_metadata(table)
     settings = IngestConfig(source=source)
     if source.startswith("s3://"):
         with connect("s3"), TemporaryDirectory() as scratch:
@@ -82,14 +85,22 @@ def init(
             f"none of {survey.sampled} images of {source} can be read: give JPEG, PNG, WebP, GIF, BMP or TIFF"
         )
     lines = survey.lines()
+    if write_metadata:
+        lines.append(f"wrote      {metadata}: the captions of {table.path.name}")
     if exists:
         lines.append(f"kept       {path}: set `text: true` in its section `model` to learn the captions")
         return CommandOutput({"params": str(path), "survey": survey.model_dump(mode="json")}, lines)
     size = _size(survey)
     write_bytes(path, _template(survey, name, size).encode())
-    if survey.images < FEW:
-        lines.append(f"note       {pluralize(survey.images, 'image')}: so few that a model will mostly copy them")
     next_command = "darkroom up && darkroom retrain"
+    if choose_held_out(survey.images) is None:
+        next_command = "darkroom up && darkroom ingest && darkroom train"
+        lines.append(
+            f"note       {pluralize(survey.images, 'image')}: too few to train a model from nothing, or to judge it: "
+            "fine-tune another on them (docs/how-to/fine-tune.md), and register it by `darkroom model import`"
+        )
+    elif survey.images < FEW:
+        lines.append(f"note       {pluralize(survey.images, 'image')}: so few that a model will mostly copy them")
     lines += [f"wrote      {path}: {size}×{size} pixels, data set {name}", f"next       {next_command}"]
     value = {"params": str(path), "dataset": name, "size": size, "next": next_command}
     return CommandOutput(value | {"survey": survey.model_dump(mode="json")}, lines)
@@ -105,9 +116,18 @@ def _size(survey: "Survey") -> int:
 
 
 def _template(survey: "Survey", name: str, size: int) -> str:
+    from diffusion.data.ingest.config import IngestConfig
+    from diffusion.evaluation.config import choose_held_out
+
     lines = "\n".join(f"#   {escape_controls(line)}" for line in survey.lines())
     model = ["  text: true  # learn the captions, for --prompt; needs the extra `text`"] if survey.captions else []
     small_images = survey.has_images_below(size)
+    held_out, share = [], choose_held_out(survey.images)
+    if share not in (None, IngestConfig.model_fields["held_out"].default):
+        held_out = [f"  held_out: {share:g}  # so that evaluation gets its 10 images or more, which are not trained on"]
+    fit = "  # fit: crop  # of images that are not square: crop, pad, squash, or bucket to keep their shapes"
+    if survey.cropped >= MIN_CROPPED:
+        fit = f"  fit: bucket  # keeps their shapes; crop would cut {survey.cropped:.0%} of the pixels; or pad, squash"
     return "\n".join(
         [
             "# yaml-language-server: $schema=params.schema.json",
@@ -118,7 +138,8 @@ def _template(survey: "Survey", name: str, size: int) -> str:
             "ingest:",
             f"  source: {python_literal(survey.source)}",
             f"  size: {size}  # height and width of stored images; twice the size trains four times as long",
-            "  # fit: crop  # of images that are not square: crop, pad, squash, or bucket to keep their shapes",
+            fit,
+            *held_out,
             *(["  # enlarge: true  # images below that size are quarantined otherwise"] if small_images else []),
             "",
             *(["model:", *model, ""] if model else []),

@@ -24,7 +24,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTa
 from prefect.tasks import exponential_backoff
 
 from diffusion.common.child_processes import end_with_parent
-from diffusion.common.errors import DarkroomError, TransientError, UserError
+from diffusion.common.errors import DarkroomError, TransientError, UserError, install_hint
 from diffusion.common.escaping import escape_controls
 from diffusion.data.ingest.config import CaptionProgram, IngestConfig
 from diffusion.data.prefetch import FanOut, yield_in_order
@@ -90,7 +90,7 @@ def task_runner(config: FanOutConfig) -> TaskRunner[Any]:
         try:
             from prefect_ray import RayTaskRunner
         except ImportError as error:
-            raise UserError("runner=ray needs Ray: run `pip install -e '.[ray]'`, or use processes") from error
+            raise UserError(f"runner=ray needs Ray, or use processes: {install_hint('ray')}") from error
         ray: TaskRunner[Any] = RayTaskRunner()
         return ray
     if config.runner == "processes":

@@ -176,6 +176,26 @@ def test_stock_ddpm_pipeline_matches_our_sampler_at_every_noise_level(tmp_path: 
     assert_equal(load(exported_pipeline)(batch_size=COUNT, generator=again, output_type="pt").images, expected)
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "deis", "unipc"])
+def test_diffusers_finds_the_pipeline_of_an_unconditional_model(tmp_path: Path, sampler: Any) -> None:
+    _, exported_pipeline = exported(write_model(tmp_path), sampler=sampler)
+    pipe = load(exported_pipeline, DiffusionPipeline)
+    assert type(pipe).__name__ == exported_pipeline.pipeline
+    assert pipe(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 1)
+    assert "DiffusionPipeline.from_pretrained" in (exported_pipeline.folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("settings", [{"classes": CLASSES}, {"sampler": "euler"}], ids=str)
+def test_where_diffusers_has_no_pipeline_its_error_says_what_to_load(tmp_path: Path, settings: dict[str, Any]) -> None:
+    sampling = {name: settings.pop(name) for name in ("sampler",) if name in settings}
+    _, exported_pipeline = exported(write_model(tmp_path, **settings), **sampling)
+    line = "from diffusion.diffusers_format import DarkroomPipeline"
+    with pytest.raises(AttributeError, match=line):
+        DiffusionPipeline.from_pretrained(exported_pipeline.folder)
+    assert type(load(exported_pipeline)) is DarkroomPipeline
+    assert line in (exported_pipeline.folder / "README.md").read_text()
+
+
 def test_learned_variance_is_dropped_on_export_for_other_samplers(tmp_path: Path) -> None:
     model, exported_pipeline = exported(write_model(tmp_path, variance="learned_range"), sampler="dpmpp_2m")
     theirs = load(exported_pipeline)(batch_size=COUNT, seed=SEED, output_type="pt").images

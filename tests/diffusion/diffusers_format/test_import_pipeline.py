@@ -70,6 +70,7 @@ def test_an_export_is_what_came_in_to_the_byte(tmp_path: Path, kind: str) -> Non
     assert (header.origin.licence, header.origin.revision) == ("openrail", "0" * 40)
     export = export_to_diffusers(path, tmp_path / "out", SCHEDULER)
     assert export.files == digests(tmp_path / "out") == digests(folder)
+    assert type(diffusers.DiffusionPipeline.from_pretrained(export.folder)).__name__ == export.pipeline
     # Again, into the same folder.
     assert export_to_diffusers(path, tmp_path / "out", SCHEDULER).files == export.files
 
