@@ -227,7 +227,7 @@ def readme(model: DiffusionModel, sampling: SamplingConfig, result: ExportResult
 Or with {result.pipeline} of diffusers, which needs the class of the network (that it expected its own is no error):
 
 ```python
-import diffusion.diffusers_format
+import diffusion.diffusers_format.network
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({python_literal(place)})
 pipe(batch_size=4, num_inference_steps={sampling.steps}).images

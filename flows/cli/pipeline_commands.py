@@ -89,12 +89,14 @@ def ingest(
                 result = curate_ingested(
                     result, config.curation, config.ingest, config.evaluation, progress, fan_out=fan_out
                 )
+            _warn_of_few_images(config)
         return CommandOutput(result, _describe_ingest(result, config.ingest.source))
     with connect("prefect", "s3"):
         require_ingestable(config, rebuild_mode)
         from flows.ingest import ingest
 
         outcome = ingest(config, requeue, rebuild_mode)
+        _warn_of_few_images(config)
     value = outcome.result.model_dump(mode="json") | {
         "dvc_digest": outcome.version.digest,
         "report": str(outcome.report),
@@ -139,9 +141,7 @@ def _preflight(variants: "Mapping[str, Params]") -> CommandOutput:
 
 
 def _describe_ingest(result: "IngestResult", source: str) -> Iterator[str]:
-    from diffusion.data.manifest import read_manifest
     from diffusion.data.sources.survey import describe_table, find_captions
-    from diffusion.evaluation.config import SMALL_SET, shortage
 
     yield (
         f"{pluralize(result.kept, 'image')} in {result.folder} ({result.added:,} new), "
@@ -165,15 +165,9 @@ def _describe_ingest(result: "IngestResult", source: str) -> Iterator[str]:
         yield from (f"  no caption: {count:,} × {reason}" for reason, count in captions.reasons.items())
     if result.removed:
         yield f"left out, as taken down before: {pluralize(result.removed, 'image')}"
-    if result.relabelled and result.kept == result.added:
-        yield f"equal images with several labels or captions: {result.relabelled:,}; the first one of each stays"
-    elif result.relabelled:
-        yield (
-            f"kept with their old label or caption: {result.relabelled:,} images that came with another one; "
-            "--rebuild applies new ones"
-        )
-    if (words := shortage(read_manifest(result.folder))) is not None:
-        yield f"note: {words}: {SMALL_SET}"
+    if result.relabelled:
+        more = "" if result.kept == result.added else "; --rebuild applies the new ones"
+        yield f"kept with their first label or caption: {result.relabelled:,} images that came with another one{more}"
     if result.passed_over:
         if Path(source).is_dir() and (table := find_captions(Path(source))) is not None:
             yield describe_table(table)

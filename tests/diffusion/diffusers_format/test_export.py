@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -182,7 +183,17 @@ def test_diffusers_finds_the_pipeline_of_an_unconditional_model(tmp_path: Path, 
     pipe = load(exported_pipeline, DiffusionPipeline)
     assert type(pipe).__name__ == exported_pipeline.pipeline
     assert pipe(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 1)
-    assert "DiffusionPipeline.from_pretrained" in (exported_pipeline.folder / "README.md").read_text()
+
+
+def test_the_lines_of_the_readme_run_in_a_new_process(tmp_path: Path) -> None:
+    _, exported_pipeline = exported(write_model(tmp_path))
+    own, stock = re.findall(r"```python\n(.*?)```", (exported_pipeline.folder / "README.md").read_text(), re.DOTALL)
+    assert "DiffusionPipeline.from_pretrained" in stock
+    script = (
+        f"import os; os.chdir({str(tmp_path)!r})\n{stock}print(type(pipe).__name__)\n{own}print(type(pipe).__name__)"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert process.stdout.split() == [exported_pipeline.pipeline, "DarkroomPipeline"], process.stderr[-2000:]
 
 
 @pytest.mark.parametrize("settings", [{"classes": CLASSES}, {"sampler": "euler"}], ids=str)

@@ -29,7 +29,7 @@ from diffusion.generation.generate import sample
 from diffusion.models.config import DiffusersConfig, LoRAConfig
 from diffusion.process.samplers import sampling_config
 
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 from diffusion.diffusers_format.export import export_to_diffusers  # noqa: E402

@@ -344,6 +344,22 @@ def test_data_command_errors_are_one_line_with_a_remedy(
     assert files_of(FOLDER) == files
 
 
+def test_an_error_names_the_line_that_sets_the_field(commands: CommandLine) -> None:
+    rest = "training:\n  dataset: blobs\ningest:\n  held_out: 0.33\n"
+    Path("params.yaml").write_text(f"{rest}  size: 12\n")
+    assert "ingest.size is set in params.yaml, line 5" in commands.run("images", "--local", command="ingest", code=2)
+    Path("params.yaml").write_text(f"{rest}  size: 8\n")
+    error = commands.run("images", "--local", "--set", "ingest.size=12", command="ingest", code=2)
+    assert "params.yaml" not in error
+
+
+def test_commands_that_need_no_server_take_local(commands: CommandLine) -> None:
+    commands.monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    assert commands.json("log", "--local")["error"] is None
+    for verb in ("show", "diff"):
+        assert commands.json(verb, "--local") == commands.json(verb)
+
+
 def test_the_first_version_has_nothing_to_be_compared_with(
     images: Path, tmp_path: Path, no_servers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
