@@ -35,8 +35,8 @@ WITH_ADAPTERS = ("StableDiffusionPipeline", "StableDiffusion3Pipeline")
 OWN = "DarkroomPipeline"
 LOAD_WITH = f"{OWN}: load it by `from diffusion.diffusers_format import {OWN}`, which Darkroom's package has"
 """Name of the class in the index of a pipeline that diffusers does not have."""
-STOCK = dict.fromkeys(("ddpm", "dpmpp_2m", "dpmpp_2m_sde", "deis", "unipc"), "DDPMPipeline") | {"ddim": "DDIMPipeline"}
-"""Stock pipeline of each sampler; the schedulers of other samplers need scaled noise."""
+STOCK = dict.fromkeys(("ddpm", "dpmpp_2m", "dpmpp_2m_sde"), "DDPMPipeline") | {"ddim": "DDIMPipeline"}
+"""Stock pipeline of each sampler; the schedulers of others need scaled noise, or take no generator, which it gives."""
 
 
 class ExportResult(Config):

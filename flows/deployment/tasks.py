@@ -157,12 +157,12 @@ def concurrency_slot(name: str) -> Iterator[None]:
 
 
 def _describe_holders(client: SyncPrefectClient, name: str) -> str:
-    """Flow runs that may hold a slot of the concurrency limit ``name``, with start and page; some may wait as well."""
+    """Flow runs that may hold a slot of the concurrency limit ``name``, with their pages; some may wait as well."""
     running = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING]))
     runs = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=running), limit=200)
     # A limit is named after one data set, or for trainings after the kind of device.
     holders = [
-        f"{run.name} since {run.start_time:%Y-%m-%d %H:%M} UTC ({flow_run.ui_url.replace(flow_run.id, str(run.id))})"
+        f"{run.name} ({flow_run.ui_url.replace(flow_run.id, str(run.id))})"
         for run in runs
         if (run.name.startswith("train-") if name.startswith("training-") else run.name == name)
         and str(run.id) != flow_run.id

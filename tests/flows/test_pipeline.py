@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pyarrow.parquet as pq
 import pytest
+from mlflow.artifacts import download_artifacts
 from mlflow.client import MlflowClient
 from PIL import Image
 
@@ -86,6 +87,13 @@ def test_retrain_ends_in_a_champion_with_lineage_and_samples(
         assert row["guidance"] == evaluation.sampling.guidance
         assert row["content_digest"] == version.tags["darkroom.content_digest"]
     assert len(contents) == 40 + 5
+
+
+def test_the_report_begins_with_the_verdict(workspace: Workspace, server: MlflowClient) -> None:
+    version = server.get_model_version_by_alias("blobs", "champion")
+    path = download_artifacts(run_id=version.run_id, artifact_path="evaluation/report.html")
+    page = Path(path).read_text()
+    assert page.index("is champion") < page.index("the checkpoint that has seen")
 
 
 def test_model_card_of_the_champion_is_shown(workspace: Workspace, server: MlflowClient) -> None:

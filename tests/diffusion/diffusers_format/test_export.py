@@ -1,5 +1,6 @@
 """Export to diffusers: its pipelines and schedulers draw, of the same noise, the images that we do."""
 
+import os
 import pickle
 import re
 import subprocess
@@ -27,7 +28,7 @@ from diffusion.models.config import ModelConfig
 from diffusion.models.text_encoder import ENCODER
 from diffusion.models.unet import UNet
 from diffusion.process.samplers import SAMPLING_ADAPTER, SamplingConfig, sampling_config
-from tests.builders import small_models
+from tests.builders import ROOT, small_models
 from tests.builders.captioned import FakeEncoder
 
 CLASSES = {"cat": 30, "dog": 10}
@@ -177,26 +178,28 @@ def test_stock_ddpm_pipeline_matches_our_sampler_at_every_noise_level(tmp_path: 
     assert_equal(load(exported_pipeline)(batch_size=COUNT, generator=again, output_type="pt").images, expected)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "deis", "unipc"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde"])
 def test_diffusers_finds_the_pipeline_of_an_unconditional_model(tmp_path: Path, sampler: Any) -> None:
     _, exported_pipeline = exported(write_model(tmp_path), sampler=sampler)
     pipe = load(exported_pipeline, DiffusionPipeline)
     assert type(pipe).__name__ == exported_pipeline.pipeline
-    assert pipe(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 1)
+    assert pipe(batch_size=2, num_inference_steps=5, output_type="np").images.shape == (2, 8, 8, 1)
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_readme_run_in_a_new_process(tmp_path: Path) -> None:
     _, exported_pipeline = exported(write_model(tmp_path))
     own, stock = re.findall(r"```python\n(.*?)```", (exported_pipeline.folder / "README.md").read_text(), re.DOTALL)
     assert "DiffusionPipeline.from_pretrained" in stock
-    script = (
-        f"import os; os.chdir({str(tmp_path)!r})\n{stock}print(type(pipe).__name__)\n{own}print(type(pipe).__name__)"
+    script = "".join(f"{lines}print(type(pipe).__name__)\n" for lines in (stock, own))
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
     )
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert process.stdout.split() == [exported_pipeline.pipeline, "DarkroomPipeline"], process.stderr[-2000:]
 
 
-@pytest.mark.parametrize("settings", [{"classes": CLASSES}, {"sampler": "euler"}], ids=str)
+@pytest.mark.parametrize("settings", [{"classes": CLASSES}, {"sampler": "unipc"}], ids=str)
 def test_where_diffusers_has_no_pipeline_its_error_says_what_to_load(tmp_path: Path, settings: dict[str, Any]) -> None:
     sampling = {name: settings.pop(name) for name in ("sampler",) if name in settings}
     _, exported_pipeline = exported(write_model(tmp_path, **settings), **sampling)
