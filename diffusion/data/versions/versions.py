@@ -248,7 +248,7 @@ def history(
     for line in lines:
         while (parent := manifests.get(line[-1].parent or "")) is not None:
             line.append(parent)
-    lines.sort(key=lambda line: (current not in (version.digest for version in line), -len(line)))
+    lines.sort(key=lambda line: (all(version.digest != current for version in line), -len(line)))
     ordered_versions = list({version.digest: version for line in lines for version in line}.values())
     quarantines = list_quarantine_reasons(
         ordered_versions, lambda part, columns: find_records(folder, part, columns, elsewhere)
