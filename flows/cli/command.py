@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
@@ -158,8 +158,10 @@ def command(
             as_json = arguments.pop("as_json")
             set_verbosity(arguments.pop("quiet"), arguments.pop("verbose"))
             # Libraries print to standard output, which belongs to the result.
+            located: AbstractContextManager[None] = nullcontext()
             with redirect_stdout(sys.stderr):
                 if has_config:
+                    from flows.cli.origins import locate_fields
                     from flows.config import load_params, override_keys
 
                     names = [arguments.pop(option, None) for option in ("dataset", "named")]
@@ -172,15 +174,9 @@ def command(
                     file = arguments["params_file"] if takes_file else arguments.pop("params_file")
                     settings = arguments["settings"] if takes_settings else arguments.pop("settings")
                     arguments["config"] = load_params(file, settings, options)
-                try:
-                    with connect(*servers) if servers else nullcontext():
-                        output = function(**arguments)
-                except UserError as error:
-                    if has_config:
-                        from flows.cli.origins import name_origin
-
-                        error.args = (name_origin(str(error), file, {*override_keys(settings), *options}),)
-                    raise
+                    located = locate_fields(file, {*override_keys(settings), *options})
+                with located, connect(*servers) if servers else nullcontext():
+                    output = function(**arguments)
                 # Lines may still have to be computed.
                 lines = [] if output is None else list(output.lines)
             if output is None:

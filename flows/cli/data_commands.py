@@ -36,9 +36,10 @@ def log(config: "Params", local: Local = False) -> CommandOutput:
     from diffusion.data.versions.versions import history
 
     folder = config.dataset_folder
-    published, problem = None, None
+    published: dict[str, Manifest] = {}
+    problem: str | None = None
     try:
-        published = None if local else _published_versions(folder.name)
+        published = {} if local else _published_versions(folder.name)
     except DarkroomError as error:
         problem = str(error)
     entries = history(folder, _make_cache_lookup(folder), published)

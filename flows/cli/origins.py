@@ -1,19 +1,30 @@
 """Where a configuration sets a field: file and line, for errors that name the field."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from diffusion.common.errors import UserError
+
 FIELD = re.compile(r"\b[a-z_]+(?:\.[a-z_]+)+\b")
 
 
-def name_origin(message: str, file: Path, overridden: set[str]) -> str:
-    """Add file and line to an error ``message`` that names a field which ``file`` sets, unless it is ``overridden``.
+@contextmanager
+def locate_fields(file: Path, overridden: set[str]) -> Iterator[None]:
+    """Add file and line to a UserError that names a field which ``file`` sets, unless it is ``overridden``."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (_locate(str(error), file, overridden),)
+        raise
 
-    Of several fields the first one is located. A file that cannot be read adds nothing.
-    """
+
+def _locate(message: str, file: Path, overridden: set[str]) -> str:
+    """Of several fields the first one is located. A file that cannot be read adds nothing."""
     try:
         root = yaml.compose(file.read_text(encoding="utf-8-sig"), yaml.SafeLoader)
     except (OSError, ValueError, yaml.YAMLError):

@@ -166,8 +166,8 @@ def _describe_ingest(result: "IngestResult", source: str) -> Iterator[str]:
     if result.removed:
         yield f"left out, as taken down before: {pluralize(result.removed, 'image')}"
     if result.relabelled:
-        more = "" if result.kept == result.added else "; --rebuild applies the new ones"
-        yield f"kept with their first label or caption: {result.relabelled:,} images that came with another one{more}"
+        hint = "" if result.kept == result.added else "; --rebuild applies the new ones"
+        yield f"kept with their first label or caption: {result.relabelled:,} images that came with another one{hint}"
     if result.passed_over:
         if Path(source).is_dir() and (table := find_captions(Path(source))) is not None:
             yield describe_table(table)

@@ -56,7 +56,6 @@ def init(
     from diffusion.common.files import write_bytes
     from diffusion.data.ingest.config import IngestConfig
     from diffusion.data.sources import survey as surveys
-    from diffusion.evaluation.config import choose_held_out
 
     path = Path("params.yaml")
     if (exists := path.exists()) and not write_metadata:
@@ -70,7 +69,7 @@ def init(
     if write_metadata:
         if (table := surveys.find_captions(Path(source))) is None:
             raise UserError(f"no table with captions in {source}: leave --write-metadata out")
-        metadata = surveys.write_metadata(table)
+        written = f"wrote      {surveys.write_metadata(table)}: the captions of {table.path.name}"
     settings = IngestConfig(source=source)
     if source.startswith("s3://"):
         with connect("s3"), TemporaryDirectory() as scratch:
@@ -86,24 +85,31 @@ def init(
         )
     lines = survey.lines()
     if write_metadata:
-        lines.append(f"wrote      {metadata}: the captions of {table.path.name}")
+        lines.append(written)
     if exists:
         lines.append(f"kept       {path}: set `text: true` in its section `model` to learn the captions")
         return CommandOutput({"params": str(path), "survey": survey.model_dump(mode="json")}, lines)
     size = _size(survey)
     write_bytes(path, _template(survey, name, size).encode())
-    next_command = "darkroom up && darkroom retrain"
-    if choose_held_out(survey.images) is None:
-        next_command = "darkroom up && darkroom ingest && darkroom train"
-        lines.append(
-            f"note       {pluralize(survey.images, 'image')}: too few to train a model from nothing, or to judge it: "
-            "fine-tune another on them (docs/how-to/fine-tune.md), and register it by `darkroom model import`"
-        )
-    elif survey.images < FEW:
-        lines.append(f"note       {pluralize(survey.images, 'image')}: so few that a model will mostly copy them")
+    next_command, notes = _advise(survey)
+    lines += notes
     lines += [f"wrote      {path}: {size}×{size} pixels, data set {name}", f"next       {next_command}"]
     value = {"params": str(path), "dataset": name, "size": size, "next": next_command}
     return CommandOutput(value | {"survey": survey.model_dump(mode="json")}, lines)
+
+
+def _advise(survey: "Survey") -> tuple[str, list[str]]:
+    """Next command for as many images as there are, and a note if they are few."""
+    from diffusion.evaluation.config import choose_held_out
+
+    count = pluralize(survey.images, "image")
+    if choose_held_out(survey.images) is None:
+        return "darkroom up && darkroom ingest && darkroom train", [
+            f"note       {count}: too few to train a model from nothing, or to judge it: fine-tune another on them "
+            "(docs/how-to/fine-tune.md), and register it by `darkroom model import`"
+        ]
+    few = [f"note       {count}: so few that a model will mostly copy them"] if survey.images < FEW else []
+    return "darkroom up && darkroom retrain", few
 
 
 def _size(survey: "Survey") -> int:
@@ -122,7 +128,7 @@ def _template(survey: "Survey", name: str, size: int) -> str:
     lines = "\n".join(f"#   {escape_controls(line)}" for line in survey.lines())
     model = ["  text: true  # learn the captions, for --prompt; needs the extra `text`"] if survey.captions else []
     small_images = survey.has_images_below(size)
-    held_out, share = [], choose_held_out(survey.images)
+    held_out, share = list[str](), choose_held_out(survey.images)
     if share not in (None, IngestConfig.model_fields["held_out"].default):
         held_out = [f"  held_out: {share:g}  # so that evaluation gets its 10 images or more, which are not trained on"]
     fit = "  # fit: crop  # of images that are not square: crop, pad, squash, or bucket to keep their shapes"

@@ -182,7 +182,8 @@ def test_mistakes_are_one_line(call: Callable[[], object]) -> None:
 )
 def test_names_of_diffusers_are_answered_with_those_used_here(folder: Path, name: str, here: str) -> None:
     model = diffusion.load("model.safetensors")
-    for call in (model.generate, partial(diffusion.load, "model.safetensors"), partial(model.img2img, "face.png")):
+    calls: list[Callable[..., object]] = [model.generate, partial(diffusion.load, "model.safetensors")]
+    for call in (*calls, partial(model.img2img, "face.png")):
         with pytest.raises(UserError, match=f"here it is called {here}="):
             call(**{name: 4})
 
