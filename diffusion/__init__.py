@@ -2,7 +2,7 @@
 
 >>> import diffusion
 >>> model = diffusion.load("examples/emoji.safetensors")
->>> model.generate(4, prompt="a red heart", seed=7)
+>>> model.generate("a red heart", count=4, seed=7)
 [<PIL.Image.Image image mode=RGB size=64x64 at ...>, ...]
 
 Plain PyTorch and files. Nothing here knows of Prefect, MLflow, DVC or S3; what is needed of them

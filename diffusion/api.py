@@ -9,19 +9,20 @@ from __future__ import annotations
 import difflib
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypedDict, Unpack, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
 from diffusion.common.config import dataset_folder
-from diffusion.common.errors import UserError
+from diffusion.common.errors import UserError, install_hint
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.generation.config import Task, read_request
+from diffusion.generation.config import Task, describe_diffusers_names, read_request
 from diffusion.models.config import FamilyConfig, training_conflict
 from diffusion.presets import PresetName, complete_from_preset
 from diffusion.process.samplers import SamplingConfig, sampling_config, sampling_conflict
@@ -49,11 +50,9 @@ class StepOptions(TypedDict, total=False):
     """Name of the sampler, such as ``heun``, with the defaults of its own options."""
 
 
-class ConditionalOptions(StepOptions, total=False):
-    """What images show, and how they are sampled."""
+class ImageOptions(StepOptions, total=False):
+    """What images show besides their prompt, and how they are sampled."""
 
-    prompt: str | list[str] | None
-    """Text in the words of the captions, for a model with ``model.text``, or several that take turns."""
     label: str | list[str] | None
     """One of ``ImageGenerator.classes``, or several that take turns; left out, classes come as often as in the data
     set."""
@@ -65,6 +64,13 @@ class ConditionalOptions(StepOptions, total=False):
     guidance: float
     """Scale of classifier-free guidance, instead of autoguidance: 1 is none, 2 to 8 gives clearer and less varied
     images."""
+
+
+class ConditionalOptions(ImageOptions, total=False):
+    """What images show, and how they are sampled."""
+
+    prompt: str | list[str] | None
+    """Text in the words of the captions, for a model with ``model.text``, or several that take turns."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -91,29 +97,49 @@ class ImageGenerator:
         """Labels that it is conditioned on; empty: none."""
         return self.model.classes
 
+    def to(self, device: str) -> Self:
+        """Return the generator on another device: ``cpu``, ``cuda``, or ``auto``, a GPU if there is one.
+
+        Raises UserError if it is not there.
+
+        Example:
+            >>> model = load("examples/emoji.safetensors").to("cuda")
+        """
+        from diffusion.common.device import resolve_device
+
+        try:
+            sampling = self.sampling.with_changes({"device": str(device)})
+        except ValidationError as error:
+            raise UserError(f"device {device}: give cpu, cuda or auto") from error
+        return replace(self, model=self.model.to(resolve_device(sampling.device)), sampling=sampling)
+
     def generate(
         self,
-        count: int = 1,
+        prompt: str | list[str] | None = None,
         *,
+        count: int = 1,
         seed: int = 0,
         index: int = 0,
         progress: Progress = ignore_progress,
-        **options: Unpack[ConditionalOptions],
+        **options: Unpack[ImageOptions],
     ) -> list[Image.Image]:
         """Generate the images ``index`` to ``index + count - 1`` of ``seed``.
 
         Args:
+            prompt: Text in the words of the captions, for a model with ``model.text``, or several that take turns.
             count: Number of images.
             seed: Seed of the noise, 0 to 2⁶³ − 1.
             index: Index of the first image.
             progress: Called now and then.
-            **options: ``prompt``, ``label``, ``negative_prompt``, ``size``, ``guidance``, ``steps``, ``sampler``. A
-                ``size`` in words is width x height, ``"96x64"``; a tuple is (height, width), (64, 96).
+            **options: ``label``, ``negative_prompt``, ``size``, ``guidance``, ``steps``, ``sampler``. A ``size`` in
+                words is width x height, ``"96x64"``; a tuple is (height, width), (64, 96).
 
         Example:
-            >>> model.generate(4, prompt="a red heart", seed=7)
+            >>> model.generate("a red heart", count=4, seed=7)
         """
-        return self._answer("sample", options, progress, count=count, seed=seed, index=index)
+        if isinstance(prompt, int):
+            raise UserError(f"generate({prompt}) would be a prompt: give the number of images as count={prompt}")
+        return self._answer("sample", options, progress, prompt=prompt, count=count, seed=seed, index=index)
 
     def inpaint(
         self,
@@ -142,7 +168,7 @@ class ImageGenerator:
             seed: As for ``generate``.
             index: As for ``generate``.
             progress: Called now and then.
-            **options: As for ``generate``.
+            **options: As for ``generate``, and ``prompt``.
 
         Example:
             >>> model.inpaint("face.png", "hole.png", method="pigdm")
@@ -171,7 +197,7 @@ class ImageGenerator:
             seed: As for ``generate``.
             index: As for ``generate``.
             progress: Called now and then.
-            **options: As for ``generate``.
+            **options: As for ``generate``, and ``prompt``.
 
         Example:
             >>> model.img2img("face.png", 4, strength=0.5)
@@ -190,7 +216,7 @@ class ImageGenerator:
     ) -> list[Image.Image]:
         """Generate the path from image 0 of ``seed`` to image 0 of ``to_seed``, both ends included.
 
-        ``options`` are those of ``generate``; a model with classes needs a ``label`` or ``prompt``.
+        ``options`` are those of ``generate``, and ``prompt``; a model with classes needs a ``label`` or ``prompt``.
 
         Example:
             >>> model.interpolate(3, 7, 10)
@@ -252,14 +278,16 @@ class ImageGenerator:
 
 
 def load(path: str | Path, **sampling: Any) -> ImageGenerator:
-    """Load the model in a ``.safetensors`` file: ``final.safetensors`` of a run, or a checkpoint.
+    """Load the model in a ``.safetensors`` file, or a registered version, whose file is fetched.
 
     Args:
-        path: The file. Nothing in it is unpickled.
+        path: ``final.safetensors`` of a run, a checkpoint, ``models:/NAME@ALIAS`` or ``models:/NAME/NUMBER``. Nothing
+            in it is unpickled.
         **sampling: Fields of the section ``sampling``, over the preset: ``device="cuda"``, ``steps=32``.
 
     Raises:
-        UserError: The file is no model of ours, or an option is not valid for it.
+        UserError: The file is not a model of Darkroom, an option is not valid for it, or its device is not there.
+        DarkroomError: The servers of the registry do not answer.
 
     Example:
         >>> model = load("examples/emoji.safetensors", sampler="heun", steps=20)
@@ -267,18 +295,33 @@ def load(path: str | Path, **sampling: Any) -> ImageGenerator:
         <ddpm of emoji-distinct: 64×64×3, 2.0 M parameters, prompts>
     """
     from diffusion.checkpoints import load_model
+    from diffusion.common.device import resolve_device
 
     if not isinstance(path, str | Path):
         raise UserError(
             f"load takes the path of a model file, such as train(...).final, and not a {type(path).__name__}"
         )
-    if str(path).startswith("models:/"):
+    if words := describe_diffusers_names(sampling):
+        raise UserError(words)
+    is_registered = str(path).startswith("models:/")
+    model = load_model(_fetch_registered(str(path)) if is_registered else Path(path).expanduser())
+    config = _sampling(model.config, sampling)
+    resolve_device(config.device)
+    return ImageGenerator(model, config)
+
+
+def _fetch_registered(uri: str) -> Path:
+    """Fetch the weights of a registered version by what the entry point ``darkroom.registry`` names.
+
+    The registry is that of the flows, which stand on this package.
+    """
+    try:
+        [fetch] = (entry.load() for entry in entry_points(group="darkroom.registry"))
+    except (ValueError, ModuleNotFoundError) as error:
         raise UserError(
-            f"{path} is a registered model, and load takes a file: "
-            f'mlflow.artifacts.download_artifacts("{path}/artifacts/weights.safetensors") fetches it'
-        )
-    model = load_model(Path(path).expanduser())
-    return ImageGenerator(model, _sampling(model.config, sampling))
+            f"{uri} is a registered version, and no registry is installed: {install_hint('pipeline')}, or give a file"
+        ) from error
+    return Path(fetch(uri))
 
 
 def ingest(
@@ -346,7 +389,7 @@ def train(
 
     Example:
         >>> run = train("faces", minutes=10, model={"width": 64}, flip=True)
-        >>> load(run.final).generate(4)
+        >>> load(run.final).generate(count=4)
     """
     from diffusion.training.train import discard
     from diffusion.training.train import train as train_model
@@ -405,7 +448,7 @@ def evaluate(
         from diffusion.evaluation.evaluate import evaluate as evaluate_checkpoints
     except ModuleNotFoundError as error:
         raise UserError(
-            f"an evaluation needs {error.name}, which is not installed: install Darkroom with its extra [evaluation]"
+            f"an evaluation needs {error.name}, which is not installed: {install_hint('evaluation')}"
         ) from error
     from diffusion.checkpoints import read_model_header
     from diffusion.training.ema import models_to_evaluate

@@ -408,7 +408,8 @@ def describe_invalid_config(error: ValidationError) -> str:
         families = [name for name, config_class in FAMILIES.items() if location[-1] in config_class.model_fields]
         if family and families:
             names = " and ".join(families)
-            return f"{dotted_key} is a field of model.family = {names}, and this is {family}: leave it out"
+            other = f"replace the section by --set 'model={{family: {family}}}'"
+            return f"{dotted_key} is a field of model.family = {names}, and this is {family}: leave it out, or {other}"
         close = difflib.get_close_matches(location[-1], fields, n=1)
         if not family and len(location) == 1:
             sections = {

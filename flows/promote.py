@@ -25,7 +25,7 @@ from diffusion.common.files import sha256_file
 from diffusion.common.model_files import read_header
 from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.comparison import COMPARISON, ChampionComparison, compare_with_champion
-from diffusion.evaluation.reports.comparison_report import PAGE, write_comparison_report
+from diffusion.evaluation.reports.comparison_report import PAGE, write_comparison_report, write_verdict
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.ema import SNAPSHOTS
 from flows.config import Params
@@ -114,7 +114,7 @@ def promote(params: Params, model: str | None = None) -> PromotionResult:
     version = require_promotable(version)
     result = apply_gate(params, evaluation, version)
     approval = request_approval(version, result) if params.registry.approval else None
-    return record(params, evaluation, version, result, approval)
+    return record(params, evaluation, version, result, approval, folder)
 
 
 @retryable_task
@@ -234,9 +234,17 @@ def request_approval(version: Version, result: GateResult) -> Approval | None:
 
 @retryable_task
 def record(
-    params: Params, evaluation: Evaluation, version: Version, result: GateResult, approval: Approval | None
+    params: Params,
+    evaluation: Evaluation,
+    version: Version,
+    result: GateResult,
+    approval: Approval | None,
+    folder: Path,
 ) -> PromotionResult:
-    """Commit the verdict to the ledger, then update MLflow: scores, card, copies of the entry, aliases."""
+    """Commit the verdict to the ledger, then update MLflow: scores, card, copies of the entry, aliases.
+
+    The report in ``folder`` begins with it from then on.
+    """
     client = MlflowClient()
     entry = commit(client, version, result, approval).find_newest_entry(version.number)
     assert entry is not None, "the champion has an entry in the ledger"
@@ -263,6 +271,10 @@ def record(
         champion=champion,
         entry=entry.number,
     )
+    page, title = folder / "report.html", f"{version.uri} is {verdict.title}"
+    if page.is_file():  # an evaluation that was killed writes it the next time
+        write_verdict(page, evaluation, result.comparison, verdict.verdict, title, verdict.reason)
+        RunTracker(client, version.run_id).log_file(page, "evaluation")
     links = {
         "Model version": version_page(version.model, version.number),
         "MLflow run": run_page(client, version.run_id),
@@ -272,7 +284,7 @@ def record(
     create_markdown_artifact(
         f"**{version.uri}** is {verdict.title}: {escape_markdown(verdict.reason)}\n\n{link_text}",
         key=artifact_key("verdict", version.model),
-        description=f"{version.uri} is {verdict.title}",
+        description=title,
     )
     return verdict
 

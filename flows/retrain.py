@@ -50,7 +50,7 @@ class RetrainResult(Config):
     quality: str = ""
     """KID with its interval, and that of real images."""
     advice: str | None = None
-    """Advice to train longer; None if that would not surely help."""
+    """What would help: more images if the gate lacks them for its verdict, or else a longer training; None: unknown."""
     mlflow_page: str = ""
     prefect_page: str = ""
     """Addresses of the MLflow run and of this flow run."""
@@ -192,7 +192,7 @@ def retrain(
         from diffusion.generation.generate import check_prompts
         from diffusion.models.config import classes_of
         from flows.evaluate import evaluate
-        from flows.promote import promote
+        from flows.promote import last_comparison, promote
         from flows.registry.dependencies import require_promotable
         from flows.sample import explain, sample, samples_from_noise
         from flows.tracking.runs import run_page
@@ -219,6 +219,7 @@ def retrain(
             samples = sample(params, params.champion, count, seed, to, conditions) if has_samples else None
         with phase("explain", seconds, expected):
             explanation = explain(params, verdict.version.uri, params.report_folder / "explain")
+        comparison = last_comparison(params, verdict.version)
 
         result = RetrainResult(
             data=data,
@@ -228,8 +229,9 @@ def retrain(
             samples=samples and samples.model_dump(mode="json"),
             explained=explanation.model_dump(mode="json"),
             seconds=seconds,
-            quality=describe_kid(evaluation),
-            advice=advise_longer(evaluation),
+            # As the gate says it, with the guidance of the version.
+            quality=describe_kid(evaluation, *((comparison.candidate, comparison.real_baseline) if comparison else ())),
+            advice=(comparison and comparison.shortage) or advise_longer(evaluation),
             mlflow_page=run_page(MlflowClient(), training.run_id),
             prefect_page=flow_run.ui_url or "",
             drift=drift,

@@ -67,7 +67,7 @@ assert diffusion.__file__.startswith({str(installed.parent)!r}), diffusion.__fil
 for name in {EXTRAS!r}:
     assert importlib.util.find_spec(name) is None, name
 model = diffusion.load({str(MODEL)!r}, compute_batch=4)
-for number, image in enumerate(model.generate(2, seed=7, steps=4)):
+for number, image in enumerate(model.generate(count=2, seed=7, steps=4)):
     image.save(f"{{number}}.png")
 try:
     diffusion.evaluate("faces")
@@ -77,7 +77,7 @@ except diffusion.common.errors.UserError as error:
     result = run(installed / "python", "-c", script, folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "[evaluation]" in result.stdout
-    ours = diffusion.load(MODEL, compute_batch=4).generate(2, seed=7, steps=4)
+    ours = diffusion.load(MODEL, compute_batch=4).generate(count=2, seed=7, steps=4)
     theirs = [Image.open(tmp_path / f"{number}.png") for number in range(2)]
     assert [each.tobytes() for each in theirs] == [each.tobytes() for each in ours]
 

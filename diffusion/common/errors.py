@@ -13,6 +13,11 @@ class UserError(DarkroomError):
     exit_code = 2
 
 
+def install_hint(extra: str) -> str:
+    """Say how to install an ``extra`` of Darkroom."""
+    return f"run `pip install 'darkroom-diffusion[{extra}]'`, or `pip install -e '.[{extra}]'` in a checkout"
+
+
 class TransientError(DarkroomError):
     """Failure of a server that may soon be gone; Prefect retries a task that ends with it."""
 

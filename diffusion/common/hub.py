@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from tenacity import RetryCallState, Retrying, stop_after_attempt
 
 from diffusion.common.config import LONGEST_NAME
-from diffusion.common.errors import DarkroomError, TransientError, UserError
+from diffusion.common.errors import DarkroomError, TransientError, UserError, install_hint
 from diffusion.common.files import sync_file, sync_folder
 from diffusion.common.http_client import (
     HttpClient,
@@ -131,8 +131,7 @@ def hub_api() -> "HfApi":
         from diffusion.common.hub_transport import endpoint, use_http_client
     except ModuleNotFoundError as error:
         raise UserError(
-            f"the Hugging Face Hub needs {error.name}, which is not installed: run `pip install -e '.[hub]'` in "
-            "Darkroom's checkout"
+            f"the Hugging Face Hub needs {error.name}, which is not installed: {install_hint('hub')}"
         ) from error
     if constants.is_offline_mode():
         raise UserError("the Hub cannot be reached, as HF_HUB_OFFLINE is set: unset it")

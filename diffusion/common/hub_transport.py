@@ -8,8 +8,10 @@ from huggingface_hub import constants, set_client_factory
 from huggingface_hub.utils import hf_raise_for_status
 
 from diffusion.common.errors import UserError
-from diffusion.common.http_client import CREDENTIALS, HttpClient, HttpResponse, origin
+from diffusion.common.http_client import HttpClient, HttpResponse, origin
 
+CREDENTIALS = ("authorization", "cookie")
+"""Headers of the Hub alone; uploads to other places need the rest."""
 MAX_ANSWER = 2**26
 """Maximum bytes of an answer that is not a file."""
 MAX_REDIRECTS = 5
@@ -35,7 +37,7 @@ class _Transport(httpx2.BaseTransport):
         url, headers = str(request.url), dict(request.headers)
         if origin(url) != origin(endpoint()):
             for name in CREDENTIALS:
-                headers.pop(name.lower(), None)
+                headers.pop(name, None)
         assert isinstance(request.stream, httpx2.SyncByteStream)
         with self._client.stream(request.method, url, headers, request.stream, max_bytes=MAX_ANSWER) as response:
             return httpx2.Response(response.status, headers=response.headers.raw, content=b"".join(response.pieces))

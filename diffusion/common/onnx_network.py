@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffusion.common.errors import UserError
+from diffusion.common.errors import UserError, install_hint
 from diffusion.common.threads import cores
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ class OnnxNetwork:
             import onnxruntime
         except ModuleNotFoundError as error:
             raise UserError(
-                "ONNX files are read by onnxruntime, which is not installed: "
-                "run `pip install -e '.[onnx]'` in Darkroom's checkout"
+                f"ONNX files are read by onnxruntime, which is not installed: {install_hint('onnx')}"
             ) from error
         self.path = path
         options = onnxruntime.SessionOptions()

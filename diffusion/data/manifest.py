@@ -312,7 +312,8 @@ def read_manifest(folder: Path) -> Manifest:
         names = sorted(path.parent.name for path in folder.parent.glob("*/manifest.json"))
         hint = f" (there is {', '.join(names[:10])}{' …' if len(names) > 10 else ''})" if names else ""
         raise UserError(
-            f"no data set in {folder}{hint}: run `darkroom ingest SOURCE --dataset {folder.name}`"
+            f"no data set in {folder}{hint}: run `darkroom ingest SOURCE --dataset {folder.name}`, or, if it is in the "
+            f"bucket, `darkroom data checkout --dataset {folder.name}`"
         ) from error
 
 

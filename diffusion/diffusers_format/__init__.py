@@ -4,8 +4,9 @@
     pipe = DarkroomPipeline.from_pretrained("exports/faces")
     pipe(batch_size=4, seed=7).images
 
-Stock pipelines load the same folder, if only this package was imported: it holds the class of the network. Nothing is
-run that lies in the folder. Needs the extra ``diffusers``.
+Stock pipelines load the same folder once ``diffusion.diffusers_format.network`` was imported: it holds the class of the
+network, which diffusers does not import because a folder names it. Nothing is run that lies in the folder. Needs the
+extra ``diffusers``.
 """
 
 from typing import TYPE_CHECKING, Any

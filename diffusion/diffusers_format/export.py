@@ -17,9 +17,9 @@ from diffusion.checkpoints import (
     tensor_bytes,
 )
 from diffusion.common.config import Config
-from diffusion.common.errors import UserError
+from diffusion.common.errors import UserError, install_hint
 from diffusion.common.escaping import escape_markdown, python_literal
-from diffusion.common.files import sha256_file, sync_file, sync_folder
+from diffusion.common.files import sha256_file, sync_file, sync_folder, write_json
 from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.model import ModelHeader
 from diffusion.generation.config import UNCONDITIONAL
@@ -32,8 +32,11 @@ from diffusion.process.samplers import SamplingConfig
 INDEX, ADAPTER = "model_index.json", "pytorch_lora_weights.safetensors"
 WITH_ADAPTERS = ("StableDiffusionPipeline", "StableDiffusion3Pipeline")
 """Pipelines with ``load_lora_weights``."""
-STOCK = dict.fromkeys(("ddpm", "dpmpp_2m", "dpmpp_2m_sde", "deis", "unipc"), "DDPMPipeline") | {"ddim": "DDIMPipeline"}
-"""Stock pipeline of each sampler; the schedulers of other samplers need scaled noise."""
+OWN = "DarkroomPipeline"
+LOAD_WITH = f"{OWN}: load it by `from diffusion.diffusers_format import {OWN}`, which Darkroom's package has"
+"""Name of the class in the index of a pipeline that diffusers does not have."""
+STOCK = dict.fromkeys(("ddpm", "dpmpp_2m", "dpmpp_2m_sde"), "DDPMPipeline") | {"ddim": "DDIMPipeline"}
+"""Stock pipeline of each sampler; the schedulers of others need scaled noise, or take no generator, which it gives."""
 
 
 class ExportResult(Config):
@@ -92,18 +95,21 @@ def export_to_diffusers(
         from diffusion.diffusers_format.pipeline import scheduler_of
     except ModuleNotFoundError as error:
         raise UserError(
-            f"export to diffusers needs {error.name}, which is not installed: run `pip install -e '.[diffusers]'` in "
-            "Darkroom's checkout"
+            f"export to diffusers needs {error.name}, which is not installed: {install_hint('diffusers')}"
         ) from error
     # Stock pipelines neither condition nor guide.
     is_ours = bool(model.classes) or model.config.text or model.header.sampling(sampling).autoguides
-    pipeline = "DarkroomPipeline" if is_ours else STOCK.get(sampling.sampler, "DarkroomPipeline")
+    pipeline = OWN if is_ours else STOCK.get(sampling.sampler, OWN)
     result = ExportResult(
         folder=folder, files={}, pipeline=pipeline, weights_sha256=digest, version=version, run_id=run_id
     )
     kind = getattr(diffusers, pipeline, diffusers_format.DarkroomPipeline)
     parts = diffusers_format.DarkroomUNet.from_model(model, sampling), scheduler_of(model, sampling)
     kind(*parts).save_pretrained(partial, safe_serialization=True)
+    if pipeline == OWN:
+        # DiffusionPipeline.from_pretrained looks for this name in diffusers, and shows it in its error.
+        index = json.loads((partial / INDEX).read_text())
+        write_json(partial / INDEX, index | {"_class_name": LOAD_WITH})
     (partial / "README.md").write_text(readme(model, sampling, result, folder.name))
     return result.model_copy(update={"files": _publish(partial, folder.absolute())})
 
@@ -216,13 +222,14 @@ def readme(model: DiffusionModel, sampling: SamplingConfig, result: ExportResult
     if model.classes:
         conditions = f", labels=[{python_literal(model.classes[0])}]"
     stock = ""
-    if result.pipeline != "DarkroomPipeline":
+    if result.pipeline != OWN:
         stock = f"""
-Or with a pipeline of diffusers' own, once the class of the network is known (that it expected its own is no error):
+Or with {result.pipeline} of diffusers, which needs the class of the network (that it expected its own is no error):
 
 ```python
-import diffusion.diffusers_format, diffusers
-pipe = diffusers.{result.pipeline}.from_pretrained({python_literal(place)})
+import diffusion.diffusers_format.network
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained({python_literal(place)})
 pipe(batch_size=4, num_inference_steps={sampling.steps}).images
 ```
 """

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffusion.checkpoints import AVERAGED, CARRIED, FILES, LARGEST_FILES, match_tensors, save_tensors
 from diffusion.common.config import LARGEST_SIZE, LONGEST_NAME
-from diffusion.common.errors import UserError
+from diffusion.common.errors import UserError, install_hint
 from diffusion.common.files import digest_of, sha256_bytes, sha256_file
 from diffusion.common.hub import MAX_CARD, licence_of, read_front_matter
 from diffusion.common.model_files import LARGEST_HEADER
@@ -260,8 +260,7 @@ def _header(
         libraries = {name: version(name) for name in ("diffusers", "safetensors", "torch", "transformers")}
     except PackageNotFoundError as error:
         raise UserError(
-            f"the import of a pipeline needs {error.name}, which is not installed: "
-            "run `pip install -e '.[diffusers]'` in Darkroom's checkout"
+            f"the import of a pipeline needs {error.name}, which is not installed: {install_hint('diffusers')}"
         ) from error
     full_origin = origin.model_copy(update={"licence": licence, "files": digests, "libraries": libraries})
     name = re.sub(r"[/\\:'\"`\s]+", "-", origin.source.removeprefix("hf://").partition("@")[0]).strip(".-")

@@ -71,6 +71,11 @@ class ChampionComparison(Config):
         """Return the reasons for the verdict as one text."""
         return "; ".join(self.decision.reasons)
 
+    @property
+    def shortage(self) -> str | None:
+        """How many images the verdict is short of; None unless all that holds the candidate is want of images."""
+        return self.decision.describe_shortage(self.compared)
+
     def metrics(self) -> dict[str, float]:
         """Return the candidate's metrics by name, and those of champion and real baseline under prefixes."""
         metrics = self.candidate.metrics()

@@ -1,5 +1,6 @@
 """Configuration of the evaluation of checkpoints."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,12 +15,30 @@ if TYPE_CHECKING:
 
 FEWEST = 10
 """Fewest images of either split for which metrics are meaningful."""
+SMALL_SET = (
+    "ingest more, or all of them as another --dataset with a larger ingest.held_out; a model of so few can be trained "
+    "or fine-tuned by `darkroom train`, and registered without a verdict by `darkroom model import`"
+)
+"""What to do with a data set that is too small for an evaluation."""
+
+
+def choose_held_out(images: int) -> float | None:
+    """Choose ``ingest.held_out`` so that of so many images enough for an evaluation are held out, surely to 99 %.
+
+    None if too few would be left to train on.
+    """
+    for percent in (10, 15, 20, 25, 30, 35):
+        mean = images * percent / 100
+        # The lower 1 % of a binomial distribution, by its normal approximation.
+        if mean - 2.33 * math.sqrt(mean * (1 - percent / 100)) >= FEWEST:
+            return percent / 100
+    return None
 
 
 def require_enough(manifest: "Manifest") -> None:
     """Raise UserError if a split of a version of a data set is too small for an evaluation."""
     if (words := shortage(manifest)) is not None:
-        raise UserError(f"{words}: ingest more, or change ingest.held_out")
+        raise UserError(f"{words}: {SMALL_SET}")
 
 
 def shortage(manifest: "Manifest") -> str | None:

@@ -55,18 +55,18 @@ class GateConfig(Config):
     recall_loss: float | None = Field(0.1, ge=0, le=1)
     """Largest loss of recall, from 0 to 1: fidelity must not come from generating only easy images."""
     min_precision: float | None = Field(0.6, ge=0, lt=1)
-    """Precision that a first version must surely have, as a share of what as many real images reach. Without a champion
-    nothing else would keep out models whose images are half noise, blurred or averages."""
+    """Precision that a first version must surely have, as a share of what as many real images reach; 0 or null: any.
+    Without a champion nothing else would keep out models whose images are half noise, blurred or averages."""
     min_recall: float | None = Field(0.1, ge=0, lt=1)
     """Recall that a first version must surely have, as a share of what as many real images reach: little, as guidance
-    lowers it."""
+    lowers it; 0 or null: any."""
     min_coverage: float | None = Field(0.5, ge=0, lt=1)
     """Coverage that a first version must surely have, as a share of what as many real images reach: a model of one
-    class or of few images lacks it."""
+    class or of few images lacks it; 0 or null: any."""
     min_class_agreement: float | None = Field(0.5, ge=0, lt=1)
     """Share of a first version's images that a classifier must surely recognise as their class, as a share of what real
     images reach. Applies if model and data set have classes in common. No class may surely lie below it of which 20
-    images or more are generated and held out; smaller ones count among all."""
+    images or more are generated and held out; smaller ones count among all. 0 or null: any."""
     memorized: float | None = Field(0.05, ge=0, le=1)
     """Largest share of generated images that may be copies of training images, beyond chance. Applies to first
     versions, too."""
@@ -247,11 +247,25 @@ class Decision(Config):
     verdict: Verdict
     findings: tuple[Finding, ...]
 
+    @property
+    def images_needed(self) -> int | None:
+        """Number of images that decide; None unless want of images is all that holds."""
+        counts = [finding.images for finding in self.findings if finding.verdict == Verdict.hold]
+        return None if self.verdict != Verdict.hold or None in counts else max(filter(None, counts))
+
     def worth_another_look(self, limit: int) -> bool:
-        """Return whether more images, ``limit`` at most, may decide: only holds object, and for want of images."""
-        holds = [finding for finding in self.findings if finding.verdict == Verdict.hold]
-        counts = [finding.images for finding in holds if finding.images is not None]
-        return self.verdict == Verdict.hold and len(counts) == len(holds) and max(counts) <= MAX_LOOK_FACTOR * limit
+        """Return whether more images, ``limit`` at most, may decide."""
+        return self.images_needed is not None and self.images_needed <= MAX_LOOK_FACTOR * limit
+
+    def describe_shortage(self, metrics: ComparisonMetrics) -> str | None:
+        """Say how many images the verdict on ``metrics`` lacks; None unless want of images is all that holds."""
+        if self.images_needed is None:
+            return None
+        return (
+            f"{format_count(metrics.reference)} held-out images are too few for a verdict, which takes about "
+            f"{_describe_needed(self.images_needed, metrics)}: ingest more, or raise ingest.held_out in a new data "
+            f"set; or {LOOK_AT_THEM}"
+        )
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -352,8 +366,9 @@ def _first_version(metrics: ComparisonMetrics, config: GateConfig) -> list[Findi
         "coverage": config.min_coverage,
         "class agreement": config.min_class_agreement if metrics.class_conditional else None,
     }
-    findings = [_own_metric(name, share, metrics, config) for name, share in shares.items() if share is not None]
-    if (share := shares["class agreement"]) is None:
+    # A share of 0 could never be surely exceeded by a metric of 0.
+    findings = [_own_metric(name, share, metrics, config) for name, share in shares.items() if share]
+    if not (share := shares["class agreement"]):
         return findings
     # Each of K classes at 1 − (1 − c)/K: one that is recognised just often enough rarely holds the model by chance.
     confidence = 1 - (1 - config.confidence) / max(len(metrics.classes), 1)
@@ -485,8 +500,16 @@ def images_needed(images: int, estimate: Estimate, distance: float, confidence: 
 def _advice(subject: str, images: int | None, metrics: ComparisonMetrics) -> str:
     if images is None:
         return ""
-    factor = f"{images / metrics.samples:,.1f} times as many, held-out ones included"
-    return f"; to decide on {subject} takes about {format_count(images)} images, {factor}"
+    return f"; to decide on {subject} takes about {_describe_needed(images, metrics)}"
+
+
+def _describe_needed(images: int, metrics: ComparisonMetrics) -> str:
+    """Word how many images of both kinds that is, as both grow by the same factor."""
+    factor = images / metrics.samples
+    held_out = math.ceil(metrics.reference * factor)
+    generated = f"{format_count(images)} generated (evaluation.samples) and " if metrics.basis == "generated" else ""
+    more = format_count(held_out - metrics.reference)
+    return f"{factor:,.1f} times as many images: {generated}{format_count(held_out)} held out, {more} more"
 
 
 def _images(metrics: ComparisonMetrics) -> str:

@@ -1,7 +1,7 @@
 """Conditions, limits and generation requests, one pydantic model per task with its own options; without torch."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -284,9 +284,30 @@ def make_request(fields: Mapping[str, Any]) -> GenerationRequest:
         raise UserError(_describe_error(task, error)) from error
 
 
+DIFFUSERS_NAMES = {
+    "num_inference_steps": "steps=20",
+    "guidance_scale": "guidance=3",
+    "num_images_per_prompt": "count=4",
+    "batch_size": "count=4",
+    "height": 'size="WIDTHxHEIGHT"',
+    "width": 'size="WIDTHxHEIGHT"',
+    "class_labels": 'label="NAME"',
+    "generator": "seed=7",
+}
+"""How to say here what options of diffusers' pipelines say."""
+
+
+def describe_diffusers_names(names: Iterable[str]) -> str | None:
+    """Say what an option of diffusers' pipelines among ``names`` is called here; None if there is none."""
+    name = next((name for name in names if name in DIFFUSERS_NAMES), None)
+    return None if name is None else f"{name} is diffusers' name: here it is called {DIFFUSERS_NAMES[name]}"
+
+
 def _describe_error(task: Task, error: ValidationError) -> str:
     errors = error.errors(include_input=False)
     if extra_fields := [str(entry["loc"][-1]) for entry in errors if entry["type"] == "extra_forbidden"]:
+        if words := describe_diffusers_names(extra_fields):
+            return words
         if unknown_fields := [name[:40] for name in extra_fields if name not in FIELDS][:10]:
             return (
                 f"there is no {', '.join(unknown_fields)} to ask for; there is {', '.join(REQUESTS[task].model_fields)}"

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from diffusion.common.errors import UserError
+from diffusion.common.errors import UserError, install_hint
 from diffusion.models.config import LoRAConfig
 from diffusion.models.pretrained import PipelineNetwork
 from diffusion.models.unet import UNet
@@ -79,10 +79,7 @@ def make_trainable(network: nn.Module, lora: LoRAConfig | None) -> TrainableSubs
     try:
         import peft
     except ModuleNotFoundError as error:
-        raise UserError(
-            "training.lora needs peft, which is not installed: run `pip install -e '.[diffusers]'` in Darkroom's "
-            "checkout"
-        ) from error
+        raise UserError(f"training.lora needs peft, which is not installed: {install_hint('diffusers')}") from error
     adapter_config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.scale * lora.rank,  # type: ignore[arg-type]  # only divided by r

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from diffusion.common.errors import UserError
+from diffusion.common.errors import UserError, install_hint
 from diffusion.models.config import CLIP_TOKENIZERS, SCHEDULERS, T5_TOKENIZERS, Component, DiffusersConfig
 
 TOKENIZERS = (*CLIP_TOKENIZERS, *T5_TOKENIZERS)
@@ -207,8 +207,7 @@ def build(component: Component) -> Any:
         import transformers
     except ModuleNotFoundError as error:
         raise UserError(
-            f"a pipeline of diffusers needs {error.name}, which is not installed: "
-            "run `pip install -e '.[diffusers]'` in Darkroom's checkout"
+            f"a pipeline of diffusers needs {error.name}, which is not installed: {install_hint('diffusers')}"
         ) from error
     try:
         if hasattr(diffusers, component.kind):

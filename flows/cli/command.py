@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from contextvars import ContextVar
 from importlib.util import find_spec
 from pathlib import Path
@@ -146,9 +146,11 @@ def command(
             as_json = arguments.pop("as_json")
             set_verbosity(arguments.pop("quiet"), arguments.pop("verbose"))
             # Libraries print to standard output, which belongs to the result.
+            located: AbstractContextManager[None] = nullcontext()
             with redirect_stdout(sys.stderr):
                 if has_config:
-                    from flows.config import load_params
+                    from flows.cli.origins import locate_fields
+                    from flows.config import load_params, override_keys
 
                     names = [arguments.pop(option, None) for option in ("dataset", "named")]
                     if None not in names and names[0] != names[1]:
@@ -162,7 +164,8 @@ def command(
                     if dataset:
                         require_params_file(file, arguments | {"dataset": any(names)}, settings)
                     arguments["config"] = load_params(file, settings, options)
-                with connect(*servers) if servers else nullcontext():
+                    located = locate_fields(file, {*override_keys(settings), *options})
+                with located, connect(*servers) if servers else nullcontext():
                     output = function(**arguments)
                 # Lines may still have to be computed.
                 lines = [] if output is None else list(output.lines)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from diffusion.common.errors import UserError
+from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.escaping import pluralize
 from flows.cli.arguments import require_writable
 from flows.cli.command import CommandOutput, Local, command, connect, display_progress
 
 if TYPE_CHECKING:
-    from diffusion.data.manifest import FileEntry
+    from diffusion.data.manifest import FileEntry, Manifest
     from diffusion.data.versions.versions import Difference
     from flows.config import Params
     from flows.datasets.dvc import StoredFiles
@@ -28,26 +28,35 @@ FIRST = 20  # number of list entries shown by default
 
 
 @command(app)
-def log(config: "Params") -> CommandOutput:
-    """List all versions known on this machine, newest first; the current one, in data/NAME, is marked with a star.
+def log(config: "Params", local: Local = False) -> CommandOutput:
+    """List all versions, here and in the bucket, newest first; the current one, in data/NAME, is marked with a star.
 
     Example:  darkroom data log --dataset faces
     """
     from diffusion.data.versions.versions import history
 
     folder = config.dataset_folder
-    entries = history(folder, _make_cache_lookup(folder))
+    published: dict[str, Manifest] = {}
+    problem: str | None = None
+    try:
+        published = {} if local else _published_versions(folder.name)
+    except DarkroomError as error:
+        problem = str(error)
+    entries = history(folder, _make_cache_lookup(folder), published)
     has_dropped = any(entry.dropped for entry in entries)
     columns = f"{'added':>9} {'removed':>9} {'kept':>9}{'   dropped' if has_dropped else ''}"
     head = f"  {'version':<12}  {'parent':<12}  {columns} {'quarantined':>11}  change"
     rows = [
         f"{'*' if entry.current else ' '} {entry.digest[:12]}  {(entry.parent or '')[:12]:<12}  {entry.added:>9,} "
         f"{entry.removed:>9,} {entry.kept:>9,}{f' {entry.dropped:>9,}' if has_dropped else ''} "
-        f"{_count(entry.quarantined):>11}  {entry.change}"
+        f"{_count(entry.quarantined):>11}  {entry.change}{'' if entry.local else ', in the bucket'}"
         for entry in entries
     ]
+    if not any(entry.current for entry in entries):
+        rows.append(f"none of them is in {folder}: darkroom data checkout --dataset {folder.name}")
+    rows += [f"versions in the bucket are not listed: {problem}"] if problem else []
     value = {"dataset": folder.name, "versions": [entry.model_dump(mode="json") for entry in entries]}
-    return CommandOutput(value, [head, *rows])
+    return CommandOutput(value | {"error": problem}, [head, *rows])
 
 
 @command(app, "show")
@@ -55,6 +64,7 @@ def show_version(
     config: "Params",
     version: Annotated[str | None, Argument(help="Prefix of a version's digest; default: the current one.")] = None,
     everything: All = False,
+    local: Local = False,
 ) -> CommandOutput:
     """Show the contents of a version, and which images were dropped, and which sources quarantined, and why.
 
@@ -101,6 +111,7 @@ def diff(
     before: Annotated[str | None, Argument(metavar="A", help="Old version; default: the new one's parent.")] = None,
     after: Annotated[str | None, Argument(metavar="B", help="New version; default: the current one.")] = None,
     everything: All = False,
+    local: Local = False,
 ) -> CommandOutput:
     """Show the differences between two versions, image by image.
 
@@ -121,7 +132,9 @@ def diff(
 @command(app)
 def checkout(
     config: "Params",
-    version: Annotated[str, Argument(metavar="VERSION", help="Prefix of the version's digest.")],
+    version: Annotated[
+        str | None, Argument(help="Prefix of the version's digest; default: the newest in the bucket.")
+    ] = None,
     with_removed: Annotated[bool, Option("--with-removed", help="Allow images that were taken down since.")] = False,
     without_shards: Annotated[
         bool, Option("--without-shards", help="Only manifest and tables; training.stream_bytes fetches shards later.")
@@ -130,6 +143,8 @@ def checkout(
     """Restore a version into data/NAME, verify every file, and make it the base of the next ingest.
 
     Files come from the folder itself, DVC's cache, or S3. `darkroom data log` still lists all other versions.
+
+    Example:  darkroom data checkout --dataset faces
 
     Example:  darkroom data checkout 3f9c21d0 --dataset faces
     """
@@ -399,6 +414,20 @@ def _connect_remote() -> str:
     join_servers("s3")
     require("s3")
     return data_source()
+
+
+def _published_versions(name: str) -> dict[str, "Manifest"]:
+    """Versions of data set ``name`` in the bucket, by digest; raises DarkroomError if it cannot be listed."""
+    from flows.local_stack.stack import knows_server
+
+    if not knows_server("s3"):
+        return {}
+    source = _connect_remote()
+    from flows.datasets.catalog import Catalog
+    from flows.storage.s3 import Store, client
+
+    # The answer is about this machine as well, so a server that is down is not waited for.
+    return Catalog.of(name, source, Store(client(attempts=1))).versions()
 
 
 def _diff_lines(difference: "Difference") -> Iterator[str]:

@@ -112,6 +112,7 @@ def history(
     config: "Params",
     restore: Annotated[bool, Option("--restore", help="First restore missing entries from MLflow's copies.")] = False,
     sign: Annotated[bool, Option("--sign", help="Sign the newest entry, and so all before it.")] = False,
+    key: SigningKeyFile = None,
 ) -> CommandOutput:
     """Show the ledger of champions with dates, authors and reasons; verify its hash chain and repair aliases.
 
@@ -119,6 +120,8 @@ def history(
     """
     from flows.cli.checks import require_model
 
+    if key is not None and not sign:
+        raise UserError("--key is the key to sign with: give --sign, too, or leave it out")
     require_model(config)
     from mlflow.client import MlflowClient
 
@@ -135,7 +138,7 @@ def history(
         head = read_verified_history(client, ledger).head
         if head is None:
             raise UserError(f"the ledger of {config.model_name} is empty: leave --sign out")
-        ledger.sign(head, SigningKey.load())
+        ledger.sign(head, SigningKey.load(key))
     ledger_history = project(client, ledger)
     problem = champion_problem(client, ledger_history)
     result = {
@@ -194,13 +197,20 @@ def release(
 
 
 @registry_command
-def card(config: "Params", model: ModelUri = None) -> CommandOutput:
+def card(
+    config: "Params",
+    uri: Annotated[str | None, Argument(metavar="URI", help="The same as --model.", callback=check_registered)] = None,
+    model: ModelUri = None,
+) -> CommandOutput:
     """Print the model card of a registered version, in Markdown.
 
-    Example:  darkroom model card --model models:/faces@champion
+    Example:  darkroom model card models:/faces@champion
     """
     from flows.cli.checks import require_version
 
+    if None not in (uri, model) and uri != model:
+        raise UserError(f"{uri} and --model {model} are two models: name one")
+    model = uri or model
     require_version(model or config.champion)
     from mlflow.client import MlflowClient
 
@@ -413,7 +423,7 @@ def _push(
     for index in range(0 if model.config.text and not prompts else SAMPLED):
         condition: dict[str, Any] = {"prompt": prompts[index % len(prompts)]} if prompts else {}
         metadata = {"model": result.version or result.weights_sha256, "seed": "0", "index": str(index)} | condition
-        [image] = generator.generate(1, seed=0, index=index, **condition)
+        [image] = generator.generate(seed=0, index=index, **condition)
         # The name stands for the request, as the bits depend on the machine.
         request = digest_of([result.weights_sha256, config.sampling.model_dump(mode="json"), metadata])
         samples[f"{SAMPLES}{index}-{request[:12]}.png"] = encode_png_with_metadata(image, metadata)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from diffusion.common.errors import ConflictError, DarkroomError, UserError
+from diffusion.common.errors import ConflictError, DarkroomError, UserError, install_hint
 from diffusion.common.escaping import pluralize
 from flows.cli.arguments import check_cron, check_generated, check_output, is_file, require_free_port
 from flows.cli.command import VERBOSITY, CommandOutput, Model, command, connect
@@ -293,7 +293,7 @@ def ui(
     Example:  darkroom ui --model examples/emoji.safetensors
     """
     if importlib.util.find_spec("gradio") is None:
-        raise UserError("the studio needs Gradio: run `pip install 'darkroom-diffusion[ui]'`")
+        raise UserError(f"the studio needs Gradio: {install_hint('ui')}")
     if port is not None:
         require_free_port("127.0.0.1", port)
     with nullcontext() if is_file(model) else connect("mlflow", "s3"):

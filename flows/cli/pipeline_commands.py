@@ -18,7 +18,8 @@ from flows.cli.edit_commands import generate_images
 from flows.cli.model_commands import describe_champion_change
 
 if TYPE_CHECKING:
-    from diffusion.data.ingest.ingest import IngestPreview, IngestResult
+    from diffusion.data.ingest.ingest import IngestResult
+    from diffusion.data.ingest.preview import IngestPreview
     from diffusion.training.train import Restart, TrainResult
     from flows.config import Params
     from flows.datasets.dvc import RemoteShards
@@ -88,12 +89,14 @@ def ingest(
                 result = curate_ingested(
                     result, config.curation, config.ingest, config.evaluation, progress, fan_out=fan_out
                 )
+            _warn_of_few_images(config)
         return CommandOutput(result, _describe_ingest(result, config.ingest.source))
     with connect("prefect", "s3"):
         require_ingestable(config, rebuild_mode)
         from flows.ingest import ingest
 
         outcome = ingest(config, requeue, rebuild_mode)
+        _warn_of_few_images(config)
     value = outcome.result.model_dump(mode="json") | {
         "dvc_digest": outcome.version.digest,
         "report": str(outcome.report),
@@ -104,7 +107,7 @@ def ingest(
 
 
 def _preview(config: "Params", requeue: bool = False, rebuild: Any = "never") -> "IngestPreview":
-    from diffusion.data.ingest.ingest import preview
+    from diffusion.data.ingest.preview import preview
 
     if not config.ingest.source.startswith("s3://"):
         return preview(config.dataset_folder, config.ingest, requeue=requeue, rebuild=rebuild)
@@ -163,10 +166,8 @@ def _describe_ingest(result: "IngestResult", source: str) -> Iterator[str]:
     if result.removed:
         yield f"left out, as taken down before: {pluralize(result.removed, 'image')}"
     if result.relabelled:
-        yield (
-            f"kept with their old label or caption: {result.relabelled:,} images that came with another one; "
-            "--rebuild applies new ones"
-        )
+        hint = "" if result.kept == result.added else "; --rebuild applies the new ones"
+        yield f"kept with their first label or caption: {result.relabelled:,} images that came with another one{hint}"
     if result.passed_over:
         if Path(source).is_dir() and (table := find_captions(Path(source))) is not None:
             yield describe_table(table)
@@ -257,10 +258,10 @@ def train(
 def _warn_of_few_images(config: "Params") -> None:
     """Warn if models of the data set cannot be evaluated."""
     from diffusion.data.manifest import read_manifest
-    from diffusion.evaluation.config import shortage
+    from diffusion.evaluation.config import SMALL_SET, shortage
 
     if not is_follower() and (words := shortage(read_manifest(config.dataset_folder))) is not None:
-        logger.warning("%s: the model can be trained, but not evaluated; ingest more, or change ingest.held_out", words)
+        logger.warning("%s: %s", words, SMALL_SET)
 
 
 def _check_training(config: "Params", restart: "Restart | Literal['always']", *advice: str) -> None:

@@ -158,6 +158,7 @@ def restore(
 
     Example:  DARKROOM_HOME=.restored darkroom server restore /mnt/backups/darkroom
     """
+    from flows.datasets.catalog import PUBLISHED
     from flows.environment import settings
     from flows.local_stack.backup import restore
 
@@ -180,7 +181,10 @@ def restore(
         )
     if known_until is not None:
         _say(f"darkroom: takedowns done after {known_until:%Y-%m-%d %H:%M:%S} UTC are unknown: repeat them")
-    return CommandOutput(result, [f"{folder} is restored from backup {backup.stamp} and runs, with new passwords"])
+    datasets = sorted({match[1] for entry in backup.objects if (match := PUBLISHED.fullmatch(entry.key))})
+    lines = [f"{folder} is restored from backup {backup.stamp} and runs, with new passwords"]
+    lines += [f"next  darkroom data checkout --dataset {name}" for name in datasets]
+    return CommandOutput(result | {"datasets": datasets}, lines)
 
 
 def _show(status: "StackStatus") -> CommandOutput:

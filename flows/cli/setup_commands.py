@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from itertools import islice
 from pathlib import Path
@@ -29,6 +29,8 @@ PANEL = "Start and look around"
 Kind = Literal["datasets", "runs", "models", "batches"]
 SIZES = (64, 48, 32, 28, 24, 16, 8)
 """Sizes of stored images that ``init`` chooses from, in pixels; a CPU trains larger ones for hours."""
+MIN_CROPPED = 0.15
+"""Share of the pixels that cropping to squares cuts from which ``init`` proposes to keep the shapes."""
 FEW = 1000
 """Images below which ``init`` warns."""
 LISTED = 1000
@@ -77,17 +79,17 @@ def init(
         survey, name = _survey(source), _own_name(text, name)
         if text == _template(survey, name, _size(survey)):
             text = None  # as init wrote it
+    written = []
     if write_metadata and table is not None:
-        surveys.write_metadata(table)
+        written = [f"wrote      {surveys.write_metadata(table)}: the captions of {table.path.name}"]
     survey = _survey(source)
-    lines, size = survey.lines(), _size(survey)
+    lines, size = [*survey.lines(), *written], _size(survey)
     if text is not None:
         lines.append(f"kept       {path}, which was edited: {_how_to_learn_captions(text)} to learn the captions")
         return CommandOutput({"params": str(path), "survey": survey.model_dump(mode="json")}, lines)
     write_bytes(path, _template(survey, name, size).encode())
-    if survey.images < FEW:
-        lines.append(f"note       {pluralize(survey.images, 'image')}: so few that a model will mostly copy them")
-    next_command = "darkroom up && darkroom retrain"
+    next_command, notes = _advise(survey)
+    lines += notes
     lines += [f"wrote      {path}: {size}×{size} pixels, data set {name}", f"next       {next_command}"]
     value = {"params": str(path), "dataset": name, "size": size, "next": next_command}
     return CommandOutput(value | {"survey": survey.model_dump(mode="json")}, lines)
@@ -141,6 +143,20 @@ def _how_to_learn_captions(text: str) -> str:
     return "set `text: true` in its section `model`" if has_section else "add the lines `model:` and `  text: true`"
 
 
+def _advise(survey: "Survey") -> tuple[str, list[str]]:
+    """Next command for as many images as there are, and a note if they are few."""
+    from diffusion.evaluation.config import choose_held_out
+
+    count = pluralize(survey.images, "image")
+    if choose_held_out(survey.images) is None:
+        return "darkroom up && darkroom ingest && darkroom train", [
+            f"note       {count}: too few to train a model from nothing, or to judge it: fine-tune another on them "
+            "(docs/how-to/fine-tune.md), and register it by `darkroom model import`"
+        ]
+    few = [f"note       {count}: so few that a model will mostly copy them"] if survey.images < FEW else []
+    return "darkroom up && darkroom retrain", few
+
+
 def _size(survey: "Survey") -> int:
     assert survey.shorter_sides is not None
     shortest, median, longest = survey.shorter_sides
@@ -151,9 +167,18 @@ def _size(survey: "Survey") -> int:
 
 
 def _template(survey: "Survey", name: str, size: int) -> str:
+    from diffusion.data.ingest.config import IngestConfig
+    from diffusion.evaluation.config import choose_held_out
+
     lines = "\n".join(f"#   {escape_controls(line)}" for line in survey.lines())
     model = ["  text: true  # learn the captions, for --prompt; needs the extra `text`"] if survey.captions else []
     small_images = survey.has_images_below(size)
+    held_out, share = list[str](), choose_held_out(survey.images)
+    if share not in (None, IngestConfig.model_fields["held_out"].default):
+        held_out = [f"  held_out: {share:g}  # so that evaluation gets its 10 images or more, which are not trained on"]
+    fit = "  # fit: crop  # of images that are not square: crop, pad, squash, or bucket to keep their shapes"
+    if survey.cropped >= MIN_CROPPED:
+        fit = f"  fit: bucket  # keeps their shapes; crop would cut {survey.cropped:.0%} of the pixels; or pad, squash"
     return "\n".join(
         [
             "# yaml-language-server: $schema=params.schema.json",
@@ -164,7 +189,8 @@ def _template(survey: "Survey", name: str, size: int) -> str:
             "ingest:",
             f"  source: {python_literal(survey.source)}",
             f"  size: {size}  # height and width of stored images; twice the size trains four times as long",
-            "  # fit: crop  # of images that are not square: crop, pad, squash, or bucket to keep their shapes",
+            fit,
+            *held_out,
             *(["  # enlarge: true  # images below that size are quarantined otherwise"] if small_images else []),
             "",
             *(["model:", *model, ""] if model else []),
@@ -233,7 +259,7 @@ def validate(config: "Params", params_file: ParamsFile = Path("params.yaml")) ->
 def ls(
     kind: Annotated[Kind | None, Argument(help="What to list; default: all.")] = None,
 ) -> CommandOutput:
-    """List data sets and runs of this folder, registered models, and sampling batches on S3.
+    """List data sets, here and in the bucket, runs of this folder, registered models, and sampling batches on S3.
 
     Example:  darkroom ls models
     """
@@ -243,14 +269,19 @@ def ls(
     for section, (read, head) in LISTS.items():
         if kind not in (None, section):
             continue
+        rows = list[dict[str, Any]]()
         try:
-            listings[section] = rows = read()
+            for row in read():
+                rows.append(row)
         except DarkroomError as error:
-            if kind is not None:
+            # Data sets may be here without any server.
+            if kind not in (None, "datasets"):
                 raise
             errors[section] = str(error)
-            lines.append(f"{section}: {error}")
-            continue
+            lines.append(f"{section}{' in the bucket' if section == 'datasets' else ''}: {error}")
+            if section != "datasets":
+                continue
+        listings[section] = rows
         table = [(section.upper(), *head), *(tuple(_cell(row.get(name)) for name in ("name", *head)) for row in rows)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (table if rows else [])]
@@ -262,21 +293,35 @@ def _cell(value: Any) -> str:
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _datasets() -> list[dict[str, Any]]:
-    from diffusion.data.manifest import read_manifest
+def _datasets() -> Iterator[dict[str, Any]]:
+    """Yield the data sets of this folder, then those that are in the bucket alone."""
+    from diffusion.data.manifest import Manifest, read_manifest
 
-    rows = []
-    for path in sorted(Path("data").glob("*/manifest.json")):
-        version = read_manifest(path.parent)
-        shape = f"{version.size}×{version.size}×{version.channels}"
-        fields = {
+    def row(name: str, version: Manifest, place: str) -> dict[str, Any]:
+        return {
+            "name": name,
             "images": version.kept,
-            "shape": shape,
+            "shape": f"{version.size}×{version.size}×{version.channels}",
             "classes": len(version.labels),
             "version": version.digest[:12],
+            "place": place,
         }
-        rows.append({"name": path.parent.name, **fields})
-    return rows
+
+    folders = sorted(path.parent for path in Path("data").glob("*/manifest.json"))
+    yield from (row(folder.name, read_manifest(folder), str(folder)) for folder in folders)
+    from flows.local_stack.stack import knows_server
+
+    if not knows_server("s3"):
+        return
+    with connect("s3"):
+        from flows.datasets.catalog import Catalog, Heads
+        from flows.environment import data_source
+
+        source, local_names = data_source(), {folder.name for folder in folders}
+        for name in islice(sorted({*Catalog.names(source)} - local_names), LISTED):
+            catalog = Catalog.of(name, source)
+            if (digest := Heads(catalog).newest()) and (version := catalog.version(digest)) is not None:
+                yield row(name, version, f"bucket: darkroom data checkout --dataset {name}")
 
 
 def _runs() -> list[dict[str, Any]]:
@@ -336,8 +381,8 @@ def _batches() -> list[dict[str, Any]]:
         return rows
 
 
-LISTS: dict[Kind, tuple[Callable[[], list[dict[str, Any]]], tuple[str, ...]]] = {
-    "datasets": (_datasets, ("images", "shape", "classes", "version")),
+LISTS: dict[Kind, tuple[Callable[[], Iterable[dict[str, Any]]], tuple[str, ...]]] = {
+    "datasets": (_datasets, ("images", "shape", "classes", "version", "place")),
     "runs": (_runs, ("state", "images", "family")),
     "models": (_models, ("versions", "champion", "previous", "candidate")),
     "batches": (_batches, ("model", "images", "seed", "state")),

@@ -13,7 +13,7 @@ from diffusion.data.manifest import Manifest, manifest_bytes, read_manifest, ver
 from diffusion.data.versions.takedown_records import find_affected_versions, removals
 from diffusion.data.versions.versions import choose_version, known_versions, remember
 from flows.datasets import dvc
-from flows.datasets.catalog import Catalog
+from flows.datasets.catalog import Catalog, Heads
 from flows.datasets.dvc import StoredFiles, is_whole, needed_files
 
 Reach = Callable[[], str]
@@ -41,13 +41,15 @@ class VersionPin(Config):
 
 def checkout(
     folder: Path,
-    prefix: str,
+    prefix: str | None,
     reach: Reach,
     with_removed: bool = False,
     without_shards: bool = False,
     to_build_on: bool = False,
 ) -> CheckoutResult:
     """Make the version whose digest begins with ``prefix`` the current one of the data set in ``folder``.
+
+    None is the newest version in the bucket.
 
     Files come from the folder, DVC's cache or the remote, and are verified by SHA-256. All other versions stay known,
     and files that only the folder holds are put into DVC's cache first. Killed and given again, it ends the same.
@@ -61,7 +63,8 @@ def checkout(
     work_folder(folder).mkdir(parents=True, exist_ok=True)
     with FileLock(work_folder(folder) / "lock"):
         place = DatasetLocation(folder, reach)
-        return place.make_current(place.choose(prefix), with_removed, without_shards, to_build_on)
+        version = place.newest() if prefix is None else place.choose(prefix)
+        return place.make_current(version, with_removed, without_shards, to_build_on)
 
 
 def read_pin(folder: Path) -> VersionPin | None:
@@ -138,6 +141,19 @@ class DatasetLocation:
                 raise (unknown if self.known else error) from error
         self.known = self.known | catalog.versions()
         return pick()
+
+    def newest(self) -> Manifest:
+        """Find the newest version in the catalog."""
+        catalog = self.catalog()
+        if (digest := Heads(catalog).newest()) is None or (version := catalog.version(digest)) is None:
+            names = Catalog.names(str(catalog.place), catalog.store)
+            hint = f" (there is {', '.join(names[:10])}{' …' if len(names) > 10 else ''})" if names else ""
+            raise UserError(
+                f"no version of data set {self.folder.name} in the bucket {catalog.place.bucket}{hint}: "
+                f"run `darkroom ingest SOURCE --dataset {self.folder.name}`"
+            )
+        self.known = self.known | {digest: version}
+        return version
 
     def refuse_removed(self, version: Manifest) -> None:
         """Raise UserError if ``version`` holds images that were taken down, as far as its tables are available."""

@@ -11,7 +11,9 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.objects import StateType
 from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.events import Event
@@ -24,7 +26,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTa
 from prefect.tasks import exponential_backoff
 
 from diffusion.common.child_processes import end_with_parent
-from diffusion.common.errors import DarkroomError, TransientError, UserError
+from diffusion.common.errors import DarkroomError, TransientError, UserError, install_hint
 from diffusion.common.escaping import escape_controls
 from diffusion.data.ingest.config import CaptionProgram, IngestConfig
 from diffusion.data.prefetch import FanOut, yield_in_order
@@ -90,7 +92,7 @@ def task_runner(config: FanOutConfig) -> TaskRunner[Any]:
         try:
             from prefect_ray import RayTaskRunner
         except ImportError as error:
-            raise UserError("runner=ray needs Ray: run `pip install -e '.[ray]'`, or use processes") from error
+            raise UserError(f"runner=ray needs Ray, or use processes: {install_hint('ray')}") from error
         ray: TaskRunner[Any] = RayTaskRunner()
         return ray
     if config.runner == "processes":
@@ -135,7 +137,7 @@ def concurrency_slot(name: str) -> Iterator[None]:
         with suppress(ObjectNotFound):
             limit = client.read_global_concurrency_limit_by_name(name)
             if limit.active and limit.active_slots >= limit.limit:
-                logger.info("waiting for a slot of the concurrency limit %s", name)
+                logger.info("waiting for a slot of the concurrency limit %s%s", name, _describe_holders(client, name))
     if limit is None and not is_deployed:
         # Prefect would warn that there is none, on each run of who never deploys.
         yield
@@ -152,6 +154,20 @@ def concurrency_slot(name: str) -> Iterator[None]:
             f"Prefect has no concurrency limit {name}, without which runs of deployments would get in each other's "
             "way: run `darkroom deploy`"
         ) from error
+
+
+def _describe_holders(client: SyncPrefectClient, name: str) -> str:
+    """Flow runs that may hold a slot of the concurrency limit ``name``, with their pages; some may wait as well."""
+    running = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING]))
+    runs = client.read_flow_runs(flow_run_filter=FlowRunFilter(state=running), limit=200)
+    # A limit is named after one data set, or for trainings after the kind of device.
+    holders = [
+        f"{run.name} ({flow_run.ui_url.replace(flow_run.id, str(run.id))})"
+        for run in runs
+        if (run.name.startswith("train-") if name.startswith("training-") else run.name == name)
+        and str(run.id) != flow_run.id
+    ]
+    return f": running is {', '.join(holders[:5])}" if holders else ""
 
 
 def require_permitted(params: Params) -> None:

@@ -212,6 +212,12 @@ def _require_own_login(local: LocalStack, server: Server) -> None:
             )
 
 
+def knows_server(server: Server) -> bool:
+    """Whether the environment names ``server``, or the local stack, which need not run, has it."""
+    local = LocalStack.read(settings().folder)
+    return server in servers_in_environment() or (local is not None and local.serves(server))
+
+
 def join_servers(*servers: Server) -> None:
     """Connect this process to servers before it imports their clients; raises UserError for one that is not there."""
     for name, value in environment.DEFAULTS.items():

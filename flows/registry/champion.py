@@ -89,6 +89,12 @@ def promote(
     history = read_verified_history(client, ledger)
     version = _require_usable(client, history, number, taken_down)
     if history.alias_numbers.champion == number:
+        entry = history.find_newest_entry(number)
+        if reason is not None and entry is not None and entry.reason != reason:
+            raise UserError(
+                f"{version.uri} is champion already, by entry {entry.number} of the ledger ({entry.why}), to which no "
+                "reason can be added: leave --reason out"
+            )
         return _finish(client, ledger, version, already=True)
     return _commit(client, ledger, history, "promote", version, reason, evidence)
 

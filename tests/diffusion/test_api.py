@@ -4,17 +4,20 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import ExifTags, Image
 
 import diffusion
 from diffusion.common.errors import UserError
 from diffusion.models.config import ModelConfig
 from flows.cli import main
+from tests.builders import ROOT
 from tests.builders.small_models import write_model
 
 Darkroom = Callable[..., dict[str, Any]]
@@ -58,7 +61,7 @@ def darkroom(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("words", "generate"),
     [
-        ("sample --count 3 --seed 7", lambda model: model.generate(3, seed=7)),
+        ("sample --count 3 --seed 7", lambda model: model.generate(count=3, seed=7)),
         ("sample --seed 7 --count 1 --set sampling.steps=3", lambda model: model.generate(seed=7, steps=3)),
         (
             "edit inpaint face.png --mask hole.png --method pigdm --count 2",
@@ -143,6 +146,8 @@ def test_a_run_begins_in_python_and_goes_on_with_the_command_line(folder: Path, 
     [
         lambda: diffusion.load("nowhere.safetensors"),
         lambda: diffusion.load("models:/faces@champion"),
+        lambda: diffusion.load("model.safetensors").generate(4),  # type: ignore[arg-type]
+        lambda: diffusion.load("model.safetensors").to("tpu"),
         lambda: diffusion.load(None),  # type: ignore[arg-type]
         lambda: diffusion.load("model.safetensors", stepps=3),
         lambda: diffusion.load("model.safetensors").generate(label="cat"),
@@ -169,6 +174,39 @@ def test_mistakes_are_one_line(call: Callable[[], object]) -> None:
     with pytest.raises(UserError) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "here"),
+    [("num_inference_steps", "steps"), ("guidance_scale", "guidance"), ("num_images_per_prompt", "count")],
+)
+def test_names_of_diffusers_are_answered_with_those_used_here(folder: Path, name: str, here: str) -> None:
+    model = diffusion.load("model.safetensors")
+    calls: list[Callable[..., object]] = [model.generate, partial(diffusion.load, "model.safetensors")]
+    for call in (*calls, partial(model.img2img, "face.png")):
+        with pytest.raises(UserError, match=f"here it is called {here}="):
+            call(**{name: 4})
+
+
+def test_a_prompt_comes_first(folder: Path) -> None:
+    model = diffusion.load(ROOT / "examples" / "emoji.safetensors", steps=2, compute_batch=2)
+    by_place, by_name = model.generate("a red heart", count=2), model.interpolate(0, 1, 2, prompt="a red heart")
+    assert by_place[0].tobytes() == by_name[0].tobytes()
+    assert by_place[0].tobytes() != model.generate("a blue car")[0].tobytes()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_missing_is_refused_at_once(folder: Path) -> None:
+    for call in (
+        lambda: diffusion.load("model.safetensors", device="cuda"),
+        lambda: diffusion.load("model.safetensors").to("cuda"),
+    ):
+        with pytest.raises(UserError, match="no GPU"):
+            call()
+    model = diffusion.load("model.safetensors", steps=3, compute_batch=4)
+    moved = model.to("cpu")
+    assert moved.sampling.device == "cpu"
+    assert moved.generate(seed=7)[0].tobytes() == model.generate(seed=7)[0].tobytes()
 
 
 def test_importing_the_package_loads_nothing_else() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pyarrow.parquet as pq
 import pytest
+from mlflow.artifacts import download_artifacts
 from mlflow.client import MlflowClient
 from PIL import Image
 
@@ -88,11 +89,18 @@ def test_retrain_ends_in_a_champion_with_lineage_and_samples(
     assert len(contents) == 40 + 5
 
 
+def test_the_report_begins_with_the_verdict(workspace: Workspace, server: MlflowClient) -> None:
+    version = server.get_model_version_by_alias("blobs", "champion")
+    path = download_artifacts(run_id=version.run_id, artifact_path="evaluation/report.html")
+    page = Path(path).read_text()
+    assert page.index("is champion") < page.index("the checkpoint that has seen")
+
+
 def test_model_card_of_the_champion_is_shown(workspace: Workspace, server: MlflowClient) -> None:
     version = server.get_model_version_by_alias("blobs", "champion")
     card = workspace.json("model", "card")
     assert card == {"model": f"models:/blobs/{version.version}", "card": version.description}
-    assert workspace.run("model", "card").splitlines() == version.description.splitlines()
+    assert workspace.run("model", "card", card["model"]).splitlines() == version.description.splitlines()
 
 
 def test_the_champion_is_exported_with_its_names(workspace: Workspace, server: MlflowClient) -> None:

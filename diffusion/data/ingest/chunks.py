@@ -20,7 +20,7 @@ from diffusion.common.files import canonical_json, digest_of, make_folder, sha25
 from diffusion.common.progress import Progress
 from diffusion.common.shapes import shape_name
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.decode import StoredImage, UnusableEntryError, prepare
+from diffusion.data.ingest.decode import StoredImage, UnusableEntryError, ignore_pillow_warnings, prepare
 from diffusion.data.manifest import RECORDS
 from diffusion.data.shards import TarWriter
 from diffusion.data.sources import open_source
@@ -128,6 +128,7 @@ def prepare_chunk(chunk: Chunk) -> Path:
     Returns a table of JSON lines: the SHA-256 of each shard beside it (``shard_of``) by its bucket, then each entry's
     COLUMNS.
     """
+    ignore_pillow_warnings()
     with closing(sqlite3.connect(chunk.work / "plan.sqlite")) as database:
         rows = database.execute(
             f"SELECT {ENTRY}, known FROM plan WHERE number BETWEEN ? AND ? ORDER BY number", (chunk.first, chunk.last)
@@ -180,7 +181,7 @@ def _prepare(
             payload = next(payloads) if entry.problem is None else UnusableEntryError(entry.problem)
             if isinstance(payload, UnusableEntryError):
                 raise payload
-            row["source_sha256"] = _digest(payload)
+            row["source_sha256"] = digest_payload(payload)
             if row["source_sha256"] in known_digests:
                 row["outcome"] = "known"
                 continue
@@ -202,7 +203,8 @@ def _prepare(
     return rows, writers
 
 
-def _digest(payload: bytes | Image.Image) -> str:
+def digest_payload(payload: bytes | Image.Image) -> str:
+    """Compute the hex SHA-256 of a file's bytes, or of the pixels of an image that its source has decoded."""
     if isinstance(payload, bytes):
         return sha256_bytes(payload)
     header = canonical_json([payload.mode, *payload.size])

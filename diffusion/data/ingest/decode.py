@@ -5,6 +5,7 @@ The result depends on the bytes, the configuration and the library versions alon
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -55,6 +56,11 @@ TRANSPOSITIONS = (
 """Transpositions that undo the EXIF orientations 2 to 8."""
 FLIPPED_X, TOP_WAS_LAST, TURNED = {2, 3, 6, 7}, {3, 4, 7, 8}, {5, 6, 7, 8}
 """Orientations whose left or upper side was the right or lower one of the stored image, and whose sides swap."""
+
+
+def ignore_pillow_warnings() -> None:
+    """Keep Pillow in this process from printing what it finds odd in images, as ingest has reasons of its own."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class UnusableEntryError(Exception):

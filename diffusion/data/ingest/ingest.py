@@ -6,11 +6,9 @@ The manifest is written last; until then the previous version is complete, and n
 import logging
 import re
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import pyarrow.compute as pc
@@ -21,8 +19,8 @@ from diffusion.common.config import Config, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.files import make_folder, remove_partials
 from diffusion.common.progress import Progress, ignore_progress
-from diffusion.common.shapes import Shape, shape_name
-from diffusion.data.ingest.buckets import choose_shapes, nearest_shape
+from diffusion.common.shapes import shape_name
+from diffusion.data.ingest.buckets import choose_shapes
 from diffusion.data.ingest.calibration import Calibration, calibrate_ingest
 from diffusion.data.ingest.captions import CaptionCounts, add_captions
 from diffusion.data.ingest.chunks import chunks_of, make_plan, prepare_chunk
@@ -93,62 +91,6 @@ class IngestResult(Config):
     """Number of images that the rules of curation left out; None without rules."""
 
 
-class IngestPreview(Config):
-    """What an ingest would do."""
-
-    dataset: str
-    kept: int | None
-    """Images in the data set; None if there is none yet."""
-    new: int
-    """Entries of the source that would be read: those not read before, or changed since."""
-    size: int
-    shapes: list[Shape]
-    """Shapes (H, W) in which images are stored, in pixels."""
-    survey: Survey
-
-    def lines(self) -> list[str]:
-        """Describe the source, and what of it is new."""
-        target = "a new data set" if self.kept is None else f"data set {self.dataset}, which has {self.kept:,} images"
-        warning = ["small      images below ingest.size are quarantined: lower it, or set ingest.enlarge=true"]
-        lines = [*self.survey.lines(), *(warning if self.survey.has_images_below(self.size) else [])]
-        resolution = f"{self.size}×{self.size} pixels"
-        if self.shapes != [(self.size, self.size)]:
-            resolution = f"{len(self.shapes)} shapes of about as many pixels as {self.size}×{self.size}"
-            counts = Counter(nearest_shape(*size, self.shapes) for size in self.survey.sizes)
-            shares = (f"{shape_name(shape)} {counts[shape] / max(counts.total(), 1):.0%}" for shape in self.shapes)
-            lines.append(f"buckets    {', '.join(shares)} of the sampled images")
-        return [*lines, f"would read {self.new:,} of them into {target}, at {resolution}"]
-
-
-def preview(
-    folder: Path,
-    config: IngestConfig,
-    *,
-    requeue: bool = False,
-    rebuild: Rebuild = "never",
-    objects: ObjectStore | None = None,
-) -> IngestPreview:
-    """Look at ``config.source`` and count what ``ingest`` would read of it; changes nothing. Raises as it does."""
-    before = read_manifest(folder) if (folder / "manifest.json").is_file() else None
-    rebuilding = before is None or require_same_storage(before, config, rebuild)
-    with TemporaryDirectory() as temporary:
-        scratch = Path(temporary)
-        for path in work_folder(folder).glob("index.sqlite*"):
-            shutil.copyfile(path, scratch / path.name)
-        source_survey = survey(config, scratch, objects)
-        config = _with_buckets(config, None if rebuilding else before, lambda: source_survey)
-        bits = config.near_duplicate_bits(None if before is None else before.near_duplicate_bits)
-        with closing(Index(scratch / "index.sqlite", folder, before, bits)) as index:
-            listings = path if (path := work_folder(folder) / "listings").is_dir() else None
-            source = open_source(config.source, Access(config, scratch, objects, listings=listings))
-            plan = scratch / "plan.sqlite"
-            _, new = make_plan(plan, source, _origin(config), index.path, requeue, rebuilding, ignore_progress)
-    kept_count = None if before is None or rebuilding else before.kept
-    return IngestPreview(
-        dataset=folder.name, kept=kept_count, new=new, size=config.size, shapes=config.shapes, survey=source_survey
-    )
-
-
 def require_same_storage(before: Manifest, config: IngestConfig, rebuild: Rebuild) -> bool:
     """Whether the data set is rebuilt; raises UserError if it stores images in another way and must not be."""
     difference = before.find_storage_difference(config.storage())
@@ -161,7 +103,7 @@ def require_same_storage(before: Manifest, config: IngestConfig, rebuild: Rebuil
     return rebuild == "always" or bool(difference)
 
 
-def _with_buckets(config: IngestConfig, before: Manifest | None, look: Callable[[], Survey]) -> IngestConfig:
+def complete_buckets(config: IngestConfig, before: Manifest | None, look: Callable[[], Survey]) -> IngestConfig:
     """Complete a configuration that leaves its buckets open by those of the data set ``before``, or of the data."""
     if config.fit != "bucket" or config.buckets is not None:
         return config
@@ -169,7 +111,7 @@ def _with_buckets(config: IngestConfig, before: Manifest | None, look: Callable[
     return config.model_copy(update={"buckets": tuple(map(shape_name, shapes))})
 
 
-def _origin(config: IngestConfig) -> str:
+def origin_of(config: IngestConfig) -> str:
     """Identity of the source, under which the stamps of its entries are known; another revision is the same source."""
     if config.source.startswith("hf:"):
         return re.sub(r"@[^?]*", "", config.source)
@@ -211,9 +153,9 @@ def ingest(
         with closing(Index(work / "index.sqlite", folder, before, bits)) as index:
             access = Access(config, work / "scratch", objects, listings=work / "listings")
             access.scratch.mkdir(exist_ok=True)
-            config = _with_buckets(config, current, lambda: survey(config, access.scratch, objects))
+            config = complete_buckets(config, current, lambda: survey(config, access.scratch, objects))
             source = open_source(config.source, access)
-            origin = _origin(config)
+            origin = origin_of(config)
             plan = work / "plan.sqlite"
             listed_count, planned_count = make_plan(plan, source, origin, index.path, requeue, rebuilding, progress)
             other_files = access.passed_over

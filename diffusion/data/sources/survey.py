@@ -17,7 +17,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
 from diffusion.common.files import write_atomically
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.decode import TURNED, UnusableEntryError
+from diffusion.data.ingest.decode import TURNED, UnusableEntryError, ignore_pillow_warnings
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access, Entry, ObjectStore
 from diffusion.data.sources.conventions import METADATA_FILES, records
@@ -57,6 +57,8 @@ class Survey(Config):
     """Width and height of the sampled images, in pixels."""
     square: bool
     """Whether all sampled images are square."""
+    cropped: float
+    """Mean share of the pixels of the sampled images that cropping to squares would cut, 0 to 1."""
     channels: int
     """3 if a sampled image shows colours, otherwise 1."""
     classes: dict[str, int]
@@ -84,6 +86,12 @@ class Survey(Config):
         names = ", ".join(f"{name} {count:,}" for name, count in top_classes.items())
         rest = f" and {len(self.classes) - len(top_classes):,} more" if len(top_classes) < len(self.classes) else ""
         lines = [f"images     {self.images:,} in {self.source}: {sizes}"]
+        if self.cropped >= 0.01:
+            ratios = sorted(width / height for width, height in self.sizes)
+            lines.append(
+                f"shapes     {ratios[0]:.2g} to {ratios[-1]:.2g} times as wide as high, median "
+                f"{ratios[len(ratios) // 2]:.2g}: cropping to squares would cut {self.cropped:.0%} of the pixels"
+            )
         if self.unreadable and self.shorter_sides is not None:
             lines.append(f"unreadable {self.unreadable:,} of {self.sampled:,} sampled images")
         lines.append(f"classes    {len(self.classes):,}: {names}{rest}" if self.classes else "classes    none")
@@ -111,6 +119,7 @@ def survey(config: IngestConfig, scratch: Path, objects: ObjectStore | None = No
     if not count:
         raise UserError(f"no images in {config.source}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images")
     sizes, is_coloured = list[tuple[int, int]](), False
+    ignore_pillow_warnings()
     for payload in source.read([entry for _, entry in sorted(sample)]):
         if isinstance(payload, UnusableEntryError):
             continue
@@ -132,6 +141,7 @@ def survey(config: IngestConfig, scratch: Path, objects: ObjectStore | None = No
         shorter_sides=(sides[0], sides[len(sides) // 2], sides[-1]) if sides else None,
         sizes=sizes,
         square=all(width == height for width, height in sizes),
+        cropped=sum(1 - min(size) / max(size) for size in sizes) / max(len(sizes), 1),
         channels=3 if is_coloured else 1,
         classes=dict(sorted(classes.items())),
         captions=captions,

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from itertools import chain, dropwhile, islice, pairwise
 from operator import itemgetter
@@ -79,6 +79,8 @@ class HistoryEntry(Step):
     parent: str | None
     current: bool
     """Whether it is the current version."""
+    local: bool
+    """Whether this machine knows it; otherwise it is in the bucket alone."""
     dropped: int
     """Number of images that curation left out."""
     quarantined: int | None
@@ -231,16 +233,22 @@ def log(folder: Path) -> Iterator[Step]:
     return (_step(version, parent) for version, parent in pairwise(line) if version is not None)
 
 
-def history(folder: Path, elsewhere: Elsewhere = find_nothing) -> list[HistoryEntry]:
-    """Return all known versions, line by line, each before its parent; the line of the current one comes first."""
-    manifests = known_versions(folder)
-    current = next(iter(manifests))
+def history(
+    folder: Path, elsewhere: Elsewhere = find_nothing, published: Mapping[str, Manifest] | None = None
+) -> list[HistoryEntry]:
+    """Return all known and ``published`` versions, line by line, each before its parent; the current line comes first.
+
+    Raises UserError if there is none.
+    """
+    known = {} if published and not (folder / "manifest.json").is_file() else known_versions(folder)
+    manifests = {**known, **(published or {})}
+    current = next(iter(known), None)
     parents = {version.parent for version in manifests.values()}
     lines = [[version] for version in manifests.values() if version.digest not in parents]
     for line in lines:
         while (parent := manifests.get(line[-1].parent or "")) is not None:
             line.append(parent)
-    lines.sort(key=lambda line: (current not in (version.digest for version in line), -len(line)))
+    lines.sort(key=lambda line: (all(version.digest != current for version in line), -len(line)))
     ordered_versions = list({version.digest: version for line in lines for version in line}.values())
     quarantines = list_quarantine_reasons(
         ordered_versions, lambda part, columns: find_records(folder, part, columns, elsewhere)
@@ -250,6 +258,7 @@ def history(folder: Path, elsewhere: Elsewhere = find_nothing) -> list[HistoryEn
             **dict(_step(version, manifests.get(version.parent or ""))),
             parent=version.parent,
             current=version.digest == current,
+            local=version.digest in known,
             dropped=version.dropped,
             quarantined=None if quarantine is None else len(quarantine),
         )

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from diffusion.common.errors import UserError
+from diffusion.common.errors import UserError, install_hint
 from diffusion.common.files import digest_of, sha256_file
 from diffusion.common.onnx_network import OnnxNetwork, first_line
 from diffusion.common.parsing import parse_json
@@ -51,8 +51,7 @@ class TextImageEncoder(Extractor):
             from tokenizers import Tokenizer
         except ModuleNotFoundError as error:
             raise UserError(
-                f"{OPTION} reads captions by tokenizers, which is not installed: "
-                "run `pip install -e '.[text]'` in Darkroom's checkout"
+                f"{OPTION} reads captions by tokenizers, which is not installed: {install_hint('text')}"
             ) from error
         self.folder = folder
         name = next((processor for processor in PROCESSORS if (folder / processor).is_file()), PROCESSORS[-1])
@@ -135,8 +134,7 @@ class CLIP(TextImageEncoder):
             from transformers import CLIPConfig
         except ModuleNotFoundError as error:
             raise UserError(
-                f"{OPTION} = {folder} is read by transformers, which is not installed: "
-                "run `pip install -e '.[diffusers]'` in Darkroom's checkout"
+                f"{OPTION} = {folder} is read by transformers, which is not installed: {install_hint('diffusers')}"
             ) from error
         super().__init__(folder, ("config.json", "model.safetensors"))
         try:

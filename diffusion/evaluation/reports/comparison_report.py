@@ -1,6 +1,7 @@
 """HTML report on the comparison of a candidate with the champion, self-contained: the verdict and what supports it."""
 
 from pathlib import Path
+from typing import Literal
 
 from diffusion.common.files import write_bytes
 from diffusion.common.image_grids import make_captioned_grid, make_grid, make_paired_grid, png_bytes
@@ -8,13 +9,18 @@ from diffusion.evaluation.comparison import ChampionComparison, SampleGrids
 from diffusion.evaluation.estimate import DEVIATIONS, Interval
 from diffusion.evaluation.metrics.pixel_metrics import AppearanceShift
 from diffusion.evaluation.reports.charts import held_out_loss_chart, lead_chart
-from diffusion.evaluation.reports.html import Cell, caption_images, format_interval, metric_cell, render
+from diffusion.evaluation.reports.html import Cell, caption_images, format_interval, format_signed, metric_cell, render
+from diffusion.evaluation.results import Evaluation
 from diffusion.models.config import FAMILIES
 
 PAGE = "champion_comparison.html"
 """The report, beside ``champion_comparison.json``."""
 MEMBERS_SHOWN = 4
 """Images shown of each group of duplicates."""
+VERDICT_FIGURES = ("kid", "precision", "recall", "coverage")
+"""Metrics beside the verdict in the report of an evaluation."""
+BEGIN, END = b"<!-- verdict -->", b"<!-- /verdict -->"
+"""What stands around the verdict there."""
 CLASSES_SHOWN = 8
 """Classes in the table of the worst ones."""
 
@@ -79,6 +85,43 @@ def write_comparison_report(
         probability=probability,
     )
     return write_bytes(path, page)
+
+
+def write_verdict(
+    path: Path,
+    evaluation: Evaluation,
+    comparison: ChampionComparison | None,
+    verdict: Literal["promote", "hold", "reject"],
+    title: str,
+    reason: str,
+) -> None:
+    """Write the gate's ``verdict`` above the report at ``path`` on ``evaluation``, in the words ``title``: ``reason``.
+
+    It replaces one that stands there. Its figures are those of the ``comparison``, if there was one.
+    """
+    figures = []
+    if comparison is not None and comparison.compared.basis == "generated":
+        sides, extractor = (comparison.candidate, comparison.real_baseline), comparison.candidate.scores.extractor
+        for name in VERDICT_FIGURES:
+            cells = [
+                metric_cell(side.estimates[f"{name}_{extractor}"])
+                if f"{name}_{extractor}" in side.estimates
+                else Cell(format_signed(side.scores.get_metric(name)))
+                for side in sides
+            ]
+            figures.append((name, *cells))
+    block = render(
+        "verdict.html",
+        verdict=verdict,
+        title=title,
+        reason=reason,
+        comparison=comparison,
+        figures=figures,
+        unguided=evaluation.guidance is not None and evaluation.sampling.is_guided,
+        page=PAGE,
+    )
+    before, _, rest = path.read_bytes().partition(BEGIN)
+    write_bytes(path, before + BEGIN + block + END + rest.partition(END)[2])
 
 
 def probability(p: float) -> str:

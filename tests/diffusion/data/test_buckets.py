@@ -15,8 +15,9 @@ from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset, open_webdataset
 from diffusion.data.ingest.buckets import choose_shapes, nearest_shape
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.ingest import ingest, preview
+from diffusion.data.ingest.ingest import ingest
 from diffusion.data.ingest.merge import merge_versions
+from diffusion.data.ingest.preview import preview
 from diffusion.data.manifest import read_manifest
 from diffusion.data.simulate import Shards
 from diffusion.data.versions.takedown import remove

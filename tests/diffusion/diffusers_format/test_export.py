@@ -1,7 +1,9 @@
 """Export to diffusers: its pipelines and schedulers draw, of the same noise, the images that we do."""
 
+import os
 import pickle
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +28,7 @@ from diffusion.models.config import ModelConfig
 from diffusion.models.text_encoder import ENCODER
 from diffusion.models.unet import UNet
 from diffusion.process.samplers import SAMPLING_ADAPTER, SamplingConfig, sampling_config
-from tests.builders import small_models
+from tests.builders import ROOT, small_models
 from tests.builders.captioned import FakeEncoder
 
 CLASSES = {"cat": 30, "dog": 10}
@@ -174,6 +176,38 @@ def test_stock_ddpm_pipeline_matches_our_sampler_at_every_noise_level(tmp_path: 
     assert_equal(theirs, expected)
     again = torch.Generator().manual_seed(SEED)
     assert_equal(load(exported_pipeline)(batch_size=COUNT, generator=again, output_type="pt").images, expected)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde"])
+def test_diffusers_finds_the_pipeline_of_an_unconditional_model(tmp_path: Path, sampler: Any) -> None:
+    _, exported_pipeline = exported(write_model(tmp_path), sampler=sampler)
+    pipe = load(exported_pipeline, DiffusionPipeline)
+    assert type(pipe).__name__ == exported_pipeline.pipeline
+    assert pipe(batch_size=2, num_inference_steps=5, output_type="np").images.shape == (2, 8, 8, 1)
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_readme_run_in_a_new_process(tmp_path: Path) -> None:
+    _, exported_pipeline = exported(write_model(tmp_path))
+    own, stock = re.findall(r"```python\n(.*?)```", (exported_pipeline.folder / "README.md").read_text(), re.DOTALL)
+    assert "DiffusionPipeline.from_pretrained" in stock
+    script = "".join(f"{lines}print(type(pipe).__name__)\n" for lines in (stock, own))
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
+    )
+    assert process.stdout.split() == [exported_pipeline.pipeline, "DarkroomPipeline"], process.stderr[-2000:]
+
+
+@pytest.mark.parametrize("settings", [{"classes": CLASSES}, {"sampler": "unipc"}], ids=str)
+def test_where_diffusers_has_no_pipeline_its_error_says_what_to_load(tmp_path: Path, settings: dict[str, Any]) -> None:
+    sampling = {name: settings.pop(name) for name in ("sampler",) if name in settings}
+    _, exported_pipeline = exported(write_model(tmp_path, **settings), **sampling)
+    line = "from diffusion.diffusers_format import DarkroomPipeline"
+    with pytest.raises(AttributeError, match=line):
+        DiffusionPipeline.from_pretrained(exported_pipeline.folder)
+    assert type(load(exported_pipeline)) is DarkroomPipeline
+    assert line in (exported_pipeline.folder / "README.md").read_text()
 
 
 def test_learned_variance_is_dropped_on_export_for_other_samplers(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from diffusion.generation.generate import sample
 from diffusion.models.config import DiffusersConfig, LoRAConfig
 from diffusion.process.samplers import sampling_config
 
-pytest.importorskip("diffusers")
+diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 from diffusion.diffusers_format.export import export_to_diffusers  # noqa: E402
@@ -70,6 +70,7 @@ def test_an_export_is_what_came_in_to_the_byte(tmp_path: Path, kind: str) -> Non
     assert (header.origin.licence, header.origin.revision) == ("openrail", "0" * 40)
     export = export_to_diffusers(path, tmp_path / "out", SCHEDULER)
     assert export.files == digests(tmp_path / "out") == digests(folder)
+    assert type(diffusers.DiffusionPipeline.from_pretrained(export.folder)).__name__ == export.pipeline
     # Again, into the same folder.
     assert export_to_diffusers(path, tmp_path / "out", SCHEDULER).files == export.files
 

@@ -1,5 +1,6 @@
 """The gate: how often it errs, by simulation, and what each rule makes of the evidence."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -293,7 +294,8 @@ def test_held_model_reports_how_many_images_would_decide() -> None:
     assert finding.images is not None
     assert exact < finding.images == 3200 < exact + 100
     assert finding.reason.endswith(
-        "to decide on this lead takes about 3,200 images, 6.4 times as many, held-out ones included"
+        "to decide on this lead takes about 6.4 times as many images: 3,200 generated (evaluation.samples) and "
+        "6,400 held out, 5,400 more"
     )
     worse = decided(headline=headline(-0.0005)).findings[0]
     assert "to decide on a lead of 2δ" in worse.reason
@@ -471,7 +473,9 @@ def test_a_first_version_is_held_unless_surely_above_each_bar(weak: str) -> None
         first = FIRST | {"own": values, "own_real": real}
         decision = decided(**first)
         assert decision.verdict == verdict, excess
-        assert decided({BARS[weak]: None}, **first).verdict == Verdict.promote
+        for off in (None, 0):
+            without = first | {"own": values | {weak: Estimate(value=0)}}
+            assert decided({BARS[weak]: off}, **without).verdict == Verdict.promote
         if verdict == "hold":
             [finding] = [finding for finding in decision.findings if finding.verdict == "hold"]
             assert finding.rule == weak
@@ -497,6 +501,22 @@ def test_held_first_version_reports_how_many_images_decide() -> None:
     assert finding.images is not None
     assert exact < finding.images < exact + 100
     assert "above what is required by 0.060 ± 0.050, but not surely" in finding.reason
+
+
+def test_a_verdict_that_lacks_images_says_how_many_more() -> None:
+    first = FIRST | {"own": own(0.75, precision=0.54), "own_real": own(0.8, error=0.0), "reference": 18}
+    decision, compared = decided(**first), ComparisonMetrics(**FULL | first)
+    [finding] = [finding for finding in decision.findings if finding.verdict == "hold"]
+    assert finding.images is not None
+    held_out = math.ceil(18 * finding.images / compared.samples)
+    shortage = decision.describe_shortage(compared)
+    assert shortage is not None
+    assert shortage.startswith("18 held-out images are too few")
+    assert f"{held_out} held out, {held_out - 18} more" in shortage
+    # Surely too low, or promoted: more images would not help.
+    for values in (own(0.75, precision=0.2), own(0.75)):
+        other = first | {"own": values}
+        assert decided(**other).describe_shortage(ComparisonMetrics(**FULL | other)) is None
 
 
 def class_agreements(*values: float) -> tuple[ClassAgreement, ...]:

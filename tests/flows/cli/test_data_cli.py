@@ -23,8 +23,9 @@ from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import read_manifest
 from flows.cli import main
 from flows.config import Params
-from flows.datasets.catalog import Catalog
+from flows.datasets.catalog import Catalog, Heads
 from flows.datasets.dvc import record_data
+from flows.datasets.sync import publish
 from tests.builders import ROOT
 from tests.builders.ingested import files_of
 from tests.builders.shapes import blob
@@ -236,6 +237,47 @@ def test_checkout_gets_a_version_from_s3_on_a_machine_that_has_nothing(
     assert files_of(FOLDER) == expected
 
 
+def test_versions_in_the_bucket_are_found_on_a_machine_that_has_nothing(
+    commands: CommandLine, bucket: str, s3_environment: dict[str, str]
+) -> None:
+    Repo.init(no_scm=True).close()
+    publish(FOLDER, source := f"s3://{bucket}/dvc")
+    expected, newest = files_of(FOLDER), read_manifest(FOLDER)
+    for folder in (FOLDER, FOLDER.with_name(".blobs"), Path(".dvc")):
+        shutil.rmtree(folder)
+    FOLDER.with_suffix(".dvc").unlink()
+    commands.monkeypatch.setenv("DARKROOM_BUCKET", bucket)
+
+    assert "darkroom data checkout --dataset blobs" in commands.run("show", code=2)
+    [entry] = commands.json("log")["versions"]
+    assert (entry["digest"], entry["current"], entry["local"], entry["kept"]) == (newest.digest, False, False, 51)
+    [row] = json.loads(commands.run("--json", command="ls"))["datasets"]
+    assert (row["name"], row["version"], row["images"]) == ("blobs", newest.digest[:12], 51)
+    assert "there is blobs" in commands.run("checkout", "--dataset", "faces", code=2)
+
+    assert commands.json("checkout")["digest"] == newest.digest
+    assert files_of(FOLDER) == expected
+    [entry, *_] = commands.json("log")["versions"]
+    assert (entry["digest"], entry["current"], entry["local"]) == (newest.digest, True, True)
+    assert [row["place"] for row in json.loads(commands.run("--json", command="ls"))["datasets"]] == ["data/blobs"]
+    # What was ingested here and is not published yet is not lost.
+    blob(300).save("images/odd/300.png")
+    ingest(FOLDER, IngestConfig(source="images", size=8, held_out=0.33, max_quarantined=1))
+    ours = read_manifest(FOLDER).digest
+    assert commands.json("checkout")["digest"] == newest.digest
+    assert ours in {entry["digest"] for entry in commands.json("log")["versions"] if entry["local"]}
+    assert Heads(Catalog.of("blobs", source)).newest() == newest.digest
+
+
+def test_log_says_that_a_bucket_cannot_be_listed(commands: CommandLine) -> None:
+    commands.monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        commands.monkeypatch.setenv(name, "x")
+    output = commands.json("log")
+    assert len(output["versions"]) == 3
+    assert "127.0.0.1:9" in output["error"]
+
+
 @pytest.mark.drill(
     "a checkout from this machine is killed",
     "SIGKILL at random moments, to an older version and back",
@@ -300,6 +342,22 @@ def test_data_command_errors_are_one_line_with_a_remedy(
     files = files_of(FOLDER)
     assert words in commands.run(*arguments, code=2)
     assert files_of(FOLDER) == files
+
+
+def test_an_error_names_the_line_that_sets_the_field(commands: CommandLine) -> None:
+    rest = "training:\n  dataset: blobs\ningest:\n  held_out: 0.33\n"
+    Path("params.yaml").write_text(f"{rest}  size: 12\n")
+    assert "ingest.size is set in params.yaml, line 5" in commands.run("images", "--local", command="ingest", code=2)
+    Path("params.yaml").write_text(f"{rest}  size: 8\n")
+    error = commands.run("images", "--local", "--set", "ingest.size=12", command="ingest", code=2)
+    assert "params.yaml" not in error
+
+
+def test_commands_that_need_no_server_take_local(commands: CommandLine) -> None:
+    commands.monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    assert commands.json("log", "--local")["error"] is None
+    for verb in ("show", "diff"):
+        assert commands.json(verb, "--local") == commands.json(verb)
 
 
 def test_the_first_version_has_nothing_to_be_compared_with(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from scipy.stats import binom
 
 from diffusion.common.model_files import METADATA_KEY
+from diffusion.data.versions.takedown import remove
+from diffusion.data.versions.takedown_records import Selection
 from flows.cli import main, pipeline_commands
 from flows.config import load_params
 from flows.storage.s3 import Store
-from tests.builders.shapes import blob
+from tests.builders.shapes import blob, disc
 from tests.builders.small_models import write_model
 
 
@@ -59,7 +63,7 @@ def test_init_writes_a_configuration_that_ingests_the_images(run: CommandLine, i
     assert (about["params"], about["dataset"], about["size"]) == ("params.yaml", "images", 12)
     assert about["survey"]["classes"] == {"even": 24, "odd": 24}
     assert (about["survey"]["images"], about["survey"]["channels"]) == (48, 1)
-    assert about["next"] == "darkroom up && darkroom retrain"
+    assert about["next"] == "darkroom up && darkroom ingest && darkroom train"
     params = load_params(Path("params.yaml"), [])
     assert (params.ingest.source, params.ingest.size, params.training.dataset) == (str(images), 12, "images")
     assert params.model.conditional
@@ -67,6 +71,61 @@ def test_init_writes_a_configuration_that_ingests_the_images(run: CommandLine, i
         load_params(Path("params.yaml"), [other])
     result = run.json("ingest", "--local")
     assert (result["kept"], result["quarantined"]) == (48, [])
+
+
+@pytest.mark.parametrize(("count", "share"), [(40, None), (60, 0.35), (120, 0.2), (400, 0.1)])
+def test_init_holds_out_what_an_evaluation_needs(
+    run: CommandLine, tmp_path: Path, caplog: pytest.LogCaptureFixture, count: int, share: float | None
+) -> None:
+    (tmp_path / "few").mkdir()
+    for number in range(count):
+        disc(number).save(tmp_path / "few" / f"{number}.png")
+    about = run.json("init", "few")
+    params = load_params(Path("params.yaml"), [])
+    assert params.ingest.held_out == (share or 0.1)
+    if share is None:
+        assert about["next"].endswith("darkroom ingest && darkroom train")
+        run("ingest", "--local")
+        assert "darkroom model import" in caplog.text
+    else:
+        # One set of hundred may fall short.
+        assert binom.cdf(9, count, share) < 0.015
+
+
+def test_init_proposes_to_keep_the_shapes_of_wide_images(run: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "flags").mkdir()
+    for number in range(12):
+        disc(number, 24).resize((36, 24)).save(tmp_path / "flags" / f"{number}.png")
+    about = run.json("init", "flags")
+    assert about["survey"]["cropped"] == pytest.approx(1 / 3)
+    assert load_params(Path("params.yaml"), []).ingest.fit == "bucket"
+    assert "33% of the pixels" in Path("params.yaml").read_text()
+
+
+def test_a_dry_run_says_what_the_ingest_makes_of_the_images(run: CommandLine, images: Path) -> None:
+    settings = ("images", "--dataset", "blobs", "--set", "ingest.size=16")
+    preview = run.json("ingest", "--dry-run", *settings)
+    assert (preview["new"], preview["forecast"]["kept"]) == (48, 0)
+    [(reason, count)] = preview["forecast"]["quarantined"].items()
+    assert (count, "size = 16" in reason) == (48, True)
+    assert "no usable image" in preview["fails"]
+    run("ingest", "--local", *settings, code=2)
+
+    settings = ("images", "--dataset", "blobs", "--set", "ingest.size=8", "--set", "ingest.held_out=0.33")
+    (images / "odd" / "copy.png").write_bytes((images / "odd" / "01.png").read_bytes())
+    (images / "odd" / "bad.png").write_text("no image")
+    preview, result = (run.json("ingest", how, *settings) for how in ("--dry-run", "--local"))
+    assert preview["forecast"] | {"quarantined": {}} == {
+        **{"tried": 50, "kept": result["kept"], "duplicates": result["duplicates"], "removed": 0, "quarantined": {}}
+    }
+    assert (result["duplicates"], list(preview["forecast"]["quarantined"].values())) == (1, [1])
+    assert preview["fails"] is None
+
+    remove(Path("data/blobs"), Selection(sources=["odd/03.png"]), "consent withdrawn")
+    shutil.copy(images / "odd" / "03.png", images / "odd" / "again.png")
+    preview, result = (run.json("ingest", how, *settings) for how in ("--dry-run", "--local"))
+    assert (preview["new"], preview["forecast"]["removed"], preview["forecast"]["kept"]) == (1, 1, 0)
+    assert (result["added"], result["removed"]) == (0, 1)
 
 
 def test_a_path_with_a_line_break_stays_within_its_comment(run: CommandLine, images: Path) -> None:
@@ -232,7 +291,7 @@ def test_ls_lists_what_is_here_and_does_not_fail_for_servers_that_are_not(
     write_model(tmp_path / "runs" / "stopped" / "interrupted" / "0000000032.safetensors", seed=0, images=32)
     output = run.json("ls")
     assert output["datasets"][0] | {"version": ""} == {
-        **{"name": "blobs", "images": 48, "shape": "8×8×1", "classes": 2, "version": ""}
+        **{"name": "blobs", "images": 48, "shape": "8×8×1", "classes": 2, "version": "", "place": "data/blobs"}
     }
     assert output["runs"] == [
         {"name": "runs/blobs", "state": "unfinished", "images": None, "family": None},

@@ -40,6 +40,21 @@ def versions(mlflow_client: MlflowClient, params: Params, tmp_path: Path) -> lis
     return [version_list[0], *version_list]
 
 
+def test_a_reason_that_comes_too_late_is_not_dropped_silently(params: Params, versions: list[Version]) -> None:
+    def entries() -> int:
+        return len(Ledger.of(params.model_name).read().entries)
+
+    before = entries()
+    with pytest.raises(UserError, match="champion already"):
+        champion.promote(params.model_name, 2, "the hands are better")
+    assert champion.promote(params.model_name, 2).version.number == 2
+    assert entries() == before
+    # A command that was killed behind its entry, and is repeated, has the reason of the entry.
+    for _ in range(2):
+        champion.promote(params.model_name, 3, "the hands are better")
+    assert entries() == before + 1
+
+
 def delete_version(client: MlflowClient, version: Version) -> None:
     client.delete_model_version(version.model, str(version.number))
 

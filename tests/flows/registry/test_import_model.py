@@ -171,8 +171,8 @@ def test_a_version_that_is_based_on_another_is_served_and_fetched_with_it(
     derived = find_derived(base.tags["darkroom.dataset"], [content], [content], bucket)
     assert {base.uri, version.uri} <= {each.uri for each in derived.models}
     cached = model_versions.cached_weights(version, file.parent / "cache")
-    expected = diffusion.load(adapter, compute_batch=4).generate(2, seed=7)
-    assert [x.tobytes() for x in diffusion.load(cached, compute_batch=4).generate(2, seed=7)] == [
+    expected = diffusion.load(adapter, compute_batch=4).generate(count=2, seed=7)
+    assert [x.tobytes() for x in diffusion.load(cached, compute_batch=4).generate(count=2, seed=7)] == [
         x.tobytes() for x in expected
     ]
     served = mlflow.pyfunc.load_model(version.uri)

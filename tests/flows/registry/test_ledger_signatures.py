@@ -222,7 +222,9 @@ def test_a_promotion_signs_its_own_entry_and_no_other(
     planted = promote(ledger, version.number)
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text(f"registry:\n  model: {version.model}\n")
-    assert run("model", "history", "--dataset", "blobs", "--sign") == 0, capsys.readouterr()
+    assert run("model", "history", "--dataset", "blobs", "--key", str(ours.key)) == 2
+    signing = ("--sign", "--key", str(ours.key))
+    assert run("model", "history", "--dataset", "blobs", *signing) == 0, capsys.readouterr()
     assert is_signed()
     signatures = list(ledger.store.list_objects(bucket, ledger.place.key("signatures/")))
     caplog.clear()

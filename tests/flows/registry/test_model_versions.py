@@ -17,12 +17,13 @@ from mlflow.client import MlflowClient
 from mlflow.entities import LoggedModelStatus
 
 import diffusion
+from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_file
 from diffusion.common.image_grids import png_bytes
 from diffusion.process.samplers import sampling_config
 from flows.registry import champion, model_versions
 from flows.registry.model_versions import WEIGHTS, Version
-from tests.builders.model_versions import Killed
+from tests.builders.model_versions import Killed, add_version
 from tests.builders.small_models import write_model
 from tests.builders.virtual_environments import environment
 
@@ -127,6 +128,18 @@ def test_duplicate_versions_are_deleted_unless_aliased(mlflow_client: MlflowClie
         assert numbers(mlflow_client, name) == [1, 2, 3]
 
 
+def test_a_registered_version_is_loaded_by_its_name(mlflow_client: MlflowClient, name: str, tmp_path: Path) -> None:
+    version = add_version(mlflow_client, tmp_path / "registry", name)
+    mlflow_client.set_registered_model_alias(name, "champion", "1")
+    for uri in (version.uri, f"models:/{name}@champion"):
+        images = diffusion.load(uri, compute_batch=4, steps=3).generate(count=2, seed=7)
+        [weights] = (tmp_path / "registry").rglob("weights.safetensors")
+        expected = diffusion.load(weights, compute_batch=4, steps=3).generate(count=2, seed=7)
+        assert [image.tobytes() for image in images] == [image.tobytes() for image in expected]
+    with pytest.raises(UserError):
+        diffusion.load(f"models:/{name}/2")
+
+
 @pytest.mark.slow
 def test_a_version_is_served_with_its_own_requirements_and_the_code_of_generation(
     mlflow_client: MlflowClient, name: str, tmp_path: Path
@@ -155,7 +168,7 @@ def test_a_version_is_served_with_its_own_requirements_and_the_code_of_generatio
     *lines, last = process.stdout.splitlines()
     assert {"seed long 0", "count long 1", "steps long None", "guidance double None", "prompt string None"} <= {*lines}
     ours = diffusion.load(weights, compute_batch=4)
-    images = ours.generate(2, seed=3, steps=4) + ours.interpolate(3, 4, 3, steps=4)
+    images = ours.generate(count=2, seed=3, steps=4) + ours.interpolate(3, 4, 3, steps=4)
     assert last.split(" ", 5)[5].split() == [hashlib.sha256(png_bytes(image)).hexdigest() for image in images]
 
 

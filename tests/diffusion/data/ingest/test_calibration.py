@@ -15,7 +15,8 @@ from diffusion.curation.curate import curate
 from diffusion.data.ingest.calibration import SAMPLED, calibrate, calibrate_thresholds, estimate_shares
 from diffusion.data.ingest.chunks import Chunk, perceptual_hash
 from diffusion.data.ingest.config import UNCALIBRATED_BITS, IngestConfig
-from diffusion.data.ingest.ingest import ingest, preview
+from diffusion.data.ingest.ingest import ingest
+from diffusion.data.ingest.preview import preview
 from diffusion.data.manifest import read_manifest
 from diffusion.data.prefetch import local_fan_out
 from diffusion.data.versions.versions import show

@@ -16,7 +16,8 @@ from tenacity import wait_fixed
 
 from diffusion.common.errors import DarkroomError, TransientError, UserError
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.ingest import ingest, preview
+from diffusion.data.ingest.ingest import ingest
+from diffusion.data.ingest.preview import preview
 from diffusion.data.manifest import read_manifest, read_records
 from diffusion.data.sources import open_source
 from tests.builders.reading_sources import access, payloads, png, read_all

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from diffusion.common.image_grids import make_grid
-from diffusion.evaluation.reports.comparison_report import probability, write_comparison_report
+from diffusion.evaluation.evaluate import ReportImages, write_report
+from diffusion.evaluation.reports.comparison_report import probability, write_comparison_report, write_verdict
 from tests.builders.browser import chromium, look
 from tests.builders.comparison_results import Shown, example_comparison
+from tests.builders.evaluations import an_evaluation
+from tests.builders.evaluations import images as random_images
 from tests.builders.html_pages import Page
 
 HEADINGS = [
@@ -191,3 +194,20 @@ def test_the_page_is_whole_in_a_browser(scheme: Literal["light", "dark"], width:
         look(page, tmp_path / f"comparison-{scheme}-{width}.png")
         assert page.locator("h2").all_inner_texts() == HEADINGS
         assert page.locator("h1 .verdict").inner_text() == "Promote"
+
+
+def test_evaluation_report_begins_with_the_verdict_and_its_figures(tmp_path: Path) -> None:
+    evaluation, comparison = an_evaluation([0.5]), whole().comparison
+    sheets = ReportImages(random_images(0), {evaluation.best.sha256: random_images(1)}, [], None, 1)
+    path = tmp_path / "report.html"
+    write_report(path, evaluation, sheets)
+    before = Page(path.read_text()).text
+    for title, reason in (("models:/clothes/2 is held", "first <words>"), ("models:/clothes/3 is held", "other words")):
+        write_verdict(path, evaluation, comparison, "hold", title, reason)
+    text = Page(path.read_text()).text
+    assert text.index(f"{title} {reason}") < text.index("the checkpoint that has seen")
+    assert "models:/clothes/2" not in text
+    precision = comparison.candidate.estimates[f"precision_{comparison.candidate.scores.extractor}"].value
+    assert f"precision {precision:.3g}" in text
+    # The rest of the page is as it was.
+    assert text.endswith(before[before.index("Scores of the checkpoint") :])
