@@ -25,7 +25,7 @@ from flows.sampling.lookup import find, read_image, read_pixels, read_rows
 from flows.sampling.sampling_batch import BATCH, LARGEST_BATCH, SUCCESS, Row, SamplingBatch, parse_batch
 from flows.storage.s3 import Location, MissingObjectError, Store, batch_places
 from flows.studio.errors import show_errors
-from flows.studio.generation import GalleryItem
+from flows.studio.results import GalleryItem
 
 logger = logging.getLogger(__name__)
 

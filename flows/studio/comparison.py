@@ -34,16 +34,10 @@ from flows.registry.aliases import none_if_missing, read_record
 from flows.registry.ledger import AliasNumbers, Ledger
 from flows.storage.tags import RunId, VersionNumber
 from flows.studio.errors import show_errors
-from flows.studio.generation import (
-    ONE_AT_A_TIME,
-    GalleryItem,
-    Source,
-    condition_controls,
-    controls_key,
-    make_progress_callback,
-    pixels_class,
-)
+from flows.studio.generation import condition_controls, controls_key
+from flows.studio.results import BAR, ONE_AT_A_TIME, GalleryItem, pixels_class
 from flows.studio.server import new_token, require_token
+from flows.studio.source import Source, make_progress_callback
 
 logger = logging.getLogger(__name__)
 
@@ -296,7 +290,7 @@ def tab(model: str, source: Source) -> None:
         second = next((number for number in candidates if number not in (None, first)), None)
         return gr.Dropdown(choices, value=first), gr.Dropdown(choices, value=second)
 
-    def compare(values: dict[Any, Any], bar: gr.Progress = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
+    def compare(values: dict[Any, Any], bar: gr.Progress = BAR) -> tuple[Any, ...]:
         conditions = {name: values[control] for name, control in controls.items()}
         with show_errors():
             sources = _sources(model, values[champion], values[candidate], source.sampling)
@@ -306,7 +300,7 @@ def tab(model: str, source: Source) -> None:
         ]
         return gr.Row(visible=True), gr.Column(visible=False), *items
 
-    def start(values: dict[Any, Any], bar: gr.Progress = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
+    def start(values: dict[Any, Any], bar: gr.Progress = BAR) -> tuple[Any, ...]:
         conditions = {name: values[control] for name, control in controls.items()}
         with show_errors():
             numbers = values[champion], values[candidate]
