@@ -35,7 +35,7 @@ from diffusion.process.parametrization import (
     sample_timesteps,
     timesteps_at,
 )
-from diffusion.process.samplers import ZERO_SNR, Denoise, Noise, SamplingConfig
+from diffusion.process.samplers import ZERO_SNR, Denoise, SamplingConfig
 from diffusion.process.schedules import NoiseSchedule, make_schedule
 
 LEVELS = 8

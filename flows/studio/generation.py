@@ -5,7 +5,6 @@ import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -169,7 +168,8 @@ def enlarge_to_canvas(image: Image.Image) -> Image.Image:
 def tabs(source: Source, page: gr.Blocks, container: Any, current: Callable[[], Source]) -> None:
     """Add a tab for each task of the model; an image that was generated can be sent on to be inpainted.
 
-    ``container`` holds the tabs of the ``page``, whose controls are those for ``source``; ``current`` returns what generates.
+    ``container`` holds the tabs of the ``page``, whose controls are those for ``source``; ``current`` returns what
+    generates.
     """
     generate, forms = Generator(current), dict[Task, dict[str, Any]]()
     all_results: dict[Task, Results] = {}

@@ -87,7 +87,7 @@ class Results:
             "buttons": [],
         }
         with gr.Column(visible=False) as self.panel:
-            self.gallery = gr.Gallery(**grid)
+            self.gallery = gr.Gallery(**grid | {"elem_classes": [*style["elem_classes"], "images"]})
             with gr.Row(elem_classes="detail"):
                 self.image = gr.Image(
                     show_label=False, interactive=False, height=320, min_width=120, buttons=["fullscreen"], **style
@@ -103,7 +103,7 @@ class Results:
                         self.download = gr.DownloadButton("Download with metadata", size="sm", min_width=180)
             with gr.Column(visible=False) as self.earlier_panel:
                 gr.HTML("<h3>Earlier</h3>")
-                self.earlier = gr.Gallery(**grid)
+                self.earlier = gr.Gallery(**grid | {"elem_classes": [*style["elem_classes"], "earlier"]})
         self.outputs = [
             *(self.gallery, self.heading, self.history, self.position, self.image, self.facts, self.download),
             *(self.panel, self.earlier, self.earlier_panel),
@@ -194,7 +194,13 @@ class StartButton:
         self.generate, self.runs = generate, list[Any]()
 
     def chain(
-        self, triggers: list[Any], run: Any, inputs: Any, outputs: list[Any], progress_on: Any, api_name: str | None = None
+        self,
+        triggers: list[Any],
+        run: Any,
+        inputs: Any,
+        outputs: list[Any],
+        progress_on: Any,
+        api_name: str | None = None,
     ) -> None:
         """Run an event handler after any of the ``triggers``, with the stop button in the place of this one."""
         buttons = [self.start, self.stop]

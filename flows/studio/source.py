@@ -13,7 +13,6 @@ from tempfile import mkdtemp
 from typing import Any, Self
 
 import gradio as gr
-import numpy as np
 
 from diffusion.checkpoints import load_model
 from diffusion.common.config import dataset_folder

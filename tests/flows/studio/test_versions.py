@@ -42,8 +42,10 @@ def test_votes_are_blind_and_their_tally_is_recorded_on_the_candidate(
     assert (numbers, aliases.champion) == ([2, 1], 2)
     ballot = open_ballot(bucket, 2, 1, 5, 3, {"label": "odd"}, SAMPLING)
     source = load_version(f"models:/{bucket}/1", SAMPLING)
-    paths, _ = source.generate({"task": "sample", "seed": 5, "count": 3, "label": "odd"})
-    assert [Image.open(path).tobytes() for path in paths] == [each.tobytes() for each in ballot.images["candidate"]]
+    shown = source.generate({"task": "sample", "seed": 5, "count": 3, "label": "odd"})
+    assert [Image.open(path).tobytes() for path in shown.paths] == [
+        each.tobytes() for each in ballot.images["candidate"]
+    ]
     assert len({image.tobytes() for images in ballot.images.values() for image in images}) == 6
     preferred = {"candidate": 0, "champion": 0}
     for side in ("left", "right"):
