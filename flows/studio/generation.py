@@ -105,7 +105,8 @@ def option_controls(source: Source, task: Task, count: int) -> dict[str, Any]:
         if task == "interpolate":
             controls["to_seed"] = _seed("To seed", 1)
         die = gr.Button("⚄ New seed", size="sm", min_width=110, scale=0, elem_classes="beside")
-        die.click(lambda: secrets.randbelow(2**32), None, controls.get("to_seed", controls["seed"]), **INSTANT)
+        seeds = [controls[name] for name in ("seed", "to_seed") if name in controls]
+        die.click(lambda: [secrets.randbelow(2**32) for _ in seeds], None, seeds, **INSTANT)
     shapes = [*map(shape_name, model.header.trained_shapes)] if task != "upscale" else []
     samplers = [kind.model_fields["sampler"].default for kind in SAMPLERS] if is_sampled else []
     if samplers or shapes[1:]:
@@ -274,6 +275,7 @@ def _send_to_inpaint(results: Results, form: Mapping[str, Any], container: Any) 
         return [canvas, gr.Tabs(selected="inpaint"), *(texts[name] or "" for name in names)]
 
     outputs = [form["image"], container, *(form[name] for name in names)]
+    assert results.inpaint is not None
     results.inpaint.click(send, [results.history, results.position], outputs, **INSTANT)
 
 

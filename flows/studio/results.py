@@ -209,6 +209,8 @@ class StartButton:
         event = begin.then(run, inputs, outputs, show_progress_on=progress_on, **ONE_AT_A_TIME, **api)
         # What was selected was an image of the batch before.
         event.then(lambda: (*_swap(True), gr.Gallery(selected_index=None)), None, [*buttons, outputs[0]], **INSTANT)
+        # After an error ``then`` is not run.
+        event.failure(lambda: _swap(True), None, buttons, **INSTANT)
         self.runs.append(event)
 
     def wire(self) -> None:
@@ -237,8 +239,9 @@ def heading_html(batch: Batch | None, hint: str) -> str:
     if batch is None:
         return f"<div class='empty'>{escape(hint)}</div>"
     texts = {*batch.texts}
-    title = batch.title or (next(iter(texts)) if len(texts) == 1 else "") or "Results"
-    hint = " Click one to use what it shows." if batch.title and len(texts) > 1 else ""
+    title = batch.title or ("Any class" if len(texts) > 1 else next(iter(texts))) or "Results"
+    word = "prompt" if any(batch.prompts) else "class"
+    hint = f" Click one to use its {word}." if batch.title and len(texts) > 1 else ""
     return f"<h2>{escape(title)}</h2><p>{escape(batch.note)}.{hint}</p>"
 
 
@@ -248,6 +251,6 @@ def facts_html(batch: Batch, number: int) -> str:
     prompt = f"<p class='prompt'>{escape(text)}</p>" if text else ""
     rows = {"Seed": batch.seed, "Image": batch.first_index + number}
     rows |= {"Strength": batch.fields["strength"]} if "strength" in batch.fields else {}
-    rows |= {"Not": batch.fields["negative_prompt"]} if "negative_prompt" in batch.fields else {}
+    rows |= {"Negative": batch.fields["negative_prompt"]} if "negative_prompt" in batch.fields else {}
     items = "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in rows.items())
     return f"{prompt}<dl>{items}</dl>"

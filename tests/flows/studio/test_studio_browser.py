@@ -163,7 +163,7 @@ def test_every_control_of_a_model_is_opened_set_and_used(tmp_path: Path) -> None
     weights = write_model(tmp_path / "blobs.safetensors", 1, 0, size=16, config=config, classes={"even": 3, "odd": 1})
     (tmp_path / "blobs.prompts.txt").write_text("a disc\na square\n")
     sampling = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)
-    studio = build(with_header(weights, sampling, shapes={(16, 16): 4, (16, 24): 2}, guidance=3.0))
+    studio = build(with_header(weights, sampling, shapes={(16, 16): 4, (12, 20): 2}, guidance=3.0))
     address = launch(studio, PASSWORD)
     with chromium() as browser:
         page = browser.new_page(viewport={"width": 1280, "height": 900})
@@ -185,8 +185,11 @@ def test_every_control_of_a_model_is_opened_set_and_used(tmp_path: Path) -> None
             open_options(page)
             option(page, "Negative prompt").fill("a square")
             choose(page, "Sampler", "heun")
-            choose(page, "Size", "24x16")
+            choose(page, "Size", "20x12")
             if title == "Img2img":
+                start(page).click()
+                expect(page.get_by_text("img2img needs image")).to_be_visible(timeout=60_000)
+                expect(start(page)).to_have_text("Img2img")
                 blob(1, 16).save(tmp_path / "image.png")
                 page.locator("input[type=file]:visible, input[type=file]").last.set_input_files(tmp_path / "image.png")
                 page.wait_for_timeout(2000)
