@@ -105,8 +105,8 @@ def option_controls(source: Source, task: Task, count: int) -> dict[str, Any]:
         if task == "interpolate":
             controls["to_seed"] = _seed("To seed", 1)
         die = gr.Button("⚄ New seed", size="sm", min_width=110, scale=0, elem_classes="beside")
-        seeds = [controls[name] for name in ("seed", "to_seed") if name in controls]
-        die.click(lambda: [secrets.randbelow(2**32) for _ in seeds], None, seeds, **INSTANT)
+        for name in {"seed", "to_seed"} & controls.keys():
+            die.click(lambda: secrets.randbelow(2**32), None, controls[name], **INSTANT)
     shapes = [*map(shape_name, model.header.trained_shapes)] if task != "upscale" else []
     samplers = [kind.model_fields["sampler"].default for kind in SAMPLERS] if is_sampled else []
     if samplers or shapes[1:]:
