@@ -258,7 +258,7 @@ def tab(model: str, source: Source) -> None:
             vote_button = gr.Button("Vote blind")
         style: dict[str, Any] = {"format": "png", "elem_classes": [pixels_class(source), "tight"], "buttons": []}
         galleries = []
-        with gr.Row(visible=False) as both:
+        with gr.Row(visible=False, elem_classes="answer") as both:
             for title in ("Champion", "Candidate"):
                 with gr.Column(min_width=300):
                     gr.Markdown(f"**{title}**")
@@ -266,7 +266,7 @@ def tab(model: str, source: Source) -> None:
                         columns=4, show_label=False, allow_preview=False, object_fit="contain", height="auto", **style
                     )
                     galleries.append(gallery)
-        with gr.Column(visible=False) as voting_panel:
+        with gr.Column(visible=False, elem_classes="answer") as voting_panel:
             state, tally, token = gr.State(), gr.HTML(), gr.Textbox(visible=False)
             with gr.Row(elem_classes="pair") as pair:
                 sides = [

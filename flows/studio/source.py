@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from tempfile import mkdtemp
@@ -87,6 +87,8 @@ class Source:
     name: str
     origin: Mapping[str, str]
     sampling: SamplingConfig
+    _examples: list[Batch | None] = field(default_factory=list, init=False, repr=False, compare=False)
+    """The examples, once they were tried."""
 
     @classmethod
     def from_file(cls, weights: Path, sampling: SamplingConfig) -> Self:
@@ -195,10 +197,9 @@ class Source:
 
     def make_examples(self, progress: Progress = ignore_progress) -> Batch | None:
         """Generate the examples, once; None if the model needs an image, or they would take too long."""
-        if "examples" not in vars(self):
-            vars(self)["examples"] = self._make_examples(progress)
-        examples: Batch | None = vars(self)["examples"]
-        return examples
+        if not self._examples:
+            self._examples.append(self._make_examples(progress))
+        return self._examples[0]
 
     def _make_examples(self, progress: Progress) -> Batch | None:
         if "sample" not in tasks_of(self.model):

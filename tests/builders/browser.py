@@ -27,7 +27,9 @@ def chromium() -> Iterator[Browser]:
 def look(page: Page, shot: Path) -> None:
     """Keep what is seen, and require that all images are there and nothing lies beyond the right edge."""
     page.screenshot(path=shot, full_page=True)
-    images = page.evaluate("[...document.images].map(image => [image.alt, image.complete, image.naturalWidth])")
+    # Those of hidden tabs are loaded when the tab is opened.
+    shown = "[...document.images].filter(image => image.offsetParent)"
+    images = page.evaluate(f"{shown}.map(image => [image.alt, image.complete, image.naturalWidth])")
     assert images
     assert [alt for alt, complete, width in images if not (complete and width > 0)] == []
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")

@@ -229,7 +229,7 @@ def use_the_results(page: Page, folder: Path) -> None:
     expect(option(page, "Seed")).not_to_have_value("5")
     press(page, "Vary")
     expect(page.locator(".facts:visible", has_text="Strength")).to_be_visible(timeout=60_000)
-    expect(page.get_by_text("3 images of seed")).to_be_visible()
+    expect(page.get_by_text("3 images of seed").locator("visible=true")).to_be_visible()
     earlier = page.locator(".earlier:visible .grid-container button")
     expect(earlier).to_have_count(3)
     earlier.nth(2).click()
