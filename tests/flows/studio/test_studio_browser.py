@@ -237,7 +237,8 @@ def use_the_results(page: Page, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_progress_has_step_rate_and_time_and_a_person_stops(tmp_path: Path) -> None:
+def test_progress_has_step_rate_and_time_and_a_person_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.studio.source.MAX_EXAMPLE_SECONDS", 0.1)  # in so many steps they take longer
     weights = write_model(tmp_path / "blobs.safetensors", 1, 0, size=16)
     studio = build(Source.from_file(weights, sampling_config(sampler="dpmpp_2m", steps=10_000, compute_batch=64)))
     address = launch(studio, PASSWORD)
@@ -247,8 +248,9 @@ def test_progress_has_step_rate_and_time_and_a_person_stops(tmp_path: Path) -> N
         running = page.get_by_text(re.compile(r"[1-9]\d* of 10000 steps · [\d.]+ per second · [\d:]+ left"))
         start(page).click(timeout=60_000)
         expect(running.first).to_be_visible(timeout=90_000)
-        look(page, tmp_path / "running.png")
+        page.screenshot(path=tmp_path / "running.png")
         press(page, "Stop")
+        expect(start(page)).to_have_text("Generate")
         option(page, "Steps").fill("2")
         option(page, "Steps").press("Tab")
         page.get_by_role("button", name="Generate", exact=True).click(timeout=30_000)
