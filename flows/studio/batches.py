@@ -55,6 +55,12 @@ class ListedBatch:
         suffix = "" if self.finished else " (unfinished)"
         return f"{self.batch.model}/{self.batch.version} {self.place.prefix.rpartition('/')[2]}{suffix}"
 
+    @property
+    def summary(self) -> str:
+        """What tells it from others, short enough for a list on a phone."""
+        suffix = "" if self.finished else ", unfinished"
+        return f"{self.batch.model}/{self.batch.version}, seed {self.batch.seed}, {self.batch.count:,} images{suffix}"
+
 
 def list_batches(store: Store, bucket: str) -> list[ListedBatch]:
     """List the sampling batches in ``bucket``, newest first, as ``batch_places`` finds them."""
@@ -227,7 +233,7 @@ def tab(model: str) -> None:
             refresh_button = gr.Button("Refresh", size="sm", min_width=90, scale=0, elem_classes="beside")
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
-                heading = gr.HTML()
+                heading = gr.HTML(elem_classes="heading")
                 gallery = gr.Gallery(columns=6, elem_id="batch-images", visible=False, **style)
                 with gr.Row():
                     back_button = gr.Button("Previous page", size="sm", min_width=110, visible=False)
@@ -257,11 +263,12 @@ def tab(model: str) -> None:
         of_model = select_batches(entries, name or None)
         numbers = [str(number) for number in sorted({entry.batch.version for entry in of_model}, reverse=True)]
         current = version if version in numbers else ""
-        titles = [entry.title for entry in select_batches(of_model, version=int(current) if current else None)]
-        choices = [*titles, ("all", "")] if titles[1:] else titles
+        listed = select_batches(of_model, version=int(current) if current else None)
+        choices = [(entry.summary, entry.title) for entry in listed]
+        choices += [("all", "")] if listed[1:] else []
         return [
             gr.Dropdown([("all", ""), *numbers], value=current, visible=len(numbers) > 1),
-            gr.Dropdown(choices, value=titles[0] if titles else "", visible=bool(titles)),
+            gr.Dropdown(choices, value=listed[0].title if listed else "", visible=bool(listed)),
         ]
 
     def show(
