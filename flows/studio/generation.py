@@ -203,7 +203,7 @@ def _image_controls(source: Source, task: Task) -> dict[str, Any]:
     """Make the input of the image that a task edits, if it edits one."""
     if task == "inpaint":
         editor = PaintableImage(
-            label="Paint over what is to be filled",
+            label="Paint the hole",
             format="png",
             sources=("upload", "clipboard"),
             transforms=(),
