@@ -25,7 +25,7 @@ from diffusion.families.model import (
 from diffusion.models.config import LatentSpace, ModelConfig, ObjectiveConfig
 from diffusion.models.unet import TIMES, UNet, sinusoidal
 from diffusion.models.vae import Latents, latent_shape
-from diffusion.process.denoiser import Denoiser, apply_guidance, clip_estimates
+from diffusion.process.denoiser import Denoiser, ReportingDenoiser, apply_guidance, clip_estimates
 from diffusion.process.editing import Edit, downsample_mask, fill_hole, pigdm, repaint, replace_known, select_levels
 from diffusion.process.likelihood import Terms, denoising_terms
 from diffusion.process.parametrization import (
@@ -35,7 +35,7 @@ from diffusion.process.parametrization import (
     sample_timesteps,
     timesteps_at,
 )
-from diffusion.process.samplers import ZERO_SNR, Denoise, Noise, SamplingConfig
+from diffusion.process.samplers import ZERO_SNR, Denoise, SamplingConfig
 from diffusion.process.schedules import NoiseSchedule, make_schedule
 
 LEVELS = 8
@@ -155,7 +155,8 @@ class DiffusionModel(Model):
             if self.header.student_steps is not None:
                 # With few levels all strengths would be the same.
                 sigmas = config.with_changes({"steps": max(config.steps, EDIT_STEPS)}).sigma_grid(self.schedule)
-            return run_edit(self, batch.edit, denoise, sigmas, batch.noise, config)
+            return run_edit(self, batch.edit, denoise, sigmas, batch, config)
+        denoise = ReportingDenoiser(denoise, sigmas, batch.report_steps)
         return to_uint8(self.decode(config.run(denoise, sigmas, batch.noise, self.start(batch.conditioning))))
 
     def passes(self, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:
@@ -292,9 +293,15 @@ def guide_denoiser(model: DiffusionModel, conditioning: Conditioning) -> Denoise
 
 
 def run_edit(
-    model: DiffusionModel, edit: Edit, denoise: Denoise, sigmas: Tensor, noise: Noise, config: SamplingConfig
+    model: DiffusionModel,
+    edit: Edit,
+    denoise: Denoise,
+    sigmas: Tensor,
+    batch: ConditioningBatch,
+    config: SamplingConfig,
 ) -> Tensor:
     """Run the reverse process from the image of ``edit`` with the noise of its strength; restores all kept pixels."""
+    noise = batch.noise
     # An edit has an image to start around, and nothing to gain from a level without signal.
     levels = select_levels(sigmas[sigmas <= ZERO_SNR], edit.strength)
     start = float(levels[0]) * noise()
@@ -304,6 +311,7 @@ def run_edit(
             denoise = pigdm(denoise, content, mask, model.header.sigma_data)
             denoise = denoise if model.latents is not None else clip_estimates(denoise)
         denoise = replace_known(denoise, content, mask)
+    denoise = ReportingDenoiser(denoise, levels, batch.report_steps)
     x = repaint(config.build_sampler(), denoise, content + start, levels, noise, edit.stretch, edit.resample_steps)
     return paste_kept(edit, to_uint8(model.decode(x)))
 

@@ -169,6 +169,8 @@ class ConditioningBatch:
     """Embedding of the negative prompt, (E,), or of none: see ``Model.embed``."""
     edit: Edit | None
     """The image to edit; None: generate from noise alone."""
+    report_steps: Callable[[int, int], None] = lambda done, steps: None
+    """Called with the number of steps done, and of all, before each step of the sampler, if the model has one."""
 
 
 @dataclass(frozen=True)

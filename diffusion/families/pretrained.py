@@ -151,6 +151,7 @@ class PretrainedModel(DiffusionModel):
                 x = _add_noise(scheduler, content, noise, timesteps[:1])
         predict = self._build_prediction(batch, config)
         for number, t in enumerate(timesteps):
+            batch.report_steps(number, len(timesteps))
             model_input = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
             with _NoiseOverride(batch.noise):
                 x = scheduler.step(predict(model_input, t), t, x, return_dict=False)[0]

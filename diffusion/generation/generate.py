@@ -1,6 +1,8 @@
 """Generation of images: image i of seed s has the same bits whatever else is requested."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,6 +37,7 @@ def sample(
     edit: Edit | None = None,
     at_once: int | None = None,
     noise: Callable[[range], Noise] | None = None,
+    by_step: bool = False,
 ) -> Tensor:
     """Generate the images ``indices`` of ``seed``, or edits of the image of ``edit``: (len(indices), C, H, W) uint8.
 
@@ -42,7 +45,8 @@ def sample(
 
     Image i is always computed as member i mod B of the compute batch i div B (B = ``config.compute_batch``), because
     floating-point sums change with a batch's shape. ``at_once`` compute batches are computed concurrently on a CPU;
-    None: one per core. ``noise`` of a compute batch is by default that of ``seed``.
+    None: one per core. ``noise`` of a compute batch is by default that of ``seed``. ``progress`` is in images, which
+    moves when a compute batch ends, or with ``by_step`` in the sampler's steps for all compute batches.
 
     Raises UserError for conditions that the model was not trained with, options that have no effect, and an edit of
     another shape than the model's.
@@ -71,18 +75,43 @@ def sample(
         # Inside, as the bits of embeddings depend on the number of threads.
         embeddings = prompt_embeddings(model, conditions)
 
+        steps = StepProgress(progress if by_step else ignore_progress, len(batches))
+
         def generate(members: range) -> Tensor:
             source = noise(members) if noise else GaussianNoise(seed, "sampling", members, model.noise_shape)
             conditioning = make_conditioning(model, members, seed, conditions, embeddings)
             conditioning = {name: value.to(device) for name, value in conditioning.items()}
             negative = embeddings[conditions.negative_prompt].to(device)
-            batch = ConditioningBatch(conditioning, lambda: source().to(device), negative, edit)
+            report_steps = partial(steps.report, members.start)
+            batch = ConditioningBatch(conditioning, lambda: source().to(device), negative, edit, report_steps)
             return model.sample(batch, config, device)
 
         for number, (members, images) in enumerate(zip(batches, pool.map(generate, batches), strict=True), start=1):
             generated_images |= zip(members, images, strict=True)
-            progress("images sampled", min(number * size, len(indices)), len(indices))
+            if by_step:
+                steps.finish(members.start)
+            else:
+                progress("images sampled", min(number * size, len(indices)), len(indices))
     return torch.stack([generated_images[index] for index in indices])
+
+
+class StepProgress:
+    """Progress of a sampler in steps, over compute batches that are computed in several threads."""
+
+    def __init__(self, progress: Progress, batches: int) -> None:
+        self.progress, self.batches, self.steps = progress, batches, 1
+        self.done: dict[int, int] = {}
+        self.lock = threading.Lock()
+
+    def report(self, batch: int, done: int, steps: int) -> None:
+        """Report the steps of a compute batch; going back, as ``repaint`` does, counts nothing."""
+        with self.lock:
+            self.steps, self.done[batch] = steps, max(done, self.done.get(batch, 0))
+            self.progress("steps", sum(self.done.values()), steps * self.batches)
+
+    def finish(self, batch: int) -> None:
+        """Report that a compute batch is done; a model without a sampler has one step."""
+        self.report(batch, self.steps, self.steps)
 
 
 def sample_each(
@@ -123,6 +152,7 @@ def interpolate(
     config: SamplingConfig,
     progress: Progress = ignore_progress,
     conditions: Conditions = UNCONDITIONAL,
+    by_step: bool = False,
 ) -> Tensor:
     """Generate images from image 0 of ``seed`` to that of ``to_seed``, (count, C, H, W) uint8, as ``sample`` does."""
     check_interpolation(model, seed, to_seed, count, conditions)
@@ -134,7 +164,7 @@ def interpolate(
         ends = [GaussianNoise(end, "sampling", [0], model.noise_shape) for end in (seed, to_seed)]
         return lambda: slerp(ends[0]()[0], ends[1]()[0], places)
 
-    return sample(model, range(count), seed, config, progress, conditions, noise=noise)
+    return sample(model, range(count), seed, config, progress, conditions, noise=noise, by_step=by_step)
 
 
 def check_sampling(model: Model, config: SamplingConfig, conditions: Conditions) -> None:

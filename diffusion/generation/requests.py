@@ -176,8 +176,8 @@ def _generate(
         return upscale(model, copies, request.seed, config, progress, indices[0])
     if isinstance(request, InterpolateRequest):
         to_seed, conditions = request.to_seed, request.conditions
-        return interpolate(model, request.seed, to_seed, request.count, config, progress, conditions)
-    return sample(model, indices, request.seed, config, progress, request.conditions, source)
+        return interpolate(model, request.seed, to_seed, request.count, config, progress, conditions, by_step=True)
+    return sample(model, indices, request.seed, config, progress, request.conditions, source, by_step=True)
 
 
 def render_input(model: Model, request: GenerationRequest) -> list[Tensor]:
@@ -324,10 +324,12 @@ def generate_to_folder(
 
 def encode(image: Tensor, index: int, request: GenerationRequest, origin: Mapping[str, str]) -> bytes:
     """Encode image ``index`` of ``request``, (C, H, W) uint8, as a PNG that carries the ``origin`` of its model."""
-    return encode_png_with_metadata(to_pil_image(image), _metadata(index, request, origin))
+    conditions, metadata = request.conditions, _metadata(index, request, origin)
+    metadata |= {"label": conditions.label(index), "prompt": conditions.prompt(index)}
+    return encode_png_with_metadata(to_pil_image(image), metadata)
 
 
-def _metadata(index: int, request: GenerationRequest, origin: Mapping[str, str]) -> dict[str, str]:
+def _metadata(index: int, request: GenerationRequest, origin: Mapping[str, str]) -> dict[str, str | None]:
     return {**origin, "task": request.task, "seed": str(request.seed), "index": str(index)}
 
 

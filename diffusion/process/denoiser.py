@@ -53,6 +53,36 @@ class Denoiser:
         return x0.clamp(-1, 1) if self.clip else x0, v
 
 
+@dataclass(frozen=True)
+class ReportingDenoiser:
+    """Denoiser that reports how many of the steps between ``sigmas``, falling to 0, are done, and how many there are.
+
+    It is called at the start of each step, and again within one by some samplers, or after going back (``repaint``).
+    """
+
+    denoise: Denoise
+    sigmas: Tensor
+    report: Callable[[int, int], None]
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether there is a ``posterior``."""
+        return getattr(self.denoise, "learned_variance", False)
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Estimate x_0 (N, C, H, W) from ``x`` of the same shape."""
+        self._report(sigma)
+        return self.denoise(x, sigma)
+
+    def posterior(self, x: Tensor, sigma: Tensor, next_sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Estimate x_0, and the learned standard deviation of x at ``next_sigma``."""
+        self._report(sigma)
+        return self.denoise.posterior(x, sigma, next_sigma)  # type: ignore[attr-defined, no-any-return]
+
+    def _report(self, sigma: Tensor) -> None:
+        self.report(int((self.sigmas[:-1] > float(sigma)).sum()), len(self.sigmas) - 1)
+
+
 def apply_guidance(
     conditional: Denoise,
     unconditional: Denoise,

@@ -5,6 +5,7 @@ import secrets
 import signal
 import sys
 from contextlib import suppress
+from html import escape
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
@@ -19,37 +20,23 @@ from flows.environment import loopback_no_proxy, settings
 from flows.local_stack.http_protocol import BoundedProtocol
 from flows.local_stack.server_process import LOOPBACK
 from flows.studio import generation
-from flows.studio.generation import Source
 from flows.studio.server import StudioApp
+from flows.studio.source import Source
 
 USER = "darkroom"
 WAITING = 32
 """Most events that wait for their turn."""
 # Fonts of the system: Gradio's own would be fetched from Google.
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-CSS = """
-.pixels img { image-rendering: pixelated; }
-.beside { align-self: end; }
-.timeline, .chain { list-style: none; padding: 0; margin: 0; overflow-wrap: anywhere; }
-.timeline li, .chain li { border-left: 3px solid var(--border-color-primary); padding: 0 0 1rem 1rem; margin: 0; }
-.timeline li.promote { border-color: #2e7d32; }
-.timeline li.rollback { border-color: #c62828; }
-.timeline li.hold, .timeline li.reject { border-color: #ef6c00; }
-.timeline small, .timeline span, .chain b { display: block; }
-.timeline small { color: var(--body-text-color-subdued); }
-.chain ul { list-style: none; padding: 0; }
-.problem { color: var(--error-text-color); overflow-wrap: anywhere; }
-.tight .grid-wrap.fixed-height { min-height: 0; max-height: none; }
-.tight .gallery-item { min-height: 0; height: auto; }
-.tight .grid-container.grid-container { grid-auto-rows: auto; align-content: start; }
-.tight .thumbnail-lg { min-height: 0; height: auto; aspect-ratio: 1; }
-.tight .caption-label { padding: 0 .3rem; font-size: .65rem; }
-.pair { flex-wrap: nowrap; }
-.pair img { width: 100%; height: 100%; object-fit: contain; }
-@media (max-width: 640px) {
-  .grid-container.grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); }
-}
-"""
+CSS = Path(__file__).with_name("studio.css")
+THEME_SWITCH = """() => {
+  const isDark = document.body.classList.toggle('dark');
+  localStorage.setItem('darkroom-theme', isDark ? 'dark' : 'light');
+}"""
+LAST_THEME = """() => {
+  const theme = localStorage.getItem('darkroom-theme');
+  if (theme) document.body.classList.toggle('dark', theme === 'dark');
+}"""
 
 
 def build(source: Source, model: str | None = None, uri: str | None = None) -> gr.Blocks:
@@ -65,12 +52,15 @@ def build(source: Source, model: str | None = None, uri: str | None = None) -> g
 
         return follow(source, uri)
 
-    header, size = source.model.header, "×".join(map(str, source.model.shape[1:]))
-    with gr.Blocks(title=f"Darkroom: {Path(source.name).name}", analytics_enabled=False) as page:
-        name = uri or (source.name if model else Path(source.name).name)
-        gr.Markdown(f"## {name}\n{header.model.family}, {size} pixels, trained on {header.dataset}")
+    name = uri or (source.name if model else Path(source.name).name)
+    with gr.Blocks(title=f"Darkroom: {name}", analytics_enabled=False, fill_width=True) as page:
+        with gr.Row(elem_classes="masthead"):
+            gr.HTML(masthead(source, name))
+            switch = gr.Button("◐", size="sm", min_width=44, scale=0, elem_classes="theme")
+            switch.click(None, None, None, js=THEME_SWITCH)
+        page.load(None, None, None, js=LAST_THEME)
         with gr.Tabs() as tabs:
-            generation.tabs(source, tabs, current)
+            generation.tabs(source, page, tabs, current)
             if model is not None:
                 # These import MLflow and boto3, which a model in a file does without.
                 from flows.studio import batches, comparison, ledger
@@ -79,6 +69,14 @@ def build(source: Source, model: str | None = None, uri: str | None = None) -> g
                 batches.tab(model)
                 ledger.tab(model)
     return page.queue(max_size=WAITING, default_concurrency_limit=4)
+
+
+def masthead(source: Source, name: str) -> str:
+    """Title of the page: the model, and what it makes, as HTML."""
+    header = source.model.header
+    size = "×".join(map(str, reversed(source.model.shape[1:])))
+    facts = f"{header.model.family} · {size} pixels · trained on {header.dataset}"
+    return f"<h1><b>Darkroom</b> {escape(name)}</h1><p>{escape(facts)}</p>"
 
 
 def launch(
@@ -105,8 +103,8 @@ def launch(
             enable_monitoring=False,
             footer_links=[],
             max_file_size=MAX_FILE_BYTES,
-            theme=gr.themes.Default(**FONTS),
-            css=CSS,
+            theme=gr.themes.Default(primary_hue="indigo", neutral_hue="slate", radius_size="lg", **FONTS),
+            css_paths=CSS,
             _app=StudioApp(url),
         )
         page.server.config.http_protocol_class = BoundedProtocol

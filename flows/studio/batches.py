@@ -1,10 +1,11 @@
 """Tab that shows the sampling batches on S3, and of each image the chain of records back to its training images."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from html import escape
 from itertools import islice
 from typing import Any
@@ -25,7 +26,7 @@ from flows.sampling.lookup import find, read_image, read_pixels, read_rows
 from flows.sampling.sampling_batch import BATCH, LARGEST_BATCH, SUCCESS, Row, SamplingBatch, parse_batch
 from flows.storage.s3 import Location, MissingObjectError, Store, batch_places
 from flows.studio.errors import show_errors
-from flows.studio.generation import GalleryItem
+from flows.studio.results import GalleryItem
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,12 @@ class ListedBatch:
         """Model version and name of the batch."""
         suffix = "" if self.finished else " (unfinished)"
         return f"{self.batch.model}/{self.batch.version} {self.place.prefix.rpartition('/')[2]}{suffix}"
+
+    @property
+    def summary(self) -> str:
+        """What tells it from others, short enough for a list on a phone."""
+        suffix = "" if self.finished else ", unfinished"
+        return f"{self.batch.model}/{self.batch.version}, seed {self.batch.seed}, {self.batch.count:,} images{suffix}"
 
 
 def list_batches(store: Store, bucket: str) -> list[ListedBatch]:
@@ -105,9 +112,10 @@ def matching_rows(store: Store, batches: Sequence[ListedBatch], text: str = "") 
 
 def load_page(
     store: Store, batches: Sequence[ListedBatch], text: str, page: int
-) -> tuple[list[GalleryItem], list[str]]:
-    """Images of a page, counted from 1, with captions, and their S3 addresses."""
-    rows = list(islice(matching_rows(store, batches, text), (page - 1) * PAGE, page * PAGE))
+) -> tuple[list[GalleryItem], list[str], bool]:
+    """Images of a page, counted from 1, with captions, their S3 addresses, and whether it is the last page."""
+    found = list(islice(matching_rows(store, batches, text), (page - 1) * PAGE, page * PAGE + 1))
+    rows = found[:PAGE]
 
     def load(pair: tuple[ListedBatch, Row]) -> Image.Image | None:
         entry, row = pair
@@ -122,12 +130,12 @@ def load_page(
     with ThreadPoolExecutor(16) as pool:
         for (entry, row), image in zip(rows, pool.map(load, rows), strict=True):
             if image is not None:
-                description = (
-                    " ".join(filter(None, [row.get("label"), row.get("prompt")])) or f"version {row['version']}"
-                )
-                items.append((image, f"{row['index']}: {description}"))
+                # Numbers of several batches are told apart by the batch.
+                place = f"{entry.title} " if batches[1:] else ""
+                description = " ".join(filter(None, [row.get("label"), row.get("prompt")]))
+                items.append((image, f"{place}{row['index']}{': ' if description else ''}{description}"))
                 addresses.append(f"{entry.place}/{row['key']}")
-    return items, addresses
+    return items, addresses, len(found) == len(rows)
 
 
 def lineage(chain: Trace) -> str:
@@ -203,59 +211,84 @@ def nearest_training_images(pixels: np.ndarray, chain: Trace) -> tuple[list[Gall
 
 
 def tab(model: str) -> None:
-    """Add the tab, which shows batches of ``model`` first."""
+    """Add the tab, which begins with the newest batch of ``model``."""
     style: dict[str, Any] = {
         "format": "png",
         "object_fit": "contain",
         "height": "auto",
         "interactive": False,
+        "allow_preview": False,
+        "fit_columns": False,
         "elem_classes": ["pixels", "tight"],
         "show_label": False,
         "buttons": [],
     }
     with gr.Tab("Batches") as page:
-        batches, addresses = gr.State([]), gr.State([])
-        with gr.Row():
-            models = gr.Dropdown([], label="Model", min_width=130)
-            versions = gr.Dropdown([], label="Version", min_width=110)
-            names = gr.Dropdown([], label="Batch", min_width=260, scale=2)
-            text = gr.Textbox(label="Class or prompt contains", min_width=160)
-            number = gr.Number(1, label="Page", precision=0, minimum=1, min_width=80, scale=0)
+        batches, addresses, number = gr.State([]), gr.State([]), gr.State(1)
+        with gr.Row(elem_classes="filters"):
+            models = gr.Dropdown([], label="Model", min_width=130, visible=False)
+            versions = gr.Dropdown([], label="Version", min_width=110, visible=False)
+            names = gr.Dropdown([], label="Batch", min_width=260, scale=2, visible=False)
+            text = gr.Textbox(label="Class or prompt contains", min_width=160, visible=False)
             refresh_button = gr.Button("Refresh", size="sm", min_width=90, scale=0, elem_classes="beside")
         with gr.Row():
             with gr.Column(scale=3, min_width=300):
-                gallery = gr.Gallery(columns=6, allow_preview=False, elem_id="batch-images", **style)
-                shown_range = gr.Markdown()
+                heading = gr.HTML(elem_classes="heading")
+                gallery = gr.Gallery(columns=6, elem_id="batch-images", visible=False, **style)
+                with gr.Row():
+                    back_button = gr.Button("Previous page", size="sm", min_width=110, visible=False)
+                    next_button = gr.Button("Next page", size="sm", min_width=110, visible=False)
             with gr.Column(scale=2, min_width=300):
-                chain = gr.HTML("<p>Click an image to see where it comes from.</p>")
-                message = gr.Markdown()
+                chain, message = gr.HTML(), gr.Markdown()
                 nearest = gr.Gallery(columns=4, visible=False, **style)
-    filters = [models, versions, names, text, number]
+    filters = [models, versions, names, text]
 
-    def refresh() -> tuple[Any, ...]:
+    def refresh() -> list[Any]:
         with show_errors():
             entries = list_batches(Store(), settings().bucket)
         model_names = sorted({entry.batch.model for entry in entries})
         name = model if model in model_names else ""
-        filter_updates, page_updates = narrow(entries, name, ""), show(entries, name, "", "", "", 1)
-        return entries, gr.Dropdown([("all", ""), *model_names], value=name), *filter_updates, "", 1, *page_updates
+        of_model = select_batches(entries, name or None)
+        choices = [("all", ""), *model_names]
+        first = of_model[0].title if of_model else ""
+        return [
+            entries,
+            gr.Dropdown(choices, value=name, visible=len(model_names) > 1),
+            *narrow(entries, name, ""),
+            gr.Textbox("", visible=bool(entries)),
+            *show(entries, name, "", first, "", 1),
+        ]
 
-    def narrow(entries: list[ListedBatch], name: str, version: str) -> tuple[Any, Any]:
+    def narrow(entries: list[ListedBatch], name: str, version: str) -> list[Any]:
         of_model = select_batches(entries, name or None)
         numbers = [str(number) for number in sorted({entry.batch.version for entry in of_model}, reverse=True)]
         current = version if version in numbers else ""
-        titles = [entry.title for entry in select_batches(of_model, version=int(current) if current else None)]
-        return gr.Dropdown([("all", ""), *numbers], value=current), gr.Dropdown([("all", ""), *titles], value="")
+        listed = select_batches(of_model, version=int(current) if current else None)
+        choices = [(entry.summary, entry.title) for entry in listed]
+        choices += [("all", "")] if listed[1:] else []
+        return [
+            gr.Dropdown([("all", ""), *numbers], value=current, visible=len(numbers) > 1),
+            gr.Dropdown(choices, value=listed[0].title if listed else "", visible=bool(listed)),
+        ]
 
     def show(
-        entries: list[ListedBatch], name: str, version: str, title: str, query: str, page_number: int | None
-    ) -> tuple[Any, str, list[str]]:
+        entries: list[ListedBatch], name: str, version: str, title: str, query: str, page_number: int
+    ) -> tuple[Any, ...]:
         with show_errors():
             selection = select_batches(entries, name or None, int(version) if version else None, title or None)
-            items, places = load_page(Store(), selection, query, page_number or 1)
-        start = ((page_number or 1) - 1) * PAGE
-        label = f"Images {start + 1} to {start + len(items)}" if items else "No images"
-        return gr.Gallery(items, selected_index=None), label, places
+            items, places, is_last = load_page(Store(), selection, query, page_number)
+        start = (page_number - 1) * PAGE
+        return (
+            gr.Gallery(items, selected_index=None, visible=bool(items)),
+            describe_page(model, selection, query, range(start, start + len(items))),
+            places,
+            page_number,
+            gr.Button(visible=page_number > 1),
+            gr.Button(visible=not is_last),
+            "<p>Click an image to see where it comes from.</p>" if items else "",
+            "",
+            gr.Gallery(visible=False),
+        )
 
     def select(places: list[str], event: gr.SelectData) -> tuple[Any, ...]:
         with show_errors():
@@ -267,14 +300,33 @@ def tab(model: str) -> None:
         return lineage(chain), message, gr.Gallery(items, visible=bool(items))
 
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
-    images = [gallery, shown_range, addresses]
-    show_options: dict[str, Any] = {"inputs": [batches, *filters], "outputs": images, **private}
+    images = [gallery, heading, addresses, number, back_button, next_button, chain, message, nearest]
     for control in (models, versions):
         update = control.input(narrow, [batches, models, versions], [versions, names], **private)
-        update.then(lambda: 1, None, number, **private).then(show, **show_options)
+        update.then(partial(show, page_number=1), [batches, *filters], images, **private)
     for event in (names.input, text.submit):
-        event(lambda: 1, None, number, **private).then(show, **show_options)
-    number.input(show, **show_options)
+        event(partial(show, page_number=1), [batches, *filters], images, **private)
+    for button, move in ((back_button, -1), (next_button, 1)):
+        button.click(partial(_turn, show, move), [batches, *filters, number], images, **private)
     for event in (page.select, refresh_button.click):
         event(refresh, None, [batches, *filters, *images], **private)
     gallery.select(select, addresses, [chain, message, nearest], **private)
+
+
+def _turn(show: Callable[..., tuple[Any, ...]], move: int, *arguments: Any) -> tuple[Any, ...]:
+    *filters, number = arguments
+    return show(*filters, number + move)
+
+
+def describe_page(model: str, batches: Sequence[ListedBatch], query: str, shown: range) -> str:
+    """Describe the page of images ``shown`` of ``batches`` as HTML; if there are none, how to get some."""
+    if not batches:
+        command = f"darkroom sample --model models:/{model}@champion --count 100"
+        return f"<div class='empty'>There are no batches yet: <code>{escape(command)}</code> makes one.</div>"
+    first = batches[0]
+    title = f"{len(batches)} batches" if batches[1:] else first.title
+    made = "" if batches[1:] else f" of seed {first.batch.seed}, {first.written:%Y-%m-%d %H:%M} UTC"
+    count = f"{sum(entry.batch.count for entry in batches):,} images{made}"
+    where = f"images {shown.start + 1} to {shown.stop}" if shown else "no image"
+    page = f"{where} with {query.strip()!r}" if query.strip() else where
+    return f"<h2>{escape(title)}</h2><p>{escape(count)}: {escape(page)}</p>"

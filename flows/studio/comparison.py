@@ -34,16 +34,10 @@ from flows.registry.aliases import none_if_missing, read_record
 from flows.registry.ledger import AliasNumbers, Ledger
 from flows.storage.tags import RunId, VersionNumber
 from flows.studio.errors import show_errors
-from flows.studio.generation import (
-    ONE_AT_A_TIME,
-    GalleryItem,
-    Source,
-    condition_controls,
-    controls_key,
-    make_progress_callback,
-    pixels_class,
-)
+from flows.studio.generation import condition_controls, controls_key
+from flows.studio.results import BAR, ONE_AT_A_TIME, GalleryItem, pixels_class
 from flows.studio.server import new_token, require_token
+from flows.studio.source import Source, make_progress_callback
 
 logger = logging.getLogger(__name__)
 
@@ -251,19 +245,20 @@ def format_tally(sessions: Sequence[VoteSession], candidate: int, champion: int)
 def tab(model: str, source: Source) -> None:
     """Add the tab for versions of ``model``, with the conditions that ``source``, one of them, knows."""
     with gr.Tab("Compare") as page:
-        with gr.Row():
+        alone = gr.HTML(visible=False)
+        with gr.Row(visible=False) as choice:
             champion = gr.Dropdown([], label="Champion", min_width=170)
             candidate = gr.Dropdown([], label="Candidate", min_width=170)
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, min_width=110)
             count = gr.Slider(2, 64, value=8, step=1, label="Images", min_width=160)
-        with gr.Row():
+        with gr.Row(visible=False) as conditions_row:
             controls = condition_controls(source.model)
-        with gr.Row():
+        with gr.Row(visible=False) as actions:
             show_button = gr.Button("Show both at the same seeds", variant="primary")
             vote_button = gr.Button("Vote blind")
         style: dict[str, Any] = {"format": "png", "elem_classes": [pixels_class(source), "tight"], "buttons": []}
         galleries = []
-        with gr.Row(visible=False) as both:
+        with gr.Row(visible=False, elem_classes="answer") as both:
             for title in ("Champion", "Candidate"):
                 with gr.Column(min_width=300):
                     gr.Markdown(f"**{title}**")
@@ -271,7 +266,7 @@ def tab(model: str, source: Source) -> None:
                         columns=4, show_label=False, allow_preview=False, object_fit="contain", height="auto", **style
                     )
                     galleries.append(gallery)
-        with gr.Column(visible=False) as voting_panel:
+        with gr.Column(visible=False, elem_classes="answer") as voting_panel:
             state, tally, token = gr.State(), gr.HTML(), gr.Textbox(visible=False)
             with gr.Row(elem_classes="pair") as pair:
                 sides = [
@@ -286,7 +281,7 @@ def tab(model: str, source: Source) -> None:
                 }
     inputs = {champion, candidate, seed, count, *controls.values()}
 
-    def choose() -> tuple[Any, Any]:
+    def choose() -> tuple[Any, ...]:
         with show_errors():
             numbers, standing = read_versions(model)
         names = {number: alias for alias, number in standing.model_dump().items() if number is not None}
@@ -294,9 +289,14 @@ def tab(model: str, source: Source) -> None:
         first = standing.champion
         candidates = [standing.candidate, *numbers, standing.previous]
         second = next((number for number in candidates if number not in (None, first)), None)
-        return gr.Dropdown(choices, value=first), gr.Dropdown(choices, value=second)
+        # Rows with nothing to choose would be empty.
+        rows = [gr.Row(visible=bool(numbers[1:])) for _ in (choice, actions)]
+        hint = f"{model} has {'one version' if numbers else 'no versions'}: two can be compared, and voted on."
+        empty = gr.HTML(f"<div class='empty'>{escape(hint)}</div>", visible=not numbers[1:])
+        texts = gr.Row(visible=bool(numbers[1:] and controls))
+        return gr.Dropdown(choices, value=first), gr.Dropdown(choices, value=second), empty, *rows, texts
 
-    def compare(values: dict[Any, Any], bar: gr.Progress = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
+    def compare(values: dict[Any, Any], bar: gr.Progress = BAR) -> tuple[Any, ...]:
         conditions = {name: values[control] for name, control in controls.items()}
         with show_errors():
             sources = _sources(model, values[champion], values[candidate], source.sampling)
@@ -306,7 +306,7 @@ def tab(model: str, source: Source) -> None:
         ]
         return gr.Row(visible=True), gr.Column(visible=False), *items
 
-    def start(values: dict[Any, Any], bar: gr.Progress = gr.Progress()) -> tuple[Any, ...]:  # noqa: B008
+    def start(values: dict[Any, Any], bar: gr.Progress = BAR) -> tuple[Any, ...]:
         conditions = {name: values[control] for name, control in controls.items()}
         with show_errors():
             numbers = values[champion], values[candidate]
@@ -325,7 +325,8 @@ def tab(model: str, source: Source) -> None:
 
         return run
 
-    page.select(choose, None, [champion, candidate], api_visibility="private", queue=False)
+    chosen = [champion, candidate, alone, choice, actions, conditions_row]
+    page.select(choose, None, chosen, api_visibility="private", queue=False)
     voting_outputs = [state, token, tally, pair, choices, *sides]
     show_button.click(compare, inputs, [both, voting_panel, *galleries], api_name="compare", **ONE_AT_A_TIME)
     vote_button.click(start, inputs, [both, voting_panel, *voting_outputs], api_visibility="private", **ONE_AT_A_TIME)

@@ -2,40 +2,35 @@
 
 import io
 import math
-import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
-from tempfile import mkdtemp
-from typing import Any, Self
+from typing import Any
 
 import gradio as gr
 import numpy as np
 from PIL import Image
 
-from diffusion.checkpoints import load_model
 from diffusion.common.errors import UserError
-from diffusion.common.files import sha256_file
 from diffusion.common.image_grids import png_bytes
-from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.shapes import Shape, shape_name
 from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.model import Model
 from diffusion.families.pretrained import PretrainedModel
-from diffusion.generation.config import GenerationRequest, Task, make_request
-from diffusion.generation.limits import Budget
-from diffusion.generation.requests import answer, encode, sampling_of, tasks_of
-from diffusion.process.samplers import SAMPLERS, SamplingConfig
-from flows.environment import settings
+from diffusion.generation.config import Task
+from diffusion.generation.requests import tasks_of
+from diffusion.process.samplers import SAMPLERS
 from flows.studio.errors import show_errors
+from flows.studio.results import BAR, INSTANT, ONE_AT_A_TIME, PRIVATE, Generator, Results, StartButton, pixels_class
+from flows.studio.source import MAX_IMAGES, Batch, Source, default_guidance, make_progress_callback
 from flows.studio.uploads import Canvas, ImageUpload, PaintableImage, check_upload, decode_upload, memory_returned
 
-LARGEST_SEED = 2**53 - 1
+MAX_SEED = 2**53 - 1
 """Largest seed that a number in JavaScript can hold exactly."""
-MOST = 64
-"""Most images of a request."""
+MAX_STEPS = 100
+MAX_GUIDANCE = 10
+MAX_CLASS_BUTTONS = 12
+"""Maximum number of classes that are shown side by side; more are in a list."""
 CANVAS = 512
 """Smallest height and width, in pixels, at which one can paint a mask; smaller images are enlarged."""
 TITLES: Mapping[Task, str] = {
@@ -45,66 +40,13 @@ TITLES: Mapping[Task, str] = {
     "interpolate": "Interpolate",
     "upscale": "Upscale",
 }
-ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
-"""Options of events that generate: a second generation would slow down the first and double its memory."""
-
-GalleryItem = tuple[Path | Image.Image, str]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Loaded model, with what it is called, what its images say of their origin, and the configured sampling."""
-
-    model: Model
-    name: str
-    origin: Mapping[str, str]
-    sampling: SamplingConfig
-
-    @classmethod
-    def from_file(cls, weights: Path, sampling: SamplingConfig) -> Self:
-        """Load the model in a file; raises UserError if it is none."""
-        model = load_model(weights)
-        origin = {"model": f"sha256:{sha256_file(weights)}", "content_digest": model.header.content_digest}
-        return cls(model, str(weights), origin, sampling)
-
-    def generate(self, fields: Mapping[str, Any], progress: Progress = ignore_progress) -> tuple[list[Path], str]:
-        """Generate the images of a request into new PNG files; returns them with a line about how they were made.
-
-        Files and pixels are those of ``darkroom sample`` and ``darkroom edit`` with a model file. Raises UserError as
-        ``make_request`` and ``answer`` do.
-        """
-        request = self.request(fields)
-        [images] = answer(self.model, [request], self.sampling, progress, Budget(settings()))
-        folder = Path(mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR")))
-        paths = [folder / f"{index:08d}.png" for index in request.indices]
-        for path, index, image in zip(paths, request.indices, images, strict=True):
-            path.write_bytes(encode(image, index, request, self.origin))
-        author = f" by {self.name}" if self.name.startswith("models:/") else ""
-        return paths, f"{len(paths)} images of seed {request.seed}{author}: {self.describe(request)}"
-
-    def request(self, fields: Mapping[str, Any]) -> GenerationRequest:
-        """Make a request of the fields of a form, in which empty texts mean left out."""
-        request = make_request({name: None if value == "" else value for name, value in fields.items()})
-        if request.count > MOST:
-            raise UserError(f"{request.count} images are more than a page shows, {MOST}: use `darkroom sample`")
-        return request
-
-    def describe(self, request: GenerationRequest) -> str:
-        """Describe the effective sampling of ``request`` in words."""
-        if not isinstance(self.model, DiffusionModel):
-            return f"{self.model.config.family}, in one pass"
-        config = sampling_of(self.model, request, self.sampling)
-        guidance = f", guidance {config.guidance_text}" if config.is_guided else ""
-        return f"{config.sampler}, {config.steps} steps{guidance}"
-
-
-def make_progress_callback(bar: gr.Progress) -> Progress:
-    """Progress callback that moves the ``bar`` of a page."""
-
-    def show(what: str, done: int, total: int | None, note: str = "") -> None:
-        bar((done, total), desc=what)
-
-    return show
+HINTS: Mapping[Task, str] = {
+    "sample": "Your images will appear here.",
+    "inpaint": "Upload an image and paint over what is to be made anew, or press Inpaint below an image in Generate.",
+    "img2img": "Upload an image to make variations of it. In Generate, Vary does so in one click.",
+    "interpolate": "The images on the way from one seed to the other will appear here.",
+    "upscale": "Upload a small image. Its enlarged versions will appear here.",
+}
 
 
 def controls_key(model: Model) -> tuple[Any, ...]:
@@ -120,58 +62,78 @@ def controls_key(model: Model) -> tuple[Any, ...]:
     )
 
 
-def condition_controls(model: Model) -> dict[str, Any]:
-    """Make the inputs of a prompt, a class and a size, as far as ``model`` knows any."""
+def condition_controls(model: Model, task: Task = "sample") -> dict[str, Any]:
+    """Make the inputs of a prompt and a class, as far as ``model`` knows any."""
     controls: dict[str, Any] = {}
     if model.config.text:
-        controls["prompt"] = gr.Textbox(label="Prompt", lines=2, max_lines=4, placeholder="in the words of captions")
+        # A single line to begin with, in which Enter starts; it grows with the text.
+        controls["prompt"] = gr.Textbox(
+            label="Prompt", lines=1, max_lines=5, placeholder="What should it show?", elem_classes="prompt"
+        )
     if model.classes:
-        choices = [("any, as often as in the data set", ""), *((name, name) for name in model.classes)]
-        controls["label"] = gr.Dropdown(choices, value="", label="Class")
-    if model.config.one_shape is None:
-        shapes = [*map(shape_name, model.header.trained_shapes)]
-        controls["size"] = gr.Dropdown(["", *shapes], value="", label="Size", allow_custom_value=True)
+        # Between two seeds there is nothing between classes.
+        any_class = [] if task == "interpolate" and not model.config.text else [("any", "")]
+        choices = [*any_class, *((name, name) for name in model.classes)]
+        kind = gr.Radio if len(model.classes) <= MAX_CLASS_BUTTONS else gr.Dropdown
+        controls["label"] = kind(choices, value=choices[0][1], label="Class")
     return controls
 
 
 def option_controls(source: Source, task: Task, count: int) -> dict[str, Any]:
-    """Make the inputs of seeds, the number of images, and the sampler's options."""
-    model, controls = source.model, dict[str, Any]()
-    with gr.Row():
+    """Make the inputs of the number of images, seeds, and the sampler's options."""
+    model, controls, sampling = source.model, dict[str, Any](), source.defaults
+    is_sampled = isinstance(model, DiffusionModel) and not source.is_student
+    least = 2 if task == "interpolate" else 1
+    controls["count"] = gr.Slider(least, MAX_IMAGES, value=max(count, least), step=1, label="Images")
+    has_guidance = is_sampled and task != "upscale" and bool(model.classes or model.config.text)
+    if is_sampled:
+        with gr.Row():
+            lowest, highest = min(2, sampling.steps), max(MAX_STEPS, sampling.steps)
+            controls["steps"] = gr.Slider(lowest, highest, value=sampling.steps, step=1, label="Steps", min_width=210)
+            if has_guidance:
+                default = default_guidance(sampling)
+                controls["guidance"] = gr.Slider(
+                    *(0, max(MAX_GUIDANCE, math.ceil(default))),
+                    value=default,
+                    step=0.1,
+                    label="Guidance",
+                    info=f"autoguidance {sampling.autoguidance:g} while this is 1" if sampling.autoguides else None,
+                    min_width=210,
+                )
+    with gr.Row(elem_classes="seeds"):
         controls["seed"] = _seed("Seed", 0)
         if task == "interpolate":
             controls["to_seed"] = _seed("To seed", 1)
-        else:
-            draw_button = gr.Button("Another seed", size="sm", min_width=110, scale=0, elem_classes="beside")
-            draw_button.click(
-                lambda: secrets.randbelow(2**32), None, controls["seed"], api_visibility="private", queue=False
-            )
-    fewest = 2 if task == "interpolate" else 1
-    controls["count"] = gr.Slider(fewest, MOST, value=max(count, fewest), step=1, label="Images")
-    if not isinstance(model, DiffusionModel):
-        return controls
-    sampling = model.header.sampling(source.sampling)
-    with gr.Accordion("Sampler", open=False):
-        with gr.Row():
-            names = [config_class.model_fields["sampler"].default for config_class in SAMPLERS]
-            if model.header.student_steps is None:
-                choices = [(f"as configured: {sampling.sampler}", "")]
-                exclusions = {"consistency"} if isinstance(model, PretrainedModel) else {"consistency", "scheduler"}
-                choices += [(name, name) for name in names if name not in exclusions]
-                controls["sampler"] = gr.Dropdown(choices, value="", label="Sampler", min_width=140)
-            # Not gr.Number, which shows and sends 0 where there is no value.
-            controls["steps"] = gr.Textbox(label="Steps", placeholder=str(sampling.steps), max_lines=1, min_width=110)
-        if task != "upscale" and (model.classes or model.config.text):
-            controls["guidance"] = gr.Textbox(
-                label="Guidance (1: none)", placeholder=sampling.guidance_text, max_lines=1
-            )
-            if model.config.text:
-                controls["negative_prompt"] = gr.Textbox(label="Negative prompt", placeholder="needs guidance")
+        die = gr.Button("⚄ New seed", size="sm", min_width=110, scale=0, elem_classes="beside")
+        for name in {"seed", "to_seed"} & controls.keys():
+            die.click(lambda: secrets.randbelow(2**32), None, controls[name], **INSTANT)
+    shapes = [*map(shape_name, model.header.trained_shapes)] if task != "upscale" else []
+    samplers = [kind.model_fields["sampler"].default for kind in SAMPLERS] if is_sampled else []
+    if samplers or shapes[1:]:
+        with gr.Accordion("More options", open=False):
+            if has_guidance and model.config.text:
+                controls["negative_prompt"] = gr.Textbox(
+                    label="Negative prompt", placeholder="what guidance leads away from", max_lines=3
+                )
+            with gr.Row():
+                if samplers:
+                    exclusions = {"consistency"} if isinstance(model, PretrainedModel) else {"consistency", "scheduler"}
+                    names = [name for name in samplers if name not in exclusions]
+                    controls["sampler"] = gr.Dropdown(
+                        [(f"{name} (default)" if name == sampling.sampler else name, name) for name in names],
+                        value=sampling.sampler,
+                        label="Sampler",
+                        min_width=150,
+                    )
+                if shapes[1:]:
+                    own = [("as the image", "")] if task in ("inpaint", "img2img") else []
+                    choices = [*own, *((name, name) for name in shapes)]
+                    controls["size"] = gr.Dropdown(choices, value=choices[0][1], label="Size", min_width=150)
     return controls
 
 
 def _seed(label: str, value: int) -> Any:
-    return gr.Number(value, label=label, precision=0, minimum=0, maximum=LARGEST_SEED, min_width=110)
+    return gr.Number(value, label=label, precision=0, minimum=0, maximum=MAX_SEED, min_width=110)
 
 
 def editor_files(canvas: Canvas | None, shapes: Iterable[Shape]) -> dict[str, bytes | None]:
@@ -204,107 +166,117 @@ def enlarge_to_canvas(image: Image.Image) -> Image.Image:
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) if scale > 1 else image
 
 
-def tabs(source: Source, container: Any, current: Callable[[], Source]) -> None:
-    """Add a tab for each task of the model; an image that was generated can be sent on to those that edit one.
+def tabs(source: Source, page: gr.Blocks, container: Any, current: Callable[[], Source]) -> None:
+    """Add a tab for each task of the model; an image that was generated can be sent on to be inpainted.
 
-    ``container`` holds the tabs, whose controls are those for ``source``; ``current`` returns what generates.
+    ``container`` holds the tabs of the ``page``, whose controls are those for ``source``; ``current`` returns what
+    generates.
     """
-    editors: dict[Task, Any] = {}
-    outputs: dict[Task, tuple[Any, Any, Any]] = {}
+    generate, forms = Generator(current), dict[Task, dict[str, Any]]()
+    all_results: dict[Task, Results] = {}
     for task in tasks_of(source.model):
-        with gr.Tab(TITLES[task], id=task), gr.Row():
-            with gr.Column(scale=2, min_width=300):
-                controls: dict[str, Any] = {}
-                if task == "inpaint":
-                    brush = gr.Brush(default_size=40, colors=["#2979ff"], color_mode="fixed")
-                    editor = controls["image"] = editors[task] = PaintableImage(
-                        label="Paint over what is to be filled",
-                        format="png",
-                        sources=("upload", "clipboard"),
-                        transforms=(),
-                        brush=brush,
-                        layers=False,
-                        height=420,
-                        buttons=[],
-                    )
-                    editor.upload(_put_on_canvas, editor, editor, api_visibility="private", queue=False)
-                elif task in ("img2img", "upscale"):
-                    controls["image"] = editors[task] = ImageUpload(
-                        label="Image",
-                        format="png",
-                        sources=["upload", "clipboard"],
-                        height=300,
-                        elem_classes=pixels_class(source),
-                        buttons=[],
-                    )
-                if task in ("inpaint", "img2img"):
-                    strength, least = (1.0, "1: replace all") if task == "inpaint" else (0.6, "near 0: keep the image")
-                    most = 1.0 if task == "inpaint" else 0.99
-                    controls["strength"] = gr.Slider(0.01, most, value=strength, step=0.01, label=f"Strength ({least})")
-                if task == "inpaint":
-                    controls["method"] = gr.Radio(
-                        [
-                            ("fast", "replace"),
-                            ("guided, 2.5 times", "pigdm"),
-                            ("resampled, 5 times", "repaint"),
-                        ],
-                        value="replace",
-                        label="Method",
-                    )
+        with gr.Tab(TITLES[task], id=task), gr.Row(elem_classes="workbench"):
+            with gr.Column(scale=4, min_width=300, elem_classes="controls"):
+                controls = _image_controls(source, task)
                 if task != "upscale":
-                    controls |= condition_controls(source.model)
+                    controls |= condition_controls(source.model, task)
+                start = StartButton(TITLES[task], generate)
+                if task in ("inpaint", "img2img"):
+                    controls |= _edit_controls(task)
                 controls |= option_controls(source, task, 1 if task == "upscale" else 8)
-                start_button = gr.Button(TITLES[task], variant="primary")
-            with gr.Column(scale=3, min_width=300):
-                gallery = gr.Gallery(
-                    label="Images",
-                    show_label=False,
-                    columns=4,
-                    format="png",
-                    object_fit="contain",
-                    height="auto",
-                    interactive=False,
-                    elem_classes=pixels_class(source),
-                    buttons=["download", "fullscreen"],
-                )
-                note, paths = gr.Markdown(), gr.State([])
-                outputs[task] = (gallery, paths, gr.Row())
-        start_button.click(
-            _run(current, task, controls),
-            set(controls.values()),
-            [gallery, note, paths],
-            api_name=task,
-            **ONE_AT_A_TIME,
+            with gr.Column(scale=6, min_width=300, elem_classes="results"):
+                results = Results(source, task, HINTS[task])
+        forms[task], all_results[task] = controls, results
+        triggers = [start.start.click, *([controls["prompt"].submit] if "prompt" in controls else [])]
+        inputs = {*controls.values(), results.history}
+        start.chain(triggers, _run(generate, results, controls), inputs, results.outputs, results.heading, task)
+        results.wire(generate, start, controls)
+        start.wire()
+    if "inpaint" in forms:
+        for results in all_results.values():
+            _send_to_inpaint(results, forms["inpaint"], container)
+    if "sample" in forms:
+        _begin_with_examples(page, all_results["sample"], current)
+
+
+def _image_controls(source: Source, task: Task) -> dict[str, Any]:
+    """Make the input of the image that a task edits, if it edits one."""
+    if task == "inpaint":
+        editor = PaintableImage(
+            label="Paint the hole",
+            format="png",
+            sources=("upload", "clipboard"),
+            transforms=(),
+            brush=gr.Brush(default_size=40, colors=["#2979ff"], color_mode="fixed"),
+            layers=False,
+            height=420,
+            buttons=[],
         )
-    for gallery, paths, row in outputs.values():
-        for target, editor in editors.items():
-            # Also the state inside of the row: what lies between tabs shifts their numbers in Gradio 6.
-            with row:
-                send_button = gr.Button(f"Send to {TITLES[target]}", size="sm", min_width=140, interactive=False)
-                selection = gr.State()
-            gallery.select(_choose, paths, [selection, send_button], api_visibility="private", queue=False)
-            send_button.click(_open(target), selection, [editor, container], api_visibility="private", queue=False)
+        editor.upload(_put_on_canvas, editor, editor, api_visibility="private", queue=False)
+        return {"image": editor}
+    if task in ("img2img", "upscale"):
+        image = ImageUpload(
+            label="Image",
+            format="png",
+            sources=["upload", "clipboard"],
+            height=300,
+            elem_classes=pixels_class(source),
+            buttons=[],
+        )
+        return {"image": image}
+    return {}
 
 
-def pixels_class(source: Source) -> str:
-    """CSS class of images: the pixels of small ones stay squares when they are enlarged."""
-    return "pixels" if source.model.header.size <= 128 else "smooth"
+def _edit_controls(task: Task) -> dict[str, Any]:
+    """Make the inputs of how an image is edited."""
+    value, highest, meaning = (1.0, 1.0, "1: replace all") if task == "inpaint" else (0.6, 0.99, "near 0: keep")
+    controls = {"strength": gr.Slider(0.01, highest, value=value, step=0.01, label=f"Strength ({meaning})")}
+    if task == "inpaint":
+        methods = [("fast", "replace"), ("guided, 2.5 times", "pigdm"), ("resampled, 5 times", "repaint")]
+        controls["method"] = gr.Radio(methods, value="replace", label="Method")
+    return controls
 
 
-def _run(current: Callable[[], Source], task: Task, controls: Mapping[str, Any]) -> Any:
-    """Event handler that generates the images of ``task`` from the values of its ``controls``."""
+def _run(generate: Generator, results: Results, controls: Mapping[str, Any]) -> Any:
+    """Event handler that generates the images of a task from the values of its ``controls``."""
 
-    def run(values: dict[Any, Any], bar: gr.Progress = gr.Progress()) -> tuple[list[GalleryItem], str, list[Path]]:  # noqa: B008
+    def run(values: dict[Any, Any], request: gr.Request, bar: gr.Progress = BAR) -> list[Any]:
         fields = {name: values[control] for name, control in controls.items()}
         with show_errors(), memory_returned() if "image" in fields else nullcontext():
-            source = current()
-            if task == "inpaint":
+            source = generate.current()
+            if results.task == "inpaint":
                 fields |= editor_files(fields["image"], source.model.header.trained_shapes)
-            paths, note = source.generate({"task": task} | fields, make_progress_callback(bar))
-        start = int(paths[0].stem)
-        return [(path, str(start + number)) for number, path in enumerate(paths)], note, paths
+            batch = generate({"task": results.task} | fields, request, bar, source)
+        return results.show([batch, *values[results.history]])
 
     return run
+
+
+def _begin_with_examples(page: gr.Blocks, results: Results, current: Callable[[], Source]) -> None:
+    """Show examples of what the model makes when the page is opened."""
+
+    def begin(history: list[Batch], bar: gr.Progress = BAR) -> list[Any]:
+        with show_errors():
+            examples = current().make_examples(make_progress_callback(bar))
+        return [gr.skip()] * len(results.outputs) if examples is None else results.show([*history, examples])
+
+    page.load(begin, results.history, results.outputs, show_progress_on=results.heading, **ONE_AT_A_TIME, **PRIVATE)
+
+
+def _send_to_inpaint(results: Results, form: Mapping[str, Any], container: Any) -> None:
+    """Connect the button that opens the shown image in the tab for inpainting, with its prompt and class."""
+    names = [name for name in ("prompt", "label") if name in form]
+
+    def send(history: list[Batch], position: tuple[int, int]) -> list[Any]:
+        batch, number = history[position[0]], position[1]
+        background = enlarge_to_canvas(Image.open(io.BytesIO(batch.paths[number].read_bytes())))
+        texts = {"prompt": batch.prompts[number], "label": batch.labels[number]}
+        canvas = {"background": background, "layers": [], "composite": None}
+        return [canvas, gr.Tabs(selected="inpaint"), *(texts[name] or "" for name in names)]
+
+    outputs = [form["image"], container, *(form[name] for name in names)]
+    assert results.inpaint is not None
+    results.inpaint.click(send, [results.history, results.position], outputs, **INSTANT)
 
 
 def _put_on_canvas(canvas: Canvas) -> Any:
@@ -313,19 +285,3 @@ def _put_on_canvas(canvas: Canvas) -> Any:
         return gr.skip()
     with show_errors():
         return {"background": enlarge_to_canvas(decode_upload(background)), "layers": [], "composite": None}
-
-
-def _choose(paths: list[Path], event: gr.SelectData) -> tuple[Path, Any]:
-    # By number in our own list: a path from the browser could name any file.
-    return paths[event.index], gr.Button(interactive=True)
-
-
-def _open(target: Task) -> Any:
-    def show(path: Path) -> tuple[Any, Any]:
-        tab_update = gr.Tabs(selected=target)
-        if target != "inpaint":
-            return path, tab_update
-        background = enlarge_to_canvas(Image.open(io.BytesIO(path.read_bytes())))
-        return {"background": background, "layers": [], "composite": None}, tab_update
-
-    return show

@@ -22,7 +22,8 @@ def read_history(model: str) -> History:
 def timeline(history: History) -> str:
     """Show the entries as HTML, the newest first."""
     if history.head is None:
-        return "<p>The ledger is empty: the first verdict of <code>darkroom promote</code> starts it.</p>"
+        hint = "The ledger is empty: the first verdict of <code>darkroom promote</code> starts it."
+        return f"<div class='empty'>{hint}</div>"
     standing = history.alias_numbers
     state = ", ".join(f"{name} {number}" for name, number in standing.model_dump().items() if number is not None)
     items = "".join(_item(entry) for entry in reversed(history.entries))
@@ -61,9 +62,7 @@ def tab(model: str) -> None:
         expected_token, token = gr.State(), gr.Textbox(visible=False)
         with gr.Row():
             refresh_button = gr.Button("Refresh", size="sm", scale=0, min_width=110)
-            rollback_button = gr.Button(
-                "Roll back …", variant="stop", size="sm", scale=0, min_width=110, interactive=False
-            )
+            rollback_button = gr.Button("Roll back …", variant="stop", size="sm", scale=0, min_width=110, visible=False)
         with gr.Column(visible=False) as confirmation:
             question = gr.Markdown()
             reason = gr.Textbox(label="Reason, kept in the ledger", placeholder="three eyes", max_length=2000)
@@ -78,7 +77,7 @@ def tab(model: str) -> None:
             problem = champion_problem(MlflowClient(), history)
         problem_html = f"<p class='problem'>{escape(problem)}</p>" if problem else ""
         standing = history.alias_numbers
-        return problem_html + timeline(history), standing.champion, gr.Button(interactive=standing.previous is not None)
+        return problem_html + timeline(history), standing.champion, gr.Button(visible=standing.previous is not None)
 
     def question_of(number: int) -> tuple[Any, str, str, str]:
         with show_errors():

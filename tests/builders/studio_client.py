@@ -3,11 +3,14 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import httpx
+
+from diffusion.process.samplers import SamplingConfig
 
 USER, PASSWORD = "darkroom", "test-secret"
 
@@ -67,3 +70,12 @@ def peak_memory(pid: int | str = "self") -> int:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     [text] = [line for line in lines if line.startswith("VmHWM")]
     return int(text.split()[1]) * 1024
+
+
+def with_header(weights: Path, sampling: SamplingConfig, **changes: object) -> Any:
+    """What the studio shows for the model in the file ``weights`` with another header."""
+    from flows.studio.source import Source
+
+    source = Source.from_file(weights, sampling)
+    header = source.model.header.model_copy(update=changes)
+    return Source(replace(source.model, header=header), source.name, source.origin, sampling)

@@ -11,10 +11,12 @@ from PIL import Image
 
 from diffusion.checkpoints import load_model
 from diffusion.common.errors import UserError
+from diffusion.common.random import GaussianNoise
 from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.model import to_uint8
 from diffusion.generation.config import REQUESTS, GenerationRequest, make_request
 from diffusion.generation.generate import interpolate, sample
-from diffusion.generation.requests import answer, render_input, tasks_of
+from diffusion.generation.requests import answer, encode, render_input, tasks_of
 from diffusion.generation.super_resolution import upscale
 from diffusion.process.samplers import sampling_config
 from tests.builders.small_models import CONFIG, write_model
@@ -284,3 +286,40 @@ def test_interpolation_between_classes_is_an_error(tmp_path: Path) -> None:
 def test_more_pixels_than_fit_into_memory_are_rejected(enlarging: DiffusionModel) -> None:
     with pytest.raises(UserError, match=r"16\.0 million pixels in all would be generated at once"):
         answer(enlarging, [request("upscale", image=png(np.zeros((2000, 2000), np.uint8)))], SAMPLING)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "heun", "dpmpp_2m_sde", "unipc"])
+@pytest.mark.parametrize("task", ["sample", "inpaint"])
+def test_progress_counts_the_steps_of_the_sampler(model: DiffusionModel, sampler: str, task: str) -> None:
+    # Two compute batches; resampling goes back, which counts nothing.
+    sampling, reports = sampling_config(sampler=sampler, steps=6, compute_batch=2), list[tuple[str, int, int | None]]()
+    asked = request(task, count=4, **({"method": "repaint"} if task == "inpaint" else {}))
+
+    def progress(what: str, done: int, total: int | None, note: str = "") -> None:
+        reports.append((what, done, total))
+
+    [images] = answer(model, [asked], sampling, progress)
+    done = [number for _, number, _ in reports]
+    assert {(what, total) for what, _, total in reports} == {("steps", 12)}
+    assert sorted(done) == done
+    assert {*done} == {*range(13)}
+    assert torch.equal(images, answer(model, [asked], sampling)[0])
+
+
+def test_the_learned_variance_is_used_while_steps_are_counted(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"variance": "learned_range", "prediction": "epsilon"})
+    model = load_model(write_model(tmp_path / "model.safetensors", seed=0, images=0, size=SIZE, config=config))
+    assert isinstance(model, DiffusionModel)
+    sampling = sampling_config(sampler="ddpm", steps=4, compute_batch=2, precision="fp32")
+    noise = GaussianNoise(3, "sampling", [0, 1], model.noise_shape)
+    with torch.inference_mode():
+        x0 = sampling.run(model.denoiser(), sampling.sigma_grid(model.schedule), noise)
+    [images] = answer(model, [request("sample", seed=3, count=2)], sampling)
+    assert torch.equal(images, to_uint8(x0))
+
+
+def test_a_file_says_what_it_was_conditioned_on(tmp_path: Path) -> None:
+    asked = request("sample", label="cat", prompt=["a cat", "a dog"], count=2)
+    png = Image.open(io.BytesIO(encode(torch.zeros(1, 8, 8, dtype=torch.uint8), 1, asked, {"model": "m"})))
+    texts = {name.removeprefix("darkroom:"): text for name, text in png.info.items() if name.startswith("darkroom:")}
+    assert texts == {"model": "m", "task": "sample", "seed": "0", "index": "1", "label": "cat", "prompt": "a dog"}

@@ -1,21 +1,24 @@
 """The studio for a model file, without a browser: its tabs, its images, and who may ask for them."""
 
 import importlib.util
+import io
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from diffusion.common.errors import UserError
 from diffusion.common.image_grids import png_bytes
-from diffusion.generation.config import read_request
+from diffusion.generation.config import Conditions, read_request
 from diffusion.generation.limits import StoppedError
 from diffusion.generation.requests import generate_to_folder
 from diffusion.models.config import ModelConfig
@@ -23,13 +26,18 @@ from diffusion.process.samplers import sampling_config
 from flows.cli.operations_commands import ui
 from flows.config import Params
 from flows.local_stack.server_process import choose_ports
+from flows.sampling.sampling_batch import encode
+from tests.builders.captioned import needs_encoder, squares
 from tests.builders.command_line import darkroom
+from tests.builders.sampling_batches import batch
 from tests.builders.shapes import blob
 from tests.builders.small_models import CONFIG, write_model
+from tests.builders.studio_client import with_header
 
 gr = pytest.importorskip("gradio", reason="the studio needs Gradio: pip install 'darkroom-diffusion[ui]'")
 from flows.studio.app import USER, build, launch  # noqa: E402
-from flows.studio.generation import Source, editor_files, enlarge_to_canvas  # noqa: E402
+from flows.studio.generation import editor_files, enlarge_to_canvas  # noqa: E402
+from flows.studio.source import Source  # noqa: E402
 
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=8)
 PASSWORD = "test-secret"
@@ -59,24 +67,133 @@ def labels(page: gr.Blocks, kind: type) -> list[str]:
 def test_only_tabs_and_inputs_that_the_model_can_use_are_shown(source: Source, tmp_path: Path) -> None:
     page = build(source)
     assert labels(page, gr.Tab) == ["Generate", "Inpaint", "Img2img", "Interpolate"]
-    [classes, *_] = [each for each in page.blocks.values() if isinstance(each, gr.Dropdown) and each.label == "Class"]
+    [classes, *_] = [each for each in page.blocks.values() if isinstance(each, gr.Radio) and each.label == "Class"]
     assert {value for _, value in classes.choices} == {"", "even", "odd"}
     assert "Prompt" not in labels(page, gr.Textbox)
     config = ModelConfig.model_validate(CONFIG.model_dump() | {"low_resolution": 4, "conditional": False})
     enlarging = build(Source.from_file(write_model(tmp_path / "large.safetensors", 1, 0, config=config), SAMPLING))
     assert labels(enlarging, gr.Tab) == ["Upscale"]
-    assert "Class" not in labels(enlarging, gr.Dropdown)
+    assert "Class" not in labels(enlarging, gr.Radio)
+    assert "Size" not in labels(enlarging, gr.Dropdown)
 
 
-def test_no_number_is_empty_and_options_left_out_are_as_configured(source: Source) -> None:
+def sliders(page: gr.Blocks, title: str) -> dict[str, Any]:
+    """The sliders of a tab, by label."""
+    [tab] = [each for each in page.blocks.values() if isinstance(each, gr.Tab) and each.label == title]
+    found, blocks = dict[str, Any](), [*tab.children]
+    while blocks:
+        block = blocks.pop()
+        blocks += getattr(block, "children", [])
+        if isinstance(block, gr.Slider):
+            found[block.label] = block
+    return found
+
+
+def test_sliders_begin_with_the_defaults_of_the_model(source: Source, weights: Path, tmp_path: Path) -> None:
     # The browser shows and sends 0 for an empty number once it is seen.
     numbers = [each for each in build(source).blocks.values() if isinstance(each, gr.Number | gr.Slider)]
-    assert {each.label for each in numbers} >= {"Seed", "Images"}
+    assert {each.label for each in numbers} >= {"Seed", "Images", "Steps", "Guidance"}
     assert None not in [each.value for each in numbers]
-    paths, note = source.generate({"steps": "", "guidance": "", "label": "odd"})
-    assert note.endswith("dpmpp_2m, 3 steps")
-    same_paths, _ = source.generate({"steps": "3", "label": "odd"})
-    assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in same_paths]
+    plain = sliders(build(source), "Generate")
+    assert (plain["Steps"].value, plain["Guidance"].value) == (3, 1)
+    guided = with_header(weights, SAMPLING, guidance=4.5, guidance_interval=(0.3, 5.0))
+    shown = sliders(build(guided), "Inpaint")
+    assert (shown["Steps"].value, shown["Guidance"].value) == (3, 4.5)
+    assert shown["Guidance"].minimum <= 1
+    assert shown["Guidance"].maximum > 4.5
+
+
+def test_a_request_sends_the_guidance_that_is_shown(source: Source, weights: Path, tmp_path: Path) -> None:
+    guided = with_header(weights, SAMPLING, guidance=4.5, guidance_interval=(0.3, 5.0))
+    fields = {"label": "odd", "steps": 3, "sampler": "dpmpp_2m"}
+
+    def pixels(guidance: float | None) -> list[bytes]:
+        batch = guided.generate(fields | {"guidance": guidance})
+        return [Image.open(path).tobytes() for path in batch.paths]
+
+    assert "guidance 4.5 at σ from 0.3 to 5" in guided.generate(fields | {"guidance": 4.5}).note
+    assert pixels(4.5) == pixels(None)
+    assert "guidance 2 at all σ" in guided.generate(fields | {"guidance": 2}).note
+    assert guided.generate(fields | {"guidance": 1}).note.endswith("3 steps")
+    assert len({*pixels(4.5), *pixels(2), *pixels(1)}) == 3
+
+
+def test_what_has_no_effect_is_not_shown(weights: Path, tmp_path: Path) -> None:
+    config = ModelConfig.model_validate(CONFIG.model_dump() | {"conditional": False})
+    plain = write_model(tmp_path / "plain.safetensors", 1, 0, config=config)
+    assert {*sliders(build(Source.from_file(plain, SAMPLING)), "Generate")} == {"Images", "Steps"}
+    student = write_model(
+        tmp_path / "student.safetensors", 1, 0, classes={"even": 3, "odd": 1}, training={"student": {"steps": 2}}
+    )
+    page = build(Source.from_file(student, SAMPLING))
+    assert {*sliders(page, "Generate")} == {"Images"}
+    assert "Sampler" not in labels(page, gr.Dropdown)
+    square, several = {(8, 8): 4}, {(8, 8): 4, (8, 16): 2}
+    for shapes, is_shown in ((square, False), (several, True)):
+        page = build(with_header(weights, SAMPLING, shapes=shapes))
+        assert ("Size" in labels(page, gr.Dropdown)) is is_shown
+
+
+@needs_encoder
+def test_examples_are_of_what_the_model_knows(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    examples = source.make_examples()
+    assert examples is not None
+    assert examples.texts == ["even", "odd"]  # the most frequent first
+    assert source.make_examples() is examples
+    # Again is of the class that was clicked, by itself.
+    assert examples.fields_of(1) == {"task": "sample", "label": "odd", "count": 8}
+    text = ModelConfig.model_validate(CONFIG.model_dump() | {"text": True, "conditional": False})
+    weights = write_model(tmp_path / "words.safetensors", 1, 0, config=text)
+    unknown = Source.from_file(weights, SAMPLING).make_examples()
+    assert unknown is not None
+    assert unknown.texts == [""] * 6
+    (tmp_path / "words.prompts.txt").write_text("a red disc\n\n blue square \n")
+    known = Source.from_file(weights, SAMPLING).make_examples()
+    assert known is not None
+    assert known.texts == ["a red disc", "blue square"]
+    # What cannot be generated is no reason not to begin.
+    (tmp_path / "words.prompts.txt").write_text("word " * 1000)
+    assert Source.from_file(weights, SAMPLING).make_examples() is None
+
+
+def test_prompts_of_examples_are_captions_of_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    squares(tmp_path / "data" / "blobs")
+    text = ModelConfig.model_validate(CONFIG.model_dump() | {"text": True, "conditional": False})
+    source = Source.from_file(write_model(tmp_path / "words.safetensors", 1, 0, config=text), SAMPLING)
+    prompts = source.example_fields["prompt"]
+    assert sorted(prompts) == ["blue square", "green square", "red square"]
+
+
+def test_a_download_carries_the_lineage_of_images_on_s3(source: Source, tmp_path: Path) -> None:
+    origin = {"model": "models:/blobs/3", "run_id": "f" * 32, "content_digest": "0" * 64}
+    registered = Source(source.model, "models:/blobs/3", origin, SAMPLING)
+    [path] = registered.generate({"label": "odd", "seed": 7}).paths
+    planned = batch(1)
+    on_s3, _ = encode(planned, 0, torch.zeros(1, 8, 8, dtype=torch.uint8), None, Conditions(labels=("odd",)))
+
+    def texts(png: bytes) -> dict[str, str]:
+        image = Image.open(io.BytesIO(png))
+        return {name: str(text) for name, text in image.info.items() if name.startswith(("darkroom:", "XML"))}
+
+    mine, theirs = texts(path.read_bytes()), texts(on_s3)
+    assert mine.keys() == theirs.keys() | {"darkroom:task"}
+    assert mine["darkroom:label"] == theirs["darkroom:label"] == "odd"
+    assert mine["darkroom:model"] == "models:/blobs/3"
+    assert (mine["darkroom:seed"], mine["darkroom:index"]) == ("7", "0")
+    assert path.name == "blobs-3-seed7-0.png"
+
+
+def test_a_generation_is_stopped_by_its_page(source: Source) -> None:
+    calls = list[int]()
+
+    def is_abandoned() -> bool:
+        calls.append(1)
+        return len(calls) > 40
+
+    with pytest.raises(StoppedError):
+        source.generate({"steps": 10_000}, is_abandoned=is_abandoned)
 
 
 def test_images_are_the_files_of_the_command_line(source: Source, weights: Path, tmp_path: Path) -> None:
@@ -86,8 +203,8 @@ def test_images_are_the_files_of_the_command_line(source: Source, weights: Path,
         "--out", str(tmp_path / "command"), OMP_NUM_THREADS="1",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    paths, _ = source.generate({"task": "sample", "label": "odd", "seed": 7, "count": 3})
-    assert [path.read_bytes() for path in paths] == [
+    batch = source.generate({"task": "sample", "label": "odd", "seed": 7, "count": 3})
+    assert [path.read_bytes() for path in batch.paths] == [
         path.read_bytes() for path in sorted((tmp_path / "command").glob("0*.png"))
     ]
 
@@ -103,13 +220,14 @@ def test_a_painted_hole_is_filled_as_by_the_command_with_a_mask(source: Source, 
     request = read_request({"task": "inpaint", "count": 2}, tmp_path / "image.png", tmp_path / "mask.png")
     result = generate_to_folder(weights, request, SAMPLING, tmp_path / "out")
     painted = editor_files({"background": png_bytes(image.convert("RGBA")), "layers": [png_bytes(layer)]}, [(8, 8)])
-    paths, _ = source.generate({"task": "inpaint", "count": 2} | painted)
-    assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in sorted(result.folder.glob("0*.png"))]
+    batch = source.generate({"task": "inpaint", "count": 2} | painted)
+    expected = [path.read_bytes() for path in sorted(result.folder.glob("0*.png"))]
+    assert [path.read_bytes() for path in batch.paths] == expected
     # Painting on the enlarged image marks the same pixels.
     large = enlarge_to_canvas(image.convert("RGBA")), layer.resize((512, 512), 0)
     files = {"background": png_bytes(large[0]), "layers": [png_bytes(large[1])]}
-    again, _ = source.generate({"task": "inpaint", "count": 2} | editor_files(files, [(8, 8)]))
-    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths]
+    again = source.generate({"task": "inpaint", "count": 2} | editor_files(files, [(8, 8)]))
+    assert [path.read_bytes() for path in again.paths] == expected
 
 
 @pytest.mark.parametrize(
@@ -159,9 +277,9 @@ def test_the_page_generates_for_who_is_logged_in(address: str, source: Source) -
     from gradio_client import Client
 
     client = Client(address, auth=(USER, PASSWORD), verbose=False)
-    gallery, note, *_ = client.predict("odd", "", 7, 2, "", 3, None, api_name="/sample")
-    expected, _ = source.generate({"task": "sample", "label": "odd", "seed": 7, "count": 2})
-    assert [Path(each["image"]).read_bytes() for each in gallery] == [path.read_bytes() for path in expected]
+    gallery, note, *_ = client.predict("odd", 2, 3, 1, 7, "dpmpp_2m", api_name="/sample")
+    expected = source.generate({"task": "sample", "label": "odd", "seed": 7, "count": 2})
+    assert [Path(each["image"]).read_bytes() for each in gallery] == [path.read_bytes() for path in expected.paths]
     assert "seed 7" in note
 
 
@@ -184,7 +302,7 @@ def test_it_ends_soon_while_it_generates(weights: Path) -> None:
     [port] = choose_ports(1)
     command = [sys.executable, "-c", "from flows.cli import main; main()", "ui", "--model", str(weights)]
     process = subprocess.Popen(
-        [*command, "--port", str(port), "--no-browser"],
+        [*command, "--port", str(port), "--no-browser", "--set", "sampling.steps=10000"],
         env=os.environ | {"DARKROOM_UI_PASSWORD": PASSWORD, "TMPDIR": str(weights.parent)},
         stderr=subprocess.PIPE,
     )
@@ -192,7 +310,7 @@ def test_it_ends_soon_while_it_generates(weights: Path) -> None:
         assert process.stderr is not None
         assert str(port).encode() in process.stderr.readline()
         client = Client(f"http://127.0.0.1:{port}", auth=(USER, PASSWORD), verbose=False)
-        job = client.submit("odd", "", 7, 64, "", 10_000, None, api_name="/sample")
+        job = client.submit("odd", 64, 10_000, 1, 7, "dpmpp_2m", api_name="/sample")
         time.sleep(3)
         assert not job.done()
         begun = time.monotonic()

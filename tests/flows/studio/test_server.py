@@ -19,9 +19,9 @@ from tests.builders.studio_client import PASSWORD, USER, logged_in, named, trigg
 pytest.importorskip("gradio", reason="the studio needs Gradio: pip install 'darkroom-diffusion[ui]'")
 from flows.studio.app import build, launch
 from flows.studio.comparison import VOTES, load_version
-from flows.studio.generation import Source
 from flows.studio.ledger import read_history
 from flows.studio.server import new_token, require_token
+from flows.studio.source import Source
 
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)
 PUBLIC = "https://studio.example.org/darkroom"

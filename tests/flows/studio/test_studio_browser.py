@@ -6,24 +6,29 @@ from pathlib import Path
 
 import pytest
 from mlflow.client import MlflowClient
-from playwright.sync_api import Page, expect
+from PIL import Image
+from playwright.sync_api import Locator, Page, expect
 
+from diffusion.models.config import ModelConfig
 from diffusion.process.samplers import sampling_config
 from flows.local_stack.server_process import choose_ports
 from flows.registry.model_versions import Version
 from flows.sampling import generate_batch
 from flows.storage.s3 import Location, Store
 from tests.builders.browser import chromium, look
+from tests.builders.captioned import needs_encoder
 from tests.builders.http_server import serving
 from tests.builders.reverse_proxy import proxying
 from tests.builders.sampling_batches import batch
-from tests.builders.small_models import write_model
+from tests.builders.shapes import blob
+from tests.builders.small_models import CONFIG, write_model
+from tests.builders.studio_client import with_header
 
 pytest.importorskip("gradio", reason="the studio needs Gradio: pip install 'darkroom-diffusion[ui]'")
 from flows.studio.app import USER, build, launch
 from flows.studio.comparison import VOTES, load_version
-from flows.studio.generation import Source
 from flows.studio.ledger import read_history
+from flows.studio.source import Source
 
 PASSWORD = "test-secret"
 
@@ -65,6 +70,41 @@ def log_in(page: Page, address: str) -> None:
     page.get_by_role("button", name="Login").click()
 
 
+def start(page: Page) -> Locator:
+    """The button that starts what the open tab does."""
+    return page.locator(".start:visible")
+
+
+def images(page: Page) -> Locator:
+    """The images of the batch that is shown."""
+    return page.locator(".images:visible .grid-container button")
+
+
+def option(page: Page, label: str) -> Locator:
+    """The number field of a slider, or another input, of the open tab."""
+    return (
+        page.get_by_label(label, exact=True)
+        .or_(page.get_by_label(f"number input for {label}", exact=True))
+        .locator("visible=true")
+        .first
+    )
+
+
+def press(page: Page, name: str) -> None:
+    """Press a button of the open tab."""
+    page.get_by_role("button", name=name, exact=True).locator("visible=true").first.click()
+
+
+def open_options(page: Page) -> None:
+    page.get_by_role("button", name="More options").locator("visible=true").click()
+
+
+def choose(page: Page, label: str, name: str) -> None:
+    """Choose from the list of a drop-down, which must not be empty."""
+    option(page, label).click()
+    page.get_by_role("option", name=name, exact=True).click()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [pytest.param(1280, marks=pytest.mark.long), 390])
 def test_a_person_generates_and_inpaints(width: int, tmp_path: Path) -> None:
@@ -76,28 +116,34 @@ def test_a_person_generates_and_inpaints(width: int, tmp_path: Path) -> None:
         page = browser.new_page(viewport={"width": width, "height": 900})
         page.on("request", lambda request: hosts.add(request.url.partition("//")[2].partition("/")[0]))
         log_in(page, address)
+        expect(page.get_by_text("2 images of seed 0")).to_be_visible(timeout=60_000)  # an example of each class
+        look(page, tmp_path / f"examples-{width}.png")
         # Options that were looked at and left alone are as configured.
-        page.get_by_role("button", name="Sampler").locator("visible=true").click()
-        for label in ("Steps", "Guidance (1: none)"):
-            expect(page.get_by_label(label).locator("visible=true")).to_have_value("")
-        page.get_by_role("button", name="Generate", exact=True).click()
-        expect(page.get_by_text("8 images of seed 0")).to_be_visible(timeout=60_000)
-        thumbnails = page.locator(".grid-container:visible button")
-        expect(thumbnails).to_have_count(8)
+        open_options(page)
+        for label, value in (("Steps", "2"), ("Guidance", "1"), ("Images", "8")):
+            expect(option(page, label)).to_have_value(value)
+        press(page, "Generate")
+        expect(page.get_by_text("8 images of seed 0: dpmpp_2m, 2 steps.")).to_be_visible(timeout=60_000)
+        expect(images(page)).to_have_count(8)
         page.wait_for_timeout(1000)
         look(page, tmp_path / f"generated-{width}.png")
-        for each in thumbnails.all():
+        for each in images(page).all():
             box = each.bounding_box()
             assert box is not None
             assert box["x"] + box["width"] <= width
-        thumbnails.nth(1).click()
-        page.get_by_role("button", name="Send to Inpaint").locator("visible=true").click()
+        # On a phone the results are above the controls.
+        above, below = (page.locator(each).first.bounding_box() for each in (".results:visible", ".controls:visible"))
+        assert above is not None
+        assert below is not None
+        assert (above["y"] < below["y"]) is (width < 700)
+        images(page).nth(1).click()
+        press(page, "Inpaint")
         filled = page.get_by_text("8 images of seed 0").locator("visible=true")
         unpainted = page.get_by_text(re.compile("the mask keeps all|inpaint needs"))
         # The editor is slow to take the brush on a busy machine, and then nothing is painted.
         for _ in range(5):
             paint(page)
-            page.get_by_role("button", name="Inpaint", exact=True).click()
+            start(page).click()
             expect(filled.or_(unpainted).first).to_be_visible(timeout=60_000)
             if filled.is_visible():
                 break
@@ -108,6 +154,108 @@ def test_a_person_generates_and_inpaints(width: int, tmp_path: Path) -> None:
     studio.close(verbose=False)
     # Fonts, scripts and counters of others: nothing is fetched from anywhere else.
     assert hosts == {address.partition("//")[2].rstrip("/")}
+
+
+@pytest.mark.slow
+@needs_encoder
+def test_every_control_of_a_model_is_opened_set_and_used(tmp_path: Path) -> None:
+    config = ModelConfig.model_validate(CONFIG.model_dump() | {"text": True})
+    weights = write_model(tmp_path / "blobs.safetensors", 1, 0, size=16, config=config, classes={"even": 3, "odd": 1})
+    (tmp_path / "blobs.prompts.txt").write_text("a disc\na square\n")
+    sampling = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)
+    studio = build(with_header(weights, sampling, shapes={(16, 16): 4, (12, 20): 2}, guidance=3.0))
+    address = launch(studio, PASSWORD)
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        log_in(page, address)
+        expect(page.get_by_text("2 images of seed 0")).to_be_visible(timeout=60_000)
+        images(page).nth(1).click()
+        expect(option(page, "Prompt")).to_have_value("a square")
+        for title, options in {
+            "Generate": {"Images": 3, "Steps": 4, "Guidance": 2, "Seed": 5},
+            "Interpolate": {"Images": 3, "Steps": 4, "Guidance": 2, "Seed": 5, "To seed": 6},
+            "Img2img": {"Images": 3, "Steps": 4, "Guidance": 2, "Seed": 5, "Strength (near 0: keep)": 0.9},
+        }.items():
+            page.get_by_role("tab", name=title).click()
+            option(page, "Prompt").fill("a disc")
+            page.get_by_text("odd", exact=True).locator("visible=true").click()
+            press(page, "⚄ New seed")
+            drawn = option(page, "To seed" if title == "Interpolate" else "Seed")
+            expect(drawn).not_to_have_value(re.compile("^[01]$"))
+            open_options(page)
+            option(page, "Negative prompt").fill("a square")
+            choose(page, "Sampler", "heun")
+            choose(page, "Size", "20x12")
+            if title == "Img2img":
+                start(page).click()
+                expect(page.get_by_text("img2img needs image")).to_be_visible(timeout=60_000)
+                expect(start(page)).to_have_text("Img2img")
+                blob(1, 16).save(tmp_path / "image.png")
+                page.locator("input[type=file]:visible, input[type=file]").last.set_input_files(tmp_path / "image.png")
+                page.wait_for_timeout(2000)
+            for label, value in options.items():
+                option(page, label).fill(str(value))
+                option(page, label).press("Tab")
+            start(page).click()
+            made = page.get_by_text("3 images of seed 5: heun, 4 steps, guidance 2 at all σ.")
+            expect(made.locator("visible=true")).to_be_visible(timeout=60_000)
+            expect(images(page)).to_have_count(3)
+            look(page, tmp_path / f"{title}.png")
+        use_the_results(page, tmp_path)
+        press(page, "◐")
+        expect(page.locator("body.dark")).to_have_count(1)
+        page.reload()
+        expect(page.locator("body.dark")).to_have_count(1, timeout=30_000)
+    studio.close(verbose=False)
+
+
+def use_the_results(page: Page, folder: Path) -> None:
+    """Select an image of *Generate*, generate others like it, download it, and go back to what was before."""
+    page.get_by_role("tab", name="Generate").click()
+    images(page).nth(2).click()
+    expect(page.get_by_text("Image2").or_(page.locator(".facts:visible dd", has_text="2")).first).to_be_visible()
+    with page.expect_download() as download:
+        press(page, "Download with metadata")
+    download.value.save_as(folder / download.value.suggested_filename)
+    assert download.value.suggested_filename == "blobs-seed5-2.png"
+    png = Image.open(folder / "blobs-seed5-2.png")
+    assert {name: png.info[f"darkroom:{name}"] for name in ("seed", "index", "label", "prompt")} == {
+        **{"seed": "5", "index": "2"},
+        **{"label": "odd", "prompt": "a disc"},
+    }
+    press(page, "Again")
+    again = page.get_by_text(re.compile(r"3 images of seed \d{2,}: heun")).locator("visible=true")
+    expect(again).to_be_visible(timeout=60_000)
+    expect(option(page, "Seed")).not_to_have_value("5")
+    press(page, "Vary")
+    expect(page.locator(".facts:visible", has_text="Strength")).to_be_visible(timeout=60_000)
+    expect(page.get_by_text("3 images of seed").locator("visible=true")).to_be_visible()
+    earlier = page.locator(".earlier:visible .grid-container button")
+    expect(earlier).to_have_count(3)
+    earlier.nth(2).click()
+    expect(page.get_by_text("2 images of seed 0")).to_be_visible(timeout=30_000)
+
+
+@pytest.mark.slow
+def test_progress_has_step_rate_and_time_and_a_person_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.studio.source.MAX_EXAMPLE_SECONDS", 0.1)  # in so many steps they take longer
+    weights = write_model(tmp_path / "blobs.safetensors", 1, 0, size=16)
+    studio = build(Source.from_file(weights, sampling_config(sampler="dpmpp_2m", steps=10_000, compute_batch=64)))
+    address = launch(studio, PASSWORD)
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 390, "height": 900})
+        log_in(page, address)
+        running = page.get_by_text(re.compile(r"[1-9]\d* of 10000 steps · [\d.]+ per second · [\d:]+ left"))
+        start(page).click(timeout=60_000)
+        expect(running.first).to_be_visible(timeout=90_000)
+        page.screenshot(path=tmp_path / "running.png")
+        press(page, "Stop")
+        expect(start(page)).to_have_text("Generate")
+        option(page, "Steps").fill("2")
+        option(page, "Steps").press("Tab")
+        page.get_by_role("button", name="Generate", exact=True).click(timeout=30_000)
+        expect(page.get_by_text("8 images of seed 0: dpmpp_2m, 2 steps.")).to_be_visible(timeout=90_000)
+    studio.close(verbose=False)
 
 
 ATTACK = """
@@ -227,7 +375,7 @@ def test_a_person_generates_behind_a_reverse_proxy(tmp_path: Path) -> None:
         log_in(page, f"{url}/")
         page.get_by_role("button", name="Generate", exact=True).click()
         expect(page.get_by_text("8 images of seed 0")).to_be_visible(timeout=60_000)
-        expect(page.locator(".grid-container:visible button")).to_have_count(8)
+        expect(images(page)).to_have_count(8)
         page.wait_for_timeout(1000)
         look(page, tmp_path / "proxied.png")
     studio.close(verbose=False)
@@ -237,12 +385,12 @@ def test_a_person_generates_behind_a_reverse_proxy(tmp_path: Path) -> None:
 def test_a_person_votes_looks_at_batches_and_rolls_back_with_a_reason(
     versions: list[Version], mlflow_client: MlflowClient, store: Store, bucket: str, tmp_path: Path
 ) -> None:
-    planned_batch = batch(20)
-    place = Location(bucket, f"samples/blobs/3/{planned_batch.name}")
-    generate_batch.begin(store, planned_batch, place, None)
-    for chunk in range(2):
-        generate_batch.generate_chunk(store, planned_batch, place, tmp_path / "1.safetensors", chunk, None, 1)
-    generate_batch.finish(store, planned_batch, place)
+    for planned_batch in (batch(4, seed=8), batch(30)):
+        place = Location(bucket, f"samples/blobs/3/{planned_batch.name}")
+        generate_batch.begin(store, planned_batch, place, None)
+        for chunk in range(len(planned_batch.chunks())):
+            generate_batch.generate_chunk(store, planned_batch, place, tmp_path / "1.safetensors", chunk, None, 1)
+        generate_batch.finish(store, planned_batch, place)
     sampling = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)
     studio = build(load_version(versions[1].uri, sampling), bucket)
     address = launch(studio, PASSWORD)
@@ -252,6 +400,10 @@ def test_a_person_votes_looks_at_batches_and_rolls_back_with_a_reason(
         page.get_by_role("tab", name="Compare").click()
         expect(page.get_by_label("Champion")).to_have_value("2 (champion)", timeout=30_000)
         expect(page.get_by_label("Candidate")).to_have_value("1 (previous)")
+        page.get_by_text("odd", exact=True).locator("visible=true").click()
+        option(page, "Seed").fill("4")
+        option(page, "Images").fill("8")
+        option(page, "Images").press("Tab")
         page.get_by_role("button", name="Show both at the same seeds").click()
         expect(page.locator(".grid-container:visible button")).to_have_count(16, timeout=30_000)
         look_at_both_widths(page, tmp_path / "compared")
@@ -266,7 +418,23 @@ def test_a_person_votes_looks_at_batches_and_rolls_back_with_a_reason(
         assert mlflow_client.get_model_version(bucket, "1").tags[VOTES].endswith("no difference 8")
         page.get_by_role("tab", name="Batches").click()
         thumbnails = page.locator("#batch-images .grid-container button")
-        expect(thumbnails).to_have_count(20, timeout=30_000)
+        # The newest batch alone, page by page.
+        expect(page.get_by_text("30 images of seed 7")).to_be_visible(timeout=30_000)
+        expect(thumbnails).to_have_count(24)
+        press(page, "Next page")
+        expect(page.get_by_text("images 25 to 30")).to_be_visible(timeout=30_000)
+        expect(thumbnails).to_have_count(6)
+        press(page, "Previous page")
+        expect(thumbnails).to_have_count(24, timeout=30_000)
+        option(page, "Batch").click()
+        page.get_by_role("option").nth(1).click()
+        expect(page.get_by_text("4 images of seed 8")).to_be_visible(timeout=30_000)
+        expect(thumbnails).to_have_count(4)
+        option(page, "Class or prompt contains").fill("even")
+        option(page, "Class or prompt contains").press("Enter")
+        expect(page.get_by_text("with 'even'")).to_be_visible(timeout=30_000)
+        press(page, "Refresh")
+        expect(page.get_by_text("30 images of seed 7")).to_be_visible(timeout=30_000)
         thumbnails.nth(3).click()
         expect(page.get_by_text("models:/blobs/3 is not in the registry")).to_be_visible(timeout=30_000)
         expect(page.get_by_text("image 3 of seed 7, as generated")).to_be_visible()

@@ -29,7 +29,7 @@ from tests.builders.studio_client import PASSWORD, logged_in, named, peak_memory
 
 gr = pytest.importorskip("gradio", reason="the studio needs Gradio: pip install 'darkroom-diffusion[ui]'")
 from flows.studio.app import build, launch  # noqa: E402
-from flows.studio.generation import Source  # noqa: E402
+from flows.studio.source import Source  # noqa: E402
 from flows.studio.uploads import LIMITS, MAX_LAYERS, ImageUpload, PaintableImage, decode_upload  # noqa: E402
 
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)

@@ -42,8 +42,10 @@ def test_votes_are_blind_and_their_tally_is_recorded_on_the_candidate(
     assert (numbers, aliases.champion) == ([2, 1], 2)
     ballot = open_ballot(bucket, 2, 1, 5, 3, {"label": "odd"}, SAMPLING)
     source = load_version(f"models:/{bucket}/1", SAMPLING)
-    paths, _ = source.generate({"task": "sample", "seed": 5, "count": 3, "label": "odd"})
-    assert [Image.open(path).tobytes() for path in paths] == [each.tobytes() for each in ballot.images["candidate"]]
+    shown = source.generate({"task": "sample", "seed": 5, "count": 3, "label": "odd"})
+    assert [Image.open(path).tobytes() for path in shown.paths] == [
+        each.tobytes() for each in ballot.images["candidate"]
+    ]
     assert len({image.tobytes() for images in ballot.images.values() for image in images}) == 6
     preferred = {"candidate": 0, "champion": 0}
     for side in ("left", "right"):
@@ -87,7 +89,7 @@ def test_images_are_those_of_the_champion_after_a_rollback(
     assert follow(source, uri).name == versions[1].uri
     roll_back_from(bucket, 2, "draws three eyes")
     now = follow(source, uri)
-    _, words = now.generate({"task": "sample"})
+    words = now.generate({"task": "sample"}).note
     assert now.name == versions[0].uri
     assert versions[0].uri in words
     other = write_model(tmp_path / "3.safetensors", 3, 3, classes={"even": 3, "odd": 1, "prime": 2}).read_bytes()
@@ -150,10 +152,15 @@ def test_batches_are_listed_and_filtered(store: Store, bucket: str, tmp_path: Pa
     rows = list(matching_rows(store, mixed, "EVEN"))
     assert [row["index"] for _, row in rows] == list(range(1, 20, 2))
     assert [row["label"] for _, row in matching_rows(store, select_batches(listed, version=3))] == ["odd"] * 20
-    items, addresses = load_page(store, mixed, "even", 1)
+    items, addresses, is_last = load_page(store, mixed, "even", 1)
     assert addresses == [f"{each.place}/{row['key']}" for each, row in rows]
     assert len({image.tobytes() for image, _ in items if not isinstance(image, Path)}) == 10
-    assert load_page(store, mixed, "even", 2) == ([], [])
+    assert is_last
+    assert load_page(store, mixed, "even", 2) == ([], [], True)
+    # Two batches have an image 0 each, and the caption says of which batch it is.
+    pages = [load_page(store, listed, "", page) for page in (1, 2)]
+    assert [(len(items), is_last) for items, _, is_last in pages] == [(24, False), (16, True)]
+    assert len({caption for items, *_ in pages for _, caption in items}) == 40
 
 
 def test_an_image_of_the_training_set_is_its_own_nearest(no_servers: None, dataset: Path) -> None:
