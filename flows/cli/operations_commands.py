@@ -300,7 +300,7 @@ def ui(
     port: Annotated[int | None, Option(min=1, max=65535, help="Port; default: a free one from 7860 on.")] = None,
     no_browser: Annotated[bool, Option("--no-browser", help="Do not open a browser.")] = False,
 ) -> None:
-    """Serve a studio in the browser: generate, edit, compare and vote, look at batches, read the ledger, roll back.
+    """Serve a studio in the browser: generate, edit, compare and vote, look at batches, read the ledger, train.
 
     On the loopback address, for the user darkroom with the password in DARKROOM_UI_PASSWORD, or one shown at the start.
     A model file needs no server, and has the tabs that generate images.
@@ -309,6 +309,11 @@ def ui(
     """
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the studio needs Gradio: run `pip install 'darkroom-diffusion[ui]'`")
+    if not is_file(model):
+        from flows.local_stack.stack import join_servers
+
+        with suppress(UserError):  # without Prefect, the tab that trains says so
+            join_servers("prefect")
     with nullcontext() if is_file(model) else connect("mlflow", "s3"):
         from flows.studio.app import serve
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import sys
 import webbrowser
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import typer
 from typer import Argument, Option
 
 from diffusion.common.errors import DarkroomError, UserError
-from diffusion.common.escaping import escape_controls, pluralize, python_literal
+from diffusion.common.escaping import escape_controls, python_literal
 from flows.cli.command import CommandOutput, DatasetName, ParamsFile, Set, command, connect
 
 if TYPE_CHECKING:
@@ -26,10 +25,6 @@ app = typer.Typer()
 config = typer.Typer(name="config", help="Configuration: show, schema, validate.", no_args_is_help=True)
 PANEL = "Start and look around"
 Kind = Literal["datasets", "runs", "models", "batches"]
-SIZES = (64, 48, 32, 28, 24, 16, 8)
-"""Sizes of stored images that ``init`` chooses from, in pixels; a CPU trains larger ones for hours."""
-FEW = 1000
-"""Images below which ``init`` warns."""
 LISTED = 1000
 """Most entries of a list from a server."""
 
@@ -58,12 +53,10 @@ def init(
     path = Path("params.yaml")
     if (exists := path.exists()) and not write_metadata:
         raise UserError(f"{path} exists already: edit it, or run `darkroom init` in another folder")
-    place = re.split("[@?]", source)[0] if source.startswith("hf:") else str(Path(source).resolve())
-    name = dataset or re.sub(r"[^a-z0-9]+", "-", Path(place).name.partition(".")[0].lower()).strip("-")
     try:
-        plain_name(name := name or "images")
+        plain_name(dataset or "images")
     except ValueError as error:
-        raise UserError(f"--dataset {name} {error}") from error
+        raise UserError(f"--dataset {dataset} {error}") from error
     if write_metadata:
         if (table := surveys.find_captions(Path(source))) is None:
             raise UserError(f"no table with captions in {source}: leave --write-metadata out")
@@ -85,23 +78,12 @@ def init(
     if exists:
         lines.append(f"kept       {path}: set `text: true` in its section `model` to learn the captions")
         return CommandOutput({"params": str(path), "survey": survey.model_dump(mode="json")}, lines)
-    size = _size(survey)
+    size, name = survey.proposed_size, dataset or survey.proposed_name
     write_bytes(path, _template(survey, name, size).encode())
-    if survey.images < FEW:
-        lines.append(f"note       {pluralize(survey.images, 'image')}: so few that a model will mostly copy them")
     next_command = "darkroom up && darkroom retrain"
     lines += [f"wrote      {path}: {size}×{size} pixels, data set {name}", f"next       {next_command}"]
     value = {"params": str(path), "dataset": name, "size": size, "next": next_command}
     return CommandOutput(value | {"survey": survey.model_dump(mode="json")}, lines)
-
-
-def _size(survey: "Survey") -> int:
-    assert survey.shorter_sides is not None
-    shortest, median, longest = survey.shorter_sides
-    if shortest == longest and survey.square and 8 <= shortest <= SIZES[0] and shortest % 4 == 0:
-        return shortest
-    # A few small images are quarantined rather than making all others small.
-    return next((size for size in SIZES if size <= max(shortest, median // 2)), SIZES[-1])
 
 
 def _template(survey: "Survey", name: str, size: int) -> str:
