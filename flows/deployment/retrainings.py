@@ -186,7 +186,9 @@ def read_retraining(run_id: UUID) -> tuple[Retraining, list[Step], str]:
         )
         line = _progress_line(client, [each.id for each in children if each.state and not each.state.is_final()])
     steps = [
-        Step(each.name.partition("-")[0], each.state_name or "", each.total_run_time.total_seconds(), _page(each.id))
+        Step(
+            each.name.partition("-")[0], each.state_name or "", each.estimated_run_time.total_seconds(), _page(each.id)
+        )
         for each in children
     ]
     return Retraining.of(runs[0]), steps, line

@@ -45,9 +45,9 @@ CSS = """
 .tight .caption-label { padding: 0 .3rem; font-size: .65rem; }
 .steps { padding-left: 1.2rem; }
 .steps .running, .verdict { font-weight: 600; }
-.found th { text-align: left; vertical-align: top; padding-right: 1rem; }
+.found.found :is(tr, th, td) { border: 0; padding: .1rem 1rem .1rem 0; text-align: left; vertical-align: top; }
 .found td, .verdict, .steps { overflow-wrap: anywhere; }
-progress { width: 100%; }
+progress { width: 100%; accent-color: var(--color-accent); }
 .pair { flex-wrap: nowrap; }
 .pair img { width: 100%; height: 100%; object-fit: contain; }
 @media (max-width: 640px) {

@@ -57,12 +57,12 @@ def choose_folder(text: str) -> Path:
 
 
 def _is_visible_below(folder: Path, root: Path) -> bool:
-    if not folder.is_relative_to(root):
+    workspace = Path.cwd()
+    if not folder.is_relative_to(root) or workspace.is_relative_to(folder):
+        return False  # the workspace has parameters, models and reports beside images
+    if folder.is_relative_to(workspace) and folder.relative_to(workspace).parts[0] in OWN_FOLDERS:
         return False
-    parts = folder.relative_to(root).parts
-    # The workspace itself has parameters, models and reports beside images.
-    is_own = root == Path.cwd() and (not parts or parts[0] in OWN_FOLDERS)
-    return not is_own and not is_hidden("/".join(parts))
+    return not is_hidden(str(folder.relative_to(root)))
 
 
 def list_folders() -> list[str]:

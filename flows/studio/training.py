@@ -176,7 +176,10 @@ class TrainingProgress:
 
     def words(self) -> str:
         """Images seen, rate and time left."""
-        count = f"{self.images:,} of {self.total:,} images" if self.total else f"{self.images:,} images"
+        # The last batch goes beyond the total.
+        count = (
+            f"{self.images:,} of {max(self.total, self.images):,} images" if self.total else f"{self.images:,} images"
+        )
         rate = f", {self.rate:,.0f} a second" if self.rate else ""
         is_running = self.rate and self.images < self.total
         return count + rate + (f", {clock((self.total - self.images) / self.rate)} left" if is_running else "")
@@ -230,9 +233,9 @@ def describe(run: Retraining, steps: Sequence[Step], line: str, progress: Traini
         if progress.total and not run.is_final:
             parts.append(f"<progress value='{progress.images}' max='{progress.total}'></progress>")
         parts.append(f"<p>{escape(progress.words())}</p>")
-    if line and not run.is_final:
+    if line and (progress is None or by_name["train"].state != "Running"):
         parts.append(f"<p><small>{escape(line)}</small></p>")
-    links = {"Prefect": run.page} | (_links(run) if run.is_final and progress is not None else {})
+    links = {"In Prefect": run.page} | (_links(run) if run.is_final and progress is not None else {})
     parts.append(
         "<p>"
         + " · ".join(
@@ -254,7 +257,7 @@ def _links(run: Retraining) -> dict[str, str]:
         if run.begun is not None and run.ended is not None and run.begun <= written <= run.ended:
             links["Report"] = f"reports/{folder.name}"
     with suppress(UserError):  # it ended before its first checkpoint
-        links["MLflow"] = run_page(MlflowClient(), find_tracker(run.params).run_id)
+        links["In MLflow"] = run_page(MlflowClient(), find_tracker(run.params).run_id)
     return links
 
 
@@ -303,21 +306,21 @@ def page(title: str) -> gr.Blocks:
     with gr.Blocks(title=f"Darkroom: {title}", analytics_enabled=False) as blocks:
         gr.Markdown(f"## {title}\nThere is no champion yet: train one here, then start `darkroom ui` again.")
         with gr.Tabs():
-            tab()
+            tab(blocks)
     return blocks.queue(default_concurrency_limit=4)
 
 
-def tab() -> None:
-    """Add the tab that trains."""
+def tab(blocks: gr.Blocks | None = None) -> None:
+    """Add the tab that trains; it is filled when it is opened, or with the page ``blocks``."""
     with gr.Tab("Train") as tab_page, gr.Row():
         with gr.Column(scale=2, min_width=300):
             folder = gr.Dropdown(list_folders(), value="", label="Folder on the server", allow_custom_value=True)
-            archive = gr.File(label="Or a zip of images", file_types=[".zip"], height=110)
+            archive = gr.File(label="Or a zip of images", file_types=[".zip"], height=140)
             look_button = gr.Button("Look at the images")
             with gr.Column(visible=False) as plan:
                 found_html = gr.HTML()
                 thumbnails = gr.Gallery(
-                    show_label=False, columns=6, height="auto", buttons=[], interactive=False, elem_classes="tight"
+                    show_label=False, columns=4, height="auto", buttons=[], interactive=False, elem_classes="tight"
                 )
                 name = gr.Textbox(label="Name of the data set and model", max_length=100)
                 name_note = gr.HTML()
@@ -329,7 +332,7 @@ def tab() -> None:
                 start_button = gr.Button("Start training", variant="primary")
         with gr.Column(scale=3, min_width=300):
             with gr.Row():
-                runs = gr.Dropdown([], label="Trainings", min_width=200)
+                runs = gr.Dropdown([], label="Trainings", min_width=260)
                 refresh_button = gr.Button("Refresh", size="sm", scale=0, min_width=110, elem_classes="beside")
             status = gr.HTML()
             plot = gr.LinePlot(x="images", y="loss", color="curve", height=260, visible=False, buttons=[])
@@ -389,7 +392,7 @@ def tab() -> None:
     name.change(describe_name, name, name_note, **PLAIN)
     begun = start_button.click(begin, [found, name, size, minutes, *tokens], [plan, runs, timer, *tokens], **PLAIN)
     begun.success(show_progress, [runs, shown], view, **PLAIN)
-    for event in (tab_page.select, refresh_button.click):
+    for event in (tab_page.select if blocks is None else blocks.load, refresh_button.click):
         event(show_newest, None, [runs, timer], **PLAIN).success(show_progress, [runs, shown], view, **PLAIN)
     runs.input(show_progress, [runs, shown], view, **PLAIN)
     timer.tick(show_progress, [runs, shown], view, concurrency_limit=2, **PLAIN)
