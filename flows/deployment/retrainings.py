@@ -124,12 +124,11 @@ def choose_deployment(client: SyncPrefectClient, dataset: str) -> DeploymentResp
     return deployment
 
 
-def base_of(deployment: DeploymentResponse, dataset: str) -> dict[str, Any]:
-    """Sections that a retraining of the data set takes over from the deployment.
+def base_of(sections: dict[str, Any], dataset: str) -> dict[str, Any]:
+    """Sections that a retraining of the data set takes over from the configuration of a deployment.
 
     All of them for its own data set; for another one, those that say how models are judged and approved.
     """
-    sections: dict[str, Any] = deployment.parameters["params"]
     if sections["training"]["dataset"] == dataset:
         return sections
     kept = {name: sections[name] for name in ("preset", "evaluation", "gate", "curation") if name in sections}

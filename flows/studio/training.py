@@ -123,7 +123,7 @@ def start(found: FoundImages, name: str, size: int, minutes: float) -> UUID:
     """Start a retraining on the images; returns the ID of its flow run. UserError names what is missing."""
     with retrainings.prefect_client() as client:
         deployment = retrainings.choose_deployment(client, name.strip())
-        base = retrainings.base_of(deployment, name.strip())
+        base = retrainings.base_of(deployment.parameters["params"], name.strip())
         params = make_params(base, found, name, size, minutes)
         if found.is_upload:
             source = str(keep_zip(found.source, params.training.dataset))
@@ -180,9 +180,10 @@ class TrainingProgress:
         count = (
             f"{self.images:,} of {max(self.total, self.images):,} images" if self.total else f"{self.images:,} images"
         )
-        rate = f", {self.rate:,.0f} a second" if self.rate else ""
-        is_running = self.rate and self.images < self.total
-        return count + rate + (f", {clock((self.total - self.images) / self.rate)} left" if is_running else "")
+        if not self.rate:
+            return count
+        left = f", {clock((self.total - self.images) / self.rate)} left" if self.images < self.total else ""
+        return f"{count}, {self.rate:,.0f} a second{left}"
 
     def table(self) -> pd.DataFrame:
         """Finite points of all curves, for a plot."""
@@ -325,7 +326,7 @@ def tab(blocks: gr.Blocks | None = None) -> None:
                 name = gr.Textbox(label="Name of the data set and model", max_length=100)
                 name_note = gr.HTML()
                 with gr.Row():
-                    size = gr.Dropdown([*SIZES], label="Size in pixels", min_width=110)
+                    size = gr.Number(SIZES[0], label="Size in pixels", precision=0, minimum=4, min_width=110)
                     minutes = gr.Number(
                         DEFAULT_MINUTES, label="Minutes of training", minimum=1, maximum=MAX_MINUTES, min_width=110
                     )
