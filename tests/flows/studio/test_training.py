@@ -317,7 +317,8 @@ def serve(space: Workspace) -> tuple[Any, str]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_person_trains_from_a_zip_to_the_report(tmp_path: Path) -> None:
-    with running(tmp_path / "workspace", PARAMS | QUICK, 120) as space:
+    (folder := tmp_path / "workspace").mkdir()
+    with running(folder, PARAMS | QUICK, 120) as space:
         space.variables["DARKROOM_UI_PASSWORD"] = PASSWORD
         archive = pack(space.folder / "images", tmp_path / "discs.zip")
         process, address = serve(space)
