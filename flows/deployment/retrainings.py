@@ -97,7 +97,7 @@ def prefect_client() -> Iterator[SyncPrefectClient]:
 def workspace_of(deployment: DeploymentResponse) -> Path | None:
     """Folder that runs of the deployment work in, by its pull steps; None if they do not say."""
     steps = [options for step in deployment.pull_steps or () for name, options in step.items() if "directory" in name]
-    return Path(steps[0]["directory"]) if steps else None
+    return Path(steps[0]["directory"]).resolve() if steps else None
 
 
 def deployments_here(client: SyncPrefectClient) -> list[DeploymentResponse]:

@@ -92,8 +92,8 @@ def make_params(base: dict[str, Any], found: FoundImages, name: str, size: int, 
         plain_name(name := name.strip())
     except ValueError as error:
         raise UserError(f"the name {name!a} {error}") from error
-    if not 0 < minutes <= MAX_MINUTES:
-        raise UserError(f"{minutes:g} minutes of training: choose from 1 to {MAX_MINUTES:,}")
+    if not minutes or not 0 < minutes <= MAX_MINUTES:
+        raise UserError(f"{minutes or 0:g} minutes of training: choose from 1 to {MAX_MINUTES:,}")
     tree = json.loads(json.dumps(base))
     settings = {
         "ingest.source": str(found.source),
@@ -234,7 +234,7 @@ def describe(run: Retraining, steps: Sequence[Step], line: str, progress: Traini
         if progress.total and not run.is_final:
             parts.append(f"<progress value='{progress.images}' max='{progress.total}'></progress>")
         parts.append(f"<p>{escape(progress.words())}</p>")
-    if line and (progress is None or by_name["train"].state != "Running"):
+    if line and (progress is None or [step.state for step in steps if step.name == "train"] != ["Running"]):
         parts.append(f"<p><small>{escape(line)}</small></p>")
     links = {"In Prefect": run.page} | (_links(run) if run.is_final and progress is not None else {})
     parts.append(
@@ -311,6 +311,64 @@ def page(title: str) -> gr.Blocks:
     return blocks.queue(default_concurrency_limit=4)
 
 
+def _nothing(html: str) -> tuple[Any, ...]:
+    """Values of a page that follows no training, and says why."""
+    return html, gr.LinePlot(visible=False), gr.Gallery(None, visible=False), None, gr.Timer(active=False)
+
+
+def _examine(place: str | None, upload: str | None) -> tuple[Any, ...]:
+    """Look at the images, and propose a name and a size for them."""
+    with show_errors():
+        images = look(place or "", upload)
+    proposal = images.survey
+    return (
+        *(gr.Column(visible=True), describe_found(images), images.thumbnails, proposal.proposed_name),
+        *(proposal.proposed_size, images, *[new_token()] * 2),
+    )
+
+
+def _begin(
+    images: FoundImages, title: str, pixels: int, budget: float, expected: str | None, sent: str | None
+) -> tuple[Any, ...]:
+    """Start a retraining, and choose it among those to follow."""
+    with show_errors():
+        require_token(expected, sent)
+        run_id = str(start(images, title, pixels, budget))
+        choices = _choices()
+    return gr.Column(visible=False), gr.Dropdown(choices, value=run_id), gr.Timer(active=True), None, None
+
+
+def _show_newest(before: Any) -> tuple[Any, ...]:
+    """List the retrainings, and show how far the newest is."""
+    try:
+        choices = _choices()
+    except UserError as error:
+        return gr.Dropdown([], value=None), *_nothing(f"<p class='problem'>{escape(str(error))}</p>")
+    run_id = choices[0][1] if choices else None
+    return gr.Dropdown(choices, value=run_id), *_show_progress(run_id, before)
+
+
+def _show_progress(run_id: str | None, before: Any) -> tuple[Any, ...]:
+    """Show how far a retraining is; grids only if they are others than those ``before``."""
+    if run_id is None:
+        return _nothing("<p>No training yet.</p>")
+    try:
+        html, progress, is_final = follow(run_id)
+    except UserError as error:
+        # In the page, as it is asked again and again until Prefect answers.
+        return f"<p class='problem'>{escape(str(error))}</p>", *[gr.skip()] * 4
+    files = progress.grids if progress else []
+    now = [run_id, *map(str, files)]
+    captions = [(str(path), f"{int(path.stem):,} images") for path in files]
+    return (
+        html,
+        gr.LinePlot(progress.table() if progress else None, visible=progress is not None),
+        gr.skip() if now == before else gr.Gallery(captions, visible=bool(files)),
+        now,
+        gr.Timer(active=not is_final),
+    )
+
+
 def tab(blocks: gr.Blocks | None = None) -> None:
     """Add the tab that trains; it is filled when it is opened, or with the page ``blocks``."""
     with gr.Tab("Train") as tab_page, gr.Row():
@@ -343,57 +401,18 @@ def tab(blocks: gr.Blocks | None = None) -> None:
         found, shown, expected_token = gr.State(), gr.State(), gr.State()
         token, timer = gr.Textbox(visible=False), gr.Timer(POLL_SECONDS, active=False)
 
-    def examine(place: str | None, upload: str | None) -> tuple[Any, ...]:
-        with show_errors():
-            images = look(place or "", upload)
-        proposal = images.survey
-        return (
-            *(gr.Column(visible=True), describe_found(images), images.thumbnails, proposal.proposed_name),
-            *(proposal.proposed_size, images, *[new_token()] * 2),
-        )
-
-    def begin(
-        images: FoundImages, title: str, pixels: int, budget: float, expected: str | None, sent: str | None
-    ) -> tuple[Any, ...]:
-        with show_errors():
-            require_token(expected, sent)
-            run_id = str(start(images, title, pixels, budget))
-            choices = _choices()
-        return gr.Column(visible=False), gr.Dropdown(choices, value=run_id), gr.Timer(active=True), None, None
-
-    def show_newest() -> tuple[Any, ...]:
-        with show_errors():
-            choices = _choices()
-        return gr.Dropdown(choices, value=choices[0][1] if choices else None), gr.Timer(active=bool(choices))
-
-    def show_progress(run_id: str | None, before: Any) -> tuple[Any, ...]:
-        if run_id is None:
-            return "<p>No training yet.</p>", gr.LinePlot(visible=False), gr.skip(), None, gr.Timer(active=False)
-        with show_errors():
-            html, progress, is_final = follow(run_id)
-        files = progress.grids if progress else []
-        now = [run_id, *map(str, files)]
-        captions = [(str(path), f"{int(path.stem):,} images") for path in files]
-        return (
-            html,
-            gr.LinePlot(progress.table() if progress else None, visible=progress is not None),
-            gr.skip() if now == before else gr.Gallery(captions, visible=bool(files)),
-            now,
-            gr.Timer(active=not is_final),
-        )
-
     tokens, view = [expected_token, token], [status, plot, grids, shown, timer]
     look_button.click(
-        examine,
+        _examine,
         [folder, archive],
         [plan, found_html, thumbnails, name, size, found, *tokens],
         api_visibility="private",
         concurrency_limit=1,
     )
     name.change(describe_name, name, name_note, **PLAIN)
-    begun = start_button.click(begin, [found, name, size, minutes, *tokens], [plan, runs, timer, *tokens], **PLAIN)
-    begun.success(show_progress, [runs, shown], view, **PLAIN)
+    begun = start_button.click(_begin, [found, name, size, minutes, *tokens], [plan, runs, timer, *tokens], **PLAIN)
+    begun.success(_show_progress, [runs, shown], view, **PLAIN)
     for event in (tab_page.select if blocks is None else blocks.load, refresh_button.click):
-        event(show_newest, None, [runs, timer], **PLAIN).success(show_progress, [runs, shown], view, **PLAIN)
-    runs.input(show_progress, [runs, shown], view, **PLAIN)
-    timer.tick(show_progress, [runs, shown], view, concurrency_limit=2, **PLAIN)
+        event(_show_newest, shown, [runs, *view], **PLAIN)
+    runs.input(_show_progress, [runs, shown], view, **PLAIN)
+    timer.tick(_show_progress, [runs, shown], view, concurrency_limit=2, **PLAIN)

@@ -412,9 +412,7 @@ def test_images_are_generated_by_the_form_in_prefects_ui(workspace: Workspace, p
         expect(page.get_by_text("samples-blobs", exact=True).first).to_be_visible()
 
 
-def test_a_person_approves_a_promotion_in_prefects_ui(
-    workspace: Workspace, prefect: Prefect, mailbox: Mailbox
-) -> None:
+def test_a_person_approves_a_promotion_in_prefects_ui(workspace: Workspace, prefect: Prefect, mailbox: Mailbox) -> None:
     # As docs/how-to/approve-promotions.md says.
     workspace.json(*DEPLOY, "--dataset", "approved", "--set", "registry.approval=true")
     root = prefect.start("retrain/approved")
@@ -422,9 +420,7 @@ def test_a_person_approves_a_promotion_in_prefects_ui(
     text = eventually(
         lambda: next((text for text in mailbox.texts if "models:/approved/1 waits for approval: http" in text), None)
     )
-    run = eventually(
-        lambda: next((each for each in prefect.runs("promote") if each["state_type"] == "PAUSED"), None)
-    )
+    run = eventually(lambda: next((each for each in prefect.runs("promote") if each["state_type"] == "PAUSED"), None))
     address = text.partition("approval: ")[2]
     assert address.endswith(f"/runs/flow-run/{run['id']}")
     with chromium() as browser:
