@@ -45,7 +45,8 @@ CSS = """
 .tight .caption-label { padding: 0 .3rem; font-size: .65rem; }
 .steps { padding-left: 1.2rem; }
 .steps .running, .verdict { font-weight: 600; }
-.found.found :is(tr, th, td) { border: 0; padding: .1rem 1rem .1rem 0; text-align: left; vertical-align: top; }
+.found.found, .found.found :is(tr, th, td) { border: 0; }
+.found.found :is(th, td) { padding: .1rem 1rem .1rem 0; text-align: left; vertical-align: top; }
 .found td, .verdict, .steps { overflow-wrap: anywhere; }
 progress { width: 100%; accent-color: var(--color-accent); }
 .pair { flex-wrap: nowrap; }
