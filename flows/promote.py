@@ -59,7 +59,7 @@ from flows.tracking.runs import (
     version_page,
 )
 
-WAITING = "darkroom.promotion.waiting"
+WAITING = "darkroom.model.waiting"
 """Event of a run that waits for a person to approve a promotion."""
 UNCOMMITTED = ", with changes that were not committed"
 
