@@ -7,10 +7,13 @@ entry, or resumes the comparison.
 import logging
 import math
 from pathlib import Path
+from uuid import UUID
 
 from mlflow.client import MlflowClient
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import get_client
+from prefect.events import Event
 from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
@@ -29,7 +32,7 @@ from diffusion.evaluation.reports.comparison_report import PAGE, write_compariso
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.ema import SNAPSHOTS
 from flows.config import Params
-from flows.deployment.tasks import artifact_key, retryable_task
+from flows.deployment.tasks import artifact_key, emit, retryable_task
 from flows.evaluate import fetch_version, find_tracker, report_folder
 from flows.registry import model_card, model_versions
 from flows.registry.aliases import append, project, read_verified_history
@@ -56,6 +59,8 @@ from flows.tracking.runs import (
     version_page,
 )
 
+WAITING = "darkroom.model.waiting"
+"""Event of a run that waits for a person to approve a promotion."""
 UNCOMMITTED = ", with changes that were not committed"
 
 
@@ -219,7 +224,12 @@ def request_approval(version: Version, result: GateResult) -> Approval | None:
     """Pause the flow until a person approves the promotion in Prefect's UI; None if the gate does not promote."""
     if (evidence := result.evidence) is None or evidence.verdict != "promote":
         return None
-    logging.getLogger(__name__).info("%s waits for approval: %s", version.uri, flow_run.ui_url)
+    waiting = f"{version.uri} waits for approval: {flow_run.ui_url}"
+    logging.getLogger(__name__).info("%s", waiting)
+    with get_client(sync_client=True) as client:
+        root = client.read_flow_run(flow_run.root_flow_run_id)
+    if root.deployment_id is not None:
+        emit(waiting_event(root.id, root.deployment_id, waiting))
     question = (
         f"**{version.uri}** would become champion instead of {result.champion or 'none'}.\n\n"
         f"{escape_markdown(evidence.reason)}\n\nIts model card is in MLflow."
@@ -230,6 +240,17 @@ def request_approval(version: Version, result: GateResult) -> Approval | None:
     except FlowPauseTimeout:
         return Approval(approved=False, by=None)
     return Approval(approved=answer.approved, by=answer.by, note=answer.note)
+
+
+def waiting_event(run_id: UUID, deployment_id: UUID, text: str) -> Event:
+    """Event that the run of a deployment waits for a person: it is not cancelled after a day, and people are told."""
+    related = {f"prefect.deployment.{deployment_id}": "deployment", "prefect.tag.darkroom": "tag"}
+    return Event(
+        event=WAITING,
+        resource={"prefect.resource.id": f"prefect.flow-run.{run_id}"},
+        related=[{"prefect.resource.id": name, "prefect.resource.role": role} for name, role in related.items()],
+        payload={"text": text},
+    )
 
 
 @retryable_task

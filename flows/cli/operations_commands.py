@@ -3,7 +3,7 @@
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -285,7 +285,7 @@ def ui(
     port: Annotated[int | None, Option(min=1, max=65535, help="Port; default: a free one from 7860 on.")] = None,
     no_browser: Annotated[bool, Option("--no-browser", help="Do not open a browser.")] = False,
 ) -> None:
-    """Serve a studio in the browser: generate, edit, compare and vote, look at batches, read the ledger, roll back.
+    """Serve a studio in the browser: generate, edit, compare and vote, look at batches, read the ledger, train.
 
     On the loopback address, for the user darkroom with the password in DARKROOM_UI_PASSWORD, or one shown at the start.
     A model file needs no server, and has the tabs that generate images.
@@ -296,6 +296,11 @@ def ui(
         raise UserError(f"the studio needs Gradio: {install_hint('ui')}")
     if port is not None:
         require_free_port("127.0.0.1", port)
+    if not is_file(model):
+        from flows.local_stack.stack import join_servers
+
+        with suppress(UserError):  # without Prefect, the tab that trains says so
+            join_servers("prefect")
     with nullcontext() if is_file(model) else connect("mlflow", "s3"):
         from flows.studio.app import serve
 

@@ -15,7 +15,7 @@ import typer
 from typer import Argument, Option
 
 from diffusion.common.errors import DarkroomError, UserError
-from diffusion.common.escaping import escape_controls, pluralize, python_literal
+from diffusion.common.escaping import escape_controls, python_literal
 from flows.cli.arguments import require_known_key
 from flows.cli.command import CommandOutput, DatasetName, ParamsFile, Set, command, connect
 
@@ -27,12 +27,6 @@ app = typer.Typer()
 config = typer.Typer(name="config", help="Configuration: show, schema, validate.", no_args_is_help=True)
 PANEL = "Start and look around"
 Kind = Literal["datasets", "runs", "models", "batches"]
-SIZES = (64, 48, 32, 28, 24, 16, 8)
-"""Sizes of stored images that ``init`` chooses from, in pixels; a CPU trains larger ones for hours."""
-MIN_CROPPED = 0.15
-"""Share of the pixels that cropping to squares cuts from which ``init`` proposes to keep the shapes."""
-FEW = 1000
-"""Images below which ``init`` warns."""
 LISTED = 1000
 """Most entries of a list from a server."""
 
@@ -56,6 +50,7 @@ def init(
 
     Example:  darkroom init ~/faces
     """
+    from diffusion.common.config import plain_name
     from diffusion.common.files import write_bytes
     from diffusion.data.sources import survey as surveys
     from diffusion.data.sources.conventions import holds_images
@@ -64,7 +59,10 @@ def init(
     path, folder = Path("params.yaml"), Path(source)
     if (exists := path.exists()) and not write_metadata:
         raise UserError(f"{path} exists already: edit it, or run `darkroom init` in another folder")
-    name = _choose_name(source, dataset)
+    try:
+        plain_name(dataset or "images")
+    except ValueError as error:
+        raise UserError(f"--dataset {dataset} {error}") from error
     if folder.is_dir() and not holds_images(folder):
         source = find_idx(folder) or source
     table = surveys.find_captions(folder) if folder.is_dir() else None
@@ -76,14 +74,14 @@ def init(
         write_metadata = typer.confirm(question, default=True, err=True)
     text = path.read_text() if exists else None
     if text is not None:
-        survey, name = _survey(source), _own_name(text, name)
-        if text == _template(survey, name, _size(survey)):
+        survey = _survey(source)
+        if text == _template(survey, _own_name(text), survey.proposed_size):
             text = None  # as init wrote it
     written = []
     if write_metadata and table is not None:
         written = [f"wrote      {surveys.write_metadata(table)}: the captions of {table.path.name}"]
     survey = _survey(source)
-    lines, size = [*survey.lines(), *written], _size(survey)
+    lines, size, name = [*survey.lines(), *written], survey.proposed_size, dataset or survey.proposed_name
     if text is not None:
         lines.append(f"kept       {path}, which was edited: {_how_to_learn_captions(text)} to learn the captions")
         return CommandOutput({"params": str(path), "survey": survey.model_dump(mode="json")}, lines)
@@ -93,18 +91,6 @@ def init(
     lines += [f"wrote      {path}: {size}×{size} pixels, data set {name}", f"next       {next_command}"]
     value = {"params": str(path), "dataset": name, "size": size, "next": next_command}
     return CommandOutput(value | {"survey": survey.model_dump(mode="json")}, lines)
-
-
-def _choose_name(source: str, dataset: str | None) -> str:
-    """Name of the data set: ``dataset``, or else one from the name of the source."""
-    from diffusion.common.config import plain_name
-
-    place = re.split("[@?]", source)[0] if source.startswith("hf:") else str(Path(source).resolve())
-    name = dataset or re.sub(r"[^a-z0-9]+", "-", Path(place).name.partition(".")[0].lower()).strip("-")
-    try:
-        return plain_name(name or "images")
-    except ValueError as error:
-        raise UserError(f"--dataset {name} {error}") from error
 
 
 def _survey(source: str) -> "Survey":
@@ -129,13 +115,13 @@ def _survey(source: str) -> "Survey":
     return survey
 
 
-def _own_name(text: str, name: str) -> str:
-    """Name of the data set in the text of a params.yaml, or else ``name``."""
+def _own_name(text: str) -> str:
+    """Name of the data set in the text of a params.yaml; "" if there is none."""
     from diffusion.common.parsing import parse_yaml
 
     with suppress(ValueError, KeyError, TypeError):
         return str(parse_yaml(text)["training"]["dataset"])
-    return name
+    return ""
 
 
 def _how_to_learn_captions(text: str) -> str:
@@ -144,26 +130,15 @@ def _how_to_learn_captions(text: str) -> str:
 
 
 def _advise(survey: "Survey") -> tuple[str, list[str]]:
-    """Next command for as many images as there are, and a note if they are few."""
+    """Next command for as many images as there are, and a note if they are too few to judge a model."""
     from diffusion.evaluation.config import choose_held_out
 
-    count = pluralize(survey.images, "image")
-    if choose_held_out(survey.images) is None:
-        return "darkroom up && darkroom ingest && darkroom train", [
-            f"note       {count}: too few to train a model from nothing, or to judge it: fine-tune another on them "
-            "(docs/how-to/fine-tune.md), and register it by `darkroom model import`"
-        ]
-    few = [f"note       {count}: so few that a model will mostly copy them"] if survey.images < FEW else []
-    return "darkroom up && darkroom retrain", few
-
-
-def _size(survey: "Survey") -> int:
-    assert survey.shorter_sides is not None
-    shortest, median, longest = survey.shorter_sides
-    if shortest == longest and survey.square and 8 <= shortest <= SIZES[0] and shortest % 4 == 0:
-        return shortest
-    # A few small images are quarantined rather than making all others small.
-    return next((size for size in SIZES if size <= max(shortest, median // 2)), SIZES[-1])
+    if choose_held_out(survey.images) is not None:
+        return "darkroom up && darkroom retrain", []
+    return "darkroom up && darkroom ingest && darkroom train", [
+        "           too few to train a model from nothing, or to judge it: fine-tune another on them "
+        "(docs/how-to/fine-tune.md), and register it by `darkroom model import`"
+    ]
 
 
 def _template(survey: "Survey", name: str, size: int) -> str:
@@ -177,7 +152,7 @@ def _template(survey: "Survey", name: str, size: int) -> str:
     if share not in (None, IngestConfig.model_fields["held_out"].default):
         held_out = [f"  held_out: {share:g}  # so that evaluation gets its 10 images or more, which are not trained on"]
     fit = "  # fit: crop  # of images that are not square: crop, pad, squash, or bucket to keep their shapes"
-    if survey.cropped >= MIN_CROPPED:
+    if survey.proposed_fit == "bucket":
         fit = f"  fit: bucket  # keeps their shapes; crop would cut {survey.cropped:.0%} of the pixels; or pad, squash"
     return "\n".join(
         [

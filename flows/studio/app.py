@@ -63,11 +63,12 @@ def build(source: Source, model: str | None = None, uri: str | None = None) -> g
             generation.tabs(source, page, tabs, current)
             if model is not None:
                 # These import MLflow and boto3, which a model in a file does without.
-                from flows.studio import batches, comparison, ledger
+                from flows.studio import batches, comparison, ledger, training
 
                 comparison.tab(model, source)
                 batches.tab(model)
                 ledger.tab(model)
+                training.tab()
     return page.queue(max_size=WAITING, default_concurrency_limit=4)
 
 
@@ -80,11 +81,16 @@ def masthead(source: Source, name: str) -> str:
 
 
 def launch(
-    page: gr.Blocks, password: str, port: int | None = None, browser: bool = False, url: str | None = None
+    page: gr.Blocks,
+    password: str,
+    port: int | None = None,
+    browser: bool = False,
+    url: str | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> str:
     """Serve ``page`` in the background and return its address; raises UserError if ``port`` is taken.
 
-    Behind a reverse proxy its address is ``url``.
+    Behind a reverse proxy its address is ``url``; uploads have up to ``max_file_bytes``.
     """
     os.environ.update(loopback_no_proxy())
     try:
@@ -102,10 +108,10 @@ def launch(
             run_history=False,
             enable_monitoring=False,
             footer_links=[],
-            max_file_size=MAX_FILE_BYTES,
+            max_file_size=max_file_bytes,
             theme=gr.themes.Default(primary_hue="indigo", neutral_hue="slate", radius_size="lg", **FONTS),
             css_paths=CSS,
-            _app=StudioApp(url),
+            _app=StudioApp(url, max_file_bytes),
         )
         page.server.config.http_protocol_class = BoundedProtocol
     except OSError as error:
@@ -117,17 +123,23 @@ def serve(params: Params, model: str | None, port: int | None, browser: bool) ->
     """Serve the studio for a model file or a registered model until the process is interrupted."""
     with TemporaryDirectory(prefix="darkroom-ui-", ignore_cleanup_errors=True) as scratch:
         os.environ["GRADIO_TEMP_DIR"] = scratch
+        max_file_bytes = MAX_FILE_BYTES
         if model is not None and model.endswith(".safetensors"):
             page = build(Source.from_file(Path(model), params.sampling))
         else:
             from flows.storage.tags import parse_model_uri
-            from flows.studio.comparison import load_uri
+            from flows.studio import training
+            from flows.studio.comparison import has_champion, load_uri
+            from flows.studio.image_sources import MAX_ZIP_BYTES
 
-            uri = model or params.champion
-            page = build(load_uri(uri, params.sampling), parse_model_uri(uri)[0], uri)
+            uri, max_file_bytes = model or params.champion, MAX_ZIP_BYTES
+            if model is None and not has_champion(params.model_name):
+                page = training.page(params.model_name)
+            else:
+                page = build(load_uri(uri, params.sampling), parse_model_uri(uri)[0], uri)
         fixed_password, url = settings().ui_password, settings().ui_url
         password = fixed_password or secrets.token_urlsafe(12)
-        address = launch(page, password, port, browser, url)
+        address = launch(page, password, port, browser, url, max_file_bytes)
         text = "of DARKROOM_UI_PASSWORD" if fixed_password else password
         print(f"{address}  user {USER}  password {text}  (Ctrl+C ends it)", file=sys.stderr, flush=True)
         signal.signal(signal.SIGTERM, _end)

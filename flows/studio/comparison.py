@@ -142,6 +142,12 @@ def read_versions(model: str) -> tuple[list[int], AliasNumbers]:
     return sorted(versions, reverse=True), Ledger.of(model).read(digests).alias_numbers
 
 
+def has_champion(model: str) -> bool:
+    """Whether ``model`` has a champion by its ledger."""
+    head = Ledger.of(model).head()
+    return head is not None and head.alias_numbers.champion is not None
+
+
 def generate_pairs(
     sources: Mapping[str, Source],
     seed: int,

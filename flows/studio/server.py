@@ -1,14 +1,20 @@
 """The web server of the studio: it answers its own pages and programs, not other pages in the same browser."""
 
+import os
 import secrets
+import shutil
 from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 from urllib.parse import urlsplit
 
 from gradio.routes import App, ORJSONResponse
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import PlainTextResponse
+from starlette.requests import Request
+from starlette.responses import FileResponse, PlainTextResponse, Response
 
+from diffusion.common.config import plain_name
 from diffusion.common.errors import ConflictError
 from diffusion.generation.config import MAX_FILE_BYTES
 from flows.local_stack.same_origin import refusal
@@ -20,6 +26,10 @@ Send = Callable[[Message], Awaitable[None]]
 MAX_FORM_BYTES = 2**20
 """Maximum size of a request without a file, in bytes."""
 FILE_ROUTES = ("/upload", "/component_server")
+MIN_FREE_BYTES = 2**30
+"""Free bytes of disk that an upload leaves."""
+REPORT_POLICY = "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'; frame-ancestors 'none'"
+"""What a report may do in the browser: show itself, without scripts and requests."""
 RESPONSE_HEADERS = {
     # No other page shows this one in a frame, or keeps a handle of its window.
     "Content-Security-Policy": "frame-ancestors 'none'",
@@ -34,9 +44,14 @@ RESPONSE_HEADERS = {
 class StudioApp(App):  # type: ignore[misc]
     """Gradio's application behind a check of each request, also of those that Gradio answers itself."""
 
-    def __init__(self, url: str | None = None) -> None:
-        """Serve pages at loopback names, and at ``url`` if a reverse proxy leads from there."""
+    def __init__(self, url: str | None = None, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+        """Serve pages at loopback names, and at ``url`` if a reverse proxy leads from there.
+
+        ``max_file_bytes``: of an uploaded file.
+        """
         super().__init__(default_response_class=ORJSONResponse, openapi_url=None)
+        self.max_file_bytes = max_file_bytes
+        self.add_api_route("/reports/{name}", self._report, methods=["GET"])
         address = urlsplit(url or "")
         self.origin = f"{address.scheme}://{address.netloc}".lower() if url else None
 
@@ -46,8 +61,9 @@ class StudioApp(App):  # type: ignore[misc]
             await super().__call__(scope, receive, send)
             return
         status, reason = self._refuse(scope)
+        is_report = "/reports/" in scope["path"]
         if reason is None:
-            await super().__call__(scope, receive, lambda message: send(self._protect(message)))
+            await super().__call__(scope, receive, lambda message: send(self._protect(message, is_report)))
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
@@ -62,13 +78,29 @@ class StudioApp(App):  # type: ignore[misc]
             return 403, f"{reason}: {hint}"
         if "transfer-encoding" in headers:
             return 411, "requests need a Content-Length"
-        limit = MAX_FORM_BYTES + (MAX_FILE_BYTES if scope["path"].endswith(FILE_ROUTES) else 0)
+        has_file = scope["path"].endswith(FILE_ROUTES)
+        limit = MAX_FORM_BYTES + (self.max_file_bytes if has_file else 0)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > limit:
             return 413, f"the request has over {limit} bytes"
+        if has_file:
+            free = shutil.disk_usage(os.environ.get("GRADIO_TEMP_DIR", gettempdir())).free
+            if int(length) > free - MIN_FREE_BYTES:
+                return 507, "the disk of the server has too little space for this file"
         return 200, None
 
-    def _protect(self, message: Message) -> Message:
+    async def _report(self, request: Request, name: str) -> Response:
+        """Answer with the report of a data set's evaluation in this folder, to whoever is logged in."""
+        cookies = [request.cookies.get(f"access-token{kind}-{self.cookie_id}") for kind in ("", "-unsecure")]
+        if not any(cookie is not None and cookie in self.tokens for cookie in cookies):
+            return PlainTextResponse("log in first\n", 401)
+        try:
+            path = Path("reports", plain_name(name), "report.html")
+        except ValueError:
+            path = Path()
+        return FileResponse(path) if path.is_file() else PlainTextResponse("there is no such report\n", 404)
+
+    def _protect(self, message: Message, is_report: bool) -> Message:
         """Add to a response what keeps other pages from using it."""
         if message["type"] == "http.response.start":
             headers = MutableHeaders(raw=list(message["headers"]))
@@ -81,6 +113,8 @@ class StudioApp(App):  # type: ignore[misc]
                 kept = [part for part in parts if not part.lower().startswith(("samesite", "httponly"))]
                 headers.append("set-cookie", "; ".join([*kept, "HttpOnly", "SameSite=Strict"]))
             headers.update(RESPONSE_HEADERS)
+            if is_report:
+                headers["Content-Security-Policy"] = REPORT_POLICY
             message["headers"] = headers.raw
         return message
 

@@ -3,9 +3,12 @@
 import csv
 import io
 import random
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from hashlib import sha256
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -25,6 +28,12 @@ from diffusion.data.sources.local_files import open_text
 
 SAMPLED = 128
 """Images that are opened."""
+SIZES = (64, 48, 32, 28, 24, 16, 8)
+"""Sizes of stored images that are proposed, in pixels; a CPU trains larger ones for hours."""
+MIN_CROPPED = 0.15
+"""Share of the pixels that cropping to squares cuts from which keeping the shapes is proposed."""
+MIN_IMAGES = 1000
+"""Images below which a model mostly copies them."""
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "description", "comment", "title")
 LABEL_COLUMNS = ("label", "class", "category")
 CHECKED = 100
@@ -51,6 +60,8 @@ class Survey(Config):
     sampled: int
     unreadable: int
     """Images of the sample that cannot be opened."""
+    duplicates: int
+    """Images of the sample whose file equals another one of it."""
     shorter_sides: tuple[int, int, int] | None
     """Shortest, median and longest shorter side of the sampled images, in pixels; None if none could be opened."""
     sizes: list[tuple[int, int]] = Field([], exclude=True)
@@ -71,6 +82,27 @@ class Survey(Config):
     def has_images_below(self, size: int) -> bool:
         """Whether some sampled image has fewer pixels than ``size`` on its shorter side."""
         return self.shorter_sides is not None and self.shorter_sides[0] < size
+
+    @property
+    def proposed_name(self) -> str:
+        """Name for the data set, by that of the folder or file."""
+        place = re.split("[@?]", self.source)[0] if self.source.startswith("hf:") else str(Path(self.source).resolve())
+        return re.sub(r"[^a-z0-9]+", "-", Path(place).name.partition(".")[0].lower()).strip("-")[:100] or "images"
+
+    @property
+    def proposed_fit(self) -> Literal["crop", "bucket"]:
+        """What to do with images that are not square."""
+        return "bucket" if self.cropped >= MIN_CROPPED else "crop"
+
+    @property
+    def proposed_size(self) -> int:
+        """Height and width of stored images that suit these, in pixels, if some could be opened."""
+        assert self.shorter_sides is not None
+        shortest, median, longest = self.shorter_sides
+        if shortest == longest and self.square and 8 <= shortest <= SIZES[0] and shortest % 4 == 0:
+            return shortest
+        # A few small images are quarantined rather than making all others small.
+        return next((size for size in SIZES if size <= max(shortest, median // 2)), SIZES[-1])
 
     def lines(self) -> list[str]:
         """Describe the source in a few lines."""
@@ -94,15 +126,27 @@ class Survey(Config):
             )
         if self.unreadable and self.shorter_sides is not None:
             lines.append(f"unreadable {self.unreadable:,} of {self.sampled:,} sampled images")
+        if self.duplicates:
+            lines.append(f"duplicates {self.duplicates:,} of {self.sampled:,} sampled images: one of each is kept")
         lines.append(f"classes    {len(self.classes):,}: {names}{rest}" if self.classes else "classes    none")
         lines.append(f"captions   of {pluralize(self.captions, 'image')}" if self.captions else "captions   none")
         if self.captions_table is not None:
             lines.append(f"           {describe_table(self.captions_table)}")
+        if self.images < MIN_IMAGES:
+            lines.append(f"note       {pluralize(self.images, 'image')}: so few that a model will mostly copy them")
         return lines
 
 
-def survey(config: IngestConfig, scratch: Path, objects: ObjectStore | None = None) -> Survey:
-    """List ``config.source`` and open a random sample of its images; raises UserError as ``ingest`` does."""
+def survey(
+    config: IngestConfig,
+    scratch: Path,
+    objects: ObjectStore | None = None,
+    show: Callable[[Image.Image], None] = lambda _: None,
+) -> Survey:
+    """List ``config.source`` and open a random sample of its images; raises UserError as ``ingest`` does.
+
+    ``show`` is called with each image that it opens, of at most ``ingest.max_pixels``.
+    """
     source = open_source(config.source, Access(config, scratch, objects))
     sample: list[tuple[int, Entry]] = []
     classes, captions, count, generator = Counter[str](), 0, 0, random.Random(0)
@@ -118,7 +162,7 @@ def survey(config: IngestConfig, scratch: Path, objects: ObjectStore | None = No
     table = find_captions(Path(config.source)) if not captions and Path(config.source).is_dir() else None
     if not count:
         raise UserError(f"no images in {config.source}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images")
-    sizes, is_coloured = list[tuple[int, int]](), False
+    sizes, is_coloured, digests = list[tuple[int, int]](), False, Counter[bytes]()
     ignore_pillow_warnings()
     for payload in source.read([entry for _, entry in sorted(sample)]):
         if isinstance(payload, UnusableEntryError):
@@ -127,7 +171,11 @@ def survey(config: IngestConfig, scratch: Path, objects: ObjectStore | None = No
             with payload if isinstance(payload, Image.Image) else Image.open(io.BytesIO(payload)) as image:
                 is_turned = image.getexif().get(Base.Orientation, 1) in TURNED
                 sizes.append(image.size[::-1] if is_turned else image.size)
-                if not is_coloured and image.width * image.height <= config.max_pixels:
+                digests[sha256(payload if isinstance(payload, bytes) else image.tobytes()).digest()] += 1
+                if image.width * image.height > config.max_pixels:
+                    continue
+                show(image)
+                if not is_coloured:
                     image.thumbnail((64, 64))
                     is_coloured = bool(np.ptp(np.asarray(image.convert("RGB")), axis=-1).max() > 0)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # as Pillow's decoders do
@@ -138,6 +186,7 @@ def survey(config: IngestConfig, scratch: Path, objects: ObjectStore | None = No
         images=count,
         sampled=len(sample),
         unreadable=len(sample) - len(sizes),
+        duplicates=digests.total() - len(digests),
         shorter_sides=(sides[0], sides[len(sides) // 2], sides[-1]) if sides else None,
         sizes=sizes,
         square=all(width == height for width, height in sizes),

@@ -5,12 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import yaml
 from prefect.cli.deploy._models import PrefectYamlModel
 from prefect.events import DeploymentEventTrigger
 from prefect.events.schemas.automations import AutomationCore
+from prefect.server.events.schemas.automations import EventTrigger
+from prefect.server.events.schemas.events import ReceivedEvent
 from prefect.server.utilities.user_templates import render_user_template_sync
 from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools import is_valid_schema, validate
@@ -22,6 +25,7 @@ from flows.config import Params
 from flows.datasets.sync import CREATED
 from flows.deployment.deploy import PACKAGED, deploy, fill_placeholders, read_definitions
 from flows.monitor import DRIFTED, compare_kid, describe_data, monitor
+from flows.promote import waiting_event
 from flows.retrain import retrain
 from flows.sample_on_demand import sample_on_demand
 from tests.builders import ROOT
@@ -95,14 +99,32 @@ def test_every_form_field_has_a_description() -> None:
 
 def test_automations_are_valid_and_notifications_need_a_url() -> None:
     with_webhook = declared(WEBHOOK="0b7b4a6e-3f0b-4f53-9a55-0f3f4f0b5a11")["automations"]
-    assert [each["name"] for each in with_webhook][:-1] == [each["name"] for each in declared()["automations"]]
+    assert [each["name"] for each in with_webhook][:-2] == [each["name"] for each in declared()["automations"]]
     for each in with_webhook:
         AutomationCore.model_validate(each)
-    assert with_webhook[-1]["actions"][0]["block_document_id"] == "0b7b4a6e-3f0b-4f53-9a55-0f3f4f0b5a11"
+    for each in with_webhook[-2:]:
+        assert each["actions"][0]["block_document_id"] == "0b7b4a6e-3f0b-4f53-9a55-0f3f4f0b5a11"
+
+
+def test_a_run_that_waits_for_approval_outlives_the_day_and_is_told() -> None:
+    deployment, run = uuid4(), uuid4()
+    event = waiting_event(run, deployment, "models:/faces/2 waits")
+    received = ReceivedEvent.model_validate(event.model_dump(mode="json") | {"received": event.occurred})
+    automations = {each["name"]: each for each in declared(WEBHOOK="x")["automations"]}
+    ends_after_a_day = EventTrigger.model_validate(
+        automations["darkroom: what runs for more than a day is cancelled"]["trigger"]
+    )
+    assert ends_after_a_day.covers(received)
+    assert ends_after_a_day.expects(received.event)
+    told = automations["darkroom: tell that a promotion waits for approval"]
+    assert EventTrigger.model_validate(told["trigger"]).covers(received)
+    assert EventTrigger.model_validate(told["trigger"]).expects(received.event)
+    text = render_user_template_sync(told["actions"][0]["payload"], {"event": received})
+    assert yaml.safe_load(text) == {"text": "models:/faces/2 waits"}
 
 
 def test_notification_is_valid_json_for_any_message() -> None:
-    payload = declared(WEBHOOK="x")["automations"][-1]["actions"][0]["payload"]
+    payload = declared(WEBHOOK="x")["automations"][-2]["actions"][0]["payload"]
     state = {"name": "Failed", "message": 'it "broke"\n{"text": 1}'}
     text = render_user_template_sync(payload, {"flow_run": {"name": "retrain-faces", "state": state}})
     assert yaml.safe_load(text) == {"text": f"retrain-faces: Failed. {state['message']}"}

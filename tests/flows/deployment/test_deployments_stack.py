@@ -412,6 +412,39 @@ def test_images_are_generated_by_the_form_in_prefects_ui(workspace: Workspace, p
         expect(page.get_by_text("samples-blobs", exact=True).first).to_be_visible()
 
 
+def test_a_person_approves_a_promotion_in_prefects_ui(workspace: Workspace, prefect: Prefect, mailbox: Mailbox) -> None:
+    # As docs/how-to/approve-promotions.md says.
+    workspace.json(*DEPLOY, "--dataset", "approved", "--set", "registry.approval=true")
+    root = prefect.start("retrain/approved")
+    # People are told, with the address of the page.
+    text = eventually(
+        lambda: next((text for text in mailbox.texts if "models:/approved/1 waits for approval: http" in text), None)
+    )
+    run = eventually(lambda: next((each for each in prefect.runs("promote") if each["state_type"] == "PAUSED"), None))
+    address = text.partition("approval: ")[2]
+    assert address.endswith(f"/flow-run/{run['id']}")
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1280, "height": 800})
+        page.set_default_timeout(PATIENCE)
+        # Before a login, Prefect's page of a run stays empty.
+        page.goto(workspace.variables["PREFECT_API_URL"].removesuffix("/api"))
+        page.locator("input[type=password]").fill(workspace.variables["PREFECT_API_AUTH_STRING"])
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("link", name="Deployments").first).to_be_visible()
+        page.goto(address)
+        page.get_by_role("button", name="Resume").click()
+        fields = page.locator(".schema-form-property")
+        fields.nth(1).locator("textarea").fill("Ada")
+        fields.nth(0).get_by_role("switch").click()
+        shot(page, "prefect_approval")
+        page.get_by_role("button", name="Submit").click()
+        expect(page.get_by_text("Completed", exact=True).first).to_be_visible()
+    flow_run = prefect.ended(root)
+    assert flow_run["state"]["message"].startswith("models:/approved/1 is champion: approved by Ada")
+    [entry] = workspace.json("model", "history", "--dataset", "approved")["entries"]
+    assert entry["approval"] == {"approved": True, "by": "Ada", "note": ""}
+
+
 def test_a_parameter_of_a_deployment_starts_no_program_on_the_worker(
     workspace: Workspace, prefect: Prefect, tmp_path: Path
 ) -> None:

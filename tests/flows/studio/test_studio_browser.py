@@ -440,7 +440,7 @@ def test_a_person_votes_looks_at_batches_and_rolls_back_with_a_reason(
         expect(page.get_by_text("image 3 of seed 7, as generated")).to_be_visible()
         look_at_both_widths(page, tmp_path / "lineage")
         # Every tab once, however often they are opened.
-        labels = ["Generate", "Inpaint", "Img2img", "Interpolate", "Compare", "Batches", "Ledger"]
+        labels = ["Generate", "Inpaint", "Img2img", "Interpolate", "Compare", "Batches", "Ledger", "Train"]
         page.get_by_role("tab", name="Ledger").click()
         expect(page.get_by_role("tab")).to_have_text(labels)
         expect(page.get_by_text("2. promote")).to_be_visible(timeout=30_000)
