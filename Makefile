@@ -1,6 +1,6 @@
 # `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install demo images test test-slow test-long chaos drill-upgrade drill-ceph check docs reference audit lock format clean
+.PHONY: help install demo images test test-slow test-long chaos drill-upgrade drill-ceph check docs screenshots reference audit lock format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -89,6 +89,10 @@ check: $(READY) docs  ## Check lint, format, types, layers, secrets and document
 
 docs: $(READY)  ## Build the documentation site in docs/_build; a warning is an error
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
+
+screenshots: $(READY)  ## Take the landing page's pictures of the studio, and of the gate in the demo's newest report
+	$(BIN)/python docs/screenshots.py studio
+	test ! -e demo/reports/digits/champion_comparison.html || $(BIN)/python docs/screenshots.py gate demo/reports/digits/champion_comparison.html
 
 reference: $(READY)  ## Write the pages of docs/reference that follow from the code, and params.schema.json
 	$(BIN)/python docs/generate.py
