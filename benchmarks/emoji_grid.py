@@ -8,11 +8,13 @@ prompt *i*: nothing is chosen.
 
 import argparse
 import csv
+import io
 import random
 import textwrap
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 import diffusion
 
@@ -29,15 +31,18 @@ def main() -> None:
     prompts = random.Random(0).sample(sorted(captions), COUNT)
     model = diffusion.load(str(ROOT / "examples" / "emoji.safetensors"))
     images = model.generate(COUNT, prompt=prompts, seed=0)
-    figure = Figure(figsize=(9.6, 4.7), dpi=100)
+    figure = Figure(figsize=(9.6, 4.8), dpi=100)
     for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
         axes = figure.add_subplot(-(-COUNT // COLUMNS), COLUMNS, number + 1)
         axes.imshow(image)
-        axes.set_title(textwrap.fill(prompt, 20), fontsize=8, y=-0.02, verticalalignment="top")
+        axes.set_title(textwrap.fill(prompt, 20), fontsize=8, y=-0.05, verticalalignment="top")
         axes.set_axis_off()
         print(number, prompt)
-    figure.subplots_adjust(0, 0.08, 1, 1, 0.05, 0.3)
-    figure.savefig(ROOT / "docs" / "images" / "emoji.png", pil_kwargs={"optimize": True})
+    figure.subplots_adjust(0, 0.09, 1, 1, 0.05, 0.34)
+    data = io.BytesIO()
+    figure.savefig(data)
+    few_colours = Image.open(data).convert("RGB").quantize(256)  # a third of the bytes
+    few_colours.save(ROOT / "docs" / "images" / "emoji.png", optimize=True)
 
 
 if __name__ == "__main__":
