@@ -53,7 +53,7 @@ def take_studio(browser: Browser) -> None:
             page.get_by_role("button", name="Login").click()
             page.get_by_label("Prompt", exact=True).locator("visible=true").first.fill("grinning face")
             page.get_by_role("button", name="Generate", exact=True).click()
-            page.get_by_text("of seed").locator("visible=true").first.wait_for(timeout=300_000)
+            page.get_by_text("8 images of seed").locator("visible=true").first.wait_for(timeout=300_000)
             page.wait_for_timeout(3000)
             save(page, "studio.png")
         finally:
