@@ -40,20 +40,30 @@ def save(page: Page, name: str) -> None:
 def take_studio(browser: Browser) -> None:
     """Log in, generate for a prompt, and save the first tab."""
     password = secrets.token_urlsafe()
-    command = [sys.executable, "-c", "from flows.cli import main; main()", "ui", "--model", str(ROOT / "examples" / "emoji.safetensors")]
+    command = [
+        sys.executable,
+        "-c",
+        "from flows.cli import main; main()",
+        "ui",
+        "--model",
+        str(ROOT / "examples" / "emoji.safetensors"),
+    ]
     variables = os.environ | {"DARKROOM_UI_PASSWORD": password, "BROWSER": "true", "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables
+    ) as process:
         try:
             assert process.stdout is not None
             address = next(found[0] for line in process.stdout if (found := re.search(r"http://\S+", line)))
             page = browser.new_page(viewport=SIZE)
+            page.set_default_timeout(300_000)  # the first images take minutes on a busy machine
             page.goto(address)
             page.get_by_label("username").fill("darkroom")
             page.get_by_label("password").fill(password)
             page.get_by_role("button", name="Login").click()
             page.get_by_label("Prompt", exact=True).locator("visible=true").first.fill("grinning face")
             page.get_by_role("button", name="Generate", exact=True).click()
-            page.get_by_text("8 images of seed").locator("visible=true").first.wait_for(timeout=300_000)
+            page.get_by_text("8 images of seed").locator("visible=true").first.wait_for()
             page.wait_for_timeout(3000)
             save(page, "studio.png")
         finally:
