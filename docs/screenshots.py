@@ -49,6 +49,7 @@ def take_studio(browser: Browser) -> None:
         str(ROOT / "examples" / "emoji.safetensors"),
     ]
     variables = os.environ | {"DARKROOM_UI_PASSWORD": password, "BROWSER": "true", "PYTHONPATH": str(ROOT)}
+    variables |= {"DARKROOM_MAX_REQUEST_SECONDS": "900"}  # on a busy machine
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables
     ) as process:
@@ -56,7 +57,7 @@ def take_studio(browser: Browser) -> None:
             assert process.stdout is not None
             address = next(found[0] for line in process.stdout if (found := re.search(r"http://\S+", line)))
             page = browser.new_page(viewport=SIZE)
-            page.set_default_timeout(300_000)  # the first images take minutes on a busy machine
+            page.set_default_timeout(900_000)
             page.goto(address)
             page.get_by_label("username").fill("darkroom")
             page.get_by_label("password").fill(password)
