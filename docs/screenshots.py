@@ -17,12 +17,12 @@ from contextlib import closing
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, ViewportSize, sync_playwright
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 MAX_BYTES = 150_000
-SIZE = {"width": 1280, "height": 840}
+SIZE: ViewportSize = {"width": 1280, "height": 840}
 
 
 def save(page: Page, name: str) -> None:
