@@ -1,6 +1,6 @@
 # `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install demo images test test-slow test-long chaos drill-upgrade drill-ceph check docs reference audit lock format clean
+.PHONY: help install demo images test test-slow test-long chaos drill-upgrade drill-ceph check docs screenshots reference audit lock format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,11 +12,14 @@ help:  ## List the targets
 
 install: $(READY)  ## Create .venv and install Darkroom into it
 
-$(READY): pyproject.toml
+# TORCH_INDEX: where PyTorch comes from. Without a GPU, https://download.pytorch.org/whl/cpu spares 3 GB of CUDA.
+$(READY): pyproject.toml requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit("Darkroom needs Python 3.11 or newer; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet 'uv>=0.9'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes --requirement requirements.lock
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --index-url $(TORCH_INDEX) torch torchvision)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'  # PyTorch, where it is missing
 	touch $@
 
 # make demo                         5,000 digits
@@ -87,13 +90,17 @@ check: $(READY) docs  ## Check lint, format, types, layers, secrets and document
 docs: $(READY)  ## Build the documentation site in docs/_build; a warning is an error
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
 
+screenshots: $(READY)  ## Take the landing page's pictures of the studio, and of the gate in the demo's newest report
+	$(BIN)/python docs/screenshots.py studio
+	test ! -e demo/reports/digits/champion_comparison.html || $(BIN)/python docs/screenshots.py gate demo/reports/digits/champion_comparison.html
+
 reference: $(READY)  ## Write the pages of docs/reference that follow from the code, and params.schema.json
 	$(BIN)/python docs/generate.py
 
 audit: $(READY)  ## Query PyPI for known vulnerabilities in the container images
-	$(BIN)/pip-audit --no-deps --disable-pip --requirement infra/docker/requirements.lock --requirement infra/docker/torch-cuda.lock
+	$(BIN)/pip-audit --no-deps --disable-pip --requirement requirements.lock --requirement infra/docker/torch-cuda.lock
 
-lock: $(READY)  ## Update the lock files of the container images within pyproject.toml
+lock: $(READY)  ## Update the lock files, of the checkout and of the container images, within pyproject.toml
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python infra/docker/lock.py
 
 format: $(READY)  ## Format the code and fix lint where possible

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a team's CI runs, whatever its forge: infra/ci/steps.sh check | test | images | compare
+# What a team's CI runs, whatever its forge: infra/ci/steps.sh check | test | versions RESOLUTION | images | compare
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -9,6 +9,14 @@ check() { # style, types, layers, secrets, known vulnerabilities
 }
 
 tests() { # the fast ones; for the night: make test-slow and make test-long
+    make test
+}
+
+versions() { # the fast tests without the lock: highest or lowest-direct of what pyproject.toml allows
+    python3 -m venv .venv
+    .venv/bin/pip install --quiet 'uv>=0.9'
+    .venv/bin/uv pip install --quiet --python .venv/bin/python --resolution "${1:?highest or lowest-direct}" --editable '.[dev]'
+    touch .venv/.ready
     make test
 }
 
@@ -35,10 +43,11 @@ print(load_params(Path("params.yaml"), []).training.dataset)')
 case "${1:-}" in
 check) check ;;
 test) tests ;;
+versions) versions "${2:-}" ;;
 images) images ;;
 compare) compare ;;
 *)
-    echo "usage: infra/ci/steps.sh check | test | images | compare" >&2
+    echo "usage: infra/ci/steps.sh check | test | versions RESOLUTION | images | compare" >&2
     exit 2
     ;;
 esac

@@ -86,3 +86,13 @@ def test_the_mlflow_page_has_each_tag_of_darkroom() -> None:
     for name in set(re.findall(r"""["'`](darkroom\.[a-z_0-9.]*[a-z0-9])["'`]""", code)):
         if not name.startswith(("darkroom.dataset.", "darkroom.model.", "darkroom.py")):  # events and files
             assert f"`{name}`" in page
+
+
+def test_the_page_of_names_has_only_fields_that_exist() -> None:
+    reference = ROOT / "docs" / "reference"
+    fields = set(re.findall(r"^\| `([a-z_]+\.[a-z_.]+)`", (reference / "configuration.md").read_text(), re.MULTILINE))
+    fields |= {"sampling.sampler"}  # a heading there, as its choices have fields of their own
+    sections = "ingest|model|training|sampling|registry"
+    named = re.findall(rf"`((?:{sections})\.[a-z_.]+)(?=[`:])", (reference / "names.md").read_text())
+    assert len(named) > 20
+    assert set(named) <= fields

@@ -4,7 +4,9 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,18 +16,31 @@ from tests.builders.installation import INFRA, ROOT
 CI = INFRA / "ci"
 
 
-def test_ci_workflow_calls_existing_steps_and_has_no_password() -> None:
-    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "darkroom.yaml").read_text())
+def load_workflow(name: str, calls: set[str]) -> dict[str, Any]:
+    """A workflow that may only read, and that calls these steps of steps.sh, which exist."""
+    workflow: dict[str, Any] = yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text())
     steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
-    called = {name for run in steps for name in re.findall(r"infra/ci/steps\.sh (\w+)", run)}
-    step_names = set(re.findall(r"^(\w+)\) ", (CI / "steps.sh").read_text(), re.MULTILINE))
-    assert called == {"check", "test", "compare"}
-    assert called <= step_names
+    assert {name for run in steps for name in re.findall(r"infra/ci/steps\.sh (\w+)", run)} == calls
+    assert calls <= set(re.findall(r"^(\w+)\) ", (CI / "steps.sh").read_text(), re.MULTILINE))
     assert workflow["permissions"] == {"contents": "read"}
+    return workflow
+
+
+def test_ci_workflow_calls_existing_steps_and_has_no_password() -> None:
+    workflow = load_workflow("darkroom.yaml", {"check", "test", "compare"})
     for name, value in workflow["jobs"]["compare"]["env"].items():
         assert value.startswith("${{ "), name
     # A change from elsewhere must not run with the team's keys.
     assert "head.repo.full_name == github.repository" in workflow["jobs"]["compare"]["if"]
+
+
+def test_weekly_workflow_tests_the_newest_and_the_lowest_versions() -> None:
+    workflow = load_workflow("weekly.yaml", {"versions"})
+    assert workflow[True]["schedule"]  # YAML reads `on` as a boolean
+    matrix = workflow["jobs"]["versions"]["strategy"]["matrix"]["include"]
+    assert {each["resolution"] for each in matrix} == {"highest", "lowest-direct"}
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert [each["python"] for each in matrix if each["resolution"] == "lowest-direct"] == [oldest.removeprefix(">=")]
 
 
 def test_actions_are_named_by_commit_with_their_version_beside() -> None:
