@@ -19,7 +19,7 @@ $(READY): pyproject.toml requirements.lock
 	$(BIN)/python -m pip install --quiet 'uv>=0.9'
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes --requirement requirements.lock
 	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --index-url $(TORCH_INDEX) torch torchvision)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'  # PyTorch, where it is missing
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'  # PyTorch, where it is missing
 	touch $@
 
 # make demo                         5,000 digits

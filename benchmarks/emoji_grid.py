@@ -30,7 +30,7 @@ def main() -> None:
         captions = {row["caption"] for row in csv.DictReader(file) if "skin tone" not in row["caption"]}
     prompts = random.Random(0).sample(sorted(captions), COUNT)
     model = diffusion.load(str(ROOT / "examples" / "emoji.safetensors"))
-    images = model.generate(COUNT, prompt=prompts, seed=0)
+    images = model.generate(prompts, count=COUNT, seed=0)
     figure = Figure(figsize=(9.6, 4.8), dpi=100)
     for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
         axes = figure.add_subplot(-(-COUNT // COLUMNS), COLUMNS, number + 1)
