@@ -6,7 +6,7 @@
 
 Samples are the 5,000 digits of the demo with Gaussian noise, half of it common to all kinds of guidance, and less of
 it for the better ones. Each kind changes a share of the images to other digits, by default so many that the error of a
-gain is 6 % of KID, as with the demo's model. In each trial images and noise are dealt anew. Features are reduced to
+gain is 4 % of KID, as with the demo's model. In each trial images and noise are dealt anew. Features are reduced to
 their principal components, and recall is left out.
 
 With ``--ranking``: how often a ranking of equal models calls one better than another.
