@@ -305,8 +305,12 @@ def describe_name(name: str) -> str:
 
 def page(title: str) -> gr.Blocks:
     """Page with the tab alone, for a model that has no champion yet."""
-    with gr.Blocks(title=f"Darkroom: {title}", analytics_enabled=False) as blocks:
-        gr.Markdown(f"## {title}\nThere is no champion yet: train one here, then start `darkroom ui` again.")
+    with gr.Blocks(title=f"Darkroom: {title}", analytics_enabled=False, fill_width=True) as blocks:
+        gr.HTML(
+            f"<h1><b>Darkroom</b> {escape(title)}</h1><p>There is no champion yet: train one here, then start "
+            "<code>darkroom ui</code> again.</p>",
+            elem_classes="masthead",
+        )
         with gr.Tabs():
             tab(blocks)
     return blocks.queue(default_concurrency_limit=4)
