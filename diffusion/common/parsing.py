@@ -95,6 +95,8 @@ def parse_yaml(text: str) -> Any:
 def _describe_marked(error: yaml.MarkedYAMLError) -> str:
     """Describe an error of PyYAML: where, as people count lines and columns, what was expected, and what was found."""
     text, mark, start = error.problem or "", error.problem_mark or error.context_mark, error.context_mark
+    if text == "second occurrence":
+        text = (error.context or "").partition(";")[0]
     for token, words in TOKENS.items():
         text = text.replace(token, words)
     if start is not None and mark is not None and start.line != mark.line:

@@ -203,6 +203,7 @@ def _run_until_signal(work: Callable[[Callable[[], bool]], bool], device: torch.
     def run() -> None:
         runs.append(True)
         if interrupts:
+            outcome.append(False)  # else a wait that has seen ``runs`` would not end
             return
         try:
             torch.set_num_threads(1)  # see worker_threads

@@ -145,9 +145,9 @@ def check_output(path: Path) -> None:
 
 
 @when_given
-def check_new_folder(path: Path) -> None:
-    """Check that an output folder does not exist yet, and can be made."""
-    if path.exists():
+def check_export(path: Path) -> None:
+    """Check that an output folder can be made, or is an earlier export, which the same command finds again."""
+    if path.exists() and not (path / "README.md").is_file() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"--out {path} exists already: give a new folder, or remove it first")
     check_output(path)
 

@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from diffusion.common.errors import UserError
 from flows.cli.arguments import (
-    check_new_folder,
+    check_export,
     check_output,
     check_registered,
     is_file,
@@ -273,7 +273,7 @@ def export(
     ],
     folder: Annotated[
         Path,
-        Option("--out", metavar="FOLDER", help="Output folder, which must not exist yet.", callback=check_new_folder),
+        Option("--out", metavar="FOLDER", help="Output folder, which must not exist yet.", callback=check_export),
     ],
     model: Model = None,
     push: Annotated[

@@ -41,6 +41,8 @@ def test_each_darkroom_command_is_parsed_by_the_command_line(page: Path) -> None
             command, name, rest = _leaf(words)
             options = [word for word in rest if word != "…"]  # a placeholder for more of them
             if options not in [[alone] for alone in ALONE]:
+                for parameter in command.params:
+                    parameter.callback = None  # files of the example are not here
                 command.make_context(name, options)
 
 

@@ -179,7 +179,7 @@ def test_a_handler_that_raises_stays_the_one_that_is_installed_and_ends_the_trai
     assert interrupted(tmp_path / "run")[0] >= 96
 
 
-@pytest.mark.timeout(30)
+@pytest.mark.timeout(60, method="thread")  # as it has the timer
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # callbacks of weak references
 def test_signals_as_the_work_begins_and_ends_neither_hang_it_nor_get_lost() -> None:
     armed, raised = [], 0

@@ -205,7 +205,7 @@ def test_other_storage_than_that_of_the_data_set_is_found_before_a_flow_run(
     assert require_ingestable(params) is None
     ingest(params.dataset_folder, params.ingest)
     assert require_ingestable(params) == read_manifest(params.dataset_folder)
-    other = Params.model_validate({"ingest": {"source": "discs", "size": 16}})
+    other = Params.model_validate({"ingest": {"source": "discs", "size": 12}})
     with pytest.raises(UserError, match=r"ingest\.size=8"):
         require_ingestable(other)
     require_ingestable(other, "always")

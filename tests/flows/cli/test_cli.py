@@ -128,7 +128,7 @@ def test_a_server_that_does_not_answer_is_named_within_seconds_and_its_password_
     result = darkroom(tmp_path, "model", "history", "--dataset", "digits", **variables)
     assert result.returncode == 1
     [line] = result.stderr.strip().splitlines()
-    assert line.startswith("darkroom: MLflow does not answer (http://127.0.0.1:9/api/")
+    assert line.startswith("darkroom: MLflow does not answer (http://127.0.0.1:9")
     assert "is MLFLOW_TRACKING_URI right" in line
     assert "test-secret" not in line
 

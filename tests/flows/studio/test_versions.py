@@ -119,7 +119,7 @@ def test_a_page_of_a_registered_model_has_all_tabs(versions: list[Version], buck
 
     page = build(load_version(versions[0].uri, SAMPLING), bucket)
     labels = [each.label for each in page.blocks.values() if isinstance(each, gr.Tab)]
-    assert labels == ["Generate", "Inpaint", "Img2img", "Interpolate", "Compare", "Batches", "Ledger"]
+    assert labels == ["Generate", "Inpaint", "Img2img", "Interpolate", "Compare", "Batches", "Ledger", "Train"]
 
 
 def test_batches_are_listed_and_filtered(store: Store, bucket: str, tmp_path: Path) -> None:

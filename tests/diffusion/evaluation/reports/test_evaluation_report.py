@@ -157,7 +157,7 @@ def test_the_page_is_whole_in_a_browser(scheme: Literal["light", "dark"], width:
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         page.goto((tmp_path / "report.html").as_uri())
         look(page, tmp_path / f"report-{scheme}-{width}.png")
-        headings = ["Scores", "Images", "Over training", "All checkpoints", "Conditions"]
+        headings = ["Scores of the checkpoint", "Images", "Over training", "All checkpoints", "Conditions"]
         assert page.locator("h2").all_inner_texts() == headings
 
 
