@@ -72,20 +72,16 @@ def init(
         guess = surveys.describe_table(table).partition(", but")[0]
         question = f"{guess}. Write {folder}/metadata.csv, to learn them?"
         write_metadata = typer.confirm(question, default=True, err=True)
-    text, written_name = path.read_text() if exists else None, None
+    text, name = path.read_text() if exists else None, dataset
     if text is not None:
-        survey = _survey(source)
-        if text == _template(survey, _own_name(text), survey.proposed_size):
-            text, written_name = None, _own_name(text)  # as init wrote it
+        survey, own_name = _survey(source), _own_name(text)
+        if text == _template(survey, own_name, survey.proposed_size):
+            text, name = None, own_name  # as init wrote it
     written = []
     if write_metadata and table is not None:
         written = [f"wrote      {surveys.write_metadata(table)}: the captions of {table.path.name}"]
     survey = _survey(source)
-    lines, size, name = (
-        [*survey.lines(), *written],
-        survey.proposed_size,
-        written_name or dataset or survey.proposed_name,
-    )
+    lines, size, name = [*survey.lines(), *written], survey.proposed_size, name or survey.proposed_name
     if text is not None:
         lines.append(f"kept       {path}, which was edited: {_how_to_learn_captions(text)} to learn the captions")
         return CommandOutput({"params": str(path), "survey": survey.model_dump(mode="json")}, lines)
