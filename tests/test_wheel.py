@@ -106,6 +106,7 @@ def test_the_core_has_the_commands_that_need_no_server(installed: Path, tmp_path
 def test_other_commands_name_the_missing_extra(installed: Path, tmp_path: Path, command: str) -> None:
     (tmp_path / "images").mkdir()
     Image.new("L", (32, 32)).save(tmp_path / "images" / "0.png")
+    (tmp_path / "params.yaml").write_text("training: {dataset: tones}\n")
     result = run(installed / "darkroom", *command.split(), folder=tmp_path)
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.splitlines()) == 1
