@@ -1,4 +1,4 @@
-"""Twenty prompts drawn by lot, an image of ``examples/emoji.safetensors`` each, in ``docs/images/emoji.png``.
+"""Twenty prompts chosen at random, an image of ``examples/emoji.safetensors`` each, in ``docs/images/emoji.png``.
 
     python benchmarks/emoji_grid.py emoji/captions.csv
 

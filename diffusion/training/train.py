@@ -118,7 +118,8 @@ def train(
                 setup = make_setup(dataset, model, config, sampling, ranks, readers, progress, start)
             trainer = Trainer(setup, threads, output)
             if ranks.is_main and _require_same_run(output, setup, restart):
-                _set_aside(output) if restart == "set_aside" else _discard(output)
+                make_way = _set_aside if restart == "set_aside" else _discard
+                make_way(output)
             earlier = output.parent / EARLIER / output.name / setup.train_key[:16]
             if ranks.is_main and restart == "set_aside" and earlier in earlier_runs(output) and not output.exists():
                 earlier.rename(output)

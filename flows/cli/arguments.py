@@ -124,7 +124,9 @@ def check_generated(address: str) -> str:
             raise UserError(f"{address} is a whole bucket: give the address of a batch in it, or of one of its images")
         return address
     if not Path(address).is_file():
-        raise UserError(f"{address} is no file: give an image of a batch, or its address, s3://BUCKET/…/00000007.png")
+        raise UserError(
+            f"{address} is not a file: give an image of a batch, or its address, s3://BUCKET/…/00000007.png"
+        )
     from PIL import Image
     from PIL.PngImagePlugin import PngImageFile
 
@@ -133,7 +135,7 @@ def check_generated(address: str) -> str:
         if isinstance(image, PngImageFile) and "darkroom:model" in image.text:
             return address
     raise UserError(
-        f"{address} names no model that made it: it is no generated image, or was saved again without its PNG "
+        f"{address} names no model that made it: it is not a generated image, or was saved again without its PNG "
         "metadata; give the address that it was sampled to"
     )
 

@@ -165,9 +165,8 @@ class ScoringApp:
         try:
             answer = asyncio.get_running_loop().run_in_executor(self._threads, self._score, body, budget)
             while not (await asyncio.wait([answer], timeout=0.2))[0]:
-                if (
-                    self.ending.is_set()
-                ):  # in the middle of what does not ask the budget, such as the decoding of an image
+                # Not all work asks the budget: the decoding of an image does not.
+                if self.ending.is_set():
                     raise StoppedError("the server ends")
             return answer.result()
         finally:
@@ -178,7 +177,7 @@ class ScoringApp:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
             raise RefusedRequestError(f"only JSON is read here: send it with Content-Type: {JSON}", 415)
         body, limit = bytearray(), self.limits.max_request_bytes
-        most_unanswered = (self.limits.max_waiting_requests + 1) * limit
+        max_unanswered = (self.limits.max_waiting_requests + 1) * limit
 
         def forget() -> None:
             self._unanswered_bytes -= len(body)
@@ -194,7 +193,7 @@ class ScoringApp:
                 async for chunk in request.stream():
                     if len(body) + len(chunk) > limit:
                         raise too_large
-                    if self._unanswered_bytes + len(chunk) > most_unanswered:
+                    if self._unanswered_bytes + len(chunk) > max_unanswered:
                         raise BusyError("the requests that are sent at once are too large together: try again later")
                     body += chunk
                     self._unanswered_bytes += len(chunk)

@@ -103,7 +103,7 @@ def find(address: str, store: Store, bucket: str) -> SampleLocation:
         path = Path(address)
         if not path.is_file():
             raise UserError(
-                f"{address} is no file: give an image of a batch, or its address, s3://BUCKET/…/00000007.png"
+                f"{address} is not a file: give an image of a batch, or its address, s3://BUCKET/…/00000007.png"
             )
         return _locate_copy(address, path.read_bytes(), store, bucket)
     location = Location.parse(address)
@@ -234,7 +234,7 @@ def _read_row(store: Store, place: Location, batch: SamplingBatch, index: int) -
 
 
 def _read_texts(png: bytes) -> dict[str, str]:
-    """Read the metadata of ours in a PNG; empty if there is none."""
+    """Read Darkroom's metadata in a PNG; empty if it has none."""
     texts = {} if (image := _open_png(png)) is None else image.text
     return {name.removeprefix("darkroom:"): str(text) for name, text in texts.items() if name.startswith("darkroom:")}
 

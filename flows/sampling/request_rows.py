@@ -28,9 +28,9 @@ Row = tuple[str | None, str | None, str | None]
 def read_request_rows(source: Path, kind: str) -> Iterator[Row]:
     """Yield the rows of a table of that ``kind``: csv, jsonl or parquet."""
     if kind not in KINDS:
-        raise UserError(f"{source} is no table of requests: give one that ends in .csv, .jsonl or .parquet")
+        raise UserError(f"{source} is not a table of requests: give one that ends in .csv, .jsonl or .parquet")
     if not source.is_file():
-        raise UserError(f"{source} is no file: give a table of requests, with a row for each image")
+        raise UserError(f"{source} is not a file: give a table of requests, with a row for each image")
     has_value = False
     with nullcontext() if kind == "parquet" else open_text(source) as lines:
         entries = _parquet(source) if lines is None else records(lines, str(source))
@@ -50,8 +50,8 @@ def read_request_rows(source: Path, kind: str) -> Iterator[Row]:
 def _require_columns(names: Iterable[str], place: str) -> None:
     if unknown_names := sorted(set(map(str, names)) - set(COLUMNS)):
         raise UserError(
-            f"{place}: {unknown_names[0]!r} is no column of a request table: the columns are {', '.join(COLUMNS)}, or "
-            "some of these"
+            f"{place}: {unknown_names[0]!r} is not a column of a request table: the columns are {', '.join(COLUMNS)}, "
+            "or some of these"
         )
 
 

@@ -102,7 +102,7 @@ def check_zip(path: Path) -> None:
 
 
 def keep_zip(path: Path, name: str) -> Path:
-    """Move an uploaded zip to where a worker reads it, now and in later retrainings; its name has its digest."""
+    """Copy an uploaded zip to where workers read it, now and in later retrainings, under a name with its digest."""
     target = (UPLOADS / f"{name}-{sha256_file(path)[:12]}.zip").absolute()
     if not target.exists():
         write_atomically(target, lambda partial: shutil.copyfile(path, partial))

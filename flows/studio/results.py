@@ -135,7 +135,7 @@ class Results:
         place = [self.history, self.position]
 
         def select(history: list[Batch], position: tuple[int, int], event: gr.SelectData) -> list[Any]:
-            # By number in our own list: a path from the browser could name any file.
+            # By its number in the list kept here: a path from the browser could name any file.
             batch = history[position[0]]
             number = int(event.index)
             fields = batch.fields_of(number) if batch.title else {}

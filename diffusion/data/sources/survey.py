@@ -6,7 +6,6 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +18,7 @@ from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
 from diffusion.common.files import write_atomically
+from diffusion.data.ingest.chunks import digest_payload
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import TURNED, UnusableEntryError, ignore_pillow_warnings
 from diffusion.data.sources import open_source
@@ -163,7 +163,7 @@ def survey(
     table = find_captions(Path(config.source)) if not captions and Path(config.source).is_dir() else None
     if not count:
         raise UserError(f"no images in {config.source}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images")
-    sizes, is_coloured, digests = list[tuple[int, int]](), False, Counter[bytes]()
+    sizes, is_coloured, digests = list[tuple[int, int]](), False, Counter[str]()
     ignore_pillow_warnings()
     for payload in source.read([entry for _, entry in sorted(sample)]):
         if isinstance(payload, UnusableEntryError):
@@ -172,7 +172,7 @@ def survey(
             with payload if isinstance(payload, Image.Image) else Image.open(io.BytesIO(payload)) as image:
                 is_turned = image.getexif().get(Base.Orientation, 1) in TURNED
                 sizes.append(image.size[::-1] if is_turned else image.size)
-                digests[sha256(payload if isinstance(payload, bytes) else image.tobytes()).digest()] += 1
+                digests[digest_payload(payload)] += 1
                 if image.width * image.height > config.max_pixels:
                     continue
                 show(image)

@@ -11,10 +11,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import psutil
@@ -167,6 +167,81 @@ def test_a_slow_request_is_dropped(post: Post, monkeypatch: pytest.MonkeyPatch) 
     assert post(drip()).status_code == 408
 
 
+async def drip_spaces() -> AsyncIterator[bytes]:
+    while True:
+        yield b" " * 100
+        await asyncio.sleep(0.01)
+
+
+def send_beside(app: ScoringApp, slow: int, beside: Callable[[httpx.AsyncClient], Awaitable[httpx.Response]]) -> int:
+    """Status of a request that is sent while ``slow`` others send their bodies without end."""
+
+    async def run() -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            senders = [
+                asyncio.create_task(client.post("/invocations", content=drip_spaces(), headers=JSON))
+                for _ in range(slow)
+            ]
+            await asyncio.sleep(0.2)
+            try:
+                return (await beside(client)).status_code
+            finally:
+                for sender in senders:
+                    sender.cancel()
+
+    return asyncio.run(run())
+
+
+def test_bodies_that_do_not_arrive_take_no_place_in_the_queue(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DARKROOM_MAX_WAITING_REQUESTS", "1")
+    model = ServedModel()
+    model.use(load_model(weights), SAMPLING)
+    row = {"dataframe_records": [{"seed": 1}]}
+    assert send_beside(ScoringApp(model), 5, lambda client: client.post("/invocations", json=row)) == 200
+
+
+def test_bodies_that_arrive_at_once_have_a_limit_of_bytes(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DARKROOM_MAX_WAITING_REQUESTS", "1")
+    monkeypatch.setenv("DARKROOM_MAX_REQUEST_BYTES", "1024")
+    model = ServedModel()
+    model.use(load_model(weights), SAMPLING)
+
+    async def body(seconds: float) -> AsyncIterator[bytes]:
+        yield b" " * 900
+        await asyncio.sleep(seconds)  # that each is answered before the next one may wait for its turn
+
+    async def run() -> list[int]:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(ScoringApp(model)), base_url="http://localhost"
+        ) as client:
+            posts = [client.post("/invocations", content=body(0.5 + number), headers=JSON) for number in range(3)]
+            return sorted(answer.status_code for answer in await asyncio.gather(*posts))
+
+    assert asyncio.run(run()) == [400, 400, 429]
+
+
+def test_a_server_that_ends_answers_in_the_middle_of_a_decode(
+    served: ServedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, begun = ScoringApp(served), threading.Event()
+
+    def decode(*_: object) -> NoReturn:
+        begun.set()
+        time.sleep(5)
+        raise AssertionError
+
+    monkeypatch.setattr(served, "answer", decode)
+
+    async def beside(client: httpx.AsyncClient) -> httpx.Response:
+        answer = asyncio.create_task(client.post("/invocations", json={"dataframe_records": [{"seed": 1}]}))
+        await asyncio.to_thread(begun.wait)
+        app.ending.set()
+        async with asyncio.timeout(3):
+            return await answer
+
+    assert send_beside(app, 0, beside) == 503
+
+
 @contextmanager
 def serving(weights: Path, **variables: str) -> Iterator[tuple[psutil.Process, str]]:
     """A server process for a model file, and its address."""
@@ -248,6 +323,15 @@ def test_a_deadline_and_a_full_queue_are_errors_of_their_own(weights: Path) -> N
         assert time.monotonic() < begun + 15
         assert sorted(statuses) == [429, 504, 504]
         assert ask(url, {"seed": 1}).status_code == 200
+
+
+@pytest.mark.slow
+def test_a_connection_without_a_request_is_closed(weights: Path) -> None:
+    with (
+        serving(weights) as (_, url),
+        socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=60) as connection,
+    ):
+        assert connection.recv(1) == b""
 
 
 @pytest.mark.slow

@@ -133,9 +133,9 @@ def test_chosen_guidance_applies_to_tables_whose_every_row_is_conditional_and_au
         (
             "t.csv",
             "label,seed\neven,3\n",
-            r"record 1: 'seed' is no column .*: the columns are label, prompt, size",
+            r"record 1: 'seed' is not a column .*: the columns are label, prompt, size",
         ),
-        ("t.jsonl", '{"label": "odd"}\n{"text": "x"}\n', r"record 2: 'text' is no column of a request table"),
+        ("t.jsonl", '{"label": "odd"}\n{"text": "x"}\n', r"record 2: 'text' is not a column of a request table"),
         ("t.csv", "label\nodd\nodder\n", r"record 2: the model knows no class 'odder': use one of even, odd"),
         ("t.csv", "prompt\na red bird\n", r"record 1: the model was trained without captions"),
         ("t.csv", "label\n", "asks for nothing"),

@@ -1,8 +1,10 @@
 """The studio's server: it answers its own pages and programs, and changes the registry for the page that asked."""
 
 import json
+import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import httpx
@@ -12,6 +14,7 @@ from mlflow.client import MlflowClient
 from diffusion.common.errors import ConflictError, UserError
 from diffusion.process.samplers import sampling_config
 from flows.environment import settings
+from flows.local_stack import http_protocol
 from flows.registry.model_versions import Version
 from tests.builders.small_models import write_model
 from tests.builders.studio_client import PASSWORD, USER, logged_in, named, trigger
@@ -46,6 +49,12 @@ def address(source: Source) -> Iterator[str]:
     page = build(source)
     yield launch(page, PASSWORD)
     page.close(verbose=False)
+
+
+def test_a_connection_without_a_request_is_closed(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "HEADER_SECONDS", 0.5)
+    with socket.create_connection(("127.0.0.1", urlsplit(address).port or 0), timeout=60) as connection:
+        assert connection.recv(1) == b""
 
 
 @pytest.mark.parametrize("headers", FOREIGN, ids=str)
