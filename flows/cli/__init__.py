@@ -112,6 +112,9 @@ def main() -> None:
     except DarkroomError as error:
         _end_by_signal(error)
         _fail(FULL_DISK_ERROR if error.exit_code == 1 and is_full_disk(error) else str(error), error.exit_code)
+    except KeyboardInterrupt:
+        # It came where typer does not expect it, which ends a command in this way elsewhere.
+        sys.exit(128 + signal.SIGINT)
     except typer.Abort:
         _fail("aborted", 1)
     except USAGE_ERROR as error:

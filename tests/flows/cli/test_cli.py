@@ -174,6 +174,18 @@ def test_an_answer_that_has_no_room_is_one_line(tmp_path: Path) -> None:
     assert (process.returncode, "a disk is full: free some space" in line) == (1, True)
 
 
+def test_an_interrupt_before_a_command_begins_shows_no_traceback(tmp_path: Path) -> None:
+    program = """
+import signal
+import flows.cli
+
+flows.cli.app = lambda **_: signal.raise_signal(signal.SIGINT)
+flows.cli.main()
+"""
+    process = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (process.returncode, process.stderr) == (130, "")
+
+
 def test_what_becomes_of_a_signal_in_prefects_engine_ends_by_the_signal(tmp_path: Path) -> None:
     program = """
 import flows.cli
