@@ -16,13 +16,8 @@ from diffusion.common.random import GaussianNoise
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.evaluator import count_gflop
 from diffusion.evaluation.metrics.held_out_loss import measure_losses
-from diffusion.families.autoregressive import AutoregressiveModel, bits_of_pixels
-from diffusion.families.model import to_float, to_uint8
-from diffusion.generation.config import Conditions
-from diffusion.generation.explain import explain
-from diffusion.generation.generate import interpolate, sample
-from diffusion.generation.requests import tasks_of
-from diffusion.models.autoregressive import (
+from diffusion.families.autoregressive.model import AutoregressiveModel, bits_of_pixels
+from diffusion.families.autoregressive.network import (
     PixelCNN,
     PixelSampler,
     log_probability,
@@ -30,7 +25,12 @@ from diffusion.models.autoregressive import (
     sample_images,
     sample_pixels,
 )
-from diffusion.models.config import AutoregressiveConfig
+from diffusion.families.config import AutoregressiveConfig
+from diffusion.families.model import to_float, to_uint8
+from diffusion.generation.config import Conditions
+from diffusion.generation.explain import explain
+from diffusion.generation.generate import interpolate, sample
+from diffusion.generation.requests import tasks_of
 from diffusion.process.editing import Edit
 from diffusion.process.samplers import sampling_config
 from diffusion.training.logging import read_metrics

@@ -16,14 +16,14 @@ from diffusion.common.random import GaussianNoise
 from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.metrics.held_out_loss import measure_losses, summarize_losses
-from diffusion.families.gan import GANModel, RelativisticObjective, gradient_penalties
+from diffusion.families.config import GANConfig
+from diffusion.families.gan.model import GANModel, RelativisticObjective, gradient_penalties
+from diffusion.families.gan.network import AUGMENTING, Discriminator, Generator, augment
 from diffusion.families.model import TrainingBatch, to_uint8
 from diffusion.generation.config import Conditions
 from diffusion.generation.explain import explain
 from diffusion.generation.generate import interpolate, sample
 from diffusion.generation.requests import tasks_of
-from diffusion.models.config import GANConfig
-from diffusion.models.gan import AUGMENTING, Discriminator, Generator, augment
 from diffusion.process.editing import Edit
 from diffusion.training.checkpointing import Checkpoints
 from diffusion.training.config import TrainingConfig

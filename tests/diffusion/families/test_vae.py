@@ -20,14 +20,14 @@ from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
 from diffusion.evaluation.metrics.distances import compute_moments, frechet_distance
 from diffusion.evaluation.metrics.pixel_metrics import ssim
+from diffusion.families.config import ModelConfig, VAEConfig
 from diffusion.families.model import to_float, to_uint8
-from diffusion.families.vae import VAEModel
+from diffusion.families.vae import network as vae
+from diffusion.families.vae.model import VAEModel
 from diffusion.generation.config import Conditions, make_request
 from diffusion.generation.explain import explain
 from diffusion.generation.generate import interpolate, reconstruct_images, sample
 from diffusion.generation.requests import answer, tasks_of
-from diffusion.models import vae
-from diffusion.models.config import ModelConfig, VAEConfig
 from diffusion.process.editing import Edit
 from diffusion.training.ema import models_to_evaluate
 from diffusion.training.logging import read_metrics

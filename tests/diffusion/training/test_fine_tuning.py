@@ -24,11 +24,12 @@ from diffusion.data.ingest.ingest import encodings_folder, forget_encodings
 from diffusion.data.latents import LatentCache
 from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
-from diffusion.families.model import ConditioningBatch, Origin, to_float
-from diffusion.families.pretrained import PretrainedModel
+from diffusion.families.config import DiffusersConfig
+from diffusion.families.header import Origin
+from diffusion.families.model import ConditioningBatch, to_float
+from diffusion.families.pretrained.model import PretrainedModel
 from diffusion.generation.config import Conditions
 from diffusion.generation.generate import make_conditioning, prompt_embeddings, sample
-from diffusion.models.config import DiffusersConfig
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import SINGLE_PROCESS
