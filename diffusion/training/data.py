@@ -93,7 +93,8 @@ def encode_latents(
     latents of rows of the data set.
     """
     if readers is None:
-        return partial(_zero_latents, dataset, model.noise_shape)
+        _, height, width = dataset.shape
+        return partial(_zero_latents, dataset, model.with_size((height, width)).noise_shape)
     device = resolve_device(config.device)
     on_device = model.to(device)
 

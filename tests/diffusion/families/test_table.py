@@ -6,9 +6,19 @@ from pathlib import Path
 import pytest
 
 from diffusion.families import family_of
-from diffusion.families.config import FAMILIES, FamilyConfig
+from diffusion.families.config import (
+    FAMILIES,
+    FamilyConfig,
+    ModelConfig,
+    effective_sampling,
+    sampling_conflict,
+    training_conflict,
+)
 from diffusion.families.pretrained.config import PIPELINES
 from diffusion.presets import complete_from_preset
+from diffusion.process.samplers import sampling_config
+from diffusion.training.config import TrainingConfig
+from diffusion.training.identity import identity_fields
 
 ROOT = Path(__file__).parents[3] / "diffusion"
 
@@ -20,10 +30,40 @@ def test_model_class_lies_in_the_folder_of_its_configuration(config: FamilyConfi
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_presets_of_families_are_valid(name: str) -> None:
-    from diffusion.training.config import TrainingConfig
-
     sections = complete_from_preset({"model": {"family": name}}, "fast")
     TrainingConfig.model_validate(sections.get("training", {}))
+
+
+@pytest.mark.parametrize(
+    ("family", "setting"),
+    [
+        *((family, {"weighting": "plain"}) for family in ("vae", "gan", "autoregressive")),
+        ("vae", {"learned_uncertainty": True}),
+        ("vae", {"gradient_checkpointing": True}),
+        ("vae", {"condition_dropout": 0.2}),
+        ("gan", {"keep_best": 2}),
+        ("gan", {"gradient_checkpointing": True}),
+        ("gan", {"init_from": "runs/digits/final.safetensors"}),
+        ("autoregressive", {"timestep_sampling": "uniform"}),
+        *(("diffusers", setting) for setting in ({"optimizer": "adamw"}, {"guide": None})),
+    ],
+)
+def test_training_settings_without_effect_are_named(family: str, setting: dict[str, object]) -> None:
+    words = f"training.{next(iter(setting))} means nothing to model.family = {family}: leave it out"
+    config = TrainingConfig.model_validate(setting)
+    assert training_conflict(FAMILIES[family](), config) == words
+    assert training_conflict(ModelConfig(), config) is None
+    assert next(iter(setting)) not in identity_fields(config, FAMILIES[family]())
+
+
+@pytest.mark.parametrize("family", ["vae", "gan", "autoregressive"])
+@pytest.mark.parametrize("setting", [{"steps": 20}, {"sampler": "heun"}, {"guidance": 3.0}, {"autoguidance": 2.0}])
+def test_sampling_settings_without_effect_are_named(family: str, setting: dict[str, object]) -> None:
+    model, sampling = FAMILIES[family](), sampling_config(compute_batch=8, **setting)
+    words = f"sampling.{next(iter(setting))} means nothing to model.family = {family}: leave it out"
+    assert sampling_conflict(model, sampling) == words
+    assert effective_sampling(model, sampling) == sampling_config(compute_batch=8)
+    assert effective_sampling(ModelConfig(), sampling) == sampling
 
 
 def test_training_asks_for_no_family() -> None:

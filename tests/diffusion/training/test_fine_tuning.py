@@ -137,7 +137,7 @@ def test_denoiser_alone_is_trained_and_resumes_bit_for_bit(
     begun, model = load_model(base), load_model(whole.final)
     assert isinstance(model, PretrainedModel)
     assert isinstance(begun, PretrainedModel)
-    denoiser = f"{begun.config.denoiser_name}."
+    denoiser = f"{begun.config.imported.denoiser_name}."
     assert {name.removeprefix("ema.").split(".")[0] + "." for name in tensors} == {denoiser}
     before = begun.network.state_dict()
     changed_names = {name for name, value in model.network.state_dict().items() if not torch.equal(value, before[name])}
@@ -392,8 +392,8 @@ def test_exported_pipeline_has_what_was_trained(
     assert set(export.files) == {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     pipe, model = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipeline"), load_model(final)
     assert isinstance(model, PretrainedModel)
-    ours = model.network.component(model.config.denoiser_name).state_dict()
-    theirs = getattr(pipe, model.config.denoiser_name).state_dict()
+    ours = model.network.component(model.config.imported.denoiser_name).state_dict()
+    theirs = getattr(pipe, model.config.imported.denoiser_name).state_dict()
     assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
     with pytest.raises(UserError, match="--to diffusers"):
         export_adapter(final, tmp_path / "adapter")
