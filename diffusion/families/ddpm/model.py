@@ -62,12 +62,12 @@ class DDPMModel(DiffusionModel):
         return cls(header, network, make_schedule(header.model, shape), autoencoder).with_size(None)
 
     @classmethod
-    def text_encoder(cls, config: ModelConfig) -> TextEncoder | None:  # type: ignore[override]
+    def text_encoder(cls, config: ModelConfig) -> TextEncoder | None:
         """Name the encoder of the captions."""
         return ENCODER if config.text else None
 
     @classmethod
-    def data_mean(cls, config: ModelConfig, mean: Sequence[float]) -> tuple[float, ...] | None:  # type: ignore[override]
+    def data_mean(cls, config: ModelConfig, mean: Sequence[float]) -> tuple[float, ...] | None:
         """Work around the mean of the images: where there are no latents, nor small images."""
         return tuple(mean) if config.autoencoder is None and config.low_resolution is None else None
 
