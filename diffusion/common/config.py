@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
@@ -28,18 +28,18 @@ def classes_in(namespace: Mapping[str, object], base: type[Kind]) -> tuple[type[
 
 
 @dataclass(frozen=True)
-class OneOf:
+class OneOf(Generic[Kind]):
     """Annotation of a base class: values are of one of ``kinds``, chosen by the field ``key``.
 
     The default of that field is the name of a kind, and ``default`` is chosen where it is left out.
     """
 
     key: str
-    kinds: tuple[type[Config], ...]
+    kinds: tuple[type[Kind], ...]
     default: str
 
     @property
-    def by_name(self) -> dict[str, type[Config]]:
+    def by_name(self) -> dict[str, type[Kind]]:
         """The kinds by their names."""
         return {str(kind.model_fields[self.key].default): kind for kind in self.kinds}
 

@@ -213,7 +213,7 @@ def activation_size(setup: TrainingSetup, network: nn.Module) -> int:
     """
     dataset = setup.dataset
     height, width = max(dataset.shapes, key=math.prod)
-    shape = (dataset.manifest.channels, height, width)
+    shape: tuple[int, int, int] = (dataset.manifest.channels, height, width)
     if setup.autoencoder is not None:
         shape = latent_shape(setup.autoencoder.space.autoencoder, height, width)
     with torch.device("meta"), PeakMemory() as memory:

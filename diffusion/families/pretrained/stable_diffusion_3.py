@@ -71,9 +71,11 @@ class StableDiffusion3Pipeline(Pipeline):
 
     def inputs(self, network: PipelineNetwork, label: Tensor | None, text: Tensor | None) -> dict[str, Any]:
         """Make the states that the transformer attends to, and the pooled ones that modulate it."""
+        import torch
+
         assert text is not None
         pooled, width = (self.denoiser.config[name] for name in ("pooled_projection_dim", "joint_attention_dim"))
         return {
-            "encoder_hidden_states": text[:, :-pooled].unflatten(1, (-1, width)),
+            "encoder_hidden_states": torch.unflatten(text[:, :-pooled], 1, (-1, width)),
             "pooled_projections": text[:, -pooled:],
         }
