@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusion.common.random import GaussianNoise, uniform
-from diffusion.families import ddpm
+from diffusion.families.ddpm import model as ddpm
+from diffusion.families.ddpm.network import UNet
 from diffusion.families.model import Conditioning, TrainingBatch
-from diffusion.models.unet import UNet
 
 PROBABILITY = 0.12
 """Of each transformation."""
@@ -86,8 +86,8 @@ class AugmentedObjective(ddpm.DenoisingObjective):
 
 def main() -> None:
     replaced = {
-        "diffusion.families.ddpm.UNet": AugmentedUNet,
-        "diffusion.families.ddpm.DenoisingObjective": AugmentedObjective,
+        "diffusion.families.ddpm.model.UNet": AugmentedUNet,
+        "diffusion.families.ddpm.model.DenoisingObjective": AugmentedObjective,
     }
     compare(__doc__, "as-they-are", "augmented", replaced)
 

@@ -18,11 +18,10 @@ from diffusion.data.dataset import Dataset
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.features.feature_extractor import make_extractor
 from diffusion.evaluation.metrics.distances import compute_kid, compute_moments, frechet_distance
+from diffusion.families.config import ModelConfig
 from diffusion.generation.generate import sample
-from diffusion.models.config import ModelConfig
 from diffusion.process.samplers import SamplingConfig, sampling_config
-from diffusion.training.config import DistillationConfig, TrainingConfig
-from diffusion.training.setup import student_training
+from diffusion.training.config import DistillationConfig, TrainingConfig, student_training
 from diffusion.training.train import train
 
 

@@ -21,7 +21,7 @@ from diffusion.common.threads import cores
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.ranking import Ranking, rank_models
 from diffusion.evaluation.reports.ranking_report import Column, cost_columns, findings, metric_columns
-from diffusion.models.config import FAMILIES
+from diffusion.families.config import FAMILIES
 from flows.config import load_params
 
 PAGE = Path(__file__).parents[1] / "docs" / "comparison.md"

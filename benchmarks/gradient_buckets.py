@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from diffusion.models.config import ModelConfig
-from diffusion.models.unet import UNet
+from diffusion.families.config import ModelConfig
+from diffusion.families.ddpm.network import UNet
 from diffusion.presets import preset
 from diffusion.training.distributed import GradientReducer
 

@@ -26,7 +26,7 @@ from diffusion.common.image_grids import make_grid, save_png
 from diffusion.common.random import GaussianNoise
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
-from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.diffusion_model import DiffusionModel
 from diffusion.families.model import to_float, to_uint8
 from diffusion.process.denoiser import clip_estimates
 from diffusion.process.editing import fill_hole, pigdm, repaint, replace_known

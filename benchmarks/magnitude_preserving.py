@@ -26,8 +26,8 @@ from torch.nn import functional
 import diffusion
 from diffusion.checkpoints import load_model
 from diffusion.data.dataset import Dataset
+from diffusion.families.ddpm import network as unet
 from diffusion.generation.generate import sample
-from diffusion.models import unet
 from diffusion.process.samplers import sampling_config
 
 RESIDUAL = 0.3
@@ -133,8 +133,10 @@ LAYERS = (ResidualBlock, SelfAttention, Downsample, Upsample)
 
 
 def main() -> None:
-    replaced: dict[str, type[nn.Module]] = {f"diffusion.models.unet.{layer.__name__}": layer for layer in LAYERS}
-    replaced["diffusion.models.unet.normalisation"] = Normalisation
+    replaced: dict[str, type[nn.Module]] = {
+        f"diffusion.families.ddpm.network.{layer.__name__}": layer for layer in LAYERS
+    }
+    replaced["diffusion.families.ddpm.network.normalisation"] = Normalisation
     compare(__doc__, "group-norm", "magnitude-preserving", replaced)
 
 

@@ -11,8 +11,8 @@ import torch
 
 from diffusion.common.fingerprint import autocast
 from diffusion.common.threads import cores
-from diffusion.models.config import ModelConfig
-from diffusion.models.unet import UNet
+from diffusion.families.config import ModelConfig
+from diffusion.families.ddpm.network import UNet
 from diffusion.presets import PresetName, preset
 from diffusion.training.preflight import count_flops
 

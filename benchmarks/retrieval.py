@@ -23,9 +23,9 @@ from diffusion.checkpoints import load_model
 from diffusion.common.image_grids import make_grid, save_png
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
+from diffusion.families.text_encoder import encoder
 from diffusion.generation.config import Conditions
 from diffusion.generation.generate import sample
-from diffusion.models.text_encoder import encoder
 from flows.config import load_params
 
 FEATURES_AT = 128

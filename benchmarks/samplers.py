@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion.checkpoints import load_model
 from diffusion.common.random import GaussianNoise
-from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.diffusion_model import DiffusionModel
 from diffusion.generation.generate import make_conditioning
 from diffusion.process.samplers import SamplingConfig, sampling_config
 

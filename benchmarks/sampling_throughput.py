@@ -31,7 +31,7 @@ from diffusion.common.files import digest_of, sha256_file, write_json
 from diffusion.data.dataset import Dataset
 from diffusion.diffusers_format import DarkroomUNet
 from diffusion.diffusers_format.pipeline import scheduler_of
-from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.diffusion_model import DiffusionModel
 from diffusion.families.model import to_uint8
 from diffusion.generation.generate import sample
 from diffusion.process.samplers import SamplingConfig, sampling_config

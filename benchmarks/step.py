@@ -32,7 +32,7 @@ from diffusion.common.device import compute_deterministically, device_name, reso
 from diffusion.common.fingerprint import autocast, describe_precision, resolve_precision
 from diffusion.common.threads import cores, worker_threads
 from diffusion.data.dataset import Dataset
-from diffusion.models.config import ModelConfig
+from diffusion.families.config import ModelConfig
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import SINGLE_PROCESS

@@ -22,10 +22,10 @@ from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.config import EvaluationConfig
+from diffusion.families.config import FamilyConfig, sampling_conflict, training_conflict
 from diffusion.generation.config import Task, describe_diffusers_names, read_request
-from diffusion.models.config import FamilyConfig, training_conflict
 from diffusion.presets import PresetName, complete_from_preset
-from diffusion.process.samplers import SamplingConfig, sampling_config, sampling_conflict
+from diffusion.process.samplers import SamplingConfig, sampling_config
 from diffusion.training.config import TrainingConfig
 
 # Each function imports what it runs: torch takes seconds, and the evaluation has libraries of its own.
@@ -391,7 +391,7 @@ def train(
         >>> run = train("faces", minutes=10, model={"width": 64}, flip=True)
         >>> load(run.final).generate(count=4)
     """
-    from diffusion.training.train import discard
+    from diffusion.training.run_folder import discard
     from diffusion.training.train import train as train_model
 
     if preset not in get_args(PresetName):

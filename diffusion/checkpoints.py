@@ -19,13 +19,12 @@ from torch.overrides import TorchFunctionMode
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json, sha256_bytes, sha256_file, write_atomically
-from diffusion.common.model_files import METADATA_KEY, read_header
+from diffusion.common.model_files import METADATA_KEY, read_header, tensor_bytes
 from diffusion.families import family_of
-from diffusion.families.model import GUIDANCE_OPTIONS, Base, Model, ModelHeader
-from diffusion.models.config import DiffusersConfig, classes_of
-from diffusion.models.fine_tuning import tuned_weights
-from diffusion.models.pretrained import PipelineNetwork
-from diffusion.models.vae import Latents
+from diffusion.families.config import classes_of
+from diffusion.families.header import GUIDANCE_OPTIONS, Base, ModelHeader
+from diffusion.families.model import Model
+from diffusion.families.vae.network import Latents
 from diffusion.process.samplers import SamplingConfig
 
 AVERAGED = "ema."
@@ -42,7 +41,7 @@ PARTS = (AVERAGED, GUIDE, AUTOENCODER, CARRIED, FILES)
 """Prefixes of a final model's tensors."""
 CONTENT_SHA256 = "content_sha256"
 """Key of a file's header: SHA-256 over the rest of the header and all tensors."""
-LARGEST_FILES = 128 * 2**20
+MAX_FILES_BYTES = 128 * 2**20
 """Most bytes of all files of an imported pipeline that are no weights."""
 
 
@@ -140,11 +139,6 @@ def weights_digest(path: Path) -> str:
             digest.update(f"{prefix}{name} {tuple(value.shape)}".encode())
             digest.update(tensor_bytes(value))
     return f"sha256:{digest.hexdigest()}"
-
-
-def tensor_bytes(value: Tensor) -> memoryview:
-    """Return the bytes of a tensor of any type on the CPU, of which NumPy has no bfloat16."""
-    return value.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def export(checkpoint: Path, path: Path, sampling: SamplingConfig | None = None) -> str:
@@ -249,34 +243,29 @@ def load_model(path: Path) -> Model:
         except RuntimeError as error:  # torch's message is a page long; the cause is always the same
             raise mismatch from error
         module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    if isinstance(network := modules[AVERAGED], PipelineNetwork):
-        network.files = read_pipeline_files(path, header)
+    files = read_pipeline_files(path, header) if header.origin else {}
     model: Model = family_of(header.model).make_model(header, modules[AVERAGED], modules.get(AUTOENCODER))
-    return replace(model, guide=modules.get(GUIDE))
+    return replace(model.with_files(files), guide=modules.get(GUIDE))
 
 
 def _load_on_base(path: Path, header: ModelHeader, base: Model) -> Model:
     """Change the weights of ``base`` as the file at ``path`` says."""
-    base_config, classes = base.header.model, classes_of(header.model, header.class_histogram)
-    is_same = header.latents == base.header.latents and header.model == base_config and classes == base.classes
-    network = base.network
-    if isinstance(header.model, DiffusersConfig) and isinstance(base_config, DiffusersConfig):
-        # Training may use some of the classes of a pipeline.
-        is_same = header.model == base_config.model_copy(update={"class_ids": header.model.class_ids})
+    classes = classes_of(header.model, header.class_histogram)
     try:
-        if not is_same or header.square != base.header.square:
+        if header.latents != base.header.latents or header.square != base.header.square:
             raise ValueError
-        weights = tuned_weights(network, header.lora, read_tensors(path, AVERAGED))
+        # Training may use some of the classes of a pipeline.
+        model = base.select_classes(classes) if set(classes) <= set(base.classes) else base
+        if model.config != header.model or model.classes != classes:
+            raise ValueError
+        weights = base.tuned_weights(header.lora, read_tensors(path, AVERAGED))
     except ValueError as error:
         raise UserError(
             f"{path} does not fit the model that it names as its base: load it with the code that its version ships"
         ) from error
-    network.load_state_dict(weights, strict=False)
-    if isinstance(network, PipelineNetwork):
-        assert isinstance(header.model, DiffusersConfig)
-        network.set_classes(header.model)
+    model.network.load_state_dict(weights, strict=False)
     # The guide of the base knows nothing of what was trained.
-    return replace(base, header=header, guide=None).with_size(None)
+    return replace(model, header=header, guide=None).with_size(None)
 
 
 def read_shapes(path: Path) -> dict[str, list[int]]:
@@ -293,7 +282,7 @@ def match_tensors(header: ModelHeader, shapes: Mapping[str, list[int]]) -> dict[
     """
     with torch.device("meta"), _SkipInitialization():
         modules = _modules(header)
-    if isinstance(header.model, DiffusersConfig) and header.model.image_shape != header.square:
+    if header.model.image_shape not in (None, header.square):
         return None
     names: dict[str, str] = {}
     others = set(shapes)
@@ -316,8 +305,8 @@ def match_tensors(header: ModelHeader, shapes: Mapping[str, list[int]]) -> dict[
 def read_pipeline_files(path: Path, header: ModelHeader) -> dict[str, bytes]:
     """Read the files of an imported pipeline that are no weights, by path; raises UserError if one is damaged."""
     shapes = {name: shape for name, shape in read_shapes(path).items() if name.startswith(FILES)}
-    if sum(math.prod(shape) for shape in shapes.values()) > LARGEST_FILES:
-        raise UserError(f"{path} has over {LARGEST_FILES} bytes of files besides weights: import the pipeline again")
+    if sum(math.prod(shape) for shape in shapes.values()) > MAX_FILES_BYTES:
+        raise UserError(f"{path} has over {MAX_FILES_BYTES} bytes of files besides weights: import the pipeline again")
     files = {name: value.to(torch.uint8).numpy().tobytes() for name, value in read_tensors(path, FILES).items()}
     digests = {} if header.origin is None else header.origin.files
     for name, content in files.items():

@@ -19,15 +19,17 @@ from diffusion.curation.config import CurationConfig
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.gate import GateConfig
-from diffusion.models.config import FAMILIES, FamilyConfig, ModelConfig, shape_conflict, training_conflict
-from diffusion.presets import PresetName, complete_from_preset, preset
-from diffusion.process.samplers import (
-    SamplingConfig,
-    describe_error,
+from diffusion.families.config import (
+    FAMILIES,
+    FamilyConfig,
+    ModelConfig,
     effective_sampling,
-    sampling_config,
     sampling_conflict,
+    shape_conflict,
+    training_conflict,
 )
+from diffusion.presets import PresetName, complete_from_preset, preset
+from diffusion.process.samplers import SamplingConfig, describe_error, sampling_config
 from diffusion.training.config import DistillationConfig, TrainingConfig, earlier_runs
 
 DURATIONS = ("training.images", "training.minutes")

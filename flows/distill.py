@@ -4,8 +4,8 @@ from mlflow.client import MlflowClient
 from prefect import flow
 
 from diffusion.checkpoints import read_model_header
-from diffusion.families.model import ModelHeader
-from diffusion.training.setup import student_training
+from diffusion.families.header import ModelHeader
+from diffusion.training.config import student_training
 from flows.config import Params
 from flows.deployment.tasks import retryable_task
 from flows.evaluate import evaluate

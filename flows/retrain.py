@@ -188,9 +188,9 @@ def retrain(
 
         from diffusion.evaluation.config import require_enough
         from diffusion.evaluation.evaluate import advise_longer, describe_kid
+        from diffusion.families.config import classes_of
         from diffusion.generation.config import check_conditions
         from diffusion.generation.generate import check_prompts
-        from diffusion.models.config import classes_of
         from flows.evaluate import evaluate
         from flows.promote import last_comparison, promote
         from flows.registry.dependencies import require_promotable

@@ -24,7 +24,7 @@ from diffusion.evaluation.evaluate import REAL_GRID, grid_name
 from diffusion.evaluation.ranking import RANKING, Ranking, rank_evaluations, rank_models
 from diffusion.evaluation.reports.ranking_report import PAGE, findings, training_charts, write_ranking_report
 from diffusion.evaluation.results import Evaluation
-from diffusion.models.config import FAMILIES
+from diffusion.families.config import FAMILIES
 from flows.config import SECTIONS, SWEEPS, Combination, Params, combinations, family_variants, format_settings
 from flows.deployment.tasks import artifact_key, retryable_task
 from flows.evaluate import evaluate

@@ -12,10 +12,11 @@ from diffusion.common.device import resolve_device
 from diffusion.common.errors import UserError
 from diffusion.common.model_files import read_header
 from diffusion.data.manifest import Manifest, read_manifest
+from diffusion.training.identity import data_digest, identity_fields, train_key, with_digests
 from diffusion.training.logging import METRICS_BUFFER, RESTARTED, read_metrics
 from diffusion.training.preflight import PREFLIGHT
-from diffusion.training.setup import data_digest, identity_fields, train_key, with_digests
-from diffusion.training.train import Restart, TrainResult, discard
+from diffusion.training.run_folder import Restart, discard
+from diffusion.training.train import TrainResult
 from diffusion.training.train import train as train_model
 from flows.config import Params, flatten_sections
 from flows.datasets import dvc

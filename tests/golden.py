@@ -40,11 +40,11 @@ from diffusion.evaluation.comparison import compare_with_champion, distance_head
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.gate import ComparisonMetrics, CopyShare, Cost, GateConfig, decide
+from diffusion.families.config import AutoregressiveConfig, FamilyConfig, GANConfig, ModelConfig, VAEConfig
 from diffusion.generation.config import Conditions, make_request
 from diffusion.generation.generate import sample
 from diffusion.generation.requests import answer
-from diffusion.models.config import AutoregressiveConfig, FamilyConfig, GANConfig, ModelConfig, VAEConfig
-from diffusion.process.samplers import sampling_config
+from diffusion.process.samplers import sampling_config, with_sampler
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import train
 from flows.registry.ledger import Approval, Evidence, History, LedgerEntry
@@ -269,7 +269,7 @@ def generated_images(models: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
         "whole schedule": {"sampler": "ddim", "sigma_max": None, "sigma_min": None},
     }
     for name, options in samplers.items():
-        config = SAMPLING.with_sampler(options.get("sampler", name)).with_changes(options)
+        config = with_sampler(SAMPLING, options.get("sampler", name)).with_changes(options)
         yield f"sampler/{name}", digest_of_images(sample(ddpm, range(3, 9), 7, config))
     plain = sampling_config(compute_batch=8, precision="fp32")
     conditions = {
@@ -284,7 +284,7 @@ def generated_images(models: Mapping[str, Path]) -> Iterator[tuple[str, str]]:
     for name, what in conditions.items():
         config = plain if name in ("vae", "gan", "autoregressive") else SAMPLING
         if name == "ddpm learned variance":
-            config = SAMPLING.with_sampler("ddpm")
+            config = with_sampler(SAMPLING, "ddpm")
         yield f"family/{name}", digest_of_images(sample(load_model(models[name]), range(5), 1, config, conditions=what))
     files = request_files()
     hole = {"task": "inpaint", "image": files.image, "mask": files.mask}

@@ -1,6 +1,7 @@
 """Imports between the project's modules: none goes in a circle, those inside functions and by name included."""
 
 import ast
+import fnmatch
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,8 +34,10 @@ def imported_names(tree: ast.AST) -> Iterator[str]:
             assert node.module, "relative imports are not used here"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in BY_NAME:
-            assert isinstance(node.args[0], ast.Constant), f"cannot tell what {ast.unparse(node)} imports"
-            yield str(node.args[0].value)
+            parts = node.args[0].values if isinstance(node.args[0], ast.JoinedStr) else [node.args[0]]
+            name = "".join(str(part.value) if isinstance(part, ast.Constant) else "*" for part in parts)
+            assert name[:1] != "*", f"cannot tell what {ast.unparse(node)} imports"
+            yield name
 
 
 def import_graph() -> "networkx.DiGraph[str]":
@@ -45,9 +48,8 @@ def import_graph() -> "networkx.DiGraph[str]":
         importer = module_name(path)
         for imported in imported_names(ast.parse(path.read_text())):
             # What is imported from a module may be a module in it, or a name of it.
-            module = imported if imported in names else imported.rpartition(".")[0]
-            if module in names and module != importer:
-                graph.add_edge(importer, module)
+            matches = fnmatch.filter(names, imported) or {imported.rpartition(".")[0]} & names
+            graph.add_edges_from((importer, module) for module in matches if module != importer)
     return graph
 
 

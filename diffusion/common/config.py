@@ -1,9 +1,12 @@
 """Base class and shared types of the configuration models, which live beside the code they configure."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
 
 from diffusion.common.errors import UserError
 
@@ -12,6 +15,47 @@ class Config(BaseModel):
     """Base class of all configuration models: frozen, with unknown keys rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+Kind = TypeVar("Kind", bound=Config)
+
+
+def classes_in(namespace: Mapping[str, object], base: type[Kind]) -> tuple[type[Kind], ...]:
+    """List the classes below ``base`` that a module imports, given its ``globals()``: its imports are the table."""
+    return tuple(
+        kind for kind in namespace.values() if isinstance(kind, type) and issubclass(kind, base) and kind is not base
+    )
+
+
+@dataclass(frozen=True)
+class OneOf(Generic[Kind]):
+    """Annotation of a base class: values are of one of ``kinds``, chosen by the field ``key``.
+
+    The default of that field is the name of a kind, and ``default`` is chosen where it is left out.
+    """
+
+    key: str
+    kinds: tuple[type[Kind], ...]
+    default: str
+
+    @property
+    def by_name(self) -> dict[str, type[Kind]]:
+        """The kinds by their names."""
+        return {str(kind.model_fields[self.key].default): kind for kind in self.kinds}
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        names = [f"{name} (default)" if name == self.default else name for name in self.by_name]
+        return core_schema.tagged_union_schema(
+            {name: handler.generate_schema(kind) for name, kind in self.by_name.items()},
+            self._name_of,
+            custom_error_type=f"unknown_{self.key}",
+            custom_error_message=f"{self.key} is {', '.join(names[:-1])} or {names[-1]}",
+        )
+
+    def _name_of(self, fields: Any) -> str:
+        if isinstance(fields, BaseModel):
+            return str(getattr(fields, self.key, ""))
+        return str(fields.get(self.key, self.default)) if isinstance(fields, dict) else self.default
 
 
 LARGEST_EMA_STD = 0.28

@@ -1,12 +1,15 @@
 """Headers of model files, read without torch, which takes seconds to import."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from diffusion.common.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 METADATA_KEY = "darkroom"
 HEADER = TypeAdapter(dict[str, Any])
@@ -42,3 +45,10 @@ def read_header(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no model, or is damaged ({error}): {fix}") from error
     except (KeyError, ValidationError) as error:
         raise UserError(f"{path} has tensors of something else than a model of Darkroom: {fix}") from error
+
+
+def tensor_bytes(value: "Tensor") -> memoryview:
+    """Return the bytes of a tensor of any type on the CPU, of which NumPy has no bfloat16."""
+    import torch
+
+    return value.contiguous().reshape(-1).view(torch.uint8).numpy().data

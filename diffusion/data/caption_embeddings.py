@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,25 +20,10 @@ from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.data.ingest.ingest import encodings_folder, forget_encodings
 from diffusion.data.manifest import read_manifest
-from diffusion.models.text_encoder import ENCODER, WIDTH, encoder
+from diffusion.families.text_encoder import MINI_LM, CaptionEncoder
 
 CHUNK = 256
 """Captions embedded between two progress reports."""
-
-
-@dataclass(frozen=True)
-class CaptionEncoder:
-    """Encoder of captions as vectors of E numbers."""
-
-    digest: str
-    """SHA-256 of all that the vectors depend on."""
-    load: Callable[[], Callable[[str], Tensor]]
-    """Load the function from a caption to its vector, (E,); raises UserError if the encoder is unavailable."""
-    none: Tensor
-    """Vector of no caption, (E,)."""
-
-
-MINI_LM = CaptionEncoder(ENCODER.digest, lambda: encoder(), torch.zeros(WIDTH))
 
 
 @dataclass(frozen=True)

@@ -14,24 +14,22 @@ from diffusion.checkpoints import (
     read_model_header,
     read_pipeline_files,
     read_tensors,
-    tensor_bytes,
 )
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError, install_hint
 from diffusion.common.escaping import escape_markdown, python_literal
 from diffusion.common.files import sha256_file, sync_file, sync_folder, write_json
-from diffusion.families.ddpm import DiffusionModel
-from diffusion.families.model import ModelHeader
+from diffusion.common.model_files import tensor_bytes
+from diffusion.families.ddpm.model import DDPMModel
+from diffusion.families.fine_tuning import FACTORS
+from diffusion.families.header import ModelHeader
+from diffusion.families.pretrained.config import PIPELINES, DiffusersConfig
+from diffusion.families.pretrained.network import tensor_names
 from diffusion.generation.config import UNCONDITIONAL
 from diffusion.generation.generate import check_sampling, check_sampling_options
-from diffusion.models.config import DiffusersConfig
-from diffusion.models.fine_tuning import FACTORS
-from diffusion.models.pretrained import tensor_names
 from diffusion.process.samplers import SamplingConfig
 
 INDEX, ADAPTER = "model_index.json", "pytorch_lora_weights.safetensors"
-WITH_ADAPTERS = ("StableDiffusionPipeline", "StableDiffusion3Pipeline")
-"""Pipelines with ``load_lora_weights``."""
 OWN = "DarkroomPipeline"
 LOAD_WITH = f"{OWN}: load it by `from diffusion.diffusers_format import {OWN}`, which Darkroom's package has"
 """Name of the class in the index of a pipeline that diffusers does not have."""
@@ -78,7 +76,7 @@ def export_to_diffusers(
             run_id=run_id,
         )
     model = load_model(weights)
-    if not isinstance(model, DiffusionModel):
+    if not isinstance(model, DDPMModel):
         raise UserError(f"diffusers has no counterpart of a model of the family {model.config.family}: export another")
     for name in ("low_resolution", "autoencoder"):
         if getattr(model.config, name) is not None:
@@ -125,13 +123,14 @@ def export_adapter(weights: Path, folder: Path, version: str | None = None, run_
         raise UserError(
             f"{weights} has no low-rank matrices, as it was not trained with training.lora: use --to diffusers"
         )
-    if not isinstance(header.model, DiffusersConfig) or header.model.pipeline not in WITH_ADAPTERS:
+    if not isinstance(header.model, DiffusersConfig) or not header.model.imported.loads_adapters:
+        names = [name for name, pipeline in PIPELINES.items() if pipeline.loads_adapters]
         raise UserError(
-            f"only the pipelines {', '.join(WITH_ADAPTERS)} of diffusers load low-rank matrices: use --to diffusers, "
+            f"only the pipelines {', '.join(names)} of diffusers load low-rank matrices: use --to diffusers, "
             "which merges them"
         )
     result = ExportResult(
-        pipeline=header.model.pipeline,
+        pipeline=str(header.model.pipeline),
         files={},
         folder=folder,
         weights_sha256=sha256_file(weights),
@@ -212,7 +211,7 @@ def _digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}
 
 
-def readme(model: DiffusionModel, sampling: SamplingConfig, result: ExportResult, place: str) -> str:
+def readme(model: DDPMModel, sampling: SamplingConfig, result: ExportResult, place: str) -> str:
     """Write the README of an export at ``place``, a folder or OWNER/NAME on the Hub: usage, origin and limitations."""
     header, (channels, size, _) = model.header, model.shape
     if isinstance(header.model, DiffusersConfig):

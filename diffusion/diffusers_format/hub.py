@@ -17,12 +17,12 @@ from diffusion.common.hub import HubFile, Repository, hub_api, parse_hub_uri, re
 from diffusion.common.parsing import parse_json
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.diffusers_format.import_pipeline import INDEX, WEIGHTS
-from diffusion.families.model import Origin
+from diffusion.families.header import Origin
 
 CARD = "README.md"
 SMALL = re.compile(r"[\w-]+\.(json|txt)|(spiece|sentencepiece\.bpe|tokenizer)\.model")
 """Names of configurations and vocabularies."""
-LARGEST_SMALL = 64 * 2**20
+MAX_SMALL_BYTES = 64 * 2**20
 """Maximum bytes of such a file."""
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".msgpack", ".h5")
 SAMPLES = "samples/"
@@ -68,7 +68,7 @@ def download_pipeline(uri: str, folder: Path, progress: Progress = ignore_progre
 def _select_pipeline_files(repository: Repository) -> list[HubFile]:
     """Return the files of a pipeline; raises UserError for one that is incomplete without its pickles."""
     files = repository.files
-    if INDEX not in files or files[INDEX].size > LARGEST_SMALL:
+    if INDEX not in files or files[INDEX].size > MAX_SMALL_BYTES:
         single_files = ", ".join(path for path in files if path.endswith((".safetensors", *PICKLES)))[:200]
         raise UserError(
             f"{repository.uri} is no pipeline of diffusers: it has no {INDEX}"
@@ -102,8 +102,8 @@ def _select_pipeline_files(repository: Repository) -> list[HubFile]:
                 f"{component} of {repository.uri} has its weights only in {pickles[0]}, a pickle, which can run code: "
                 "use a repository or revision with safetensors"
             )
-    if excess := [path for path in sorted(paths) if ".safetensors" not in path and files[path].size > LARGEST_SMALL]:
-        raise UserError(f"{excess[0]} of {repository.uri} has over {LARGEST_SMALL} bytes: use another repository")
+    if excess := [path for path in sorted(paths) if ".safetensors" not in path and files[path].size > MAX_SMALL_BYTES]:
+        raise UserError(f"{excess[0]} of {repository.uri} has over {MAX_SMALL_BYTES} bytes: use another repository")
     return [files[path] for path in sorted(paths)]
 
 
@@ -207,7 +207,7 @@ def hub_card(
         samples: Paths of sample images.
         conditional: Whether the model is conditioned on prompts.
     """
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import ModelCardData
 
     matches = [re.match(r"hf://datasets/([^@?]+)@([0-9a-f]+)", source) for source in sources]
     base = re.match("hf://([^@]+)", origin.source) if origin is not None else None
@@ -219,19 +219,6 @@ def hub_card(
         and not metric.startswith(("real_baseline", "champion"))
     }
     task = "text-to-image" if conditional else "unconditional-image-generation"
-    results = [
-        EvalResult(
-            task_type=task,
-            dataset_type=datasets[0] if datasets else dataset,
-            dataset_name=dataset,
-            dataset_split="held out",
-            metric_type=metric,
-            metric_name=metric,
-            metric_value=value,
-            metric_args={"interval": [low, high], "confidence": 0.95},
-        )
-        for metric, (value, low, high) in intervals.items()
-    ]
     licence = licence or "unknown"
     is_known = LICENCES.fullmatch(licence.lower()) is not None
     front_matter = ModelCardData(
@@ -244,7 +231,7 @@ def hub_card(
         datasets=datasets or None,
         tags=["darkroom", "diffusion", task],
         model_name=name.rpartition("/")[2],
-        eval_results=results or None,
+        eval_results=_eval_results(task, datasets, dataset, intervals) or None,
     )
     parts = [f"---\n{front_matter.to_yaml()}\n---", body.strip()]
     if samples:
@@ -256,3 +243,24 @@ def hub_card(
         parts.append(f"## Evaluation\n\nOn held-out images of the data set {escape_markdown(dataset)}.\n\n{table}")
     parts.append(f"## Licence\n\n{escape_markdown(licence)}")
     return "\n\n".join(parts) + "\n"
+
+
+def _eval_results(
+    task: str, datasets: list[str], dataset: str, intervals: Mapping[str, tuple[float, float, float]]
+) -> list[Any]:
+    """List metrics with their 95 % intervals as the Hub has them."""
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=datasets[0] if datasets else dataset,
+            dataset_name=dataset,
+            dataset_split="held out",
+            metric_type=metric,
+            metric_name=metric,
+            metric_value=value,
+            metric_args={"interval": [low, high], "confidence": 0.95},
+        )
+        for metric, (value, low, high) in intervals.items()
+    ]

@@ -11,7 +11,7 @@ from diffusion.common.hub import Repository, parse_hub_uri
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.diffusers_format.hub import download_pipeline
 from diffusion.diffusers_format.import_pipeline import import_pipeline
-from diffusion.families.model import Origin
+from diffusion.families.header import Origin
 
 
 class ImportedFile(Config):

@@ -1,7 +1,7 @@
 """Import of pipelines that ``save_pretrained`` of diffusers wrote, as one model file.
 
 The folder is not trusted: nothing in it is unpickled or run, and all that is read is within limits. Only pipelines and
-components of the allow-list in ``diffusion.models.config`` are imported.
+components of the table in ``diffusion.families.pretrained.config`` are imported.
 """
 
 import math
@@ -16,15 +16,17 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from diffusion.checkpoints import AVERAGED, CARRIED, FILES, LARGEST_FILES, match_tensors, save_tensors
+from diffusion.checkpoints import AVERAGED, CARRIED, FILES, MAX_FILES_BYTES, match_tensors, save_tensors
 from diffusion.common.config import LARGEST_SIZE, LONGEST_NAME
 from diffusion.common.errors import UserError, install_hint
 from diffusion.common.files import digest_of, sha256_bytes, sha256_file
 from diffusion.common.hub import MAX_CARD, licence_of, read_front_matter
 from diffusion.common.model_files import LARGEST_HEADER
 from diffusion.common.parsing import parse_json
-from diffusion.families.model import ModelHeader, Origin
-from diffusion.models.config import GUIDANCE, PIPELINES, SCHEDULERS, Component, DiffusersConfig
+from diffusion.families.config import DiffusersConfig
+from diffusion.families.header import ModelHeader, Origin
+from diffusion.families.pretrained.config import PIPELINES
+from diffusion.families.pretrained.pipeline import SCHEDULERS, Component
 
 INDEX = "model_index.json"
 OWN_NETWORK = "DarkroomUNet"
@@ -36,9 +38,7 @@ CARRIED_COMPONENTS = {
     "image_encoder": ("transformers", "CLIPVisionModelWithProjection"),
 }
 """Library and class of components that stay in the file for an export, and are not run."""
-RENAMED = {("DiTPipeline", "Transformer2DModel"): "DiTTransformer2DModel"}
-"""Classes by the names that they had in pipelines of older versions of diffusers, with which the DiT was published."""
-LARGEST_JSON = 2**20
+MAX_JSON_BYTES = 2**20
 """Largest configuration file, in bytes; those of tokenizers may be as large as all files together."""
 WEIGHTS = re.compile(
     r"(diffusion_pytorch_model|model)(\.(?P<variant>\w+))?(-\d{5}-of-\d{5})?"
@@ -131,9 +131,9 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
             )
         if place.suffix != ".safetensors":
             total += place.stat().st_size
-            if total > LARGEST_FILES:
+            if total > MAX_FILES_BYTES:
                 raise UserError(
-                    f"{folder} has over {LARGEST_FILES} bytes besides weights ({name}): remove what is no part"
+                    f"{folder} has over {MAX_FILES_BYTES} bytes besides weights ({name}): remove what is no part"
                 )
         yield name, place
 
@@ -141,8 +141,8 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
 def _read_json(folder: Path, name: str, files: dict[str, Path]) -> dict[str, Any]:
     if name not in files:
         raise UserError(f"{folder / name} is not there: save the pipeline again")
-    if files[name].stat().st_size > LARGEST_JSON:
-        raise UserError(f"{folder / name} has over {LARGEST_JSON} bytes, which no configuration has: save it again")
+    if files[name].stat().st_size > MAX_JSON_BYTES:
+        raise UserError(f"{folder / name} has over {MAX_JSON_BYTES} bytes, which no configuration has: save it again")
     try:
         value = parse_json(files[name].read_bytes())
     except ValueError as error:
@@ -166,14 +166,15 @@ def _components(folder: Path, index: dict[str, Any], files: dict[str, Path]) -> 
     if not isinstance(pipeline, str) or pipeline not in PIPELINES:
         shown_name = str(pipeline)[:LONGEST_NAME]
         raise UserError(f"{folder} is a {shown_name}, which is not supported: one of {', '.join(PIPELINES)} is")
-    components = {**PIPELINES[pipeline], "scheduler": SCHEDULERS}
+    spec = PIPELINES[pipeline]
+    components = {**spec.kinds, "scheduler": SCHEDULERS}
     for name, value in index.items():
         if name.startswith("_") or not isinstance(value, list):
             continue
         if value in ([None, None], []):
             continue
         library, kind = (str(word)[:LONGEST_NAME] for word in value) if len(value) == 2 else ("", "")
-        kind = RENAMED.get((pipeline, kind), kind)
+        kind = spec.renamed.get(kind, kind)
         if name in CARRIED_COMPONENTS:
             carried_library, kinds = CARRIED_COMPONENTS[name]
             if library != carried_library or kind not in ([kinds] if isinstance(kinds, str) else kinds):
@@ -193,7 +194,7 @@ def _components(folder: Path, index: dict[str, Any], files: dict[str, Path]) -> 
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
         config = _read_json(folder, f"{name}/{file}", files)
         own_kind = config.get("_class_name", kind)
-        if RENAMED.get((pipeline, own_kind), own_kind) != kind or kind not in (config.get("architectures") or [kind]):
+        if spec.renamed.get(own_kind, own_kind) != kind or kind not in (config.get("architectures") or [kind]):
             raise UserError(f"{folder / name / file} is of another class than {kind}, which {INDEX} names")
         # Defaults of some schedulers are infinite, which JSON has no number for.
         settings = {key: setting for key, setting in config.items() if not key.startswith("_") and setting != -math.inf}
@@ -272,7 +273,7 @@ def _header(
             components=components,
             class_ids=tuple(classes[label] for label in sorted(classes)),
         )
-        channels, size, _ = config.image_shape
+        (channels, size, _), pipeline = config.image_shape, config.imported
         if not 1 <= size <= LARGEST_SIZE:
             raise UserError(f"{folder} makes images of {size} pixels, and {LARGEST_SIZE} are the most")
         return ModelHeader.model_validate(
@@ -283,11 +284,11 @@ def _header(
                 "dataset": name[:LONGEST_NAME] or "pipeline",
                 # Of what it was trained on nothing is known but what came of it.
                 "content_digest": digest_of(digests),
-                "sigma_data": 0.5 if config.latents is None else 1.0,
+                "sigma_data": 0.5 if pipeline.autoencoder is None else 1.0,
                 "class_histogram": dict.fromkeys(sorted(classes), 1),
                 "images": 0,
                 "training": {},
-                "guidance": GUIDANCE.get(config.pipeline or "") if config.text or config.has_null_class else None,
+                "guidance": pipeline.guidance,
                 "origin": full_origin,
             }
         )
@@ -297,7 +298,7 @@ def _header(
 
 def _classes(config: DiffusersConfig, labels: Any) -> dict[str, int]:
     """Name the network's classes: by ``id2label`` of the index, with its number where a name is not the only one."""
-    count = config.network_classes or 0
+    count = config.imported.network_classes or 0
     if not isinstance(labels, dict) or not labels:
         return {str(number).zfill(len(str(count - 1))): number for number in range(count)}
     numbers = [(int(key), str(label)) for key, label in labels.items() if re.fullmatch("[0-9]{1,9}", key) and label]

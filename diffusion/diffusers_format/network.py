@@ -10,10 +10,10 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
-from diffusion.families.ddpm import DiffusionModel
-from diffusion.families.model import ModelHeader
-from diffusion.models.config import ModelConfig, classes_of
-from diffusion.models.unet import UNet
+from diffusion.families.config import ModelConfig, classes_of
+from diffusion.families.ddpm.model import DDPMModel
+from diffusion.families.ddpm.network import UNet
+from diffusion.families.header import ModelHeader
 from diffusion.process.samplers import SAMPLING_ADAPTER, DDPMSampling, SamplingConfig
 
 
@@ -38,7 +38,7 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
             self.guide = UNet(model_header.model, in_channels, sample_size, len(classes))
 
     @classmethod
-    def from_model(cls, model: DiffusionModel, sampling: SamplingConfig) -> "DarkroomUNet":
+    def from_model(cls, model: DDPMModel, sampling: SamplingConfig) -> "DarkroomUNet":
         """Copy ``model``, with ``sampling`` as its default sampling options, and its guide where these need it."""
         if not model.header.sampling(sampling).autoguides:
             model = replace(model, header=model.header.model_copy(update={"guide_images": None}), guide=None)
@@ -58,9 +58,9 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return unet
 
     @cached_property
-    def model(self) -> DiffusionModel:
-        """The model as a ``DiffusionModel`` that shares the weights."""
-        model = DiffusionModel.make_model(ModelHeader.model_validate(self.config.header), self.network, None)
+    def model(self) -> DDPMModel:
+        """The model as a ``DDPMModel`` that shares the weights."""
+        model = DDPMModel.make_model(ModelHeader.model_validate(self.config.header), self.network, None)
         return replace(model, guide=self.guide)
 
     @property
@@ -94,7 +94,7 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return UNet2DOutput(sample=answer) if return_dict else (answer,)
 
 
-def samples_with_learned_variance(model: DiffusionModel, sampling: SamplingConfig) -> bool:
+def samples_with_learned_variance(model: DDPMModel, sampling: SamplingConfig) -> bool:
     """Whether sampling uses the learned variance of ``model``, which guided predictions do not have."""
     is_default = isinstance(sampling, DDPMSampling) and sampling.variance is None
     return is_default and model.config.variance == "learned_range" and not model.header.sampling(sampling).is_guided

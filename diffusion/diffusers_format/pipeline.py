@@ -23,7 +23,8 @@ from torch import Tensor
 from diffusion.common.errors import UserError
 from diffusion.common.random import GaussianNoise
 from diffusion.diffusers_format.network import DarkroomUNet, samples_with_learned_variance
-from diffusion.families.ddpm import DiffusionModel, denoiser_of
+from diffusion.families.ddpm.model import DDPMModel
+from diffusion.families.diffusion_model import denoiser_of
 from diffusion.generation.config import Conditions, is_conditional
 from diffusion.generation.generate import check_prompts, check_sampling, make_conditioning, prompt_embeddings
 from diffusion.process.samplers import (
@@ -92,29 +93,17 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise UserError("only one of height and width is given: give both, or none")
         size = None if height is None or width is None else (height, width)
         model, indices = self.unet.model.with_size(size), range(batch_size)
-        fields = {
-            "steps": num_inference_steps,
-            "guidance": guidance_scale,
-            "guidance_interval": guidance_interval,
-            "guidance_rescale": guidance_rescale,
-            "autoguidance": autoguidance_scale,
-        }
-        # A given guidance replaces autoguidance, as in a request.
-        changes: dict[str, Any] = {} if guidance_scale is None else {"autoguidance": None}
-        changes |= {name: value for name, value in fields.items() if value is not None}
         labels, prompts = ((texts,) if isinstance(texts, str) else tuple(texts) for texts in (labels, prompts))
         conditions = Conditions(labels=labels, prompts=prompts, negative_prompt=negative_prompt)
-        config = self.unet.sampling.with_changes(changes)
-        config = model.header.sampling(config, is_conditional(model.classes, conditions))
-        check_prompts(conditions, model.prompt_length)
-        check_sampling(model, config, conditions)
-        _check_scheduler(self.scheduler, model)
-        is_learned = isinstance(self.scheduler, DDPMScheduler) and "learned" in str(self.scheduler.config.variance_type)
-        if is_learned and (model.config.variance == "fixed" or config.is_guided):
-            raise UserError(
-                "a variance is learned by one network without guidance: use "
-                "DDPMScheduler.from_config(pipe.scheduler.config, variance_type='fixed_small')"
-            )
+        config = self._sampling(
+            model,
+            conditions,
+            steps=num_inference_steps,
+            guidance=guidance_scale,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            autoguidance=autoguidance_scale,
+        )
         device = self._execution_device
         embeddings = prompt_embeddings(model, conditions)
         conditioning = make_conditioning(model, indices, seed, conditions, embeddings)
@@ -134,13 +123,13 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         for t, sigma in self.progress_bar(list(zip(timesteps, sigmas, strict=True))):
             self.scheduler.scale_model_input(state, t)  # some insist on it; σ says the same
             x = state if in_sigma else float((1 + sigma**2).sqrt()) * state
-            if is_learned:
+            if self._has_learned_variance:
                 x0, v = model.denoiser(conditioning).estimate(x, sigma)
                 output = torch.cat([x0, v], dim=1)
             else:
                 output = x0 = denoise(x, sigma)
             state = self.scheduler.step(output, t, state, **options()).prev_sample
-        # The last step of our samplers goes to the last estimate; schedulers end there too, or not quite.
+        # The last step of Darkroom's samplers goes to the last estimate; schedulers end there too, or not quite.
         samples = (x0 / 2 + 0.5).clamp(0, 1)
         images: Any = samples if output_type == "pt" else samples.cpu().permute(0, 2, 3, 1).numpy()
         if output_type == "pil":
@@ -148,9 +137,31 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    @property
+    def _has_learned_variance(self) -> bool:
+        """Whether the scheduler takes the variance from the network."""
+        return isinstance(self.scheduler, DDPMScheduler) and "learned" in str(self.scheduler.config.variance_type)
+
+    def _sampling(self, model: DDPMModel, conditions: Conditions, **options: Any) -> SamplingConfig:
+        """Complete the ``options`` that are not None; raises UserError for those that do not fit."""
+        # A given guidance replaces autoguidance, as in a request.
+        changes: dict[str, Any] = {} if options["guidance"] is None else {"autoguidance": None}
+        changes |= {name: value for name, value in options.items() if value is not None}
+        config = self.unet.sampling.with_changes(changes)
+        config = model.header.sampling(config, is_conditional(model.classes, conditions))
+        check_prompts(conditions, model.prompt_length)
+        check_sampling(model, config, conditions)
+        _check_scheduler(self.scheduler, model)
+        if self._has_learned_variance and (model.config.variance == "fixed" or config.is_guided):
+            raise UserError(
+                "a variance is learned by one network without guidance: use "
+                "DDPMScheduler.from_config(pipe.scheduler.config, variance_type='fixed_small')"
+            )
+        return config
+
     def _noise(
         self,
-        model: DiffusionModel,
+        model: DDPMModel,
         count: int,
         seed: int,
         generator: torch.Generator | list[torch.Generator] | None,
@@ -181,13 +192,13 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         return noise().to(device), lambda: options | {"variance_noise": noise().to(device)}
 
 
-def _check_scheduler(scheduler: SchedulerMixin, model: DiffusionModel) -> None:
-    """Raise UserError for a ``scheduler`` that takes steps which are none of ours, or on another noise schedule."""
+def _check_scheduler(scheduler: SchedulerMixin, model: DDPMModel) -> None:
+    """Raise UserError for a ``scheduler`` that takes other steps than Darkroom, or is on another noise schedule."""
     if not isinstance(scheduler, SUPPORTED):
         names = ", ".join(kind.__name__ for kind in SUPPORTED)
-        raise UserError(f"{type(scheduler).__name__} takes none of our steps: use one of {names}")
-    theirs, ours = scheduler.alphas_cumprod.cpu().double(), model.schedule.alphas_cumprod
-    is_same = theirs.shape == ours.shape and torch.allclose(theirs, ours, atol=1e-4)
+        raise UserError(f"{type(scheduler).__name__} takes other steps: use one of {names}")
+    actual, expected = scheduler.alphas_cumprod.cpu().double(), model.schedule.alphas_cumprod
+    is_same = actual.shape == expected.shape and torch.allclose(actual, expected, atol=1e-4)
     if scheduler.config.prediction_type != "sample" or not is_same:
         name = type(scheduler).__name__
         raise UserError(
@@ -196,7 +207,7 @@ def _check_scheduler(scheduler: SchedulerMixin, model: DiffusionModel) -> None:
         )
 
 
-def scheduler_of(model: DiffusionModel, sampling: SamplingConfig) -> SchedulerMixin:
+def scheduler_of(model: DDPMModel, sampling: SamplingConfig) -> SchedulerMixin:
     """Make the scheduler that takes the steps of ``sampling`` for ``model``; raises UserError if diffusers has none."""
     if isinstance(sampling, EulerSampling | HeunSampling) and sampling.churn is not None:
         raise UserError(

@@ -39,9 +39,10 @@ from diffusion.evaluation.gate import (
 from diffusion.evaluation.metrics.text_image_agreement import describe_agreement, mean_over_prompts
 from diffusion.evaluation.real_images import SHOWN
 from diffusion.evaluation.results import EvaluationConditions, ModelEvaluation, RealBaseline
-from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.config import effective_sampling
+from diffusion.families.diffusion_model import DiffusionModel
 from diffusion.generation.super_resolution import task_of
-from diffusion.process.samplers import SamplingConfig, effective_sampling
+from diffusion.process.samplers import SamplingConfig
 
 COMPARISON = "champion_comparison.json"
 """File name of the result in the folder of the evaluation."""

@@ -20,7 +20,7 @@ from diffusion.evaluation.metrics.per_class import PerClass
 from diffusion.evaluation.metrics.per_shape import PerShape
 from diffusion.evaluation.metrics.pixel_metrics import AppearanceDrift, ImageSimilarity, ResamplingBaseline
 from diffusion.evaluation.metrics.text_image_agreement import TextImageAgreement
-from diffusion.models.config import FAMILIES
+from diffusion.families.config import FAMILIES
 from diffusion.process.samplers import SamplingConfig
 
 

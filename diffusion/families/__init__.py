@@ -1,25 +1,22 @@
-"""Table of the families of models: the class of each builds, trains and samples models of its kind."""
+"""Families of models: a folder each with its configuration, network and model, listed in ``families.config``."""
 
-from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from diffusion.families.autoregressive import AutoregressiveModel
-from diffusion.families.ddpm import DiffusionModel
-from diffusion.families.gan import GANModel
-from diffusion.families.model import Model
-from diffusion.families.pretrained import PretrainedModel
-from diffusion.families.vae import VAEModel
-from diffusion.models.config import FamilyConfig
-
-FAMILIES: Mapping[str, type[Model]] = {
-    "ddpm": DiffusionModel,
-    "vae": VAEModel,
-    "gan": GANModel,
-    "autoregressive": AutoregressiveModel,
-    "diffusers": PretrainedModel,
-}
-"""Families by ``model.family``."""
+if TYPE_CHECKING:
+    from diffusion.families.base import BaseFamilyConfig
+    from diffusion.families.model import Model
 
 
-def family_of(config: FamilyConfig) -> type[Model]:
-    """Find the family that ``config`` configures."""
-    return FAMILIES[config.family]
+def family_of(config: "BaseFamilyConfig") -> "type[Model]":
+    """Find the class of models that ``config`` configures: the one that ``model.py`` in its folder defines."""
+    from diffusion.families.model import Model
+
+    folder = type(config).__module__.split(".")[-2]
+    module = import_module(f"diffusion.families.{folder}.model")
+    [kind] = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Model) and value.__module__ == module.__name__
+    ]
+    return kind

@@ -1,161 +1,47 @@
-"""Trained models, stored in one safetensors file, and what each family of models defines."""
+"""What each family of models defines: how its networks are built, trained and sampled."""
 
 import copy
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from pathlib import PurePosixPath
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
-from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
-from diffusion.common.config import LARGEST_SIZE, Config, PlainName, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.fingerprint import autocast
-from diffusion.common.shapes import Size, shape_name
-from diffusion.models.config import (
-    DiffusersConfig,
-    FamilyConfig,
-    LatentSpace,
-    LoRAConfig,
-    ObjectiveConfig,
-    classes_of,
+from diffusion.common.shapes import shape_name
+from diffusion.families.base import BaseFamilyConfig, LoRAConfig, classes_of
+from diffusion.families.fine_tuning import (
+    TrainableSubset,
+    is_adaptable,
+    merge_adapters,
+    select_layers,
+    train_adapters,
+    train_parameters,
 )
-from diffusion.models.text_encoder import WIDTH, TextEncoder, check_encoder, encoder, prompt_length
-from diffusion.models.vae import Autoencoder, Latents
+from diffusion.families.header import ModelHeader
+from diffusion.families.text_encoder import (
+    MINI_LM,
+    WIDTH,
+    CaptionEncoder,
+    TextEncoder,
+    check_encoder,
+    encoder,
+    prompt_length,
+)
+from diffusion.families.vae.network import Autoencoder, Latents
+from diffusion.process.config import ObjectiveConfig
 from diffusion.process.editing import Edit
 from diffusion.process.likelihood import Terms
-from diffusion.process.samplers import COMPUTING, Noise, SamplingConfig, sampling_config
+from diffusion.process.samplers import Noise, SamplingConfig
 
 Conditioning = dict[str, Tensor]
 """Conditioning of N images, as keywords of ``UNet.forward``: ``label`` and ``text``, or ``low`` and ``level``; empty:
 unconditional."""
-
-
-GUIDANCE_OPTIONS = {"guidance", "guidance_interval", "autoguidance"}
-"""Sampling options that evaluation chooses for a model, and that its header keeps."""
-
-
-class Base(Config):
-    """Model whose frozen weights a fine-tuned model needs besides its own file."""
-
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    """SHA-256 of its file, which lies beside the fine-tuned model's, or one folder above, as SHA256.safetensors."""
-    version: str | None = Field(None, exclude_if=is_unset)
-    """Registered version, models:/NAME/NUMBER; None: it was a file."""
-
-
-def _path_inside(name: str) -> str:
-    path = PurePosixPath(name)
-    if path.is_absolute() or not path.parts or ".." in path.parts or "\\" in name or "\0" in name:
-        raise ValueError(f"{name!r} is no path of a file inside a folder")
-    return name
-
-
-class Origin(Config):
-    """Where an imported pipeline comes from."""
-
-    source: str
-    """hf://OWNER/NAME, or the name of a folder."""
-    revision: str | None = None
-    """The commit of the source; null: it has none."""
-    licence: str | None = None
-    """Identifier of its licence, such as openrail."""
-    files: dict[Annotated[str, AfterValidator(_path_inside)], str] = Field(default_factory=dict)
-    """SHA-256 of each of its files by path."""
-    libraries: dict[str, str] = Field(default_factory=dict)
-    """Versions of the libraries that it was imported with."""
-
-
-class ModelHeader(Config):
-    """Metadata stored with the weights."""
-
-    format_version: Literal[5] = 5
-    model: FamilyConfig
-    """Configuration of the network, with the digest of the autoencoder's weights in place of its path."""
-    channels: Literal[1, 3]
-    size: int = Field(ge=1, le=LARGEST_SIZE)
-    """Height and width of the images, in pixels; of images of several shapes those of the square of equal area."""
-    shapes: dict[Size, int] | None = Field(None, min_length=1, max_length=256, exclude_if=is_unset)
-    """Shapes of the images, each with its number of training images; None: all are square."""
-    dataset: PlainName
-    """Name of the data set."""
-    content_digest: str
-    """Digest of the data set."""
-    sigma_data: float = Field(1.0, gt=0, le=1e6)
-    """Standard deviation of the network's data: images in [−1, 1], residuals of super-resolution, or latents."""
-    data_mean: tuple[float, ...] | None = Field(None, exclude_if=is_unset)
-    """Mean of each channel of the images, in [−1, 1], around which the reverse process starts, and prediction = edm
-    works; None: 0."""
-    class_histogram: dict[str, int]
-    """Number of images of each class of the data set, sorted by class."""
-    encoder: TextEncoder | None = None
-    """Text encoder of the captions; None: the network has no captions."""
-    latents: LatentSpace | None = Field(None, exclude_if=is_unset)
-    """Latent space of the network; None: it works on pixels."""
-    base: Base | None = Field(None, exclude_if=is_unset)
-    """The fine-tuned model, whose weights this file lacks; None: it has all weights."""
-    lora: LoRAConfig | None = Field(None, exclude_if=is_unset)
-    """Low-rank adaptation of ``base``; None: none."""
-    images: int = Field(ge=0, lt=2**63)
-    """Images seen in training."""
-    training: dict[str, Any]
-    """The resolved training configuration."""
-    guidance: float | None = Field(None, ge=0, le=1000, exclude_if=is_unset)
-    """Scale of guidance that evaluation chose, for sampling.guidance = null. None: none."""
-    guidance_interval: tuple[float, float] | None = Field(None, exclude_if=is_unset)
-    """Noise levels σ at which it guides. None: all."""
-    autoguidance: float | None = Field(None, ge=0, le=1000, exclude_if=is_unset)
-    """Scale of autoguidance that evaluation chose, for sampling.autoguidance = null. None: none."""
-    guide_images: int | None = Field(None, ge=0, lt=2**63, exclude_if=is_unset)
-    """Images that the weights of the guide have seen, away from which autoguidance leads. None: there is no guide."""
-    origin: Origin | None = Field(None, exclude_if=is_unset)
-    """Origin of an imported pipeline; None: the model was trained here."""
-
-    @property
-    def square(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images, or of the square of equal area."""
-        return self.channels, self.size, self.size
-
-    @property
-    def pixels(self) -> str:
-        """Width × height of the training images for display, the most frequent first."""
-        return " or ".join(f"{width}×{height}" for height, width in self.trained_shapes)
-
-    @property
-    def trained_shapes(self) -> dict[tuple[int, int], int]:
-        """Shapes (H, W) of the training images with their numbers, the most frequent first; of squares 1."""
-        shapes = self.shapes or {(self.size, self.size): 1}
-        return dict(sorted(shapes.items(), key=lambda item: (-item[1], item[0])))
-
-    @property
-    def student_steps(self) -> int | None:
-        """Network evaluations for which a student was distilled; None for other models."""
-        return (self.training.get("student") or {}).get("steps")
-
-    def sampling(self, config: SamplingConfig, conditional: bool = True) -> SamplingConfig:
-        """Complete ``config`` with the guidance chosen for this model; a student has its own sampler and steps.
-
-        Images that are not ``conditional`` on a class or prompt are not guided towards one. An imported pipeline whose
-        prediction is unknown has its own scheduler.
-
-        Raises UserError if the sampler is one for students, and this is none.
-        """
-        is_consistency = config.sampler == "consistency"
-        if self.student_steps is not None and not is_consistency:
-            options = config.model_dump(include={"sigma_max", "low_resolution_noise", *COMPUTING})
-            return sampling_config(**options, sampler="consistency", steps=self.student_steps)
-        if self.student_steps is None and is_consistency:
-            raise UserError("sampling.sampler = consistency is for students (darkroom distill): use another one")
-        if isinstance(self.model, DiffusersConfig) and self.model.prediction is None:
-            config = config.with_sampler("scheduler")
-        is_set = config.guidance is not None or config.autoguidance is not None
-        if is_set or is_consistency or not (conditional or self.autoguidance is not None):
-            return config
-        return config.with_changes({name: getattr(self, name) for name in GUIDANCE_OPTIONS})
 
 
 @dataclass(frozen=True)
@@ -183,6 +69,9 @@ class Model(ABC):
     """(H, W) of the images that it generates; None: the most frequent shape of those that it was trained on."""
     guide: nn.Module | None = field(default=None, kw_only=True)
     """Weaker network of the same configuration, away from which autoguidance leads; None: there is none."""
+
+    trains_in_evaluation_mode: ClassVar[bool] = False
+    """Whether a network of which a part is trained stays in its mode for evaluation."""
 
     @staticmethod
     @abstractmethod
@@ -212,8 +101,23 @@ class Model(ABC):
         """Wrap a trained network for use."""
         return cls(header, network)
 
+    @classmethod
+    def text_encoder(cls, config: Any) -> TextEncoder | None:
+        """Name Darkroom's encoder of the captions that a network of ``config`` is conditioned on; None: it has none."""
+        return None
+
+    @classmethod
+    def data_mean(cls, config: Any, mean: Sequence[float]) -> tuple[float, ...] | None:
+        """Choose ``ModelHeader.data_mean`` for images of this ``mean``."""
+        return None
+
+    @staticmethod
+    def checkpoint_gradients(network: nn.Module) -> None:
+        """Have ``network`` recompute activations in the backward pass."""
+        raise NotImplementedError("the family lacks the ability gradient_checkpointing")
+
     @property
-    def config(self) -> FamilyConfig:
+    def config(self) -> BaseFamilyConfig:
         """Configuration of the network."""
         return self.header.model
 
@@ -263,6 +167,105 @@ class Model(ABC):
         """Count the tokens of ``prompt``, those of an empty one, and the most that the model's text encoder reads."""
         return prompt_length(prompt)
 
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode images (N, C, H, W) in [−1, 1] as what the network works on: themselves, or their latents."""
+        return images
+
+    def with_files(self, files: Mapping[str, bytes]) -> Self:
+        """Return the model with the files besides weights that its file holds, by path, if the family uses any."""
+        return self
+
+    # A training that begins with this model asks the following.
+
+    @property
+    def has_frozen_parts(self) -> bool:
+        """Whether training never changes some of its weights, so that models trained from it refer to its file."""
+        return False
+
+    @property
+    def latents_digest(self) -> str | None:
+        """SHA-256 of what decides the latents that training caches, besides images; None: it trains on images."""
+        return None
+
+    def conflict_as_start(self, config: BaseFamilyConfig, classes: Sequence[str]) -> str | None:
+        """Describe why a training of ``config`` on ``classes`` cannot begin with this model; None if it can.
+
+        The description continues a sentence about the model. ``classes`` are the data set's, if there are several.
+        """
+        actual, expected = self.config.model_dump(), config.model_dump()
+        if names := [name for name in actual | expected if actual.get(name) != expected.get(name)]:
+            # Fields with their defaults may be missing in the dump.
+            values = {name: actual.get(name, getattr(self.config, name)) for name in names}
+            settings = (
+                f"--set model.{name}={json.dumps(value, separators=(',', ':'))}" for name, value in values.items()
+            )
+            return f"is another network than the section model describes: give {' '.join(settings)}, or"
+        if self.classes != classes_of(config, dict.fromkeys(classes, 1)):
+            known, given = (", ".join(names) or "none" for names in (self.classes, classes))
+            return f"knows the classes {known}, and the data set has {given}:"
+        if self.header.encoder != self.text_encoder(config):
+            return "was trained with another text encoder:"
+        return None
+
+    def select_classes(self, classes: Sequence[str]) -> Self:
+        """Return the model for a training on ``classes``, which may be some of its own."""
+        return self
+
+    def caption_encoder(self, lora: LoRAConfig | None) -> CaptionEncoder:
+        """Choose the encoder of captions in training; UserError if ``lora`` adapts a text encoder that cannot be."""
+        return MINI_LM
+
+    def adapter_layers(self, layers: set[str], targets: Sequence[str] | None, text_encoder: bool) -> set[str]:
+        """Choose those of the linear and convolutional ``layers`` of the network that low-rank matrices adapt.
+
+        Args:
+            layers: Their names.
+            targets: ``LoRAConfig.target_modules``.
+            text_encoder: Whether those of its text encoder are adapted as well.
+        """
+        return select_layers(layers, targets, layers)
+
+    def trained_names(self) -> set[str]:
+        """Name the parameters that training changes without low-rank matrices."""
+        return {name for name, _ in self.network.named_parameters()}
+
+    def make_trainable(self, lora: LoRAConfig | None) -> TrainableSubset:
+        """Freeze a copy of the network except low-rank matrices, or without ``lora`` what training changes.
+
+        The copy shares its frozen weights. Raises UserError if peft is not installed or a target is no linear or
+        convolutional layer.
+        """
+        if lora is None:
+            return train_parameters(self.network, self.trained_names())
+        layers = {name for name, module in self.network.named_modules() if is_adaptable(module)}
+        return train_adapters(self.network, lora, self.adapter_layers(layers, lora.target_modules, lora.text_encoder))
+
+    def tuned_weights(self, lora: LoRAConfig | None, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Compute the weights that differ after training, by name, from the ``trained`` tensors.
+
+        Raises ValueError for tensors that do not fit.
+        """
+        if lora is not None:
+            return merge_adapters(self.network, lora, trained)
+        names = self.trained_names() if self.has_frozen_parts else set()
+        if names != set(trained) or any(trained[n].shape != self.network.get_parameter(n).shape for n in names):
+            raise ValueError("tensors of another network")
+        return dict(trained)
+
+    def make_latents(self, digest: str, size: int, shapes: Sequence[tuple[int, int]]) -> Latents | None:
+        """Make the autoencoder of latent diffusion, not normalised yet; None: this model is not one.
+
+        ``digest`` identifies its weights; images have ``shapes`` (H, W) of about ``size``² pixels. Raises UserError if
+        they have none that it takes.
+        """
+        return None
+
+    def make_student_objective(
+        self, training: ObjectiveConfig, header: ModelHeader, latents: Latents | None, images: int, device: torch.device
+    ) -> "TrainingObjective":
+        """Build the objective of a student with this ``header`` that is distilled from this model over ``images``."""
+        raise NotImplementedError(f"{type(self).__name__} is not in a family with students")
+
     def to(self, device: torch.device) -> Self:
         """Copy the model's modules to ``device``."""
         modules: dict[str, Any] = {
@@ -288,7 +291,7 @@ class Model(ABC):
     def terms(self, x0: Tensor, conditioning: Conditioning, indices: Sequence[int]) -> Terms:
         """Compute likelihood terms of images ``x0``, (N, C, H, W) in [−1, 1], with indices ``indices``.
 
-        ``Kind.likelihood`` says of which kind; empty terms for a family without a likelihood.
+        ``BaseFamilyConfig.likelihood`` says of which kind; empty terms for a family without a likelihood.
         """
         return Terms.without_levels(None, len(x0))
 
@@ -326,6 +329,17 @@ class TrainingBatch:
         return TrainingBatch(change(self.x0), conditioning, random)
 
 
+@runtime_checkable
+class LayeredNetwork(Protocol):
+    """A network with hidden layers that Muon can train, and that can be sharded one by one."""
+
+    def matrices(self) -> list[nn.Parameter]:
+        """List the weights of hidden layers."""
+
+    def blocks(self) -> list[nn.Module]:
+        """List the modules that are sharded one by one."""
+
+
 @dataclass(frozen=True)
 class OptimizerStep:
     """Step of one optimizer: the modules that it trains and the loss that it minimizes."""
@@ -336,8 +350,16 @@ class OptimizerStep:
     """The logged loss of each image, (N,) float32, under autocast."""
     compute_objective: Callable[[Tensor, TrainingBatch], Tensor] = lambda losses, _: losses
     """Computes the minimized losses, (N,) float32, from the logged ones."""
-    matrices: Sequence[nn.Parameter] = ()
-    """Weights of hidden layers, which Muon trains where it is configured; all others are AdamW's."""
+
+    @property
+    def matrices(self) -> list[nn.Parameter]:
+        """Weights of hidden layers, which Muon trains where it is configured; all others are AdamW's."""
+        return [
+            matrix
+            for module in self.modules.values()
+            if isinstance(module, LayeredNetwork)
+            for matrix in module.matrices()
+        ]
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:

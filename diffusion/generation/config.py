@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.shapes import Shape, Size
-from diffusion.process.samplers import SAMPLERS, SamplingConfig
+from diffusion.process.samplers import SAMPLERS, SamplingConfig, with_sampler
 
 Task = Literal["sample", "inpaint", "img2img", "interpolate", "upscale"]
 MAX_TEXT_LENGTH = 10_000
@@ -147,7 +147,7 @@ class GenerationRequest(Config):
             names = [kind.model_fields["sampler"].default for kind in SAMPLERS]
             if self.sampler not in names:
                 raise UserError(f"there is no sampler {self.sampler!r}: use {', '.join(names)}")
-            config = config.with_sampler(self.sampler)
+            config = with_sampler(config, self.sampler)
         options = {"steps": self.steps, "guidance": guidance}
         return config.with_changes({name: value for name, value in options.items() if value is not None})
 

@@ -18,11 +18,11 @@ from diffusion.common.files import write_bytes
 from diffusion.common.image_grids import figure_png, make_grid, make_paired_grid, save_png
 from diffusion.common.random import GaussianNoise
 from diffusion.common.shapes import height_and_width
-from diffusion.families.autoregressive import AutoregressiveModel, bits_of_pixels
-from diffusion.families.ddpm import DiffusionModel
-from diffusion.families.gan import GANModel
+from diffusion.families.autoregressive.model import AutoregressiveModel, bits_of_pixels
+from diffusion.families.diffusion_model import DiffusionModel
+from diffusion.families.gan.model import GANModel
 from diffusion.families.model import Conditioning, Model, to_float, to_uint8
-from diffusion.families.vae import VAEModel
+from diffusion.families.vae.model import VAEModel
 from diffusion.generation.config import Conditions
 from diffusion.generation.generate import interpolate, make_conditioning, reconstruct_images
 from diffusion.generation.super_resolution import task_of
@@ -56,9 +56,9 @@ def explain(model: Model, image: Tensor, output: Path, seed: int = 0) -> list[Pa
     """Draw figures of how ``model`` works on ``image``, (C, H, W) uint8; raises UserError if it is of another shape."""
     shapes = [(model.header.channels, *shape) for shape in model.header.trained_shapes]
     if tuple(image.shape) not in shapes:
-        theirs, *ours = ("×".join(map(str, shape)) for shape in (image.shape, *shapes))
+        actual, *expected = ("×".join(map(str, shape)) for shape in (image.shape, *shapes))
         raise UserError(
-            f"the image is {theirs} and the model generates {' or '.join(ours)} (channels × height × width): "
+            f"the image is {actual} and the model generates {' or '.join(expected)} (channels × height × width): "
             "take one from the data set that the model was trained on"
         )
     model = model.with_size(height_and_width(image))
@@ -92,13 +92,14 @@ def explain(model: Model, image: Tensor, output: Path, seed: int = 0) -> list[Pa
             surprise = (bits / 8 * 255).clamp(0, 255).to(torch.uint8)[:, None].expand(-1, len(image), -1, -1)
             sheet = make_paired_grid(image[None], surprise, scale=8)
         case _:
-            raise TypeError(type(model))
+            raise UserError(f"there are no figures of models of the family {model.config.family}")
     save_png(path, sheet)
     return [path]
 
 
-def reverse_process_strip(model: DiffusionModel, conditioning: Conditioning | None) -> Image.Image:
+def reverse_process_strip(model: Model, conditioning: Conditioning | None) -> Image.Image:
     """The reverse process from image 0 of seed 0, as ``explain`` draws it; ``conditioning`` as in ``reverse``."""
+    assert isinstance(model, DiffusionModel)
     return Image.open(io.BytesIO(figure_png(draw_reverse(model, reverse(model, 0, conditioning)))))
 
 

@@ -15,13 +15,13 @@ from diffusion.common.random import GaussianNoise, uniform
 from diffusion.common.shapes import group_by_shape
 from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset, Rows
-from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.config import FamilyConfig, sampling_conflict
+from diffusion.families.diffusion_model import DiffusionModel
 from diffusion.families.model import Conditioning, ConditioningBatch, Model, to_float, to_uint8
+from diffusion.families.text_encoder import prompt_length
 from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions
-from diffusion.models.config import DiffusersConfig, FamilyConfig, ModelConfig
-from diffusion.models.text_encoder import prompt_length
 from diffusion.process.editing import Edit, downsample_mask, slerp
-from diffusion.process.samplers import Noise, SamplingConfig, sampling_conflict
+from diffusion.process.samplers import Noise, SamplingConfig
 
 Embeddings = Mapping[str | None, Tensor]
 """Embedding of each prompt, and of none, (E,): see ``Model.embed``."""
@@ -51,19 +51,7 @@ def sample(
     Raises UserError for conditions that the model was not trained with, options that have no effect, and an edit of
     another shape than the model's.
     """
-    if edit is not None and edit.image.shape != model.shape:
-        theirs, ours = ("×".join(map(str, shape)) for shape in (edit.image.shape, model.shape))
-        raise UserError(
-            f"the image has {theirs} (channels × height × width) and the model generates {ours}: bring it there"
-        )
-    if model.config.low_resolution is not None:
-        raise UserError(
-            "the model enlarges images and generates nothing from noise alone (model.low_resolution): give it a small "
-            "image to upscale"
-        )
-    check_sampling(model, config, conditions)
-    if edit is not None:
-        check_edit(model, edit)
+    _check_sample(model, config, conditions, edit)
     size = config.compute_batch
     batches = [range(b * size, (b + 1) * size) for b in sorted({index // size for index in indices})]
     generated_images: dict[int, Tensor] = {}
@@ -93,6 +81,23 @@ def sample(
             else:
                 progress("images sampled", min(number * size, len(indices)), len(indices))
     return torch.stack([generated_images[index] for index in indices])
+
+
+def _check_sample(model: Model, config: SamplingConfig, conditions: Conditions, edit: Edit | None) -> None:
+    """Raise UserError as ``sample`` does."""
+    if edit is not None and edit.image.shape != model.shape:
+        actual, expected = ("×".join(map(str, shape)) for shape in (edit.image.shape, model.shape))
+        raise UserError(
+            f"the image has {actual} (channels × height × width) and the model generates {expected}: bring it there"
+        )
+    if model.config.low_resolution is not None:
+        raise UserError(
+            "the model enlarges images and generates nothing from noise alone (model.low_resolution): give it a small "
+            "image to upscale"
+        )
+    check_sampling(model, config, conditions)
+    if edit is not None:
+        check_edit(model, edit)
 
 
 class StepProgress:
@@ -172,14 +177,13 @@ def check_sampling(model: Model, config: SamplingConfig, conditions: Conditions)
     check_sampling_options(model.config, config)
     check_conditions(model.classes, model.config.text, config, conditions)
     if config.autoguides and model.guide is None:
-        # As TrainingSetup.can_have_guide.
         is_partial = model.header.base is not None or model.header.student_steps is not None
-        can_have_guide = not is_partial and model.config.low_resolution is None
+        can_have_guide = not is_partial and model.config.can_have_guide
         raise UserError(
             f"sampling.autoguidance = {config.autoguidance:g} leads away from the guide of a model (training.guide), "
             f"and this one has none: {'train one that has one, or ' if can_have_guide else ''}leave it out (null)"
         )
-    if isinstance(model.config, DiffusersConfig) and model.classes and not model.config.has_null_class:
+    if not model.config.has_null_class:
         if config.guides:
             raise UserError(
                 "the pipeline's network was trained on classes alone, and sampling.guidance leads away from an image "
@@ -193,13 +197,13 @@ def check_sampling_options(model: FamilyConfig, config: SamplingConfig) -> None:
     """Raise UserError for a setting that has no effect for the family or the task of ``model``."""
     if problem := sampling_conflict(model, config):
         raise UserError(problem)
-    if config.sampler == "scheduler" and not isinstance(model, DiffusersConfig):
+    if config.sampler == "scheduler" and "scheduler" not in model.abilities:
         raise UserError(
             "sampling.sampler = scheduler is that of an imported pipeline, and this is none: use another one"
         )
     if (noise := config.low_resolution_noise) is None:
         return
-    if not isinstance(model, ModelConfig) or model.low_resolution is None:
+    if model.low_resolution is None:
         raise UserError(
             "sampling.low_resolution_noise is added to small images, and the model is given none "
             "(model.low_resolution): leave it out"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffusion.common.errors import DarkroomError, TransientError, UserError
 from diffusion.common.shapes import height_and_width, shape_name
-from diffusion.families.ddpm import EDIT_STEPS, DiffusionModel
+from diffusion.families.diffusion_model import EDIT_STEPS, DiffusionModel
 from diffusion.families.model import Model
 from diffusion.generation.config import GenerationLimits
 from diffusion.generation.super_resolution import place_tiles, scale_of, tile_shape

@@ -27,7 +27,7 @@ from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.shapes import Shape, height_and_width, shape_name
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import UnusableEntryError, decode_unscaled, prepare
-from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.diffusion_model import DiffusionModel
 from diffusion.families.model import Model
 from diffusion.generation.config import (
     GenerationRequest,
@@ -238,8 +238,8 @@ def input_of(model: Model, request: GenerationRequest) -> Edit | Tensor | None:
     else:
         mask = _decode(prepare, request.mask, "mask", header.size, 1, shapes)
         if mask.source_size != source.source_size:
-            theirs, ours = ("×".join(map(str, item.source_size)) for item in (mask, source))
-            raise UserError(f"the mask has {theirs} pixels and the image {ours} (width × height): make them equal")
+            other, size = ("×".join(map(str, item.source_size)) for item in (mask, source))
+            raise UserError(f"the mask has {other} pixels and the image {size} (width × height): make them equal")
         keep_mask = torch.from_numpy(mask.pixels < 32)  # nearly black, also after scaling
         edit = Edit(image, keep_mask, request.strength, request.resample_steps or 1, guided=request.method == "pigdm")
     check_edit(model.with_size(height_and_width(image)), edit)
@@ -348,10 +348,10 @@ def _require_own(output: Path, request_record: RequestRecord) -> None:
     record = output / ABOUT
     if record.is_file():
         try:
-            theirs = RequestRecord.model_validate_json(record.read_bytes())
+            previous = RequestRecord.model_validate_json(record.read_bytes())
         except ValidationError as error:
             raise UserError(f"{record} says nothing of images made on request: give --out another folder") from error
-        if theirs.model_copy(update={"images": ()}) != request_record:
+        if previous.model_copy(update={"images": ()}) != request_record:
             raise UserError(f"{output} holds the answer to another request: give --out another folder")
     elif output.exists() and not (output.is_dir() and all(PARTIAL.fullmatch(path.name) for path in output.iterdir())):
         raise UserError(f"{output} is there, and is no folder of images made on request: give --out another")

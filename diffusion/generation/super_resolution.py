@@ -5,7 +5,7 @@ Larger images are covered with tiles, whose predictions are blended in every ste
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -21,11 +21,11 @@ from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.random import GaussianNoise, uniform
 from diffusion.common.shapes import Shape, height_and_width
 from diffusion.common.threads import worker_threads
-from diffusion.families.ddpm import DiffusionModel, count_evaluations
+from diffusion.families.config import FamilyConfig
+from diffusion.families.diffusion_model import DiffusionModel, count_evaluations
 from diffusion.families.model import Conditioning, Model, to_float, to_uint8
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.generation.generate import check_sampling, sample
-from diffusion.models.config import FamilyConfig, ModelConfig
 from diffusion.process.samplers import SamplingConfig
 
 
@@ -79,7 +79,7 @@ class GenerationTask:
 
 def task_of(config: FamilyConfig, size: int) -> GenerationTask:
     """Return the task of a model with this configuration for images of ``size``, as in ``ModelHeader``."""
-    if isinstance(config, ModelConfig) and config.low_resolution is not None:
+    if config.low_resolution is not None:
         return GenerationTask(config.low_resolution, size // config.low_resolution, config.max_low_resolution_noise)
     return GenerationTask()
 
@@ -191,6 +191,36 @@ def place_tiles(length: int, size: int) -> list[int]:
     return [round(number * (length - size) / max(count - 1, 1)) for number in range(count)]
 
 
+def tile_network(
+    network: Callable[..., Tensor],
+    tiles: Tiles,
+    low: Tensor,
+    level: float,
+    config: SamplingConfig,
+    run_batches: Callable[[Callable[[Tensor], Tensor]], Tensor],
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Make a ``network`` of tiles one of whole images, given the small ones enlarged, ``low`` (N, C, H, W).
+
+    ``run_batches`` calls a function with the numbers of the tiles in each compute batch, and joins its predictions, of
+    which those beyond the last tile are left out. ``level`` is the noise level of ``low``.
+    """
+    low_tiles = tiles.cut(low)
+
+    def predict_images(x: Tensor, time: Tensor) -> Tensor:
+        x_tiles, times = tiles.cut(x), time.repeat_interleave(len(tiles.places))
+
+        def predict(rows: Tensor) -> Tensor:
+            levels = torch.full((len(rows),), level, device=low.device)
+            # Both contexts are thread-local, so they are entered in the worker thread.
+            with torch.inference_mode(), autocast(config.precision, low.device):
+                return network(x_tiles[rows], times[rows], low=low_tiles[rows], level=levels)
+
+        # The estimates are linear in the predictions, so these are blended.
+        return tiles.blend(run_batches(predict)[: len(low_tiles)], *x.shape[-2:])
+
+    return predict_images
+
+
 def upscale(
     model: Model,
     images: Tensor,
@@ -230,24 +260,15 @@ def upscale(
             if level:
                 low = low + level * GaussianNoise(seed, "sampling/low_resolution", numbers, full_shape)()
             low = low.to(device)
-            low_tiles, levels = tiles.cut(low), torch.full((batch,), level, device=device)
 
-            def network(x: Tensor, time: Tensor) -> Tensor:
-                x_tiles, times = tiles.cut(x), time.repeat_interleave(len(tiles.places))
-
-                def predict(rows: Tensor) -> Tensor:
-                    # Both contexts are thread-local, so they are entered in the worker thread.
-                    with torch.inference_mode(), autocast(config.precision, device):
-                        out: Tensor = model.network(x_tiles[rows], times[rows], low=low_tiles[rows], level=levels)
-                    return out
-
-                # A single group computes its batches in parallel; several groups already occupy the threads.
-                predictions = torch.cat(list((pool.map if is_single else map)(predict, batches)))[:pieces]
+            # A single group computes its batches in parallel; several groups already occupy the threads.
+            def run_batches(predict: Callable[[Tensor], Tensor]) -> Tensor:
+                predictions = torch.cat(list((pool.map if is_single else map)(predict, batches)))
                 if is_single:
                     progress("steps of enlarging", next(evaluations), steps)
-                # The estimates are linear in the predictions, so these are blended.
-                return tiles.blend(predictions, *x.shape[-2:])
+                return predictions
 
+            network = tile_network(model.network, tiles, low, level, config, run_batches)
             noise = GaussianNoise(seed, "sampling", numbers, full_shape)
             with torch.inference_mode():
                 denoiser = replace(model.denoiser(), network=network, around=low)

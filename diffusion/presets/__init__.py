@@ -4,14 +4,22 @@ from importlib.resources import files
 from typing import Any, Literal
 
 from diffusion.common.parsing import parse_yaml
-from diffusion.models.config import FAMILIES
+from diffusion.families.config import FAMILIES
 
 PresetName = Literal["fast", "ddpm", "large"]
 
 
 def preset(name: str) -> dict[str, Any]:
-    """Read the file of a preset, of a family other than ddpm, or of super-resolution, as sections of fields."""
-    sections: dict[str, Any] = parse_yaml(files(__name__).joinpath(f"{name}.yaml").read_text()) or {}
+    """Read the file of a preset, of a family other than ddpm, or of super-resolution, as sections of fields.
+
+    That of a family is ``preset.yaml`` in its folder, if it needs one.
+    """
+    file = files(__name__).joinpath(f"{name}.yaml")
+    if name != "ddpm" and (family := FAMILIES.get(name)) is not None:
+        file = files(family.__module__.rpartition(".")[0]).joinpath("preset.yaml")
+        if not file.is_file():
+            return {}
+    sections: dict[str, Any] = parse_yaml(file.read_text()) or {}
     return sections
 
 

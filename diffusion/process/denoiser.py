@@ -118,8 +118,8 @@ def apply_guidance(
 
 def rescale_guidance(estimate: Tensor, reference: Tensor, share: float) -> Tensor:
     """Rescale a ``share`` of ``estimate`` to the contrast of ``reference`` (arXiv 2305.08891, equations 15, 16)."""
-    ours, theirs = (values.std((1, 2, 3), keepdim=True) for values in (estimate, reference))
-    return torch.lerp(estimate, estimate * (theirs / ours.clamp(min=1e-12)), share)
+    std, reference_std = (values.std((1, 2, 3), keepdim=True) for values in (estimate, reference))
+    return torch.lerp(estimate, estimate * (reference_std / std.clamp(min=1e-12)), share)
 
 
 def clip_estimates(denoise: Denoise) -> Denoise:

@@ -46,8 +46,8 @@ class Edit:
                 raise UserError("without a mask nothing of the image is left: give a mask, or a strength below 1")
             return
         if self.kept.shape != self.image.shape[-2:]:
-            theirs, ours = ("×".join(map(str, shape)) for shape in (self.kept.shape, self.image.shape[-2:]))
-            raise UserError(f"the mask has {theirs} pixels and the image {ours} (height × width): make them equal")
+            other, size = ("×".join(map(str, shape)) for shape in (self.kept.shape, self.image.shape[-2:]))
+            raise UserError(f"the mask has {other} pixels and the image {size} (height × width): make them equal")
         if self.kept.all():
             raise UserError("the mask keeps all of the image: make it white where it is to be filled")
         if not self.kept.any():

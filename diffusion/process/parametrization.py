@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusion.common.random import uniform
-from diffusion.models.config import ModelConfig, ObjectiveConfig, Prediction, SchedulerPrediction
+from diffusion.process.config import DenoisingConfig, ObjectiveConfig, Prediction, SchedulerPrediction
 from diffusion.process.likelihood import broadcast_to_images, compute_bound
 from diffusion.process.schedules import NoiseSchedule, make_schedule, resolution_scale
 
@@ -129,7 +129,7 @@ class Objective:
 
 
 def make_objective(
-    model: ModelConfig, config: ObjectiveConfig, sigma_data: float, shape: tuple[int, int, int]
+    model: DenoisingConfig, config: ObjectiveConfig, sigma_data: float, shape: tuple[int, int, int]
 ) -> Objective:
     """Build the objective for data of standard deviation ``sigma_data`` and ``shape`` (C, H, W)."""
     parametrization = Parametrization(model.prediction, sigma_data)

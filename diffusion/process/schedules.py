@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion.common.errors import UserError
-from diffusion.models.config import ModelConfig
+from diffusion.process.config import DenoisingConfig
 
 SIGMA_MAX, VALUES = 80.0, 3 * 32 * 32
 """Highest noise level, and the values of the images that it was chosen for (arXiv 2206.00364, table 1). So that as
@@ -182,7 +182,7 @@ def resolution_scale(values: int) -> float:
     return max(1.0, math.sqrt(values / VALUES))
 
 
-def make_schedule(config: ModelConfig, shape: tuple[int, int, int]) -> NoiseSchedule:
+def make_schedule(config: DenoisingConfig, shape: tuple[int, int, int]) -> NoiseSchedule:
     """Build the schedule of ``config`` for ``shape`` (C, H, W); raises UserError if its levels are not distinct."""
     values = math.prod(shape)
     if config.schedule == "edm":

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from diffusion.checkpoints import CONTENT_SHA256, content_digest, save_tensors, tensor_bytes
+from diffusion.checkpoints import CONTENT_SHA256, content_digest, save_tensors
 from diffusion.common.files import canonical_json, make_folder, sha256_file, sync_folder, write_bytes
-from diffusion.common.model_files import METADATA_KEY, read_header
+from diffusion.common.model_files import METADATA_KEY, read_header, tensor_bytes
 from diffusion.training.distributed import Ranks, full_tensor, is_sharded
 
 INTERRUPTED = "interrupted"

@@ -1,16 +1,24 @@
 """The section ``training``. Every schedule counts images seen, so it is independent of batch size and resumption."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, PositiveFloat, StrictBool, StrictInt, model_validator
 
 from diffusion.common.config import LARGEST_EMA_STD, Config, DeviceName, PlainName, is_unset
 from diffusion.common.errors import UserError
-from diffusion.models.config import FamilyConfig, LoRAConfig, ObjectiveConfig, default_batch_size
+from diffusion.common.rules import given, needs, only, unless
+from diffusion.families.base import BaseFamilyConfig, LoRAConfig
+from diffusion.process.config import ObjectiveConfig
+from diffusion.process.samplers import SamplingConfig
+
+if TYPE_CHECKING:
+    from diffusion.families.header import ModelHeader
 
 EARLIER = "earlier"
 """Folder beside run folders, with a folder for each of their names, for finished runs that were set aside."""
+KEEPS_WEIGHTS = "keeps weights"
+"""Metadata of fields that cannot change the weights."""
 
 
 def earlier_runs(output: Path) -> list[Path]:
@@ -31,14 +39,21 @@ class TrainingConfig(ObjectiveConfig):
 
     dataset: PlainName = "digits"
     """Name of the data set, a folder in data/."""
-    output: Annotated[Path, AfterValidator(_check_folder)] | None = None
+    output: Annotated[Annotated[Path, AfterValidator(_check_folder)] | None, KEEPS_WEIGHTS] = None
     """Output folder of the run: checkpoints, history.csv, sample grids and finally final.safetensors; null:
     runs/DATASET."""
-    init_from: str | None = Field(None, exclude_if=is_unset)
+    init_from: Annotated[str | None, needs("initial_weights")] = Field(None, exclude_if=is_unset)
     """Initial weights. Null: random. Otherwise a model of the same family: the path of its final.safetensors, a
     registered version (models:/NAME@ALIAS, models:/NAME/NUMBER), or champion. The champion is resolved when data and
     configuration are first trained on; while there is none, weights are random."""
-    lora: LoRAConfig | None = Field(None, exclude_if=is_unset)
+    lora: Annotated[
+        LoRAConfig | None,
+        needs("adapters"),
+        given(
+            "training.init_from",
+            "training.lora adapts the weights of training.init_from, and there are none: name a model there",
+        ),
+    ] = Field(None, exclude_if=is_unset)
     """Train low-rank matrices on top of training.init_from instead of its weights (extra ``diffusers``, for peft): the
     model is then megabytes of them and a reference to the file of training.init_from. Null: all weights."""
     micro_batch: int | None = Field(None, ge=1, exclude_if=is_unset)
@@ -53,7 +68,7 @@ class TrainingConfig(ObjectiveConfig):
     cpu_threads: int = Field(2, ge=1)
     """CPU threads that each compute a part of a batch, ideally one per free core. The number of threads decides the
     last bits of the weights, the number of cores does not."""
-    optimizer: Literal["muon", "adamw"] = "muon"
+    optimizer: Annotated[Literal["muon", "adamw"], needs("muon"), unless("training.lora")] = "muon"
     """Optimizer of diffusion models: Muon (arXiv 2510.19376) for the matrices of hidden layers, and AdamW for all other
     weights, or AdamW for all. Other families are trained with AdamW."""
     learning_rate: float = Field(4e-3, gt=0)
@@ -64,56 +79,67 @@ class TrainingConfig(ObjectiveConfig):
     """Decoupled weight decay."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Norm to which larger gradients are clipped."""
-    max_nonfinite_steps: int = Field(20, ge=1)
+    max_nonfinite_steps: Annotated[int, KEEPS_WEIGHTS] = Field(20, ge=1)
     """Consecutive steps with a non-finite loss or gradient, each skipped, after which training fails."""
-    ema_decay: float | None = Field(None, ge=0, lt=1)
+    ema_decay: Annotated[float | None, unless("training.ema_stds")] = Field(None, ge=0, lt=1)
     """Maximum EMA decay, reached after a warm-up; null: 0.999."""
     ema_stds: tuple[PositiveFloat, PositiveFloat] | None = None
     """Null: one exponential average. Two numbers, such as [0.05, 0.1]: two power-function averages with these relative
     standard deviations, whose memory grows in proportion to training time (arXiv 2312.02696). The first is the model;
     evaluation.ema_stds reconstructs other standard deviations after training from snapshots of both."""
-    guide: float | None = Field(0.25, gt=0, lt=1)
+    guide: Annotated[float | None, needs("guide"), unless("training.lora")] = Field(0.25, gt=0, lt=1)
     """Share of the training after which the averaged weights are kept in the model's file as its guide, away from which
     sampling.autoguidance leads (arXiv 2406.02507): that file is then twice as large. A training that begins with a
     model that has a guide keeps that one; with one that has none, the new model gets one of its own. Low-rank matrices
     (training.lora), students and models for super-resolution have none. Null: none."""
-    condition_dropout: float = Field(0.1, ge=0, lt=1)
+    condition_dropout: Annotated[float, needs("dropped_conditions")] = Field(0.1, ge=0, lt=1)
     """Conditioning dropout: share of the images for which class and caption are both dropped, for unconditional
     generation. With both class and caption, one of the two is dropped for an equal share again (arXiv 2211.09800)."""
     flip: bool = False
     """Mirror half of the images horizontally, chosen by seed. Wrong for digits and letters, right for most
     photographs."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, needs("gradient_checkpointing"), KEEPS_WEIGHTS] = False
     """Whether activations are recomputed in the backward pass instead of stored: a third more compute for a fraction of
     the memory. Does not change the weights."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Number format of matrix products; auto: bf16 on GPUs that support it and CPUs that are faster in it
     (AMX, or AMD with AVX512_BF16), else fp32. On a GPU fp32 is TF32."""
-    device: DeviceName = "auto"
+    device: Annotated[DeviceName, KEEPS_WEIGHTS] = "auto"
     """Device: cpu, cuda, or auto, a GPU if there is one. Decides the last bits of the weights."""
-    compile: bool | None = None
+    compile: Annotated[bool | None, KEEPS_WEIGHTS] = None
     """Whether the network is compiled before the first step; null: on a GPU only. On CPUs compiling was measured
     slower."""
-    shard: StrictBool | StrictInt = False
+    shard: Annotated[
+        StrictBool | StrictInt,
+        needs("sharding"),
+        unless("training.lora"),
+        only(
+            "training.optimizer",
+            "adamw",
+            because="training.shard gives each process a part of each matrix, and Muon needs whole ones: set "
+            "training.optimizer to adamw",
+        ),
+        KEEPS_WEIGHTS,
+    ] = False
     """Whether weights, optimizer moments and averages are sharded over the processes (FSDP2), for networks that do not
     fit into one. True: over all processes. A number: over groups of this many consecutive processes, such as those of a
     machine, and replicated in all groups (hybrid sharding), for clusters: groups exchange gradients alone, once per
     step."""
-    checkpoints: int = Field(6, ge=1)
+    checkpoints: Annotated[int, KEEPS_WEIGHTS] = Field(6, ge=1)
     """Number of checkpoints per run, evenly spaced; each comes with held-out losses and a sample grid."""
-    keep: int = Field(3, ge=1)
+    keep: Annotated[int, KEEPS_WEIGHTS] = Field(3, ge=1)
     """Number of newest checkpoints kept on disk; evaluation evaluates each of them."""
-    keep_best: int = Field(0, ge=0)
+    keep_best: Annotated[int, needs("comparable_losses"), KEEPS_WEIGHTS] = Field(0, ge=0)
     """Number of further checkpoints kept: those whose averaged weights had the lowest loss on held-out images."""
-    keep_every: int | None = Field(None, ge=1)
+    keep_every: Annotated[int | None, KEEPS_WEIGHTS] = Field(None, ge=1)
     """Interval, in checkpoints, at which one is kept permanently; null: none."""
-    workers: int = Field(2, ge=1)
+    workers: Annotated[int, KEEPS_WEIGHTS] = Field(2, ge=1)
     """Threads that prepare batches while the network computes."""
-    prefetch: int = Field(4, ge=1)
+    prefetch: Annotated[int, KEEPS_WEIGHTS] = Field(4, ge=1)
     """Number of batches prepared ahead of the step."""
-    cache_bytes: int = Field(2 * 2**30, ge=0)
+    cache_bytes: Annotated[int, KEEPS_WEIGHTS] = Field(2 * 2**30, ge=0)
     """Size limit, in bytes, up to which the decoded images of the whole data set stay in memory."""
-    stream_bytes: int | None = Field(None, ge=1)
+    stream_bytes: Annotated[int | None, KEEPS_WEIGHTS] = Field(None, ge=1)
     """Null: shards are read from data/DATASET. A number: shards are fetched from the data set's remote on demand into a
     disk cache of at most this many bytes. Does not change the weights."""
     window: int | None = Field(None, ge=1)
@@ -142,8 +168,6 @@ class TrainingConfig(ObjectiveConfig):
             raise ValueError(
                 f"training.shard = {self.shard} is no group of processes: use true, false, or the number in a group"
             )
-        if self.ema_stds is not None and self.ema_decay is not None:
-            raise ValueError("training.ema_decay means nothing to averages with training.ema_stds: leave one out")
         if self.ema_stds is not None and not 0 < self.ema_stds[0] < self.ema_stds[1] < LARGEST_EMA_STD:
             raise ValueError(f"training.ema_stds rise from the first to the second, which is below {LARGEST_EMA_STD}")
         if self.student is not None and (self.init_from is None or self.images is None):
@@ -167,7 +191,7 @@ class TrainingConfig(ObjectiveConfig):
             "leave it out"
         )
 
-    def with_batch_size(self, model: FamilyConfig, size: int) -> "TrainingConfig":
+    def with_batch_size(self, model: BaseFamilyConfig, size: int) -> "TrainingConfig":
         """Set ``batch_size`` for images of ``size`` pixels unless it is set.
 
         The default is doubled until each thread has an image, so that it can be shared by as many processes as before.
@@ -175,7 +199,7 @@ class TrainingConfig(ObjectiveConfig):
         """
         if self.batch_size is not None:
             return self
-        batch_size = default_batch_size(model, size)
+        batch_size = model.default_batch_size(size)
         while batch_size < self.cpu_threads:
             batch_size *= 2
         config = self.model_copy(update={"batch_size": batch_size})
@@ -197,3 +221,24 @@ class DistillationConfig(Config):
     """Images to see."""
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate."""
+
+
+def student_training(
+    training: TrainingConfig, config: DistillationConfig, sampling: SamplingConfig, teacher: str, header: "ModelHeader"
+) -> TrainingConfig:
+    """Configure the training of a student of ``teacher``, the file or URI of a model with this ``header``.
+
+    The rest is as in ``training``; the teacher is guided as it samples where ``sampling`` is configured.
+    """
+    sampling = header.sampling(sampling)
+    names = ("guidance", "guidance_interval") if sampling.guides else ("autoguidance",) if sampling.autoguides else ()
+    fields = {
+        "init_from": teacher,
+        "images": config.images,
+        "minutes": None,
+        "learning_rate": config.learning_rate,
+        "warmup_images": min(training.warmup_images, config.images // 10),
+        "student": {"steps": config.steps} | {name: getattr(sampling, name) for name in names},
+        "guide": None,
+    }
+    return TrainingConfig.model_validate(training.model_dump() | fields)

@@ -18,7 +18,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from diffusion.common.device import resolve_device
-from diffusion.models.unet import ResidualBlock
+from diffusion.families.model import LayeredNetwork
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -257,7 +257,7 @@ def shard_module(network: nn.Module, mesh: DeviceMesh) -> None:
     for parameter in network.parameters():
         # FSDP2 does not support channels-last weights.
         parameter.data = parameter.data.contiguous()
-    for module in [*(module for module in network.modules() if isinstance(module, ResidualBlock)), network]:
+    for module in [*(network.blocks() if isinstance(network, LayeredNetwork) else ()), network]:
         fully_shard(module, mesh=mesh)
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)

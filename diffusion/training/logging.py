@@ -29,7 +29,6 @@ from diffusion.data.dataset import SPLITS
 from diffusion.data.loader import Batch
 from diffusion.data.manifest import Split
 from diffusion.families import family_of
-from diffusion.families.ddpm import DiffusionModel
 from diffusion.families.model import Model, TrainingObjective, to_float
 from diffusion.generation.config import is_conditional
 from diffusion.generation.generate import describe_conditions
@@ -324,7 +323,7 @@ class TrainingLog:
         try:
             model, metrics = self.validation.evaluate(tensors, images, stop)
             generated = self.validation.generate(model, self.sampling)
-            if self.tracker and images == self.total and isinstance(model, DiffusionModel):
+            if self.tracker and images == self.total and "noise_levels" in setup.model.abilities:
                 from diffusion.generation.explain import reverse_process_strip  # matplotlib is slow to load
 
                 conditioning = setup.task.conditioning(self.validation.images[:1]) or None

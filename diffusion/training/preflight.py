@@ -28,12 +28,13 @@ from diffusion.common.files import make_folder
 from diffusion.common.fingerprint import describe_precision, resolve_precision
 from diffusion.common.shapes import Shape, shape_name
 from diffusion.families import family_of
-from diffusion.families.ddpm import noise_shape
-from diffusion.models.config import FamilyConfig, LatentSpace
-from diffusion.models.fine_tuning import TrainableSubset, share
-from diffusion.models.vae import Autoencoder
+from diffusion.families.config import FamilyConfig
+from diffusion.families.fine_tuning import TrainableSubset, share
+from diffusion.families.vae.config import LatentSpace
+from diffusion.families.vae.network import Autoencoder, latent_shape
 from diffusion.process.samplers import SamplingConfig
 from diffusion.training.checkpointing import WrittenTensors
+from diffusion.training.config import TrainingConfig
 from diffusion.training.logging import Validation
 from diffusion.training.muon import Muon, group_by_side
 from diffusion.training.setup import TrainingSetup
@@ -211,8 +212,10 @@ def activation_size(setup: TrainingSetup, network: nn.Module) -> int:
     It is one of the largest shape.
     """
     dataset = setup.dataset
-    image_shape = (dataset.manifest.channels, *max(dataset.shapes, key=math.prod))
-    shape = noise_shape(image_shape, setup.autoencoder.space if setup.autoencoder else None)
+    height, width = max(dataset.shapes, key=math.prod)
+    shape: tuple[int, int, int] = (dataset.manifest.channels, height, width)
+    if setup.autoencoder is not None:
+        shape = latent_shape(setup.autoencoder.space.autoencoder, height, width)
     with torch.device("meta"), PeakMemory() as memory:
         loss = family_of(setup.model).forward(network, shape)
         forward = memory.peak
@@ -261,18 +264,23 @@ def count_captions(setup: TrainingSetup) -> int:
     return len(np.unique(numbers[numbers >= 0]))
 
 
+def plan_length(config: TrainingConfig, pace: tuple[float, float] | None) -> tuple[int, int]:
+    """Compute the numbers of images and of checkpoints of a run at the ``pace`` of ``measure_pace``."""
+    if config.images is not None:
+        return config.images, config.checkpoints
+    assert pace is not None
+    assert config.minutes is not None
+    # On a slow machine sample grids take at most half of the time, unless a single one takes longer.
+    half_seconds = config.minutes * 60 / 2
+    checkpoints = max(1, min(config.checkpoints, int(half_seconds / pace[1])))
+    training_seconds = max(half_seconds, 2 * half_seconds - checkpoints * pace[1])
+    return max(config.images_per_step, int(training_seconds / pace[0])), checkpoints
+
+
 def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: float = 0) -> Preflight:
     """Compute the preflight of a run at the ``pace`` of ``measure_pace``; ``reading`` is the time to embed captions."""
     setup, config, state = trainer.setup, trainer.config, trainer.state
-    dataset, images, checkpoints = setup.dataset, config.images, config.checkpoints
-    if images is None:
-        assert pace is not None
-        assert config.minutes is not None
-        # On a slow machine sample grids take at most half of the time, unless a single one takes longer.
-        half_seconds = config.minutes * 60 / 2
-        checkpoints = max(1, min(checkpoints, int(half_seconds / pace[1])))
-        training_seconds = max(half_seconds, 2 * half_seconds - checkpoints * pace[1])
-        images = max(config.images_per_step, int(training_seconds / pace[0]))
+    dataset, (images, checkpoints) = setup.dataset, plan_length(config, pace)
     parameters = sum(parameter.numel() for parameter in state.network.parameters())
     others = sum(parameter.numel() for step in state.steps for parameter in step.parameters) - parameters
     muon = config.optimizer == "muon"

@@ -1,42 +1,35 @@
-"""Train a model: set up a run in its folder, start or resume it, and write the final model."""
+"""Train a model: open the data set and the run's folder, begin or resume, loop, save the final model."""
 
 import logging
 import math
 import shutil
-import signal
-import sys
-import threading
-import time
-from _thread import start_new_thread
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from contextvars import copy_context
+from contextlib import contextmanager, nullcontext
 from heapq import merge
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Literal
 
 import torch
-from filelock import FileLock, Timeout
 
 from diffusion.checkpoints import PARTS, link_base, save_tensors
 from diffusion.common.config import Config
 from diffusion.common.device import compute_deterministically, resolve_device
 from diffusion.common.errors import DarkroomError, UserError
-from diffusion.common.files import make_folder, remove_partials, write_bytes, write_json
+from diffusion.common.files import write_json
 from diffusion.common.fingerprint import Fingerprint
 from diffusion.common.model_files import read_header
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.threads import cores, worker_threads
 from diffusion.data.caption_embeddings import seconds_to_read
 from diffusion.data.shards import ShardStore
-from diffusion.models.config import FamilyConfig
+from diffusion.families.config import FamilyConfig
 from diffusion.process.samplers import SamplingConfig
 from diffusion.training.checkpointing import INTERRUPTED, Checkpoints, CheckpointWriter, read_everywhere, save
-from diffusion.training.config import EARLIER, TrainingConfig, earlier_runs
+from diffusion.training.config import TrainingConfig
+from diffusion.training.data import open_dataset
 from diffusion.training.distributed import SINGLE_PROCESS, process_group
-from diffusion.training.ema import SNAPSHOTS
-from diffusion.training.logging import METRICS_BUFFER, RESTARTED, Tracker, TrainingLog, Validation
+from diffusion.training.interruption import interruptible
+from diffusion.training.logging import Tracker, TrainingLog, Validation
 from diffusion.training.preflight import (
     PREFLIGHT,
     Preflight,
@@ -47,20 +40,9 @@ from diffusion.training.preflight import (
     warn_of_memory,
 )
 from diffusion.training.rank_costs import RankCosts, rank_costs
-from diffusion.training.setup import COUNTS, FINGERPRINT, FORMAT_VERSION, TrainingSetup, make_setup, open_dataset
+from diffusion.training.run_folder import DISCARD_OR_MOVE, Restart, lock_folder, make_way, require_same_run
+from diffusion.training.setup import COUNTS, FINGERPRINT, make_setup
 from diffusion.training.trainer import FEWER_CHECKPOINTS, WINDOW, NotFiniteError, Trainer, thread_count
-
-Restart = Literal["never", "if_different", "set_aside"]
-"""What happens to a run of another configuration or data set in the folder: an error, it is discarded, or a finished
-one is set aside, from where a later training like it takes it back."""
-
-LOOK_SECONDS = 0.5
-"""Seconds between looks at signals and at the end of a training."""
-PATIENCE = 5.0
-"""Seconds after the first signal from which Ctrl-C ends a training at once."""
-LEAVING = "stopping after this step: Ctrl-C again, after %d s, leaves without a checkpoint"
-DISCARD_OR_MOVE = "give --restart to throw it away, or set training.output to another folder"
-"""Advice where a folder holds another run."""
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +83,44 @@ def train(
     Raises UserError if the folder holds a run of another configuration or data set (and ``restart`` is ``never``),
     another process trains in it, the data set is damaged, or configuration and data set do not fit each other.
     """
+    with _open_run(data, output, model, config, sampling, progress, restart, store, start) as trainer:
+        setup, state, final = trainer.setup, trainer.state, output / "final.safetensors"
+        if setup.ranks.broadcast(final.is_file()):
+            images = read_header(final)["model_header"]["images"]
+        else:
+            is_new, is_unlogged = _begin_or_resume(trainer, output, sampling)
+            tracker = track(is_new) if setup.ranks.is_main else None
+
+            def loop(stop: Callable[[], bool]) -> bool:
+                with _open_log(trainer, output, sampling, tracker, progress) as log:
+                    return trainer.train(log, stop, is_unlogged)
+
+            try:
+                with interruptible(setup.device) as run:
+                    run(loop)
+            except NotFiniteError as error:
+                path = output / f"not_finite{setup.ranks.rank or ''}.safetensors"
+                save_tensors(path, error.batch, setup.header(state.images, trainer.total))
+                raise DarkroomError(f"{error}, which lies in {path}") from error
+            _save_final(trainer, final)
+            images = state.images
+        content_digest, key = setup.dataset.manifest.content_digest, setup.train_key
+        return TrainResult(output=output, final=final, images=images, content_digest=content_digest, train_key=key)
+
+
+@contextmanager
+def _open_run(
+    data: Path,
+    output: Path,
+    model: FamilyConfig,
+    config: TrainingConfig,
+    sampling: SamplingConfig,
+    progress: Progress,
+    restart: Restart,
+    store: ShardStore | None,
+    start: str | None,
+) -> Iterator[Trainer]:
+    """Join the other processes, open the data set and lock the folder, which has no other run in it then."""
     with process_group() as ranks, open_dataset(data, config, store) as dataset:
         if config.shard and ranks.count == 1:
             raise UserError(
@@ -108,152 +128,87 @@ def train(
                 "or leave it out"
             )
         # Only the main process writes, so it alone locks the folder.
-        lock = _lock(output) if ranks.is_main else nullcontext()
         with (
-            lock,
+            lock_folder(output) if ranks.is_main else nullcontext(),
             compute_deterministically(resolve_device(config.device)),
             worker_threads(thread_count(config, ranks)) as threads,
         ):
             with worker_threads() as readers:
                 setup = make_setup(dataset, model, config, sampling, ranks, readers, progress, start)
             trainer = Trainer(setup, threads, output)
-            if ranks.is_main and _require_same_run(output, setup, restart):
-                make_way = _set_aside if restart == "set_aside" else _discard
-                make_way(output)
-            earlier = output.parent / EARLIER / output.name / setup.train_key[:16]
-            if ranks.is_main and restart == "set_aside" and earlier in earlier_runs(output) and not output.exists():
-                earlier.rename(output)
-            if ranks.is_main and setup.base is not None:
-                assert config.init_from is not None
-                link_base(Path(config.init_from), output)
-            final = output / "final.safetensors"
+            if ranks.is_main:
+                make_way(output, setup, restart)
+                if setup.base is not None and config.init_from is not None:
+                    link_base(Path(config.init_from), output)
             with trainer.loader:
-                if ranks.broadcast(final.is_file()):
-                    images = read_header(final)["model_header"]["images"]
-                else:
-                    images = _train(trainer, output, sampling, track, progress)
-            return TrainResult(
-                output=output,
-                final=final,
-                images=images,
-                content_digest=dataset.manifest.content_digest,
-                train_key=setup.train_key,
-            )
+                yield trainer
 
 
-def _train(
-    trainer: Trainer,
-    output: Path,
-    sampling: SamplingConfig,
-    track: Callable[[bool], Tracker | None],
-    progress: Progress,
-) -> int:
-    """Start or resume a run, train it to its end and write its final model; returns the number of images seen."""
-    setup, state = trainer.setup, trainer.state
-    checkpoints = Checkpoints(output / "checkpoints")
-    is_new, is_unlogged = _begin_or_resume(trainer, checkpoints, output, sampling)
-    tracker = track(is_new) if setup.ranks.is_main else None
-
-    def work(stop: Callable[[], bool]) -> bool:
-        if not setup.ranks.is_main:
-            return trainer.train(None, stop, is_unlogged)
-        validation = Validation(setup, trainer.objective, trainer.threads)
-        with CheckpointWriter(checkpoints) as writer:
-            log = TrainingLog(validation, output, sampling, writer, tracker, progress, state.images, trainer.total)
-            return trainer.train(log, stop, is_unlogged)
-
-    try:
-        _run_until_signal(work, setup.device)
-    except NotFiniteError as error:
-        path = output / f"not_finite{setup.ranks.rank or ''}.safetensors"
-        save_tensors(path, error.batch, setup.header(state.images, trainer.total))
-        raise DarkroomError(f"{error}, which lies in {path}") from error
-    header = setup.header(state.images, trainer.total)
-    weights = trainer.checkpoint_tensors(header, PARTS)
-    if setup.ranks.is_main:
-        save(output / "final.safetensors", weights, header)
-    # All processes wait until the model is on disk.
-    setup.ranks.barrier()
-    return state.images
-
-
-def _run_until_signal(work: Callable[[Callable[[], bool]], bool], device: torch.device) -> None:
-    """Run ``work`` in a thread, which a signal stops; what the handler of the signal raises is raised at its end.
-
-    ``work`` gets a function that says whether to stop, and returns whether it was not stopped. No exception strikes
-    inside of it, where a step might be half done, and the handler of SIGTERM stays the caller's: Prefect reschedules a
-    run only as long as it is its own. A KeyboardInterrupt after ``PATIENCE`` seconds leaves ``work`` behind, which may
-    hang: it then ends, as at a kill, when it next asks whether to stop.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        if not work(lambda: False):
-            sys.exit(128 + signal.SIGTERM)
+@contextmanager
+def _open_log(
+    trainer: Trainer, output: Path, sampling: SamplingConfig, tracker: Tracker | None, progress: Progress
+) -> Iterator[TrainingLog | None]:
+    """Open the log of the main process, whose checkpoints are written in a thread; others have none."""
+    if not trainer.setup.ranks.is_main:
+        yield None
         return
-    # A signal may raise between any two operations. Lists, this queue and the start of a thread are in C, and leave no
-    # lock behind, as Event, Future and Thread do.
-    interrupts, runs, outcome = list[BaseException](), list[bool](), list[bool | BaseException]()
-    exits, seconds, starts = list[BaseException](), list[float](), [start_new_thread]
-    ends, context = SimpleQueue[None](), copy_context()
+    validation = Validation(trainer.setup, trainer.objective, trainer.threads)
+    with CheckpointWriter(Checkpoints(output / "checkpoints")) as writer:
+        images, total = trainer.state.images, trainer.total
+        yield TrainingLog(validation, output, sampling, writer, tracker, progress, images, total)
 
-    def stop() -> bool:
-        if exits:
-            # Another process may train in the folder by now.
-            raise exits[0]
-        return bool(interrupts)
 
-    def run() -> None:
-        runs.append(True)
-        if interrupts:
-            outcome.append(False)  # else a wait that has seen ``runs`` would not end
-            return
-        try:
-            torch.set_num_threads(1)  # see worker_threads
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            outcome.append(context.run(work, stop))
-        except BaseException as error:  # noqa: BLE001 (raised below)
-            outcome.append(error)
-        ends.put(None)
+def _save_final(trainer: Trainer, final: Path) -> None:
+    """Write the final model; all processes wait until it is on disk."""
+    header = trainer.setup.header(trainer.state.images, trainer.total)
+    weights = trainer.checkpoint_tensors(header, PARTS)
+    if trainer.setup.ranks.is_main:
+        save(final, weights, header)
+    trainer.setup.ranks.barrier()
 
-    default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if default:
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        while not exits:
-            try:
-                while not outcome and (runs or not interrupts):
-                    if starts:
-                        starts.pop()(run, ())
-                    # A signal may take the item, come before the thread has begun, which then does nothing, or fall
-                    # between Python's last look at signals and the wait, which it then does not end.
-                    with suppress(Empty):
-                        ends.get(timeout=LOOK_SECONDS)
-                break
-            except BaseException as error:  # noqa: BLE001 (raised below)
-                interrupts += [error]
-                seconds += [time.monotonic()]
-                if isinstance(error, KeyboardInterrupt):
-                    if seconds[-1] - seconds[0] >= PATIENCE:
-                        exits += [error]
-                    elif len(seconds) == 1:
-                        # In a thread, as logging has locks.
-                        start_new_thread(logger.info, (LEAVING, PATIENCE))
-        if exits:
-            raise exits[0]
-        failure = next((item for item in outcome if isinstance(item, BaseException)), None)
-        if interrupts:
-            if failure is not None:
-                logger.warning("training failed after a signal, and wrote no checkpoint", exc_info=failure)
-            raise interrupts[0] from failure
-        if failure is not None:
-            raise failure
-        if not outcome[0]:
-            # A signal stopped another process: this one ends in the same way.
-            signal.raise_signal(signal.SIGTERM)
-            sys.exit(128 + signal.SIGTERM)
-    finally:
-        if default:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+def _begin_or_resume(trainer: Trainer, output: Path, sampling: SamplingConfig) -> tuple[bool, bool]:
+    """Load the newest checkpoint, or write the first one.
+
+    Returns whether the run is new, and whether the checkpoint was written at a signal.
+    """
+    setup, state, config = trainer.setup, trainer.state, trainer.config
+    ranks, checkpoints = setup.ranks, Checkpoints(output / "checkpoints")
+    sources = (checkpoints, Checkpoints(output / INTERRUPTED))
+    # A kill may leave both of the same number of images: the regular one, which is first, is also logged.
+    newest = merge(*(source.iterate_whole() for source in sources), key=lambda pair: int(pair[0].stem), reverse=True)
+    path, header = (ranks.is_main and next(newest, None)) or (None, None)
+    if header := ranks.broadcast(header):
+        trainer.total = header["total"]
+        trainer.checkpoints = min(config.checkpoints, header.get(FEWER_CHECKPOINTS, config.checkpoints))
+        state.load(read_everywhere(path, ranks), header[COUNTS])
+        trainer.window = [torch.tensor(values, device=setup.device) for values in header.get(WINDOW, [])]
+        trainer.loader.prefetch(state.images, trainer.total)
+        if ranks.is_main:
+            if WINDOW not in header:
+                shutil.rmtree(output / INTERRUPTED, ignore_errors=True)
+            logger.info("resuming from %d of %d images", state.images, trainer.total)
+            if changes := Fingerprint.model_validate(header[FINGERPRINT]).differences(setup.fingerprint):
+                logger.warning("the fingerprint has changed (%s): the last bits of the weights will differ", changes)
+        return False, WINDOW in header
+    pace = None if config.images else measure_pace(setup, trainer.threads, sampling, output)
+    preflight = make_preflight(trainer, pace)
+    trainer.total = math.ceil(preflight.images / config.images_per_step) * config.images_per_step
+    trainer.checkpoints = preflight.checkpoints
+    trainer.loader.prefetch(state.images, trainer.total)
+    if ranks.is_main:
+        if preflight.fewer_checkpoints:
+            logger.warning("training.minutes = %g: %s", config.minutes, preflight.fewer_checkpoints)
+        summary = dict(preflight.lines())
+        logger.info("training on %s; %s, %s", *(summary[name] for name in ("images", "network", "length")))
+        warn_of_memory(preflight, setup.device)
+        require_disk(output, preflight.disk_bytes)
+        write_json(output / PREFLIGHT, preflight.model_dump(mode="json"))
+    header = trainer.checkpoint_header()
+    tensors = trainer.checkpoint_tensors(header)
+    if ranks.is_main:
+        checkpoints.save(tensors, header)
+    return True, False
 
 
 def preflight(
@@ -312,131 +267,4 @@ def check(
     with open_dataset(data, config, None) as dataset, compute_deterministically(resolve_device(config.device)):
         setup = make_setup(dataset, model, config, sampling, SINGLE_PROCESS)
         meta_network(setup)
-        _require_same_run(output, setup, restart, advice)
-
-
-def _require_same_run(output: Path, setup: TrainingSetup, restart: str, advice: str = DISCARD_OR_MOVE) -> bool:
-    """Whether the folder ``output`` holds another run, which may be discarded; raises UserError if it may not."""
-    if (differences := _differences(output, setup)) and restart == "never":
-        raise UserError(f"{output} holds a run that differs in {', '.join(differences)}: {advice}")
-    return bool(differences)
-
-
-def discard(output: Path) -> None:
-    """Delete the run in folder ``output`` and nothing else in it; raises UserError if it is in use."""
-    with _lock(output):
-        _discard(output)
-
-
-@contextmanager
-def _lock(output: Path) -> Iterator[None]:
-    """Lock the run's folder for this process; raises UserError if another process uses it."""
-    make_folder(output.parent)
-    try:
-        lock = FileLock(output.parent / f".{output.name}.lock").acquire(blocking=False)
-    except Timeout as error:
-        raise UserError(
-            f"another process trains in {output}: wait for it, or set training.output to another folder"
-        ) from error
-    with lock:
-        # A process killed during a write left a file as large as a checkpoint.
-        remove_partials(output)
-        yield
-
-
-def _discard(output: Path) -> None:
-    # The tracker's files go first, so that it does not attribute them to the next run; checkpoints go last, so that an
-    # interrupted deletion leaves a run that can be resumed.
-    shutil.rmtree(output / METRICS_BUFFER, ignore_errors=True)
-    if output.is_dir():
-        write_bytes(output / METRICS_BUFFER / RESTARTED, b"")
-    names = ("final.safetensors", "weights.safetensors", "history.csv", "losses.csv", PREFLIGHT)
-    bases = [path for path in output.glob("*.safetensors") if len(path.stem) == 64]  # what a LoRA is based on
-    for path in (*output.glob("not_finite*.safetensors"), *bases, *(output / name for name in names)):
-        path.unlink(missing_ok=True)
-    for folder in (output / "samples", output / SNAPSHOTS, output / INTERRUPTED, output / "checkpoints"):
-        if folder.exists():
-            shutil.rmtree(folder)
-
-
-def _set_aside(output: Path) -> None:
-    """Move the finished run in folder ``output`` to where ``earlier_runs`` finds it; discard an unfinished one."""
-    final, earlier = output / "final.safetensors", output.parent / EARLIER / output.name
-    if not final.is_file():
-        _discard(output)
-        return
-    target = earlier / str(read_header(final).get("train_key"))[:16]
-    make_folder(earlier)
-    if target.exists():  # the same training
-        shutil.rmtree(target)
-    output.rename(target)
-    logger.warning("%s held another finished training, which lies in %s now", output, target)
-
-
-def _differences(output: Path, setup: TrainingSetup) -> list[str]:
-    """Describe the differences between the run in ``output`` and ``setup``; empty for the same run, or none."""
-    final, checkpoints = output / "final.safetensors", Checkpoints(output / "checkpoints")
-    theirs = (
-        read_header(final) if final.is_file() else next((header for _, header in checkpoints.iterate_whole()), None)
-    )
-    if theirs is None:
-        return []
-    if theirs.get("format_version") != FORMAT_VERSION:
-        return ["its format"]
-    ours = setup.header(0, 0)
-    if theirs["train_key"] == ours["train_key"]:
-        return []
-    has_moved = theirs.get("layout_digest") != ours.get("layout_digest")
-    theirs, ours = theirs["model_header"], ours["model_header"]
-    differences = ["the data set's content"] if theirs["content_digest"] != ours["content_digest"] else []
-    for part in ("model", "training"):
-        names = theirs[part] | ours[part]
-        differences += [f"{part}.{name}" for name in names if ours[part].get(name) != theirs[part].get(name)]
-    if theirs.get("encoder") and ours["encoder"] and theirs["encoder"] != ours["encoder"]:
-        differences.append(f"the text encoder ({theirs['encoder']['name']} {theirs['encoder']['digest'][:12]})")
-    return differences or [("the data set's shards" if has_moved else "its format")]
-
-
-def _begin_or_resume(
-    trainer: Trainer, checkpoints: Checkpoints, output: Path, sampling: SamplingConfig
-) -> tuple[bool, bool]:
-    """Load the newest checkpoint, or write the first one.
-
-    Returns whether the run is new, and whether the checkpoint was written at a signal.
-    """
-    setup, state, config = trainer.setup, trainer.state, trainer.config
-    ranks, sources = setup.ranks, (checkpoints, Checkpoints(output / INTERRUPTED))
-    # A kill may leave both of the same number of images: the regular one, which is first, is also logged.
-    newest = merge(*(source.iterate_whole() for source in sources), key=lambda pair: int(pair[0].stem), reverse=True)
-    path, header = (ranks.is_main and next(newest, None)) or (None, None)
-    if header := ranks.broadcast(header):
-        trainer.total = header["total"]
-        trainer.checkpoints = min(config.checkpoints, header.get(FEWER_CHECKPOINTS, config.checkpoints))
-        state.load(read_everywhere(path, ranks), header[COUNTS])
-        trainer.window = [torch.tensor(values, device=setup.device) for values in header.get(WINDOW, [])]
-        trainer.loader.prefetch(state.images, trainer.total)
-        if ranks.is_main:
-            if WINDOW not in header:
-                shutil.rmtree(output / INTERRUPTED, ignore_errors=True)
-            logger.info("resuming from %d of %d images", state.images, trainer.total)
-            if changes := Fingerprint.model_validate(header[FINGERPRINT]).differences(setup.fingerprint):
-                logger.warning("the fingerprint has changed (%s): the last bits of the weights will differ", changes)
-        return False, WINDOW in header
-    pace = None if config.images else measure_pace(setup, trainer.threads, sampling, output)
-    preflight = make_preflight(trainer, pace)
-    trainer.total = math.ceil(preflight.images / config.images_per_step) * config.images_per_step
-    trainer.checkpoints = preflight.checkpoints
-    trainer.loader.prefetch(state.images, trainer.total)
-    if ranks.is_main:
-        if preflight.fewer_checkpoints:
-            logger.warning("training.minutes = %g: %s", config.minutes, preflight.fewer_checkpoints)
-        summary = dict(preflight.lines())
-        logger.info("training on %s; %s, %s", *(summary[name] for name in ("images", "network", "length")))
-        warn_of_memory(preflight, setup.device)
-        require_disk(output, preflight.disk_bytes)
-        write_json(output / PREFLIGHT, preflight.model_dump(mode="json"))
-    header = trainer.checkpoint_header()
-    tensors = trainer.checkpoint_tensors(header)
-    if ranks.is_main:
-        checkpoints.save(tensors, header)
-    return True, False
+        require_same_run(output, setup, restart, advice)

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +21,6 @@ from diffusion.common.errors import DarkroomError
 from diffusion.common.fingerprint import autocast
 from diffusion.data.loader import Batch, Loader, make_order
 from diffusion.families import family_of
-from diffusion.families.ddpm import DiffusionModel
-from diffusion.families.distillation import ConsistencyObjective
 from diffusion.families.model import OptimizerStep, TrainingBatch, TrainingObjective
 from diffusion.training.checkpointing import write_together
 from diffusion.training.config import TrainingConfig
@@ -111,7 +108,7 @@ class TrainingState:
         """Set the guide to the first average."""
         averages = self.averages[0].averages
         pairs = [(local_part(value), local_part(averages[name])) for name, value in self.guide.items()]
-        torch._foreach_copy_([ours for ours, _ in pairs], [theirs for _, theirs in pairs])
+        torch._foreach_copy_([target for target, _ in pairs], [source for _, source in pairs])
 
     def _named_optimizers(self) -> list[tuple[str, torch.optim.Optimizer]]:
         return [item for optimizers in self.optimizers for item in optimizers.items()]
@@ -179,10 +176,11 @@ class Trainer:
             family, header = family_of(setup.model), setup.model_header(0)
             self.objective = family.make_objective(header, self.config, setup.autoencoder)
             if self.config.student is not None:
-                assert isinstance(setup.initial, DiffusionModel)
+                assert setup.initial is not None
                 assert self.config.images is not None
-                teacher = replace(setup.initial, latents=setup.autoencoder).to(self.device)
-                self.objective = ConsistencyObjective(self.config, teacher, header, self.config.images)
+                self.objective = setup.initial.make_student_objective(
+                    self.config, header, setup.autoencoder, self.config.images, self.device
+                )
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         mesh = make_mesh(self.device, setup.shard) if setup.shard > 1 else None
         frozen = setup.autoencoder.to(self.device).state_dict() if setup.autoencoder else {}

@@ -32,8 +32,8 @@ from diffusion.data.sources.hub_dataset import HubDataset
 from diffusion.data.sources.known_sets import find_idx
 from diffusion.data.sources.local_files import find_files
 from diffusion.evaluation.config import FEWEST, EvaluationConfig, require_enough
+from diffusion.families.config import FamilyConfig, ModelConfig, classes_of
 from diffusion.generation.config import Conditions, GenerationRequest, check_conditions
-from diffusion.models.config import FamilyConfig, ModelConfig, classes_of
 from diffusion.process.samplers import SamplingConfig
 from flows.config import Params, override_keys, registered_autoencoder, registered_initial_weights
 from flows.environment import settings

@@ -407,7 +407,7 @@ def _push(
     from diffusion.common.image_grids import encode_png_with_metadata
     from diffusion.diffusers_format.export import readme
     from diffusion.diffusers_format.hub import SAMPLES, check_push, hub_card, push_to_hub
-    from diffusion.families.ddpm import DiffusionModel
+    from diffusion.families.diffusion_model import DiffusionModel
 
     name, model = check_push(uri), load_model(weights)
     assert isinstance(model, DiffusionModel), "others are not exported"

@@ -20,7 +20,8 @@ from flows.cli.model_commands import describe_champion_change
 if TYPE_CHECKING:
     from diffusion.data.ingest.ingest import IngestResult
     from diffusion.data.ingest.preview import IngestPreview
-    from diffusion.training.train import Restart, TrainResult
+    from diffusion.training.run_folder import Restart
+    from diffusion.training.train import TrainResult
     from flows.config import Params
     from flows.datasets.dvc import RemoteShards
     from flows.environment import Server
@@ -32,7 +33,7 @@ Labels = Annotated[list[str], Option("--label", metavar="NAME", help="Class labe
 Prompts = Annotated[list[str], Option("--prompt", help="Text prompt; several are used in turn.")]
 EVALUATED = "models:/NAME@ALIAS, models:/NAME/NUMBER or a .safetensors, instead of the run's checkpoints."
 ALL_FAMILIES = ["ddpm", "vae", "gan", "autoregressive"]
-"""Families of ``diffusion.models.config``, which is too slow to import for ``--help``."""
+"""Families of ``diffusion.families.config``, which is too slow to import for ``--help``."""
 OTHER_RUN = "give --restart to throw it away, or the settings of that run by --set, or move its folder away"
 DryRun = Annotated[bool, Option("--dry-run", help="Only show what would be done, and the estimated time.")]
 pipeline = command(app, panel="Pipeline")
@@ -226,7 +227,7 @@ def train(
         return CommandOutput(estimate, [f"{name:10} {text}" for name, text in estimate.lines()])
     restart_mode: Restart = "if_different" if restart_if_different else "never"
     if local:
-        from diffusion.training.train import discard
+        from diffusion.training.run_folder import discard
 
         if restart and not is_follower():
             discard(config.run_folder)
@@ -643,7 +644,7 @@ def distill(
             )
         read_header(Path(path))
         from diffusion.checkpoints import read_model_header
-        from diffusion.training.setup import student_training
+        from diffusion.training.config import student_training
 
         header = read_model_header(Path(path))
         training = student_training(config.training, config.distillation, config.sampling, path, header)
@@ -661,7 +662,7 @@ def distill(
         teacher = config.distillation.teacher
         require_version(config.champion if teacher == "champion" else teacher)
         if dry_run:
-            from diffusion.training.setup import student_training
+            from diffusion.training.config import student_training
             from flows.distill import find_teacher
 
             # The plain function, outside of Prefect.

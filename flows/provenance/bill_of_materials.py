@@ -16,7 +16,7 @@ from diffusion.common.files import digest_of, sibling, write_json
 from diffusion.data.manifest import Manifest
 from diffusion.diffusers_format.export import ExportResult
 from diffusion.evaluation.estimate import DEVIATIONS
-from diffusion.families.model import ModelHeader
+from diffusion.families.header import ModelHeader
 
 BOM = ".cdx.json"
 DIGEST = re.compile("[0-9a-f]{64}")

@@ -11,7 +11,7 @@ from diffusion.common.config import Config
 from diffusion.common.errors import ConflictError, UserError
 from diffusion.common.files import canonical_json
 from diffusion.data.manifest import read_manifest
-from diffusion.training.setup import data_digest, train_key
+from diffusion.training.identity import data_digest, train_key
 from flows.config import Params, registered_autoencoder, registered_initial_weights
 from flows.environment import settings
 from flows.registry import model_versions

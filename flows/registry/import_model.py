@@ -16,8 +16,9 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE, MLFLOW_SOURCE_NAME, MLFLOW
 from diffusion.checkpoints import read_model_header
 from diffusion.common.escaping import escape_markdown
 from diffusion.diffusers_format.import_model import ImportedFile, import_file
-from diffusion.families.model import ModelHeader
-from diffusion.process.samplers import SamplingConfig, effective_sampling
+from diffusion.families.config import effective_sampling
+from diffusion.families.header import ModelHeader
+from diffusion.process.samplers import SamplingConfig
 from flows.environment import settings
 from flows.registry import model_card, model_versions
 from flows.registry.model_versions import LICENCE, ORIGIN, Version

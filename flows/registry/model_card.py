@@ -19,7 +19,7 @@ from diffusion.evaluation.reports.html import (
     format_with_error,
 )
 from diffusion.evaluation.results import Evaluation
-from diffusion.families.model import ModelHeader, Origin
+from diffusion.families.header import ModelHeader, Origin
 from flows.registry.ledger import LedgerEntry
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import describe_takedowns, find_notes

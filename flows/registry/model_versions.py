@@ -31,9 +31,9 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of, sha256_file
 from diffusion.common.image_grids import png_bytes, to_pil_image
 from diffusion.data.manifest import Sha256
+from diffusion.families.config import ModelConfig
 from diffusion.families.model import Model
 from diffusion.generation.super_resolution import scale_of
-from diffusion.models.config import ModelConfig
 from diffusion.process.samplers import SamplingConfig
 from flows.environment import settings
 from flows.registry.aliases import ALIASES, none_if_missing, read_verified_history, resolve_alias

@@ -20,7 +20,7 @@ from diffusion.common.escaping import escape_controls, escape_markdown
 from diffusion.data.manifest import read_manifest
 from diffusion.data.versions.takedown_records import Removal, find_affected_versions
 from diffusion.data.versions.versions import known_versions
-from diffusion.models.config import FAMILIES
+from diffusion.families.config import FAMILIES
 from flows.datasets.catalog import Catalog, Heads
 from flows.datasets.dvc import StoredFiles
 from flows.environment import data_source

@@ -28,7 +28,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import PARTIAL
 from diffusion.common.model_files import read_header
 from diffusion.evaluation.reports.html import format_count, format_size
-from diffusion.training.train import discard
+from diffusion.training.run_folder import discard
 from flows.config import RetentionConfig
 from flows.registry import model_versions
 from flows.registry.aliases import read_verified_history

@@ -25,9 +25,9 @@ from diffusion.common.fingerprint import Fingerprint, fingerprint
 from diffusion.data.prefetch import prefetch
 from diffusion.data.shards import TarWriter
 from diffusion.families.model import Model
+from diffusion.families.text_encoder import check_encoder
 from diffusion.generation import generate
 from diffusion.generation.config import UNCONDITIONAL, Conditions, is_conditional
-from diffusion.models.text_encoder import check_encoder
 from diffusion.process.samplers import SamplingConfig
 from flows import environment
 from flows.config import SamplingBatchConfig

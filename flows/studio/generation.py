@@ -14,9 +14,9 @@ from PIL import Image
 from diffusion.common.errors import UserError
 from diffusion.common.image_grids import png_bytes
 from diffusion.common.shapes import Shape, shape_name
-from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.diffusion_model import DiffusionModel
 from diffusion.families.model import Model
-from diffusion.families.pretrained import PretrainedModel
+from diffusion.families.pretrained.model import PretrainedModel
 from diffusion.generation.config import Task
 from diffusion.generation.requests import tasks_of
 from diffusion.process.samplers import SAMPLERS

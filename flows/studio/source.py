@@ -20,7 +20,7 @@ from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.files import sha256_file
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.dataset import Dataset
-from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.diffusion_model import DiffusionModel
 from diffusion.families.model import Model
 from diffusion.generation.config import GenerationRequest, make_request
 from diffusion.generation.generate import label_names

@@ -14,8 +14,8 @@ from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.results import CheckpointEvaluation
 from diffusion.families import family_of
+from diffusion.families.config import FamilyConfig, VAEConfig
 from diffusion.generation.super_resolution import GenerationTask
-from diffusion.models.config import FamilyConfig, VAEConfig
 from diffusion.process.samplers import SamplingConfig, sampling_config
 from tests.builders.shapes import disc
 from tests.builders.small_datasets import write_dataset

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffusion.models.config import ModelConfig, VAEConfig
+from diffusion.families.config import ModelConfig, VAEConfig
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import TrainResult, train

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 
 from diffusion.checkpoints import AVERAGED, GUIDE, link_base, load_model, read_model_header, save_tensors
-from diffusion.families.model import Base, ModelHeader
-from diffusion.models.config import LoRAConfig, ModelConfig
-from diffusion.models.fine_tuning import make_trainable
-from diffusion.models.unet import UNet
+from diffusion.families.base import LoRAConfig
+from diffusion.families.config import ModelConfig
+from diffusion.families.ddpm.network import UNet
+from diffusion.families.header import Base, ModelHeader
 
 CONFIG = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), heads=1, patch=2)
 
@@ -64,7 +64,7 @@ def write_lora(path: Path, base: Path, seed: int, rank: int = 2) -> Path:
     """Low-rank matrices for the model in the file ``base``, random by seed, and a link to it beside them."""
     lora = LoRAConfig(rank=rank, alpha=4)
     generator = torch.Generator().manual_seed(seed)
-    trained = make_trainable(load_model(base).network, lora).state_dict()
+    trained = load_model(base).make_trainable(lora).state_dict()
     tensors = {AVERAGED + name: torch.randn(each.shape, generator=generator) / 10 for name, each in trained.items()}
     about = read_model_header(base).model_copy(
         update={"base": Base(sha256=link_base(base, path.parent)), "lora": lora, "images": 5}

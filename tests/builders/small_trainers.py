@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from diffusion.data.dataset import Dataset
-from diffusion.models.config import FamilyConfig
+from diffusion.families.config import FamilyConfig
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import SINGLE_PROCESS

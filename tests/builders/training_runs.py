@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from diffusion.data.manifest import FileEntry
-from diffusion.models.config import ModelConfig
+from diffusion.families.config import ModelConfig
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import TrainResult, train

@@ -15,9 +15,9 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
+from diffusion.families.config import ModelConfig
 from diffusion.generation.config import make_request
 from diffusion.generation.requests import generate_to_folder
-from diffusion.models.config import ModelConfig
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.logging import read_metrics

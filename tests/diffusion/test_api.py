@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 
 import diffusion
 from diffusion.common.errors import UserError
-from diffusion.models.config import ModelConfig
+from diffusion.families.config import ModelConfig
 from flows.cli import main
 from tests.builders import ROOT
 from tests.builders.small_models import write_model

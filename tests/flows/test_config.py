@@ -8,7 +8,7 @@ import torch
 
 from diffusion.common.config import dataset_folder
 from diffusion.common.errors import UserError
-from diffusion.models.config import ModelConfig, VAEConfig
+from diffusion.families.config import ModelConfig, VAEConfig
 from diffusion.presets import PresetName
 from diffusion.process.samplers import sampling_config
 from diffusion.process.schedules import linear_schedule, make_schedule
@@ -265,7 +265,7 @@ def test_each_family_shows_its_own_fields_and_rejects_anothers(params: Path) -> 
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match=r"model\.kl_weight is a field of model\.family = vae, and this is ddpm"):
         load_params(params, ["model.kl_weight=1"])
-    with pytest.raises(UserError, match=r"model: family is ddpm, the default, vae, gan, autoregressive or diffusers"):
+    with pytest.raises(UserError, match=r"model: family is ddpm \(default\), vae, gan, autoregressive or diffusers"):
         load_params(params, ["model.family=flow"])
     with pytest.raises(UserError, match=r"model\.gamma is a field of model\.family = gan, and this is autoregressive"):
         load_params(params, ["model.family=autoregressive", "model.gamma=1"])

@@ -11,7 +11,7 @@ from diffusion.evaluation.metrics.pixel_metrics import AppearanceShift
 from diffusion.evaluation.reports.charts import held_out_loss_chart, lead_chart
 from diffusion.evaluation.reports.html import Cell, caption_images, format_interval, format_signed, metric_cell, render
 from diffusion.evaluation.results import Evaluation
-from diffusion.models.config import FAMILIES
+from diffusion.families.config import FAMILIES
 
 PAGE = "champion_comparison.html"
 """The report, beside ``champion_comparison.json``."""

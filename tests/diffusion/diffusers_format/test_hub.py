@@ -22,8 +22,8 @@ from diffusion.diffusers_format.export import export_to_diffusers, readme
 from diffusion.diffusers_format.hub import download_pipeline, hub_card, push_to_hub
 from diffusion.diffusers_format.import_model import import_file
 from diffusion.diffusers_format.import_pipeline import import_pipeline
-from diffusion.families.ddpm import DiffusionModel
-from diffusion.families.model import Origin
+from diffusion.families.diffusion_model import DiffusionModel
+from diffusion.families.header import Origin
 from diffusion.process.samplers import sampling_config
 from tests.builders import pipelines
 from tests.builders.reading_sources import png, write_files

@@ -16,8 +16,8 @@ from diffusion.evaluation.comparison import ChampionComparison, SampleGrids, com
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.gate import GateConfig, Verdict
+from diffusion.families.config import AutoregressiveConfig, FamilyConfig, GANConfig, VAEConfig
 from diffusion.generation.generate import labels_of, sample
-from diffusion.models.config import AutoregressiveConfig, FamilyConfig, GANConfig, VAEConfig
 from diffusion.process.samplers import SamplingConfig, sampling_config
 from tests.builders import NO_BARS
 from tests.builders.captioned import squares

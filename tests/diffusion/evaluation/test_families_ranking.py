@@ -16,7 +16,7 @@ from diffusion.evaluation.features.feature_extractor import make_extractor
 from diffusion.evaluation.metrics.distances import compute_moments, frechet_distance
 from diffusion.evaluation.ranking import RANKING, Ranking, rank_models
 from diffusion.evaluation.reports.ranking_report import PAGE, findings, write_ranking_report
-from diffusion.models.config import AutoregressiveConfig, GANConfig, ModelConfig
+from diffusion.families.config import AutoregressiveConfig, GANConfig, ModelConfig
 from diffusion.process.samplers import SamplingConfig, sampling_config
 from tests.builders.captioned import squares
 from tests.builders.comparisons import CONFIG, SAMPLING, Watcher, discs, save_images, write_autoencoder, write_of_family

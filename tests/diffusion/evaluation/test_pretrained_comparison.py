@@ -11,7 +11,7 @@ from diffusion.evaluation.comparison import ChampionComparison, compare_with_cha
 from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.gate import GateConfig
 from diffusion.evaluation.metrics.text_image_agreement import TextImageAgreement
-from diffusion.families.model import Origin
+from diffusion.families.header import Origin
 from diffusion.process.samplers import SamplingConfig, sampling_config
 from tests.builders import pipelines
 from tests.builders.captioned import COLOURS

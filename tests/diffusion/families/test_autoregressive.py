@@ -16,13 +16,8 @@ from diffusion.common.random import GaussianNoise
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.evaluator import count_gflop
 from diffusion.evaluation.metrics.held_out_loss import measure_losses
-from diffusion.families.autoregressive import AutoregressiveModel, bits_of_pixels
-from diffusion.families.model import to_float, to_uint8
-from diffusion.generation.config import Conditions
-from diffusion.generation.explain import explain
-from diffusion.generation.generate import interpolate, sample
-from diffusion.generation.requests import tasks_of
-from diffusion.models.autoregressive import (
+from diffusion.families.autoregressive.model import AutoregressiveModel, bits_of_pixels
+from diffusion.families.autoregressive.network import (
     PixelCNN,
     PixelSampler,
     log_probability,
@@ -30,7 +25,12 @@ from diffusion.models.autoregressive import (
     sample_images,
     sample_pixels,
 )
-from diffusion.models.config import AutoregressiveConfig
+from diffusion.families.config import AutoregressiveConfig
+from diffusion.families.model import to_float, to_uint8
+from diffusion.generation.config import Conditions
+from diffusion.generation.explain import explain
+from diffusion.generation.generate import interpolate, sample
+from diffusion.generation.requests import tasks_of
 from diffusion.process.editing import Edit
 from diffusion.process.samplers import sampling_config
 from diffusion.training.logging import read_metrics
@@ -190,17 +190,13 @@ def test_class_conditional_images_do_not_depend_on_the_count(model: Autoregressi
     assert torch.equal(many[:36], to_uint8(expected))
 
 
-def test_unsupported_tasks_and_settings_are_an_error(model: AutoregressiveModel, data: Path, tmp_path: Path) -> None:
+def test_edits_are_an_error(model: AutoregressiveModel) -> None:
     assert tasks_of(model) == ("sample", "interpolate")
     images = interpolate(model, 1, 2, 3, SAMPLING, conditions=Conditions(labels=("rows",)))
     assert images.shape == (3, 1, SIZE, SIZE)
     image = torch.zeros(1, SIZE, SIZE, dtype=torch.uint8)
     with pytest.raises(UserError, match="no steps in which to edit an image"):
         sample(model, [0], 0, SAMPLING, edit=Edit(image, strength=0.5))
-    with pytest.raises(UserError, match=r"sampling\.steps means nothing to model\.family = autoregressive"):
-        sample(model, [0], 0, SAMPLING.model_copy(update={"steps": 20}))
-    with pytest.raises(UserError, match=r"training\.timestep_sampling means nothing to model\.family = autoregressive"):
-        train(data, tmp_path / "run", MODEL, TRAINING.model_copy(update={"timestep_sampling": "uniform"}), SAMPLING)
 
 
 def test_explain_writes_figures_with_a_real_image(data: Path, model: AutoregressiveModel, tmp_path: Path) -> None:

@@ -16,17 +16,17 @@ from diffusion.common.errors import UserError
 from diffusion.common.image_grids import png_bytes, to_pil_image
 from diffusion.data.dataset import Dataset
 from diffusion.diffusers_format.export import export_to_diffusers
-from diffusion.families.ddpm import DiffusionModel, count_evaluations
-from diffusion.families.distillation import ConsistencyObjective
+from diffusion.families.config import ModelConfig, training_conflict
+from diffusion.families.ddpm.distillation import ConsistencyObjective
+from diffusion.families.diffusion_model import DiffusionModel, count_evaluations
 from diffusion.families.model import to_float
 from diffusion.generation.config import make_request
 from diffusion.generation.generate import sample
 from diffusion.generation.requests import answer, sampling_of
-from diffusion.models.config import ModelConfig, StudentConfig, training_conflict
-from diffusion.process.samplers import sampling_config
+from diffusion.process.config import StudentConfig
+from diffusion.process.samplers import sampling_config, with_sampler
 from diffusion.process.schedules import edm_schedule, make_schedule
-from diffusion.training.config import DistillationConfig, TrainingConfig
-from diffusion.training.setup import student_training
+from diffusion.training.config import DistillationConfig, TrainingConfig, student_training
 from diffusion.training.train import TrainResult, train
 from flows.config import Params
 from tests.builders.sampler_options import noises
@@ -261,4 +261,4 @@ def test_one_step_students_of_any_schedule_begin_at_a_level_that_they_know() -> 
 def test_consistency_sampling_has_its_own_defaults_beside_those_of_the_preset() -> None:
     params = Params.model_validate({"sampling": {"sampler": "consistency", "steps": 4}})
     assert params.sampling == sampling_config(sampler="consistency", steps=4)
-    assert sampling_config(steps=16).with_sampler("consistency") == sampling_config(sampler="consistency")
+    assert with_sampler(sampling_config(steps=16), "consistency") == sampling_config(sampler="consistency")

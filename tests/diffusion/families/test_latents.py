@@ -19,18 +19,19 @@ from diffusion.data.dataset import Dataset
 from diffusion.diffusers_format.export import export_to_diffusers
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
-from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.config import ModelConfig
+from diffusion.families.diffusion_model import DiffusionModel
 from diffusion.families.model import to_float, to_uint8
 from diffusion.generation.explain import explain
 from diffusion.generation.generate import interpolate, make_conditioning, reconstruct_images, sample
-from diffusion.models.config import ModelConfig
 from diffusion.process.denoiser import apply_guidance
 from diffusion.process.editing import Edit, downsample_mask
+from diffusion.process.samplers import with_sampler
 from diffusion.training.config import TrainingConfig
 from diffusion.training.ema import models_to_evaluate
+from diffusion.training.identity import train_key
 from diffusion.training.logging import read_metrics
 from diffusion.training.preflight import count_flops
-from diffusion.training.setup import train_key
 from diffusion.training.train import preflight
 from tests.builders.small_autoencoders import (
     CONFIG,
@@ -156,7 +157,7 @@ def test_the_key_of_a_training_without_one_stays_what_it_is() -> None:
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "ddpm", "heun"])
 def test_image_does_not_depend_on_the_batch(model: DiffusionModel, sampler: str) -> None:
-    config = STEPPED.with_sampler(sampler)
+    config = with_sampler(STEPPED, sampler)
     many = sample(model, range(40), 5, config)
     assert many.shape == (40, 3, SIZE, SIZE)
     assert torch.equal(sample(model, [38, 2], 5, config), many[[38, 2]])
@@ -253,7 +254,7 @@ def test_estimates_are_not_clipped_to_the_range_of_images_with_or_without_guidan
 
 
 def test_invalid_or_mismatched_autoencoder_is_an_error(data: Path, first: Path, run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is a model of the family ddpm, and no autoencoder"):
+    with pytest.raises(UserError, match=r"is a model of the family ddpm, which is not an autoencoder"):
         latent(data, tmp_path / "run", denoiser(run / "final.safetensors"))
     with pytest.raises(UserError, match=r"no model at .*gone\.safetensors"):
         latent(data, tmp_path / "run", denoiser(tmp_path / "gone.safetensors"))

@@ -15,7 +15,8 @@ from diffusion.checkpoints import load_model, read_model_header
 from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json
 from diffusion.common.model_files import LARGEST_HEADER, METADATA_KEY
-from diffusion.models.config import AutoregressiveConfig, FamilyConfig, GANConfig, LatentSpace, VAEConfig
+from diffusion.families.config import AutoregressiveConfig, FamilyConfig, GANConfig, VAEConfig
+from diffusion.families.vae.config import LatentSpace
 from tests.builders.small_models import write_model
 
 

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from diffusion.checkpoints import load_model
 from diffusion.common.errors import UserError
-from diffusion.families.model import ConditioningBatch, Origin
-from diffusion.families.pretrained import PretrainedModel
+from diffusion.families.header import Origin
+from diffusion.families.model import ConditioningBatch
+from diffusion.families.pretrained.model import PretrainedModel
+from diffusion.families.pretrained.stable_diffusion_3 import StableDiffusion3Pipeline
 from diffusion.generation.config import UNCONDITIONAL, Conditions, make_request
 from diffusion.generation.generate import check_prompts, make_conditioning, prompt_embeddings, sample
 from diffusion.generation.requests import answer
-from diffusion.models.config import OPTIONAL
 from diffusion.process.editing import Edit
 from diffusion.process.samplers import sampling_config
 
@@ -81,7 +82,11 @@ def assert_same(images: Tensor, theirs: np.ndarray) -> None:
 
 def theirs(folder: Path, kind: str, **options: Any) -> np.ndarray:
     # diffusers loads no pipeline without them, unless it is told that there are none.
-    missing = [name for name in OPTIONAL if kind == "StableDiffusion3Pipeline" and not (folder / name).is_dir()]
+    missing = [
+        name
+        for name in StableDiffusion3Pipeline.optional
+        if kind == "StableDiffusion3Pipeline" and not (folder / name).is_dir()
+    ]
     pipeline = getattr(diffusers, kind).from_pretrained(folder, **dict.fromkeys(missing))
     pipeline.set_progress_bar_config(disable=True)
     images: np.ndarray = pipeline(

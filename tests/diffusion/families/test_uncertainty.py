@@ -1,6 +1,6 @@
 import torch
 
-from diffusion.families.ddpm import Uncertainty
+from diffusion.families.denoising import Uncertainty
 
 
 def test_learned_uncertainty_converges_to_the_log_loss_per_time() -> None:

@@ -16,14 +16,15 @@ from diffusion.data.dataset import Dataset
 from diffusion.data.ingest.ingest import forget_encodings
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import Evaluator
-from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.config import ModelConfig
+from diffusion.families.diffusion_model import DiffusionModel
+from diffusion.families.text_encoder import ENCODER, WIDTH, TextEncoder
 from diffusion.generation.config import Conditions, check_conditions
 from diffusion.generation.generate import check_prompts, label_names, make_conditioning, sample
-from diffusion.models.config import ModelConfig
-from diffusion.models.text_encoder import ENCODER, WIDTH, TextEncoder
 from diffusion.process.samplers import SAMPLING_ADAPTER, SamplingConfig, sampling_config
 from diffusion.training.config import TrainingConfig
-from diffusion.training.setup import drop_conditioning, train_key
+from diffusion.training.identity import train_key
+from diffusion.training.setup import drop_conditioning
 from diffusion.training.train import TrainResult, preflight, train
 from tests.builders.captioned import COLOURS, FakeEncoder, colours, needs_encoder, squares
 from tests.builders.small_datasets import random_images, write_dataset
@@ -85,14 +86,14 @@ def test_another_encoder_is_another_run_and_named(
     final = run(data, tmp_path / "run").final
     other = TextEncoder(name="newer", digest="b" * 64)
     keys = [train_key("0" * 64, each, CONFIG) for each in (MODEL, SHAPE)]
-    monkeypatch.setattr("diffusion.training.setup.ENCODER", other)
+    monkeypatch.setattr("diffusion.families.ddpm.model.ENCODER", other)
     assert [train_key("0" * 64, each, CONFIG) == key for each, key in zip((MODEL, SHAPE), keys, strict=True)] == [
         False,
         True,
     ]
     with pytest.raises(UserError, match=rf"differs in the text encoder \(all-MiniLM-L6-v2 {ENCODER.digest[:12]}\)"):
         run(data, tmp_path / "run")
-    monkeypatch.setattr("diffusion.models.text_encoder.ENCODER", other)
+    monkeypatch.setattr("diffusion.families.text_encoder.ENCODER", other)
     with pytest.raises(UserError, match="captions were read by all-MiniLM-L6-v2"):
         sample(load_model(final), [0], 0, SAMPLING, conditions=Conditions(prompts=("red square",)))
     assert sample(load_model(final), [0], 0, SAMPLING).shape == (1, 3, 8, 8)
@@ -101,7 +102,7 @@ def test_another_encoder_is_another_run_and_named(
 def test_data_set_without_captions_fails_before_training(
     dataset: Path, tmp_path: Path, fake_encoder: FakeEncoder
 ) -> None:
-    with pytest.raises(UserError, match=r"blobs has no captions, and model\.text conditions the network on them"):
+    with pytest.raises(UserError, match=r"blobs has no captions, and the network is conditioned on them \(model\.text"):
         run(dataset, tmp_path / "run")
     with pytest.raises(UserError, match="has no captions"):
         preflight(dataset, MODEL, CONFIG, SAMPLING)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from diffusion.checkpoints import load_model
 from diffusion.common.errors import UserError
-from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.config import ModelConfig
+from diffusion.families.ddpm.model import DDPMModel
+from diffusion.families.diffusion_model import DiffusionModel
 from diffusion.families.model import to_uint8
 from diffusion.generation.explain import explain, forward, reverse, training_step
-from diffusion.models.config import ModelConfig
 from diffusion.process.schedules import NoiseSchedule, make_schedule
 from tests.builders.ideal_denoiser import IdealNetwork
 from tests.builders.small_models import header, write_model
@@ -39,7 +40,7 @@ def perfect_model(points: Tensor, prediction: str) -> DiffusionModel:
         return ideal(x_t, time)
 
     _, channels, size, _ = points.shape
-    return DiffusionModel(header(config, channels, size), network, schedule)
+    return DDPMModel(header(config, channels, size), network, schedule)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=["linear", "cosine"])

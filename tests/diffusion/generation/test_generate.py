@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from diffusion.checkpoints import export, load_model, save_tensors
 from diffusion.common.errors import UserError
-from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.diffusion_model import DiffusionModel
 from diffusion.families.model import to_float, to_uint8
 from diffusion.generation.generate import sample
 from diffusion.process.samplers import SAMPLING_ADAPTER, sampling_config

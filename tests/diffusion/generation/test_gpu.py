@@ -12,8 +12,8 @@ from diffusion.checkpoints import load_model
 from diffusion.common.device import compute_deterministically, resolve_device
 from diffusion.common.errors import UserError
 from diffusion.common.fingerprint import fingerprint
+from diffusion.families.config import ModelConfig
 from diffusion.generation.generate import sample
-from diffusion.models.config import ModelConfig
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.logging import read_metrics

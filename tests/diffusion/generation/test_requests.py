@@ -12,7 +12,7 @@ from PIL import Image
 from diffusion.checkpoints import load_model
 from diffusion.common.errors import UserError
 from diffusion.common.random import GaussianNoise
-from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.diffusion_model import DiffusionModel
 from diffusion.families.model import to_uint8
 from diffusion.generation.config import REQUESTS, GenerationRequest, make_request
 from diffusion.generation.generate import interpolate, sample

@@ -16,25 +16,21 @@ from torch import Tensor
 from diffusion.checkpoints import AVERAGED, load_model, read_tensors, save_tensors
 from diffusion.common.errors import UserError
 from diffusion.common.shapes import apportion, interleave, map_by_shape, parse_size
-from diffusion.families.autoregressive import AutoregressiveModel
-from diffusion.families.ddpm import DiffusionModel
-from diffusion.families.gan import GANModel
-from diffusion.families.model import Model, ModelHeader
-from diffusion.families.vae import VAEModel
+from diffusion.families.autoregressive.model import AutoregressiveModel
+from diffusion.families.config import AutoregressiveConfig, GANConfig, ModelConfig, VAEConfig, shape_conflict
+from diffusion.families.ddpm.model import DDPMModel
+from diffusion.families.ddpm.network import UNet
+from diffusion.families.diffusion_model import DiffusionModel
+from diffusion.families.gan.model import GANModel
+from diffusion.families.header import ModelHeader
+from diffusion.families.model import Model
+from diffusion.families.vae.config import LatentSpace
+from diffusion.families.vae.model import VAEModel
+from diffusion.families.vae.network import Latents
 from diffusion.generation.config import Conditions, make_request
 from diffusion.generation.generate import interpolate, sample, sample_each
 from diffusion.generation.requests import answer
 from diffusion.generation.super_resolution import tile_shape, upscale
-from diffusion.models.config import (
-    AutoregressiveConfig,
-    GANConfig,
-    LatentSpace,
-    ModelConfig,
-    VAEConfig,
-    shape_conflict,
-)
-from diffusion.models.unet import UNet
-from diffusion.models.vae import Latents
 from diffusion.process.samplers import sampling_config
 from tests.builders.small_models import header, write_model
 
@@ -176,7 +172,7 @@ def test_latents_of_any_shape_are_decoded_and_those_the_factor_does_not_divide_r
         update={"latents": space}
     )
     network = UNet(about.model, 2, 4).eval()  # type: ignore[arg-type]
-    model = DiffusionModel.make_model(about, network, Latents(space, 1).eval())
+    model = DDPMModel.make_model(about, network, Latents(space, 1).eval())
     assert model.with_size((8, 12)).noise_shape == (2, 4, 6)
     assert sample(model.with_size((8, 12)), [0], 0, SAMPLING).shape == (1, 1, 8, 12)
     with pytest.raises(UserError, match="multiples of 2 pixels"):
@@ -212,7 +208,7 @@ def test_small_rectangles_are_enlarged_in_tiles_of_trained_shapes() -> None:
     config = FOLDED.model_copy(update={"low_resolution": 8, "conditional": False})
     about = ModelHeader.model_validate(header(config, size=16).model_dump() | {"shapes": {(8, 32): 3, (16, 16): 1}})
     network = UNet(config, 1, 16).eval()
-    model = DiffusionModel.make_model(about, network, None)
+    model = DDPMModel.make_model(about, network, None)
     for small, tile in (((4, 16), (4, 16)), ((8, 8), (8, 8)), ((4, 40), (4, 16)), ((17, 15), (8, 8))):
         images = torch.zeros(1, 1, *small, dtype=torch.uint8)
         assert tile_shape(model, images) == tile

@@ -17,7 +17,10 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.metrics.pixel_metrics import psnr
-from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.config import ModelConfig
+from diffusion.families.ddpm.model import DDPMModel
+from diffusion.families.ddpm.network import UNet
+from diffusion.families.diffusion_model import DiffusionModel
 from diffusion.families.model import to_float, to_uint8
 from diffusion.generation.explain import explain
 from diffusion.generation.generate import interpolate, sample
@@ -30,9 +33,7 @@ from diffusion.generation.super_resolution import (
     shrink_images,
     upscale,
 )
-from diffusion.models.config import ModelConfig
-from diffusion.models.unet import UNet
-from diffusion.process.samplers import SAMPLING_ADAPTER, sampling_config
+from diffusion.process.samplers import SAMPLING_ADAPTER, sampling_config, with_sampler
 from diffusion.process.schedules import make_schedule
 from diffusion.training.config import TrainingConfig
 from diffusion.training.logging import read_metrics
@@ -73,7 +74,7 @@ def untrained(config: ModelConfig = MODEL, channels: int = 1, size: int = 8) -> 
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.1, generator=generator)
     network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return DiffusionModel(header(config, channels, size), network, make_schedule(config, (channels, size, size)))
+    return DDPMModel(header(config, channels, size), network, make_schedule(config, (channels, size, size)))
 
 
 @pytest.fixture
@@ -297,7 +298,7 @@ class Oracle(nn.Module):
 def oracle(low_resolution: int, size: int) -> DiffusionModel:
     config = MODEL.model_copy(update={"low_resolution": low_resolution})
     schedule = make_schedule(config, (1, 28, 28))
-    return DiffusionModel(header(config, 1, size), Oracle(schedule.sigmas), schedule)  # type: ignore[arg-type]
+    return DDPMModel(header(config, 1, size), Oracle(schedule.sigmas), schedule)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde"])
@@ -317,7 +318,7 @@ def test_tiles_give_the_image_that_the_whole_gives(sampler: str) -> None:
 @pytest.mark.parametrize("small", [SMALL, WIDE], ids=["square", "wide"])
 @pytest.mark.parametrize("batch", [8, 3])
 def test_upscaled_image_does_not_depend_on_the_batch(sampler: str, small: Tensor, batch: int) -> None:
-    config = SAMPLING.with_sampler(sampler).with_changes({"compute_batch": batch, "low_resolution_noise": 0.05})
+    config = with_sampler(SAMPLING, sampler).with_changes({"compute_batch": batch, "low_resolution_noise": 0.05})
     model = untrained()
     many = upscale(model, small, 7, config)
     assert many.shape == (len(small), 1, 2 * small.shape[2], 2 * small.shape[3])

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion.models.config import Prediction
+from diffusion.process.config import Prediction
 from diffusion.process.denoiser import Denoiser
 from diffusion.process.parametrization import Parametrization
 from diffusion.process.schedules import linear_schedule

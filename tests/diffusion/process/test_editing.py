@@ -11,11 +11,11 @@ from torch import Tensor
 
 from diffusion.checkpoints import load_model
 from diffusion.common.errors import UserError
-from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.diffusion_model import DiffusionModel
 from diffusion.generation.config import Conditions
 from diffusion.generation.generate import interpolate, sample
 from diffusion.process.editing import Edit, pigdm, repaint, replace_known, select_levels, slerp
-from diffusion.process.samplers import SamplingConfig, sampling_config
+from diffusion.process.samplers import SamplingConfig, sampling_config, with_sampler
 from diffusion.process.schedules import edm_schedule
 from tests.builders.ideal_denoiser import IdealDenoiser, two_tone_points
 from tests.builders.sampler_options import DETERMINISTIC, STOCHASTIC, noises, options
@@ -167,7 +167,7 @@ CONFIG = sampling_config(steps=6, compute_batch=8)
 def test_inpainting_keeps_known_pixels_independent_of_the_batch(
     model: DiffusionModel, resample_steps: int, guided: bool, sampler: str
 ) -> None:
-    config = CONFIG.with_sampler(sampler)
+    config = with_sampler(CONFIG, sampler)
     edit = Edit(IMAGE, LEFT, resample_steps=resample_steps, stretch=2, guided=guided)
     many = sample(model, range(12), 3, config, edit=edit)
     assert torch.equal(many[..., :4], IMAGE[..., :4].expand(12, -1, -1, -1))

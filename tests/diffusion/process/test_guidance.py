@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusion.process.denoiser import apply_guidance, clip_estimates, rescale_guidance
-from diffusion.process.samplers import heun
+from diffusion.process.samplers.edm import heun
 from diffusion.process.schedules import linear_schedule
 
 SHAPE = (1, 4, 4)

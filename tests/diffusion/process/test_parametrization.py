@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffusion.models.config import ModelConfig, Prediction
+from diffusion.families.config import ModelConfig
+from diffusion.process.config import Prediction
 from diffusion.process.denoiser import Denoiser
 from diffusion.process.parametrization import (
     Objective,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion.common.errors import UserError
-from diffusion.models.config import ModelConfig
+from diffusion.families.config import ModelConfig
 from diffusion.process.samplers import SAMPLING_ADAPTER, EulerSampling, HeunSampling, SamplingConfig, sampling_config
 from diffusion.process.schedules import NoiseSchedule, cosine_schedule, edm_schedule, linear_schedule, make_schedule
 from tests.builders.ideal_denoiser import IdealDenoiser, two_tone_points

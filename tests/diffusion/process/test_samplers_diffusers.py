@@ -19,7 +19,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from diffusion.models.config import Prediction
+from diffusion.process.config import Prediction
 from diffusion.process.denoiser import Denoiser
 from diffusion.process.parametrization import Parametrization
 from diffusion.process.samplers import SAMPLING_ADAPTER, SamplingConfig, sampling_config

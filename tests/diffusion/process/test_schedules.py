@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from diffusion.models.config import ModelConfig
+from diffusion.families.config import ModelConfig
 from diffusion.process.schedules import (
     NoiseSchedule,
     cosine_schedule,

@@ -16,11 +16,12 @@ from torch.distributions import Normal, kl_divergence
 from diffusion.checkpoints import load_model
 from diffusion.common.errors import UserError
 from diffusion.evaluation.config import EvaluationConfig
+from diffusion.families.config import ModelConfig, training_conflict
+from diffusion.families.ddpm.network import UNet
 from diffusion.families.model import to_uint8
 from diffusion.generation.explain import explain
 from diffusion.generation.generate import sample
-from diffusion.models.config import ModelConfig, Prediction, training_conflict
-from diffusion.models.unet import UNet
+from diffusion.process.config import Prediction
 from diffusion.process.denoiser import Denoiser
 from diffusion.process.likelihood import HALF_A_LEVEL, compute_bound, interpolate_deviation, log_likelihood
 from diffusion.process.parametrization import Objective, Parametrization, make_plain_weight

@@ -18,11 +18,11 @@ from diffusion.data.dataset import Dataset
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.loader import Loader, make_order
 from diffusion.data.manifest import read_manifest
-from diffusion.models.config import ModelConfig, VAEConfig
+from diffusion.families.config import ModelConfig, VAEConfig
 from diffusion.process.samplers import sampling_config
+from diffusion.training.data import open_dataset
 from diffusion.training.logging import Validation, read_metrics
 from diffusion.training.preflight import activation_size, make_preflight, meta_network
-from diffusion.training.setup import open_dataset
 from diffusion.training.train import train
 from tests.builders.bucketed import bucketed_set
 from tests.builders.bucketed import config as ingest_config

@@ -31,7 +31,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from diffusion.process.samplers import sampling_config
-from diffusion.models.config import ModelConfig
+from diffusion.families.config import ModelConfig
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import train
 options = dict(each.split("=") for each in sys.argv if "=" in each)

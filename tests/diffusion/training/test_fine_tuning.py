@@ -24,11 +24,12 @@ from diffusion.data.ingest.ingest import encodings_folder, forget_encodings
 from diffusion.data.latents import LatentCache
 from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
-from diffusion.families.model import ConditioningBatch, Origin, to_float
-from diffusion.families.pretrained import PretrainedModel
+from diffusion.families.config import DiffusersConfig
+from diffusion.families.header import Origin
+from diffusion.families.model import ConditioningBatch, to_float
+from diffusion.families.pretrained.model import PretrainedModel
 from diffusion.generation.config import Conditions
 from diffusion.generation.generate import make_conditioning, prompt_embeddings, sample
-from diffusion.models.config import DiffusersConfig
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import SINGLE_PROCESS
@@ -136,7 +137,7 @@ def test_denoiser_alone_is_trained_and_resumes_bit_for_bit(
     begun, model = load_model(base), load_model(whole.final)
     assert isinstance(model, PretrainedModel)
     assert isinstance(begun, PretrainedModel)
-    denoiser = f"{begun.config.denoiser_name}."
+    denoiser = f"{begun.config.imported.denoiser_name}."
     assert {name.removeprefix("ema.").split(".")[0] + "." for name in tensors} == {denoiser}
     before = begun.network.state_dict()
     changed_names = {name for name, value in model.network.state_dict().items() if not torch.equal(value, before[name])}
@@ -391,8 +392,8 @@ def test_exported_pipeline_has_what_was_trained(
     assert set(export.files) == {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     pipe, model = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipeline"), load_model(final)
     assert isinstance(model, PretrainedModel)
-    ours = model.network.component(model.config.denoiser_name).state_dict()
-    theirs = getattr(pipe, model.config.denoiser_name).state_dict()
+    ours = model.network.component(model.config.imported.denoiser_name).state_dict()
+    theirs = getattr(pipe, model.config.imported.denoiser_name).state_dict()
     assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
     with pytest.raises(UserError, match="--to diffusers"):
         export_adapter(final, tmp_path / "adapter")

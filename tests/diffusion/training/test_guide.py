@@ -12,15 +12,14 @@ from diffusion.checkpoints import AVERAGED, GUIDE, load_model, read_model_header
 from diffusion.common.errors import UserError
 from diffusion.common.random import GaussianNoise
 from diffusion.common.shapes import Images
-from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.config import DiffusersConfig, effective_sampling, sampling_conflict
+from diffusion.families.diffusion_model import DiffusionModel
 from diffusion.generation.config import make_request
 from diffusion.generation.generate import sample
 from diffusion.generation.requests import answer, sampling_of
-from diffusion.models.config import DiffusersConfig
-from diffusion.process.samplers import SamplingConfig, effective_sampling, sampling_config, sampling_conflict
-from diffusion.training.config import DistillationConfig, TrainingConfig
+from diffusion.process.samplers import SamplingConfig, sampling_config
+from diffusion.training.config import DistillationConfig, TrainingConfig, student_training
 from diffusion.training.ema import reconstruct_average
-from diffusion.training.setup import student_training
 from diffusion.training.train import TrainResult, train
 from tests.builders.small_models import write_lora, write_model
 from tests.builders.training_runs import CONFIG, MODEL, Stop, StopAt, run

@@ -26,11 +26,12 @@ from diffusion.common.threads import worker_threads
 from diffusion.evaluation.comparison import compare_with_champion
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.gate import GateConfig
-from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.base import LoRAConfig
+from diffusion.families.config import ModelConfig
+from diffusion.families.ddpm.model import DDPMModel
+from diffusion.families.ddpm.network import UNet
+from diffusion.families.fine_tuning import merge_adapters, train_adapters
 from diffusion.generation.generate import sample
-from diffusion.models.config import LoRAConfig, ModelConfig
-from diffusion.models.fine_tuning import make_trainable, tuned_weights
-from diffusion.models.unet import UNet
 from diffusion.training.config import TrainingConfig
 from diffusion.training.ema import reconstruct_average
 from diffusion.training.preflight import Preflight, activation_size, make_preflight, meta_network
@@ -64,11 +65,16 @@ def test_merged_network_computes_what_the_adapted_one_does() -> None:
         torch.nn.init.normal_(parameter, std=0.1)
     lora, merged, x, t = LoRAConfig(rank=3, alpha=5), copy.deepcopy(network), torch.randn(2, 3, 16, 16), torch.ones(2)
     before = network(x, t)
-    adapted = make_trainable(network, lora)
+    hidden = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and name.startswith(("down.", "middle.", "up."))
+    ]
+    adapted = train_adapters(network, lora, hidden)
     assert torch.equal(adapted(x, t), before)
     for parameter in adapted.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    merged.load_state_dict(tuned_weights(merged, lora, adapted.state_dict()), strict=False)
+    merged.load_state_dict(merge_adapters(merged, lora, adapted.state_dict()), strict=False)
     torch.testing.assert_close(merged(x, t), adapted(x, t), rtol=1e-4, atol=1e-5)
     # By hand, for one layer: W + α/r · B A.
     name = "middle.0.attention.qkv"
@@ -88,7 +94,7 @@ def test_adapter_is_all_that_is_trained_and_stored(dataset: Path, tmp_path: Path
     begun, model = load_model(base), load_model(result.final)
     assert model.header.sigma_data == begun.header.sigma_data
     expected = copy.deepcopy(begun.network)
-    expected.load_state_dict(tuned_weights(expected, header.lora, read_tensors(result.final, "ema.")), strict=False)
+    expected.load_state_dict(merge_adapters(expected, header.lora, read_tensors(result.final, "ema.")), strict=False)
     for (name, mine), theirs in zip(model.network.state_dict().items(), expected.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs), name
     changed_names = {
@@ -275,7 +281,7 @@ def test_estimated_activations_are_those_that_autograd_saves(dataset: Path) -> N
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count_bytes, lambda tensor: tensor):
-        loss = DiffusionModel.forward(network, (1, 8, 8))  # type: ignore[arg-type]
+        loss = DDPMModel.forward(network, (1, 8, 8))  # type: ignore[arg-type]
     total = sum(size for place, size in saved.items() if place not in weights)
     assert loss.requires_grad
     assert total <= activation_size(trainer.setup, meta_network(trainer.setup)) < 2 * total

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from diffusion.models.config import ModelConfig
-from diffusion.models.unet import UNet
+from diffusion.families.config import ModelConfig
+from diffusion.families.ddpm.network import UNet
 from diffusion.training.muon import RMS, Muon, orthogonalize
 
 

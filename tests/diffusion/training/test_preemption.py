@@ -19,9 +19,9 @@ from torch import Tensor
 from diffusion.data.loader import Batch, Loader
 from diffusion.families.model import Model
 from diffusion.training.checkpointing import Checkpoints
+from diffusion.training.interruption import interruptible
 from diffusion.training.logging import Validation, read_metrics
 from diffusion.training.setup import COUNTS
-from diffusion.training.train import _run_until_signal
 from diffusion.training.trainer import WINDOW, Trainer
 from tests.builders import ROOT
 from tests.builders.small_datasets import random_images, write_dataset
@@ -202,7 +202,8 @@ def test_signals_as_the_work_begins_and_ends_neither_hang_it_nor_get_lost() -> N
             try:
                 armed.append(True)
                 signal.setitimer(signal.ITIMER_REAL, 1e-5 + number % 100 * 1e-5)
-                _run_until_signal(work, torch.device("cpu"))
+                with interruptible(torch.device("cpu")) as run_work:
+                    run_work(work)
                 armed.clear()
             except KeyboardInterrupt:
                 armed.clear()
@@ -221,8 +222,8 @@ def test_a_failure_after_a_signal_is_logged_and_is_the_cause(caplog: pytest.LogC
             time.sleep(0.001)
         raise ValueError
 
-    with pytest.raises(KeyboardInterrupt) as interrupt:
-        _run_until_signal(work, torch.device("cpu"))
+    with pytest.raises(KeyboardInterrupt) as interrupt, interruptible(torch.device("cpu")) as run_work:
+        run_work(work)
     assert isinstance(interrupt.value.__cause__, ValueError)
     assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ValueError]
 
@@ -260,7 +261,7 @@ def test_a_second_ctrl_c_leaves_a_training_that_hangs_without_writing_to_its_fol
     monkeypatch.setattr(Loader, "_make", hanging)
     monkeypatch.setattr(Loader, "batch", awaited)
     monkeypatch.setattr(Trainer, "train", hang)
-    monkeypatch.setattr("diffusion.training.train.PATIENCE", 0.1)
+    monkeypatch.setattr("diffusion.training.interruption.PATIENCE", 0.1)
     threading.Thread(target=strike).start()
     with pytest.raises(KeyboardInterrupt):
         run(dataset, tmp_path / "run", LONG)

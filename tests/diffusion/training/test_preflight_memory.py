@@ -12,8 +12,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from diffusion.common.threads import worker_threads
-from diffusion.models.config import ModelConfig
-from diffusion.models.unet import UNet
+from diffusion.families.config import ModelConfig
+from diffusion.families.ddpm.network import UNet
 from diffusion.training.config import TrainingConfig
 from diffusion.training.muon import Muon
 from diffusion.training.preflight import Preflight, make_preflight, muon_size, warn_of_memory

@@ -8,8 +8,8 @@ import pytest
 from torch import nn
 
 from diffusion.common.errors import UserError
-from diffusion.models.config import ModelConfig
-from diffusion.models.unet import ResidualBlock, UNet
+from diffusion.families.config import ModelConfig
+from diffusion.families.ddpm.network import ResidualBlock, UNet
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.rank_costs import RankCost

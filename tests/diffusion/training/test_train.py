@@ -26,16 +26,17 @@ from diffusion.common.model_files import read_header
 from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import read_manifest, write_manifest
+from diffusion.families.config import ModelConfig
 from diffusion.families.model import to_float
 from diffusion.generation.generate import sample
-from diffusion.models.config import ModelConfig
 from diffusion.process.schedules import make_schedule
 from diffusion.training.checkpointing import Checkpoints, CheckpointWriter
 from diffusion.training.config import TrainingConfig, earlier_runs
 from diffusion.training.ema import models_to_evaluate
 from diffusion.training.logging import MetricsFile, TrainingMonitor, read_metrics
 from diffusion.training.preflight import count_flops
-from diffusion.training.train import discard, preflight, train
+from diffusion.training.run_folder import discard
+from diffusion.training.train import preflight, train
 from diffusion.training.trainer import scheduled_learning_rate
 from tests.builders import ROOT
 from tests.builders.small_datasets import random_images, write_dataset

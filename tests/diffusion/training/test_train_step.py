@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from diffusion.common.threads import worker_threads
-from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.config import ModelConfig
+from diffusion.families.ddpm.model import DDPMModel
 from diffusion.families.model import TrainingObjective, to_float
-from diffusion.models.config import ModelConfig
 from diffusion.training.config import TrainingConfig
 from diffusion.training.trainer import scheduled_learning_rate
 from tests.builders.small_trainers import make_trainer, take_step
@@ -64,7 +64,7 @@ def test_network_gets_images_of_mean_0_and_variance_1_at_every_noise_level(datas
         moments = {"data_mean": x0.mean((0, 2, 3)).tolist(), "sigma_data": x0.var((0, 2, 3)).mean().sqrt().item()}
         header = setup.model_header(0).model_copy(update=moments)
         assert header.data_mean is not None
-        objective = DiffusionModel.make_objective(header, trainer.config, None)
+        objective = DDPMModel.make_objective(header, trainer.config, None)
         batch = objective.make_batch(x0, range(len(x0)), {}, probe="moments")
         batch.random["t"] = torch.full_like(batch.random["t"], share * 999)
         trainer.state.network.register_forward_pre_hook(lambda _, inputs: network_inputs.append(inputs[0]))

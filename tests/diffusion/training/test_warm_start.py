@@ -13,7 +13,7 @@ from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
-from diffusion.training.setup import load_initial_weights
+from diffusion.training.pretrained import load_initial
 from diffusion.training.train import TrainResult, preflight, train
 from tests.builders.small_autoencoders import VAE
 from tests.builders.small_models import write_model
@@ -89,7 +89,7 @@ def test_init_from_of_another_architecture_is_a_one_line_error(
 def test_advised_settings_of_another_network_are_valid(dataset: Path, tmp_path: Path) -> None:
     captioned = MODEL.model_copy(update={"text": True})
     with pytest.raises(UserError, match=r"--set model\.text=false"), closing(Dataset.open(dataset)) as data:
-        load_initial_weights(str(start(tmp_path)), captioned, data, list(CLASSES))
+        load_initial(captioned, CONFIG.model_copy(update={"init_from": str(start(tmp_path))}), data)
 
 
 def test_families_do_not_mix(dataset: Path, tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from PIL import Image
 
 from diffusion.common.errors import UserError
 from diffusion.common.image_grids import png_bytes
+from diffusion.families.config import ModelConfig
 from diffusion.generation.config import Conditions, read_request
 from diffusion.generation.limits import StoppedError
 from diffusion.generation.requests import generate_to_folder
-from diffusion.models.config import ModelConfig
 from diffusion.process.samplers import sampling_config
 from flows.cli.operations_commands import ui
 from flows.config import Params

@@ -9,7 +9,7 @@ from mlflow.client import MlflowClient
 from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 
-from diffusion.models.config import ModelConfig
+from diffusion.families.config import ModelConfig
 from diffusion.process.samplers import sampling_config
 from flows.local_stack.server_process import choose_ports
 from flows.registry.model_versions import Version

@@ -19,7 +19,7 @@ from PIL import Image
 
 from diffusion.common.errors import UserError
 from diffusion.common.image_grids import png_bytes
-from diffusion.models.config import ModelConfig
+from diffusion.families.config import ModelConfig
 from diffusion.process.samplers import sampling_config
 from flows.local_stack.server_process import choose_ports
 from tests.builders import ROOT

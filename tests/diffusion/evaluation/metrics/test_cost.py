@@ -9,11 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusion.checkpoints import load_model
 from diffusion.common.random import GaussianNoise
 from diffusion.evaluation.evaluator import count_gflop
-from diffusion.families.ddpm import count_evaluations
+from diffusion.families.config import ModelConfig
+from diffusion.families.diffusion_model import count_evaluations
 from diffusion.families.model import ConditioningBatch
+from diffusion.families.text_encoder import WIDTH
 from diffusion.generation.generate import make_conditioning
-from diffusion.models.config import ModelConfig
-from diffusion.models.text_encoder import WIDTH
 from diffusion.process.samplers import SAMPLING_ADAPTER, sampling_config
 from diffusion.process.schedules import make_schedule
 from tests.builders.small_models import CONFIG, write_model

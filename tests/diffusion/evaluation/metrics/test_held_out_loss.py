@@ -17,14 +17,16 @@ from diffusion.evaluation.metrics.held_out_loss import (
     measure_losses,
     summarize_losses,
 )
-from diffusion.families.ddpm import DiffusionModel
+from diffusion.families.config import ModelConfig, VAEConfig
+from diffusion.families.ddpm.model import DDPMModel
+from diffusion.families.ddpm.network import UNet
+from diffusion.families.diffusion_model import DiffusionModel
 from diffusion.families.model import to_float
-from diffusion.families.vae import VAEModel
+from diffusion.families.text_encoder import ENCODER
+from diffusion.families.vae.config import LatentSpace
+from diffusion.families.vae.model import VAEModel
+from diffusion.families.vae.network import VAE, Latents
 from diffusion.generation.super_resolution import task_of
-from diffusion.models.config import LatentSpace, ModelConfig, VAEConfig
-from diffusion.models.text_encoder import ENCODER
-from diffusion.models.unet import UNet
-from diffusion.models.vae import VAE, Latents
 from diffusion.process.denoiser import Denoiser
 from diffusion.process.likelihood import HALF_A_LEVEL, LEVELS, Terms, compute_bound, denoising_terms, noise_levels
 from diffusion.process.parametrization import Objective, Parametrization, make_edm_weight
@@ -213,7 +215,7 @@ def test_held_out_loss_conditions_on_captions_and_small_images(fake_encoder: Fak
     for changes, name in (({"text": True}, "text"), ({"low_resolution": 4, "conditional": False}, "low")):
         config = ModelConfig.model_validate(header().model.model_dump() | changes)
         about = header(config).model_copy(update={"encoder": ENCODER if name == "text" else None})
-        model = DiffusionModel(about, UNet(config, 1, 8).eval(), edm_schedule(1000))
+        model = DDPMModel(about, UNet(config, 1, 8).eval(), edm_schedule(1000))
         conditioning = conditioning_of_rows(model, dataset, rows)
         if name == "text":
             embeddings = [fake_encoder(text) if text else torch.zeros(384) for text in dataset.captions(rows)]
@@ -231,7 +233,7 @@ def test_latent_models_report_a_loss_and_no_bits_per_dim() -> None:
     assert isinstance(about.model, ModelConfig)
     network = UNet(about.model.model_copy(update={"patch": 1}), 3, 4).eval()
     latents = Latents(LatentSpace(autoencoder=vae, digest="", channels=3, size=4), 1).eval()
-    model = DiffusionModel(about, network, edm_schedule(1000), latents)
+    model = DDPMModel(about, network, edm_schedule(1000), latents)
     losses = summarize_losses(measure_losses(model, [(torch.from_numpy(random_images(9, size=16)), {})], SAMPLING))
     assert losses.bits_per_dim is None
     assert len(losses.levels) == LEVELS

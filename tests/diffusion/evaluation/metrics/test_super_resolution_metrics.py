@@ -29,8 +29,8 @@ from diffusion.evaluation.metrics.pixel_metrics import (
     ssim,
 )
 from diffusion.evaluation.results import Evaluation
+from diffusion.families.ddpm.network import UNet
 from diffusion.generation.super_resolution import GenerationTask, shrink_images, upscale
-from diffusion.models.unet import UNet
 from diffusion.process.samplers import sampling_config
 from tests.builders.comparisons import Watcher, evaluate_one
 from tests.builders.evaluations import scores

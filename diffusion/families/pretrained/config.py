@@ -1,0 +1,109 @@
+"""The section ``model`` of the family diffusers, and the table of its pipelines; loads without torch."""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from diffusion.families.base import Ability, BaseFamilyConfig, Likelihood
+from diffusion.families.pretrained import ddpm, dit, ldm, stable_diffusion, stable_diffusion_3
+from diffusion.families.pretrained.pipeline import MAX_INTEGER, Component, Pipeline
+
+PIPELINES: dict[str, type[Pipeline]] = {
+    kind.__name__: kind
+    for kind in (
+        ddpm.DDPMPipeline,
+        ddpm.DDIMPipeline,
+        ldm.LDMPipeline,
+        dit.DiTPipeline,
+        stable_diffusion.StableDiffusionPipeline,
+        stable_diffusion_3.StableDiffusion3Pipeline,
+    )
+}
+"""The pipelines of diffusers that can be imported, by their names."""
+
+
+class DiffusersConfig(BaseFamilyConfig):
+    """The family diffusers: an imported pipeline of diffusers, and what is trained from one (training.init_from)."""
+
+    abilities: ClassVar[frozenset[Ability]] = frozenset(
+        {
+            "noise_levels",
+            "gradient_checkpointing",
+            "adapters",
+            "text_encoder_adapters",
+            "comparable_losses",
+            "initial_weights",
+            "dropped_conditions",
+            "scheduler",
+        }
+    )
+    likelihood: ClassVar[Likelihood | None] = "bound"
+    needs_initial_model: ClassVar[bool] = True
+    low_resolution: ClassVar[None] = None
+    autoencoder: ClassVar[None] = None
+
+    family: Literal["diffusers"] = "diffusers"
+    """The family of models."""
+    pipeline: str | None = None
+    """Class of the pipeline. Null: that of training.init_from."""
+    components: dict[str, Component] = Field(default_factory=dict)
+    """Its components by name. Empty: those of training.init_from."""
+    class_ids: tuple[int, ...] = Field((), max_length=MAX_INTEGER)
+    """The network's number of each class, in the sorted order of the classes' names. Empty: no classes."""
+
+    @model_validator(mode="after")
+    def _is_on_the_allow_list(self) -> "DiffusersConfig":
+        if self.pipeline is None:
+            if self.components or self.class_ids:
+                raise ValueError("components belong to a pipeline, which model.pipeline names: leave all of it out")
+            return self
+        if self.pipeline not in PIPELINES:
+            raise ValueError(f"a {self.pipeline} is not supported: one of {', '.join(PIPELINES)} is")
+        self.imported.check_components()
+        if (count := self.imported.network_classes) is not None and not all(0 <= n < count for n in self.class_ids):
+            raise ValueError(f"its network has {count} classes, and a number beyond them is named")
+        return self
+
+    @property
+    def imported(self) -> Pipeline:
+        """The pipeline; only if it is named."""
+        assert self.pipeline is not None, "it is that of training.init_from"
+        return PIPELINES[self.pipeline](self.components)
+
+    @property
+    def one_shape(self) -> str | None:
+        """Why its network takes images of one square shape alone; None: it takes any height and width."""
+        return None if self.pipeline is None else self.imported.one_shape
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of square images, which its files say."""
+        pipeline = self.imported
+        channels, size, _ = pipeline.noise_shape
+        if pipeline.autoencoder is not None:
+            channels = pipeline.autoencoder.config.get("out_channels", 3)
+        return channels, size * pipeline.factor, size * pipeline.factor
+
+    @property
+    def has_null_class(self) -> bool:
+        """Whether the network was trained without a class, too, as guidance needs."""
+        return self.text or not self.conditional or self.imported.has_null_class
+
+    @property
+    def needs_own_scheduler(self) -> bool:
+        """Whether only the pipeline's own scheduler knows what the network predicts."""
+        return self.pipeline is not None and self.imported.prediction is None
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the network is conditioned on classes."""
+        return len(self.class_ids) > 1
+
+    @property
+    def text(self) -> bool:
+        """Whether the network is conditioned on captions."""
+        return "text_encoder" in self.components
+
+    def identity(self) -> dict[str, Any]:
+        """List nothing: a pipeline is what the digest of training.init_from stands for."""
+        return DiffusersConfig().model_dump(mode="json")

@@ -1,0 +1,328 @@
+"""The family diffusers: imported pipelines, sampled by Darkroom's samplers or by their own scheduler."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from diffusion.common.config import LARGEST_SIDE
+from diffusion.common.errors import UserError
+from diffusion.common.files import digest_of
+from diffusion.common.fingerprint import CPU
+from diffusion.common.shapes import shape_name
+from diffusion.families.base import BaseFamilyConfig, LoRAConfig
+from diffusion.families.denoising import DenoisingObjective
+from diffusion.families.diffusion_model import DiffusionModel, encode_known_part, make_unconditional, paste_kept
+from diffusion.families.fine_tuning import select_layers
+from diffusion.families.header import ModelHeader
+from diffusion.families.model import Conditioning, ConditioningBatch, TrainingObjective, to_uint8
+from diffusion.families.pretrained.config import DiffusersConfig
+from diffusion.families.pretrained.network import PipelineNetwork, parts_digest, tensor_names
+from diffusion.families.pretrained.pipeline import Pipeline, build
+from diffusion.families.text_encoder import CaptionEncoder
+from diffusion.families.vae.network import Latents
+from diffusion.process.config import ObjectiveConfig
+from diffusion.process.denoiser import Denoiser, rescale_guidance
+from diffusion.process.likelihood import Terms
+from diffusion.process.parametrization import Objective, Parametrization, make_weight
+from diffusion.process.samplers import Noise, SamplingConfig, SchedulerSampling
+from diffusion.process.schedules import NoiseSchedule, flow_schedule, make_final_sigma_finite
+
+
+@dataclass(frozen=True)
+class PretrainedModel(DiffusionModel):
+    """An imported pipeline."""
+
+    network: PipelineNetwork
+    # Dropout of diffusers takes random numbers from a state that resuming lacks.
+    trains_in_evaluation_mode: ClassVar[bool] = True
+
+    @staticmethod
+    def make_network(config: DiffusersConfig, shape: tuple[int, int, int], classes: int) -> PipelineNetwork:
+        """Build all components."""
+        return PipelineNetwork(config)
+
+    tensor_names = staticmethod(tensor_names)
+
+    def check_size(self) -> None:
+        """Raise UserError if the network's fold divides no such images, or it has no positions for so large ones."""
+        shape, fold = self.shape[1:], self.pipeline.fold
+        max_positions = self.pipeline.denoiser.config.get("pos_embed_max_size")
+        limit = LARGEST_SIDE if max_positions is None else int(max_positions) * fold
+        if any(side % fold or side > limit for side in shape):
+            raise UserError(
+                f"the pipeline's network takes images whose height and width are multiples of {fold} up to {limit}, "
+                f"and {shape_name(shape)} is none: choose another size"
+            )
+
+    @staticmethod
+    def forward(network: PipelineNetwork, shape: tuple[int, int, int]) -> Tensor:
+        """Predict at time 0 and sum; the ``shape`` is the network's own."""
+        return _forward(network, network.pipeline.noise_shape).sum()
+
+    @staticmethod
+    def make_objective(header: ModelHeader, training: ObjectiveConfig, latents: Latents | None) -> TrainingObjective:
+        """Build the denoising objective of the pipeline's own prediction, for images or latents as the network's."""
+        assert isinstance(header.model, DiffusersConfig)
+        pipeline = header.model.imported
+        if training.timestep_sampling == "scheduler":
+            training = training.model_copy(update=pipeline.training_times())
+        assert pipeline.prediction is not None
+        parametrization = Parametrization(pipeline.prediction, header.sigma_data)
+        objective = Objective(make_pipeline_schedule(pipeline), parametrization, make_weight(training, parametrization))
+        return DenoisingObjective(training, objective, None, None)
+
+    @classmethod
+    def make_model(cls, header: ModelHeader, network: Any, autoencoder: Any) -> Self:
+        """Wrap the components with the schedule of the pipeline's scheduler."""
+        assert isinstance(header.model, DiffusersConfig)
+        pipeline = header.model.imported
+        latents = network if pipeline.autoencoder is not None else None
+        return cls(header, network, make_pipeline_schedule(pipeline), latents).with_size(None)
+
+    @staticmethod
+    def checkpoint_gradients(network: nn.Module) -> None:
+        """Recompute the activations inside the denoiser's layers."""
+        assert isinstance(network, PipelineNetwork)
+        network.component(network.pipeline.denoiser_name).enable_gradient_checkpointing()
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """What there is to know of the pipeline."""
+        return self.network.pipeline
+
+    def with_files(self, files: Mapping[str, bytes]) -> Self:
+        """Return the model with the files of which tokenizers are made."""
+        self.network.files = files
+        return self
+
+    @property
+    def has_frozen_parts(self) -> bool:
+        """Whether training never changes some weights: autoencoder and text encoders."""
+        return True
+
+    @property
+    def latents_digest(self) -> str | None:
+        """SHA-256 of the autoencoder; None: the denoiser works on pixels."""
+        return None if self.latents is None else parts_digest(self.network, self.pipeline.autoencoder_name)
+
+    def conflict_as_start(self, config: BaseFamilyConfig, classes: Sequence[str]) -> str | None:
+        """Describe why a training of ``config`` on ``classes`` cannot begin with this pipeline."""
+        if getattr(config, "pipeline", None) is not None and config != self.config:
+            return "is another pipeline than the section model describes, which may be left to it:"
+        if self.pipeline.prediction is None:
+            return f"predicts what its {self.pipeline.scheduler.kind} alone knows, so it cannot be trained:"
+        if self.classes and (len(classes) < 2 or not set(classes) <= set(self.classes)):
+            names = ", ".join(self.classes[:8]) + (" …" if len(self.classes) > 8 else "")
+            return f"knows the classes {names}, and the data set has {', '.join(classes[:8]) or 'none'}:"
+        return None
+
+    def select_classes(self, classes: Sequence[str]) -> Self:
+        """Return the pipeline with the numbers of ``classes``, sorted, among its own."""
+        if not self.classes:
+            return self
+        numbers = dict(zip(self.classes, self.config.class_ids, strict=True))
+        config = self.config.model_copy(update={"class_ids": tuple(numbers[label] for label in sorted(classes))})
+        self.network.set_classes(config)
+        return replace(self, header=self.header.model_copy(update={"model": config}))
+
+    def caption_encoder(self, lora: LoRAConfig | None) -> CaptionEncoder:
+        """Choose tokens where the pipeline's text encoder is trained, else embeddings."""
+        network = self.network
+        if lora is not None and lora.text_encoder:
+            if not self.pipeline.text_adapter_targets:
+                raise UserError(
+                    f"training.lora.text_encoder adapts the one text encoder of Stable Diffusion, and a "
+                    f"{self.config.pipeline} has several: leave it out"
+                )
+
+            def tokenize(prompt: str) -> Tensor:
+                return network.tokens("tokenizer", prompt)[0][0]
+
+            return CaptionEncoder(parts_digest(network, "tokenizer"), lambda: tokenize, tokenize(""))
+        parts = parts_digest(network, "tokenizer", "text_encoder")
+        # The denoiser decides how wide embeddings are, and libraries their last bits.
+        key = [parts, self.config.pipeline, network.embedding_size, torch.__version__, version("transformers")]
+        return CaptionEncoder(digest_of(key), lambda: network.embed, network.embed(""))
+
+    def adapter_layers(self, layers: set[str], targets: Sequence[str] | None, text_encoder: bool) -> set[str]:
+        """Choose layers of the denoiser, and of the text encoder its attention."""
+        pipeline = self.pipeline
+        denoiser = {name for name in layers if name.startswith(f"{pipeline.denoiser_name}.")}
+        names = select_layers(denoiser, targets, pipeline.adapter_targets)
+        if text_encoder:
+            encoder = {name for name in layers if name.startswith("text_encoder.")}
+            names |= select_layers(encoder, None, pipeline.text_adapter_targets)
+        return names
+
+    def trained_names(self) -> set[str]:
+        """Name the parameters of the denoiser, without copies of others."""
+        denoiser = f"{self.pipeline.denoiser_name}."
+        return {name for name, _ in self.network.named_parameters() if name.startswith(denoiser)}
+
+    def to(self, device: torch.device) -> Self:
+        """Copy the components to ``device``."""
+        if next(self.network.parameters()).device == device:
+            return self
+        return self.make_model(self.header, copy.deepcopy(self.network).to(device), None).with_size(self.size)
+
+    @property
+    def config(self) -> DiffusersConfig:
+        """Configuration of the pipeline."""
+        assert isinstance(self.header.model, DiffusersConfig)
+        return self.header.model
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of images, or of their latents."""
+        _, height, width = self.shape
+        factor = self.pipeline.factor
+        return self.pipeline.noise_shape[0], height // factor, width // factor
+
+    def embed(self, prompt: str | None) -> Tensor:
+        """Embed ``prompt`` by the pipeline's text encoders, flat: (E,) float32; None as an empty one."""
+        return self.network.embed(prompt or "") if self.config.text else super().embed(prompt)
+
+    def prompt_length(self, prompt: str) -> tuple[int, int, int]:
+        """Count the tokens of ``prompt``, those of an empty one, and the most that the text encoder reads."""
+        length, limit = self.network.prompt_length(prompt)
+        return length, self.network.prompt_length("")[0], limit
+
+    def denoiser(self, conditioning: Conditioning | None = None) -> Denoiser:
+        """Build the denoiser; UserError if the network's prediction is unknown."""
+        if self.pipeline.prediction is None:
+            raise UserError(
+                f"Darkroom's samplers do not know what a network of the {self.pipeline.scheduler.kind} predicts: use "
+                "sampling.sampler=scheduler"
+            )
+        parametrization = Parametrization(self.pipeline.prediction, self.header.sigma_data)
+        network = partial(self.network, **conditioning or {})
+        return Denoiser(network, self.schedule, parametrization, clip=self.latents is None)
+
+    def generate(self, batch: ConditioningBatch, config: SamplingConfig) -> Tensor:
+        """Run the reverse process, by the pipeline's own scheduler if ``config`` says so."""
+        if not isinstance(config, SchedulerSampling):
+            return super().generate(batch, config)
+        config.sigma_grid(self.schedule)  # raises for more steps than there are
+        x = noise = batch.noise()
+        scheduler, edit, content, mask = (
+            self.pipeline.make_scheduler(config.steps, self.noise_shape, x.device),
+            batch.edit,
+            None,
+            None,
+        )
+        timesteps = scheduler.timesteps
+        x = x * float(getattr(scheduler, "init_noise_sigma", 1.0))
+        if edit is not None:
+            if edit.guided or edit.resample_steps > 1:
+                raise UserError(
+                    "a pipeline's own scheduler only replaces what is known: use the method replace, or another "
+                    "sampling.sampler"
+                )
+            content, mask = encode_known_part(self, edit, x.device)
+            offset = (config.steps - max(1, int(config.steps * edit.strength))) * scheduler.order
+            timesteps = timesteps[offset:]
+            if hasattr(scheduler, "set_begin_index"):
+                scheduler.set_begin_index(offset)
+            if edit.strength < 1:
+                x = _add_noise(scheduler, content, noise, timesteps[:1])
+        predict = self._build_prediction(batch, config)
+        for number, t in enumerate(timesteps):
+            batch.report_steps(number, len(timesteps))
+            model_input = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            with _NoiseOverride(batch.noise):
+                x = scheduler.step(predict(model_input, t), t, x, return_dict=False)[0]
+            if content is not None and mask is not None:
+                t_next = timesteps[number + 1 : number + 2]
+                x = torch.where(mask, _add_noise(scheduler, content, noise, t_next) if len(t_next) else content, x)
+        images = to_uint8(self.decode(x))
+        return images if edit is None else paste_kept(edit, images)
+
+    def _build_prediction(self, batch: ConditioningBatch, config: SamplingConfig) -> Callable[[Tensor, Tensor], Tensor]:
+        """Build the prediction of the network, guided as pipelines guide: in one batch, on what it predicts."""
+        conditioning = batch.conditioning
+        if not config.guides:
+            return lambda x, t: self.network.predict(x, t, **conditioning)
+        assert config.guidance is not None
+        scale, null_conditioning = config.guidance, make_unconditional(self, conditioning, batch.negative)
+        joint = {name: torch.cat([null_conditioning[name], value]) for name, value in conditioning.items()}
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            if config.guidance_interval is not None:
+                sigma = float(self.schedule.sigma(t[None] - self.network.time_offset))
+                if not config.guidance_interval[0] < sigma <= config.guidance_interval[1]:
+                    return self.network.predict(x, t, **conditioning)
+            unconditional, conditional = self.network.predict(torch.cat([x, x]), t, **joint).chunk(2)
+            prediction = unconditional + scale * (conditional - unconditional)
+            share = config.guidance_rescale
+            return prediction if share is None else rescale_guidance(prediction, conditional, share)
+
+        return predict
+
+    def forward_pass(self) -> Tensor:
+        """Evaluate the denoiser once, for one image."""
+        return _forward(self.network, self.noise_shape)
+
+    def evaluations(self, config: SamplingConfig) -> int:
+        """Count the evaluations of the denoiser for one image."""
+        if not isinstance(config, SchedulerSampling):
+            return super().evaluations(config)
+        scheduler = self.pipeline.make_scheduler(config.steps, self.noise_shape, CPU)
+        return len(scheduler.timesteps) * (2 if config.guides else 1)
+
+    def terms(self, x0: Tensor, conditioning: Conditioning, indices: Sequence[int]) -> Terms:
+        """Compute losses by noise level, and bits in pixels; nothing if the network's prediction is unknown."""
+        if self.pipeline.prediction is None:
+            return Terms.without_levels(None, len(x0))
+        return super().terms(x0, conditioning, indices)
+
+
+def _forward(network: PipelineNetwork, shape: tuple[int, int, int]) -> Tensor:
+    """Predict at time 0 from zeros of ``shape``, and of all that the denoiser is conditioned on."""
+    inputs = {}
+    if network.pipeline.network_classes is not None:
+        inputs["label"] = torch.zeros(1, dtype=torch.long)
+    if network.pipeline.text:
+        inputs["text"] = torch.zeros(1, network.embedding_size)
+    out: Tensor = network(torch.zeros(1, *shape), torch.zeros(1), **inputs)
+    return out
+
+
+class _NoiseOverride(TorchFunctionMode):
+    """Have schedulers take their fresh noise from ``noise``, of each image by itself, instead of ``torch.randn``."""
+
+    def __init__(self, noise: Noise) -> None:
+        super().__init__()
+        self.noise = noise
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self.noise() if func is torch.randn else func(*args, **kwargs or {})
+
+
+def _add_noise(scheduler: Any, x0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """Add ``noise`` (N, C, H, W) to ``x0`` at ``timestep`` (1,) as the scheduler has it."""
+    add = getattr(scheduler, "scale_noise", None)
+    result: Tensor = add(x0, timestep, noise) if add else scheduler.add_noise(x0, noise, timestep)
+    return result
+
+
+def make_pipeline_schedule(pipeline: Pipeline) -> NoiseSchedule:
+    """Build the noise schedule of a pipeline's scheduler; raises UserError if its levels are not distinct."""
+    values, scheduler = math.prod(pipeline.noise_shape), build(pipeline.scheduler)
+    if pipeline.prediction == "flow_prediction":
+        return flow_schedule(scheduler.config.num_train_timesteps, values)
+    schedule = NoiseSchedule(scheduler.alphas_cumprod.double().cpu(), values)
+    if scheduler.config.get("rescale_betas_zero_snr"):
+        schedule = replace(make_final_sigma_finite(schedule), zero_terminal_snr=True)
+    if not ((schedule.alphas_cumprod.diff() < 0).all() and schedule.alphas_cumprod[-1] > 0):
+        raise UserError(f"the {pipeline.scheduler.kind} has no distinct noise levels: its configuration is damaged")
+    return schedule

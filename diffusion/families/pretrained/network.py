@@ -1,0 +1,176 @@
+"""Networks of imported pipelines of diffusers: denoiser, autoencoder and text encoders as one module.
+
+All classes come from an allow-list and are built from their configurations (``DiffusersConfig``); nothing is loaded by
+the libraries themselves but tokenizers, from files that lie in the model's own file.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.common.errors import UserError
+from diffusion.common.files import canonical_json, sha256_bytes
+from diffusion.common.model_files import tensor_bytes
+from diffusion.families.pretrained.config import DiffusersConfig
+from diffusion.families.pretrained.pipeline import WITHOUT_WEIGHTS, build
+
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Names that diffusers had for the layers of an autoencoder's attention, in files from before its version 0.18."""
+UNUSED = re.compile(r"(^|\.)position_ids$")
+"""Tensors in files of older versions of transformers that are no weights."""
+_TOKENIZING = Lock()
+
+
+class PipelineNetwork(nn.Module):
+    """The components of a pipeline that have weights, as sub-modules of their names."""
+
+    class_ids: Tensor
+    """The denoiser's number of each class, and of no class."""
+
+    def __init__(self, config: DiffusersConfig) -> None:
+        super().__init__()
+        if config.pipeline is None:
+            raise UserError(
+                "model.family = diffusers has no network of its own: set training.init_from to an imported pipeline"
+            )
+        self.files: Mapping[str, bytes] = {}
+        """The files of the pipeline that are no weights, by path, of which tokenizers are made."""
+        for name, component in config.components.items():
+            if component.kind not in WITHOUT_WEIGHTS:
+                self.add_module(name, build(component))
+        self.register_buffer("class_ids", None, persistent=False)
+        self.set_classes(config)
+
+    def set_classes(self, config: DiffusersConfig) -> None:
+        """Take the classes of ``config``, which are the network's or some of them."""
+        self.config, self.pipeline = config, config.imported
+        # After the last class comes no class; without training for it, no request gets there.
+        unconditional = (self.pipeline.network_classes or 0) if self.pipeline.has_null_class else 0
+        self.class_ids = torch.tensor([*config.class_ids, unconditional])
+
+    def component(self, name: str) -> Any:
+        """Return the component ``name``."""
+        return getattr(self, name)
+
+    @property
+    def time_offset(self) -> int:
+        """What is added to the times of a schedule, which begin at 0: flow matching has no time without noise."""
+        return int(self.pipeline.prediction == "flow_prediction")
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        label: Tensor | None = None,
+        text: Tensor | None = None,
+        draws: Tensor | None = None,
+    ) -> Tensor:
+        """Predict at times from 0 to T−1, as a Darkroom network does; ``draws`` has no effect.
+
+        Args:
+            x: Noisy images or latents at unit variance, or (1 − t) x_0 + t ε of flow matching: (N, C, H, W).
+            time: (N,) float32.
+            label: Numbers in the sorted classes, one more for no class: (N,).
+            text: Encoded prompts, (N, E), or for Stable Diffusion their tokens, (N, L) int64.
+            draws: Seeds of dropout, which these networks have none of at inference.
+        """
+        return self.predict(x, time + self.time_offset, label, text)
+
+    def predict(self, x: Tensor, timestep: Tensor, label: Tensor | None = None, text: Tensor | None = None) -> Tensor:
+        """Predict at ``timestep`` of the pipeline's scheduler, a number or (N,); otherwise as ``forward``."""
+        return self.pipeline.predict(self, x, timestep.expand(len(x)), label, text)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode images (N, C, H, W) in [−1, 1] as means of scaled latents, (N, c, h, w)."""
+        return self.pipeline.encode(self, images)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Decode scaled latents (N, c, h, w) to images (N, C, H, W), nominally in [−1, 1]."""
+        return self.pipeline.decode(self, z)
+
+    @torch.no_grad()
+    def embed(self, prompt: str) -> Tensor:
+        """Embed ``prompt`` as all that the denoiser is shown of it, flat: (E,) float32. An empty one is none."""
+        return self.pipeline.encode_prompt(self, prompt)
+
+    @property
+    def embedding_size(self) -> int:
+        """Numbers E of an embedded prompt."""
+        return self.pipeline.embedding_size(self)
+
+    def prompt_length(self, prompt: str) -> tuple[int, int]:
+        """Count the tokens of ``prompt`` with those at its ends, and the most that are read."""
+        name = self.pipeline.limiting_tokenizer
+        with _TOKENIZING:
+            count = len(self.tokenizer(name)(prompt, verbose=False).input_ids)
+            return count, self.pipeline.tokenizer_length(self, name)
+
+    def tokenizer(self, name: str) -> Any:
+        """Make the tokenizer ``name`` of the pipeline's files, once."""
+        tokenizers: dict[str, Any] = self.__dict__.setdefault("_tokenizers", {})
+        if name not in tokenizers:
+            import transformers
+
+            with TemporaryDirectory() as scratch:
+                for path, content in self.files.items():
+                    folder, _, file = path.rpartition("/")
+                    if folder == name:
+                        Path(scratch, file).write_bytes(content)
+                kind = getattr(transformers, self.config.components[name].kind)
+                tokenizers[name] = kind.from_pretrained(scratch, local_files_only=True)
+        return tokenizers[name]
+
+    def tokens(self, name: str, prompt: str) -> tuple[Tensor, Tensor]:
+        """Tokenize ``prompt`` by the tokenizer ``name``, padded: numbers and mask, (1, L) int64 each."""
+        device = self.class_ids.device
+        with _TOKENIZING:
+            length = self.pipeline.tokenizer_length(self, name)
+            tokens = self.tokenizer(name)(
+                prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            )
+        return tokens.input_ids.to(device), tokens.attention_mask.to(device)
+
+
+def tensor_names(network: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Find the tensor of ``network`` that each of the ``names`` in a file stands for, whatever version wrote it.
+
+    Names that stand for none are left out if they never were weights, and else map to themselves.
+    """
+    tensors = set(network.state_dict())
+    mapping = {}
+    for name in names:
+        component, _, key = name.partition(".")
+        *path, leaf = key.split(".")
+        new_key = ".".join([*path[:-1], OLD_ATTENTION.get(path[-1], path[-1]), leaf]) if path else key
+        # The text encoder of transformers 5 has no model within the model.
+        for candidate in (key, new_key, key.removeprefix("text_model."), f"text_model.{key}"):
+            if f"{component}.{candidate}" in tensors:
+                mapping[name] = f"{component}.{candidate}"
+                break
+        else:
+            if not UNUSED.search(key):
+                mapping[name] = name
+    return mapping
+
+
+def parts_digest(network: PipelineNetwork, *names: str) -> str:
+    """SHA-256 over configurations, weights and files of a pipeline's components whose names begin with ``names``."""
+    digest = hashlib.sha256()
+    for name, component in sorted(network.config.components.items()):
+        if name.startswith(names):
+            digest.update(canonical_json([name, component.model_dump(mode="json")]).encode())
+    for name, value in sorted(network.state_dict().items()):
+        if name.startswith(names):
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(tensor_bytes(value))
+    for file, content in sorted(network.files.items()):
+        if file.startswith(names):
+            digest.update(f"{file} {sha256_bytes(content)}".encode())
+    return digest.hexdigest()

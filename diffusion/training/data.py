@@ -1,0 +1,116 @@
+"""The data set of a training: opened or streamed, with the captions and latents of its images."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion.common.device import device_name, resolve_device
+from diffusion.common.errors import UserError
+from diffusion.common.files import digest_of
+from diffusion.common.progress import Progress
+from diffusion.data.caption_embeddings import Captions, embeddings_of
+from diffusion.data.dataset import Dataset, Rows
+from diffusion.data.latents import LatentCache
+from diffusion.data.manifest import read_manifest
+from diffusion.data.shards import ShardCache, ShardStore
+from diffusion.families.model import Model
+from diffusion.families.text_encoder import CaptionEncoder
+from diffusion.training.config import TrainingConfig
+from diffusion.training.distributed import Ranks
+
+
+@contextmanager
+def open_dataset(data: Path, config: TrainingConfig, store: ShardStore | None) -> Iterator[Dataset]:
+    """Open the data set in folder ``data``, or stream its shards from ``store``; UserError if it has no images."""
+    shards = None
+    if config.stream_bytes is not None:
+        if store is None:
+            raise UserError(
+                "training.stream_bytes is set, and there is no remote to fetch shards from: "
+                "leave it out (null) and get the data set with `dvc pull`"
+            )
+        manifest, window = read_manifest(data), config.window
+        count = len(manifest.shards)
+
+        def cached(window: int) -> int:
+            """Count the bytes of two windows of each bucket, at most."""
+            sizes = [
+                sorted(
+                    (part.shard.bytes for part in manifest.parts if part.shard and part.shape == shape), reverse=True
+                )
+                for shape in {part.shape for part in manifest.parts}
+            ]
+            return sum(sum(shard_sizes[: 2 * window]) for shard_sizes in sizes)
+
+        if (required_bytes := cached(count if window is None else window)) > config.stream_bytes:
+            max_window = next((size for size in range(count, 0, -1) if cached(size) <= config.stream_bytes), 0)
+            hint = f", or set training.window to {max_window} or less" if max_window else ""
+            subject = f"two windows of training.window = {window}" if window else f"all {count}"
+            subject += " for each bucket" if window and manifest.storage.buckets else ""
+            raise UserError(
+                f"{subject} shards of data set {manifest.name} have up to {required_bytes} bytes and the cache holds "
+                f"{config.stream_bytes}: raise training.stream_bytes to {required_bytes}{hint}"
+            )
+        shards = ShardCache(data.parent / ".shards", store, config.stream_bytes)
+    with closing(Dataset.open(data, shards, config.cache_bytes)) as dataset:
+        if not len(dataset.rows("train")):
+            raise UserError(f"data set {data} has no training images: ingest more, or lower ingest.held_out")
+        yield dataset
+
+
+def encode_captions(
+    dataset: Dataset, encoding: CaptionEncoder, ranks: Ranks, readers: Executor | None, progress: Progress
+) -> Captions:
+    """Embed the captions of ``dataset`` by ``encoding``, as far as they are not in the cache; UserError for none.
+
+    The main process embeds them for all, in the threads of ``readers``; without any, all are as none.
+    """
+    texts, numbers = dataset.different_captions()
+    if not texts:
+        raise UserError(
+            f"data set {dataset.folder} has no captions, and the network is conditioned on them (model.text, or the "
+            "pipeline in training.init_from): ingest it with a column text beside file_name (metadata.csv), or train "
+            "another network"
+        )
+    if readers is None:
+        return Captions(encoding.none.expand(len(texts), -1), numbers, encoding)
+    data = {"embeddings": embeddings_of(dataset, texts, readers, progress, encoding)} if ranks.is_main else {}
+    return Captions(ranks.broadcast_tensors(data)["embeddings"], numbers, encoding)
+
+
+def encode_latents(
+    model: Model, digest: str, dataset: Dataset, config: TrainingConfig, readers: Executor | None, progress: Progress
+) -> Callable[..., Tensor]:
+    """Encode the images of ``dataset`` by the autoencoder of ``model``, as far as they are not in the cache.
+
+    ``digest`` is the autoencoder's; without ``readers`` all latents are zeros. Returns the function that looks up the
+    latents of rows of the data set.
+    """
+    if readers is None:
+        _, height, width = dataset.shape
+        return partial(_zero_latents, dataset, model.with_size((height, width)).noise_shape)
+    device = resolve_device(config.device)
+    on_device = model.to(device)
+
+    def encode(images: Tensor) -> Tensor:
+        return on_device.encode(images.to(device))
+
+    key = digest_of([digest, device_name(device), torch.__version__])
+    return LatentCache(dataset, key, encode, config.flip, readers, progress).select_rows
+
+
+def _zero_latents(
+    dataset: Dataset, shape: tuple[int, int, int], rows: Rows, mirrored: np.ndarray | None = None
+) -> Tensor:
+    """Return zeros in place of the latents of images in ``rows``, whose ``shape`` (c, h, w) is that of a square."""
+    sides = (
+        side * latent // dataset.manifest.size
+        for side, latent in zip(dataset.shapes[dataset.buckets(rows)[0]], shape[1:], strict=True)
+    )
+    return torch.zeros(len(rows), shape[0], *sides)

@@ -1,0 +1,111 @@
+"""Models that a training begins with: initial weights, a pipeline or a teacher, and the autoencoder of its latents."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffusion.checkpoints import load_model, weights_digest
+from diffusion.common.errors import UserError
+from diffusion.common.escaping import pluralize
+from diffusion.common.files import sha256_file
+from diffusion.data.dataset import Dataset
+from diffusion.families.config import FamilyConfig
+from diffusion.families.header import Base
+from diffusion.families.model import Model, to_float
+from diffusion.families.vae.network import Latents
+from diffusion.training.config import TrainingConfig
+from diffusion.training.identity import local_file
+
+MEASURED = 1024
+"""Maximum number of training images on which moments are measured: error about 0.1 %."""
+ENCODED = 32
+"""Images encoded at a time."""
+
+
+def load_initial(model: FamilyConfig, config: TrainingConfig, dataset: Dataset) -> Model | None:
+    """Load the model in ``config.init_from``, whose averaged weights initialize a network of ``model``, if any.
+
+    Optimizer, averages and learning rate start from scratch. Raises UserError if the file does not exist or fit, or if
+    there is none and ``model`` has no network of its own.
+    """
+    if config.init_from is None:
+        if model.needs_initial_model:
+            raise UserError(
+                f"model.family = {model.family} has no network of its own: set training.init_from to an imported "
+                "pipeline"
+            )
+        return None
+    option, alternative = "distillation.teacher", "distil another model"
+    if config.student is None:
+        option = "training.init_from"
+        alternative = "begin with a model of the same kind, or at random (training.init_from=null)"
+    initial = load_model(local_file(option, config.init_from))
+    histogram = dataset.manifest.class_histogram
+    classes = sorted(histogram) if len(histogram) > 1 else []
+    if initial.header.model.family != model.family:
+        words: str | None = f"is a model of the family {initial.header.model.family}, and this is {model.family}:"
+    elif initial.header.square != dataset.shape:
+        actual, expected = ("×".join(map(str, shape)) for shape in (initial.header.square, dataset.shape))
+        words = (
+            f"generates images of {actual} (channels × height × width), and data set {dataset.manifest.name} has "
+            f"{expected}:"
+        )
+    else:
+        words = initial.conflict_as_start(model, classes)
+    if words is not None:
+        raise UserError(f"{option} {config.init_from} {words} {alternative}")
+    if config.student is not None and initial.header.student_steps is not None:
+        raise UserError(f"{config.init_from} is a student itself: name its teacher with distillation.teacher")
+    for shape in dataset.shapes if initial.has_frozen_parts else ():
+        initial.with_size(shape)  # raises if its network does not take it
+    return initial.select_classes(classes)
+
+
+def identify_base(initial: Model, config: TrainingConfig, version: str | None) -> tuple[Base | None, TrainingConfig]:
+    """Refer to the file of ``initial``, of registered ``version``, if training changes a part of its weights alone.
+
+    Also returns the configuration with the digest of its weights in place of its path.
+    """
+    file = Path(config.init_from or "")
+    is_base = config.lora is not None or initial.has_frozen_parts
+    base = Base(sha256=sha256_file(file), version=version) if is_base else None
+    return base, config.model_copy(update={"init_from": weights_digest(file)})
+
+
+def load_autoencoder(path: str, dataset: Dataset, window: int | None) -> Latents:
+    """Load the autoencoder in the file ``path`` and measure its latents' moments on training images of ``dataset``.
+
+    Uses the first images by key; with a ``window``, images from as few shards as possible. Raises UserError if the file
+    is not an autoencoder, has other channels than the images, or its factor does not divide the image size.
+    """
+    model = load_model(local_file("model.autoencoder", path))
+    channels, _, size = dataset.shape
+    if model.header.channels != channels:
+        raise UserError(
+            f"model.autoencoder {path} was trained on images of {pluralize(model.header.channels, 'channel')} and data "
+            f"set {dataset.manifest.name} has {channels}: train an autoencoder on images like these"
+        )
+    digest = weights_digest(Path(path)).removeprefix("sha256:")
+    if (latents := model.make_latents(digest, size, dataset.shapes)) is None:
+        raise UserError(
+            f"model.autoencoder {path} is a model of the family {model.header.model.family}, which is not an "
+            "autoencoder: train one with model.family=vae"
+        )
+    latents.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    rows = dataset.rows("train")
+    if window is not None:
+        rows = rows[np.argsort(dataset.shards(rows), kind="stable")]
+    parts = [dataset.images(part) for part in dataset.split_by_bucket(rows[:MEASURED])]
+    with torch.inference_mode():
+        means = [
+            torch.cat([latents.network.encode(to_float(batch)).double() for batch in torch.split(images, ENCODED)])
+            for images in parts
+        ]
+        values = torch.cat([part_means.transpose(0, 1).flatten(1) for part_means in means], dim=1)
+        std, mean = torch.std_mean(values, dim=1, correction=0)
+        # A constant channel keeps its scale instead of being amplified.
+        std = torch.where(std > 1e-4 * std.max(), std, 1.0)
+        latents.std.copy_(std.view(1, -1, 1, 1))
+        latents.mean.copy_(mean.view(1, -1, 1, 1))
+    return latents
