@@ -90,7 +90,8 @@ class Part(Config):
     """Kept images by split, by label and by stored mode, ``L`` or ``RGB``."""
     totals: Totals
     source: str | None = Field(None, exclude_if=is_unset)
-    """Versioned source of its images, as hf://datasets/OWNER/NAME@COMMIT; None: the source has no versions."""
+    """Versioned source of its images, as hf://datasets/OWNER/NAME@COMMIT, or what read them, as SCHEME: PACKAGE
+    VERSION; None: the source has no versions."""
     shape: Shape | None = Field(None, exclude_if=is_unset)
     """Height and width of every image in the shard, in pixels; None: it has no shard, or the data set no buckets."""
     captioners: dict[str, int] | None = Field(None, exclude_if=is_unset)

@@ -31,7 +31,7 @@ from diffusion.data.ingest.index import LOCK_TIMEOUT, explain_database_errors
 from diffusion.data.ingest.merge import Merge, write_part
 from diffusion.data.manifest import CAPTIONER, read_records, work_folder
 from diffusion.data.prefetch import prefetch
-from diffusion.data.sources.base import LONGEST, too_long_reason
+from diffusion.data.sources.base import MAX_CHARACTERS, too_long_reason
 from diffusion.data.sources.conventions import to_text
 
 MAX_ANSWER = 2**17
@@ -277,7 +277,7 @@ def _check_caption(answer: object) -> str:
     """Return a caption as a source would give it; raises NoCaptionError if there is none or it is too long."""
     if not (caption := (to_text(answer) or "").strip()):
         raise NoCaptionError("it has no caption for it")
-    if len(caption) > LONGEST["caption"]:
+    if len(caption) > MAX_CHARACTERS["caption"]:
         raise NoCaptionError(too_long_reason("caption"))
     return caption
 

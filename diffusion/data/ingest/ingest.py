@@ -37,7 +37,7 @@ from diffusion.data.manifest import (
     write_manifest,
 )
 from diffusion.data.prefetch import FanOut, local_fan_out
-from diffusion.data.sources import open_source
+from diffusion.data.sources import open_source, reader_of
 from diffusion.data.sources.base import Access, ObjectStore
 from diffusion.data.sources.survey import Survey, survey
 
@@ -66,7 +66,8 @@ class IngestResult(Config):
     changed: bool
     """Whether this ingest created a new version."""
     source: str | None
-    """The source with the commit that was read, as hf://datasets/OWNER/NAME@COMMIT; None: it has no versions."""
+    """The source with the commit that was read, as hf://datasets/OWNER/NAME@COMMIT, or the scheme and version of the
+    package that read it, as SCHEME: PACKAGE VERSION; None: it has no versions."""
     listed: int
     read: int
     """Number of entries of the source, and of those that had to be read."""
@@ -115,7 +116,10 @@ def origin_of(config: IngestConfig) -> str:
     """Identity of the source, under which the stamps of its entries are known; another revision is the same source."""
     if config.source.startswith("hf:"):
         return re.sub(r"@[^?]*", "", config.source)
-    return config.source if ":" in config.source else str(Path(config.source).resolve())
+    # Another version of a package may read other images from the same bytes.
+    reader = reader_of(config.source)
+    place = config.source if ":" in config.source else str(Path(config.source).resolve())
+    return place if reader is None else f"{place} {reader}"
 
 
 def ingest(
@@ -173,7 +177,8 @@ def ingest(
                 index.update(folder, current, bits)
             config = config.model_copy(update={"near_duplicates": bits})
             parts = [] if current is None else list(current.parts)
-            merge = Merge(folder, config, index, origin, parts, access.about.get("source"))
+            versioned_source = access.about.get("source") or reader_of(config.source)
+            merge = Merge(folder, config, index, origin, parts, versioned_source)
             chunks = fan_out(prepare_chunk, chunks_of(work, config, objects, planned_count))
             try:
                 licence = _licence(config, current, access.about.get("licence"))
@@ -192,7 +197,7 @@ def ingest(
                 content_digest=after.content_digest,
                 digest=after.digest,
                 changed=after != before,
-                source=access.about.get("source"),
+                source=versioned_source,
                 listed=listed_count,
                 read=merge.read,
                 added=merge.new_outcomes["kept"],

@@ -9,13 +9,12 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, suppress
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
 from diffusion.common.errors import UserError
 from diffusion.common.parsing import parse_json
-from diffusion.data.sources.base import MISSING, Access, Entry, Payload
+from diffusion.data.sources.base import MISSING, Entry, Payload, Source
 from diffusion.data.sources.local_files import open_text, read_file, stamp_if_exists
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
@@ -179,29 +178,26 @@ def _short_lines(lines: TextIO) -> Iterator[str]:
         yield line
 
 
-@dataclass(frozen=True)
-class Folder:
-    """The images below ``root``, as ``list_images`` finds them. Links are followed."""
+class Folder(Source):
+    """The images below a folder, as ``list_images`` finds them. Links are followed."""
 
-    root: Path
-    access: Access
-    in_order = False
+    form = "a folder"
 
     def entries(self) -> Iterator[Entry]:
         """Yield all images in the folder's order; raises UserError for unreadable metadata."""
-        return list_images(self._files(), str(self.root), self._table, self.access.passed_over)
+        return list_images(self._files(), str(self.path), self._table, self.access.passed_over)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes."""
         for entry in entries:
-            yield read_file(self.root / json.loads(entry.locator), self.access.config.max_bytes)
+            yield read_file(self.path / json.loads(entry.locator), self.access.config.max_bytes)
 
     def _table(self, locator: str, _: str) -> AbstractContextManager[TextIO]:
-        return open_text(self.root / json.loads(locator))
+        return open_text(self.path / json.loads(locator))
 
     def _files(self) -> Iterator[tuple[str, str, str]]:
-        for name in visible_files(self.root):
-            yield make_printable(name), json.dumps(name), stamp_if_exists(self.root / name)
+        for name in visible_files(self.path):
+            yield make_printable(name), json.dumps(name), stamp_if_exists(self.path / name)
 
 
 def holds_images(root: Path) -> bool:

@@ -150,7 +150,7 @@ def test_file_deleted_after_listing_is_quarantined_alone(tmp_path: Path) -> None
 def test_a_file_url_is_a_path(tmp_path: Path) -> None:
     root = write_files(tmp_path / "my set #1", {"a.png": b"1"})
     assert payloads(root.as_uri(), access(tmp_path / "scratch")) == {"a.png": b"1"}
-    with pytest.raises(UserError, match="no file of this machine"):
+    with pytest.raises(UserError, match="is not a file of this machine"):
         open_source("file://elsewhere/set", access(tmp_path / "scratch"))
     with pytest.raises(UserError, match="%3F"):
         open_source(f"{root.as_uri()}?split=train", access(tmp_path / "scratch"))

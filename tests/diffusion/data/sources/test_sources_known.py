@@ -60,7 +60,7 @@ def test_mismatched_idx_files_are_an_error_and_labels_are_optional(tmp_path: Pat
     source_access = access(tmp_path / "scratch")
     for damage, message in (
         (idx(np.zeros(2, np.uint8)), "has 2 labels for 3 images"),
-        (idx(np.zeros((3, 1), np.uint8)), "is no IDX file of 1 dimensions"),
+        (idx(np.zeros((3, 1), np.uint8)), "is not an IDX file of 1 dimensions"),
         (labels.read_bytes()[:-1], "has not the length that its header says"),
     ):
         labels.write_bytes(damage)
@@ -71,7 +71,7 @@ def test_mismatched_idx_files_are_an_error_and_labels_are_optional(tmp_path: Pat
     whole = images.read_bytes()
     for damaged_bytes in (whole[:-1], whole[:7], b"", whole + b"x", b"\0\0\x0d\3" + whole[4:]):
         images.write_bytes(damaged_bytes)
-        with pytest.raises(UserError, match=r"train-images-idx3-ubyte (is no IDX file|has not the length)"):
+        with pytest.raises(UserError, match=r"train-images-idx3-ubyte (is not an IDX file|has not the length)"):
             read_all(images, source_access)
 
 
