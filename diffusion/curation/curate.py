@@ -21,10 +21,12 @@ from filelock import FileLock
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
+from diffusion.common.extensions import package_of
 from diffusion.common.files import digest_of, make_folder, sha256_file, write_json
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.curation.config import CurationConfig, SemanticCalibration, Verdict
 from diffusion.curation.measures import Measurements, extractor_of, measure, read_images
+from diffusion.curation.rules import GROUP
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index, explain_database_errors
 from diffusion.data.ingest.ingest import IngestResult, remove_strays
@@ -44,7 +46,7 @@ from diffusion.evaluation.config import EvaluationConfig
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """Incremented when the same rules would decide otherwise."""
 MAX_LISTED, SHOWN = 1000, 20
 """Dropped images listed in a result, and in words."""
@@ -151,11 +153,10 @@ def decide(
         columns["outlier"] = outlier_scores(features)
     reasons: list[str | None] = [None] * len(measurements)
     leader_keys: list[str | None] = [None] * len(measurements)
-    for rule, limit in config.limits.items():
-        bound, _, name = rule.partition("_")
+    for setting, name, bound, limit in config.limits:
         values = columns[name]
         for row in np.flatnonzero(values < limit if bound == "min" else values > limit):
-            reasons[row] = reasons[row] or f"{rule} = {limit:g}: {name} is {values[row]:.6g}"
+            reasons[row] = reasons[row] or f"{setting} = {limit:g}: {name} is {values[row]:.6g}"
     records = measurements.records
     area = records["width"].to_numpy().astype(np.int64) * records["height"].to_numpy()
     preference = np.lexsort((np.arange(len(area)), -area))
@@ -236,7 +237,8 @@ def curate(
         before = read_manifest(folder)
         # Of the same images the same rules decide the same.
         nsfw = config.nsfw is not None and config.nsfw.path.is_file() and sha256_file(config.nsfw.path)
-        rules = digest_of([FORMAT, config.model_dump(mode="json"), evaluation.model_dump(mode="json"), nsfw])
+        packages = [package_of(GROUP, name) for name in config.rules]
+        rules = digest_of([FORMAT, config.model_dump(mode="json"), evaluation.model_dump(mode="json"), nsfw, packages])
         stamp = {"version": before.digest, "rules": rules}
         stamp_path = work / "curated.json"
         with suppress(FileNotFoundError, ValueError):

@@ -67,7 +67,7 @@ def test_configured_rules_are_kept_as_they_are(written_page: tuple[Path, IngestC
     data = data_of(written_page[0])
     assert CurationConfig.model_validate(data["rules"]) == RULES
     configured = {panel["rule"]: panel["limit"] for panel in data["panels"] if panel["limit"] is not None}
-    assert configured == {name: limit for name, limit in RULES.limits.items() if name != "max_brightness"}
+    assert configured == {setting: limit for setting, _, _, limit in RULES.limits if setting != "max_brightness"}
     for panel in data["panels"]:
         assert panel["limit"] is None or panel["limit"] in panel["limits"]
         assert panel["limits"] == sorted(panel["limits"], reverse=panel["bound"] == "max")
