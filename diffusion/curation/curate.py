@@ -8,7 +8,7 @@ in their last bits, so decisions on values next to a limit may, too. Only tables
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,34 +168,54 @@ def decide(
     def classes(verdict: Verdict) -> Sequence[str | None]:
         return labels if verdict == "one_per_class" else [None] * len(labels)
 
+    def drop_copies(grouping: Grouping, rule: str, verdict: Verdict, describe: Callable[[int, int], str]) -> None:
+        leaders = grouping.leaders
+        for row in np.flatnonzero(leaders != np.arange(len(leaders))) if verdict != "report" else ():
+            leader_keys[row] = leader = keys[leaders[row]]
+            reasons[row] = f"{rule} = {verdict}: {describe(row, leaders[row])} from {leader[:16]}"
+
     near = semantic = calibration = None
     if (verdict := config.near_duplicates) is not None:
         from diffusion.curation.duplicates import leaders_by_hash
 
-        leaders = leaders_by_hash(measurements.phashes, remaining_rows(), classes(verdict), config.near_duplicate_bits)
-        near = Grouping(leaders, config.near_duplicate_bits)
-        for row in np.flatnonzero(leaders != np.arange(len(leaders))) if verdict != "report" else ():
-            phash, leader_phash = (int(measurements.phashes[number], 16) for number in (row, leaders[row]))
-            bits = f"{pluralize((phash ^ leader_phash).bit_count(), 'bit')} (at most {config.near_duplicate_bits})"
-            leader_keys[row] = leader = keys[leaders[row]]
-            reasons[row] = f"near_duplicates = {verdict}: {bits} from {leader[:16]}"
-    if (verdict := config.semantic_duplicates) is not None:
-        from diffusion.curation.duplicates import CALIBRATION_IMAGES, Appearance, CandidatePairs, calibrate_distance
+        phashes, max_bits = measurements.phashes, config.near_duplicate_bits
+        near = Grouping(leaders_by_hash(phashes, remaining_rows(), classes(verdict), max_bits), max_bits)
 
-        appearance = Appearance(measurements.matrices["features"], measurements.matrices["small"])
-        pairs = CandidatePairs(appearance, remaining_rows(), classes(verdict), progress)
-        # Keys are digests, so the first ones are a random sample that stays nearly the same when images are added.
-        samples = images_of(folder, manifest, records.slice(0, CALIBRATION_IMAGES))
-        extractor, given = extractor_of(evaluation), config.semantic_distance
-        calibration = calibrate_distance(appearance, pairs, samples, extractor, given)
-        limit = calibration.distance
-        leaders, distances = pairs.leaders(remaining_rows(), limit)
-        semantic = Grouping(leaders, limit)
-        for row in np.flatnonzero(leaders != np.arange(len(leaders))) if verdict != "report" else ():
-            distance = f"distance {distances[row]:.3g} (at most {limit:.4g})"
-            leader_keys[row] = leader = keys[leaders[row]]
-            reasons[row] = f"semantic_duplicates = {verdict}: {distance} from {leader[:16]}"
+        def describe_bits(row: int, leader: int) -> str:
+            bits = (int(phashes[row], 16) ^ int(phashes[leader], 16)).bit_count()
+            return f"{pluralize(bits, 'bit')} (at most {max_bits})"
+
+        drop_copies(near, "near_duplicates", verdict, describe_bits)
+    if (verdict := config.semantic_duplicates) is not None:
+        semantic, distances, calibration = _find_semantic(
+            folder, manifest, measurements, config, evaluation, remaining_rows(), classes(verdict), progress
+        )
+        text = f"(at most {semantic.limit:.4g})"
+        drop_copies(semantic, "semantic_duplicates", verdict, lambda row, _: f"distance {distances[row]:.3g} {text}")
     return Decision(reasons, leader_keys, columns, near, semantic, calibration)
+
+
+def _find_semantic(
+    folder: Path,
+    manifest: Manifest,
+    measurements: Measurements,
+    config: CurationConfig,
+    evaluation: EvaluationConfig,
+    order: np.ndarray,
+    classes: Sequence[str | None],
+    progress: Progress,
+) -> tuple[Grouping, np.ndarray, SemanticCalibration]:
+    """Group the images in ``order`` by semantic near-duplicates; returns also their distances to the leaders, (N,)."""
+    from diffusion.curation.duplicates import CALIBRATION_IMAGES, Appearance, CandidatePairs, calibrate_distance
+
+    appearance = Appearance(measurements.matrices["features"], measurements.matrices["small"])
+    pairs = CandidatePairs(appearance, order, classes, progress)
+    # Keys are digests, so the first ones are a random sample that stays nearly the same when images are added.
+    samples = images_of(folder, manifest, measurements.records.slice(0, CALIBRATION_IMAGES))
+    extractor = extractor_of(evaluation)
+    calibration = calibrate_distance(appearance, pairs, samples, extractor, config.semantic_distance)
+    leaders, distances = pairs.leaders(order, calibration.distance)
+    return Grouping(leaders, calibration.distance), distances, calibration
 
 
 def images_of(folder: Path, manifest: Manifest, records: pa.Table) -> list[np.ndarray]:

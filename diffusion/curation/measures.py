@@ -327,16 +327,19 @@ def measure(
         [rows.append_column("part", pa.array(np.full(len(rows), number))) for rows, (number, _) in pairs]
     )
     order = np.argsort(np.array(records["key"].to_pylist()))
-    records = records.take(order)
-    columns = {
-        "side": np.minimum(records["width"], records["height"]).astype(float),
-        "aspect": np.maximum(records["width"], records["height"]) / np.minimum(records["width"], records["height"]),
-    }
+    tables = [[task.read(names) for task, names in zip(row, keys, strict=True)] for row in tasks]
+    return _assemble(records.take(order), order, tables)
+
+
+def _assemble(records: pa.Table, order: np.ndarray, tables: Sequence[Sequence[pa.Table]]) -> Measurements:
+    """Put the tables of each measure, shard by shard, into the ``order`` of ``records``."""
+    width, height = records["width"].to_numpy(), records["height"].to_numpy()
+    sides = np.minimum(width, height).astype(float)
+    columns = {"side": sides, "aspect": np.maximum(width, height) / sides}
     phashes, matrices = list[str](), dict[str, torch.Tensor]()
-    for row in tasks:
-        tables = [task.read(names) for task, names in zip(row, keys, strict=True)]
-        for name in set(tables[0].column_names) - {"key"}:
-            pieces = [table[name] for table in tables]
+    for shard_tables in tables:
+        for name in set(shard_tables[0].column_names) - {"key"}:
+            pieces = [table[name] for table in shard_tables]
             if (dtype := {"features": np.float32, "small": np.uint8}.get(name)) is not None:
                 rows = np.argsort(order)  # of each image in the order of the shards
                 matrix, start = np.empty((len(order), pieces[0].type.list_size), dtype), 0

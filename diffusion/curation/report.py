@@ -89,16 +89,10 @@ def write_curation_report(
             "semantic_duplicates": _groups(decision.semantic, measurements, thumbnails),
         }
         images = images_of(folder, manifest, measurements.records.take(list(thumbnails)))
-    all_groups = [group for group_list in groups.values() for group in group_list]
-    copies = [_count_copies(grouping) for grouping in (decision.near, decision.semantic)]
-    page = CurationPage(
-        dataset=folder.name,
-        page=output,
-        images=len(measurements),
-        dropped=sum(reason is not None for reason in decision.reasons),
-        near_duplicates=copies[0],
-        semantic_duplicates=copies[1],
-    )
+    copies = {"near_duplicates": decision.near, "semantic_duplicates": decision.semantic}
+    counts = {name: _count_copies(grouping) for name, grouping in copies.items()}
+    dropped_count = sum(decision.rules.values())
+    page = CurationPage(dataset=folder.name, page=output, images=len(measurements), dropped=dropped_count, **counts)
     limits = {
         "near_duplicates": ("near_duplicate_bits", decision.near and decision.near.limit),
         "semantic_duplicates": ("semantic_distance", decision.semantic and decision.semantic.limit),
@@ -112,11 +106,11 @@ def write_curation_report(
         limits=limits,
         calibration=decision.calibration,
         verdicts=verdicts,
-        copies=dict(zip(groups, copies, strict=True)),
+        copies=counts,
         data={
             "images": [_thumbnail(image) for image in images],
             "panels": panels,
-            "groups": all_groups,
+            "groups": [*groups["near_duplicates"], *groups["semantic_duplicates"]],
             "total": len(measurements),
             "rules": config.model_dump(mode="json", exclude_defaults=True),
         },

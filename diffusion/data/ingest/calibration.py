@@ -4,6 +4,7 @@ The sample depends on the number of images alone, so that a killed ingest, given
 """
 
 import io
+import logging
 import random
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +27,9 @@ from diffusion.data.manifest import STORED, Manifest, read_records
 from diffusion.data.sources.base import Entry, Source
 from diffusion.data.versions.versions import count_stored
 
-SAMPLED, FEWEST = 1000, 50
+logger = logging.getLogger(__name__)
+
+SAMPLED, MIN_IMAGES = 1000, 50
 """Images that are sampled, and distinct ones without which nothing is calibrated.
 
 Of 5,000 digits, whose limit is 32 bits, samples of 1000 images estimate 20 to 32 bits, and of 500 images 11 to 32.
@@ -66,7 +69,9 @@ class Calibration(Config):
         summary = f"near-duplicates: up to {self.bits} of {HASH_BITS} bits"
         if self.copies is None or self.others is None:
             images = pluralize(self.images, "distinct image")
-            return f"{summary}, as {images} are too few to calibrate ingest.near_duplicates=auto, which takes {FEWEST}"
+            return (
+                f"{summary}, as {images} are too few to calibrate ingest.near_duplicates=auto, which takes {MIN_IMAGES}"
+            )
         return (
             f"{summary}, chosen by {self.images:,} images, group {self.copies:.1%} of copies made of them and about "
             f"{self.others:.1%} of distinct images"
@@ -123,7 +128,10 @@ def calibrate_ingest(
                 keys.add(key)
                 yield image
 
-    return calibrate(images(), total / max(len(numbers), 1))
+    calibration = calibrate(images(), total / max(len(numbers), 1))
+    if (warning := calibration.warning) is not None:
+        logger.warning("%s", warning)
+    return calibration
 
 
 def _read_stored(folder: Path, manifest: Manifest, numbers: np.ndarray) -> Iterator[tuple[str, Image.Image]]:
@@ -169,7 +177,7 @@ def calibrate(images: Iterable[Image.Image], scale: float) -> Calibration:
         errors.append(max(float(_difference(grey, reduce_to_grey(copy).ravel())) for copy in copies))
         hashes.append(image_hash)
         greys.append(grey.astype(np.float32))
-    if len(hashes) < FEWEST:
+    if len(hashes) < MIN_IMAGES:
         return Calibration(bits=UNCALIBRATED_BITS, images=len(hashes))
     min_bits = int(np.quantile(to_copies, FOUND, method="inverted_cdf"))
     # If no threshold finds the copies, they differ as much as other images do, and nothing tells the two apart.

@@ -13,9 +13,8 @@ import sqlite3
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
-from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryFile
 from threading import Lock
@@ -105,27 +104,19 @@ def add_captions(merge: Merge, config: CaptionerConfig, progress: Progress) -> C
             cached_count, done = cached_count + len(captions), done + len(captions)
             progress("images captioned", done, total)
             requests = [row for key, row in due_rows.items() if key not in captions]
-            answers = prefetch(
-                partial(_send, captioner, cache, name), _images(folder / part.shard.name, requests), config.workers
-            )
-            try:
-                for row, answer in zip(requests if unanswered_count < MAX_UNANSWERED else (), answers, strict=False):
+            images = _images(folder / part.shard.name, requests if unanswered_count < MAX_UNANSWERED else ())
+            with closing(_answers(captioner, cache, name, images)) as answers:
+                for key, answer in answers:
                     done += 1
                     unanswered_count = unanswered_count + 1 if isinstance(answer, NoAnswerError) else 0
                     if isinstance(answer, NoCaptionError):
                         reasons[str(answer)] += 1
                     else:
-                        captions[row["key"]] = answer
+                        captions[key] = answer
                     failed_count = reasons.total()
                     progress("images captioned", done, total, f"{failed_count:,} failed" if failed_count else "")
                     if unanswered_count == MAX_UNANSWERED:
-                        captioner.client.stopped.set()
                         break
-            except BaseException:
-                captioner.client.stopped.set()
-                raise
-            finally:
-                answers.close()
             for key, caption in captions.items():
                 due_rows[key] |= {"caption": caption, CAPTIONER.name: name}
                 merge.index.recaption(due_rows[key])
@@ -151,15 +142,28 @@ def add_captions(merge: Merge, config: CaptionerConfig, progress: Progress) -> C
     return counts
 
 
-def _send(captioner: "Captioner", cache: "Cache", name: str, item: tuple[str, bytes]) -> str | NoCaptionError:
-    """Send one image, and store the answer."""
-    key, image = item
+def _answers(
+    captioner: "Captioner", cache: "Cache", name: str, images: Iterator[tuple[str, bytes]]
+) -> Generator[tuple[str, str | NoCaptionError], None, None]:
+    """Send images, and store the answers; yields the key and answer of each, and stops all requests when closed."""
+
+    def send(item: tuple[str, bytes]) -> tuple[str, str | NoCaptionError]:
+        key, image = item
+        try:
+            caption = captioner(image)
+        except NoCaptionError as error:
+            return key, error
+        cache.put(key, name, caption)
+        return key, caption
+
+    answers = prefetch(send, images, captioner.config.workers)
     try:
-        caption = captioner(image)
-    except NoCaptionError as error:
-        return error
-    cache.put(key, name, caption)
-    return caption
+        yield from answers
+    except BaseException:
+        captioner.client.stopped.set()
+        raise
+    finally:
+        answers.close()
 
 
 class Captioner:
@@ -282,7 +286,7 @@ def _check_caption(answer: object) -> str:
     return caption
 
 
-def _images(shard: Path, rows: list[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
+def _images(shard: Path, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
     """Yield key and PNG of the images in ``rows``."""
     with shard.open("rb") as file:
         for row in rows:

@@ -162,27 +162,23 @@ def ingest(
             origin = origin_of(config)
             plan = work / "plan.sqlite"
             listed_count, planned_count = make_plan(plan, source, origin, index.path, requeue, rebuilding, progress)
-            other_files = access.passed_over
             if not listed_count:
-                others = f" ({other_files.total()} other files)" if other_files else ""
+                others = f" ({access.passed_over.total()} other files)" if access.passed_over else ""
                 raise UserError(
                     f"no images in {config.source}{others}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images"
                 )
             calibration = None
             if needs_calibration:
                 calibration = calibrate_ingest(folder, current, plan, planned_count, source, config, progress)
-                if (warning := calibration.warning) is not None:
-                    logger.warning("%s", warning)
                 recorded_bits, bits = calibration.recorded, calibration.bits
                 index.update(folder, current, bits)
             config = config.model_copy(update={"near_duplicates": bits})
             parts = [] if current is None else list(current.parts)
-            versioned_source = access.about.get("source") or reader_of(config.source)
-            merge = Merge(folder, config, index, origin, parts, versioned_source)
+            merge = Merge(folder, config, index, origin, parts, access.about.get("source") or reader_of(config.source))
             chunks = fan_out(prepare_chunk, chunks_of(work, config, objects, planned_count))
+            licence = _licence(config, current, access.about.get("licence"))
+            facts = {"licence": licence, "near_duplicate_bits": recorded_bits}
             try:
-                licence = _licence(config, current, access.about.get("licence"))
-                facts = {"licence": licence, "near_duplicate_bits": recorded_bits}
                 after, captions = _merge(merge, before, facts, chunks, planned_count, rebuilding, progress)
             except UserError:
                 # The cause of the quarantine may be fixed, so the entries must be read again.
@@ -191,26 +187,39 @@ def ingest(
             finally:
                 remove_strays(folder)
             _remove_work(work)
-            return IngestResult(
-                dataset=folder.name,
-                folder=folder,
-                content_digest=after.content_digest,
-                digest=after.digest,
-                changed=after != before,
-                source=versioned_source,
-                listed=listed_count,
-                read=merge.read,
-                added=merge.new_outcomes["kept"],
-                removed=merge.new_outcomes["removed"],
-                relabelled=merge.relabelled,
-                passed_over=dict(other_files.most_common()),
-                kept=after.kept,
-                duplicates=index.count("duplicate"),
-                quarantined=[QuarantineExample(**row) for row in index.list_quarantined(1000)],
-                quarantined_count=index.count("quarantined"),
-                near_duplicates=calibration,
-                captions=captions,
-            )
+            return _make_result(merge, before, after, access, listed_count, calibration, captions)
+
+
+def _make_result(
+    merge: Merge,
+    before: Manifest | None,
+    after: Manifest,
+    access: Access,
+    listed_count: int,
+    calibration: Calibration | None,
+    captions: CaptionCounts | None,
+) -> IngestResult:
+    index = merge.index
+    return IngestResult(
+        dataset=merge.folder.name,
+        folder=merge.folder,
+        content_digest=after.content_digest,
+        digest=after.digest,
+        changed=after != before,
+        source=merge.source,
+        listed=listed_count,
+        read=merge.read,
+        added=merge.new_outcomes["kept"],
+        removed=merge.new_outcomes["removed"],
+        relabelled=merge.relabelled,
+        passed_over=dict(access.passed_over.most_common()),
+        kept=after.kept,
+        duplicates=index.count("duplicate"),
+        quarantined=[QuarantineExample(**row) for row in index.list_quarantined(1000)],
+        quarantined_count=index.count("quarantined"),
+        near_duplicates=calibration,
+        captions=captions,
+    )
 
 
 def encodings_folder(folder: Path) -> Path:

@@ -108,13 +108,7 @@ def merge_datasets(
         for path, manifest in zip(folders, (before, *rest), strict=True):
             _require_alike(before, manifest)
             require_whole(path, manifest)
-        table_digests = {part.records.sha256 for part in before.parts}
-        parts = [(folder, part) for part in before.parts]
-        for path, manifest in zip(folders[1:], rest, strict=True):
-            for part in manifest.parts:
-                if part.records.sha256 not in table_digests and (count_stored(part) or "removed" in part.outcomes):
-                    table_digests.add(part.records.sha256)
-                    parts.append((path, part))
+        parts = _list_parts(folders, (before, *rest))
         scratch = stack.enter_context(scratch_folder(work_folder(folder) / "ranges"))
         removed_digests = frozenset(_removed_digests(folders, parts))
         digest, duplicates = resolve(parts, before.storage, scratch, fan_out, removed_digests)
@@ -147,16 +141,28 @@ def merge_datasets(
         )
 
 
-def _require_alike(ours: Manifest, theirs: Manifest) -> None:
-    if difference := theirs.find_storage_difference(ours.storage):
-        name, their_value, our_value = difference
+def _list_parts(folders: Sequence[Path], manifests: Sequence[Manifest]) -> list[tuple[Path, Part]]:
+    """Return the parts of the first data set, and those of the others that it lacks and that hold anything, once."""
+    parts = [(folders[0], part) for part in manifests[0].parts]
+    table_digests = {part.records.sha256 for _, part in parts}
+    for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
+        for part in manifest.parts:
+            if part.records.sha256 not in table_digests and (count_stored(part) or "removed" in part.outcomes):
+                table_digests.add(part.records.sha256)
+                parts.append((folder, part))
+    return parts
+
+
+def _require_alike(first: Manifest, other: Manifest) -> None:
+    if difference := other.find_storage_difference(first.storage):
+        name, other_value, first_value = difference
         raise UserError(
-            f"data set {theirs.name} was made with ingest.{name}={their_value} and {ours.name} with {our_value}: "
-            f"ingest its source again, into {ours.name}"
+            f"data set {other.name} was made with ingest.{name}={other_value} and {first.name} with {first_value}: "
+            f"ingest its source again, into {first.name}"
         )
-    if theirs.licence != ours.licence:
+    if other.licence != first.licence:
         raise UserError(
-            f"data set {theirs.name} has licence {theirs.licence} and {ours.name} has {ours.licence}: set "
+            f"data set {other.name} has licence {other.licence} and {first.name} has {first.licence}: set "
             "ingest.licence to one that covers both, and ingest either again"
         )
 

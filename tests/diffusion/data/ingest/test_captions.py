@@ -29,9 +29,9 @@ from diffusion.data.ingest.config import CaptionerConfig, IngestConfig
 from diffusion.data.ingest.ingest import IngestResult, ingest
 from diffusion.data.ingest.key_resolution import content_digest
 from diffusion.data.manifest import read_manifest, versions
+from diffusion.data.versions.difference import diff
 from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
-from diffusion.data.versions.versions import diff
 from diffusion.evaluation.config import EvaluationConfig
 from tests.builders import ROOT
 from tests.builders.http_server import Serve, dripped, listening, request_of, response, serving

@@ -21,9 +21,10 @@ from diffusion.data.ingest.key_resolution import content_digest
 from diffusion.data.ingest.merge import write_part
 from diffusion.data.manifest import read_manifest, read_records, versions, write_manifest
 from diffusion.data.versions.compact import compact
+from diffusion.data.versions.difference import diff
 from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
-from diffusion.data.versions.versions import diff, history
+from diffusion.data.versions.versions import history
 from tests.builders import ROOT
 from tests.builders.ingested import files_of, records
 from tests.builders.shapes import blob

@@ -8,7 +8,8 @@ import pytest
 
 from diffusion.common.errors import UserError
 from diffusion.data.manifest import manifest_bytes, parse_manifest, read_manifest, write_manifest
-from diffusion.data.versions.versions import diff, history, known_versions, remember, resolve, show
+from diffusion.data.versions.difference import diff
+from diffusion.data.versions.versions import history, known_versions, remember, resolve, show
 from tests.builders.built_datasets import BuiltDataset, duplicate, image_record, quarantined
 from tests.builders.small_datasets import random_images
 
