@@ -30,7 +30,7 @@ from diffusion.curation.rules import GROUP
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index, explain_database_errors
 from diffusion.data.ingest.ingest import IngestResult, remove_strays
-from diffusion.data.ingest.merge import write_part
+from diffusion.data.ingest.merge import rewrite_part
 from diffusion.data.manifest import (
     STORED,
     Manifest,
@@ -329,8 +329,8 @@ def _apply(
                     reason, leader = decisions[row["key"]]
                     row |= {"outcome": "kept" if reason is None else "dropped", "reason": reason, "leader": leader}
                     index.set_outcome(row)
-            parts[place] = write_part(folder, part.number, part.shard, rows, before.size, part.source, part.shape)
-        after = before.model_copy(update={"parent": before.digest, "change": "curation", "parts": parts})
+            parts[place] = rewrite_part(folder, part, rows, before.size, part.shard)
+        after = before.make_child("curation", parts)
         after = after.model_copy(update={"content_digest": index.content_digest(after)})
         write_manifest(folder, after)
         index.set_version(after)

@@ -84,13 +84,10 @@ def write_curation_report(
             for name, rule in rules.items()
             if name in decision.columns
         ]
-        groups = {
-            "near_duplicates": _groups(decision.near, measurements, thumbnails),
-            "semantic_duplicates": _groups(decision.semantic, measurements, thumbnails),
-        }
+        groupings = {"near_duplicates": decision.near, "semantic_duplicates": decision.semantic}
+        groups = {name: _groups(grouping, measurements, thumbnails) for name, grouping in groupings.items()}
         images = images_of(folder, manifest, measurements.records.take(list(thumbnails)))
-    copies = {"near_duplicates": decision.near, "semantic_duplicates": decision.semantic}
-    counts = {name: _count_copies(grouping) for name, grouping in copies.items()}
+    counts = {name: _count_copies(grouping) for name, grouping in groupings.items()}
     dropped_count = sum(decision.rules.values())
     page = CurationPage(dataset=folder.name, page=output, images=len(measurements), dropped=dropped_count, **counts)
     limits = {

@@ -130,6 +130,11 @@ class Manifest(Config):
         """Return the SHA-256 of the manifest's bytes: the name of this version."""
         return sha256_bytes(manifest_bytes(self))
 
+    def make_child(self, change: str, parts: list["Part"], content_digest: str | None = None) -> Self:
+        """Return the version that ``change`` makes of this one; its content is the same unless it is given."""
+        fields = {"parent": self.digest, "change": change, "parts": parts}
+        return self.model_copy(update=fields | ({"content_digest": content_digest} if content_digest else {}))
+
     @property
     def layout_digest(self) -> str:
         """Return the SHA-256 over the shards in their order."""
@@ -279,6 +284,14 @@ def require_whole(folder: Path, manifest: Manifest) -> None:
         if (size := path.stat().st_size if path.is_file() else None) != entry.bytes:
             state = "missing" if size is None else f"{size} bytes long instead of {entry.bytes}"
             raise UserError(f"{path} is {state}: {repair_hint(folder)}")
+
+
+def find_intact(folder: Path, entry: FileEntry) -> Path:
+    """Return the path of a file of the data set in ``folder``; raises UserError if it is damaged."""
+    path = folder / entry.name
+    if sha256_file(path) != entry.sha256:
+        raise UserError(f"{path} is damaged (its SHA-256 differs): {repair_hint(folder)}")
+    return path
 
 
 def repair_hint(folder: Path) -> str:

@@ -141,9 +141,8 @@ def ingest(
     of those read are quarantined, or the data set stores its images in another way and ``rebuild`` is ``never``.
     """
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is no folder, and a data set is one: move it away, or give another --dataset")
-    fan_out = fan_out or local_fan_out(config)
-    work = work_folder(folder)
+        raise UserError(f"{folder} is not a folder, and a data set is one: move it away, or give another --dataset")
+    fan_out, work = fan_out or local_fan_out(config), work_folder(folder)
     make_folder(work)
     with FileLock(work / "lock"), explain_database_errors(work):
         before = read_manifest(folder) if (folder / "manifest.json").is_file() else None
@@ -158,15 +157,10 @@ def ingest(
             access = Access(config, work / "scratch", objects, listings=work / "listings")
             access.scratch.mkdir(exist_ok=True)
             config = complete_buckets(config, current, lambda: survey(config, access.scratch, objects))
-            source = open_source(config.source, access)
-            origin = origin_of(config)
-            plan = work / "plan.sqlite"
+            source, plan, origin = open_source(config.source, access), work / "plan.sqlite", origin_of(config)
             listed_count, planned_count = make_plan(plan, source, origin, index.path, requeue, rebuilding, progress)
             if not listed_count:
-                others = f" ({access.passed_over.total()} other files)" if access.passed_over else ""
-                raise UserError(
-                    f"no images in {config.source}{others}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images"
-                )
+                raise _no_images_error(config.source, access.passed_over.total())
             calibration = None
             if needs_calibration:
                 calibration = calibrate_ingest(folder, current, plan, planned_count, source, config, progress)
@@ -188,6 +182,11 @@ def ingest(
                 remove_strays(folder)
             _remove_work(work)
             return _make_result(merge, before, after, access, listed_count, calibration, captions)
+
+
+def _no_images_error(source: str, other_files: int) -> UserError:
+    others = f" ({other_files} other files)" if other_files else ""
+    return UserError(f"no images in {source}{others}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images")
 
 
 def _make_result(

@@ -183,22 +183,31 @@ class Merge:
         stored_rows = [row for row in records if row["outcome"] in STORED]
         if shard_file is not None and stored_rows:
             if len(stored_rows) == samples:
-                staging_path = self.folder / "shards" / f".{number:05d}.tar"
-                make_folder(staging_path.parent)
-                staging_path.unlink(missing_ok=True)
-                try:
-                    os.link(shard_file, staging_path)
-                except OSError:  # a file system without hard links
-                    shutil.copyfile(shard_file, staging_path)
-                sync_file(staging_path)
-                shard = _rename(self.folder, staging_path, digest)
+                shard = link_file(self.folder, shard_file, self.folder / "shards" / f".{number:05d}.tar", digest)
             else:
                 shard = copy_samples(self.folder, number, [(shard_file, stored_rows)])
         self.parts.append(write_part(self.folder, number, shard, records, self.config.size, source, shape))
 
 
-def copy_samples(folder: Path, number: int, shards: Sequence[tuple[Path, list[dict[str, Any]]]]) -> FileEntry:
-    """Write shard ``number`` of samples of other ``shards``, each with the rows to copy; updates their offsets."""
+def link_file(folder: Path, source: Path, staging_path: Path, digest: str) -> FileEntry:
+    """Make ``source`` a file of the data set in ``folder``, without a copy where the file system has links."""
+    make_folder(staging_path.parent)
+    staging_path.unlink(missing_ok=True)
+    try:
+        os.link(source, staging_path)
+    except OSError:
+        shutil.copyfile(source, staging_path)
+    sync_file(staging_path)
+    return _rename(folder, staging_path, digest)
+
+
+def copy_samples(folder: Path, number: int, shards: Sequence[tuple[Path, list[dict[str, Any]]]]) -> FileEntry | None:
+    """Write shard ``number`` of samples of other ``shards``, each with the rows to copy; updates their offsets.
+
+    Returns None without ``shards``.
+    """
+    if not shards:
+        return None
 
     def write(partial: Path) -> None:
         with partial.open("wb") as file:
@@ -247,6 +256,11 @@ def write_part(
         shape=shape if shard is not None else None,
         captioners=_counts(kept_rows, CAPTIONER.name) or None,
     )
+
+
+def rewrite_part(folder: Path, part: Part, records: list[dict[str, Any]], size: int, shard: FileEntry | None) -> Part:
+    """Write ``part`` with other ``records`` and another ``shard``."""
+    return write_part(folder, part.number, shard, records, size, part.source, part.shape)
 
 
 def redact_row(row: dict[str, Any], reason: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from diffusion.data.prefetch import prefetch
 from diffusion.data.sources.base import Access, Entry, Payload, Source, too_large_error
 from diffusion.data.sources.conventions import METADATA_FILES, is_hidden, is_image, list_images, make_printable
 from diffusion.data.sources.local_files import TARS, expand_braces, open_text, stamp_of
-from diffusion.data.sources.object_store import IN_MEMORY
+from diffusion.data.sources.object_store import IN_MEMORY, read_spooled
 from diffusion.data.sources.parquet import Parquet
 from diffusion.data.sources.tars import WebDataset
 
@@ -172,13 +172,7 @@ class HubDataset(Source):
         places = (_Place.from_entry(entry) for entry in entries)
         for is_file, group in groupby(places, key=lambda place: place.inside is None):
             if is_file:
-                for payload in prefetch(self._image, group, IMAGES_AT_ONCE):
-                    if isinstance(payload, UnusableEntryError):
-                        yield payload
-                        continue
-                    with payload:
-                        payload.seek(0)
-                        yield payload.read()
+                yield from read_spooled(prefetch(self._image, group, IMAGES_AT_ONCE))
                 continue
             for (commit, file), members in groupby(group, key=lambda place: (place.commit, place.file)):
                 local = self._fetch(commit, file)

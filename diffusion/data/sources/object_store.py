@@ -1,9 +1,10 @@
 """Images under a prefix of an object store (``s3://``)."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
+from tempfile import SpooledTemporaryFile
 from typing import TextIO
 from uuid import uuid4
 
@@ -49,6 +50,17 @@ def fetch_object(uri: str, etag: str, access: Access) -> Path:
 
     suffix = PurePosixPath(uri).suffix
     return write_once(access.scratch / f"fetched-{digest_of([uri, etag])[:32]}{suffix}", download)
+
+
+def read_spooled(files: Iterable["SpooledTemporaryFile[bytes] | UnusableEntryError"]) -> Iterator[Payload]:
+    """Yield what was fetched into ``files``, and close them."""
+    for file in files:
+        if isinstance(file, UnusableEntryError):
+            yield file
+            continue
+        with file:
+            file.seek(0)
+            yield file.read()
 
 
 def find_objects(pattern: str, access: Access) -> Iterator[tuple[str, str, str]]:

@@ -11,7 +11,7 @@ from diffusion.data.prefetch import prefetch
 from diffusion.data.sources.base import Entry, Payload, Source
 from diffusion.data.sources.conventions import make_printable, records, texts_of, to_text
 from diffusion.data.sources.local_files import open_text
-from diffusion.data.sources.object_store import IN_MEMORY
+from diffusion.data.sources.object_store import IN_MEMORY, read_spooled
 
 WORKERS = 16
 
@@ -49,13 +49,7 @@ class Urls(Source):
         )
         answers = prefetch(partial(self._fetch, client), entries, WORKERS)
         try:
-            for answer in answers:
-                if isinstance(answer, UnusableEntryError):
-                    yield answer
-                    continue
-                with answer:
-                    answer.seek(0)
-                    yield answer.read()
+            yield from read_spooled(answers)
         finally:
             client.stopped.set()
             answers.close()
