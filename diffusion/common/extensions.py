@@ -32,12 +32,11 @@ def with_extensions(group: str, built_in: Mapping[str, T]) -> dict[str, T]:
     return found
 
 
-def package_of(group: str, name: str) -> str | None:
-    """Return name and version of the package that adds ``name`` to ``group``; None: it is built in."""
-    entry = next((entry for entry in _entries(group) if entry.name == name), None)
-    return entry and (f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value)
-
-
 @cache
 def _entries(group: str) -> tuple[EntryPoint, ...]:
     return tuple(sorted(entry_points(group=group), key=lambda entry: entry.name))
+
+
+def extension_versions(group: str) -> dict[str, str]:
+    """Return the package and version of each extension of ``group``, by name: what results depend on."""
+    return {entry.name: f"{entry.dist.name} {entry.dist.version}" for entry in _entries(group) if entry.dist}

@@ -140,7 +140,7 @@ class CurationConfig(Config):
         """Validate each rule by its own class."""
         if not isinstance(rules, Mapping):
             return rules
-        kinds = {name: kind for name, kind in all_rules().items() if not _settings(name)} if rules else {}
+        kinds = {name: kind for name, kind in all_rules().items() if not threshold_fields(name)} if rules else {}
         return {name: _validate(name, settings, kinds) for name, settings in rules.items()}
 
     @model_validator(mode="after")
@@ -152,7 +152,7 @@ class CurationConfig(Config):
     @property
     def limits(self) -> list[Limit]:
         """Return the thresholds of the rules on single images, in the order in which they are applied."""
-        settings = {field: setting for name in RULES for field, setting in _settings(name).items()}
+        settings = {field: setting for name in RULES for field, setting in threshold_fields(name).items()}
         fields = [
             (field, *settings[field], getattr(self, field)) for field in type(self).model_fields if field in settings
         ]
@@ -175,7 +175,7 @@ class CurationConfig(Config):
         return bool(self.limits) or any(verdict not in (None, "report") for verdict in verdicts)
 
 
-def _settings(name: str) -> dict[str, tuple[str, Bound]]:
+def threshold_fields(name: str) -> dict[str, tuple[str, Bound]]:
     """Return the fields of ``CurationConfig`` that are thresholds of the rule ``name``, with it and their bounds."""
     fields: dict[str, tuple[str, Bound]] = {f"{bound}_{name}": (name, bound) for bound in get_args(Bound)}
     return {field: setting for field, setting in fields.items() if field in CurationConfig.model_fields}

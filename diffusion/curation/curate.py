@@ -21,7 +21,7 @@ from filelock import FileLock
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
-from diffusion.common.extensions import package_of
+from diffusion.common.extensions import extension_versions
 from diffusion.common.files import digest_of, make_folder, sha256_file, write_json
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.curation.config import CurationConfig, SemanticCalibration, Verdict
@@ -257,7 +257,7 @@ def curate(
         before = read_manifest(folder)
         # Of the same images the same rules decide the same.
         nsfw = config.nsfw is not None and config.nsfw.path.is_file() and sha256_file(config.nsfw.path)
-        packages = [package_of(GROUP, name) for name in config.rules]
+        packages = {name: extension_versions(GROUP).get(name) for name in config.rules}
         rules = digest_of([FORMAT, config.model_dump(mode="json"), evaluation.model_dump(mode="json"), nsfw, packages])
         stamp = {"version": before.digest, "rules": rules}
         stamp_path = work / "curated.json"

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from diffusion.common.errors import UserError
-from diffusion.common.extensions import package_of
+from diffusion.common.extensions import extension_versions
 from diffusion.common.files import digest_of, sha256_bytes, sha256_file, write_atomically
 from diffusion.common.onnx_network import OnnxNetwork
 from diffusion.common.progress import Progress
-from diffusion.curation.config import CurationConfig, NsfwModel
+from diffusion.curation.config import CurationConfig, NsfwModel, threshold_fields
 from diffusion.curation.rules import GROUP, LUMA, RULES, Rule
 from diffusion.data.ingest.chunks import perceptual_hash
 from diffusion.data.manifest import STORED, Manifest, Part, measures_folder, read_records
@@ -33,7 +33,7 @@ CHUNK_PIXELS = 2**22
 """Pixels of images in memory at a time, of eight images at least."""
 MAX_MODEL_BYTES = 10**9
 """Size limit of a classifier's file, in bytes."""
-PIXEL_RULES = tuple(name for name, rule in RULES.items() if rule.source == "pixels")
+PIXEL_RULES = tuple(name for name, rule in RULES.items() if rule.source == "pixels" and threshold_fields(name))
 IMAGE_COLUMNS = (
     *("source", "outcome", "reason", "leader", "key", "split", "label", "width", "height", "offset", "size"),
 )
@@ -74,7 +74,7 @@ class RuleMeasure:
     def digest(self) -> str:
         """Return the digest of the package's version and of all settings but the thresholds."""
         settings = self.rule.model_dump(mode="json", exclude={"min", "max"})
-        return digest_of(["rule", self.name, package_of(GROUP, self.name), settings])
+        return digest_of(["rule", self.name, extension_versions(GROUP).get(self.name), settings])
 
     def columns(self, images: np.ndarray) -> dict[str, pa.Array]:
         """Compute its column; raises UserError if the rule does not give one number for each image."""
@@ -82,7 +82,7 @@ class RuleMeasure:
         if values.shape != (len(images),) or not np.isfinite(values).all():
             raise UserError(
                 f"curation.rules.{self.name} does not give a finite number for each image: update "
-                f"{package_of(GROUP, self.name)}"
+                f"{extension_versions(GROUP).get(self.name, 'it')}"
             )
         return {self.name: _column(values)}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from diffusion.common.errors import UserError
-from diffusion.common.extensions import package_of, with_extensions
+from diffusion.common.extensions import extension_versions, with_extensions
 from diffusion.data.sources.base import Access, Source
 from diffusion.data.sources.conventions import EXTENSIONS, Folder
 from diffusion.data.sources.hub_dataset import HubDataset
@@ -51,7 +51,7 @@ def open_source(uri: str, access: Access) -> Source:
 def reader_of(uri: str) -> str | None:
     """Return what reads ``uri``, as ``SCHEME: PACKAGE VERSION``; None for Darkroom's own sources."""
     scheme, _ = _resolve(uri)
-    package = package_of(GROUP, scheme)
+    package = extension_versions(GROUP).get(scheme)
     return package and f"{scheme}: {package}"
 
 
