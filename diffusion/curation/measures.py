@@ -205,8 +205,8 @@ def _classifier(scores: NsfwScores) -> tuple[OnnxNetwork, int]:
             return network, size
     types = ", ".join(f"{argument.type} {tuple(argument.shape)}" for argument in inputs)
     raise UserError(
-        f"{path} takes {types}, which is no batch of float images as curation.nsfw says (layout {scores.model.layout}, "
-        f"size {scores.model.size}): correct these, or export it with a dynamic first dimension"
+        f"{path} takes {types}, which is not a batch of float images as curation.nsfw says (layout "
+        f"{scores.model.layout}, size {scores.model.size}): correct these, or export it with a dynamic first dimension"
     )
 
 

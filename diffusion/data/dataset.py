@@ -422,7 +422,7 @@ def _decode(
     metadata = json.loads(sample["json"])
     shape = shape_of(sample["png"])
     if shape not in shapes:
-        raise ValueError(f"{sample['__key__']} has {shape_name(shape)} pixels, which is no shape of its data set")
+        raise ValueError(f"{sample['__key__']} has {shape_name(shape)} pixels, which is not a shape of its data set")
     return {
         "key": sample["__key__"],
         "image": torch.from_numpy(decode_many([sample["png"]], (channels, *shape))[0].copy()),

@@ -17,7 +17,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json, digest_of, sha256_bytes, sha256_file, write_bytes
 from diffusion.common.parsing import parse_json
 from diffusion.common.shapes import Shape
-from diffusion.data.ingest.config import MOST_BITS, StorageConfig
+from diffusion.data.ingest.config import MAX_BITS, StorageConfig
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Split = Literal["train", "held_out"]
@@ -114,7 +114,7 @@ class Manifest(Config):
     storage: StorageConfig
     licence: str | None = Field(None, exclude_if=is_unset)
     """Licence of the images, if known."""
-    near_duplicate_bits: int | None = Field(None, ge=0, le=MOST_BITS, exclude_if=is_unset)
+    near_duplicate_bits: int | None = Field(None, ge=0, le=MAX_BITS, exclude_if=is_unset)
     """Number of bits that ``ingest.near_duplicates: auto`` stands for; None: it was not calibrated."""
     parts: list[Part]
 

@@ -67,7 +67,7 @@ class Command(Captioner):
         super().__init__(config)
         program, *_ = config.command or ("",)
         if shutil.which(program) is None:
-            raise UserError(f"ingest.captioner.command: {program} is no program: give its path")
+            raise UserError(f"ingest.captioner.command: {program} is not a program: give its path")
         if missing_names := [name for name in config.environment or () if name not in os.environ]:
             raise UserError(
                 f"the environment has no {missing_names[0]}, which ingest.captioner.environment names: set it, or "

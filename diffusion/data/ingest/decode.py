@@ -44,7 +44,7 @@ DECODERS: tuple[tuple[bytes, type[ImageFile]], ...] = (
 LARGE = 2**24
 """Pixels from which a process decodes one image at a time, at about twenty bytes per pixel; JPEGs are reduced."""
 LARGE_DECODE = Lock()
-LARGEST_PROFILE = 4 * 2**20
+MAX_PROFILE_BYTES = 4 * 2**20
 """Maximum size of a colour profile in bytes; those of presses have up to three million."""
 REDUCED = 2
 """Minimum ratio of a JPEG's decoded size to its stored size. For 600 photographs reduced from 500 to 64 pixels, the
@@ -312,9 +312,9 @@ def _to_srgb(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
     if not isinstance(profile, bytes) or not profile:
         return image
-    if len(profile) > LARGEST_PROFILE:
+    if len(profile) > MAX_PROFILE_BYTES:
         raise UnusableEntryError(
-            f"a colour profile of {len(profile)} bytes, which is over the limit of {LARGEST_PROFILE}"
+            f"a colour profile of {len(profile)} bytes, which is over the limit of {MAX_PROFILE_BYTES}"
         )
     try:
         convert = _conversion(profile, image.mode)

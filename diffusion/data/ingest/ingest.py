@@ -96,9 +96,9 @@ def require_same_storage(before: Manifest, config: IngestConfig, rebuild: Rebuil
     """Whether the data set is rebuilt; raises UserError if it stores images in another way and must not be."""
     difference = before.find_storage_difference(config.storage())
     if difference and rebuild == "never":
-        name, theirs, ours = difference
+        name, recorded, configured = difference
         raise UserError(
-            f"data set {before.name} was made with ingest.{name}={theirs} and this is {ours}: "
+            f"data set {before.name} was made with ingest.{name}={recorded} and this is {configured}: "
             "give another --dataset, or build it again from this source alone with `darkroom ingest --rebuild`"
         )
     return rebuild == "always" or bool(difference)

@@ -24,7 +24,7 @@ FOREIGN = frozenset(
 )
 """Names of images in formats that cannot be read: these are quarantined instead of ignored as other files are."""
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
-LONGEST_LINE = 2**20
+MAX_LINE = 2**20
 """Maximum characters of a line of a table, or of all lines of a CSV record: other files may be one endless line."""
 
 
@@ -112,7 +112,8 @@ def read_descriptions(lines: TextIO, where: str) -> Iterator[tuple[str, str | No
             )
         if make_printable(name) != name:
             raise UserError(
-                f"{where}, record {number}: {make_printable(name)} is no file's name: take its control characters out"
+                f"{where}, record {number}: {make_printable(name)} is not the name of a file: take its control "
+                "characters out"
             )
         yield path.as_posix(), *texts_of(record, f"{where}, record {number}")
 
@@ -143,7 +144,7 @@ def records(lines: TextIO, where: str) -> Iterator[dict[str, Any]]:
         for line in filter(str.strip, _short_lines(lines)):
             record = parse_json(line)
             if not isinstance(record, dict):
-                raise ValueError(f"{line.strip()[:60]} is no JSON object")
+                raise ValueError(f"{line.strip()[:60]} is not a JSON object")
             yield record
     except (ValueError, csv.Error) as error:
         raise UserError(f"{where} cannot be read ({error}): fix it or remove it") from error
@@ -157,8 +158,8 @@ def _csv_records(lines: TextIO) -> Iterator[dict[str, Any]]:
         nonlocal characters
         for line in _short_lines(lines):
             characters += len(line)
-            if characters > LONGEST_LINE:
-                raise ValueError(f"a record is longer than {LONGEST_LINE} characters")
+            if characters > MAX_LINE:
+                raise ValueError(f"a record is longer than {MAX_LINE} characters")
             yield line
 
     for number, row in enumerate(csv.DictReader(count_characters()), start=1):
@@ -172,9 +173,9 @@ def _csv_records(lines: TextIO) -> Iterator[dict[str, Any]]:
 
 
 def _short_lines(lines: TextIO) -> Iterator[str]:
-    for line in iter(lambda: lines.readline(LONGEST_LINE), ""):
-        if len(line) == LONGEST_LINE:
-            raise ValueError(f"a line is longer than {LONGEST_LINE} characters")
+    for line in iter(lambda: lines.readline(MAX_LINE), ""):
+        if len(line) == MAX_LINE:
+            raise ValueError(f"a line is longer than {MAX_LINE} characters")
         yield line
 
 

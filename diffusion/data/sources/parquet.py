@@ -33,7 +33,7 @@ TEXTS = (
 BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
 """Tests for types of texts, or numbers that can be written as such, and for types of bytes."""
 
-LARGEST_FOOTER = 2**23
+MAX_FOOTER_BYTES = 2**23
 """Maximum bytes of a footer; Arrow takes some thirty times as many for it."""
 DECODED_AT_ONCE = 2**25
 """Bytes of the rows that are decoded at a time, if no single one is larger."""
@@ -258,7 +258,7 @@ def _explain_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as Parquet ({error}): it is damaged or no Parquet file") from error
+        raise UserError(f"{path} cannot be read as Parquet ({error}): it is damaged or not a Parquet file") from error
 
 
 @contextmanager
@@ -268,9 +268,9 @@ def _open(path: Path) -> Iterator[pq.ParquetFile]:
         length = raw.seek(0, 2)
         raw.seek(max(0, length - 8))
         size, magic = struct.unpack("<I4s", raw.read().rjust(8, b"\0"))
-        if magic == b"PAR1" and LARGEST_FOOTER < size < length:
+        if magic == b"PAR1" and MAX_FOOTER_BYTES < size < length:
             raise UserError(
-                f"{path} has a footer of {size} bytes, over the limit of {LARGEST_FOOTER}: write it again with fewer "
+                f"{path} has a footer of {size} bytes, over the limit of {MAX_FOOTER_BYTES}: write it again with fewer "
                 "columns and row groups"
             )
         file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True)

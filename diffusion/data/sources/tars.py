@@ -27,12 +27,12 @@ from diffusion.data.sources.conventions import is_image, list_images, make_print
 from diffusion.data.sources.local_files import TARS, decompress, find_files, open_unchanged, stamp_of
 from diffusion.data.sources.object_store import fetch_object, find_objects
 
-LONGEST_HEADER = 2**20
+MAX_HEADER_BYTES = 2**20
 """Maximum bytes of all headers of a member."""
 LINK = "a link or a device inside an archive: only files are read"
 
 SIDECARS = ("json", "txt", "cls")
-MOST_OF_A_KEY = 1000
+MAX_IMAGES_PER_KEY = 1000
 """Maximum number of images per key; a tar with more was not made for WebDataset."""
 
 Place: TypeAlias = str | Sequence[int]
@@ -84,7 +84,7 @@ def members(path: Path, where: str) -> Iterator[TarMember]:
     try:
         with _Headers(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
             while (info := tar.next()) is not None:
-                file.left = LONGEST_HEADER
+                file.left = MAX_HEADER_BYTES
                 tar.members.clear()  # type: ignore[attr-defined] # typeshed leaves it out
                 # They are copied to every member.
                 if sum(len(name) + len(value) for name, value in tar.pax_headers.items()) > 2**16:
@@ -97,7 +97,7 @@ def members(path: Path, where: str) -> Iterator[TarMember]:
             file.seek(tar.offset)
             if io.BufferedReader.read(file, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"no end and no member at byte {tar.offset}")
-            while piece := io.BufferedReader.read(file, LONGEST_HEADER):
+            while piece := io.BufferedReader.read(file, MAX_HEADER_BYTES):
                 if piece.count(0) != len(piece):
                     raise tarfile.ReadError("more follows after its end: was it glued to another tar?")
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
@@ -133,7 +133,7 @@ def read_slice(file: BinaryIO | None, place: Place, limit: int) -> bytes | Unusa
 class _Headers(io.BufferedReader):
     """File object of a tar that reads headers only."""
 
-    left = LONGEST_HEADER
+    left = MAX_HEADER_BYTES
     """Bytes left for the headers of the next member: long names and sparse maps may be endless."""
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -219,9 +219,9 @@ def _samples(path: Path, where: str) -> Iterator[tuple[list[TarMember], dict[str
                 images.append(member)
             elif extension in SIDECARS:
                 sidecars[extension] = member
-            if len(images) > MOST_OF_A_KEY:
+            if len(images) > MAX_IMAGES_PER_KEY:
                 raise UserError(
-                    f"{where} has over {MOST_OF_A_KEY} images of key {key}: read it without wds: as a plain tar"
+                    f"{where} has over {MAX_IMAGES_PER_KEY} images of key {key}: read it without wds: as a plain tar"
                 )
         yield images, sidecars
 

@@ -32,7 +32,7 @@ from diffusion.data.manifest import (
 
 logger = logging.getLogger(__name__)
 
-SHORTEST = 4
+MIN_DIGITS = 4
 """Hex digits that a prefix of a digest must have."""
 
 Elsewhere = Callable[[FileEntry], Path | None]
@@ -172,8 +172,8 @@ def resolve(folder: Path, prefix: str | None) -> Manifest:
 def choose_version(prefix: str, candidates: dict[str, str], name: str) -> str:
     """Return the one of ``candidates``, with their content digests, whose digest or content begins with ``prefix``."""
     digits = prefix.lower()
-    if len(digits) < SHORTEST or digits.strip("0123456789abcdef"):
-        raise UserError(f"{prefix!r} names no version: give the first {SHORTEST} or more hex digits of its digest")
+    if len(digits) < MIN_DIGITS or digits.strip("0123456789abcdef"):
+        raise UserError(f"{prefix!r} names no version: give the first {MIN_DIGITS} or more hex digits of its digest")
     matches = [digest for digest in candidates if digest.startswith(digits)]
     if not matches:
         # Versions of equal content differ in history alone: the first is returned.
@@ -187,7 +187,7 @@ def choose_version(prefix: str, candidates: dict[str, str], name: str) -> str:
     listing = ", ".join(descriptions[:10]) + (f" and {len(descriptions) - 10} more" if len(descriptions) > 10 else "")
     if matches:
         raise UserError(f"{prefix} fits {len(matches)} versions of data set {name}: give more digits of {listing}")
-    raise UserError(f"{prefix} is no version of data set {name}: there is {listing}")
+    raise UserError(f"{prefix} is not a version of data set {name}: there is {listing}")
 
 
 def list_quarantine_reasons(versions: Sequence[Manifest], read: ReadTable) -> list[dict[str, str] | None]:

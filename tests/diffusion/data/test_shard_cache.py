@@ -237,7 +237,7 @@ def test_shards_that_others_fetch_count_and_are_waited_for(
     with closing(ShardCache(folder, other, SIZE)) as slow, closing(ShardCache(folder, shelf, SIZE)) as ours:
         slow.prefetch([other.entries[0]])
         eventually(lambda: other.fetched == [0])
-        monkeypatch.setattr(shards, "PATIENCE", 0.2)
+        monkeypatch.setattr(shards, "MAX_WAIT", 0.2)
         with pytest.raises(UserError, match=r"no room for shard shards/00001\.tar.*other processes"):
             shelf.read(ours, 1)
         monkeypatch.undo()

@@ -129,7 +129,7 @@ configs:
 
 
 def test_a_card_cannot_keep_its_reader_busy(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffusion.data.sources.local_files.MOST_NAMES", 100)
+    monkeypatch.setattr("diffusion.data.sources.local_files.MAX_NAMES", 100)
 
     def card(pattern: str) -> bytes:
         return f"---\nconfigs: [{{config_name: a, data_files: '{pattern}'}}]\n---\n".encode()
