@@ -159,7 +159,7 @@ def test_a_version_that_was_never_recorded_is_not_lost_by_a_checkout(place: Plac
 def test_a_version_that_never_was_is_an_error_that_names_those_there_are(place: Place) -> None:
     versions = [place.version(), place.version(100)]
     for reach in (place.reach, unreachable):
-        with pytest.raises(UserError, match=r"f{12} is no version of data set blobs") as error:
+        with pytest.raises(UserError, match=r"f{12} is not a version of data set blobs") as error:
             checkout(FOLDER, "f" * 12, reach)
         assert all(version.digest[:12] in str(error.value) for version in versions)
     place.forget()

@@ -74,7 +74,7 @@ def test_metadata_names_the_images_their_labels_and_captions(tmp_path: Path, nam
     [
         ("metadata.csv", "name,label\na.png,x\n", "record 1 has no file_name"),
         ("metadata.csv", "file_name,label\na.png,x,y\n", "record 1 has more fields than the header"),
-        ("metadata.jsonl", '{"file_name": "a.png"}\n[1]\n', "is no JSON object"),
+        ("metadata.jsonl", '{"file_name": "a.png"}\n[1]\n', "is not a JSON object"),
         ("metadata.jsonl", '{"file_name": "a.png"', "cannot be read"),
         ("metadata.jsonl", '{"file_name": "a.png", "label": ["x"]}', "give one text"),
         ("metadata.jsonl", '{"file_name": "../a.png"}', "leads out of"),
