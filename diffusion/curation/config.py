@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, WithJsonSchema, field_validator, model_validator
 
 from diffusion.common.config import Config, is_unset
 from diffusion.curation.rules import RULES, Bound, Rule, all_rules
@@ -128,7 +128,10 @@ class CurationConfig(Config):
     null: calibrated by altered copies of the data set's own images, of which the share found is reported."""
     nsfw: NsfwModel | None = None
     """Classifier whose score ``max_nsfw`` limits."""
-    rules: dict[str, SerializeAsAny[Rule]] = Field({}, exclude_if=lambda rules: not rules)
+    # Settings of packages are not in the schema by which editors check the file.
+    rules: dict[str, Annotated[SerializeAsAny[Rule], WithJsonSchema({"type": "object"})]] = Field(
+        {}, exclude_if=lambda rules: not rules
+    )
     """Rules of other packages by name, each with its thresholds ``min`` and ``max`` and settings of its own: {redness:
     {max: 0.5}}. Without a threshold it is only measured for the page."""
     max_dropped: float = Field(0.5, gt=0, le=1)
