@@ -62,7 +62,7 @@ class NsfwModel(Config):
     std: tuple[float, float, float] = (255, 255, 255)
     """What they are then divided by; all above 0."""
     output: int = -1
-    """Which of the K scores is that of NSFW, in [0, 1]; −1: the last one."""
+    """Which of the K scores is the score of NSFW, in [0, 1]; −1: the last one."""
 
     @model_validator(mode="after")
     def _divides(self) -> "NsfwModel":

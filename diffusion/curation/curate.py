@@ -170,7 +170,8 @@ def decide(
 
     def drop_copies(grouping: Grouping, rule: str, verdict: Verdict, describe: Callable[[int, int], str]) -> None:
         leaders = grouping.leaders
-        for row in np.flatnonzero(leaders != np.arange(len(leaders))) if verdict != "report" else ():
+        is_copy = (leaders != np.arange(len(leaders))) & (verdict != "report")
+        for row in np.flatnonzero(is_copy).tolist():
             leader_keys[row] = leader = keys[leaders[row]]
             reasons[row] = f"{rule} = {verdict}: {describe(row, leaders[row])} from {leader[:16]}"
 

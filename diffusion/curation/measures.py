@@ -273,7 +273,7 @@ class Measurements:
     records: pa.Table
     """IMAGE_COLUMNS, and ``part``, the place of the part in the manifest."""
     columns: dict[str, np.ndarray]
-    """Measures by name, each (N,) float64: ``side``, ``aspect``, and those of pixels, a classifier and other packages
+    """Measures by name, each (N,) float64: ``side``, ``aspect``, and what pixels, a classifier and other packages give
     if they are needed."""
     phashes: list[str]
     """Perceptual hashes; empty if they are not needed."""

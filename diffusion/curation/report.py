@@ -66,7 +66,7 @@ def write_curation_report(
 ) -> CurationPage:
     """Measure all images of the data set in ``folder``, kept or dropped, and write the page; changes nothing else.
 
-    Groups are those of ``config.near_duplicates`` and ``semantic_duplicates``, or of all classes where these are unset.
+    Groups follow ``config.near_duplicates`` and ``semantic_duplicates``, and span classes where these are unset.
     Raises UserError as ``curate`` does.
     """
     read_manifest(folder)
@@ -78,7 +78,7 @@ def write_curation_report(
         verdicts = {name: getattr(config, name) or "report" for name in ("near_duplicates", "semantic_duplicates")}
         decision = decide(folder, manifest, measurements, config.model_copy(update=verdicts), evaluation, progress)
         thumbnails: dict[int, int] = {}
-        rules = RULES | {name: type(rule) for name, rule in config.rules.items()}
+        rules = {**RULES, **{name: type(rule) for name, rule in config.rules.items()}}
         panels = [
             _panel(name, rule, decision, measurements, config, thumbnails)
             for name, rule in rules.items()

@@ -204,7 +204,7 @@ RULES: Mapping[str, type[Rule]] = {
     "nsfw": Nsfw,
 }
 """Rules by the name of what they measure, in the order of the page. Those without a field ``min_NAME`` or ``max_NAME``
-of the section ``curation`` are set under ``curation.rules``, as those of other packages are."""
+of the section ``curation`` are set under ``curation.rules``, as the rules of other packages are."""
 
 
 def all_rules() -> dict[str, type[Rule]]:

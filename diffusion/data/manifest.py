@@ -40,17 +40,17 @@ RECORDS = pa.schema(
 )
 """One row per image that was read, in the order of reading.
 
-``source_sha256`` is that of the bytes as they came, empty if there were none. ``outcome`` is ``kept``, ``dropped`` (a
+``source_sha256`` is of the bytes as they came, empty if there were none. ``outcome`` is ``kept``, ``dropped`` (a
 rule of curation, named in ``reason``, leaves it out; its bytes stay in the shard, and it comes back when the rules
 allow), ``duplicate`` (its pixels were there already), ``quarantined`` (``reason`` says why) or ``removed`` (taken down;
-only key and digest are left). ``width`` and ``height`` are those of the image as it came. For kept and dropped rows
-``offset`` and ``size`` are those of the PNG in the part's shard; ``total`` and ``squares`` are the sums of its stored
+only key and digest are left). ``width`` and ``height`` are of the image as it came. For kept and dropped rows
+``offset`` and ``size`` are of the PNG in the part's shard; ``total`` and ``squares`` are the sums of its stored
 8-bit values and of their squares over the pixels, per channel (1 or 3 by ``mode``). ``phash`` (64 hex digits) and
 ``near`` (key of the first image of the group of near-duplicates that it joined) are null unless near-duplicates are
 configured.
 """
 CAPTIONER = pa.field("captioner", pa.string())
-"""Column of tables with captions of a captioner: its identity, null where the caption is that of the source."""
+"""Column of tables with captions of a captioner: its identity, null where the caption is the source's."""
 LEADER = pa.field("leader", pa.string())
 """Column of tables with images dropped as near-duplicates: the key of the image kept instead, null for all others."""
 OPTIONAL = (CAPTIONER, LEADER)
@@ -95,7 +95,7 @@ class Part(Config):
     shape: Shape | None = Field(None, exclude_if=is_unset)
     """Height and width of every image in the shard, in pixels; None: it has no shard, or the data set no buckets."""
     captioners: dict[str, int] | None = Field(None, exclude_if=is_unset)
-    """Kept images by the captioner that captioned them; None: all captions are those of the source."""
+    """Kept images by the captioner that captioned them; None: all captions are the source's."""
 
 
 class Manifest(Config):

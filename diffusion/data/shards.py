@@ -203,7 +203,7 @@ class ShardCache:
             file = path.open("rb")
         except FileNotFoundError:
             return None
-        # The kernel's own time of now is that of its last tick, which many reads share.
+        # The kernel's own time is its last tick's, which many reads share.
         os.utime(file.fileno(), ns=(time.time_ns(),) * 2)
         if entry.sha256 not in self._verified:
             if problem := describe_damage(file, entry):

@@ -109,7 +109,7 @@ class Shards(NamedTuple):
 
 
 class Epoch(Config):
-    """An epoch as simulated; bytes are those of one node."""
+    """An epoch as simulated; bytes are of one node."""
 
     seconds: float
     waited: float

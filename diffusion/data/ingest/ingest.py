@@ -105,7 +105,7 @@ def require_same_storage(before: Manifest, config: IngestConfig, rebuild: Rebuil
 
 
 def complete_buckets(config: IngestConfig, before: Manifest | None, look: Callable[[], Survey]) -> IngestConfig:
-    """Complete a configuration that leaves its buckets open by those of the data set ``before``, or of the data."""
+    """Complete a configuration that leaves its buckets open by the buckets of ``before``, or by the data."""
     if config.fit != "bucket" or config.buckets is not None:
         return config
     shapes = before.shapes if before is not None else choose_shapes(look().sizes, config.size)
@@ -233,7 +233,7 @@ def forget_encodings(folder: Path) -> None:
 
 
 def _licence(config: IngestConfig, before: Manifest | None, source_licence: str | None) -> str | None:
-    """Return the licence of the data set: the configured one, or else the one it has, or else that of the source."""
+    """Return the licence of the data set: the configured one, or else its own, or else the source's."""
     licence = config.licence or (before.licence if before is not None else None)
     if licence is not None and source_licence is not None and source_licence.lower() != licence.lower():
         name = "ingest.licence" if config.licence else "the licence of the data set"

@@ -71,7 +71,7 @@ def list_images(
         # Only images have a folder.
         rows = ((*file, posixpath.dirname(file[0]) if is_image(file[0]) else None) for file in files)
         database.executemany("INSERT INTO files (name, locator, stamp, folder) VALUES (?, ?, ?, ?)", rows)
-        # Of several columns beside max(), SQLite returns those of the row with the maximum.
+        # Of several columns beside max(), SQLite returns the values of the row with the maximum.
         last_query = "SELECT locator, stamp, name, max(number) FROM files WHERE name = ? GROUP BY name"
         tables = [row for name in METADATA_FILES for row in database.execute(last_query, (name,))]
         if len(tables) > 1:

@@ -49,7 +49,7 @@ class HubDataset(Source):
 
     ``config`` and ``split`` select files as the data set's card says, or else by the names of folders and files. Their
     defaults are the only or default configuration, and ``train`` or the only split; ``split=all`` is everything. The
-    columns ``image``, ``label`` and ``caption`` of Parquet files are those of ``parquet:``. The revision (default
+    columns ``image``, ``label`` and ``caption`` of Parquet files are as for ``parquet:``. The revision (default
     ``main``) is resolved to a commit whenever the images are listed.
     """
 

@@ -28,7 +28,7 @@ NEVER = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLON
 """Permanent errors."""
 WILD = "*?["
 MAX_NAMES = 2**16
-"""Most names that the braces of a pattern stand for; patterns may come from the card of a data set."""
+"""Maximum number of names that the braces of a pattern stand for; patterns may come from the card of a data set."""
 RESERVE, RESERVED_SHARE = 2**30, 0.05
 """Bytes that unpacking leaves free on the disk, and the share of a smaller disk: data may be crafted to fill any."""
 PACKED: dict[str, Callable[[Path], object]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -119,7 +119,7 @@ def find_files(pattern: str, suffix: str) -> list[tuple[str, Path]]:
     names: dict[str, Path] = {}
     for piece in pieces:
         is_pattern = any(sign in piece for sign in WILD)
-        matches = glob.glob(piece, recursive=True) if is_pattern else [piece]  # noqa: PTH207 (that of Path finds hidden files)
+        matches = glob.glob(piece, recursive=True) if is_pattern else [piece]  # noqa: PTH207 (Path.glob finds hidden files)
         files = [match for match in map(Path, matches) if match.is_file()]
         if not files:
             raise UserError(f"there is no file {piece}: check the path")

@@ -56,7 +56,7 @@ class Tar(Source):
     suffixes = TARS
 
     def entries(self) -> Iterator[Entry]:
-        """Yield its images in its own order or that of its metadata; raises UserError if it is damaged."""
+        """Yield its images in its own or its metadata's order; raises UserError if it is damaged."""
         file_stamp, where = stamp_of(self.path), str(self.path)
         plain_path = decompress(self.path, file_stamp, self.access)
         files = ((member.name, json.dumps(member.place), file_stamp) for member in members(plain_path, where))

@@ -51,7 +51,7 @@ class Zip(Source):
     suffixes = (".zip",)
 
     def entries(self) -> Iterator[Entry]:
-        """Yield its images in its own order or that of its metadata; raises UserError if it is damaged."""
+        """Yield its images in its own or its metadata's order; raises UserError if it is damaged."""
         file_stamp = stamp_of(self.path)
         files = (
             (name, json.dumps(problem or [file_stamp, *place]), f"{place.size}:{place.crc:08x}")

@@ -28,7 +28,7 @@ from diffusion.data.prefetch import FanOut, local_fan_out
 
 @dataclass(frozen=True)
 class AdjacentParts:
-    """Consecutive parts of the data set in ``folder`` that become one; ``size`` is that of its images in pixels."""
+    """Consecutive parts of the data set in ``folder`` that become one; ``size`` is the size of its images in pixels."""
 
     folder: Path
     size: int
@@ -58,7 +58,7 @@ def compact(
 ) -> CompactionResult:
     """Make a version of the data set in ``folder`` of the same content, without runs of small parts.
 
-    A part is small if it is less than half as large as those of a fresh ingest with ``config.shard_bytes``. Only small
+    A part is small if it is less than half as large as parts of a fresh ingest with ``config.shard_bytes``. Only small
     parts next to one another are rewritten, of one source and shape each. Locks out ingests; repeated after a kill it
     gives the same bytes, and repeated when it is done no version.
 
@@ -99,7 +99,7 @@ def _groups(parts: list[Part], config: IngestConfig) -> list[list[Part]]:
     rows = chunk_size(sum(sum(part.outcomes.values()) for part in parts), config)
 
     def fill(part: Part) -> float:
-        """Return the size of a part as a share of that of a full one."""
+        """Return the size of a part as a share of a full one's."""
         size = part.shard.bytes / config.shard_bytes if part.shard is not None else 0.0
         return max(size, sum(part.outcomes.values()) / rows, part.records.bytes / TEXT_OF_A_CHUNK)
 

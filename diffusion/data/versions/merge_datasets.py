@@ -133,7 +133,7 @@ def merge_datasets(
 
 
 def _list_parts(folders: Sequence[Path], manifests: Sequence[Manifest]) -> list[tuple[Path, Part]]:
-    """Return the parts of the first data set, and those of the others that it lacks and that hold anything, once."""
+    """Return the parts of the first data set, and the others' parts that it lacks and that hold anything, once."""
     parts = [(folders[0], part) for part in manifests[0].parts]
     table_digests = {part.records.sha256 for _, part in parts}
     for folder, manifest in zip(folders[1:], manifests[1:], strict=True):

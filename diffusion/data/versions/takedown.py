@@ -71,7 +71,7 @@ def _require_reason(reason: str) -> None:
 def remove(folder: Path, selection: Selection, reason: str, progress: Progress = ignore_progress) -> Removal:
     """Make a version of the data set in ``folder`` without the images that ``selection`` matches.
 
-    Its content digest is that of a set which never held them. Parts that held none are shared; the files of the others
+    It has the content digest of a set that never held them. Parts that held none are shared; the files of the others
     are deleted last, with the caption embeddings. Locks out ingests. Repeated after a kill it gives the same result;
     once done, it only reports that.
 

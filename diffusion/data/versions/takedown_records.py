@@ -151,7 +151,7 @@ def find_dropped_copies(folder: Path, manifest: Manifest) -> dict[str, list[str]
 
 
 def _near_copies(folder: Path, manifest: Manifest, keys: set[str]) -> list[str]:
-    """Return the images in the same groups of near-duplicates as those of ``keys``."""
+    """Return the images in the same groups of near-duplicates as the images of ``keys``."""
     groups, columns = set(keys), ("key", "near", "outcome", "leader")
     for _, row in rows_of(folder, manifest, columns):
         if row["key"] in keys:
