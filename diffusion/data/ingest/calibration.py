@@ -42,7 +42,7 @@ little about the nearest of them."""
 BITS = (8, 16, 24, 32, 40, 48)
 """Thresholds of which a data set's report tells what they find."""
 SAME = 2.0
-"""Largest difference of two images that count as copies of one another, as a multiple of how copies made of them differ:
+"""Largest difference of two images that count as copies of one another, as a multiple of how made copies differ:
 copies in the data set, of which there may be many, must not count as distinct images."""
 
 
