@@ -194,9 +194,7 @@ def _decode(payload: bytes | Image.Image, config: IngestConfig, stack: ExitStack
     file, image = _read_header(payload, config)
     size, scale = image.size, 1
     args = image.tile[0].args if image.tile else ""
-    layout = str(
-        args[0] if isinstance(args, tuple) else args
-    )  # of samples, as Pillow names it: ``RGB;16B``, say
+    layout = str(args[0] if isinstance(args, tuple) else args)  # of samples, as Pillow names it: ``RGB;16B``, say
     if (
         isinstance(image, TiffImageFile)
         and max(image.tag_v2.get(BITSPERSAMPLE, (1,))) > 8

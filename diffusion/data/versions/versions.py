@@ -2,8 +2,8 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain, dropwhile, islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, dropwhile, islice, pairwise
 from operator import itemgetter
 from pathlib import Path
 
@@ -55,8 +55,8 @@ class Reason(Config):
     count: int
 
 
-class HistoryEntry(Config):
-    """A version in the history of its data set, on any line, and its changes from its parent."""
+class Step(Config):
+    """A version and its changes from its parent."""
 
     digest: str
     content_digest: str
@@ -66,6 +66,11 @@ class HistoryEntry(Config):
     removed: int
     """Number of its parent's images that it lacks."""
     kept: int
+
+
+class HistoryEntry(Step):
+    """A version in the history of its data set, on any line."""
+
     parent: str | None
     current: bool
     """Whether it is the current version."""
@@ -218,6 +223,12 @@ def first_entries(entries: dict[str, str], limit: int | None) -> list[Quarantine
     return [QuarantineEntry(source=source, reason=reason) for source, reason in islice(entries.items(), limit)]
 
 
+def log(folder: Path) -> Iterator[Step]:
+    """Yield the current version of the data set in ``folder`` and its ancestors, newest first."""
+    line: Iterator[Manifest | None] = chain(versions(folder), (None,))
+    return (_step(version, parent) for version, parent in pairwise(line) if version is not None)
+
+
 def history(
     folder: Path, elsewhere: Elsewhere = find_nothing, published: Mapping[str, Manifest] | None = None
 ) -> list[HistoryEntry]:
@@ -238,20 +249,17 @@ def history(
     quarantines = list_quarantine_reasons(
         ordered_versions, lambda part, columns: find_records(folder, part, columns, elsewhere)
     )
-    entries = []
-    for version, quarantine in zip(ordered_versions, quarantines, strict=True):
-        added_count, removed_count = _count_changes(version, manifests.get(version.parent or ""))
-        entry = HistoryEntry(
-            **{name: getattr(version, name) for name in ("digest", "content_digest", "change", "kept", "parent")},
-            added=added_count,
-            removed=removed_count,
+    return [
+        HistoryEntry(
+            **dict(_step(version, manifests.get(version.parent or ""))),
+            parent=version.parent,
             current=version.digest == current,
             local=version.digest in known,
             dropped=version.dropped,
             quarantined=None if quarantine is None else len(quarantine),
         )
-        entries.append(entry)
-    return entries
+        for version, quarantine in zip(ordered_versions, quarantines, strict=True)
+    ]
 
 
 def show(folder: Path, version: Manifest, elsewhere: Elsewhere = find_nothing, limit: int | None = None) -> Contents:
@@ -316,15 +324,18 @@ def count_stored(part: Part) -> int:
     return part.outcomes.get("kept", 0) + part.outcomes.get("dropped", 0)
 
 
-def _count_changes(version: Manifest, parent: Manifest | None) -> tuple[int, int]:
+def _step(version: Manifest, parent: Manifest | None) -> Step:
     """Count the images added and removed by ``version`` since ``parent``."""
     if parent is None:
-        return version.kept, 0
-    if version.change == "rebuild":
-        return version.kept, parent.kept
-    if version.change == "compact":
-        return 0, 0
-    old_counts = {part.number: count_kept(part) for part in find_unshared_parts(parent, version)}
-    new_counts = {part.number: count_kept(part) for part in find_unshared_parts(version, parent)}
-    changes = [new_counts.get(number, 0) - old_counts.get(number, 0) for number in {*old_counts, *new_counts}]
-    return sum(n for n in changes if n > 0), -sum(n for n in changes if n < 0)
+        added_count, removed_count = version.kept, 0
+    elif version.change == "rebuild":
+        added_count, removed_count = version.kept, parent.kept
+    elif version.change == "compact":
+        added_count, removed_count = 0, 0
+    else:
+        old_counts = {part.number: count_kept(part) for part in find_unshared_parts(parent, version)}
+        new_counts = {part.number: count_kept(part) for part in find_unshared_parts(version, parent)}
+        changes = [new_counts.get(number, 0) - old_counts.get(number, 0) for number in {*old_counts, *new_counts}]
+        added_count, removed_count = sum(n for n in changes if n > 0), -sum(n for n in changes if n < 0)
+    fields = {name: getattr(version, name) for name in ("digest", "content_digest", "change", "kept")}
+    return Step(**fields, added=added_count, removed=removed_count)

@@ -29,7 +29,7 @@ from diffusion.data.prefetch import local_fan_out
 from diffusion.data.versions.difference import diff
 from diffusion.data.versions.takedown import remove, remove_known
 from diffusion.data.versions.takedown_records import Selection, find_affected_versions, write_removal
-from diffusion.data.versions.versions import history, show
+from diffusion.data.versions.versions import log, show
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.metrics.registration import shrink_and_blur
 from tests.builders.ingested import files_of, records
@@ -520,7 +520,7 @@ def test_history_shows_what_curation_did(data: Path) -> None:
     summary = show(data, after, limit=3)
     assert (summary.dropped_count, len(summary.dropped or ())) == (8, 3)
     assert [(each.reason, each.count) for each in summary.rules or ()] == [("min_sharpness", 8)]
-    step = history(data)[0]
+    step = next(log(data))
     assert (step.change, step.added, step.removed) == ("curation", 0, 8)
     there = diff(data, before, after)
     assert there.unread == []
