@@ -1,11 +1,13 @@
 """Configuration of curation: rules by which images are dropped; without any nothing is measured or dropped."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, WithJsonSchema, field_validator, model_validator
 
 from diffusion.common.config import Config, is_unset
+from diffusion.curation.rules import RULES, Bound, Rule, all_rules
 
 Verdict = Literal["largest", "one_per_class", "report"]
 """What becomes of a group of near-duplicates: the largest original stays, or the largest of each class, or all."""
@@ -60,13 +62,24 @@ class NsfwModel(Config):
     std: tuple[float, float, float] = (255, 255, 255)
     """What they are then divided by; all above 0."""
     output: int = -1
-    """Which of the K scores is that of NSFW, in [0, 1]; −1: the last one."""
+    """Which of the K scores is the score of NSFW, in [0, 1]; −1: the last one."""
 
     @model_validator(mode="after")
     def _divides(self) -> "NsfwModel":
         if min(self.std) <= 0:
             raise ValueError(f"std = {list(self.std)} divides, so that each must be above 0")
         return self
+
+
+class Limit(NamedTuple):
+    """A threshold of a rule on single images."""
+
+    setting: str
+    """Key in the section ``curation``: ``min_sharpness``, or ``rules.NAME.max``."""
+    name: str
+    """Name of the rule, and of what it measures."""
+    bound: Bound
+    value: float
 
 
 class CurationConfig(Config):
@@ -115,8 +128,23 @@ class CurationConfig(Config):
     null: calibrated by altered copies of the data set's own images, of which the share found is reported."""
     nsfw: NsfwModel | None = None
     """Classifier whose score ``max_nsfw`` limits."""
+    # Settings of packages are not in the schema by which editors check the file.
+    rules: dict[str, Annotated[SerializeAsAny[Rule], WithJsonSchema({"type": "object"})]] = Field(
+        {}, exclude_if=lambda rules: not rules
+    )
+    """Rules of other packages by name, each with its thresholds ``min`` and ``max`` and settings of its own: {redness:
+    {max: 0.5}}. Without a threshold it is only measured for the page."""
     max_dropped: float = Field(0.5, gt=0, le=1)
     """Share of the images above which nothing is dropped, and curation fails."""
+
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _look_up(cls, rules: object) -> object:
+        """Validate each rule by its own class."""
+        if not isinstance(rules, Mapping):
+            return rules
+        kinds = {name: kind for name, kind in all_rules().items() if not threshold_fields(name)} if rules else {}
+        return {name: _validate(name, settings, kinds) for name, settings in rules.items()}
 
     @model_validator(mode="after")
     def _has_a_classifier(self) -> "CurationConfig":
@@ -125,10 +153,18 @@ class CurationConfig(Config):
         return self
 
     @property
-    def limits(self) -> dict[str, float]:
-        """Return the rules on single images: names such as ``min_side``, with their thresholds."""
-        values = {name: getattr(self, name) for name in type(self).model_fields if name.startswith(("min_", "max_"))}
-        return {name: limit for name, limit in values.items() if limit is not None and name != "max_dropped"}
+    def limits(self) -> list[Limit]:
+        """Return the thresholds of the rules on single images, in the order in which they are applied."""
+        settings = {field: setting for name in RULES for field, setting in threshold_fields(name).items()}
+        fields = [
+            (field, *settings[field], getattr(self, field)) for field in type(self).model_fields if field in settings
+        ]
+        others = [
+            (f"rules.{name}.{bound}", name, bound, getattr(rule, bound))
+            for name, rule in self.rules.items()
+            for bound in get_args(Bound)
+        ]
+        return [Limit(*limit) for limit in (*fields, *others) if limit[-1] is not None]
 
     @property
     def compares_features(self) -> bool:
@@ -140,3 +176,20 @@ class CurationConfig(Config):
         """Whether any rule may drop images."""
         verdicts = self.near_duplicates, self.semantic_duplicates
         return bool(self.limits) or any(verdict not in (None, "report") for verdict in verdicts)
+
+
+def threshold_fields(name: str) -> dict[str, tuple[str, Bound]]:
+    """Return the fields of ``CurationConfig`` that are thresholds of the rule ``name``, with it and their bounds."""
+    fields: dict[str, tuple[str, Bound]] = {f"{bound}_{name}": (name, bound) for bound in get_args(Bound)}
+    return {field: setting for field, setting in fields.items() if field in CurationConfig.model_fields}
+
+
+def _validate(name: str, settings: Any, kinds: Mapping[str, type[Rule]]) -> Rule:
+    if name not in kinds:
+        alternatives = f"there is {', '.join(kinds)}" if kinds else "no installed package adds any"
+        raise ValueError(f"{name} is not a rule: {alternatives}")
+    try:
+        return kinds[name].model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, (name, *first['loc'])))}: {first['msg']}") from error

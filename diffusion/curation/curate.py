@@ -8,7 +8,7 @@ in their last bits, so decisions on values next to a limit may, too. Only tables
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,16 @@ from filelock import FileLock
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
+from diffusion.common.extensions import extension_versions
 from diffusion.common.files import digest_of, make_folder, sha256_file, write_json
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.curation.config import CurationConfig, SemanticCalibration, Verdict
 from diffusion.curation.measures import Measurements, extractor_of, measure, read_images
+from diffusion.curation.rules import GROUP
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index, explain_database_errors
 from diffusion.data.ingest.ingest import IngestResult, remove_strays
-from diffusion.data.ingest.merge import write_part
+from diffusion.data.ingest.merge import rewrite_part
 from diffusion.data.manifest import (
     STORED,
     Manifest,
@@ -44,7 +46,7 @@ from diffusion.evaluation.config import EvaluationConfig
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """Incremented when the same rules would decide otherwise."""
 MAX_LISTED, SHOWN = 1000, 20
 """Dropped images listed in a result, and in words."""
@@ -151,11 +153,10 @@ def decide(
         columns["outlier"] = outlier_scores(features)
     reasons: list[str | None] = [None] * len(measurements)
     leader_keys: list[str | None] = [None] * len(measurements)
-    for rule, limit in config.limits.items():
-        bound, _, name = rule.partition("_")
+    for setting, name, bound, limit in config.limits:
         values = columns[name]
         for row in np.flatnonzero(values < limit if bound == "min" else values > limit):
-            reasons[row] = reasons[row] or f"{rule} = {limit:g}: {name} is {values[row]:.6g}"
+            reasons[row] = reasons[row] or f"{setting} = {limit:g}: {name} is {values[row]:.6g}"
     records = measurements.records
     area = records["width"].to_numpy().astype(np.int64) * records["height"].to_numpy()
     preference = np.lexsort((np.arange(len(area)), -area))
@@ -167,34 +168,55 @@ def decide(
     def classes(verdict: Verdict) -> Sequence[str | None]:
         return labels if verdict == "one_per_class" else [None] * len(labels)
 
+    def drop_copies(grouping: Grouping, rule: str, verdict: Verdict, describe: Callable[[int, int], str]) -> None:
+        leaders = grouping.leaders
+        is_copy = (leaders != np.arange(len(leaders))) & (verdict != "report")
+        for row in np.flatnonzero(is_copy).tolist():
+            leader_keys[row] = leader = keys[leaders[row]]
+            reasons[row] = f"{rule} = {verdict}: {describe(row, leaders[row])} from {leader[:16]}"
+
     near = semantic = calibration = None
     if (verdict := config.near_duplicates) is not None:
         from diffusion.curation.duplicates import leaders_by_hash
 
-        leaders = leaders_by_hash(measurements.phashes, remaining_rows(), classes(verdict), config.near_duplicate_bits)
-        near = Grouping(leaders, config.near_duplicate_bits)
-        for row in np.flatnonzero(leaders != np.arange(len(leaders))) if verdict != "report" else ():
-            phash, leader_phash = (int(measurements.phashes[number], 16) for number in (row, leaders[row]))
-            bits = f"{pluralize((phash ^ leader_phash).bit_count(), 'bit')} (at most {config.near_duplicate_bits})"
-            leader_keys[row] = leader = keys[leaders[row]]
-            reasons[row] = f"near_duplicates = {verdict}: {bits} from {leader[:16]}"
-    if (verdict := config.semantic_duplicates) is not None:
-        from diffusion.curation.duplicates import CALIBRATION_IMAGES, Appearance, CandidatePairs, calibrate_distance
+        phashes, max_bits = measurements.phashes, config.near_duplicate_bits
+        near = Grouping(leaders_by_hash(phashes, remaining_rows(), classes(verdict), max_bits), max_bits)
 
-        appearance = Appearance(measurements.matrices["features"], measurements.matrices["small"])
-        pairs = CandidatePairs(appearance, remaining_rows(), classes(verdict), progress)
-        # Keys are digests, so the first ones are a random sample that stays nearly the same when images are added.
-        samples = images_of(folder, manifest, records.slice(0, CALIBRATION_IMAGES))
-        extractor, given = extractor_of(evaluation), config.semantic_distance
-        calibration = calibrate_distance(appearance, pairs, samples, extractor, given)
-        limit = calibration.distance
-        leaders, distances = pairs.leaders(remaining_rows(), limit)
-        semantic = Grouping(leaders, limit)
-        for row in np.flatnonzero(leaders != np.arange(len(leaders))) if verdict != "report" else ():
-            distance = f"distance {distances[row]:.3g} (at most {limit:.4g})"
-            leader_keys[row] = leader = keys[leaders[row]]
-            reasons[row] = f"semantic_duplicates = {verdict}: {distance} from {leader[:16]}"
+        def describe_bits(row: int, leader: int) -> str:
+            bits = (int(phashes[row], 16) ^ int(phashes[leader], 16)).bit_count()
+            return f"{pluralize(bits, 'bit')} (at most {max_bits})"
+
+        drop_copies(near, "near_duplicates", verdict, describe_bits)
+    if (verdict := config.semantic_duplicates) is not None:
+        semantic, distances, calibration = _find_semantic(
+            folder, manifest, measurements, config, evaluation, remaining_rows(), classes(verdict), progress
+        )
+        text = f"(at most {semantic.limit:.4g})"
+        drop_copies(semantic, "semantic_duplicates", verdict, lambda row, _: f"distance {distances[row]:.3g} {text}")
     return Decision(reasons, leader_keys, columns, near, semantic, calibration)
+
+
+def _find_semantic(
+    folder: Path,
+    manifest: Manifest,
+    measurements: Measurements,
+    config: CurationConfig,
+    evaluation: EvaluationConfig,
+    order: np.ndarray,
+    classes: Sequence[str | None],
+    progress: Progress,
+) -> tuple[Grouping, np.ndarray, SemanticCalibration]:
+    """Group the images in ``order`` by semantic near-duplicates; returns also their distances to the leaders, (N,)."""
+    from diffusion.curation.duplicates import CALIBRATION_IMAGES, Appearance, CandidatePairs, calibrate_distance
+
+    appearance = Appearance(measurements.matrices["features"], measurements.matrices["small"])
+    pairs = CandidatePairs(appearance, order, classes, progress)
+    # Keys are digests, so the first ones are a random sample that stays nearly the same when images are added.
+    samples = images_of(folder, manifest, measurements.records.slice(0, CALIBRATION_IMAGES))
+    extractor = extractor_of(evaluation)
+    calibration = calibrate_distance(appearance, pairs, samples, extractor, config.semantic_distance)
+    leaders, distances = pairs.leaders(order, calibration.distance)
+    return Grouping(leaders, calibration.distance), distances, calibration
 
 
 def images_of(folder: Path, manifest: Manifest, records: pa.Table) -> list[np.ndarray]:
@@ -236,7 +258,8 @@ def curate(
         before = read_manifest(folder)
         # Of the same images the same rules decide the same.
         nsfw = config.nsfw is not None and config.nsfw.path.is_file() and sha256_file(config.nsfw.path)
-        rules = digest_of([FORMAT, config.model_dump(mode="json"), evaluation.model_dump(mode="json"), nsfw])
+        packages = {name: extension_versions(GROUP).get(name) for name in config.rules}
+        rules = digest_of([FORMAT, config.model_dump(mode="json"), evaluation.model_dump(mode="json"), nsfw, packages])
         stamp = {"version": before.digest, "rules": rules}
         stamp_path = work / "curated.json"
         with suppress(FileNotFoundError, ValueError):
@@ -307,8 +330,8 @@ def _apply(
                     reason, leader = decisions[row["key"]]
                     row |= {"outcome": "kept" if reason is None else "dropped", "reason": reason, "leader": leader}
                     index.set_outcome(row)
-            parts[place] = write_part(folder, part.number, part.shard, rows, before.size, part.source, part.shape)
-        after = before.model_copy(update={"parent": before.digest, "change": "curation", "parts": parts})
+            parts[place] = rewrite_part(folder, part, rows, before.size, part.shard)
+        after = before.make_child("curation", parts)
         after = after.model_copy(update={"content_digest": index.content_digest(after)})
         write_manifest(folder, after)
         index.set_version(after)

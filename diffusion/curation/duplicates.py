@@ -66,7 +66,7 @@ UNCALIBRATED_LIMIT = 0.2
 
 
 def leaders_by_hash(phashes: Sequence[str], order: np.ndarray, classes: Sequence[str | None], bits: int) -> np.ndarray:
-    """Find the leader of each of N images whose hashes differ in at most ``bits``, among those of its class: (N,).
+    """Find the leader of each of N images whose hashes differ in at most ``bits``, among the images of its class: (N,).
 
     Args:
         phashes: Perceptual hashes, 64 hex digits each.
@@ -234,7 +234,7 @@ def calibrate_distance(
     Args:
         images: All images.
         pairs: Their registered pairs.
-        samples: Images to copy, each (H, W, 3) uint8: those of the first rows of ``images``.
+        samples: Images to copy, each (H, W, 3) uint8: the first rows of ``images``.
         extractor: The network of the features.
         distance: If given, it is not chosen, and only its recall is measured.
     """

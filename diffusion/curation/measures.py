@@ -16,10 +16,12 @@ import torch
 from PIL import Image
 
 from diffusion.common.errors import UserError
+from diffusion.common.extensions import extension_versions
 from diffusion.common.files import digest_of, sha256_bytes, sha256_file, write_atomically
 from diffusion.common.onnx_network import OnnxNetwork
 from diffusion.common.progress import Progress
-from diffusion.curation.config import CurationConfig, NsfwModel
+from diffusion.curation.config import CurationConfig, NsfwModel, threshold_fields
+from diffusion.curation.rules import GROUP, LUMA, RULES, Rule
 from diffusion.data.ingest.chunks import perceptual_hash
 from diffusion.data.manifest import STORED, Manifest, Part, measures_folder, read_records
 from diffusion.data.prefetch import FanOut
@@ -29,16 +31,9 @@ from diffusion.evaluation.config import EvaluationConfig
 
 CHUNK_PIXELS = 2**22
 """Pixels of images in memory at a time, of eight images at least."""
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-"""Weights of red, green and blue in the luma, as in JPEG."""
-LEVELS, UNIFORM = 12, 0.98
-"""A row or column belongs to the border while this share of its pixels is within so many levels of one colour."""
-STROKE = 40
-"""Difference in luma between neighbours, in levels, from which there is an edge of a stroke."""
-STROKES, TONES = 0.22, 0.4
-"""Least share of such edges in a window of text, and the largest share of pixels between its two tones."""
-LARGEST_MODEL = 10**9
+MAX_MODEL_BYTES = 10**9
 """Size limit of a classifier's file, in bytes."""
+PIXEL_RULES = tuple(name for name, rule in RULES.items() if rule.source == "pixels" and threshold_fields(name))
 IMAGE_COLUMNS = (
     *("source", "outcome", "reason", "leader", "key", "split", "label", "width", "height", "offset", "size"),
 )
@@ -59,68 +54,41 @@ class Measure(Protocol):
 class PixelMeasures:
     """Sharpness, entropy, border, text, brightness, contrast and the perceptual hash: a millisecond per image."""
 
-    digest: str = digest_of(["pixels", 1])
+    digest: str = digest_of(["pixels", 2, *PIXEL_RULES])
 
     def columns(self, images: np.ndarray) -> dict[str, pa.Array]:
         """Compute one column for each."""
         luma = images @ LUMA
-        histograms = np.stack([np.bincount(np.rint(plane).astype(np.uint8).ravel(), minlength=256) for plane in luma])
-        shares = histograms / histograms[0].sum()
-        measures = {
-            "sharpness": _laplacian(luma).var((1, 2)),
-            "entropy": -(shares * np.log2(np.maximum(shares, 1e-12))).sum(1),
-            "border": [_border(image) for image in images],
-            "text": [_text(plane) for plane in luma],
-            "brightness": luma.mean((1, 2)),
-            "contrast": luma.std((1, 2)),
-        }
-        columns = {name: pa.array(np.asarray(values, np.float32)) for name, values in measures.items()}
+        columns = {name: _column(RULES[name]().measure(images, luma)) for name in PIXEL_RULES}
         return columns | {"phash": pa.array([perceptual_hash(Image.fromarray(image)) for image in images])}
 
 
-def _laplacian(luma: np.ndarray) -> np.ndarray:
-    """Filter ``luma`` (N, H, W) by [0 1 0; 1 −4 1; 0 1 0]: (N, H − 2, W − 2)."""
-    inner = luma[:, 1:-1, 1:-1]
-    laplacian: np.ndarray = luma[:, :-2, 1:-1] + luma[:, 2:, 1:-1] + luma[:, 1:-1, :-2] + luma[:, 1:-1, 2:] - 4 * inner
-    return laplacian
+@dataclass(frozen=True)
+class RuleMeasure:
+    """What the rule ``name`` of another package measures."""
+
+    name: str
+    rule: Rule
+
+    @property
+    def digest(self) -> str:
+        """Return the digest of the package's version and of all settings but the thresholds."""
+        settings = self.rule.model_dump(mode="json", exclude={"min", "max"})
+        return digest_of(["rule", self.name, extension_versions(GROUP).get(self.name), settings])
+
+    def columns(self, images: np.ndarray) -> dict[str, pa.Array]:
+        """Compute its column; raises UserError if the rule does not give one number for each image."""
+        values = np.asarray(self.rule.measure(images, images @ LUMA), np.float64)
+        if values.shape != (len(images),) or not np.isfinite(values).all():
+            raise UserError(
+                f"curation.rules.{self.name} does not give a finite number for each image: update "
+                f"{extension_versions(GROUP).get(self.name, 'it')}"
+            )
+        return {self.name: _column(values)}
 
 
-def _border(image: np.ndarray) -> float:
-    """Compute the share of ``image`` (H, W, 3) in rows and columns of one colour along its edges."""
-    height, width = image.shape[:2]
-    top, bottom = (_uniform_rows(rows) for rows in (image, image[::-1]))
-    if top + bottom >= height:
-        return 1.0
-    inside = image[top : height - bottom].transpose(1, 0, 2)
-    left, right = (_uniform_rows(rows) for rows in (inside, inside[::-1]))
-    inner = (height - top - bottom) * (width - left - right)
-    return float(1 - inner / (height * width))
-
-
-def _uniform_rows(rows: np.ndarray) -> int:
-    """Count the first of ``rows`` (R, P, 3) that have the colour of the first one."""
-    colour = np.median(rows[0], axis=0)
-    is_uniform = (np.abs(rows - colour) <= LEVELS).all(2).mean(1) >= UNIFORM
-    return int(is_uniform.argmin()) if not is_uniform.all() else len(rows)
-
-
-def _text(luma: np.ndarray) -> float:
-    """Compute the share of ``luma`` (H, W) in windows that look like lines of text."""
-    height, width = luma.shape
-    window_height, window_width = min(height, max(4, height // 16)), min(width, max(12, width // 4))
-    down, across = max(1, window_height // 2), max(1, window_width // 4)
-
-    def windows(values: np.ndarray) -> np.ndarray:
-        return np.lib.stride_tricks.sliding_window_view(values, (window_height, window_width))[::down, ::across]
-
-    tones = windows(luma)
-    low, top = tones.min((2, 3), keepdims=True), tones.max((2, 3), keepdims=True)
-    midtones = (np.abs(tones - (low + top) / 2) < (top - low) / 6).mean((2, 3))
-    strokes = windows(np.abs(np.diff(luma, axis=1, append=luma[:, -1:])) >= STROKE).mean((2, 3))
-    text_mask = np.zeros(luma.shape, bool)
-    for row, column in np.argwhere((strokes >= STROKES) & (midtones <= TONES)):
-        text_mask[down * row : down * row + window_height, across * column : across * column + window_width] = True
-    return float(text_mask.mean())
+def _column(values: np.ndarray) -> pa.Array:
+    return pa.array(np.asarray(values, np.float32))
 
 
 @dataclass(frozen=True)
@@ -181,9 +149,9 @@ class NsfwScores:
         path = model.path
         if not path.is_file():
             raise UserError(f"no classifier at curation.nsfw.path = {path}: give the path of an .onnx file")
-        if (size := path.stat().st_size) > LARGEST_MODEL:
+        if (size := path.stat().st_size) > MAX_MODEL_BYTES:
             raise UserError(
-                f"curation.nsfw.path = {path} has {size:,} bytes, over the limit of {LARGEST_MODEL:,}: use another file"
+                f"curation.nsfw.path = {path} has {size:,} bytes, over the limit of {MAX_MODEL_BYTES:,}: use another"
             )
         scores = cls(model, sha256_file(path))
         _classifier(scores)
@@ -237,8 +205,8 @@ def _classifier(scores: NsfwScores) -> tuple[OnnxNetwork, int]:
             return network, size
     types = ", ".join(f"{argument.type} {tuple(argument.shape)}" for argument in inputs)
     raise UserError(
-        f"{path} takes {types}, which is no batch of float images as curation.nsfw says (layout {scores.model.layout}, "
-        f"size {scores.model.size}): correct these, or export it with a dynamic first dimension"
+        f"{path} takes {types}, which is not a batch of float images as curation.nsfw says (layout "
+        f"{scores.model.layout}, size {scores.model.size}): correct these, or export it with a dynamic first dimension"
     )
 
 
@@ -305,8 +273,8 @@ class Measurements:
     records: pa.Table
     """IMAGE_COLUMNS, and ``part``, the place of the part in the manifest."""
     columns: dict[str, np.ndarray]
-    """Measures by name, each (N,) float64: those of pixels if they are needed, ``side``, ``aspect``, and ``nsfw`` if it
-    is needed."""
+    """Measures by name, each (N,) float64: ``side``, ``aspect``, and what pixels, a classifier and other packages give
+    if they are needed."""
     phashes: list[str]
     """Perceptual hashes; empty if they are not needed."""
     matrices: dict[str, torch.Tensor]
@@ -331,9 +299,11 @@ def measure(
     Tables of measured shards are reused. Raises UserError for a shard that is missing or damaged, and for a network
     that is unavailable or does not fit.
     """
-    measures: list[Measure] = []
-    sizes = {"min_side", "max_aspect", "max_outlier", "max_nsfw"}
-    if everything or config.limits.keys() - sizes or config.near_duplicates is not None:
+    names = {limit.name for limit in config.limits}
+    measures: list[Measure] = [
+        RuleMeasure(name, rule) for name, rule in config.rules.items() if everything or name in names
+    ]
+    if everything or names.intersection(PIXEL_RULES) or config.near_duplicates is not None:
         measures.append(PixelMeasures())
     if everything or config.compares_features:
         measures.append(Features(evaluation))
@@ -357,16 +327,19 @@ def measure(
         [rows.append_column("part", pa.array(np.full(len(rows), number))) for rows, (number, _) in pairs]
     )
     order = np.argsort(np.array(records["key"].to_pylist()))
-    records = records.take(order)
-    columns = {
-        "side": np.minimum(records["width"], records["height"]).astype(float),
-        "aspect": np.maximum(records["width"], records["height"]) / np.minimum(records["width"], records["height"]),
-    }
+    tables = [[task.read(names) for task, names in zip(row, keys, strict=True)] for row in tasks]
+    return _assemble(records.take(order), order, tables)
+
+
+def _assemble(records: pa.Table, order: np.ndarray, tables: Sequence[Sequence[pa.Table]]) -> Measurements:
+    """Put the tables of each measure, shard by shard, into the ``order`` of ``records``."""
+    width, height = records["width"].to_numpy(), records["height"].to_numpy()
+    sides = np.minimum(width, height).astype(float)
+    columns = {"side": sides, "aspect": np.maximum(width, height) / sides}
     phashes, matrices = list[str](), dict[str, torch.Tensor]()
-    for row in tasks:
-        tables = [task.read(names) for task, names in zip(row, keys, strict=True)]
-        for name in set(tables[0].column_names) - {"key"}:
-            pieces = [table[name] for table in tables]
+    for shard_tables in tables:
+        for name in set(shard_tables[0].column_names) - {"key"}:
+            pieces = [table[name] for table in shard_tables]
             if (dtype := {"features": np.float32, "small": np.uint8}.get(name)) is not None:
                 rows = np.argsort(order)  # of each image in the order of the shards
                 matrix, start = np.empty((len(order), pieces[0].type.list_size), dtype), 0

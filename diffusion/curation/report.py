@@ -16,6 +16,7 @@ from diffusion.common.progress import Progress, ignore_progress
 from diffusion.curation.config import CurationConfig
 from diffusion.curation.curate import Decision, Grouping, decide, images_of
 from diffusion.curation.measures import Measurements, measure
+from diffusion.curation.rules import RULES, Rule
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.manifest import read_manifest, require_whole, work_folder
 from diffusion.data.prefetch import local_fan_out
@@ -32,19 +33,6 @@ GROUPS, MEMBERS = 24, 8
 """Groups of near-duplicates shown, and images of each."""
 SIDE = 64
 """Largest side of a thumbnail in pixels."""
-MEASURES = {
-    "sharpness": ("min", "Sharpness", "variance of the Laplacian: blurred images have little"),
-    "entropy": ("min", "Entropy", "bits per pixel of the grey levels: flat images have little"),
-    "contrast": ("min", "Contrast", "standard deviation of the grey levels, 0 to 128"),
-    "brightness": ("min", "Brightness", "mean grey level, 0 to 255"),
-    "border": ("max", "Border", "share of the area in rows and columns of one colour along the edges"),
-    "text": ("max", "Text", "share of the area that looks like lines of text; fences and line art do, too"),
-    "side": ("min", "Original size", "shorter side of the image as it came, in pixels"),
-    "aspect": ("max", "Aspect ratio", "longer over shorter side of the image as it came"),
-    "outlier": ("max", "Outlier", "per cent of the images that are more usual"),
-    "nsfw": ("max", "NSFW", "score of the classifier"),
-}
-"""Measures with the bound that is chosen on the page, a title and a meaning."""
 
 
 class CurationPage(Config):
@@ -78,7 +66,7 @@ def write_curation_report(
 ) -> CurationPage:
     """Measure all images of the data set in ``folder``, kept or dropped, and write the page; changes nothing else.
 
-    Groups are those of ``config.near_duplicates`` and ``semantic_duplicates``, or of all classes where these are unset.
+    Groups follow ``config.near_duplicates`` and ``semantic_duplicates``, and span classes where these are unset.
     Raises UserError as ``curate`` does.
     """
     read_manifest(folder)
@@ -90,24 +78,18 @@ def write_curation_report(
         verdicts = {name: getattr(config, name) or "report" for name in ("near_duplicates", "semantic_duplicates")}
         decision = decide(folder, manifest, measurements, config.model_copy(update=verdicts), evaluation, progress)
         thumbnails: dict[int, int] = {}
+        rules = {**RULES, **{name: type(rule) for name, rule in config.rules.items()}}
         panels = [
-            _panel(name, decision, measurements, config, thumbnails) for name in MEASURES if name in decision.columns
+            _panel(name, rule, decision, measurements, config, thumbnails)
+            for name, rule in rules.items()
+            if name in decision.columns
         ]
-        groups = {
-            "near_duplicates": _groups(decision.near, measurements, thumbnails),
-            "semantic_duplicates": _groups(decision.semantic, measurements, thumbnails),
-        }
+        groupings = {"near_duplicates": decision.near, "semantic_duplicates": decision.semantic}
+        groups = {name: _groups(grouping, measurements, thumbnails) for name, grouping in groupings.items()}
         images = images_of(folder, manifest, measurements.records.take(list(thumbnails)))
-    all_groups = [group for group_list in groups.values() for group in group_list]
-    copies = [_count_copies(grouping) for grouping in (decision.near, decision.semantic)]
-    page = CurationPage(
-        dataset=folder.name,
-        page=output,
-        images=len(measurements),
-        dropped=sum(reason is not None for reason in decision.reasons),
-        near_duplicates=copies[0],
-        semantic_duplicates=copies[1],
-    )
+    counts = {name: _count_copies(grouping) for name, grouping in groupings.items()}
+    dropped_count = sum(decision.rules.values())
+    page = CurationPage(dataset=folder.name, page=output, images=len(measurements), dropped=dropped_count, **counts)
     limits = {
         "near_duplicates": ("near_duplicate_bits", decision.near and decision.near.limit),
         "semantic_duplicates": ("semantic_distance", decision.semantic and decision.semantic.limit),
@@ -121,11 +103,11 @@ def write_curation_report(
         limits=limits,
         calibration=decision.calibration,
         verdicts=verdicts,
-        copies=dict(zip(groups, copies, strict=True)),
+        copies=counts,
         data={
             "images": [_thumbnail(image) for image in images],
             "panels": panels,
-            "groups": all_groups,
+            "groups": [*groups["near_duplicates"], *groups["semantic_duplicates"]],
             "total": len(measurements),
             "rules": config.model_dump(mode="json", exclude_defaults=True),
         },
@@ -139,12 +121,16 @@ def _count_copies(grouping: Grouping | None) -> int:
 
 
 def _panel(
-    name: str, decision: Decision, measurements: Measurements, config: CurationConfig, thumbnails: dict[int, int]
+    name: str,
+    rule: type[Rule],
+    decision: Decision,
+    measurements: Measurements,
+    config: CurationConfig,
+    thumbnails: dict[int, int],
 ) -> dict[str, Any]:
     """Describe one measure: histogram, thresholds with the numbers that they drop, and images along its range."""
-    bound, title, meaning = MEASURES[name]
-    if name == "brightness" and config.max_brightness is not None and config.min_brightness is None:
-        bound = "max"
+    configured = {limit.bound: limit.value for limit in config.limits if limit.name == name}
+    bound = rule.bound if rule.bound in configured else next(iter(configured), rule.bound)
     values = decision.columns[name]
     order = np.argsort(values, kind="stable")
     series = values[order]
@@ -153,7 +139,7 @@ def _panel(
     # Thresholds lie where a slider moves evenly through the images, but most of them in the tail that is dropped.
     tail = np.concatenate([np.linspace(0, 0.2, STEPS * 3 // 4), np.linspace(0.2, 1, STEPS // 4)])
     quantiles = np.quantile(series, tail if bound == "min" else 1 - tail)
-    limit = config.limits.get(f"{bound}_{name}")
+    limit = configured.get(bound)
     configured_limits = set() if limit is None else {float(limit)}
     limits = sorted({float(f"{value:.4g}") for value in quantiles} | configured_limits, reverse=bound == "max")
     left_ranks, right_ranks = (np.searchsorted(series, limits, side) for side in ("left", "right"))
@@ -171,10 +157,10 @@ def _panel(
     ]
     return {
         "name": name,
-        "rule": f"{bound}_{name}",
+        "rule": f"rules.{name}.{bound}" if name in config.rules else f"{bound}_{name}",
         "bound": bound,
-        "title": title,
-        "meaning": meaning,
+        "title": rule.title,
+        "meaning": rule.meaning,
         "low": low,
         "high": float(edges[-1]),
         "counts": counts.tolist(),

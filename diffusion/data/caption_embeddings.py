@@ -51,7 +51,7 @@ def embeddings_of(
 ) -> Tensor:
     """Compute the embeddings of ``texts``, all the captions of ``dataset`` in their order: (len(texts), E).
 
-    Those in the cache are reused, and those of captions that the set no longer has leave it when others come.
+    Those in the cache are reused, and embeddings of captions that the set no longer has leave it when others come.
     Concurrent trainings wait for one another. Raises UserError if the text encoder is unavailable.
     """
     # Required even if all embeddings are cached: each checkpoint embeds captions for its sample grid.

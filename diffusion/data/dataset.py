@@ -268,7 +268,7 @@ def _parts_with_shards(manifest: Manifest) -> list[Part]:
 
 
 def open_table(folder: Path, manifest: Manifest) -> Table:
-    """Read the table of the data set in ``folder``; that of more than IN_MEMORY images is mapped from a file.
+    """Read the table of the data set in ``folder``; beyond IN_MEMORY images it is mapped from a file.
 
     The first process writes the file, in the work folder, while the others wait. It takes 73 bytes per image.
     """
@@ -387,7 +387,7 @@ def open_webdataset(
     manifest = dataset.manifest
     rows = dataset.rows(split)
     keys = frozenset(dataset.keys(rows))
-    # The shards have the captions of the source, the records those of a captioner.
+    # The shards have the captions of the source, the records a captioner's.
     captions = dict(zip(dataset.keys(rows), dataset.captions(rows), strict=True)) if manifest.captioners else None
     dataset.close()
     parts = [part for part in manifest.parts if shape is None or shape == (part.shape or manifest.shapes[0])]
@@ -422,7 +422,7 @@ def _decode(
     metadata = json.loads(sample["json"])
     shape = shape_of(sample["png"])
     if shape not in shapes:
-        raise ValueError(f"{sample['__key__']} has {shape_name(shape)} pixels, which is no shape of its data set")
+        raise ValueError(f"{sample['__key__']} has {shape_name(shape)} pixels, which is not a shape of its data set")
     return {
         "key": sample["__key__"],
         "image": torch.from_numpy(decode_many([sample["png"]], (channels, *shape))[0].copy()),

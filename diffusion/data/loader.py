@@ -56,7 +56,7 @@ class WindowedOrder(TrainingOrder):
 
     For data sets larger than the shard cache: at any position only the shards of one window are needed, and the next
     ones are known. A pure function of (layout digest, seed, window). Memory grows with a window and with the number of
-    shards, not with that of samples.
+    shards, not of samples.
 
     ``shards``: numbers of those whose samples are in this order, sorted; None: all.
     """

@@ -17,7 +17,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json, digest_of, sha256_bytes, sha256_file, write_bytes
 from diffusion.common.parsing import parse_json
 from diffusion.common.shapes import Shape
-from diffusion.data.ingest.config import MOST_BITS, StorageConfig
+from diffusion.data.ingest.config import MAX_BITS, StorageConfig
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Split = Literal["train", "held_out"]
@@ -40,17 +40,17 @@ RECORDS = pa.schema(
 )
 """One row per image that was read, in the order of reading.
 
-``source_sha256`` is that of the bytes as they came, empty if there were none. ``outcome`` is ``kept``, ``dropped`` (a
+``source_sha256`` is of the bytes as they came, empty if there were none. ``outcome`` is ``kept``, ``dropped`` (a
 rule of curation, named in ``reason``, leaves it out; its bytes stay in the shard, and it comes back when the rules
 allow), ``duplicate`` (its pixels were there already), ``quarantined`` (``reason`` says why) or ``removed`` (taken down;
-only key and digest are left). ``width`` and ``height`` are those of the image as it came. For kept and dropped rows
-``offset`` and ``size`` are those of the PNG in the part's shard; ``total`` and ``squares`` are the sums of its stored
+only key and digest are left). ``width`` and ``height`` are of the image as it came. For kept and dropped rows
+``offset`` and ``size`` are of the PNG in the part's shard; ``total`` and ``squares`` are the sums of its stored
 8-bit values and of their squares over the pixels, per channel (1 or 3 by ``mode``). ``phash`` (64 hex digits) and
 ``near`` (key of the first image of the group of near-duplicates that it joined) are null unless near-duplicates are
 configured.
 """
 CAPTIONER = pa.field("captioner", pa.string())
-"""Column of tables with captions of a captioner: its identity, null where the caption is that of the source."""
+"""Column of tables with captions of a captioner: its identity, null where the caption is the source's."""
 LEADER = pa.field("leader", pa.string())
 """Column of tables with images dropped as near-duplicates: the key of the image kept instead, null for all others."""
 OPTIONAL = (CAPTIONER, LEADER)
@@ -90,11 +90,12 @@ class Part(Config):
     """Kept images by split, by label and by stored mode, ``L`` or ``RGB``."""
     totals: Totals
     source: str | None = Field(None, exclude_if=is_unset)
-    """Versioned source of its images, as hf://datasets/OWNER/NAME@COMMIT; None: the source has no versions."""
+    """Versioned source of its images, as hf://datasets/OWNER/NAME@COMMIT, or what read them, as SCHEME: PACKAGE
+    VERSION; None: the source has no versions."""
     shape: Shape | None = Field(None, exclude_if=is_unset)
     """Height and width of every image in the shard, in pixels; None: it has no shard, or the data set no buckets."""
     captioners: dict[str, int] | None = Field(None, exclude_if=is_unset)
-    """Kept images by the captioner that captioned them; None: all captions are those of the source."""
+    """Kept images by the captioner that captioned them; None: all captions are the source's."""
 
 
 class Manifest(Config):
@@ -113,7 +114,7 @@ class Manifest(Config):
     storage: StorageConfig
     licence: str | None = Field(None, exclude_if=is_unset)
     """Licence of the images, if known."""
-    near_duplicate_bits: int | None = Field(None, ge=0, le=MOST_BITS, exclude_if=is_unset)
+    near_duplicate_bits: int | None = Field(None, ge=0, le=MAX_BITS, exclude_if=is_unset)
     """Number of bits that ``ingest.near_duplicates: auto`` stands for; None: it was not calibrated."""
     parts: list[Part]
 
@@ -128,6 +129,11 @@ class Manifest(Config):
     def digest(self) -> str:
         """Return the SHA-256 of the manifest's bytes: the name of this version."""
         return sha256_bytes(manifest_bytes(self))
+
+    def make_child(self, change: str, parts: list["Part"], content_digest: str | None = None) -> Self:
+        """Return the version that ``change`` makes of this one; its content is the same unless it is given."""
+        fields = {"parent": self.digest, "change": change, "parts": parts}
+        return self.model_copy(update=fields | ({"content_digest": content_digest} if content_digest else {}))
 
     @property
     def layout_digest(self) -> str:
@@ -278,6 +284,14 @@ def require_whole(folder: Path, manifest: Manifest) -> None:
         if (size := path.stat().st_size if path.is_file() else None) != entry.bytes:
             state = "missing" if size is None else f"{size} bytes long instead of {entry.bytes}"
             raise UserError(f"{path} is {state}: {repair_hint(folder)}")
+
+
+def find_intact(folder: Path, entry: FileEntry) -> Path:
+    """Return the path of a file of the data set in ``folder``; raises UserError if it is damaged."""
+    path = folder / entry.name
+    if sha256_file(path) != entry.sha256:
+        raise UserError(f"{path} is damaged (its SHA-256 differs): {repair_hint(folder)}")
+    return path
 
 
 def repair_hint(folder: Path) -> str:

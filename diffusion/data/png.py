@@ -15,7 +15,7 @@ HEADER = 33
 """Length in bytes of the signature and IHDR."""
 END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 BLOCKS = HEADER + 10
-"""Offset of the compressed rows: after the header of their chunk and that of zlib's format."""
+"""Offset of the compressed rows: after the headers of their chunk and of zlib's format."""
 BYTE_END, LAST_BLOCK = b"\x00\x00\xff\xff", b"\x03\x00"
 """End of the compressed rows: blocks end at a whole byte, then an empty last one (RFC 1951)."""
 SUMS = -20

@@ -24,7 +24,7 @@ from diffusion.data.manifest import FileEntry, repair_hint
 logger = logging.getLogger(__name__)
 
 BLOCK = tarfile.BLOCKSIZE
-PATIENCE = 300.0
+MAX_WAIT = 300.0
 """Seconds to wait for other processes to free room in the cache."""
 Span = tuple[int, int]
 """Offset and size in a shard, in bytes."""
@@ -186,7 +186,7 @@ class ShardCache:
 
     def _open(self, entry: FileEntry) -> BufferedReader:
         """Open a shard, verified, for reading: from here on its name may vanish."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + MAX_WAIT
         while True:
             if file := self._open_present(entry) or self._fetch(entry, force=True):
                 return file
@@ -203,7 +203,7 @@ class ShardCache:
             file = path.open("rb")
         except FileNotFoundError:
             return None
-        # The kernel's own time of now is that of its last tick, which many reads share.
+        # The kernel's own time is its last tick's, which many reads share.
         os.utime(file.fileno(), ns=(time.time_ns(),) * 2)
         if entry.sha256 not in self._verified:
             if problem := describe_damage(file, entry):

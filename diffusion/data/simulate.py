@@ -7,7 +7,7 @@ takes a share of each batch. Bytes and hits are exact as long as no window is wa
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,8 +27,8 @@ REPEATED = 1e-6
 """Share of a step by which times that repeat may differ."""
 FETCHES = 2
 """Fetches of a shard cache at a time."""
-SHORTEST = 2_000, 6
-"""Least batches and windows simulated for each setting that is compared."""
+MIN_SIMULATED = 2_000, 6
+"""Minimum batches and windows simulated for each setting that is compared."""
 DOUBLINGS = 6
 """Windows compared: the smallest one, and so often twice as many shards."""
 ACCEPTABLE = 0.01
@@ -109,7 +109,7 @@ class Shards(NamedTuple):
 
 
 class Epoch(Config):
-    """An epoch as simulated; bytes are those of one node."""
+    """An epoch as simulated; bytes are of one node."""
 
     seconds: float
     waited: float
@@ -252,6 +252,44 @@ def _duration(seconds: float) -> str:
     return precisedelta(seconds, minimum_unit="minutes", format="%d")
 
 
+class _SimulatedCache:
+    """A node's shards, and when they arrived or will."""
+
+    def __init__(self, shards: Shards, machines: Machines, max_bytes: int) -> None:
+        self._sizes, self._machines, self._max_bytes = shards.bytes.tolist(), machines, max_bytes
+        self._shards: set[int] = set()
+        self._requested: set[int] = set()
+        self._link, self._fetchers = 0.0, [0.0] * FETCHES
+        self.arrivals = np.zeros(len(shards.bytes))
+        """Time at which each shard was there, (S,)."""
+        self.last_use = np.zeros(len(shards.bytes), np.int64)
+        """Number of the last batch that needed each shard, (S,)."""
+
+    def request(self, shards: Sequence[int], batch: int, now: float) -> tuple[int, int, int]:
+        """Fetch ``shards`` in their order, ``now``, for ``batch``; returns bytes and number fetched, and new hits."""
+        fetched_bytes = fetched = hits = 0
+        rate = min(self._machines.bandwidth, self._machines.disk_bandwidth)
+        victims = iter(sorted(self._shards.difference(shards), key=lambda shard: (self.last_use[shard], shard)))
+        used_bytes = sum(self._sizes[shard] for shard in self._shards)
+        for shard in shards:
+            if shard in self._shards:
+                hits += shard not in self._requested
+                continue
+            size = self._sizes[shard]
+            while used_bytes + size > self._max_bytes:
+                victim = next(victims)
+                self._shards.remove(victim)
+                used_bytes -= self._sizes[victim]
+            fetcher = self._fetchers.index(min(self._fetchers))
+            self._link = max(max(self._fetchers[fetcher], now) + self._machines.latency, self._link) + size / rate
+            self._fetchers[fetcher] = self.arrivals[shard] = self._link
+            self._shards.add(shard)
+            self.last_use[shard], used_bytes = batch, used_bytes + size
+            fetched_bytes, fetched = fetched_bytes + size, fetched + 1
+        self._requested = set(shards)
+        return fetched_bytes, fetched, hits
+
+
 def simulate(
     shards: Shards, machines: Machines, streaming: Streaming, epochs: int = 1, batches: int | None = None
 ) -> Simulation:
@@ -260,66 +298,39 @@ def simulate(
     Raises UserError if the cache does not hold two windows, or a window not the batches that are prefetched.
     """
     order, length, batch = _order(shards, streaming), int(shards.images.sum()), streaming.batch_size
-    ends, arrivals = np.cumsum(shards.images), np.zeros(len(shards.bytes))
-    last_use = np.zeros(len(shards.bytes), np.int64)
+    ends, cache = np.cumsum(shards.images), _SimulatedCache(shards, machines, streaming.stream_bytes)
+    seconds = seconds_per_step(shards, machines, streaming)
     # A thread makes the share of one rank, and the disk of a node serves all its ranks.
-    decoding = batch / (machines.nodes * machines.ranks * machines.decode_rate)
-    reading = batch * int(shards.bytes.sum()) / length / (machines.nodes * machines.disk_bandwidth)
-    rate = min(machines.bandwidth, machines.disk_bandwidth)
-
-    cache: set[int] = set()
-    used_bytes, link, fetchers = 0, 0.0, [0.0] * FETCHES
+    decoding, reading = seconds["decoding"] * streaming.workers, seconds["disk"]
     threads, disk = [0.0] * streaming.workers, 0.0
     submissions = deque([0.0] * (streaming.prefetch + 1), streaming.prefetch + 1)
     figures = np.zeros((epochs, 5))
-    first_batch, now = 0.0, 0.0
-    positions, window = range(0), np.empty(0, np.int64)
-    previous_shards: set[int] = set()
-    next_window = positions, window
+    first_batch, now, number, position = 0.0, 0.0, 0, 0
+    positions, window, next_window = range(0), np.empty(0, np.int64), np.empty(0, np.int64)
     steps: deque[tuple[float, float, np.ndarray]] = deque(maxlen=streaming.workers + 1)
-    number, position = 0, 0
     while position < epochs * length and number != batches:
         figure = figures[position // length]
         if position not in positions:
             positions, window = order.window(position)
-            next_window = order.window(positions.stop)
-            shard_order = order.list_upcoming_shards(position)
-            victims = iter(sorted(cache.difference(shard_order), key=lambda shard: (last_use[shard], shard)))
-            for shard in shard_order:
-                if shard in cache:
-                    figure[4] += shard not in previous_shards
-                    continue
-                size = int(shards.bytes[shard])
-                while used_bytes + size > streaming.stream_bytes:
-                    victim = next(victims)
-                    cache.remove(victim)
-                    used_bytes -= int(shards.bytes[victim])
-                fetcher = fetchers.index(min(fetchers))
-                link = max(max(fetchers[fetcher], now) + machines.latency, link) + size / rate
-                fetchers[fetcher] = arrivals[shard] = link
-                cache.add(shard)
-                used_bytes, last_use[shard] = used_bytes + size, number
-                figure[2:4] += size, 1
-            previous_shards = set(shard_order)
+            next_window = order.window(positions.stop)[1]
+            figure[2:] += cache.request(order.list_upcoming_shards(position), number, now)
             steps.clear()
         submissions.append(now)
         if length <= EXACT:
             batch_shards = np.unique(np.searchsorted(ends, order.rows(position, batch), side="right"))
         else:
-            batch_shards = window if position + batch <= positions.stop else np.concatenate([window, next_window[1]])
-        last_use[batch_shards] = number
+            batch_shards = window if position + batch <= positions.stop else np.concatenate([window, next_window])
+        cache.last_use[batch_shards] = number
         thread = threads.index(min(threads))
-        arrival, thread_start = float(arrivals[batch_shards].max()), max(threads[thread], submissions[0])
+        arrival, thread_start = float(cache.arrivals[batch_shards].max()), max(threads[thread], submissions[0])
         disk = max(disk, max(thread_start, arrival)) + reading
         threads[thread] = disk + decoding
         wait = max(0.0, threads[thread] - now)
         if number == 0:
-            first_batch, wait = wait, 0.0
-            now = first_batch
+            now, first_batch, wait = wait, wait, 0.0
         figure[:2] += wait + machines.step_seconds, wait
         now += wait + machines.step_seconds
         number, position = number + 1, position + batch
-
         if length <= EXACT or batch_shards is not window or arrival > thread_start:
             steps.clear()
             continue
@@ -335,13 +346,10 @@ def simulate(
             threads, disk, now = [time + delay for time in threads], disk + delay, now + delay
             submissions.extend([time + delay for time in submissions])
             number, position = number + skipped_batches, position + skipped_batches * batch
-            last_use[window] = number - 1
+            cache.last_use[window] = number - 1
             steps.clear()
-    names = ("seconds", "waited", "fetched_bytes", "fetched", "hits")
-    return Simulation(
-        first_batch=first_batch,
-        epochs=[Epoch(**dict(zip(names, figure.tolist(), strict=True))) for figure in figures],
-    )
+    epochs_seen = [Epoch(**dict(zip(Epoch.model_fields, figure, strict=True))) for figure in figures.tolist()]
+    return Simulation(first_batch=first_batch, epochs=epochs_seen)
 
 
 def seconds_per_step(shards: Shards, machines: Machines, streaming: Streaming) -> dict[str, float]:
@@ -349,11 +357,8 @@ def seconds_per_step(shards: Shards, machines: Machines, streaming: Streaming) -
 
     Training cannot be faster than the slowest of them, whatever the settings.
     """
-    length, total, rate = (
-        int(shards.images.sum()),
-        int(shards.bytes.sum()),
-        min(machines.bandwidth, machines.disk_bandwidth),
-    )
+    length, total = int(shards.images.sum()), int(shards.bytes.sum())
+    rate = min(machines.bandwidth, machines.disk_bandwidth)
     share = streaming.batch_size / length
     fetch_seconds = len(shards.bytes) * machines.latency + total / rate
     ranks = machines.nodes * machines.ranks
@@ -416,7 +421,7 @@ def _with_window(shards: Shards, streaming: Streaming, window: int) -> Streaming
 def _waiting_share(shards: Shards, machines: Machines, streaming: Streaming) -> float:
     length = int(shards.images.sum())
     windows = -(-streaming.window * length // (len(shards.bytes) * streaming.batch_size))
-    batches = max(SHORTEST[0], SHORTEST[1] * windows)
+    batches = max(MIN_SIMULATED[0], MIN_SIMULATED[1] * windows)
     return simulate(shards, machines, streaming, -(-batches * streaming.batch_size // length), batches).waiting
 
 

@@ -16,7 +16,7 @@ from flows.cli.command import CommandOutput, Local, command, connect, display_pr
 
 if TYPE_CHECKING:
     from diffusion.data.manifest import FileEntry, Manifest
-    from diffusion.data.versions.versions import Difference
+    from diffusion.data.versions.difference import Difference
     from flows.config import Params
     from flows.datasets.dvc import StoredFiles
 
@@ -117,7 +117,7 @@ def diff(
 
     Example:  darkroom data diff 3f9c21d0 --dataset faces
     """
-    from diffusion.data.versions.versions import diff as difference_of
+    from diffusion.data.versions.difference import diff as difference_of
     from diffusion.data.versions.versions import resolve
 
     folder = config.dataset_folder

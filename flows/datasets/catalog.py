@@ -44,7 +44,7 @@ RETIRED, PUSHING = "retired", "pushing"
 VERSION, RETIRED_VERSION = re.compile(r"([0-9a-f]{64})/manifest\.json"), re.compile(r"([0-9a-f]{64})\.json")
 PUBLISHED = re.compile(r"datasets/([^/]+)/" + VERSION.pattern)
 POINTER = TypeAdapter(DvcDigest)
-LARGEST_MANIFEST = 2**30  # maximum size of a manifest in bytes: enough for a million parts
+MAX_MANIFEST_BYTES = 2**30  # maximum size of a manifest in bytes: enough for a million parts
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Catalog:
             if (match := pattern.fullmatch(key.removeprefix(prefix))) is None:
                 continue
             try:
-                data = self.store.get(place.bucket, key, LARGEST_MANIFEST)
+                data = self.store.get(place.bucket, key, MAX_MANIFEST_BYTES)
                 listing.versions[match[1]] = _parse_manifest(data, match[1], f"s3://{place.bucket}/{key}")
             except MissingObjectError:  # deleted by gc since it was listed
                 continue
@@ -129,7 +129,7 @@ class Catalog:
     def version(self, digest: str) -> Manifest | None:
         """Version of this digest; None if it is not in the catalog. Raises UserError if it is damaged."""
         name = f"{digest}/manifest.json"
-        data = self._get(name, LARGEST_MANIFEST)
+        data = self._get(name, MAX_MANIFEST_BYTES)
         return None if data is None else _parse_manifest(data, digest, f"{self.place}/{name}")
 
     def list_publication_times(self) -> dict[str, datetime]:
@@ -156,7 +156,7 @@ class Catalog:
             return POINTER.validate_python(parse_yaml(data.decode())["outs"][0]["md5"])
         except (LookupError, TypeError, ValueError) as error:
             raise UserError(
-                f"{self.place}/{name} is no DVC pointer: delete it, and ingest the data set again"
+                f"{self.place}/{name} is not a DVC pointer: delete it, and ingest the data set again"
             ) from error
 
     def publish_removal(self, removal: Removal) -> None:
@@ -295,6 +295,8 @@ class Heads:
         try:
             head = Head.model_validate_json(self._objects.get(number) or b"")
         except ValidationError:
-            logger.warning("%s is no head of a data set, and is passed over", self._objects.place / object_name(number))
+            logger.warning(
+                "%s is not a head of a data set, and is passed over", self._objects.place / object_name(number)
+            )
             return None
         return head if head.number == number else None

@@ -173,9 +173,8 @@ class DatasetLocation:
             return
         for manifest in self.known.values():
             remember(self.folder, manifest)
-        ours = read_manifest(self.folder).files
-        theirs = {entry.name for entry in version.files}
-        entries = [entry for entry in ours if entry.name not in theirs and (self.folder / entry.name).is_file()]
+        files, kept_names = read_manifest(self.folder).files, {entry.name for entry in version.files}
+        entries = [entry for entry in files if entry.name not in kept_names and (self.folder / entry.name).is_file()]
         if any(self.stored_files.find(entry) is None for entry in entries):
             dvc.record_data(self.folder, push_to=None)
 

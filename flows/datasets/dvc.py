@@ -190,7 +190,7 @@ def _parse_listing(data: bytes, place: str) -> Listing:
     try:
         return {entry.relpath: entry.md5 for entry in LISTING.validate_json(data)}
     except ValidationError as error:
-        raise UserError(f"{place} is no listing of DVC: delete it, and push the data set again") from error
+        raise UserError(f"{place} is not a listing of DVC: delete it, and push the data set again") from error
 
 
 class StoredFiles:

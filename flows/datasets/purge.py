@@ -132,7 +132,7 @@ def _may_show(path: Path, report_type: type[Evaluation] | type[Ranking], content
 
 
 def purge_samples(run: Path, versions: Iterable[Manifest]) -> list[str]:
-    """Delete the run's sample grids if they show real images of ``versions``, as those of autoencoders do."""
+    """Delete the run's sample grids if they show real images of ``versions``, as the grids of autoencoders do."""
     final, samples = run / "final.safetensors", run / "samples"
     if not (final.is_file() and samples.is_dir()):
         return []

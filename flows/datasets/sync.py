@@ -136,36 +136,36 @@ def _descends_from(folder: Path, head: str) -> bool:
 def _move(
     folder: Path, source: str, dataset_catalog: Catalog, head: str, config: IngestConfig, rebuilding: bool
 ) -> None:
-    theirs = dataset_catalog.version(head)
-    assert theirs is not None, "a head is in the catalog"
+    remote = dataset_catalog.version(head)
+    assert remote is not None, "a head is in the catalog"
     place = DatasetLocation(folder, lambda: source)
-    place.known = place.known | {head: theirs}
+    place.known = place.known | {head: remote}
     place.catalog()
     if not (folder / "manifest.json").is_file() or rebuilding:
         # A rebuild needs only the tables of the version before, which name the images that were taken down.
-        place.make_current(theirs, with_removed=True, without_shards=rebuilding and config.near_duplicates is None)
+        place.make_current(remote, with_removed=True, without_shards=rebuilding and config.near_duplicates is None)
         return
     if (pin := read_pin(folder)) is not None:
         # The same checkout again would leave it out on purpose.
-        remember(folder, theirs)
+        remember(folder, remote)
         raise ConflictError(
             f"another process was first: version {head[:12]} of data set {folder.name} was published since "
             f"{pin.version[:12]} was checked out: `darkroom data checkout {head[:12]} --dataset {folder.name}` to "
             f"add to it, or `darkroom data checkout {pin.version[:12]} --dataset {folder.name}` again to leave it "
             "out"
         )
-    ours = read_manifest(folder)
-    if (base := _find_common_ancestor(folder, place, theirs)) is not None and base.digest == ours.digest:
-        place.make_current(theirs, with_removed=True)
+    local = read_manifest(folder)
+    if (base := _find_common_ancestor(folder, place, remote)) is not None and base.digest == local.digest:
+        place.make_current(remote, with_removed=True)
         logger.info("%s goes on from version %s, which another machine published", folder, head[:12])
         return
-    place.keep_current(theirs)
-    place.fetch(theirs, without_shards=False)
-    merge = merge_versions(folder, config, theirs, base)
+    place.keep_current(remote)
+    place.fetch(remote, without_shards=False)
+    merge = merge_versions(folder, config, remote, base)
     remove_others(folder, merge.version)
     logger.info(
         f"{folder} goes on from version {head[:12]}, which another machine published, and adds {merge.added:,} images "
-        f"of version {ours.digest[:12]} to it"
+        f"of version {local.digest[:12]} to it"
     )
     if merge.lost:
         logger.warning(
@@ -174,13 +174,13 @@ def _move(
         )
 
 
-def _find_common_ancestor(folder: Path, place: DatasetLocation, theirs: Manifest) -> Manifest | None:
-    """Newest common ancestor of the local version and ``theirs``; None if there is none."""
+def _find_common_ancestor(folder: Path, place: DatasetLocation, remote: Manifest) -> Manifest | None:
+    """Newest common ancestor of the local version and ``remote``; None if there is none."""
     line = {ancestor.digest: ancestor for ancestor in versions(folder)}
-    child = theirs
+    child = remote
     while (parent := child.parent) is not None and parent not in line:
         path = version_path(folder, parent)
         if not is_whole(path, parent):
-            place.write(theirs, path.relative_to(folder).as_posix(), parent)
+            place.write(remote, path.relative_to(folder).as_posix(), parent)
         child = parse_manifest(path.read_bytes(), str(path))
     return None if parent is None else line[parent]

@@ -9,14 +9,14 @@ import numpy as np
 
 from diffusion.common.shapes import Shape
 
-MOST = 8
-"""Most buckets that are chosen from the data."""
-WIDEST = 4
+MAX_BUCKETS = 8
+"""Maximum number of buckets that are chosen from the data."""
+MAX_ASPECT = 4
 """Largest aspect ratio of a chosen bucket."""
-GAIN = 0.01
-"""Least share of all pixels that a chosen bucket saves from being cropped."""
-TOLERANCE = 0.125
-"""Largest deviation of a chosen bucket's area from that of the square."""
+MIN_GAIN = 0.01
+"""Smallest share of all pixels that a chosen bucket saves from being cropped."""
+MAX_DEVIATION = 0.125
+"""Largest deviation of a chosen bucket's area from the square's."""
 
 
 def kept_share(width: int, height: int, shape: Shape) -> float:
@@ -42,13 +42,14 @@ def possible_shapes(size: int) -> list[Shape]:
     shapes = [
         (height, width)
         for height, width in product(sides, sides)
-        if max(height, width) <= WIDEST * min(height, width) and abs(height * width - size**2) <= TOLERANCE * size**2
+        if max(height, width) <= MAX_ASPECT * min(height, width)
+        and abs(height * width - size**2) <= MAX_DEVIATION * size**2
     ]
     return sorted(shapes, key=lambda shape: (shape[1] / shape[0], abs(shape[0] * shape[1] - size**2)))
 
 
 def choose_shapes(sizes: Sequence[tuple[int, int]], size: int) -> list[Shape]:
-    """Choose the shapes for images of these ``sizes`` (width, height), in any order: at most MOST, the narrowest first.
+    """Choose at most MAX_BUCKETS shapes for images of ``sizes`` (width, height), in any order: the narrowest first.
 
     Of all possible ones, those are left out in turn without which the least is cropped.
     """
@@ -64,7 +65,7 @@ def choose_shapes(sizes: Sequence[tuple[int, int]], size: int) -> list[Shape]:
             round(float(weights @ (best - shares[:, [other for other in numbers if other != number]].max(1))), 6)
             for number in numbers
         ]
-        if min(losses) >= GAIN * weights.sum() > 0 and len(numbers) <= MOST:
+        if min(losses) >= MIN_GAIN * weights.sum() > 0 and len(numbers) <= MAX_BUCKETS:
             break
         numbers.pop(losses.index(min(losses)))
     return [shapes[number] for number in sorted(numbers)]

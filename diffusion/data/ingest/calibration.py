@@ -4,6 +4,7 @@ The sample depends on the number of images alone, so that a killed ingest, given
 """
 
 import io
+import logging
 import random
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,13 +21,15 @@ from diffusion.common.config import Config
 from diffusion.common.escaping import pluralize
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.ingest.chunks import ENTRY, HASH_BITS, perceptual_hash, reduce_to_grey
-from diffusion.data.ingest.config import MOST_BITS, UNCALIBRATED_BITS, IngestConfig
+from diffusion.data.ingest.config import MAX_BITS, UNCALIBRATED_BITS, IngestConfig
 from diffusion.data.ingest.decode import UnusableEntryError, prepare
 from diffusion.data.manifest import STORED, Manifest, read_records
 from diffusion.data.sources.base import Entry, Source
 from diffusion.data.versions.versions import count_stored
 
-SAMPLED, FEWEST = 1000, 50
+logger = logging.getLogger(__name__)
+
+SAMPLED, MIN_IMAGES = 1000, 50
 """Images that are sampled, and distinct ones without which nothing is calibrated.
 
 Of 5,000 digits, whose limit is 32 bits, samples of 1000 images estimate 20 to 32 bits, and of 500 images 11 to 32.
@@ -39,7 +42,7 @@ little about the nearest of them."""
 BITS = (8, 16, 24, 32, 40, 48)
 """Thresholds of which a data set's report tells what they find."""
 SAME = 2.0
-"""Largest difference of two images that count as copies of one another, as a multiple of that of copies made of them:
+"""Largest difference of two images that count as copies of one another, as a multiple of how made copies differ:
 copies in the data set, of which there may be many, must not count as distinct images."""
 
 
@@ -66,7 +69,9 @@ class Calibration(Config):
         summary = f"near-duplicates: up to {self.bits} of {HASH_BITS} bits"
         if self.copies is None or self.others is None:
             images = pluralize(self.images, "distinct image")
-            return f"{summary}, as {images} are too few to calibrate ingest.near_duplicates=auto, which takes {FEWEST}"
+            return (
+                f"{summary}, as {images} are too few to calibrate ingest.near_duplicates=auto, which takes {MIN_IMAGES}"
+            )
         return (
             f"{summary}, chosen by {self.images:,} images, group {self.copies:.1%} of copies made of them and about "
             f"{self.others:.1%} of distinct images"
@@ -78,8 +83,8 @@ class Calibration(Config):
         if self.copies is None or self.copies >= FOUND:
             return None
         reason = f"more bits take over {MISTAKEN:.0%} of distinct images for near-duplicates"
-        if self.bits == MOST_BITS:
-            reason = f"ingest.near_duplicates is {MOST_BITS} bits at most"
+        if self.bits == MAX_BITS:
+            reason = f"ingest.near_duplicates is {MAX_BITS} bits at most"
         return (
             f"ingest.near_duplicates=auto chose {pluralize(self.bits, 'bit')}, and so misses about "
             f"{1 - self.copies:.0%} of copies (JPEG, other sizes): {reason}"
@@ -123,7 +128,10 @@ def calibrate_ingest(
                 keys.add(key)
                 yield image
 
-    return calibrate(images(), total / max(len(numbers), 1))
+    calibration = calibrate(images(), total / max(len(numbers), 1))
+    if (warning := calibration.warning) is not None:
+        logger.warning("%s", warning)
+    return calibration
 
 
 def _read_stored(folder: Path, manifest: Manifest, numbers: np.ndarray) -> Iterator[tuple[str, Image.Image]]:
@@ -169,11 +177,11 @@ def calibrate(images: Iterable[Image.Image], scale: float) -> Calibration:
         errors.append(max(float(_difference(grey, reduce_to_grey(copy).ravel())) for copy in copies))
         hashes.append(image_hash)
         greys.append(grey.astype(np.float32))
-    if len(hashes) < FEWEST:
+    if len(hashes) < MIN_IMAGES:
         return Calibration(bits=UNCALIBRATED_BITS, images=len(hashes))
     min_bits = int(np.quantile(to_copies, FOUND, method="inverted_cdf"))
     # If no threshold finds the copies, they differ as much as other images do, and nothing tells the two apart.
-    radius = min_bits if min_bits <= MOST_BITS else -1
+    radius = min_bits if min_bits <= MAX_BITS else -1
     shares = estimate_shares(_nearest_distances(np.array(hashes), np.array(greys), np.array(errors), radius), scale)
     allowed_bits = np.flatnonzero(shares <= MISTAKEN)
     bits = min(min_bits, int(allowed_bits[-1]) if len(allowed_bits) else 0)
@@ -202,7 +210,7 @@ def calibrate_thresholds(
     """Calibrate several thresholds by copies of ``images``, and ``hashes`` of all images, theirs too.
 
     Among the thresholds is the one that the data set has ``recorded``, if any.
-    Also returns the least number of bits that finds 99 % of the copies; None if it is above MOST_BITS.
+    Also returns the least number of bits that finds 99 % of the copies; None if it is above MAX_BITS.
     """
     all_hashes = np.array([np.frombuffer(bytes.fromhex(digits), np.uint8) for digits in hashes]).view(np.uint64)
     to_copies, to_others = list[int](), list[int]()
@@ -214,8 +222,8 @@ def calibrate_thresholds(
         to_others += distances[int(distances[0] == 0) :][:1].tolist()
     copy_bits, other_bits = np.array(to_copies), np.array(to_others)
     min_bits = int(np.quantile(copy_bits, FOUND, method="inverted_cdf"))
-    limit = min_bits if min_bits <= MOST_BITS else None
-    bits = sorted({*BITS, min(min_bits, MOST_BITS), *([] if recorded is None else [recorded])})
+    limit = min_bits if min_bits <= MAX_BITS else None
+    bits = sorted({*BITS, min(min_bits, MAX_BITS), *([] if recorded is None else [recorded])})
     return [HashThreshold(x, float((copy_bits <= x).mean()), float((other_bits <= x).mean())) for x in bits], limit
 
 
@@ -259,13 +267,13 @@ def _nearest_distances(hashes: np.ndarray, greys: np.ndarray, errors: np.ndarray
 
 
 def estimate_shares(nearest: np.ndarray, scale: float) -> np.ndarray:
-    """Estimate the share of images with another one within 0 … MOST_BITS bits, (MOST_BITS + 1,), in [0, 1].
+    """Estimate the share of images with another one within 0 … MAX_BITS bits, (MAX_BITS + 1,), in [0, 1].
 
     ``nearest`` are the distances to the nearest image in a sample, (N,). Of ``scale`` times as many images that share
     has another one as near, up to EXTRAPOLATED times. Below the distance of the nearest hundredth, of which a sample
     has few images, shares decrease tenfold over the difference between the nearest tenth and hundredth.
     """
-    bits, scale = np.arange(MOST_BITS + 1), min(scale, EXTRAPOLATED)
+    bits, scale = np.arange(MAX_BITS + 1), min(scale, EXTRAPOLATED)
     shares = (nearest[:, None] <= bits).mean(0)
     if scale > 1:
         hundredth, tenth = (int(np.quantile(nearest, share, method="inverted_cdf")) for share in (0.01, 0.1))

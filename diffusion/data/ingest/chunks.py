@@ -23,7 +23,7 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import StoredImage, UnusableEntryError, ignore_pillow_warnings, prepare
 from diffusion.data.manifest import RECORDS
 from diffusion.data.shards import TarWriter
-from diffusion.data.sources import open_source
+from diffusion.data.sources import open_source, reader_of
 from diffusion.data.sources.base import Access, Entry, ObjectStore, Source, limit_texts
 
 ENTRY = "source, locator, stamp, label, caption, problem"
@@ -139,7 +139,8 @@ def prepare_chunk(chunk: Chunk) -> Path:
     # Hashes do not depend on the threshold, which a repeated ingest may calibrate by other images.
     settings["near_duplicates"] = chunk.config.near_duplicates is not None
     listing = [[entry.source, entry.stamp, entry.label, entry.caption, sorted(digests)] for entry, digests in entries]
-    name = digest_of({"format": FORMAT, "uri": chunk.config.source, "config": settings, "entries": listing})
+    content = {"uri": chunk.config.source, "reader": reader_of(chunk.config.source), "config": settings}
+    name = digest_of({"format": FORMAT, "entries": listing} | content)
     table = chunk.work / "chunks" / f"{name}.jsonl"
     if not table.is_file():
         make_folder(table.parent)

@@ -11,8 +11,8 @@ from diffusion.common.files import digest_of
 from diffusion.common.shapes import Shape, parse_shape, shape_name
 
 AREAS = (0.75, 1.25)
-"""Least and most pixels of a bucket, as multiples of those of the square."""
-MOST_BITS = 48
+"""Minimum and maximum pixels of a bucket, as multiples of the square's."""
+MAX_BITS = 48
 """Largest threshold of near-duplicates, in bits of 256: the index looks up all hashes up to it."""
 VARIABLE = "^[A-Za-z_][A-Za-z0-9_]*$"
 """Name of an environment variable."""
@@ -150,13 +150,13 @@ class IngestConfig(StorageConfig):
     (diffusion/data/sources)."""
     licence: str | None = Field(None, min_length=1, exclude_if=is_unset)
     """Licence of the images: CC-BY-4.0, or a sentence. It is written to the data set's manifest and every model's card;
-    null: unchanged, or that of the card of an hf:// data set."""
+    null: unchanged, or what the card of an hf:// data set says."""
     enlarge: bool = False
     """Whether images that are smaller than ``size`` are enlarged; otherwise they are quarantined."""
     min_size: int = Field(1, ge=1)
     """Images whose shorter side has fewer pixels than this are quarantined."""
-    near_duplicates: Annotated[int, Field(ge=0, le=MOST_BITS)] | Literal["auto"] | None = None
-    """Images whose 256-bit perceptual hash differs from that of the first image of a group in at most this many bits
+    near_duplicates: Annotated[int, Field(ge=0, le=MAX_BITS)] | Literal["auto"] | None = None
+    """Images whose 256-bit perceptual hash differs from the hash of a group's first image in at most this many bits
     join it, all in one split; 24 finds other sizes and compressions, and few distinct images. ``auto``: the number is
     calibrated by a sample of the images at the first ingest with it, and part of the data set from then on."""
     captioner: CaptionerConfig | None = Field(None, exclude_if=is_unset)
@@ -195,9 +195,9 @@ class IngestConfig(StorageConfig):
     @classmethod
     def _is_bits_or_auto(cls, value: object) -> object:
         # One error instead of one for each type.
-        if value in (None, "auto") or (type(value) is int and 0 <= value <= MOST_BITS):
+        if value in (None, "auto") or (type(value) is int and 0 <= value <= MAX_BITS):
             return value
-        raise ValueError(f"must be a number of bits from 0 to {MOST_BITS}, auto or null")
+        raise ValueError(f"must be a number of bits from 0 to {MAX_BITS}, auto or null")
 
     def near_duplicate_bits(self, recorded: int | None) -> int | None:
         """Return the number of bits that ``near_duplicates`` stands for in a data set whose manifest has ``recorded``.

@@ -44,8 +44,8 @@ DECODERS: tuple[tuple[bytes, type[ImageFile]], ...] = (
 LARGE = 2**24
 """Pixels from which a process decodes one image at a time, at about twenty bytes per pixel; JPEGs are reduced."""
 LARGE_DECODE = Lock()
-LARGEST_PROFILE = 4 * 2**20
-"""Maximum size of a colour profile in bytes; those of presses have up to three million."""
+MAX_PROFILE_BYTES = 4 * 2**20
+"""Maximum size of a colour profile in bytes; profiles of presses have up to three million."""
 REDUCED = 2
 """Minimum ratio of a JPEG's decoded size to its stored size. For 600 photographs reduced from 500 to 64 pixels, the
 worst PSNR against full decoding is 44 dB, in half the time; at ratio 1 it is 29 dB."""
@@ -194,7 +194,7 @@ def _decode(payload: bytes | Image.Image, config: IngestConfig, stack: ExitStack
     file, image = _read_header(payload, config)
     size, scale = image.size, 1
     args = image.tile[0].args if image.tile else ""
-    layout = str(args[0] if isinstance(args, tuple) else args)  # Pillow's name of that of samples: ``RGB;16B``, say
+    layout = str(args[0] if isinstance(args, tuple) else args)  # of samples, as Pillow names it: ``RGB;16B``, say
     if (
         isinstance(image, TiffImageFile)
         and max(image.tag_v2.get(BITSPERSAMPLE, (1,))) > 8
@@ -218,7 +218,7 @@ def _decode(payload: bytes | Image.Image, config: IngestConfig, stack: ExitStack
         return _turn_upright(_from_integers(image, layout), size, scale)
     transparency = image.info.get("transparency")
     if ";16" in layout and isinstance(transparency, tuple):
-        # Pillow keeps the upper bytes of colours, but not that of the transparent one.
+        # Pillow keeps the upper bytes of colours, but not of the transparent one.
         image.info["transparency"] = tuple(sample >> 8 for sample in transparency)
     return _turn_upright(image, size, scale)
 
@@ -312,9 +312,9 @@ def _to_srgb(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
     if not isinstance(profile, bytes) or not profile:
         return image
-    if len(profile) > LARGEST_PROFILE:
+    if len(profile) > MAX_PROFILE_BYTES:
         raise UnusableEntryError(
-            f"a colour profile of {len(profile)} bytes, which is over the limit of {LARGEST_PROFILE}"
+            f"a colour profile of {len(profile)} bytes, which is over the limit of {MAX_PROFILE_BYTES}"
         )
     try:
         convert = _conversion(profile, image.mode)

@@ -37,7 +37,7 @@ LOCK_TIMEOUT = 30.0
 
 
 class HashGroups:
-    """Groups of images whose perceptual hashes differ in at most ``near`` bits from that of the first one, the root.
+    """Groups of images whose perceptual hashes differ in at most ``near`` bits from the first one's, the root's.
 
     Each group is in one category: a split of a data set, or a class.
     """
@@ -174,7 +174,7 @@ class Index(HashGroups):
                 self.add_group(bytes.fromhex(row["phash"]), row["split"], key)
 
     def set_outcome(self, row: dict[str, Any]) -> None:
-        """Change the outcome of an image from kept to dropped or back to that of its ``row``."""
+        """Change the outcome of an image from kept to dropped, or back, as its ``row`` says."""
         key = bytes.fromhex(row["key"])
         self.database.execute("DELETE FROM dropped WHERE key = ?", (key,))
         if row["outcome"] == "dropped":

@@ -37,7 +37,7 @@ from diffusion.data.manifest import (
     write_manifest,
 )
 from diffusion.data.prefetch import FanOut, local_fan_out
-from diffusion.data.sources import open_source
+from diffusion.data.sources import open_source, reader_of
 from diffusion.data.sources.base import Access, ObjectStore
 from diffusion.data.sources.survey import Survey, survey
 
@@ -66,7 +66,8 @@ class IngestResult(Config):
     changed: bool
     """Whether this ingest created a new version."""
     source: str | None
-    """The source with the commit that was read, as hf://datasets/OWNER/NAME@COMMIT; None: it has no versions."""
+    """The source with the commit that was read, as hf://datasets/OWNER/NAME@COMMIT, or the scheme and version of the
+    package that read it, as SCHEME: PACKAGE VERSION; None: it has no versions."""
     listed: int
     read: int
     """Number of entries of the source, and of those that had to be read."""
@@ -95,16 +96,16 @@ def require_same_storage(before: Manifest, config: IngestConfig, rebuild: Rebuil
     """Whether the data set is rebuilt; raises UserError if it stores images in another way and must not be."""
     difference = before.find_storage_difference(config.storage())
     if difference and rebuild == "never":
-        name, theirs, ours = difference
+        name, recorded, configured = difference
         raise UserError(
-            f"data set {before.name} was made with ingest.{name}={theirs} and this is {ours}: "
+            f"data set {before.name} was made with ingest.{name}={recorded} and this is {configured}: "
             "give another --dataset, or build it again from this source alone with `darkroom ingest --rebuild`"
         )
     return rebuild == "always" or bool(difference)
 
 
 def complete_buckets(config: IngestConfig, before: Manifest | None, look: Callable[[], Survey]) -> IngestConfig:
-    """Complete a configuration that leaves its buckets open by those of the data set ``before``, or of the data."""
+    """Complete a configuration that leaves its buckets open by the buckets of ``before``, or by the data."""
     if config.fit != "bucket" or config.buckets is not None:
         return config
     shapes = before.shapes if before is not None else choose_shapes(look().sizes, config.size)
@@ -115,7 +116,10 @@ def origin_of(config: IngestConfig) -> str:
     """Identity of the source, under which the stamps of its entries are known; another revision is the same source."""
     if config.source.startswith("hf:"):
         return re.sub(r"@[^?]*", "", config.source)
-    return config.source if ":" in config.source else str(Path(config.source).resolve())
+    # Another version of a package may read other images from the same bytes.
+    reader = reader_of(config.source)
+    place = config.source if ":" in config.source else str(Path(config.source).resolve())
+    return place if reader is None else f"{place} {reader}"
 
 
 def ingest(
@@ -137,9 +141,8 @@ def ingest(
     of those read are quarantined, or the data set stores its images in another way and ``rebuild`` is ``never``.
     """
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is no folder, and a data set is one: move it away, or give another --dataset")
-    fan_out = fan_out or local_fan_out(config)
-    work = work_folder(folder)
+        raise UserError(f"{folder} is not a folder, and a data set is one: move it away, or give another --dataset")
+    fan_out, work = fan_out or local_fan_out(config), work_folder(folder)
     make_folder(work)
     with FileLock(work / "lock"), explain_database_errors(work):
         before = read_manifest(folder) if (folder / "manifest.json").is_file() else None
@@ -154,30 +157,22 @@ def ingest(
             access = Access(config, work / "scratch", objects, listings=work / "listings")
             access.scratch.mkdir(exist_ok=True)
             config = complete_buckets(config, current, lambda: survey(config, access.scratch, objects))
-            source = open_source(config.source, access)
-            origin = origin_of(config)
-            plan = work / "plan.sqlite"
+            source, plan, origin = open_source(config.source, access), work / "plan.sqlite", origin_of(config)
             listed_count, planned_count = make_plan(plan, source, origin, index.path, requeue, rebuilding, progress)
-            other_files = access.passed_over
             if not listed_count:
-                others = f" ({other_files.total()} other files)" if other_files else ""
-                raise UserError(
-                    f"no images in {config.source}{others}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images"
-                )
+                raise _no_images_error(config.source, access.passed_over.total())
             calibration = None
             if needs_calibration:
                 calibration = calibrate_ingest(folder, current, plan, planned_count, source, config, progress)
-                if (warning := calibration.warning) is not None:
-                    logger.warning("%s", warning)
                 recorded_bits, bits = calibration.recorded, calibration.bits
                 index.update(folder, current, bits)
             config = config.model_copy(update={"near_duplicates": bits})
             parts = [] if current is None else list(current.parts)
-            merge = Merge(folder, config, index, origin, parts, access.about.get("source"))
+            merge = Merge(folder, config, index, origin, parts, access.about.get("source") or reader_of(config.source))
             chunks = fan_out(prepare_chunk, chunks_of(work, config, objects, planned_count))
+            licence = _licence(config, current, access.about.get("licence"))
+            facts = {"licence": licence, "near_duplicate_bits": recorded_bits}
             try:
-                licence = _licence(config, current, access.about.get("licence"))
-                facts = {"licence": licence, "near_duplicate_bits": recorded_bits}
                 after, captions = _merge(merge, before, facts, chunks, planned_count, rebuilding, progress)
             except UserError:
                 # The cause of the quarantine may be fixed, so the entries must be read again.
@@ -186,26 +181,44 @@ def ingest(
             finally:
                 remove_strays(folder)
             _remove_work(work)
-            return IngestResult(
-                dataset=folder.name,
-                folder=folder,
-                content_digest=after.content_digest,
-                digest=after.digest,
-                changed=after != before,
-                source=access.about.get("source"),
-                listed=listed_count,
-                read=merge.read,
-                added=merge.new_outcomes["kept"],
-                removed=merge.new_outcomes["removed"],
-                relabelled=merge.relabelled,
-                passed_over=dict(other_files.most_common()),
-                kept=after.kept,
-                duplicates=index.count("duplicate"),
-                quarantined=[QuarantineExample(**row) for row in index.list_quarantined(1000)],
-                quarantined_count=index.count("quarantined"),
-                near_duplicates=calibration,
-                captions=captions,
-            )
+            return _make_result(merge, before, after, access, listed_count, calibration, captions)
+
+
+def _no_images_error(source: str, other_files: int) -> UserError:
+    others = f" ({other_files} other files)" if other_files else ""
+    return UserError(f"no images in {source}{others}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images")
+
+
+def _make_result(
+    merge: Merge,
+    before: Manifest | None,
+    after: Manifest,
+    access: Access,
+    listed_count: int,
+    calibration: Calibration | None,
+    captions: CaptionCounts | None,
+) -> IngestResult:
+    index = merge.index
+    return IngestResult(
+        dataset=merge.folder.name,
+        folder=merge.folder,
+        content_digest=after.content_digest,
+        digest=after.digest,
+        changed=after != before,
+        source=merge.source,
+        listed=listed_count,
+        read=merge.read,
+        added=merge.new_outcomes["kept"],
+        removed=merge.new_outcomes["removed"],
+        relabelled=merge.relabelled,
+        passed_over=dict(access.passed_over.most_common()),
+        kept=after.kept,
+        duplicates=index.count("duplicate"),
+        quarantined=[QuarantineExample(**row) for row in index.list_quarantined(1000)],
+        quarantined_count=index.count("quarantined"),
+        near_duplicates=calibration,
+        captions=captions,
+    )
 
 
 def encodings_folder(folder: Path) -> Path:
@@ -220,7 +233,7 @@ def forget_encodings(folder: Path) -> None:
 
 
 def _licence(config: IngestConfig, before: Manifest | None, source_licence: str | None) -> str | None:
-    """Return the licence of the data set: the configured one, or else the one it has, or else that of the source."""
+    """Return the licence of the data set: the configured one, or else its own, or else the source's."""
     licence = config.licence or (before.licence if before is not None else None)
     if licence is not None and source_licence is not None and source_licence.lower() != licence.lower():
         name = "ingest.licence" if config.licence else "the licence of the data set"

@@ -103,10 +103,10 @@ class Merge:
         self.index.add_hashes(self.folder, part, rows)
         records, lost_count = [], 0
         for row in rows:
-            ours = self.index.find_outcome(row["source"], row["source_sha256"])
+            known_outcome = self.index.find_outcome(row["source"], row["source_sha256"])
             if row["outcome"] == "removed":
                 is_recorded = not self._is_known_as_removed(row)
-            elif ours is not None and ours[0] != "quarantined":
+            elif known_outcome is not None and known_outcome[0] != "quarantined":
                 is_recorded = False
             elif row["outcome"] == "duplicate" and self.index.sample(row["key"]) is None:
                 # Its pixels are in a part that this version no longer has.
@@ -183,22 +183,31 @@ class Merge:
         stored_rows = [row for row in records if row["outcome"] in STORED]
         if shard_file is not None and stored_rows:
             if len(stored_rows) == samples:
-                staging_path = self.folder / "shards" / f".{number:05d}.tar"
-                make_folder(staging_path.parent)
-                staging_path.unlink(missing_ok=True)
-                try:
-                    os.link(shard_file, staging_path)
-                except OSError:  # a file system without hard links
-                    shutil.copyfile(shard_file, staging_path)
-                sync_file(staging_path)
-                shard = _rename(self.folder, staging_path, digest)
+                shard = link_file(self.folder, shard_file, self.folder / "shards" / f".{number:05d}.tar", digest)
             else:
                 shard = copy_samples(self.folder, number, [(shard_file, stored_rows)])
         self.parts.append(write_part(self.folder, number, shard, records, self.config.size, source, shape))
 
 
-def copy_samples(folder: Path, number: int, shards: Sequence[tuple[Path, list[dict[str, Any]]]]) -> FileEntry:
-    """Write shard ``number`` of samples of other ``shards``, each with the rows to copy; updates their offsets."""
+def link_file(folder: Path, source: Path, staging_path: Path, digest: str) -> FileEntry:
+    """Make ``source`` a file of the data set in ``folder``, without a copy where the file system has links."""
+    make_folder(staging_path.parent)
+    staging_path.unlink(missing_ok=True)
+    try:
+        os.link(source, staging_path)
+    except OSError:
+        shutil.copyfile(source, staging_path)
+    sync_file(staging_path)
+    return _rename(folder, staging_path, digest)
+
+
+def copy_samples(folder: Path, number: int, shards: Sequence[tuple[Path, list[dict[str, Any]]]]) -> FileEntry | None:
+    """Write shard ``number`` of samples of other ``shards``, each with the rows to copy; updates their offsets.
+
+    Returns None without ``shards``.
+    """
+    if not shards:
+        return None
 
     def write(partial: Path) -> None:
         with partial.open("wb") as file:
@@ -249,6 +258,11 @@ def write_part(
     )
 
 
+def rewrite_part(folder: Path, part: Part, records: list[dict[str, Any]], size: int, shard: FileEntry | None) -> Part:
+    """Write ``part`` with other ``records`` and another ``shard``."""
+    return write_part(folder, part.number, shard, records, size, part.source, part.shape)
+
+
 def redact_row(row: dict[str, Any], reason: str) -> dict[str, Any]:
     """Reduce the row of an image that was taken down to the digests by which it is rejected."""
     digests = {name: row[name] or "" for name in ("key", "source_sha256")}
@@ -279,59 +293,59 @@ class Union(Config):
     """Number of records of duplicates whose image the other line removed, which are in neither."""
 
 
-def merge_versions(folder: Path, config: IngestConfig, theirs: Manifest, base: Manifest | None) -> Union:
-    """Make a version based on ``theirs`` with the additions of the current version in ``folder`` to ``base``.
+def merge_versions(folder: Path, config: IngestConfig, remote: Manifest, base: Manifest | None) -> Union:
+    """Make a version based on ``remote`` with the additions of the current version in ``folder`` to ``base``.
 
     Two machines that ingest into ``base``, the newest common ancestor if there is one, create two lines of versions.
-    All files of ``theirs`` and the manifests of its ancestors lie in ``folder``. The caller holds the data set's lock.
+    All files of ``remote`` and the manifests of its ancestors lie in ``folder``. The caller holds the data set's lock.
     Repeated after a kill it gives the same result: the manifest is written last.
 
-    Raises ConflictError if the two store images in different ways, or ours rebuilt the data set.
+    Raises ConflictError if the two store images in different ways, or the local one is a rebuild.
     """
-    ours = read_manifest(folder)
+    local = read_manifest(folder)
     line = takewhile(lambda version: base is None or version.digest != base.digest, versions(folder))
     conflict = (
-        f"another process was first: the newest version of data set {folder.name} is {theirs.digest[:12]} by now, and"
+        f"another process was first: the newest version of data set {folder.name} is {remote.digest[:12]} by now, and"
     )
-    advice = f"`darkroom data checkout {theirs.digest[:12]} --dataset {folder.name}`, then ingest again"
+    advice = f"`darkroom data checkout {remote.digest[:12]} --dataset {folder.name}`, then ingest again"
     if any(version.change == "rebuild" for version in line):
         raise ConflictError(
-            f"{conflict} {ours.digest[:12]} here is a rebuild: give the command with --rebuild again to publish it all "
-            f"the same, or to add to theirs {advice}"
+            f"{conflict} {local.digest[:12]} here is a rebuild: give the command with --rebuild again to publish it "
+            f"all the same, or to add to it {advice}"
         )
-    if difference := theirs.find_storage_difference(ours.storage):
-        name, their_value, own_value = difference
+    if difference := remote.find_storage_difference(local.storage):
+        name, remote_value, local_value = difference
         raise ConflictError(
-            f"{conflict} stores images with ingest.{name}={their_value}, while {ours.digest[:12]} here has {own_value}"
-            f": give another --dataset, or to add to theirs {advice} with that"
+            f"{conflict} stores images with ingest.{name}={remote_value}, while {local.digest[:12]} here has "
+            f"{local_value}: give another --dataset, or to add to it {advice} with that"
         )
-    shared_digests = {part.records.sha256 for part in (*theirs.parts, *(base.parts if base else ()))}
-    recorded_bits = ours.near_duplicate_bits if theirs.near_duplicate_bits is None else theirs.near_duplicate_bits
+    shared_digests = {part.records.sha256 for part in (*remote.parts, *(base.parts if base else ()))}
+    recorded_bits = local.near_duplicate_bits if remote.near_duplicate_bits is None else remote.near_duplicate_bits
     bits = config.near_duplicate_bits(recorded_bits)
-    config = config.model_copy(update=dict(theirs.storage) | {"near_duplicates": bits})
+    config = config.model_copy(update=dict(remote.storage) | {"near_duplicates": bits})
     work = work_folder(folder)
     with (
         explain_database_errors(work),
-        closing(Index(work / "index.sqlite", folder, theirs, bits)) as index,
+        closing(Index(work / "index.sqlite", folder, remote, bits)) as index,
         index.transaction(),
     ):
-        merge = Merge(folder, config, index, "", list(theirs.parts))
-        lost_count = sum(merge.adopt(part) for part in ours.parts if part.records.sha256 not in shared_digests)
-        after = theirs
-        if merge.parts != theirs.parts:
+        merge = Merge(folder, config, index, "", list(remote.parts))
+        lost_count = sum(merge.adopt(part) for part in local.parts if part.records.sha256 not in shared_digests)
+        after = remote
+        if merge.parts != remote.parts:
             after = Manifest(
                 name=folder.name,
-                parent=theirs.digest,
-                change=f"union with {ours.digest[:12]}",
+                parent=remote.digest,
+                change=f"union with {local.digest[:12]}",
                 content_digest="",
-                storage=theirs.storage,
-                licence=theirs.licence or ours.licence,
+                storage=remote.storage,
+                licence=remote.licence or local.licence,
                 near_duplicate_bits=recorded_bits,
                 parts=merge.parts,
             )
             after = after.model_copy(update={"content_digest": index.content_digest(after)})
-            write_bytes(version_path(folder, theirs.digest), manifest_bytes(theirs))
-        remember(folder, ours)
+            write_bytes(version_path(folder, remote.digest), manifest_bytes(remote))
+        remember(folder, local)
         write_bytes(folder / "manifest.json", manifest_bytes(after))
         index.set_version(after)
     return Union(version=after, added=merge.new_outcomes["kept"], lost=lost_count)

@@ -1,10 +1,11 @@
 """Interfaces of image sources: entries, payloads, sources, object stores."""
 
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
 from PIL import Image
 
@@ -14,7 +15,7 @@ from diffusion.data.ingest.decode import UnusableEntryError
 
 MISSING = "named in the listing but missing"
 """Reason why a file that was listed, or named by metadata, is not read."""
-LONGEST = {"name": 4096, "label": 1000, "caption": 10_000}
+MAX_CHARACTERS = {"name": 4096, "label": 1000, "caption": 10_000}
 """Maximum characters of the texts of an image."""
 
 
@@ -37,15 +38,35 @@ Payload: TypeAlias = bytes | Image.Image | UnusableEntryError
 """An encoded image, a decoded one, or the reason why there is none."""
 
 
-class Source(Protocol):
-    """A set of images, streamed: memory does not grow with the set. Every worker opens it again: that must be cheap."""
+class Source(ABC):
+    """A set of images, streamed: memory does not grow with the set. Every worker opens it again: that must be cheap.
 
-    in_order: bool
+    ``SOURCES`` and other packages name it by a scheme, as in ``SCHEME:PLACE?OPTION=VALUE``.
+    """
+
+    form: ClassVar[str]
+    """How a configuration names it, for error messages."""
+    suffixes: ClassVar[tuple[str, ...]] = ()
+    """Ends of file names, in lower case, by which a path without a scheme is taken for this source."""
+    options: ClassVar[tuple[str, ...]] = ()
+    """Names of its options; without any, question marks are part of the place."""
+    in_order: ClassVar[bool] = False
     """Whether ``entries`` has an order that depends on the images alone; otherwise they are sorted by name."""
 
+    def __init__(self, place: str, access: "Access", values: Mapping[str, str] = {}) -> None:
+        """Take the place, without its scheme, and the values of its options; raises UserError for invalid ones."""
+        self.place, self.access, self.values = place, access, values
+
+    @property
+    def path(self) -> Path:
+        """Return the place as a path."""
+        return Path(self.place)
+
+    @abstractmethod
     def entries(self) -> Iterator[Entry]:
         """Yield every possible image; raises UserError for a source that is missing or invalid."""
 
+    @abstractmethod
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield the payload of each of ``entries`` in order, a few in memory at a time.
 
@@ -57,7 +78,7 @@ class Source(Protocol):
 def limit_texts(entry: Entry) -> Entry:
     """Limit the length of the texts of an entry: a longer one is cut or left out, and becomes its ``problem``."""
     texts = {"name": entry.source, "label": entry.label, "caption": entry.caption}
-    long_kinds = [kind for kind, text in texts.items() if len(text or "") > LONGEST[kind]]
+    long_kinds = [kind for kind, text in texts.items() if len(text or "") > MAX_CHARACTERS[kind]]
     if not long_kinds:
         return entry
     source = shorten_name(entry.source) if "name" in long_kinds else entry.source
@@ -66,8 +87,8 @@ def limit_texts(entry: Entry) -> Entry:
 
 
 def too_long_reason(kind: str) -> str:
-    """Return the reason for a name, label or caption longer than LONGEST."""
-    return f"its {kind} has more than {LONGEST[kind]} characters"
+    """Return the reason for a name, label or caption longer than MAX_CHARACTERS."""
+    return f"its {kind} has more than {MAX_CHARACTERS[kind]} characters"
 
 
 def too_large_error(size: int, limit: int) -> UnusableEntryError:

@@ -9,13 +9,12 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, suppress
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
 from diffusion.common.errors import UserError
 from diffusion.common.parsing import parse_json
-from diffusion.data.sources.base import MISSING, Access, Entry, Payload
+from diffusion.data.sources.base import MISSING, Entry, Payload, Source
 from diffusion.data.sources.local_files import open_text, read_file, stamp_if_exists
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
@@ -25,7 +24,7 @@ FOREIGN = frozenset(
 )
 """Names of images in formats that cannot be read: these are quarantined instead of ignored as other files are."""
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
-LONGEST_LINE = 2**20
+MAX_LINE = 2**20
 """Maximum characters of a line of a table, or of all lines of a CSV record: other files may be one endless line."""
 
 
@@ -72,7 +71,7 @@ def list_images(
         # Only images have a folder.
         rows = ((*file, posixpath.dirname(file[0]) if is_image(file[0]) else None) for file in files)
         database.executemany("INSERT INTO files (name, locator, stamp, folder) VALUES (?, ?, ?, ?)", rows)
-        # Of several columns beside max(), SQLite returns those of the row with the maximum.
+        # Of several columns beside max(), SQLite returns the values of the row with the maximum.
         last_query = "SELECT locator, stamp, name, max(number) FROM files WHERE name = ? GROUP BY name"
         tables = [row for name in METADATA_FILES for row in database.execute(last_query, (name,))]
         if len(tables) > 1:
@@ -113,7 +112,8 @@ def read_descriptions(lines: TextIO, where: str) -> Iterator[tuple[str, str | No
             )
         if make_printable(name) != name:
             raise UserError(
-                f"{where}, record {number}: {make_printable(name)} is no file's name: take its control characters out"
+                f"{where}, record {number}: {make_printable(name)} is not the name of a file: take its control "
+                "characters out"
             )
         yield path.as_posix(), *texts_of(record, f"{where}, record {number}")
 
@@ -144,7 +144,7 @@ def records(lines: TextIO, where: str) -> Iterator[dict[str, Any]]:
         for line in filter(str.strip, _short_lines(lines)):
             record = parse_json(line)
             if not isinstance(record, dict):
-                raise ValueError(f"{line.strip()[:60]} is no JSON object")
+                raise ValueError(f"{line.strip()[:60]} is not a JSON object")
             yield record
     except (ValueError, csv.Error) as error:
         raise UserError(f"{where} cannot be read ({error}): fix it or remove it") from error
@@ -158,8 +158,8 @@ def _csv_records(lines: TextIO) -> Iterator[dict[str, Any]]:
         nonlocal characters
         for line in _short_lines(lines):
             characters += len(line)
-            if characters > LONGEST_LINE:
-                raise ValueError(f"a record is longer than {LONGEST_LINE} characters")
+            if characters > MAX_LINE:
+                raise ValueError(f"a record is longer than {MAX_LINE} characters")
             yield line
 
     for number, row in enumerate(csv.DictReader(count_characters()), start=1):
@@ -173,35 +173,32 @@ def _csv_records(lines: TextIO) -> Iterator[dict[str, Any]]:
 
 
 def _short_lines(lines: TextIO) -> Iterator[str]:
-    for line in iter(lambda: lines.readline(LONGEST_LINE), ""):
-        if len(line) == LONGEST_LINE:
-            raise ValueError(f"a line is longer than {LONGEST_LINE} characters")
+    for line in iter(lambda: lines.readline(MAX_LINE), ""):
+        if len(line) == MAX_LINE:
+            raise ValueError(f"a line is longer than {MAX_LINE} characters")
         yield line
 
 
-@dataclass(frozen=True)
-class Folder:
-    """The images below ``root``, as ``list_images`` finds them. Links are followed."""
+class Folder(Source):
+    """The images below a folder, as ``list_images`` finds them. Links are followed."""
 
-    root: Path
-    access: Access
-    in_order = False
+    form = "a folder"
 
     def entries(self) -> Iterator[Entry]:
         """Yield all images in the folder's order; raises UserError for unreadable metadata."""
-        return list_images(self._files(), str(self.root), self._table, self.access.passed_over)
+        return list_images(self._files(), str(self.path), self._table, self.access.passed_over)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes."""
         for entry in entries:
-            yield read_file(self.root / json.loads(entry.locator), self.access.config.max_bytes)
+            yield read_file(self.path / json.loads(entry.locator), self.access.config.max_bytes)
 
     def _table(self, locator: str, _: str) -> AbstractContextManager[TextIO]:
-        return open_text(self.root / json.loads(locator))
+        return open_text(self.path / json.loads(locator))
 
     def _files(self) -> Iterator[tuple[str, str, str]]:
-        for name in visible_files(self.root):
-            yield make_printable(name), json.dumps(name), stamp_if_exists(self.root / name)
+        for name in visible_files(self.path):
+            yield make_printable(name), json.dumps(name), stamp_if_exists(self.path / name)
 
 
 def holds_images(root: Path) -> bool:

@@ -8,8 +8,7 @@ import gzip
 import json
 import posixpath
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
@@ -26,14 +25,13 @@ from diffusion.data.prefetch import prefetch
 from diffusion.data.sources.base import Access, Entry, Payload, Source, too_large_error
 from diffusion.data.sources.conventions import METADATA_FILES, is_hidden, is_image, list_images, make_printable
 from diffusion.data.sources.local_files import TARS, expand_braces, open_text, stamp_of
-from diffusion.data.sources.object_store import IN_MEMORY
+from diffusion.data.sources.object_store import IN_MEMORY, read_spooled
 from diffusion.data.sources.parquet import Parquet
 from diffusion.data.sources.tars import WebDataset
 
-OPTIONS = ("config", "split", "image", "label", "caption")
 IMAGES_AT_ONCE, FILES_AT_ONCE = 16, 4
 """Concurrent downloads of images, and of files with many of them."""
-LARGEST_TABLE = 2**32
+MAX_TABLE_BYTES = 2**32
 """Maximum bytes of a metadata file."""
 SPLITS = {
     "train": ("train", "training"),
@@ -46,32 +44,29 @@ FORMAT = 1
 """Incremented when files would be listed in another way."""
 
 
-@dataclass(frozen=True)
-class HubDataset:
+class HubDataset(Source):
     """The images of a split of a data set of the Hub, named ``OWNER/NAME/FILE[/MEMBER OR ROW]``.
 
     ``config`` and ``split`` select files as the data set's card says, or else by the names of folders and files. Their
     defaults are the only or default configuration, and ``train`` or the only split; ``split=all`` is everything. The
-    columns ``image``, ``label`` and ``caption`` of Parquet files are those of ``parquet:``. The revision (default
+    columns ``image``, ``label`` and ``caption`` of Parquet files are as for ``parquet:``. The revision (default
     ``main``) is resolved to a commit whenever the images are listed.
     """
 
-    name: str
-    revision: str | None
-    options: dict[str, str]
-    access: Access
+    form = "hf://datasets/OWNER/NAME"
+    options = ("config", "split", *Parquet.options)
     in_order = True
 
-    @classmethod
-    def open(cls, place: str, options: dict[str, str], access: Access) -> Self:
-        """Open ``hf:`` + ``place``; raises UserError for anything but a data set's name."""
-        return cls(*parse_hub_uri(f"hf:{place}", "dataset"), options, access)
+    def __init__(self, place: str, access: Access, values: Mapping[str, str] = {}) -> None:
+        """Parse the place; raises UserError for anything but a data set's name."""
+        super().__init__(place, access, values)
+        self.name, self.revision = parse_hub_uri(f"hf:{place}", "dataset")
 
     def find(self) -> tuple[Repository, list[HubFile]]:
         """Resolve the revision and select the files; raises UserError for names that the Hub or data set lacks."""
         repository = Repository.resolve("dataset", self.name, self.revision)
-        config, groups = _splits(repository, self.options.get("config"))
-        split = self.options.get("split")
+        config, groups = _splits(repository, self.values.get("config"))
+        split = self.values.get("split")
         if split is None:
             split = "train" if len(groups) != 1 else next(iter(groups))
             if groups and split not in groups:
@@ -92,7 +87,7 @@ class HubDataset:
     def entries(self) -> Iterator[Entry]:
         """Yield all images, file by file; raises UserError for what is missing, damaged or has no images."""
         repository, files = self.find()
-        options = "&".join(f"{name}={value}" for name, value in sorted(self.options.items()))
+        options = "&".join(f"{name}={value}" for name, value in sorted(self.values.items()))
         self.access.about["source"] = f"{repository.uri}?{options}" if options else repository.uri
         if repository.licence is not None:
             self.access.about["licence"] = repository.licence
@@ -138,11 +133,11 @@ class HubDataset:
     def _reader(self, file: HubFile, local: Path) -> Source:
         if not file.path.endswith(".parquet"):
             return WebDataset(str(local), self.access)
-        return Parquet(str(local), self._columns, self.access)
+        return Parquet(str(local), self.access, self._columns)
 
     @property
     def _columns(self) -> dict[str, str]:
-        return {name: self.options[name] for name in OPTIONS[2:] if name in self.options}
+        return {name: self.values[name] for name in Parquet.options if name in self.values}
 
     def _images(self, repository: Repository, files: Sequence[HubFile]) -> Iterator[Entry]:
         visible_files = [file for file in files if not is_hidden(file.path)]
@@ -168,8 +163,8 @@ class HubDataset:
 
     def _table(self, locator: str, _: str) -> TextIO:
         commit, *file, _inside = json.loads(locator)
-        if (table := HubFile(*file)).size > LARGEST_TABLE:
-            raise UserError(f"{table.path} of {self.uri} has {table.size} bytes, over the limit of {LARGEST_TABLE}")
+        if (table := HubFile(*file)).size > MAX_TABLE_BYTES:
+            raise UserError(f"{table.path} of {self.uri} has {table.size} bytes, over the limit of {MAX_TABLE_BYTES}")
         return open_text(self._fetch(commit, table))
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
@@ -177,13 +172,7 @@ class HubDataset:
         places = (_Place.from_entry(entry) for entry in entries)
         for is_file, group in groupby(places, key=lambda place: place.inside is None):
             if is_file:
-                for payload in prefetch(self._image, group, IMAGES_AT_ONCE):
-                    if isinstance(payload, UnusableEntryError):
-                        yield payload
-                        continue
-                    with payload:
-                        payload.seek(0)
-                        yield payload.read()
+                yield from read_spooled(prefetch(self._image, group, IMAGES_AT_ONCE))
                 continue
             for (commit, file), members in groupby(group, key=lambda place: (place.commit, place.file)):
                 local = self._fetch(commit, file)

@@ -1,21 +1,19 @@
 """Well-known data sets: IDX files such as MNIST's, and the sets of torchvision by name."""
 
 import inspect
-import json
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any
 from urllib.error import URLError
 
+import numpy as np
 from PIL import Image
 
 from diffusion.common.errors import UserError
 from diffusion.data.ingest.decode import UnusableEntryError
-from diffusion.data.sources.base import MISSING, Access, Entry, Payload
+from diffusion.data.sources.base import MISSING, Access, Entry, Payload, Source
 from diffusion.data.sources.conventions import make_printable
 from diffusion.data.sources.local_files import (
     changed_file_error,
@@ -48,175 +46,167 @@ def find_idx(folder: Path) -> str | None:
     return f"idx:{folder}" if any(folder.glob("*-images[-.]idx3-ubyte*")) else None
 
 
-@dataclass(frozen=True)
-class Idx:
-    """The images in the file ``images``, named ``FILE/NUMBER``, with the numbers of their classes as labels.
+class Idx(Source):
+    """The images in a file named ``….images-idx3-ubyte``, with the numbers of their classes as labels: ``FILE/NUMBER``.
 
-    Labels come from the file beside it that is named as in MNIST (``train-labels-idx1-ubyte`` beside
-    ``train-images-idx3-ubyte``), if any. Files may end in ``.gz``.
+    The place is the file, or a folder that has the one for ``split`` (train, test). Labels come from the file beside it
+    that is named as in MNIST (``train-labels-idx1-ubyte`` beside ``train-images-idx3-ubyte``), if any. Files may end in
+    ``.gz``.
 
     Format: http://yann.lecun.com/exdb/mnist (big-endian; two zero bytes, the type 8 for unsigned bytes, the number
     of dimensions, their sizes as 32-bit integers, then the values in C order).
     """
 
-    images: Path
-    access: Access
+    form = "MNIST's IDX files or idx:PATH"
+    suffixes = tuple(f"-images{sign}idx3-ubyte{packed}" for sign in "-." for packed in ("", ".gz"))
+    options = ("split",)
     in_order = True
 
-    @classmethod
-    def open(cls, name: str, options: dict[str, str], access: Access) -> Self:
-        """Open the file ``name``, or the one for ``split`` (train, test) in the folder ``name``."""
-        place, split = Path(name), options.get("split")
+    def __init__(self, place: str, access: Access, values: Mapping[str, str] = {}) -> None:
+        """Choose the file; raises UserError if there are none or several."""
+        super().__init__(place, access, values)
+        self.images, split = self.path, values.get("split")
         if split not in (None, *IDX_SPLITS):
             raise UserError(f"idx:{place} has no split {split}: give train or test")
-        if place.is_file():
+        if self.images.is_file():
             if split:
                 raise UserError(f"idx:{place} is one file, so split={split} would have no effect: leave it out")
-            return cls(place, access)
+            return
         pattern = f"{IDX_SPLITS[split] if split else '*'}-images[-.]idx3-ubyte"
         # Unpacked files take precedence.
-        candidates = {path.stem: path for path in place.glob(f"{pattern}.gz")}
-        candidates |= {path.name: path for path in place.glob(pattern)}
+        candidates = {path.stem: path for path in self.path.glob(f"{pattern}.gz")}
+        candidates |= {path.name: path for path in self.path.glob(pattern)}
         if not candidates:
             raise UserError(f"idx:{place} is neither an IDX file nor a folder with {split or ''} ones: check the path")
         if len(candidates) > 1:
             raise UserError(f"idx:{place} holds {' and '.join(sorted(candidates))}: choose with ?split=train or test")
-        return cls(next(iter(candidates.values())), access)
+        (self.images,) = candidates.values()
 
     def entries(self) -> Iterator[Entry]:
         """Yield all images in the file's order; raises UserError if it is damaged, or its labels differ in number."""
         file_stamp, name = stamp_of(self.images), make_printable(self.images.name)
-        with ExitStack() as stack:
-            _, (count, height, width) = self._open(stack, self.images, file_stamp, 3)
-            name_of_labels = self.images.name.replace("-images", "-labels").replace("idx3", "idx1").removesuffix(".gz")
-            labels = None
-            for path in (self.images.with_name(name_of_labels), self.images.with_name(f"{name_of_labels}.gz")):
-                if labels is None and path.is_file() and path != self.images:
-                    labels, (length,) = self._open(stack, path, stamp_of(path), 1)
-                    if length != count:
-                        raise UserError(f"{path} has {length} labels for {count} images: give the files of one set")
-            for number in range(count):
-                label = str(labels.read(1)[0]) if labels else None
-                yield Entry(f"{name}/{number}", json.dumps([number, height, width]), file_stamp, label)
+        count = len(self._map(self.images, file_stamp, 3))
+        label_name = self.images.name.replace("-images", "-labels").replace("idx3", "idx1").removesuffix(".gz")
+        paths = (self.images.with_name(label_name), self.images.with_name(f"{label_name}.gz"))
+        labels = None
+        if path := next((path for path in paths if path.is_file() and path != self.images), None):
+            labels = self._map(path, stamp_of(path), 1)
+            if len(labels) != count:
+                raise UserError(f"{path} has {len(labels)} labels for {count} images: give the files of one set")
+        for number in range(count):
+            yield Entry(f"{name}/{number}", str(number), file_stamp, None if labels is None else str(labels[number]))
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield decoded grey images; raises UserError if the file has changed since it was listed."""
-        if not entries:
+        try:
+            images = self._map(self.images, entries[0].stamp, 3) if entries else np.empty((0, 0, 0))
+        except FileNotFoundError:
+            yield from (UnusableEntryError(MISSING) for _ in entries)
             return
-        with ExitStack() as stack:
-            try:
-                file, _ = self._open(stack, self.images, entries[0].stamp, 3)
-            except FileNotFoundError:
-                yield from (UnusableEntryError(MISSING) for _ in entries)
-                return
-            for entry in entries:
-                number, height, width = json.loads(entry.locator)
-                if width * height > (limit := self.access.config.max_pixels):
-                    yield UnusableEntryError(f"{width}×{height} pixels are over the limit of {limit}")
-                    continue
-                file.seek(16 + number * height * width)
-                yield Image.frombytes("L", (width, height), file.read(height * width))
+        _, height, width = images.shape
+        for entry in entries:
+            if width * height > (limit := self.access.config.max_pixels):
+                yield UnusableEntryError(f"{width}×{height} pixels are over the limit of {limit}")
+            else:
+                yield Image.fromarray(images[int(entry.locator)])
 
-    def _open(self, stack: ExitStack, path: Path, file_stamp: str, dimensions: int) -> tuple[BinaryIO, tuple[int, ...]]:
-        """Open an IDX file whose stamp is ``file_stamp``; returns it, positioned behind its header, and its sizes."""
-        plain_path = decompress(path, file_stamp, self.access)
+    def _map(self, path: Path, file_stamp: str, dimensions: int) -> np.ndarray:
+        """Map the values of an IDX file whose stamp is ``file_stamp``."""
+        plain_path, header = decompress(path, file_stamp, self.access), 4 * dimensions + 4
         if plain_path == path and stamp(path.stat()) != file_stamp:
             raise changed_file_error(str(path))
-        file = stack.enter_context(plain_path.open("rb"))
-        magic, *sizes = struct.unpack(f">{dimensions + 1}I", file.read(4 * dimensions + 4).ljust(4 * dimensions + 4))
+        with plain_path.open("rb") as file:
+            magic, *shape = struct.unpack(f">{dimensions + 1}I", file.read(header).ljust(header))
         if magic != (8 << 8) + dimensions:
-            raise UserError(f"{path} is no IDX file of {dimensions} dimensions of unsigned bytes: check the path")
-        if plain_path.stat().st_size != 4 * dimensions + 4 + prod(sizes) or 0 in sizes[1:]:
+            raise UserError(f"{path} is not an IDX file of {dimensions} dimensions of unsigned bytes: check the path")
+        if plain_path.stat().st_size != header + prod(shape) or 0 in shape[1:]:
             raise UserError(f"{path} has not the length that its header says: it is damaged or was cut short")
-        return file, tuple(sizes)
+        return np.memmap(plain_path, np.uint8, "r", header, tuple(shape))
 
 
-@dataclass(frozen=True)
-class TorchvisionSet:
-    """A set that torchvision calls ``name``, where it keeps it in the folder ``root``; labels are its classes' names.
+class TorchvisionSet(Source):
+    """The images of a set by the name that torchvision calls it; labels are its classes' names.
 
-    Its loading code unpickles nothing (checked in torchvision 0.24 and 0.28), nor converts images to RGB.
+    Its options are ``root``, the folder in which torchvision keeps it (needed), ``split`` and ``download``. Its loading
+    code unpickles nothing (checked in torchvision 0.24 and 0.28), nor converts images to RGB.
     """
 
-    name: str
-    root: Path
-    arguments: dict[str, Any]
-    """Arguments of torchvision's class besides ``root``: nothing, ``split`` or ``train``."""
-    download: bool
-    access: Access
+    form = "torchvision:NAME"
+    options = ("root", "split", "download")
     in_order = True
 
-    @classmethod
-    def open(cls, name: str, options: dict[str, str], access: Access) -> Self:
-        """Open a set with the options ``root`` (needed), ``split``, ``download``; raises UserError for other sets."""
-        where, names, split = f"torchvision:{name}", sorted((*IDX_FILES, *IMAGE_FILES, *ARRAYS)), options.get("split")
-        if name in PICKLED:
+    def __init__(self, place: str, access: Access, values: Mapping[str, str] = {}) -> None:
+        """Check name and options; raises UserError for other sets."""
+        super().__init__(place, access, values)
+        where, names, split = f"torchvision:{place}", sorted((*IDX_FILES, *IMAGE_FILES, *ARRAYS)), values.get("split")
+        if place in PICKLED:
             raise UserError(f"{where} is kept in pickles, and they could run anything: save it as PNG or Parquet first")
-        if name not in names:
+        if place not in names:
             raise UserError(f"{where} is not known; there are {', '.join(names)}: read other sets as a folder")
-        if "root" not in options:
+        if "root" not in values:
             raise UserError(f"{where} lies in no folder: give the one that torchvision keeps it in, as ?root=FOLDER")
-        if options.get("download", "true") not in ("true", "false"):
-            raise UserError(f"{where} has download={options['download']}: write true or false")
-        arguments: dict[str, Any] = {}
+        if values.get("download", "true") not in ("true", "false"):
+            raise UserError(f"{where} has download={values['download']}: write true or false")
+        self.root, self.download = Path(values["root"]).expanduser(), values.get("download") == "true"
+        self.arguments: dict[str, Any] = {}
+        """Arguments of torchvision's class besides ``root``: nothing, ``split`` or ``train``."""
         if split:
-            parameters = inspect.signature(_torchvision_class(name)).parameters
+            parameters = inspect.signature(_torchvision_class(place)).parameters
             if "split" in parameters:
-                arguments = {"split": split}
+                self.arguments = {"split": split}
             elif "train" not in parameters:
                 raise UserError(f"{where} has no splits: leave split={split} out")
             elif split not in ("train", "test"):
                 raise UserError(f"{where} has no split {split}: give train or test")
             else:
-                arguments = {"train": split == "train"}
-        return cls(name, Path(options["root"]).expanduser(), arguments, options.get("download") == "true", access)
+                self.arguments = {"train": split == "train"}
 
     def entries(self) -> Iterator[Entry]:
         """Yield all images in the set's order; raises UserError if it is not in ``root``, or cannot be downloaded."""
-        if self.name in IDX_FILES:
+        if self.place in IDX_FILES:
             if self.download:
-                folder = self.root / self.name / "processed"
+                folder = self.root / self.place / "processed"
                 if folder.exists():
                     raise UserError(f"{folder} is of an old torchvision, and this one would unpickle it: take it away")
                 self._open(download=True)
-            classes = _torchvision_class(self.name).classes
+            classes = _torchvision_class(self.place).classes
             for entry in self._idx().entries():
                 yield entry._replace(label=_label(int(entry.label), classes) if entry.label else None)
             return
-        dataset = self._open(self.download, **({"loader": Path} if self.name in IMAGE_FILES else {}))
+        dataset = self._open(self.download, **({"loader": Path} if self.place in IMAGE_FILES else {}))
         classes = getattr(dataset, "classes", None)
         for number in range(len(dataset)):
             image, target = dataset[number]
             label = _label(target, classes)
             if isinstance(image, Path):
                 name = image.relative_to(self.root).as_posix()
-                yield Entry(make_printable(name), json.dumps([str(image)]), stamp_if_exists(image), label)
+                yield Entry(make_printable(name), str(image), stamp_if_exists(image), label)
             else:
                 # Such a set never changes; torchvision verifies checksums where it has them.
-                yield Entry(f"{self.name}/{number}", json.dumps([number]), self.name, label)
+                yield Entry(f"{self.place}/{number}", str(number), self.place, label)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield the bytes of the images, or decoded images if a set has no image files."""
-        if self.name in IDX_FILES:
+        if self.place in IDX_FILES:
             yield from self._idx().read(entries)
-        elif self.name in IMAGE_FILES:
+        elif self.place in IMAGE_FILES:
             for entry in entries:
-                yield read_file(Path(json.loads(entry.locator)[0]), self.access.config.max_bytes)
+                yield read_file(Path(entry.locator), self.access.config.max_bytes)
         else:
             dataset = self._open()
             for entry in entries:
-                image: Image.Image = dataset[json.loads(entry.locator)[0]][0]
+                image: Image.Image = dataset[int(entry.locator)][0]
                 yield image
 
     def _idx(self) -> Idx:
         split = "train" if self.arguments.get("train", True) else "test"
-        return Idx.open(f"{self.root}/{self.name}/raw", {"split": split}, self.access)
+        return Idx(f"{self.root}/{self.place}/raw", self.access, {"split": split})
 
     def _open(self, download: bool = False, **options: Any) -> Any:
         """Open torchvision's data set, without its default download."""
-        where = f"torchvision:{self.name} in {self.root}"
+        where = f"torchvision:{self.place} in {self.root}"
         try:
-            return _torchvision_class(self.name)(self.root, download=download, **self.arguments, **options)
+            return _torchvision_class(self.place)(self.root, download=download, **self.arguments, **options)
         except URLError as error:
             raise UserError(f"{where} cannot be downloaded ({error}): put it there by hand, or try again") from error
         except (RuntimeError, ValueError, FileNotFoundError) as error:

@@ -27,8 +27,8 @@ TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 NEVER = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 """Permanent errors."""
 WILD = "*?["
-MOST_NAMES = 2**16
-"""Most names that the braces of a pattern stand for; patterns may come from the card of a data set."""
+MAX_NAMES = 2**16
+"""Maximum number of names that the braces of a pattern stand for; patterns may come from the card of a data set."""
 RESERVE, RESERVED_SHARE = 2**30, 0.05
 """Bytes that unpacking leaves free on the disk, and the share of a smaller disk: data may be crafted to fill any."""
 PACKED: dict[str, Callable[[Path], object]] = {".gz": gzip.open, ".tgz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -119,7 +119,7 @@ def find_files(pattern: str, suffix: str) -> list[tuple[str, Path]]:
     names: dict[str, Path] = {}
     for piece in pieces:
         is_pattern = any(sign in piece for sign in WILD)
-        matches = glob.glob(piece, recursive=True) if is_pattern else [piece]  # noqa: PTH207 (that of Path finds hidden files)
+        matches = glob.glob(piece, recursive=True) if is_pattern else [piece]  # noqa: PTH207 (Path.glob finds hidden files)
         files = [match for match in map(Path, matches) if match.is_file()]
         if not files:
             raise UserError(f"there is no file {piece}: check the path")
@@ -130,11 +130,11 @@ def find_files(pattern: str, suffix: str) -> list[tuple[str, Path]]:
 def expand_braces(pattern: str) -> list[str]:
     """Expand the braces in ``pattern``; raises UserError if they are unbalanced or stand for too many names."""
     try:
-        names = list(islice(braceexpand(pattern), MOST_NAMES + 1))
+        names = list(islice(braceexpand(pattern), MAX_NAMES + 1))
     except ValueError as error:
         raise UserError(f"{pattern} has unbalanced braces: write them as {{000..123}} or {{a,b}}") from error
-    if len(names) > MOST_NAMES:
-        raise UserError(f"{pattern[:LONGEST_NAME]} stands for over {MOST_NAMES:,} names: give fewer")
+    if len(names) > MAX_NAMES:
+        raise UserError(f"{pattern[:LONGEST_NAME]} stands for over {MAX_NAMES:,} names: give fewer")
     return names
 
 

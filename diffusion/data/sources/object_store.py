@@ -1,18 +1,18 @@
 """Images under a prefix of an object store (``s3://``)."""
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Self, TextIO
+from tempfile import SpooledTemporaryFile
+from typing import TextIO
 from uuid import uuid4
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.data.ingest.decode import UnusableEntryError
 from diffusion.data.prefetch import prefetch
-from diffusion.data.sources.base import MISSING, Access, Entry, ObjectStore, Payload, too_large_error
+from diffusion.data.sources.base import MISSING, Access, Entry, ObjectStore, Payload, Source, too_large_error
 from diffusion.data.sources.conventions import list_images, make_printable
 from diffusion.data.sources.local_files import (
     TARS,
@@ -52,6 +52,17 @@ def fetch_object(uri: str, etag: str, access: Access) -> Path:
     return write_once(access.scratch / f"fetched-{digest_of([uri, etag])[:32]}{suffix}", download)
 
 
+def read_spooled(files: Iterable["SpooledTemporaryFile[bytes] | UnusableEntryError"]) -> Iterator[Payload]:
+    """Yield what was fetched into ``files``, and close them."""
+    for file in files:
+        if isinstance(file, UnusableEntryError):
+            yield file
+            continue
+        with file:
+            file.seek(0)
+            yield file.read()
+
+
 def find_objects(pattern: str, access: Access) -> Iterator[tuple[str, str, str]]:
     """Yield name, URI and ETag of the objects that ``pattern`` matches, as ``find_files`` does for files."""
     objects = require_object_store(pattern, access)
@@ -71,24 +82,21 @@ def find_objects(pattern: str, access: Access) -> Iterator[tuple[str, str, str]]
     yield from ((make_printable(uri.removeprefix(base)), uri, etag) for uri, etag in sorted(matches.items()))
 
 
-@dataclass(frozen=True)
-class Objects:
-    """The images under ``prefix``, as ``list_images`` finds them."""
+class Objects(Source):
+    """The images under a prefix, as ``list_images`` finds them."""
 
-    prefix: str
-    """A URI that ends in a slash."""
-    objects: ObjectStore
-    access: Access
-    in_order = False
+    form = "s3://BUCKET/PREFIX"
 
-    @classmethod
-    def open(cls, uri: str, access: Access) -> Self:
-        """Open the source that ``uri`` names; raises UserError if it is not a prefix of images."""
+    def __init__(self, place: str, access: Access, values: Mapping[str, str] = {}) -> None:
+        """Connect to the object store; raises UserError if the place is not a prefix of images."""
+        super().__init__(place, access, values)
+        uri = f"s3:{place}"
         if uri.endswith((*TARS, ".zip", ".parquet", ".csv", ".jsonl")):
             raise UserError(
                 f"{uri} is one file: write wds:{uri} for a tar of WebDataset, and copy others to disk first"
             )
-        return cls(f"{uri.rstrip('/')}/", require_object_store(uri, access), access)
+        self.prefix = f"{uri.rstrip('/')}/"
+        self.objects = require_object_store(uri, access)
 
     def entries(self) -> Iterator[Entry]:
         """Yield all images in the store's order; raises UserError for unreadable metadata."""

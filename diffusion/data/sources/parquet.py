@@ -7,7 +7,7 @@ The sizes in the footer need not be true, and Arrow allocates what page headers 
 import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, groupby
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from diffusion.common.errors import UserError
 from diffusion.common.parsing import parse_json
 from diffusion.data.ingest.decode import UnusableEntryError
-from diffusion.data.sources.base import LONGEST, MISSING, Access, Entry, Payload, too_large_error
+from diffusion.data.sources.base import MAX_CHARACTERS, MISSING, Entry, Payload, Source, too_large_error
 from diffusion.data.sources.conventions import make_printable, to_text
 from diffusion.data.sources.local_files import changed_file_error, find_files, stamp, stamp_of
 
@@ -33,7 +33,7 @@ TEXTS = (
 BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
 """Tests for types of texts, or numbers that can be written as such, and for types of bytes."""
 
-LARGEST_FOOTER = 2**23
+MAX_FOOTER_BYTES = 2**23
 """Maximum bytes of a footer; Arrow takes some thirty times as many for it."""
 DECODED_AT_ONCE = 2**25
 """Bytes of the rows that are decoded at a time, if no single one is larger."""
@@ -63,9 +63,8 @@ class Columns:
     classes: Sequence[str] | None
 
 
-@dataclass(frozen=True)
-class Parquet:
-    """The images in the files that ``pattern`` matches (a path, a folder, a glob or braces), named ``FILE/ROW``.
+class Parquet(Source):
+    """The images in the files of a pattern (a path, a folder, a glob or braces), named ``FILE/ROW``.
 
     They lie in a column of bytes, or of Hugging Face's ``{bytes, path}``: the one that ``image`` names, the one that
     the file says is an Image, one with a usual name (``image``, ``img``, ``bytes`` …), or the only one. ``label`` and
@@ -73,17 +72,17 @@ class Parquet:
     the classes that the file names (Hugging Face's ClassLabel; −1 is none), or else stay numbers.
     """
 
-    pattern: str
-    options: dict[str, str]
-    access: Access
+    form = "a .parquet file or parquet:FILES"
+    suffixes = (".parquet",)
+    options = ("image", "label", "caption")
     in_order = True
 
     def entries(self) -> Iterator[Entry]:
         """Yield all rows; raises UserError for files that are missing, damaged or have no column of images."""
-        for name, path in find_files(self.pattern, ".parquet"):
+        for name, path in find_files(self.place, ".parquet"):
             file_stamp = stamp_of(path)
             with _open(path) as file, _explain_errors(path):
-                columns = find_columns(file.schema_arrow, self.options, str(path))
+                columns = find_columns(file.schema_arrow, self.values, str(path))
                 if (rows := file.metadata.num_rows) > (size := path.stat().st_size):
                     raise UserError(f"{path} has {rows} rows in {size} bytes, and images take more: leave it out")
                 number = count()
@@ -104,7 +103,7 @@ class Parquet:
             if stamp(path.stat()) != file_stamp:
                 raise changed_file_error(place)
             with _open(path) as file:
-                columns = find_columns(file.schema_arrow, self.options, place)
+                columns = find_columns(file.schema_arrow, self.values, place)
                 for number, members in groupby(rows, key=lambda pair: pair[0]):
                     row_numbers = [row for _, row in members]
                     yield from self._images(file, number, row_numbers, columns, path)
@@ -165,7 +164,7 @@ def _batches(
     return iter(file.iter_batches(max_rows, row_groups=[group], columns=list(leaves), use_threads=False))
 
 
-def find_columns(schema: pa.Schema, options: dict[str, str], where: str) -> Columns:
+def find_columns(schema: pa.Schema, options: Mapping[str, str], where: str) -> Columns:
     """Determine the columns of a file; raises UserError, naming them all, if they are ambiguous."""
     features = _features(schema)
     names = {name.lower(): name for name in reversed(schema.names)}
@@ -227,7 +226,7 @@ def _values(column: pa.Array) -> list[Any]:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        column = pc.utf8_slice_codeunits(column, 0, max(LONGEST.values()) + 1)
+        column = pc.utf8_slice_codeunits(column, 0, max(MAX_CHARACTERS.values()) + 1)
     return list(column.to_pylist())
 
 
@@ -259,7 +258,7 @@ def _explain_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as Parquet ({error}): it is damaged or no Parquet file") from error
+        raise UserError(f"{path} cannot be read as Parquet ({error}): it is damaged or not a Parquet file") from error
 
 
 @contextmanager
@@ -269,9 +268,9 @@ def _open(path: Path) -> Iterator[pq.ParquetFile]:
         length = raw.seek(0, 2)
         raw.seek(max(0, length - 8))
         size, magic = struct.unpack("<I4s", raw.read().rjust(8, b"\0"))
-        if magic == b"PAR1" and LARGEST_FOOTER < size < length:
+        if magic == b"PAR1" and MAX_FOOTER_BYTES < size < length:
             raise UserError(
-                f"{path} has a footer of {size} bytes, over the limit of {LARGEST_FOOTER}: write it again with fewer "
+                f"{path} has a footer of {size} bytes, over the limit of {MAX_FOOTER_BYTES}: write it again with fewer "
                 "columns and row groups"
             )
         file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True)

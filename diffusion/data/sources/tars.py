@@ -5,7 +5,6 @@ import json
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO, TypeAlias, cast
@@ -14,25 +13,26 @@ from diffusion.common.errors import UserError
 from diffusion.common.parsing import parse_json
 from diffusion.data.ingest.decode import UnusableEntryError
 from diffusion.data.sources.base import (
-    LONGEST,
+    MAX_CHARACTERS,
     MISSING,
     Access,
     Entry,
     Payload,
+    Source,
     shorten_name,
     too_large_error,
     too_long_reason,
 )
 from diffusion.data.sources.conventions import is_image, list_images, make_printable, to_text
-from diffusion.data.sources.local_files import decompress, find_files, open_unchanged, stamp_of
+from diffusion.data.sources.local_files import TARS, decompress, find_files, open_unchanged, stamp_of
 from diffusion.data.sources.object_store import fetch_object, find_objects
 
-LONGEST_HEADER = 2**20
+MAX_HEADER_BYTES = 2**20
 """Maximum bytes of all headers of a member."""
 LINK = "a link or a device inside an archive: only files are read"
 
 SIDECARS = ("json", "txt", "cls")
-MOST_OF_A_KEY = 1000
+MAX_IMAGES_PER_KEY = 1000
 """Maximum number of images per key; a tar with more was not made for WebDataset."""
 
 Place: TypeAlias = str | Sequence[int]
@@ -46,17 +46,17 @@ class TarMember(NamedTuple):
     place: Place
 
 
-@dataclass(frozen=True)
-class Tar:
-    """The images in a tar, as ``list_images`` finds them, named ``ARCHIVE/MEMBER``; links are quarantined."""
+class Tar(Source):
+    """The images in a tar, as ``list_images`` finds them, named ``ARCHIVE/MEMBER``; links are quarantined.
 
-    path: Path
-    access: Access
-    # Sorted by name, so that the same images in a folder, a tar and a zip give the same data set.
-    in_order = False
+    They are sorted by name, so that the same images in a folder, a tar and a zip give the same data set.
+    """
+
+    form = "a .tar (.tar.gz, .tar.bz2, .tar.xz)"
+    suffixes = TARS
 
     def entries(self) -> Iterator[Entry]:
-        """Yield its images in its own order or that of its metadata; raises UserError if it is damaged."""
+        """Yield its images in its own or its metadata's order; raises UserError if it is damaged."""
         file_stamp, where = stamp_of(self.path), str(self.path)
         plain_path = decompress(self.path, file_stamp, self.access)
         files = ((member.name, json.dumps(member.place), file_stamp) for member in members(plain_path, where))
@@ -84,7 +84,7 @@ def members(path: Path, where: str) -> Iterator[TarMember]:
     try:
         with _Headers(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
             while (info := tar.next()) is not None:
-                file.left = LONGEST_HEADER
+                file.left = MAX_HEADER_BYTES
                 tar.members.clear()  # type: ignore[attr-defined] # typeshed leaves it out
                 # They are copied to every member.
                 if sum(len(name) + len(value) for name, value in tar.pax_headers.items()) > 2**16:
@@ -97,7 +97,7 @@ def members(path: Path, where: str) -> Iterator[TarMember]:
             file.seek(tar.offset)
             if io.BufferedReader.read(file, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"no end and no member at byte {tar.offset}")
-            while piece := io.BufferedReader.read(file, LONGEST_HEADER):
+            while piece := io.BufferedReader.read(file, MAX_HEADER_BYTES):
                 if piece.count(0) != len(piece):
                     raise tarfile.ReadError("more follows after its end: was it glued to another tar?")
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
@@ -133,7 +133,7 @@ def read_slice(file: BinaryIO | None, place: Place, limit: int) -> bytes | Unusa
 class _Headers(io.BufferedReader):
     """File object of a tar that reads headers only."""
 
-    left = LONGEST_HEADER
+    left = MAX_HEADER_BYTES
     """Bytes left for the headers of the next member: long names and sparse maps may be endless."""
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -146,7 +146,7 @@ class _Headers(io.BufferedReader):
 
 def _member(info: tarfile.TarInfo) -> TarMember:
     name, place = info.name.removeprefix("./"), (info.offset_data, info.size)
-    if len(name) > LONGEST["name"]:
+    if len(name) > MAX_CHARACTERS["name"]:
         # WebDataset keeps all names of a key.
         return TarMember(make_printable(shorten_name(name)), too_long_reason("name"))
     if info.issparse():
@@ -154,17 +154,15 @@ def _member(info: tarfile.TarInfo) -> TarMember:
     return TarMember(make_printable(name), place if info.isreg() else LINK)
 
 
-@dataclass(frozen=True)
-class WebDataset:
+class WebDataset(Source):
     """The images in tars, named ``SHARD/MEMBER``, with labels and captions from other members of the same key.
 
     A key is a member's path up to the first dot in its name; members of a key lie together. Label and caption come
-    from ``KEY.json`` (``label``; ``caption`` or ``text``), else from ``KEY.cls`` and ``KEY.txt``. ``pattern`` is a
-    path, a folder, a glob or has braces; after ``s3://`` it is no folder, and its shards are fetched once.
+    from ``KEY.json`` (``label``; ``caption`` or ``text``), else from ``KEY.cls`` and ``KEY.txt``. The place is a path,
+    a folder, a glob or has braces; after ``s3://`` it is not a folder, and its shards are fetched once.
     """
 
-    pattern: str
-    access: Access
+    form = "wds:SHARDS of WebDataset"
     in_order = True
 
     def entries(self) -> Iterator[Entry]:
@@ -204,10 +202,10 @@ class WebDataset:
 
     def _shards(self) -> Iterator[tuple[str, str, str]]:
         """Yield the unique name, the path or URI, and the stamp or ETag of each shard."""
-        if self.pattern.startswith("s3://"):
-            yield from find_objects(self.pattern, self.access)
+        if self.place.startswith("s3://"):
+            yield from find_objects(self.place, self.access)
         else:
-            yield from ((name, str(path), stamp_of(path)) for name, path in find_files(self.pattern, ".tar"))
+            yield from ((name, str(path), stamp_of(path)) for name, path in find_files(self.place, ".tar"))
 
 
 def _samples(path: Path, where: str) -> Iterator[tuple[list[TarMember], dict[str, TarMember]]]:
@@ -221,9 +219,9 @@ def _samples(path: Path, where: str) -> Iterator[tuple[list[TarMember], dict[str
                 images.append(member)
             elif extension in SIDECARS:
                 sidecars[extension] = member
-            if len(images) > MOST_OF_A_KEY:
+            if len(images) > MAX_IMAGES_PER_KEY:
                 raise UserError(
-                    f"{where} has over {MOST_OF_A_KEY} images of key {key}: read it without wds: as a plain tar"
+                    f"{where} has over {MAX_IMAGES_PER_KEY} images of key {key}: read it without wds: as a plain tar"
                 )
         yield images, sidecars
 

@@ -1,46 +1,43 @@
 """A table of URLs, CSV or JSON lines: images fetched over HTTP from hosts that are not trusted."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from tempfile import SpooledTemporaryFile
 
 from diffusion.common.errors import UserError
 from diffusion.common.http_client import HttpClient, HttpError, PrivateAddressError, RetryableError
 from diffusion.data.ingest.decode import UnusableEntryError
 from diffusion.data.prefetch import prefetch
-from diffusion.data.sources.base import Access, Entry, Payload
+from diffusion.data.sources.base import Entry, Payload, Source
 from diffusion.data.sources.conventions import make_printable, records, texts_of, to_text
 from diffusion.data.sources.local_files import open_text
-from diffusion.data.sources.object_store import IN_MEMORY
+from diffusion.data.sources.object_store import IN_MEMORY, read_spooled
 
 WORKERS = 16
 
 
-@dataclass(frozen=True)
-class Urls:
-    """The images that ``table`` names by ``url`` (or ``image_url``), with ``label`` and ``text`` or ``caption``.
+class Urls(Source):
+    """The images that a table names by ``url`` (or ``image_url``), with ``label`` and ``text`` or ``caption``.
 
     Column names are case-insensitive. Only http and https are fetched, and only from hosts with a public address unless
     ``allow_private_addresses``. Permanent failures, or ``download_tries`` transient ones, are quarantined.
     """
 
-    table: Path
-    access: Access
+    form = "a .csv or .jsonl table of URLs"
+    suffixes = (".csv", ".jsonl")
     in_order = True
 
     def entries(self) -> Iterator[Entry]:
         """Yield all rows; raises UserError for a table that cannot be read or has no column of URLs."""
-        with open_text(self.table) as lines:
-            for number, row in enumerate(records(lines, str(self.table)), start=1):
+        with open_text(self.path) as lines:
+            for number, row in enumerate(records(lines, str(self.path)), start=1):
                 record = {name.lower(): value for name, value in row.items()}
                 if "url" not in record and "image_url" not in record:
                     columns = ", ".join(row)
-                    raise UserError(f"{self.table}, record {number} has no url or image_url: rename one of {columns}")
+                    raise UserError(f"{self.path}, record {number} has no url or image_url: rename one of {columns}")
                 url = str(record.get("url") or record.get("image_url") or "").strip()
-                texts = texts_of(record, f"{self.table}, record {number}")
-                name = to_text(make_printable(url)) or f"{self.table.name}/{number}"
+                texts = texts_of(record, f"{self.path}, record {number}")
+                name = to_text(make_printable(url)) or f"{self.path.name}/{number}"
                 # A constant stamp: URLs are fetched once, as revalidation costs nearly as much.
                 yield Entry(name, to_text(url) or "", "url", *texts)
 
@@ -52,13 +49,7 @@ class Urls:
         )
         answers = prefetch(partial(self._fetch, client), entries, WORKERS)
         try:
-            for answer in answers:
-                if isinstance(answer, UnusableEntryError):
-                    yield answer
-                    continue
-                with answer:
-                    answer.seek(0)
-                    yield answer.read()
+            yield from read_spooled(answers)
         finally:
             client.stopped.set()
             answers.close()

@@ -13,13 +13,12 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO, cast
 
 from diffusion.common.errors import UserError
 from diffusion.data.ingest.decode import UnusableEntryError
-from diffusion.data.sources.base import MISSING, Access, Entry, Payload, too_large_error
+from diffusion.data.sources.base import MISSING, Entry, Payload, Source, too_large_error
 from diffusion.data.sources.conventions import list_images, make_printable
 from diffusion.data.sources.local_files import open_unchanged, stamp_of
 from diffusion.data.sources.tars import LINK
@@ -45,16 +44,14 @@ class ZipOffset(NamedTuple):
     end: int
 
 
-@dataclass(frozen=True)
-class Zip:
+class Zip(Source):
     """The images in a zip, as ``list_images`` finds them, named ``ARCHIVE/MEMBER``; links are quarantined."""
 
-    path: Path
-    access: Access
-    in_order = False
+    form = "a .zip"
+    suffixes = (".zip",)
 
     def entries(self) -> Iterator[Entry]:
-        """Yield its images in its own order or that of its metadata; raises UserError if it is damaged."""
+        """Yield its images in its own or its metadata's order; raises UserError if it is damaged."""
         file_stamp = stamp_of(self.path)
         files = (
             (name, json.dumps(problem or [file_stamp, *place]), f"{place.size}:{place.crc:08x}")

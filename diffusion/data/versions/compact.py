@@ -7,20 +7,18 @@ from pathlib import Path
 from filelock import FileLock
 
 from diffusion.common.config import Config
-from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
-from diffusion.common.files import sha256_file
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.ingest.chunks import TEXT_OF_A_CHUNK, chunk_size
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import remove_strays
-from diffusion.data.ingest.merge import copy_samples, write_part
+from diffusion.data.ingest.merge import copy_samples, rewrite_part
 from diffusion.data.manifest import (
     STORED,
     Part,
+    find_intact,
     read_manifest,
     read_records,
-    repair_hint,
     require_whole,
     work_folder,
     write_manifest,
@@ -30,7 +28,7 @@ from diffusion.data.prefetch import FanOut, local_fan_out
 
 @dataclass(frozen=True)
 class AdjacentParts:
-    """Consecutive parts of the data set in ``folder`` that become one; ``size`` is that of its images in pixels."""
+    """Consecutive parts of the data set in ``folder`` that become one; ``size`` is the size of its images in pixels."""
 
     folder: Path
     size: int
@@ -60,7 +58,7 @@ def compact(
 ) -> CompactionResult:
     """Make a version of the data set in ``folder`` of the same content, without runs of small parts.
 
-    A part is small if it is less than half as large as those of a fresh ingest with ``config.shard_bytes``. Only small
+    A part is small if it is less than half as large as parts of a fresh ingest with ``config.shard_bytes``. Only small
     parts next to one another are rewritten, of one source and shape each. Locks out ingests; repeated after a kill it
     gives the same bytes, and repeated when it is done no version.
 
@@ -84,7 +82,7 @@ def compact(
             parts = [parts_by_number[number] for number in sorted(parts_by_number)]
         after = before
         if parts != before.parts:
-            after = before.model_copy(update={"parent": before.digest, "change": "compact", "parts": parts})
+            after = before.make_child("compact", parts)
             write_manifest(folder, after)
         remove_strays(folder)
         return CompactionResult(
@@ -101,7 +99,7 @@ def _groups(parts: list[Part], config: IngestConfig) -> list[list[Part]]:
     rows = chunk_size(sum(sum(part.outcomes.values()) for part in parts), config)
 
     def fill(part: Part) -> float:
-        """Return the size of a part as a share of that of a full one."""
+        """Return the size of a part as a share of a full one's."""
         size = part.shard.bytes / config.shard_bytes if part.shard is not None else 0.0
         return max(size, sum(part.outcomes.values()) / rows, part.records.bytes / TEXT_OF_A_CHUNK)
 
@@ -124,9 +122,5 @@ def _join(neighbours: AdjacentParts) -> Part:
         rows = read_records(folder, part).to_pylist()
         records += rows
         if part.shard is not None:
-            path = folder / part.shard.name
-            if sha256_file(path) != part.shard.sha256:
-                raise UserError(f"{path} is damaged (its SHA-256 differs): {repair_hint(folder)}")
-            shards.append((path, [row for row in rows if row["outcome"] in STORED]))
-    shard = copy_samples(folder, first.number, shards) if shards else None
-    return write_part(folder, first.number, shard, records, neighbours.size, first.source, first.shape)
+            shards.append((find_intact(folder, part.shard), [row for row in rows if row["outcome"] in STORED]))
+    return rewrite_part(folder, first, records, neighbours.size, copy_samples(folder, first.number, shards))

@@ -1,7 +1,5 @@
 """Merging of data sets by their parts: no image is read, and parts without duplicates are taken as they are."""
 
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,21 +13,20 @@ from pydantic import Field
 from diffusion.common.config import Config, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
-from diffusion.common.files import make_folder, sha256_file, sync_file, sync_folder
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import remove_strays
 from diffusion.data.ingest.key_resolution import resolve
-from diffusion.data.ingest.merge import copy_samples, write_part
+from diffusion.data.ingest.merge import copy_samples, link_file, write_part
 from diffusion.data.key_ranges import scratch_folder
 from diffusion.data.manifest import (
     STORED,
     FileEntry,
     Manifest,
     Part,
+    find_intact,
     read_manifest,
     read_records,
-    repair_hint,
     require_whole,
     work_folder,
     write_manifest,
@@ -108,13 +105,7 @@ def merge_datasets(
         for path, manifest in zip(folders, (before, *rest), strict=True):
             _require_alike(before, manifest)
             require_whole(path, manifest)
-        table_digests = {part.records.sha256 for part in before.parts}
-        parts = [(folder, part) for part in before.parts]
-        for path, manifest in zip(folders[1:], rest, strict=True):
-            for part in manifest.parts:
-                if part.records.sha256 not in table_digests and (count_stored(part) or "removed" in part.outcomes):
-                    table_digests.add(part.records.sha256)
-                    parts.append((path, part))
+        parts = _list_parts(folders, (before, *rest))
         scratch = stack.enter_context(scratch_folder(work_folder(folder) / "ranges"))
         removed_digests = frozenset(_removed_digests(folders, parts))
         digest, duplicates = resolve(parts, before.storage, scratch, fan_out, removed_digests)
@@ -126,14 +117,8 @@ def merge_datasets(
             progress("parts merged", done, len(tasks))
         after = before
         if new_parts != before.parts:
-            after = before.model_copy(
-                update={
-                    "parent": before.digest,
-                    "change": f"merge of {', '.join(f'{manifest.name} {manifest.digest[:12]}' for manifest in rest)}",
-                    "content_digest": digest,
-                    "parts": new_parts,
-                }
-            )
+            names = ", ".join(f"{manifest.name} {manifest.digest[:12]}" for manifest in rest)
+            after = before.make_child(f"merge of {names}", new_parts, digest)
             write_manifest(folder, after)
         remove_strays(folder)
         return MergeResult(
@@ -147,16 +132,28 @@ def merge_datasets(
         )
 
 
-def _require_alike(ours: Manifest, theirs: Manifest) -> None:
-    if difference := theirs.find_storage_difference(ours.storage):
-        name, their_value, our_value = difference
+def _list_parts(folders: Sequence[Path], manifests: Sequence[Manifest]) -> list[tuple[Path, Part]]:
+    """Return the parts of the first data set, and the others' parts that it lacks and that hold anything, once."""
+    parts = [(folders[0], part) for part in manifests[0].parts]
+    table_digests = {part.records.sha256 for _, part in parts}
+    for folder, manifest in zip(folders[1:], manifests[1:], strict=True):
+        for part in manifest.parts:
+            if part.records.sha256 not in table_digests and (count_stored(part) or "removed" in part.outcomes):
+                table_digests.add(part.records.sha256)
+                parts.append((folder, part))
+    return parts
+
+
+def _require_alike(first: Manifest, other: Manifest) -> None:
+    if difference := other.find_storage_difference(first.storage):
+        name, other_value, first_value = difference
         raise UserError(
-            f"data set {theirs.name} was made with ingest.{name}={their_value} and {ours.name} with {our_value}: "
-            f"ingest its source again, into {ours.name}"
+            f"data set {other.name} was made with ingest.{name}={other_value} and {first.name} with {first_value}: "
+            f"ingest its source again, into {first.name}"
         )
-    if theirs.licence != ours.licence:
+    if other.licence != first.licence:
         raise UserError(
-            f"data set {theirs.name} has licence {theirs.licence} and {ours.name} has {ours.licence}: set "
+            f"data set {other.name} has licence {other.licence} and {first.name} has {first.licence}: set "
             "ingest.licence to one that covers both, and ingest either again"
         )
 
@@ -204,28 +201,13 @@ def _take(task: _Task) -> Part:
         rows[row] |= {"outcome": "duplicate", "reason": reason, "leader": None}
         rows[row] |= {"split": None, "offset": None, "size": None}
     stored_rows = [row for row in rows if row["outcome"] in STORED]
-    new_shard = None
-    if part.shard is not None and stored_rows:
-        path = task.source / part.shard.name
-        if sha256_file(path) != part.shard.sha256:
-            raise UserError(f"{path} is damaged (its SHA-256 differs): {repair_hint(task.source)}")
-        new_shard = copy_samples(folder, task.number, [(path, stored_rows)])
+    shards = [(find_intact(task.source, part.shard), stored_rows)] if part.shard is not None and stored_rows else []
+    new_shard = copy_samples(folder, task.number, shards)
     return write_part(folder, task.number, new_shard, rows, task.size, part.source, part.shape)
 
 
 def _link(task: _Task, entry: FileEntry) -> FileEntry:
     """Give a file of the other data set a name in this one, without a copy where the file system has links."""
     source = task.source / entry.name
-    path = task.folder / Path(entry.name).parent / f"{task.number:05d}-{entry.sha256[:16]}{source.suffix}"
-    make_folder(path.parent)
-    staging_path = path.with_name(f".{path.name}")
-    staging_path.unlink(missing_ok=True)
-    try:
-        os.link(source, staging_path)
-    except OSError:
-        shutil.copyfile(source, staging_path)
-    sync_file(staging_path)
-    staging_path.replace(path)
-    staging_path.unlink(missing_ok=True)  # two names of one file are not merged by a rename
-    sync_folder(path.parent)
-    return entry.model_copy(update={"name": path.relative_to(task.folder).as_posix()})
+    staging_path = task.folder / Path(entry.name).parent / f".{task.number:05d}{source.suffix}"
+    return link_file(task.folder, source, staging_path, entry.sha256)

@@ -7,18 +7,18 @@ from pathlib import Path
 from filelock import FileLock
 
 from diffusion.common.errors import UserError
-from diffusion.common.files import digest_of, sha256_file
+from diffusion.common.files import digest_of
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.ingest.captions import forget_captions
 from diffusion.data.ingest.ingest import forget_encodings, remove_strays
 from diffusion.data.ingest.key_resolution import content_digest
-from diffusion.data.ingest.merge import copy_samples, redact_row, write_part
+from diffusion.data.ingest.merge import copy_samples, redact_row, rewrite_part
 from diffusion.data.manifest import (
     STORED,
     Manifest,
+    find_intact,
     read_manifest,
     read_records,
-    repair_hint,
     require_whole,
     versions,
     work_folder,
@@ -71,7 +71,7 @@ def _require_reason(reason: str) -> None:
 def remove(folder: Path, selection: Selection, reason: str, progress: Progress = ignore_progress) -> Removal:
     """Make a version of the data set in ``folder`` without the images that ``selection`` matches.
 
-    Its content digest is that of a set which never held them. Parts that held none are shared; the files of the others
+    It has the content digest of a set that never held them. Parts that held none are shared; the files of the others
     are deleted last, with the caption embeddings. Locks out ingests. Repeated after a kill it gives the same result;
     once done, it only reports that.
 
@@ -178,17 +178,8 @@ def _write_without(
         stored_rows = [row for row in rows if row["outcome"] in STORED]
         shard = part.shard
         if shard is not None and len(stored_rows) < count_stored(part):
-            path = folder / shard.name
-            if stored_rows and sha256_file(path) != shard.sha256:
-                raise UserError(f"{path} is damaged (its SHA-256 differs): {repair_hint(folder)}")
-            shard = copy_samples(folder, part.number, [(path, stored_rows)]) if stored_rows else None
-        parts[place] = write_part(folder, part.number, shard, rows, before.size, part.source, part.shape)
+            shards = [(find_intact(folder, shard), stored_rows)] if stored_rows else []
+            shard = copy_samples(folder, part.number, shards)
+        parts[place] = rewrite_part(folder, part, rows, before.size, shard)
         progress("parts rewritten", place + 1, len(parts))
-    return before.model_copy(
-        update={
-            "parent": before.digest,
-            "change": f"removal: {reason}",
-            "content_digest": content_digest(folder, parts, before.storage),
-            "parts": parts,
-        }
-    )
+    return before.make_child(f"removal: {reason}", parts, content_digest(folder, parts, before.storage))

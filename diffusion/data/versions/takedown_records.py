@@ -17,7 +17,7 @@ from diffusion.common.files import digest_of, write_json
 from diffusion.data.manifest import STORED, Manifest, Part, read_manifest, read_records
 from diffusion.data.versions.versions import Elsewhere, count_stored, find_nothing, find_records
 
-SHORTEST = 8
+MIN_DIGITS = 8
 """Hex digits that a prefix of a key must have."""
 Row = dict[str, Any]
 SELECTED_BY = ("key", "source", "label", "outcome", "source_sha256")
@@ -64,7 +64,7 @@ class MatchedImages(Config):
 
 def is_key(text: str) -> bool:
     """Return whether ``text`` has the form of a key or a key prefix."""
-    return SHORTEST <= len(text) <= 64 and not text.lower().strip("0123456789abcdef")
+    return MIN_DIGITS <= len(text) <= 64 and not text.lower().strip("0123456789abcdef")
 
 
 class Selector:
@@ -77,8 +77,8 @@ class Selector:
         self.prefixes: dict[str, list[str]] = {}
         for key in prefixes:
             if not is_key(key):
-                raise UserError(f"{key!r} is no key: give its first {SHORTEST} to 64 hex digits")
-            self.prefixes.setdefault(key[:SHORTEST], []).append(key)
+                raise UserError(f"{key!r} is not a key: give its first {MIN_DIGITS} to 64 hex digits")
+            self.prefixes.setdefault(key[:MIN_DIGITS], []).append(key)
         self.patterns = [(pattern, re.compile(fnmatch.translate(pattern))) for pattern in selection.sources]
         self.label = selection.label
         self.keys_by_term: dict[str, set[str]] = {term: set() for term in (*prefixes, *selection.sources)}
@@ -89,7 +89,7 @@ class Selector:
         if self.label is not None and row["label"] != self.label and row["outcome"] != "removed":
             return False
         key = row["key"] or ""
-        prefix_matches = [prefix for prefix in self.prefixes.get(key[:SHORTEST], ()) if key.startswith(prefix)]
+        prefix_matches = [prefix for prefix in self.prefixes.get(key[:MIN_DIGITS], ()) if key.startswith(prefix)]
         pattern_matches = [name for name, pattern in self.patterns if row["source"] and pattern.match(row["source"])]
         for term in (*prefix_matches, *pattern_matches):
             self.keys_by_term[term].add(key if term in prefix_matches else "")
@@ -151,7 +151,7 @@ def find_dropped_copies(folder: Path, manifest: Manifest) -> dict[str, list[str]
 
 
 def _near_copies(folder: Path, manifest: Manifest, keys: set[str]) -> list[str]:
-    """Return the images in the same groups of near-duplicates as those of ``keys``."""
+    """Return the images in the same groups of near-duplicates as the images of ``keys``."""
     groups, columns = set(keys), ("key", "near", "outcome", "leader")
     for _, row in rows_of(folder, manifest, columns):
         if row["key"] in keys:
@@ -221,7 +221,7 @@ def parse_removal(record: bytes | str, where: str) -> Removal:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(
-            f"{where} is no removal that this Darkroom understands ({'.'.join(map(str, first['loc']))}: "
+            f"{where} is not a removal that this Darkroom understands ({'.'.join(map(str, first['loc']))}: "
             f"{first['msg']}): update, or if it is damaged delete it and give that takedown again"
         ) from error
 

@@ -1,13 +1,11 @@
-"""The versions of a data set: the contents of each, and the difference of two, of which shared parts are left out."""
+"""The versions of a data set: which there are, and what each holds."""
 
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import reduce
 from itertools import chain, dropwhile, islice, pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,7 +17,6 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes, sha256_file, write_bytes
 from diffusion.data.ingest.config import StorageConfig
 from diffusion.data.manifest import (
-    RECORDS,
     FileEntry,
     Manifest,
     Outcome,
@@ -35,15 +32,13 @@ from diffusion.data.manifest import (
 
 logger = logging.getLogger(__name__)
 
-SHORTEST = 4
+MIN_DIGITS = 4
 """Hex digits that a prefix of a digest must have."""
 
 Elsewhere = Callable[[FileEntry], Path | None]
 """Finds a file that is no longer in the data set's folder, because only older versions name it."""
 ReadTable = Callable[[Part, Sequence[str]], pa.Table | None]
 """Reads some columns of a part's records; None if its table is no longer available."""
-T = TypeVar("T")
-COLUMNS = ("outcome", "key", "source", "split", "label", "caption", "reason")
 
 
 class QuarantineEntry(Config):
@@ -182,8 +177,8 @@ def resolve(folder: Path, prefix: str | None) -> Manifest:
 def choose_version(prefix: str, candidates: dict[str, str], name: str) -> str:
     """Return the one of ``candidates``, with their content digests, whose digest or content begins with ``prefix``."""
     digits = prefix.lower()
-    if len(digits) < SHORTEST or digits.strip("0123456789abcdef"):
-        raise UserError(f"{prefix!r} names no version: give the first {SHORTEST} or more hex digits of its digest")
+    if len(digits) < MIN_DIGITS or digits.strip("0123456789abcdef"):
+        raise UserError(f"{prefix!r} names no version: give the first {MIN_DIGITS} or more hex digits of its digest")
     matches = [digest for digest in candidates if digest.startswith(digits)]
     if not matches:
         # Versions of equal content differ in history alone: the first is returned.
@@ -197,7 +192,7 @@ def choose_version(prefix: str, candidates: dict[str, str], name: str) -> str:
     listing = ", ".join(descriptions[:10]) + (f" and {len(descriptions) - 10} more" if len(descriptions) > 10 else "")
     if matches:
         raise UserError(f"{prefix} fits {len(matches)} versions of data set {name}: give more digits of {listing}")
-    raise UserError(f"{prefix} is no version of data set {name}: there is {listing}")
+    raise UserError(f"{prefix} is not a version of data set {name}: there is {listing}")
 
 
 def list_quarantine_reasons(versions: Sequence[Manifest], read: ReadTable) -> list[dict[str, str] | None]:
@@ -223,7 +218,8 @@ def list_quarantine_reasons(versions: Sequence[Manifest], read: ReadTable) -> li
     return reasons
 
 
-def _first(entries: dict[str, str], limit: int | None) -> list[QuarantineEntry]:
+def first_entries(entries: dict[str, str], limit: int | None) -> list[QuarantineEntry]:
+    """Return ``limit`` of ``entries``, the reasons by name; None: all."""
     return [QuarantineEntry(source=source, reason=reason) for source, reason in islice(entries.items(), limit)]
 
 
@@ -304,10 +300,10 @@ def show(folder: Path, version: Manifest, elsewhere: Elsewhere = find_nothing, l
         sources=version.sources,
         captioners=version.captioners,
         quarantined_count=None if quarantine is None else len(quarantine),
-        quarantined=None if quarantine is None else _first(quarantine, limit),
+        quarantined=None if quarantine is None else first_entries(quarantine, limit),
         reasons=reasons and [Reason(reason=reason, count=count) for reason, count in reasons],
         dropped_count=version.dropped,
-        dropped=None if drops is None else _first(drops, limit),
+        dropped=None if drops is None else first_entries(drops, limit),
         rules=None if rules is None else [Reason(reason=rule, count=count) for rule, count in rules.most_common()],
     )
 
@@ -341,194 +337,5 @@ def _step(version: Manifest, parent: Manifest | None) -> Step:
         new_counts = {part.number: count_kept(part) for part in find_unshared_parts(version, parent)}
         changes = [new_counts.get(number, 0) - old_counts.get(number, 0) for number in {*old_counts, *new_counts}]
         added_count, removed_count = sum(n for n in changes if n > 0), -sum(n for n in changes if n < 0)
-    return Step(
-        digest=version.digest,
-        content_digest=version.content_digest,
-        change=version.change,
-        added=added_count,
-        removed=removed_count,
-        kept=version.kept,
-    )
-
-
-class Sample(Config):
-    """An image as recorded in a version; of one that was taken down little more than its key is known."""
-
-    key: str
-    source: str | None = None
-    split: str | None = None
-    label: str | None = None
-    caption: str | None = None
-    reason: str | None = None
-    """The rule of curation that dropped it."""
-
-
-class SampleChange(Config):
-    """An image whose records in two versions differ."""
-
-    before: Sample
-    after: Sample
-
-
-class VersionGroup(Config, Generic[T]):
-    """Samples that only one version has, or that differ."""
-
-    count: int
-    samples: list[T]
-    """The first of them, by key or name."""
-
-
-class Difference(Config):
-    """Difference from version ``before`` to version ``after``; None for unknown values."""
-
-    before: str
-    after: str
-    same_content: bool
-    kept: tuple[int, int]
-    added: VersionGroup[Sample] | None
-    removed: VersionGroup[Sample] | None
-    changed: VersionGroup[SampleChange] | None
-    dropped: VersionGroup[Sample] | None
-    """Images newly dropped by curation; those that the old version kept are among ``removed``, too."""
-    restored: VersionGroup[Sample] | None
-    """Images that are no longer dropped; those that the new version keeps are among ``added``, too."""
-    quarantined: VersionGroup[QuarantineEntry] | None
-    """Newly quarantined entries."""
-    cleared: VersionGroup[QuarantineEntry] | None
-    """Entries no longer quarantined."""
-    storage: dict[str, tuple[Any, Any]]
-    """Storage settings that differ, before and after."""
-    classes: dict[str, tuple[int, int]]
-    """Number of images of classes that differ, before and after."""
-    unread: list[str]
-    """Required tables that are unavailable."""
-
-
-def diff(
-    folder: Path, before: Manifest, after: Manifest, limit: int | None = None, elsewhere: Elsewhere = find_nothing
-) -> Difference:
-    """Compare two versions, with ``limit`` samples of each kind; raises UserError if a table is damaged."""
-    old_parts, new_parts = find_unshared_parts(before, after), find_unshared_parts(after, before)
-    remains = _remains(folder, old_parts, new_parts, elsewhere) | _remains(folder, new_parts, old_parts, elsewhere)
-
-    unread_tables: set[str] = set()
-
-    def read(part: Part, columns: Sequence[str]) -> pa.Table | None:
-        table = find_records(folder, remains.get(part.records.sha256, part), columns, elsewhere)
-        if table is None and not part.outcomes.get("dropped") and (curated_part := _curated_part(part, before, after)):
-            table = find_records(folder, curated_part, columns, elsewhere)
-            table = None if table is None else _undo_drops(table)
-        if table is None:
-            unread_tables.add(part.records.name)
-        return table
-
-    old_images, new_images = _images(old_parts, remains, read), _images(new_parts, remains, read)
-    old_drops, new_drops = (_images(parts, {}, read, "dropped") for parts in (old_parts, new_parts))
-    old_reasons, new_reasons = list_quarantine_reasons([before, after], read)
-
-    def samples(images: pa.Table) -> list[Sample]:
-        rows = images.sort_by("key").slice(0, limit).to_pylist()
-        return [Sample(**row) for row in rows if row["key"] is not None]
-
-    def only_in(table: pa.Table | None, other: pa.Table | None) -> VersionGroup[Sample] | None:
-        if table is None or other is None:
-            return None
-        images = table.filter(pc.invert(pc.is_in(table["key"], other["key"], skip_nulls=True)))
-        return VersionGroup(count=len(images), samples=samples(images))
-
-    def find_changes() -> VersionGroup[SampleChange] | None:
-        if old_images is None or new_images is None:
-            return None
-        # Keys are unique, so equal rows are of the same image.
-        old_rows = old_images.filter(pc.is_in(old_images["key"], new_images["key"], skip_nulls=True)).sort_by("key")
-        new_rows = new_images.filter(pc.is_in(new_images["key"], old_images["key"], skip_nulls=True)).sort_by("key")
-        columns = (
-            (pc.fill_null(old_rows[name], ""), pc.fill_null(new_rows[name], ""))
-            for name in ("split", "label", "caption")
-        )
-        mask = reduce(pc.or_, (pc.not_equal(*pair) for pair in columns))
-        pairs = zip(samples(old_rows.filter(mask)), samples(new_rows.filter(mask)), strict=True)
-        return VersionGroup(
-            count=pc.sum(mask).as_py() or 0, samples=[SampleChange(before=b, after=a) for b, a in pairs]
-        )
-
-    def entries_only_in(
-        reasons: dict[str, str] | None, other: dict[str, str] | None
-    ) -> VersionGroup[QuarantineEntry] | None:
-        if unread_tables or reasons is None or other is None:
-            return None
-        entries = {name: reasons[name] for name in reasons if name not in other}
-        return VersionGroup(count=len(entries), samples=_first(entries, limit))
-
-    return Difference(
-        before=before.digest,
-        after=after.digest,
-        same_content=before.content_digest == after.content_digest,
-        kept=(before.kept, after.kept),
-        added=only_in(new_images, old_images),
-        removed=only_in(old_images, new_images),
-        dropped=only_in(new_drops, old_drops),
-        restored=only_in(old_drops, new_drops),
-        changed=find_changes(),
-        quarantined=entries_only_in(new_reasons, old_reasons),
-        cleared=entries_only_in(old_reasons, new_reasons),
-        storage=_differences(before.storage.model_dump(), after.storage.model_dump()),
-        classes=_differences(before.class_histogram, after.class_histogram, 0),
-        unread=sorted(unread_tables),
-    )
-
-
-def _remains(folder: Path, parts: list[Part], others: list[Part], elsewhere: Elsewhere) -> dict[str, Part]:
-    """Return what a takedown made of those ``parts`` whose tables it deleted, by their tables' digests."""
-    parts_by_number = {part.number: part for part in others}
-    return {
-        part.records.sha256: parts_by_number[part.number]
-        for part in parts
-        if part.number in parts_by_number
-        and parts_by_number[part.number].outcomes.get("removed", 0) > part.outcomes.get("removed", 0)
-        and find_records(folder, part, ("outcome",), elsewhere) is None
-    }
-
-
-def _curated_part(part: Part, *versions: Manifest) -> Part | None:
-    """Return the part that curation made of ``part``, in whose table nothing is gone, if one of ``versions`` has it."""
-    others = (other for version in versions for other in version.parts if other.number == part.number)
-    return next((other for other in others if other.outcomes.get("dropped") and other.shard == part.shard), None)
-
-
-def _undo_drops(table: pa.Table) -> pa.Table:
-    """Return the records as they were before curation dropped any."""
-    outcome = pc.if_else(pc.equal(table["outcome"], "dropped"), "kept", table["outcome"])
-    return table.set_column(table.column_names.index("outcome"), "outcome", outcome)
-
-
-def _images(parts: list[Part], remains: dict[str, Part], read: ReadTable, outcome: Outcome = "kept") -> pa.Table | None:
-    """Return the images of ``parts``, with those that a takedown removed from them; None if a table is unavailable.
-
-    ``remains`` are the parts that takedowns rewrote, by the digest of the table before.
-    """
-    tables = [pa.schema([RECORDS.field(name) for name in COLUMNS[1:]]).empty_table()]
-    removed_keys: set[str] = set()
-    unknown_count = 0
-    # Most parts have no dropped images.
-    outcome_parts = [part for part in parts if outcome == "kept" or part.outcomes.get(outcome)]
-    for part, table in [(part, read(part, COLUMNS)) for part in outcome_parts]:
-        if table is None:
-            return None
-        tables.append(table.filter(pc.field("outcome") == outcome).drop_columns("outcome"))
-        if (rest := remains.get(part.records.sha256)) is None:
-            continue
-        if part.outcomes.get("removed"):  # it is unknown which of them were removed before
-            unknown_count += count_kept(part) - count_kept(rest)
-        else:
-            removed_keys.update(table.filter(pc.field("outcome") == "removed")["key"].to_pylist())
-    if remains:
-        for image_table in tables:
-            removed_keys.difference_update(image_table["key"].to_pylist())
-        tables.append(pa.table({"key": pa.array([*(removed_keys - {""}), *[None] * unknown_count], pa.string())}))
-    return pa.concat_tables(tables, promote_options="default")
-
-
-def _differences(before: dict[str, Any], after: dict[str, Any], absent: Any = None) -> dict[str, tuple[Any, Any]]:
-    pairs = {name: (before.get(name, absent), after.get(name, absent)) for name in sorted({*before, *after})}
-    return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
+    fields = {name: getattr(version, name) for name in ("digest", "content_digest", "change", "kept")}
+    return Step(**fields, added=added_count, removed=removed_count)

@@ -26,9 +26,10 @@ from diffusion.data.ingest.key_resolution import content_digest
 from diffusion.data.ingest.merge import merge_versions
 from diffusion.data.manifest import STORED, read_manifest, work_folder
 from diffusion.data.prefetch import local_fan_out
+from diffusion.data.versions.difference import diff
 from diffusion.data.versions.takedown import remove, remove_known
 from diffusion.data.versions.takedown_records import Selection, find_affected_versions, write_removal
-from diffusion.data.versions.versions import diff, log, show
+from diffusion.data.versions.versions import log, show
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.metrics.registration import shrink_and_blur
 from tests.builders.ingested import files_of, records
@@ -81,7 +82,7 @@ def data(original: tuple[Path, dict[str, set[str]]], tmp_path: Path) -> Path:
         ({"max_aspect": 2}, {"wide"}),
     ],
 )
-def test_rules_on_single_images_drop_what_was_planted_and_nothing_else(
+def test_rules_on_single_images_drop_exactly_what_was_planted(
     fields: dict[str, object], kinds: set[str], original: tuple[Path, dict[str, set[str]]], data: Path
 ) -> None:
     result = rules(data, **fields)
@@ -102,7 +103,7 @@ def test_the_largest_of_near_duplicates_stays(original: tuple[Path, dict[str, se
     assert len(names) == 12
 
 
-def test_one_per_class_drops_no_image_for_one_of_another_class(tmp_path: Path) -> None:
+def test_one_per_class_keeps_images_of_other_classes(tmp_path: Path) -> None:
     for label, side in (("a", 96), ("b", 64), ("a", 50)):
         path = tmp_path / "images" / label / f"{side}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +184,7 @@ def test_without_rules_nothing_is_measured_and_no_byte_changes(data: Path) -> No
     assert files_of(data.parent / ".set") == work
 
 
-def test_a_version_of_curation_has_the_content_of_a_set_without_the_images(
+def test_curated_content_equals_a_set_without_the_images(
     original: tuple[Path, dict[str, set[str]]], data: Path, tmp_path: Path
 ) -> None:
     before = read_manifest(data)
@@ -207,7 +208,7 @@ def test_a_version_of_curation_has_the_content_of_a_set_without_the_images(
     dataset.close()
 
 
-def test_images_come_back_when_rules_change_with_the_content_that_was(data: Path) -> None:
+def test_loosened_rules_bring_images_back(data: Path) -> None:
     before = read_manifest(data)
     rules(data, **SHARP)
     once = dropped(data)
@@ -229,7 +230,7 @@ def test_the_same_rules_again_change_nothing_and_measure_nothing(data: Path, mon
     assert files_of(data) == before
 
 
-def test_a_dry_run_says_what_would_be_dropped_and_changes_no_version(data: Path) -> None:
+def test_dry_runs_say_what_would_be_dropped(data: Path) -> None:
     before = files_of(data)
     preview = rules(data, dry_run=True, **SHARP)
     assert (preview.changed, preview.newly_dropped) == (True, 8)
@@ -278,7 +279,7 @@ def test_damaged_measures_are_measured_again(data: Path) -> None:
     assert rules(data, **SHARP).images == preview.images
 
 
-def test_rules_that_drop_too_much_are_errors_and_nothing_is_changed(data: Path) -> None:
+def test_rules_that_drop_too_much_are_errors(data: Path) -> None:
     before = files_of(data)
     with pytest.raises(UserError, match="max_dropped"):
         rules(data, min_brightness=250)
@@ -397,7 +398,7 @@ def test_a_classifier_is_known_by_its_bytes_and_its_input(data: Path, tmp_path: 
         rules(data, nsfw={"path": str(tmp_path / "none.onnx")}, max_nsfw=0.6)
 
 
-def test_dropped_images_that_come_again_are_duplicates_and_new_ones_are_curated(
+def test_dropped_images_that_return_are_duplicates(
     original: tuple[Path, dict[str, set[str]]], data: Path, tmp_path: Path
 ) -> None:
     rules(data, **SHARP)
@@ -426,9 +427,7 @@ def test_a_rebuild_reads_dropped_images_again(original: tuple[Path, dict[str, se
     assert dropped(data) == {}
 
 
-def test_a_dropped_image_that_is_taken_down_is_gone_for_good(
-    original: tuple[Path, dict[str, set[str]]], data: Path
-) -> None:
+def test_dropped_images_can_be_taken_down_for_good(original: tuple[Path, dict[str, set[str]]], data: Path) -> None:
     rules(data, **SHARP)
     curated = read_manifest(data)
     name = min(dropped(data))
@@ -450,7 +449,7 @@ def test_a_dropped_image_that_is_taken_down_is_gone_for_good(
     assert ingest(data, config(original[0] / "images"), requeue=True).added == 0
 
 
-def test_copies_that_curation_dropped_are_taken_down_with_the_image_kept_instead(
+def test_dropped_copies_are_taken_down_with_their_leader(
     original: tuple[Path, dict[str, set[str]]], data: Path, tmp_path: Path
 ) -> None:
     rules(data, near_duplicates="largest")
@@ -476,7 +475,7 @@ def test_copies_that_curation_dropped_are_taken_down_with_the_image_kept_instead
     assert not {str(row["key"]) for row in records(other) if row["outcome"] in STORED} & {*removal.image_keys}
 
 
-def test_a_reason_that_says_the_same_with_another_value_rewrites_no_table(data: Path, tmp_path: Path) -> None:
+def test_changed_values_in_reasons_rewrite_no_table(data: Path, tmp_path: Path) -> None:
     rules(data, max_outlier=97)
     before, dropped_images = read_manifest(data), dropped(data)
     (more := tmp_path / "more").mkdir()
@@ -534,7 +533,7 @@ def test_history_shows_what_curation_did(data: Path) -> None:
     assert back.kept == (after.kept, before.kept)
 
 
-def test_the_page_of_a_curated_ingest_compares_with_the_version_before_it(data: Path, tmp_path: Path) -> None:
+def test_pages_of_curated_ingests_compare_with_the_version_before(data: Path, tmp_path: Path) -> None:
     from diffusion.evaluation.reports.dataset_report import write_dataset_report
 
     first = read_manifest(data)
@@ -556,7 +555,7 @@ def test_the_page_of_a_curated_ingest_compares_with_the_version_before_it(data: 
     assert "min_entropy" in html
 
 
-def test_a_shard_all_of_whose_images_are_dropped_is_read_past(data: Path, tmp_path: Path) -> None:
+def test_shards_of_dropped_images_alone_are_passed_over(data: Path, tmp_path: Path) -> None:
     more = tmp_path / "more"
     more.mkdir()
     for level in range(5):

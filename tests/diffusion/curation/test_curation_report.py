@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 from diffusion.curation.config import CurationConfig
 from diffusion.curation.curate import curate
 from diffusion.curation.report import CurationPage, write_curation_report
+from diffusion.curation.rules import Rule
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.evaluation.config import EvaluationConfig
@@ -20,9 +22,30 @@ from tests.builders.ingested import files_of
 from tests.builders.planted import plant, scene
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\u202egnp.png"
+
+
+class Redness(Rule):
+    """A rule of another package: the mean share of red."""
+
+    title = "Redness"
+    meaning = "mean share of red"
+    bound = "max"
+
+    def measure(self, images: np.ndarray, luma: np.ndarray) -> np.ndarray:
+        means: np.ndarray = images.mean((1, 2))
+        return np.asarray(means[:, 0] / np.maximum(means.sum(1), 1e-6))
+
+
 RULES = CurationConfig(
     min_entropy=2, min_sharpness=1.2345678, min_brightness=3.3, max_brightness=251.5, max_dropped=0.9, max_text=1
-)
+).model_copy(update={"rules": {"redness": Redness(max=1)}})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed_rule() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("diffusion.curation.config.all_rules", lambda: {"redness": Redness})
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +74,13 @@ def test_numbers_at_thresholds_are_those_that_curation_drops(
     root, config, page = written_page
     data = data_of(root)
     assert data["total"] == page.images
-    for name in ("sharpness", "border", "text"):
+    for name in ("sharpness", "border", "text", "redness"):
         (panel,) = (each for each in data["panels"] if each["name"] == name)
         assert sum(panel["counts"]) == page.images
         for place in (len(panel["limits"]) // 8, len(panel["limits"]) // 4):
-            rules = CurationConfig.model_validate({panel["rule"]: panel["limits"][place], "max_dropped": 1})
+            limit = panel["limits"][place]
+            fields = {"rules": {"redness": {"max": limit}}} if name == "redness" else {panel["rule"]: limit}
+            rules = CurationConfig.model_validate(fields | {"max_dropped": 1})
             result = curate(root / "data" / "set", rules, config, EvaluationConfig(), dry_run=True)
             assert panel["dropped"][place] == result.dropped
         assert (np.diff(panel["dropped"]) >= 0).all()
@@ -67,7 +92,7 @@ def test_configured_rules_are_kept_as_they_are(written_page: tuple[Path, IngestC
     data = data_of(written_page[0])
     assert CurationConfig.model_validate(data["rules"]) == RULES
     configured = {panel["rule"]: panel["limit"] for panel in data["panels"] if panel["limit"] is not None}
-    assert configured == {name: limit for name, limit in RULES.limits.items() if name != "max_brightness"}
+    assert configured == {setting: limit for setting, _, _, limit in RULES.limits if setting != "max_brightness"}
     for panel in data["panels"]:
         assert panel["limit"] is None or panel["limit"] in panel["limits"]
         assert panel["limits"] == sorted(panel["limits"], reverse=panel["bound"] == "max")

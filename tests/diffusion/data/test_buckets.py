@@ -32,7 +32,7 @@ def source(tmp_path: Path) -> Path:
     return write_rectangles(tmp_path / "source")
 
 
-def test_each_image_goes_to_the_bucket_of_nearest_aspect_with_its_pixels(source: Path, tmp_path: Path) -> None:
+def test_images_go_to_the_bucket_of_nearest_aspect(source: Path, tmp_path: Path) -> None:
     result = ingest(tmp_path / "set", config(source, buckets=BUCKETS))
     assert (result.kept, result.quarantined_count) == (len(SIZES), 0)
     manifest = read_manifest(tmp_path / "set")
@@ -172,9 +172,7 @@ def test_takedown_leaves_the_shapes_of_the_parts(source: Path, tmp_path: Path) -
     st.lists(st.tuples(st.integers(8, 400), st.integers(8, 400)), min_size=1, max_size=40),
     st.sampled_from([28, 32, 64, 96, 512]),
 )
-def test_chosen_shapes_are_few_of_about_equal_area_and_free_of_the_order(
-    sizes: list[tuple[int, int]], size: int
-) -> None:
+def test_chosen_shapes_are_few_equal_in_area_and_order_free(sizes: list[tuple[int, int]], size: int) -> None:
     shapes = choose_shapes(sizes, size)
     assert 1 <= len(shapes) <= 8
     assert shapes == choose_shapes(sizes[::-1], size)
@@ -215,7 +213,7 @@ def test_two_lines_of_versions_are_united_bucket_by_bucket(source: Path, tmp_pat
     assert show(base, read_manifest(base)).buckets == {"24x48": 10, "32x32": 6, "48x24": 27}
 
 
-def test_windows_of_buckets_are_not_simulated_as_if_they_were_one(source: Path, tmp_path: Path) -> None:
+def test_several_buckets_are_not_simulated(source: Path, tmp_path: Path) -> None:
     ingest(tmp_path / "set", config(source, buckets=BUCKETS))
     with pytest.raises(UserError, match="3 buckets"):
         Shards.from_manifest(read_manifest(tmp_path / "set"))

@@ -58,7 +58,7 @@ def embedding_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in encodings_folder(folder).glob("*")}
 
 
-def test_each_row_has_the_embedding_of_its_caption_and_zeros_without(
+def test_rows_have_embeddings_of_captions_or_zeros(
     tmp_path: Path, pool: ThreadPoolExecutor, fake_encoder: FakeEncoder
 ) -> None:
     squares(tmp_path / "squares", 30, every=2)
@@ -72,7 +72,7 @@ def test_each_row_has_the_embedding_of_its_caption_and_zeros_without(
     assert torch.equal(captions.select_rows(rows[::-1]), captions.select_rows(rows).flip(0))
 
 
-def test_each_caption_is_read_once_however_many_images_and_trainings_have_it(
+def test_each_caption_is_embedded_once_for_all_images_and_trainings(
     source: Path, tmp_path: Path, pool: ThreadPoolExecutor, fake_encoder: FakeEncoder
 ) -> None:
     dataset = ingested(source, tmp_path / "data" / "blobs")

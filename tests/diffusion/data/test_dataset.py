@@ -88,7 +88,7 @@ def test_labels_captions_splits_and_shards_are_those_of_the_records(tmp_path: Pa
         assert data.classes(range(20), ["dog", "cat"]).tolist() == expected
 
 
-def test_a_grey_image_among_coloured_ones_is_grey_in_all_channels(tmp_path: Path) -> None:
+def test_grey_images_among_coloured_ones_stay_grey(tmp_path: Path) -> None:
     grey, colours = as_stored(random_images(1)[0]), as_stored(random_images(1, 3)[0])
     BuiltDataset(tmp_path / "set", 8).version([image_record(grey, "grey.png"), image_record(colours, "colours.png")])
     with closing(Dataset.open(tmp_path / "set")) as data:
@@ -117,7 +117,7 @@ def test_rows_do_not_depend_on_the_ingest_history(images: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "missing"])
-def test_damaged_shard_is_named_before_any_of_its_images_is_used(tmp_path: Path, damage: str) -> None:
+def test_damaged_shards_are_named_before_use(tmp_path: Path, damage: str) -> None:
     manifest = write_dataset(tmp_path / "set", random_images(12), per_shard=6)
     shard = tmp_path / "set" / manifest.shards[1].name
     shard_bytes = bytearray(shard.read_bytes())
@@ -183,7 +183,7 @@ def test_the_table_takes_some_60_bytes_for_each_image(tmp_path: Path) -> None:
         assert data._table.nbytes <= 60 * few.kept
 
 
-def test_a_table_on_disk_is_the_one_in_memory_and_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_on_disk_equal_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "set"
     manifest = write_dataset(folder, random_images(500), 9, LABELS * 100, [*LABELS, None] * 83 + ["x"] * 2)
     whole = open_table(folder, manifest)

@@ -61,7 +61,7 @@ def test_batches_follow_the_order_with_any_loader(data: Dataset, window: int | N
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_ranks_get_equal_shares_that_make_up_the_batch_of_one(data: Dataset, window: int | None, ranks: int) -> None:
+def test_equal_shares_of_ranks_make_up_the_batch(data: Dataset, window: int | None, ranks: int) -> None:
     positions = range(0, 2 * COUNT, BATCH)
     whole = batches(data, positions, window)
     shares = [batches(data, positions, window, rank=rank, ranks=ranks) for rank in range(ranks)]
@@ -141,7 +141,7 @@ def test_no_batch_is_loaded_beyond_the_end(spied: tuple[Dataset, Spy]) -> None:
     assert spy.reads == sum(shards)
 
 
-def test_in_windows_the_shards_to_come_are_named_before_they_are_needed(spied: tuple[Dataset, Spy]) -> None:
+def test_windows_name_shards_before_they_are_needed(spied: tuple[Dataset, Spy]) -> None:
     data, spy = spied
     names = [shard.name for shard in data.manifest.shards]
     with Loader(data, range(COUNT), order_of(data, window=3), 10, prefetch=1, workers=1) as loader:

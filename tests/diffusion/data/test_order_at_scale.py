@@ -49,9 +49,7 @@ def test_up_to_the_threshold_it_is_the_permutation_of_numpy() -> None:
 
 
 @given(st.integers(WHOLE + 1, 4 * BILLION), st.integers(0, 2**63), st.integers(0, 10**6), st.data())
-def test_each_place_of_a_long_permutation_is_found_again_from_its_element(
-    length: int, seed: int, index: int, data: st.DataObject
-) -> None:
+def test_long_permutations_can_be_inverted(length: int, seed: int, index: int, data: st.DataObject) -> None:
     permutation = Permutation(seed, "stream", index, length)
     places = np.array([*data.draw(st.lists(st.integers(0, length - 1), min_size=1, max_size=20)), 0, length - 1])
     elements = permutation[places]
@@ -59,7 +57,7 @@ def test_each_place_of_a_long_permutation_is_found_again_from_its_element(
     assert [place_of(element, permutation) for element in elements.tolist()] == places.tolist()
 
 
-def test_elements_of_a_long_permutation_are_spread_evenly_and_independently_of_their_places() -> None:
+def test_long_permutations_spread_elements_evenly_and_independently() -> None:
     places = np.arange(BILLION // 3, BILLION // 3 + 200_000)
     shares = Permutation(3, "stream", 0, BILLION)[places] / BILLION
     other = Permutation(3, "stream", 1, BILLION)[places] / BILLION
@@ -77,9 +75,7 @@ def test_elements_of_a_long_permutation_are_spread_evenly_and_independently_of_t
     st.sampled_from([1, 2, 8, 64, 4096]),
     st.integers(1, 8),
 )
-def test_shares_of_any_number_of_ranks_make_up_the_batch_and_no_image_comes_twice_in_an_epoch(
-    length: int, start: int, ranks: int, share: int
-) -> None:
+def test_shares_of_ranks_make_up_batches_without_repeats(length: int, start: int, ranks: int, share: int) -> None:
     order, batch = TrainingOrder("digest", 7, length), ranks * share
     whole = order.rows(start, batch)
     some = sorted({0, ranks // 2, ranks - 1})
@@ -91,7 +87,7 @@ def test_shares_of_any_number_of_ranks_make_up_the_batch_and_no_image_comes_twic
         assert place_of(row, Permutation(7, "order/digest", epoch, length)) == place
 
 
-def test_batches_of_a_billion_images_take_no_memory_for_the_others() -> None:
+def test_batches_of_a_billion_images_take_little_memory() -> None:
     tracemalloc.start()
     TrainingOrder("digest", 0, BILLION).rows(BILLION - 1000, 2048)
     assert tracemalloc.get_traced_memory()[1] < 2**20
@@ -116,9 +112,7 @@ class Counted:
 
 @settings(max_examples=8, deadline=None)
 @given(st.integers(1, 300), st.integers(0, 3), st.data())
-def test_a_window_of_a_billion_images_shows_each_image_of_its_shards_once(
-    window: int, epoch: int, data: st.DataObject
-) -> None:
+def test_a_window_of_a_billion_shows_each_image_once(window: int, epoch: int, data: st.DataObject) -> None:
     counts = np.full(BILLION // 8000, 8000)
     counts[::2] -= 17
     counts[1::2] += 17
@@ -147,7 +141,7 @@ def test_a_window_of_a_billion_images_shows_each_image_of_its_shards_once(
     np.testing.assert_array_equal(np.sort(order.rows(first, size)), np.sort(expected))
 
 
-def test_the_windows_of_an_epoch_of_a_billion_images_hold_every_shard_once() -> None:
+def test_windows_of_a_billion_images_hold_every_shard_once() -> None:
     counts = np.full(BILLION // 8000, 8000)
     order = WindowedOrder("layout", 0, 64, ShardSamples(Counted(), counts))  # type: ignore[arg-type]
     shards = [shard for at in range(0, BILLION, 64 * 8000) for shard in order.list_upcoming_shards(at)[:64]][

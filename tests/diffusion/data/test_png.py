@@ -64,7 +64,7 @@ def test_png_rows_are_filtered_adaptively(mode: str) -> None:
     assert len(png) < 0.8 * len(zlib.compress(pixels))
 
 
-def test_many_are_decoded_in_their_order_whatever_kind_each_is_of() -> None:
+def test_many_of_any_kind_are_decoded_in_order() -> None:
     ours = [encode(smooth(24, "RGB")[:, ::step]) for step in (1, -1)]
     strangers = [saved(Image.fromarray(smooth(24, "RGB")[::-1]), "PNG")]
     grey = [encode(smooth(24, "L"))]
@@ -123,7 +123,7 @@ def test_another_shape_is_an_error_that_names_both() -> None:
         decode_many([encode(smooth(16, "RGB"))], (1, 16, 16))
 
 
-def test_damage_is_an_error_wherever_it_is_and_never_another_image() -> None:
+def test_damage_anywhere_is_an_error_never_another_image() -> None:
     pixels = smooth(16, "L")
     png = encode(pixels)
     with pytest.raises(ValueError, match="not a PNG"):

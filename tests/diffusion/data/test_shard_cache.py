@@ -170,7 +170,7 @@ def test_a_shard_that_comes_damaged_is_fetched_once_more(
 
 @pytest.mark.parametrize("prefetch", [False, True])
 @pytest.mark.parametrize(("spoilt", "words"), [(b"short", "5 bytes long instead of 1000"), (bytes(SIZE), "changed")])
-def test_a_shard_that_comes_damaged_twice_is_an_error_that_names_it(
+def test_shards_that_come_damaged_twice_are_named(
     shelf: Shelf, cache: ShardCache, folder: Path, prefetch: bool, spoilt: bytes, words: str
 ) -> None:
     shelf.spoilt[3] = [spoilt, spoilt]
@@ -237,7 +237,7 @@ def test_shards_that_others_fetch_count_and_are_waited_for(
     with closing(ShardCache(folder, other, SIZE)) as slow, closing(ShardCache(folder, shelf, SIZE)) as ours:
         slow.prefetch([other.entries[0]])
         eventually(lambda: other.fetched == [0])
-        monkeypatch.setattr(shards, "PATIENCE", 0.2)
+        monkeypatch.setattr(shards, "MAX_WAIT", 0.2)
         with pytest.raises(UserError, match=r"no room for shard shards/00001\.tar.*other processes"):
             shelf.read(ours, 1)
         monkeypatch.undo()
@@ -273,7 +273,7 @@ def reader(folder: Path, seed: int, reads: int) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.slow
-def test_processes_share_a_cache_that_is_too_small_for_all_and_one_is_killed(folder: Path) -> None:
+def test_processes_share_a_small_cache_though_one_is_killed(folder: Path) -> None:
     processes = [reader(folder, seed, 40) for seed in range(2)]
     doomed = reader(folder, 9, 10**9)
     assert doomed.stdout is not None
@@ -314,7 +314,7 @@ def bytes_in(folder: Path) -> int:
     return total
 
 
-def test_a_data_set_far_larger_than_the_cache_is_seen_whole_each_epoch(tmp_path: Path) -> None:
+def test_sets_larger_than_the_cache_are_seen_whole(tmp_path: Path) -> None:
     manifest = write_dataset(tmp_path / "set", random_images(120), per_shard=10, held_out_every=0)
     with closing(Dataset.open(tmp_path / "set")) as local:
         whole = local.images(range(120))

@@ -161,7 +161,7 @@ SETTINGS = Streaming(batch_size=4096, window=64, stream_bytes=10**10, prefetch=4
         ({"latency": 0.2 / 4096 * 3355 * 2}, "network"),
     ],
 )
-def test_training_that_needs_twice_the_time_of_a_step_waits_for_half_of_it(slow: dict[str, float], limit: str) -> None:
+def test_loading_twice_as_slow_as_steps_waits_half_the_time(slow: dict[str, float], limit: str) -> None:
     machines = FAST.model_copy(update=slow)
     seconds = seconds_per_step(BILLION, machines, SETTINGS)
     assert seconds[limit] == max(seconds.values()) == pytest.approx(0.2, rel=1e-3)
@@ -169,7 +169,7 @@ def test_training_that_needs_twice_the_time_of_a_step_waits_for_half_of_it(slow:
     assert find_smallest(BILLION, machines, SETTINGS) is None
 
 
-def test_of_a_billion_images_each_shard_is_fetched_once_by_every_node() -> None:
+def test_every_node_fetches_each_shard_of_a_billion_images_once() -> None:
     shards = Shards.make_equal(10**9, 20_000, 2**30)
     settings = SETTINGS.model_copy(update={"batch_size": 2**16, "window": 16, "stream_bytes": 40 * 2**30})
     (epoch,) = simulate(shards, FAST.model_copy(update={"nodes": 64, "ranks": 8}), settings).epochs
@@ -189,7 +189,7 @@ def test_of_a_billion_images_each_shard_is_fetched_once_by_every_node() -> None:
     uneven=st.booleans(),
 )
 @settings(max_examples=30, deadline=None)
-def test_steps_that_repeat_are_counted_as_if_they_were_simulated_one_by_one(
+def test_repeated_steps_count_as_if_simulated_one_by_one(
     steps: tuple[float, float, float],
     latency: float,
     workers: int,
@@ -223,7 +223,7 @@ def test_steps_that_repeat_are_counted_as_if_they_were_simulated_one_by_one(
         assert epoch.model_dump() == pytest.approx(expected.model_dump(), rel=1e-9, abs=1e-6)
 
 
-def test_more_nodes_decode_more_and_larger_windows_and_faster_networks_never_wait_longer() -> None:
+def test_better_machines_and_larger_windows_never_wait_longer() -> None:
     slow = FAST.model_copy(update={"decode_rate": 4096 / 8 / 0.1, "bandwidth": 1.2 * 4096 * 20_000 / 0.1})
     waiting = [
         simulate(BILLION, slow.model_copy(update={"ranks": ranks}), SETTINGS, batches=1000).waiting

@@ -61,7 +61,7 @@ def test_each_windowed_epoch_shows_every_row_once(window: int, epoch: int) -> No
 
 
 @given(st.integers(1, 7), st.integers(0, 3))
-def test_rows_of_a_window_lie_in_as_many_shards_and_are_named_before(window: int, epoch: int) -> None:
+def test_windows_lie_in_their_shards_which_are_named_before(window: int, epoch: int) -> None:
     order, start = windowed(window), epoch * len(LAYOUT)
     shards = LAYOUT[order.rows(start, len(LAYOUT))].tolist()
     shard_names = list(dict.fromkeys(shards))
@@ -75,7 +75,7 @@ def test_rows_of_a_window_lie_in_as_many_shards_and_are_named_before(window: int
             assert set(coming) == windows[number] | windows[number + 1]
 
 
-def test_samples_and_shards_come_in_another_order_each_epoch_and_by_seed_and_layout() -> None:
+def test_orders_differ_by_epoch_seed_and_layout() -> None:
     first = windowed(2).rows(0, 28).tolist()
     others = [windowed(2).rows(28, 28), windowed(2, seed=1).rows(0, 28), windowed(2, digest="other").rows(0, 28)]
     assert all(other.tolist() != first for other in others)
@@ -144,7 +144,7 @@ COUNTS = st.lists(st.integers(1, 30), min_size=1, max_size=5)
 
 @settings(max_examples=50)
 @given(COUNTS, st.integers(1, 9), st.integers(0, 3), st.one_of(st.none(), st.integers(1, 3)))
-def test_batches_are_of_one_bucket_and_its_epochs_show_every_sample_once(
+def test_batches_hold_one_bucket_whose_epochs_are_whole(
     counts: list[int], size: int, seed: int, window: int | None
 ) -> None:
     order = bucketed(counts, size, seed, window)

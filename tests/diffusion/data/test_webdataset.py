@@ -13,7 +13,7 @@ from diffusion.data.manifest import Split
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("workers", [0, 2])
-def test_each_image_of_a_split_comes_once_with_its_pixels_and_class(dataset: Path, split: Split, workers: int) -> None:
+def test_images_of_a_split_come_once_with_their_class(dataset: Path, split: Split, workers: int) -> None:
     expected = Dataset.open(dataset)
     rows = expected.rows(split)
     classes = expected.classes(rows, expected.manifest.labels)

@@ -320,7 +320,7 @@ def test_remove_lists_the_affected_images_first(commands: CommandLine) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["show", "ffffffff"], "ffffffff is no version of data set blobs"),
+        (["show", "ffffffff"], "ffffffff is not a version of data set blobs"),
         (["show", "newest"], "first 4 or more hex digits"),
         (["diff", "ffffffff"], "is no version"),
         (["checkout", "ffffffff"], "is no version"),

@@ -34,7 +34,7 @@ def unreachable() -> str:
     raise UserError("no S3 server: run `darkroom up`")
 
 
-def test_a_version_is_published_once_with_a_pointer_that_dvc_itself_can_pull(place: Place) -> None:
+def test_versions_are_published_once_and_dvc_can_pull_them(place: Place) -> None:
     version = place.version()
     assert place.catalog.versions() == {version.digest: version}
     expected = files_of(FOLDER)
@@ -56,7 +56,7 @@ def test_a_version_is_published_once_with_a_pointer_that_dvc_itself_can_pull(pla
 
 
 @pytest.mark.slow
-def test_something_foreign_in_the_folder_does_not_keep_a_version_from_being_published(place: Place) -> None:
+def test_foreign_files_in_the_folder_do_not_prevent_publication(place: Place) -> None:
     place.version()
     pointer = place.catalog.pointer(read_manifest(FOLDER).digest)
     (FOLDER / "notes.txt").write_text("foreign")
@@ -80,7 +80,7 @@ def test_no_version_is_published_while_another_ingest_is_at_work(place: Place) -
     assert set(place.catalog.versions()) == {second.digest} != {first.digest}
 
 
-def test_the_page_on_a_version_lies_beside_it_is_written_once_and_can_be_deleted(place: Place, tmp_path: Path) -> None:
+def test_pages_of_versions_are_written_once_and_can_be_deleted(place: Place, tmp_path: Path) -> None:
     version = place.version()
     (tmp_path / "page.html").write_text("first")
     uri = place.catalog.publish_page(version.digest, (tmp_path / "page.html").read_bytes())
@@ -95,9 +95,7 @@ def test_the_page_on_a_version_lies_beside_it_is_written_once_and_can_be_deleted
     assert place.catalog.versions() == {version.digest: version}
 
 
-def test_a_manifest_that_was_changed_on_s3_is_named_and_hides_no_other(
-    place: Place, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_changed_manifests_on_s3_are_named_and_hide_no_other(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     version, other = place.version(), place.version(100)
     key = f"datasets/blobs/{version.digest}/manifest.json"
     store = Store()
@@ -108,7 +106,7 @@ def test_a_manifest_that_was_changed_on_s3_is_named_and_hides_no_other(
     assert list(place.catalog.read().damaged) == [version.digest]
 
 
-def test_an_older_version_comes_back_bit_for_bit_from_s3_alone(place: Place) -> None:
+def test_older_versions_come_back_from_s3_alone(place: Place) -> None:
     first = place.version()
     old = files_of(FOLDER)
     pointer = FOLDER.with_suffix(".dvc").read_text()
@@ -125,7 +123,7 @@ def test_an_older_version_comes_back_bit_for_bit_from_s3_alone(place: Place) -> 
     assert files_of(FOLDER) == new
 
 
-def test_versions_come_and_go_without_a_server_and_the_next_ingest_adds_to_the_one_that_is_there(place: Place) -> None:
+def test_versions_come_and_go_without_a_server(place: Place) -> None:
     first = place.version()
     old = files_of(FOLDER)
     second = place.version(100, 101)
@@ -146,7 +144,7 @@ def test_versions_come_and_go_without_a_server_and_the_next_ingest_adds_to_the_o
     assert set(place.catalog.versions()) == {first.digest, second.digest, third.digest}
 
 
-def test_a_version_that_was_never_recorded_is_not_lost_by_a_checkout(place: Place) -> None:
+def test_checkouts_lose_no_unrecorded_version(place: Place) -> None:
     first = place.version()
     blob(100).save(place.images / "odd" / "100.png")
     ingest(FOLDER, IngestConfig(source=str(place.images), size=8, held_out=0.33))
@@ -156,10 +154,10 @@ def test_a_version_that_was_never_recorded_is_not_lost_by_a_checkout(place: Plac
     assert files_of(FOLDER) == unrecorded
 
 
-def test_a_version_that_never_was_is_an_error_that_names_those_there_are(place: Place) -> None:
+def test_unknown_versions_are_errors_that_name_the_known(place: Place) -> None:
     versions = [place.version(), place.version(100)]
     for reach in (place.reach, unreachable):
-        with pytest.raises(UserError, match=r"f{12} is no version of data set blobs") as error:
+        with pytest.raises(UserError, match=r"f{12} is not a version of data set blobs") as error:
             checkout(FOLDER, "f" * 12, reach)
         assert all(version.digest[:12] in str(error.value) for version in versions)
     place.forget()
@@ -168,7 +166,7 @@ def test_a_version_that_never_was_is_an_error_that_names_those_there_are(place: 
 
 
 @pytest.mark.slow
-def test_a_file_that_comes_damaged_from_the_remote_is_named_and_the_version_before_stays(place: Place) -> None:
+def test_damaged_remote_files_are_named_and_the_version_stays(place: Place) -> None:
     first = place.version()
     second = place.version(100)
     shard = second.shards[-1]
@@ -258,7 +256,7 @@ def test_removal_record_with_an_unsafe_path_is_named_and_rejected(place: Place, 
     assert files_of(Path()) == before
 
 
-def test_training_streams_a_version_of_which_only_the_tables_are_here(place: Place, tmp_path: Path) -> None:
+def test_training_streams_versions_without_local_shards(place: Place, tmp_path: Path) -> None:
     version = place.version()
     expected = Dataset.open(FOLDER).images(range(48))
     recorded = data_version(FOLDER)
@@ -316,7 +314,7 @@ def test_unrestorable_files_are_reported_by_ingest(place: Place) -> None:
         ingest(FOLDER, config)
 
 
-def test_the_record_of_another_version_is_not_taken_for_that_of_the_one_in_the_folder(place: Place) -> None:
+def test_another_versions_record_is_not_taken_for_the_current_one(place: Place) -> None:
     place.version()
     assert data_version(FOLDER) is not None
     blob(100).save(place.images / "odd" / "100.png")

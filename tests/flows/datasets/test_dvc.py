@@ -19,7 +19,7 @@ from tests.builders.shapes import blob
 from tests.builders.workspace import PARAMS
 
 
-def test_a_data_set_outside_dvc_yaml_gets_a_pointer_of_its_own(
+def test_data_sets_outside_dvc_yaml_get_their_own_pointer(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -37,7 +37,7 @@ def test_a_data_set_outside_dvc_yaml_gets_a_pointer_of_its_own(
     assert data_version(folder) == version
 
 
-def test_killed_as_soon_as_its_folder_exists_a_repository_is_whole(tmp_path: Path) -> None:
+def test_repositories_killed_at_creation_are_whole(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/file").write_text("x")
     code = "from pathlib import Path; from flows.datasets.dvc import record_data; record_data(Path('data'), None)"
@@ -53,7 +53,7 @@ def test_killed_as_soon_as_its_folder_exists_a_repository_is_whole(tmp_path: Pat
 @pytest.mark.parametrize(
     "what", ["a NUL", "a text", "a number of 6,000 digits", "indented sections that are nested too deeply"]
 )
-def test_a_hostile_file_of_dvc_is_an_error_of_the_user(
+def test_hostile_files_of_dvc_are_errors_of_the_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, what: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -311,7 +311,7 @@ def test_a_connection_that_drops_for_a_while_changes_nothing(
 
 
 @pytest.mark.slow
-def test_a_connection_that_drops_for_good_is_an_error_after_which_the_same_command_ends_right(
+def test_after_a_lost_connection_the_same_command_ends_right(
     store: Store, bucket: str, proxy: Proxy, tmp_path: Path
 ) -> None:
     put(store, bucket, {f"in/{number % 2}/{number:02d}.png": png(number) for number in range(24)})
@@ -333,9 +333,7 @@ def test_a_connection_that_drops_for_good_is_an_error_after_which_the_same_comma
         assert files_of(folder) == files_of(tmp_path / kind / "undisturbed" / "set")
 
 
-def test_a_version_that_is_there_stays_whole_when_the_connection_drops(
-    store: Store, bucket: str, proxy: Proxy, tmp_path: Path
-) -> None:
+def test_lost_connections_leave_the_version_whole(store: Store, bucket: str, proxy: Proxy, tmp_path: Path) -> None:
     put(store, bucket, {f"{number:02d}.png": png(number) for number in range(12)})
     make(tmp_path / "set", f"s3://{bucket}")
     before = files_of(tmp_path / "set")

@@ -55,7 +55,7 @@ def test_killed_ingest_blocks_no_other_and_resumes(step: str, two: tuple[Machine
 
 
 @pytest.mark.slow
-def test_two_that_begin_one_data_set_at_the_same_time_make_one_of_it(machine: Machines) -> None:
+def test_two_simultaneous_first_ingests_make_one_data_set(machine: Machines) -> None:
     one, other = machine("one"), machine("other")
     with before("flows.datasets.catalog:Heads.advance", lambda: other.ingest(1, 2, 200)):
         one.ingest(1, 2, 100)
@@ -64,7 +64,7 @@ def test_two_that_begin_one_data_set_at_the_same_time_make_one_of_it(machine: Ma
 
 
 @pytest.mark.slow
-def test_a_catalog_from_before_there_were_heads_is_mended_where_one_lost_images(two: tuple[Machine, Machine]) -> None:
+def test_catalogs_without_heads_are_mended(two: tuple[Machine, Machine]) -> None:
     one, other = two
     with before("flows.datasets.catalog:Heads.advance", killed), pytest.raises(Killed):
         one.ingest(100)

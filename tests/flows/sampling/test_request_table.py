@@ -142,7 +142,7 @@ def test_chosen_guidance_applies_to_tables_whose_every_row_is_conditional_and_au
         ("t.csv", 'label\n""\n""\n', "asks for nothing"),
         ("t.csv", "label\nodd,even\n", "more fields than the header"),
         ("t.jsonl", '{"label": ["odd"]}\n', "give one text for label"),
-        ("t.jsonl", "[1]\n", "is no JSON object"),
+        ("t.jsonl", "[1]\n", "is not a JSON object"),
         ("t.jsonl", '{"label": "' + "x" * 10_001 + '"}', "its label has over 10,000 characters"),
         ("t.parquet", "no parquet", "cannot be read as Parquet"),
         ("t.txt", "label\nodd\n", "ends in .csv, .jsonl or .parquet"),

@@ -71,7 +71,7 @@ def nearest(images: Iterable[Image.Image]) -> list[int]:
 
 
 @pytest.mark.parametrize("make", [scans, textures])
-def test_copies_share_a_split_and_few_distinct_images_join_a_group(
+def test_copies_share_a_split_and_distinct_images_rarely(
     make: Callable[[int], list[Image.Image]], tmp_path: Path
 ) -> None:
     distinct = make(400)
@@ -92,9 +92,7 @@ def test_copies_share_a_split_and_few_distinct_images_join_a_group(
     assert result.near_duplicates.warning is None
 
 
-def test_where_distinct_images_are_near_most_copies_are_missed_and_the_log_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_missed_copies_of_near_images_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     images = blobs(300)
     distances = nearest(images)
     limit = max(bits for bits in range(49) if sum(each <= bits for each in distances) <= 3)
@@ -121,7 +119,7 @@ def test_workers_and_runners_change_nothing(tmp_path: Path) -> None:
     assert manifests[0] == manifests[1] == manifests[2]
 
 
-def test_the_first_choice_stays_until_the_data_set_is_built_again(tmp_path: Path) -> None:
+def test_the_first_choice_stays_until_a_rebuild(tmp_path: Path) -> None:
     root, folder = save(scans(200), tmp_path / "images"), tmp_path / "set"
     first = ingest(folder, config(root)).near_duplicates
     assert first is not None
@@ -141,7 +139,7 @@ def test_the_first_choice_stays_until_the_data_set_is_built_again(tmp_path: Path
     assert again.bits == read_manifest(folder).near_duplicate_bits != first.bits
 
 
-def test_a_number_given_later_counts_and_auto_comes_back_to_the_first_choice(tmp_path: Path) -> None:
+def test_auto_comes_back_to_the_first_choice_after_a_number(tmp_path: Path) -> None:
     root, folder = save(scans(100), tmp_path / "images"), tmp_path / "set"
     ingest(folder, config(root))
     bits = read_manifest(folder).near_duplicate_bits
@@ -158,7 +156,7 @@ def test_a_number_given_later_counts_and_auto_comes_back_to_the_first_choice(tmp
     assert sum(row["near"] is not None for row in records(folder)) >= few + 36
 
 
-def test_a_data_set_made_without_it_is_calibrated_by_its_own_images_and_new_ones(tmp_path: Path) -> None:
+def test_later_calibration_uses_old_and_new_images(tmp_path: Path) -> None:
     root, folder = save(scans(100), tmp_path / "images"), tmp_path / "set"
     ingest(folder, config(root, near_duplicates=None))
     save(scans(140)[100:], root, start=100)
@@ -184,7 +182,7 @@ def test_few_images_are_calibrated_once_there_are_more(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_ingest_that_was_cut_off_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+def test_ingests_cut_off_end_as_undisturbed_ones(tmp_path: Path) -> None:
     root = save(scans(1100), tmp_path / "images")
     save_copies(scans(100), root)
     run = local_fan_out(IngestConfig(workers=1))
@@ -235,7 +233,7 @@ def test_unusable_and_equal_images_of_the_sample_do_not_count(tmp_path: Path) ->
     assert ingest(tmp_path / "set", config(root)).near_duplicates == expected
 
 
-def test_a_sample_estimates_the_limit_of_ten_times_as_many_images() -> None:
+def test_samples_estimate_limits_of_ten_times_as_many_images() -> None:
     images = scans(4000)
     distances = np.array(nearest_of_all(images))
     limit = max(bits for bits in range(49) if (distances <= bits).mean() <= 0.01)
@@ -263,7 +261,7 @@ def test_copies_among_the_images_do_not_lower_the_threshold() -> None:
     assert doubled.others <= 0.01
 
 
-def test_the_reports_thresholds_are_calibrated_by_copies_of_the_data_sets_own_images() -> None:
+def test_thresholds_of_reports_are_calibrated_by_own_copies() -> None:
     images = scans(200)
     hashes = [perceptual_hash(each) for each in images]
     thresholds, enough = calibrate_thresholds(images[:50], hashes, 11)

@@ -29,9 +29,9 @@ from diffusion.data.ingest.config import CaptionerConfig, IngestConfig
 from diffusion.data.ingest.ingest import IngestResult, ingest
 from diffusion.data.ingest.key_resolution import content_digest
 from diffusion.data.manifest import read_manifest, versions
+from diffusion.data.versions.difference import diff
 from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
-from diffusion.data.versions.versions import diff
 from diffusion.evaluation.config import EvaluationConfig
 from tests.builders import ROOT
 from tests.builders.http_server import Serve, dripped, listening, request_of, response, serving
@@ -117,7 +117,7 @@ def run(images: Path, data: Path, captioner: dict[str, Any] | None, **fields: An
     return ingest(data, config, **fields)
 
 
-def test_each_image_is_captioned_once_and_everything_follows_from_the_records(images: Path, data: Path) -> None:
+def test_images_are_captioned_once_and_records_decide(images: Path, data: Path) -> None:
     endpoint = Endpoint()
     plain = run(images, data, None)
     shards = read_manifest(data).shards
@@ -228,7 +228,7 @@ BODIES = (
 )
 
 
-def test_answers_without_a_usable_caption_fail_the_ingest_if_they_are_too_many(images: Path, data: Path) -> None:
+def test_too_many_unusable_answers_fail_the_ingest(images: Path, data: Path) -> None:
     endpoint = Endpoint()
     before = run(images, data, None)
     endpoint.bodies = {sha256_bytes(png): body for png, body in zip(pngs(data).values(), BODIES, strict=False)}
@@ -242,7 +242,7 @@ def test_answers_without_a_usable_caption_fail_the_ingest_if_they_are_too_many(i
     assert sum(text is None for text in captions(data).values()) == 11
 
 
-def test_a_captioner_that_is_not_there_is_sent_few_images_only(images: Path, data: Path) -> None:
+def test_missing_captioners_are_sent_few_images(images: Path, data: Path) -> None:
     endpoint = Endpoint()
     endpoint.status = {"": [401] * 100}
     with endpoint.running() as url, pytest.raises(UserError, match="401"):
@@ -302,7 +302,7 @@ elif mode != "nothing":
 
 
 @pytest.mark.parametrize("more", [[], ["{image}"]])
-def test_a_command_gets_the_image_on_standard_input_or_as_a_file(
+def test_commands_get_images_on_standard_input_or_as_files(
     tmp_path: Path, images: Path, data: Path, more: list[str]
 ) -> None:
     command = [sys.executable, "-S", "-c", SCRIPT, "work; echo $HOME", *more]
@@ -437,7 +437,7 @@ def test_an_endpoint_that_redirects_is_not_followed(images: Path, data: Path, mo
     assert requests == []
 
 
-def test_images_that_are_curated_before_they_are_captioned_are_not_sent(images: Path, data: Path) -> None:
+def test_images_dropped_before_captioning_are_not_sent(images: Path, data: Path) -> None:
     for number in range(3):
         Image.new("L", (8, 8), 60 * number).save(images / f"flat-{number}.png")
     first = run(images, data, None)

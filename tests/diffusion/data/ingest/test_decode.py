@@ -45,7 +45,7 @@ UNDONE = {
 # Sizes and modes.
 
 
-def test_crop_takes_the_middle_and_its_pixels_as_they_are_where_nothing_is_scaled() -> None:
+def test_crop_takes_unscaled_pixels_of_the_middle() -> None:
     for shape in ((8, 15, 3), (15, 8, 3), (8, 14, 3)):
         values = noise(*shape).astype(np.uint8)
         top, left = (shape[0] - 8) // 2, (shape[1] - 8) // 2
@@ -122,7 +122,7 @@ def test_reduced_jpeg_decoding_matches_full_decoding() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
-def test_a_jpeg_that_is_stored_turned_is_decoded_to_what_the_upright_one_is(orientation: int) -> None:
+def test_turned_jpegs_are_decoded_as_upright_ones(orientation: int) -> None:
     upright = blob(3, 24, "RGB").resize((1001, 803), Image.Resampling.BICUBIC)
     turned = upright.transpose(UNDONE[orientation])
     exif = Image.Exif()
@@ -210,7 +210,7 @@ def test_decompression_bombs_are_quarantined() -> None:
     assert "damaged" in reason(png_file(noise(8, 8, 1), "L", chunks=[profile]))
 
 
-def test_a_page_that_names_itself_as_the_next_ends_the_file() -> None:
+def test_pages_that_name_themselves_end_the_file() -> None:
     file = bytearray(saved(blob(1, 8, "L"), "TIFF"))
     directory = struct.unpack_from("<I", file, 4)[0]
     following = directory + 2 + 12 * struct.unpack_from("<H", file, directory)[0]

@@ -217,7 +217,7 @@ def test_hidden_colours_of_transparent_pixels_do_not_bleed_when_shrinking() -> N
     assert pixels(saved(clear, "PNG"), background="#ff0000")[..., 1].max() == 0
 
 
-def test_grey_over_a_coloured_background_is_colour_only_if_that_shows() -> None:
+def test_grey_becomes_colour_only_over_a_visible_background() -> None:
     grey = blob(1, 16, "L").convert("LA")
     assert prepare(saved(grey, "PNG"), config(background="#ff8000")).mode == "L"
     grey.putpixel((3, 3), (9, 0))

@@ -20,7 +20,7 @@ from diffusion.data.ingest.decode import prepare
 from diffusion.data.ingest.index import Index
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.sources import open_source
-from diffusion.data.sources.base import LONGEST
+from diffusion.data.sources.base import MAX_CHARACTERS
 from tests.builders.archives import peak
 from tests.builders.hostile_files import HOSTILE, IMAGES, parquet
 from tests.builders.reading_sources import access, read_all
@@ -67,10 +67,10 @@ def test_no_ingest_takes_more_than_a_gigabyte(tmp_path: Path) -> None:
 
 def test_images_with_too_long_texts_are_quarantined_individually(tmp_path: Path) -> None:
     rows = [
-        {"file_name": "0.png", "label": "x" * LONGEST["label"], "text": "y" * LONGEST["caption"]},
-        {"file_name": "1.png", "label": "x" * (LONGEST["label"] + 1), "text": "y"},
-        {"file_name": "2.png", "label": "x", "text": "y" * (LONGEST["caption"] + 1)},
-        {"file_name": f"{'z' * LONGEST['name']}.png"},
+        {"file_name": "0.png", "label": "x" * MAX_CHARACTERS["label"], "text": "y" * MAX_CHARACTERS["caption"]},
+        {"file_name": "1.png", "label": "x" * (MAX_CHARACTERS["label"] + 1), "text": "y"},
+        {"file_name": "2.png", "label": "x", "text": "y" * (MAX_CHARACTERS["caption"] + 1)},
+        {"file_name": f"{'z' * MAX_CHARACTERS['name']}.png"},
         *({"file_name": f"{number}.png", "label": "x"} for number in range(3, 20)),
     ]
     source = tmp_path / "set"

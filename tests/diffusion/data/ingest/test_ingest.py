@@ -52,7 +52,7 @@ def test_same_images_give_the_same_bytes_on_threads_and_processes(images: Path, 
     assert len([name for name in contents[0] if name.endswith(".tar")]) == 2
 
 
-def test_content_digest_is_free_of_names_and_history_but_not_of_pixels_or_storage(images: Path, tmp_path: Path) -> None:
+def test_content_digest_depends_on_pixels_and_storage_alone(images: Path, tmp_path: Path) -> None:
     digest = ingest(tmp_path / "a", config(images)).content_digest
     (images / "odd" / "01.png").rename(images / "odd" / "zz.png")
     assert ingest(tmp_path / "b", config(images)).content_digest == digest
@@ -194,9 +194,7 @@ def test_bad_images_are_quarantined_and_retried_on_request(images: Path, tmp_pat
     assert ingest(folder, config(images)).quarantined_count == 2
 
 
-def test_too_large_a_share_of_bad_images_names_the_reasons_and_leaves_the_old_version(
-    images: Path, dataset: Path
-) -> None:
+def test_too_many_bad_images_name_reasons_and_change_nothing(images: Path, dataset: Path) -> None:
     before = files_of(dataset)
     for number in range(60):
         (images / "odd" / f"bad{number}.png").write_text("x")
@@ -246,7 +244,7 @@ def test_changed_storage_settings_require_rebuild(images: Path, dataset: Path) -
     assert files_of(dataset) == before
 
 
-def test_the_same_pixels_with_another_caption_are_a_duplicate_with_a_note(images: Path, dataset: Path) -> None:
+def test_equal_pixels_with_another_caption_are_noted_duplicates(images: Path, dataset: Path) -> None:
     shutil.copy(images / "odd" / "01.png", images / "even" / "x.png")
     shutil.copy(images / "odd" / "01.png", images / "odd" / "x.png")
     ingest(dataset, config(images))
@@ -254,7 +252,7 @@ def test_the_same_pixels_with_another_caption_are_a_duplicate_with_a_note(images
     assert notes == {"even/x.png": "came again with another label or caption", "odd/x.png": None}
 
 
-def test_a_label_corrected_in_the_source_is_noted_once_and_taken_over_by_a_rebuild(tmp_path: Path) -> None:
+def test_corrected_labels_are_noted_until_a_rebuild(tmp_path: Path) -> None:
     root, folder = tmp_path / "images", tmp_path / "set"
     root.mkdir()
     for number in range(10):
@@ -334,7 +332,7 @@ def test_near_duplicate_of_both_splits_is_quarantined(tmp_path: Path) -> None:
     assert [each.reason for each in result.quarantined] == ["a near-copy of images in both splits"]
 
 
-def test_members_found_no_groups_and_a_group_goes_on_without_its_first_image(tmp_path: Path) -> None:
+def test_groups_go_on_without_their_first_image(tmp_path: Path) -> None:
     def row(key: str, near: list[str] | None = None) -> dict[str, Any]:
         hashed = {"aa": 0, "bb": 0xFF, "cc": 0xFFFF}[key]
         described = {
@@ -357,7 +355,7 @@ def test_members_found_no_groups_and_a_group_goes_on_without_its_first_image(tmp
         assert index.groups_near((0xFFFF).to_bytes(32, "big")) == [(b"\xbb", "train")]
 
 
-def test_few_distinct_images_count_as_near_duplicates_and_nearly_all_copies_do(tmp_path: Path) -> None:
+def test_near_duplicates_are_copies_and_few_distinct_images(tmp_path: Path) -> None:
     root = tmp_path / "images"
     root.mkdir()
     distinct, _ = digits(800)
@@ -379,7 +377,7 @@ def test_few_distinct_images_count_as_near_duplicates_and_nearly_all_copies_do(t
 
 
 @given(st.integers(0, 48), st.lists(st.integers(0, 255), max_size=60), st.integers(0, 2**32))
-def test_nearest_group_is_found_up_to_the_limit_of_bits_and_no_further(near: int, flips: list[int], seed: int) -> None:
+def test_nearest_group_is_found_up_to_the_limit(near: int, flips: list[int], seed: int) -> None:
     first = int.from_bytes(np.random.default_rng(seed).bytes(32), "big")
     other = first
     for bit in set(flips):
@@ -430,7 +428,7 @@ def test_damaged_shard_is_named_and_rewritten_on_request(images: Path, dataset: 
     assert files_of(dataset) == before
 
 
-def test_grey_data_set_has_one_channel_and_three_with_a_colour_image(images: Path, dataset: Path) -> None:
+def test_one_colour_image_gives_a_set_three_channels(images: Path, dataset: Path) -> None:
     assert Dataset.open(dataset).shape == (1, 8, 8)
     blob(77, 12, "RGB").save(images / "odd" / "colour.png")
     ingest(dataset, config(images))
@@ -439,7 +437,7 @@ def test_grey_data_set_has_one_channel_and_three_with_a_colour_image(images: Pat
     assert data.images([0]).shape == (1, 3, 8, 8)
 
 
-def test_manifest_statistics_are_those_of_the_training_images_over_all_parts(images: Path, dataset: Path) -> None:
+def test_manifest_statistics_cover_training_images_of_all_parts(images: Path, dataset: Path) -> None:
     add_images(images, range(100, 130))
     ingest(dataset, config(images))
     data = Dataset.open(dataset)
@@ -451,14 +449,14 @@ def test_manifest_statistics_are_those_of_the_training_images_over_all_parts(ima
 
 
 @given(st.binary(min_size=32, max_size=32), st.floats(0.05, 0.95), st.floats(0, 0.5))
-def test_image_stays_in_the_held_out_split_when_the_split_grows(digest: bytes, share: float, more: float) -> None:
+def test_images_stay_held_out_when_the_split_grows(digest: bytes, share: float, more: float) -> None:
     key = digest.hex()
     if split_of(key, share) == "held_out":
         assert split_of(key, share + more) == "held_out"
 
 
 @given(st.integers(1, 3_000_000), st.sampled_from([8, 28, 32, 64, 256, 1024]), st.integers(2**16, 2**30))
-def test_chunks_are_never_larger_than_a_shard_and_small_sets_get_several(images: int, size: int, most: int) -> None:
+def test_chunks_fit_shards_and_small_sets_get_several(images: int, size: int, most: int) -> None:
     count = chunk_size(images, IngestConfig(size=size, shard_bytes=most))
     assert 1 <= count <= 8192
     assert count == 1 or count * size**2 <= most

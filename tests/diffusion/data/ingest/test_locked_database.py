@@ -27,7 +27,7 @@ from tests.builders.shapes import blob
         ("remove", "captions.sqlite"),
     ],
 )
-def test_locked_database_is_named_and_the_same_command_ends_the_same(
+def test_locked_databases_are_named_and_commands_can_be_repeated(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, name: str
 ) -> None:
     captioner = {"command": ["echo", "a blob"], "version": "one"}

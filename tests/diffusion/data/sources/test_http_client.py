@@ -154,7 +154,7 @@ def test_redirect_to_a_local_address_is_rejected(names: Names, tmp_path: Path) -
             assert downloads == [png(1)]
 
 
-def test_a_name_is_resolved_once_and_its_checked_address_connected_to(names: Names, tmp_path: Path) -> None:
+def test_names_are_resolved_once_to_checked_addresses(names: Names, tmp_path: Path) -> None:
     requests: list[bytes] = []
 
     def serve(client: socket.socket) -> None:
@@ -189,9 +189,7 @@ def certificate(folder: Path, name: str) -> tuple[Path, Path]:
     return folder / "cert.pem", folder / "key.pem"
 
 
-def test_tls_is_verified_by_name_though_the_connection_goes_to_an_address(
-    names: Names, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tls_is_verified_by_name(names: Names, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cert, key = certificate(tmp_path, "images.test")
     monkeypatch.setenv("SSL_CERT_FILE", str(cert))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -81,7 +81,7 @@ def test_metadata_in_an_archive_names_its_images(tmp_path: Path, name: str) -> N
 
 
 @each_kind
-def test_an_archive_that_was_cut_short_or_is_none_is_an_error_of_one_line(tmp_path: Path, name: str) -> None:
+def test_invalid_archives_are_errors_of_one_line(tmp_path: Path, name: str) -> None:
     whole = MAKERS[name]({f"{number}.png": bytes(range(256)) * 8 for number in range(20)})
     for damaged_bytes in (whole[: len(whole) * 2 // 3], b"", b"no archive" * 1000, whole[: len(whole) // 2] + b"glued"):
         (tmp_path / name).write_bytes(damaged_bytes)
@@ -120,7 +120,7 @@ def test_tars_that_were_glued_together_are_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["set.tar", "set.zip", "set.tar.gz"])
-def test_an_archive_that_changes_after_the_listing_is_an_error_and_never_other_bytes(tmp_path: Path, name: str) -> None:
+def test_archives_changed_after_the_listing_are_errors(tmp_path: Path, name: str) -> None:
     path, source_access = tmp_path / name, access(tmp_path / "scratch")
     path.write_bytes(MAKERS[name]({"a.png": b"1"}))
     entries = list(open_source(str(path), source_access).entries())
@@ -170,7 +170,7 @@ def test_a_zip_holds_what_zipfile_finds_in_it(files: Files, method: int, before:
 
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(["set.tar", "set.zip", "set.tar.gz", "set.tar.bz2", "set.tar.xz"]), st.data())
-def test_damage_anywhere_is_an_error_or_a_reason_and_nothing_else(name: str, data: st.DataObject) -> None:
+def test_damage_anywhere_is_an_error_or_a_reason(name: str, data: st.DataObject) -> None:
     whole = bytearray(MAKERS[name]({f"dir/{number}.png": bytes([number]) * 700 for number in range(4)}))
     for _ in range(data.draw(st.integers(1, 8))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
@@ -236,7 +236,7 @@ def test_archive_bombs_are_quarantined_before_unpacking(tmp_path: Path) -> None:
     assert str(reasons["lying.zip/a.png"]).startswith("damaged in the zip")
 
 
-def test_headers_that_lie_about_their_size_are_not_read_into_memory(tmp_path: Path) -> None:
+def test_lying_headers_are_not_read_into_memory(tmp_path: Path) -> None:
     info = tarfile.TarInfo("PaxHeaders")
     info.type, info.size = tarfile.XHDTYPE, 200_000_000
     with (tmp_path / "set.tar").open("wb") as file:
@@ -284,7 +284,7 @@ def test_a_zip_whose_files_share_bytes_is_refused(tmp_path: Path, kind: str) -> 
         read_all(tmp_path / "set.zip", access(tmp_path / "scratch"))
 
 
-def test_a_file_in_a_zip_that_reaches_into_the_next_is_rejected(tmp_path: Path) -> None:
+def test_overlapping_files_in_a_zip_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "set.zip").write_bytes(overlapping("an extra field over the next header"))
     contents = payloads(tmp_path / "set.zip", access(tmp_path / "scratch"))
     assert contents == {
@@ -293,7 +293,7 @@ def test_a_file_in_a_zip_that_reaches_into_the_next_is_rejected(tmp_path: Path) 
     }
 
 
-def test_a_zip_whose_directory_is_one_of_its_files_is_rejected(tmp_path: Path) -> None:
+def test_zips_that_contain_their_directory_are_rejected(tmp_path: Path) -> None:
     whole = bytearray(zip_bytes({"a.png": b"1"}, zipfile.ZIP_STORED))
     entry = whole.index(b"PK\1\2")
     whole[entry + 20 : entry + 28] = (50).to_bytes(4, "little") * 2
@@ -302,7 +302,7 @@ def test_a_zip_whose_directory_is_one_of_its_files_is_rejected(tmp_path: Path) -
         read_all(tmp_path / "set.zip", access(tmp_path / "scratch"))
 
 
-def test_a_zip_with_its_directory_in_another_order_and_descriptors_is_read(tmp_path: Path) -> None:
+def test_zips_with_reordered_directory_and_descriptors_are_read(tmp_path: Path) -> None:
     class Unseekable(io.RawIOBase):
         """Sizes come behind the data when zipfile cannot go back."""
 
@@ -359,7 +359,7 @@ def test_memory_does_not_grow_with_the_archive(tmp_path: Path, name: str) -> Non
     assert listing(20_000) < 1.2 * listing(2_000) + 100_000
 
 
-def test_a_zip_of_more_files_than_fit_into_sixteen_bits_is_read_whole(tmp_path: Path) -> None:
+def test_zips_of_over_65536_files_are_read_whole(tmp_path: Path) -> None:
     wide = zip_bytes(dict.fromkeys((f"{number:05d}.png" for number in range(66_000)), b""), zipfile.ZIP_STORED)
     assert b"PK\6\6" in wide
     old = bytearray(wide.replace(b"PK\6\6", b"PK..").replace(b"PK\6\7", b"PK.."))
@@ -391,7 +391,7 @@ def test_grown_archive_adds_only_new_images(tmp_path: Path, name: str) -> None:
     assert ingest(tmp_path / "data", config).read == 0
 
 
-def test_a_folder_and_archives_in_any_order_make_the_same_data_set(tmp_path: Path) -> None:
+def test_folders_and_archives_make_the_same_data_set(tmp_path: Path) -> None:
     # The image that lies in two classes has that of its first name.
     files = {f"{number % 2}/{number:02d}.png": png(number) for number in range(12)} | {"1/00.png": png(0)}
     shuffled = dict(reversed(files.items()))

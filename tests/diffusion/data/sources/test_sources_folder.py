@@ -29,7 +29,7 @@ def test_a_folder_of_folders_is_a_set_of_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("files", [["a.png", "cat/b.png", "dog/c.png"], ["cat/a.png", "cat/b.png"], ["a.png", "b.png"]])
-def test_images_in_the_root_or_in_one_folder_only_have_no_class(tmp_path: Path, files: list[str]) -> None:
+def test_images_in_the_root_or_one_folder_have_no_class(tmp_path: Path, files: list[str]) -> None:
     root = write_files(tmp_path / "set", dict.fromkeys(files, b"1"))
     assert by_name(root, tmp_path / "scratch") == dict.fromkeys(files, (None, None, b"1"))
 
@@ -74,7 +74,7 @@ def test_metadata_names_the_images_their_labels_and_captions(tmp_path: Path, nam
     [
         ("metadata.csv", "name,label\na.png,x\n", "record 1 has no file_name"),
         ("metadata.csv", "file_name,label\na.png,x,y\n", "record 1 has more fields than the header"),
-        ("metadata.jsonl", '{"file_name": "a.png"}\n[1]\n', "is no JSON object"),
+        ("metadata.jsonl", '{"file_name": "a.png"}\n[1]\n', "is not a JSON object"),
         ("metadata.jsonl", '{"file_name": "a.png"', "cannot be read"),
         ("metadata.jsonl", '{"file_name": "a.png", "label": ["x"]}', "give one text"),
         ("metadata.jsonl", '{"file_name": "../a.png"}', "leads out of"),
@@ -86,9 +86,7 @@ def test_metadata_names_the_images_their_labels_and_captions(tmp_path: Path, nam
         ("metadata.csv", b"file_name\n\xff\xfe.png\n", "cannot be read"),
     ],
 )
-def test_metadata_that_cannot_be_understood_is_an_error_of_one_line(
-    tmp_path: Path, name: str, text: str | bytes, message: str
-) -> None:
+def test_invalid_metadata_is_an_error_of_one_line(tmp_path: Path, name: str, text: str | bytes, message: str) -> None:
     root = write_files(tmp_path / "set", {"a.png": b"1", name: text if isinstance(text, bytes) else text.encode()})
     with pytest.raises(UserError, match=message) as error:
         by_name(root, tmp_path / "scratch")
@@ -150,7 +148,7 @@ def test_file_deleted_after_listing_is_quarantined_alone(tmp_path: Path) -> None
 def test_a_file_url_is_a_path(tmp_path: Path) -> None:
     root = write_files(tmp_path / "my set #1", {"a.png": b"1"})
     assert payloads(root.as_uri(), access(tmp_path / "scratch")) == {"a.png": b"1"}
-    with pytest.raises(UserError, match="no file of this machine"):
+    with pytest.raises(UserError, match="is not a file of this machine"):
         open_source("file://elsewhere/set", access(tmp_path / "scratch"))
     with pytest.raises(UserError, match="%3F"):
         open_source(f"{root.as_uri()}?split=train", access(tmp_path / "scratch"))
@@ -184,7 +182,7 @@ def test_a_file_url_is_a_path(tmp_path: Path) -> None:
         ("wds:s3://bucket/a.tar", "needs an S3 client"),
     ],
 )
-def test_a_source_that_is_not_there_or_not_understood_is_an_error_of_one_line(
+def test_invalid_sources_are_errors_of_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -129,7 +129,7 @@ configs:
 
 
 def test_a_card_cannot_keep_its_reader_busy(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffusion.data.sources.local_files.MOST_NAMES", 100)
+    monkeypatch.setattr("diffusion.data.sources.local_files.MAX_NAMES", 100)
 
     def card(pattern: str) -> bytes:
         return f"---\nconfigs: [{{config_name: a, data_files: '{pattern}'}}]\n---\n".encode()
@@ -177,9 +177,7 @@ def test_webdataset_shards(hub: Hub, tmp_path: Path) -> None:
     ]
 
 
-def test_an_ingest_records_commit_and_licence_and_reads_new_files_alone(
-    hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_ingests_record_commit_and_licence(hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     files = {"README.md": CARD, "a.parquet": parquet(range(30))}
     repo = hub.dataset("me/blobs", files)
     first = repo.refs["main"]
@@ -243,7 +241,7 @@ def test_dropped_connections_and_busy_servers_are_retried(hub: Hub, tmp_path: Pa
     assert ranges[:2] == ["bytes=5000-", "bytes=10000-"]
 
 
-def test_a_hub_that_never_answers_whole_is_one_error_in_bounded_time(hub: Hub, tmp_path: Path) -> None:
+def test_incomplete_answers_of_the_hub_end_in_bounded_time(hub: Hub, tmp_path: Path) -> None:
     hub.dataset("me/blobs", {"a.parquet": parquet(range(2))})
     hub.drop_after = 0
     with pytest.raises(TransientError, match=r"a\.parquet of hf://datasets/me/blobs@"):
@@ -313,7 +311,7 @@ def misbehave(hub: Hub, **fields: object) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"drip": 0.05}, {"pause": 0.05, "piece": 1}], ids=["headers", "file"])
-def test_a_hub_that_sends_byte_by_byte_ends_in_bounded_time(
+def test_slow_bytes_of_the_hub_end_in_bounded_time(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, object]
 ) -> None:
     monkeypatch.setattr("diffusion.common.hub.SECONDS", 0.2)

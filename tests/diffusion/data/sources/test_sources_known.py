@@ -60,7 +60,7 @@ def test_mismatched_idx_files_are_an_error_and_labels_are_optional(tmp_path: Pat
     source_access = access(tmp_path / "scratch")
     for damage, message in (
         (idx(np.zeros(2, np.uint8)), "has 2 labels for 3 images"),
-        (idx(np.zeros((3, 1), np.uint8)), "is no IDX file of 1 dimensions"),
+        (idx(np.zeros((3, 1), np.uint8)), "is not an IDX file of 1 dimensions"),
         (labels.read_bytes()[:-1], "has not the length that its header says"),
     ):
         labels.write_bytes(damage)
@@ -71,11 +71,11 @@ def test_mismatched_idx_files_are_an_error_and_labels_are_optional(tmp_path: Pat
     whole = images.read_bytes()
     for damaged_bytes in (whole[:-1], whole[:7], b"", whole + b"x", b"\0\0\x0d\3" + whole[4:]):
         images.write_bytes(damaged_bytes)
-        with pytest.raises(UserError, match=r"train-images-idx3-ubyte (is no IDX file|has not the length)"):
+        with pytest.raises(UserError, match=r"train-images-idx3-ubyte (is not an IDX file|has not the length)"):
             read_all(images, source_access)
 
 
-def test_a_known_idx_file_is_not_read_again_and_a_changed_one_is_an_error(tmp_path: Path) -> None:
+def test_known_idx_files_are_skipped_and_changed_ones_errors(tmp_path: Path) -> None:
     mnist(tmp_path / "set", {"train": 12})
     uri, source_access = f"idx:{tmp_path}/set", access(tmp_path / "scratch")
     config = IngestConfig(source=uri, size=8, held_out=0.33)
@@ -90,7 +90,7 @@ def test_a_known_idx_file_is_not_read_again_and_a_changed_one_is_an_error(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["MNIST", "FashionMNIST"])
-def test_a_set_of_idx_files_is_found_where_torchvision_keeps_it(tmp_path: Path, name: str) -> None:
+def test_idx_files_are_found_where_torchvision_keeps_them(tmp_path: Path, name: str) -> None:
     mnist(tmp_path / name / "raw", {"train": 12, "t10k": 4})
     for split, train in (("train", True), ("test", False)):
         theirs = getattr(datasets, name)(tmp_path, train=train)
@@ -143,7 +143,7 @@ def test_a_set_of_one_array_is_read_by_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [*IDX_FILES, *IMAGE_FILES, *ARRAYS])
-def test_a_set_that_is_not_there_is_an_error_of_one_line_and_never_downloaded_unrequested(
+def test_missing_sets_are_errors_and_never_downloaded_unrequested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     def no_download(*_: object, **__: object) -> None:

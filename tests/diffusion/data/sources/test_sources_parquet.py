@@ -95,7 +95,7 @@ def test_options_name_the_columns_and_a_pattern_the_files(tmp_path: Path) -> Non
         ({"image": [b"1"], "label": [["a", "b"]]}, "", "neither text nor a number: choose other columns"),
     ],
 )
-def test_a_table_that_is_not_clear_is_an_error_of_one_line(
+def test_ambiguous_tables_are_errors_of_one_line(
     tmp_path: Path, columns: dict[str, list[Any]], options: str, message: str
 ) -> None:
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
@@ -104,7 +104,7 @@ def test_a_table_that_is_not_clear_is_an_error_of_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_is_damaged_is_an_error_and_a_damaged_page_a_reason(tmp_path: Path) -> None:
+def test_damaged_files_are_errors_and_damaged_pages_reasons(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     images = [bytes([number]) * 3000 for number in range(40)]
     settings = {"row_group_size": 10, "compression": "none", "use_dictionary": False, "write_page_checksum": True}
@@ -134,7 +134,7 @@ def test_rows_over_the_limit_are_quarantined(tmp_path: Path) -> None:
     assert second == b"y" * 1024
 
 
-def test_any_part_of_the_rows_can_be_read_and_a_changed_file_is_an_error(tmp_path: Path) -> None:
+def test_any_rows_can_be_read_and_changed_files_are_errors(tmp_path: Path) -> None:
     path, source_access = tmp_path / "a.parquet", access(tmp_path / "scratch")
     images: list[bytes | None] = [bytes([number]) for number in range(100)]
     hugging_face(path, images, [0] * 100, row_group_size=37)
@@ -165,7 +165,7 @@ def test_memory_does_not_grow_with_the_table(tmp_path: Path) -> None:
     assert used(16_000) < 1.5 * used(2_000)
 
 
-def test_a_grown_set_of_tables_is_read_where_it_is_new(tmp_path: Path) -> None:
+def test_only_new_tables_of_a_grown_set_are_read(tmp_path: Path) -> None:
     config = IngestConfig(source=f"parquet:{tmp_path}/set", size=8, held_out=0.33)
     hugging_face(tmp_path / "set" / "1.parquet", [png(number) for number in range(12)], [0, 1] * 6)
     assert ingest(tmp_path / "data", config).kept == 12

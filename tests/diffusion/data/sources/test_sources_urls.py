@@ -139,9 +139,7 @@ def answers(server: Server, tmp_path: Path, *places: str, **fields: object) -> l
 
 
 @pytest.mark.parametrize("column", ["url", "URL", "image_url"])
-def test_a_table_of_urls_is_fetched_in_its_order_with_labels_and_captions(
-    server: Server, tmp_path: Path, column: str
-) -> None:
+def test_url_tables_are_fetched_in_order_with_labels_and_captions(server: Server, tmp_path: Path, column: str) -> None:
     text = f'{column},label,TEXT\n{server.url}/png/1,cat,"one, two"\n{server.url}/png/0,,\n,dog,none\n'
     (tmp_path / "urls.csv").write_text(text)
     rows: list[dict[str, object]] = [
@@ -267,16 +265,14 @@ def test_closing_the_reader_does_not_wait_for_retries(
         ("urls.csv", "url\n\x00\xff", "cannot be read"),
     ],
 )
-def test_a_table_that_cannot_be_understood_is_an_error_of_one_line(
-    tmp_path: Path, name: str, text: str, message: str
-) -> None:
+def test_invalid_tables_are_errors_of_one_line(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=message) as error:
         read_all(tmp_path / name, access(tmp_path / "scratch"))
     assert "\n" not in str(error.value)
 
 
-def test_known_urls_are_not_fetched_again_and_quarantined_ones_on_request(server: Server, tmp_path: Path) -> None:
+def test_known_urls_are_skipped_and_quarantined_ones_requeued(server: Server, tmp_path: Path) -> None:
     config = IngestConfig(source=str(tmp_path / "urls.jsonl"), size=8, held_out=0.33, allow_private_addresses=True)
     rows: list[dict[str, object]] = [{"url": f"{server.url}/png/{number}", "label": number % 2} for number in range(12)]
     table(tmp_path / "urls.jsonl", [*rows, {"url": f"{server.url}/status/404"}])

@@ -54,7 +54,7 @@ def test_own_shards_round_trip_with_labels_and_captions(images: Path, dataset: P
     assert again.content_digest == read_manifest(dataset).content_digest
 
 
-def test_members_of_a_key_give_label_and_caption_to_its_images(tmp_path: Path) -> None:
+def test_members_of_a_key_describe_its_images(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(
         tar_bytes(
             {
@@ -103,7 +103,7 @@ def test_tar_members_that_are_not_files_are_quarantined(tmp_path: Path) -> None:
     assert "2.json: a link or a device" in str(contents["a.tar/2.png"])
 
 
-def test_a_shard_that_is_missing_or_damaged_or_of_another_kind_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_unusable_shards_are_errors_that_name_them(tmp_path: Path) -> None:
     shards(tmp_path / "set", [{"__key__": str(n), "png": png(n)} for n in range(8)])
     second = tmp_path / "set" / "set-0001.tar"
     second.write_bytes(second.read_bytes()[:1000])

@@ -21,9 +21,10 @@ from diffusion.data.ingest.key_resolution import content_digest
 from diffusion.data.ingest.merge import write_part
 from diffusion.data.manifest import read_manifest, read_records, versions, write_manifest
 from diffusion.data.versions.compact import compact
+from diffusion.data.versions.difference import diff
 from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
-from diffusion.data.versions.versions import diff, history
+from diffusion.data.versions.versions import history
 from tests.builders import ROOT
 from tests.builders.ingested import files_of, records
 from tests.builders.shapes import blob
@@ -101,7 +102,7 @@ def test_parts_of_other_sources_stay_apart(data: Path) -> None:
     assert [part.source for part in read_manifest(data).parts] == [f"hf://datasets/o/n@{n}" for n in (0, 1, 1, 2, 3)]
 
 
-def test_parts_of_other_shapes_stay_apart_and_dropped_images_keep_their_bytes(data: Path) -> None:
+def test_other_shapes_stay_apart_and_dropped_images_stay(data: Path) -> None:
     manifest = read_manifest(data)
     shapes = [(8, 8 + part.number % 2) for part in manifest.parts]
     tables = [read_records(data, part).to_pylist() for part in manifest.parts]
@@ -165,9 +166,7 @@ compact(Path(sys.argv[1]), IngestConfig(size=8, held_out=0.33, workers=1))
 
 
 @pytest.mark.slow
-def test_a_compaction_killed_at_random_moments_ends_in_the_bytes_of_an_undisturbed_one(
-    history_of_seven: Path, tmp_path: Path
-) -> None:
+def test_killed_compactions_end_in_the_same_bytes(history_of_seven: Path, tmp_path: Path) -> None:
     shutil.copytree(history_of_seven / "data", tmp_path / "whole")
     start = time.monotonic()
     compact(tmp_path / "whole" / "set", config(tmp_path))

@@ -102,7 +102,7 @@ def test_parts_without_duplicates_are_the_same_files_under_other_names(data: Pat
     assert (data / "a" / theirs.shard.name).samefile(data / "d" / before.shard.name)
 
 
-def test_a_repeated_merge_makes_no_version_and_later_ingests_go_on(data: Path, sources: Path) -> None:
+def test_repeated_merges_make_no_version(data: Path, sources: Path) -> None:
     merge_datasets(data / "a", [data / "b", data / "c"], config(data))
     before = files_of(data / "a")
     again = merge_datasets(data / "a", [data / "b", data / "c"], config(data))
@@ -113,7 +113,7 @@ def test_a_repeated_merge_makes_no_version_and_later_ingests_go_on(data: Path, s
 
 
 @pytest.mark.usefixtures("small_ranges")
-def test_an_image_that_curation_dropped_from_the_first_does_not_come_back_with_another(data: Path) -> None:
+def test_images_dropped_by_curation_do_not_return_by_merging(data: Path) -> None:
     manifest = read_manifest(data / "a")
     (part,) = manifest.parts
     rows = read_records(data / "a", part).to_pylist()
@@ -129,9 +129,7 @@ def test_an_image_that_curation_dropped_from_the_first_does_not_come_back_with_a
 
 
 @pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
-def test_an_image_that_was_taken_down_from_one_does_not_come_back_with_another(
-    data: Path, sources: Path, order: tuple[str, str]
-) -> None:
+def test_images_taken_down_do_not_return_by_merging(data: Path, sources: Path, order: tuple[str, str]) -> None:
     into, other = order
     remove(data / "a", Selection(sources=["*a025.png"]), "consent withdrawn")
     with pytest.raises(UserError, match=r"1 images were taken down"):
@@ -153,7 +151,7 @@ def test_data_sets_that_are_stored_otherwise_are_rejected(data: Path, sources: P
         assert files_of(data / "a") == before
 
 
-def test_a_merge_that_fails_leaves_the_version_as_it_was_and_is_repeated(
+def test_failed_merges_change_nothing_and_can_be_repeated(
     data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     shutil.copytree(data, tmp_path / "other")

@@ -161,7 +161,7 @@ def test_repeated_removal_changes_nothing_and_returns_the_same(dataset: Path) ->
     assert files_of(dataset) == files
 
 
-def test_the_same_words_remove_what_came_since_and_both_removals_stay_known(images: Path, dataset: Path) -> None:
+def test_repeated_removals_take_new_images_and_stay_known(images: Path, dataset: Path) -> None:
     selection = Selection(sources=["odd/*1.png"])
     first = remove(dataset, selection, "asked to")
     blob(901).save(images / "odd" / "91.png")
@@ -338,7 +338,7 @@ def captioned(dataset: Path) -> tuple[Path, Removal]:
     return dataset, removal
 
 
-def test_captions_are_forgotten_where_a_version_without_the_image_is_current_already(
+def test_captions_are_forgotten_where_the_image_is_gone_already(
     captioned: tuple[Path, Removal],
 ) -> None:
     dataset, removal = captioned
@@ -351,7 +351,7 @@ def test_captions_are_forgotten_where_a_version_without_the_image_is_current_alr
     }
 
 
-def test_a_known_removal_killed_after_its_manifest_leaves_no_caption_and_no_stray_file(
+def test_removals_killed_after_the_manifest_leave_nothing_behind(
     captioned: tuple[Path, Removal], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset, removal = captioned
@@ -395,7 +395,7 @@ def test_reencoded_copies_of_removed_images_stay_out(tmp_path: Path) -> None:
     assert ingest(folder, config(images, size=10, enlarge=True), rebuild="always").kept == 11
 
 
-def test_a_copy_that_comes_later_is_known_by_its_own_bytes_from_then_on(tmp_path: Path) -> None:
+def test_later_copies_are_known_by_their_own_bytes(tmp_path: Path) -> None:
     images, folder = many(tmp_path / "images", range(12)), tmp_path / "data" / "set"
     ingest(folder, config(images))
     remove(folder, Selection(sources=["a/0003.png"]), "asked to")

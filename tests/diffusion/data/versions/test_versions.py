@@ -8,7 +8,8 @@ import pytest
 
 from diffusion.common.errors import UserError
 from diffusion.data.manifest import manifest_bytes, parse_manifest, read_manifest, write_manifest
-from diffusion.data.versions.versions import diff, history, known_versions, remember, resolve, show
+from diffusion.data.versions.difference import diff
+from diffusion.data.versions.versions import history, known_versions, remember, resolve, show
 from tests.builders.built_datasets import BuiltDataset, duplicate, image_record, quarantined
 from tests.builders.small_datasets import random_images
 
@@ -65,7 +66,7 @@ def test_rebuild_counts_as_removing_and_adding_all_images(built: BuiltDataset) -
     assert (newest.added, newest.removed, newest.kept) == (3, 2, 3)
 
 
-def test_quarantine_status_is_that_of_the_last_record_of_a_name(built: BuiltDataset) -> None:
+def test_the_last_record_of_a_name_decides_its_quarantine(built: BuiltDataset) -> None:
     built.version([quarantined("once.png", "damaged"), quarantined("always.png", "damaged"), image(0)])
     built.version([image_record(PIXELS[1], "once.png"), quarantined("always.png", "too small")])
     built.version([image_record(PIXELS[2], "late.png")])
@@ -153,7 +154,7 @@ def test_versions_are_listed_by_branch_with_the_current_one_first(built: BuiltDa
     ]
 
 
-def test_a_remembered_version_that_was_tampered_with_is_named_and_hides_no_other(
+def test_damaged_remembered_versions_are_named_and_hide_no_other(
     built: BuiltDataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     version = built.version([image(0)])
