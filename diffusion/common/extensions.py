@@ -35,3 +35,8 @@ def with_extensions(group: str, built_in: Mapping[str, T]) -> dict[str, T]:
 @cache
 def _entries(group: str) -> tuple[EntryPoint, ...]:
     return tuple(sorted(entry_points(group=group), key=lambda entry: entry.name))
+
+
+def extension_versions(group: str) -> dict[str, str]:
+    """Return the package and version of each extension of ``group``, by name: what results depend on."""
+    return {entry.name: f"{entry.dist.name} {entry.dist.version}" for entry in _entries(group) if entry.dist}

@@ -20,7 +20,7 @@ from diffusion.common.escaping import pluralize
 from diffusion.common.files import write_json
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.shapes import Images
-from diffusion.evaluation.bootstrap import FEWEST_FOR_ERRORS, difference
+from diffusion.evaluation.bootstrap import difference
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import Estimate, paired_difference
 from diffusion.evaluation.evaluator import CACHE, Evaluator, MetricReplicates, ModelEvaluator
@@ -36,6 +36,7 @@ from diffusion.evaluation.gate import (
     WorstClass,
     decide,
 )
+from diffusion.evaluation.metrics.scores import MIN_FOR_ERRORS
 from diffusion.evaluation.metrics.text_image_agreement import describe_agreement, mean_over_prompts
 from diffusion.evaluation.real_images import SHOWN
 from diffusion.evaluation.results import EvaluationConditions, ModelEvaluation, RealBaseline
@@ -205,7 +206,7 @@ def _compare(
     if theirs is not None and generated and not baseline:
         incomparable = (
             f"too few images to tell the two apart: {len(ours.features)} generated and {len(ours.real.compared)} held "
-            f"out, and errors need {FEWEST_FOR_ERRORS} of either: generate more with evaluation.samples, or hold more "
+            f"out, and errors need {MIN_FOR_ERRORS} of either: generate more with evaluation.samples, or hold more "
             "out with ingest.held_out"
         )
     memorization = evaluations[0].memorization

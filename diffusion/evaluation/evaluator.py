@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -36,21 +36,23 @@ from diffusion.common.shapes import (
 from diffusion.common.threads import cores
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.data.manifest import read_manifest
-from diffusion.evaluation.bootstrap import FEWEST_FOR_ERRORS, SPLITS, Figure, Replicates, compute_halves
+from diffusion.evaluation.bootstrap import Replicates
 from diffusion.evaluation.cache import Key, Tensors, load_or_compute, load_or_compute_result, pieces_folder
 from diffusion.evaluation.config import EvaluationConfig, require_enough
 from diffusion.evaluation.estimate import MetricEstimate
 from diffusion.evaluation.features.feature_extractor import Extractor, make_extractor
 from diffusion.evaluation.features.label_classifier import load_label_classifier
 from diffusion.evaluation.features.text_image_encoder import OPTION, TextImageEncoder, open_text_image_encoder
+from diffusion.evaluation.metrics import load_figures, metric_versions
 from diffusion.evaluation.metrics.copies import detect_duplicates, detect_memorization
-from diffusion.evaluation.metrics.distances import Scores, compute_moments, frechet_distance
+from diffusion.evaluation.metrics.frechet import compute_moments, frechet_distance
 from diffusion.evaluation.metrics.held_out_loss import (
     HeldOutLoss,
     conditioning_of_rows,
     measure_losses,
     summarize_losses,
 )
+from diffusion.evaluation.metrics.metric import SPLITS, ImageSet
 from diffusion.evaluation.metrics.per_class import LabelledFeatures, PerClass, evaluate_classes
 from diffusion.evaluation.metrics.per_shape import PerShape, evaluate_shapes
 from diffusion.evaluation.metrics.pixel_metrics import (
@@ -62,6 +64,7 @@ from diffusion.evaluation.metrics.pixel_metrics import (
     resample,
     ssim,
 )
+from diffusion.evaluation.metrics.scores import MIN_FOR_ERRORS, Scores, compute_halves
 from diffusion.evaluation.metrics.text_image_agreement import (
     Cosines,
     TextImageAgreement,
@@ -75,6 +78,7 @@ from diffusion.evaluation.real_images import (
     RealImages,
     appearance_of_pieces,
     extractor_key,
+    metrics_key,
     thumbnails_of_pieces,
 )
 from diffusion.evaluation.results import (
@@ -96,7 +100,7 @@ CACHE = "evaluations"
 """Name of the cache folder inside the folder of an evaluation."""
 BATCHES = 2
 """Compute batches per core in a cached piece: little is lost to a kill, and no core waits for long."""
-MetricReplicates = dict[Figure, Replicates]
+MetricReplicates = dict[str, Replicates]
 """Metrics of one model with their values on halves; empty if there are too few images for errors."""
 
 
@@ -138,6 +142,7 @@ class Evaluator:
             text_image_encoder=None if self.encoder is None else self.encoder.digest,
             sampling=sampling,
             low_resolution=task.low_resolution,
+            extensions=metric_versions(),
         )
 
     def model(
@@ -181,8 +186,8 @@ class Evaluator:
         # As many as are generated, since the Fréchet distance depends on their number.
         count = max(len(model.features) for model in models)
         baseline_key, baseline = real.real_baseline(seed, count)
-        sets, reference = [*(model.features for model in models), baseline], real.reference.features
-        if min(map(len, (*sets, reference))) < FEWEST_FOR_ERRORS:
+        sets, reference = [*(model.image_set for model in models), baseline], real.reference
+        if min(map(len, (*sets, reference))) < MIN_FOR_ERRORS:
             return [{} for _ in sets]
         scores = [*(model.scores for model in models), real.scores(baseline_key, baseline)]
 
@@ -192,12 +197,12 @@ class Evaluator:
 
         key: Key = {"kind": "halves", "format_version": 3, "generated": [model.features_key for model in models]}
         key |= {"real_baseline": [seed, count], "training": real.key(real.train), "compared": real.key(real.compared)}
-        tensors = load_or_compute(self.folder, key | {"splits": SPLITS}, work)
-        count, dimensions = reference.shape
+        tensors = load_or_compute(self.folder, key | {"splits": SPLITS} | metrics_key(), work)
+        figures = [name for name, figure in load_figures().items() if figure.interval is not None]
         return [
             {
-                f: Replicates(f, score.get_metric(f), tensors[f"{n}/{f}"], samples, count, dimensions)
-                for f in get_args(Figure)
+                f: Replicates(f, score.get_metric(f), tensors[f"{n}/{f}"], samples, *reference.features.shape)
+                for f in figures
             }
             for n, (samples, score) in enumerate(zip(map(len, sets), scores, strict=True))
         ]
@@ -227,9 +232,10 @@ class Evaluator:
             outputs = {shape: resample(images, real.task.scale, name) for shape, images in real.small.items()}
             large_images = restore_order(real.shapes(real.shown), outputs)
             similarity = compare_images(large_images, real.dataset.images_in_order(real.shown))
-            return ResamplingBaseline(scores=real.score(real.extractor(large_images)), similarity=similarity), {}
+            images = ImageSet(real.extractor(large_images), lambda: [large_images])
+            return ResamplingBaseline(scores=real.score(images), similarity=similarity), {}
 
-        key: Key = {"kind": "baseline", "format_version": 2, "samples": len(real.shown)}
+        key: Key = {"kind": "baseline", "format_version": 3, "samples": len(real.shown)} | metrics_key()
         key |= {"low_resolution": low_resolution, "compared": real.key(real.compared)}
         return {
             name: load_or_compute_result(self.folder, key | {"name": name}, ResamplingBaseline, partial(compute, name))[
@@ -402,10 +408,19 @@ class ModelEvaluator:
             "features"
         ]
 
+    @property
+    def image_set(self) -> ImageSet:
+        """Return the generated images as metrics see them."""
+        return ImageSet(self.features, self.pieces)
+
+    def pieces(self) -> list[Images]:
+        """Return the generated images in chunks."""
+        return [self.images[start : start + CHUNK] for start in range(0, len(self.images), CHUNK)]
+
     @cached_property
     def scores(self) -> Scores:
         """Return the distances of the generated images to held-out ones."""
-        return self.real.scores(self.features_key, self.features)
+        return self.real.scores(self.features_key, self.image_set)
 
     @cached_property
     def labels(self) -> Tensor | None:
@@ -589,8 +604,7 @@ class ModelEvaluator:
 
     def evaluate(self) -> ModelEvaluation:
         """Return all metrics, without estimates."""
-        real, images = self.real, self.images
-        pieces = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
+        real, pieces = self.real, self.pieces()
         flip = bool(self.header.training.get("flip", False))  # then mirrored copies count as well
         nearest = real.neighbours(self.features_key, pieces, self.features, flip)
         rows = real.held_out

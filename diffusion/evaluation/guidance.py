@@ -20,13 +20,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusion.evaluation.bootstrap import FEWEST_FOR_ERRORS, SPLITS, Replicates, difference, shares_of_halves
+from diffusion.evaluation.bootstrap import Replicates, difference
 from diffusion.evaluation.cache import Key, Tensors, load_or_compute
 from diffusion.evaluation.estimate import Estimate, holm
 from diffusion.evaluation.evaluator import Evaluator, ModelEvaluator
 from diffusion.evaluation.gate import GateConfig
-from diffusion.evaluation.metrics.distances import jackknife, kid_deviations
-from diffusion.evaluation.metrics.neighbours import compute_overlap, nearest_distances
+from diffusion.evaluation.metrics.kid import jackknife, kid_deviations
+from diffusion.evaluation.metrics.metric import SPLITS
+from diffusion.evaluation.metrics.overlap import compute_overlap, nearest_distances, shares_of_halves
+from diffusion.evaluation.metrics.scores import MIN_FOR_ERRORS
 from diffusion.evaluation.reports.html import format_signed, format_with_error
 from diffusion.evaluation.results import GuidanceChoice, GuidanceScore, GuidanceVerdict
 from diffusion.process.samplers import SamplingConfig
@@ -103,7 +105,7 @@ def choose_guidance(evaluator: Evaluator, best: ModelEvaluator, gate: GateConfig
         tensors = load_or_compute(evaluator.folder, key, work)
         return Replicates("recall", float(tensors["recall"]), tensors["halves"], len(samples), *reference.shape)
 
-    has_recall = min(first, cut, len(rows) - cut) >= FEWEST_FOR_ERRORS
+    has_recall = min(first, cut, len(rows) - cut) >= MIN_FOR_ERRORS
     return choose(samplings, measure_kid, measure_recall if has_recall else None, gate)
 
 

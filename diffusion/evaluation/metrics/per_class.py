@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffusion.common.config import Config
 from diffusion.evaluation.estimate import Estimate, share_estimate, wilson_interval
-from diffusion.evaluation.metrics.distances import compute_kid
+from diffusion.evaluation.metrics.kid import compute_kid
 
 SMALLEST = 1e-12
 SHRINKAGE = 0.3

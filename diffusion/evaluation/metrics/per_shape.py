@@ -8,7 +8,7 @@ from torch import Tensor
 from diffusion.common.config import Config
 from diffusion.common.shapes import Shape, shape_name
 from diffusion.evaluation.estimate import Estimate, MetricEstimate
-from diffusion.evaluation.metrics.distances import compute_kid
+from diffusion.evaluation.metrics.kid import compute_kid
 from diffusion.evaluation.metrics.per_class import FEWEST
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import conv2d
 
 from diffusion.common.config import Config
 from diffusion.common.shapes import Images
-from diffusion.evaluation.metrics.distances import Scores
+from diffusion.evaluation.metrics.scores import Scores
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 """Resampling filters of the baselines, by name."""

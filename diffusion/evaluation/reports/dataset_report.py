@@ -49,13 +49,8 @@ from diffusion.data.versions.versions import (
 )
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.features.feature_extractor import make_extractor
-from diffusion.evaluation.metrics.distances import (
-    compute_kid,
-    compute_moments,
-    frechet_distance,
-    kid_kernel,
-    kids_of_splits,
-)
+from diffusion.evaluation.metrics.frechet import compute_moments, frechet_distance
+from diffusion.evaluation.metrics.kid import compute_kid, kid_kernel, kids_of_splits
 from diffusion.evaluation.metrics.neighbours import connected_groups
 from diffusion.evaluation.metrics.pixel_metrics import LUMA
 from diffusion.evaluation.reports.charts import DASHED, Chart, Paper, chart

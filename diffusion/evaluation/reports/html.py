@@ -2,13 +2,16 @@
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffusion.common.escaping import escape_controls, pluralize
 from diffusion.common.shapes import Images
 from diffusion.evaluation.estimate import Interval, MetricEstimate
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,31 @@ def metric_cell(metric: MetricEstimate | None) -> Cell:
     return Cell() if metric is None else Cell(format_signed(metric.value), format_interval(metric.interval))
 
 
+Subject = TypeVar("Subject")
+Sections = Mapping[str, Callable[[Subject], Mapping[str, object] | None]]
+"""The sections of a page by name, in order: what each shows of the page's subject, or None to leave it out."""
+
+
 def render(template: str, **content: object) -> bytes:
     """Render ``template`` with ``content``, every text escaped."""
+    return _environment().get_template(template).render(**content).encode()
+
+
+def render_page(page: str, sections: Sections[Subject], subject: Subject, **content: object) -> bytes:
+    """Render the template ``page``.html with its ``sections``, every text escaped.
+
+    Each section has a template in the folder ``page``. All of them see the fields of ``subject``, a dataclass, and
+    ``content``.
+    """
+    environment, shared = _environment(), vars(subject) | content
+    shown = [(name, values) for name, show in sections.items() if (values := show(subject)) is not None]
+    rendered = [
+        environment.get_template(f"{page}/{name}.html").render(**{**shared, **values}) for name, values in shown
+    ]
+    return environment.get_template(f"{page}.html").render(**shared, sections=rendered).encode()
+
+
+def _environment() -> "Environment":
     # Imported here: modules that only format numbers, such as the gate, do not need it.
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -46,9 +72,10 @@ def render(template: str, **content: object) -> bytes:
         pluralize,
         format_share,
         format_size,
+        metric_cell,
     )
     environment.filters |= {function.__name__: function for function in filters}
-    return environment.get_template(template).render(**content).encode()
+    return environment
 
 
 def _escape(value: Any) -> Any:

@@ -20,7 +20,7 @@ from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
-from diffusion.evaluation.metrics.distances import compute_scores
+from diffusion.evaluation.metrics.scores import compute_scores
 from diffusion.evaluation.results import Evaluation, EvaluationConditions
 from diffusion.generation.generate import sample
 from diffusion.process.samplers import SamplingConfig, sampling_config

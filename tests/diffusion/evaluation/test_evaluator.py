@@ -12,9 +12,9 @@ from diffusion.data.dataset import Dataset
 from diffusion.evaluation.evaluator import Evaluator, ModelEvaluator
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0, make_extractor
 from diffusion.evaluation.metrics.copies import detect_duplicates, shifted_thumbnails
-from diffusion.evaluation.metrics.distances import compute_scores
 from diffusion.evaluation.metrics.held_out_loss import measure_losses, summarize_losses
 from diffusion.evaluation.metrics.pixel_metrics import compare_appearance, measure_appearance, psnr
+from diffusion.evaluation.metrics.scores import compute_scores
 from diffusion.evaluation.results import ModelEvaluation
 from diffusion.families.model import Model
 from diffusion.generation.generate import sample

@@ -13,7 +13,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.image_grids import make_grid, png_bytes
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.features.feature_extractor import make_extractor
-from diffusion.evaluation.metrics.distances import compute_moments, frechet_distance
+from diffusion.evaluation.metrics.frechet import compute_moments, frechet_distance
 from diffusion.evaluation.ranking import RANKING, Ranking, rank_models
 from diffusion.evaluation.reports.ranking_report import PAGE, findings, write_ranking_report
 from diffusion.models.config import AutoregressiveConfig, GANConfig, ModelConfig

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from scipy.optimize import brentq
 from scipy.stats import binom, multivariate_normal, norm
 
-from diffusion.evaluation.bootstrap import Figure, Replicates, difference
+from diffusion.evaluation.bootstrap import Replicates, difference
 from diffusion.evaluation.comparison import distance_headline, psnr_headline
 from diffusion.evaluation.estimate import Estimate, sequential_confidences, share_estimate
 from diffusion.evaluation.gate import (
@@ -47,7 +47,7 @@ CHAMPION = 0.4
 """How far the champion's points lie from real ones, in each dimension."""
 
 
-def comparison(figure: Figure, seed: int, count: int, shift: float, common: float = 0.0) -> ComparisonMetrics:
+def comparison(figure: str, seed: int, count: int, shift: float, common: float = 0.0) -> ComparisonMetrics:
     """A candidate ``shift`` off against the champion, with a share ``common`` of the same noise, measured once."""
     noise, own, baseline, reference = (sample_gaussian(count, WIDTH, 4 * seed + each) for each in range(4))
     candidate = common * noise + (1 - common**2) ** 0.5 * own + shift
@@ -57,7 +57,7 @@ def comparison(figure: Figure, seed: int, count: int, shift: float, common: floa
     return ComparisonMetrics(basis="generated", samples=count, reference=count, has_champion=True, headline=headline)
 
 
-def better_by(figure: Figure, share: float) -> float:
+def better_by(figure: str, share: float) -> float:
     """The shift whose true distance is smaller than the champion's by this share, larger if that is negative."""
     goal = (1 - share) * TRUE[figure](WIDTH, CHAMPION, 1.0)
     return float(brentq(lambda shift: TRUE[figure](WIDTH, shift, 1.0) - goal, 0, 2 * CHAMPION))
@@ -70,7 +70,7 @@ def promotions(comparisons: list[ComparisonMetrics], delta: float) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("figure", ["kid", "fd"])
-def test_the_same_model_with_other_seeds_is_promoted_no_more_often_than_the_confidence_allows(figure: Figure) -> None:
+def test_the_same_model_with_other_seeds_is_promoted_no_more_often_than_the_confidence_allows(figure: str) -> None:
     comparisons = [comparison(figure, seed, 120, CHAMPION) for seed in range(TRIALS)]
     assert promotions(comparisons, delta=0) <= MOST
     # Who goes by the figure alone promotes half of them, and who goes by one standard error a sixth.
@@ -104,7 +104,7 @@ def test_a_model_better_by_exactly_delta_is_promoted_no_more_often_than_the_conf
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("figure", "count"), [("kid", 350), ("fd", 320)])
-def test_an_improvement_of_twice_delta_is_promoted_in_four_of_five_cases(figure: Figure, count: int) -> None:
+def test_an_improvement_of_twice_delta_is_promoted_in_four_of_five_cases(figure: str, count: int) -> None:
     shift = better_by(figure, 0.6)
     comparisons = [comparison(figure, seed, count, shift) for seed in range(100)]
     assert promotions(comparisons, delta=0.3) >= 80
@@ -152,7 +152,7 @@ def test_rule_on_recall_stops_models_of_less_variety() -> None:
 HALF_THE_COST = Cost(candidate=2, champion=4, unit="network evaluations")
 
 
-def as_good(figure: Figure, worse: float, count: int, trials: int = TRIALS, **config: Any) -> int:
+def as_good(figure: str, worse: float, count: int, trials: int = TRIALS, **config: Any) -> int:
     """How often a candidate whose distance is larger by the share ``worse`` is promoted at half the cost."""
     shift, settings = better_by(figure, -worse), GateConfig(**HEADLINE_ALONE | config)
     comparisons = [comparison(figure, seed, count, shift) for seed in range(trials)]

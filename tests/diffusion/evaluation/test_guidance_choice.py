@@ -13,10 +13,11 @@ from diffusion.checkpoints import export, load_model
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.cache import load_or_compute
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.evaluate import evaluate, findings
+from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
-from diffusion.evaluation.metrics.distances import compute_kid
+from diffusion.evaluation.metrics.kid import compute_kid
+from diffusion.evaluation.reports.evaluation_report import findings
 from diffusion.evaluation.results import Evaluation, GuidanceScore
 from diffusion.generation.config import make_request
 from diffusion.generation.generate import sample

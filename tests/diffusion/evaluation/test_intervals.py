@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from diffusion.evaluation.bootstrap import SPLITS
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.evaluator import Evaluator
+from diffusion.evaluation.metrics.metric import SPLITS
 from diffusion.process.samplers import sampling_config
 from tests.builders.comparisons import Watcher, evaluate_one
 from tests.builders.one_metric import compute_replicates

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from diffusion.common.fingerprint import fingerprint
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate, select_finalists
-from diffusion.evaluation.metrics.distances import Scores
+from diffusion.evaluation.metrics.scores import Scores
 from diffusion.evaluation.results import CheckpointEvaluation
 from diffusion.process.samplers import sampling_config
 from tests.builders.comparisons import Watcher, evaluate_one

@@ -12,7 +12,7 @@ from diffusion.checkpoints import load_model
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.comparison import ChampionComparison, compare_with_champion
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.evaluate import evaluate, findings
+from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.gate import GateConfig
 from diffusion.evaluation.metrics.text_image_agreement import (
@@ -22,6 +22,7 @@ from diffusion.evaluation.metrics.text_image_agreement import (
     number_of_each,
 )
 from diffusion.evaluation.reports.comparison_report import write_comparison_report
+from diffusion.evaluation.reports.evaluation_report import findings
 from diffusion.evaluation.reports.html import format_signed
 from diffusion.evaluation.results import Evaluation
 from diffusion.generation.generate import conditions_of, sample

@@ -12,16 +12,9 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torchvision.transforms.functional import gaussian_blur
 
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
-from diffusion.evaluation.metrics.distances import (
-    Reference,
-    Scores,
-    compute_moments,
-    compute_scores,
-    distance_at_infinity,
-    frechet_distance,
-    jackknife,
-    kid_deviations,
-)
+from diffusion.evaluation.metrics.frechet import compute_moments, distance_at_infinity, frechet_distance
+from diffusion.evaluation.metrics.kid import jackknife, kid_deviations
+from diffusion.evaluation.metrics.scores import Scores, compute_scores, prepare_reference
 from tests.builders.one_metric import compute_replicates
 
 
@@ -307,7 +300,7 @@ def test_moments_are_the_same_from_one_piece_and_from_several() -> None:
 
 def test_a_reference_known_before_gives_the_same_scores() -> None:
     samples, reference = gaussian(60, 8, seed=0), gaussian(80, 8, seed=1)
-    assert compute_scores(samples, Reference.from_features(reference), "x") == compute_scores(samples, reference, "x")
+    assert compute_scores(samples, prepare_reference(reference), "x") == compute_scores(samples, reference, "x")
 
 
 @pytest.mark.slow

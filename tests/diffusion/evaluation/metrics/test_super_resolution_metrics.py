@@ -18,7 +18,6 @@ from diffusion.data.dataset import Dataset
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
-from diffusion.evaluation.metrics.distances import compute_scores
 from diffusion.evaluation.metrics.pixel_metrics import (
     ImageSimilarity,
     ResamplingBaseline,
@@ -28,6 +27,7 @@ from diffusion.evaluation.metrics.pixel_metrics import (
     resample,
     ssim,
 )
+from diffusion.evaluation.metrics.scores import compute_scores
 from diffusion.evaluation.results import Evaluation
 from diffusion.generation.super_resolution import GenerationTask, shrink_images, upscale
 from diffusion.models.unet import UNet

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from diffusion.common.image_grids import make_grid
-from diffusion.evaluation.evaluate import ReportImages, write_report
 from diffusion.evaluation.reports.comparison_report import probability, write_comparison_report, write_verdict
+from diffusion.evaluation.reports.evaluation_report import ReportImages, write_report
 from tests.builders.browser import chromium, look
 from tests.builders.comparison_results import Shown, example_comparison
 from tests.builders.evaluations import an_evaluation

@@ -10,8 +10,8 @@ import pytest
 
 from diffusion.common.image_grids import make_grid, png_bytes, to_pil_image
 from diffusion.evaluation.estimate import Estimate, MetricEstimate, Share
-from diffusion.evaluation.evaluate import ReportImages, advise_longer, findings, write_report
 from diffusion.evaluation.reports.charts import read_losses
+from diffusion.evaluation.reports.evaluation_report import ReportImages, advise_longer, findings, write_report
 from diffusion.evaluation.reports.html import format_plain, format_with_error
 from diffusion.evaluation.results import (
     Evaluation,
