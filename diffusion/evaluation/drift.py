@@ -31,7 +31,7 @@ from diffusion.data.versions.versions import Elsewhere
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.features.feature_extractor import make_extractor
 from diffusion.evaluation.metrics.kid import kid_kernel, kids_of_splits
-from diffusion.evaluation.reports.dataset_report import MAX_COMPARED, MIN_COMPARED, read_batches, split_by_parent
+from diffusion.evaluation.new_images import MAX_COMPARED, MIN_COMPARED, read_batches, split_by_parent
 
 LOWEST_LEVEL = 1e-5
 """Lowest significance level of a version, which bounds the number of permutations."""

@@ -139,7 +139,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def paired_difference(candidate: Sequence[float], champion: Sequence[float]) -> Estimate:
     """Estimate the mean difference of a per-image metric on the same images in the same order; at least two."""
-    differences = [ours - theirs for ours, theirs in zip(candidate, champion, strict=True)]
+    differences = [value - other for value, other in zip(candidate, champion, strict=True)]
     count = len(differences)
     mean = math.fsum(differences) / count
     variance = math.fsum((difference - mean) ** 2 for difference in differences) / (count - 1)

@@ -28,6 +28,10 @@ from diffusion.generation.super_resolution import task_of
 from diffusion.process.samplers import SamplingConfig
 
 logger = logging.getLogger(__name__)
+OTHER_VERSION = (
+    "%s was trained on another version of data set %s: if ingest.held_out was changed since, some of the held-out "
+    "images may be its training images, and its scores too good; train again then"
+)
 ETA = 4
 """η of successive halving: the factor by which checkpoints get fewer and their images more in each round."""
 
@@ -95,12 +99,7 @@ def evaluate(
     generated_images: dict[str, Images] = {}
     same_version = header.content_digest == evaluator.conditions.content_digest
     if not same_version and header.dataset == evaluator.real.dataset.manifest.name:
-        logger.warning(
-            "%s was trained on another version of data set %s: if ingest.held_out was changed since, some of the "
-            "held-out images may be its training images, and its scores too good; train again then",
-            checkpoints[0],
-            evaluator.real.dataset.manifest.name,
-        )
+        logger.warning(OTHER_VERSION, checkpoints[0], header.dataset)
 
     def score(path: Path, samples: int) -> CheckpointEvaluation:
         model = evaluator.model(path, samples)

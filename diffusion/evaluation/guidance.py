@@ -23,12 +23,13 @@ from torch import Tensor
 from diffusion.evaluation.bootstrap import Replicates, difference
 from diffusion.evaluation.cache import Key, Tensors, load_or_compute
 from diffusion.evaluation.estimate import Estimate, holm
-from diffusion.evaluation.evaluator import Evaluator, ModelEvaluator
+from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.gate import GateConfig
 from diffusion.evaluation.metrics.kid import jackknife, kid_deviations
 from diffusion.evaluation.metrics.metric import SPLITS
 from diffusion.evaluation.metrics.overlap import compute_overlap, nearest_distances, shares_of_halves
 from diffusion.evaluation.metrics.scores import MIN_FOR_ERRORS
+from diffusion.evaluation.model_evaluator import ModelEvaluator
 from diffusion.evaluation.reports.html import format_signed, format_with_error
 from diffusion.evaluation.results import GuidanceChoice, GuidanceScore, GuidanceVerdict
 from diffusion.process.samplers import SamplingConfig

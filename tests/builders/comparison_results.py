@@ -12,7 +12,8 @@ from diffusion.evaluation.bootstrap import Replicates, difference
 from diffusion.evaluation.comparison import ChampionComparison, SampleGrids, distance_headline
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import MetricEstimate
-from diffusion.evaluation.gate import ComparisonMetrics, GateConfig, decide
+from diffusion.evaluation.gate import GateConfig, decide
+from diffusion.evaluation.gate_metrics import ComparisonMetrics
 from diffusion.evaluation.metrics.copies import (
     PIXELS,
     Memorization,

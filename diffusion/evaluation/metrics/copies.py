@@ -24,7 +24,7 @@ from torch.nn.functional import adaptive_avg_pool2d, pad
 from diffusion.common.config import Config
 from diffusion.common.shapes import Images, map_by_shape
 from diffusion.evaluation.estimate import wilson_interval
-from diffusion.evaluation.gate import CopyShare
+from diffusion.evaluation.gate_metrics import CopyShare
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, connected_groups, find_nearest
 
 SIDE = 8

@@ -1,6 +1,6 @@
 """What a metric is: a class that compares images with real ones and says how its numbers are read.
 
-Metrics are listed in ``diffusion.evaluation.metrics``. Other packages add theirs under the entry points of
+Metrics are listed in ``diffusion.evaluation.metrics``. Other packages add their own under the entry points of
 ``darkroom.metrics``. Reports, ``metrics.json``, MLflow and the documentation take all that they say of a number from
 its ``Figure``.
 """

@@ -176,23 +176,23 @@ def evaluate_classes(
     predictions, real_predictions = reader(generated.features), reader(real.features)
     class_scores, skipped_classes = [], []
     for label, name in enumerate(names):
-        ours, theirs = generated.select_class(label), real.select_class(label)
-        if min(len(ours), len(theirs)) < FEWEST:
-            skipped_classes.append(SkippedClass(name=name, samples=len(ours), reference=len(theirs)))
+        class_samples, class_reference = generated.select_class(label), real.select_class(label)
+        if min(len(class_samples), len(class_reference)) < FEWEST:
+            skipped_classes.append(SkippedClass(name=name, samples=len(class_samples), reference=len(class_reference)))
             continue
-        kid, kid_se = compute_kid(ours, theirs)
+        kid, kid_se = compute_kid(class_samples, class_reference)
         counts = torch.bincount(predictions[generated.labels == label], minlength=len(names))
         correct_count = int(counts[label])
         counts[label] = 0
-        low, high = wilson_interval(correct_count / len(ours), len(ours))
+        low, high = wilson_interval(correct_count / len(class_samples), len(class_samples))
         class_scores.append(
             ClassScores(
                 name=name,
-                samples=len(ours),
-                reference=len(theirs),
+                samples=len(class_samples),
+                reference=len(class_reference),
                 kid=kid,
                 kid_se=kid_se,
-                agreement=correct_count / len(ours),
+                agreement=correct_count / len(class_samples),
                 agreement_low=low,
                 agreement_high=high,
                 agreement_real=(real_predictions[real.labels == label] == label).double().mean().item(),

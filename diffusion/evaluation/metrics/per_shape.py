@@ -45,10 +45,10 @@ def evaluate_shapes(
     scores = []
     for shape in sorted({*shapes, *real_shapes}, key=lambda shape: shape[1] / shape[0]):
         pairs = (generated, shapes), (real, real_shapes)
-        ours, theirs = (features[torch.tensor([size == shape for size in sizes])] for features, sizes in pairs)
+        samples, reference = (features[torch.tensor([size == shape for size in sizes])] for features, sizes in pairs)
         kid = None
-        if (min_count := min(len(ours), len(theirs))) >= FEWEST:
-            value, error = compute_kid(ours, theirs)
+        if (min_count := min(len(samples), len(reference))) >= FEWEST:
+            value, error = compute_kid(samples, reference)
             kid = MetricEstimate.from_estimate(Estimate(value=value, error=error, freedom=min_count - 1))
-        scores.append(ShapeScores(name=shape_name(shape), samples=len(ours), reference=len(theirs), kid=kid))
+        scores.append(ShapeScores(name=shape_name(shape), samples=len(samples), reference=len(reference), kid=kid))
     return PerShape(extractor=extractor, shapes=scores)

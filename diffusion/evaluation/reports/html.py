@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffusion.common.escaping import escape_controls, pluralize
 from diffusion.common.shapes import Images
-from diffusion.evaluation.estimate import Interval, MetricEstimate
+from diffusion.evaluation.estimate import CONFIDENCE, DEVIATIONS, Interval, MetricEstimate
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+
+    from diffusion.evaluation.metrics.pixel_metrics import AppearanceShift
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,14 @@ class Cell:
 def metric_cell(metric: MetricEstimate | None) -> Cell:
     """Return the cell of a metric; empty if it was not measured."""
     return Cell() if metric is None else Cell(format_signed(metric.value), format_interval(metric.interval))
+
+
+def shift_cell(shift: "AppearanceShift") -> Cell:
+    """Return the cell of a shift, in units of the real spread, or of the property if that is 0."""
+    unit = shift.real_spread or 1.0
+    reach, middle = DEVIATIONS * shift.standard_error / unit, shift.difference / unit
+    interval = format_interval(Interval(low=middle - reach, high=middle + reach, confidence=CONFIDENCE))
+    return Cell(f"{middle:+.3f}".replace("-", "−"), interval)
 
 
 Subject = TypeVar("Subject")
@@ -72,7 +82,9 @@ def _environment() -> "Environment":
         pluralize,
         format_share,
         format_size,
+        format_p_value,
         metric_cell,
+        shift_cell,
     )
     environment.filters |= {function.__name__: function for function in filters}
     return environment
@@ -129,6 +141,11 @@ def format_interval(interval: Interval) -> str:
     """Format both ends of an interval to the second significant digit of its length."""
     digits = count_decimals(interval.high - interval.low)
     return f"{format_fixed(interval.low, digits)} … {format_fixed(interval.high, digits)}"
+
+
+def format_p_value(p: float) -> str:
+    """Format a p-value, never in powers of ten."""
+    return "under 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def format_count(number: int) -> str:

@@ -15,7 +15,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.evaluation.comparison import ChampionComparison, SampleGrids, compare_with_champion
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import Evaluator
-from diffusion.evaluation.gate import GateConfig, Verdict
+from diffusion.evaluation.gate import GateConfig, GateVerdict
 from diffusion.generation.generate import labels_of, sample
 from diffusion.models.config import AutoregressiveConfig, FamilyConfig, GANConfig, VAEConfig
 from diffusion.process.samplers import SamplingConfig, sampling_config
@@ -84,7 +84,7 @@ def test_a_better_model_is_promoted_and_a_worse_one_rejected_with_figures(
     save_images(new, noisy(good(48), 5), data, tmp_path, COMPARISON_CONFIG)
     save_images(old, noisy(good(48, first=6000), 60), data, tmp_path, COMPARISON_CONFIG)
     comparison, grids = compare_models(new, old, data, tmp_path)
-    assert comparison.decision.verdict == Verdict.promote
+    assert comparison.decision.verdict == GateVerdict.promote
     assert "better by more than δ: kid_efflite0" in comparison.reason
     assert "on 48 generated images and 40 held-out" in comparison.reason
     assert "copies of training images" in comparison.reason
@@ -102,7 +102,7 @@ def test_a_better_model_is_promoted_and_a_worse_one_rejected_with_figures(
     assert metrics["real_baseline_kid_efflite0"] == headline.real_baseline
 
     reverse, _ = compare_models(old, new, data, tmp_path)
-    assert reverse.decision.verdict == Verdict.reject
+    assert reverse.decision.verdict == GateVerdict.reject
     assert reverse.reason.startswith("worse than the champion: kid_efflite0")
 
 
@@ -149,7 +149,7 @@ def test_more_images_of_a_model_begin_with_the_whole_batches_it_generated_before
 @pytest.mark.parametrize("delta", [0.0, 0.05])
 def test_a_model_is_not_promoted_over_itself(delta: float, data: Path, models: list[Path], tmp_path: Path) -> None:
     comparison, _ = compare_models(models[0], models[0], data, tmp_path, GateConfig(delta=delta))
-    assert comparison.decision.verdict == Verdict.hold
+    assert comparison.decision.verdict == GateVerdict.hold
     headline = comparison.compared.headline
     assert headline is not None
     assert (headline.difference.value, headline.difference.error) == (0, 0)
@@ -163,7 +163,7 @@ def test_a_model_that_copies_its_training_images_is_rejected_however_good_they_a
     copies = torch.cat([training_images(data, 12), good(36)])
     save_images(new, copies, data, tmp_path, COMPARISON_CONFIG)
     comparison, grids = compare_models(new, None if first else old, data, tmp_path)
-    assert comparison.decision.verdict == Verdict.reject
+    assert comparison.decision.verdict == GateVerdict.reject
     assert "copies of training images: " in comparison.reason
     copy_flags = [each.is_copy for each in comparison.candidate.memorization.pairs]
     assert sum(copy_flags) >= 12
@@ -174,7 +174,7 @@ def test_a_first_version_needs_no_champion_and_has_its_intervals(
     data: Path, models: list[Path], tmp_path: Path
 ) -> None:
     comparison, grids = compare_models(models[0], None, data, tmp_path, OPEN_GATE)
-    assert comparison.decision.verdict == Verdict.promote
+    assert comparison.decision.verdict == GateVerdict.promote
     assert comparison.decision.reasons[0] == "first version: there was no champion"
     assert comparison.compared.own.keys() == {"precision", "recall", "coverage"}
     assert {each.rule for each in comparison.decision.findings} == {"headline", "memorized"}
@@ -197,8 +197,8 @@ def test_a_first_version_of_noise_is_held_and_one_of_good_images_is_champion(
     noise, understood = models
     save_images(noise, torch.from_numpy(random_images(48)), data, tmp_path, COMPARISON_CONFIG)
     save_images(understood, good(48), data, tmp_path, COMPARISON_CONFIG)
-    assert compare_models(noise, None, data, tmp_path)[0].decision.verdict == Verdict.hold
-    assert compare_models(understood, None, data, tmp_path)[0].decision.verdict == Verdict.promote
+    assert compare_models(noise, None, data, tmp_path)[0].decision.verdict == GateVerdict.hold
+    assert compare_models(understood, None, data, tmp_path)[0].decision.verdict == GateVerdict.promote
 
 
 def test_stored_comparison_equals_the_returned_one(data: Path, models: list[Path], tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_interrupted_comparison_resumes_to_the_same_bytes(data: Path, models: li
 def test_interrupted_sampling_resumes_after_the_last_complete_chunk(
     data: Path, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diffusion.evaluation.evaluator.cores", lambda: 1)
+    monkeypatch.setattr("diffusion.evaluation.model_images.cores", lambda: 1)
     small = SAMPLING.model_copy(update={"compute_batch": 8})  # 16 images to a piece
     compare_models(models[0], None, data, tmp_path / "whole", sampling=small)
     watcher = Watcher("candidate: images sampled", 2 * 16 + 8)
@@ -332,7 +332,7 @@ def test_incomparable_champion_holds_the_candidate_with_a_reason(
     }
     for words, champion in champions.items():
         comparison, _ = compare_models(models[0], champion, data, tmp_path)
-        assert comparison.decision.verdict == Verdict.hold
+        assert comparison.decision.verdict == GateVerdict.hold
         assert comparison.reason.startswith("the champion cannot be evaluated beside it: ")
         assert words in comparison.reason
         assert {each.rule for each in comparison.decision.findings} == {"headline", "memorized"}
@@ -477,10 +477,10 @@ def test_too_few_images_hold_a_candidate_but_not_a_first_version(models: list[Pa
     few = tmp_path / "data" / "few"
     write_dataset(few, random_images(44), per_shard=44)
     comparison, _ = compare_models(*models, few, tmp_path)
-    assert comparison.decision.verdict == Verdict.hold
+    assert comparison.decision.verdict == GateVerdict.hold
     assert "too few images to tell the two apart: 48 generated and 11 held out, and errors need 12" in comparison.reason
     assert comparison.candidate.estimates == {}
-    assert compare_models(models[0], None, few, tmp_path)[0].decision.verdict != Verdict.reject
+    assert compare_models(models[0], None, few, tmp_path)[0].decision.verdict != GateVerdict.reject
 
 
 def test_unevaluable_candidate_is_a_user_error(data: Path, tmp_path: Path) -> None:
@@ -507,13 +507,13 @@ def test_families_are_compared_only_with_across_families(data: Path, tmp_path: P
     for path, images in ((gan, noisy(good(48), 5)), (autoencoder, noisy(good(48, first=6000), 60))):
         save_images(path, images, data, tmp_path, COMPARISON_CONFIG, plain)
     held_comparison, _ = compare_models(gan, autoencoder, data, tmp_path, GATE, plain)
-    assert held_comparison.decision.verdict == Verdict.hold
+    assert held_comparison.decision.verdict == GateVerdict.hold
     assert "only with gate.across_families" in held_comparison.reason
     promoted, _ = compare_models(gan, autoencoder, data, tmp_path, gate, plain)
-    assert promoted.decision.verdict == Verdict.promote
+    assert promoted.decision.verdict == GateVerdict.promote
     assert promoted.compared.basis == "generated"
     rejected_comparison, _ = compare_models(autoencoder, gan, data, tmp_path, gate, plain)
-    assert rejected_comparison.decision.verdict == Verdict.reject
+    assert rejected_comparison.decision.verdict == GateVerdict.reject
 
 
 def test_champion_of_another_family_uses_the_settings_it_supports(data: Path, tmp_path: Path) -> None:

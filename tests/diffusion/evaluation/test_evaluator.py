@@ -9,12 +9,13 @@ from torch import Tensor
 from diffusion.checkpoints import load_model
 from diffusion.common.random import GaussianNoise
 from diffusion.data.dataset import Dataset
-from diffusion.evaluation.evaluator import Evaluator, ModelEvaluator
+from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0, make_extractor
 from diffusion.evaluation.metrics.copies import detect_duplicates, shifted_thumbnails
 from diffusion.evaluation.metrics.held_out_loss import measure_losses, summarize_losses
 from diffusion.evaluation.metrics.pixel_metrics import compare_appearance, measure_appearance, psnr
 from diffusion.evaluation.metrics.scores import compute_scores
+from diffusion.evaluation.model_evaluator import ModelEvaluator
 from diffusion.evaluation.results import ModelEvaluation
 from diffusion.families.model import Model
 from diffusion.generation.generate import sample
@@ -185,7 +186,7 @@ def test_images_of_several_shapes_have_different_noise(tmp_path: Path, monkeypat
         noises.extend(GaussianNoise(seed, "sampling", indices, model.noise_shape)().flatten(1)[:, :64])
         return torch.zeros(len(indices), *model.shape, dtype=torch.uint8)
 
-    monkeypatch.setattr("diffusion.evaluation.evaluator.generate", noted)
+    monkeypatch.setattr("diffusion.evaluation.model_images.generate", noted)
     weights = write_model(tmp_path / "model.safetensors", 0, 0, channels=3, size=16)
     evaluator = Evaluator(bucketed_set(tmp_path), CONFIG, SAMPLING, tmp_path / "evaluations")
     assert len({image.shape for image in evaluator.model(weights).images}) == 3

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from diffusion.common.image_grids import make_grid
-from diffusion.evaluation.reports.comparison_report import probability, write_comparison_report, write_verdict
+from diffusion.evaluation.reports.comparison_report import write_comparison_report, write_verdict
 from diffusion.evaluation.reports.evaluation_report import ReportImages, write_report
+from diffusion.evaluation.reports.html import format_p_value
 from tests.builders.browser import chromium, look
 from tests.builders.comparison_results import Shown, example_comparison
 from tests.builders.evaluations import an_evaluation
@@ -180,7 +181,7 @@ def test_names_cannot_break_out_of_the_page(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("p", "text"), [(0.5, "0.500"), (0.0012, "0.001"), (1e-9, "under 0.001")])
 def test_probabilities_have_no_powers_of_ten(p: float, text: str) -> None:
-    assert probability(p) == text
+    assert format_p_value(p) == text
 
 
 @pytest.mark.slow

@@ -12,12 +12,8 @@ from torch_fidelity.metric_kid import kernel_mmd
 
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import Manifest, versions
-from diffusion.evaluation.reports.dataset_report import (
-    compare_with_parent,
-    measure_drift,
-    split_by_parent,
-    write_dataset_report,
-)
+from diffusion.evaluation.new_images import compare_with_parent, measure_drift, split_by_parent
+from diffusion.evaluation.reports.dataset_report import write_dataset_report
 from tests.builders.built_datasets import BuiltDataset, Record, image_record
 
 

@@ -17,11 +17,9 @@ from diffusion.data.ingest.ingest import ingest
 from diffusion.data.versions.takedown import Selection, remove
 from diffusion.evaluation.reports import dataset_report as page_module
 from diffusion.evaluation.reports.charts import LIGHT, Chart, Draw
-from diffusion.evaluation.reports.dataset_report import (
-    VARIABLE,
-    DatasetSummary,
-    write_dataset_report,
-)
+from diffusion.evaluation.reports.dataset_report import write_dataset_report
+from diffusion.evaluation.reports.dataset_summary import DatasetSummary
+from diffusion.evaluation.reports.record_statistics import VARIABLE
 from tests.builders.bucketed import bucketed_set
 from tests.builders.built_datasets import BuiltDataset, Record, duplicate, image_record, quarantined
 from tests.builders.html_pages import Page
