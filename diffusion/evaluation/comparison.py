@@ -1,6 +1,6 @@
 """Comparison of a candidate with the champion under equal conditions, and the gate's decision.
 
-Both generate the same image numbers of one seed, other than that of checkpoint selection, because the best of many
+Both generate the same image numbers of one seed, not the seed of checkpoint selection, because the best of many
 checkpoints looks too good on the images it was selected by. The held-out images are the same in both.
 """
 
@@ -77,7 +77,7 @@ class ChampionComparison(Config):
         return self.decision.describe_shortage(self.compared)
 
     def metrics(self) -> dict[str, float]:
-        """Return the candidate's metrics by name, and those of champion and real baseline under prefixes."""
+        """Return the candidate's metrics by name, the champion's and the real baseline's under prefixes."""
         metrics = self.candidate.metrics()
         if self.champion is not None:
             metrics |= {f"champion_{name}": value for name, value in self.champion.metrics().items()}
@@ -269,7 +269,7 @@ def own_metrics(
 ) -> dict[str, Any]:
     """Return what a first version is decided on, as fields of ``ComparisonMetrics``: its own metrics, and real ones.
 
-    ``replicates`` and ``baseline`` are those of the model and of the real baseline.
+    ``replicates`` belong to the model, ``baseline`` to the real baseline.
     """
     own, own_real = dict[OwnMetric, Estimate](), dict[OwnMetric, Estimate]()
     scores, per_class = (model.scores, evaluator.real_baseline(baseline).scores), model.per_class
@@ -368,7 +368,7 @@ def evaluate_model(
 def _evaluator(
     path: Path, data: Path, config: EvaluationConfig, sampling: SamplingConfig, output: Path, progress: Progress
 ) -> Evaluator:
-    """Build an evaluator with another seed than that of checkpoint selection."""
+    """Build an evaluator with another seed than checkpoint selection has."""
     config = config.model_copy(update={"seed": config.seed + 1})
     header = read_model_header(path)
     return Evaluator(data, config, sampling, output / CACHE, progress, task_of(header.model, header.size))

@@ -89,7 +89,7 @@ def evaluate(
     rounds ``preliminary.csv`` of those that fell behind, grids as PNG, and at last ``report.html``, with ``losses``:
     the CSV by images seen that training left.
 
-    Raises UserError for a data set too small, or a file that is no model or one of another image size.
+    Raises UserError for a data set that is too small, a file that is not a model, or a model of another image size.
     """
     if not checkpoints:
         raise UserError("no checkpoint to evaluate: train first, with `darkroom train`")

@@ -17,7 +17,7 @@ class Headline(Config):
     """The metric that decides between candidate and champion."""
 
     name: str
-    """Name of the metric with that of its features, such as kid_efflite0."""
+    """Name of the metric and its features, such as kid_efflite0."""
     candidate: Estimate
     champion: Estimate
     difference: Estimate

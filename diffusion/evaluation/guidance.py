@@ -72,7 +72,7 @@ def list_samplings(evaluator: Evaluator, best: ModelEvaluator) -> list[SamplingC
 def choose_guidance(evaluator: Evaluator, best: ModelEvaluator, gate: GateConfig) -> GuidanceChoice | None:
     """Choose how the ``best`` checkpoint samples, by ``choose``; None if there is nothing to choose from.
 
-    Images are those of ``config.seed`` + 2; models with captions generate for those of the training images.
+    Images are those of ``config.seed`` + 2; models with captions generate for the captions of training images.
     """
     config, real, samplings = evaluator.config, evaluator.real, list_samplings(evaluator, best)
     if not samplings:

@@ -91,7 +91,7 @@ class ModelImages:
 
     @cached_property
     def shapes(self) -> list[Shape]:
-        """Return the shape (H, W) of each image: those of held-out images in their shares, evenly spread.
+        """Return the shape (H, W) of each image: shapes of held-out images in their shares, evenly spread.
 
         The inputs of super-resolution decide by themselves.
         """
@@ -251,7 +251,7 @@ class ModelImages:
         return key
 
     def _key_at(self, shape: Shape) -> Key:
-        """Return the cache key of the generated images of a shape, which of one shape is that of all."""
+        """Return the cache key of the generated images of a shape; for a data set of one shape, of all images."""
         if len(self.real.dataset.shapes) == 1:
             return self.generated_key
         return self.generated_key | {"samples": len(self._numbers[shape]), "shape": shape_name(shape)}

@@ -158,7 +158,7 @@ def read_batches(dataset: Dataset, rows: Rows) -> Iterator[Images]:
 
 
 def measure_drift(added: Tensor, parent: Tensor, others: Tensor, extractor: str) -> tuple[Drift, np.ndarray]:
-    """Compare features of ``added`` images with those of two disjoint samples of the parent's, each (n, D).
+    """Compare features of ``added`` images with two disjoint samples of the parent's, each (n, D).
 
     Features have equal length. Also returns the KID of each permutation of ``added`` and ``parent``, (PERMUTATIONS,).
     """

@@ -208,7 +208,7 @@ class GuidanceScore(Config):
     """How much lower recall is than without guidance, on the first images if ``gain`` is not significant; None where it
     decides nothing, or images are too few."""
     verdict: GuidanceVerdict | None
-    """None if this is no guidance and was not chosen."""
+    """None if this is without guidance and was not chosen."""
 
 
 class GuidanceChoice(Config):
@@ -266,7 +266,7 @@ class Evaluation(Config):
             ) from error
 
     def metrics(self) -> dict[str, float]:
-        """Return the best checkpoint's metrics and those of the real baseline and of resampling, by name."""
+        """Return the metrics of the best checkpoint, the real baseline and resampling, by name."""
         baseline = {f"real_baseline_{name}": value for name, value in self.real_baseline.metrics().items()}
         for name, base in (self.baselines or {}).items():
             distances = {

@@ -27,7 +27,7 @@ class Figure:
     """A number that a metric computes."""
 
     name: str
-    """Name in ``metrics.json`` and MLflow, where that of the features follows: ``kid`` becomes ``kid_efflite0``."""
+    """Name, to which ``metrics.json`` and MLflow append the name of the features: ``kid_efflite0``."""
     title: str
     """Name in tables of reports."""
     definition: str

@@ -151,7 +151,7 @@ def measure_appearance(images: Images) -> dict[str, Tensor]:
     """Measure colours and brightness of each of ``images``, (C, H, W) uint8 with C 1 or 3: all (N,) float64.
 
     ``brightness``: mean luma, 0 to 1. ``contrast``: its standard deviation over the image. RGB images also have
-    ``red_green``, the mean of red minus green, and ``yellow_blue``, that of yellow minus blue, −1 to 1 (the opponent
+    ``red_green`` and ``yellow_blue``, the means of red minus green and of yellow minus blue, −1 to 1 (the opponent
     colours of Hasler and Süsstrunk, SPIE 5007, 2003), and ``saturation``, the mean of the largest minus the smallest
     channel, 0 to 1.
     """
@@ -173,7 +173,7 @@ def measure_appearance(images: Images) -> dict[str, Tensor]:
 
 
 def compare_appearance(generated: Mapping[str, Tensor], real: Mapping[str, Tensor]) -> AppearanceDrift:
-    """Compare the ``measure_appearance`` of ``generated`` images with that of ``real`` ones, two or more of each."""
+    """Compare the ``measure_appearance`` of ``generated`` and ``real`` images, two or more of each."""
     shifts = {}
     for name, values in generated.items():
         real_values = real[name]

@@ -27,7 +27,7 @@ MIN_FOR_ERRORS = 2 * (DENSITY_NEIGHBOURS + 1)
 class Scores(Config):
     """Scores of one set of images against a reference set.
 
-    The fields are the figures that Darkroom itself reads; those of other metrics stand beside them by name. See
+    The fields are the figures that Darkroom itself reads; figures of other metrics stand beside them by name. See
     ``diffusion.evaluation.metrics`` for what each means.
     """
 

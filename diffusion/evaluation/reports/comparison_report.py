@@ -21,7 +21,7 @@ from diffusion.evaluation.reports.html import (
 from diffusion.evaluation.results import Evaluation, ModelEvaluation
 from diffusion.models.config import FAMILIES
 
-PAGE = "champion_comparison.html"
+COMPARISON_PAGE = "champion_comparison.html"
 """The report, beside ``champion_comparison.json``."""
 MEMBERS_SHOWN = 4
 """Images shown of each group of duplicates."""
@@ -151,7 +151,7 @@ def write_verdict(
 ) -> None:
     """Write the gate's ``verdict`` above the report at ``path`` on ``evaluation``, in the words ``title``: ``reason``.
 
-    It replaces one that stands there. Its figures are those of the ``comparison``, if there was one.
+    It replaces one that stands there. Its figures come from the ``comparison``, if there was one.
     """
     figures = []
     if comparison is not None and comparison.compared.basis == "generated":
@@ -172,7 +172,7 @@ def write_verdict(
         comparison=comparison,
         figures=figures,
         unguided=evaluation.guidance is not None and evaluation.sampling.is_guided,
-        page=PAGE,
+        page=COMPARISON_PAGE,
     )
     before, _, rest = path.read_bytes().partition(BEGIN)
     write_bytes(path, before + BEGIN + block + END + rest.partition(END)[2])

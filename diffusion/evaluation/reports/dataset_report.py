@@ -87,7 +87,7 @@ class DatasetPage:
         return png_bytes(make_grid(self.thumbnails(rows), columns, pad=0 if len(rows) == 1 else 2))
 
     def mean_image(self, rows: Rows) -> bytes:
-        """Average the images of ``rows`` in a PNG; those of several shapes are stretched to the square."""
+        """Average the images of ``rows`` in a PNG; images of several shapes are stretched to the square."""
         square = (min(SIDE, self.summary.size),) * 2
         images = self.thumbnails(rows)
         stack = images if isinstance(images, Tensor) else torch.cat([_reduce(image[None], square) for image in images])

@@ -38,7 +38,7 @@ class DatasetSummary(Config):
     """Images of the parent that are no longer kept; None as above."""
     duplicates: int
     contradicted: int
-    """Duplicates whose label or caption differs from that of the kept image."""
+    """Duplicates with another label or caption than the kept image."""
     quarantined: int
     removed: int
     """Images taken down, in this version and before."""

@@ -139,7 +139,7 @@ SECTIONS: Sections[EvaluationPage] = {
 def describe_kid(
     evaluation: Evaluation, candidate: ModelEvaluation | None = None, real: RealBaseline | None = None
 ) -> str:
-    """Describe the best checkpoint's KID, with its 95 % interval if there is one, beside that of real images.
+    """Describe the KID of the best checkpoint, with its 95 % interval if there is one, and of real images.
 
     It is without the guidance that was chosen, if any was: see ``choose_guidance``. With ``candidate`` it is the KID of
     that model, as the gate compared it beside the baseline ``real``: with its guidance, and of another seed.
@@ -239,7 +239,7 @@ def score_lines(evaluation: Evaluation) -> list[tuple[str, Cell, Cell, str, str]
             Cell(f"{mean.value:.3f}", format_interval(mean.interval)) for mean in (agreement.agreement, agreement.real)
         )
         meaning = (
-            "Mean cosine of an image's and its prompt's embeddings; beside it that of held-out images and their "
+            "Mean cosine of an image's and its prompt's embeddings; beside it the same of held-out images and their "
             f"captions. With the prompts of others it is {agreement.shuffled:.3f}, which is chance."
         )
         lines.append((f"text_image_agreement_{agreement.encoder}", value, real, "higher", meaning))

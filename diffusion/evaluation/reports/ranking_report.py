@@ -26,10 +26,10 @@ from diffusion.evaluation.reports.html import (
 )
 from diffusion.evaluation.results import Evaluation, RealBaseline
 
-PAGE = "comparison.html"
+RANKING_PAGE = "comparison.html"
 """The report on families, beside ``comparison.json``."""
-NAMED = 5
-"""Number of models beside the best one with a sentence each; more are summarized."""
+MAX_NAMED = 5
+"""Largest number of models beside the best one that get a sentence each; more are summarized."""
 COSTS = (
     ("bits per dimension", "of held-out images, lower is better; ≤ marks an upper bound"),
     ("images per second", "generated on the machine that compared"),
@@ -62,7 +62,7 @@ def write_ranking_report(
         "ranking.html",
         ranking=ranking,
         best=best,
-        findings=findings(ranking),
+        findings=describe_ranking(ranking),
         keys=list(best.settings),
         tables=[metric_columns(ranking), cost_columns(ranking.models)],
         overview=overview,
@@ -74,7 +74,7 @@ def write_ranking_report(
     return write_bytes(path, page)
 
 
-def findings(ranking: Ranking) -> list[str]:
+def describe_ranking(ranking: Ranking) -> list[str]:
     """Describe the ranking in sentences no stronger than its errors allow."""
     best, figure = ranking.models[0].name, ranking.metric.split("_")[0]
     if len(ranking.models) == 1:
@@ -83,7 +83,7 @@ def findings(ranking: Ranking) -> list[str]:
         return ["They were not evaluated under equal conditions, so that their metrics do not compare."]
     if not ranking.leads:
         return ["There are too few images to tell one from another."]
-    if len(ranking.leads) > NAMED:
+    if len(ranking.leads) > MAX_NAMED:
         if not (ties := [lead for lead in ranking.leads if not lead.is_sure]):
             return ["It is better than every other, with 95 % confidence."]
         verb = "is" if len(ties) == 1 else "are"

@@ -54,7 +54,7 @@ class RecordStatistics:
     hashes: list[str] = field(default_factory=list)
     """Perceptual hashes of the first MAX_HASHES of them."""
     contradicted: int = 0
-    """Duplicates whose label or caption differs from that of the kept image."""
+    """Duplicates with another label or caption than the kept image."""
     most_duplicated: list[tuple[str, int, str, list[str]]] = field(default_factory=list)
     """Key, number of duplicates, source and first EXAMPLES sources of duplicates of the images with most of them."""
     near_duplicates: list[list[str]] = field(default_factory=list)

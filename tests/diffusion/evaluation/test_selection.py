@@ -99,7 +99,7 @@ def test_without_further_settings_there_is_one_round_of_a_quarter_of_the_images(
 
 
 def test_preliminary_rounds_as_large_as_the_evaluation_are_an_error() -> None:
-    with pytest.raises(ValidationError, match="first_samples = 500 is no fewer than samples = 500"):
+    with pytest.raises(ValidationError, match="first_samples = 500 is not less than samples = 500"):
         EvaluationConfig(first_samples=500)
 
 

@@ -31,7 +31,7 @@ def images(count: int, channels: int, size: int) -> Tensor:
     ("fields", "words"),
     [
         ({"extractor": "inception", "extractor_size": 64}, "299 pixels: leave extractor_size out"),
-        ({"extractor_size": 48}, "48 is no multiple of 32"),
+        ({"extractor_size": 48}, "48 is not a multiple of 32"),
         ({"extractor": "file"}, "set extractor_weights to the path of an .onnx file"),
         ({"extractor_weights": "x.pth"}, "would pass extractor_weights over"),
         ({"extractor": "labels", "extractor_weights": "x.pth"}, "would pass extractor_weights over"),

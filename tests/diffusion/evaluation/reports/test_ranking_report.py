@@ -9,7 +9,7 @@ from pydantic import JsonValue
 
 from diffusion.common.image_grids import make_grid, png_bytes
 from diffusion.evaluation.ranking import Ranking, rank_evaluations
-from diffusion.evaluation.reports.ranking_report import findings, training_charts, write_ranking_report
+from diffusion.evaluation.reports.ranking_report import describe_ranking, training_charts, write_ranking_report
 from tests.builders.browser import chromium, look
 from tests.builders.evaluations import an_evaluation, images
 from tests.builders.html_pages import Page
@@ -73,7 +73,7 @@ def test_the_suggested_command_has_the_options_of_the_sweep(tmp_path: Path) -> N
     ],
 )
 def test_sweep_findings_respect_the_standard_errors(kids: list[float], words: str) -> None:
-    assert words in findings(ranked(kids))[0]
+    assert words in describe_ranking(ranked(kids))[0]
 
 
 def test_settings_cannot_break_out_of_the_page(tmp_path: Path) -> None:
