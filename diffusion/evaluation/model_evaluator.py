@@ -11,12 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusion.common.device import resolve_device
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
-from diffusion.common.shapes import (
-    Images,
-    group_by_shape,
-    height_and_width,
-    shape_name,
-)
+from diffusion.common.shapes import Images, group_by_shape, height_and_width, shape_name
 from diffusion.evaluation.cache import Key, Tensors, load_or_compute, load_or_compute_result
 from diffusion.evaluation.features.text_image_encoder import OPTION, TextImageEncoder
 from diffusion.evaluation.metrics.copies import detect_duplicates, detect_memorization
@@ -29,12 +24,7 @@ from diffusion.evaluation.metrics.held_out_loss import (
 )
 from diffusion.evaluation.metrics.per_class import LabelledFeatures, PerClass, evaluate_classes
 from diffusion.evaluation.metrics.per_shape import PerShape, evaluate_shapes
-from diffusion.evaluation.metrics.pixel_metrics import (
-    compare_appearance,
-    compare_images,
-    psnr,
-    ssim,
-)
+from diffusion.evaluation.metrics.pixel_metrics import compare_appearance, compare_images, psnr, ssim
 from diffusion.evaluation.metrics.scores import Scores
 from diffusion.evaluation.metrics.text_image_agreement import (
     Cosines,
@@ -44,18 +34,8 @@ from diffusion.evaluation.metrics.text_image_agreement import (
     summarize_agreement,
 )
 from diffusion.evaluation.model_images import ModelImages, restore_order
-from diffusion.evaluation.real_images import (
-    CHUNK,
-    SHOWN,
-    appearance_of_pieces,
-    extractor_key,
-    thumbnails_of_pieces,
-)
-from diffusion.evaluation.results import (
-    ModelEvaluation,
-    ModelScores,
-    Reconstruction,
-)
+from diffusion.evaluation.real_images import CHUNK, SHOWN, appearance_of_pieces, extractor_key, thumbnails_of_pieces
+from diffusion.evaluation.results import ModelEvaluation, ModelScores, Reconstruction
 from diffusion.families.model import Model
 from diffusion.generation.generate import reconstruct_images
 from diffusion.process.likelihood import Terms

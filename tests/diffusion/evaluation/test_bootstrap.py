@@ -52,9 +52,7 @@ def by_definition(samples: Tensor, reference: Tensor) -> dict[str, float]:
     [(140, 200, 6), (41, 75, 16), (60, 90, 100), (150, 40, 50), (40, 200, 50)],
     ids=["many", "odd", "fewer than features", "few references", "few samples"],
 )
-def test_figures_of_all_and_of_every_half_are_those_of_the_definitions(
-    count: int, references: int, dimensions: int
-) -> None:
+def test_figures_of_all_and_halves_follow_their_definitions(count: int, references: int, dimensions: int) -> None:
     samples, reference = (
         sample_gaussian(count, dimensions, 1, shift=0.3, scale=0.9),
         sample_gaussian(references, dimensions, 2),
@@ -70,7 +68,7 @@ def test_figures_of_all_and_of_every_half_are_those_of_the_definitions(
             assert value == pytest.approx(expected[figure], rel=1e-4, abs=1e-5), (figure, number)
 
 
-def test_the_frechet_distance_is_right_with_many_features_and_with_one_that_says_nothing() -> None:
+def test_frechet_distance_handles_many_and_constant_features() -> None:
     samples, reference = sample_gaussian(700, 300, 1, shift=0.1, scale=0.9), sample_gaussian(800, 300, 2)
     (replicates,) = frechet_replicates([samples], reference, splits=2)
     moments = [fid_features_to_statistics(each) for each in (samples, reference)]
@@ -83,7 +81,7 @@ def test_the_frechet_distance_is_right_with_many_features_and_with_one_that_says
     torch.testing.assert_close(again.halves, replicates.halves, rtol=1e-6, atol=1e-6)
 
 
-def test_halves_share_nothing_and_leave_out_nothing_but_the_last_of_an_odd_number() -> None:
+def test_halves_are_disjoint_and_leave_out_at_most_the_last() -> None:
     for count in (20, 21):
         members = draw_halves(count, "samples", 30)
         for first, second in members.view(30, 2, count):
@@ -117,9 +115,7 @@ def test_intervals_of_kid_cover_the_true_distance(shift: float, scale: float) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("shift", "scale"), [(0.3, 0.8), (0.0, 1.0)])
-def test_intervals_of_the_frechet_distance_cover_the_true_one_and_without_its_bias_taken_off_do_not(
-    shift: float, scale: float
-) -> None:
+def test_frechet_intervals_cover_the_truth_only_without_bias(shift: float, scale: float) -> None:
     estimates = trials(frechet_replicates, 64, 100, 12, shift, scale)
     truth = true_frechet(12, shift, scale)
     assert covering([each.estimate for each in estimates], truth) >= LEAST
@@ -127,7 +123,7 @@ def test_intervals_of_the_frechet_distance_cover_the_true_one_and_without_its_bi
     assert covering(as_measured, truth) < 50
 
 
-def test_with_fewer_images_intervals_of_the_frechet_distance_cover_what_as_many_get_on_average() -> None:
+def test_frechet_intervals_of_few_images_cover_their_average() -> None:
     estimates = trials(frechet_replicates, 30, 40, 12, 0.5, 0.8)
     wholes = [each.whole for each in estimates]
     assert [each.value for each in estimates] == wholes
@@ -135,7 +131,7 @@ def test_with_fewer_images_intervals_of_the_frechet_distance_cover_what_as_many_
 
 
 @pytest.mark.parametrize(("shift", "scale"), [(0.5, 1.0), (0.0, 0.7)])
-def test_intervals_of_shares_cover_what_as_many_images_get_on_average(shift: float, scale: float) -> None:
+def test_intervals_of_shares_cover_the_average_at_equal_size(shift: float, scale: float) -> None:
     sets = [(sample_gaussian(100, 4, 2 * t, shift, scale), sample_gaussian(120, 4, 2 * t + 1)) for t in range(TRIALS)]
     with one_thread():
         replicates = [share_replicates([samples], reference, splits=20)[0] for samples, reference in sets]
@@ -152,7 +148,7 @@ def test_errors_of_equal_sets_are_overestimated_by_root_two() -> None:
     assert 1.1 < claimed / spread < 1.8
 
 
-def test_the_error_of_a_difference_is_its_spread_and_what_both_have_in_common_cancels() -> None:
+def test_the_error_of_a_difference_cancels_what_is_shared() -> None:
     differences, apart = [], []
     for t in range(TRIALS):
         same_noise, reference = sample_gaussian(100, 6, 2 * t), sample_gaussian(100, 6, 2 * t + 1)
@@ -175,7 +171,7 @@ def test_errors_fall_as_the_root_of_the_number_of_images() -> None:
         assert larger / smaller == pytest.approx(2, rel=0.35)
 
 
-def test_as_many_cores_as_there_are_and_as_many_sets_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_cores_and_sets_gives_equal_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     samples, reference, other = sample_gaussian(300, 8, 1, 0.3), sample_gaussian(280, 8, 2), sample_gaussian(300, 8, 3)
     before = torch.get_rng_state()
     alone = compute_replicates([samples], reference, splits=5)[0]

@@ -77,9 +77,7 @@ def noisy(images: Tensor, deviation: float, seed: int = 0) -> Tensor:
     return (images + deviation * noise).round().clamp(0, 255).to(torch.uint8)
 
 
-def test_a_better_model_is_promoted_and_a_worse_one_rejected_with_figures(
-    data: Path, models: list[Path], tmp_path: Path
-) -> None:
+def test_a_better_model_is_promoted_and_a_worse_rejected(data: Path, models: list[Path], tmp_path: Path) -> None:
     new, old = models
     save_images(new, noisy(good(48), 5), data, tmp_path, COMPARISON_CONFIG)
     save_images(old, noisy(good(48, first=6000), 60), data, tmp_path, COMPARISON_CONFIG)
@@ -116,7 +114,7 @@ def test_a_better_model_is_promoted_and_a_worse_one_rejected_with_figures(
         (32, 3, 96, "promote"),
     ],
 )
-def test_undecided_comparison_samples_twice_as_many_images_at_each_look_until_it_is_decided(
+def test_an_undecided_comparison_doubles_its_images_each_look(
     deviation: float, looks: int, count: int, verdict: str, data: Path, models: list[Path], tmp_path: Path
 ) -> None:
     new, old = models
@@ -135,9 +133,7 @@ def test_undecided_comparison_samples_twice_as_many_images_at_each_look_until_it
     assert comparison.real_baseline.scores.samples == min(count, len(Dataset.open(data).rows("train")))
 
 
-def test_more_images_of_a_model_begin_with_the_whole_batches_it_generated_before(
-    data: Path, models: list[Path], tmp_path: Path
-) -> None:
+def test_more_images_reuse_whole_batches_generated_before(data: Path, models: list[Path], tmp_path: Path) -> None:
     sampling, watcher = SAMPLING.model_copy(update={"compute_batch": 32}), Watcher()
     evaluator = Evaluator(data, CONFIG, sampling, tmp_path, watcher)
     fewer, more = (evaluator.model(models[0], count).images for count in (48, 96))
@@ -156,7 +152,7 @@ def test_a_model_is_not_promoted_over_itself(delta: float, data: Path, models: l
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_model_that_copies_its_training_images_is_rejected_however_good_they_are(
+def test_a_model_that_copies_training_images_is_rejected(
     first: bool, data: Path, models: list[Path], tmp_path: Path
 ) -> None:
     new, old = models
@@ -191,9 +187,7 @@ def test_a_first_version_needs_no_champion_and_has_its_intervals(
     assert comparison.conditions.evaluation.seed == seed
 
 
-def test_a_first_version_of_noise_is_held_and_one_of_good_images_is_champion(
-    data: Path, models: list[Path], tmp_path: Path
-) -> None:
+def test_a_first_version_of_noise_is_held_good_images_promoted(data: Path, models: list[Path], tmp_path: Path) -> None:
     noise, understood = models
     save_images(noise, torch.from_numpy(random_images(48)), data, tmp_path, COMPARISON_CONFIG)
     save_images(understood, good(48), data, tmp_path, COMPARISON_CONFIG)
@@ -385,7 +379,7 @@ def conditions(comparison: ChampionComparison) -> str:
 
 @pytest.mark.usefixtures("fake_encoder")
 @pytest.mark.parametrize("others", [(), ("red", "green", "blue")])
-def test_a_model_of_captions_is_not_compared_with_one_that_knows_none(
+def test_a_model_of_captions_needs_a_champion_of_captions(
     others: tuple[str, ...], captioned_data: Path, tmp_path: Path
 ) -> None:
     caption_model, other_model = knowing(tmp_path, 1, text=True), knowing(tmp_path, 2, *others)
@@ -402,14 +396,14 @@ def test_a_model_of_captions_is_not_compared_with_one_that_knows_none(
 
 
 @pytest.mark.usefixtures("fake_encoder")
-def test_models_of_captions_are_compared_as_without_them_where_the_data_set_has_none(tmp_path: Path) -> None:
+def test_without_captions_in_the_data_models_are_compared_unprompted(tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", random_images(160, channels=3), 160)
     comparison, _ = compare_models(knowing(tmp_path, 1, text=True), knowing(tmp_path, 2), tmp_path / "data", tmp_path)
     assert comparison.champion is not None
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_a_model_with_classes_and_one_without_are_compared_as_a_whole(
+def test_models_with_and_without_classes_are_compared_as_a_whole(
     reverse: bool, captioned_data: Path, tmp_path: Path
 ) -> None:
     pair = [knowing(tmp_path, 1, "red", "green", "blue"), knowing(tmp_path, 2)]
@@ -420,9 +414,7 @@ def test_a_model_with_classes_and_one_without_are_compared_as_a_whole(
     assert "worst class" not in {each.rule for each in comparison.decision.findings}
 
 
-def test_a_candidate_may_know_more_classes_than_the_champion_but_not_fewer(
-    captioned_data: Path, tmp_path: Path
-) -> None:
+def test_a_candidate_may_have_more_classes_but_not_fewer(captioned_data: Path, tmp_path: Path) -> None:
     more, fewer = knowing(tmp_path, 1, "red", "green", "blue"), knowing(tmp_path, 2, "red", "green")
     comparison, _ = compare_models(more, fewer, captioned_data, tmp_path)
     assert comparison.compared.headline is not None
@@ -441,7 +433,7 @@ FAMILY_CONFIGS = [
 
 @pytest.mark.parametrize("config", FAMILY_CONFIGS, ids=lambda config: str(config.family))
 @pytest.mark.parametrize("reverse", [False, True])
-def test_each_family_is_compared_with_a_diffusion_model_in_quality_and_in_operations(
+def test_each_family_is_compared_in_quality_and_operations(
     config: FamilyConfig, reverse: bool, data: Path, tmp_path: Path
 ) -> None:
     other = write_of_family(tmp_path / "other.safetensors", config, 2)
@@ -464,7 +456,7 @@ def test_each_family_is_compared_with_a_diffusion_model_in_quality_and_in_operat
     assert min(cost.candidate, cost.champion) > 0
 
 
-def test_models_that_are_sampled_unlike_are_compared_and_that_is_said(data: Path, tmp_path: Path) -> None:
+def test_models_sampled_unlike_are_compared_with_a_remark(data: Path, tmp_path: Path) -> None:
     student = {"student": {"steps": 1, "guidance": None, "guidance_interval": None}}
     new = write_model(tmp_path / "new.safetensors", 1, 1, training=student)
     comparison, _ = compare_models(new, write_model(tmp_path / "old.safetensors", 2, 2), data, tmp_path)
@@ -473,7 +465,7 @@ def test_models_that_are_sampled_unlike_are_compared_and_that_is_said(data: Path
     assert "dpmpp_2m, 4 steps" in reasons
 
 
-def test_too_few_images_hold_a_candidate_but_not_a_first_version(models: list[Path], tmp_path: Path) -> None:
+def test_too_few_images_hold_only_a_later_candidate(models: list[Path], tmp_path: Path) -> None:
     few = tmp_path / "data" / "few"
     write_dataset(few, random_images(44), per_shard=44)
     comparison, _ = compare_models(*models, few, tmp_path)
@@ -526,9 +518,7 @@ def test_champion_of_another_family_uses_the_settings_it_supports(data: Path, tm
     assert comparison.champion.family == "gan"
 
 
-def test_candidate_and_champion_are_each_sampled_with_the_guidance_in_their_own_file(
-    data: Path, tmp_path: Path
-) -> None:
+def test_candidate_and_champion_sample_with_their_own_guidance(data: Path, tmp_path: Path) -> None:
     new, old = (write_model(tmp_path / f"{seed}.st", seed, seed, classes={"left": 1, "right": 1}) for seed in (1, 2))
     guided = SAMPLING.with_changes({"guidance": 3, "guidance_interval": (0.2, 5)})
     guided_file = tmp_path / "chosen.safetensors"

@@ -31,7 +31,7 @@ def test_intervals_of_shares_are_wilsons_for_independent_images(count: int, data
     assert (interval.low, interval.high) == (pytest.approx(theirs.low, abs=1e-6), pytest.approx(theirs.high, abs=1e-6))
 
 
-def test_an_interval_of_what_is_never_negative_is_cut_off_at_0() -> None:
+def test_intervals_of_non_negative_figures_start_at_0() -> None:
     usual, cut = (kind(value=0.1, error=0.2, freedom=9).interval(0.95) for kind in (Estimate, NonNegative))
     assert (cut.low, cut.high) == (0, usual.high)
     assert usual.low < 0

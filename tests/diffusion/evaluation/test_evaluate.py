@@ -55,7 +55,7 @@ def test_scores_compare_generated_images_with_all_held_out_ones(
         assert checkpoint.scores.metrics() == pytest.approx(expected.metrics(), rel=1e-4, abs=1e-4)
 
 
-def test_checkpoints_come_in_order_and_the_best_has_the_lowest_kid(
+def test_checkpoints_are_ordered_and_the_best_has_lowest_kid(
     dataset: Path, checkpoints: list[Path], tmp_path: Path
 ) -> None:
     evaluation = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path)
@@ -228,7 +228,7 @@ def test_model_scores_do_not_depend_on_other_models(dataset: Path, checkpoints: 
 
 
 @pytest.mark.parametrize("same_version", [True, False])
-def test_a_model_of_another_version_of_the_data_set_is_evaluated_with_a_warning(
+def test_a_model_of_another_data_version_gets_a_warning(
     dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, same_version: bool
 ) -> None:
     manifest = read_manifest(dataset)

@@ -22,15 +22,7 @@ from diffusion.generation.generate import sample
 from diffusion.generation.super_resolution import GenerationTask, shrink_images, upscale
 from diffusion.process.samplers import sampling_config
 from tests.builders.bucketed import bucketed_set
-from tests.builders.comparisons import (
-    CONFIG,
-    SAMPLING,
-    Watcher,
-    discs,
-    save_images,
-    training_images,
-    write_autoencoder,
-)
+from tests.builders.comparisons import CONFIG, SAMPLING, Watcher, discs, save_images, training_images, write_autoencoder
 from tests.builders.small_models import CONFIG as MODEL
 from tests.builders.small_models import write_model
 

@@ -138,7 +138,7 @@ def test_ranking_report_shows_all_families_and_is_self_contained(
 
 
 @pytest.mark.usefixtures("fake_encoder")
-def test_a_model_of_captions_leads_none_without_and_its_agreement_is_shown_or_missed(tmp_path: Path) -> None:
+def test_a_model_of_captions_leads_none_without(tmp_path: Path) -> None:
     squares(tmp_path / "data", 120)
     text = NETWORK.model_copy(update={"text": True})
     paths = {"captions": text, "none": NETWORK, "more captions": text}

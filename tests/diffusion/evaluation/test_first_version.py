@@ -116,9 +116,7 @@ def decisions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, GateDecisio
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_first_versions_of_bad_images_are_held_by_the_rules_they_break(
-    name: str, decisions: dict[str, GateDecision]
-) -> None:
+def test_bad_first_versions_are_held_by_the_rules_they_break(name: str, decisions: dict[str, GateDecision]) -> None:
     decision, (_, rules) = decisions[name], MODELS[name]
     assert decision.verdict == (GateVerdict.hold if rules else GateVerdict.promote), decision.reasons
     assert rules <= {finding.rule for finding in decision.findings if finding.verdict == GateVerdict.hold}

@@ -66,7 +66,7 @@ def promotions(comparisons: list[ComparisonMetrics], delta: float) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("figure", ["kid", "fd"])
-def test_the_same_model_with_other_seeds_is_promoted_no_more_often_than_the_confidence_allows(figure: str) -> None:
+def test_the_same_model_with_other_seeds_is_rarely_promoted(figure: str) -> None:
     comparisons = [comparison(figure, seed, 120, CHAMPION) for seed in range(TRIALS)]
     assert promotions(comparisons, delta=0) <= MOST
     # Who goes by the figure alone promotes half of them, and who goes by one standard error a sixth.
@@ -91,7 +91,7 @@ def test_model_that_samples_real_images_is_not_promoted_over_itself() -> None:
     assert promotions(chances, delta=0) <= MOST
 
 
-def test_a_model_better_by_exactly_delta_is_promoted_no_more_often_than_the_confidence_allows() -> None:
+def test_a_model_better_by_exactly_delta_is_rarely_promoted() -> None:
     comparisons = [comparison("kid", seed, 120, better_by("kid", 0.3)) for seed in range(TRIALS)]
     assert promotions(comparisons, delta=0.3) <= MOST
     # It is better, and a gate without δ would say so much more often.
@@ -100,7 +100,7 @@ def test_a_model_better_by_exactly_delta_is_promoted_no_more_often_than_the_conf
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("figure", "count"), [("kid", 350), ("fd", 320)])
-def test_an_improvement_of_twice_delta_is_promoted_in_four_of_five_cases(figure: str, count: int) -> None:
+def test_twice_delta_is_promoted_in_four_of_five_cases(figure: str, count: int) -> None:
     shift = better_by(figure, 0.6)
     comparisons = [comparison(figure, seed, count, shift) for seed in range(100)]
     assert promotions(comparisons, delta=0.3) >= 80
@@ -135,7 +135,7 @@ def recall_verdicts(scale: float, trials: int, count: int) -> list[GateVerdict]:
 
 
 @pytest.mark.slow
-def test_rule_on_recall_holds_equal_models_no_more_often_than_the_confidence_allows() -> None:
+def test_the_recall_rule_rarely_holds_equal_models() -> None:
     objections = [verdict for verdict in recall_verdicts(1.0, TRIALS, 60) if verdict != GateVerdict.promote]
     assert len(objections) <= MOST
 
@@ -156,11 +156,11 @@ def as_good(figure: str, worse: float, count: int, trials: int = TRIALS, **confi
     return sum(decide(each, settings).verdict == GateVerdict.promote for each in cheaper)
 
 
-def test_cheaper_model_worse_by_exactly_delta_is_promoted_no_more_often_than_the_confidence_allows() -> None:
+def test_a_cheaper_model_worse_by_delta_is_rarely_promoted() -> None:
     assert as_good("kid", 0.3, 120, delta=0.3) <= MOST
 
 
-def test_cheaper_model_as_good_as_the_champion_is_promoted_in_four_of_five_cases() -> None:
+def test_an_equal_cheaper_model_is_promoted_in_four_of_five() -> None:
     assert as_good("kid", 0.0, 800, trials=40, delta=0.3) >= 32
 
 
@@ -240,7 +240,7 @@ def decided(config: dict[str, Any] | None = None, **changes: Any) -> GateDecisio
     return decide(metrics, GateConfig(**(config or {})))
 
 
-def test_a_better_model_within_all_limits_is_promoted_with_its_figures() -> None:
+def test_a_better_model_within_all_limits_is_promoted() -> None:
     decision = decided()
     assert decision.verdict == GateVerdict.promote
     assert [each.rule for each in decision.findings] == ["headline", "memorized", "recall", "cost"]
@@ -333,7 +333,7 @@ def test_the_verdict_does_not_depend_on_the_unit(unit: float, difference: float,
 
 
 @given(st.floats(-0.02, 0.02), st.floats(0, 0.01), st.floats(0, 0.5), st.floats(0.51, 0.999))
-def test_nothing_that_is_not_better_by_delta_as_measured_is_promoted(
+def test_only_leads_measured_above_delta_are_promoted(
     difference: float, error: float, delta: float, confidence: float
 ) -> None:
     comparison_headline = headline(difference, error)
@@ -416,7 +416,7 @@ def test_text_image_agreement_may_fall_by_a_share(candidate: float, error: float
     assert decided({"agreement_loss": None}, agreement=agreeing(candidate, 0.1, error)).verdict == "promote"
 
 
-def test_agreement_that_was_not_measured_and_unlike_conditions_are_said_and_no_objection() -> None:
+def test_unmeasured_agreement_and_unlike_conditions_do_not_hold() -> None:
     decision = decided({"class_loss": 0.5}, agreement="not measured", unlike=("one", "other"), class_conditional=False)
     assert decision.verdict == "promote"
     reasons = {each.rule: each.reason for each in decision.findings}
@@ -522,7 +522,7 @@ def class_agreements(*values: float) -> tuple[ClassAgreement, ...]:
     )
 
 
-def test_a_first_version_with_a_class_that_is_not_recognised_is_held_by_name() -> None:
+def test_a_first_version_is_held_by_an_unrecognised_class() -> None:
     first = FIRST | {"own": own(0.75), "own_real": own(0.8)}
     assert decided(**first, classes=class_agreements(*[0.9] * 9, 0.4)).verdict == GateVerdict.promote, "not surely"
     lost = FIRST | {"own": own(0.75), "own_real": own(0.8), "classes": class_agreements(*[0.9] * 9, 0.1)}
@@ -534,7 +534,7 @@ def test_a_first_version_with_a_class_that_is_not_recognised_is_held_by_name() -
     assert decided({"min_class_agreement": None}, **lost).verdict == GateVerdict.promote
 
 
-def test_class_agreement_of_a_first_version_without_classes_is_not_asked_for() -> None:
+def test_class_agreement_is_not_required_without_classes() -> None:
     values = {
         name: {metric: each for metric, each in own(0.75).items() if metric in OWN[:3]} for name in ("own", "own_real")
     }
@@ -583,7 +583,7 @@ def verdicts_after(
 
 
 @pytest.mark.parametrize(("looks", "held_out"), [(1, 0.0), (2, 0.0), (3, 0.0), (3, 1.0), (8, 0.0)])
-def test_looks_together_promote_a_model_at_delta_as_rarely_as_one(looks: int, held_out: float) -> None:
+def test_looks_together_promote_at_delta_as_rarely_as_one(looks: int, held_out: float) -> None:
     # At δ of the champion's distance, the most favourable candidate that must not be promoted.
     lead = 0.1 * 20 / np.sqrt(1 + held_out)
     promotions = verdicts_after(lead, looks, held_out, delta=0.1, gives_up=False).count(GateVerdict.promote)
@@ -593,7 +593,7 @@ def test_looks_together_promote_a_model_at_delta_as_rarely_as_one(looks: int, he
         assert promotions >= 0.8 * TRIALS_OF_LOOKS * 0.05
 
 
-def test_further_looks_reject_a_worse_candidate_no_more_rarely_than_one() -> None:
+def test_further_looks_reject_worse_candidates_as_often_as_one() -> None:
     # Worse by four times δ, and rejected by one look in 74 % of all cases. Where δ is small beside the error, what is
     # not ahead is hardly looked at again, so that the first look must reject as often.
     lead = -float(norm.ppf(0.95) + norm.ppf(0.74))
@@ -606,7 +606,7 @@ def test_further_looks_reject_a_worse_candidate_no_more_rarely_than_one() -> Non
     assert shared >= 0.97 * one
 
 
-def test_further_looks_find_a_lead_more_often_than_equal_shares_of_the_error_would() -> None:
+def test_further_looks_find_leads_more_often_than_bonferroni() -> None:
     lead, bonferroni = 1.5, norm.ppf(1 - 0.05 / 3)
     rng, counts = np.random.default_rng(1), np.array([1, 2, 4])
     sums = (rng.standard_normal((TRIALS_OF_LOOKS, 3)) * np.sqrt(np.diff(counts, prepend=0))).cumsum(1) + lead * counts
@@ -614,7 +614,7 @@ def test_further_looks_find_a_lead_more_often_than_equal_shares_of_the_error_wou
     assert verdicts_after(lead, 3, gives_up=False).count(GateVerdict.promote) / TRIALS_OF_LOOKS > power + 0.04
 
 
-def test_a_good_candidate_is_hardly_ever_rejected_at_an_early_look() -> None:
+def test_a_good_candidate_is_hardly_ever_rejected_early() -> None:
     assert verdicts_after(2.0, 3).count(GateVerdict.reject) <= 4
 
 
@@ -634,7 +634,7 @@ def test_incomparable_candidate_is_held_and_rejected_if_it_copies() -> None:
     assert decided(**unlike | {"memorized": copies(0.3)}).verdict == GateVerdict.reject
 
 
-def test_a_better_model_over_the_limit_of_copies_is_never_promoted() -> None:
+def test_a_better_model_beyond_the_copy_limit_is_rejected() -> None:
     decision = decided(headline=headline(-0.02), memorized=copies(0.06))
     assert decision.verdict == GateVerdict.reject
     assert len(decision.reasons) == 1

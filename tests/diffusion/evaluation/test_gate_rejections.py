@@ -105,7 +105,7 @@ def test_model_that_covers_two_of_ten_classes_is_rejected(house: House, champion
 
 
 @pytest.mark.usefixtures("few_cuts")
-def test_a_model_that_copies_is_rejected_though_it_is_surely_better(house: House) -> None:
+def test_a_model_that_copies_is_rejected_though_better(house: House) -> None:
     worse = house.model_of(with_noise(house.spare[:COUNT], 0.2))
     learned = training_images(house.data, 40)
     comparison = compare_models(house.model_of(with_copies(house.spare[COUNT : 2 * COUNT], learned)), worse, house)

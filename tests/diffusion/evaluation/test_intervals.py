@@ -51,7 +51,7 @@ def test_evaluation_has_intervals_of_best_checkpoint_and_baseline(dataset: Path,
     assert (few.estimates, few.real_baseline.estimates) == ({}, {})
 
 
-def test_another_run_on_the_same_data_set_looks_at_no_real_image_again(dataset: Path, tmp_path: Path) -> None:
+def test_another_run_on_the_data_set_reuses_real_features(dataset: Path, tmp_path: Path) -> None:
     path = write_model(tmp_path / "100.safetensors", seed=1, images=100)
     first, other = Watcher(), Watcher()
     evaluate(dataset, [path], CONFIG, SAMPLING, tmp_path / "report", progress=first)

@@ -182,7 +182,7 @@ def test_feature_cache_file_without_its_counterpart_is_recomputed(suffix: str, d
     assert same(cached_reference(cache, dataset, ROWS, Pixels()), pixels_of(dataset))
 
 
-def test_a_whole_file_that_was_moved_under_another_key_s_name_is_not_believed(dataset: Dataset, cache: Path) -> None:
+def test_a_file_moved_under_another_key_is_computed_again(dataset: Dataset, cache: Path) -> None:
     cached_features(cache, dataset, ROWS, Pixels())
     (mine,) = cached_files(cache)
     cached_features(cache, dataset, ROWS, Pixels(2.0, digest="b" * 64))

@@ -91,7 +91,7 @@ def test_a_run_with_few_checkpoints_has_no_rounds(count: int) -> None:
     assert rounds.seen == {}
 
 
-def test_without_further_settings_there_is_one_round_of_a_quarter_of_the_images() -> None:
+def test_by_default_one_round_uses_a_quarter_of_images() -> None:
     rounds = Rounds([0.1 * number for number in range(40)])
     finalists, behind = select_finalists(list(rounds.kids), EvaluationConfig(), rounds)
     assert {samples: len(checkpoints) for samples, checkpoints in rounds.seen.items()} == {125: 40}

@@ -71,9 +71,7 @@ def prompts(data: Path) -> list[str]:
     return [each[n % len(each)] for n in range(CONFIG.samples)]
 
 
-def test_agreement_is_the_cosine_of_transformers_embeddings_beside_real_and_shuffled_ones(
-    data: Path, tmp_path: Path
-) -> None:
+def test_agreement_is_the_cosine_of_transformers_embeddings(data: Path, tmp_path: Path) -> None:
     clip, model = write_clip(tmp_path / "clip"), captioned(tmp_path / "model.safetensors")
     processor = write_processor(tmp_path / "clip")
     evaluation = Evaluator(data, with_encoder(tmp_path / "clip"), SAMPLING, tmp_path).model(model).evaluate()
@@ -138,7 +136,7 @@ def evaluated(data: Path, model: Path, config: EvaluationConfig, output: Path) -
     return evaluation, Page((output / "report.html").read_text())
 
 
-def test_without_an_encoder_a_model_of_captions_says_what_is_missing(data: Path, tmp_path: Path) -> None:
+def test_without_an_encoder_a_caption_model_says_so(data: Path, tmp_path: Path) -> None:
     evaluation, page = evaluated(data, captioned(tmp_path / "1.safetensors"), CONFIG, tmp_path / "report")
     assert OPTION in str(evaluation.best.text_image_agreement)
     assert not [name for name in evaluation.metrics() if name.startswith("text_image")]
@@ -148,7 +146,7 @@ def test_without_an_encoder_a_model_of_captions_says_what_is_missing(data: Path,
     assert Evaluation.read(tmp_path / "report" / "evaluation.json") == evaluation
 
 
-def test_a_model_without_captions_has_no_agreement_and_nothing_is_said(tmp_path: Path) -> None:
+def test_a_model_without_captions_has_no_agreement(tmp_path: Path) -> None:
     write_onnx(tmp_path / "encoder")
     model = write_model(tmp_path / "1.safetensors", 1, 1)
     evaluation, page = evaluated(
@@ -167,7 +165,7 @@ def test_a_single_prompt_agrees_with_nothing_and_that_is_said(tmp_path: Path) ->
     assert "fewer than two different prompts" in str(agreement)
 
 
-def test_the_report_shows_the_agreement_with_its_interval_and_its_baselines(data: Path, tmp_path: Path) -> None:
+def test_the_report_shows_agreement_with_interval_and_baselines(data: Path, tmp_path: Path) -> None:
     write_onnx(tmp_path / "encoder", knows_colours=True)
     model, config = captioned(tmp_path / "1.safetensors"), with_encoder(tmp_path / "encoder")
     save_images(model, of_colours([text.split()[0] for text in prompts(data)], 60), data, tmp_path / "report", config)
@@ -266,7 +264,7 @@ def test_comparison_report_shows_both_agreements_and_their_baselines(data: Path,
             assert f"version 1 {format_signed(theirs.agreement.value)}" in text
 
 
-def test_an_agreement_that_falls_within_the_limit_or_by_chance_is_no_objection(data: Path, tmp_path: Path) -> None:
+def test_agreement_falling_within_the_limit_does_not_hold(data: Path, tmp_path: Path) -> None:
     colours = [text.split()[0] for text in prompts(data)]
     right = of_colours(colours, 20)
     one_wrong = of_colours([*colours[:-1], next(each for each in COLOURS if each != colours[-1])], 20)
@@ -281,7 +279,7 @@ def test_a_first_version_has_its_agreement_among_the_reasons(data: Path, tmp_pat
     assert "text-image agreement by clip_" in reason
 
 
-def test_what_was_not_measured_is_among_the_findings_of_the_gate(data: Path, tmp_path: Path) -> None:
+def test_an_unmeasured_agreement_is_a_finding_of_the_gate(data: Path, tmp_path: Path) -> None:
     ours, theirs = (captioned(tmp_path / f"{seed}.safetensors", seed) for seed in (1, 2))
     comparison, _ = compare_with_champion(ours, theirs, data, CONFIG, SAMPLING, GATE, tmp_path)
     verdict, reason = rule(comparison)

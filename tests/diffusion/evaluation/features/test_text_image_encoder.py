@@ -78,7 +78,7 @@ def test_onnx_networks_embed_what_is_prepared_for_them(
     torch.testing.assert_close(encoder.embed(short), normalize(torch.from_numpy(sums)), atol=1e-5, rtol=0)
 
 
-def test_an_encoder_is_known_by_what_its_files_hold_not_by_where_they_lie(tmp_path: Path) -> None:
+def test_an_encoder_is_identified_by_content_not_by_place(tmp_path: Path) -> None:
     for name, seed in (("one", 0), ("same", 0), ("other", 1)):
         write_clip(tmp_path / name, seed)
     one, same, other = (open_text_image_encoder(tmp_path / name) for name in ("one", "same", "other"))
@@ -141,7 +141,7 @@ def one_line(folder: Path) -> str:
     return str(error.value)
 
 
-def test_a_folder_without_an_encoder_is_a_mistake_in_one_line(tmp_path: Path) -> None:
+def test_a_folder_without_an_encoder_is_an_error(tmp_path: Path) -> None:
     assert "CLIPModel.save_pretrained" in one_line(tmp_path / "gone")
 
 

@@ -34,7 +34,7 @@ def test_appearance_metrics_match_their_names() -> None:
     assert appearance["yellow_blue"] == pytest.approx((red + green) / 2 - blue)
 
 
-def test_grey_images_have_no_colours_and_those_of_the_same_grey_in_rgb_none_either() -> None:
+def test_grey_images_have_no_colours_in_rgb_either() -> None:
     grey = images(5, 0, channels=1)
     appearance, in_rgb = measure_appearance(grey), measure_appearance(grey.repeat(1, 3, 1, 1))
     assert appearance.keys() == {"brightness", "contrast"}

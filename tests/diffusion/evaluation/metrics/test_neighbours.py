@@ -16,9 +16,7 @@ def points(count: int, seed: int, width: int = 6) -> Tensor:
 
 @pytest.mark.parametrize("block", [1, 500, 2**24])
 @pytest.mark.parametrize("piece", [3, 40, 130])
-def test_they_are_those_of_an_exhaustive_search_however_it_is_cut(
-    piece: int, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_they_equal_an_exhaustive_search_in_any_blocks(piece: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BLOCK_DISTANCES", block)
     ours, rows = points(70, 0), points(130, 1)
     neighbours = find_nearest(ours, torch.split(rows, piece), count=5)

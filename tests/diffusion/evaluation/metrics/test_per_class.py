@@ -60,7 +60,7 @@ def test_unlabelled_images_and_empty_classes_are_ignored() -> None:
     assert not (reader(strangers) == 3).any()
 
 
-def test_of_one_image_of_each_class_the_nearest_is_the_answer() -> None:
+def test_with_one_image_per_class_the_nearest_class_wins() -> None:
     training = features(1, 0)
     reader = fit_discriminant([(training.features, training.labels)], len(NAMES))
     assert torch.equal(reader(training.features + 0.01), training.labels)

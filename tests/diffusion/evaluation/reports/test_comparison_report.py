@@ -55,7 +55,7 @@ def test_comparison_report_has_verdict_reasons_and_rule_results(tmp_path: Path) 
         assert f"{finding.rule} {finding.verdict} {finding.reason}" in text
 
 
-def test_both_sides_images_and_real_ones_are_there_to_be_seen(tmp_path: Path) -> None:
+def test_images_of_both_sides_and_real_ones_are_shown(tmp_path: Path) -> None:
     context, page = whole(), write_page(whole(), tmp_path)
     assert context.grids.champion is not None
     for name, images in (
@@ -113,7 +113,7 @@ def test_comparison_report_shows_metrics_with_intervals_and_baseline(tmp_path: P
         assert (float(low), float(high)) == pytest.approx((figure.interval.low, figure.interval.high), abs=length / 10)
 
 
-def test_the_worst_class_comes_first_and_classes_of_too_few_images_are_named(tmp_path: Path) -> None:
+def test_the_worst_class_comes_first_and_small_ones_are_named(tmp_path: Path) -> None:
     per_class, text = whole().comparison.candidate.per_class, write_page(whole(), tmp_path).text
     assert per_class is not None
     assert per_class.worst is not None
@@ -137,7 +137,7 @@ def test_comparison_report_says_when_no_class_has_enough_images(tmp_path: Path) 
     assert "taken for" not in text
 
 
-def test_bits_are_a_bound_where_the_model_gives_one_and_just_so_many_where_it_gives_them_exactly(
+def test_bits_are_a_bound_or_exact_as_the_model_says(
     tmp_path: Path,
 ) -> None:
     text = write_page(whole(), tmp_path).text

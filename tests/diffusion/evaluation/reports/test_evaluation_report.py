@@ -13,10 +13,7 @@ from diffusion.evaluation.estimate import Estimate, MetricEstimate, Share
 from diffusion.evaluation.reports.charts import read_losses
 from diffusion.evaluation.reports.evaluation_report import ReportImages, advise_longer, findings, write_report
 from diffusion.evaluation.reports.html import format_plain, format_with_error
-from diffusion.evaluation.results import (
-    Evaluation,
-    RealBaseline,
-)
+from diffusion.evaluation.results import Evaluation, RealBaseline
 from tests.builders.browser import chromium, look
 from tests.builders.evaluations import an_evaluation, images, scores
 from tests.builders.html_pages import Page
@@ -170,7 +167,7 @@ def test_evaluation_report_notes_a_baseline_of_fewer_images(few: bool, tmp_path:
     assert ("has only 300 training images, fewer than were generated" in text) == few
 
 
-def test_curves_appear_for_light_and_for_dark_and_losses_only_if_there_are_any(tmp_path: Path, losses: Path) -> None:
+def test_curves_appear_light_and_dark_and_losses_if_any(tmp_path: Path, losses: Path) -> None:
     evaluation = an_evaluation([0.5, 0.2])
 
     def charts_with(path: Path | None) -> int:
@@ -238,7 +235,7 @@ def test_evaluation_findings_respect_the_standard_errors(kids: list[float], expe
         ([3.0, 2.9, 2.8], False),
     ],
 )
-def test_longer_training_is_advised_where_kid_still_falls_surely_and_much(kids: list[float], advised: bool) -> None:
+def test_longer_training_is_advised_where_kid_still_falls(kids: list[float], advised: bool) -> None:
     evaluation = an_evaluation(kids)
     assert (advise_longer(evaluation) is not None) == advised
     assert any("training.images" in line for line in findings(evaluation)) == advised

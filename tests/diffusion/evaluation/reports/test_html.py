@@ -20,5 +20,5 @@ from diffusion.evaluation.reports.html import format_size
         (2_345 * 10**12, "2,345 TB"),
     ],
 )
-def test_sizes_have_three_digits_and_the_largest_unit_that_leaves_one(size: int, words: str) -> None:
+def test_sizes_have_three_digits_and_the_largest_fitting_unit(size: int, words: str) -> None:
     assert format_size(size) == words

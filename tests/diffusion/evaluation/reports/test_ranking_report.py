@@ -37,7 +37,7 @@ def write(path: Path, ranking: Ranking) -> str:
     return write_ranking_report(path, ranking, sheets, REAL, charts)
 
 
-def test_the_best_comes_first_and_each_has_its_settings_metrics_and_images(tmp_path: Path) -> None:
+def test_the_best_comes_first_each_with_settings_metrics_and_images(tmp_path: Path) -> None:
     ranking = ranked([0.9, 0.2, 0.5], [settings(1e-3), settings(4e-3), settings(8e-3, 64)])
     write(tmp_path / "sweep.html", ranking)
     page = Page((tmp_path / "sweep.html").read_text())
