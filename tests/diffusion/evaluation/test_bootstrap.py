@@ -21,7 +21,7 @@ from tests.builders.one_metric import compute_replicates, frechet_replicates, ki
 from tests.builders.one_thread import one_thread
 
 TRIALS = 100
-LEAST = 90
+MIN_COVERED = 90
 """Intervals of 100 that must cover at a nominal 95 %: exact ones miss that in 3 of 100 tests, and ours cover more."""
 
 
@@ -110,7 +110,7 @@ def covering(estimates: list[Estimate], truth: float) -> int:
 @pytest.mark.parametrize(("shift", "scale"), [(0.3, 1.0), (0.2, 0.8), (0.0, 1.0)])
 def test_intervals_of_kid_cover_the_true_distance(shift: float, scale: float) -> None:
     estimates = trials(kid_replicates, 200, 250, 16, shift, scale)
-    assert covering([each.estimate for each in estimates], true_kid(16, shift, scale)) >= LEAST
+    assert covering([each.estimate for each in estimates], true_kid(16, shift, scale)) >= MIN_COVERED
 
 
 @pytest.mark.slow
@@ -118,7 +118,7 @@ def test_intervals_of_kid_cover_the_true_distance(shift: float, scale: float) ->
 def test_frechet_intervals_cover_the_truth_only_without_bias(shift: float, scale: float) -> None:
     estimates = trials(frechet_replicates, 64, 100, 12, shift, scale)
     truth = true_frechet(12, shift, scale)
-    assert covering([each.estimate for each in estimates], truth) >= LEAST
+    assert covering([each.estimate for each in estimates], truth) >= MIN_COVERED
     as_measured = [each.estimate.model_copy(update={"value": each.whole}) for each in estimates]
     assert covering(as_measured, truth) < 50
 
@@ -127,7 +127,7 @@ def test_frechet_intervals_of_few_images_cover_their_average() -> None:
     estimates = trials(frechet_replicates, 30, 40, 12, 0.5, 0.8)
     wholes = [each.whole for each in estimates]
     assert [each.value for each in estimates] == wholes
-    assert covering([each.estimate for each in estimates], np.mean(wholes).item()) >= LEAST
+    assert covering([each.estimate for each in estimates], np.mean(wholes).item()) >= MIN_COVERED
 
 
 @pytest.mark.parametrize(("shift", "scale"), [(0.5, 1.0), (0.0, 0.7)])
@@ -137,7 +137,7 @@ def test_intervals_of_shares_cover_the_average_at_equal_size(shift: float, scale
         replicates = [share_replicates([samples], reference, splits=20)[0] for samples, reference in sets]
     for figure in ("precision", "recall", "density", "coverage"):
         truth = np.mean([each[figure].whole for each in replicates]).item()
-        assert covering([each[figure].estimate for each in replicates], truth) >= LEAST, figure
+        assert covering([each[figure].estimate for each in replicates], truth) >= MIN_COVERED, figure
 
 
 def test_errors_of_equal_sets_are_overestimated_by_root_two() -> None:
@@ -159,7 +159,7 @@ def test_the_error_of_a_difference_cancels_what_is_shared() -> None:
     spread = np.std([each.value for each in differences])
     assert math.sqrt(np.mean([each.error**2 for each in differences])) == pytest.approx(spread, rel=0.25)
     assert np.mean([each.error for each in differences]) < np.mean(apart) / 2
-    assert covering(differences, true_kid(6, 0.35, 1.0) - true_kid(6, 0.4, 1.1)) >= LEAST
+    assert covering(differences, true_kid(6, 0.35, 1.0) - true_kid(6, 0.4, 1.1)) >= MIN_COVERED
 
 
 def test_errors_fall_as_the_root_of_the_number_of_images() -> None:

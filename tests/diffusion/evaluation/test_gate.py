@@ -33,7 +33,7 @@ from tests.builders.one_thread import one_thread
 SPLITS = 25
 HEADLINE_ALONE: dict[str, Any] = {"recall_loss": None, "memorized": None, "cost": None}
 TRIALS = 200
-MOST = int(binom.ppf(0.99, TRIALS, 0.05))
+MAX_ERRORS = int(binom.ppf(0.99, TRIALS, 0.05))
 """Promotions of 200 that a gate which errs in 5 % of all cases exceeds in 1 % of all tests."""
 WIDTH = 12
 """Features of an image."""
@@ -68,11 +68,11 @@ def promotions(comparisons: list[ComparisonMetrics], delta: float) -> int:
 @pytest.mark.parametrize("figure", ["kid", "fd"])
 def test_the_same_model_with_other_seeds_is_rarely_promoted(figure: str) -> None:
     comparisons = [comparison(figure, seed, 120, CHAMPION) for seed in range(TRIALS)]
-    assert promotions(comparisons, delta=0) <= MOST
+    assert promotions(comparisons, delta=0) <= MAX_ERRORS
     # Who goes by the figure alone promotes half of them, and who goes by one standard error a sixth.
     leads = [each.headline.lead for each in comparisons if each.headline]
-    assert sum(lead.value > 0 for lead in leads) > 2 * MOST
-    assert sum(lead.value > lead.error for lead in leads) > MOST
+    assert sum(lead.value > 0 for lead in leads) > 2 * MAX_ERRORS
+    assert sum(lead.value > lead.error for lead in leads) > MAX_ERRORS
 
 
 def test_model_that_samples_real_images_is_not_promoted_over_itself() -> None:
@@ -88,14 +88,14 @@ def test_model_that_samples_real_images_is_not_promoted_over_itself() -> None:
         chances.append(
             ComparisonMetrics(basis="generated", samples=60, reference=60, has_champion=True, headline=headline)
         )
-    assert promotions(chances, delta=0) <= MOST
+    assert promotions(chances, delta=0) <= MAX_ERRORS
 
 
 def test_a_model_better_by_exactly_delta_is_rarely_promoted() -> None:
     comparisons = [comparison("kid", seed, 120, better_by("kid", 0.3)) for seed in range(TRIALS)]
-    assert promotions(comparisons, delta=0.3) <= MOST
+    assert promotions(comparisons, delta=0.3) <= MAX_ERRORS
     # It is better, and a gate without δ would say so much more often.
-    assert promotions(comparisons, delta=0) > 2 * MOST
+    assert promotions(comparisons, delta=0) > 2 * MAX_ERRORS
 
 
 @pytest.mark.slow
@@ -109,8 +109,8 @@ def test_twice_delta_is_promoted_in_four_of_five_cases(figure: str, count: int) 
     apart = 0
     for each in comparisons:
         assert each.headline is not None
-        ours, theirs = each.headline.candidate.interval(0.9), each.headline.champion.interval(0.9)
-        apart += ours.high + each.headline.required_lead(0.3) < theirs.low
+        candidate, champion = each.headline.candidate.interval(0.9), each.headline.champion.interval(0.9)
+        apart += candidate.high + each.headline.required_lead(0.3) < champion.low
     assert apart < 80
     assert all(decide(each, config).verdict != GateVerdict.reject for each in comparisons)
 
@@ -121,13 +121,13 @@ def recall_verdicts(scale: float, trials: int, count: int) -> list[GateVerdict]:
     for seed in range(trials):
         candidate, champion, reference = (sample_gaussian(count, WIDTH, 3 * seed + each) for each in range(3))
         with one_thread():
-            ours, theirs = share_replicates([candidate * scale, champion], reference, splits=SPLITS)
+            own, other = share_replicates([candidate * scale, champion], reference, splits=SPLITS)
         metrics = ComparisonMetrics(
             basis="generated",
             samples=count,
             reference=count,
             has_champion=True,
-            recall=difference(ours["recall"], theirs["recall"]),
+            recall=difference(own["recall"], other["recall"]),
         )
         findings = decide(metrics, GateConfig(memorized=None, cost=None)).findings
         verdicts.append(next(each.verdict for each in findings if each.rule == "recall"))
@@ -137,7 +137,7 @@ def recall_verdicts(scale: float, trials: int, count: int) -> list[GateVerdict]:
 @pytest.mark.slow
 def test_the_recall_rule_rarely_holds_equal_models() -> None:
     objections = [verdict for verdict in recall_verdicts(1.0, TRIALS, 60) if verdict != GateVerdict.promote]
-    assert len(objections) <= MOST
+    assert len(objections) <= MAX_ERRORS
 
 
 def test_rule_on_recall_stops_models_of_less_variety() -> None:
@@ -157,7 +157,7 @@ def as_good(figure: str, worse: float, count: int, trials: int = TRIALS, **confi
 
 
 def test_a_cheaper_model_worse_by_delta_is_rarely_promoted() -> None:
-    assert as_good("kid", 0.3, 120, delta=0.3) <= MOST
+    assert as_good("kid", 0.3, 120, delta=0.3) <= MAX_ERRORS
 
 
 def test_an_equal_cheaper_model_is_promoted_in_four_of_five() -> None:

@@ -100,8 +100,8 @@ def test_model_that_covers_two_of_ten_classes_is_rejected(house: House, champion
     assert comparison.decision.verdict == GateVerdict.reject
     assert comparison.reason.startswith("worse than the champion: kid_efflite0")
     assert comparison.champion is not None
-    ours, theirs = (side.estimates["coverage_efflite0"] for side in (comparison.candidate, comparison.champion))
-    assert ours.interval.high < theirs.interval.low
+    candidate, champion = (side.estimates["coverage_efflite0"] for side in (comparison.candidate, comparison.champion))
+    assert candidate.interval.high < champion.interval.low
 
 
 @pytest.mark.usefixtures("few_cuts")

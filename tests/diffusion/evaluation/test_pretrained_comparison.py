@@ -80,10 +80,10 @@ def test_a_stable_diffusion_pipeline_and_a_network_share_prompts(
     for each in (comparison.candidate, comparison.champion):
         assert isinstance(each.text_image_agreement, TextImageAgreement)
     evaluator = Evaluator(data, FEW.model_copy(update={"seed": FEW.seed + 1}), SAMPLING, tmp_path)
-    ours, theirs = (evaluator.model(path) for path in pair)
+    first, second = (evaluator.model(path) for path in pair)
     dataset = Dataset.open(data)
     prompts = tuple(dataset.captions(dataset.rows("held_out")))[: FEW.samples]
-    assert ours.conditions.prompts == theirs.conditions.prompts == prompts
+    assert first.conditions.prompts == second.conditions.prompts == prompts
     cost = comparison.compared.cost
     assert cost is not None
     # The same number of passes of two networks, of which the pipeline's is the larger one.

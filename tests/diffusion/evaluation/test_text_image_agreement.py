@@ -32,7 +32,7 @@ from tests.builders.comparisons import CONFIG, SAMPLING, Watcher, discs, save_im
 from tests.builders.html_pages import Page
 from tests.builders.small_models import CONFIG as NETWORK
 from tests.builders.small_models import write_model
-from tests.builders.text_image_encoders import LONGEST, write_clip, write_onnx, write_processor
+from tests.builders.text_image_encoders import MAX_TOKENS, write_clip, write_onnx, write_processor
 
 pytestmark = pytest.mark.usefixtures("fake_encoder")
 OPTION = "evaluation.text_image_encoder"
@@ -88,7 +88,7 @@ def test_agreement_is_the_cosine_of_transformers_embeddings(data: Path, tmp_path
         prepared = processor.image_processor(list(pixels), return_tensors="pt")
         return normalize(clip.get_image_features(**prepared).pooler_output)
 
-    tokens = processor.tokenizer(texts, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
+    tokens = processor.tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
     meanings = normalize(clip.get_text_features(**tokens).pooler_output)
     cosines = (embedded(images) @ meanings.T).detach().numpy()
     alike = np.array([[one == other for other in texts] for one in texts])
@@ -204,18 +204,18 @@ def test_embeddings_are_cached_by_what_the_encoder_is(
 
 
 def compared(
-    data: Path, folder: Path, ours: Tensor, theirs: Tensor | None, gate: GateConfig = GATE
+    data: Path, folder: Path, first: Tensor, second: Tensor | None, gate: GateConfig = GATE
 ) -> ChampionComparison:
     """A comparison of two models of captions that generated these images for the held-out captions."""
     encoder = folder / "encoder"
     if not encoder.is_dir():
         write_onnx(encoder, knows_colours=True)
     config, paths = with_encoder(encoder), []
-    for number, images in enumerate((ours, theirs)):
+    for number, images in enumerate((first, second)):
         if images is not None:
             paths.append(captioned(folder / f"{number}.safetensors", number))
             save_images(paths[-1], images, data, folder, config.model_copy(update={"seed": COMPARISON_SEED}))
-    champion = paths[1] if theirs is not None else None
+    champion = paths[1] if second is not None else None
     return compare_with_champion(paths[0], champion, data, config, SAMPLING, gate, folder)[0]
 
 
@@ -253,15 +253,15 @@ def test_comparison_report_shows_both_agreements_and_their_baselines(data: Path,
         text = " ".join(Page(page.read_text()).text.split())
         assert "Text-image agreement" in text
         assert ("Not measured: " in text) == (not is_shown)
-        ours, theirs = (
+        first, second = (
             comparison.candidate.text_image_agreement,
             comparison.champion and comparison.champion.text_image_agreement,
         )
         if is_shown:
-            assert isinstance(ours, TextImageAgreement)
-            assert isinstance(theirs, TextImageAgreement)
-            assert f"version 2 {format_signed(ours.agreement.value)}" in text
-            assert f"version 1 {format_signed(theirs.agreement.value)}" in text
+            assert isinstance(first, TextImageAgreement)
+            assert isinstance(second, TextImageAgreement)
+            assert f"version 2 {format_signed(first.agreement.value)}" in text
+            assert f"version 1 {format_signed(second.agreement.value)}" in text
 
 
 def test_agreement_falling_within_the_limit_does_not_hold(data: Path, tmp_path: Path) -> None:
@@ -280,8 +280,8 @@ def test_a_first_version_has_its_agreement_among_the_reasons(data: Path, tmp_pat
 
 
 def test_an_unmeasured_agreement_is_a_finding_of_the_gate(data: Path, tmp_path: Path) -> None:
-    ours, theirs = (captioned(tmp_path / f"{seed}.safetensors", seed) for seed in (1, 2))
-    comparison, _ = compare_with_champion(ours, theirs, data, CONFIG, SAMPLING, GATE, tmp_path)
+    first, second = (captioned(tmp_path / f"{seed}.safetensors", seed) for seed in (1, 2))
+    comparison, _ = compare_with_champion(first, second, data, CONFIG, SAMPLING, GATE, tmp_path)
     verdict, reason = rule(comparison)
     assert verdict == "promote"
     assert OPTION in reason

@@ -78,12 +78,12 @@ def with_weights(path: Path) -> EvaluationConfig:
 
 def test_inception_features_equal_torch_fidelity_and_keep_the_random_state(weights: Path) -> None:
     extractor, before = make_extractor(with_weights(weights)), torch.get_rng_state()
-    theirs = FeatureExtractorInceptionV3("theirs", ["2048"], feature_extractor_weights_path=weights)
+    original = FeatureExtractorInceptionV3("original", ["2048"], feature_extractor_weights_path=weights)
     torch.set_rng_state(before)
     grey = images(2, 1, 28)
     features = extractor(grey)
     assert (features.shape, features.dtype) == ((2, 2048), torch.float32)
-    (expected,) = theirs(grey.repeat(1, 3, 1, 1))
+    (expected,) = original(grey.repeat(1, 3, 1, 1))
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(torch.get_rng_state(), before)
 

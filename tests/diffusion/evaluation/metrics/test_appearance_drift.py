@@ -67,8 +67,8 @@ def test_a_change_is_seen_in_its_figure_with_its_size(
 def test_the_error_is_welchs() -> None:
     first, second = measure_appearance(images(30, 0)), measure_appearance(images(70, 1))
     for name, shift in compare_appearance(first, second).shifts.items():
-        theirs = ttest_ind(first[name], second[name], equal_var=False).statistic
-        assert shift.difference / shift.standard_error == pytest.approx(theirs)
+        expected = ttest_ind(first[name], second[name], equal_var=False).statistic
+        assert shift.difference / shift.standard_error == pytest.approx(expected)
         assert shift.generated_spread == pytest.approx(np.std(first[name].numpy(), ddof=1))
 
 

@@ -42,11 +42,11 @@ def test_discriminant_matches_scikit_learn(piece: int) -> None:
     reader = fit_discriminant(
         zip(torch.split(training.features, piece), torch.split(training.labels, piece), strict=True), len(NAMES)
     )
-    theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=SHRINKAGE, priors=[1 / 3] * 3)
-    theirs.fit(training.features.double().numpy(), training.labels.numpy())
-    assert np.array_equal(reader(queries.features), theirs.predict(queries.features.double().numpy()))
+    discriminant = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=SHRINKAGE, priors=[1 / 3] * 3)
+    discriminant.fit(training.features.double().numpy(), training.labels.numpy())
+    assert np.array_equal(reader(queries.features), discriminant.predict(queries.features.double().numpy()))
     scores = queries.features.double() @ reader.weights + reader.offsets
-    expected = theirs.decision_function(queries.features.double().numpy())
+    expected = discriminant.decision_function(queries.features.double().numpy())
     np.testing.assert_allclose(scores - scores[:, :1], expected - expected[:, :1], atol=1e-8)
 
 

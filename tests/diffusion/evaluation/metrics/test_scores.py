@@ -92,12 +92,12 @@ class Images(torch.utils.data.Dataset[Tensor]):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_scores_equal_those_of_torch_fidelity_from_end_to_end(digits: Tensor, extractor: EfficientNetLite0) -> None:
-    torch_fidelity.register_feature_extractor("ours", FeaturesOfOurs)
+    torch_fidelity.register_feature_extractor("actual", FeaturesOfOurs)
     images, real = gaussian_blur(digits[:200], [5, 5], [0.7]), digits[200:400]
-    theirs = torch_fidelity.calculate_metrics(
+    expected = torch_fidelity.calculate_metrics(
         input1=Images(images),
         input2=Images(real),
-        feature_extractor="ours",
+        feature_extractor="actual",
         fid=True,
         kid=True,
         prc=True,
@@ -108,11 +108,11 @@ def test_scores_equal_those_of_torch_fidelity_from_end_to_end(digits: Tensor, ex
         cache=False,
         verbose=False,
     )
-    ours = compute_scores(extractor(images), extractor(real), "efflite0")
-    assert ours.fd == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
-    assert ours.kid == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
-    assert ours.precision == pytest.approx(theirs["precision"], abs=1e-3)
-    assert ours.recall == pytest.approx(theirs["recall"], abs=1e-3)
+    actual = compute_scores(extractor(images), extractor(real), "efflite0")
+    assert actual.fd == pytest.approx(expected["frechet_inception_distance"], rel=1e-3)
+    assert actual.kid == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-3)
+    assert actual.precision == pytest.approx(expected["precision"], abs=1e-3)
+    assert actual.recall == pytest.approx(expected["recall"], abs=1e-3)
 
 
 @pytest.mark.parametrize("count", [20, 300], ids=["fewer images than features", "more"])
@@ -150,10 +150,10 @@ def test_kid_is_the_unbiased_mean_over_pairs(count: int, references: int) -> Non
 
 def test_kid_is_the_limit_of_torch_fidelity_subsets() -> None:
     samples, reference = gaussian(60, 8, seed=1, shift=0.3), gaussian(90, 8, seed=2)
-    theirs = kid_features_to_metric(samples, reference, kid_subsets=2000, kid_subset_size=30, verbose=False)
-    error = theirs["kernel_inception_distance_std"] / 2000**0.5
+    expected = kid_features_to_metric(samples, reference, kid_subsets=2000, kid_subset_size=30, verbose=False)
+    error = expected["kernel_inception_distance_std"] / 2000**0.5
     kid = compute_scores(samples, reference, "x").kid
-    assert kid == pytest.approx(theirs["kernel_inception_distance_mean"], abs=4 * error)
+    assert kid == pytest.approx(expected["kernel_inception_distance_mean"], abs=4 * error)
 
 
 def test_values_with_errors_are_those_of_the_scores() -> None:
@@ -186,15 +186,15 @@ def test_paired_deviations_give_the_jackknife_error_of_a_kid_difference() -> Non
     ]
 
     def difference(some: list[int], others: list[int]) -> float:
-        ours, theirs = (over_all_pairs(each[some], reference[others]) for each in pair)
-        return ours - theirs
+        first, second = (over_all_pairs(each[some], reference[others]) for each in pair)
+        return first - second
 
     without = (
         [difference(some, [*range(11)]) for some in rows[:14]],
         [difference([*range(14)], some) for some in rows[14:]],
     )
-    (_, *ours), (_, *theirs) = (kid_deviations(each, reference) for each in pair)
-    for own, other, expected in zip(ours, theirs, without, strict=True):
+    (_, *first), (_, *second) = (kid_deviations(each, reference) for each in pair)
+    for own, other, expected in zip(first, second, without, strict=True):
         assert jackknife(own - other) == pytest.approx((len(expected) - 1) * np.var(expected), rel=1e-4)
 
 
