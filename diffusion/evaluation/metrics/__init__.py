@@ -21,7 +21,7 @@ METRICS: dict[str, type[Metric]] = {"kid": KernelInceptionDistance, "fd": Freche
 def load_metrics() -> dict[str, Metric]:
     """Return all metrics by name, extensions last; raises UserError for one that cannot be used."""
     metrics: dict[str, Metric] = {}
-    names: set[str] = set()
+    names = {"extractor", "samples", "reference"}  # other fields of ``Scores``
     for name, kind in with_extensions(GROUP, METRICS).items():
         if not (isinstance(kind, type) and issubclass(kind, Metric)):
             raise UserError(

@@ -46,6 +46,12 @@ class Figure:
         """Return which values are better."""
         return "lower" if self.lower_is_better else "higher"
 
+    @property
+    def column_note(self) -> str:
+        """Return which values are better and the first clause of ``reading``, for the head of a column."""
+        clause = (self.reading or "").partition(":")[0].rstrip(".")
+        return f"{self.direction} is better; {clause[:1].lower()}{clause[1:]}"
+
 
 def _no_images() -> Iterable[Images]:
     raise ValueError("these features were computed without keeping the images")

@@ -107,7 +107,7 @@ def metric_columns(ranking: Ranking) -> list[Column]:
     columns = {
         name: (
             figure.title,
-            f"{figure.direction} is better. {figure.reading}",
+            figure.column_note,
             [score_cell(side.scores, name, side.estimates) for side in sides],
         )
         for name, figure in load_figures().items()

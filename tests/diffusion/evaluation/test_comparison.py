@@ -90,12 +90,12 @@ def test_a_better_model_is_promoted_and_a_worse_rejected(data: Path, models: lis
     assert comparison.champion is not None
     headline = comparison.compared.headline
     assert headline is not None
-    ours, theirs = comparison.candidate.estimates["kid_efflite0"], comparison.champion.estimates["kid_efflite0"]
-    assert headline.difference.value == pytest.approx(ours.value - theirs.value)
-    assert ours.interval.low < ours.value < ours.interval.high < theirs.interval.low
+    candidate, champion = comparison.candidate.estimates["kid_efflite0"], comparison.champion.estimates["kid_efflite0"]
+    assert headline.difference.value == pytest.approx(candidate.value - champion.value)
+    assert candidate.interval.low < candidate.value < candidate.interval.high < champion.interval.low
     assert torch.equal(grids.candidate, noisy(good(48), 5))
     metrics = comparison.metrics()
-    assert metrics["kid_efflite0_low"] == ours.interval.low
+    assert metrics["kid_efflite0_low"] == candidate.interval.low
     assert metrics["champion_kid_efflite0"] == headline.champion.value
     assert metrics["real_baseline_kid_efflite0"] == headline.real_baseline
 
