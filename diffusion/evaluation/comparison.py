@@ -253,7 +253,7 @@ def _differences(
         "unlike": tuple(_describe_differences(model, champion_model)),
         "class_conditional": all(side.model.classes for side in (model, champion_model)),
     }
-    worst, champion_worst = (x.per_class and x.per_class.worst for x in (evaluation, champion_evaluation))
+    worst, champion_worst = (x.per_class.worst if x.per_class else None for x in (evaluation, champion_evaluation))
     if worst is not None and champion_worst is not None:
         fields["worst_class"] = WorstClass(
             candidate=worst.estimate,

@@ -21,8 +21,9 @@ METRICS: dict[str, type[Metric]] = {"kid": KernelInceptionDistance, "fd": Freche
 def load_metrics() -> dict[str, Metric]:
     """Return all metrics by name, extensions last; raises UserError for one that cannot be used."""
     metrics: dict[str, Metric] = {}
+    classes: dict[str, object] = with_extensions(GROUP, METRICS)
     names = {"extractor", "samples", "reference"}  # other fields of ``Scores``
-    for name, kind in with_extensions(GROUP, METRICS).items():
+    for name, kind in classes.items():
         if not (isinstance(kind, type) and issubclass(kind, Metric)):
             raise UserError(
                 f"{name} of {GROUP} is not a class of diffusion.evaluation.metrics.metric.Metric: uninstall it"
