@@ -48,9 +48,9 @@ class Figure:
 
     @property
     def column_note(self) -> str:
-        """Return which values are better and the first clause of ``reading``, for the head of a column."""
+        """Return the first clause of ``reading``, and whether lower values are better, for the head of a column."""
         clause = (self.reading or "").partition(":")[0].rstrip(".")
-        return f"{self.direction} is better; {clause[:1].lower()}{clause[1:]}"
+        return ("lower is better; " if self.lower_is_better else "") + clause[:1].lower() + clause[1:]
 
 
 def _no_images() -> Iterable[Images]:
