@@ -81,13 +81,12 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate ``checkpoints`` on the held-out images of the data set in folder ``data``.
 
-    All generate the same image numbers of the same seed; the best one has the best selection metric. Of more than
-    ``config.finalists`` only the leading ones are evaluated in full, as shorter rounds select them. For the best one
-    guidance is chosen that ``gate`` will not object to: see ``choose_guidance``. Expensive parts are
-    cached in the folder ``cache``, by default one in ``output``: the same call continues after a kill, and generates
-    nothing once it is complete. ``output`` gets ``evaluation.json``, ``metrics.json``, ``scores.csv``, if there were
-    rounds ``preliminary.csv`` of those that fell behind, grids as PNG, and at last ``report.html``, with ``losses``:
-    the CSV by images seen that training left.
+    All generate the same image numbers of one seed; the best one has the best selection metric, and guidance is chosen
+    for it by ``choose_guidance`` and ``gate``. If there are more than ``config.finalists``, ``select_finalists`` says
+    which are evaluated in full. Expensive parts are cached in the folder ``cache``, by default one in ``output``: the
+    same call continues after a kill, and generates nothing once it is complete. ``output`` gets ``evaluation.json``,
+    ``metrics.json``, ``scores.csv``, ``preliminary.csv`` of those not evaluated in full, grids as PNG, and at last
+    ``report.html``, with the curves of ``losses``, a CSV by images seen.
 
     Raises UserError for a data set that is too small, a file that is not a model, or a model of another image size.
     """
@@ -96,18 +95,18 @@ def evaluate(
     header = read_model_header(checkpoints[0])
     task = task_of(header.model, header.size)
     evaluator = Evaluator(data, config, sampling, cache or output / CACHE, progress, task)
-    generated_images: dict[str, Images] = {}
+    generated: dict[str, Images] = {}
     same_version = header.content_digest == evaluator.conditions.content_digest
     if not same_version and header.dataset == evaluator.real.dataset.manifest.name:
         logger.warning(OTHER_VERSION, checkpoints[0], header.dataset)
 
     def score(path: Path, samples: int) -> CheckpointEvaluation:
         model = evaluator.model(path, samples)
-        generated_images[model.sha256] = model.images[:SHOWN]
+        generated[model.sha256] = model.images[:SHOWN]
         return CheckpointEvaluation(**dict(model.compute_model_scores()), file=str(path))
 
     finalists, preliminary = select_finalists(checkpoints, config, score)
-    by_sha256 = {checkpoint.sha256: checkpoint for checkpoint in (score(path, config.samples) for path in finalists)}
+    by_sha256 = {each.sha256: each for each in (score(path, config.samples) for path in finalists)}
     evaluations = sorted(by_sha256.values(), key=lambda checkpoint: checkpoint.images)
     best = max(evaluations, key=lambda checkpoint: checkpoint.selection_metric.rank)
     model = evaluator.model(Path(best.file))
@@ -125,9 +124,7 @@ def evaluate(
         baselines=evaluator.baselines(),
         guidance=choose_guidance(evaluator, model, gate),
     )
-    sheets = ReportImages(
-        evaluator.real.shown_images, generated_images, model.captions, model.reconstructed, task.scale
-    )
+    sheets = ReportImages(evaluator.real.shown_images, generated, model.captions, model.reconstructed, task.scale)
     _write(evaluation, sheets, output)
     write_report(output / "report.html", evaluation, sheets, losses, same_version)
     return evaluation
