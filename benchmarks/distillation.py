@@ -17,7 +17,8 @@ from diffusion.checkpoints import load_model, read_model_header
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.features.feature_extractor import make_extractor
-from diffusion.evaluation.metrics.distances import compute_kid, compute_moments, frechet_distance
+from diffusion.evaluation.metrics.frechet import compute_moments, frechet_distance
+from diffusion.evaluation.metrics.kid import compute_kid
 from diffusion.families.config import ModelConfig
 from diffusion.generation.generate import sample
 from diffusion.process.samplers import SamplingConfig, sampling_config

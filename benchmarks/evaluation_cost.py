@@ -25,18 +25,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusion.common.threads import cores
-from diffusion.evaluation.bootstrap import SPLITS, frechet_of_halves, kid_of_halves, shares_of_halves
-from diffusion.evaluation.metrics.distances import (
-    Moments,
-    Reference,
-    compute_kid,
+from diffusion.evaluation.metrics.frechet import (
     compute_moments,
-    compute_scores,
     distance_at_infinity,
     frechet_distance,
-    kernel_sums,
+    frechet_of_halves,
 )
-from diffusion.evaluation.metrics.neighbours import compute_overlap, nearest_distances
+from diffusion.evaluation.metrics.kid import compute_kid, kernel_sums, kid_of_halves
+from diffusion.evaluation.metrics.metric import SPLITS
+from diffusion.evaluation.metrics.overlap import compute_overlap, nearest_distances, shares_of_halves
+from diffusion.evaluation.metrics.scores import PreparedReference, compute_scores
 
 SAMPLES, REFERENCE, FEATURES = 10_000, 60_000, 1_280
 PIECE = 4096
@@ -121,14 +119,18 @@ def evaluate(scratch: Path) -> dict[str, Any]:
     clock, samples = Clock(), load_file(scratch / "samples.safetensors")["features"]
     features = load_file(scratch / "reference.safetensors")["features"]
     statistics = load_file(scratch / "statistics.safetensors")
-    moments = Moments(statistics["mean"], statistics["root"])
-    real = Reference(features, moments, statistics["nearest"], statistics["kernel_sums"])
+    moments = {name: statistics.pop(name) for name in ("mean", "root")}
+    kernel, neighbours = ({name: statistics[name]} for name in ("kernel_sums", "nearest"))
+    real = PreparedReference(features=features, statistics={"kid": kernel, "fd": moments, "overlap": neighbours})
     clock("all point values", lambda: compute_scores(samples, real, "synthetic"))
     clock("  Fréchet distance", lambda: frechet_distance(compute_moments(samples), real.moments))
     clock("  and of endlessly many", lambda: distance_at_infinity(samples, real.moments))
-    clock("  KID", lambda: compute_kid(samples, features, real.kernel_sums))
+    clock("  KID", lambda: compute_kid(samples, features, kernel["kernel_sums"]))
     nearest = clock("  the samples' neighbours", lambda: nearest_distances(samples))
-    clock("  precision, recall, density, coverage", lambda: compute_overlap(samples, features, nearest, real.nearest))
+    clock(
+        "  precision, recall, density, coverage",
+        lambda: compute_overlap(samples, features, nearest, neighbours["nearest"]),
+    )
     return clock.figures()
 
 

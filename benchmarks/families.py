@@ -20,7 +20,7 @@ from diffusion.common.shapes import Images
 from diffusion.common.threads import cores
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.ranking import Ranking, rank_models
-from diffusion.evaluation.reports.ranking_report import Column, cost_columns, findings, metric_columns
+from diffusion.evaluation.reports.ranking_report import Column, cost_columns, describe_ranking, metric_columns
 from diffusion.families.config import FAMILIES
 from flows.config import load_params
 
@@ -75,7 +75,7 @@ def page(ranking: Ranking, dataset: Dataset, source: str, minutes: float) -> str
             f"({machine.device}, {machine.precision}), evaluated on {ranking.models[0].scores.samples:,} images "
             "of the same seed against held-out ones. `python benchmarks/families.py` writes this page, "
             "and `darkroom compare` one for your own images.",
-            "\n".join(f"- {finding}" for finding in findings(ranking)),
+            "\n".join(f"- {finding}" for finding in describe_ranking(ranking)),
             _table(["", *names, "real"], rows),
             "In brackets are 95 % confidence intervals. The column real is the real baseline: training images instead "
             "of generated ones.",

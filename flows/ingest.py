@@ -35,7 +35,7 @@ from flows.storage.s3 import S3Objects, Store
 from flows.tracking.console import reporter
 
 if TYPE_CHECKING:
-    from diffusion.evaluation.reports.dataset_report import DatasetSummary
+    from diffusion.evaluation.reports.dataset_summary import DatasetSummary
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -150,7 +150,7 @@ def dataset_page(params: Params) -> "tuple[Path, DatasetSummary]":
 
 def find_page(params: Params) -> "tuple[Path, DatasetSummary | None]":
     """Path of the report page of the current version, and its summary; None without a page of this Darkroom."""
-    from diffusion.evaluation.reports.dataset_report import DatasetSummary
+    from diffusion.evaluation.reports.dataset_summary import DatasetSummary
 
     page = params.report_folder / "dataset" / f"{read_manifest(params.dataset_folder).digest[:16]}.html"
     if page.is_file():

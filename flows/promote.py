@@ -28,7 +28,7 @@ from diffusion.common.files import sha256_file
 from diffusion.common.model_files import read_header
 from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.comparison import COMPARISON, ChampionComparison, compare_with_champion
-from diffusion.evaluation.reports.comparison_report import PAGE, write_comparison_report, write_verdict
+from diffusion.evaluation.reports.comparison_report import COMPARISON_PAGE, write_comparison_report, write_verdict
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.ema import SNAPSHOTS
 from flows.config import Params
@@ -198,8 +198,8 @@ def apply_gate(params: Params, evaluation: Evaluation, version: Version) -> Gate
     settings = params.evaluation, params.sampling, params.gate
     comparison, grids = compare_with_champion(ours, theirs, data, *settings, folder, reporter())
     names = f"version {version.number}", None if champion is None else f"version {champion}"
-    write_comparison_report(folder / PAGE, comparison, grids, version.model, params.training.dataset, *names)
-    for path in (folder / COMPARISON, folder / PAGE):
+    write_comparison_report(folder / COMPARISON_PAGE, comparison, grids, version.model, params.training.dataset, *names)
+    for path in (folder / COMPARISON, folder / COMPARISON_PAGE):
         RunTracker(client, version.run_id).log_file(path, "evaluation")
     evidence = Evidence(
         verdict=comparison.decision.verdict.value,
@@ -299,7 +299,7 @@ def record(
     links = {
         "Model version": version_page(version.model, version.number),
         "MLflow run": run_page(client, version.run_id),
-        "Comparison": run_page(client, version.run_id, f"evaluation/{PAGE}"),
+        "Comparison": run_page(client, version.run_id, f"evaluation/{COMPARISON_PAGE}"),
     }
     link_text = " · ".join(f"[{name}]({page})" for name, page in links.items())
     create_markdown_artifact(

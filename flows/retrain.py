@@ -187,7 +187,7 @@ def retrain(
         from mlflow.client import MlflowClient
 
         from diffusion.evaluation.config import require_enough
-        from diffusion.evaluation.evaluate import advise_longer, describe_kid
+        from diffusion.evaluation.reports.evaluation_report import advise_longer, describe_kid
         from diffusion.families.config import classes_of
         from diffusion.generation.config import check_conditions
         from diffusion.generation.generate import check_prompts

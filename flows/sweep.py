@@ -22,7 +22,12 @@ from diffusion.common.progress import Progress
 from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.evaluate import REAL_GRID, grid_name
 from diffusion.evaluation.ranking import RANKING, Ranking, rank_evaluations, rank_models
-from diffusion.evaluation.reports.ranking_report import PAGE, findings, training_charts, write_ranking_report
+from diffusion.evaluation.reports.ranking_report import (
+    RANKING_PAGE,
+    describe_ranking,
+    training_charts,
+    write_ranking_report,
+)
 from diffusion.evaluation.results import Evaluation
 from diffusion.families.config import FAMILIES
 from flows.config import SECTIONS, SWEEPS, Combination, Params, combinations, family_variants, format_settings
@@ -137,7 +142,7 @@ def compare(params: Params, families: Sequence[str] = tuple(FAMILIES), restart: 
     result = retryable_task(rank_variants)(variants, reporter())
     log_report([training.run_id for training in trainings.values()], result.report)
     create_markdown_artifact(
-        "\n\n".join(findings(result.ranking)), key=artifact_key("comparison", params.training.dataset)
+        "\n\n".join(describe_ranking(result.ranking)), key=artifact_key("comparison", params.training.dataset)
     )
     models = [model.model_copy(update={"run_id": trainings[model.name].run_id}) for model in result.ranking.models]
     return result.model_copy(update={"ranking": result.ranking.model_copy(update={"models": models})})
@@ -158,5 +163,5 @@ def rank_variants(variants: Mapping[str, Params], progress: Progress) -> Ranking
     models = {name: (variant.run_folder / "final.safetensors", variant.sampling) for name, variant in variants.items()}
     ranking, images = rank_models(params.dataset_folder, models, params.evaluation, folder, progress)
     sheets = {name: png_bytes(make_grid(samples, columns=8)) for name, samples in images.items()}
-    write_ranking_report(folder / PAGE, ranking, sheets, sheets.pop("real"))
-    return RankingResult(ranking=ranking, report=folder / PAGE)
+    write_ranking_report(folder / RANKING_PAGE, ranking, sheets, sheets.pop("real"))
+    return RankingResult(ranking=ranking, report=folder / RANKING_PAGE)

@@ -39,7 +39,8 @@ from diffusion.evaluation.bootstrap import difference
 from diffusion.evaluation.comparison import compare_with_champion, distance_headline
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
-from diffusion.evaluation.gate import ComparisonMetrics, CopyShare, Cost, GateConfig, decide
+from diffusion.evaluation.gate import GateConfig, decide
+from diffusion.evaluation.gate_metrics import ComparisonMetrics, CopyShare, Cost
 from diffusion.families.config import AutoregressiveConfig, FamilyConfig, GANConfig, ModelConfig, VAEConfig
 from diffusion.generation.config import Conditions, make_request
 from diffusion.generation.generate import sample

@@ -1,11 +1,11 @@
 """Comparison of a candidate with the champion under equal conditions, and the gate's decision.
 
-Both generate the same image numbers of one seed, other than that of checkpoint selection, because the best of many
+Both generate the same image numbers of one seed, not the seed of checkpoint selection, because the best of many
 checkpoints looks too good on the images it was selected by. The held-out images are the same in both.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,23 +20,23 @@ from diffusion.common.escaping import pluralize
 from diffusion.common.files import write_json
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.shapes import Images
-from diffusion.evaluation.bootstrap import FEWEST_FOR_ERRORS, difference
+from diffusion.evaluation.bootstrap import difference
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import Estimate, paired_difference
-from diffusion.evaluation.evaluator import CACHE, Evaluator, MetricReplicates, ModelEvaluator
-from diffusion.evaluation.gate import (
+from diffusion.evaluation.evaluator import CACHE, Evaluator, MetricReplicates
+from diffusion.evaluation.gate import GateConfig, GateDecision, decide
+from diffusion.evaluation.gate_metrics import (
     ClassAgreement,
     ComparisonMetrics,
     Cost,
-    Decision,
-    GateConfig,
     Headline,
     OwnMetric,
     PromptAgreement,
     WorstClass,
-    decide,
 )
+from diffusion.evaluation.metrics.scores import MIN_FOR_ERRORS
 from diffusion.evaluation.metrics.text_image_agreement import describe_agreement, mean_over_prompts
+from diffusion.evaluation.model_evaluator import ModelEvaluator
 from diffusion.evaluation.real_images import SHOWN
 from diffusion.evaluation.results import EvaluationConditions, ModelEvaluation, RealBaseline
 from diffusion.families.config import effective_sampling
@@ -65,7 +65,7 @@ class ChampionComparison(Config):
     """Number of the look that decided, from 1."""
     confidence: float
     """Confidence that a promotion took at it: above ``gate.confidence`` if there might have been several looks."""
-    decision: Decision
+    decision: GateDecision
 
     @property
     def reason(self) -> str:
@@ -78,7 +78,7 @@ class ChampionComparison(Config):
         return self.decision.describe_shortage(self.compared)
 
     def metrics(self) -> dict[str, float]:
-        """Return the candidate's metrics by name, and those of champion and real baseline under prefixes."""
+        """Return the candidate's metrics by name, the champion's and the real baseline's under prefixes."""
         metrics = self.candidate.metrics()
         if self.champion is not None:
             metrics |= {f"champion_{name}": value for name, value in self.champion.metrics().items()}
@@ -138,17 +138,18 @@ def compare_with_champion(
         decision = decide(pair.compared, rules, look if can_repeat else 1, looks)
         if not can_repeat or look == looks or not decision.worth_another_look(max_samples):
             break
-    *model_replicates, baseline = pair.replicates
-    evaluation, *their_evaluation = (
-        model_evaluation.model_copy(update={"estimates": evaluator.estimates(replicates)})
-        for model_evaluation, replicates in zip(pair.evaluations, model_replicates, strict=True)
+    *replicates, baseline = pair.replicates
+    candidate_evaluation, champion_evaluation = (
+        side and side.model_copy(update={"estimates": evaluator.estimates(figures)})
+        for side, figures in zip((pair.candidate_evaluation, pair.champion_evaluation), [*replicates, {}], strict=False)
     )
+    assert candidate_evaluation is not None
     result = ChampionComparison(
         conditions=evaluator.conditions,
         key=evaluator.conditions.key,
         gate=gate,
-        candidate=evaluation,
-        champion=their_evaluation[0] if their_evaluation else None,
+        candidate=candidate_evaluation,
+        champion=champion_evaluation,
         real_baseline=evaluator.real_baseline(baseline),
         compared=pair.compared,
         look=look,
@@ -156,103 +157,123 @@ def compare_with_champion(
         decision=decision,
     )
     write_json(output / COMPARISON, json.loads(result.model_dump_json()))
-    return result, _sample_grids(pair.ours, pair.theirs, evaluation)
+    return result, _sample_grids(pair.candidate, pair.champion, candidate_evaluation)
 
 
 @dataclass(frozen=True)
 class _ComparisonRun:
     """A comparison on so many images."""
 
-    ours: ModelEvaluator
-    theirs: ModelEvaluator | None
-    evaluations: list[ModelEvaluation]
-    """Of the candidate, and of the champion if it could be evaluated."""
+    candidate: ModelEvaluator
+    candidate_evaluation: ModelEvaluation
+    champion: ModelEvaluator | None
+    champion_evaluation: ModelEvaluation | None
+    """None if there is no champion, or it could not be evaluated."""
     replicates: list[MetricReplicates]
     """Of the same models, and of the real baseline."""
     compared: ComparisonMetrics
 
 
 def _compare(
-    evaluator: Evaluator, candidate: Path, champion: Path | None, gate: GateConfig, samples: int
+    evaluator: Evaluator, candidate_path: Path, champion_path: Path | None, gate: GateConfig, samples: int
 ) -> _ComparisonRun:
     """Compare two model files on ``samples`` images of each."""
-    ours = evaluator.model(candidate, samples, name="candidate")
-    evaluations = [ours.evaluate()]
-    theirs = incomparable = None
-    if champion is not None:
+    candidate = evaluator.model(candidate_path, samples, name="candidate")
+    evaluation = candidate.evaluate()
+    champion = champion_evaluation = incomparable = None
+    if champion_path is not None:
         try:
-            # Not the candidate's sampling, which has its own guidance.
-            family, their_sampling = ours.header.model.family, evaluator.sampling
-            header = read_model_header(champion)
-            if (their_model := header.model).family != family:
-                if not gate.across_families:
-                    raise UserError(
-                        f"it is a {their_model.family} and the candidate a {family}, which the gate compares only with "
-                        "gate.across_families"
-                    )
-                # Sampling that does not apply to its family is replaced by that family's defaults.
-                their_sampling = effective_sampling(their_model, their_sampling)
-            if header.guide_images is None:
-                their_sampling = their_sampling.with_changes({"autoguidance": None})
-            theirs = evaluator.model(champion, samples, their_sampling, name="champion")
-            require_same_requests(ours, theirs)
-            evaluations.append(theirs.evaluate())
+            champion = _open_champion(evaluator, candidate, champion_path, gate, samples)
+            champion_evaluation = champion.evaluate()
         except UserError as error:
-            theirs, incomparable = None, f"the champion cannot be evaluated beside it: {error}"
-    replicates = evaluator.replicates([ours] if theirs is None else [ours, theirs])
-    baseline = replicates[-1]
-    families = {model.header.model.family for model in (ours, theirs or ours)}
-    generated = len(families) > 1 or ours.header.model.evaluated_by == "samples"  # else both are autoencoders
-    if theirs is not None and generated and not baseline:
+            champion, incomparable = None, f"the champion cannot be evaluated beside it: {error}"
+    replicates = evaluator.replicates([candidate] if champion is None else [candidate, champion])
+    families = {model.header.model.family for model in (candidate, champion or candidate)}
+    # Else both are autoencoders.
+    generated = len(families) > 1 or candidate.header.model.evaluated_by == "samples"
+    if champion is not None and generated and not replicates[-1]:
         incomparable = (
-            f"too few images to tell the two apart: {len(ours.features)} generated and {len(ours.real.compared)} held "
-            f"out, and errors need {FEWEST_FOR_ERRORS} of either: generate more with evaluation.samples, or hold more "
-            "out with ingest.held_out"
+            f"too few images to tell the two apart: {len(candidate.features)} generated and "
+            f"{len(candidate.real.compared)} held out, and errors need {MIN_FOR_ERRORS} of either: generate more with "
+            "evaluation.samples, or hold more out with ingest.held_out"
         )
-    memorization = evaluations[0].memorization
+    comparable_champion = champion if incomparable is None else None
     metrics = ComparisonMetrics(
         basis="generated" if generated else "reconstructed",
-        samples=len(ours.features) if generated else len(ours.real.held_out),
-        reference=len(ours.real.compared),
-        has_champion=champion is not None,
+        samples=len(candidate.features) if generated else len(candidate.real.held_out),
+        reference=len(candidate.real.compared),
+        has_champion=champion_path is not None,
         incomparable=incomparable,
-        **(own_metrics(ours, *replicates) if generated and champion is None else {}),
-        memorized=memorization.copy_share if generated else None,
-        agreement=_agreement(ours, theirs if incomparable is None else None),
+        **(own_metrics(evaluator, candidate, *replicates) if generated and champion_path is None else {}),
+        memorized=evaluation.memorization.copy_share if generated else None,
+        agreement=_agreement(candidate, comparable_champion),
     )
-    if theirs is not None and incomparable is None:
+    if comparable_champion is not None and champion_evaluation is not None:
+        differences: dict[str, object] = {"headline": psnr_headline(candidate.psnr, comparable_champion.psnr)}
         if generated:
-            first, second, _ = replicates
-            worst, their_worst = (x.per_class.worst if x.per_class else None for x in evaluations)
-            differences: dict[str, object] = {
-                "headline": distance_headline(first, second, baseline, evaluations[0].scores.extractor, gate),
-                "recall": difference(first["recall"], second["recall"]),
-                "cost": Cost(candidate=evaluations[0].gflop, champion=evaluations[1].gflop, unit="GFLOP"),
-                "unlike": tuple(_describe_differences(ours, theirs)),
-                "class_conditional": all(model.model.classes for model in (ours, theirs)),
-            }
-            if worst is not None and their_worst is not None:
-                differences["worst_class"] = WorstClass(
-                    candidate=worst.estimate,
-                    champion=their_worst.estimate,
-                    candidate_class=worst.name,
-                    champion_class=their_worst.name,
-                )
-        else:
-            assert ours.psnr is not None
-            assert theirs.psnr is not None
-            differences = {"headline": psnr_headline(ours.psnr, theirs.psnr)}
+            sides = (candidate, evaluation), (comparable_champion, champion_evaluation)
+            differences = _differences(*sides, replicates, gate)
         metrics = metrics.model_copy(update=differences)
-    return _ComparisonRun(ours, theirs, evaluations, replicates, metrics)
+    return _ComparisonRun(candidate, evaluation, champion, champion_evaluation, replicates, metrics)
 
 
-def own_metrics(model: ModelEvaluator, replicates: MetricReplicates, baseline: MetricReplicates) -> dict[str, Any]:
+def _open_champion(
+    evaluator: Evaluator, candidate: ModelEvaluator, path: Path, gate: GateConfig, samples: int
+) -> ModelEvaluator:
+    """Open the champion as it is to be sampled; raises UserError if it cannot be compared with the candidate."""
+    # Not the candidate's sampling, which has its own guidance.
+    family, sampling, header = candidate.header.model.family, evaluator.sampling, read_model_header(path)
+    if header.model.family != family:
+        if not gate.across_families:
+            raise UserError(
+                f"it is a {header.model.family} and the candidate a {family}, which the gate compares only with "
+                "gate.across_families"
+            )
+        # Sampling that does not apply to its family is replaced by that family's defaults.
+        sampling = effective_sampling(header.model, sampling)
+    if header.guide_images is None:
+        sampling = sampling.with_changes({"autoguidance": None})
+    champion = evaluator.model(path, samples, sampling, name="champion")
+    require_same_requests(candidate, champion)
+    return champion
+
+
+def _differences(
+    candidate: tuple[ModelEvaluator, ModelEvaluation],
+    champion: tuple[ModelEvaluator, ModelEvaluation],
+    replicates: Sequence[MetricReplicates],
+    gate: GateConfig,
+) -> dict[str, object]:
+    """Return fields of ``ComparisonMetrics`` on the differences between the generated images of the two."""
+    (model, evaluation), (champion_model, champion_evaluation) = candidate, champion
+    first, second, baseline = replicates
+    fields: dict[str, object] = {
+        "headline": distance_headline(first, second, baseline, evaluation.scores.extractor, gate),
+        "recall": difference(first["recall"], second["recall"]),
+        "cost": Cost(candidate=evaluation.gflop, champion=champion_evaluation.gflop, unit="GFLOP"),
+        "unlike": tuple(_describe_differences(model, champion_model)),
+        "class_conditional": all(side.model.classes for side in (model, champion_model)),
+    }
+    worst, champion_worst = (x.per_class.worst if x.per_class else None for x in (evaluation, champion_evaluation))
+    if worst is not None and champion_worst is not None:
+        fields["worst_class"] = WorstClass(
+            candidate=worst.estimate,
+            champion=champion_worst.estimate,
+            candidate_class=worst.name,
+            champion_class=champion_worst.name,
+        )
+    return fields
+
+
+def own_metrics(
+    evaluator: Evaluator, model: ModelEvaluator, replicates: MetricReplicates, baseline: MetricReplicates
+) -> dict[str, Any]:
     """Return what a first version is decided on, as fields of ``ComparisonMetrics``: its own metrics, and real ones.
 
-    ``replicates`` and ``baseline`` are those of the model and of the real baseline.
+    ``replicates`` belong to the model, ``baseline`` to the real baseline.
     """
     own, own_real = dict[OwnMetric, Estimate](), dict[OwnMetric, Estimate]()
-    scores, per_class = (model.scores, model.evaluator.real_baseline(baseline).scores), model.per_class
+    scores, per_class = (model.scores, evaluator.real_baseline(baseline).scores), model.per_class
     names: tuple[Literal["precision", "recall", "coverage"], ...] = ("precision", "recall", "coverage")
     for name in names:
         # Sets that are too small for errors are decided on as measured.
@@ -271,21 +292,21 @@ def own_metrics(model: ModelEvaluator, replicates: MetricReplicates, baseline: M
     return {"own": own, "own_real": own_real, "classes": classes}
 
 
-def require_same_requests(ours: ModelEvaluator, theirs: ModelEvaluator) -> None:
+def require_same_requests(candidate: ModelEvaluator, champion: ModelEvaluator) -> None:
     """Raise UserError if only one of the two has prompts, or the candidate lacks a class of the champion.
 
     Images of captions come nearer to the held-out images whose captions these are, which says nothing of a model
     without captions. A model without classes is compared as a whole.
     """
-    has_prompts = [bool(model.conditions.prompts) for model in (ours, theirs)]
+    has_prompts = [bool(model.conditions.prompts) for model in (candidate, champion)]
     if has_prompts[0] != has_prompts[1]:
         with_prompts, without = ("candidate", "champion") if has_prompts[0] else ("champion", "candidate")
         raise UserError(
             f"the {with_prompts} generates from the captions of the held-out images and the {without} knows none "
             "(model.text): look at both, and decide with `darkroom promote --to`"
         )
-    classes = ours.model.classes
-    lost_classes = [name for name in theirs.model.classes if name not in classes]
+    classes = candidate.model.classes
+    lost_classes = [name for name in champion.model.classes if name not in classes]
     if classes and lost_classes:
         raise UserError(
             f"it generates {pluralize(len(lost_classes), 'class', 'classes')} that the candidate does not know, "
@@ -293,16 +314,18 @@ def require_same_requests(ours: ModelEvaluator, theirs: ModelEvaluator) -> None:
         )
 
 
-def _describe_differences(ours: ModelEvaluator, theirs: ModelEvaluator) -> Iterator[str]:
+def _describe_differences(candidate: ModelEvaluator, champion: ModelEvaluator) -> Iterator[str]:
     """Describe what differs between the conditions of the two."""
-    families = [model.header.model.family for model in (ours, theirs)]
+    families = [model.header.model.family for model in (candidate, champion)]
     if families[0] != families[1]:
         yield f"the candidate is a {families[0]} and the champion a {families[1]}"
-    if all(isinstance(model.model, DiffusionModel) for model in (ours, theirs)):
-        samplings = [f"{x.sampler}, {x.steps} steps, guidance {x.guidance_text}" for x in (ours.guided, theirs.guided)]
+    if all(isinstance(model.model, DiffusionModel) for model in (candidate, champion)):
+        samplings = [
+            f"{x.sampler}, {x.steps} steps, guidance {x.guidance_text}" for x in (candidate.guided, champion.guided)
+        ]
         if samplings[0] != samplings[1]:
             yield f"the candidate is sampled by {samplings[0]} and the champion by {samplings[1]}"
-    classes = [model.model.classes for model in (ours, theirs)]
+    classes = [model.model.classes for model in (candidate, champion)]
     if bool(classes[0]) != bool(classes[1]):
         yield f"only the {'candidate' if classes[0] else 'champion'} has classes: no class is compared by itself"
     elif new_classes := [name for name in classes[0] if name not in classes[1]]:
@@ -310,20 +333,20 @@ def _describe_differences(ours: ModelEvaluator, theirs: ModelEvaluator) -> Itera
         yield f"the candidate generates {class_count} that the champion does not know"
 
 
-def _agreement(ours: ModelEvaluator, theirs: ModelEvaluator | None) -> PromptAgreement | str | None:
+def _agreement(candidate: ModelEvaluator, champion: ModelEvaluator | None) -> PromptAgreement | str | None:
     """Compare the text-image agreement of both, or say why not; None if the candidate has no captions."""
-    if theirs is None or not isinstance(ours.cosines, tuple) or not isinstance(theirs.cosines, tuple):
-        agreement = ours.text_image_agreement
+    if champion is None or not isinstance(candidate.cosines, tuple) or not isinstance(champion.cosines, tuple):
+        agreement = candidate.text_image_agreement
         return None if agreement is None else describe_agreement(agreement)
-    (our_cosines, _), (their_cosines, _) = ours.cosines, theirs.cosines
+    (cosines, _), (champion_cosines, _) = candidate.cosines, champion.cosines
 
     def mean(values: Tensor) -> Estimate:
-        return mean_over_prompts(values, our_cosines.prompts)
+        return mean_over_prompts(values, cosines.prompts)
 
     return PromptAgreement(
-        candidate=mean(our_cosines.above_chance),
-        champion=mean(their_cosines.above_chance),
-        difference=mean(our_cosines.above_chance - their_cosines.above_chance),
+        candidate=mean(cosines.above_chance),
+        champion=mean(champion_cosines.above_chance),
+        difference=mean(cosines.above_chance - champion_cosines.above_chance),
     )
 
 
@@ -346,7 +369,7 @@ def evaluate_model(
 def _evaluator(
     path: Path, data: Path, config: EvaluationConfig, sampling: SamplingConfig, output: Path, progress: Progress
 ) -> Evaluator:
-    """Build an evaluator with another seed than that of checkpoint selection."""
+    """Build an evaluator with another seed than checkpoint selection has."""
     config = config.model_copy(update={"seed": config.seed + 1})
     header = read_model_header(path)
     return Evaluator(data, config, sampling, output / CACHE, progress, task_of(header.model, header.size))
@@ -371,37 +394,44 @@ def distance_headline(
     )
 
 
-def psnr_headline(candidate: Tensor, champion: Tensor) -> Headline:
-    """Estimate the PSNR difference in dB of two autoencoders on the same M held-out images, (M,) each; M at least 2."""
-    ours, theirs, zeros = candidate.tolist(), champion.tolist(), [0.0] * len(candidate)
+def psnr_headline(candidate: Tensor | None, champion: Tensor | None) -> Headline | None:
+    """Estimate the PSNR difference in dB of two autoencoders on the same M held-out images, (M,) each; M at least 2.
+
+    None unless both are autoencoders.
+    """
+    if candidate is None or champion is None:
+        return None
+    zeros = [0.0] * len(candidate)
     return Headline(
         name="reconstruction_psnr",
-        candidate=paired_difference(ours, zeros),
-        champion=paired_difference(theirs, zeros),
-        difference=paired_difference(ours, theirs),
+        candidate=paired_difference(candidate.tolist(), zeros),
+        champion=paired_difference(champion.tolist(), zeros),
+        difference=paired_difference(candidate.tolist(), champion.tolist()),
         real_baseline=None,
     )
 
 
-def _sample_grids(ours: ModelEvaluator, theirs: ModelEvaluator | None, evaluation: ModelEvaluation) -> SampleGrids:
-    real, pairs = ours.real, evaluation.memorization.pairs
+def _sample_grids(
+    candidate: ModelEvaluator, champion: ModelEvaluator | None, evaluation: ModelEvaluation
+) -> SampleGrids:
+    real, pairs = candidate.real, evaluation.memorization.pairs
     classes = {}
-    if evaluation.per_class is not None and ours.labels is not None:
-        labels = real.select_labelled_features(ours.model.classes).labels
+    if evaluation.per_class is not None and candidate.labels is not None:
+        labels = real.select_labelled_features(candidate.model.classes).labels
         for name in [scores.name for scores in evaluation.per_class.worst_first][:4]:
-            number = ours.model.classes.index(name)
-            numbers = [torch.nonzero(indices == number)[:8, 0] for indices in (labels, ours.labels)]
+            number = candidate.model.classes.index(name)
+            numbers = [torch.nonzero(indices == number)[:8, 0] for indices in (labels, candidate.labels)]
             count = min(map(len, numbers))
             held_out, generated = (indices[:count] for indices in numbers)
             held_out_images = real.dataset.images_in_order(real.compared[held_out.numpy()])
-            classes[name] = held_out_images, ours.images_at(generated.tolist())
+            classes[name] = held_out_images, candidate.images_at(generated.tolist())
     return SampleGrids(
         real=real.shown_images,
-        candidate=ours.images[:SHOWN],
-        champion=None if theirs is None else theirs.images[:SHOWN],
-        nearest_generated=ours.images_at([pair.generated for pair in pairs]),
+        candidate=candidate.images[:SHOWN],
+        champion=None if champion is None else champion.images[:SHOWN],
+        nearest_generated=candidate.images_at([pair.generated for pair in pairs]),
         nearest_training=real.dataset.images_in_order(real.train[[pair.training for pair in pairs]]),
-        duplicates=[ours.images_at(group.members) for group in evaluation.duplicates.groups],
-        captions=(ours.captions, [] if theirs is None else theirs.captions),
+        duplicates=[candidate.images_at(group.members) for group in evaluation.duplicates.groups],
+        captions=(candidate.captions, [] if champion is None else champion.captions),
         classes=classes,
     )

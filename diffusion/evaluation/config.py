@@ -13,8 +13,8 @@ from diffusion.common.escaping import pluralize
 if TYPE_CHECKING:
     from diffusion.data.manifest import Manifest
 
-FEWEST = 10
-"""Fewest images of either split for which metrics are meaningful."""
+MIN_PER_SPLIT = 10
+"""Smallest number of images of either split for which metrics are meaningful."""
 SMALL_SET = (
     "ingest more, or all of them as another --dataset with a larger ingest.held_out; a model of so few can be trained "
     "or fine-tuned by `darkroom train`, and registered without a verdict by `darkroom model import`"
@@ -30,7 +30,7 @@ def choose_held_out(images: int) -> float | None:
     for percent in (10, 15, 20, 25, 30, 35):
         mean = images * percent / 100
         # The lower 1 % of a binomial distribution, by its normal approximation.
-        if mean - 2.33 * math.sqrt(mean * (1 - percent / 100)) >= FEWEST:
+        if mean - 2.33 * math.sqrt(mean * (1 - percent / 100)) >= MIN_PER_SPLIT:
             return percent / 100
     return None
 
@@ -44,9 +44,9 @@ def require_enough(manifest: "Manifest") -> None:
 def shortage(manifest: "Manifest") -> str | None:
     """Describe which split of a version of a data set is too small for an evaluation; None if neither is."""
     for split, count in manifest.counts.items():
-        if count < FEWEST:
-            name = split.replace("_", "-").replace("train", "training")
-            return f"data set {manifest.name} has {pluralize(count, f'{name} image')}, and evaluation needs {FEWEST}"
+        if count < MIN_PER_SPLIT:
+            images = pluralize(count, f"{split.replace('_', '-').replace('train', 'training')} image")
+            return f"data set {manifest.name} has {images}, and evaluation needs {MIN_PER_SPLIT}"
     return None
 
 
@@ -94,15 +94,15 @@ class EvaluationConfig(Config):
     def _means_something(self) -> "EvaluationConfig":
         if self.first_samples is not None and self.first_samples >= self.samples:
             raise ValueError(
-                f"first_samples = {self.first_samples} is no fewer than samples = {self.samples}, and rounds that cost "
+                f"first_samples = {self.first_samples} is not less than samples = {self.samples}, and rounds that cost "
                 "as much as the full judgement choose nothing: make it less, or leave it out"
             )
         if self.extractor == "inception" and self.extractor_size is not None:
             raise ValueError("extractor = inception sees every image at 299 pixels: leave extractor_size out")
         if self.extractor == "efflite0" and self.extractor_size is not None and self.extractor_size % 32:
             raise ValueError(
-                f"extractor = efflite0 halves images five times, and extractor_size = {self.extractor_size} is no "
-                "multiple of 32: use 32, 64, 96, …"
+                f"extractor = efflite0 halves images five times, and extractor_size = {self.extractor_size} is "
+                "not a multiple of 32: use 32, 64, 96, …"
             )
         if self.extractor == "file" and self.extractor_weights is None:
             raise ValueError("extractor = file needs a network: set extractor_weights to the path of an .onnx file")

@@ -8,7 +8,7 @@ Three tests compare the new images with the others. All are permutation tests, e
   other shares of the classes alone do not count.
 
 The tests of one version share its level, and images without classes have the first test alone. A monitor tests again
-and again, so the k-th version of the data set, from that of the training on, is tested at the level α/(k(k + 1)): over
+and again, so the k-th version of the data set, counted from the training's, is tested at the level α/(k(k + 1)): over
 all versions the probability of a false alarm is at most α, and at most LOWEST_LEVEL more for each version whose level
 would be lower than that.
 """
@@ -30,8 +30,8 @@ from diffusion.data.manifest import Manifest
 from diffusion.data.versions.versions import Elsewhere
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.features.feature_extractor import make_extractor
-from diffusion.evaluation.metrics.distances import kid_kernel, kids_of_splits
-from diffusion.evaluation.reports.dataset_report import MAX_COMPARED, MIN_COMPARED, read_batches, split_by_parent
+from diffusion.evaluation.metrics.kid import kid_kernel, kids_of_splits
+from diffusion.evaluation.new_images import MAX_COMPARED, MIN_COMPARED, read_batches, split_by_parent
 
 LOWEST_LEVEL = 1e-5
 """Lowest significance level of a version, which bounds the number of permutations."""
@@ -71,8 +71,8 @@ class DriftTest(Config):
         name = "images without a class" if self.label is None else f"class {self.label[:40]!r}"
         subject = {
             "images": f"all images, KID {self.kid or 0:.3g}",
-            "class_shares": f"shares of classes, most that of {name}",
-            "images_by_class": f"images within classes, most those of {name}, KID {self.kid or 0:.3g}",
+            "class_shares": f"shares of classes, most of all {name}",
+            "images_by_class": f"images within classes, most of all {name}, KID {self.kid or 0:.3g}",
         }[self.name]
         shares = self.shares and f", {self.shares[0]:.1%} instead of {self.shares[1]:.1%}"
         return f"{subject}{shares or ''} (p = {self.p_value:.2g} at level {self.level:.2g})"
@@ -91,7 +91,7 @@ class DataDrift(Config):
 
 
 def level_of_test(newer: int, rate: float) -> float:
-    """Return the significance level of all tests of a data set version, ``newer`` versions after that of the training.
+    """Return the significance level of all tests of a data set version, ``newer`` versions after the training's.
 
     The levels of all versions add up to ``rate``, the probability of any false alarm, as long as none is LOWEST_LEVEL.
     """
@@ -106,7 +106,7 @@ def compare_with_training(
     elsewhere: Elsewhere,
     progress: Progress = ignore_progress,
 ) -> DataDrift | None:
-    """Compare the images that ``dataset`` adds to ``trained`` with those of ``trained`` that it still has.
+    """Compare the images that ``dataset`` adds to ``trained`` with the images of ``trained`` that it still has.
 
     Returns None if there are fewer than MIN_COMPARED on either side. Raises UserError if a table or shard is missing.
     """
@@ -231,7 +231,7 @@ def compare_counts(first: np.ndarray, second: np.ndarray, level: float) -> tuple
 
 
 def monte_carlo_p_value(permute: Callable[[np.random.Generator], np.ndarray], actual: float, level: float) -> float:
-    """Compute the p-value of a statistic among those of random permutations, STEP of which ``permute`` makes.
+    """Compute the p-value of a statistic by random permutations, of which ``permute`` makes STEP.
 
     As many are made as p-values under ``level`` need, or until EXCEEDANCES of them are at least as large (sequential
     Monte Carlo p-values, Besag and Clifford, Biometrika 78, 1991), which keeps the p-value exact.

@@ -139,7 +139,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def paired_difference(candidate: Sequence[float], champion: Sequence[float]) -> Estimate:
     """Estimate the mean difference of a per-image metric on the same images in the same order; at least two."""
-    differences = [ours - theirs for ours, theirs in zip(candidate, champion, strict=True)]
+    differences = [value - other for value, other in zip(candidate, champion, strict=True)]
     count = len(differences)
     mean = math.fsum(differences) / count
     variance = math.fsum((difference - mean) ** 2 for difference in differences) / (count - 1)
@@ -149,7 +149,7 @@ def paired_difference(candidate: Sequence[float], champion: Sequence[float]) -> 
 def share_estimate(share: float, count: int) -> Estimate:
     """Estimate a share of ``count`` independent images; none or all of them have an error, too.
 
-    The error is that of one image more of either kind (Agresti and Caffo, Am. Stat. 54, 2000).
+    It is the error with one image more of either kind (Agresti and Caffo, Am. Stat. 54, 2000).
     """
     shrunk_share = (share * count + 1) / (count + 2)
     error = math.sqrt(shrunk_share * (1 - shrunk_share) / count)

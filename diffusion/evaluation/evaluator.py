@@ -4,99 +4,37 @@ Images, features, neighbours, losses and halves are each cached in a file under 
 else they depend on: work continues after a kill, and unchanged results are not computed again.
 """
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TypeVar, get_args
 
-import numpy as np
-import torch
-from pydantic_core import to_jsonable_python
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion.checkpoints import load_model, model_digest, read_model_header
-from diffusion.common.device import resolve_device
 from diffusion.common.errors import UserError
-from diffusion.common.files import digest_of, sha256_file
-from diffusion.common.fingerprint import fingerprint
 from diffusion.common.progress import Progress, ignore_progress
-from diffusion.common.shapes import (
-    Images,
-    Shape,
-    apportion,
-    group_by_shape,
-    height_and_width,
-    interleave,
-    shape_name,
-    stack_images,
-)
-from diffusion.common.threads import cores
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.data.manifest import read_manifest
-from diffusion.evaluation.bootstrap import FEWEST_FOR_ERRORS, SPLITS, Figure, Replicates, compute_halves
-from diffusion.evaluation.cache import Key, Tensors, load_or_compute, load_or_compute_result, pieces_folder
+from diffusion.evaluation.bootstrap import Replicates
+from diffusion.evaluation.cache import Key, Tensors, load_or_compute, load_or_compute_result
 from diffusion.evaluation.config import EvaluationConfig, require_enough
 from diffusion.evaluation.estimate import MetricEstimate
 from diffusion.evaluation.features.feature_extractor import Extractor, make_extractor
 from diffusion.evaluation.features.label_classifier import load_label_classifier
-from diffusion.evaluation.features.text_image_encoder import OPTION, TextImageEncoder, open_text_image_encoder
-from diffusion.evaluation.metrics.copies import detect_duplicates, detect_memorization
-from diffusion.evaluation.metrics.distances import Scores, compute_moments, frechet_distance
-from diffusion.evaluation.metrics.held_out_loss import (
-    HeldOutLoss,
-    conditioning_of_rows,
-    measure_losses,
-    summarize_losses,
-)
-from diffusion.evaluation.metrics.per_class import LabelledFeatures, PerClass, evaluate_classes
-from diffusion.evaluation.metrics.per_shape import PerShape, evaluate_shapes
-from diffusion.evaluation.metrics.pixel_metrics import (
-    RESAMPLING,
-    ResamplingBaseline,
-    compare_appearance,
-    compare_images,
-    psnr,
-    resample,
-    ssim,
-)
-from diffusion.evaluation.metrics.text_image_agreement import (
-    Cosines,
-    TextImageAgreement,
-    compute_cosines,
-    number_of_each,
-    summarize_agreement,
-)
-from diffusion.evaluation.real_images import (
-    CHUNK,
-    SHOWN,
-    RealImages,
-    appearance_of_pieces,
-    extractor_key,
-    thumbnails_of_pieces,
-)
-from diffusion.evaluation.results import (
-    EvaluationConditions,
-    ModelEvaluation,
-    ModelScores,
-    RealBaseline,
-    Reconstruction,
-)
-from diffusion.families.model import Model
-from diffusion.generation.config import UNCONDITIONAL, Conditions, is_conditional
-from diffusion.generation.generate import conditions_of, labels_of, reconstruct_images
-from diffusion.generation.super_resolution import GenerationTask, generate, task_of
-from diffusion.process.likelihood import Terms
+from diffusion.evaluation.features.text_image_encoder import TextImageEncoder, open_text_image_encoder
+from diffusion.evaluation.metrics import load_figures, metric_versions
+from diffusion.evaluation.metrics.metric import SPLITS, ImageSet
+from diffusion.evaluation.metrics.pixel_metrics import RESAMPLING, ResamplingBaseline, compare_images, resample
+from diffusion.evaluation.metrics.scores import MIN_FOR_ERRORS, compute_halves
+from diffusion.evaluation.model_evaluator import ModelEvaluator
+from diffusion.evaluation.model_images import restore_order
+from diffusion.evaluation.real_images import RealImages, metrics_key
+from diffusion.evaluation.results import EvaluationConditions, RealBaseline
+from diffusion.generation.super_resolution import GenerationTask, task_of
 from diffusion.process.samplers import SamplingConfig
 
-T = TypeVar("T")
 CACHE = "evaluations"
 """Name of the cache folder inside the folder of an evaluation."""
-BATCHES = 2
-"""Compute batches per core in a cached piece: little is lost to a kill, and no core waits for long."""
-MetricReplicates = dict[Figure, Replicates]
+MetricReplicates = dict[str, Replicates]
 """Metrics of one model with their values on halves; empty if there are too few images for errors."""
 
 
@@ -138,6 +76,7 @@ class Evaluator:
             text_image_encoder=None if self.encoder is None else self.encoder.digest,
             sampling=sampling,
             low_resolution=task.low_resolution,
+            extensions=metric_versions(),
         )
 
     def model(
@@ -148,7 +87,7 @@ class Evaluator:
         name: str = "",
         seed: int | None = None,
         captioned: Rows | None = None,
-    ) -> "ModelEvaluator":
+    ) -> ModelEvaluator:
         """Return the lazy evaluation of the model in the file ``path``, a checkpoint or a final model.
 
         ``samples``, ``sampling`` and ``seed`` of the images are as configured if None; ``name`` is shown with progress,
@@ -157,7 +96,9 @@ class Evaluator:
         """
         config = self.config if seed is None else self.config.model_copy(update={"seed": seed})
         samples, sampling = samples or config.samples, sampling or self.sampling
-        model = ModelEvaluator(path, self, config, samples, sampling, name or path.stem, captioned)
+        name = name or path.stem
+        model = ModelEvaluator(path, self.real, config, samples, sampling, name, captioned, self.generated)
+        model.encoder = self.encoder
         header, dataset = model.header, self.real.dataset
         if header.square != dataset.shape:
             raise UserError(
@@ -165,24 +106,24 @@ class Evaluator:
                 f"{'×'.join(map(str, dataset.shape))} (channels × height × width): "
                 "evaluate it on the data set it was trained on"
             )
-        theirs, ours = task_of(header.model, header.size), self.real.task
-        if theirs.low_resolution != ours.low_resolution:
+        task = task_of(header.model, header.size)
+        if task.low_resolution != self.real.task.low_resolution:
             raise UserError(
-                f"{path} {theirs.description}, and what it would be compared with {ours.description}: scores say "
-                "nothing of two tasks"
+                f"{path} {task.description}, and what it would be compared with {self.real.task.description}: scores "
+                "say nothing of two tasks"
             )
         for shape in [] if header.shapes is None and not dataset.manifest.storage.buckets else dataset.shapes:
             model.model.with_size(shape)  # raises for a shape of the data set that its network does not take
         return model
 
-    def replicates(self, models: Sequence["ModelEvaluator"]) -> list[MetricReplicates]:
+    def replicates(self, models: Sequence[ModelEvaluator]) -> list[MetricReplicates]:
         """Return metrics on halves for each model, then for the real baseline; empty if a set has too few images."""
         real, seed = self.real, self.config.seed
         # As many as are generated, since the Fréchet distance depends on their number.
         count = max(len(model.features) for model in models)
         baseline_key, baseline = real.real_baseline(seed, count)
-        sets, reference = [*(model.features for model in models), baseline], real.reference.features
-        if min(map(len, (*sets, reference))) < FEWEST_FOR_ERRORS:
+        sets, reference = [*(model.image_set for model in models), baseline], real.reference
+        if min(map(len, (*sets, reference))) < MIN_FOR_ERRORS:
             return [{} for _ in sets]
         scores = [*(model.scores for model in models), real.scores(baseline_key, baseline)]
 
@@ -192,12 +133,12 @@ class Evaluator:
 
         key: Key = {"kind": "halves", "format_version": 3, "generated": [model.features_key for model in models]}
         key |= {"real_baseline": [seed, count], "training": real.key(real.train), "compared": real.key(real.compared)}
-        tensors = load_or_compute(self.folder, key | {"splits": SPLITS}, work)
-        count, dimensions = reference.shape
+        tensors = load_or_compute(self.folder, key | {"splits": SPLITS} | metrics_key(), work)
+        figures = [name for name, figure in load_figures().items() if figure.interval is not None]
         return [
             {
-                f: Replicates(f, score.get_metric(f), tensors[f"{n}/{f}"], samples, count, dimensions)
-                for f in get_args(Figure)
+                f: Replicates(f, score.get_metric(f), tensors[f"{n}/{f}"], samples, *reference.features.shape)
+                for f in figures
             }
             for n, (samples, score) in enumerate(zip(map(len, sets), scores, strict=True))
         ]
@@ -227,9 +168,10 @@ class Evaluator:
             outputs = {shape: resample(images, real.task.scale, name) for shape, images in real.small.items()}
             large_images = restore_order(real.shapes(real.shown), outputs)
             similarity = compare_images(large_images, real.dataset.images_in_order(real.shown))
-            return ResamplingBaseline(scores=real.score(real.extractor(large_images)), similarity=similarity), {}
+            images = ImageSet(real.extractor(large_images), lambda: [large_images])
+            return ResamplingBaseline(scores=real.score(images), similarity=similarity), {}
 
-        key: Key = {"kind": "baseline", "format_version": 2, "samples": len(real.shown)}
+        key: Key = {"kind": "baseline", "format_version": 3, "samples": len(real.shown)} | metrics_key()
         key |= {"low_resolution": low_resolution, "compared": real.key(real.compared)}
         return {
             name: load_or_compute_result(self.folder, key | {"name": name}, ResamplingBaseline, partial(compute, name))[
@@ -237,427 +179,3 @@ class Evaluator:
             ]
             for name in RESAMPLING
         }
-
-
-class ModelEvaluator:
-    """Lazy evaluation of one model file under an evaluator's conditions; expensive parts are cached.
-
-    It generates image numbers 0 … ``samples`` − 1 of the configured seed, or upscales held-out images.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        evaluator: Evaluator,
-        config: EvaluationConfig,
-        samples: int,
-        sampling: SamplingConfig,
-        name: str,
-        captioned: Rows | None,
-    ) -> None:
-        self.header = read_model_header(path)
-        self.sha256, self.digest = sha256_file(path), model_digest(path)
-        self.path, self.evaluator = path, evaluator
-        self.real = evaluator.real
-        self.config, self.captioned = config, captioned
-        self.samples = samples if evaluator.real.small is None else min(samples, len(evaluator.real.shown))
-        self.sampling = sampling = self.header.sampling(sampling)
-        self.folder = evaluator.folder
-        self.name = name
-        self.fingerprint = fingerprint(sampling.compute_batch, sampling.precision, sampling.device)
-
-    def progress(self, what: str, done: int, total: int | None, note: str = "") -> None:
-        """Report progress under the model's name."""
-        self.evaluator.progress(f"{self.name}: {what}", done, total, note)
-
-    @cached_property
-    def model(self) -> Model:
-        """Return the model."""
-        return load_model(self.path)
-
-    @cached_property
-    def conditions(self) -> Conditions:
-        """Return captions of real images for models with captions, else classes as frequent as in the data set."""
-        if not self.header.model.text:
-            return UNCONDITIONAL
-        return conditions_of(self.real.dataset, self._captioned_rows, self.model.classes)
-
-    @cached_property
-    def _captioned_rows(self) -> list[int]:
-        """Return the real images whose captions are the prompts."""
-        dataset, rows = self.real.dataset, self.real.held_out if self.captioned is None else self.captioned
-        captioned_rows = [row for row, caption in zip(rows, dataset.captions(rows), strict=True) if caption is not None]
-        return captioned_rows[: self.config.samples]
-
-    @cached_property
-    def _rows(self) -> np.ndarray:
-        """Return the real images whose captions or inputs the generated ones have, or else only the shapes."""
-        if self.real.small is not None:
-            return np.asarray(self.real.shown[: self.samples], np.int64)
-        return np.asarray(self._captioned_rows if self.header.model.text else self.real.held_out, np.int64)
-
-    @cached_property
-    def shapes(self) -> list[Shape]:
-        """Return the shape (H, W) of each image: those of held-out images in their shares, evenly spread.
-
-        The inputs of super-resolution decide by themselves.
-        """
-        dataset = self.real.dataset
-        if self.real.small is not None:
-            return self.real.shapes(self._rows)
-        counts = Counter(self.real.shapes(self._rows)) if len(dataset.shapes) > 1 and len(self._rows) else None
-        counts = counts or Counter(dataset.shapes[:1])
-        return [shape for shape, _ in interleave(apportion(counts, self.samples))]
-
-    @cached_property
-    def _numbers(self) -> dict[Shape, list[int]]:
-        """Return the places of the images of each shape among all."""
-        return group_by_shape(self.shapes)
-
-    def _indices(self, shape: Shape) -> range:
-        """Return the indices in the seed of the images of a shape, from 0 in the first one.
-
-        Images of one index and as many values would have equal noise, and the bootstrap takes them for independent.
-        """
-        conditions = self._conditions_at(shape)
-        cycle = math.lcm(self.sampling.compute_batch, len(conditions.labels) or 1, len(conditions.prompts) or 1)
-        start = self.real.dataset.shapes.index(shape) * math.ceil(2**32 / cycle) * cycle
-        return range(start, start + len(self._numbers[shape]))
-
-    def _merge(self, values_by_shape: Mapping[Shape, Iterable[T]]) -> list[T]:
-        """Put what there is of the images of each shape into the order of all."""
-        values: dict[int, T] = {}
-        for shape, numbers in self._numbers.items():
-            values |= zip(numbers, values_by_shape[shape], strict=True)
-        return [values[number] for number in range(self.samples)]
-
-    def _conditions_at(self, shape: Shape) -> Conditions:
-        """Return the conditions of the images of one shape: of several, the labels and captions of held-out ones."""
-        if len(self.real.dataset.shapes) == 1 or self.real.small is not None or not self.is_conditional:
-            return self.conditions
-        rows = self._rows[[row_shape == shape for row_shape in self.real.shapes(self._rows)]]
-        conditions = conditions_of(self.real.dataset, rows, self.model.classes)
-        return conditions if self.header.model.text else conditions.model_copy(update={"prompts": ()})
-
-    @property
-    def is_conditional(self) -> bool:
-        """Return whether images have a class or caption that guidance leads towards."""
-        return self.header.model.low_resolution is None and is_conditional(self.model.classes, self.conditions)
-
-    @cached_property
-    def guided(self) -> SamplingConfig:
-        """Return the sampling configuration, without guidance if the model has no conditions."""
-        return self.sampling if self.is_conditional else self.sampling.without_guidance()
-
-    @cached_property
-    def images(self) -> Images:
-        """Return the generated images, each (C, H, W) uint8."""
-        images = {}
-        for shape in self._numbers:
-            key = self._key_at(shape)
-            images[shape] = load_or_compute(self.folder, key, partial(self._generate, shape, key))["images"]
-            self.evaluator.generated[_compute_digest(key)] = images[shape]
-        return next(iter(images.values())) if len(images) == 1 else self._merge(images)
-
-    def images_at(self, numbers: Sequence[int]) -> Images:
-        """Return the generated images of these ``numbers``."""
-        images = self.images
-        return [images[number] for number in numbers] if isinstance(images, list) else images[numbers]
-
-    def _generate(self, shape: Shape, images_key: Key) -> Tensors:
-        """Generate the images of a shape in pieces of whole compute batches, bit-identical to one pass.
-
-        They are cached until all are there, and ``images_key`` is the key of all. Those of an evaluation on fewer
-        images, as many as fill compute batches, are the first of them.
-        """
-        batch, count = self.sampling.compute_batch, len(self._numbers[shape])
-        size = BATCHES * cores() * batch
-        folder = pieces_folder(self.folder, images_key)
-        previous_images = self.evaluator.generated.get(_compute_digest(images_key), torch.empty(0))
-        reused_count = min(len(previous_images), count) // batch * batch
-
-        def piece(start: int) -> Tensors:
-            numbers = range(start, min(start + size, count))
-
-            def report_progress(what: str, done: int, total: int | None, note: str = "") -> None:
-                counts_images = total == len(numbers)
-                self.progress(what, start + done if counts_images else done, count if counts_images else total, note)
-
-            inputs = None if self.real.small is None else self.real.small[shape][start : numbers.stop]
-            seed, conditions, model = self.config.seed, self._conditions_at(shape), self.model
-            model = model if inputs is not None else model.with_size(shape)
-            indices = self._indices(shape)[numbers.start : numbers.stop]
-            return {"images": generate(model, inputs, indices, seed, self.guided, report_progress, conditions)}
-
-        pieces = [previous_images[:reused_count]] if reused_count else []
-        for start in range(reused_count, count, size):
-            key = {"kind": "piece", "first": start, "count": min(size, count - start)}
-            pieces.append(load_or_compute(folder, key, partial(piece, start))["images"])
-        return {"images": torch.cat(pieces)}
-
-    @cached_property
-    def features(self) -> Tensor:
-        """Return the features of the generated images, (samples, D) float32."""
-        return load_or_compute(self.folder, self.features_key, lambda: {"features": self.real.extractor(self.images)})[
-            "features"
-        ]
-
-    @cached_property
-    def scores(self) -> Scores:
-        """Return the distances of the generated images to held-out ones."""
-        return self.real.scores(self.features_key, self.features)
-
-    @cached_property
-    def labels(self) -> Tensor | None:
-        """Return the class of each image, (samples,), see ``labels_of``; None for models without classes."""
-        if self.header.model.low_resolution or not self.model.classes:
-            return None
-        groups = {}
-        for shape in self._numbers:
-            labels = labels_of(self.model, self._indices(shape), self.config.seed, self._conditions_at(shape))
-            assert labels is not None
-            groups[shape] = labels
-        return next(iter(groups.values())) if len(groups) == 1 else torch.stack(self._merge(groups))
-
-    @property
-    def captions(self) -> list[str]:
-        """Return the prompt, or else the class, of each of the first images; empty if they have none."""
-        if self.header.model.low_resolution:
-            return []
-        numbers, names = range(min(self.samples, SHOWN)), [*self.model.classes, ""]
-        classes = [""] * len(numbers) if self.labels is None else [names[n] for n in self.labels[: len(numbers)]]
-        prompts = self._merge(
-            {
-                shape: [conditions.prompt(number) for number in range(len(shape_numbers))]
-                for shape, shape_numbers in self._numbers.items()
-                for conditions in [self._conditions_at(shape)]
-            }
-        )
-        captions = [prompts[n] or name for n, name in zip(numbers, classes, strict=True)]
-        return captions if any(captions) else []
-
-    @cached_property
-    def per_shape(self) -> PerShape | None:
-        """Return metrics by shape; None for a data set of one shape."""
-        real = self.real
-        if len(real.dataset.shapes) == 1:
-            return None
-        reference = real.reference.features
-        return evaluate_shapes(self.features, self.shapes, reference, real.shapes(real.compared), real.extractor.name)
-
-    @cached_property
-    def per_class(self) -> PerClass | None:
-        """Return metrics by class; None for models without classes, or none that the data set has images of."""
-        classes, real = self.model.classes, self.real
-        if self.labels is None or not real.dataset.manifest.class_histogram.keys() & set(classes):
-            return None
-        generated = LabelledFeatures(self.features, self.labels)
-        return evaluate_classes(
-            generated, real.select_labelled_features(classes), real.reader(classes), classes, real.extractor.name
-        )
-
-    @cached_property
-    def cosines(self) -> tuple[Cosines, Cosines] | str | None:
-        """Return cosines of generated and of real images with the prompts; why there are none; None without captions.
-
-        The real images are those that the prompts are captions of.
-        """
-        if not self.header.model.text:
-            return None
-        encoder, real = self.evaluator.encoder, self.real
-        if encoder is None:
-            return f"set {OPTION}"
-        rows = np.array(self._captioned_rows, np.int64)
-        captions, prompts = number_of_each([caption or "" for caption in real.dataset.captions(rows)])
-        # They are used in turn if there are more images than captions.
-        image_prompts = prompts
-        if len(prompts):
-            places = group_by_shape(real.shapes(rows)) if len(real.dataset.shapes) > 1 else {}
-            positions = {}
-            for shape, numbers in self._numbers.items():
-                shape_places = places.get(shape, range(len(rows)))
-                positions[shape] = [shape_places[number % len(shape_places)] for number in range(len(numbers))]
-            image_prompts = prompts[torch.tensor(self._merge(positions))]
-        if len(set(image_prompts.tolist())) < 2:
-            return "the images have fewer than two different prompts: ingest captions"
-        key: Key = extractor_key(encoder)
-        texts_key: Key = {"kind": "embeddings of texts", "format_version": 1, "texts": digest_of(captions)} | key
-        texts = load_or_compute(self.folder, texts_key, lambda: {"texts": encoder.embed(captions)})["texts"]
-        images_key: Key = {"kind": "embeddings of generated images", "format_version": 1} | key
-        images_key["generated"] = self.generated_key
-        images = load_or_compute(self.folder, images_key, lambda: {"images": encoder(self.images)})["images"]
-        real_embeddings = real.features(rows, extractor=encoder)
-        if len(widths := {texts.shape[1], images.shape[1]}) > 1:
-            raise UserError(
-                f"{OPTION} = {encoder.folder} embeds images and texts in {widths} dimensions: use one model"
-            )
-        return compute_cosines(images, texts, image_prompts), compute_cosines(real_embeddings, texts, prompts)
-
-    @property
-    def text_image_agreement(self) -> TextImageAgreement | str | None:
-        """Return the agreement of images with their prompts, or why it is not measured; None without captions."""
-        cosines, encoder = self.cosines, self.evaluator.encoder
-        if isinstance(cosines, tuple):
-            assert encoder is not None
-            return summarize_agreement(encoder.name, *cosines)
-        return cosines
-
-    @cached_property
-    def held_out_loss(self) -> HeldOutLoss:
-        """Return the loss on as many held-out images as are generated."""
-        rows = self.real.held_out[: self.config.samples]
-
-        def work() -> Tensors:
-            dataset = self.real.dataset
-            chunks = (
-                part[start : start + CHUNK]
-                for part in dataset.split_by_bucket(rows)
-                for start in range(0, len(part), CHUNK)
-            )
-            pieces = ((dataset.images(chunk), conditioning_of_rows(self.model, dataset, chunk)) for chunk in chunks)
-            terms = measure_losses(self.model, pieces, self.sampling, self.progress)
-            bits = {} if terms.bits is None else {"bits": terms.bits}
-            return {"edges": terms.edges, "losses": terms.losses, **bits}
-
-        tensors = load_or_compute(self.folder, self._held_out_key("losses", len(rows)), work)
-        return summarize_losses(Terms(tensors["edges"], tensors["losses"], tensors.get("bits")))
-
-    @property
-    def reconstructed(self) -> Images | None:
-        """Return reconstructions of the first held-out images, uint8; None without an autoencoder."""
-        batches = [images for name, images in self._reconstruction[1].items() if name.startswith("shown")]
-        if len(batches) < 2:
-            return next(iter(batches), None)
-        shapes = self.real.shapes(self.real.held_out[:SHOWN])
-        return restore_order(shapes, {height_and_width(images): images for images in batches})
-
-    @property
-    def psnr(self) -> Tensor | None:
-        """Return the PSNR in dB of each reconstructed held-out image, (M,); None without an autoencoder."""
-        return self._reconstruction[1].get("psnr")
-
-    @cached_property
-    def _reconstruction(self) -> tuple[Reconstruction | None, Tensors]:
-        """Return the reconstruction metrics of the model's autoencoder with the tensors above, if it has one."""
-        if self.header.model.evaluated_by != "reconstructions" and self.header.latents is None:
-            return None, {}
-        real = self.real
-        rows = real.held_out if self.samples >= self.config.samples else real.held_out[: self.samples]
-
-        def work() -> tuple[Reconstruction, Tensors]:
-            model = self.model.to(resolve_device(self.sampling.device))
-            ratios, ssims, features, examples = list[Tensor](), list[Tensor](), list[Tensor](), dict[str, Tensor]()
-            for images in real.read_by_bucket(rows):
-                outputs = reconstruct_images(model, images, self.sampling)
-                ratios.append(psnr(outputs, images))
-                ssims.append(ssim(outputs, images))
-                features.append(real.extractor(outputs))
-                suffix = "" if len(real.dataset.shapes) == 1 else f"/{shape_name(height_and_width(images))}"
-                examples.setdefault(f"shown{suffix}", outputs[:SHOWN])
-                self.progress("images reconstructed", sum(map(len, ratios)), len(rows))
-            image_psnr = torch.cat(ratios)
-            reconstruction = Reconstruction(
-                extractor=real.extractor.name,
-                images=len(image_psnr),
-                psnr=image_psnr.mean().item(),
-                psnr_se=image_psnr.std().item() / math.sqrt(len(image_psnr)),
-                ssim=torch.cat(ssims).mean().item(),
-                fd=frechet_distance(compute_moments(torch.cat(features)), real.reference.moments),
-            )
-            return reconstruction, {"psnr": image_psnr, **examples}
-
-        key = self._held_out_key("reconstructions", len(rows)) | {"extractor_digest": real.extractor.digest}
-        return load_or_compute_result(self.folder, key, Reconstruction, work)
-
-    def compute_model_scores(self) -> ModelScores:
-        """Return the metrics that every model has."""
-        similarity = None
-        if self.header.model.low_resolution is not None:
-            real = self.real.dataset.images_in_order(self.real.shown[: self.samples])
-            similarity = compare_images(self.images, real)
-        return ModelScores(
-            sha256=self.sha256,
-            family=self.header.model.family,
-            images=self.header.images,
-            fingerprint=self.fingerprint,
-            scores=self.scores,
-            reconstruction=self._reconstruction[0],
-            similarity=similarity,
-            text_image_agreement=self.text_image_agreement,
-            per_shape=self.per_shape,
-        )
-
-    def evaluate(self) -> ModelEvaluation:
-        """Return all metrics, without estimates."""
-        real, images = self.real, self.images
-        pieces = [images[start : start + CHUNK] for start in range(0, len(images), CHUNK)]
-        flip = bool(self.header.training.get("flip", False))  # then mirrored copies count as well
-        nearest = real.neighbours(self.features_key, pieces, self.features, flip)
-        rows = real.held_out
-        nearest_to_real = real.neighbours(real.key(rows), real.images(rows), real.features(rows), flip)
-        return ModelEvaluation(
-            **dict(self.compute_model_scores()),
-            sampling=self.guided,
-            memorization=detect_memorization(nearest, nearest_to_real),
-            duplicates=detect_duplicates(thumbnails_of_pieces(pieces), real.thumbnails),
-            drift=compare_appearance(appearance_of_pieces(pieces), real.appearance),
-            per_class=self.per_class,
-            held_out_loss=self.held_out_loss,
-            gflop=count_gflop(self.model, self.guided),
-        )
-
-    @property
-    def generated_key(self) -> Key:
-        """Return the cache key of the generated images."""
-        key: Key = {"kind": "generated", "format_version": 3, "model": self.digest, "samples": self.samples}
-        key |= {"seed": self.config.seed, "sampling": self.sampling, "fingerprint": self.fingerprint}
-        if self.header.model.text or self.header.model.low_resolution is not None:
-            # Real captions or small images condition the model. Other models' images suit every data set.
-            digest = self.real.dataset.manifest.content_digest
-            key |= {"content_digest": digest, "reference": self.config.reference}
-        if self.header.model.text and self.captioned is not None:
-            key |= {"captioned": self.real.key(self.captioned)}
-        if len(self.real.dataset.shapes) > 1 or self.header.shapes is not None:
-            digest = self.real.dataset.manifest.content_digest
-            key |= {"content_digest": digest, "shapes": [shape_name(shape) for shape in self.real.dataset.shapes]}
-            key |= {"indices": "of each shape"}
-        return key
-
-    def _key_at(self, shape: Shape) -> Key:
-        """Return the cache key of the generated images of a shape, which of one shape is that of all."""
-        if len(self.real.dataset.shapes) == 1:
-            return self.generated_key
-        return self.generated_key | {"samples": len(self._numbers[shape]), "shape": shape_name(shape)}
-
-    @property
-    def features_key(self) -> Key:
-        """Return the cache key of the features of the generated images."""
-        key: Key = {"kind": "features of generated images", "format_version": 1, "generated": self.generated_key}
-        return key | extractor_key(self.real.extractor)
-
-    def _held_out_key(self, kind: str, count: int) -> Key:
-        """Return the cache key of what is computed of the first ``count`` held-out images."""
-        digest = self.real.dataset.manifest.content_digest
-        key: Key = {"kind": kind, "format_version": 4, "model": self.digest, "content_digest": digest}
-        return key | {"count": count, "fingerprint": self.fingerprint}
-
-
-def _compute_digest(key: Key) -> str:
-    """Compute the digest of the ``key`` of generated images for any number of them."""
-    return digest_of(to_jsonable_python(key | {"samples": None}))
-
-
-def restore_order(shapes: Sequence[Shape], images: Mapping[Shape, Tensor]) -> Images:
-    """Put images of each shape into the order of ``shapes``, of which there may be fewer."""
-    iterators = {shape: iter(batch) for shape, batch in images.items()}
-    return stack_images([next(iterators[shape]) for shape in shapes])
-
-
-def count_gflop(model: Model, config: SamplingConfig) -> float:
-    """Count the operations, in 10⁹, of an image's matrix products and convolutions: unlike seconds, always the same."""
-    operations = 0
-    for times, forward in model.passes(config):
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-            forward()
-        operations += times * counter.get_total_flops()
-    return float(operations / 1e9)

@@ -12,19 +12,19 @@ more rarely than a single look does.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
-from pydantic import Field, FiniteFloat
+from pydantic import Field
 
 from diffusion.common.config import Config, is_unset
 from diffusion.common.escaping import pluralize
 from diffusion.evaluation.estimate import Estimate, sequential_confidences
+from diffusion.evaluation.gate_metrics import ComparisonMetrics, Headline, OwnMetric
 from diffusion.evaluation.reports.html import format_count, format_signed, format_with_error
 
-OwnMetric = Literal["precision", "recall", "coverage", "class agreement"]
-"""Metric of a model's images by themselves, which a first version is decided on."""
 MIN_FRECHET_IMAGES = 4 * 1280
 """Images of either side from which the Fréchet distance decides, four for each feature of the default network: below,
 its bias outweighs differences."""
@@ -102,126 +102,10 @@ class GateConfig(Config):
         return sequential_confidences(looks, self.confidence)[look - 1]
 
 
-class Headline(Config):
-    """The metric that decides between candidate and champion."""
-
-    name: str
-    """Name of the metric with that of its features, such as kid_efflite0."""
-    candidate: Estimate
-    champion: Estimate
-    difference: Estimate
-    """Candidate minus champion, on the same image numbers and the same held-out images."""
-    real_baseline: FiniteFloat | None
-    """Metric of real images in the place of generated ones; None for PSNR in dB, of which higher is better."""
-
-    @property
-    def lead(self) -> Estimate:
-        """Return how much better the candidate is."""
-        return self.difference.multiply(1 if self.real_baseline is None else -1)
-
-    def smallest(self, delta: float) -> float:
-        """Return the lead that δ requires, in the unit of the metric, for the champion's distance as measured."""
-        if self.real_baseline is None:
-            return -10 * math.log10(1 - delta)
-        return delta * max(self.champion.value - self.real_baseline, 0.0)
-
-
-class ClassAgreement(Config):
-    """How often images of a class are recognised as such: the candidate's, and real ones."""
-
-    name: str
-    candidate: Estimate
-    real: Estimate
-
-
-class CopyShare(Config):
-    """Share of the candidate's images that look like copies of training images."""
-
-    share: float = Field(ge=0, le=1)
-    expected: float = Field(ge=0, le=1)
-    """Share for a model that copies nothing."""
-    p_value: float = Field(ge=0, le=1)
-    """Probability of as many apparent copies if none is one."""
-
-    @property
-    def excess(self) -> float:
-        """Share of copies among the images that do not look like one by chance, 0 to 1."""
-        return max(0.0, (self.share - self.expected) / (1 - self.expected)) if self.expected < 1 else 0.0
-
-    def describe(self, images: int) -> str:
-        """Word the share among ``images`` beside chance; gate, ledger, report and model card say it in these words."""
-        text, chance = f"{self.share:.2%}", f"{self.expected:.2%}"
-        relation = f"{'fewer' if self.share < self.expected else 'more'} than the {chance} that chance gives"
-        if text == chance:
-            relation = "as many as chance gives"
-        return f"copies of training images: {text} of {format_count(images)} generated, {relation}"
-
-
-class WorstClass(Config):
-    """The class with the largest distance to real images, for either model."""
-
-    candidate: Estimate
-    champion: Estimate
-    """Distances of the worst class of either."""
-    candidate_class: str
-    champion_class: str
-
-
-class PromptAgreement(Config):
-    """How much more images agree with their own prompts than with those of others: differences of cosines."""
-
-    candidate: Estimate
-    champion: Estimate
-    difference: Estimate
-    """Candidate minus champion, on the same prompts."""
-
-
-class Cost(Config):
-    """Cost of generating one image."""
-
-    candidate: float = Field(gt=0, allow_inf_nan=False)
-    champion: float = Field(gt=0, allow_inf_nan=False)
-    unit: str
-    """Unit of the cost, such as network evaluations or seconds."""
-
-
-class ComparisonMetrics(Config):
-    """Metrics that the gate decides on; None for those not measured, which holds the candidate if a rule needs them."""
-
-    basis: Literal["generated", "reconstructed"]
-    """Generated images, or held-out ones reconstructed by an autoencoder, to which fewer rules apply."""
-    samples: int = Field(ge=1)
-    """Number of images evaluated."""
-    reference: int = Field(ge=1)
-    """Number of held-out images that they were compared with."""
-    has_champion: bool
-    """Whether there is a champion. If not, only rules that need none apply."""
-    incomparable: str | None = None
-    """Why the two cannot be compared, which holds the candidate; None if they can."""
-    unlike: tuple[str, ...] = Field((), exclude_if=lambda unlike: not unlike)
-    """What differs between the two in the conditions of the comparison, each in a sentence; no objection."""
-    class_conditional: bool = True
-    """Whether both are; else no class is compared by itself."""
-    own: dict[OwnMetric, Estimate] = Field({}, exclude_if=lambda own: not own)
-    """The candidate's own metrics, which a first version is decided on."""
-    own_real: dict[OwnMetric, Estimate] = Field({}, exclude_if=lambda own: not own)
-    """The same of as many real images, and for class agreement of the held-out ones."""
-    classes: tuple[ClassAgreement, ...] = Field((), exclude_if=lambda classes: not classes)
-    """Classes of a first version that have images enough."""
-    headline: Headline | None = None
-    recall: Estimate | None = None
-    """Candidate minus champion, on the same images as the headline."""
-    memorized: CopyShare | None = None
-    worst_class: WorstClass | None = None
-    agreement: PromptAgreement | str | None = None
-    """Text-image agreement, or why it was not compared; None for models without captions."""
-    cost: Cost | None = None
-
-
 Rule = OwnMetric | Literal["headline", "conditions", "memorized", "worst class", "text-image agreement", "cost"]
 
 
-class Verdict(StrEnum):
+class GateVerdict(StrEnum):
     """The gate's verdict on a candidate."""
 
     promote = "promote"
@@ -233,7 +117,7 @@ class Finding(Config):
     """The result of one rule."""
 
     rule: Rule
-    verdict: Verdict
+    verdict: GateVerdict
     """The rule's verdict; ``promote`` means no objection."""
     reason: str
     images: int | None = None
@@ -241,17 +125,17 @@ class Finding(Config):
     %; None if none are needed or no number suffices."""
 
 
-class Decision(Config):
+class GateDecision(Config):
     """The gate's decision: the worst verdict of any rule."""
 
-    verdict: Verdict
+    verdict: GateVerdict
     findings: tuple[Finding, ...]
 
     @property
     def images_needed(self) -> int | None:
         """Number of images that decide; None unless want of images is all that holds."""
-        counts = [finding.images for finding in self.findings if finding.verdict == Verdict.hold]
-        return None if self.verdict != Verdict.hold or None in counts else max(filter(None, counts))
+        counts = [finding.images for finding in self.findings if finding.verdict == GateVerdict.hold]
+        return None if self.verdict != GateVerdict.hold or None in counts else max(filter(None, counts))
 
     def worth_another_look(self, limit: int) -> bool:
         """Return whether more images, ``limit`` at most, may decide."""
@@ -274,92 +158,145 @@ class Decision(Config):
 
 
 @dataclass(frozen=True)
-class _Confidences:
-    """One-sided confidences of the statements of one look."""
+class _Case:
+    """What the rules decide on, and the one-sided confidences of their statements at one look."""
 
-    rejection: float
+    metrics: ComparisonMetrics
+    config: GateConfig
+    confidence: float
     """c, of what rejects or holds."""
     promotion: float
-    """Of what promotes at this look."""
+    """Confidence of what promotes at this look."""
     last: float
-    """Of what promotes at the last look, for which the number of images needed is computed."""
+    """Confidence of what promotes at the last look, for which the number of images needed is computed."""
+
+    @property
+    def is_comparison(self) -> bool:
+        """Return whether generated images of two models were compared."""
+        metrics = self.metrics
+        return metrics.basis == "generated" and metrics.has_champion and metrics.incomparable is None
+
+    def compare_with_limit(self, rule: Rule, loss: Estimate, excess: Estimate, words: str) -> Finding:
+        """Reject a loss that is surely beyond the limit; hold one that is sure and may be beyond it."""
+        # A loss that chance explains is no objection: few samples would otherwise hold models that are as good.
+        if loss.lower_bound(self.confidence) <= 0 or excess.upper_bound(self.promotion) <= 0:
+            return _promote(rule, words)
+        if excess.lower_bound(self.confidence) > 0:
+            return _reject(rule, f"beyond the limit with confidence {self.confidence:g}: {words}")
+        images, advice = self.advise("that", excess, abs(excess.value), self.last)
+        return _hold(rule, f"not surely within the limit: {words}{advice}", images)
+
+    def advise(self, subject: str, estimate: Estimate, distance: float, confidence: float) -> tuple[int | None, str]:
+        """Compute how many images decide, by ``images_needed``, and say so; nothing is said if no number suffices."""
+        images = images_needed(self.metrics.samples, estimate, distance, confidence) if distance > 0 else None
+        if images is None:
+            return None, ""
+        return images, f"; to decide on {subject} takes about {_describe_needed(images, self.metrics)}"
+
+    @property
+    def images(self) -> str:
+        """Word the numbers of images."""
+        metrics = self.metrics
+        if metrics.basis == "reconstructed":
+            return pluralize(metrics.samples, "held-out image")
+        return f"{pluralize(metrics.samples, 'generated image')} and {format_count(metrics.reference)} held-out"
 
 
-def decide(metrics: ComparisonMetrics, config: GateConfig, look: int = 1, looks: int = 1) -> Decision:
+def decide(metrics: ComparisonMetrics, config: GateConfig, look: int = 1, looks: int = 1) -> GateDecision:
     """Decide on ``metrics`` by the rules of ``config``, at one of ``looks`` looks, counted from 1."""
     promotion, last = (config.promotion_confidence(number, looks) for number in (look, looks))
-    confidences = _Confidences(config.confidence, promotion, last)
-    generated = metrics.basis == "generated"
-    findings = [_headline(metrics, config, confidences)]
-    if generated and not metrics.has_champion:
-        findings += _first_version(metrics, config)
-    if generated and config.memorized is not None:
-        findings.append(_memorization(metrics, config.memorized, config.confidence))
-    if generated and metrics.has_champion and metrics.incomparable is None:
-        if config.recall_loss is not None:
-            findings.append(_recall(metrics, config.recall_loss, confidences))
-        if config.class_loss is not None and metrics.class_conditional:
-            findings.append(_worst_class(metrics, config.class_loss, confidences))
-        if config.cost is not None:
-            findings.append(_cost(metrics.cost, config.cost))
-        if metrics.unlike:
-            findings.append(_finding("conditions", Verdict.promote, "; ".join(metrics.unlike)))
-    if generated and metrics.agreement is not None and config.agreement_loss is not None:
-        findings.append(_agreement(metrics.agreement, config.agreement_loss, metrics, confidences))
+    case = _Case(metrics, config, config.confidence, promotion, last)
+    findings = tuple(finding for rule in RULES for finding in rule(case))
     verdicts = {finding.verdict for finding in findings}
-    worst = next(verdict for verdict in (Verdict.reject, Verdict.hold, Verdict.promote) if verdict in verdicts)
-    return Decision(verdict=worst, findings=tuple(findings))
+    order = GateVerdict.reject, GateVerdict.hold, GateVerdict.promote
+    return GateDecision(verdict=next(verdict for verdict in order if verdict in verdicts), findings=findings)
 
 
-def _finding(rule: Rule, verdict: Verdict, reason: str, images: int | None = None) -> Finding:
-    return Finding(rule=rule, verdict=verdict, reason=reason, images=images)
+def _promote(rule: Rule, reason: str) -> Finding:
+    return Finding(rule=rule, verdict=GateVerdict.promote, reason=reason)
 
 
-def _headline(metrics: ComparisonMetrics, config: GateConfig, confidences: _Confidences) -> Finding:
-    headline = metrics.headline
+def _hold(rule: Rule, reason: str, images: int | None = None) -> Finding:
+    return Finding(rule=rule, verdict=GateVerdict.hold, reason=reason, images=images)
+
+
+def _reject(rule: Rule, reason: str) -> Finding:
+    return Finding(rule=rule, verdict=GateVerdict.reject, reason=reason)
+
+
+def _headline(case: _Case) -> Iterator[Finding]:
+    """Compare the distances of the two, or without a champion say so."""
+    metrics, headline = case.metrics, case.metrics.headline
     if not metrics.has_champion:
-        return _finding("headline", Verdict.promote, "first version: there was no champion")
-    if metrics.incomparable is not None:
-        return _finding("headline", Verdict.hold, metrics.incomparable)
-    if headline is None:
-        return _finding("headline", Verdict.hold, "not measured: its difference from the champion")
-    lead, smallest = headline.lead, headline.smallest(config.delta)
-    unit = " dB" if headline.real_baseline is None else ""
-    low, high = lead.lower_bound(confidences.promotion), lead.upper_bound(confidences.rejection)
-    figures = (
+        yield _promote("headline", "first version: there was no champion")
+    elif metrics.incomparable is not None:
+        yield _hold("headline", metrics.incomparable)
+    elif headline is None:
+        yield _hold("headline", "not measured: its difference from the champion")
+    elif _is_cheap(case):
+        yield _cheap_headline(case, headline)
+    else:
+        yield _better_headline(case, headline)
+
+
+def _is_cheap(case: _Case) -> bool:
+    """Whether the candidate costs so little that it need not be better."""
+    cost, saving = case.metrics.cost, case.config.saving
+    return saving is not None and cost is not None and cost.candidate * saving <= cost.champion
+
+
+def _describe_headline(case: _Case, headline: Headline) -> str:
+    config, lead, unit = case.config, headline.lead, " dB" if headline.real_baseline is None else ""
+    low, high = lead.lower_bound(case.promotion), lead.upper_bound(case.confidence)
+    return (
         f"{headline.name} {_figure(headline.candidate)}{unit}, the champion's {_figure(headline.champion)}{unit}, on "
-        f"{_images(metrics)}: better by {_figure(lead)}{unit}, at least {format_signed(low)} with "
-        f"confidence {confidences.promotion:.4g} and at most {format_signed(high)} with {config.confidence:g}; "
-        f"δ = {config.delta:g} is {format_signed(smallest)}{unit}"
+        f"{case.images}: better by {_figure(lead)}{unit}, at least {format_signed(low)} with "
+        f"confidence {case.promotion:.4g} and at most {format_signed(high)} with {config.confidence:g}; "
+        f"δ = {config.delta:g} is {format_signed(headline.required_lead(config.delta))}{unit}"
     )
-    cost = metrics.cost
-    if config.saving is not None and cost is not None and cost.candidate * config.saving <= cost.champion:
-        words = f"at {cost.candidate / cost.champion:.2g} of the champion's cost"
-        # Its distance sets the limit, too, and both errors have one sign: a champion that seems worse than it is makes
-        # the lead larger and the limit laxer.
-        error = lead.error if headline.real_baseline is None else lead.error + config.delta * headline.champion.error
-        margin = lead.model_copy(update={"value": lead.value + smallest, "error": error})
-        if margin.lower_bound(confidences.promotion) > 0:
-            return _finding("headline", Verdict.promote, f"not worse by δ {words}: {figures}")
-        if margin.upper_bound(confidences.rejection) < 0:
-            return _finding("headline", Verdict.reject, f"worse by more than δ {words}: {figures}")
-        images = images_needed(metrics.samples, margin, margin.value, confidences.last) if margin.value > 0 else None
-        advice = _advice("this difference", images, metrics)
-        return _finding("headline", Verdict.hold, f"not surely as good within δ {words}: {figures}{advice}", images)
-    if low > smallest:
-        return _finding("headline", Verdict.promote, f"better by more than δ: {figures}")
+
+
+def _cheap_headline(case: _Case, headline: Headline) -> Finding:
+    """Promote a candidate that is surely not worse by δ."""
+    assert case.metrics.cost is not None
+    delta, lead, figures = case.config.delta, headline.lead, _describe_headline(case, headline)
+    words = f"at {case.metrics.cost.candidate / case.metrics.cost.champion:.2g} of the champion's cost"
+    # The champion's distance sets the limit, too, and both errors have one sign: a champion that seems worse than it
+    # is makes the lead larger and the limit laxer.
+    error = lead.error if headline.real_baseline is None else lead.error + delta * headline.champion.error
+    margin = lead.model_copy(update={"value": lead.value + headline.required_lead(delta), "error": error})
+    if margin.lower_bound(case.promotion) > 0:
+        return _promote("headline", f"not worse by δ {words}: {figures}")
+    if margin.upper_bound(case.confidence) < 0:
+        return _reject("headline", f"worse by more than δ {words}: {figures}")
+    images, advice = case.advise("this difference", margin, margin.value, case.last)
+    return _hold("headline", f"not surely as good within δ {words}: {figures}{advice}", images)
+
+
+def _better_headline(case: _Case, headline: Headline) -> Finding:
+    """Promote a candidate that is surely better by δ."""
+    lead, required, figures = (
+        headline.lead,
+        headline.required_lead(case.config.delta),
+        _describe_headline(case, headline),
+    )
+    if lead.lower_bound(case.promotion) > required:
+        return _promote("headline", f"better by more than δ: {figures}")
+    high = lead.upper_bound(case.confidence)
     if high < 0:
-        return _finding("headline", Verdict.reject, f"worse than the champion: {figures}")
-    if high < smallest:
-        return _finding("headline", Verdict.hold, f"not better by δ, as more images would only confirm: {figures}")
-    is_ahead = lead.value > smallest
-    images = images_needed(metrics.samples, lead, lead.value - smallest if is_ahead else smallest, confidences.last)
-    advice = _advice("this lead" if is_ahead else "a lead of 2δ", images, metrics)
-    return _finding("headline", Verdict.hold, f"not surely better by δ: {figures}{advice}", images)
+        return _reject("headline", f"worse than the champion: {figures}")
+    if high < required:
+        return _hold("headline", f"not better by δ, as more images would only confirm: {figures}")
+    subject, distance = ("this lead", lead.value - required) if lead.value > required else ("a lead of 2δ", required)
+    images, advice = case.advise(subject, lead, distance, case.last)
+    return _hold("headline", f"not surely better by δ: {figures}{advice}", images)
 
 
-def _first_version(metrics: ComparisonMetrics, config: GateConfig) -> list[Finding]:
+def _first_version(case: _Case) -> Iterator[Finding]:
     """Hold a first version unless each of its own metrics is surely above its share of what real images reach."""
+    metrics, config = case.metrics, case.config
+    if metrics.has_champion or metrics.basis != "generated":
+        return
     shares: dict[OwnMetric, float | None] = {
         "precision": config.min_precision,
         "recall": config.min_recall,
@@ -367,9 +304,9 @@ def _first_version(metrics: ComparisonMetrics, config: GateConfig) -> list[Findi
         "class agreement": config.min_class_agreement if metrics.class_conditional else None,
     }
     # A share of 0 could never be surely exceeded by a metric of 0.
-    findings = [_own_metric(name, share, metrics, config) for name, share in shares.items() if share]
+    yield from (_own_metric(case, name, share) for name, share in shares.items() if share)
     if not (share := shares["class agreement"]):
-        return findings
+        return
     # Each of K classes at 1 − (1 − c)/K: one that is recognised just often enough rarely holds the model by chance.
     confidence = 1 - (1 - config.confidence) / max(len(metrics.classes), 1)
     lost_classes = [
@@ -379,77 +316,108 @@ def _first_version(metrics: ComparisonMetrics, config: GateConfig) -> list[Findi
     ]
     if lost_classes:
         names = "; ".join(lost_classes[:MAX_CLASSES_NAMED]) + "; …" * (len(lost_classes) > MAX_CLASSES_NAMED)
-        reason = (
+        yield _hold(
+            "class agreement",
             f"images of {pluralize(len(lost_classes), 'class', 'classes')} are surely recognised too rarely (required "
-            f"{share:g} of what real images reach): {names}; {LOOK_AT_THEM}"
+            f"{share:g} of what real images reach): {names}; {LOOK_AT_THEM}",
         )
-        findings.append(_finding("class agreement", Verdict.hold, reason))
-    return findings
 
 
-def _own_metric(name: OwnMetric, share: float, metrics: ComparisonMetrics, config: GateConfig) -> Finding:
+def _own_metric(case: _Case, name: OwnMetric, share: float) -> Finding:
     """Hold a first version unless its metric is surely above ``share`` of what real images reach."""
+    metrics, confidence = case.metrics, case.confidence
     if name not in metrics.own or name not in metrics.own_real:
-        return _finding(name, Verdict.hold, f"not measured: {name} of a first version")
+        return _hold(name, f"not measured: {name} of a first version")
     value, real = metrics.own[name], metrics.own_real[name]
     excess = value.subtract(real.multiply(share))
     words = f"{name} {_figure(value)} (required {share * real.value:.3g}, {share:g} of what real images reach)"
-    if excess.lower_bound(config.confidence) > 0:
-        return _finding(name, Verdict.promote, words)
-    if excess.upper_bound(config.confidence) < 0:
-        reason = f"surely too low by {_figure(excess.multiply(-1))} on {_images(metrics)}: {words}; {LOOK_AT_THEM}"
-        return _finding(name, Verdict.hold, reason)
+    if excess.lower_bound(confidence) > 0:
+        return _promote(name, words)
+    size = _figure(excess.multiply(1 if excess.value > 0 else -1))
+    if excess.upper_bound(confidence) < 0:
+        return _hold(name, f"surely too low by {size} on {case.images}: {words}; {LOOK_AT_THEM}")
     side = "above" if excess.value > 0 else "below"
-    images = images_needed(metrics.samples, excess, abs(excess.value), config.confidence)
-    reason = f"{side} what is required by {_figure(excess.multiply(1 if excess.value > 0 else -1))}, but not surely"
-    advice = _advice("that", images, metrics)
-    return _finding(name, Verdict.hold, f"{reason}, on {_images(metrics)}: {words}{advice}", images)
+    images, advice = case.advise("that", excess, abs(excess.value), confidence)
+    return _hold(name, f"{side} what is required by {size}, but not surely, on {case.images}: {words}{advice}", images)
 
 
-def _memorization(metrics: ComparisonMetrics, limit: float, confidence: float) -> Finding:
+def _memorization(case: _Case) -> Iterator[Finding]:
     """Apply the limit on copies: above it a model is held, and rejected if chance cannot explain the excess."""
-    if (copies := metrics.memorized) is None:
-        return _finding("memorized", Verdict.hold, "not measured: the share of copies of training images")
-    words = copies.describe(metrics.samples)
+    copies, limit = case.metrics.memorized, case.config.memorized
+    if limit is None or case.metrics.basis != "generated":
+        return
+    if copies is None:
+        yield _hold("memorized", "not measured: the share of copies of training images")
+        return
+    words = copies.describe(case.metrics.samples)
     words += (
         f": {copies.excess:.2%} beyond it, limit {limit:.2%}" if copies.excess else f"; limit {limit:.2%} beyond it"
     )
     if copies.excess <= limit:
-        return _finding("memorized", Verdict.promote, words)
-    if copies.p_value <= 1 - confidence:
-        return _finding("memorized", Verdict.reject, words)
-    reason = (
-        f"{words}; so many may look like copies by chance (p = {copies.p_value:.2g}): hold more images out "
-        "(ingest.held_out), or generate more (evaluation.samples)"
-    )
-    return _finding("memorized", Verdict.hold, reason)
+        yield _promote("memorized", words)
+    elif copies.p_value <= 1 - case.confidence:
+        yield _reject("memorized", words)
+    else:
+        yield _hold(
+            "memorized",
+            f"{words}; so many may look like copies by chance (p = {copies.p_value:.2g}): hold more images out "
+            "(ingest.held_out), or generate more (evaluation.samples)",
+        )
 
 
-def _recall(metrics: ComparisonMetrics, limit: float, confidences: _Confidences) -> Finding:
-    if (recall := metrics.recall) is None:
-        return _finding("recall", Verdict.hold, "not measured: its difference from the champion's")
-    words = f"recall {_figure(recall)} higher than the champion's on {_images(metrics)}, allowed is a loss of {limit:g}"
+def _recall(case: _Case) -> Iterator[Finding]:
+    recall, limit = case.metrics.recall, case.config.recall_loss
+    if limit is None or not case.is_comparison:
+        return
+    if recall is None:
+        yield _hold("recall", "not measured: its difference from the champion's")
+        return
+    words = f"recall {_figure(recall)} higher than the champion's on {case.images}, allowed is a loss of {limit:g}"
     loss = recall.multiply(-1)
-    return _compare_with_limit("recall", loss, loss.subtract(limit), words, metrics, confidences)
+    yield case.compare_with_limit("recall", loss, loss.subtract(limit), words)
 
 
-def _worst_class(metrics: ComparisonMetrics, limit: float, confidences: _Confidences) -> Finding:
-    if (worst := metrics.worst_class) is None:
-        return _finding("worst class", Verdict.hold, "not measured: the distance of each class")
+def _worst_class(case: _Case) -> Iterator[Finding]:
+    worst, limit = case.metrics.worst_class, case.config.class_loss
+    if limit is None or not case.is_comparison or not case.metrics.class_conditional:
+        return
+    if worst is None:
+        yield _hold("worst class", "not measured: the distance of each class")
+        return
     words = (
         f"worst class {worst.candidate_class!r} at {_figure(worst.candidate)}, the champion's "
         f"{worst.champion_class!r} at {_figure(worst.champion)}, limit {1 + limit:g} times as much"
     )
     loss, excess = (worst.candidate.subtract(worst.champion.multiply(factor)) for factor in (1, 1 + limit))
-    return _compare_with_limit("worst class", loss, excess, words, metrics, confidences)
+    yield case.compare_with_limit("worst class", loss, excess, words)
 
 
-def _agreement(
-    agreement: PromptAgreement | str, limit: float, metrics: ComparisonMetrics, confidences: _Confidences
-) -> Finding:
+def _cost(case: _Case) -> Iterator[Finding]:
+    cost, limit = case.metrics.cost, case.config.cost
+    if limit is None or not case.is_comparison:
+        return
+    if cost is None:
+        yield _hold("cost", "not measured: the cost of generating an image")
+        return
+    costs = f"an image costs {cost.candidate:,.4g} {cost.unit}, of the champion {cost.champion:,.4g}"
+    find = _promote if cost.candidate <= limit * cost.champion else _reject
+    yield find("cost", f"{costs}, limit {limit:g} times as much")
+
+
+def _conditions(case: _Case) -> Iterator[Finding]:
+    """Say what differs between the conditions of the two, which is no objection."""
+    if case.is_comparison and case.metrics.unlike:
+        yield _promote("conditions", "; ".join(case.metrics.unlike))
+
+
+def _agreement(case: _Case) -> Iterator[Finding]:
     rule: Rule = "text-image agreement"
+    agreement, limit = case.metrics.agreement, case.config.agreement_loss
+    if limit is None or agreement is None or case.metrics.basis != "generated":
+        return
     if isinstance(agreement, str):
-        return _finding(rule, Verdict.promote, agreement)
+        yield _promote(rule, agreement)
+        return
     words = (
         f"its images agree with their prompts by {_figure(agreement.candidate)} more than with those of others, the "
         f"champion's by {_figure(agreement.champion)}, allowed is a loss of {limit:.0%}"
@@ -457,30 +425,20 @@ def _agreement(
     loss, allowance = agreement.difference.multiply(-1), agreement.champion.multiply(limit)
     # Both errors come from the same images, so they are added as if they had one sign, which is the most they can be.
     excess = loss.model_copy(update={"value": loss.value - allowance.value, "error": loss.error + allowance.error})
-    return _compare_with_limit(rule, loss, excess, words, metrics, confidences)
+    yield case.compare_with_limit(rule, loss, excess, words)
 
 
-def _cost(cost: Cost | None, limit: float) -> Finding:
-    if cost is None:
-        return _finding("cost", Verdict.hold, "not measured: the cost of generating an image")
-    costs = f"an image costs {cost.candidate:,.4g} {cost.unit}, of the champion {cost.champion:,.4g}"
-    verdict = Verdict.promote if cost.candidate <= limit * cost.champion else Verdict.reject
-    return _finding("cost", verdict, f"{costs}, limit {limit:g} times as much")
-
-
-def _compare_with_limit(
-    rule: Rule, loss: Estimate, excess: Estimate, words: str, metrics: ComparisonMetrics, confidences: _Confidences
-) -> Finding:
-    """Reject a loss that is surely beyond the limit; hold one that is sure and may be beyond it."""
-    # A loss that chance explains is no objection: few samples would otherwise hold models that are as good.
-    if loss.lower_bound(confidences.rejection) <= 0 or excess.upper_bound(confidences.promotion) <= 0:
-        return _finding(rule, Verdict.promote, words)
-    if excess.lower_bound(confidences.rejection) > 0:
-        reason = f"beyond the limit with confidence {confidences.rejection:g}: {words}"
-        return _finding(rule, Verdict.reject, reason)
-    images = images_needed(metrics.samples, excess, abs(excess.value), confidences.last)
-    reason = f"not surely within the limit: {words}{_advice('that', images, metrics)}"
-    return _finding(rule, Verdict.hold, reason, images)
+RULES: tuple[Callable[[_Case], Iterator[Finding]], ...] = (
+    _headline,
+    _first_version,
+    _memorization,
+    _recall,
+    _worst_class,
+    _cost,
+    _conditions,
+    _agreement,
+)
+"""Rules in the order of their findings; one that does not apply finds nothing."""
 
 
 def images_needed(images: int, estimate: Estimate, distance: float, confidence: float) -> int | None:
@@ -497,12 +455,6 @@ def images_needed(images: int, estimate: Estimate, distance: float, confidence: 
     return math.ceil(exact / unit) * unit
 
 
-def _advice(subject: str, images: int | None, metrics: ComparisonMetrics) -> str:
-    if images is None:
-        return ""
-    return f"; to decide on {subject} takes about {_describe_needed(images, metrics)}"
-
-
 def _describe_needed(images: int, metrics: ComparisonMetrics) -> str:
     """Word how many images of both kinds that is, as both grow by the same factor."""
     factor = images / metrics.samples
@@ -510,12 +462,6 @@ def _describe_needed(images: int, metrics: ComparisonMetrics) -> str:
     generated = f"{format_count(images)} generated (evaluation.samples) and " if metrics.basis == "generated" else ""
     more = format_count(held_out - metrics.reference)
     return f"{factor:,.1f} times as many images: {generated}{format_count(held_out)} held out, {more} more"
-
-
-def _images(metrics: ComparisonMetrics) -> str:
-    if metrics.basis == "reconstructed":
-        return pluralize(metrics.samples, "held-out image")
-    return f"{pluralize(metrics.samples, 'generated image')} and {format_count(metrics.reference)} held-out"
 
 
 def _figure(estimate: Estimate) -> str:

@@ -20,13 +20,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffusion.evaluation.bootstrap import FEWEST_FOR_ERRORS, SPLITS, Replicates, difference, shares_of_halves
+from diffusion.evaluation.bootstrap import Replicates, difference
 from diffusion.evaluation.cache import Key, Tensors, load_or_compute
 from diffusion.evaluation.estimate import Estimate, holm
-from diffusion.evaluation.evaluator import Evaluator, ModelEvaluator
+from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.gate import GateConfig
-from diffusion.evaluation.metrics.distances import jackknife, kid_deviations
-from diffusion.evaluation.metrics.neighbours import compute_overlap, nearest_distances
+from diffusion.evaluation.metrics.kid import jackknife, kid_deviations
+from diffusion.evaluation.metrics.metric import SPLITS
+from diffusion.evaluation.metrics.overlap import compute_overlap, nearest_distances, shares_of_halves
+from diffusion.evaluation.metrics.scores import MIN_FOR_ERRORS
+from diffusion.evaluation.model_evaluator import ModelEvaluator
 from diffusion.evaluation.reports.html import format_signed, format_with_error
 from diffusion.evaluation.results import GuidanceChoice, GuidanceScore, GuidanceVerdict
 from diffusion.process.samplers import SamplingConfig
@@ -69,7 +72,7 @@ def list_samplings(evaluator: Evaluator, best: ModelEvaluator) -> list[SamplingC
 def choose_guidance(evaluator: Evaluator, best: ModelEvaluator, gate: GateConfig) -> GuidanceChoice | None:
     """Choose how the ``best`` checkpoint samples, by ``choose``; None if there is nothing to choose from.
 
-    Images are those of ``config.seed`` + 2; models with captions generate for those of the training images.
+    Images are those of ``config.seed`` + 2; models with captions generate for the captions of training images.
     """
     config, real, samplings = evaluator.config, evaluator.real, list_samplings(evaluator, best)
     if not samplings:
@@ -103,7 +106,7 @@ def choose_guidance(evaluator: Evaluator, best: ModelEvaluator, gate: GateConfig
         tensors = load_or_compute(evaluator.folder, key, work)
         return Replicates("recall", float(tensors["recall"]), tensors["halves"], len(samples), *reference.shape)
 
-    has_recall = min(first, cut, len(rows) - cut) >= FEWEST_FOR_ERRORS
+    has_recall = min(first, cut, len(rows) - cut) >= MIN_FOR_ERRORS
     return choose(samplings, measure_kid, measure_recall if has_recall else None, gate)
 
 

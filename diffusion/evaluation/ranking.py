@@ -25,9 +25,10 @@ from diffusion.evaluation.bootstrap import difference
 from diffusion.evaluation.cache import load_or_compute
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import CONFIDENCE, Estimate, MetricEstimate, holm
-from diffusion.evaluation.evaluator import CACHE, Evaluator, ModelEvaluator, count_gflop
+from diffusion.evaluation.evaluator import CACHE, Evaluator
 from diffusion.evaluation.gate import GateConfig
 from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss
+from diffusion.evaluation.model_evaluator import ModelEvaluator, count_gflop
 from diffusion.evaluation.real_images import SHOWN
 from diffusion.evaluation.results import Evaluation, EvaluationConditions, ModelScores, RealBaseline
 from diffusion.generation.generate import sample

@@ -20,15 +20,22 @@ from diffusion.common.progress import Progress
 from diffusion.common.random import permutation
 from diffusion.common.shapes import Images, Shape, height_and_width, mirror
 from diffusion.data.dataset import Dataset, Rows
-from diffusion.evaluation.bootstrap import FEWEST_FOR_ERRORS
 from diffusion.evaluation.cache import Key, Tensors, load_or_compute, load_or_compute_result
 from diffusion.evaluation.features.feature_extractor import BATCH, Extractor
+from diffusion.evaluation.metrics import load_metrics, metric_versions
 from diffusion.evaluation.metrics.copies import PIXELS, shifted_thumbnails
-from diffusion.evaluation.metrics.distances import Moments, Reference, Scores, compute_scores
+from diffusion.evaluation.metrics.metric import ImageSet
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest
 from diffusion.evaluation.metrics.per_class import LabelledFeatures, LinearDiscriminant, fit_discriminant
 from diffusion.evaluation.metrics.pixel_metrics import measure_appearance
 from diffusion.evaluation.metrics.registration import find_registered
+from diffusion.evaluation.metrics.scores import (
+    MIN_FOR_ERRORS,
+    PreparedReference,
+    Scores,
+    compute_scores,
+    prepare_reference,
+)
 from diffusion.generation.super_resolution import GenerationTask
 
 PIECE = 10_000
@@ -65,45 +72,51 @@ class RealImages:
         self.samples = samples if task.low_resolution is None else min(samples, len(self.held_out) // 2)
         inputs = 0 if task.low_resolution is None else self.samples
         self.shown, self.compared = self.held_out[:inputs], self.held_out[inputs:]
-        if task.low_resolution is not None and inputs < FEWEST_FOR_ERRORS:
+        if task.low_resolution is not None and inputs < MIN_FOR_ERRORS:
             raise UserError(
                 "a model that enlarges is shown one half of the held-out images and compared with the other, and "
-                f"{dataset.folder} has {len(self.held_out)} of {2 * FEWEST_FOR_ERRORS}: hold more out with "
+                f"{dataset.folder} has {len(self.held_out)} of {2 * MIN_FOR_ERRORS}: hold more out with "
                 "ingest.held_out"
             )
 
     @cached_property
-    def reference(self) -> Reference:
+    def reference(self) -> PreparedReference:
         """Return the reference that generated images are compared with; at least 6 images."""
-        features = self.features(self.compared)
+        real = ImageSet(self.features(self.compared), lambda: self.images(self.compared))
 
         def work() -> Tensors:
-            reference = Reference.from_features(features, self.progress)
-            moments = {"mean": reference.moments.mean, "root": reference.moments.root}
-            return moments | {"nearest": reference.nearest, "kernel_sums": reference.kernel_sums}
+            reference = prepare_reference(real, self.progress)
+            return {
+                f"{metric}/{name}": tensor
+                for metric, tensors in reference.statistics.items()
+                for name, tensor in tensors.items()
+            }
 
-        key: Key = {"kind": "statistics", "format_version": 2, "features": self.key(self.compared)}
-        stats = load_or_compute(self.folder, key, work)
-        return Reference(features, Moments(stats["mean"], stats["root"]), stats["nearest"], stats["kernel_sums"])
+        key: Key = {"kind": "statistics", "format_version": 3, "features": self.key(self.compared)} | metrics_key()
+        statistics: dict[str, Tensors] = {metric: {} for metric in load_metrics()}
+        for place, tensor in load_or_compute(self.folder, key, work).items():
+            metric, _, name = place.partition("/")
+            statistics[metric][name] = tensor
+        return PreparedReference(features=real.features, images=real.images, statistics=statistics)
 
-    def scores(self, key: Key, features: Tensor) -> Scores:
-        """Return the cached scores of ``features`` (N, D), whose cache key is ``key``, against the reference."""
-        key = {"kind": "scores", "format_version": 2, "features": key, "compared": self.key(self.compared)}
-        return load_or_compute_result(self.folder, key, Scores, lambda: (self.score(features), {}))[0]
+    def scores(self, key: Key, images: ImageSet) -> Scores:
+        """Return the cached scores of ``images`` against the reference; ``key`` is the cache key of their features."""
+        key = {"kind": "scores", "format_version": 3, "features": key, "compared": self.key(self.compared)}
+        return load_or_compute_result(self.folder, key | metrics_key(), Scores, lambda: (self.score(images), {}))[0]
 
-    def score(self, features: Tensor) -> Scores:
-        """Compute the scores of ``features`` (N, D) against the reference."""
-        return compute_scores(features, self.reference, self.extractor.name)
+    def score(self, images: ImageSet) -> Scores:
+        """Compute the scores of ``images`` against the reference."""
+        return compute_scores(images, self.reference, self.extractor.name)
 
     def training_rows(self, seed: int, count: int) -> Rows:
         """Choose ``count`` training images, or all if there are fewer."""
         rows: Rows = self.train[permutation(seed, "evaluation/floor", 0, len(self.train))[:count]]
         return rows
 
-    def real_baseline(self, seed: int, count: int) -> tuple[Key, Tensor]:
-        """Return the features of ``training_rows``, and their key: (N, D)."""
+    def real_baseline(self, seed: int, count: int) -> tuple[Key, ImageSet]:
+        """Return the images of ``training_rows``, and the key of their features."""
         rows = self.training_rows(seed, count)
-        return self.key(rows), self.features(rows)
+        return self.key(rows), ImageSet(self.features(rows), lambda: self.images(rows))
 
     @cached_property
     def small(self) -> dict[Shape, Tensor] | None:
@@ -227,6 +240,11 @@ class RealImages:
     def _pieces(self) -> Iterator[Rows]:
         for start in range(0, len(self.train), PIECE):
             yield self.train[start : start + PIECE]
+
+
+def metrics_key() -> Key:
+    """Return what scores depend on beside images and features: all metrics, and the packages that add some."""
+    return {"metrics": list(load_metrics()), "extensions": metric_versions()}
 
 
 def extractor_key(extractor: Extractor) -> Key:

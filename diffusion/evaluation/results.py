@@ -14,11 +14,11 @@ from diffusion.common.fingerprint import Fingerprint
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import Estimate, MetricEstimate
 from diffusion.evaluation.metrics.copies import Duplicates, Memorization
-from diffusion.evaluation.metrics.distances import Scores
 from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss
 from diffusion.evaluation.metrics.per_class import PerClass
 from diffusion.evaluation.metrics.per_shape import PerShape
 from diffusion.evaluation.metrics.pixel_metrics import AppearanceDrift, ImageSimilarity, ResamplingBaseline
+from diffusion.evaluation.metrics.scores import Scores
 from diffusion.evaluation.metrics.text_image_agreement import TextImageAgreement
 from diffusion.families.config import FAMILIES
 from diffusion.process.samplers import SamplingConfig
@@ -43,6 +43,8 @@ class EvaluationConditions(Config):
     sampling: SamplingConfig
     low_resolution: int | None = Field(None, exclude_if=is_unset)
     """Height and width, in pixels, of the inputs of super-resolution models; None for other models."""
+    extensions: dict[str, str] = Field({}, exclude_if=lambda extensions: not extensions)
+    """Package and version of each metric that another package adds, by name."""
 
     @property
     def key(self) -> str:
@@ -206,7 +208,7 @@ class GuidanceScore(Config):
     """How much lower recall is than without guidance, on the first images if ``gain`` is not significant; None where it
     decides nothing, or images are too few."""
     verdict: GuidanceVerdict | None
-    """None if this is no guidance and was not chosen."""
+    """None if this is without guidance and was not chosen."""
 
 
 class GuidanceChoice(Config):
@@ -264,7 +266,7 @@ class Evaluation(Config):
             ) from error
 
     def metrics(self) -> dict[str, float]:
-        """Return the best checkpoint's metrics and those of the real baseline and of resampling, by name."""
+        """Return the metrics of the best checkpoint, the real baseline and resampling, by name."""
         baseline = {f"real_baseline_{name}": value for name, value in self.real_baseline.metrics().items()}
         for name, base in (self.baselines or {}).items():
             distances = {

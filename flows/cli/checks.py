@@ -31,7 +31,7 @@ from diffusion.data.sources.conventions import METADATA_FILES, holds_images, is_
 from diffusion.data.sources.hub_dataset import HubDataset
 from diffusion.data.sources.known_sets import find_idx
 from diffusion.data.sources.local_files import find_files
-from diffusion.evaluation.config import FEWEST, EvaluationConfig, require_enough
+from diffusion.evaluation.config import MIN_PER_SPLIT, EvaluationConfig, require_enough
 from diffusion.families.config import FamilyConfig, ModelConfig, classes_of
 from diffusion.generation.config import Conditions, GenerationRequest, check_conditions
 from diffusion.process.samplers import SamplingConfig
@@ -170,7 +170,7 @@ def require_enough_images(params: Params, version: Manifest | None) -> None:
     Sources that would be downloaded, and versions that are not on this machine, are left to the flow.
     """
     folder, config = params.dataset_folder, params.ingest
-    if version is not None and min(version.counts.values()) >= FEWEST:
+    if version is not None and min(version.counts.values()) >= MIN_PER_SPLIT:
         return
     from flows.storage.s3 import S3Objects
 
@@ -181,15 +181,15 @@ def require_enough_images(params: Params, version: Manifest | None) -> None:
         source, scratch = Path(temporary, "source"), Path(temporary, folder.name)
         source.mkdir()
         # With four times as many as needed, chance leaves enough.
-        most = math.ceil(4 * FEWEST / share)
+        most = math.ceil(4 * MIN_PER_SPLIT / share)
         count = sum(1 for _ in islice(open_source(config.source, Access(config, source, objects)).entries(), most))
         if count == most:
             return
         if count > MAX_CHECKED:
-            if count * share < FEWEST:
+            if count * share < MIN_PER_SPLIT:
                 raise UserError(
                     f"ingest.held_out = {config.held_out:g} of {count:,} images leaves about {count * share:.0f} on "
-                    f"one side, and evaluation needs {FEWEST}: change it, or give more images"
+                    f"one side, and evaluation needs {MIN_PER_SPLIT}: change it, or give more images"
                 )
             return
         if version is not None:

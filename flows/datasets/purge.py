@@ -16,8 +16,8 @@ from diffusion.common.config import Config
 from diffusion.data.manifest import Manifest, manifest_bytes, work_folder
 from diffusion.evaluation.evaluator import CACHE
 from diffusion.evaluation.ranking import RANKING, Ranking
-from diffusion.evaluation.reports.comparison_report import PAGE as COMPARISON_PAGE
-from diffusion.evaluation.reports.ranking_report import PAGE
+from diffusion.evaluation.reports.comparison_report import COMPARISON_PAGE
+from diffusion.evaluation.reports.ranking_report import RANKING_PAGE
 from diffusion.evaluation.results import Evaluation
 from flows.config import SWEEPS
 from flows.datasets.dvc import Cache, Listing, Remote, open_repository
@@ -105,7 +105,7 @@ def purge_files(folder: Path, versions: Iterable[Manifest], others: Iterable[Man
     contents = {version.content_digest for version in versions}
     for name, report_type, pages in (
         ("evaluation.json", Evaluation, ("report.html", COMPARISON_PAGE, "grids")),
-        (RANKING, Ranking, (PAGE,)),
+        (RANKING, Ranking, (RANKING_PAGE,)),
     ):
         if (reports / name).is_file() and _may_show(reports / name, report_type, contents):
             paths += [reports / page for page in pages]

@@ -10,8 +10,8 @@ from diffusion.common.escaping import escape_markdown, pluralize
 from diffusion.data.manifest import Manifest, parse_manifest
 from diffusion.evaluation.comparison import ChampionComparison
 from diffusion.evaluation.estimate import CONFIDENCE
-from diffusion.evaluation.evaluate import describe_kid
 from diffusion.evaluation.metrics.text_image_agreement import TextImageAgreement, describe_agreement
+from diffusion.evaluation.reports.evaluation_report import describe_kid
 from diffusion.evaluation.reports.html import (
     format_count,
     format_interval,

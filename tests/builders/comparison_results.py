@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from diffusion.common.fingerprint import fingerprint
-from diffusion.evaluation.bootstrap import Figure, Replicates, difference
+from diffusion.evaluation.bootstrap import Replicates, difference
 from diffusion.evaluation.comparison import ChampionComparison, SampleGrids, distance_headline
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import MetricEstimate
-from diffusion.evaluation.gate import ComparisonMetrics, GateConfig, decide
+from diffusion.evaluation.gate import GateConfig, decide
+from diffusion.evaluation.gate_metrics import ComparisonMetrics
 from diffusion.evaluation.metrics.copies import (
     PIXELS,
     Memorization,
@@ -20,11 +21,11 @@ from diffusion.evaluation.metrics.copies import (
     detect_memorization,
     shifted_thumbnails,
 )
-from diffusion.evaluation.metrics.distances import compute_scores
 from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss, LevelLoss
 from diffusion.evaluation.metrics.per_class import LabelledFeatures, PerClass, evaluate_classes, fit_discriminant
 from diffusion.evaluation.metrics.pixel_metrics import compare_appearance, measure_appearance
 from diffusion.evaluation.metrics.registration import find_registered
+from diffusion.evaluation.metrics.scores import compute_scores
 from diffusion.evaluation.results import EvaluationConditions, ModelEvaluation, RealBaseline
 from diffusion.process.likelihood import noise_levels
 from diffusion.process.samplers import sampling_config
@@ -111,11 +112,11 @@ def example_comparison(with_champion: bool = True) -> Shown:
     return Shown(comparison, grids, candidate="version 1", champion=None)
 
 
-def _estimates(metrics: dict[Figure, Replicates]) -> dict[str, MetricEstimate]:
+def _estimates(metrics: dict[str, Replicates]) -> dict[str, MetricEstimate]:
     return {f"{name}_{PIXELS}": MetricEstimate.from_estimate(each.estimate) for name, each in metrics.items()}
 
 
-def _side(images: Tensor, points: Tensor, reference: Tensor, metrics: dict[Figure, Replicates]) -> ModelEvaluation:
+def _side(images: Tensor, points: Tensor, reference: Tensor, metrics: dict[str, Replicates]) -> ModelEvaluation:
     sets, _ = _sets()
     is_champion = images is sets["champion"]
     return ModelEvaluation(

@@ -5,13 +5,8 @@ from torch import Tensor
 
 from diffusion.common.fingerprint import fingerprint
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.metrics.distances import Scores
-from diffusion.evaluation.results import (
-    CheckpointEvaluation,
-    Evaluation,
-    EvaluationConditions,
-    RealBaseline,
-)
+from diffusion.evaluation.metrics.scores import Scores
+from diffusion.evaluation.results import CheckpointEvaluation, Evaluation, EvaluationConditions, RealBaseline
 from diffusion.process.samplers import sampling_config
 
 

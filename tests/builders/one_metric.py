@@ -5,23 +5,18 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from diffusion.common.progress import Progress, ignore_progress
-from diffusion.evaluation.bootstrap import (
-    Figure,
-    Replicates,
-    compute_halves,
-    frechet_of_halves,
-    kid_of_halves,
-    shares_of_halves,
-)
-from diffusion.evaluation.metrics.distances import Reference, compute_moments, compute_scores, frechet_distance
-from diffusion.evaluation.metrics.distances import compute_kid as kid_of
-from diffusion.evaluation.metrics.neighbours import compute_overlap, nearest_distances
+from diffusion.evaluation.bootstrap import Replicates
+from diffusion.evaluation.metrics.frechet import compute_moments, frechet_distance, frechet_of_halves
+from diffusion.evaluation.metrics.kid import compute_kid as kid_of
+from diffusion.evaluation.metrics.kid import kid_of_halves
+from diffusion.evaluation.metrics.overlap import compute_overlap, nearest_distances, shares_of_halves
+from diffusion.evaluation.metrics.scores import compute_halves, compute_scores, prepare_reference
 
 
 def compute_replicates(
     sets: Sequence[Tensor], reference: Tensor, splits: int, progress: Progress = ignore_progress
-) -> list[dict[Figure, Replicates]]:
-    reference_statistics, results = Reference.from_features(reference), []
+) -> list[dict[str, Replicates]]:
+    reference_statistics, results = prepare_reference(reference), []
     for x, halves in zip(sets, compute_halves(sets, reference, splits, progress), strict=True):
         scores = compute_scores(x, reference_statistics, "features")
         results.append(
@@ -51,7 +46,7 @@ def frechet_replicates(sets: Sequence[Tensor], reference: Tensor, splits: int) -
     ]
 
 
-def share_replicates(sets: Sequence[Tensor], reference: Tensor, splits: int) -> list[dict[Figure, Replicates]]:
+def share_replicates(sets: Sequence[Tensor], reference: Tensor, splits: int) -> list[dict[str, Replicates]]:
     results = []
     for x, halves in zip(sets, shares_of_halves(sets, reference, splits), strict=True):
         whole = compute_overlap(x, reference, nearest_distances(x), nearest_distances(reference))

@@ -32,6 +32,6 @@ def one_thread() -> Iterator[None]:
         yield Alone()
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("bootstrap", "metrics.neighbours"):
-            patch.setattr(f"diffusion.evaluation.{module}.worker_threads", alone)
+        for module in ("kid", "frechet", "overlap", "neighbours"):
+            patch.setattr(f"diffusion.evaluation.metrics.{module}.worker_threads", alone)
         yield

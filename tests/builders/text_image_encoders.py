@@ -12,8 +12,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 SIDE = 16
 """Height and width of what the networks see, in pixels."""
-LONGEST = 12
-"""Most tokens of a text: each letter is one, and there are two ends."""
+MAX_TOKENS = 12
+"""Largest number of tokens of a text: each letter is one, and there are two ends."""
 LETTERS = [*string.ascii_lowercase, *(letter + "</w>" for letter in string.ascii_lowercase)]
 VOCABULARY = {token: number for number, token in enumerate([*LETTERS, "<|startoftext|>", "<|endoftext|>"])}
 START, END = len(LETTERS), len(LETTERS) + 1
@@ -31,7 +31,7 @@ def write_clip(folder: Path, seed: int = 0, size: int = SIDE) -> CLIPModel:
     """CLIP with random weights, and its processor, in one folder."""
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     ends = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": END}
-    text = {**small, **ends, "vocab_size": len(VOCABULARY), "max_position_embeddings": LONGEST}
+    text = {**small, **ends, "vocab_size": len(VOCABULARY), "max_position_embeddings": MAX_TOKENS}
     vision = {**small, "image_size": SIDE, "patch_size": 8}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -142,7 +142,7 @@ _NORMALISED = (
 
 
 class InceptionV3(Extractor):
-    """torch-fidelity's Inception-v3, so that its figures are those of the literature, to all their digits.
+    """torch-fidelity's Inception-v3, so that its figures equal the literature's to all digits.
 
     Features are the 2048 channels of its last pooling layer. Grey images are repeated to RGB; the network itself
     resizes to 299 pixels as TensorFlow 1 did and maps to [−1, 1). The name ``inception`` is reserved for the original
@@ -176,7 +176,7 @@ class InceptionV3(Extractor):
             buffer.seek(0)
             with torch.random.fork_rng(devices=[]):  # its initial weights are random
                 return FeatureExtractorInceptionV3(self.name, ["2048"], feature_extractor_weights_path=buffer)
-        except Exception as error:  # bytes that are no weights fail in every way there is
+        except Exception as error:  # bytes that are not weights fail in every way there is
             raise UserError(
                 f"{self.weights} holds no weights of torch-fidelity's Inception-v3 ({first_line(error)}): "
                 f"get them from {URL_INCEPTION_V3}"
@@ -217,8 +217,8 @@ class OnnxFile(Extractor):
     def __init__(self, path: Path, size: int | None) -> None:
         if path.suffix != ".onnx":
             raise UserError(
-                f"evaluation.extractor_weights = {path} is no .onnx file, and TorchScript and pickles are programs, "
-                "which are not run here: write the network with torch.onnx.export"
+                f"evaluation.extractor_weights = {path} is not an .onnx file, and TorchScript and pickles are "
+                "programs, which are not run here: write the network with torch.onnx.export"
             )
         if not path.is_file():
             raise UserError(f"no network at evaluation.extractor_weights = {path}: give the path of an .onnx file")

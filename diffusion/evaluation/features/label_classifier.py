@@ -22,7 +22,7 @@ from diffusion.evaluation.cache import Key, Tensors, load_or_compute
 from diffusion.evaluation.features.feature_extractor import Extractor, resize
 
 SIZE = 32
-"""Default height and width of the input, in pixels; smaller images keep theirs."""
+"""Default height and width of the input, in pixels; smaller images keep their size."""
 WIDTHS = (24, 48, 96)
 """Channels of the three stages; the last are the features."""
 BATCH = 128

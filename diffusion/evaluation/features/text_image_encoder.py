@@ -26,9 +26,9 @@ from diffusion.evaluation.features.feature_extractor import Extractor
 if TYPE_CHECKING:
     from transformers import CLIPModel
 
-LONGEST = 77
-"""Most tokens of a text for an ONNX file that takes any number, as CLIP was trained."""
-RESAMPLING = {2: "bilinear", 3: "bicubic"}
+MAX_TOKENS = 77
+"""Largest number of tokens of a text for an ONNX file that takes any number, as CLIP was trained."""
+INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
 """Pillow's numbers of interpolations, as processors name them."""
 OPTION = "evaluation.text_image_encoder"
 
@@ -38,13 +38,13 @@ class TextImageEncoder(Extractor):
 
     Images are resized, cropped and normalised as the folder's ``processor_config.json`` (or
     ``preprocessor_config.json``) says; texts are split by its ``tokenizer.json``, each alone and truncated at
-    ``longest`` tokens. ``weights``: names of the other files that the embeddings depend on.
+    ``max_tokens`` tokens. ``weights``: names of the other files that the embeddings depend on.
 
     Raises UserError if a file is missing or does not fit.
     """
 
-    longest: int
-    """Most tokens of a text, with those of its start and end."""
+    max_tokens: int
+    """Largest number of tokens of a text, start and end included."""
 
     def __init__(self, folder: Path, weights: Sequence[str]) -> None:
         try:
@@ -75,10 +75,10 @@ class TextImageEncoder(Extractor):
             size, crop = (spec[key] for key in ("size", "crop_size"))
             size = size if isinstance(size, int) else size.get("shortest_edge") or size["height"]
             self.crop = int(crop if isinstance(crop, int) else crop["height"]) if spec["do_center_crop"] else int(size)
-            self.size, self.resampling = int(size), RESAMPLING[spec["resample"]]
+            self.size, self.resampling = int(size), INTERPOLATIONS[spec["resample"]]
             mean, std = (torch.tensor(spec[key], dtype=torch.float32) for key in ("image_mean", "image_std"))
             self.mean, self.std = mean.view(3, 1, 1), std.view(3, 1, 1)
-            if not 1 <= self.crop <= self.size <= LARGEST:
+            if not 1 <= self.crop <= self.size <= MAX_IMAGE_SIZE:
                 raise ValueError(f"size {self.size}, crop_size {self.crop}")
         except (OSError, ValueError, ArithmeticError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(
@@ -90,7 +90,7 @@ class TextImageEncoder(Extractor):
     def embed(self, texts: Sequence[str]) -> Tensor:
         """Embed ``texts``, each by itself: (len(texts), D) float32 of length 1."""
         self.tokenizer.no_padding()
-        self.tokenizer.enable_truncation(self.longest)
+        self.tokenizer.enable_truncation(self.max_tokens)
         compute = partial(self._embed, self.network)
         with worker_threads() as pool:
             return torch.cat(list(pool.map(compute, texts)))
@@ -122,7 +122,7 @@ class TextImageEncoder(Extractor):
 
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 """Names of the file that says how images are prepared: of transformers 5, and of versions before."""
-LARGEST = 4096
+MAX_IMAGE_SIZE = 4096
 """Largest size of a processor's images, in pixels."""
 
 
@@ -146,14 +146,14 @@ class CLIP(TextImageEncoder):
                 {name: fields[name] for name in ("text_config", "vision_config", "projection_dim") if name in fields}
             )
             text: Any = self.config.text_config
-            self.longest, end_id = text.max_position_embeddings, text.eos_token_id
+            self.max_tokens, end_id = text.max_position_embeddings, text.eos_token_id
             ids = self.tokenizer.encode("a").ids
             # The network reads the text at its last token; 2 stands for the largest one in configurations of old.
             if max(ids) >= text.vocab_size or ids[-1] != (max(ids) if end_id == 2 else end_id):
                 raise ValueError("its tokenizer.json belongs to another model")
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{folder / 'config.json'} is no CLIPModel's ({first_line(error)}): save the model there with "
+                f"{folder / 'config.json'} is not a CLIPModel's ({first_line(error)}): save the model there with "
                 "CLIPModel.save_pretrained, or export it to ONNX"
             ) from error
 
@@ -216,7 +216,7 @@ class OnnxTextImageEncoder(TextImageEncoder):
         if ids is None or len(ids.shape) != 2 or self.inputs.keys() - {"input_ids", "attention_mask"}:
             raise _unfit_error(text_path, "input_ids (1, L), with attention_mask or without, and nothing else")
         self.padded = isinstance(ids.shape[1], int)
-        self.longest = ids.shape[1] if self.padded else LONGEST
+        self.max_tokens = ids.shape[1] if self.padded else MAX_TOKENS
         self.outputs = [_output(vision, "image_embeds"), _output(text, "text_embeds")]
 
     def _embed_pixels(self, network: tuple[OnnxNetwork, OnnxNetwork], x: Tensor) -> Tensor:
@@ -227,7 +227,7 @@ class OnnxTextImageEncoder(TextImageEncoder):
     def _embed_tokens(self, network: tuple[OnnxNetwork, OnnxNetwork], ids: Tensor) -> Tensor:
         mask = torch.ones_like(ids)
         if self.padded:
-            padding = self.longest - ids.shape[1]
+            padding = self.max_tokens - ids.shape[1]
             ids = torch.cat([ids, ids[:, -1:].expand(1, padding)], 1)
             mask = torch.cat([mask, mask.new_zeros(1, padding)], 1)
         inputs = {"input_ids": ids, "attention_mask": mask}

@@ -5,7 +5,7 @@ few held-out images, which the model has never seen: that calibrates any distanc
 different copies: pixels after registration those that were moved, turned, blurred or made grainy, features those with
 different pixels. Not detected are copies of an image that is in the training set more than twenty times, as then many
 are as near as the nearest. Held-out images that are themselves near-duplicates of training images do not set the
-threshold, but count among those below it: a model that generates as many is no worse.
+threshold, but count among those below it: a model that generates as many is not worse.
 
 A generated image counts as a duplicate if its thumbnail is nearer to another generated one, relative to the local
 density of real images, than all but a few of as many real images are to another real one. Features are unsuitable: a
@@ -24,7 +24,7 @@ from torch.nn.functional import adaptive_avg_pool2d, pad
 from diffusion.common.config import Config
 from diffusion.common.shapes import Images, map_by_shape
 from diffusion.evaluation.estimate import wilson_interval
-from diffusion.evaluation.gate import CopyShare
+from diffusion.evaluation.gate_metrics import CopyShare
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, connected_groups, find_nearest
 
 SIDE = 8
@@ -53,7 +53,7 @@ DUPLICATE_LEVEL = 0.01
 """False alarm rate of duplicates."""
 NEAR_DUPLICATE = 1 / 3
 """Distance to the nearest training image over the mean distance to the twenty nearest below which held-out images are
-near-duplicates: in data of five dimensions or more that is no chance."""
+near-duplicates: in data of five dimensions or more that does not happen by chance."""
 SUSPICIOUS = 0.02
 """Share of near-duplicates among held-out images from which reports say so."""
 
@@ -141,7 +141,7 @@ class CopyRate(Config):
     share_high: float
     """Ends of its 95 % interval, over other images of the same model."""
     expected: float
-    """Expected share for a model that copies nothing: that of real images."""
+    """Expected share for a model that copies nothing, as measured on real images."""
     p_value: float
     """Probability of as many for such a model, see ``Threshold.chance``; for copies the smallest over the spaces, times
     their number."""
@@ -242,7 +242,7 @@ def detect_memorization(
     )
 
 
-LEAST = 0.5
+MIN_SHRINKAGE = 0.5
 """Smallest factor by which the threshold shrinks with the median distance, as between blurred images."""
 GROUPS_SHOWN = 8
 """Number of groups, and of pairs, listed."""
@@ -303,7 +303,7 @@ def detect_duplicates(generated: Tensor, real: Tensor) -> Duplicates:
     closeness = (relative[:, 0].median() / among_real.median()).nan_to_num(1.0).item()
     rank = max(1, math.floor(DUPLICATE_LEVEL * (count + 1)))
     real_threshold = Threshold(among_real.kthvalue(rank).values.item(), rank, count)
-    threshold = real_threshold.value * min(1.0, max(LEAST, closeness))
+    threshold = real_threshold.value * min(1.0, max(MIN_SHRINKAGE, closeness))
     near_mask = relative < threshold
     duplicate_count = int(near_mask[:, 0].sum())
     numbers, places = near_mask.nonzero(as_tuple=True)

@@ -1,4 +1,4 @@
-"""Nearest neighbours of features in blocks of bounded size; precision, recall, density and coverage from them."""
+"""Nearest neighbours of features, in blocks of bounded size."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -13,14 +13,10 @@ from torch import Tensor
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.threads import worker_threads
 
-BLOCK = 2048
-"""Rows and columns of distances held at a time per worker thread: 16 MiB, mostly in the cores' caches."""
-MANIFOLD_NEIGHBOURS = 3
-"""k of the neighbourhoods of precision and recall, as in arXiv 1904.06991."""
-DENSITY_NEIGHBOURS = 5
-"""k of those of density and coverage, as in arXiv 2002.09797."""
-
-
+COPY_NEIGHBOURS = 20
+"""Nearest neighbours whose mean distance measures the local density."""
+BLOCK_DISTANCES = 2**21
+"""Distances per worker thread in memory at a time: 8 MiB, mostly in the cores' caches."""
 T = TypeVar("T")
 
 
@@ -38,71 +34,6 @@ def map_blocks(
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """Compute |x − y|² of rows (n, D) and (m, D): (n, m), at least 0; centre them, as errors are relative to |x|²."""
     return torch.addmm(y.square().sum(1), x, y.T, alpha=-2).add_(x.square().sum(1, keepdim=True)).clamp_(min=0)
-
-
-def nearest_distances(features: Tensor, progress: Progress = ignore_progress) -> Tensor:
-    """Compute squared distances of features (N, D) to their 5 nearest others: (N, 5), ascending; N at least 6."""
-    centre, count = features.mean(0), DENSITY_NEIGHBOURS
-
-    def compute_block(start: int) -> Tensor:
-        rows = features[start : start + BLOCK] - centre
-        nearest = rows.new_full((len(rows), count), math.inf)
-        for column, others in _blocks(features, centre):
-            distances = squared_distances(rows, others)
-            if column == start:
-                distances.fill_diagonal_(math.inf)
-            block_nearest = distances.topk(min(count, len(others)), largest=False).values
-            nearest = torch.cat([nearest, block_nearest], 1).topk(count, largest=False).values
-        return nearest
-
-    return torch.cat([*map_blocks(compute_block, len(features), BLOCK, "neighbours of real images", progress)])
-
-
-def compute_overlap(
-    samples: Tensor, reference: Tensor, near_samples: Tensor, near_reference: Tensor
-) -> dict[str, float]:
-    """Compare features (N, D) of samples and (M, D) of a reference, each with its ``nearest_distances``.
-
-    Returns precision and recall (arXiv 1904.06991, k = 3), density and coverage (arXiv 2002.09797, k = 5) by name.
-    """
-    centre = reference.mean(0)
-    sample_radii = near_samples[:, MANIFOLD_NEIGHBOURS - 1]
-    reference_radii, wide_radii = (near_reference[:, k - 1, None] for k in (MANIFOLD_NEIGHBOURS, DENSITY_NEIGHBOURS))
-
-    def compare_block(start: int) -> tuple[Tensor, Tensor, int, int]:
-        block = slice(start, start + BLOCK)
-        rows = reference[block] - centre
-        recall_mask, coverage_mask = torch.zeros(2, len(rows), dtype=torch.bool)
-        precision_mask, pairs = torch.zeros(len(samples), dtype=torch.bool), 0
-        for offset, generated in _blocks(samples, centre):
-            columns = slice(offset, offset + len(generated))
-            distances = squared_distances(rows, generated)
-            precision_mask[columns] = (distances <= reference_radii[block]).any(0)
-            recall_mask |= (distances <= sample_radii[columns]).any(1)
-            in_radius = distances < wide_radii[block]
-            pairs += int(in_radius.sum())
-            coverage_mask |= in_radius.any(1)
-        return precision_mask, recall_mask, pairs, int(coverage_mask.sum())
-
-    precision, recall, pairs, coverage = zip(*map_blocks(compare_block, len(reference), BLOCK), strict=True)
-    return {
-        "precision": torch.stack(precision).any(0).double().mean().item(),
-        "recall": torch.cat(recall).double().mean().item(),
-        "density": sum(pairs) / (DENSITY_NEIGHBOURS * len(samples)),
-        "coverage": sum(coverage) / len(reference),
-    }
-
-
-def _blocks(features: Tensor, centre: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield blocks of features (N, D) minus ``centre``, each with the number of its first row."""
-    for start in range(0, len(features), BLOCK):
-        yield start, features[start : start + BLOCK] - centre
-
-
-COPY_NEIGHBOURS = 20
-"""Nearest neighbours whose mean distance measures the local density."""
-BLOCK_DISTANCES = 2**21
-"""Distances per worker thread in memory at a time: 8 MiB, mostly in the cores' caches."""
 
 
 @dataclass(frozen=True)

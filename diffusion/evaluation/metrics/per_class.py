@@ -8,9 +8,9 @@ from torch import Tensor
 
 from diffusion.common.config import Config
 from diffusion.evaluation.estimate import Estimate, share_estimate, wilson_interval
-from diffusion.evaluation.metrics.distances import compute_kid
+from diffusion.evaluation.metrics.kid import compute_kid
 
-SMALLEST = 1e-12
+MIN_VARIANCE = 1e-12
 SHRINKAGE = 0.3
 """Shrinkage of the covariance towards a multiple of the identity, as features may outnumber images."""
 
@@ -51,15 +51,15 @@ def fit_discriminant(pieces: Iterable[tuple[Tensor, Tensor]], classes: int) -> L
     covariance = (squares - (sums.T @ means)) / counts.sum()
     dimensions = len(covariance)
     # With one image per class the covariance is 0, and the nearest mean is predicted.
-    variance = (covariance.trace() / dimensions).clamp(min=SMALLEST)
+    variance = (covariance.trace() / dimensions).clamp(min=MIN_VARIANCE)
     estimate = (1 - SHRINKAGE) * covariance + SHRINKAGE * (torch.eye(dimensions, dtype=torch.float64) * variance)
     weights = torch.linalg.solve(estimate, means.T)
     offsets = -0.5 * (means * weights.T).sum(1)
     return LinearDiscriminant(weights, offsets.masked_fill(counts == 0, -torch.inf))
 
 
-FEWEST = 20
-"""Fewest images of a class, generated and real, for which its distance is meaningful."""
+MIN_PER_CLASS = 20
+"""Smallest number of images of a class, generated and real, for which its distance is meaningful."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class ClassScores(Config):
     agreement_real: float
     """The same share of the real images: an upper limit in practice."""
     taken_for: str | None
-    """The class to which most of the others are assigned; None if there are no others."""
+    """The class to which most of the others are assigned; None if there are not any."""
 
     @property
     def estimate(self) -> Estimate:
@@ -171,28 +171,28 @@ def evaluate_classes(
 ) -> PerClass:
     """Compare ``generated`` with held-out ``real`` images, class by class.
 
-    ``reader`` was fitted to other real images; ``names`` are those of the classes 0, 1 …
+    ``reader`` was fitted to other real images; ``names`` holds the name of each class.
     """
     predictions, real_predictions = reader(generated.features), reader(real.features)
     class_scores, skipped_classes = [], []
     for label, name in enumerate(names):
-        ours, theirs = generated.select_class(label), real.select_class(label)
-        if min(len(ours), len(theirs)) < FEWEST:
-            skipped_classes.append(SkippedClass(name=name, samples=len(ours), reference=len(theirs)))
+        class_samples, class_reference = generated.select_class(label), real.select_class(label)
+        if min(len(class_samples), len(class_reference)) < MIN_PER_CLASS:
+            skipped_classes.append(SkippedClass(name=name, samples=len(class_samples), reference=len(class_reference)))
             continue
-        kid, kid_se = compute_kid(ours, theirs)
+        kid, kid_se = compute_kid(class_samples, class_reference)
         counts = torch.bincount(predictions[generated.labels == label], minlength=len(names))
         correct_count = int(counts[label])
         counts[label] = 0
-        low, high = wilson_interval(correct_count / len(ours), len(ours))
+        low, high = wilson_interval(correct_count / len(class_samples), len(class_samples))
         class_scores.append(
             ClassScores(
                 name=name,
-                samples=len(ours),
-                reference=len(theirs),
+                samples=len(class_samples),
+                reference=len(class_reference),
                 kid=kid,
                 kid_se=kid_se,
-                agreement=correct_count / len(ours),
+                agreement=correct_count / len(class_samples),
                 agreement_low=low,
                 agreement_high=high,
                 agreement_real=(real_predictions[real.labels == label] == label).double().mean().item(),

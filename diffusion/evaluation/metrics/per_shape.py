@@ -8,8 +8,8 @@ from torch import Tensor
 from diffusion.common.config import Config
 from diffusion.common.shapes import Shape, shape_name
 from diffusion.evaluation.estimate import Estimate, MetricEstimate
-from diffusion.evaluation.metrics.distances import compute_kid
-from diffusion.evaluation.metrics.per_class import FEWEST
+from diffusion.evaluation.metrics.kid import compute_kid
+from diffusion.evaluation.metrics.per_class import MIN_PER_CLASS
 
 
 class ShapeScores(Config):
@@ -41,14 +41,14 @@ class PerShape(Config):
 def evaluate_shapes(
     generated: Tensor, shapes: Sequence[Shape], real: Tensor, real_shapes: Sequence[Shape], extractor: str
 ) -> PerShape:
-    """Compare features (N, D) of generated images with those of ``real`` ones (M, D), each shape by itself."""
+    """Compare features of generated (N, D) and ``real`` images (M, D), each shape by itself."""
     scores = []
     for shape in sorted({*shapes, *real_shapes}, key=lambda shape: shape[1] / shape[0]):
         pairs = (generated, shapes), (real, real_shapes)
-        ours, theirs = (features[torch.tensor([size == shape for size in sizes])] for features, sizes in pairs)
+        samples, reference = (features[torch.tensor([size == shape for size in sizes])] for features, sizes in pairs)
         kid = None
-        if (min_count := min(len(ours), len(theirs))) >= FEWEST:
-            value, error = compute_kid(ours, theirs)
+        if (min_count := min(len(samples), len(reference))) >= MIN_PER_CLASS:
+            value, error = compute_kid(samples, reference)
             kid = MetricEstimate.from_estimate(Estimate(value=value, error=error, freedom=min_count - 1))
-        scores.append(ShapeScores(name=shape_name(shape), samples=len(ours), reference=len(theirs), kid=kid))
+        scores.append(ShapeScores(name=shape_name(shape), samples=len(samples), reference=len(reference), kid=kid))
     return PerShape(extractor=extractor, shapes=scores)

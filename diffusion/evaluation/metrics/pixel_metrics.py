@@ -11,7 +11,7 @@ from torch.nn.functional import conv2d
 
 from diffusion.common.config import Config
 from diffusion.common.shapes import Images
-from diffusion.evaluation.metrics.distances import Scores
+from diffusion.evaluation.metrics.scores import Scores
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 """Resampling filters of the baselines, by name."""
@@ -60,7 +60,7 @@ def compare_images(images: Images, real: Images) -> ImageSimilarity:
     if isinstance(images, Tensor) and isinstance(real, Tensor):
         ratios, similar = psnr(images, real), ssim(images, real)
     else:
-        pairs = [(ours[None], theirs[None]) for ours, theirs in zip(images, real, strict=True)]
+        pairs = [(image[None], real_image[None]) for image, real_image in zip(images, real, strict=True)]
         ratios, similar = (torch.cat([measure(*pair) for pair in pairs]) for measure in (psnr, ssim))
     return ImageSimilarity(
         psnr=ratios.mean().item(),
@@ -99,10 +99,10 @@ def ssim(images: Tensor, real: Tensor) -> Tensor:
     return (luminance * structure).mean((1, 2, 3)).view(len(images), -1).mean(1)
 
 
-def describe_baselines(ours: Scores, baselines: dict[str, ResamplingBaseline]) -> str:
-    """Describe in a sentence whether ``ours`` beats the ``baselines`` on the Fréchet distance."""
-    beaten_names = [TITLES[name] for name, baseline in baselines.items() if ours.fd < baseline.scores.fd]
-    unbeaten_names = [TITLES[name] for name, baseline in baselines.items() if ours.fd >= baseline.scores.fd]
+def describe_baselines(scores: Scores, baselines: dict[str, ResamplingBaseline]) -> str:
+    """Describe in a sentence whether these ``scores`` beat the ``baselines`` on the Fréchet distance."""
+    beaten_names = [TITLES[name] for name, baseline in baselines.items() if scores.fd < baseline.scores.fd]
+    unbeaten_names = [TITLES[name] for name, baseline in baselines.items() if scores.fd >= baseline.scores.fd]
     phrases = [f"beats {' and '.join(beaten_names)} enlargement"] if beaten_names else []
     phrases += [f"does not beat {' or '.join(unbeaten_names)} enlargement"] if unbeaten_names else []
     return f"On the Fréchet distance to real images it {', and '.join(phrases)}."
@@ -151,7 +151,7 @@ def measure_appearance(images: Images) -> dict[str, Tensor]:
     """Measure colours and brightness of each of ``images``, (C, H, W) uint8 with C 1 or 3: all (N,) float64.
 
     ``brightness``: mean luma, 0 to 1. ``contrast``: its standard deviation over the image. RGB images also have
-    ``red_green``, the mean of red minus green, and ``yellow_blue``, that of yellow minus blue, −1 to 1 (the opponent
+    ``red_green`` and ``yellow_blue``, the means of red minus green and of yellow minus blue, −1 to 1 (the opponent
     colours of Hasler and Süsstrunk, SPIE 5007, 2003), and ``saturation``, the mean of the largest minus the smallest
     channel, 0 to 1.
     """
@@ -173,16 +173,16 @@ def measure_appearance(images: Images) -> dict[str, Tensor]:
 
 
 def compare_appearance(generated: Mapping[str, Tensor], real: Mapping[str, Tensor]) -> AppearanceDrift:
-    """Compare the ``measure_appearance`` of ``generated`` images with that of ``real`` ones, two or more of each."""
+    """Compare the ``measure_appearance`` of ``generated`` and ``real`` images, two or more of each."""
     shifts = {}
-    for name, ours in generated.items():
-        theirs = real[name]
+    for name, values in generated.items():
+        real_values = real[name]
         shifts[name] = AppearanceShift(
-            generated=ours.mean().item(),
-            real=theirs.mean().item(),
-            difference=(ours.mean() - theirs.mean()).item(),
-            standard_error=(ours.var() / len(ours) + theirs.var() / len(theirs)).sqrt().item(),
-            generated_spread=ours.std().item(),
-            real_spread=theirs.std().item(),
+            generated=values.mean().item(),
+            real=real_values.mean().item(),
+            difference=(values.mean() - real_values.mean()).item(),
+            standard_error=(values.var() / len(values) + real_values.var() / len(real_values)).sqrt().item(),
+            generated_spread=values.std().item(),
+            real_spread=real_values.std().item(),
         )
     return AppearanceDrift(generated=len(generated["brightness"]), real=len(real["brightness"]), shifts=shifts)

@@ -154,9 +154,10 @@ def _find_in_piece(
     def register_block(first: int) -> Tensor:
         block = slice(first, first + BLOCK)
         nearest = candidate_places[block]
-        theirs, block_views = thumbnails[nearest], points[:, block]
+        nearest_thumbnails, block_views = thumbnails[nearest], points[:, block]
         # |x|² − 2 x·y, which has the least view where the distance has; their difference would fill the memory.
-        squares = block_views.square().sum(-1, keepdim=True) - 2 * torch.einsum("nkd,vnd->vnk", theirs, block_views)
+        products = torch.einsum("nkd,vnd->vnk", nearest_thumbnails, block_views)
+        squares = block_views.square().sum(-1, keepdim=True) - 2 * products
         best = squares.argmin(0)
         numbers = torch.arange(len(nearest))[:, None].expand_as(nearest)
         sources = sides[:, block][(best >= len(STARTS)).long(), numbers]

@@ -1,6 +1,6 @@
 """Text-image agreement: the cosine of an image's and its prompt's embeddings, as CLIPScore has it (arXiv 2104.08718).
 
-A cosine means little by itself: those of one encoder lie between 0.1 and 0.4. So it stands between two baselines: real
+A cosine means little by itself: one encoder gives values between 0.1 and 0.4. So it stands between two baselines: real
 images with their captions, and the same generated images with the prompts of others, which is chance.
 """
 
@@ -80,9 +80,9 @@ def compute_cosines(images: Tensor, texts: Tensor, prompts: Tensor) -> Cosines:
 
 
 def mean_over_prompts(values: Tensor, prompts: Tensor) -> Estimate:
-    """Estimate the mean of ``values``, (N,) float64, one for each image, of which those of one prompt are not alike.
+    """Estimate the mean of ``values``, (N,) float64, one for each image; images of one prompt are dependent.
 
-    The error is that of the bootstrap over prompts, as of endlessly many resamples: images of the same prompt rise and
+    The error is the limit of the bootstrap over prompts for many resamples: images of the same prompt rise and
     fall together. At least two different prompts.
     """
     mean = values.mean()
@@ -93,7 +93,7 @@ def mean_over_prompts(values: Tensor, prompts: Tensor) -> Estimate:
 
 
 def summarize_agreement(encoder: str, generated: Cosines, real: Cosines) -> TextImageAgreement:
-    """Compute means and intervals of a model's cosines and those of real images, by the encoder of this name."""
+    """Compute means and intervals of the cosines of a model's and of real images, by the encoder of this name."""
     agreement, above_chance, real_agreement = (
         MetricEstimate.from_estimate(mean_over_prompts(values, prompts))
         for values, prompts in (

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from diffusion.common.image_grids import figure_png
-from diffusion.evaluation.gate import Headline
+from diffusion.evaluation.gate_metrics import Headline
 from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss
 from diffusion.evaluation.results import CheckpointEvaluation, Evaluation
 
@@ -169,7 +169,7 @@ def legend(axes: Axes, paper: Paper) -> None:
 
 def lead_chart(headline: Headline, delta: float, confidence: float) -> Chart:
     """Plot the interval of the candidate's lead beside 0 and the smallest lead that counts."""
-    lead, smallest = headline.lead, headline.smallest(delta)
+    lead, smallest = headline.lead, headline.required_lead(delta)
     reach = lead.error_bound(confidence)
 
     def draw(axes: Axes, paper: Paper) -> None:

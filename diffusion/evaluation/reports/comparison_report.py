@@ -1,19 +1,27 @@
 """HTML report on the comparison of a candidate with the champion, self-contained: the verdict and what supports it."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from diffusion.common.files import write_bytes
 from diffusion.common.image_grids import make_captioned_grid, make_grid, make_paired_grid, png_bytes
+from diffusion.common.shapes import Images
 from diffusion.evaluation.comparison import ChampionComparison, SampleGrids
-from diffusion.evaluation.estimate import DEVIATIONS, Interval
-from diffusion.evaluation.metrics.pixel_metrics import AppearanceShift
 from diffusion.evaluation.reports.charts import held_out_loss_chart, lead_chart
-from diffusion.evaluation.reports.html import Cell, caption_images, format_interval, format_signed, metric_cell, render
-from diffusion.evaluation.results import Evaluation
+from diffusion.evaluation.reports.html import (
+    Cell,
+    Sections,
+    caption_images,
+    format_signed,
+    metric_cell,
+    render,
+    render_page,
+)
+from diffusion.evaluation.results import Evaluation, ModelEvaluation
 from diffusion.families.config import FAMILIES
 
-PAGE = "champion_comparison.html"
+COMPARISON_PAGE = "champion_comparison.html"
 """The report, beside ``champion_comparison.json``."""
 MEMBERS_SHOWN = 4
 """Images shown of each group of duplicates."""
@@ -23,6 +31,23 @@ BEGIN, END = b"<!-- verdict -->", b"<!-- /verdict -->"
 """What stands around the verdict there."""
 CLASSES_SHOWN = 8
 """Classes in the table of the worst ones."""
+
+
+@dataclass(frozen=True)
+class ComparisonPage:
+    """What the sections of the report show."""
+
+    comparison: ChampionComparison
+    grids: SampleGrids
+    model: str
+    dataset: str
+    candidate: str
+    champion: str | None
+    """Names of the two, such as ``version 3``; None without a champion."""
+    sides: dict[str, ModelEvaluation]
+    """Evaluation of each by its name."""
+    sheets: dict[str, Images]
+    """The first images of each by its name."""
 
 
 def write_comparison_report(
@@ -41,50 +66,79 @@ def write_comparison_report(
     sides, sheets = {candidate: comparison.candidate}, {candidate: grids.candidate}
     if champion is not None and comparison.champion is not None and grids.champion is not None:
         sides[champion], sheets[champion] = comparison.champion, grids.champion
-    copies, duplicates = comparison.candidate.memorization.pairs, comparison.candidate.duplicates.groups
-    headline = comparison.compared.headline
-    page = render(
-        PAGE,
-        comparison=comparison,
-        model=model,
-        dataset=dataset,
-        candidate=candidate,
-        champion=champion if champion in sides else None,
-        sides=sides,
-        sheets={
-            name: (
-                len(images),
-                png_bytes(make_captioned_grid(images, captions) if captions else make_grid(images)),
-                caption_images(images, captions),
-            )
-            for (name, images), captions in zip(sheets.items(), grids.captions, strict=False)
-        },
-        real=png_bytes(make_grid(grids.real)),
-        lead=headline and lead_chart(headline, comparison.gate.delta, comparison.confidence),
-        metrics=dict.fromkeys(name for side in sides.values() for name in side.estimates),
-        agreements={
-            name: side.text_image_agreement for name, side in sides.items() if side.text_image_agreement is not None
-        },
-        nearest=[
-            (pair, png_bytes(make_grid(images, columns=2)))
-            for pair, *images in zip(copies, grids.nearest_generated, grids.nearest_training, strict=True)
-        ],
-        groups=[
-            (group, png_bytes(make_grid(images[:MEMBERS_SHOWN], columns=MEMBERS_SHOWN)))
-            for group, images in zip(duplicates, grids.duplicates, strict=True)
-        ],
-        members_shown=MEMBERS_SHOWN,
-        class_samples=[
-            (name, png_bytes(make_paired_grid(*images))) for name, images in grids.classes.items() if len(images[0])
-        ],
-        classes_shown=CLASSES_SHOWN,
-        losses=held_out_loss_chart({name: side.held_out_loss for name, side in sides.items()}),
-        families=FAMILIES,
-        metric_cell=metric_cell,
-        shift_cell=shift_cell,
-        probability=probability,
+    shown_champion = champion if champion in sides else None
+    page = ComparisonPage(comparison, grids, model, dataset, candidate, shown_champion, sides, sheets)
+    return write_bytes(path, render_page("champion_comparison", SECTIONS, page))
+
+
+def _samples(page: ComparisonPage) -> dict[str, object]:
+    sheets = {}
+    for (name, images), captions in zip(page.sheets.items(), page.grids.captions, strict=False):
+        grid = make_captioned_grid(images, captions) if captions else make_grid(images)
+        sheets[name] = len(images), png_bytes(grid), caption_images(images, captions)
+    return {"sheets": sheets, "real": png_bytes(make_grid(page.grids.real))}
+
+
+def _metrics(page: ComparisonPage) -> dict[str, object] | None:
+    comparison, headline = page.comparison, page.comparison.compared.headline
+    lead = headline and lead_chart(headline, comparison.gate.delta, comparison.confidence)
+    metrics = dict.fromkeys(name for side in page.sides.values() for name in side.estimates)
+    return {"lead": lead, "metrics": metrics} if metrics or lead else None
+
+
+def _agreement(page: ComparisonPage) -> dict[str, object] | None:
+    agreements = {name: side.text_image_agreement for name, side in page.sides.items() if side.text_image_agreement}
+    return {"agreements": agreements} if agreements else None
+
+
+def _copies(page: ComparisonPage) -> dict[str, object]:
+    """Show the nearest pairs of generated and training images."""
+    grids = page.grids
+    sides = zip(
+        page.comparison.candidate.memorization.pairs, grids.nearest_generated, grids.nearest_training, strict=True
     )
-    return write_bytes(path, page)
+    return {"nearest": [(pair, png_bytes(make_grid(images, columns=2))) for pair, *images in sides]}
+
+
+def _duplicates(page: ComparisonPage) -> dict[str, object]:
+    groups = zip(page.comparison.candidate.duplicates.groups, page.grids.duplicates, strict=True)
+    sheets = [(group, png_bytes(make_grid(images[:MEMBERS_SHOWN], columns=MEMBERS_SHOWN))) for group, images in groups]
+    return {"groups": sheets, "members_shown": MEMBERS_SHOWN}
+
+
+def _classes(page: ComparisonPage) -> dict[str, object] | None:
+    """Show the worst classes; None for models without classes."""
+    if page.comparison.candidate.per_class is None:
+        return None
+    samples = [
+        (name, png_bytes(make_paired_grid(*images))) for name, images in page.grids.classes.items() if len(images[0])
+    ]
+    return {"class_samples": samples, "classes_shown": CLASSES_SHOWN}
+
+
+def _held_out(page: ComparisonPage) -> dict[str, object] | None:
+    """Show losses by noise level, and bits per dimension; None if no model has either."""
+    losses = {name: side.held_out_loss for name, side in page.sides.items()}
+    loss_chart = held_out_loss_chart(losses)
+    if loss_chart is None and all(loss.bits_per_dim is None for loss in losses.values()):
+        return None
+    return {"losses": loss_chart, "families": FAMILIES}
+
+
+SECTIONS: Sections[ComparisonPage] = {
+    "gate": lambda page: {},
+    "samples": _samples,
+    "metrics": _metrics,
+    "agreement": _agreement,
+    "copies": _copies,
+    "duplicates": _duplicates,
+    "shapes": lambda page: {} if page.comparison.candidate.per_shape else None,
+    "classes": _classes,
+    "held_out": _held_out,
+    "appearance": lambda page: {},
+    "conditions": lambda page: {},
+}
+"""Sections in order, each with a template in ``templates/champion_comparison``."""
 
 
 def write_verdict(
@@ -97,7 +151,7 @@ def write_verdict(
 ) -> None:
     """Write the gate's ``verdict`` above the report at ``path`` on ``evaluation``, in the words ``title``: ``reason``.
 
-    It replaces one that stands there. Its figures are those of the ``comparison``, if there was one.
+    It replaces one that stands there. Its figures come from the ``comparison``, if there was one.
     """
     figures = []
     if comparison is not None and comparison.compared.basis == "generated":
@@ -118,21 +172,7 @@ def write_verdict(
         comparison=comparison,
         figures=figures,
         unguided=evaluation.guidance is not None and evaluation.sampling.is_guided,
-        page=PAGE,
+        page=COMPARISON_PAGE,
     )
     before, _, rest = path.read_bytes().partition(BEGIN)
     write_bytes(path, before + BEGIN + block + END + rest.partition(END)[2])
-
-
-def probability(p: float) -> str:
-    """Format a p-value, never in powers of ten."""
-    return "under 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def shift_cell(shift: AppearanceShift) -> Cell:
-    """Return the cell of a shift, in units of the real spread, or of the property if that is 0."""
-    unit = shift.real_spread or 1.0
-    reach = DEVIATIONS * shift.standard_error / unit
-    middle = shift.difference / unit
-    interval = format_interval(Interval(low=middle - reach, high=middle + reach, confidence=0.95))
-    return Cell(f"{middle:+.3f}".replace("-", "−"), interval)

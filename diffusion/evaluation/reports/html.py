@@ -2,13 +2,18 @@
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffusion.common.escaping import escape_controls, pluralize
 from diffusion.common.shapes import Images
-from diffusion.evaluation.estimate import Interval, MetricEstimate
+from diffusion.evaluation.estimate import CONFIDENCE, DEVIATIONS, Interval, MetricEstimate
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+    from diffusion.evaluation.metrics.pixel_metrics import AppearanceShift
 
 
 @dataclass(frozen=True)
@@ -24,8 +29,39 @@ def metric_cell(metric: MetricEstimate | None) -> Cell:
     return Cell() if metric is None else Cell(format_signed(metric.value), format_interval(metric.interval))
 
 
+def shift_cell(shift: "AppearanceShift") -> Cell:
+    """Return the cell of a shift, in units of the real spread, or of the property if that is 0."""
+    unit = shift.real_spread or 1.0
+    reach, middle = DEVIATIONS * shift.standard_error / unit, shift.difference / unit
+    interval = format_interval(Interval(low=middle - reach, high=middle + reach, confidence=CONFIDENCE))
+    return Cell(f"{middle:+.3f}".replace("-", "−"), interval)
+
+
+Subject = TypeVar("Subject")
+Sections = Mapping[str, Callable[[Subject], Mapping[str, object] | None]]
+"""The sections of a page by name, in order: what each shows of the page's subject, or None to leave it out."""
+
+
 def render(template: str, **content: object) -> bytes:
     """Render ``template`` with ``content``, every text escaped."""
+    return _environment().get_template(template).render(**content).encode()
+
+
+def render_page(page: str, sections: Sections[Subject], subject: Subject, **content: object) -> bytes:
+    """Render the template ``page``.html with its ``sections``, every text escaped.
+
+    Each section has a template in the folder ``page``. All of them see the fields of ``subject``, a dataclass, and
+    ``content``.
+    """
+    environment, shared = _environment(), vars(subject) | content
+    shown = [(name, values) for name, show in sections.items() if (values := show(subject)) is not None]
+    rendered = [
+        environment.get_template(f"{page}/{name}.html").render(**{**shared, **values}) for name, values in shown
+    ]
+    return environment.get_template(f"{page}.html").render(**shared, sections=rendered).encode()
+
+
+def _environment() -> "Environment":
     # Imported here: modules that only format numbers, such as the gate, do not need it.
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -46,9 +82,12 @@ def render(template: str, **content: object) -> bytes:
         pluralize,
         format_share,
         format_size,
+        format_p_value,
+        metric_cell,
+        shift_cell,
     )
     environment.filters |= {function.__name__: function for function in filters}
-    return environment.get_template(template).render(**content).encode()
+    return environment
 
 
 def _escape(value: Any) -> Any:
@@ -102,6 +141,11 @@ def format_interval(interval: Interval) -> str:
     """Format both ends of an interval to the second significant digit of its length."""
     digits = count_decimals(interval.high - interval.low)
     return f"{format_fixed(interval.low, digits)} … {format_fixed(interval.high, digits)}"
+
+
+def format_p_value(p: float) -> str:
+    """Format a p-value, never in powers of ten."""
+    return "under 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def format_count(number: int) -> str:

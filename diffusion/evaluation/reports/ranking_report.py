@@ -10,10 +10,11 @@ from matplotlib.axes import Axes
 
 from diffusion.common.escaping import pluralize
 from diffusion.common.files import write_bytes
-from diffusion.evaluation.evaluate import score_cell
+from diffusion.evaluation.metrics import load_figures
 from diffusion.evaluation.metrics.text_image_agreement import TextImageAgreement
 from diffusion.evaluation.ranking import RankedModel, Ranking
 from diffusion.evaluation.reports.charts import Chart, Paper, chart, plot_curves, plot_over_training, read_losses
+from diffusion.evaluation.reports.evaluation_report import score_cell
 from diffusion.evaluation.reports.html import (
     Cell,
     format_count,
@@ -25,19 +26,10 @@ from diffusion.evaluation.reports.html import (
 )
 from diffusion.evaluation.results import Evaluation, RealBaseline
 
-PAGE = "comparison.html"
+RANKING_PAGE = "comparison.html"
 """The report on families, beside ``comparison.json``."""
-NAMED = 5
-"""Number of models beside the best one with a sentence each; more are summarized."""
-METRICS = {
-    "kid": ("KID", "lower is better; unbiased at any number of images"),
-    "fd": ("Fréchet distance", "lower is better; grows as images get fewer"),
-    "precision": ("precision", "share of generated images among real ones"),
-    "recall": ("recall", "share of real images among generated ones"),
-    "density": ("density", "how many real ones a generated one lies among"),
-    "coverage": ("coverage", "share of real images with a generated one near"),
-}
-"""Title and explanation of each metric."""
+MAX_NAMED = 5
+"""Largest number of models beside the best one that get a sentence each; more are summarized."""
 COSTS = (
     ("bits per dimension", "of held-out images, lower is better; ≤ marks an upper bound"),
     ("images per second", "generated on the machine that compared"),
@@ -70,7 +62,7 @@ def write_ranking_report(
         "ranking.html",
         ranking=ranking,
         best=best,
-        findings=findings(ranking),
+        findings=describe_ranking(ranking),
         keys=list(best.settings),
         tables=[metric_columns(ranking), cost_columns(ranking.models)],
         overview=overview,
@@ -82,7 +74,7 @@ def write_ranking_report(
     return write_bytes(path, page)
 
 
-def findings(ranking: Ranking) -> list[str]:
+def describe_ranking(ranking: Ranking) -> list[str]:
     """Describe the ranking in sentences no stronger than its errors allow."""
     best, figure = ranking.models[0].name, ranking.metric.split("_")[0]
     if len(ranking.models) == 1:
@@ -91,12 +83,13 @@ def findings(ranking: Ranking) -> list[str]:
         return ["They were not evaluated under equal conditions, so that their metrics do not compare."]
     if not ranking.leads:
         return ["There are too few images to tell one from another."]
-    if len(ranking.leads) > NAMED:
+    if len(ranking.leads) > MAX_NAMED:
         if not (ties := [lead for lead in ranking.leads if not lead.is_sure]):
             return ["It is better than every other, with 95 % confidence."]
         verb = "is" if len(ties) == 1 else "are"
         return [f"{pluralize(len(ties), 'other')} {verb} not distinguishable from the best, with 95 % confidence."]
-    title = METRICS[figure][0] if figure in METRICS else ranking.metric
+    figures = load_figures()
+    title = figures[figure].title if figure in figures else ranking.metric
     sentences = []
     for lead in ranking.leads:
         distance = f"{format_with_error(lead.difference.value, lead.difference.error)} in {title}"
@@ -112,8 +105,13 @@ def metric_columns(ranking: Ranking) -> list[Column]:
     models, leading = ranking.models, ranking.metric.removesuffix(f"_{ranking.conditions.extractor}")
     sides: list[RankedModel | RealBaseline] = [*models, ranking.real_baseline]
     columns = {
-        name: (*words, [score_cell(side.scores, name, side.estimates) for side in sides])
-        for name, words in METRICS.items()
+        name: (
+            figure.title,
+            figure.column_note,
+            [score_cell(side.scores, name, side.estimates) for side in sides],
+        )
+        for name, figure in load_figures().items()
+        if figure.reading is not None and all(side.scores.find(name) is not None for side in sides)
     }
     values = [*(Cell(format_with_error(model.value, model.error)) for model in models), Cell()]
     metric_column = columns.pop(leading, (ranking.metric, "higher is better", values))

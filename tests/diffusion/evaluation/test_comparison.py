@@ -15,7 +15,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.evaluation.comparison import ChampionComparison, SampleGrids, compare_with_champion
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import Evaluator
-from diffusion.evaluation.gate import GateConfig, Verdict
+from diffusion.evaluation.gate import GateConfig, GateVerdict
 from diffusion.families.config import AutoregressiveConfig, FamilyConfig, GANConfig, VAEConfig
 from diffusion.generation.generate import labels_of, sample
 from diffusion.process.samplers import SamplingConfig, sampling_config
@@ -77,14 +77,12 @@ def noisy(images: Tensor, deviation: float, seed: int = 0) -> Tensor:
     return (images + deviation * noise).round().clamp(0, 255).to(torch.uint8)
 
 
-def test_a_better_model_is_promoted_and_a_worse_one_rejected_with_figures(
-    data: Path, models: list[Path], tmp_path: Path
-) -> None:
+def test_a_better_model_is_promoted_and_a_worse_rejected(data: Path, models: list[Path], tmp_path: Path) -> None:
     new, old = models
     save_images(new, noisy(good(48), 5), data, tmp_path, COMPARISON_CONFIG)
     save_images(old, noisy(good(48, first=6000), 60), data, tmp_path, COMPARISON_CONFIG)
     comparison, grids = compare_models(new, old, data, tmp_path)
-    assert comparison.decision.verdict == Verdict.promote
+    assert comparison.decision.verdict == GateVerdict.promote
     assert "better by more than δ: kid_efflite0" in comparison.reason
     assert "on 48 generated images and 40 held-out" in comparison.reason
     assert "copies of training images" in comparison.reason
@@ -92,17 +90,17 @@ def test_a_better_model_is_promoted_and_a_worse_one_rejected_with_figures(
     assert comparison.champion is not None
     headline = comparison.compared.headline
     assert headline is not None
-    ours, theirs = comparison.candidate.estimates["kid_efflite0"], comparison.champion.estimates["kid_efflite0"]
-    assert headline.difference.value == pytest.approx(ours.value - theirs.value)
-    assert ours.interval.low < ours.value < ours.interval.high < theirs.interval.low
+    candidate, champion = comparison.candidate.estimates["kid_efflite0"], comparison.champion.estimates["kid_efflite0"]
+    assert headline.difference.value == pytest.approx(candidate.value - champion.value)
+    assert candidate.interval.low < candidate.value < candidate.interval.high < champion.interval.low
     assert torch.equal(grids.candidate, noisy(good(48), 5))
     metrics = comparison.metrics()
-    assert metrics["kid_efflite0_low"] == ours.interval.low
+    assert metrics["kid_efflite0_low"] == candidate.interval.low
     assert metrics["champion_kid_efflite0"] == headline.champion.value
     assert metrics["real_baseline_kid_efflite0"] == headline.real_baseline
 
     reverse, _ = compare_models(old, new, data, tmp_path)
-    assert reverse.decision.verdict == Verdict.reject
+    assert reverse.decision.verdict == GateVerdict.reject
     assert reverse.reason.startswith("worse than the champion: kid_efflite0")
 
 
@@ -116,7 +114,7 @@ def test_a_better_model_is_promoted_and_a_worse_one_rejected_with_figures(
         (32, 3, 96, "promote"),
     ],
 )
-def test_undecided_comparison_samples_twice_as_many_images_at_each_look_until_it_is_decided(
+def test_an_undecided_comparison_doubles_its_images_each_look(
     deviation: float, looks: int, count: int, verdict: str, data: Path, models: list[Path], tmp_path: Path
 ) -> None:
     new, old = models
@@ -135,9 +133,7 @@ def test_undecided_comparison_samples_twice_as_many_images_at_each_look_until_it
     assert comparison.real_baseline.scores.samples == min(count, len(Dataset.open(data).rows("train")))
 
 
-def test_more_images_of_a_model_begin_with_the_whole_batches_it_generated_before(
-    data: Path, models: list[Path], tmp_path: Path
-) -> None:
+def test_more_images_reuse_whole_batches_generated_before(data: Path, models: list[Path], tmp_path: Path) -> None:
     sampling, watcher = SAMPLING.model_copy(update={"compute_batch": 32}), Watcher()
     evaluator = Evaluator(data, CONFIG, sampling, tmp_path, watcher)
     fewer, more = (evaluator.model(models[0], count).images for count in (48, 96))
@@ -149,21 +145,21 @@ def test_more_images_of_a_model_begin_with_the_whole_batches_it_generated_before
 @pytest.mark.parametrize("delta", [0.0, 0.05])
 def test_a_model_is_not_promoted_over_itself(delta: float, data: Path, models: list[Path], tmp_path: Path) -> None:
     comparison, _ = compare_models(models[0], models[0], data, tmp_path, GateConfig(delta=delta))
-    assert comparison.decision.verdict == Verdict.hold
+    assert comparison.decision.verdict == GateVerdict.hold
     headline = comparison.compared.headline
     assert headline is not None
     assert (headline.difference.value, headline.difference.error) == (0, 0)
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_model_that_copies_its_training_images_is_rejected_however_good_they_are(
+def test_a_model_that_copies_training_images_is_rejected(
     first: bool, data: Path, models: list[Path], tmp_path: Path
 ) -> None:
     new, old = models
     copies = torch.cat([training_images(data, 12), good(36)])
     save_images(new, copies, data, tmp_path, COMPARISON_CONFIG)
     comparison, grids = compare_models(new, None if first else old, data, tmp_path)
-    assert comparison.decision.verdict == Verdict.reject
+    assert comparison.decision.verdict == GateVerdict.reject
     assert "copies of training images: " in comparison.reason
     copy_flags = [each.is_copy for each in comparison.candidate.memorization.pairs]
     assert sum(copy_flags) >= 12
@@ -174,7 +170,7 @@ def test_a_first_version_needs_no_champion_and_has_its_intervals(
     data: Path, models: list[Path], tmp_path: Path
 ) -> None:
     comparison, grids = compare_models(models[0], None, data, tmp_path, OPEN_GATE)
-    assert comparison.decision.verdict == Verdict.promote
+    assert comparison.decision.verdict == GateVerdict.promote
     assert comparison.decision.reasons[0] == "first version: there was no champion"
     assert comparison.compared.own.keys() == {"precision", "recall", "coverage"}
     assert {each.rule for each in comparison.decision.findings} == {"headline", "memorized"}
@@ -191,14 +187,12 @@ def test_a_first_version_needs_no_champion_and_has_its_intervals(
     assert comparison.conditions.evaluation.seed == seed
 
 
-def test_a_first_version_of_noise_is_held_and_one_of_good_images_is_champion(
-    data: Path, models: list[Path], tmp_path: Path
-) -> None:
+def test_a_first_version_of_noise_is_held_good_images_promoted(data: Path, models: list[Path], tmp_path: Path) -> None:
     noise, understood = models
     save_images(noise, torch.from_numpy(random_images(48)), data, tmp_path, COMPARISON_CONFIG)
     save_images(understood, good(48), data, tmp_path, COMPARISON_CONFIG)
-    assert compare_models(noise, None, data, tmp_path)[0].decision.verdict == Verdict.hold
-    assert compare_models(understood, None, data, tmp_path)[0].decision.verdict == Verdict.promote
+    assert compare_models(noise, None, data, tmp_path)[0].decision.verdict == GateVerdict.hold
+    assert compare_models(understood, None, data, tmp_path)[0].decision.verdict == GateVerdict.promote
 
 
 def test_stored_comparison_equals_the_returned_one(data: Path, models: list[Path], tmp_path: Path) -> None:
@@ -248,7 +242,7 @@ def test_interrupted_comparison_resumes_to_the_same_bytes(data: Path, models: li
 def test_interrupted_sampling_resumes_after_the_last_complete_chunk(
     data: Path, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diffusion.evaluation.evaluator.cores", lambda: 1)
+    monkeypatch.setattr("diffusion.evaluation.model_images.cores", lambda: 1)
     small = SAMPLING.model_copy(update={"compute_batch": 8})  # 16 images to a piece
     compare_models(models[0], None, data, tmp_path / "whole", sampling=small)
     watcher = Watcher("candidate: images sampled", 2 * 16 + 8)
@@ -332,7 +326,7 @@ def test_incomparable_champion_holds_the_candidate_with_a_reason(
     }
     for words, champion in champions.items():
         comparison, _ = compare_models(models[0], champion, data, tmp_path)
-        assert comparison.decision.verdict == Verdict.hold
+        assert comparison.decision.verdict == GateVerdict.hold
         assert comparison.reason.startswith("the champion cannot be evaluated beside it: ")
         assert words in comparison.reason
         assert {each.rule for each in comparison.decision.findings} == {"headline", "memorized"}
@@ -385,7 +379,7 @@ def conditions(comparison: ChampionComparison) -> str:
 
 @pytest.mark.usefixtures("fake_encoder")
 @pytest.mark.parametrize("others", [(), ("red", "green", "blue")])
-def test_a_model_of_captions_is_not_compared_with_one_that_knows_none(
+def test_a_model_of_captions_needs_a_champion_of_captions(
     others: tuple[str, ...], captioned_data: Path, tmp_path: Path
 ) -> None:
     caption_model, other_model = knowing(tmp_path, 1, text=True), knowing(tmp_path, 2, *others)
@@ -402,14 +396,14 @@ def test_a_model_of_captions_is_not_compared_with_one_that_knows_none(
 
 
 @pytest.mark.usefixtures("fake_encoder")
-def test_models_of_captions_are_compared_as_without_them_where_the_data_set_has_none(tmp_path: Path) -> None:
+def test_without_captions_in_the_data_models_are_compared_unprompted(tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", random_images(160, channels=3), 160)
     comparison, _ = compare_models(knowing(tmp_path, 1, text=True), knowing(tmp_path, 2), tmp_path / "data", tmp_path)
     assert comparison.champion is not None
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_a_model_with_classes_and_one_without_are_compared_as_a_whole(
+def test_models_with_and_without_classes_are_compared_as_a_whole(
     reverse: bool, captioned_data: Path, tmp_path: Path
 ) -> None:
     pair = [knowing(tmp_path, 1, "red", "green", "blue"), knowing(tmp_path, 2)]
@@ -420,9 +414,7 @@ def test_a_model_with_classes_and_one_without_are_compared_as_a_whole(
     assert "worst class" not in {each.rule for each in comparison.decision.findings}
 
 
-def test_a_candidate_may_know_more_classes_than_the_champion_but_not_fewer(
-    captioned_data: Path, tmp_path: Path
-) -> None:
+def test_a_candidate_may_have_more_classes_but_not_fewer(captioned_data: Path, tmp_path: Path) -> None:
     more, fewer = knowing(tmp_path, 1, "red", "green", "blue"), knowing(tmp_path, 2, "red", "green")
     comparison, _ = compare_models(more, fewer, captioned_data, tmp_path)
     assert comparison.compared.headline is not None
@@ -441,7 +433,7 @@ FAMILY_CONFIGS = [
 
 @pytest.mark.parametrize("config", FAMILY_CONFIGS, ids=lambda config: str(config.family))
 @pytest.mark.parametrize("reverse", [False, True])
-def test_each_family_is_compared_with_a_diffusion_model_in_quality_and_in_operations(
+def test_each_family_is_compared_in_quality_and_operations(
     config: FamilyConfig, reverse: bool, data: Path, tmp_path: Path
 ) -> None:
     other = write_of_family(tmp_path / "other.safetensors", config, 2)
@@ -464,7 +456,7 @@ def test_each_family_is_compared_with_a_diffusion_model_in_quality_and_in_operat
     assert min(cost.candidate, cost.champion) > 0
 
 
-def test_models_that_are_sampled_unlike_are_compared_and_that_is_said(data: Path, tmp_path: Path) -> None:
+def test_models_sampled_unlike_are_compared_with_a_remark(data: Path, tmp_path: Path) -> None:
     student = {"student": {"steps": 1, "guidance": None, "guidance_interval": None}}
     new = write_model(tmp_path / "new.safetensors", 1, 1, training=student)
     comparison, _ = compare_models(new, write_model(tmp_path / "old.safetensors", 2, 2), data, tmp_path)
@@ -473,14 +465,14 @@ def test_models_that_are_sampled_unlike_are_compared_and_that_is_said(data: Path
     assert "dpmpp_2m, 4 steps" in reasons
 
 
-def test_too_few_images_hold_a_candidate_but_not_a_first_version(models: list[Path], tmp_path: Path) -> None:
+def test_too_few_images_hold_only_a_later_candidate(models: list[Path], tmp_path: Path) -> None:
     few = tmp_path / "data" / "few"
     write_dataset(few, random_images(44), per_shard=44)
     comparison, _ = compare_models(*models, few, tmp_path)
-    assert comparison.decision.verdict == Verdict.hold
+    assert comparison.decision.verdict == GateVerdict.hold
     assert "too few images to tell the two apart: 48 generated and 11 held out, and errors need 12" in comparison.reason
     assert comparison.candidate.estimates == {}
-    assert compare_models(models[0], None, few, tmp_path)[0].decision.verdict != Verdict.reject
+    assert compare_models(models[0], None, few, tmp_path)[0].decision.verdict != GateVerdict.reject
 
 
 def test_unevaluable_candidate_is_a_user_error(data: Path, tmp_path: Path) -> None:
@@ -507,13 +499,13 @@ def test_families_are_compared_only_with_across_families(data: Path, tmp_path: P
     for path, images in ((gan, noisy(good(48), 5)), (autoencoder, noisy(good(48, first=6000), 60))):
         save_images(path, images, data, tmp_path, COMPARISON_CONFIG, plain)
     held_comparison, _ = compare_models(gan, autoencoder, data, tmp_path, GATE, plain)
-    assert held_comparison.decision.verdict == Verdict.hold
+    assert held_comparison.decision.verdict == GateVerdict.hold
     assert "only with gate.across_families" in held_comparison.reason
     promoted, _ = compare_models(gan, autoencoder, data, tmp_path, gate, plain)
-    assert promoted.decision.verdict == Verdict.promote
+    assert promoted.decision.verdict == GateVerdict.promote
     assert promoted.compared.basis == "generated"
     rejected_comparison, _ = compare_models(autoencoder, gan, data, tmp_path, gate, plain)
-    assert rejected_comparison.decision.verdict == Verdict.reject
+    assert rejected_comparison.decision.verdict == GateVerdict.reject
 
 
 def test_champion_of_another_family_uses_the_settings_it_supports(data: Path, tmp_path: Path) -> None:
@@ -526,9 +518,7 @@ def test_champion_of_another_family_uses_the_settings_it_supports(data: Path, tm
     assert comparison.champion.family == "gan"
 
 
-def test_candidate_and_champion_are_each_sampled_with_the_guidance_in_their_own_file(
-    data: Path, tmp_path: Path
-) -> None:
+def test_candidate_and_champion_sample_with_their_own_guidance(data: Path, tmp_path: Path) -> None:
     new, old = (write_model(tmp_path / f"{seed}.st", seed, seed, classes={"left": 1, "right": 1}) for seed in (1, 2))
     guided = SAMPLING.with_changes({"guidance": 3, "guidance_interval": (0.2, 5)})
     guided_file = tmp_path / "chosen.safetensors"

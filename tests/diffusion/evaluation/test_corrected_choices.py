@@ -132,7 +132,7 @@ def test_guidance_replaces_none_for_a_real_gain_alone(gains: list[float], least:
         pytest.param(None, 0, 0.1, False, id="not measured"),
     ],
 )
-def test_guidance_that_may_cost_more_recall_than_the_gate_allows_is_not_chosen(
+def test_guidance_that_may_cost_too_much_recall_is_not_chosen(
     loss: float | None, error: float, limit: float | None, is_chosen: bool
 ) -> None:
     kinds, gate = Kinds([0.5, 0.5, *[0] * 5], 0), GateConfig(recall_loss=limit)

@@ -33,7 +33,7 @@ def normal(seed: int, count: int, mean: float = 0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).normal(mean, 1, (count, 4)))
 
 
-def test_levels_of_all_tests_sum_to_the_rate_of_false_alarms() -> None:
+def test_levels_of_all_tests_sum_to_the_alarm_rate() -> None:
     levels = [level_of_test(newer, 0.05) for newer in range(60)]
     assert 0.049 < sum(levels) < 0.05
     assert levels == sorted(set(levels), reverse=True)
@@ -65,7 +65,7 @@ def test_p_value_is_that_of_all_permutations(n: int, m: int) -> None:
     assert exact / 3 < p_value < exact * 3
 
 
-def test_p_value_within_classes_is_that_of_all_permutations_within_them() -> None:
+def test_p_value_within_classes_equals_all_permutations_within_them() -> None:
     strata = [(normal(seed, 3), normal(seed + 10, 4, shift)) for seed, shift in enumerate((0.0, 1.0, 0.2))]
     every: list[np.ndarray] = []
     for first, second in strata:
@@ -152,7 +152,7 @@ def test_tests_of_a_version_share_its_level() -> None:
     ]
 
 
-def test_shifted_features_are_found_at_any_level_and_equal_ones_rarely() -> None:
+def test_shifted_features_are_found_and_equal_ones_rarely() -> None:
     assert compare_within([(normal(0, 100), normal(1, 100, 0.7))], 1e-3)[2] <= 1e-3
     p_values = [compare_within([(normal(2 * seed, 50), normal(2 * seed + 1, 50))], 0.05)[2] for seed in range(200)]
     # Uniform: 10 of 200 expected, and 20 or more with probability 0.2 %.
@@ -160,7 +160,7 @@ def test_shifted_features_are_found_at_any_level_and_equal_ones_rarely() -> None
     assert 0.4 < float(np.mean(p_values)) < 0.65
 
 
-def test_monitoring_a_champion_again_and_again_keeps_its_rate_of_false_alarms() -> None:
+def test_repeated_monitoring_keeps_the_rate_of_false_alarms() -> None:
     def alarms() -> Iterator[bool]:
         for seed in range(100):
             random = np.random.default_rng(seed)

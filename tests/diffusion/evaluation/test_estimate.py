@@ -27,11 +27,14 @@ def test_intervals_of_shares_are_wilsons_for_independent_images(count: int, data
     share = hits / count
     error = math.sqrt(share * (1 - share) / count)
     interval = Share(value=share, error=error, freedom=10**9, count=count).interval(0.95)
-    theirs = stats.binomtest(hits, count).proportion_ci(0.95, method="wilson")
-    assert (interval.low, interval.high) == (pytest.approx(theirs.low, abs=1e-6), pytest.approx(theirs.high, abs=1e-6))
+    expected = stats.binomtest(hits, count).proportion_ci(0.95, method="wilson")
+    assert (interval.low, interval.high) == (
+        pytest.approx(expected.low, abs=1e-6),
+        pytest.approx(expected.high, abs=1e-6),
+    )
 
 
-def test_an_interval_of_what_is_never_negative_is_cut_off_at_0() -> None:
+def test_intervals_of_non_negative_figures_start_at_0() -> None:
     usual, cut = (kind(value=0.1, error=0.2, freedom=9).interval(0.95) for kind in (Estimate, NonNegative))
     assert (cut.low, cut.high) == (0, usual.high)
     assert usual.low < 0
@@ -45,9 +48,9 @@ def test_correlated_images_widen_the_interval_of_a_share() -> None:
 
 @given(st.lists(st.tuples(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3)), min_size=2, max_size=30))
 def test_the_paired_difference_is_that_of_the_t_test(pairs: list[tuple[float, float]]) -> None:
-    ours, theirs = (list(each) for each in zip(*pairs, strict=True))
-    difference = paired_difference(ours, theirs)
-    differences = np.subtract(ours, theirs)
+    first, second = (list(each) for each in zip(*pairs, strict=True))
+    difference = paired_difference(first, second)
+    differences = np.subtract(first, second)
     assert difference.value == pytest.approx(np.mean(differences), abs=1e-9)
     assert difference.error == pytest.approx(stats.sem(differences), abs=1e-9)
     assert difference.freedom == len(pairs) - 1
@@ -56,9 +59,9 @@ def test_the_paired_difference_is_that_of_the_t_test(pairs: list[tuple[float, fl
 def test_paired_difference_removes_common_variation() -> None:
     random = np.random.default_rng(0)
     difficulty = random.normal(30, 5, 200)
-    ours, theirs = difficulty + random.normal(0.2, 0.1, 200), difficulty
-    difference = paired_difference(ours.tolist(), theirs.tolist())
-    unpaired = math.hypot(stats.sem(ours), stats.sem(theirs))
+    first, second = difficulty + random.normal(0.2, 0.1, 200), difficulty
+    difference = paired_difference(first.tolist(), second.tolist())
+    unpaired = math.hypot(stats.sem(first), stats.sem(second))
     assert difference.error < unpaired / 20
     assert difference.lower_bound(0.99) > 0
 

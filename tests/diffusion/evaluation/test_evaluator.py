@@ -1,5 +1,6 @@
 """The evaluation of one model: each metric that of its definition, computed once, and the same end after a kill."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,27 +10,20 @@ from torch import Tensor
 from diffusion.checkpoints import load_model
 from diffusion.common.random import GaussianNoise
 from diffusion.data.dataset import Dataset
-from diffusion.evaluation.evaluator import Evaluator, ModelEvaluator
+from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0, make_extractor
 from diffusion.evaluation.metrics.copies import detect_duplicates, shifted_thumbnails
-from diffusion.evaluation.metrics.distances import compute_scores
 from diffusion.evaluation.metrics.held_out_loss import measure_losses, summarize_losses
 from diffusion.evaluation.metrics.pixel_metrics import compare_appearance, measure_appearance, psnr
+from diffusion.evaluation.metrics.scores import compute_scores
+from diffusion.evaluation.model_evaluator import ModelEvaluator
 from diffusion.evaluation.results import ModelEvaluation
 from diffusion.families.model import Model
 from diffusion.generation.generate import sample
 from diffusion.generation.super_resolution import GenerationTask, shrink_images, upscale
 from diffusion.process.samplers import sampling_config
 from tests.builders.bucketed import bucketed_set
-from tests.builders.comparisons import (
-    CONFIG,
-    SAMPLING,
-    Watcher,
-    discs,
-    save_images,
-    training_images,
-    write_autoencoder,
-)
+from tests.builders.comparisons import CONFIG, SAMPLING, Watcher, discs, save_images, training_images, write_autoencoder
 from tests.builders.small_models import CONFIG as MODEL
 from tests.builders.small_models import write_model
 
@@ -41,9 +35,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return discs(tmp_path_factory.mktemp("data") / "discs")
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return write_model(tmp_path / "model.safetensors", seed=1, images=700)
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "model.safetensors", seed=1, images=700)
 
 
 def evaluated(
@@ -54,8 +48,19 @@ def evaluated(
     return model, model.evaluate()
 
 
-def test_an_evaluation_has_each_metric_of_the_generated_images(data: Path, model: Path, tmp_path: Path) -> None:
-    metrics, evaluation = evaluated(model, data, tmp_path)
+@pytest.fixture(scope="module")
+def whole(
+    data: Path, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, ModelEvaluator, ModelEvaluation]:
+    """The evaluation of ``model`` and the folder of its cache, which tests copy."""
+    folder = tmp_path_factory.mktemp("whole") / "evaluation"
+    return folder, *evaluated(model, data, folder)
+
+
+def test_an_evaluation_has_each_metric_of_the_generated_images(
+    data: Path, model: Path, whole: tuple[Path, ModelEvaluator, ModelEvaluation]
+) -> None:
+    _, metrics, evaluation = whole
     images = sample(load_model(model), range(CONFIG.samples), CONFIG.seed, SAMPLING)
     assert torch.equal(metrics.images, images)
     dataset, extractor = Dataset.open(data), EfficientNetLite0(32)
@@ -72,14 +77,6 @@ def test_an_evaluation_has_each_metric_of_the_generated_images(data: Path, model
     assert ModelEvaluation.model_validate_json(evaluation.model_dump_json()) == evaluation
     names = evaluation.metrics().keys()
     assert {"kid_efflite0", "copies_share", "duplicates_share", "drift_brightness", "bits_per_dim"} <= names
-
-
-def test_scores_are_computed_once(data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = evaluated(model, data, tmp_path)
-    monkeypatch.setattr("diffusion.evaluation.real_images.compute_scores", None)
-    assert evaluated(model, data, tmp_path)[1] == first[1]
-    with pytest.raises(TypeError):
-        evaluated(model, data, tmp_path, samples=40)
 
 
 def test_class_conditional_model_is_evaluated_per_class(data: Path, tmp_path: Path) -> None:
@@ -106,15 +103,24 @@ def test_mirrored_copies_count_whether_or_not_training_mirrored(flip: bool, data
     assert evaluated(path, data, tmp_path)[1].memorization.share == 1
 
 
-def test_a_model_is_evaluated_once_and_again_if_anything_changes(data: Path, model: Path, tmp_path: Path) -> None:
-    first = evaluated(model, data, tmp_path)[1]
-    watcher = Watcher()
-    assert evaluated(model, data, tmp_path, watcher)[1] == first
-    assert watcher.seen == []
+def test_a_model_is_evaluated_once_and_again_if_anything_changes(
+    data: Path,
+    model: Path,
+    whole: tuple[Path, ModelEvaluator, ModelEvaluation],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, first = Path(shutil.copytree(whole[0], tmp_path / "copy")), whole[2]
     for change in ({"seed": 1}, {"samples": 32}):
         watcher = Watcher()
-        assert evaluated(model, data, tmp_path, watcher, **change)[1] != first
+        assert evaluated(model, data, folder, watcher, **change)[1] != first
         assert watcher.sampled_models == {"model"}
+    watcher = Watcher()
+    monkeypatch.setattr("diffusion.evaluation.real_images.compute_scores", None)
+    assert evaluated(model, data, folder, watcher)[1] == first
+    assert watcher.seen == []
+    with pytest.raises(TypeError):
+        evaluated(model, data, folder, samples=40)
 
 
 def test_unconditional_samples_are_reused_when_the_data_set_grows(model: Path, tmp_path: Path) -> None:
@@ -139,13 +145,12 @@ def test_unconditional_samples_are_reused_when_the_data_set_grows(model: Path, t
     ],
 )
 def test_interrupted_model_evaluation_resumes_to_the_same_result(
-    stop_at: str, data: Path, model: Path, tmp_path: Path
+    stop_at: str, data: Path, model: Path, whole: tuple[Path, ModelEvaluator, ModelEvaluation], tmp_path: Path
 ) -> None:
-    whole = evaluated(model, data, tmp_path / "whole")[1]
     with pytest.raises(KeyboardInterrupt):
         evaluated(model, data, tmp_path / "cut", Watcher(stop_at))
     watcher = Watcher()
-    assert evaluated(model, data, tmp_path / "cut", watcher)[1] == whole
+    assert evaluated(model, data, tmp_path / "cut", watcher)[1] == whole[2]
     assert watcher.sampled_models == ({"model"} if stop_at.endswith("sampled") else set())
 
 
@@ -185,7 +190,7 @@ def test_images_of_several_shapes_have_different_noise(tmp_path: Path, monkeypat
         noises.extend(GaussianNoise(seed, "sampling", indices, model.noise_shape)().flatten(1)[:, :64])
         return torch.zeros(len(indices), *model.shape, dtype=torch.uint8)
 
-    monkeypatch.setattr("diffusion.evaluation.evaluator.generate", noted)
+    monkeypatch.setattr("diffusion.evaluation.model_images.generate", noted)
     weights = write_model(tmp_path / "model.safetensors", 0, 0, channels=3, size=16)
     evaluator = Evaluator(bucketed_set(tmp_path), CONFIG, SAMPLING, tmp_path / "evaluations")
     assert len({image.shape for image in evaluator.model(weights).images}) == 3

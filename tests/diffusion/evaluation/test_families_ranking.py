@@ -13,9 +13,9 @@ from diffusion.common.errors import UserError
 from diffusion.common.image_grids import make_grid, png_bytes
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.features.feature_extractor import make_extractor
-from diffusion.evaluation.metrics.distances import compute_moments, frechet_distance
+from diffusion.evaluation.metrics.frechet import compute_moments, frechet_distance
 from diffusion.evaluation.ranking import RANKING, Ranking, rank_models
-from diffusion.evaluation.reports.ranking_report import PAGE, findings, write_ranking_report
+from diffusion.evaluation.reports.ranking_report import RANKING_PAGE, describe_ranking, write_ranking_report
 from diffusion.families.config import AutoregressiveConfig, GANConfig, ModelConfig
 from diffusion.process.samplers import SamplingConfig, sampling_config
 from tests.builders.captioned import squares
@@ -76,7 +76,7 @@ def test_families_are_ranked_by_distance_with_confidence_of_the_lead(
     assert set(names[:2]) == {"gan", "autoregressive"}
     assert names[2:] == ["ddpm", "vae"]
     assert [lead.is_sure for lead in ranking.leads] == [False, True, True]
-    statements = findings(ranking)
+    statements = describe_ranking(ranking)
     assert "not distinguishable from the best" in statements[0]
     assert statements[1].startswith(f"{names[0]} is better than ddpm: by ")
     extractor, dataset = make_extractor(CONFIG), Dataset.open(data)
@@ -126,19 +126,19 @@ def test_ranking_report_shows_all_families_and_is_self_contained(
 ) -> None:
     ranking, sheets = compared(models, data, tmp_path)
     sheet_files = {name: png_bytes(make_grid(images, 8)) for name, images in sheets.items()}
-    write_ranking_report(tmp_path / PAGE, ranking, sheet_files, sheet_files.pop("real"))
-    page = Page((tmp_path / PAGE).read_text())
+    write_ranking_report(tmp_path / RANKING_PAGE, ranking, sheet_files, sheet_files.pop("real"))
+    page = Page((tmp_path / RANKING_PAGE).read_text())
     assert all(address.startswith("data:") for address in page.addresses)
     for name in models:
         assert np.array_equal(page.image(f"Images of {name}"), np.asarray(make_grid(sheets[name], 8)))
     assert np.array_equal(page.image("Real held-out images"), np.asarray(make_grid(sheets["real"], 8)))
     for words in ("KID", "precision", "recall", "bits per dimension", "images per second", "parameters", "≤", "none"):
         assert words in page.text
-    assert all(words in page.text for words in findings(ranking))
+    assert all(words in page.text for words in describe_ranking(ranking))
 
 
 @pytest.mark.usefixtures("fake_encoder")
-def test_a_model_of_captions_leads_none_without_and_its_agreement_is_shown_or_missed(tmp_path: Path) -> None:
+def test_a_model_of_captions_leads_none_without(tmp_path: Path) -> None:
     squares(tmp_path / "data", 120)
     text = NETWORK.model_copy(update={"text": True})
     paths = {"captions": text, "none": NETWORK, "more captions": text}
@@ -155,12 +155,12 @@ def test_a_model_of_captions_leads_none_without_and_its_agreement_is_shown_or_mi
         ranking, sheets = rank_models(tmp_path / "data", two, config, tmp_path / others)
         assert ranking.comparable == bool(ranking.leads) == (others != "none")
         assert (
-            any("better" in words or "not distinguishable" in words for words in findings(ranking))
+            any("better" in words or "not distinguishable" in words for words in describe_ranking(ranking))
             == ranking.comparable
         )
         files_of = {name: png_bytes(make_grid(images, 8)) for name, images in sheets.items()}
-        write_ranking_report(tmp_path / PAGE, ranking, files_of, files_of.pop("real"))
-        page_text = Page((tmp_path / PAGE).read_text()).text
+        write_ranking_report(tmp_path / RANKING_PAGE, ranking, files_of, files_of.pop("real"))
+        page_text = Page((tmp_path / RANKING_PAGE).read_text()).text
         assert "text-image agreement" in page_text
         assert ("not measured" in page_text) == (others == "none")
 

@@ -10,7 +10,8 @@ from diffusion.evaluation.cache import load_or_compute
 from diffusion.evaluation.comparison import own_metrics
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import Evaluator
-from diffusion.evaluation.gate import ComparisonMetrics, CopyShare, Decision, GateConfig, Verdict, decide
+from diffusion.evaluation.gate import GateConfig, GateDecision, GateVerdict, decide
+from diffusion.evaluation.gate_metrics import ComparisonMetrics, CopyShare
 from tests.builders.comparisons import SAMPLING
 from tests.builders.degraded import blurred
 from tests.builders.real_images import digits
@@ -71,7 +72,7 @@ MODELS: dict[str, tuple[Spoil, set[str]]] = {
 
 
 @pytest.fixture(scope="module")
-def decisions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Decision]:
+def decisions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, GateDecision]:
     """The gate's decision on each model, by its default features and number of images."""
     folder, config, features = tmp_path_factory.mktemp("first"), EvaluationConfig(), dict[bytes, Tensor]()
     source_images, classes = digits(5000)
@@ -108,22 +109,20 @@ def decisions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Decision]:
             reference=len(evaluator.real.compared),
             has_champion=False,
             memorized=CopyShare(share=0.0, expected=0, p_value=1.0),
-            **own_metrics(model, halves, baseline),
+            **own_metrics(evaluator, model, halves, baseline),
         )
         decisions[name] = decide(metrics, GateConfig())
     return decisions
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_first_versions_of_bad_images_are_held_by_the_rules_they_break(
-    name: str, decisions: dict[str, Decision]
-) -> None:
+def test_bad_first_versions_are_held_by_the_rules_they_break(name: str, decisions: dict[str, GateDecision]) -> None:
     decision, (_, rules) = decisions[name], MODELS[name]
-    assert decision.verdict == (Verdict.hold if rules else Verdict.promote), decision.reasons
-    assert rules <= {finding.rule for finding in decision.findings if finding.verdict == Verdict.hold}
+    assert decision.verdict == (GateVerdict.hold if rules else GateVerdict.promote), decision.reasons
+    assert rules <= {finding.rule for finding in decision.findings if finding.verdict == GateVerdict.hold}
 
 
-def test_reasons_name_the_classes_that_are_not_recognised(decisions: dict[str, Decision]) -> None:
+def test_reasons_name_the_classes_that_are_not_recognised(decisions: dict[str, GateDecision]) -> None:
     [reason] = decisions["two classes swapped"].reasons
     assert "'9' 0." in reason
     assert "'1'" not in reason

@@ -13,22 +13,18 @@ from pydantic import ValidationError
 from scipy.optimize import brentq
 from scipy.stats import binom, multivariate_normal, norm
 
-from diffusion.evaluation.bootstrap import Figure, Replicates, difference
+from diffusion.evaluation.bootstrap import Replicates, difference
 from diffusion.evaluation.comparison import distance_headline, psnr_headline
 from diffusion.evaluation.estimate import Estimate, sequential_confidences, share_estimate
-from diffusion.evaluation.gate import (
+from diffusion.evaluation.gate import GateConfig, GateDecision, GateVerdict, decide, images_needed
+from diffusion.evaluation.gate_metrics import (
     ClassAgreement,
     ComparisonMetrics,
     CopyShare,
     Cost,
-    Decision,
-    GateConfig,
     Headline,
     PromptAgreement,
-    Verdict,
     WorstClass,
-    decide,
-    images_needed,
 )
 from tests.builders.gaussian_distances import sample_gaussian, true_frechet, true_kid
 from tests.builders.one_metric import frechet_replicates, kid_replicates, share_replicates
@@ -37,7 +33,7 @@ from tests.builders.one_thread import one_thread
 SPLITS = 25
 HEADLINE_ALONE: dict[str, Any] = {"recall_loss": None, "memorized": None, "cost": None}
 TRIALS = 200
-MOST = int(binom.ppf(0.99, TRIALS, 0.05))
+MAX_ERRORS = int(binom.ppf(0.99, TRIALS, 0.05))
 """Promotions of 200 that a gate which errs in 5 % of all cases exceeds in 1 % of all tests."""
 WIDTH = 12
 """Features of an image."""
@@ -47,7 +43,7 @@ CHAMPION = 0.4
 """How far the champion's points lie from real ones, in each dimension."""
 
 
-def comparison(figure: Figure, seed: int, count: int, shift: float, common: float = 0.0) -> ComparisonMetrics:
+def comparison(figure: str, seed: int, count: int, shift: float, common: float = 0.0) -> ComparisonMetrics:
     """A candidate ``shift`` off against the champion, with a share ``common`` of the same noise, measured once."""
     noise, own, baseline, reference = (sample_gaussian(count, WIDTH, 4 * seed + each) for each in range(4))
     candidate = common * noise + (1 - common**2) ** 0.5 * own + shift
@@ -57,7 +53,7 @@ def comparison(figure: Figure, seed: int, count: int, shift: float, common: floa
     return ComparisonMetrics(basis="generated", samples=count, reference=count, has_champion=True, headline=headline)
 
 
-def better_by(figure: Figure, share: float) -> float:
+def better_by(figure: str, share: float) -> float:
     """The shift whose true distance is smaller than the champion's by this share, larger if that is negative."""
     goal = (1 - share) * TRUE[figure](WIDTH, CHAMPION, 1.0)
     return float(brentq(lambda shift: TRUE[figure](WIDTH, shift, 1.0) - goal, 0, 2 * CHAMPION))
@@ -65,18 +61,18 @@ def better_by(figure: Figure, share: float) -> float:
 
 def promotions(comparisons: list[ComparisonMetrics], delta: float) -> int:
     config = GateConfig(delta=delta, **HEADLINE_ALONE)
-    return sum(decide(each, config).verdict == Verdict.promote for each in comparisons)
+    return sum(decide(each, config).verdict == GateVerdict.promote for each in comparisons)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("figure", ["kid", "fd"])
-def test_the_same_model_with_other_seeds_is_promoted_no_more_often_than_the_confidence_allows(figure: Figure) -> None:
+def test_the_same_model_with_other_seeds_is_rarely_promoted(figure: str) -> None:
     comparisons = [comparison(figure, seed, 120, CHAMPION) for seed in range(TRIALS)]
-    assert promotions(comparisons, delta=0) <= MOST
+    assert promotions(comparisons, delta=0) <= MAX_ERRORS
     # Who goes by the figure alone promotes half of them, and who goes by one standard error a sixth.
     leads = [each.headline.lead for each in comparisons if each.headline]
-    assert sum(lead.value > 0 for lead in leads) > 2 * MOST
-    assert sum(lead.value > lead.error for lead in leads) > MOST
+    assert sum(lead.value > 0 for lead in leads) > 2 * MAX_ERRORS
+    assert sum(lead.value > lead.error for lead in leads) > MAX_ERRORS
 
 
 def test_model_that_samples_real_images_is_not_promoted_over_itself() -> None:
@@ -92,19 +88,19 @@ def test_model_that_samples_real_images_is_not_promoted_over_itself() -> None:
         chances.append(
             ComparisonMetrics(basis="generated", samples=60, reference=60, has_champion=True, headline=headline)
         )
-    assert promotions(chances, delta=0) <= MOST
+    assert promotions(chances, delta=0) <= MAX_ERRORS
 
 
-def test_a_model_better_by_exactly_delta_is_promoted_no_more_often_than_the_confidence_allows() -> None:
+def test_a_model_better_by_exactly_delta_is_rarely_promoted() -> None:
     comparisons = [comparison("kid", seed, 120, better_by("kid", 0.3)) for seed in range(TRIALS)]
-    assert promotions(comparisons, delta=0.3) <= MOST
+    assert promotions(comparisons, delta=0.3) <= MAX_ERRORS
     # It is better, and a gate without δ would say so much more often.
-    assert promotions(comparisons, delta=0) > 2 * MOST
+    assert promotions(comparisons, delta=0) > 2 * MAX_ERRORS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("figure", "count"), [("kid", 350), ("fd", 320)])
-def test_an_improvement_of_twice_delta_is_promoted_in_four_of_five_cases(figure: Figure, count: int) -> None:
+def test_twice_delta_is_promoted_in_four_of_five_cases(figure: str, count: int) -> None:
     shift = better_by(figure, 0.6)
     comparisons = [comparison(figure, seed, count, shift) for seed in range(100)]
     assert promotions(comparisons, delta=0.3) >= 80
@@ -113,25 +109,25 @@ def test_an_improvement_of_twice_delta_is_promoted_in_four_of_five_cases(figure:
     apart = 0
     for each in comparisons:
         assert each.headline is not None
-        ours, theirs = each.headline.candidate.interval(0.9), each.headline.champion.interval(0.9)
-        apart += ours.high + each.headline.smallest(0.3) < theirs.low
+        candidate, champion = each.headline.candidate.interval(0.9), each.headline.champion.interval(0.9)
+        apart += candidate.high + each.headline.required_lead(0.3) < champion.low
     assert apart < 80
-    assert all(decide(each, config).verdict != Verdict.reject for each in comparisons)
+    assert all(decide(each, config).verdict != GateVerdict.reject for each in comparisons)
 
 
-def recall_verdicts(scale: float, trials: int, count: int) -> list[Verdict]:
+def recall_verdicts(scale: float, trials: int, count: int) -> list[GateVerdict]:
     """What the rule on recall says of a champion against a candidate of ``scale`` times its variety, measured once."""
     verdicts = []
     for seed in range(trials):
         candidate, champion, reference = (sample_gaussian(count, WIDTH, 3 * seed + each) for each in range(3))
         with one_thread():
-            ours, theirs = share_replicates([candidate * scale, champion], reference, splits=SPLITS)
+            own, other = share_replicates([candidate * scale, champion], reference, splits=SPLITS)
         metrics = ComparisonMetrics(
             basis="generated",
             samples=count,
             reference=count,
             has_champion=True,
-            recall=difference(ours["recall"], theirs["recall"]),
+            recall=difference(own["recall"], other["recall"]),
         )
         findings = decide(metrics, GateConfig(memorized=None, cost=None)).findings
         verdicts.append(next(each.verdict for each in findings if each.rule == "recall"))
@@ -139,32 +135,32 @@ def recall_verdicts(scale: float, trials: int, count: int) -> list[Verdict]:
 
 
 @pytest.mark.slow
-def test_rule_on_recall_holds_equal_models_no_more_often_than_the_confidence_allows() -> None:
-    objections = [verdict for verdict in recall_verdicts(1.0, TRIALS, 60) if verdict != Verdict.promote]
-    assert len(objections) <= MOST
+def test_the_recall_rule_rarely_holds_equal_models() -> None:
+    objections = [verdict for verdict in recall_verdicts(1.0, TRIALS, 60) if verdict != GateVerdict.promote]
+    assert len(objections) <= MAX_ERRORS
 
 
 def test_rule_on_recall_stops_models_of_less_variety() -> None:
     verdicts = recall_verdicts(0.5, 20, 150)
-    assert verdicts.count(Verdict.promote) <= 1
+    assert verdicts.count(GateVerdict.promote) <= 1
 
 
 HALF_THE_COST = Cost(candidate=2, champion=4, unit="network evaluations")
 
 
-def as_good(figure: Figure, worse: float, count: int, trials: int = TRIALS, **config: Any) -> int:
+def as_good(figure: str, worse: float, count: int, trials: int = TRIALS, **config: Any) -> int:
     """How often a candidate whose distance is larger by the share ``worse`` is promoted at half the cost."""
     shift, settings = better_by(figure, -worse), GateConfig(**HEADLINE_ALONE | config)
     comparisons = [comparison(figure, seed, count, shift) for seed in range(trials)]
     cheaper = [each.model_copy(update={"cost": HALF_THE_COST}) for each in comparisons]
-    return sum(decide(each, settings).verdict == Verdict.promote for each in cheaper)
+    return sum(decide(each, settings).verdict == GateVerdict.promote for each in cheaper)
 
 
-def test_cheaper_model_worse_by_exactly_delta_is_promoted_no_more_often_than_the_confidence_allows() -> None:
-    assert as_good("kid", 0.3, 120, delta=0.3) <= MOST
+def test_a_cheaper_model_worse_by_delta_is_rarely_promoted() -> None:
+    assert as_good("kid", 0.3, 120, delta=0.3) <= MAX_ERRORS
 
 
-def test_cheaper_model_as_good_as_the_champion_is_promoted_in_four_of_five_cases() -> None:
+def test_an_equal_cheaper_model_is_promoted_in_four_of_five() -> None:
     assert as_good("kid", 0.0, 800, trials=40, delta=0.3) >= 32
 
 
@@ -185,7 +181,7 @@ def test_much_cheaper_candidate_need_not_be_better(difference: float, cost: Cost
     assert any(words in reason for reason in decision.reasons)
     # Without the rule it must be better, whatever it costs.
     alone = decided({"delta": 0.2, "saving": None}, headline=headline(difference), cost=cost)
-    assert (alone.verdict == Verdict.promote) == (difference < -0.004)
+    assert (alone.verdict == GateVerdict.promote) == (difference < -0.004)
 
 
 def test_shared_noise_detects_smaller_improvements() -> None:
@@ -197,7 +193,7 @@ def test_shared_noise_detects_smaller_improvements() -> None:
 
 def test_a_model_that_is_surely_worse_is_rejected() -> None:
     comparisons = [comparison("kid", seed, 200, 2 * CHAMPION) for seed in range(10)]
-    assert all(decide(each, GateConfig(**HEADLINE_ALONE)).verdict == Verdict.reject for each in comparisons)
+    assert all(decide(each, GateConfig(**HEADLINE_ALONE)).verdict == GateVerdict.reject for each in comparisons)
 
 
 def test_images_needed_suffice_in_four_of_five_cases() -> None:
@@ -239,21 +235,21 @@ def copies(share: float, p_value: float = 0.001, expected: float = 0) -> CopySha
     return CopyShare(share=share, expected=expected, p_value=p_value)
 
 
-def decided(config: dict[str, Any] | None = None, **changes: Any) -> Decision:
+def decided(config: dict[str, Any] | None = None, **changes: Any) -> GateDecision:
     metrics = ComparisonMetrics(**{**FULL, "headline": headline(-0.008), **changes})
     return decide(metrics, GateConfig(**(config or {})))
 
 
-def test_a_better_model_within_all_limits_is_promoted_with_its_figures() -> None:
+def test_a_better_model_within_all_limits_is_promoted() -> None:
     decision = decided()
-    assert decision.verdict == Verdict.promote
+    assert decision.verdict == GateVerdict.promote
     assert [each.rule for each in decision.findings] == ["headline", "memorized", "recall", "cost"]
     assert decision.reasons[0] == (
         "better by more than δ: kid_efflite0 0.0130 ± 0.0015, the champion's 0.0210 ± 0.0015, on 500 generated images "
         "and 1,000 held-out: better by 0.0080 ± 0.0010, at least 0.00634 with confidence 0.95 and at most 0.00966 with "
         "0.95; δ = 0.05 is 0.00100"
     )
-    assert Decision.model_validate_json(decision.model_dump_json()) == decision
+    assert GateDecision.model_validate_json(decision.model_dump_json()) == decision
 
 
 @pytest.mark.parametrize(("look", "looks"), [(1, 1), (1, 3), (3, 3), (1, 8)])
@@ -261,8 +257,8 @@ def test_several_looks_make_no_objection_weaker(look: int, looks: int) -> None:
     sure_of_one = Estimate(value=-0.15, error=0.08, freedom=100)
     metrics = ComparisonMetrics(**{**FULL, "headline": headline(-0.02), "recall": sure_of_one})
     decision = decide(metrics, GateConfig(), look, looks)
-    assert decision.verdict == Verdict.hold
-    assert [each.rule for each in decision.findings if each.verdict == Verdict.hold] == ["recall"]
+    assert decision.verdict == GateVerdict.hold
+    assert [each.rule for each in decision.findings if each.verdict == GateVerdict.hold] == ["recall"]
 
 
 @pytest.mark.parametrize(
@@ -282,7 +278,7 @@ def test_headline_verdict_depends_on_its_confidence_bounds(difference: float, ve
 
 def test_improvement_below_delta_is_held_for_any_number_of_images() -> None:
     decision = decided(headline=headline(-0.0005, error=0.0001))
-    assert decision.verdict == Verdict.hold
+    assert decision.verdict == GateVerdict.hold
     assert decision.reasons[0].startswith("not better by δ, as more images would only confirm")
     assert decision.findings[0].images is None
 
@@ -304,15 +300,15 @@ def test_held_model_reports_how_many_images_would_decide() -> None:
 
 def test_the_very_same_images_are_no_improvement() -> None:
     decision = decided({"delta": 0}, headline=headline(0.0, error=0.0))
-    assert decision.verdict == Verdict.hold
+    assert decision.verdict == GateVerdict.hold
     assert decision.findings[0].images is None
 
 
 def test_delta_is_a_share_of_what_the_champion_lacks() -> None:
     near, far = headline(-0.002, champion=0.003), headline(-0.002, champion=0.021)
-    assert near.smallest(0.1) == pytest.approx(0.0002)
-    assert far.smallest(0.1) == pytest.approx(0.002)
-    assert headline(-0.002, champion=0.0005).smallest(0.1) == 0
+    assert near.required_lead(0.1) == pytest.approx(0.0002)
+    assert far.required_lead(0.1) == pytest.approx(0.002)
+    assert headline(-0.002, champion=0.0005).required_lead(0.1) == 0
 
 
 @given(st.floats(1e-4, 1e4), st.floats(-0.02, 0.02), st.floats(1e-5, 0.02), st.floats(0, 0.5))
@@ -330,20 +326,20 @@ def test_the_verdict_does_not_depend_on_the_unit(unit: float, difference: float,
     )
     verdicts = {decided({"delta": delta}, headline=each).verdict for each in (here, there)}
     margin = min(
-        abs(bound - here.smallest(delta)) for bound in (here.lead.lower_bound(0.95), here.lead.upper_bound(0.95))
+        abs(bound - here.required_lead(delta)) for bound in (here.lead.lower_bound(0.95), here.lead.upper_bound(0.95))
     )
     if min(margin, abs(here.lead.upper_bound(0.95))) > 1e-9:  # rounding decides what lies nearer
         assert len(verdicts) == 1
 
 
 @given(st.floats(-0.02, 0.02), st.floats(0, 0.01), st.floats(0, 0.5), st.floats(0.51, 0.999))
-def test_nothing_that_is_not_better_by_delta_as_measured_is_promoted(
+def test_only_leads_measured_above_delta_are_promoted(
     difference: float, error: float, delta: float, confidence: float
 ) -> None:
     comparison_headline = headline(difference, error)
     decision = decided({"delta": delta, "confidence": confidence}, headline=comparison_headline)
-    if decision.verdict == Verdict.promote:
-        assert -difference > comparison_headline.smallest(delta)
+    if decision.verdict == GateVerdict.promote:
+        assert -difference > comparison_headline.required_lead(delta)
 
 
 @pytest.mark.parametrize(
@@ -420,7 +416,7 @@ def test_text_image_agreement_may_fall_by_a_share(candidate: float, error: float
     assert decided({"agreement_loss": None}, agreement=agreeing(candidate, 0.1, error)).verdict == "promote"
 
 
-def test_agreement_that_was_not_measured_and_unlike_conditions_are_said_and_no_objection() -> None:
+def test_unmeasured_agreement_and_unlike_conditions_do_not_hold() -> None:
     decision = decided({"class_loss": 0.5}, agreement="not measured", unlike=("one", "other"), class_conditional=False)
     assert decision.verdict == "promote"
     reasons = {each.rule: each.reason for each in decision.findings}
@@ -432,16 +428,16 @@ def test_agreement_that_was_not_measured_and_unlike_conditions_are_said_and_no_o
 @pytest.mark.parametrize("missing", ["headline", "recall", "memorized", "worst_class", "cost"])
 def test_unmeasured_metric_of_a_rule_holds_the_candidate(missing: str) -> None:
     config, figures = {"class_loss": 0.5}, {"worst_class": worst(0.05, 0.05, 0.005)}
-    assert decided(config, **figures).verdict == Verdict.promote
+    assert decided(config, **figures).verdict == GateVerdict.promote
     decision = decided(config, **figures | {missing: None})
-    assert decision.verdict == Verdict.hold
+    assert decision.verdict == GateVerdict.hold
     (reason,) = decision.reasons
     assert reason.startswith("not measured: ")
 
 
 def test_disabled_rules_require_no_metrics() -> None:
     decision = decided(HEADLINE_ALONE, recall=None, memorized=None, cost=None)
-    assert decision.verdict == Verdict.promote
+    assert decision.verdict == GateVerdict.promote
     assert len(decision.findings) == 1
 
 
@@ -457,11 +453,11 @@ def own(value: float, error: float = 0.05, **others: float) -> dict[str, Estimat
 def test_a_first_version_is_promoted_unless_it_copies() -> None:
     first = FIRST | {"own": own(0.7), "own_real": own(0.8)}
     decision = decided(**first)
-    assert decision.verdict == Verdict.promote
+    assert decision.verdict == GateVerdict.promote
     assert decision.reasons[0] == "first version: there was no champion"
     assert "precision 0.700 ± 0.050 (required 0.48, 0.6 of what real images reach)" in decision.reasons
-    assert decided(**first | {"memorized": copies(0.3)}).verdict == Verdict.reject
-    assert decided(**first | {"memorized": None}).verdict == Verdict.hold
+    assert decided(**first | {"memorized": copies(0.3)}).verdict == GateVerdict.reject
+    assert decided(**first | {"memorized": None}).verdict == GateVerdict.hold
 
 
 @pytest.mark.parametrize("weak", BARS)
@@ -475,7 +471,7 @@ def test_a_first_version_is_held_unless_surely_above_each_bar(weak: str) -> None
         assert decision.verdict == verdict, excess
         for off in (None, 0):
             without = first | {"own": values | {weak: Estimate(value=0)}}
-            assert decided({BARS[weak]: off}, **without).verdict == Verdict.promote
+            assert decided({BARS[weak]: off}, **without).verdict == GateVerdict.promote
         if verdict == "hold":
             [finding] = [finding for finding in decision.findings if finding.verdict == "hold"]
             assert finding.rule == weak
@@ -484,7 +480,7 @@ def test_a_first_version_is_held_unless_surely_above_each_bar(weak: str) -> None
     for missing in ("own", "own_real"):
         values = {"own": own(0.75), "own_real": real}
         del values[missing][weak]
-        assert decided(**FIRST, **values).verdict == Verdict.hold, "not measured"
+        assert decided(**FIRST, **values).verdict == GateVerdict.hold, "not measured"
 
 
 def test_a_bar_follows_what_real_images_reach() -> None:
@@ -526,29 +522,29 @@ def class_agreements(*values: float) -> tuple[ClassAgreement, ...]:
     )
 
 
-def test_a_first_version_with_a_class_that_is_not_recognised_is_held_by_name() -> None:
+def test_a_first_version_is_held_by_an_unrecognised_class() -> None:
     first = FIRST | {"own": own(0.75), "own_real": own(0.8)}
-    assert decided(**first, classes=class_agreements(*[0.9] * 9, 0.4)).verdict == Verdict.promote, "not surely"
+    assert decided(**first, classes=class_agreements(*[0.9] * 9, 0.4)).verdict == GateVerdict.promote, "not surely"
     lost = FIRST | {"own": own(0.75), "own_real": own(0.8), "classes": class_agreements(*[0.9] * 9, 0.1)}
     decision = decided(**lost)
-    assert decision.verdict == Verdict.hold
+    assert decision.verdict == GateVerdict.hold
     [reason] = decision.reasons
     assert "'9' 0.100" in reason
     assert "'8'" not in reason
-    assert decided({"min_class_agreement": None}, **lost).verdict == Verdict.promote
+    assert decided({"min_class_agreement": None}, **lost).verdict == GateVerdict.promote
 
 
-def test_class_agreement_of_a_first_version_without_classes_is_not_asked_for() -> None:
+def test_class_agreement_is_not_required_without_classes() -> None:
     values = {
         name: {metric: each for metric, each in own(0.75).items() if metric in OWN[:3]} for name in ("own", "own_real")
     }
-    assert decided(**FIRST, **values).verdict == Verdict.hold
-    assert decided(**FIRST, **values, class_conditional=False).verdict == Verdict.promote
+    assert decided(**FIRST, **values).verdict == GateVerdict.hold
+    assert decided(**FIRST, **values, class_conditional=False).verdict == GateVerdict.promote
 
 
 def test_a_first_autoencoder_has_no_bars() -> None:
     reconstructed = FIRST | {"basis": "reconstructed", "memorized": None}
-    assert decided(**reconstructed).verdict == Verdict.promote
+    assert decided(**reconstructed).verdict == GateVerdict.promote
 
 
 # Several looks, by Gaussian increments.
@@ -580,29 +576,29 @@ def verdicts_after(
             )
             fields = {"basis": "generated", "reference": 500, "has_champion": True, "headline": each}
             decision = decide(ComparisonMetrics(samples=250 * 2**look, **fields), config, look, looks)
-            if decision.verdict != Verdict.hold or (gives_up and not decision.worth_another_look(250 * 2**looks)):
+            if decision.verdict != GateVerdict.hold or (gives_up and not decision.worth_another_look(250 * 2**looks)):
                 break
         verdicts.append(decision.verdict)
     return verdicts
 
 
 @pytest.mark.parametrize(("looks", "held_out"), [(1, 0.0), (2, 0.0), (3, 0.0), (3, 1.0), (8, 0.0)])
-def test_looks_together_promote_a_model_at_delta_as_rarely_as_one(looks: int, held_out: float) -> None:
+def test_looks_together_promote_at_delta_as_rarely_as_one(looks: int, held_out: float) -> None:
     # At δ of the champion's distance, the most favourable candidate that must not be promoted.
     lead = 0.1 * 20 / np.sqrt(1 + held_out)
-    promotions = verdicts_after(lead, looks, held_out, delta=0.1, gives_up=False).count(Verdict.promote)
+    promotions = verdicts_after(lead, looks, held_out, delta=0.1, gives_up=False).count(GateVerdict.promote)
     assert promotions <= binom.ppf(0.999, TRIALS_OF_LOOKS, 0.05)
     if held_out == 0:
         # All of the error is spent, but for what is rejected before a later look.
         assert promotions >= 0.8 * TRIALS_OF_LOOKS * 0.05
 
 
-def test_further_looks_reject_a_worse_candidate_no_more_rarely_than_one() -> None:
+def test_further_looks_reject_worse_candidates_as_often_as_one() -> None:
     # Worse by four times δ, and rejected by one look in 74 % of all cases. Where δ is small beside the error, what is
     # not ahead is hardly looked at again, so that the first look must reject as often.
     lead = -float(norm.ppf(0.95) + norm.ppf(0.74))
     one, three, shared = (
-        verdicts_after(lead, looks, held_out, delta=-lead / 4 / 20).count(Verdict.reject) / TRIALS_OF_LOOKS
+        verdicts_after(lead, looks, held_out, delta=-lead / 4 / 20).count(GateVerdict.reject) / TRIALS_OF_LOOKS
         for looks, held_out in ((1, 0.0), (3, 0.0), (3, 1.0))
     )
     assert one == pytest.approx(0.74, abs=0.03)
@@ -610,16 +606,16 @@ def test_further_looks_reject_a_worse_candidate_no_more_rarely_than_one() -> Non
     assert shared >= 0.97 * one
 
 
-def test_further_looks_find_a_lead_more_often_than_equal_shares_of_the_error_would() -> None:
+def test_further_looks_find_leads_more_often_than_bonferroni() -> None:
     lead, bonferroni = 1.5, norm.ppf(1 - 0.05 / 3)
     rng, counts = np.random.default_rng(1), np.array([1, 2, 4])
     sums = (rng.standard_normal((TRIALS_OF_LOOKS, 3)) * np.sqrt(np.diff(counts, prepend=0))).cumsum(1) + lead * counts
     power = (sums / np.sqrt(counts) > bonferroni).any(1).mean()
-    assert verdicts_after(lead, 3, gives_up=False).count(Verdict.promote) / TRIALS_OF_LOOKS > power + 0.04
+    assert verdicts_after(lead, 3, gives_up=False).count(GateVerdict.promote) / TRIALS_OF_LOOKS > power + 0.04
 
 
-def test_a_good_candidate_is_hardly_ever_rejected_at_an_early_look() -> None:
-    assert verdicts_after(2.0, 3).count(Verdict.reject) <= 4
+def test_a_good_candidate_is_hardly_ever_rejected_early() -> None:
+    assert verdicts_after(2.0, 3).count(GateVerdict.reject) <= 4
 
 
 @pytest.mark.parametrize("looks", [1, 2, 3, 5])
@@ -634,13 +630,13 @@ def test_confidences_of_looks_agree_with_the_multivariate_normal_distribution(lo
 def test_incomparable_candidate_is_held_and_rejected_if_it_copies() -> None:
     unlike = {"incomparable": "they are of two families", "headline": None, "recall": None, "cost": None}
     decision = decided({"class_loss": 0.5}, **unlike)
-    assert (decision.verdict, decision.reasons) == (Verdict.hold, ("they are of two families",))
-    assert decided(**unlike | {"memorized": copies(0.3)}).verdict == Verdict.reject
+    assert (decision.verdict, decision.reasons) == (GateVerdict.hold, ("they are of two families",))
+    assert decided(**unlike | {"memorized": copies(0.3)}).verdict == GateVerdict.reject
 
 
-def test_a_better_model_over_the_limit_of_copies_is_never_promoted() -> None:
+def test_a_better_model_beyond_the_copy_limit_is_rejected() -> None:
     decision = decided(headline=headline(-0.02), memorized=copies(0.06))
-    assert decision.verdict == Verdict.reject
+    assert decision.verdict == GateVerdict.reject
     assert len(decision.reasons) == 1
     assert decision.reasons[0].startswith("copies of training images: 6.00% of 500 generated")
 
@@ -702,7 +698,7 @@ def test_autoencoders_are_evaluated_by_psnr_gain_per_image() -> None:
         assert len(decision.findings) == 1
         assert "dB" in decision.reasons[0]
     # A twentieth less squared error.
-    assert gain_headline.smallest(0.05) == pytest.approx(0.2228, abs=1e-4)
+    assert gain_headline.required_lead(0.05) == pytest.approx(0.2228, abs=1e-4)
 
 
 @pytest.mark.parametrize(

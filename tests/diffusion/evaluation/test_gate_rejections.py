@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor
 
 from diffusion.evaluation.comparison import ChampionComparison, compare_with_champion
-from diffusion.evaluation.gate import GateConfig, Verdict
+from diffusion.evaluation.gate import GateConfig, GateVerdict
 from tests.builders.comparisons import CONFIG, SAMPLING, Watcher, save_images, training_images
 from tests.builders.degraded import blurred, compressed, with_copies, with_noise, without_classes
 from tests.builders.real_images import images
@@ -87,8 +87,8 @@ def test_degraded_images_are_never_promoted_and_rejected_when_visible(kind: str,
     mild, serious = (
         compare_models(house.model_of(spoil(house.spare[COUNT : 2 * COUNT])), champion, house) for spoil in DOSES[kind]
     )
-    assert mild.decision.verdict != Verdict.promote
-    assert serious.decision.verdict == Verdict.reject
+    assert mild.decision.verdict != GateVerdict.promote
+    assert serious.decision.verdict == GateVerdict.reject
     assert serious.reason.startswith("worse than the champion: kid_efflite0")
 
 
@@ -97,19 +97,19 @@ def test_degraded_images_are_never_promoted_and_rejected_when_visible(kind: str,
 def test_model_that_covers_two_of_ten_classes_is_rejected(house: House, champion: Path) -> None:
     two = without_classes(house.spare[COUNT:], house.classes[COUNT:], 8, COUNT)
     comparison = compare_models(house.model_of(two), champion, house)
-    assert comparison.decision.verdict == Verdict.reject
+    assert comparison.decision.verdict == GateVerdict.reject
     assert comparison.reason.startswith("worse than the champion: kid_efflite0")
     assert comparison.champion is not None
-    ours, theirs = (side.estimates["coverage_efflite0"] for side in (comparison.candidate, comparison.champion))
-    assert ours.interval.high < theirs.interval.low
+    candidate, champion = (side.estimates["coverage_efflite0"] for side in (comparison.candidate, comparison.champion))
+    assert candidate.interval.high < champion.interval.low
 
 
 @pytest.mark.usefixtures("few_cuts")
-def test_a_model_that_copies_is_rejected_though_it_is_surely_better(house: House) -> None:
+def test_a_model_that_copies_is_rejected_though_better(house: House) -> None:
     worse = house.model_of(with_noise(house.spare[:COUNT], 0.2))
     learned = training_images(house.data, 40)
     comparison = compare_models(house.model_of(with_copies(house.spare[COUNT : 2 * COUNT], learned)), worse, house)
-    assert comparison.decision.verdict == Verdict.reject
-    assert {each.rule: each.verdict for each in comparison.decision.findings}["headline"] == Verdict.promote
-    assert [each.rule for each in comparison.decision.findings if each.verdict == Verdict.reject] == ["memorized"]
+    assert comparison.decision.verdict == GateVerdict.reject
+    assert {each.rule: each.verdict for each in comparison.decision.findings}["headline"] == GateVerdict.promote
+    assert [each.rule for each in comparison.decision.findings if each.verdict == GateVerdict.reject] == ["memorized"]
     assert comparison.reason.startswith("copies of training images: ")

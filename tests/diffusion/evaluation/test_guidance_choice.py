@@ -13,10 +13,11 @@ from diffusion.checkpoints import export, load_model
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.cache import load_or_compute
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.evaluate import evaluate, findings
+from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
-from diffusion.evaluation.metrics.distances import compute_kid
+from diffusion.evaluation.metrics.kid import compute_kid
+from diffusion.evaluation.reports.evaluation_report import findings
 from diffusion.evaluation.results import Evaluation, GuidanceScore
 from diffusion.generation.config import make_request
 from diffusion.generation.generate import sample
@@ -81,9 +82,7 @@ def spoiled(data: Path, deviation: float) -> Tensor:
     return (clean + deviation * noise).round().clamp(0, 255).to(torch.uint8)
 
 
-def test_guidance_is_scored_on_images_and_training_images_that_the_gate_does_not_compare(
-    data: Path, tmp_path: Path
-) -> None:
+def test_guidance_is_scored_on_images_the_gate_does_not_use(data: Path, tmp_path: Path) -> None:
     checkpoint, watcher = write_checkpoint(tmp_path), Watcher()
     evaluation = evaluate(data, [checkpoint], CONFIG, SAMPLING, tmp_path / "report", progress=watcher)
     scores = scores_of(evaluation)
@@ -116,7 +115,7 @@ def test_guidance_is_scored_on_images_and_training_images_that_the_gate_does_not
     assert again.seen == []
 
 
-def test_chosen_guidance_goes_into_the_registered_file_which_samples_with_it(data: Path, tmp_path: Path) -> None:
+def test_chosen_guidance_is_stored_in_the_registered_file(data: Path, tmp_path: Path) -> None:
     checkpoint, report = write_checkpoint(tmp_path), tmp_path / "report"
     noises = dict(zip(CANDIDATES, (90, 40, 2, 20, 60), strict=True))
     evaluation = evaluated(data, checkpoint, report, {text: spoiled(data, noise) for text, noise in noises.items()})
@@ -185,7 +184,7 @@ def test_no_guidance_is_chosen_where_there_are_no_candidates(
     assert evaluate(data, [checkpoint], config, SAMPLING, tmp_path / "report").guidance is None
 
 
-def test_autoguidance_by_a_guide_is_a_candidate_with_and_without_classes(data: Path, tmp_path: Path) -> None:
+def test_autoguidance_is_a_candidate_with_and_without_classes(data: Path, tmp_path: Path) -> None:
     by_guide = ["1.5 by autoguidance", "2 by autoguidance", "3 by autoguidance"]
     for classes, others in ((CLASSES, list(CANDIDATES)), ({}, ["none"])):
         folder = tmp_path / f"{len(classes)}"
@@ -199,7 +198,7 @@ def test_autoguidance_by_a_guide_is_a_candidate_with_and_without_classes(data: P
         assert torch.equal(images, sample(load_model(checkpoint), range(3), 7, choice[-1].sampling))
 
 
-def test_candidates_of_guidance_change_no_evaluation_key_and_have_scales_above_1() -> None:
+def test_guidance_candidates_keep_the_key_and_exceed_1() -> None:
     conditions = an_evaluation([0.1]).conditions
     other = conditions.model_copy(update={"evaluation": EvaluationConfig(guidance=(4,))})
     assert (other != conditions, other.key) == (True, conditions.key)

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from diffusion.evaluation.bootstrap import SPLITS
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.evaluator import Evaluator
+from diffusion.evaluation.metrics.metric import SPLITS
 from diffusion.process.samplers import sampling_config
 from tests.builders.comparisons import Watcher, evaluate_one
 from tests.builders.one_metric import compute_replicates
@@ -51,7 +51,7 @@ def test_evaluation_has_intervals_of_best_checkpoint_and_baseline(dataset: Path,
     assert (few.estimates, few.real_baseline.estimates) == ({}, {})
 
 
-def test_another_run_on_the_same_data_set_looks_at_no_real_image_again(dataset: Path, tmp_path: Path) -> None:
+def test_another_run_on_the_data_set_reuses_real_features(dataset: Path, tmp_path: Path) -> None:
     path = write_model(tmp_path / "100.safetensors", seed=1, images=100)
     first, other = Watcher(), Watcher()
     evaluate(dataset, [path], CONFIG, SAMPLING, tmp_path / "report", progress=first)

@@ -9,15 +9,11 @@ import torch
 from torch import Tensor
 
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
-from diffusion.evaluation.metrics.copies import (
-    PIXELS,
-    Memorization,
-    detect_memorization,
-)
-from diffusion.evaluation.metrics.distances import Scores, compute_scores
+from diffusion.evaluation.metrics.copies import PIXELS, Memorization, detect_memorization
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest
 from diffusion.evaluation.metrics.per_class import LabelledFeatures, PerClass, evaluate_classes, fit_discriminant
 from diffusion.evaluation.metrics.registration import find_registered
+from diffusion.evaluation.metrics.scores import Scores, compute_scores
 from tests.builders.degraded import blurred, compressed, with_copies, with_noise, without_classes
 from tests.builders.real_images import FASHION, clothes
 
@@ -137,7 +133,7 @@ def detect_copies_among(images: Tensor) -> Memorization:
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_copies_of_training_images_are_counted_and_no_distance_sees_them() -> None:
+def test_copies_are_counted_though_no_distance_sees_them() -> None:
     training = sets()["training"][0]
     several = [with_copies(generated_images(), training[:count]) for count in (0, 15, 60, 240)]
     detections = [detect_copies_among(each) for each in several]

@@ -64,7 +64,7 @@ def compared(
 
 
 @pytest.mark.parametrize("reverse", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_stable_diffusion_pipeline_and_a_network_of_captions_are_compared_on_the_same_prompts(
+def test_a_stable_diffusion_pipeline_and_a_network_share_prompts(
     reverse: bool, data: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     write_clip(tmp_path / "clip")
@@ -80,10 +80,10 @@ def test_a_stable_diffusion_pipeline_and_a_network_of_captions_are_compared_on_t
     for each in (comparison.candidate, comparison.champion):
         assert isinstance(each.text_image_agreement, TextImageAgreement)
     evaluator = Evaluator(data, FEW.model_copy(update={"seed": FEW.seed + 1}), SAMPLING, tmp_path)
-    ours, theirs = (evaluator.model(path) for path in pair)
+    first, second = (evaluator.model(path) for path in pair)
     dataset = Dataset.open(data)
     prompts = tuple(dataset.captions(dataset.rows("held_out")))[: FEW.samples]
-    assert ours.conditions.prompts == theirs.conditions.prompts == prompts
+    assert first.conditions.prompts == second.conditions.prompts == prompts
     cost = comparison.compared.cost
     assert cost is not None
     # The same number of passes of two networks, of which the pipeline's is the larger one.
@@ -111,7 +111,7 @@ def test_pipelines_of_other_conditions_are_held(
 
 
 @pytest.mark.slow
-def test_an_unconditional_pipeline_and_one_of_classes_are_compared_as_a_whole(
+def test_unconditional_and_class_pipelines_are_compared_as_a_whole(
     data: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     for other in (own(tmp_path, False, "red", "green", "blue"), model_folder / "class_conditional.safetensors"):
@@ -121,18 +121,14 @@ def test_an_unconditional_pipeline_and_one_of_classes_are_compared_as_a_whole(
         assert "only the champion has classes" in reason
 
 
-def test_classes_of_a_pipeline_that_the_candidate_does_not_know_hold_it(
-    data: Path, model_folder: Path, tmp_path: Path
-) -> None:
+def test_unknown_classes_of_a_pipeline_hold_the_candidate(data: Path, model_folder: Path, tmp_path: Path) -> None:
     pair = [own(tmp_path, False, "red", "green", "blue"), model_folder / "class_conditional.safetensors"]
     comparison, _ = compared(pair, data, tmp_path)
     assert comparison.decision.verdict == "hold"
     assert "3 classes that the candidate does not know" in comparison.reason
 
 
-def test_a_pipeline_sampled_by_its_own_scheduler_is_compared_with_a_network_sampled_by_its_default(
-    data: Path, model_folder: Path, tmp_path: Path
-) -> None:
+def test_a_pipeline_with_its_own_scheduler_meets_a_network(data: Path, model_folder: Path, tmp_path: Path) -> None:
     sampling = sampling_config(sampler="scheduler", steps=4, compute_batch=16, precision="fp32")
     comparison, _ = compared(
         [model_folder / "stable_diffusion.safetensors", own(tmp_path, text=True)], data, tmp_path, sampling

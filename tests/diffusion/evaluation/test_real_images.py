@@ -15,8 +15,8 @@ from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation import real_images
 from diffusion.evaluation.cache import pieces_folder
-from diffusion.evaluation.metrics import distances
-from diffusion.evaluation.metrics.distances import Reference
+from diffusion.evaluation.metrics import overlap
+from diffusion.evaluation.metrics.scores import PreparedReference, prepare_reference
 from diffusion.evaluation.real_images import RealImages
 from diffusion.generation.super_resolution import GenerationTask
 from tests.builders.small_datasets import random_images, write_dataset
@@ -51,15 +51,18 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def same(first: Reference, second: Reference) -> bool:
-    pairs = [(first.features, second.features), (first.nearest, second.nearest)]
-    pairs.append((first.kernel_sums, second.kernel_sums))
-    pairs += [(first.moments.mean, second.moments.mean), (first.moments.root, second.moments.root)]
+def same(first: PreparedReference, second: PreparedReference) -> bool:
+    pairs = [(first.features, second.features)]
+    pairs += [
+        (tensor, second.statistics[metric][name])
+        for metric, tensors in first.statistics.items()
+        for name, tensor in tensors.items()
+    ]
     return all(torch.equal(*pair) for pair in pairs)
 
 
-def pixels_of(dataset: Dataset, rows: np.ndarray = ROWS, factor: float = 1.0) -> Reference:
-    return Reference.from_features(dataset.images(rows).flatten(1).float() * factor)
+def pixels_of(dataset: Dataset, rows: np.ndarray = ROWS, factor: float = 1.0) -> PreparedReference:
+    return prepare_reference(dataset.images(rows).flatten(1).float() * factor)
 
 
 def real_images_of(
@@ -77,7 +80,7 @@ def cached_features(cache: Path, dataset: Dataset, rows: np.ndarray, extractor: 
 
 def cached_reference(
     cache: Path, dataset: Dataset, rows: np.ndarray, extractor: Pixels, progress: Progress = ignore_progress
-) -> Reference:
+) -> PreparedReference:
     return real_images_of(cache, dataset, rows, extractor, progress).reference
 
 
@@ -90,7 +93,7 @@ def test_nothing_is_computed_twice(dataset: Dataset, cache: Path, monkeypatch: p
     extractor = Pixels()
     cached_features(cache, dataset, ROWS, extractor)
     cached_reference(cache, dataset, ROWS, extractor)
-    monkeypatch.setattr(distances, "nearest_distances", None)
+    monkeypatch.setattr(overlap, "nearest_distances", None)
     cached_reference(cache, dataset, ROWS, extractor)
     assert extractor.calls == [30]
 
@@ -179,7 +182,7 @@ def test_feature_cache_file_without_its_counterpart_is_recomputed(suffix: str, d
     assert same(cached_reference(cache, dataset, ROWS, Pixels()), pixels_of(dataset))
 
 
-def test_a_whole_file_that_was_moved_under_another_key_s_name_is_not_believed(dataset: Dataset, cache: Path) -> None:
+def test_a_file_moved_under_another_key_is_computed_again(dataset: Dataset, cache: Path) -> None:
     cached_features(cache, dataset, ROWS, Pixels())
     (mine,) = cached_files(cache)
     cached_features(cache, dataset, ROWS, Pixels(2.0, digest="b" * 64))
@@ -191,7 +194,7 @@ def test_a_whole_file_that_was_moved_under_another_key_s_name_is_not_believed(da
 
 def test_concurrent_processes_compute_reference_features_once(dataset: Dataset, cache: Path) -> None:
     extractor, together = Pixels(), threading.Barrier(2)
-    results: list[Reference] = []
+    results: list[PreparedReference] = []
 
     def work() -> None:
         together.wait()

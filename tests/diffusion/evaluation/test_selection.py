@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from diffusion.common.fingerprint import fingerprint
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate, select_finalists
-from diffusion.evaluation.metrics.distances import Scores
+from diffusion.evaluation.metrics.scores import Scores
 from diffusion.evaluation.results import CheckpointEvaluation
 from diffusion.process.samplers import sampling_config
 from tests.builders.comparisons import Watcher, evaluate_one
@@ -91,7 +91,7 @@ def test_a_run_with_few_checkpoints_has_no_rounds(count: int) -> None:
     assert rounds.seen == {}
 
 
-def test_without_further_settings_there_is_one_round_of_a_quarter_of_the_images() -> None:
+def test_by_default_one_round_uses_a_quarter_of_images() -> None:
     rounds = Rounds([0.1 * number for number in range(40)])
     finalists, behind = select_finalists(list(rounds.kids), EvaluationConfig(), rounds)
     assert {samples: len(checkpoints) for samples, checkpoints in rounds.seen.items()} == {125: 40}
@@ -99,7 +99,7 @@ def test_without_further_settings_there_is_one_round_of_a_quarter_of_the_images(
 
 
 def test_preliminary_rounds_as_large_as_the_evaluation_are_an_error() -> None:
-    with pytest.raises(ValidationError, match="first_samples = 500 is no fewer than samples = 500"):
+    with pytest.raises(ValidationError, match="first_samples = 500 is not less than samples = 500"):
         EvaluationConfig(first_samples=500)
 
 

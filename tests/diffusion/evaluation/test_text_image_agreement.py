@@ -12,7 +12,7 @@ from diffusion.checkpoints import load_model
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.comparison import ChampionComparison, compare_with_champion
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.evaluate import evaluate, findings
+from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.gate import GateConfig
 from diffusion.evaluation.metrics.text_image_agreement import (
@@ -22,6 +22,7 @@ from diffusion.evaluation.metrics.text_image_agreement import (
     number_of_each,
 )
 from diffusion.evaluation.reports.comparison_report import write_comparison_report
+from diffusion.evaluation.reports.evaluation_report import findings
 from diffusion.evaluation.reports.html import format_signed
 from diffusion.evaluation.results import Evaluation
 from diffusion.generation.generate import conditions_of, sample
@@ -31,7 +32,7 @@ from tests.builders.comparisons import CONFIG, SAMPLING, Watcher, discs, save_im
 from tests.builders.html_pages import Page
 from tests.builders.small_models import CONFIG as NETWORK
 from tests.builders.small_models import write_model
-from tests.builders.text_image_encoders import LONGEST, write_clip, write_onnx, write_processor
+from tests.builders.text_image_encoders import MAX_TOKENS, write_clip, write_onnx, write_processor
 
 pytestmark = pytest.mark.usefixtures("fake_encoder")
 OPTION = "evaluation.text_image_encoder"
@@ -70,9 +71,7 @@ def prompts(data: Path) -> list[str]:
     return [each[n % len(each)] for n in range(CONFIG.samples)]
 
 
-def test_agreement_is_the_cosine_of_transformers_embeddings_beside_real_and_shuffled_ones(
-    data: Path, tmp_path: Path
-) -> None:
+def test_agreement_is_the_cosine_of_transformers_embeddings(data: Path, tmp_path: Path) -> None:
     clip, model = write_clip(tmp_path / "clip"), captioned(tmp_path / "model.safetensors")
     processor = write_processor(tmp_path / "clip")
     evaluation = Evaluator(data, with_encoder(tmp_path / "clip"), SAMPLING, tmp_path).model(model).evaluate()
@@ -89,7 +88,7 @@ def test_agreement_is_the_cosine_of_transformers_embeddings_beside_real_and_shuf
         prepared = processor.image_processor(list(pixels), return_tensors="pt")
         return normalize(clip.get_image_features(**prepared).pooler_output)
 
-    tokens = processor.tokenizer(texts, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
+    tokens = processor.tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
     meanings = normalize(clip.get_text_features(**tokens).pooler_output)
     cosines = (embedded(images) @ meanings.T).detach().numpy()
     alike = np.array([[one == other for other in texts] for one in texts])
@@ -137,7 +136,7 @@ def evaluated(data: Path, model: Path, config: EvaluationConfig, output: Path) -
     return evaluation, Page((output / "report.html").read_text())
 
 
-def test_without_an_encoder_a_model_of_captions_says_what_is_missing(data: Path, tmp_path: Path) -> None:
+def test_without_an_encoder_a_caption_model_says_so(data: Path, tmp_path: Path) -> None:
     evaluation, page = evaluated(data, captioned(tmp_path / "1.safetensors"), CONFIG, tmp_path / "report")
     assert OPTION in str(evaluation.best.text_image_agreement)
     assert not [name for name in evaluation.metrics() if name.startswith("text_image")]
@@ -147,7 +146,7 @@ def test_without_an_encoder_a_model_of_captions_says_what_is_missing(data: Path,
     assert Evaluation.read(tmp_path / "report" / "evaluation.json") == evaluation
 
 
-def test_a_model_without_captions_has_no_agreement_and_nothing_is_said(tmp_path: Path) -> None:
+def test_a_model_without_captions_has_no_agreement(tmp_path: Path) -> None:
     write_onnx(tmp_path / "encoder")
     model = write_model(tmp_path / "1.safetensors", 1, 1)
     evaluation, page = evaluated(
@@ -166,7 +165,7 @@ def test_a_single_prompt_agrees_with_nothing_and_that_is_said(tmp_path: Path) ->
     assert "fewer than two different prompts" in str(agreement)
 
 
-def test_the_report_shows_the_agreement_with_its_interval_and_its_baselines(data: Path, tmp_path: Path) -> None:
+def test_the_report_shows_agreement_with_interval_and_baselines(data: Path, tmp_path: Path) -> None:
     write_onnx(tmp_path / "encoder", knows_colours=True)
     model, config = captioned(tmp_path / "1.safetensors"), with_encoder(tmp_path / "encoder")
     save_images(model, of_colours([text.split()[0] for text in prompts(data)], 60), data, tmp_path / "report", config)
@@ -205,18 +204,18 @@ def test_embeddings_are_cached_by_what_the_encoder_is(
 
 
 def compared(
-    data: Path, folder: Path, ours: Tensor, theirs: Tensor | None, gate: GateConfig = GATE
+    data: Path, folder: Path, first: Tensor, second: Tensor | None, gate: GateConfig = GATE
 ) -> ChampionComparison:
     """A comparison of two models of captions that generated these images for the held-out captions."""
     encoder = folder / "encoder"
     if not encoder.is_dir():
         write_onnx(encoder, knows_colours=True)
     config, paths = with_encoder(encoder), []
-    for number, images in enumerate((ours, theirs)):
+    for number, images in enumerate((first, second)):
         if images is not None:
             paths.append(captioned(folder / f"{number}.safetensors", number))
             save_images(paths[-1], images, data, folder, config.model_copy(update={"seed": COMPARISON_SEED}))
-    champion = paths[1] if theirs is not None else None
+    champion = paths[1] if second is not None else None
     return compare_with_champion(paths[0], champion, data, config, SAMPLING, gate, folder)[0]
 
 
@@ -254,18 +253,18 @@ def test_comparison_report_shows_both_agreements_and_their_baselines(data: Path,
         text = " ".join(Page(page.read_text()).text.split())
         assert "Text-image agreement" in text
         assert ("Not measured: " in text) == (not is_shown)
-        ours, theirs = (
+        first, second = (
             comparison.candidate.text_image_agreement,
             comparison.champion and comparison.champion.text_image_agreement,
         )
         if is_shown:
-            assert isinstance(ours, TextImageAgreement)
-            assert isinstance(theirs, TextImageAgreement)
-            assert f"version 2 {format_signed(ours.agreement.value)}" in text
-            assert f"version 1 {format_signed(theirs.agreement.value)}" in text
+            assert isinstance(first, TextImageAgreement)
+            assert isinstance(second, TextImageAgreement)
+            assert f"version 2 {format_signed(first.agreement.value)}" in text
+            assert f"version 1 {format_signed(second.agreement.value)}" in text
 
 
-def test_an_agreement_that_falls_within_the_limit_or_by_chance_is_no_objection(data: Path, tmp_path: Path) -> None:
+def test_agreement_falling_within_the_limit_does_not_hold(data: Path, tmp_path: Path) -> None:
     colours = [text.split()[0] for text in prompts(data)]
     right = of_colours(colours, 20)
     one_wrong = of_colours([*colours[:-1], next(each for each in COLOURS if each != colours[-1])], 20)
@@ -280,9 +279,9 @@ def test_a_first_version_has_its_agreement_among_the_reasons(data: Path, tmp_pat
     assert "text-image agreement by clip_" in reason
 
 
-def test_what_was_not_measured_is_among_the_findings_of_the_gate(data: Path, tmp_path: Path) -> None:
-    ours, theirs = (captioned(tmp_path / f"{seed}.safetensors", seed) for seed in (1, 2))
-    comparison, _ = compare_with_champion(ours, theirs, data, CONFIG, SAMPLING, GATE, tmp_path)
+def test_an_unmeasured_agreement_is_a_finding_of_the_gate(data: Path, tmp_path: Path) -> None:
+    first, second = (captioned(tmp_path / f"{seed}.safetensors", seed) for seed in (1, 2))
+    comparison, _ = compare_with_champion(first, second, data, CONFIG, SAMPLING, GATE, tmp_path)
     verdict, reason = rule(comparison)
     assert verdict == "promote"
     assert OPTION in reason

@@ -14,8 +14,8 @@ from diffusion.checkpoints import load_model
 from diffusion.common.errors import UserError
 from diffusion.common.random import GaussianNoise
 from diffusion.data.dataset import Dataset
-from diffusion.evaluation.evaluator import count_gflop
 from diffusion.evaluation.metrics.held_out_loss import measure_losses
+from diffusion.evaluation.model_evaluator import count_gflop
 from diffusion.families.autoregressive.model import AutoregressiveModel, bits_of_pixels
 from diffusion.families.autoregressive.network import (
     PixelCNN,

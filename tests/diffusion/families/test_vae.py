@@ -18,7 +18,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
-from diffusion.evaluation.metrics.distances import compute_moments, frechet_distance
+from diffusion.evaluation.metrics.frechet import compute_moments, frechet_distance
 from diffusion.evaluation.metrics.pixel_metrics import ssim
 from diffusion.families.config import ModelConfig, VAEConfig
 from diffusion.families.model import to_float, to_uint8

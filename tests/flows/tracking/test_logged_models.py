@@ -11,7 +11,7 @@ from mlflow.entities import LoggedModel
 
 from diffusion.common.fingerprint import fingerprint
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.metrics.distances import Scores
+from diffusion.evaluation.metrics.scores import Scores
 from diffusion.evaluation.results import CheckpointEvaluation, Evaluation, EvaluationConditions, RealBaseline
 from diffusion.process.samplers import sampling_config
 from flows.tracking.runs import CHECKPOINT, CHECKPOINT_SHA256, EVAL_KEY, EVALUATED, RunTracker, log_evaluation

@@ -29,7 +29,7 @@ def pooled(rgb: np.ndarray) -> torch.Tensor:
     return features * (1280**0.5 / features.norm())
 
 
-def test_features_are_those_of_the_packaged_network_on_the_normalised_image() -> None:
+def test_features_equal_the_packaged_network_on_the_normalised_image() -> None:
     batch = images(3, 3, 64)
     features = EfficientNetLite0(64)(batch)
     assert features.shape == (3, 1280)

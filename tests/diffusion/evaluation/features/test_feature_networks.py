@@ -31,7 +31,7 @@ def images(count: int, channels: int, size: int) -> Tensor:
     ("fields", "words"),
     [
         ({"extractor": "inception", "extractor_size": 64}, "299 pixels: leave extractor_size out"),
-        ({"extractor_size": 48}, "48 is no multiple of 32"),
+        ({"extractor_size": 48}, "48 is not a multiple of 32"),
         ({"extractor": "file"}, "set extractor_weights to the path of an .onnx file"),
         ({"extractor_weights": "x.pth"}, "would pass extractor_weights over"),
         ({"extractor": "labels", "extractor_weights": "x.pth"}, "would pass extractor_weights over"),
@@ -76,19 +76,19 @@ def with_weights(path: Path) -> EvaluationConfig:
     return EvaluationConfig(extractor="inception", extractor_weights=path)
 
 
-def test_inception_s_features_are_torch_fidelity_s_and_leave_the_random_state_alone(weights: Path) -> None:
+def test_inception_features_equal_torch_fidelity_and_keep_the_random_state(weights: Path) -> None:
     extractor, before = make_extractor(with_weights(weights)), torch.get_rng_state()
-    theirs = FeatureExtractorInceptionV3("theirs", ["2048"], feature_extractor_weights_path=weights)
+    original = FeatureExtractorInceptionV3("original", ["2048"], feature_extractor_weights_path=weights)
     torch.set_rng_state(before)
     grey = images(2, 1, 28)
     features = extractor(grey)
     assert (features.shape, features.dtype) == ((2, 2048), torch.float32)
-    (expected,) = theirs(grey.repeat(1, 3, 1, 1))
+    (expected,) = original(grey.repeat(1, 3, 1, 1))
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_name_inception_is_that_of_the_literature_s_weights_alone(weights: Path) -> None:
+def test_only_the_weights_of_the_literature_are_named_inception(weights: Path) -> None:
     extractor = make_extractor(with_weights(weights))
     assert extractor.name == f"inception_{extractor.digest[:8]}"
     assert extractor.about == "Inception-v3 with the weights in weights.pth, images at 299 pixels"
@@ -160,7 +160,7 @@ def test_fetched_weights_of_another_digest_are_rejected_and_leave_nothing(
     assert list(hub.iterdir()) == []
 
 
-def test_fetched_weights_of_the_right_digest_are_kept_and_not_fetched_again(
+def test_fetched_weights_of_the_right_digest_are_fetched_once(
     hub: Path, site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: Path
 ) -> None:
     served = tmp_path / "site" / "weights.pth"
@@ -260,9 +260,7 @@ def test_network_for_grey_images_rejects_colour_images(tmp_path: Path) -> None:
         extractor(images(2, 3, 8))
 
 
-def test_weights_outside_the_file_are_rejected_as_no_digest_covers_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_outside_the_file_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     onnx = pytest.importorskip("onnx")
     path = write_means(tmp_path / "means.onnx", ("n", 3, 8, 8))
     model = onnx.load(path)

@@ -59,7 +59,7 @@ def test_label_classifier_learns_and_reports_its_accuracy(tmp_path: Path) -> Non
     assert torch.equal(features, reader(unseen))
 
 
-def test_labels_that_mean_nothing_are_read_as_badly_as_by_chance(tmp_path: Path) -> None:
+def test_labels_without_meaning_are_recognised_by_chance(tmp_path: Path) -> None:
     random = np.random.default_rng(3)
     reader = load_label_classifier(
         a_dataset(tmp_path / "set", random.choice(["a", "b"], COUNT).tolist()), None, tmp_path / "c"

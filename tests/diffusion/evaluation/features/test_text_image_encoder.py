@@ -15,7 +15,7 @@ from diffusion.common.errors import UserError
 from diffusion.evaluation.features.text_image_encoder import open_text_image_encoder
 from tests.builders.text_image_encoders import (
     END,
-    LONGEST,
+    MAX_TOKENS,
     START,
     VOCABULARY,
     rewrite,
@@ -44,7 +44,7 @@ def test_clip_embeds_images_as_transformers_does(channels: int, size: int, resiz
 
 def test_clip_embeds_texts_as_transformers_does_each_by_itself(tmp_path: Path) -> None:
     model, processor = write_clip(tmp_path), write_processor(tmp_path)
-    tokens = processor.tokenizer(TEXTS, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
+    tokens = processor.tokenizer(TEXTS, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
     expected = normalize(model.get_text_features(**tokens).pooler_output)
     encoder = open_text_image_encoder(tmp_path)
     torch.testing.assert_close(encoder.embed(TEXTS), expected, atol=1e-5, rtol=0)
@@ -57,7 +57,7 @@ def tokens_of(text: str) -> list[int]:
     return [START, *(VOCABULARY[letter] for letter in letters), END]
 
 
-@pytest.mark.parametrize(("length", "mask"), [("L", False), ("L", True), (LONGEST, True)])
+@pytest.mark.parametrize(("length", "mask"), [("L", False), ("L", True), (MAX_TOKENS, True)])
 @pytest.mark.parametrize("inner", ["", "onnx"])
 def test_onnx_networks_embed_what_is_prepared_for_them(
     length: int | str, mask: bool, inner: str, tmp_path: Path
@@ -78,7 +78,7 @@ def test_onnx_networks_embed_what_is_prepared_for_them(
     torch.testing.assert_close(encoder.embed(short), normalize(torch.from_numpy(sums)), atol=1e-5, rtol=0)
 
 
-def test_an_encoder_is_known_by_what_its_files_hold_not_by_where_they_lie(tmp_path: Path) -> None:
+def test_an_encoder_is_identified_by_content_not_by_place(tmp_path: Path) -> None:
     for name, seed in (("one", 0), ("same", 0), ("other", 1)):
         write_clip(tmp_path / name, seed)
     one, same, other = (open_text_image_encoder(tmp_path / name) for name in ("one", "same", "other"))
@@ -141,7 +141,7 @@ def one_line(folder: Path) -> str:
     return str(error.value)
 
 
-def test_a_folder_without_an_encoder_is_a_mistake_in_one_line(tmp_path: Path) -> None:
+def test_a_folder_without_an_encoder_is_an_error(tmp_path: Path) -> None:
     assert "CLIPModel.save_pretrained" in one_line(tmp_path / "gone")
 
 

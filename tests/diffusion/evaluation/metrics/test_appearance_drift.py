@@ -34,7 +34,7 @@ def test_appearance_metrics_match_their_names() -> None:
     assert appearance["yellow_blue"] == pytest.approx((red + green) / 2 - blue)
 
 
-def test_grey_images_have_no_colours_and_those_of_the_same_grey_in_rgb_none_either() -> None:
+def test_grey_images_have_no_colours_in_rgb_either() -> None:
     grey = images(5, 0, channels=1)
     appearance, in_rgb = measure_appearance(grey), measure_appearance(grey.repeat(1, 3, 1, 1))
     assert appearance.keys() == {"brightness", "contrast"}
@@ -67,8 +67,8 @@ def test_a_change_is_seen_in_its_figure_with_its_size(
 def test_the_error_is_welchs() -> None:
     first, second = measure_appearance(images(30, 0)), measure_appearance(images(70, 1))
     for name, shift in compare_appearance(first, second).shifts.items():
-        theirs = ttest_ind(first[name], second[name], equal_var=False).statistic
-        assert shift.difference / shift.standard_error == pytest.approx(theirs)
+        expected = ttest_ind(first[name], second[name], equal_var=False).statistic
+        assert shift.difference / shift.standard_error == pytest.approx(expected)
         assert shift.generated_spread == pytest.approx(np.std(first[name].numpy(), ddof=1))
 
 

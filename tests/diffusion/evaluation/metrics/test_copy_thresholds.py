@@ -56,5 +56,5 @@ def test_of_few_real_images_the_least_is_the_threshold() -> None:
 @given(st.integers(1, 2000), st.data())
 def test_the_interval_is_wilsons(whole: int, data: st.DataObject) -> None:
     part = data.draw(st.integers(0, whole))
-    theirs = binomtest(part, whole).proportion_ci(0.95, method="wilson")
-    assert wilson_interval(part / whole, whole) == pytest.approx((theirs.low, theirs.high), abs=1e-6)
+    expected = binomtest(part, whole).proportion_ci(0.95, method="wilson")
+    assert wilson_interval(part / whole, whole) == pytest.approx((expected.low, expected.high), abs=1e-6)

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.checkpoints import load_model
 from diffusion.common.random import GaussianNoise
-from diffusion.evaluation.evaluator import count_gflop
+from diffusion.evaluation.model_evaluator import count_gflop
 from diffusion.families.config import ModelConfig
 from diffusion.families.diffusion_model import count_evaluations
 from diffusion.families.model import ConditioningBatch

@@ -90,7 +90,7 @@ def test_duplicate_search_uses_as_many_images_as_real_ones() -> None:
     assert duplicates.threshold == pytest.approx(same.threshold, rel=1e-4)
 
 
-def test_they_survive_json_where_there_are_none_and_where_there_is_nothing_else() -> None:
+def test_none_and_only_duplicates_survive_json() -> None:
     for images in (scans()[0][:1].repeat(COUNT, 1, 1, 1), scans()[0]):
         duplicates = duplicates_of(images)
         assert Duplicates.model_validate_json(duplicates.model_dump_json()) == duplicates

@@ -67,7 +67,7 @@ def images(count: int, seed: int = 0) -> Tensor:
     return torch.from_numpy(random_images(count, seed=seed))
 
 
-def test_of_gaussian_values_the_loss_is_one_at_every_level_and_the_bits_are_their_entropy() -> None:
+def test_gaussian_values_have_loss_one_and_their_entropy_in_bits() -> None:
     x0 = gaussian(600)
     variances = torch.full((16,), SPREAD**2, dtype=torch.float64)
     losses = summarize_losses(denoising_terms(lambda x, s: wiener(variances, x, s), x0, SPREAD, range(600)))
@@ -116,7 +116,7 @@ def test_wrong_denoiser_has_more_bits_per_dim() -> None:
     assert bits == sorted(bits)  # type: ignore[type-var]
 
 
-def test_it_is_the_limit_of_the_sum_over_ever_more_steps_from_below() -> None:
+def test_it_is_the_limit_over_ever_more_steps_from_below() -> None:
     x0 = gaussian(64)
     variances = torch.full((16,), SPREAD**2, dtype=torch.float64)
     terms = denoising_terms(lambda x, s: wiener(variances, x, s), x0, SPREAD, range(64))

@@ -133,7 +133,7 @@ def test_bad_images_are_no_copies(some: Callable[[], Tensor]) -> None:
     assert memorization(some()).p_value > 0.01
 
 
-def test_features_find_what_pixels_do_not_and_a_copy_in_both_counts_once() -> None:
+def test_a_copy_found_in_both_spaces_counts_once() -> None:
     training, held_out, real = (each[:400] for each in scans())
     extractor = EfficientNetLite0(32)
 
@@ -163,7 +163,7 @@ def test_the_threshold_is_exact_in_any_space() -> None:
     assert shares == pytest.approx(expected, abs=0.007)
 
 
-def test_model_that_repeats_near_duplicates_as_real_images_do_is_no_worse() -> None:
+def test_repeating_near_duplicates_like_real_images_is_not_worse() -> None:
     """Three in ten held-out images are near-duplicates of training images, and so are as many generated ones."""
     random = torch.Generator().manual_seed(0)
     training, held_out, generated = (torch.randn(count, 12, generator=random) for count in (500, 400, 400))
@@ -179,7 +179,7 @@ def test_model_that_repeats_near_duplicates_as_real_images_do_is_no_worse() -> N
     assert worse.copy_share.excess > 0.9
 
 
-def test_nothing_is_nearer_than_real_images_that_repeat_those_of_training() -> None:
+def test_real_images_that_repeat_training_images_are_nearest() -> None:
     points = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     same = {"x": find_nearest(points, [points])}
     detection = detect_memorization(same, same)

@@ -16,22 +16,20 @@ def points(count: int, seed: int, width: int = 6) -> Tensor:
 
 @pytest.mark.parametrize("block", [1, 500, 2**24])
 @pytest.mark.parametrize("piece", [3, 40, 130])
-def test_they_are_those_of_an_exhaustive_search_however_it_is_cut(
-    piece: int, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_they_equal_an_exhaustive_search_in_any_blocks(piece: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BLOCK_DISTANCES", block)
-    ours, rows = points(70, 0), points(130, 1)
-    neighbours = find_nearest(ours, torch.split(rows, piece), count=5)
-    distances, numbers = NearestNeighbors(n_neighbors=5).fit(rows.numpy()).kneighbors(ours.numpy())
+    queries, rows = points(70, 0), points(130, 1)
+    neighbours = find_nearest(queries, torch.split(rows, piece), count=5)
+    distances, numbers = NearestNeighbors(n_neighbors=5).fit(rows.numpy()).kneighbors(queries.numpy())
     assert np.array_equal(neighbours.rows, numbers)
     np.testing.assert_allclose(neighbours.distances, distances, atol=1e-3)
 
 
 def test_among_themselves_none_is_its_own_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BLOCK_DISTANCES", 600)
-    ours = points(90, 0)
-    neighbours = find_nearest(ours, torch.split(ours, 40), count=4, themselves=True)
-    distances, numbers = NearestNeighbors(n_neighbors=4).fit(ours.numpy()).kneighbors()
+    queries = points(90, 0)
+    neighbours = find_nearest(queries, torch.split(queries, 40), count=4, themselves=True)
+    distances, numbers = NearestNeighbors(n_neighbors=4).fit(queries.numpy()).kneighbors()
     assert np.array_equal(neighbours.rows, numbers)
     np.testing.assert_allclose(neighbours.distances, distances, atol=1e-3)
 

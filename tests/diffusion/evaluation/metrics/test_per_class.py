@@ -42,11 +42,11 @@ def test_discriminant_matches_scikit_learn(piece: int) -> None:
     reader = fit_discriminant(
         zip(torch.split(training.features, piece), torch.split(training.labels, piece), strict=True), len(NAMES)
     )
-    theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=SHRINKAGE, priors=[1 / 3] * 3)
-    theirs.fit(training.features.double().numpy(), training.labels.numpy())
-    assert np.array_equal(reader(queries.features), theirs.predict(queries.features.double().numpy()))
+    discriminant = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=SHRINKAGE, priors=[1 / 3] * 3)
+    discriminant.fit(training.features.double().numpy(), training.labels.numpy())
+    assert np.array_equal(reader(queries.features), discriminant.predict(queries.features.double().numpy()))
     scores = queries.features.double() @ reader.weights + reader.offsets
-    expected = theirs.decision_function(queries.features.double().numpy())
+    expected = discriminant.decision_function(queries.features.double().numpy())
     np.testing.assert_allclose(scores - scores[:, :1], expected - expected[:, :1], atol=1e-8)
 
 
@@ -60,7 +60,7 @@ def test_unlabelled_images_and_empty_classes_are_ignored() -> None:
     assert not (reader(strangers) == 3).any()
 
 
-def test_of_one_image_of_each_class_the_nearest_is_the_answer() -> None:
+def test_with_one_image_per_class_the_nearest_class_wins() -> None:
     training = features(1, 0)
     reader = fit_discriminant([(training.features, training.labels)], len(NAMES))
     assert torch.equal(reader(training.features + 0.01), training.labels)

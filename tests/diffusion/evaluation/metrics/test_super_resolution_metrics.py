@@ -18,7 +18,6 @@ from diffusion.data.dataset import Dataset
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
-from diffusion.evaluation.metrics.distances import compute_scores
 from diffusion.evaluation.metrics.pixel_metrics import (
     ImageSimilarity,
     ResamplingBaseline,
@@ -28,6 +27,7 @@ from diffusion.evaluation.metrics.pixel_metrics import (
     resample,
     ssim,
 )
+from diffusion.evaluation.metrics.scores import compute_scores
 from diffusion.evaluation.results import Evaluation
 from diffusion.families.ddpm.network import UNet
 from diffusion.generation.super_resolution import GenerationTask, shrink_images, upscale
@@ -107,7 +107,7 @@ def test_images_in_colour_are_enlarged_as_pillow_does_it(name: str, method: Imag
         assert np.array_equal(large.permute(1, 2, 0).numpy(), np.asarray(expected))
 
 
-def test_scores_are_those_of_the_enlarged_held_out_images_beside_interpolation(
+def test_scores_compare_enlarged_held_out_images_with_interpolation(
     data: Path, checkpoints: list[Path], tmp_path: Path
 ) -> None:
     evaluation = evaluate(data, checkpoints, CONFIG, SAMPLING, tmp_path / "report")

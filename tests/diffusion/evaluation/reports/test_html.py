@@ -1,8 +1,12 @@
-"""Numbers as pages and tables say them."""
+"""Numbers as pages and tables say them, and pages made of sections."""
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from diffusion.evaluation.reports.html import format_size
+from diffusion.evaluation.reports import comparison_report, dataset_report, evaluation_report, html
+from diffusion.evaluation.reports.html import Sections, format_size
 
 
 @pytest.mark.parametrize(
@@ -20,5 +24,20 @@ from diffusion.evaluation.reports.html import format_size
         (2_345 * 10**12, "2,345 TB"),
     ],
 )
-def test_sizes_have_three_digits_and_the_largest_unit_that_leaves_one(size: int, words: str) -> None:
+def test_sizes_have_three_digits_and_the_largest_fitting_unit(size: int, words: str) -> None:
     assert format_size(size) == words
+
+
+@pytest.mark.parametrize(
+    ("page", "sections"),
+    [
+        ("champion_comparison", comparison_report.SECTIONS),
+        ("dataset", dataset_report.SECTIONS),
+        ("report", evaluation_report.SECTIONS),
+    ],
+)
+def test_each_section_has_a_template_of_its_name(page: str, sections: Sections[Any]) -> None:
+    templates = Path(html.__file__).parent / "templates"
+    with_macros = {"figures", "tables"}
+    assert {path.stem for path in (templates / page).iterdir()} - with_macros == sections.keys()
+    assert "sections" in (templates / f"{page}.html").read_text()

@@ -9,7 +9,7 @@ from pydantic import JsonValue
 
 from diffusion.common.image_grids import make_grid, png_bytes
 from diffusion.evaluation.ranking import Ranking, rank_evaluations
-from diffusion.evaluation.reports.ranking_report import findings, training_charts, write_ranking_report
+from diffusion.evaluation.reports.ranking_report import describe_ranking, training_charts, write_ranking_report
 from tests.builders.browser import chromium, look
 from tests.builders.evaluations import an_evaluation, images
 from tests.builders.html_pages import Page
@@ -37,7 +37,7 @@ def write(path: Path, ranking: Ranking) -> str:
     return write_ranking_report(path, ranking, sheets, REAL, charts)
 
 
-def test_the_best_comes_first_and_each_has_its_settings_metrics_and_images(tmp_path: Path) -> None:
+def test_the_best_comes_first_each_with_settings_metrics_and_images(tmp_path: Path) -> None:
     ranking = ranked([0.9, 0.2, 0.5], [settings(1e-3), settings(4e-3), settings(8e-3, 64)])
     write(tmp_path / "sweep.html", ranking)
     page = Page((tmp_path / "sweep.html").read_text())
@@ -73,7 +73,7 @@ def test_the_suggested_command_has_the_options_of_the_sweep(tmp_path: Path) -> N
     ],
 )
 def test_sweep_findings_respect_the_standard_errors(kids: list[float], words: str) -> None:
-    assert words in findings(ranked(kids))[0]
+    assert words in describe_ranking(ranked(kids))[0]
 
 
 def test_settings_cannot_break_out_of_the_page(tmp_path: Path) -> None:

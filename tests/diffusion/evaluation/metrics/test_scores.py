@@ -12,16 +12,9 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torchvision.transforms.functional import gaussian_blur
 
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
-from diffusion.evaluation.metrics.distances import (
-    Reference,
-    Scores,
-    compute_moments,
-    compute_scores,
-    distance_at_infinity,
-    frechet_distance,
-    jackknife,
-    kid_deviations,
-)
+from diffusion.evaluation.metrics.frechet import compute_moments, distance_at_infinity, frechet_distance
+from diffusion.evaluation.metrics.kid import jackknife, kid_deviations
+from diffusion.evaluation.metrics.scores import Scores, compute_scores, prepare_reference
 from tests.builders.one_metric import compute_replicates
 
 
@@ -99,12 +92,12 @@ class Images(torch.utils.data.Dataset[Tensor]):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_scores_equal_those_of_torch_fidelity_from_end_to_end(digits: Tensor, extractor: EfficientNetLite0) -> None:
-    torch_fidelity.register_feature_extractor("ours", FeaturesOfOurs)
+    torch_fidelity.register_feature_extractor("actual", FeaturesOfOurs)
     images, real = gaussian_blur(digits[:200], [5, 5], [0.7]), digits[200:400]
-    theirs = torch_fidelity.calculate_metrics(
+    expected = torch_fidelity.calculate_metrics(
         input1=Images(images),
         input2=Images(real),
-        feature_extractor="ours",
+        feature_extractor="actual",
         fid=True,
         kid=True,
         prc=True,
@@ -115,21 +108,21 @@ def test_scores_equal_those_of_torch_fidelity_from_end_to_end(digits: Tensor, ex
         cache=False,
         verbose=False,
     )
-    ours = compute_scores(extractor(images), extractor(real), "efflite0")
-    assert ours.fd == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
-    assert ours.kid == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
-    assert ours.precision == pytest.approx(theirs["precision"], abs=1e-3)
-    assert ours.recall == pytest.approx(theirs["recall"], abs=1e-3)
+    actual = compute_scores(extractor(images), extractor(real), "efflite0")
+    assert actual.fd == pytest.approx(expected["frechet_inception_distance"], rel=1e-3)
+    assert actual.kid == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-3)
+    assert actual.precision == pytest.approx(expected["precision"], abs=1e-3)
+    assert actual.recall == pytest.approx(expected["recall"], abs=1e-3)
 
 
 @pytest.mark.parametrize("count", [20, 300], ids=["fewer images than features", "more"])
-def test_the_frechet_distance_of_a_shifted_set_is_the_square_of_the_shift(count: int) -> None:
+def test_frechet_distance_of_a_shifted_set_is_the_squared_shift(count: int) -> None:
     features = gaussian(count, 64, seed=0)
     assert compute_scores(features + 0.5, features, "x").fd == pytest.approx(64 * 0.25, rel=1e-4)
 
 
 @pytest.mark.parametrize("count", [20, 300], ids=["fewer images than features", "more"])
-def test_the_frechet_distance_of_a_scaled_set_is_that_of_two_gaussians(count: int) -> None:
+def test_frechet_distance_of_a_scaled_set_matches_two_gaussians(count: int) -> None:
     features = gaussian(count, 64, seed=0)
     mean, variance = 0.5 * features.mean(0), 0.25 * features.var(0)  # √Σ differs by half of itself
     expected = (mean.square().sum() + variance.sum()).item()
@@ -155,12 +148,12 @@ def test_kid_is_the_unbiased_mean_over_pairs(count: int, references: int) -> Non
     assert compute_scores(samples, reference, "x").kid == pytest.approx(over_all_pairs(samples, reference), rel=1e-5)
 
 
-def test_kid_is_what_the_mean_over_torch_fidelity_s_subsets_tends_to() -> None:
+def test_kid_is_the_limit_of_torch_fidelity_subsets() -> None:
     samples, reference = gaussian(60, 8, seed=1, shift=0.3), gaussian(90, 8, seed=2)
-    theirs = kid_features_to_metric(samples, reference, kid_subsets=2000, kid_subset_size=30, verbose=False)
-    error = theirs["kernel_inception_distance_std"] / 2000**0.5
+    expected = kid_features_to_metric(samples, reference, kid_subsets=2000, kid_subset_size=30, verbose=False)
+    error = expected["kernel_inception_distance_std"] / 2000**0.5
     kid = compute_scores(samples, reference, "x").kid
-    assert kid == pytest.approx(theirs["kernel_inception_distance_mean"], abs=4 * error)
+    assert kid == pytest.approx(expected["kernel_inception_distance_mean"], abs=4 * error)
 
 
 def test_values_with_errors_are_those_of_the_scores() -> None:
@@ -172,7 +165,7 @@ def test_values_with_errors_are_those_of_the_scores() -> None:
     }
 
 
-def test_the_error_of_kid_is_the_jackknife_s_which_leaves_out_each_image_in_turn() -> None:
+def test_the_error_of_kid_is_the_leave_one_out_jackknife() -> None:
     samples, reference = gaussian(14, 5, seed=1, shift=0.3), gaussian(11, 5, seed=2)
     rows = [
         [each for each in range(count) if each != omitted_index] for count in (14, 11) for omitted_index in range(count)
@@ -185,7 +178,7 @@ def test_the_error_of_kid_is_the_jackknife_s_which_leaves_out_each_image_in_turn
     assert compute_scores(samples, reference, "x").kid_se == pytest.approx(variance**0.5, rel=1e-4)
 
 
-def test_deviations_of_paired_samples_give_the_jackknife_error_of_the_difference_of_their_kid() -> None:
+def test_paired_deviations_give_the_jackknife_error_of_a_kid_difference() -> None:
     reference, noise = gaussian(11, 5, seed=2), gaussian(14, 5, seed=1)
     pair = 1.1 * noise + 0.3, 1.2 * noise + 0.2
     rows = [
@@ -193,19 +186,19 @@ def test_deviations_of_paired_samples_give_the_jackknife_error_of_the_difference
     ]
 
     def difference(some: list[int], others: list[int]) -> float:
-        ours, theirs = (over_all_pairs(each[some], reference[others]) for each in pair)
-        return ours - theirs
+        first, second = (over_all_pairs(each[some], reference[others]) for each in pair)
+        return first - second
 
     without = (
         [difference(some, [*range(11)]) for some in rows[:14]],
         [difference([*range(14)], some) for some in rows[14:]],
     )
-    (_, *ours), (_, *theirs) = (kid_deviations(each, reference) for each in pair)
-    for own, other, expected in zip(ours, theirs, without, strict=True):
+    (_, *first), (_, *second) = (kid_deviations(each, reference) for each in pair)
+    for own, other, expected in zip(first, second, without, strict=True):
         assert jackknife(own - other) == pytest.approx((len(expected) - 1) * np.var(expected), rel=1e-4)
 
 
-def test_precision_and_recall_are_shares_of_points_within_the_third_neighbours_radius() -> None:
+def test_precision_and_recall_use_the_third_neighbours_radius() -> None:
     samples, reference = gaussian(50, 4, seed=3, shift=1.0).numpy(), gaussian(70, 4, seed=4).numpy()
 
     def inside(points: np.ndarray, manifold: np.ndarray) -> float:
@@ -268,7 +261,7 @@ def test_the_frechet_distance_equals_torch_fidelity_s(count: int) -> None:
     assert compute_scores(samples, reference, "x").fd == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_distance_of_endlessly_many_images_is_that_of_the_gaussian_they_come_from() -> None:
+def test_extrapolated_distance_is_the_true_distance_of_the_gaussian() -> None:
     """To the Gaussian fitted to the reference, in closed form; a finite number of images is biased far from it."""
     spread = torch.linspace(0.5, 2, 16)
     reference = compute_moments(1.2 * gaussian(400, 16, seed=1))
@@ -307,7 +300,7 @@ def test_moments_are_the_same_from_one_piece_and_from_several() -> None:
 
 def test_a_reference_known_before_gives_the_same_scores() -> None:
     samples, reference = gaussian(60, 8, seed=0), gaussian(80, 8, seed=1)
-    assert compute_scores(samples, Reference.from_features(reference), "x") == compute_scores(samples, reference, "x")
+    assert compute_scores(samples, prepare_reference(reference), "x") == compute_scores(samples, reference, "x")
 
 
 @pytest.mark.slow
