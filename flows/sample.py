@@ -37,7 +37,8 @@ from flows.sampling import generate_batch
 from flows.sampling.generate_batch import GenerationCost, Work
 from flows.sampling.lookup import read_image, read_rows
 from flows.sampling.sampling_batch import MANIFEST, SamplingBatch
-from flows.storage.s3 import Location, MissingObjectError, Store
+from flows.storage.s3 import Location, Store
+from flows.storage.s3_errors import MissingObjectError
 from flows.tracking.console import bar, reporter
 from flows.tracking.runs import RunTracker
 

@@ -16,7 +16,6 @@ This module loads without torch, for processes that only read configurations.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, 
 from pydantic import ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
 from diffusion.common.config import Config, DeviceName, is_unset
-from diffusion.common.errors import UserError
+from diffusion.common.errors import UserError, describe_validation_error
 from diffusion.models.config import DiffusersConfig, FamilyConfig, ModelConfig, tag
 
 if TYPE_CHECKING:
@@ -563,16 +562,16 @@ def sampling_conflict(model: FamilyConfig, sampling: SamplingConfig) -> str | No
 def describe_error(error: Mapping[str, Any], location: Sequence[int | str]) -> str:
     """Describe pydantic's error at ``location`` in the section ``sampling``, and how to fix it."""
     sampler, *path = map(str, location or ("",))
-    place, message = ".".join(("sampling", *path)), error["msg"].removeprefix("Value error, ")
+    key, known = ".".join(("sampling", *path)) if path else "", list[str]()
     if path[:1] == ["sigma_max"]:  # of a union, whose types pydantic names
-        place, message = "sampling.sigma_max", "give a number above 0, auto or null"
+        key, error = "sampling.sigma_max", {**error, "msg": "give a number above 0, auto or null"}
+    if error["type"] == "unknown_sampler":
+        key, error = "sampling", {**error, "type": "value_error"}
     if error["type"] == "extra_forbidden":
         samplers = [str(kind.model_fields["sampler"].default) for kind in SAMPLERS if path[0] in kind.model_fields]
         if samplers and sampler not in samplers:
-            return f"{place} means nothing to sampler = {sampler}: use {' or '.join(samplers)}, or leave it out"
-        fields = next(kind.model_fields for kind in SAMPLERS if kind.model_fields["sampler"].default == sampler)
-        close = difflib.get_close_matches(path[-1], fields, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(fields))}"
-        return f"unknown key {place}: {hint}"
-    value = "" if error["type"] in ("value_error", "unknown_sampler") else f" (got {repr(error['input'])[:200]})"
-    return f"{place}: {message}{value}" if path or error["type"] == "unknown_sampler" else message
+            return f"{key} means nothing to sampler = {sampler}: use {' or '.join(samplers)}, or leave it out"
+        known = next(
+            [*kind.model_fields] for kind in SAMPLERS if kind.model_fields["sampler"].default == sampler
+        )
+    return describe_validation_error(error, key, known)

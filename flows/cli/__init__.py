@@ -21,6 +21,7 @@ from flows.cli import (
     model_commands,
     operations_commands,
     pipeline_commands,
+    retraining_commands,
     server_commands,
     setup_commands,
     signing_commands,
@@ -46,6 +47,7 @@ app = typer.Typer(
 for top in (
     setup_commands.app,
     pipeline_commands.app,
+    retraining_commands.app,
     operations_commands.app,
     signing_commands.app,
     server_commands.top,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from diffusion.common.progress import Progress
+    from diffusion.generation.config import Conditions
     from flows.environment import Server
 
 MAX_ERROR = 2000  # characters of an error; what is wrong stands first
@@ -81,6 +82,8 @@ Size = Annotated[
         callback=check_size,
     ),
 ]
+Labels = Annotated[list[str], Option("--label", metavar="NAME", help="Class label; several are used in turn.")]
+Prompts = Annotated[list[str], Option("--prompt", help="Text prompt; several are used in turn.")]
 Reason = Annotated[str | None, Option("--reason", help="Reason, recorded in the ledger.")]
 SigningKeyFile = Annotated[
     Path | None, Option("--key", metavar="FILE", help="Private key in PEM; default: DARKROOM_SIGNING_KEY.")
@@ -192,6 +195,17 @@ def command(
         return function
 
     return register
+
+
+def conditions(
+    labels: list[str], prompts: list[str], negative_prompt: str | None, size: str | None = None
+) -> "Conditions":
+    """Conditions of the images that the options ask for."""
+    from diffusion.common.shapes import parse_size
+    from diffusion.generation.config import Conditions
+
+    sizes = () if size is None else (parse_size(size),)
+    return Conditions(labels=tuple(labels), prompts=tuple(prompts), negative_prompt=negative_prompt, sizes=sizes)
 
 
 def set_verbosity(quiet: bool, verbose: bool) -> None:

@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.escaping import pluralize
-from flows.cli.arguments import require_writable
+from diffusion.common.files import require_writable
 from flows.cli.command import CommandOutput, Local, command, connect, display_progress
 
 if TYPE_CHECKING:

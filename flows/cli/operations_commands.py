@@ -13,7 +13,8 @@ from typer import Argument, Option
 
 from diffusion.common.errors import ConflictError, DarkroomError, UserError, install_hint
 from diffusion.common.escaping import pluralize
-from flows.cli.arguments import check_cron, check_generated, check_output, is_file, require_free_port
+from diffusion.common.files import is_model_file
+from flows.cli.arguments import check_cron, check_generated, check_output, require_free_port
 from flows.cli.command import VERBOSITY, CommandOutput, Model, command, connect
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ def deploy(
 
     Example:  darkroom deploy --dataset faces --cron "0 2 * * *" --webhook-env SLACK_WEBHOOK_URL
     """
-    from flows.cli.checks import deployment_notes
+    from flows.checks.images import deployment_notes
 
     notes = deployment_notes(config, workspace.absolute())
     from flows.deployment.deploy import deploy
@@ -246,7 +247,7 @@ def monitor(config: "Params") -> CommandOutput:
 
     Example:  darkroom monitor --dataset faces
     """
-    from flows.cli.checks import require_version
+    from flows.checks.models import require_version
 
     require_version(config.champion)
     from flows.monitor import MonitorResult, monitor
@@ -296,12 +297,12 @@ def ui(
         raise UserError(f"the studio needs Gradio: {install_hint('ui')}")
     if port is not None:
         require_free_port("127.0.0.1", port)
-    if not is_file(model):
+    if not is_model_file(model):
         from flows.local_stack.stack import join_servers
 
         with suppress(UserError):  # without Prefect, the tab that trains says so
             join_servers("prefect")
-    with nullcontext() if is_file(model) else connect("mlflow", "s3"):
+    with nullcontext() if is_model_file(model) else connect("mlflow", "s3"):
         from flows.studio.app import serve
 
         serve(config, model, port, not no_browser)

@@ -321,7 +321,7 @@ def _runs() -> list[dict[str, Any]]:
 
 
 def _models() -> list[dict[str, Any]]:
-    from flows.cli.checks import registered_models
+    from flows.checks.models import registered_models
 
     with connect("mlflow"):
         return [
@@ -338,14 +338,15 @@ def _batches() -> list[dict[str, Any]]:
     with connect("s3"):
         from diffusion.common.parsing import parse_json
         from flows.environment import settings
-        from flows.storage.s3 import MissingObjectError, Store, batch_places
+        from flows.storage.s3 import Store, batch_places
+        from flows.storage.s3_errors import MissingObjectError
 
         store, bucket, rows = Store(), settings().bucket, list[dict[str, Any]]()
         for place in islice(batch_places(store, bucket), LISTED):
             fields: dict[str, Any] = {}
             # Read without the class, whose module imports torch; it may be damaged.
             with suppress(MissingObjectError, ValueError, KeyError, TypeError):
-                batch = parse_json(store.get(bucket, place.key("batch.json"), most=2**20))
+                batch = parse_json(store.get(bucket, place.key("batch.json"), max_bytes=2**20))
                 fields = {
                     "model": f"{batch['model']}/{batch['version']}",
                     "images": batch["count"],

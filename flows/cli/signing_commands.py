@@ -8,7 +8,8 @@ import typer
 from typer import Argument, Option
 
 from diffusion.common.errors import ConflictError, UserError
-from flows.cli.arguments import check_image, require_writable
+from diffusion.common.files import require_writable
+from flows.cli.arguments import check_image
 from flows.cli.command import Certificates, CommandOutput, SigningKeyFile, command, connect, display_progress
 
 app = typer.Typer()

@@ -15,6 +15,7 @@ from PIL import ExifTags, Image
 
 import diffusion
 from diffusion.common.errors import UserError
+from diffusion.common.files import sha256_file
 from diffusion.models.config import ModelConfig
 from flows.cli import main
 from tests.builders import ROOT
@@ -128,17 +129,35 @@ def test_a_run_begins_in_python_and_goes_on_with_the_command_line(folder: Path, 
 
     report = diffusion.evaluate("noise", samples=20, guidance=None, sampling={"steps": 3})
     assert report.best.images == 64
-    pages = Path("reports/noise/report.html"), Path("reports/noise-final/report.html")
-    assert [page.is_file() for page in pages] == [True, False]
+    single = Path("reports/noise/models", sha256_file(run.final)[:8])
+    assert Path("reports/noise/report.html").is_file()
+    assert not single.exists()
     before = Path("reports/noise/evaluation.json").read_bytes()
-    diffusion.evaluate("noise", run.final, samples=20, guidance=None, sampling={"steps": 3})
-    assert pages[1].is_file()
+    options = ["--set", "sampling.steps=3", "--set", "evaluation.samples=20"]
+    darkroom("evaluate", "--local", "--dataset", "noise", "--model", str(run.final), *options)
+    of_command_line = (single / "metrics.json").read_bytes()
+    (single / "metrics.json").unlink()
+    diffusion.evaluate("noise", run.final, samples=20, sampling={"steps": 3})
+    assert (single / "metrics.json").read_bytes() == of_command_line
     assert Path("reports/noise/evaluation.json").read_bytes() == before
     model = diffusion.load(run.final)
     assert repr(model).startswith("<ddpm of noise: 8×8×1")
 
     with pytest.raises(UserError, match=r"runs/noise.*learning_rate"):
         diffusion.train("noise", model=network, learning_rate=1e-4, **quick)
+
+    distillation = {"steps": 2, "images": 32}
+    student = diffusion.distill("noise", run.final, training=quick, **distillation)
+    assert student.final == Path("runs/noise-student/final.safetensors")
+    assert diffusion.load(student.final).sampling.steps == 2
+    settings += [f"--set=distillation.{name}={value}" for name, value in distillation.items()]
+    teacher = f"--set=distillation.teacher={run.final}"
+    assert darkroom("distill", "--local", "--dataset", "noise", teacher, *settings)["train_key"] == student.train_key
+
+    found = diffusion.curate("noise", dry_run=True, min_brightness=127, max_dropped=0.9)
+    assert 0 < found.dropped < 120
+    rules = ["--set", "curation.min_brightness=127", "--set", "curation.max_dropped=0.9"]
+    assert darkroom("data", "curate", "--local", "--dataset", "noise", *rules)["dropped"] == found.dropped
 
 
 @pytest.mark.parametrize(
@@ -214,7 +233,7 @@ def test_importing_the_package_loads_nothing_else() -> None:
         "import sys; before = set(sys.modules); import diffusion; diffusion.__version__; dir(diffusion)\n"
         "loaded = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
         "print(*(loaded - set(sys.stdlib_module_names)))\n"
-        "diffusion.ingest, diffusion.load, diffusion.train, diffusion.evaluate\n"
+        "diffusion.ingest, diffusion.load, diffusion.train, diffusion.evaluate, diffusion.distill\n"
         "print('torch' in sys.modules)"
     )
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.common.errors import ConflictError, DarkroomError, TransientError, UserError
-from flows.storage.s3 import LARGEST_PUT, Location, MissingObjectError, Object, Store, client
+from flows.storage.s3 import MAX_PUT_BYTES, Location, Object, Store, client
+from flows.storage.s3_errors import MissingObjectError
 from tests.builders.http_server import serving
 from tests.builders.s3_clients import stock
 
@@ -114,7 +115,7 @@ def test_a_multipart_object_is_compared_by_its_bytes(store: Store, bucket: str, 
 
 def test_an_object_of_over_5_gib_is_rejected_before_it_is_sent(store: Store, bucket: str, tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb+") as file:
-        file.truncate(LARGEST_PUT + 1)
+        file.truncate(MAX_PUT_BYTES + 1)
         with pytest.raises(UserError, match=r"a/large would have 5,368,709,121 bytes.* smaller sampling_batch.chunk"):
             store.put_once(bucket, "a/large", file)
     assert not store.exists(bucket, "a/large")

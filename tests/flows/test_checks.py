@@ -15,21 +15,17 @@ from diffusion.common.files import sha256_file
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import read_manifest
 from diffusion.generation.config import Conditions, read_request
-from flows.cli import checks, main
-from flows.cli.checks import (
+from flows.checks import Request, check, images
+from flows.checks.images import (
     deployment_notes,
-    registered_models,
-    require_answerable,
-    require_batch,
     require_conditions_in_source,
     require_enough_images,
     require_ingestable,
-    require_model,
-    require_models,
     require_network,
     require_usable,
-    require_version,
 )
+from flows.checks.models import registered_models, require_model, require_models, require_version
+from flows.cli import main
 from flows.config import Params
 from flows.local_stack.http_api import require
 from tests.builders.http_server import serving
@@ -103,7 +99,7 @@ def test_labels_are_sought_in_a_source_with_cyclic_links_until_all_are_found(
         yield from ("cat/1.png", "dog/1.png")
         raise AssertionError("all labels were found")
 
-    monkeypatch.setattr(checks, "visible_files", files)
+    monkeypatch.setattr(images, "visible_files", files)
     require_conditions_in_source(params, Conditions(labels=("cat", "dog")))
 
 
@@ -239,34 +235,29 @@ def test_a_batch_that_cannot_be_planned_is_found_before_its_flow_run(
     Path("requests.csv").write_text("name,prompt\n1,2\n")
     Path("labels.csv").write_text("label\ncat\n")
     Path("sizes.csv").write_text("label,size\ncat,8x8\n")
-    plain = Conditions()
-    require_batch(Params(), uri, 4, 0, f"s3://{bucket}", plain, None, [])
-    require_batch(Params(), uri, None, 0, None, plain, "labels.csv", [])
-    set_steps = ["sampling.steps=32"]
-    with_steps = Params.model_validate({"sampling": {"steps": 32}})
-    require_batch(with_steps, uri, 4, 0, None, plain, None, set_steps)
+
+    def require(model: str = uri, *, steps: int | None = None, **request: Any) -> None:
+        overrides = [] if steps is None else [f"sampling.steps={steps}"]
+        params = Params.model_validate({"sampling": {} if steps is None else {"steps": steps}})
+        check("sample", params, Request(model=model, overrides=overrides, **request), connected=True)
+
+    require(count=4, to=f"s3://{bucket}")
+    require(requests="labels.csv")
+    require(steps=32, count=4)
     write_model(student := tmp_path / "student.safetensors", seed=1, images=1, training={"student": {"steps": 2}})
+    student_uri = add_version(mlflow_client, tmp_path, bucket, data=student.read_bytes()).uri
     with pytest.raises(UserError):
-        require_batch(
-            with_steps,
-            add_version(mlflow_client, tmp_path, bucket, data=student.read_bytes()).uri,
-            4,
-            0,
-            None,
-            plain,
-            None,
-            set_steps,
-        )
-    for to, conditions, requests in (
-        ("http://example.org", plain, None),
-        ("s3://no-such-bucket-here", plain, None),
-        (None, Conditions(negative_prompt="ugly"), None),
-        (None, plain, "requests.csv"),
-        (None, Conditions(sizes=((8, 8),)), "sizes.csv"),
-        (None, plain, f"s3://{bucket}/none.csv"),
+        require(student_uri, steps=32, count=4)
+    for request in (
+        {"to": "http://example.org"},
+        {"to": "s3://no-such-bucket-here"},
+        {"conditions": Conditions(negative_prompt="ugly")},
+        {"requests": "requests.csv"},
+        {"conditions": Conditions(sizes=((8, 8),)), "requests": "sizes.csv"},
+        {"requests": f"s3://{bucket}/none.csv"},
     ):
         with pytest.raises(UserError):
-            require_batch(Params(), uri, None, 0, to, conditions, requests, [])
+            require(**request)
 
 
 def test_an_edit_that_the_model_cannot_make_is_found_before_its_flow_run(tmp_path: Path) -> None:
@@ -274,10 +265,10 @@ def test_an_edit_that_the_model_cannot_make_is_found_before_its_flow_run(tmp_pat
     image, small = tmp_path / "image.png", tmp_path / "small.png"
     disc(1).save(image)
     disc(1).resize((4, 4)).save(small)
-    sampling = Params().sampling
 
     def require(task: str, *files: Path) -> None:
-        require_answerable(sampling, sampling, [], weights, "m", read_request({"task": task}, *files))
+        generation = read_request({"task": task}, *files)
+        check("edit", Params(), Request(model=str(weights), generation=generation, overrides=["sampling.steps=null"]))
 
     require("img2img", image)
     with pytest.raises(UserError):
