@@ -16,7 +16,7 @@ from diffusion.common.child_processes import end_with_parent
 from diffusion.common.errors import DarkroomError, UserError, install_hint
 from diffusion.common.files import is_full_disk
 from flows.cli import (
-    data_commands,
+    data_change_commands,
     edit_commands,
     model_commands,
     operations_commands,
@@ -53,7 +53,7 @@ for top in (
     server_commands.top,
 ):
     app.add_typer(top)
-for group in (data_commands, model_commands, edit_commands, server_commands):
+for group in (data_change_commands, model_commands, edit_commands, server_commands):
     app.add_typer(group.app, rich_help_panel="Groups of commands")
 app.add_typer(setup_commands.config, rich_help_panel="Groups of commands")
 

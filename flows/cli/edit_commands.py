@@ -11,7 +11,7 @@ from diffusion.common.escaping import pluralize
 from diffusion.common.files import is_model_file
 from flows.cli import command as options
 from flows.cli.arguments import check_image
-from flows.cli.command import LARGEST_SEED, CommandOutput, command, connect, display_progress
+from flows.cli.command import MAX_SEED, CommandOutput, command, connect, display_progress
 
 if TYPE_CHECKING:
     from flows.config import Params
@@ -105,8 +105,8 @@ def img2img(
 @command(app)
 def interpolate(
     config: "Params",
-    to_seed: Annotated[int, Argument(min=0, max=LARGEST_SEED, metavar="TO_SEED", help="Seed of the last image.")],
-    seed: Annotated[int, Option(min=0, max=LARGEST_SEED, help="Seed of the first image.")] = 0,
+    to_seed: Annotated[int, Argument(min=0, max=MAX_SEED, metavar="TO_SEED", help="Seed of the last image.")],
+    seed: Annotated[int, Option(min=0, max=MAX_SEED, help="Seed of the first image.")] = 0,
     count: Annotated[int, Option(min=2, help="Number of images, both ends included.")] = 8,
     label: Label = None,
     prompt: Prompt = None,

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mlflow.client import MlflowClient
 
     from flows.config import Params
-    from flows.provenance.export_model import ModelExport
+    from flows.provenance.export_model import ExportedModel, ModelExport
     from flows.registry.champion import ChampionChange
     from flows.registry.ledger import History, Ledger
     from flows.registry.release import ReleaseResult
@@ -58,6 +58,8 @@ PushUri = Annotated[
     str | None,
     Option(metavar="hf://OWNER/NAME", help="Push it to the Hugging Face Hub, too, with a model card; needs HF_TOKEN."),
 ]
+Public = Annotated[bool, Option("--public", help="Make a new repository of --push public; default: private.")]
+SamplePrompts = Annotated[list[str], Option(help="Prompt of the sample images of --push; several are used in turn.")]
 WeightsLicence = Annotated[
     str | None, Option(help="Licence of the weights; default: in the card of --push, that of the data set.")
 ]
@@ -264,7 +266,7 @@ def explain(
     from flows.checks.models import require_version
 
     require_version(model or config.champion)
-    from flows.sample import explain
+    from flows.explain import explain
 
     result = explain(config, model or config.champion, output or config.report_folder / "explain", seed)
     return CommandOutput(result, map(str, result.files))
@@ -297,11 +299,9 @@ def export(
     folder: ExportFolder,
     model: Model = None,
     push: PushUri = None,
-    public: Annotated[
-        bool, Option("--public", help="Make a new repository of --push public; default: private.")
-    ] = False,
+    public: Public = False,
     licence: WeightsLicence = None,
-    prompt: Annotated[list[str], Option(help="Prompt of the sample images of --push; several are used in turn.")] = [],  # noqa: B006
+    prompt: SamplePrompts = [],  # noqa: B006
     sign: Annotated[bool, Option("--sign", help="Sign the folder and its bill of materials, beside them.")] = False,
     key: SigningKeyFile = None,
     certificates: Certificates = None,
@@ -327,17 +327,22 @@ def export(
     _require_pushable(push, to)
     signer = _signing_key(key, certificates) if sign else None
     with nullcontext() if is_model_file(model) else connect("mlflow", "s3"):
-        from flows.provenance.export_model import ExportedModel, Push, export_model
+        from flows.provenance.export_model import Push, export_model
 
-        if is_model_file(model):
-            exported = ExportedModel(Path(model))
-        else:
-            from flows.checks.models import require_version
-
-            require_version(model or config.champion)
-            exported = ExportedModel.registered(model or config.champion)
         pushed = Push(uri=push, prompts=tuple(prompt), public=public) if push else None
+        exported = _exported_model(config, model)
         return _describe_export(export_model(config, exported, to, folder, licence, signer, pushed), to)
+
+
+def _exported_model(config: "Params", model: str | None) -> "ExportedModel":
+    from flows.provenance.export_model import ExportedModel
+
+    if is_model_file(model):
+        return ExportedModel(Path(model))
+    from flows.checks.models import require_version
+
+    require_version(model or config.champion)
+    return ExportedModel.registered(model or config.champion)
 
 
 def _require_pushable(push: str | None, to: str) -> None:

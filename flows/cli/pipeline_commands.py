@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 pipeline = command(app, panel="Pipeline")
+Source = Annotated[
+    str | None,
+    Argument(help="Folder, tar, zip, Parquet, table of URLs, s3:// prefix, hf://datasets/… …; default: ingest.source."),
+]
 RebuildIfDifferent = Annotated[bool, Option("--rebuild-if-different", help="Rebuild if the storage differs.")]
 Preview = Annotated[
     bool, Option("--dry-run", help="Only look at the source: counts, sizes, classes, captions, what is new.")
@@ -61,12 +65,7 @@ Requests = Annotated[
 @command(app, panel="Pipeline", sets_source=True)
 def ingest(
     config: "Params",
-    source: Annotated[
-        str | None,
-        Argument(
-            help="Folder, tar, zip, Parquet, table of URLs, s3:// prefix, hf://datasets/… …; default: ingest.source."
-        ),
-    ] = None,
+    source: Source = None,
     requeue: Annotated[bool, Option("--requeue", help="Retry sources that were quarantined before.")] = False,
     rebuild: Annotated[bool, Option("--rebuild", help="Rebuild the data set from this source alone.")] = False,
     rebuild_if_different: RebuildIfDifferent = False,

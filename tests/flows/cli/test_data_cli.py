@@ -422,7 +422,7 @@ def test_curate_with_servers_needs_no_local_copy(commands: CommandLine, monkeypa
     def reached(params: Params) -> None:
         raise UserError(f"curated {params.training.dataset}")
 
-    monkeypatch.setattr("flows.cli.data_commands.connect", lambda *_: nullcontext())
+    monkeypatch.setattr("flows.cli.data_change_commands.connect", lambda *_: nullcontext())
     monkeypatch.setattr("flows.curate.curate", reached)
     shutil.rmtree(FOLDER)
     assert "curated blobs" in commands.run("curate", code=2)

@@ -29,7 +29,7 @@ from flows.provenance.reproduce import reproduce
 from flows.provenance.trace import Trace, trace
 from flows.registry import dependencies, model_versions
 from flows.registry.model_versions import CODE, WEIGHTS, Version
-from flows.retrain import RetrainRequest
+from flows.registry.retraining_notes import RetrainRequest
 from flows.sampling import generate_batch, sampling_batch
 from flows.sampling.lookup import find, find_disagreements
 from flows.sampling.sampling_batch import SamplingBatch
