@@ -206,7 +206,7 @@ def evaluate(
     options = complete_sampling(header.model, dict(sampling or {}))
     if words := sampling_conflict(header.model, options):
         raise UserError(words)
-    training = config.training.model_copy(update={"student": header.training.student})
+    training = config.training.model_copy(update={"student": header.training.get("student")})
     config = config.model_copy(update={"model": header.model, "sampling": options, "training": training})
     return engine.evaluate(config, source, output=output if output is None else Path(output), progress=progress)
 

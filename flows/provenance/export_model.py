@@ -5,9 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
-
-from mlflow.client import MlflowClient
+from typing import TYPE_CHECKING, Any, Literal
 
 from diffusion.api.generator import ImageGenerator
 from diffusion.checkpoints import find_base, load_model, read_model_header
@@ -21,11 +19,10 @@ from diffusion.diffusers_format.hub import SAMPLES, PushResult, check_push, hub_
 from diffusion.families.ddpm import DiffusionModel
 from flows.config import Params
 from flows.provenance.bill_of_materials import write_bom
-from flows.provenance.reproduce import fetch_requirements
-from flows.registry import model_versions
-from flows.registry.model_card import load_manifest_and_metrics
-from flows.registry.takedown_marks import warn_of_takedown
-from flows.signing.keys import SigningKey, signature_path
+
+# A file is exported without the libraries of the registry, and without keys.
+if TYPE_CHECKING:
+    from flows.signing.keys import SigningKey
 
 SAMPLE_COUNT = 8
 """Number of sample images of a push."""
@@ -49,6 +46,13 @@ class ExportedModel:
     @classmethod
     def registered(cls, uri: str) -> "ExportedModel":
         """Fetch a registered version."""
+        from mlflow.client import MlflowClient
+
+        from flows.provenance.reproduce import fetch_requirements
+        from flows.registry import model_versions
+        from flows.registry.model_card import load_manifest_and_metrics
+        from flows.registry.takedown_marks import warn_of_takedown
+
         version = model_versions.resolve(MlflowClient(), uri)
         warn_of_takedown(version)
         weights = model_versions.cached_weights(version)
@@ -89,7 +93,7 @@ def export_model(
     to: ExportFormat,
     folder: Path,
     licence: str | None = None,
-    signer: SigningKey | None = None,
+    signer: "SigningKey | None" = None,
     push: Push | None = None,
 ) -> ModelExport:
     """Export ``model`` into ``folder``, write its bill of materials beside it, sign both and push the pipeline.
@@ -118,14 +122,18 @@ def export_model(
     if to == "diffusers" and header.model.family == "diffusers":
         # What was imported has its own card, or none.
         usage = f'how to use it: diffusers.{export.pipeline}.from_pretrained("{export.folder}")'
+    signature = None
     if signer is not None:
+        from flows.signing.keys import signature_path
+
+        signature = signature_path(export.folder)
         for path in (export.folder, bom):
             signer.sign(path, signature_path(path))
     return ModelExport(
         export=export,
         bom=bom,
         usage=usage,
-        signature=None if signer is None else signature_path(export.folder),
+        signature=signature,
         pushed=None if push is None else _push(push, config, export, weights, data, model.metrics, licence),
     )
 

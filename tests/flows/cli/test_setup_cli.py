@@ -17,7 +17,8 @@ from scipy.stats import binom
 from diffusion.common.model_files import METADATA_KEY
 from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
-from flows.cli import main, pipeline_commands
+from flows.cli import main
+from flows.cli.retraining_commands import _describe_retraining
 from flows.config import load_params
 from flows.storage.s3 import Store
 from tests.builders.shapes import blob, disc
@@ -345,7 +346,7 @@ def test_passwords_of_the_local_stack_are_named_where_its_servers_are_used(
         **dict.fromkeys(("samples", "skipped", "seconds", "quality", "set_aside", "report", "mlflow_page"), None),
         **{"run_id": "1", "prefect_page": None},
     }
-    text = "\n".join(pipeline_commands._describe_retraining(result))
+    text = "\n".join(_describe_retraining(result))
     assert {field for field in ("mlflow_password", "prefect_auth_string") if field in text} == named
 
 
