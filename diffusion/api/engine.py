@@ -186,7 +186,8 @@ def evaluate(
         output = output or config.model_report_folder(sha256_file(source))
     else:
         output = output or config.report_folder
-        losses, cache = source / "losses.csv", output / CACHE
+        cache = output / CACHE
+        losses = path if (path := source / "losses.csv").is_file() else None
         models = models_to_evaluate(source, output, config.evaluation.ema_stds)
     sections = config.evaluation, config.sampling
     return evaluate_models(config.dataset_folder, models, *sections, output, losses, progress, cache, config.gate)

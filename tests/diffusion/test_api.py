@@ -17,8 +17,8 @@ import diffusion
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_file
 from diffusion.models.config import ModelConfig
-from flows.cli import main
 from tests.builders import ROOT
+from tests.builders.command_line import CommandLine
 from tests.builders.small_models import write_model
 
 Darkroom = Callable[..., dict[str, Any]]
@@ -43,20 +43,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def darkroom(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Darkroom:
-    """The command line in this process, which has loaded torch already."""
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-
-    def run(*words: str) -> dict[str, Any]:
-        monkeypatch.setattr(sys, "argv", ["darkroom", *words, "--json"])
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capsys.readouterr()
-        assert not end.value.code, err
-        result: dict[str, Any] = json.loads(out)
-        return result
-
-    return run
+def darkroom(folder: Path, command_line: CommandLine) -> Darkroom:
+    return command_line.json
 
 
 @pytest.mark.parametrize(

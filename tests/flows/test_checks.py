@@ -1,6 +1,5 @@
 """What is checked with the servers before a flow run exists: passwords, versions, aliases, labels."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler
@@ -25,9 +24,9 @@ from flows.checks.images import (
     require_usable,
 )
 from flows.checks.models import registered_models, require_model, require_models, require_version
-from flows.cli import main
 from flows.config import Params
 from flows.local_stack.http_api import require
+from tests.builders.command_line import CommandLine
 from tests.builders.http_server import serving
 from tests.builders.model_versions import add_version
 from tests.builders.shapes import disc
@@ -353,12 +352,9 @@ def test_history_of_an_unknown_data_set_is_an_error(
     mlflow_client: MlflowClient,
     bucket: str,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    command_line: CommandLine,
     words: list[str],
 ) -> None:
     monkeypatch.setenv("DARKROOM_BUCKET", bucket)
-    monkeypatch.setattr(sys, "argv", ["darkroom", "model", "history", *words])
-    with pytest.raises(SystemExit) as exit_info:
-        main()
-    assert exit_info.value.code == 2
-    assert "no model or data set nobodys" in capsys.readouterr().err
+    answer = command_line.answer("model", "history", *words)
+    assert (answer.code, "no model or data set nobodys" in answer.err) == (2, True), answer.err

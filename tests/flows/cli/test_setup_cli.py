@@ -7,7 +7,6 @@ import struct
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,35 +16,17 @@ from scipy.stats import binom
 from diffusion.common.model_files import METADATA_KEY
 from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
-from flows.cli import main
 from flows.cli.retraining_commands import _describe_retraining
 from flows.config import load_params
 from flows.storage.s3 import Store
+from tests.builders.command_line import CommandLine
 from tests.builders.shapes import blob, disc
 from tests.builders.small_models import write_model
 
 
-class CommandLine:
-    """``darkroom`` in this process and an empty folder."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, *words: str, code: int = 0) -> str:
-        self.monkeypatch.setattr(sys, "argv", ["darkroom", *words])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        out, err = self.capsys.readouterr()
-        assert exit_info.value.code == code, err
-        return out
-
-    def json(self, *words: str) -> Any:
-        return json.loads(self(*words, "--json"))
-
-
 @pytest.fixture
-def run(no_servers: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(monkeypatch, capsys)
+def run(no_servers: None, command_line: CommandLine) -> CommandLine:
+    return command_line
 
 
 @pytest.fixture
@@ -248,14 +229,8 @@ def test_status_says_that_nothing_runs(run: CommandLine) -> None:
         *("model serve", "config validate"),
     ],
 )
-def test_without_a_configuration_every_verb_names_init(
-    run: CommandLine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: str
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["darkroom", *words.split()])
-    with pytest.raises(SystemExit) as exit_info:
-        main()
-    assert exit_info.value.code == 2
-    message = capsys.readouterr().err
+def test_without_a_configuration_every_verb_names_init(run: CommandLine, words: str) -> None:
+    message = run.mistake(*words.split())
     assert "no params.yaml" in message
     assert "darkroom init FOLDER" in message
     assert not any(Path().iterdir())
@@ -408,16 +383,12 @@ def test_a_dry_run_of_several_trainings_shows_the_time_of_each_and_of_all(
 
 
 def test_quiet_shows_the_result_alone_before_or_after_the_command(
-    run: CommandLine, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: CommandLine, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ("--local", "--set", "ingest.size=8")
     # So that work of a moment has lines, too.
     monkeypatch.setattr("flows.tracking.console.EVERY", 0.0)
     for number, (before, after) in enumerate(((["-q"], []), ([], ["--quiet"]), ([], []))):
-        words = [*before, "ingest", str(images), "--dataset", f"set{number}", *settings, *after]
-        monkeypatch.setattr(sys, "argv", ["darkroom", *words])
-        with pytest.raises(SystemExit):
-            main()
-        out, err = capsys.readouterr()
+        _, out, err = run.answer(*before, "ingest", images, "--dataset", f"set{number}", *settings, *after)
         assert out.startswith("48 images in ")
         assert bool(err) == (not before and not after)
