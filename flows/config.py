@@ -94,10 +94,10 @@ class MonitorConfig(Config):
     """Probability, over all monitoring of a champion, that one is requested although neither model nor images
     changed."""
     cooldown_hours: float = Field(24, ge=0)
-    """Least hours between two requests."""
+    """Minimum number of hours between two requests."""
     retrainings_per_week: int = Field(2, ge=0)
-    """Most requests within seven days; the next one is held, and the flow run fails so that a person looks at it. 0:
-    drift is reported and never requests a retraining."""
+    """Maximum number of requests within seven days; the next one is held, and the flow run fails so that a person looks
+    at it. 0: drift is reported and never requests a retraining."""
 
 
 class Params(ExperimentConfig):

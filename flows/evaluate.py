@@ -32,7 +32,7 @@ from flows.tracking.runs import TRAIN_KEY, RunTracker, find_run, log_evaluation,
 def evaluate(params: Params, folder: Path | None = None, model: str | None = None) -> Evaluation:
     """Evaluate every checkpoint, or the registered version ``model`` alone, against the held-out images.
 
-    Reports to ``folder``, by default that of the data set, or of the version.
+    Reports to ``folder``, by default the folder of the data set, or of the version.
     """
     params, version = (params, None) if model is None else fetch_version(params, model)
     require_champion(params)

@@ -1,4 +1,4 @@
-"""Flow ``retrain``: the whole pipeline; imports torch and MLflow only when there is work, as mostly there is none."""
+"""Flow ``retrain``: the whole pipeline. Torch and MLflow are imported only when there is work, which is rare."""
 
 import logging
 from pathlib import Path
@@ -45,7 +45,7 @@ class RetrainResult(Config):
     seconds: dict[str, float] = Field({})
     """Duration of each phase, in the order of their running."""
     quality: str = ""
-    """KID with its interval, and that of real images."""
+    """KID with its interval, and the KID of real images."""
     advice: str | None = None
     """What would help: more images if the gate lacks them for its verdict, or else a longer training; None: unknown."""
     mlflow_page: str = ""

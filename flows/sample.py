@@ -103,7 +103,7 @@ def generate(
 ) -> GenerationResult:
     """Generate the images of a request into the folder ``output``, by default a new one in samples/.
 
-    ``fields`` are those of a ``GenerationRequest``, except the images in the files ``image`` and ``mask``.
+    ``fields`` are the fields of a ``GenerationRequest``, except the images in the files ``image`` and ``mask``.
     """
     version, weights = fetch(model)
     request, origin = read_request(fields, image, mask), {"model": version.uri, "run_id": version.run_id}

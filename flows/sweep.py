@@ -127,7 +127,7 @@ def rank(
 def compare(params: Params, families: Sequence[str] = tuple(FAMILIES), restart: bool = False) -> RankingResult:
     """Train the families one after the other and rank them by their samples.
 
-    Each training is resumable, and is the same run as that of ``train``. ``restart`` discards runs of other settings
+    Each training is resumable, and is the same run that ``train`` makes. ``restart`` discards runs of other settings
     in the families' folders.
     """
     variants = family_variants(params, families)

@@ -28,7 +28,7 @@ from diffusion.training.config import DistillationConfig, TrainingConfig
 MODELS = "models"
 """Folder in a report folder, with a folder for each model file that was evaluated by itself."""
 STUDENT = "-student"
-"""Suffix of the folders of a student, which has its own beside those of its teacher."""
+"""Suffix of the folders of a student, which has its own beside its teacher's."""
 
 
 class ExperimentConfig(Config):
@@ -111,7 +111,7 @@ class ExperimentConfig(Config):
         return Path("reports", self.run_name() + self._student)
 
     def model_report_folder(self, sha256: str) -> Path:
-        """Folder for the evaluation of one model file with this digest, beside that of the training."""
+        """Folder for the evaluation of one model file with this digest, below the training's."""
         return self.report_folder / MODELS / sha256[:8]
 
     def run_name(self, family: str | None = None) -> str:
@@ -132,7 +132,7 @@ class ExperimentConfig(Config):
     def adapt_to_model(self, model: FamilyConfig) -> Self:
         """Copy to evaluate a model file by itself.
 
-        Sampling is that of its family. No guidance is tried: its file does not change, and it has its own, or none.
+        Sampling is as its family samples. No guidance is tried: its file does not change, and it has its own, or none.
         """
         evaluation = self.evaluation.model_copy(update={"guidance": None, "ema_stds": ()})
         return self.model_copy(update={"evaluation": evaluation, "sampling": self.resolve_sampling(model)})

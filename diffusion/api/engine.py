@@ -124,8 +124,8 @@ def train(
         if _is_main():
             discard(config.run_folder)
         restart = "never"
-    folders, sections = (config.dataset_folder, config.run_folder), (config.model, config.training, config.sampling)
-    return train_model(*folders, *sections, track, progress, restart, store, start)
+    folders = config.dataset_folder, config.run_folder
+    return train_model(*folders, config.model, config.training, config.sampling, track, progress, restart, store, start)
 
 
 def student_config(config: Experiment, teacher: str, header: ModelHeader) -> Experiment:

@@ -48,8 +48,8 @@ class ImageOptions(StepOptions, total=False):
     """Width and height in pixels as ``"96x64"``, or (H, W); left out, the most frequent shape of the training images,
     or for an edit the one of them that is nearest to the image's."""
     guidance: float
-    """Scale of classifier-free guidance, instead of autoguidance: 1 is none, 2 to 8 gives clearer and less varied
-    images."""
+    """Scale of classifier-free guidance, instead of autoguidance: 1 does not guide, 2 to 8 gives clearer and less
+    varied images."""
 
 
 class ConditionalOptions(ImageOptions, total=False):
@@ -202,7 +202,7 @@ class ImageGenerator:
     ) -> list[Image.Image]:
         """Generate the path from image 0 of ``seed`` to image 0 of ``to_seed``, both ends included.
 
-        ``options`` are those of ``generate``, and ``prompt``; a model with classes needs a ``label`` or ``prompt``.
+        ``options`` are as for ``generate``, and ``prompt``; a model with classes needs a ``label`` or ``prompt``.
 
         Example:
             >>> model.interpolate(3, 7, 10)
@@ -221,7 +221,7 @@ class ImageGenerator:
     ) -> list[Image.Image]:
         """Enlarge an image with a super-resolution model (``model.low_resolution``), in overlapping tiles if large.
 
-        The other arguments are those of ``generate``.
+        The other arguments are as for ``generate``.
 
         Example:
             >>> model.upscale("small.png")
@@ -301,7 +301,7 @@ def load(path: str | Path, **sampling: Any) -> ImageGenerator:
 def _fetch_registered(uri: str) -> Path:
     """Fetch the weights of a registered version by what the entry point ``darkroom.registry`` names.
 
-    The registry is that of the flows, which stand on this package.
+    The registry belongs to the flows, which stand on this package.
     """
     try:
         [fetch] = (entry.load() for entry in entry_points(group="darkroom.registry"))

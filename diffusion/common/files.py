@@ -14,7 +14,7 @@ from uuid import uuid4
 from diffusion.common.errors import UserError
 
 PARTIAL = re.compile(r"\.(.+\.)?[0-9a-f]{32}\.partial|\.tmp[A-Za-z0-9]{6}")
-"""Names of incomplete files, unique for each writer; the second form is that of safetensors."""
+"""Names of incomplete files, unique for each writer; the second form is safetensors'."""
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -91,7 +91,7 @@ def write_json(path: Path, value: Any) -> str:
 
 
 def sibling(path: Path, suffix: str) -> Path:
-    """Path beside a file or folder whose name is that of ``path`` with ``suffix``."""
+    """Path beside a file or folder whose name is the name of ``path`` with ``suffix``."""
     path = path if path.name not in ("", "..") else path.resolve()
     return path.with_name(f"{path.name}{suffix}")
 

@@ -141,7 +141,8 @@ def _edit_connected(params: Params, request: Request) -> None:
 
 
 def _retrain(params: Params, request: Request) -> None:
-    if params.model.low_resolution is not None and (request.count, request.seed, request.to) != (64, 0, None):
+    is_default = request.count in (None, 64) and (request.seed, request.to) == (0, None)
+    if params.model.low_resolution is not None and not is_default:
         raise UserError("a model with model.low_resolution only upscales images: leave --count, --seed and --to out")
     if request.version is None:
         images.require_source(params.ingest)

@@ -109,7 +109,7 @@ def require_usable(config: IngestConfig) -> None:
 
 
 def require_enough_images(params: Params, version: Manifest | None) -> None:
-    """Raise UserError if the images of ``ingest.source`` and those of ``version`` are too few for an evaluation.
+    """Raise UserError if the images of ``ingest.source`` and of ``version`` are too few for an evaluation.
 
     Which images are held out depends on their pixels: a small source is ingested into a temporary folder for that.
     Sources that would be downloaded, and versions that are not on this machine, are left to the flow.
@@ -126,9 +126,9 @@ def require_enough_images(params: Params, version: Manifest | None) -> None:
         source, scratch = Path(temporary, "source"), Path(temporary, folder.name)
         source.mkdir()
         # With four times as many as needed, chance leaves enough.
-        most = math.ceil(4 * FEWEST / share)
-        count = sum(1 for _ in islice(open_source(config.source, Access(config, source, objects)).entries(), most))
-        if count == most:
+        max_count = math.ceil(4 * FEWEST / share)
+        count = sum(1 for _ in islice(open_source(config.source, Access(config, source, objects)).entries(), max_count))
+        if count == max_count:
             return
         if count > MAX_CHECKED:
             if count * share < FEWEST:

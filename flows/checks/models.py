@@ -36,7 +36,7 @@ def require_models(params: Params) -> None:
 
 
 def require_destination(to: str | None) -> None:
-    """Raise UserError for an address that is none on S3, or names a bucket that is not there or cannot be used."""
+    """Raise UserError for an address that is not on S3, or names a bucket that is not there or cannot be used."""
     if to is not None:
         from flows.storage.s3 import Location, Store
 
@@ -52,7 +52,7 @@ def require_batch(
     requests: str | None,
     overrides: Sequence[str],
 ) -> None:
-    """Raise UserError for a sampling batch that cannot be planned; the arguments are those of ``sample``."""
+    """Raise UserError for a sampling batch that cannot be planned; the arguments are those that ``sample`` takes."""
     from mlflow.client import MlflowClient
 
     from flows.registry import model_versions
@@ -96,7 +96,7 @@ def _require_effect(
         section, *fields = key.split(".")
         if section != "sampling" or not fields:
             continue
-        # A scale of 1 is no guidance, and null leaves the choice to the model.
+        # A scale of 1 does not guide, and null leaves the choice to the model.
         without_effect = (None, 1) if fields[0] in ("guidance", "autoguidance") else (None,)
         if getattr(given_sampling, fields[0]) not in (*without_effect, getattr(used_sampling, fields[0], None)):
             raise UserError(f"--set {key} has no effect on these images of {name}: leave it out")
@@ -145,7 +145,7 @@ def fetch_weights(uri: str) -> Path:
 
 
 def require_shape(weights: Path, model: str, params: Params) -> None:
-    """Raise UserError if the ``model`` with these weights generates other shapes than those of the data set."""
+    """Raise UserError if the ``model`` with these weights generates other shapes than the data set has."""
     version, header = read_manifest(params.dataset_folder), read_header(weights).get("model_header") or {}
     of_model, of_data = (header.get("channels"), header.get("size")), (version.channels, version.size)
     if of_model != of_data:

@@ -245,8 +245,8 @@ def simulate(
 ) -> CommandOutput:
     """Say how long streamed training would wait for data, and the smallest settings with which it does not.
 
-    The data set is that of --dataset, or one of --images. Batch size, window, cache, prefetch and workers are those of
-    the section training; without training.window and training.stream_bytes the smallest that suffice.
+    The data set is the one of --dataset, or --images describes one. Batch size, window, cache, prefetch and workers are
+    in the section training; without training.window and training.stream_bytes the smallest that suffice.
 
     Example:  darkroom data simulate --images 1000000000 --bytes-per-image 20000 --nodes 8 --ranks 8 --step-seconds 0.2
     """

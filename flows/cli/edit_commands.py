@@ -157,7 +157,7 @@ def generate_images(
 ) -> CommandOutput:
     """Generate images with a model file in this process, or with a registered model in a flow.
 
-    ``settings`` are those of ``--set``: one without effect on the images is an error.
+    ``settings`` are the values of ``--set``: one without effect on the images is an error.
     """
     from diffusion.generation.config import read_request
     from flows.checks import Request, check

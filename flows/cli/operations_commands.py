@@ -145,8 +145,8 @@ def _chain(chain: "Trace") -> Iterator[str]:
         code = f"code {model.code_sha256}, as" if model.code_sha256 else "code: no digest of it, or not as"
         yield f"          {code} registered"
         # The ledger's copies are for its repair: `darkroom model history` shows the entries.
-        ours = {name: value for name, value in model.tags.items() if re.match(r"darkroom\.(?!ledger\.)", name)}
-        yield from (f"          {name} {value}" for name, value in ours.items())
+        tags = {name: value for name, value in model.tags.items() if re.match(r"darkroom\.(?!ledger\.)", name)}
+        yield from (f"          {name} {value}" for name, value in tags.items())
         if scores := {name: value for name, value in model.tags.items() if not name.startswith("darkroom.")}:
             yield f"          {_fields(scores)}"
     if run := chain.run:
@@ -243,7 +243,7 @@ def deploy(
 def monitor(config: "Params") -> CommandOutput:
     """Re-evaluate the champion on the current held-out images; request a retraining if model or images surely drifted.
 
-    Limits: monitor.cooldown_hours, monitor.retrainings_per_week. Exit code 3 when those of the week are used up.
+    Limits: monitor.cooldown_hours, monitor.retrainings_per_week. Exit code 3 when the requests of the week are used up.
 
     Example:  darkroom monitor --dataset faces
     """

@@ -220,7 +220,7 @@ def describe_training(result: "TrainResult") -> str:
 def evaluate(config: "Params", model: Evaluated = None, local: options.Local = False) -> CommandOutput:
     """Evaluate the checkpoints, or any model of the images' size, against the held-out images.
 
-    The report is logged to the MLflow run, that of a version to the version's. A model file needs no server.
+    The report is logged to the MLflow run, of the training or of the version. A model file needs no server.
 
     Example:  darkroom evaluate --dataset faces --set evaluation.samples=1000
 

@@ -30,6 +30,7 @@ from diffusion.data.manifest import read_manifest
 from diffusion.data.sources.survey import SIZES, Survey, survey
 from diffusion.evaluation.config import choose_held_out
 from diffusion.training.preflight import PREFLIGHT
+from flows.checks import check
 from flows.config import Params, assign
 from flows.deployment import retrainings
 from flows.deployment.retrainings import Retraining, Step
@@ -125,6 +126,7 @@ def start(found: FoundImages, name: str, size: int, minutes: float) -> UUID:
         if found.is_upload:
             source = str(keep_zip(found.source, params.training.dataset))
             params = params.model_copy(update={"ingest": params.ingest.model_copy(update={"source": source})})
+        check("retrain", params)
         return retrainings.start(client, deployment, params)
 
 
