@@ -92,7 +92,7 @@ def group_by_shape(shapes: Iterable[Shape]) -> dict[Shape, list[int]]:
 
 
 def apportion(counts: Mapping[Shape, int], total: int) -> dict[Shape, int]:
-    """Divide ``total`` images among shapes in proportion to ``counts`` (largest remainders); leaves out empty shapes."""
+    """Divide ``total`` images among shapes in proportion to ``counts`` (largest remainders), without empty shapes."""
     count_sum = sum(counts.values())
     shares = {shape: total * count // count_sum for shape, count in counts.items()}
     rest = sorted(counts, key=lambda shape: -(total * counts[shape] % count_sum))

@@ -137,7 +137,7 @@ def test_a_run_begins_in_python_and_goes_on_with_the_command_line(folder: Path, 
     distillation = {"steps": 2, "images": 32}
     student = diffusion.distill("noise", run.final, training=quick, **distillation)
     assert student.final == Path("runs/noise-student/final.safetensors")
-    assert diffusion.load(student.final).sampling.steps == 2
+    assert diffusion.load(student.final).model.header.student_steps == 2
     settings += [f"--set=distillation.{name}={value}" for name, value in distillation.items()]
     teacher = f"--set=distillation.teacher={run.final}"
     assert darkroom("distill", "--local", "--dataset", "noise", teacher, *settings)["train_key"] == student.train_key
