@@ -23,6 +23,7 @@ Images = Annotated[
     list[str] | None,
     Argument(metavar="KEY|PATTERN…", help="Image keys (8 or more hex digits) or patterns (*) of source names."),
 ]
+ImageCount = Annotated[int | None, Option(min=1, help="Number of training images of a data set that need not exist.")]
 Purge = Annotated[
     bool,
     Option(
@@ -229,9 +230,7 @@ def merge(
 def simulate(
     context: typer.Context,
     config: "Params",
-    images: Annotated[
-        int | None, Option(min=1, help="Number of training images of a data set that need not exist.")
-    ] = None,
+    images: ImageCount = None,
     bytes_per_image: Annotated[int | None, Option(min=1, help="Bytes in a shard for each of these images.")] = None,
     nodes: Annotated[int | None, Option(help="Machines.")] = None,
     ranks: Annotated[int | None, Option(help="Processes on each node.")] = None,

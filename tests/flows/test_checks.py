@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from mlflow.client import MlflowClient
@@ -14,7 +14,7 @@ from diffusion.common.files import sha256_file
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import read_manifest
 from diffusion.generation.config import Conditions, read_request
-from flows.checks import Request, check, images
+from flows.checks import CHECKS, Request, Verb, check, images
 from flows.checks.images import (
     deployment_notes,
     require_conditions_in_source,
@@ -31,6 +31,10 @@ from tests.builders.http_server import serving
 from tests.builders.model_versions import add_version
 from tests.builders.shapes import disc
 from tests.builders.small_models import write_model
+
+
+def test_every_verb_has_checks() -> None:
+    assert CHECKS.keys() == {*get_args(Verb)}
 
 
 @pytest.mark.parametrize(
