@@ -197,11 +197,6 @@ def test_mistakes_are_one_line_and_exit_2(
     assert not (folder / "samples").exists()
 
 
-def test_a_model_file_that_is_not_there_is_one_line(darkroom: CommandLine) -> None:
-    message = darkroom.mistake("edit", "img2img", "face.png", "--model", "nowhere.safetensors")
-    assert "no model at nowhere.safetensors" in message
-
-
 @pytest.fixture
 def served(folder: Path) -> ServedModel:
     return serve(folder)

@@ -64,6 +64,8 @@ train --set model.family=transformer
 train --set preset=best
 train --params missing.yaml
 train --params bad.yaml
+train --local --params missing.yaml
+train --dry-run --params .
 train --params list.yaml
 train --params typo.yaml
 evaluate
@@ -75,6 +77,7 @@ promote --model m.safetensors
 evaluate --model models:/faces/1 --local
 evaluate --model nosuch.safetensors
 sample --count many
+sample --count 0
 sample --seed -1
 sample --size 64
 sample --model text.safetensors --size 64
@@ -126,6 +129,8 @@ model export --to diffusers --model text.safetensors --out x --public
 model release faces
 edit inpaint one.png --mask nosuch.png --model m.safetensors
 edit img2img one.png --strength 3 --model m.safetensors
+edit img2img one.png --strength nan --model m.safetensors
+edit inpaint one.png --mask one.png --resample-steps 1000 --model m.safetensors
 edit interpolate
 trace nosuch.png
 trace one.png
