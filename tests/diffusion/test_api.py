@@ -76,7 +76,7 @@ def test_images_are_those_of_the_command_line(
         assert (image.size, image.tobytes()) == ((8, 8), Image.open(file).tobytes())
 
 
-def test_an_image_may_be_a_path_its_bytes_or_one_of_pillow(folder: Path) -> None:
+def test_image_may_be_path_bytes_or_pillow(folder: Path) -> None:
     model = diffusion.load("enlarging.safetensors", compute_batch=4, steps=3)
     assert model.tasks == ("upscale",)
     kinds = [Path("small.png"), "small.png", (folder / "small.png").read_bytes(), Image.open("small.png")]
@@ -103,7 +103,7 @@ def test_restarting_without_the_data_set_keeps_the_run(folder: Path) -> None:
     assert checkpoint.is_file()
 
 
-def test_a_run_begins_in_python_and_goes_on_with_the_command_line(folder: Path, darkroom: Darkroom) -> None:
+def test_run_of_python_goes_on_with_the_command_line(folder: Path, darkroom: Darkroom) -> None:
     data = diffusion.ingest("images", "noise", size=8, held_out=0.3)
     assert data.kept == 120
     network = {"width": 16, "channel_mult": [1], "attention": [], "heads": 1}

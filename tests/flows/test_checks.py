@@ -66,9 +66,7 @@ def test_a_wrong_password_is_an_error_at_once(
     assert "test-secret" not in str(error.value)
 
 
-def test_a_registry_that_fails_briefly_is_queried_again_but_not_with_a_wrong_password(
-    no_servers: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_registry_that_fails_briefly_is_queried_again(no_servers: None, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [503, 200, 401]
 
     class Recovering(BaseHTTPRequestHandler):
@@ -85,7 +83,7 @@ def test_a_registry_that_fails_briefly_is_queried_again_but_not_with_a_wrong_pas
     assert not answers
 
 
-def test_labels_are_sought_in_a_source_with_cyclic_links_until_all_are_found(
+def test_labels_are_sought_in_cyclic_links_until_found(
     no_servers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("cat", "dog"):
@@ -116,7 +114,7 @@ def test_labels_are_sought_in_a_source_with_cyclic_links_until_all_are_found(
     ],
     ids=["captions", "prompt", "one class", "guidance"],
 )
-def test_what_a_model_of_a_folder_will_not_know_is_found_before_its_ingest(
+def test_conditions_unknown_to_a_model_are_found_before_ingest(
     no_servers: None, tmp_path: Path, model: dict[str, bool], sampling: dict[str, int], conditions: dict[str, Any]
 ) -> None:
     (tmp_path / "pets" / "cat").mkdir(parents=True)
@@ -150,7 +148,7 @@ def test_the_check_of_a_small_source_asks_no_captioner(no_servers: None) -> None
     assert not Path("asked").exists()
 
 
-def test_images_that_a_small_data_set_has_already_do_not_count_twice(no_servers: None, tmp_path: Path) -> None:
+def test_images_of_a_small_data_set_do_not_count_twice(no_servers: None, tmp_path: Path) -> None:
     for number in range(40):
         path = Path("first" if number < 20 else "second", f"{number}.png")
         path.parent.mkdir(exist_ok=True)
@@ -194,7 +192,7 @@ def test_folder_without_enough_usable_images_is_found_before_its_ingest(
         require_usable(config)
 
 
-def test_other_storage_than_that_of_the_data_set_is_found_before_a_flow_run(
+def test_other_storage_is_found_before_a_flow_run(
     no_servers: None, s3_environment: dict[str, str], bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DARKROOM_BUCKET", bucket)
@@ -210,9 +208,7 @@ def test_other_storage_than_that_of_the_data_set_is_found_before_a_flow_run(
     require_ingestable(other, "always")
 
 
-def test_a_deployment_whose_retrainings_would_fail_or_discard_a_run_is_reported_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_deployment_that_would_fail_or_discard_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("discs").mkdir()
     disc(1).save("discs/1.png")
@@ -229,7 +225,7 @@ def test_a_deployment_whose_retrainings_would_fail_or_discard_a_run_is_reported_
         deployment_notes(Params.model_validate({"ingest": {"source": "discs", "size": 16}}), tmp_path)
 
 
-def test_a_batch_that_cannot_be_planned_is_found_before_its_flow_run(
+def test_impossible_batch_is_found_before_its_flow_run(
     mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DARKROOM_BUCKET", bucket)
@@ -263,7 +259,7 @@ def test_a_batch_that_cannot_be_planned_is_found_before_its_flow_run(
             require(**request)
 
 
-def test_an_edit_that_the_model_cannot_make_is_found_before_its_flow_run(tmp_path: Path) -> None:
+def test_impossible_edit_is_found_before_its_flow_run(tmp_path: Path) -> None:
     weights = write_model(tmp_path / "m.safetensors", seed=1, images=1, classes={"cat": 5, "dog": 5})
     image, small = tmp_path / "image.png", tmp_path / "small.png"
     disc(1).save(image)
@@ -321,7 +317,7 @@ def test_an_unknown_version_alias_or_model_lists_those_there_are(
     require_model(Params.model_validate({"training": {"dataset": "checked"}}))
 
 
-def test_a_label_that_the_model_does_not_know_is_found_without_loading_it(
+def test_unknown_label_is_found_without_loading_the_model(
     mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DARKROOM_BUCKET", bucket)

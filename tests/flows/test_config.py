@@ -106,7 +106,7 @@ def test_configuration_errors_name_the_key_and_the_remedy(params: Path, override
     assert "\n" not in str(error.value)
 
 
-def test_a_duration_on_the_command_line_replaces_the_one_in_the_file(params: Path) -> None:
+def test_duration_of_an_option_replaces_the_file(params: Path) -> None:
     config = load_params(params, ["training.minutes=3"])
     assert (config.training.images, config.training.minutes) == (None, 3)
     params.write_text("training:\n  minutes: 3\n")
@@ -119,7 +119,7 @@ def test_a_duration_on_the_command_line_replaces_the_one_in_the_file(params: Pat
         load_params(params, [])
 
 
-def test_errors_blame_the_file_or_the_option_that_they_are_from(params: Path) -> None:
+def test_errors_blame_the_file_or_the_option(params: Path) -> None:
     params.write_text("training:\n  batchsize: 3\n")
     with pytest.raises(UserError, match=r"^.*params\.yaml: unknown key training\.batchsize"):
         load_params(params, ["ingest.size=32"])
@@ -211,7 +211,7 @@ def test_explicit_settings_override_the_preset(params: Path, preset: str) -> Non
     assert Params.model_validate(config.model_dump()) == config
 
 
-def test_where_the_network_enlarges_the_default_has_the_noise_levels_of_what_it_adds(params: Path) -> None:
+def test_super_resolution_has_its_own_default_noise_levels(params: Path) -> None:
     config = load_params(params, ["model.low_resolution=16"])
     plain = load_params(params, [])
     levels = ("log_sigma_mean", "sigma_min", "sigma_max")
@@ -271,7 +271,7 @@ def test_each_family_has_its_own_runs_reports_and_champion(params: Path) -> None
     assert (str(explicit.run_folder), explicit.model_name) == ("elsewhere", "mine")
 
 
-def test_a_takedown_searches_the_folders_of_single_models_sweeps_and_students(
+def test_takedown_searches_folders_of_models_sweeps_and_students(
     params: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

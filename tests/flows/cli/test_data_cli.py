@@ -139,7 +139,7 @@ def test_compact_joins_the_shards_of_all_versions(commands: CommandLine) -> None
     assert "none too small" in commands.run("compact", "--local")
 
 
-def test_simulate_takes_the_shards_of_the_data_set_or_those_that_are_described(commands: CommandLine) -> None:
+def test_simulate_takes_shards_of_a_data_set_or_description(commands: CommandLine) -> None:
     manifest = read_manifest(FOLDER)
     output = commands.json("simulate", "--step-seconds", "0.1", "--set", "training.batch_size=4", "--epochs", "2")
     assert (output["images"], output["shards"]) == (manifest.counts["train"], 2)
@@ -184,7 +184,7 @@ def test_show_is_limited_without_the_all_option(commands: CommandLine) -> None:
     assert commands.json("show")["quarantined_count"] == 31
 
 
-def test_diff_is_between_the_parent_and_the_current_version_unless_others_are_named(commands: CommandLine) -> None:
+def test_diff_compares_parent_and_current_version_by_default(commands: CommandLine) -> None:
     third, second, first = (each["digest"] for each in commands.json("log")["versions"])
     newest = commands.json("diff")
     assert (newest["before"], newest["after"], newest["same_content"]) == (second, third, True)
@@ -220,7 +220,7 @@ def test_checkout_mends_what_earlier_versions_lack(commands: CommandLine) -> Non
     assert files_of(FOLDER) == whole
 
 
-def test_checkout_gets_a_version_from_s3_on_a_machine_that_has_nothing(
+def test_checkout_gets_a_version_from_s3_on_a_new_machine(
     commands: CommandLine, bucket: str, s3_environment: dict[str, str]
 ) -> None:
     Repo.init(no_scm=True).close()
@@ -237,7 +237,7 @@ def test_checkout_gets_a_version_from_s3_on_a_machine_that_has_nothing(
     assert files_of(FOLDER) == expected
 
 
-def test_versions_in_the_bucket_are_found_on_a_machine_that_has_nothing(
+def test_versions_in_the_bucket_are_found_on_a_new_machine(
     commands: CommandLine, bucket: str, s3_environment: dict[str, str]
 ) -> None:
     Repo.init(no_scm=True).close()

@@ -90,9 +90,7 @@ def test_upscaled_image_is_shown_beside_its_original(darkroom: CommandLine, fold
     assert Image.open(folder / result["grid"]).size[0] > 2 * 16
 
 
-def test_upscaling_takes_the_noise_levels_of_the_model_file_unless_others_are_given(
-    darkroom: CommandLine, folder: Path
-) -> None:
+def test_upscaling_takes_the_noise_levels_of_the_model(darkroom: CommandLine, folder: Path) -> None:
     config = CONFIG.model_copy(update={"low_resolution": 4, "conditional": False})
     write_model(folder / "model.safetensors", seed=0, images=0, config=config)
 
@@ -136,7 +134,7 @@ def test_a_folder_takes_the_answer_to_one_request_only(darkroom: CommandLine, fo
     assert len(list((folder / "mine").glob("0*.png"))) == 3
 
 
-def test_images_name_the_weights_of_a_file_and_not_where_it_lay(darkroom: CommandLine, folder: Path) -> None:
+def test_images_name_weights_and_not_their_path(darkroom: CommandLine, folder: Path) -> None:
     result = run_json(darkroom, "sample", "--count", "1")
     image = Image.open(folder / result["folder"] / "00000000.png")
     assert image.text["darkroom:model"] == f"sha256:{sha256_file(folder / 'model.safetensors')}"
@@ -211,7 +209,7 @@ def serve(folder: Path) -> ServedModel:
     return model
 
 
-def test_the_served_model_answers_a_table_of_tasks_a_row_per_image(folder: Path, served: ServedModel) -> None:
+def test_served_model_answers_a_table_of_tasks(folder: Path, served: ServedModel) -> None:
     image, mask = (base64.b64encode((folder / name).read_bytes()).decode() for name in ("face.png", "hole.png"))
     table = pd.DataFrame(
         {
