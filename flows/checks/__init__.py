@@ -201,8 +201,8 @@ def _nothing(_: Params, __: Request) -> None:
     pass
 
 
-Check = Callable[[Params, Request], None]
-CHECKS: Mapping[Verb, tuple[Check, Check]] = {
+VerbCheck = Callable[[Params, Request], None]
+CHECKS: Mapping[Verb, tuple[VerbCheck, VerbCheck]] = {
     "ingest": (_ingest, _ingest_connected),
     "train": (_train, _train_connected),
     "evaluate": (_evaluate, _evaluate_connected),

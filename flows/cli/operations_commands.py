@@ -247,9 +247,9 @@ def monitor(config: "Params") -> CommandOutput:
 
     Example:  darkroom monitor --dataset faces
     """
-    from flows.checks.models import require_version
+    from flows.checks import check
 
-    require_version(config.champion)
+    check("monitor", config, connected=True)
     from flows.monitor import MonitorResult, monitor
 
     result: object = monitor(config, return_state=True).result(raise_on_failure=False)
