@@ -13,10 +13,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffusion.api import ImageGenerator, evaluate, ingest, load, train
+    from diffusion.api import ImageGenerator, curate, distill, evaluate, ingest, load, train
 
 __version__ = "0.2.0"
-__all__ = ["ImageGenerator", "__version__", "evaluate", "ingest", "load", "train"]
+__all__ = ["ImageGenerator", "__version__", "curate", "distill", "evaluate", "ingest", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:

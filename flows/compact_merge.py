@@ -48,7 +48,7 @@ def merge(params: Params, others: list[str]) -> MergeResult:
         result = _apply_curation(params, run(params, others))
         if earlier is None:
             return result
-        # The version made first was joined with that of the faster process: its images are no duplicates.
+        # The version made first was joined with the version of the faster process: its images are not duplicates.
         counters = {"added": earlier.added + result.added, "duplicates": earlier.duplicates}
         return result.model_copy(update=counters | {"changed": earlier.changed or result.changed})
 

@@ -1,49 +1,35 @@
 """``params.yaml``: one configuration for the command line, the flows' forms, DVC and MLflow."""
 
-import difflib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
-from pydantic import Field, JsonValue, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import Field, JsonValue, ValidationError, model_validator
 
-from diffusion.common.config import Config, dataset_folder, is_unset
-from diffusion.common.errors import UserError
+from diffusion.api.config import MODELS, STUDENT, ExperimentConfig
+from diffusion.common.config import Config, is_unset
+from diffusion.common.errors import MAX_QUOTED, UserError
 from diffusion.common.files import digest_of
 from diffusion.common.parsing import parse_yaml, read_yaml
-from diffusion.curation.config import CurationConfig
-from diffusion.data.ingest.config import IngestConfig
-from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.gate import GateConfig
 from diffusion.families.config import (
     FAMILIES,
     FamilyConfig,
     ModelConfig,
-    effective_sampling,
-    sampling_conflict,
-    shape_conflict,
-    training_conflict,
 )
 from diffusion.presets import PresetName, complete_from_preset, preset
-from diffusion.process.samplers import SamplingConfig, describe_error, sampling_config
-from diffusion.training.config import DistillationConfig, TrainingConfig, earlier_runs
+from diffusion.training.config import earlier_runs
 
 DURATIONS = ("training.images", "training.minutes")
 """Fields of which one replaces the other."""
-MAX_QUOTED = 200
-"""Maximum length of a value in an error."""
 SECTIONS = ("model", "training")
 """Sections that may vary; data, sampling and evaluation are the same for all, so that metrics are comparable."""
 FIXED = ("training.dataset", "training.output", "model.family")
-MODELS = "models"
-"""Folder in a report folder, with a folder for each model file that was evaluated by itself."""
 SWEEPS = "sweeps"
 """Folder in a report folder with a folder for each combination of a sweep, and in runs/ with one for each model."""
-STUDENT = "-student"
 SHARED: Mapping[str, set[str]] = {
     "training": {
         *("dataset", "images", "minutes", "flip", "seed", "precision", "device", "compile", "checkpoints", "keep"),
@@ -112,69 +98,22 @@ class MonitorConfig(Config):
     """Probability, over all monitoring of a champion, that one is requested although neither model nor images
     changed."""
     cooldown_hours: float = Field(24, ge=0)
-    """Least hours between two requests."""
+    """Minimum number of hours between two requests."""
     retrainings_per_week: int = Field(2, ge=0)
-    """Most requests within seven days; the next one is held, and the flow run fails so that a person looks at it. 0:
-    drift is reported and never requests a retraining."""
+    """Maximum number of requests within seven days; the next one is held, and the flow run fails so that a person looks
+    at it. 0: drift is reported and never requests a retraining."""
 
 
-class Params(Config):
+class Params(ExperimentConfig):
     """All settings that determine results; server addresses come from the environment."""
 
-    preset: PresetName = "fast"
-    """Source of the fields left out of model, training and sampling: diffusion/presets/NAME.yaml."""
-    ingest: IngestConfig = IngestConfig()
-    curation: CurationConfig = CurationConfig()
-    model: FamilyConfig = ModelConfig()
-    training: TrainingConfig = TrainingConfig()
-    sampling: SamplingConfig = sampling_config()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    gate: GateConfig = GateConfig()
-    distillation: DistillationConfig = DistillationConfig()
     registry: RegistryConfig = RegistryConfig()
     sampling_batch: SamplingBatchConfig = SamplingBatchConfig()
     retention: RetentionConfig = RetentionConfig()
     monitor: MonitorConfig = MonitorConfig()
 
-    @model_validator(mode="wrap")
-    @classmethod
-    def _apply_preset(cls, tree: Any, validate: ModelWrapValidatorHandler["Params"]) -> "Params":
-        # Anything but a mapping with a known preset fails in the validation of the fields.
-        if isinstance(tree, dict) and (name := tree.get("preset", "fast")) in get_args(PresetName):
-            params = validate(complete_from_preset(tree, name))
-            if isinstance(sampling := tree.get("sampling", {}), dict):
-                # What the preset adds does not count as set: it is of this section model, see resolve_sampling.
-                params.sampling.model_fields_set.intersection_update(sampling)
-            return params
-        return validate(tree)
-
     @model_validator(mode="after")
-    def _is_consistent(self) -> "Params":
-        if conflict := sampling_conflict(self.model, self.sampling) or training_conflict(self.model, self.training):
-            raise ValueError(conflict)
-        if self.ingest.fit == "bucket":
-            shapes = self.ingest.shapes if self.ingest.buckets else []
-            if conflict := shape_conflict(self.model, self.ingest.size, shapes):
-                raise ValueError(conflict)
-        if self.evaluation.ema_stds and self.training.ema_stds is None:
-            raise ValueError("evaluation.ema_stds needs the snapshots that training.ema_stds saves: set it to [0.05]")
-        if self.sampling.guides and self.training.condition_dropout == 0:
-            raise ValueError(
-                "sampling.guidance needs an unconditional prediction, which the network never learns "
-                "with training.condition_dropout = 0: set that to 0.1, or leave guidance out"
-            )
-        if self.sampling.autoguides and self.training.guide is None and self.training.init_from is None:
-            raise ValueError(
-                "sampling.autoguidance leads away from a guide, which training.guide = null leaves out: set that to "
-                "0.25, or leave autoguidance out"
-            )
-        if self.gate.class_loss is not None and not self.model.conditional:
-            raise ValueError("gate.class_loss needs a class-conditional model (model.conditional): leave it out")
-        if isinstance(self.model, ModelConfig) and self.model.variance != "fixed" and self.sampling.sampler != "ddpm":
-            raise ValueError(
-                f"model.variance = learned_range is used by the sampler ddpm alone, and sampling.sampler = "
-                f"{self.sampling.sampler} ignores it: use ddpm, or leave model.variance out"
-            )
+    def _chunks_hold_whole_batches(self) -> Self:
         chunk, batch = self.sampling_batch.chunk, self.sampling.compute_batch
         if chunk is not None and chunk % batch:
             raise ValueError(
@@ -184,29 +123,9 @@ class Params(Config):
         return self
 
     @property
-    def dataset_folder(self) -> Path:
-        """Folder of the data set."""
-        return dataset_folder(self.training.dataset)
-
-    @property
-    def run_folder(self) -> Path:
-        """Folder that training writes to."""
-        folder = self.training.output or Path("runs") / self._name()
-        return folder.with_name(folder.name + self._student)
-
-    @property
-    def report_folder(self) -> Path:
-        """Folder that evaluation writes to."""
-        return Path("reports") / (self._name() + self._student)
-
-    def model_report_folder(self, sha256: str) -> Path:
-        """Folder for the evaluation of one model file with this digest, beside that of the training."""
-        return self.report_folder / MODELS / sha256[:8]
-
-    @property
     def report_folders(self) -> list[Path]:
         """Report folders of the data set: of families, their students, combinations of sweeps, and single models."""
-        folders = [Path("reports", name) for name in self._names]
+        folders = [Path("reports", name) for name in self._run_names]
         return folders + [
             path for folder in folders for kind in (MODELS, SWEEPS) for path in sorted((folder / kind).glob("*/"))
         ]
@@ -214,53 +133,29 @@ class Params(Config):
     @property
     def run_folders(self) -> list[Path]:
         """Default folders of the data set's trainings: of families, their students, sweeps, and those set aside."""
-        folders = [Path("runs", name) for name in self._names]
-        sweeps = [Path("runs", SWEEPS, name) for name in dict.fromkeys([self.model_name, *self._names])]
+        folders = [Path("runs", name) for name in self._run_names]
+        sweeps = [Path("runs", SWEEPS, name) for name in dict.fromkeys([self.model_name, *self._run_names])]
         folders += [path for folder in folders for path in earlier_runs(folder)]
         return folders + [path for folder in sweeps for path in sorted(folder.glob("*/"))]
 
     @property
+    def _run_names(self) -> list[str]:
+        return [self.run_name(family) + suffix for family in FAMILIES for suffix in ("", STUDENT)]
+
+    @property
     def model_name(self) -> str:
         """Name of the registered model."""
-        return self.registry.model or self._name()
-
-    def resolve_sampling(self, model: FamilyConfig) -> SamplingConfig:
-        """Sampling of a model file, whatever the section model: the fields given, and the preset's for such a model."""
-        preset = self.preset if model.family == "ddpm" else "fast"
-        fields = self.sampling.model_dump(include=self.sampling.model_fields_set)
-        sections = complete_from_preset({"model": model.model_dump(), "sampling": fields}, preset)
-        return effective_sampling(model, sampling_config(**sections["sampling"]))
-
-    def adapt_to_model(self, model: FamilyConfig, name: str | None = None) -> "Params":
-        """Copy to evaluate and promote a model file by itself, under the registered ``name``.
-
-        Sampling is that of its family. No guidance is tried: its file does not change, and it has its own, or none.
-        """
-        sections = {
-            "evaluation": self.evaluation.model_copy(update={"guidance": None, "ema_stds": ()}),
-            "sampling": self.resolve_sampling(model),
-            "registry": self.registry.model_copy(update={"model": name or self.registry.model}),
-        }
-        return self.model_copy(update=sections)
+        return self.registry.model or self.run_name()
 
     @property
     def champion(self) -> str:
         """URI of the champion of the registered model."""
         return f"models:/{self.model_name}@champion"
 
-    @property
-    def _student(self) -> str:
-        """Suffix of folders: a student has its own beside those of its teacher."""
-        return "" if self.training.student is None else STUDENT
-
-    @property
-    def _names(self) -> list[str]:
-        return [self._name(family) + suffix for family in FAMILIES for suffix in ("", STUDENT)]
-
-    def _name(self, family: str | None = None) -> str:
-        """Data set name, with the family as suffix unless it is ddpm: each family has its own runs and champion."""
-        family = family or self.model.family
-        return self.training.dataset if family == "ddpm" else f"{self.training.dataset}-{family}"
+    def adapt_to_version(self, model: FamilyConfig, name: str) -> Self:
+        """Copy to evaluate and promote a version of the registered model ``name`` by itself: see ``adapt_to_model``."""
+        registry = self.registry.model_copy(update={"model": name})
+        return self.adapt_to_model(model).model_copy(update={"registry": registry})
 
 
 def registered_autoencoder(params: Params) -> str | None:
@@ -308,13 +203,13 @@ def load_with_origins(
     try:
         params = Params.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{_find_source(error, path, assignments)}: {describe_invalid_config(error)}") from error
+        raise UserError(f"{_find_source(error, path, assignments)}: {Params.describe_invalid(error)}") from error
     preset = flatten_sections(complete_from_preset(tree, params.preset)).keys() - flatten_sections(tree).keys()
     origins |= dict.fromkeys(preset, f"preset {params.preset}")
     return params, {key: origins.get(key, "default") for key in flatten_sections(params.model_dump(mode="json"))}
 
 
-def override_keys(overrides: list[str]) -> list[str]:
+def override_keys(overrides: Sequence[str]) -> list[str]:
     """Dotted keys of the fields that ``key=value`` of ``--set`` set."""
     return [field for override in overrides for field in flatten_sections(_nest(*_parse_override(override)[1:]))]
 
@@ -370,7 +265,7 @@ def _find_source(error: ValidationError, path: Path, assignments: list[tuple[str
             tree = _read(path)
             Params.model_validate(tree)
             options = [option for option, *_ in assignments]
-            message, set_keys = describe_invalid_config(error), {key for _, key, _ in assignments}
+            message, set_keys = Params.describe_invalid(error), {key for _, key, _ in assignments}
             if any(re.search(rf"\b{re.escape(key)}\b", message) for key in flatten_sections(tree).keys() - set_keys):
                 options = [f"{path} with", *options]
     return " ".join(dict.fromkeys(options)) or str(path)
@@ -391,42 +286,6 @@ def assign(tree: dict[str, Any], key: str, value: Any, option: str) -> None:
     if key in DURATIONS and value is not None:
         tree.pop("minutes" if name == "images" else "images", None)
     tree[name] = value
-
-
-def describe_invalid_config(error: ValidationError) -> str:
-    """Message for an invalid configuration: the key, the problem and the fix."""
-    detail = error.errors()[0]
-    location = [str(part) for part in detail["loc"]]
-    if location[:1] == ["sampling"]:
-        return describe_error(detail, detail["loc"][1:])
-    # Pydantic inserts the family, the tag of the union, after "model".
-    family = location.pop(1) if location[:1] == ["model"] and len(location) > 1 else None
-    dotted_key = ".".join(location)
-    if detail["type"] == "extra_forbidden":
-        section: Any = FAMILIES[family] if family else Params
-        for name in () if family else location[:-1]:
-            section = section.model_fields[name].annotation
-        fields = list(getattr(section, "model_fields", ()))
-        families = [name for name, config_class in FAMILIES.items() if location[-1] in config_class.model_fields]
-        if family and families:
-            names = " and ".join(families)
-            other = f"replace the section by --set 'model={{family: {family}}}'"
-            return f"{dotted_key} is a field of model.family = {names}, and this is {family}: leave it out, or {other}"
-        close = difflib.get_close_matches(location[-1], fields, n=1)
-        if not family and len(location) == 1:
-            sections = {
-                name: getattr(field.annotation, "model_fields", ()) for name, field in Params.model_fields.items()
-            }
-            close = [f"{name}.{dotted_key}" for name, names in sections.items() if dotted_key in names] or close
-        hint = f"did you mean {' or '.join(close)}?" if close else f"known here: {', '.join(sorted(fields))}"
-        return f"unknown key {dotted_key}: {hint}"
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] in ("tuple_type", "list_type"):
-        message = "give a list, as [a, b]"
-    if detail["type"].startswith("model_"):
-        message = f"this is a section: write its fields on lines of their own, indented below `{location[-1]}:`"
-    value_text = "" if detail["type"] == "value_error" else f" (got {repr(detail['input'])[:MAX_QUOTED]})"
-    return f"{dotted_key}: {message}{value_text}" if dotted_key else message + value_text
 
 
 class Combination(Config):
@@ -486,7 +345,7 @@ def _make_combination(params: Params, settings: dict[str, Any]) -> Combination:
     try:
         variant = Params.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"--over with {format_settings(settings)}: {describe_invalid_config(error)}") from error
+        raise UserError(f"--over with {format_settings(settings)}: {Params.describe_invalid(error)}") from error
     # With the digest, so that settings with equal abbreviations have different folders.
     digest = digest_of({name: getattr(variant, name).model_dump(mode="json") for name in SECTIONS})[:8]
     name = f"{re.sub(r'[^0-9A-Za-z.=,_-]+', '-', format_settings(settings))[:80]}-{digest}"

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from prefect import flow
 
+from diffusion.api import engine
 from diffusion.common.config import Config
 from diffusion.curation.curate import CurationResult
-from diffusion.curation.curate import curate as curate_dataset
 from flows.config import Params
 from flows.datasets.dvc import DataVersion
 from flows.datasets.sync import announce
@@ -51,6 +51,4 @@ def curate(params: Params) -> CurationOutcome:
 @flow(name="curate images", flow_run_name="curate-images-{params.training.dataset}")
 def curate_images(params: Params) -> CurationResult:
     """Measure the images, decide and write the manifest; each shard is a separate task."""
-    run = prefect_fan_out(params.ingest, "measure shard")
-    folder, rules = params.dataset_folder, params.curation
-    return curate_dataset(folder, rules, params.ingest, params.evaluation, reporter(), fan_out=run)
+    return engine.curate(params, fan_out=prefect_fan_out(params.ingest, "measure shard"), progress=reporter())

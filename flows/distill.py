@@ -3,9 +3,8 @@
 from mlflow.client import MlflowClient
 from prefect import flow
 
+from diffusion.api.engine import student_config
 from diffusion.checkpoints import read_model_header
-from diffusion.families.header import ModelHeader
-from diffusion.training.config import student_training
 from flows.config import Params
 from flows.deployment.tasks import retryable_task
 from flows.evaluate import evaluate
@@ -19,8 +18,7 @@ from flows.train import train
 @flow(name="distill", flow_run_name="distill-{params.training.dataset}")
 def distill(params: Params) -> PromotionResult:
     """Distil the model that ``distillation.teacher`` names; the student is a version of the same registered model."""
-    training = student_training(params.training, params.distillation, params.sampling, *find_teacher(params))
-    params = params.model_copy(update={"training": training})
+    params = configure_student(params)
     require_promotable(params)
     train(params, restart="set_aside")
     evaluate(params)
@@ -28,12 +26,15 @@ def distill(params: Params) -> PromotionResult:
 
 
 @retryable_task
-def find_teacher(params: Params) -> tuple[str, ModelHeader]:
-    """Resolve the teacher to models:/NAME/NUMBER; for a student it is its own teacher, so that commands can repeat."""
+def configure_student(params: Params) -> Params:
+    """Configuration that trains a student of models:/NAME/NUMBER, to which the teacher resolves.
+
+    Where a student is named, its own teacher is distilled, so that commands can repeat.
+    """
     client, name = MlflowClient(), params.distillation.teacher
     version = model_versions.resolve(client, params.champion if name == "champion" else name)
     header = read_model_header(model_versions.cached_weights(version))
     if header.student_steps is not None and (teacher := version.tags.get(START)):
         version = model_versions.resolve(client, teacher)
         header = read_model_header(model_versions.cached_weights(version))
-    return version.uri, header
+    return student_config(params, version.uri, header)

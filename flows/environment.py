@@ -1,4 +1,4 @@
-"""Environment variables of Darkroom and its servers; ``DARKROOM_STAGING_*`` name those of another stage."""
+"""Environment variables of Darkroom and its servers; ``DARKROOM_STAGING_*`` name the servers of another stage."""
 
 import os
 import re
@@ -112,7 +112,7 @@ def loopback_no_proxy() -> dict[str, str]:
 def read_staging_servers() -> tuple[str, dict[str, str]]:
     """Servers that ``DARKROOM_STAGING_*`` name: their location, without credentials, and the environment to use them.
 
-    HOME is the folder of a running local stack; otherwise MLFLOW_TRACKING_URI and BUCKET, that of its ledgers, are
+    HOME is the folder of a running local stack; otherwise MLFLOW_TRACKING_URI and BUCKET, which holds its ledgers, are
     needed, and MLFLOW_* and AWS_* hold the keys to them. Raises UserError that names what is missing.
     """
     fields = {name.removeprefix(PREFIX): value for name, value in os.environ.items() if name.startswith(PREFIX)}

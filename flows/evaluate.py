@@ -9,16 +9,14 @@ from mlflow.client import MlflowClient
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
+from diffusion.api import engine
 from diffusion.checkpoints import read_model_header
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import escape_markdown
-from diffusion.evaluation.evaluate import evaluate as score_models
-from diffusion.evaluation.evaluator import CACHE
 from diffusion.evaluation.reports.evaluation_report import findings
 from diffusion.evaluation.reports.html import format_plain
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.checkpointing import Checkpoints
-from diffusion.training.ema import models_to_evaluate
 from flows.config import Params
 from flows.deployment.tasks import artifact_key, retryable_task
 from flows.registry import model_versions
@@ -34,7 +32,7 @@ from flows.tracking.runs import TRAIN_KEY, RunTracker, find_run, log_evaluation,
 def evaluate(params: Params, folder: Path | None = None, model: str | None = None) -> Evaluation:
     """Evaluate every checkpoint, or the registered version ``model`` alone, against the held-out images.
 
-    Reports to ``folder``, by default that of the data set, or of the version.
+    Reports to ``folder``, by default the folder of the data set, or of the version.
     """
     params, version = (params, None) if model is None else fetch_version(params, model)
     require_champion(params)
@@ -50,7 +48,7 @@ def fetch_version(params: Params, model: str) -> tuple[Params, Version]:
     version = model_versions.resolve(MlflowClient(), model)
     warn_of_takedown(version)
     header = read_model_header(model_versions.cached_weights(version))
-    return params.adapt_to_model(header.model, version.model), version
+    return params.adapt_to_version(header.model, version.model), version
 
 
 def report_folder(params: Params, version: Version | None) -> Path:
@@ -62,13 +60,8 @@ def report_folder(params: Params, version: Version | None) -> Path:
 def evaluate_models(params: Params, folder: Path, version: Version | None) -> Evaluation:
     """Score the checkpoints, or the ``version``; results under the same conditions are cached."""
     require_current(params.dataset_folder)
-    data, settings = params.dataset_folder, (params.evaluation, params.sampling)
-    if version is None:
-        losses = params.run_folder / "losses.csv"
-        models = models_to_evaluate(params.run_folder, folder, params.evaluation.ema_stds)
-        return score_models(data, models, *settings, folder, losses, reporter(), gate=params.gate)
-    weights, cache = model_versions.cached_weights(version), params.report_folder / CACHE
-    return score_models(data, [weights], *settings, folder, progress=reporter(), cache=cache, gate=params.gate)
+    weights = None if version is None else model_versions.cached_weights(version)
+    return engine.evaluate(params, weights, output=folder, progress=reporter())
 
 
 @retryable_task

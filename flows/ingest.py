@@ -10,11 +10,11 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from pydantic import ValidationError
 
+from diffusion.api import engine
 from diffusion.common.config import Config
 from diffusion.common.escaping import pluralize
 from diffusion.common.files import write_json
 from diffusion.data.ingest.ingest import IngestResult, Rebuild
-from diffusion.data.ingest.ingest import ingest as ingest_images
 from diffusion.data.manifest import read_manifest
 from flows.config import Params
 from flows.datasets import dvc
@@ -114,16 +114,15 @@ def repair(params: Params, rebuild: Rebuild, to_retrain: bool) -> None:
 @flow(name="make dataset", flow_run_name="make-dataset-{params.training.dataset}")
 def make_dataset(params: Params, requeue: bool, rebuild: Rebuild) -> IngestResult:
     """Write shards and manifest, then apply the rules of curation; each shard is a separate task."""
-    data, config, run = params.dataset_folder, params.ingest, prefect_fan_out(params.ingest)
-    objects = S3Objects()
-    result = ingest_images(data, config, reporter(), requeue=requeue, rebuild=rebuild, objects=objects, fan_out=run)
-    if not (params.curation.drops or read_manifest(data).dropped):
-        return result
-    # Imported late: it takes torch, which most ingests do without.
-    from diffusion.curation.curate import curate_ingested
-
-    run = prefect_fan_out(config, "measure shard")
-    return curate_ingested(result, params.curation, config, params.evaluation, reporter(), fan_out=run)
+    return engine.ingest(
+        params,
+        rebuild=rebuild,
+        requeue=requeue,
+        objects=S3Objects(),
+        fan_out=prefect_fan_out(params.ingest),
+        fan_out_measures=prefect_fan_out(params.ingest, "measure shard"),
+        progress=reporter(),
+    )
 
 
 @retryable_task

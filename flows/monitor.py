@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 DRIFTED = "darkroom.model.drifted"
 MONITORED = "darkroom.monitored"  # tag of a version: digest of data, weights and settings of its last monitoring
 SURELY = 3
-"""Standard errors by which KID must at least be worse: that of a champion at its promotion is better by chance, too."""
+"""Standard errors by which KID must at least be worse: at its promotion, a champion's KID is better by chance, too."""
 
 
 class MonitorResult(Config):

@@ -31,6 +31,7 @@ from diffusion.evaluation.comparison import COMPARISON, ChampionComparison, comp
 from diffusion.evaluation.reports.comparison_report import COMPARISON_PAGE, write_comparison_report, write_verdict
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.ema import SNAPSHOTS
+from flows.checks.images import require_evaluation
 from flows.config import Params
 from flows.deployment.tasks import artifact_key, emit, retryable_task
 from flows.evaluate import fetch_version, find_tracker, report_folder
@@ -104,10 +105,8 @@ def promote(params: Params, model: str | None = None) -> PromotionResult:
     """Promote the best checkpoint, which is registered first, or the version ``model``, if the gate prefers it."""
     params, version = (params, None) if model is None else fetch_version(params, model)
     folder = report_folder(params, version)
-    if not (path := folder / "evaluation.json").is_file():
-        option = "" if model is None else f" --model {model}"
-        raise UserError(f"no evaluation in {folder}: run `darkroom evaluate{option}` first")
-    evaluation = Evaluation.read(path)
+    require_evaluation(folder, model)
+    evaluation = Evaluation.read(folder / "evaluation.json")
     require_champion(params)
     if version is None:
         version = register(params, evaluation)
@@ -191,12 +190,14 @@ def apply_gate(params: Params, evaluation: Evaluation, version: Version) -> Gate
         figures = {name: value for name, value in evaluation.metrics().items() if math.isfinite(value)}
         evidence = Evidence(verdict="hold", reason=reason, figures=figures, eval_key=evaluation.eval_key)
         return GateResult(champion=champion, evidence=evidence, comparison=last_comparison(params, version))
-    theirs = None
+    champion_weights = None
     if champion is not None:
-        theirs = model_versions.cached_weights(model_versions.get_version(client, version.model, champion))
-    ours, data, folder = model_versions.cached_weights(version), params.dataset_folder, params.report_folder
+        champion_weights = model_versions.cached_weights(model_versions.get_version(client, version.model, champion))
+    data, folder = params.dataset_folder, params.report_folder
     settings = params.evaluation, params.sampling, params.gate
-    comparison, grids = compare_with_champion(ours, theirs, data, *settings, folder, reporter())
+    comparison, grids = compare_with_champion(
+        model_versions.cached_weights(version), champion_weights, data, *settings, folder, reporter()
+    )
     names = f"version {version.number}", None if champion is None else f"version {champion}"
     write_comparison_report(folder / COMPARISON_PAGE, comparison, grids, version.model, params.training.dataset, *names)
     for path in (folder / COMPARISON, folder / COMPARISON_PAGE):

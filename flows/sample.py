@@ -1,4 +1,4 @@
-"""Flows of a registered model: ``sample`` to S3 with a manifest, ``generate`` to a local folder, and ``explain``."""
+"""Flows of a registered model: ``sample`` to S3 with a manifest, and ``generate`` to a local folder."""
 
 import io
 import logging
@@ -21,10 +21,8 @@ from diffusion.common.escaping import pluralize
 from diffusion.common.files import write_bytes
 from diffusion.common.image_grids import GRID, encode_png_with_metadata, make_captioned_grid
 from diffusion.common.threads import cores
-from diffusion.data.dataset import Dataset
 from diffusion.data.prefetch import yield_in_order
 from diffusion.generation.config import UNCONDITIONAL, Conditions, read_request
-from diffusion.generation.explain import explain as explain_model
 from diffusion.generation.requests import GenerationResult, generate_to_folder
 from diffusion.process.samplers import SamplingConfig
 from flows import environment
@@ -37,9 +35,9 @@ from flows.sampling import generate_batch
 from flows.sampling.generate_batch import GenerationCost, Work
 from flows.sampling.lookup import read_image, read_rows
 from flows.sampling.sampling_batch import MANIFEST, SamplingBatch
-from flows.storage.s3 import Location, MissingObjectError, Store
+from flows.storage.s3 import Location, Store
+from flows.storage.s3_errors import MissingObjectError
 from flows.tracking.console import bar, reporter
-from flows.tracking.runs import RunTracker
 
 logger = logging.getLogger(__name__)
 
@@ -57,13 +55,6 @@ class SamplingBatchResult(Config):
     contact_sheet: Path
     """Local image grid of the first images."""
     took: GenerationCost
-
-
-class Explanation(Config):
-    """Plots of a model version."""
-
-    model: str
-    files: list[Path]
 
 
 @flow(name="sample", flow_run_name="sample-of-{model}")
@@ -112,18 +103,11 @@ def generate(
 ) -> GenerationResult:
     """Generate the images of a request into the folder ``output``, by default a new one in samples/.
 
-    ``fields`` are those of a ``GenerationRequest``, except the images in the files ``image`` and ``mask``.
+    ``fields`` are the fields of a ``GenerationRequest``, except the images in the files ``image`` and ``mask``.
     """
     version, weights = fetch(model)
     request, origin = read_request(fields, image, mask), {"model": version.uri, "run_id": version.run_id}
     return retryable_task(generate_to_folder)(weights, request, params.sampling, output, origin, reporter())
-
-
-@flow(name="explain", flow_run_name="explain-{model}")
-def explain(params: Params, model: str, output: Path, seed: int = 0) -> Explanation:
-    """Plot forward process, training step and reverse process of a version; also log the plots to its MLflow run."""
-    version, weights = fetch(model)
-    return plot(params, version, weights, output, seed)
 
 
 @retryable_task
@@ -238,15 +222,3 @@ def write_contact_sheet(store: Store, batch: SamplingBatch, place: Location) -> 
     path = Path("samples", batch.model, str(batch.version), f"{batch.name}.png")
     write_bytes(path, encode_png_with_metadata(grid, origin | {GRID: f"{place}/"}))
     return path
-
-
-@retryable_task
-def plot(params: Params, version: Version, weights: Path, output: Path, seed: int) -> Explanation:
-    """Write the plots for a held-out image to ``output`` and log them to the version's MLflow run."""
-    dataset = Dataset.open(params.dataset_folder)
-    held_out_rows = dataset.rows("held_out")
-    rows = held_out_rows if len(held_out_rows) else dataset.rows("train")
-    files = explain_model(load_model(weights), dataset.images([rows[seed % len(rows)]])[0], output, seed)
-    for file in files:
-        RunTracker(MlflowClient(), version.run_id).log_file(file, "explain")
-    return Explanation(model=version.uri, files=files)

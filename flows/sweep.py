@@ -14,6 +14,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from pydantic import JsonValue
 
+from diffusion.api import engine
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
@@ -131,7 +132,7 @@ def rank(
 def compare(params: Params, families: Sequence[str] = tuple(FAMILIES), restart: bool = False) -> RankingResult:
     """Train the families one after the other and rank them by their samples.
 
-    Each training is resumable, and is the same run as that of ``train``. ``restart`` discards runs of other settings
+    Each training is resumable, and is the same run that ``train`` makes. ``restart`` discards runs of other settings
     in the families' folders.
     """
     variants = family_variants(params, families)
@@ -154,6 +155,14 @@ def log_report(run_ids: Sequence[str], page: Path) -> None:
     for run_id in run_ids:
         for path in (page, page.parent / RANKING):
             RunTracker(MlflowClient(), run_id).log_file(path, "evaluation")
+
+
+def compare_here(variants: Mapping[str, Params], restart: bool, progress: Progress) -> RankingResult:
+    """Train and rank the families as ``compare`` does, without servers."""
+    for name, variant in variants.items():
+        with phase(name, {}):
+            engine.train(variant, restart="if_different" if restart else "never", progress=progress)
+    return rank_variants(variants, progress)
 
 
 def rank_variants(variants: Mapping[str, Params], progress: Progress) -> RankingResult:

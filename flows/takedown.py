@@ -161,10 +161,10 @@ def mark_derived(params: Params, removal: Removal) -> tuple[dict[str, Manifest],
 @retryable_task
 def find_elsewhere(params: Params, removal: Removal) -> tuple[dict[str, list[str]], list[str]]:
     """Find the images of ``removal`` in other data sets: their keys by data set, and those that cannot be searched."""
-    ours, source = params.dataset_folder, environment.data_source()
-    local = {path.parent.name for path in ours.parent.glob("*/manifest.json")}
+    own_folder, source = params.dataset_folder, environment.data_source()
+    local = {path.parent.name for path in own_folder.parent.glob("*/manifest.json")}
     copies, unclear_datasets = dict[str, list[str]](), list[str]()
-    for name in sorted({*local, *Catalog.names(source)} - {ours.name}):
+    for name in sorted({*local, *Catalog.names(source)} - {own_folder.name}):
         try:
             folder, catalog = dataset_folder(name), Catalog.of(name, source)
             head = Heads(catalog).newest()

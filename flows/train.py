@@ -7,6 +7,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_USER
 from prefect import flow
 from prefect.logging import get_run_logger
 
+from diffusion.api import engine
 from diffusion.common.config import Config
 from diffusion.common.device import resolve_device
 from diffusion.common.errors import UserError
@@ -16,8 +17,8 @@ from diffusion.training.identity import data_digest, identity_fields, train_key,
 from diffusion.training.logging import METRICS_BUFFER, RESTARTED, read_metrics
 from diffusion.training.preflight import PREFLIGHT
 from diffusion.training.run_folder import Restart, discard
-from diffusion.training.train import TrainResult
-from diffusion.training.train import train as train_model
+from diffusion.training.setup import data_digest, identity_fields, train_key
+from diffusion.training.train import Restart, TrainResult
 from flows.config import Params, flatten_sections
 from flows.datasets import dvc
 from flows.datasets.dvc import RemoteShards
@@ -80,12 +81,10 @@ def train_and_track(params: Params, restart: Restart, drift: str | None = None) 
 
     if restart == "set_aside" and _is_registered(params):
         restart = "if_different"
-    data, run, show = params.dataset_folder, params.run_folder, reporter()
-    store = RemoteShards(data, data_source()) if params.training.stream_bytes is not None else None
+    streams = params.training.stream_bytes is not None
+    store = RemoteShards(params.dataset_folder, data_source()) if streams else None
     try:
-        result = train_model(
-            data, run, params.model, params.training, params.sampling, track, show, restart, store, ready.start
-        )
+        result = engine.train(params, restart=restart, track=track, store=store, start=ready.start, progress=reporter())
     except BaseException:
         for buffered_tracker in trackers:
             # Before a retry opens the same folder.

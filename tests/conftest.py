@@ -10,6 +10,7 @@ from hypothesis import settings
 from tenacity import wait_none
 
 from diffusion.common.hub import hub_client
+from tests.builders.command_line import CommandLine
 from tests.builders.small_datasets import ingest_blobs, write_blobs
 from tests.hub import Hub, hub_server
 
@@ -30,6 +31,13 @@ def kills(record_property: Callable[[str, object], None]) -> int:
     count = int(os.environ.get("KILLS", "2"))
     record_property("kills", count)
     return count
+
+
+@pytest.fixture
+def command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    """``darkroom`` in this process."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    return CommandLine(monkeypatch, capsys)
 
 
 @pytest.fixture

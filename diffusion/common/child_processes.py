@@ -50,7 +50,7 @@ def end_with_parent() -> None:
 def _end_after_parent(number: int) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
-        # Waits on a pipe that only the parent holds open: the parent process id may be that of a fork server.
+        # Waits on a pipe that only the parent holds open: the parent process may be a fork server.
         parent.join()
     else:
         while os.getppid() == number:

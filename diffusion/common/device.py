@@ -40,7 +40,7 @@ def device_name(device: torch.device) -> str:
 def has_fast_bf16() -> bool:
     """Return whether oneDNN is faster in bf16 than in fp32: with AMX tiles, or AVX-512's bf16 instructions on AMD.
 
-    In training, fp32 took 1.4 to 1.75 times as long as those of AMD's Zen 5. Other processors run them at half the rate
+    In training, fp32 took 1.4 to 1.75 times as long as bf16 on AMD's Zen 5. Other processors run bf16 at half the rate
     of fp32: 158 against 317 GFLOP/s in the largest matrix product (torch 2.13).
     """
     limits = [os.environ[name].upper() for name in ISA_VARIABLES[:2] if name in os.environ]

@@ -1,5 +1,12 @@
 """Errors shown to users: one line that says what is wrong, where, and how to fix it."""
 
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+MAX_QUOTED = 200
+"""Maximum length of a value in an error."""
+
 
 class DarkroomError(Exception):
     """Base class of errors shown without a traceback; the command line exits with ``exit_code``."""
@@ -13,11 +20,6 @@ class UserError(DarkroomError):
     exit_code = 2
 
 
-def install_hint(extra: str) -> str:
-    """Say how to install an ``extra`` of Darkroom."""
-    return f"run `pip install 'darkroom-diffusion[{extra}]'`, or `pip install -e '.[{extra}]'` in a checkout"
-
-
 class TransientError(DarkroomError):
     """Failure of a server that may soon be gone; Prefect retries a task that ends with it."""
 
@@ -26,3 +28,31 @@ class ConflictError(DarkroomError):
     """Conflict with what another process or a person wrote or decided first; nothing was overwritten."""
 
     exit_code = 3
+
+
+def install_hint(extra: str) -> str:
+    """Say how to install an ``extra`` of Darkroom."""
+    return f"run `pip install 'darkroom-diffusion[{extra}]'`, or `pip install -e '.[{extra}]'` in a checkout"
+
+
+def describe_validation_error(detail: Mapping[str, Any], key: str, known: Collection[str] = ()) -> str:
+    """Describe one of pydantic's errors, and how to fix it.
+
+    Args:
+        detail: One entry of ``ValidationError.errors()``.
+        key: Dotted key of the field, as users write it; empty: the whole.
+        known: Names of the fields that its section has.
+    """
+    name = key.rpartition(".")[2]
+    if detail["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
+        return f"unknown key {key}: {hint}"
+    message, value = detail["msg"].removeprefix("Value error, "), f" (got {repr(detail['input'])[:MAX_QUOTED]})"
+    if detail["type"] == "value_error":
+        value = ""
+    elif detail["type"] in ("tuple_type", "list_type"):
+        message = "give a list, as [a, b]"
+    elif detail["type"].startswith("model_"):
+        message = f"this is a section: write its fields on lines of their own, indented below `{name}:`"
+    return f"{key}: {message}{value}" if key else f"{message}{value}"

@@ -7,11 +7,14 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, TypeGuard
 from uuid import uuid4
 
+from diffusion.common.errors import UserError
+
 PARTIAL = re.compile(r"\.(.+\.)?[0-9a-f]{32}\.partial|\.tmp[A-Za-z0-9]{6}")
-"""Names of incomplete files, unique for each writer; the second form is that of safetensors."""
+"""Names of incomplete files, unique for each writer; the second form is safetensors'."""
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -88,7 +91,7 @@ def write_json(path: Path, value: Any) -> str:
 
 
 def sibling(path: Path, suffix: str) -> Path:
-    """Path beside a file or folder whose name is that of ``path`` with ``suffix``."""
+    """Path beside a file or folder whose name is the name of ``path`` with ``suffix``."""
     path = path if path.name not in ("", "..") else path.resolve()
     return path.with_name(f"{path.name}{suffix}")
 
@@ -114,3 +117,23 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_writable(path: Path, option: str) -> None:
+    """Raise UserError that names the ``option`` if ``path`` is not a folder to write to, and cannot be made one."""
+    folder = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not folder.is_dir():
+        raise UserError(f"{option}: {folder} is a file: give the path of a folder")
+    try:
+        # Permission bits say little on network file systems, and to root.
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{option}: nothing can be written to {folder} ({error.strerror}): give another folder"
+        ) from error
+
+
+def is_model_file(model: str | None) -> TypeGuard[str]:
+    """Whether ``model`` is the path of a model file, and not the URI of a registered one."""
+    return model is not None and model.endswith(".safetensors")

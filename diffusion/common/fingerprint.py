@@ -35,8 +35,8 @@ class Fingerprint(Config):
 
     def differences(self, other: "Fingerprint") -> str:
         """List the fields that differ, as ``field: this → that``; empty if none do."""
-        mine, theirs = dict(self), dict(other)
-        return ", ".join(f"{name}: {mine[name]} → {theirs[name]}" for name in mine if mine[name] != theirs[name])
+        before, after = dict(self), dict(other)
+        return ", ".join(f"{name}: {before[name]} → {after[name]}" for name in before if before[name] != after[name])
 
 
 def resolve_precision(precision: Precision, device: torch.device = CPU) -> Literal["bf16", "fp32"]:

@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 PAUSE = wait_random_exponential(multiplier=0.5, max=20)
 """Seconds before another try."""
 MAX_PAUSE = 60.0
-"""Longest pause before another try in seconds, also if a server requests more."""
+"""Maximum pause before another try in seconds, also if a server requests more."""
 MAX_REDIRECTS = 20
 REDIRECTS = (301, 302, 303, 307, 308)
 STEP_SECONDS = 0.25
@@ -56,7 +56,7 @@ NOT_PUBLIC = tuple(
         *("203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
         # Of the global unicast addresses of IPv6: protocol assignments with Teredo, documentation, 6to4.
         *("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),
-        # The metadata service of Azure; those of other clouds are in the networks above.
+        # The metadata service of Azure; other clouds' are in the networks above.
         "168.63.129.16/32",
     )
 )
@@ -83,7 +83,7 @@ class RetryableError(HttpError):
 
 
 def is_public(address: str) -> bool:
-    """Return whether a numeric IPv4 or IPv6 address is that of a host on the public internet, reached by no tunnel."""
+    """Return whether a numeric IPv4 or IPv6 address is a host's on the public internet, reached without a tunnel."""
     ip = ip_address(address)
     if isinstance(ip, IPv6Address):
         # Identifiers of ISATAP's tunnels to the IPv4 address in the last 32 bits (RFC 5214).
@@ -134,7 +134,7 @@ class HttpClient:
         connections: Maximum number of connections.
         public_only: Whether hosts must have a public address. Proxies may have any address; they resolve names again,
             so the check here does not bind them.
-        ssl_context: Certificates to trust and to show; None: those of the environment.
+        ssl_context: Certificates to trust and to show; None: the environment's.
         use_proxies: Whether the environment's proxies are used.
     """
 
@@ -416,7 +416,7 @@ def retry_delay(state: RetryCallState) -> float:
 def retry_after(value: str) -> float | None:
     """Parse the seconds of a Retry-After header (RFC 9110, section 10.2.3); None if it is invalid."""
     if re.fullmatch("[0-9]+", value):
-        return float(value[:9])  # any more digits are no less than the longest pause
+        return float(value[:9])  # more digits mean more than the longest pause
     try:
         date = parsedate_to_datetime(value[:64])
         return (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds()

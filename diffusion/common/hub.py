@@ -166,7 +166,7 @@ def hub_errors(what: str) -> Iterator[None]:
     try:
         yield
     except HFValidationError as error:
-        raise UserError(f"{what} is no name on the Hub ({error}): give OWNER/NAME") from error
+        raise UserError(f"{what} is not a name on the Hub ({error}): give OWNER/NAME") from error
     except GatedRepoError as error:
         raise UserError(f"{what} is gated: accept its terms on the Hub, and {token}") from error
     except DisabledRepoError as error:
@@ -184,7 +184,7 @@ def hub_errors(what: str) -> Iterator[None]:
         raise
     except (HttpError, httpx2.HTTPError, ValueError, LookupError, TypeError, RecursionError) as error:
         reason = shorten_message(error)
-        raise DarkroomError(f"the answer about {what} is none of a Hub's ({reason}): check HF_ENDPOINT") from error
+        raise DarkroomError(f"the answer about {what} is not a Hub's ({reason}): check HF_ENDPOINT") from error
 
 
 def retry(what: str, request: Callable[[], Result], received: Callable[[], int] = lambda: 0) -> Result:
@@ -279,7 +279,9 @@ class Repository:
         for file in files:
             parts = file.path.split("/")
             if file.path.startswith("/") or {"", ".", ".."} & set(parts) or "\\" in file.path or "\0" in file.path:
-                raise DarkroomError(f"{self.uri} lists {file.path!a}, which is no path in it: use another repository")
+                raise DarkroomError(
+                    f"{self.uri} lists {file.path!a}, which is not a path in it: use another repository"
+                )
             if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", file.digest) or file.size < 0:
                 raise DarkroomError(f"{self.uri} lists {file.path} without a digest and size: use another repository")
         return {file.path: file for file in sorted(files)}
@@ -329,7 +331,7 @@ class Repository:
         """Complete ``data``, which holds the beginning of ``file``.
 
         Raises UserError as ``hub_errors`` does; TransientError if the Hub cannot be reached, which leaves what came;
-        DarkroomError if other bytes than those of the listing came, which empties ``data``.
+        DarkroomError if other bytes than the listing names came, which empties ``data``.
         """
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers
@@ -365,6 +367,6 @@ class Repository:
             data.seek(0)
             data.truncate()
             raise DarkroomError(
-                f"{source} came with other bytes than those of its listing ({file.size}, {file.digest}): give the same "
+                f"{source} came with other bytes than its listing names ({file.size}, {file.digest}): give the same "
                 "command again, and if that does not help use another HF_ENDPOINT"
             )

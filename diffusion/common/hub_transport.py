@@ -15,7 +15,7 @@ CREDENTIALS = ("authorization", "cookie")
 MAX_ANSWER = 2**26
 """Maximum bytes of an answer that is not a file."""
 MAX_REDIRECTS = 5
-"""Maximum redirects of a POST; the client follows those of a GET itself."""
+"""Maximum redirects of a POST; the client follows redirects of a GET itself."""
 
 
 def endpoint() -> str:

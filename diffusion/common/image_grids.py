@@ -88,7 +88,7 @@ def make_captioned_grid(images: Images, texts: Sequence[str]) -> Image.Image:
 
 
 def load_font(size: int) -> "ImageFont.FreeTypeFont | ImageFont.ImageFont":
-    """Load a font of this height in pixels: that of matplotlib, which has most scripts, or else Pillow's."""
+    """Load a font of this height in pixels: matplotlib's, which has most scripts, or else Pillow's."""
     if (spec := find_spec("matplotlib")) is not None and spec.origin is not None:
         path = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
         if path.is_file():

@@ -25,7 +25,7 @@ def read_header(path: Path) -> dict[str, Any]:
         with path.open("rb") as raw:
             size = int.from_bytes(raw.read(8), "little")
         if size > LARGEST_HEADER:
-            raise UserError(f"{path} is no model, as it is no safetensors file: {fix}")
+            raise UserError(f"{path} is not a model, as it is not a safetensors file: {fix}")
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
         return HEADER.validate_json(metadata[METADATA_KEY])
@@ -42,7 +42,7 @@ def read_header(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}): give the file of a model") from error
     except SafetensorError as error:
-        raise UserError(f"{path} is no model, or is damaged ({error}): {fix}") from error
+        raise UserError(f"{path} is not a model, or is damaged ({error}): {fix}") from error
     except (KeyError, ValidationError) as error:
         raise UserError(f"{path} has tensors of something else than a model of Darkroom: {fix}") from error
 

@@ -23,7 +23,7 @@ Images: TypeAlias = Union["Tensor", "list[Tensor]"]
 def parse_shape(text: str) -> Shape:
     """Parse a shape as people write it, 96x64, to height and width; raises ValueError for anything else."""
     if not (match := re.fullmatch(r"([1-9]\d{0,4})[x×]([1-9]\d{0,4})", text)):
-        raise ValueError(f"{text[:30]!r} is no size: write WIDTHxHEIGHT in pixels, as 96x64")
+        raise ValueError(f"{text[:30]!r} is not a size: write WIDTHxHEIGHT in pixels, as 96x64")
     return int(match[2]), int(match[1])
 
 
@@ -40,7 +40,7 @@ def _parse_size(value: Any) -> Shape:
 
 
 def parse_size(text: str) -> Shape:
-    """Parse a size that a user gives, such as 96x64, to (H, W); raises UserError for what is none, or out of range."""
+    """Parse a size that a user gives, such as 96x64, to (H, W); raises UserError for anything else, or out of range."""
     try:
         return _parse_size(text)
     except ValueError as error:
@@ -92,7 +92,7 @@ def group_by_shape(shapes: Iterable[Shape]) -> dict[Shape, list[int]]:
 
 
 def apportion(counts: Mapping[Shape, int], total: int) -> dict[Shape, int]:
-    """Divide ``total`` images among shapes in proportion to ``counts`` (largest remainders); without those of none."""
+    """Divide ``total`` images among shapes in proportion to ``counts`` (largest remainders), without empty shapes."""
     count_sum = sum(counts.values())
     shares = {shape: total * count // count_sum for shape, count in counts.items()}
     rest = sorted(counts, key=lambda shape: -(total * counts[shape] % count_sum))

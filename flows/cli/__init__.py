@@ -16,11 +16,12 @@ from diffusion.common.child_processes import end_with_parent
 from diffusion.common.errors import DarkroomError, UserError, install_hint
 from diffusion.common.files import is_full_disk
 from flows.cli import (
-    data_commands,
+    data_change_commands,
     edit_commands,
     model_commands,
     operations_commands,
     pipeline_commands,
+    retraining_commands,
     server_commands,
     setup_commands,
     signing_commands,
@@ -46,12 +47,13 @@ app = typer.Typer(
 for top in (
     setup_commands.app,
     pipeline_commands.app,
+    retraining_commands.app,
     operations_commands.app,
     signing_commands.app,
     server_commands.top,
 ):
     app.add_typer(top)
-for group in (data_commands, model_commands, edit_commands, server_commands):
+for group in (data_change_commands, model_commands, edit_commands, server_commands):
     app.add_typer(group.app, rich_help_panel="Groups of commands")
 app.add_typer(setup_commands.config, rich_help_panel="Groups of commands")
 

@@ -1,7 +1,7 @@
 """Checks of options and arguments: what they name can be used, before configuration, servers and torch are loaded.
 
 They are callbacks of typer, and every command with such an option has its check. What depends on the configuration or
-the registry is in ``checks``.
+the registry is in ``flows.checks``.
 """
 
 import difflib
@@ -12,10 +12,10 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 from diffusion.common.errors import UserError
+from diffusion.common.files import is_model_file, require_writable
 
 MAX_ROWS = 10_000
 """Rows of a table of requests that are read before servers are asked; all are, before the flow run."""
@@ -35,15 +35,10 @@ def when_given(check: Callable[[Value], None]) -> Callable[[Value | None], Value
     return callback
 
 
-def is_file(model: str | None) -> TypeGuard[str]:
-    """Whether ``model`` is the path of a model file, which needs no server, and not a registry URI."""
-    return model is not None and model.endswith(".safetensors")
-
-
 @when_given
 def check_model(model: str) -> None:
     """Check the form of a model URI, or that a model file is one."""
-    if is_file(model):
+    if is_model_file(model):
         from diffusion.common.model_files import read_header
 
         read_header(Path(model))
@@ -56,7 +51,7 @@ def check_model(model: str) -> None:
 @when_given
 def check_registered(model: str) -> None:
     """Check the form of the URI of a registered model, where no file is taken."""
-    if is_file(model):
+    if is_model_file(model):
         raise UserError(
             f"--model {model} is a file, and only a registered model is taken here: give models:/NAME@ALIAS or "
             f"models:/NAME/NUMBER, or register it by `darkroom model import {model} --name NAME`"
@@ -168,21 +163,6 @@ def check_existing(path: Path) -> None:
     """Check that a file or folder exists."""
     if not path.exists():
         raise UserError(f"{path} does not exist: check the path")
-
-
-def require_writable(path: Path, option: str) -> None:
-    """Raise UserError that names the ``option`` if ``path`` is not a folder to write to, and cannot be made one."""
-    folder = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-    if not folder.is_dir():
-        raise UserError(f"{option}: {folder} is a file: give the path of a folder")
-    try:
-        # Permission bits say little on network file systems, and to root.
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"{option}: nothing can be written to {folder} ({error.strerror}): give another folder"
-        ) from error
 
 
 def require_free_port(host: str, port: int) -> None:

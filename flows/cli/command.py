@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from diffusion.common.progress import Progress
+    from diffusion.generation.config import Conditions
     from flows.environment import Server
 
 MAX_ERROR = 2000  # characters of an error; what is wrong stands first
-LARGEST_SEED = 2**63 - 1  # largest seed that a manifest can hold
+MAX_SEED = 2**63 - 1  # as much as a manifest can hold
 Set = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Override a field, as training.batch_size=64.")]
 ParamsFile = Annotated[Path, Option("--params", help="Configuration file.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Show results, warnings and errors alone, no progress.")]
@@ -70,7 +71,7 @@ To = Annotated[
     ),
 ]
 Count = Annotated[int, Option("--count", min=1, help="Number of images.")]
-Seed = Annotated[int, Option("--seed", min=0, max=LARGEST_SEED, help="Seed; its image i is the same everywhere.")]
+Seed = Annotated[int, Option("--seed", min=0, max=MAX_SEED, help="Seed; its image i is the same everywhere.")]
 NegativePrompt = Annotated[str | None, Option("--negative-prompt", help="What not to show; needs sampling.guidance.")]
 Size = Annotated[
     str | None,
@@ -81,6 +82,8 @@ Size = Annotated[
         callback=check_size,
     ),
 ]
+Labels = Annotated[list[str], Option("--label", metavar="NAME", help="Class label; several are used in turn.")]
+Prompts = Annotated[list[str], Option("--prompt", help="Text prompt; several are used in turn.")]
 Reason = Annotated[str | None, Option("--reason", help="Reason, recorded in the ledger.")]
 SigningKeyFile = Annotated[
     Path | None, Option("--key", metavar="FILE", help="Private key in PEM; default: DARKROOM_SIGNING_KEY.")
@@ -127,71 +130,97 @@ def command(
     """
 
     def register(function: Function) -> Function:
-        parameters = dict(inspect.signature(function).parameters)
-        has_config = parameters.pop("config", None) is not None
-        takes_file, takes_settings = "params_file" in parameters, "settings" in parameters
-        common_parameters: dict[str, tuple[Any, Any]] = (
-            {"dataset": (DatasetName, None)} if has_config and dataset else {}
-        )
-        if dataset_argument:
-            common_parameters["named"] = (DatasetArgument, None)
-        if has_config:
-            common_parameters |= {"params_file": (ParamsFile, Path("params.yaml")), "settings": (Set, [])}
-        common_parameters |= {"as_json": (Json, False), "quiet": (Quiet, False), "verbose": (Verbose, False)}
-        for option, (annotation, default) in common_parameters.items():
-            keyword = inspect.Parameter.KEYWORD_ONLY
-            parameters[option] = inspect.Parameter(option, keyword, default=default, annotation=annotation)
+        own_parameters = inspect.signature(function).parameters
+        keywords = _add_common_options(own_parameters, dataset, dataset_argument)
 
         def run(**arguments: Any) -> None:
             as_json = arguments.pop("as_json")
             set_verbosity(arguments.pop("quiet"), arguments.pop("verbose"))
-            # Libraries print to standard output, which belongs to the result.
             located: AbstractContextManager[None] = nullcontext()
+            # Libraries print to standard output, which belongs to the result.
             with redirect_stdout(sys.stderr):
-                if has_config:
-                    from flows.cli.origins import locate_fields
-                    from flows.config import load_params, override_keys
-
-                    names = [arguments.pop(option, None) for option in ("dataset", "named")]
-                    if None not in names and names[0] != names[1]:
-                        raise UserError(f"{names[1]} and --dataset {names[0]} are two data sets: name one")
-                    fields = {"training.dataset": ("--dataset", names[0] if names[1] is None else names[1])}
-                    if sets_source:
-                        fields["ingest.source"] = ("SOURCE", arguments["source"])
-                    options = {key: option for key, option in fields.items() if option[1] is not None}
-                    file = arguments["params_file"] if takes_file else arguments.pop("params_file")
-                    settings = arguments["settings"] if takes_settings else arguments.pop("settings")
-                    if dataset:
-                        require_params_file(file, arguments | {"dataset": any(names)}, settings)
-                    arguments["config"] = load_params(file, settings, options)
-                    located = locate_fields(file, {*override_keys(settings), *options})
+                if "config" in own_parameters:
+                    located = _load_config(arguments, own_parameters, dataset, sets_source)
                 with located, connect(*servers) if servers else nullcontext():
                     output = function(**arguments)
                 # Lines may still have to be computed.
                 lines = [] if output is None else list(output.lines)
-            if output is None:
-                return
-            if as_json:
-                value = output.value if isinstance(output.value, Mapping) else output.value.model_dump(mode="json")
-                lines = [json.dumps(value, ensure_ascii=False)]
-            # Labels, captions and file names are untrusted and may hold terminal control characters.
-            for line in lines:
-                print(escape_controls(line))
-            if isinstance(output.error, DarkroomError):
-                # Standard output has its one object already.
-                print_error(str(output.error))
-                raise typer.Exit(output.error.exit_code)
-            if output.error is not None:
-                raise output.error
+            if output is not None:
+                _print(output, lines, as_json)
 
         run.__name__, run.__doc__ = function.__name__, function.__doc__
-        keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters.values()]
         run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in keywords}
         app.command(name, rich_help_panel=panel)(run)
         return function
 
     return register
+
+
+def _add_common_options(
+    own_parameters: Mapping[str, inspect.Parameter], dataset: bool, dataset_argument: bool
+) -> list[inspect.Parameter]:
+    has_config = "config" in own_parameters
+    common: dict[str, tuple[Any, Any]] = {"dataset": (DatasetName, None)} if has_config and dataset else {}
+    common |= {"named": (DatasetArgument, None)} if dataset_argument else {}
+    common |= {"params_file": (ParamsFile, Path("params.yaml")), "settings": (Set, [])} if has_config else {}
+    common |= {"as_json": (Json, False), "quiet": (Quiet, False), "verbose": (Verbose, False)}
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = {name: parameter for name, parameter in own_parameters.items() if name != "config"} | {
+        name: inspect.Parameter(name, keyword, default=default, annotation=annotation)
+        for name, (annotation, default) in common.items()
+    }
+    return [parameter.replace(kind=keyword) for parameter in parameters.values()]
+
+
+def _load_config(
+    arguments: dict[str, Any], own_parameters: Mapping[str, inspect.Parameter], dataset: bool, sets_source: bool
+) -> AbstractContextManager[None]:
+    """Replace the common options in ``arguments`` by ``config``; returns the context that locates fields in errors."""
+    from flows.cli.origins import locate_fields
+    from flows.config import load_params, override_keys
+
+    names = [arguments.pop(option, None) for option in ("dataset", "named")]
+    if None not in names and names[0] != names[1]:
+        raise UserError(f"{names[1]} and --dataset {names[0]} are two data sets: name one")
+    fields = {"training.dataset": ("--dataset", names[0] if names[1] is None else names[1])}
+    if sets_source:
+        fields["ingest.source"] = ("SOURCE", arguments["source"])
+    options = {key: option for key, option in fields.items() if option[1] is not None}
+    file, settings = (
+        arguments[name] if name in own_parameters else arguments.pop(name) for name in ("params_file", "settings")
+    )
+    if dataset:
+        require_params_file(file, arguments | {"dataset": any(names)}, settings)
+    arguments["config"] = load_params(file, settings, options)
+    return locate_fields(file, {*override_keys(settings), *options})
+
+
+def _print(output: CommandOutput, lines: list[str], as_json: bool) -> None:
+    """Print the result of a command, and raise its error."""
+    if as_json:
+        value = output.value if isinstance(output.value, Mapping) else output.value.model_dump(mode="json")
+        lines = [json.dumps(value, ensure_ascii=False)]
+    # Labels, captions and file names are untrusted and may hold terminal control characters.
+    for line in lines:
+        print(escape_controls(line))
+    if isinstance(output.error, DarkroomError):
+        # Standard output has its one object already.
+        print_error(str(output.error))
+        raise typer.Exit(output.error.exit_code)
+    if output.error is not None:
+        raise output.error
+
+
+def conditions(
+    labels: list[str], prompts: list[str], negative_prompt: str | None, size: str | None = None
+) -> "Conditions":
+    """Conditions of the images that the options ask for."""
+    from diffusion.common.shapes import parse_size
+    from diffusion.generation.config import Conditions
+
+    sizes = () if size is None else (parse_size(size),)
+    return Conditions(labels=tuple(labels), prompts=tuple(prompts), negative_prompt=negative_prompt, sizes=sizes)
 
 
 def set_verbosity(quiet: bool, verbose: bool) -> None:

@@ -8,9 +8,10 @@ from typer import Argument, Option
 
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
+from diffusion.common.files import is_model_file
 from flows.cli import command as options
-from flows.cli.arguments import check_image, is_file
-from flows.cli.command import LARGEST_SEED, CommandOutput, command, connect, display_progress
+from flows.cli.arguments import check_image
+from flows.cli.command import MAX_SEED, CommandOutput, command, connect, display_progress
 
 if TYPE_CHECKING:
     from flows.config import Params
@@ -104,8 +105,8 @@ def img2img(
 @command(app)
 def interpolate(
     config: "Params",
-    to_seed: Annotated[int, Argument(min=0, max=LARGEST_SEED, metavar="TO_SEED", help="Seed of the last image.")],
-    seed: Annotated[int, Option(min=0, max=LARGEST_SEED, help="Seed of the first image.")] = 0,
+    to_seed: Annotated[int, Argument(min=0, max=MAX_SEED, metavar="TO_SEED", help="Seed of the last image.")],
+    seed: Annotated[int, Option(min=0, max=MAX_SEED, help="Seed of the first image.")] = 0,
     count: Annotated[int, Option(min=2, help="Number of images, both ends included.")] = 8,
     label: Label = None,
     prompt: Prompt = None,
@@ -156,34 +157,28 @@ def generate_images(
 ) -> CommandOutput:
     """Generate images with a model file in this process, or with a registered model in a flow.
 
-    ``settings`` are those of ``--set``: one without effect on the images is an error.
+    ``settings`` are the values of ``--set``: one without effect on the images is an error.
     """
     from diffusion.generation.config import read_request
+    from flows.checks import Request, check
 
     fields = {"task": task} | {name: value for name, value in fields.items() if value is not None}
-    request = read_request(fields, image, mask)
-    if is_file(model):
-        from flows.cli.checks import require_answerable, require_conditions
-
-        require_conditions(Path(model), config, request.conditions)
+    generation = read_request(fields, image, mask)
+    request = Request(model=model, generation=generation, overrides=settings)
+    check("edit", config, request)
+    if is_model_file(model):
         from diffusion.checkpoints import read_model_header
         from diffusion.generation.requests import generate_to_folder
 
         sampling = config.resolve_sampling(read_model_header(Path(model)).model)
-        if settings:  # else none can be without effect, and the model is loaded once
-            require_answerable(config.sampling, sampling, settings, Path(model), model, request)
         with display_progress() as progress:
-            result = generate_to_folder(Path(model), request, sampling, output, progress=progress)
+            result = generate_to_folder(Path(model), generation, sampling, output, progress=progress)
     else:
         with connect("prefect", "mlflow", "s3"):
-            from flows.cli.checks import fetch_weights, require_answerable, require_version
-
-            uri = model or config.champion
-            require_version(uri, config, request.conditions)
-            require_answerable(config.sampling, config.sampling, settings, fetch_weights(uri), uri, request)
+            check("edit", config, request, connected=True)
             from flows.sample import generate
 
-            result = generate(config, uri, fields, image, mask, output)
+            result = generate(config, model or config.champion, fields, image, mask, output)
     return CommandOutput(
         result, [f"{pluralize(result.count, 'image')} of {result.model} in {result.folder}", f"look at {result.grid}"]
     )

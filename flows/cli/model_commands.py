@@ -1,7 +1,7 @@
 """``darkroom model``: import, history, rollback, release, model card, explanation, serving and export of models."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,13 +10,12 @@ import typer
 from typer import Argument, Option
 
 from diffusion.common.errors import UserError
+from diffusion.common.files import is_model_file, require_writable
 from flows.cli.arguments import (
     check_export,
     check_output,
     check_registered,
-    is_file,
     require_free_port,
-    require_writable,
 )
 from flows.cli.command import (
     VERBOSITY,
@@ -33,21 +32,37 @@ from flows.cli.command import (
 )
 
 if TYPE_CHECKING:
-    from diffusion.data.manifest import Manifest
-    from diffusion.diffusers_format.export import ExportResult
-    from diffusion.diffusers_format.hub import PushResult
-    from flows.config import Params
-    from flows.registry.champion import ChampionChange
-    from flows.registry.ledger import History
-    from flows.registry.release import ReleaseResult
+    from mlflow.client import MlflowClient
 
-LONGEST_REASON = 80  # characters of a reason in the table of a history, unless -v is given
-SAMPLED = 8  # sample images of a push
+    from flows.config import Params
+    from flows.provenance.export_model import ExportedModel, ModelExport
+    from flows.registry.champion import ChampionChange
+    from flows.registry.ledger import History, Ledger
+    from flows.registry.release import ReleaseResult
+    from flows.signing.keys import SigningKey
+
+MAX_REASON = 80  # characters of a reason in the table of a history, unless -v is given
 app = typer.Typer(
     name="model",
     help="Models: import, history, rollback, release, card, explanation, serving, export.",
     no_args_is_help=True,
 )
+Exported = Annotated[
+    Literal["diffusers", "lora"],
+    Option(help="A pipeline of diffusers; or lora, the adapter of a fine-tuned one for its load_lora_weights."),
+]
+ExportFolder = Annotated[
+    Path, Option("--out", metavar="FOLDER", help="Output folder, which must not exist yet.", callback=check_export)
+]
+PushUri = Annotated[
+    str | None,
+    Option(metavar="hf://OWNER/NAME", help="Push it to the Hugging Face Hub, too, with a model card; needs HF_TOKEN."),
+]
+Public = Annotated[bool, Option("--public", help="Make a new repository of --push public; default: private.")]
+SamplePrompts = Annotated[list[str], Option(help="Prompt of the sample images of --push; several are used in turn.")]
+WeightsLicence = Annotated[
+    str | None, Option(help="Licence of the weights; default: in the card of --push, that of the data set.")
+]
 registry_command = command(app, dataset_argument=True, servers=("mlflow", "s3"))
 
 
@@ -79,24 +94,8 @@ def import_(
             f"nothing at {source}: give a folder of save_pretrained, hf://OWNER/NAME@REVISION, or a model file"
         )
     if output is not None:
-        if not is_file(str(output)):
-            raise UserError(f"--out {output} is no name of a model file: let it end in .safetensors")
-        require_writable(output.parent, f"--out {output}")
-        import shutil
-
-        from diffusion.diffusers_format.import_model import import_file
-
-        downloads = output.with_name(f".{output.name}.downloads")
-        with display_progress() as progress:
-            file = import_file(source, output, licence, downloads, progress)
-        shutil.rmtree(downloads, ignore_errors=True)
-        return CommandOutput(file, [f"{output}: {file.family}, from {file.source}, licence {file.origin.licence}"])
-    from flows.config import RegistryConfig
-
-    try:
-        RegistryConfig(model=name)
-    except ValueError as error:
-        raise UserError(f"--name {name}: use letters, digits, dots, hyphens and underscores") from error
+        return _import_to_file(source, output, licence)
+    _require_model_name(name)
     with connect("mlflow", "s3"):
         from flows.registry.import_model import import_model
 
@@ -105,6 +104,30 @@ def import_(
     return CommandOutput(
         result, [summary, f"evaluate it: darkroom evaluate --model {result.version.uri} --dataset NAME"]
     )
+
+
+def _import_to_file(source: str, output: Path, licence: str | None) -> CommandOutput:
+    if not is_model_file(str(output)):
+        raise UserError(f"--out {output} does not name a model file: let it end in .safetensors")
+    require_writable(output.parent, f"--out {output}")
+    import shutil
+
+    from diffusion.diffusers_format.import_model import import_file
+
+    downloads = output.with_name(f".{output.name}.downloads")
+    with display_progress() as progress:
+        file = import_file(source, output, licence, downloads, progress)
+    shutil.rmtree(downloads, ignore_errors=True)
+    return CommandOutput(file, [f"{output}: {file.family}, from {file.source}, licence {file.origin.licence}"])
+
+
+def _require_model_name(name: str | None) -> None:
+    from flows.config import RegistryConfig
+
+    try:
+        RegistryConfig(model=name)
+    except ValueError as error:
+        raise UserError(f"--name {name}: use letters, digits, dots, hyphens and underscores") from error
 
 
 @registry_command
@@ -118,14 +141,14 @@ def history(
 
     Example:  darkroom model history --dataset faces
     """
-    from flows.cli.checks import require_model
-
     if key is not None and not sign:
         raise UserError("--key is the key to sign with: give --sign, too, or leave it out")
+    from flows.checks.models import require_model
+
     require_model(config)
     from mlflow.client import MlflowClient
 
-    from flows.registry.aliases import project, read_verified_history
+    from flows.registry.aliases import project
     from flows.registry.aliases import restore as restore_ledger
     from flows.registry.champion import champion_problem
     from flows.registry.ledger import Ledger
@@ -133,27 +156,32 @@ def history(
     client, ledger = MlflowClient(), Ledger.of(config.model_name)
     restored_entries = restore_ledger(client, ledger) if restore else []
     if sign:
-        from flows.signing.keys import SigningKey
+        _sign_ledger(client, ledger, key)
+    current = project(client, ledger)
+    problem = champion_problem(client, current)
+    value = {"restored": restored_entries, "problem": problem, **_history_fields(current)}
+    return CommandOutput(value, [*_table(current), *filter(None, [problem])])
 
-        head = read_verified_history(client, ledger).head
-        if head is None:
-            raise UserError(f"the ledger of {config.model_name} is empty: leave --sign out")
-        ledger.sign(head, SigningKey.load(key))
-    ledger_history = project(client, ledger)
-    problem = champion_problem(client, ledger_history)
-    result = {
-        "model": ledger_history.model,
-        **ledger_history.alias_numbers.model_dump(),
-        "verified": len(ledger_history.entries),
-        "restored": restored_entries,
-        "problem": problem,
-        "foreign": [{"name": name, "reason": reason} for name, reason in ledger_history.foreign.items()],
-        "entries": [
-            entry.model_dump(mode="json") | {"why": entry.why, "sha256": entry.digest}
-            for entry in ledger_history.entries
-        ],
+
+def _sign_ledger(client: "MlflowClient", ledger: "Ledger", key: Path | None) -> None:
+    from flows.registry.aliases import read_verified_history
+    from flows.signing.keys import SigningKey
+
+    head = read_verified_history(client, ledger).head
+    if head is None:
+        raise UserError(f"the ledger of {ledger.model} is empty: leave --sign out")
+    ledger.sign(head, SigningKey.load(key))
+
+
+def _history_fields(history: "History") -> dict[str, Any]:
+    entries = history.entries
+    return {
+        "model": history.model,
+        **history.alias_numbers.model_dump(),
+        "verified": len(entries),
+        "foreign": [{"name": name, "reason": reason} for name, reason in history.foreign.items()],
+        "entries": [entry.model_dump(mode="json") | {"why": entry.why, "sha256": entry.digest} for entry in entries],
     }
-    return CommandOutput(result, [*_table(ledger_history), *filter(None, [problem])])
 
 
 @registry_command
@@ -164,7 +192,7 @@ def rollback(config: "Params", reason: Reason = None) -> CommandOutput:
 
     Example:  darkroom model rollback --dataset faces --reason "three eyes"
     """
-    from flows.cli.checks import require_model
+    from flows.checks.models import require_model
 
     require_model(config)
     from flows.registry.champion import roll_back
@@ -206,7 +234,7 @@ def card(
 
     Example:  darkroom model card models:/faces@champion
     """
-    from flows.cli.checks import require_version
+    from flows.checks.models import require_version
 
     if None not in (uri, model) and uri != model:
         raise UserError(f"{uri} and --model {model} are two models: name one")
@@ -235,10 +263,10 @@ def explain(
 
     Example:  darkroom model explain --model models:/faces@champion --dataset faces
     """
-    from flows.cli.checks import require_version
+    from flows.checks.models import require_version
 
     require_version(model or config.champion)
-    from flows.sample import explain
+    from flows.explain import explain
 
     result = explain(config, model or config.champion, output or config.report_folder / "explain", seed)
     return CommandOutput(result, map(str, result.files))
@@ -258,7 +286,7 @@ def serve(
     Example:  darkroom model serve --model models:/faces@champion --port 5001
     """
     require_free_port(host, port)
-    with nullcontext() if is_file(model) else connect("mlflow", "s3"):
+    with nullcontext() if is_model_file(model) else connect("mlflow", "s3"):
         from flows.registry.serving import serve
 
         serve(config, model or config.champion, host, port)
@@ -267,28 +295,13 @@ def serve(
 @command(app)
 def export(
     config: "Params",
-    to: Annotated[
-        Literal["diffusers", "lora"],
-        Option(help="A pipeline of diffusers; or lora, the adapter of a fine-tuned one for its load_lora_weights."),
-    ],
-    folder: Annotated[
-        Path,
-        Option("--out", metavar="FOLDER", help="Output folder, which must not exist yet.", callback=check_export),
-    ],
+    to: Exported,
+    folder: ExportFolder,
     model: Model = None,
-    push: Annotated[
-        str | None,
-        Option(
-            metavar="hf://OWNER/NAME", help="Push it to the Hugging Face Hub, too, with a model card; needs HF_TOKEN."
-        ),
-    ] = None,
-    public: Annotated[
-        bool, Option("--public", help="Make a new repository of --push public; default: private.")
-    ] = False,
-    licence: Annotated[
-        str | None, Option(help="Licence of the weights; default: in the card of --push, that of the data set.")
-    ] = None,
-    prompt: Annotated[list[str], Option(help="Prompt of the sample images of --push; several are used in turn.")] = [],  # noqa: B006
+    push: PushUri = None,
+    public: Public = False,
+    licence: WeightsLicence = None,
+    prompt: SamplePrompts = [],  # noqa: B006
     sign: Annotated[bool, Option("--sign", help="Sign the folder and its bill of materials, beside them.")] = False,
     key: SigningKeyFile = None,
     certificates: Certificates = None,
@@ -307,139 +320,60 @@ def export(
 
     Example:  darkroom model export --to diffusers --out exports/faces --sign --key signing.key
     """
+    if push is None and (public or prompt):
+        raise UserError("--public and --prompt are of --push: give that as well, or leave them out")
+    if not sign and (key or certificates):
+        raise UserError("--key and --certificates are of --sign: give that as well, or leave them out")
+    _require_pushable(push, to)
+    signer = _signing_key(key, certificates) if sign else None
+    with nullcontext() if is_model_file(model) else connect("mlflow", "s3"):
+        from flows.provenance.export_model import Push, export_model
+
+        pushed = Push(uri=push, prompts=tuple(prompt), public=public) if push else None
+        exported = _exported_model(config, model)
+        return _describe_export(export_model(config, exported, to, folder, licence, signer, pushed), to)
+
+
+def _exported_model(config: "Params", model: str | None) -> "ExportedModel":
+    from flows.provenance.export_model import ExportedModel
+
+    if is_model_file(model):
+        return ExportedModel(Path(model))
+    from flows.checks.models import require_version
+
+    require_version(model or config.champion)
+    return ExportedModel.registered(model or config.champion)
+
+
+def _require_pushable(push: str | None, to: str) -> None:
     if push is not None:
         from diffusion.diffusers_format.hub import check_push
 
         check_push(push)
         if to == "lora":
             raise UserError("--push is of whole pipelines: use --to diffusers, or leave it out")
-    elif public or prompt:
-        raise UserError("--public and --prompt are of --push: give that as well, or leave them out")
-    if not sign and (key or certificates):
-        raise UserError("--key and --certificates are of --sign: give that as well, or leave them out")
-    from diffusion.common.model_files import read_header
 
-    # What is missing is said before anything is written.
-    import_module("cyclonedx")
-    signer = None
-    if sign:
-        import_module("model_signing")
-        from flows.signing.keys import SigningKey
 
-        signer = SigningKey.load(key, certificates)
-    metrics: Mapping[str, float] = {}
-    data: Manifest | None = None
-    libraries: list[str] = []
-    if is_file(model):
-        read_header(Path(model))
-        weights = Path(model)
-        result = _export(to, config, weights, folder)
-    else:
-        with connect("mlflow", "s3"):
-            from flows.cli.checks import require_version
+def _signing_key(key: Path | None, certificates: Path | None) -> "SigningKey":
+    import_module("model_signing")
+    from flows.signing.keys import SigningKey
 
-            require_version(model or config.champion)
-            from flows.sample import fetch
+    return SigningKey.load(key, certificates)
 
-            # The plain function, outside of Prefect.
-            version, weights = fetch.fn(model or config.champion)
-            result = _export(to, config, weights, folder, version.uri, version.run_id)
-            from flows.provenance.reproduce import fetch_requirements
-            from flows.registry.model_card import load_manifest_and_metrics
 
-            (data, metrics), libraries = load_manifest_and_metrics(version), fetch_requirements(version)
-    if data is None and (config.dataset_folder / "manifest.json").is_file():
-        from diffusion.data.manifest import versions
-
-        content = read_header(weights)["model_header"]["content_digest"]
-        with suppress(UserError):  # of a damaged folder: it may be another data set's
-            data = next(
-                (manifest for manifest in versions(config.dataset_folder) if manifest.content_digest == content), None
-            )
-    from flows.provenance.bill_of_materials import write_bom
-
-    bom = write_bom(weights, result, data, metrics, libraries, licence)
-    usage = f"how to use it: {result.folder / 'README.md'}"
-    if to == "diffusers" and read_header(weights)["model_header"]["model"].get("family") == "diffusers":
-        # What was imported has its own card, or none.
-        usage = f'how to use it: diffusers.{result.pipeline}.from_pretrained("{result.folder}")'
-    lines = [f"{result.folder}: {result.pipeline}, {len(result.files)} files", f"bill of materials: {bom}"]
-    value = result.model_dump(mode="json") | {"to": to, "bom": str(bom)}
-    if signer is not None:
-        from flows.signing.keys import signature_path
-
-        for path in (result.folder, bom):
-            signer.sign(path, signature_path(path))
-        value["signature"] = str(signature_path(result.folder))
-        lines.append(f"signature: {value['signature']}, and one of the bill of materials")
-    lines.append(usage)
-    if push is not None:
-        upload = _push(push, config, result, weights, data, metrics, licence, prompt, public)
+def _describe_export(result: "ModelExport", to: str) -> CommandOutput:
+    export, upload = result.export, result.pushed
+    value = export.model_dump(mode="json") | {"to": to, "bom": str(result.bom)}
+    lines = [f"{export.folder}: {export.pipeline}, {len(export.files)} files", f"bill of materials: {result.bom}"]
+    if result.signature is not None:
+        value["signature"] = str(result.signature)
+        lines.append(f"signature: {result.signature}, and one of the bill of materials")
+    lines.append(result.usage)
+    if upload is not None:
         value["pushed"] = upload.model_dump(mode="json")
         outcome = "pushed to" if upload.created else "the same already lies in"
         lines.append(f"{outcome} {upload.repository} ({upload.files} files), commit {upload.commit}")
     return CommandOutput(value, lines)
-
-
-def _export(to: str, config: "Params", weights: Path, folder: Path, *origin: str) -> "ExportResult":
-    from diffusion.diffusers_format.export import export_adapter, export_to_diffusers
-
-    if to == "lora":
-        return export_adapter(weights, folder, *origin)
-    return export_to_diffusers(weights, folder, config.sampling, *origin)
-
-
-def _push(
-    uri: str,
-    config: "Params",
-    result: "ExportResult",
-    weights: Path,
-    data: "Manifest | None",
-    metrics: "Mapping[str, float]",
-    licence: str | None,
-    prompts: list[str],
-    public: bool,
-) -> "PushResult":
-    """Push an export with card and samples; ``data`` is the manifest of its data set, None: unknown."""
-    from diffusion.api import ImageGenerator
-    from diffusion.checkpoints import find_base, load_model, read_model_header
-    from diffusion.common.files import digest_of
-    from diffusion.common.image_grids import encode_png_with_metadata
-    from diffusion.diffusers_format.export import readme
-    from diffusion.diffusers_format.hub import SAMPLES, check_push, hub_card, push_to_hub
-    from diffusion.families.diffusion_model import DiffusionModel
-
-    name, model = check_push(uri), load_model(weights)
-    assert isinstance(model, DiffusionModel), "others are not exported"
-    header, base, file = model.header, model.header, weights
-    while base.base is not None:
-        file = find_base(file, base.base)
-        base = read_model_header(file)
-    origin = base.origin
-    if prompts and not model.config.text:
-        raise UserError("--prompt is for models of captions, and this is none: leave it out")
-    samples: dict[str, bytes] = {}
-    generator = ImageGenerator(model, config.sampling)
-    for index in range(0 if model.config.text and not prompts else SAMPLED):
-        condition: dict[str, Any] = {"prompt": prompts[index % len(prompts)]} if prompts else {}
-        metadata = {"model": result.version or result.weights_sha256, "seed": "0", "index": str(index)} | condition
-        [image] = generator.generate(seed=0, index=index, **condition)
-        # The name stands for the request, as the bits depend on the machine.
-        request = digest_of([result.weights_sha256, config.sampling.model_dump(mode="json"), metadata])
-        samples[f"{SAMPLES}{index}-{request[:12]}.png"] = encode_png_with_metadata(image, metadata)
-    card = hub_card(
-        readme(model, config.sampling, result, name),
-        name,
-        header.dataset,
-        licence or (origin.licence if origin is not None else None) or (data.licence if data is not None else None),
-        data.sources if data is not None else [],
-        origin,
-        metrics,
-        list(samples),
-        model.config.text,
-    )
-    message = f"Export {result.version or result.weights_sha256[:16]} from Darkroom"
-    return push_to_hub(uri, result.folder, card, samples, message, public)
 
 
 def describe_champion_change(change: "ChampionChange | ReleaseResult") -> CommandOutput:
@@ -462,8 +396,8 @@ def _table(ledger: "History") -> Iterator[str]:
             entry.what,
             f"{entry.from_version or '–'} → {entry.to_version}" if entry.changes_champion else f"({entry.version})",
             text
-            if VERBOSITY.get() == "verbose" or len(text := " ".join(entry.why.split())) <= LONGEST_REASON
-            else f"{text[:LONGEST_REASON]}…",
+            if VERBOSITY.get() == "verbose" or len(text := " ".join(entry.why.split())) <= MAX_REASON
+            else f"{text[:MAX_REASON]}…",
         )
         for entry in ledger.entries
     ]

@@ -13,7 +13,8 @@ from typer import Argument, Option
 
 from diffusion.common.errors import ConflictError, DarkroomError, UserError, install_hint
 from diffusion.common.escaping import pluralize
-from flows.cli.arguments import check_cron, check_generated, check_output, is_file, require_free_port
+from diffusion.common.files import is_model_file
+from flows.cli.arguments import check_cron, check_generated, check_output, require_free_port
 from flows.cli.command import VERBOSITY, CommandOutput, Model, command, connect
 
 if TYPE_CHECKING:
@@ -144,8 +145,8 @@ def _chain(chain: "Trace") -> Iterator[str]:
         code = f"code {model.code_sha256}, as" if model.code_sha256 else "code: no digest of it, or not as"
         yield f"          {code} registered"
         # The ledger's copies are for its repair: `darkroom model history` shows the entries.
-        ours = {name: value for name, value in model.tags.items() if re.match(r"darkroom\.(?!ledger\.)", name)}
-        yield from (f"          {name} {value}" for name, value in ours.items())
+        tags = {name: value for name, value in model.tags.items() if re.match(r"darkroom\.(?!ledger\.)", name)}
+        yield from (f"          {name} {value}" for name, value in tags.items())
         if scores := {name: value for name, value in model.tags.items() if not name.startswith("darkroom.")}:
             yield f"          {_fields(scores)}"
     if run := chain.run:
@@ -221,7 +222,7 @@ def deploy(
 
     Example:  darkroom deploy --dataset faces --cron "0 2 * * *" --webhook-env SLACK_WEBHOOK_URL
     """
-    from flows.cli.checks import deployment_notes
+    from flows.checks.images import deployment_notes
 
     notes = deployment_notes(config, workspace.absolute())
     from flows.deployment.deploy import deploy
@@ -242,13 +243,13 @@ def deploy(
 def monitor(config: "Params") -> CommandOutput:
     """Re-evaluate the champion on the current held-out images; request a retraining if model or images surely drifted.
 
-    Limits: monitor.cooldown_hours, monitor.retrainings_per_week. Exit code 3 when those of the week are used up.
+    Limits: monitor.cooldown_hours, monitor.retrainings_per_week. Exit code 3 when the requests of the week are used up.
 
     Example:  darkroom monitor --dataset faces
     """
-    from flows.cli.checks import require_version
+    from flows.checks import check
 
-    require_version(config.champion)
+    check("monitor", config, connected=True)
     from flows.monitor import MonitorResult, monitor
 
     result: object = monitor(config, return_state=True).result(raise_on_failure=False)
@@ -296,12 +297,12 @@ def ui(
         raise UserError(f"the studio needs Gradio: {install_hint('ui')}")
     if port is not None:
         require_free_port("127.0.0.1", port)
-    if not is_file(model):
+    if not is_model_file(model):
         from flows.local_stack.stack import join_servers
 
         with suppress(UserError):  # without Prefect, the tab that trains says so
             join_servers("prefect")
-    with nullcontext() if is_file(model) else connect("mlflow", "s3"):
+    with nullcontext() if is_model_file(model) else connect("mlflow", "s3"):
         from flows.studio.app import serve
 
         serve(config, model, port, not no_browser)

@@ -2,6 +2,8 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +16,7 @@ from flows.cli.arguments import check_existing, check_output, require_free_port
 from flows.cli.command import CommandOutput, command, display_progress
 
 if TYPE_CHECKING:
+    from diffusion.data.versions.takedown_records import Removal
     from flows.local_stack.control import StackStatus
 
 app = typer.Typer(name="server", help="Local servers and their backups; health and metrics.", no_args_is_help=True)
@@ -172,6 +175,14 @@ def restore(
         "later_removals": [removal.model_dump(mode="json") for removal in removals],
         "removals_known_until": known_until and known_until.isoformat(),
     }
+    _warn_of_later_removals(removals, known_until)
+    datasets = sorted({match[1] for entry in backup.objects if (match := PUBLISHED.fullmatch(entry.key))})
+    lines = [f"{folder} is restored from backup {backup.stamp} and runs, with new passwords"]
+    lines += [f"next  darkroom data checkout --dataset {name}" for name in datasets]
+    return CommandOutput(result | {"datasets": datasets}, lines)
+
+
+def _warn_of_later_removals(removals: "Sequence[Removal]", known_until: "datetime | None") -> None:
     for removal in removals:
         _say(
             f"darkroom: {removal.images} images of data set {removal.dataset} were taken down after this backup "
@@ -181,10 +192,6 @@ def restore(
         )
     if known_until is not None:
         _say(f"darkroom: takedowns done after {known_until:%Y-%m-%d %H:%M:%S} UTC are unknown: repeat them")
-    datasets = sorted({match[1] for entry in backup.objects if (match := PUBLISHED.fullmatch(entry.key))})
-    lines = [f"{folder} is restored from backup {backup.stamp} and runs, with new passwords"]
-    lines += [f"next  darkroom data checkout --dataset {name}" for name in datasets]
-    return CommandOutput(result | {"datasets": datasets}, lines)
 
 
 def _show(status: "StackStatus") -> CommandOutput:

@@ -27,8 +27,8 @@ app = typer.Typer()
 config = typer.Typer(name="config", help="Configuration: show, schema, validate.", no_args_is_help=True)
 PANEL = "Start and look around"
 Kind = Literal["datasets", "runs", "models", "batches"]
-LISTED = 1000
-"""Most entries of a list from a server."""
+MAX_LISTED = 1000
+"""Maximum number of entries of a list from a server."""
 
 
 @command(app, panel=PANEL)
@@ -50,28 +50,18 @@ def init(
 
     Example:  darkroom init ~/faces
     """
-    from diffusion.common.config import plain_name
-    from diffusion.common.files import write_bytes
     from diffusion.data.sources import survey as surveys
-    from diffusion.data.sources.conventions import holds_images
-    from diffusion.data.sources.known_sets import find_idx
 
     path, folder = Path("params.yaml"), Path(source)
     if (exists := path.exists()) and not write_metadata:
         raise UserError(f"{path} exists already: edit it, or run `darkroom init` in another folder")
-    try:
-        plain_name(dataset or "images")
-    except ValueError as error:
-        raise UserError(f"--dataset {dataset} {error}") from error
-    if folder.is_dir() and not holds_images(folder):
-        source = find_idx(folder) or source
+    _require_dataset_name(dataset)
+    source = _find_images(source)
     table = surveys.find_captions(folder) if folder.is_dir() else None
     if table is None and write_metadata:
         raise UserError(f"no table with captions in {source}: leave --write-metadata out")
     if table is not None and write_metadata is None and sys.stdin.isatty() and sys.stderr.isatty():
-        guess = surveys.describe_table(table).partition(", but")[0]
-        question = f"{guess}. Write {folder}/metadata.csv, to learn them?"
-        write_metadata = typer.confirm(question, default=True, err=True)
+        write_metadata = _ask_for_metadata(surveys.describe_table(table), folder)
     text, name = path.read_text() if exists else None, dataset
     if text is not None:
         survey, own_name = _survey(source), _own_name(text)
@@ -80,17 +70,47 @@ def init(
     written = []
     if write_metadata and table is not None:
         written = [f"wrote      {surveys.write_metadata(table)}: the captions of {table.path.name}"]
-    survey = _survey(source)
-    lines, size, name = [*survey.lines(), *written], survey.proposed_size, name or survey.proposed_name
-    if text is not None:
-        lines.append(f"kept       {path}, which was edited: {_how_to_learn_captions(text)} to learn the captions")
-        return CommandOutput({"params": str(path), "survey": survey.model_dump(mode="json")}, lines)
+    return _write_params(_survey(source), written, path, text, name)
+
+
+def _require_dataset_name(dataset: str | None) -> None:
+    from diffusion.common.config import plain_name
+
+    try:
+        plain_name(dataset or "images")
+    except ValueError as error:
+        raise UserError(f"--dataset {dataset} {error}") from error
+
+
+def _find_images(source: str) -> str:
+    """Source of the images in a folder: the folder, or its IDX files."""
+    from diffusion.data.sources.conventions import holds_images
+    from diffusion.data.sources.known_sets import find_idx
+
+    folder = Path(source)
+    return (find_idx(folder) or source) if folder.is_dir() and not holds_images(folder) else source
+
+
+def _ask_for_metadata(description: str, folder: Path) -> bool:
+    guess = description.partition(", but")[0]
+    return typer.confirm(f"{guess}. Write {folder}/metadata.csv, to learn them?", default=True, err=True)
+
+
+def _write_params(
+    survey: "Survey", written: list[str], path: Path, edited: str | None, name: str | None
+) -> CommandOutput:
+    """Write params.yaml, unless it is there and was ``edited``; output of ``init``."""
+    from diffusion.common.files import write_bytes
+
+    lines, value = [*survey.lines(), *written], {"params": str(path), "survey": survey.model_dump(mode="json")}
+    if edited is not None:
+        lines.append(f"kept       {path}, which was edited: {_how_to_learn_captions(edited)} to learn the captions")
+        return CommandOutput(value, lines)
+    name, size = name or survey.proposed_name, survey.proposed_size
     write_bytes(path, _template(survey, name, size).encode())
     next_command, notes = _advise(survey)
-    lines += notes
-    lines += [f"wrote      {path}: {size}×{size} pixels, data set {name}", f"next       {next_command}"]
-    value = {"params": str(path), "dataset": name, "size": size, "next": next_command}
-    return CommandOutput(value | {"survey": survey.model_dump(mode="json")}, lines)
+    lines += [*notes, f"wrote      {path}: {size}×{size} pixels, data set {name}", f"next       {next_command}"]
+    return CommandOutput(value | {"dataset": name, "size": size, "next": next_command}, lines)
 
 
 def _survey(source: str) -> "Survey":
@@ -293,7 +313,7 @@ def _datasets() -> Iterator[dict[str, Any]]:
         from flows.environment import data_source
 
         source, local_names = data_source(), {folder.name for folder in folders}
-        for name in islice(sorted({*Catalog.names(source)} - local_names), LISTED):
+        for name in islice(sorted({*Catalog.names(source)} - local_names), MAX_LISTED):
             catalog = Catalog.of(name, source)
             if (digest := Heads(catalog).newest()) and (version := catalog.version(digest)) is not None:
                 yield row(name, version, f"bucket: darkroom data checkout --dataset {name}")
@@ -321,7 +341,7 @@ def _runs() -> list[dict[str, Any]]:
 
 
 def _models() -> list[dict[str, Any]]:
-    from flows.cli.checks import registered_models
+    from flows.checks.models import registered_models
 
     with connect("mlflow"):
         return [
@@ -338,14 +358,15 @@ def _batches() -> list[dict[str, Any]]:
     with connect("s3"):
         from diffusion.common.parsing import parse_json
         from flows.environment import settings
-        from flows.storage.s3 import MissingObjectError, Store, batch_places
+        from flows.storage.s3 import Store, batch_places
+        from flows.storage.s3_errors import MissingObjectError
 
         store, bucket, rows = Store(), settings().bucket, list[dict[str, Any]]()
-        for place in islice(batch_places(store, bucket), LISTED):
+        for place in islice(batch_places(store, bucket), MAX_LISTED):
             fields: dict[str, Any] = {}
             # Read without the class, whose module imports torch; it may be damaged.
             with suppress(MissingObjectError, ValueError, KeyError, TypeError):
-                batch = parse_json(store.get(bucket, place.key("batch.json"), most=2**20))
+                batch = parse_json(store.get(bucket, place.key("batch.json"), max_bytes=2**20))
                 fields = {
                     "model": f"{batch['model']}/{batch['version']}",
                     "images": batch["count"],

@@ -1,15 +1,20 @@
 """Signatures: ``darkroom sign`` and ``darkroom verify``."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
 
 from diffusion.common.errors import ConflictError, UserError
-from flows.cli.arguments import check_image, require_writable
+from diffusion.common.files import require_writable
+from flows.cli.arguments import check_image
 from flows.cli.command import Certificates, CommandOutput, SigningKeyFile, command, connect, display_progress
+
+if TYPE_CHECKING:
+    from flows.provenance.verify import Check
 
 app = typer.Typer()
 
@@ -84,6 +89,10 @@ def verify(
         from flows.provenance.verify import verify
 
         checks = verify(what, signer_trust, head, model)
+    return _describe_checks(checks, untrusted)
+
+
+def _describe_checks(checks: "Sequence[Check]", untrusted: bool) -> CommandOutput:
     failures = [check for check in checks if not check.verified]
     unknown_signers = [check for check in checks if check.verified and not check.trusted]
     value = {

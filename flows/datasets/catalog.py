@@ -34,7 +34,8 @@ from diffusion.data.versions.takedown_records import (
     write_removal,
 )
 from flows.storage.numbered_objects import NumberedObjects, first_free, object_name
-from flows.storage.s3 import Location, MissingObjectError, Store
+from flows.storage.s3 import Location, Store
+from flows.storage.s3_errors import MissingObjectError
 from flows.storage.tags import DvcDigest
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,8 @@ from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.files import sha256_file, write_atomically, write_bytes
 from diffusion.data.manifest import FileEntry, Manifest, parse_manifest, read_manifest, version_path, work_folder
 from flows.datasets.catalog import Catalog
-from flows.storage.s3 import ListedObject, Location, MissingObjectError, Store
+from flows.storage.s3 import ListedObject, Location, Store
+from flows.storage.s3_errors import MissingObjectError
 from flows.storage.tags import DvcDigest
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from diffusion.evaluation.reports.ranking_report import RANKING_PAGE
 from diffusion.evaluation.results import Evaluation
 from flows.config import SWEEPS
 from flows.datasets.dvc import Cache, Listing, Remote, open_repository
-from flows.storage.s3 import DELETED_AT_ONCE
+from flows.storage.s3 import MAX_DELETED
 
 WORK_FILES = (
     *("chunks", "scratch", "encodings", "measures", "tables", "ranges"),
@@ -49,11 +49,11 @@ class UnreferencedObjects:
     def delete(self, still: Callable[[], bool] = lambda: True) -> bool:
         """Delete them, listings last, while ``still`` holds before each request; returns whether all are deleted."""
         for names in (self.files, self.listings):
-            for start in range(0, len(names), DELETED_AT_ONCE):
+            for start in range(0, len(names), MAX_DELETED):
                 for depot in self.depots:
                     if not still():
                         return False
-                    depot.delete(names[start : start + DELETED_AT_ONCE])
+                    depot.delete(names[start : start + MAX_DELETED])
         return True
 
 

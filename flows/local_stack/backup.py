@@ -31,7 +31,8 @@ from diffusion.data.versions.takedown_records import Removal, parse_removal
 from flows.environment import SERVERS, settings
 from flows.local_stack.control import RESTORING, up
 from flows.local_stack.stack import LocalStack, servers_in_environment
-from flows.storage.s3 import ListedObject, MissingObjectError, Store, client
+from flows.storage.s3 import ListedObject, Store, client
+from flows.storage.s3_errors import MissingObjectError
 
 DATABASES = ("mlflow/mlflow.db", "mlflow/auth.db", "prefect/prefect.db")
 STAMP = "%Y%m%dT%H%M%SZ"

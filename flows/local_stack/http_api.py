@@ -164,7 +164,8 @@ def _require_listening(server: Server) -> None:
 
 def require_s3_login() -> None:
     """Raise UserError if the S3 server does not answer or does not know the keys; what they may do is not checked."""
-    from flows.storage.s3 import PROBE, AccessDeniedError, Store, WrongCredentialsError
+    from flows.storage.s3 import PROBE, Store
+    from flows.storage.s3_errors import AccessDeniedError, WrongCredentialsError
 
     try:
         next(Store().list_keys(settings().bucket, f"samples/{PROBE}"), None)
@@ -177,7 +178,8 @@ def require_s3_login() -> None:
 def _s3() -> list[str]:
     """What could not be tested of the S3 server; raises UserError without an answer or conditional writes."""
     # boto3 takes half a second to import, which the other checks save.
-    from flows.storage.s3 import PROBE, AccessDeniedError, Store, client
+    from flows.storage.s3 import PROBE, Store, client
+    from flows.storage.s3_errors import AccessDeniedError
 
     bucket = settings().bucket
     store = Store(client(attempts=1, read_timeout=3))

@@ -36,7 +36,8 @@ from flows.sampling import sampling_batch
 from flows.sampling.generate_batch import fetch_table, select_conditions
 from flows.sampling.lookup import LocatedImage, Origin, find, pixels_sha256, read_image, read_pixels, read_rows
 from flows.sampling.sampling_batch import SamplingBatch
-from flows.storage.s3 import Location, MissingObjectError, Store
+from flows.storage.s3 import Location, Store
+from flows.storage.s3_errors import MissingObjectError
 from flows.tracking.console import reporter
 
 TOLERANCE = 2.0

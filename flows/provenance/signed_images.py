@@ -31,7 +31,8 @@ from flows.sampling.lookup import Success, find, read_image, read_rows
 from flows.sampling.sampling_batch import BATCH, LARGEST_IMAGE, SUCCESS, Row, find_conflicts, image_key, part_key
 from flows.signing.images import ImageSigner, verify_image
 from flows.signing.keys import SignatureError, SigningKey, describe
-from flows.storage.s3 import DELETED, LargeObjectError, Location, MissingObjectError, Store
+from flows.storage.s3 import DELETED, Location, Store
+from flows.storage.s3_errors import LargeObjectError, MissingObjectError
 
 SIGNING, SUCCESS_SIGNATURE = "signing.json", f"{SUCCESS}.sig"
 AT_ONCE = 8  # images in transfer at the same time

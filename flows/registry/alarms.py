@@ -20,7 +20,8 @@ from diffusion.data.manifest import Sha256
 from flows.config import MonitorConfig
 from flows.environment import settings
 from flows.storage.numbered_objects import NumberedObjects, first_free, object_name
-from flows.storage.s3 import Location, MissingObjectError, Store
+from flows.storage.s3 import Location, Store
+from flows.storage.s3_errors import MissingObjectError
 
 LARGEST = 2**14  # maximum size of an alarm in bytes; larger objects are no alarms
 
@@ -73,7 +74,7 @@ class Alarms(NumberedObjects):
 
     def read(self, number: int) -> NumberedAlarm:
         """Read one alarm; raises UserError if there is none of that number."""
-        data = self.get(number, most=LARGEST) or b""
+        data = self.get(number, max_bytes=LARGEST) or b""
         try:
             return NumberedAlarm(number=number, **Alarm.model_validate_json(data).model_dump())
         except ValidationError as error:
@@ -115,7 +116,7 @@ class Alarms(NumberedObjects):
         with suppress(ConflictError):
             self._put(name, run_id.encode())
         try:
-            return self.store.get(self.place.bucket, self.place.key(name), most=LARGEST).decode(errors="replace")
+            return self.store.get(self.place.bucket, self.place.key(name), max_bytes=LARGEST).decode(errors="replace")
         except MissingObjectError:
             return run_id
 

@@ -25,7 +25,8 @@ from flows.registry.takedown_marks import (
     reload_with_takedowns,
     warn_of_takedown,
 )
-from flows.storage.s3 import Location, MissingObjectError, Store
+from flows.storage.s3 import Location, Store
+from flows.storage.s3_errors import MissingObjectError
 from flows.storage.tags import parse_model_uri
 
 logger = logging.getLogger(__name__)

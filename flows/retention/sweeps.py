@@ -35,7 +35,8 @@ from flows.registry.aliases import read_verified_history
 from flows.registry.ledger import Ledger, NewestEntry
 from flows.registry.model_versions import WEIGHTS
 from flows.sampling.sampling_batch import LARGEST_BATCH, RESUMED, SamplingBatch, parse_batch
-from flows.storage.s3 import DELETED, USUAL, Location, Store, get_status
+from flows.storage.s3 import DELETED, USUAL, Location, Store
+from flows.storage.s3_errors import get_status
 from flows.storage.tags import parse_tags
 from flows.tracking.runs import IMPORTED, SWEEP, TRAIN_KEY
 

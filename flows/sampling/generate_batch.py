@@ -36,7 +36,8 @@ from flows.sampling import sampling_batch
 from flows.sampling.lookup import Success
 from flows.sampling.request_table import REQUESTS, RequestTable
 from flows.sampling.sampling_batch import BATCH, MANIFEST, RESUMED, SUCCESS, Row, SamplingBatch
-from flows.storage.s3 import DELETED, USUAL, AccessDeniedError, Location, MissingObjectError, Object, Store
+from flows.storage.s3 import DELETED, USUAL, Location, Object, Store
+from flows.storage.s3_errors import AccessDeniedError, MissingObjectError
 
 JSON, JSON_LINES, PNG, TAR = "application/json", "application/jsonl", "image/png", "application/x-tar"
 ImageGroup = list[tuple[int, Tensor, str | None, Conditions]]

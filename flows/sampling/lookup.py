@@ -28,7 +28,8 @@ from flows.sampling import sampling_batch
 from flows.sampling.request_rows import MAX_GROUP_BYTES
 from flows.sampling.request_table import REQUESTS
 from flows.sampling.sampling_batch import BATCH, MANIFEST, SUCCESS, Row, SamplingBatch
-from flows.storage.s3 import Location, MissingObjectError, Store
+from flows.storage.s3 import Location, Store
+from flows.storage.s3_errors import MissingObjectError
 from flows.storage.tags import RunId, VersionNumber, parse_model_uri
 
 logger = logging.getLogger(__name__)

@@ -11,10 +11,11 @@ from diffusion.common.config import Config
 from diffusion.common.errors import ConflictError
 from diffusion.common.files import canonical_json
 from flows.environment import settings
-from flows.storage.s3 import ListedObject, Location, MissingObjectError, Store
+from flows.storage.s3 import ListedObject, Location, Store
+from flows.storage.s3_errors import MissingObjectError
 
 NAME = re.compile(r"([0-9]{8})\.json")
-LARGEST_CLAIM = 4096  # maximum size of a claim in bytes; larger objects are no claims
+MAX_CLAIM_BYTES = 4096  # larger objects are not claims
 
 
 def object_name(number: int) -> str:
@@ -51,10 +52,10 @@ class NumberedObjects:
         """Raise UserError if the server ignores If-None-Match."""
         self.store.require_conditional_puts(self.place.bucket, self.place.prefix.partition("/")[0])
 
-    def get(self, number: int, most: int | None = None) -> bytes | None:
-        """Return the bytes of an object, None if it is not there; raises UserError if it is over ``most`` bytes."""
+    def get(self, number: int, max_bytes: int | None = None) -> bytes | None:
+        """Return the bytes of an object, None if it is not there; raises UserError if there are over ``max_bytes``."""
         try:
-            return self.store.get(self.place.bucket, self.place.key(object_name(number)), most)
+            return self.store.get(self.place.bucket, self.place.key(object_name(number)), max_bytes)
         except MissingObjectError:
             return None
 
@@ -103,7 +104,7 @@ class Claims(NumberedObjects):
         for entry in self.list_objects():
             if number := self.number(entry):
                 try:
-                    data = self.get(number) if entry.size <= LARGEST_CLAIM else None
+                    data = self.get(number) if entry.size <= MAX_CLAIM_BYTES else None
                     yield number, Claim.model_validate_json(data or b"").made
                 except ValidationError:
                     yield number, None

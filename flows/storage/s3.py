@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache, cached_property, partial
@@ -18,13 +18,20 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import boto3
 import tenacity
-from botocore import exceptions
 from botocore.config import Config as ClientConfig
 from botocore.exceptions import BotoCoreError, ClientError
 
-from diffusion.common.errors import ConflictError, DarkroomError, TransientError, UserError
+from diffusion.common.errors import ConflictError, DarkroomError, UserError
 from diffusion.common.files import write_atomically
 from diffusion.data.sources.base import StoredObject
+from flows.storage.s3_errors import (
+    BROKEN_READ,
+    LargeObjectError,
+    MissingObjectError,
+    explain_errors,
+    get_status,
+    is_conflict,
+)
 
 if TYPE_CHECKING:
     from botocore.response import StreamingBody
@@ -37,66 +44,8 @@ Put = Literal["written", "already there"]
 
 PROBE = ".darkroom-conditional-put"  # name of the object that ``require_conditional_puts`` probes the server with
 PROBE_BODY = b"Kept by Darkroom: a second write of this key must fail.\n"
-LARGEST_PUT = 5 * 2**30  # maximum size in bytes of an object that is written by one request
-DELETED_AT_ONCE = 1000  # maximum number of objects in one delete request
-WRONG_KEYS = ("ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch")
-DENIED = ("403", "AccessDenied", "Forbidden", *WRONG_KEYS)
-ELSEWHERE = ("301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect")
-AGAIN = "give the same command again, which goes on from there; if it stays so, look at the server's log"
-REASONS: Mapping[tuple[str, ...], tuple[type[DarkroomError], str, str]] = {
-    ("SlowDown", "ServiceUnavailable", "RequestLimitExceeded", "Throttling", "TooManyRequests", "429", "503"): (
-        TransientError,
-        "takes no more requests for now",
-        "give the same command again in a minute, which goes on from there, and run fewer at once",
-    ),
-    ("InsufficientStorage", "QuotaExceeded", "XMinioStorageFull", "507"): (
-        UserError,
-        "has no room left",
-        "free some space in the bucket with `darkroom gc`, or raise its quota",
-    ),
-    ("EntityTooLarge", "413"): (UserError, "takes no object of this size", "raise its limit for uploads"),
-    ("BadDigest", "InvalidDigest", "IncompleteBody", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"): (
-        TransientError,
-        "received other bytes than were sent",
-        "check the network and proxies on the way, then give the same command again",
-    ),
-    ("NotImplemented", "MethodNotAllowed", "405", "501"): (
-        UserError,
-        "does not know this operation",
-        "use a server that does, such as Amazon's, SeaweedFS or Ceph's",
-    ),
-    ("RequestTimeout", "408", "504"): (TransientError, "waited too long for data", AGAIN),
-    ("BucketAlreadyExists",): (UserError, "has this bucket, of another owner", "set DARKROOM_BUCKET to another name"),
-    ("InvalidObjectState",): (UserError, "has the object in its archive", "restore it there first"),
-    ("ConditionalRequestConflict", "OperationAborted", "PreconditionFailed", "409", "412"): (
-        TransientError,
-        "had another writer at the same moment",
-        "give the same command again",
-    ),
-    ("500", "502"): (TransientError, "failed to answer the request", AGAIN),
-}
-"""Error, what the server says, and what to do, by the server's codes and HTTP statuses."""
-NO_KEYS = exceptions.NoCredentialsError, exceptions.PartialCredentialsError, exceptions.CredentialRetrievalError
-DAMAGED_READS = exceptions.FlexibleChecksumError, exceptions.IncompleteReadError, exceptions.ResponseStreamingError
-BROKEN_READ = tenacity.retry_if_exception_type(
-    (*DAMAGED_READS, exceptions.ConnectionClosedError, exceptions.ReadTimeoutError)
-)
-
-
-class MissingObjectError(UserError):
-    """Missing object."""
-
-
-class LargeObjectError(UserError):
-    """Object of more bytes than its kind may have."""
-
-
-class AccessDeniedError(UserError):
-    """Access denied by the server."""
-
-
-class WrongCredentialsError(AccessDeniedError):
-    """Credentials that the server does not know."""
+MAX_PUT_BYTES = 5 * 2**30  # maximum size in bytes of an object that is written by one request
+MAX_DELETED = 1000  # maximum number of objects in one delete request
 
 
 @dataclass(frozen=True)
@@ -115,7 +64,7 @@ class Location:
         bucket, _, prefix = path.partition("/")
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
             raise UserError(
-                f"{uri!r}: {bucket!r} is no bucket name: 3 to 63 lower-case letters, digits, dots and dashes"
+                f"{uri!r}: {bucket!r} is not a bucket name: 3 to 63 lower-case letters, digits, dots and dashes"
             )
         prefix = prefix.rstrip("/")
         # Servers and clients disagree on what such names mean: some fold them, some keep them.
@@ -207,20 +156,6 @@ def _client(
         raise UserError(f"the AWS_* settings make no S3 client: {error}") from error
 
 
-def get_status(error: ClientError) -> int:
-    """HTTP status of the server's answer."""
-    return error.response["ResponseMetadata"]["HTTPStatusCode"]
-
-
-def is_conflict(error: BaseException) -> bool:
-    """Whether two writers collided in the server (409), or a conflicting object was gone when it was read (404)."""
-    if not isinstance(error, ClientError):
-        return False
-    return error.response["Error"]["Code"] in {"ConditionalRequestConflict", "OperationAborted"} or (
-        error.operation_name in {"HeadObject", "GetObject"} and get_status(error) == 404
-    )
-
-
 @dataclass(frozen=True)
 class Store:
     """S3 operations of Darkroom. Every method raises UserError, with one line, for errors that the user can fix."""
@@ -241,9 +176,9 @@ class Store:
         GiB. The SHA-256 is checked by the server and stored as metadata.
         """
         file = io.BytesIO(data) if isinstance(data, bytes) else data
-        if (size := file.seek(0, os.SEEK_END)) > LARGEST_PUT:
+        if (size := file.seek(0, os.SEEK_END)) > MAX_PUT_BYTES:
             raise UserError(
-                f"s3://{bucket}/{key} would have {size:,} bytes, and S3 takes at most {LARGEST_PUT:,} in one object: "
+                f"s3://{bucket}/{key} would have {size:,} bytes, and S3 takes at most {MAX_PUT_BYTES:,} in one object: "
                 "split it, tars of images with a smaller sampling_batch.chunk"
             )
         file.seek(0)
@@ -279,12 +214,12 @@ class Store:
         with ThreadPoolExecutor(workers) as pool:
             return list(pool.map(lambda o: self.put_once(bucket, o.key, o.data, o.metadata, o.content_type), objects))
 
-    def get(self, bucket: str, key: str, most: int | None = None) -> bytes:
+    def get(self, bucket: str, key: str, max_bytes: int | None = None) -> bytes:
         """Read an object, verified by its checksum.
 
-        Raises MissingObjectError, and UserError if it is over ``most`` bytes.
+        Raises MissingObjectError, and UserError if it is over ``max_bytes``.
         """
-        return self._retry(bucket, key, lambda: self._body(bucket, key, most).read())
+        return self._retry(bucket, key, lambda: self._body(bucket, key, max_bytes).read())
 
     def get_span(self, bucket: str, key: str, offset: int, size: int) -> bytes:
         """Read ``size`` bytes of an object from ``offset`` on, without a checksum; raises MissingObjectError."""
@@ -297,11 +232,11 @@ class Store:
         """Hex SHA-256 of an object, from the server's checksum or else from its bytes; raises MissingObjectError."""
         return self._retry(bucket, key, lambda: self._sha256(bucket, key))
 
-    def fetch(self, bucket: str, key: str, path: Path, most: int | None = None) -> None:
+    def fetch(self, bucket: str, key: str, path: Path, max_bytes: int | None = None) -> None:
         """Fetch an object to ``path`` as ``get`` does, a megabyte at a time; no partial file is left after an error."""
 
         def fetch() -> None:
-            body = self._body(bucket, key, most)
+            body = self._body(bucket, key, max_bytes)
             with path.open("wb") as file:
                 shutil.copyfileobj(body, file, 2**20)
 
@@ -311,10 +246,12 @@ class Store:
             path.unlink(missing_ok=True)
             raise
 
-    def _body(self, bucket: str, key: str, most: int | None) -> "StreamingBody":
+    def _body(self, bucket: str, key: str, max_bytes: int | None) -> "StreamingBody":
         answer = self.client.get_object(Bucket=bucket, Key=key)
-        if most is not None and (size := answer["ContentLength"]) > most:
-            raise LargeObjectError(f"s3://{bucket}/{key} has {size} bytes, and none of its kind over {most}: delete it")
+        if max_bytes is not None and (size := answer["ContentLength"]) > max_bytes:
+            raise LargeObjectError(
+                f"s3://{bucket}/{key} has {size} bytes, and none of its kind over {max_bytes}: delete it"
+            )
         return answer["Body"]
 
     def download(self, bucket: str, key: str, path: Path) -> str:
@@ -350,7 +287,7 @@ class Store:
     def delete_many(self, bucket: str, keys: Iterable[str]) -> None:
         """Delete the objects of these names, if they exist."""
         key_iterator = iter(keys)
-        while batch := list(islice(key_iterator, DELETED_AT_ONCE)):
+        while batch := list(islice(key_iterator, MAX_DELETED)):
             with self.explain_errors(bucket, batch[0]):
                 objects: list[ObjectIdentifierTypeDef] = [{"Key": key} for key in batch]
                 answer = self.client.delete_objects(Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
@@ -422,27 +359,9 @@ class Store:
         with self.explain_errors(bucket, key):
             return tenacity.Retrying(retry=retry, stop=stop, wait=wait, reraise=True)(request)
 
-    @contextmanager
-    def explain_errors(self, bucket: str, key: str = "") -> Iterator[None]:
+    def explain_errors(self, bucket: str, key: str = "") -> AbstractContextManager[None]:
         """Context that turns exceptions of boto3 into errors with a one-line message, with the original as cause."""
-        server, place = self.client.meta.endpoint_url, f"s3://{bucket}/{key}"
-        try:
-            yield
-        except ClientError as error:
-            raise _explain(error, place, bucket, server) from error
-        except NO_KEYS as error:
-            hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            raise UserError(f"{place}: no usable S3 credentials ({error}): {hint}") from error
-        except exceptions.ParamValidationError as error:
-            raise UserError(f"{place}: {' '.join(str(error).split())}") from error
-        except DAMAGED_READS as error:
-            hint = "check the network, then give the same command again"
-            raise DarkroomError(f"{place}: what {server} sends breaks off or is damaged: {hint} ({error})") from error
-        except (exceptions.HTTPClientError, exceptions.ConnectionError) as error:
-            hint = "is it running, and is AWS_ENDPOINT_URL_S3 right?"
-            raise UserError(f"{place}: the S3 server {server} does not answer: {hint} ({error})") from error
-        except BotoCoreError as error:
-            raise DarkroomError(f"{place}: {error} ({server})") from error
+        return explain_errors(self.client.meta.endpoint_url, bucket, key)
 
 
 @dataclass(frozen=True)
@@ -480,36 +399,6 @@ class S3Objects:
 def _split(uri: str) -> tuple[str, str]:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     return Location.parse(f"s3://{bucket}").bucket, key
-
-
-def _explain(error: ClientError, place: str, bucket: str, server: str) -> DarkroomError:
-    code, message = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
-    if code == "NoSuchBucket":
-        hint = "create it, or set DARKROOM_BUCKET to one that is there"
-        return UserError(f"{place}: there is no bucket {bucket} at {server}: {hint}")
-    if code in {"NoSuchKey", "404", "NotFound"}:
-        return MissingObjectError(f"{place} does not exist at {server}")
-    if code == "InvalidRange":
-        return MissingObjectError(f"{place} is shorter at {server} than the requested range: it was cut, or replaced")
-    if code in WRONG_KEYS:
-        hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY to valid ones"
-        return WrongCredentialsError(f"{place}: {server} rejects the credentials ({code}): {hint}")
-    if code in DENIED:
-        hint = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what that key may do"
-        if code == "403":  # to a HEAD, whose answer has no body to say why
-            hint += ", and this machine's clock"
-        return AccessDeniedError(f"{place}: {server} denies access ({code}): {hint}")
-    if code in {"RequestExpired", "RequestTimeTooSkewed"}:
-        hint = "set the clock of whichever of the two is wrong"
-        return UserError(f"{place}: the clocks of {server} and of this machine are too far apart ({code}): {hint}")
-    if code in ELSEWHERE:
-        return UserError(f"{place}: the bucket lies in another region ({code}): set AWS_DEFAULT_REGION to it")
-    status = str(get_status(error))
-    others = DarkroomError, "refuses the request", "check AWS_ENDPOINT_URL_S3, and look at the server's log"
-    known = next((words for codes, words in REASONS.items() if code in codes), None)
-    kind, reason, hint = known or next((words for codes, words in REASONS.items() if status in codes), others)
-    details = f"{code}: {' '.join(message.split())}" if message else code
-    return kind(f"{place}: {server} {reason} ({details}): {hint}")
 
 
 DELETED = "deleted"

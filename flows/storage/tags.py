@@ -11,11 +11,11 @@ from diffusion.common.errors import UserError
 from diffusion.data.manifest import Sha256
 
 PREFIX = "darkroom."  # prefix of the names of Darkroom's tags
-HIGHEST_NUMBER = 2**31 - 1  # largest number of a model version that MLflow's database can hold
+MAX_VERSION_NUMBER = 2**31 - 1  # largest number of a model version that MLflow's database can hold
 SHOWN = 60  # maximum characters of a bad value in an error message
 
 RunId = Annotated[str, StringConstraints(pattern=r"^[0-9A-Za-z_-]{1,64}$")]
-VersionNumber = Annotated[int, Field(ge=1, le=HIGHEST_NUMBER)]
+VersionNumber = Annotated[int, Field(ge=1, le=MAX_VERSION_NUMBER)]
 ModelUri = Annotated[str, StringConstraints(pattern=r"^models:/[^/@]{1,200}/[1-9][0-9]{0,9}$")]
 """Exact version of a registered model."""
 DvcDigest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}(\.dir)?$")]
@@ -78,7 +78,7 @@ def parse_model_uri(uri: str) -> tuple[str, str]:
     """Parse ``models:/NAME@ALIAS`` or ``models:/NAME/NUMBER`` into (NAME, "@ALIAS" or NUMBER)."""
     match = MODEL_URI.fullmatch(uri)
     try:
-        if match is None or int(match["number"] or 1) > HIGHEST_NUMBER:
+        if match is None or int(match["number"] or 1) > MAX_VERSION_NUMBER:
             raise ValueError(uri)
         return plain_name(match["name"]), match["number"] or f"@{match['alias']}"
     except ValueError as error:

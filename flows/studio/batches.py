@@ -24,7 +24,8 @@ from flows.environment import settings
 from flows.provenance.trace import Trace, trace
 from flows.sampling.lookup import find, read_image, read_pixels, read_rows
 from flows.sampling.sampling_batch import BATCH, LARGEST_BATCH, SUCCESS, Row, SamplingBatch, parse_batch
-from flows.storage.s3 import Location, MissingObjectError, Store, batch_places
+from flows.storage.s3 import Location, Store, batch_places
+from flows.storage.s3_errors import MissingObjectError
 from flows.studio.errors import show_errors
 from flows.studio.results import GalleryItem
 

@@ -21,7 +21,6 @@ import gradio as gr
 import pandas as pd
 from mlflow.client import MlflowClient
 from PIL import Image, ImageOps
-from pydantic import ValidationError
 
 from diffusion.common.config import dataset_folder, plain_name
 from diffusion.common.errors import UserError
@@ -31,7 +30,8 @@ from diffusion.data.manifest import read_manifest
 from diffusion.data.sources.survey import SIZES, Survey, survey
 from diffusion.evaluation.config import choose_held_out
 from diffusion.training.preflight import PREFLIGHT
-from flows.config import Params, assign, describe_invalid_config
+from flows.checks import check
+from flows.config import Params, assign
 from flows.deployment import retrainings
 from flows.deployment.retrainings import Retraining, Step
 from flows.evaluate import find_tracker
@@ -111,10 +111,7 @@ def make_params(base: dict[str, Any], found: FoundImages, name: str, size: int, 
         settings |= {f"ingest.{key}": value for key, value in proposed.items() if key not in tree.get("ingest", {})}
     for key, value in settings.items():
         assign(tree, key, value, key)
-    try:
-        params = Params.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(describe_invalid_config(error)) from error
+    params = Params.parse(tree)
     if not is_new:
         require_same_storage(read_manifest(params.dataset_folder), params.ingest, "never")
     return params
@@ -129,6 +126,7 @@ def start(found: FoundImages, name: str, size: int, minutes: float) -> UUID:
         if found.is_upload:
             source = str(keep_zip(found.source, params.training.dataset))
             params = params.model_copy(update={"ingest": params.ingest.model_copy(update={"source": source})})
+        check("retrain", params)
         return retrainings.start(client, deployment, params)
 
 

@@ -1,14 +1,20 @@
-"""The command line in a process of its own."""
+"""The command line, in a process of its own or in this one."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import pytest
+
+from flows.cli import main
 from tests.builders import ROOT
 
 
 def darkroom(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own, in which no server is known but for ``more`` variables."""
     variables = {
         name: value
         for name, value in os.environ.items()
@@ -16,3 +22,42 @@ def darkroom(folder: Path, *arguments: str, **more: str) -> subprocess.Completed
     } | {"PYTHONPATH": str(ROOT), **more}
     command = [sys.executable, "-c", "from flows.cli import main; main()", *arguments]
     return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+
+
+class Answer(NamedTuple):
+    """Exit code of a command and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+class CommandLine:
+    """The command line in this process, which has loaded its libraries already."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def answer(self, *words: object) -> Answer:
+        """Run a command, however it ends."""
+        self.monkeypatch.setattr(sys, "argv", ["darkroom", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return Answer(int(end.value.code or 0), *self.capsys.readouterr())
+
+    def __call__(self, *words: object, code: int = 0) -> str:
+        """Standard output of a command that ends with ``code``."""
+        answer = self.answer(*words)
+        assert answer.code == code, answer.err
+        return answer.out
+
+    def json(self, *words: object) -> Any:
+        """The object that a command prints."""
+        return json.loads(self(*words, "--json"))
+
+    def mistake(self, *words: object) -> str:
+        """The one line with which a command ends, besides the exit code of a user's mistake."""
+        answer = self.answer(*words)
+        assert answer.code == 2, answer.err
+        [line] = answer.err.splitlines()
+        return line

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from flows.sampling import generate_batch
 from flows.sampling.sampling_batch import SamplingBatch
-from flows.storage.s3 import Location, MissingObjectError, Store
+from flows.storage.s3 import Location, Store
+from flows.storage.s3_errors import MissingObjectError
 from tests.builders.sampling_batches import batch
 
 BATCHES = [batch(4, chunk=2), batch(4, chunk=2, format="tar")]

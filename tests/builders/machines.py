@@ -150,7 +150,7 @@ def _without_prefect(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(flows.ingest, "retryable_task", lambda function: function)
     for name in ("repair", "make_dataset"):
         patch.setattr(flows.ingest, name, Plain(getattr(flows.ingest, name)))
-    patch.setattr(flows.ingest, "prefect_fan_out", local_fan_out)
+    patch.setattr(flows.ingest, "prefect_fan_out", lambda config, *_: local_fan_out(config))
     for name in ("describe", "announce"):
         patch.setattr(flows.ingest, name, lambda *_: Path("page.html"))
     # Every S3 client reads the same megabytes of JSON, which takes longer than what a test does with it.

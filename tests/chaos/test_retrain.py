@@ -22,12 +22,12 @@ TRAINING = "diffusion.training.checkpointing:Checkpoints.save@3"
 SAMPLING = "flows.sampling.generate_batch:_put_files@1"
 """Before the first images are there."""
 STEPS = (
-    "flows.ingest:ingest_images",  # ingest: nothing is there
+    "diffusion.api.engine:ingest",  # ingest: nothing is there
     "flows.datasets.catalog:Catalog.publish",  # pushed, and in no catalog
-    "flows.train:train_model",  # train: no run is there
+    "diffusion.api.engine:train",  # train: no run is there
     TRAINING,
     "flows.tracking.runs:RunTracker.finish",  # trained, and the run goes on
-    "flows.evaluate:score_models",  # evaluate
+    "diffusion.api.engine:evaluate",  # evaluate
     "flows.evaluate:log_evaluation",  # evaluated, and MLflow knows nothing
     "flows.promote:export",  # promote
     "flows.promote:compare_with_champion",  # a version, and no verdict
@@ -35,7 +35,7 @@ STEPS = (
     "flows.sampling.generate_batch:begin",  # sample
     SAMPLING,
     "flows.sampling.generate_batch:finish",  # all are, and no manifest
-    "flows.retrain:Request.write_note",  # all is done, and nothing says so
+    "flows.registry.retraining_notes:RetrainRequest.write_note",  # all is done, and nothing says so
 )
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
@@ -143,7 +143,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     "filled up to the last pages during training, before evaluation, and before sampling",
     "a line that says so, exit 1; with room again the same command: the same end",
 )
-@pytest.mark.parametrize("point", [TRAINING, "flows.evaluate:score_models", "flows.sampling.generate_batch:begin"])
+@pytest.mark.parametrize("point", [TRAINING, "diffusion.api.engine:evaluate", "flows.sampling.generate_batch:begin"])
 def test_full_disk_gives_a_one_line_error_and_retraining_resumes(
     house: House, small_disk: Path, undisturbed: Undisturbed, point: str
 ) -> None:

@@ -15,9 +15,10 @@ from PIL import ExifTags, Image
 
 import diffusion
 from diffusion.common.errors import UserError
+from diffusion.common.files import sha256_file
 from diffusion.families.config import ModelConfig
-from flows.cli import main
 from tests.builders import ROOT
+from tests.builders.command_line import CommandLine
 from tests.builders.small_models import write_model
 
 Darkroom = Callable[..., dict[str, Any]]
@@ -42,20 +43,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def darkroom(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Darkroom:
-    """The command line in this process, which has loaded torch already."""
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-
-    def run(*words: str) -> dict[str, Any]:
-        monkeypatch.setattr(sys, "argv", ["darkroom", *words, "--json"])
-        with pytest.raises(SystemExit) as end:
-            main()
-        out, err = capsys.readouterr()
-        assert not end.value.code, err
-        result: dict[str, Any] = json.loads(out)
-        return result
-
-    return run
+def darkroom(folder: Path, command_line: CommandLine) -> Darkroom:
+    return command_line.json
 
 
 @pytest.mark.parametrize(
@@ -87,7 +76,7 @@ def test_images_are_those_of_the_command_line(
         assert (image.size, image.tobytes()) == ((8, 8), Image.open(file).tobytes())
 
 
-def test_an_image_may_be_a_path_its_bytes_or_one_of_pillow(folder: Path) -> None:
+def test_image_may_be_path_bytes_or_pillow(folder: Path) -> None:
     model = diffusion.load("enlarging.safetensors", compute_batch=4, steps=3)
     assert model.tasks == ("upscale",)
     kinds = [Path("small.png"), "small.png", (folder / "small.png").read_bytes(), Image.open("small.png")]
@@ -114,7 +103,7 @@ def test_restarting_without_the_data_set_keeps_the_run(folder: Path) -> None:
     assert checkpoint.is_file()
 
 
-def test_a_run_begins_in_python_and_goes_on_with_the_command_line(folder: Path, darkroom: Darkroom) -> None:
+def test_run_of_python_goes_on_with_the_command_line(folder: Path, darkroom: Darkroom) -> None:
     data = diffusion.ingest("images", "noise", size=8, held_out=0.3)
     assert data.kept == 120
     network = {"width": 16, "channel_mult": [1], "attention": [], "heads": 1}
@@ -128,17 +117,35 @@ def test_a_run_begins_in_python_and_goes_on_with_the_command_line(folder: Path, 
 
     report = diffusion.evaluate("noise", samples=20, guidance=None, sampling={"steps": 3})
     assert report.best.images == 64
-    pages = Path("reports/noise/report.html"), Path("reports/noise-final/report.html")
-    assert [page.is_file() for page in pages] == [True, False]
+    single = Path("reports/noise/models", sha256_file(run.final)[:8])
+    assert Path("reports/noise/report.html").is_file()
+    assert not single.exists()
     before = Path("reports/noise/evaluation.json").read_bytes()
-    diffusion.evaluate("noise", run.final, samples=20, guidance=None, sampling={"steps": 3})
-    assert pages[1].is_file()
+    options = ["--set", "sampling.steps=3", "--set", "evaluation.samples=20"]
+    darkroom("evaluate", "--local", "--dataset", "noise", "--model", str(run.final), *options)
+    of_command_line = (single / "metrics.json").read_bytes()
+    (single / "metrics.json").unlink()
+    diffusion.evaluate("noise", run.final, samples=20, sampling={"steps": 3})
+    assert (single / "metrics.json").read_bytes() == of_command_line
     assert Path("reports/noise/evaluation.json").read_bytes() == before
     model = diffusion.load(run.final)
     assert repr(model).startswith("<ddpm of noise: 8×8×1")
 
     with pytest.raises(UserError, match=r"runs/noise.*learning_rate"):
         diffusion.train("noise", model=network, learning_rate=1e-4, **quick)
+
+    distillation = {"steps": 2, "images": 32}
+    student = diffusion.distill("noise", run.final, training=quick, **distillation)
+    assert student.final == Path("runs/noise-student/final.safetensors")
+    assert diffusion.load(student.final).model.header.student_steps == 2
+    settings += [f"--set=distillation.{name}={value}" for name, value in distillation.items()]
+    teacher = f"--set=distillation.teacher={run.final}"
+    assert darkroom("distill", "--local", "--dataset", "noise", teacher, *settings)["train_key"] == student.train_key
+
+    found = diffusion.curate("noise", dry_run=True, min_brightness=127, max_dropped=0.9)
+    assert 0 < found.dropped < 120
+    rules = ["--set", "curation.min_brightness=127", "--set", "curation.max_dropped=0.9"]
+    assert darkroom("data", "curate", "--local", "--dataset", "noise", *rules)["dropped"] == found.dropped
 
 
 @pytest.mark.parametrize(
@@ -165,6 +172,10 @@ def test_a_run_begins_in_python_and_goes_on_with_the_command_line(folder: Path, 
         lambda: diffusion.train("missing", preset="small", minutes=1),  # type: ignore[arg-type]
         lambda: diffusion.train("missing", preset="large", model={"family": "vae"}),
         lambda: diffusion.train("missing", model={"family": "vae"}, sampling={"steps": 3}),
+        lambda: diffusion.curate("missing", min_side=8),
+        lambda: diffusion.curate("missing", min_sides=8),
+        lambda: diffusion.distill("missing", "nowhere.safetensors"),
+        lambda: diffusion.distill("missing", "model.safetensors", step=2),
         lambda: diffusion.evaluate("missing"),
         lambda: diffusion.evaluate("missing", sample=20),
     ],
@@ -214,7 +225,7 @@ def test_importing_the_package_loads_nothing_else() -> None:
         "import sys; before = set(sys.modules); import diffusion; diffusion.__version__; dir(diffusion)\n"
         "loaded = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
         "print(*(loaded - set(sys.stdlib_module_names)))\n"
-        "diffusion.ingest, diffusion.load, diffusion.train, diffusion.evaluate\n"
+        "diffusion.ingest, diffusion.load, diffusion.train, diffusion.evaluate, diffusion.distill\n"
         "print('torch' in sys.modules)"
     )
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

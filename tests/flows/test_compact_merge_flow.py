@@ -32,7 +32,7 @@ MORE = range(100, 106)
 
 
 @pytest.mark.slow
-def test_compacted_and_merged_versions_are_published_and_come_back_from_the_remote(
+def test_compacted_and_merged_versions_come_back_from_the_remote(
     bucket: str, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Repo.init(no_scm=True).close()
@@ -100,7 +100,7 @@ def merged(on: Machine, params: Params | None = None) -> MergeResult:
         return result
 
 
-def test_what_another_machine_took_down_from_one_of_the_others_is_not_merged(
+def test_images_taken_down_elsewhere_are_not_merged(
     with_more: tuple[Machine, Machine],
 ) -> None:
     one, other = with_more
@@ -111,7 +111,7 @@ def test_what_another_machine_took_down_from_one_of_the_others_is_not_merged(
     assert one.images == {*BASE, *MORE} - {103}
 
 
-def test_a_merge_applies_the_rules_of_curation_before_it_is_published(with_more: tuple[Machine, Machine]) -> None:
+def test_merge_applies_curation_before_it_is_published(with_more: tuple[Machine, Machine]) -> None:
     one, _ = with_more
     params = one.params().model_copy(update={"curation": CurationConfig(near_duplicates="largest", max_dropped=0.9)})
     with chdir(one.folder):
@@ -124,7 +124,7 @@ def test_a_merge_applies_the_rules_of_curation_before_it_is_published(with_more:
     assert "dropped" in {row["outcome"] for row in records(one.folder / "data" / "blobs")}
 
 
-def test_counts_are_those_of_the_whole_merge_if_another_process_was_faster(
+def test_counts_cover_the_whole_merge_beside_a_faster_process(
     with_more: tuple[Machine, Machine],
 ) -> None:
     one, other = with_more
@@ -134,7 +134,7 @@ def test_counts_are_those_of_the_whole_merge_if_another_process_was_faster(
     assert one.newest == result.digest
 
 
-def test_a_takedown_names_data_sets_that_were_merged_from_this_one(with_more: tuple[Machine, Machine]) -> None:
+def test_takedown_names_data_sets_merged_from_this_one(with_more: tuple[Machine, Machine]) -> None:
     one, other = with_more
     merged(one)
     with chdir(other.folder):

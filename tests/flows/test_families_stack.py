@@ -94,9 +94,7 @@ def test_unregistered_autoencoder_is_a_one_line_error(workspace: Workspace) -> N
     "SIGKILL when one is trained",
     "the same command: each is registered under its name",
 )
-def test_families_are_compared_after_a_kill_too_and_each_is_registered_under_its_own_name(
-    workspace: Workspace, server: MlflowClient
-) -> None:
+def test_killed_comparison_of_families_resumes_and_registers_each(workspace: Workspace, server: MlflowClient) -> None:
     workspace.json("ingest", "images")
     command = ["compare", "--family", "gan", "--family", "autoregressive", "--set", "training.images=480"]
     killed_process = workspace.start(*command)

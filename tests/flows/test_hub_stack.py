@@ -32,9 +32,7 @@ def discs(count: int) -> bytes:
     return stream.getvalue()
 
 
-def test_a_model_of_a_private_data_set_is_pushed_with_its_evidence_and_without_the_token(
-    workspace: Workspace, hub: Hub
-) -> None:
+def test_pushed_model_has_its_evidence_and_no_token(workspace: Workspace, hub: Hub) -> None:
     card = b"---\nlicense: cc-by-4.0\n---\n"
     commit = hub.dataset("me/discs", {"README.md": card, "a.parquet": discs(240)}, private=True).refs["main"]
     source = f"hf://datasets/me/discs@{commit}"

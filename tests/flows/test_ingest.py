@@ -9,7 +9,7 @@ from flows.config import Params
 from flows.ingest import dataset_page, find_page
 
 
-def test_a_summary_that_cannot_be_read_is_ignored_and_the_page_is_written_again(
+def test_page_of_an_unreadable_summary_is_written_again(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

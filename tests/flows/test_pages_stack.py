@@ -38,7 +38,7 @@ def open_page(browser: Browser, workspace: Workspace, place: str) -> Page:
     return page
 
 
-def test_the_version_its_alias_its_card_and_its_images_are_in_mlflows_ui(
+def test_mlflows_ui_shows_version_alias_card_and_images(
     workspace: Workspace, server: MlflowClient, tmp_path: Path
 ) -> None:
     with chromium() as browser:

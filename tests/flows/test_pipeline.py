@@ -128,7 +128,7 @@ def test_repeated_retrain_does_nothing(workspace: Workspace, server: MlflowClien
     assert len(server.search_model_versions("name='blobs'")) == 1
 
 
-def test_retrainings_of_the_same_from_other_folders_leave_one_run_and_one_version(
+def test_equal_retrainings_leave_one_run_and_one_version(
     workspace: Workspace, server: MlflowClient, tmp_path: Path, retrain_result: Any
 ) -> None:
     others = [Workspace(tmp_path / name) for name in ("a", "b")]
@@ -288,7 +288,7 @@ def test_best_of_the_post_hoc_ema_models_is_promoted(workspace: Workspace, serve
     "to 1000 bytes, before a training",
     "named, exit 2; `retrain` gets it from the remote",
 )
-def test_a_shard_cut_in_half_is_named_and_retrain_mends_it(workspace: Workspace) -> None:
+def test_shard_cut_in_half_is_named_and_mended(workspace: Workspace) -> None:
     workspace.json(*RETRAIN)
     shard = next((workspace.folder / "data" / "blobs" / "shards").glob("*.tar"))
     shard.write_bytes(shard.read_bytes()[:1000])
@@ -306,7 +306,7 @@ def test_threads_processes_and_ray_make_the_same_shards(workspace: Workspace) ->
     assert shards_by_runner["threads"] == shards_by_runner["processes"] == shards_by_runner["ray"]
 
 
-def test_champion_is_distilled_into_a_version_that_names_its_teacher_and_once_only(
+def test_champion_is_distilled_once_and_names_its_teacher(
     workspace: Workspace, server: MlflowClient, retrain_result: Any
 ) -> None:
     teacher = retrain_result["verdict"]["champion"]
@@ -349,7 +349,7 @@ def test_user_mistakes_are_one_line_and_exit_2(workspace: Workspace) -> None:
         assert len(error.strip().splitlines()) == 1
 
 
-def test_a_training_with_the_default_batch_is_the_one_that_its_evaluation_finds(
+def test_evaluation_finds_a_training_with_the_default_batch(
     workspace: Workspace, server: MlflowClient, retrain_result: Any
 ) -> None:
     default = ["--set", "training.batch_size=null", "--set", "training.output=runs/default", "--set"]
@@ -360,6 +360,6 @@ def test_a_training_with_the_default_batch_is_the_one_that_its_evaluation_finds(
     assert "eval/kid_efflite0" in server.get_run(result["run_id"]).data.metrics
 
 
-def test_a_sweep_of_a_default_and_its_value_is_an_error(workspace: Workspace, retrain_result: Any) -> None:
+def test_sweep_of_a_default_and_its_value_fails(workspace: Workspace, retrain_result: Any) -> None:
     settings = ("--set", "training.images=320", "--set", "registry.model=twice")
     assert "batch_size" in workspace.run("sweep", "--over", "training.batch_size=null,64", *settings, code=2)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from diffusion.common.errors import UserError
-from flows.cli.pipeline_commands import configuration_options
+from flows.cli.retraining_commands import configuration_options
 from flows.config import Params, combinations, parse_over
 from flows.sweep import sweep
 from flows.tracking.console import CONSOLE, Lines

@@ -108,7 +108,7 @@ def test_images_ingested_during_a_takedown_are_in_its_version(step: str, two: tu
         "flows.datasets.catalog:Heads.advance",
     ],
 )
-def test_a_killed_takedown_is_finished_by_the_next_ingest_or_by_itself(step: str, two: tuple[Machine, Machine]) -> None:
+def test_killed_takedown_is_finished_by_the_next_command(step: str, two: tuple[Machine, Machine]) -> None:
     one, other = two
     with before(step, killed), pytest.raises(Killed):
         one.take_down(REMOVED)
@@ -120,7 +120,7 @@ def test_a_killed_takedown_is_finished_by_the_next_ingest_or_by_itself(step: str
 
 
 @pytest.mark.slow
-def test_a_takedown_takes_images_out_of_the_newest_version_also_where_an_older_one_lies(
+def test_takedown_changes_the_newest_version_beside_an_older_checkout(
     two: tuple[Machine, Machine],
 ) -> None:
     one, other = two
@@ -131,7 +131,7 @@ def test_a_takedown_takes_images_out_of_the_newest_version_also_where_an_older_o
 
 
 @pytest.mark.slow
-def test_a_takedown_from_an_older_version_that_was_checked_out_leaves_the_newest_one_otherwise_as_it_is(
+def test_takedown_from_an_older_checkout_keeps_the_newest_images(
     two: tuple[Machine, Machine],
 ) -> None:
     one, _ = two
@@ -267,7 +267,7 @@ def test_takedown_during_training_fails_the_run(run_host: RunHost, elsewhere: Ma
     assert (run.info.status, run.data.tags["darkroom.takedown"]) == ("FAILED", names[0])
 
 
-def test_champion_trained_on_removed_images_is_not_used_as_init_from(
+def test_champion_of_removed_images_is_not_initial_weights(
     run_host: RunHost, elsewhere: Machine, caplog: pytest.LogCaptureFixture
 ) -> None:
     params = run_host.machine.params()

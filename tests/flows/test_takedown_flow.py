@@ -74,7 +74,7 @@ def take_down(place: Place) -> tuple[Manifest, Manifest, Manifest, dict[str, str
     return first, second, read_manifest(FOLDER), consisted
 
 
-def test_purge_clears_cache_and_remote_of_what_only_the_versions_with_the_images_need(place: Place) -> None:
+def test_purge_clears_what_only_affected_versions_need(place: Place) -> None:
     first, second, third, consisted = take_down(place)
     third_files = files_of(FOLDER)
     going = {consisted[second.shards[1].name], consisted[second.parts[1].records.name]}
@@ -138,9 +138,7 @@ def test_purged_files_can_be_pushed_again(place: Place) -> None:
     assert files_of(FOLDER) == files_of(backup)
 
 
-def test_purge_clears_work_files_fetched_shards_and_pages_of_those_versions_alone(
-    dataset: Path, tmp_path: Path
-) -> None:
+def test_purge_clears_local_files_of_affected_versions_alone(dataset: Path, tmp_path: Path) -> None:
     before = read_manifest(dataset)
     remove(dataset, Selection(sources=["odd/01.png"]), "consent withdrawn")
     after = read_manifest(dataset)
@@ -290,7 +288,7 @@ def test_takedown_keeps_run_notes_and_clears_real_images(
     assert clear_images(descendants) == []
 
 
-def test_held_out_images_are_cleared_from_evaluations_of_versions_that_learned_from_others(
+def test_held_out_images_are_cleared_from_evaluations_of_others(
     bucket: str, mlflow: MlflowClient, s3_environment: dict[str, str]
 ) -> None:
     run = run_on(mlflow, "b" * 64)
@@ -356,7 +354,7 @@ def test_takedown_tags_run_version_and_samples_and_retraining_is_clean(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_purged_images_are_in_no_object_and_on_no_volume_of_the_server(workspace: Workspace) -> None:
+def test_purged_images_are_gone_from_objects_and_volumes(workspace: Workspace) -> None:
     images = workspace.folder / "more"
     shutil.copytree(workspace.folder / "images", images)
     for number in range(200, 220):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeA
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from diffusion.common.config import Config, DeviceName, is_unset
-from diffusion.common.errors import UserError
+from diffusion.common.errors import UserError, describe_validation_error
 from diffusion.common.rules import Rule, find_conflict, needs, only, unless
 from diffusion.process.config import NOISE_LEVELS
 
@@ -182,16 +181,14 @@ def describe_sampling_error(
 ) -> str:
     """Describe pydantic's error at ``location`` in the section ``sampling``, one of ``kinds``, and how to fix it."""
     sampler, *path = map(str, location or ("",))
-    place, message = ".".join(("sampling", *path)), error["msg"].removeprefix("Value error, ")
+    key, known = ".".join(("sampling", *path)) if path else "", list[str]()
     if path[:1] == ["sigma_max"]:  # of a union, whose types pydantic names
-        place, message = "sampling.sigma_max", "give a number above 0, auto or null"
+        key, error = "sampling.sigma_max", {**error, "msg": "give a number above 0, auto or null"}
+    if error["type"] == "unknown_sampler":
+        key, error = "sampling", {**error, "type": "value_error"}
     if error["type"] == "extra_forbidden":
         samplers = [str(kind.model_fields["sampler"].default) for kind in kinds if path[0] in kind.model_fields]
         if samplers and sampler not in samplers:
-            return f"{place} means nothing to sampler = {sampler}: use {' or '.join(samplers)}, or leave it out"
-        fields = next(kind.model_fields for kind in kinds if kind.model_fields["sampler"].default == sampler)
-        close = difflib.get_close_matches(path[-1], fields, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted(fields))}"
-        return f"unknown key {place}: {hint}"
-    value = "" if error["type"] in ("value_error", "unknown_sampler") else f" (got {repr(error['input'])[:200]})"
-    return f"{place}: {message}{value}" if path or error["type"] == "unknown_sampler" else message
+            return f"{key} means nothing to sampler = {sampler}: use {' or '.join(samplers)}, or leave it out"
+        known = next([*kind.model_fields] for kind in kinds if kind.model_fields["sampler"].default == sampler)
+    return describe_validation_error(error, key, known)

@@ -47,7 +47,7 @@ def test_concurrent_writers_never_expose_a_partial_file(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_failed_writer_leaves_the_old_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_bytes(path, b"old")
 

@@ -16,7 +16,7 @@ def test_fingerprint_names_variables_that_change_math_libraries(monkeypatch: pyt
     assert usual.differences(first_fingerprint) == f"device: {usual.device} → {usual.device}, {variable}=AVX2"
 
 
-def test_torch_with_fewer_instructions_is_named_with_the_processor_s_maker(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_with_fewer_instructions_is_named_with_the_vendor(monkeypatch: pytest.MonkeyPatch) -> None:
     there = fingerprint(64, "fp32", "cpu")
     # torch reads ATEN_CPU_CAPABILITY once, when it is imported.
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "OTHER")

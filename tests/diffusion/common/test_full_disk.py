@@ -108,7 +108,7 @@ def finished(folder: Path) -> dict[str, bytes]:
     ("command", "point", "output"),
     [pytest.param(*drill, id=drill[1], marks=pytest.mark.long if "evaluat" in drill[1] else ()) for drill in DRILLS],
 )
-def test_a_full_disk_is_one_line_and_with_room_again_the_same_command_ends_the_same(
+def test_full_disk_is_one_line_and_work_resumes(
     command: tuple[str, ...], point: str, output: str, dataset: Path, tmp_path: Path, small_disk: Path
 ) -> None:
     """A disk that is full while a command writes: one line, exit 1, no half file. With room again: the same end."""

@@ -15,7 +15,7 @@ def test_the_folder_of_a_pipeline_is_to_be_imported_first(tmp_path: Path) -> Non
         read_header(tmp_path)
 
 
-def test_weights_of_another_library_are_to_be_imported_as_a_pipeline(tmp_path: Path) -> None:
+def test_weights_of_another_library_must_be_imported(tmp_path: Path) -> None:
     save_file({"conv_in.weight": torch.zeros(1)}, tmp_path / "unet.safetensors")
     with pytest.raises(UserError, match="import a diffusers pipeline as a folder by `darkroom model import`"):
         read_header(tmp_path / "unet.safetensors")

@@ -38,7 +38,7 @@ def test_after_an_error_torch_is_as_it_was(three_threads: None) -> None:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have no mallopt")
-def test_memory_is_kept_for_the_next_step_instead_of_being_faulted_in_again() -> None:
+def test_memory_is_kept_for_the_next_step() -> None:
     def faults(step: Callable[[], object]) -> int:
         before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
         step()

@@ -103,7 +103,7 @@ def test_a_header_of_a_hundred_megabytes_is_rejected_unread(tmp_path: Path, size
     with path.open("wb") as file:
         file.write(struct.pack("<Q", size) + b"{")
         file.truncate(min(size, 10**8) + 100)
-    with pytest.raises(UserError, match="is no safetensors file"):
+    with pytest.raises(UserError, match="is not a safetensors file"):
         load_model(path)
 
 

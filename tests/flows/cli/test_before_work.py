@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli import main
 from tests.builders import ROOT
+from tests.builders.command_line import CommandLine
 from tests.builders.http_server import serving
 from tests.builders.shapes import blob
 from tests.builders.small_models import write_model
@@ -139,14 +139,11 @@ def requests(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str
 
 @pytest.mark.parametrize("words", MISTAKES)
 def test_mistake_is_found_without_a_server_and_leaves_nothing(
-    folder: Path, requests: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str
+    folder: Path, requests: list[str], command_line: CommandLine, words: str
 ) -> None:
     before = sorted(folder.rglob("*"))
-    monkeypatch.setattr(sys, "argv", ["darkroom", *words.split(), "--json"])
-    with pytest.raises(SystemExit) as exit_info:
-        main()
-    out, err = capsys.readouterr()
-    assert exit_info.value.code == 2, err
+    code, out, err = command_line.answer(*words.split(), "--json")
+    assert code == 2, err
     assert err.count("\n") == 1
     assert json.loads(out)["exit_code"] == 2
     assert requests == []

@@ -54,7 +54,7 @@ def test_help_of_a_command_shows_json_and_an_example() -> None:
         assert each.name in WITHOUT_EXAMPLE or "Example:" in (each.help or ""), each.name
 
 
-def test_standard_output_has_the_result_alone_and_errors_come_after_it() -> None:
+def test_standard_output_has_the_result_alone() -> None:
     app = typer.Typer()
 
     @command(app)
@@ -72,32 +72,17 @@ def test_help_loads_no_heavy_library() -> None:
     # Each of these takes longer to import than the whole answer may take; a clock would be noisy here.
     script = (
         "import sys, flows.cli\n"
-        "heavy = {'torch', 'mlflow', 'prefect', 'dvc', 'boto3', 'pydantic', 'numpy', 'PIL', 'pandas'}\n"
+        "heavy = {'torch', 'mlflow', 'prefect', 'dvc', 'boto3', 'pydantic', 'numpy', 'PIL', 'pandas', 'pyarrow'}\n"
         "print(*sorted(heavy & set(sys.modules)))"
     )
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert loaded.stdout.split() == []
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["train"],
-        ["sample", "--count", "0"],
-        ["nonsense"],
-        ["ingest", "one", "another"],
-        ["train", "--local", "--params", "missing.yaml"],
-        ["train", "--no-such-option"],
-        ["train", "--dry-run", "--params", "."],
-        ["edit", "img2img", "x.png", "--strength", "nan", "--model", "m.safetensors"],
-        ["edit", "inpaint", "x.png", "--mask", "x.png", "--resample-steps", "1000", "--model", "m.safetensors"],
-    ],
-)
-def test_mistakes_exit_2_without_a_traceback(tmp_path: Path, arguments: list[str]) -> None:
+def test_a_mistake_exits_2_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("training:\n  images: 10\n")
-    result = darkroom(tmp_path, *arguments)
-    assert result.returncode == 2
-    assert result.stdout == ""
+    result = darkroom(tmp_path, "train")
+    assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("darkroom: ")
     assert len(result.stderr.splitlines()) == 1
 
@@ -120,7 +105,7 @@ def test_commands_that_need_servers_explain_how_to_start_them(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_server_that_does_not_answer_is_named_within_seconds_and_its_password_is_not(tmp_path: Path) -> None:
+def test_dead_server_is_named_soon_without_its_password(tmp_path: Path) -> None:
     variables = {
         "MLFLOW_TRACKING_URI": "http://someone:test-secret@127.0.0.1:9",
         "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9",
@@ -134,7 +119,7 @@ def test_a_server_that_does_not_answer_is_named_within_seconds_and_its_password_
 
 
 @pytest.mark.slow
-def test_a_dry_run_of_training_needs_no_server_and_stops_before_it(dataset: Path, tmp_path: Path) -> None:
+def test_dry_run_of_training_needs_no_server(dataset: Path, tmp_path: Path) -> None:
     small = ["model.width=16", "model.channel_mult=[1]", "model.attention=[]", "sampling.steps=2"]
     settings = [word for setting in (*small, "training.images=640") for word in ("--set", setting)]
     output = darkroom(tmp_path, "train", "--dataset", "blobs", "--dry-run", *settings)
@@ -186,7 +171,7 @@ flows.cli.main()
     assert (process.returncode, process.stderr) == (130, "")
 
 
-def test_what_becomes_of_a_signal_in_prefects_engine_ends_by_the_signal(tmp_path: Path) -> None:
+def test_signal_inside_prefects_engine_ends_the_process(tmp_path: Path) -> None:
     program = """
 import flows.cli
 from prefect.exceptions import TerminationSignal

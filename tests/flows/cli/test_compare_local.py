@@ -61,7 +61,7 @@ def test_a_teacher_in_the_registry_is_an_error_without_servers(workspace: Path) 
         CliRunner().invoke(app, ["distill", "--local"], catch_exceptions=False)
 
 
-def test_a_student_of_other_settings_is_not_thrown_away_without_restart(workspace: Path) -> None:
+def test_student_of_other_settings_is_kept_without_restart(workspace: Path) -> None:
     def run(*words: str) -> None:
         CliRunner().invoke(app, [*words, "--local", "--set", "model.width=16"], catch_exceptions=False)
 
@@ -77,7 +77,7 @@ def test_a_student_of_other_settings_is_not_thrown_away_without_restart(workspac
     assert read_model_header(student).images == 128
 
 
-def test_training_on_a_data_set_that_cannot_be_evaluated_warns_and_goes_on(workspace: Path) -> None:
+def test_training_on_too_few_images_warns_and_goes_on(workspace: Path) -> None:
     discs(workspace / "data" / "few", 20)
     words = ["train", "--local", "--dataset", "few", "--set", "model.width=16", "--set", "training.images=1024"]
     done = CliRunner().invoke(app, words, catch_exceptions=False)

@@ -2,10 +2,9 @@
 
 import base64
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,38 +19,18 @@ from diffusion.common.image_grids import SYNTHETIC
 from diffusion.generation.config import REQUESTS
 from diffusion.generation.generate import sample
 from diffusion.process.samplers import sampling_config
-from flows.cli import main
 from flows.registry.model_versions import SIGNATURE
 from flows.registry.pyfunc_model import ServedModel
+from tests.builders.command_line import CommandLine
 from tests.builders.small_models import CONFIG, write_model
 
 QUICK = ["--set", "sampling.steps=3", "--set", "sampling.compute_batch=4"]
 
 
-class CommandResult(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-class Darkroom(Protocol):
-    def __call__(self, *words: str) -> CommandResult: ...
-
-
 @pytest.fixture
-def darkroom(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Darkroom:
-    """The command line in this process, which has loaded torch already."""
+def darkroom(folder: Path, monkeypatch: pytest.MonkeyPatch, command_line: CommandLine) -> CommandLine:
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-
-    def run(*words: str) -> CommandResult:
-        monkeypatch.setattr(sys, "argv", ["darkroom", *words])
-        with pytest.raises(SystemExit) as end:
-            main()
-        code = end.value.code
-        return CommandResult(code if isinstance(code, int) else 0, *capsys.readouterr())
-
-    return run
+    return command_line
 
 
 @pytest.fixture
@@ -66,10 +45,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run_json(darkroom: Darkroom, *words: str) -> dict[str, Any]:
-    process = darkroom(*words, "--model", "model.safetensors", *QUICK, "--json")
-    assert process.code == 0, process.err
-    result: dict[str, Any] = json.loads(process.out)
+def run_json(darkroom: CommandLine, *words: str) -> dict[str, Any]:
+    result: dict[str, Any] = darkroom.json(*words, "--model", "model.safetensors", *QUICK)
     return result
 
 
@@ -84,7 +61,7 @@ def run_json(darkroom: Darkroom, *words: str) -> dict[str, Any]:
     ids=lambda words: next(word for word in words if word != "edit"),
 )
 def test_a_model_file_answers_without_servers_and_again_alike(
-    darkroom: Darkroom, folder: Path, words: tuple[str, ...]
+    darkroom: CommandLine, folder: Path, words: tuple[str, ...]
 ) -> None:
     task = words[1] if words[0] == "edit" else words[0]
     result = run_json(darkroom, *words)
@@ -105,7 +82,7 @@ def test_a_model_file_answers_without_servers_and_again_alike(
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
 
 
-def test_upscaled_image_is_shown_beside_its_original(darkroom: Darkroom, folder: Path) -> None:
+def test_upscaled_image_is_shown_beside_its_original(darkroom: CommandLine, folder: Path) -> None:
     config = CONFIG.model_copy(update={"low_resolution": 4, "conditional": False})
     write_model(folder / "model.safetensors", seed=0, images=0, config=config)
     result = run_json(darkroom, "edit", "upscale", "face.png", "--count", "2")
@@ -113,9 +90,7 @@ def test_upscaled_image_is_shown_beside_its_original(darkroom: Darkroom, folder:
     assert Image.open(folder / result["grid"]).size[0] > 2 * 16
 
 
-def test_upscaling_takes_the_noise_levels_of_the_model_file_unless_others_are_given(
-    darkroom: Darkroom, folder: Path
-) -> None:
+def test_upscaling_takes_the_noise_levels_of_the_model(darkroom: CommandLine, folder: Path) -> None:
     config = CONFIG.model_copy(update={"low_resolution": 4, "conditional": False})
     write_model(folder / "model.safetensors", seed=0, images=0, config=config)
 
@@ -130,7 +105,7 @@ def test_upscaling_takes_the_noise_levels_of_the_model_file_unless_others_are_gi
     assert digests() == digests(*options) != digests("--set", "sampling.sigma_max=80")
 
 
-def test_labels_take_turns_in_images_of_a_model_file(darkroom: Darkroom, folder: Path) -> None:
+def test_labels_take_turns_in_images_of_a_model_file(darkroom: CommandLine, folder: Path) -> None:
     write_model(folder / "model.safetensors", seed=0, images=0, classes={"cat": 1, "dog": 1})
 
     def digests(*words: str) -> list[str]:
@@ -144,30 +119,28 @@ def test_labels_take_turns_in_images_of_a_model_file(darkroom: Darkroom, folder:
     assert not {*cats} & {*dogs}
 
 
-def test_requests_that_differ_lie_in_folders_of_their_own(darkroom: Darkroom) -> None:
+def test_requests_that_differ_lie_in_folders_of_their_own(darkroom: CommandLine) -> None:
     one = run_json(darkroom, "edit", "img2img", "face.png", "--count", "1")
     other = run_json(darkroom, "edit", "img2img", "face.png", "--count", "1", "--strength", "0.3")
     assert one["folder"] != other["folder"]
     assert run_json(darkroom, "edit", "img2img", "face.png", "--count", "1", "--out", "mine")["folder"] == "mine"
 
 
-def test_a_folder_takes_the_answer_to_one_request_only(darkroom: Darkroom, folder: Path) -> None:
+def test_a_folder_takes_the_answer_to_one_request_only(darkroom: CommandLine, folder: Path) -> None:
     run_json(darkroom, "sample", "--count", "3", "--out", "mine")
     for out, words in (("mine", "holds the answer to another request"), ("face.png", "is a file")):
-        result = darkroom("sample", "--count", "2", "--out", out, "--model", "model.safetensors", *QUICK)
-        assert (result.code, len(result.err.strip().splitlines())) == (2, 1), result.err
-        assert words in result.err
+        assert words in darkroom.mistake("sample", "--count", 2, "--out", out, "--model", "model.safetensors", *QUICK)
     run_json(darkroom, "sample", "--count", "3", "--out", "mine")
     assert len(list((folder / "mine").glob("0*.png"))) == 3
 
 
-def test_images_name_the_weights_of_a_file_and_not_where_it_lay(darkroom: Darkroom, folder: Path) -> None:
+def test_images_name_weights_and_not_their_path(darkroom: CommandLine, folder: Path) -> None:
     result = run_json(darkroom, "sample", "--count", "1")
     image = Image.open(folder / result["folder"] / "00000000.png")
     assert image.text["darkroom:model"] == f"sha256:{sha256_file(folder / 'model.safetensors')}"
 
 
-def test_stored_sampling_settings_are_those_that_were_used(darkroom: Darkroom, folder: Path) -> None:
+def test_stored_sampling_settings_are_those_that_were_used(darkroom: CommandLine, folder: Path) -> None:
     """Guidance that leads nowhere is not done, and so is not said."""
     (folder / "params.yaml").write_text("sampling: {guidance: 3}\n")
     result = run_json(darkroom, "sample", "--count", "1")
@@ -176,7 +149,7 @@ def test_stored_sampling_settings_are_those_that_were_used(darkroom: Darkroom, f
 
 @pytest.mark.parametrize("verb", [("sample",), ("edit", "img2img", "face.png")])
 def test_settings_of_the_command_line_without_effect_are_an_error(
-    darkroom: Darkroom, folder: Path, verb: tuple[str, ...]
+    darkroom: CommandLine, folder: Path, verb: tuple[str, ...]
 ) -> None:
     write_model(folder / "student.safetensors", seed=0, images=0, training={"student": {"steps": 2}})
     for setting, model in (
@@ -186,14 +159,13 @@ def test_settings_of_the_command_line_without_effect_are_an_error(
         ("sampling.sampler=heun", "student.safetensors"),
         ("sampling={sampler: heun, churn: {amount: 5}}", "student.safetensors"),
     ):
-        result = darkroom(*verb, "--count", "1", "--model", model, "--set", setting)
-        assert (result.code, result.out, len(result.err.strip().splitlines())) == (2, "", 1), result.err
-        assert setting.partition("=")[0] in result.err
+        message = darkroom.mistake(*verb, "--count", "1", "--model", model, "--set", setting)
+        assert setting.partition("=")[0] in message
     assert not (folder / "samples").exists()
     for setting in ("sampling.guidance=1", "sampling.guidance=null", "sampling.sigma_max=20", "sampling={}"):
-        assert darkroom(*verb, "--count", "1", "--model", "student.safetensors", "--set", setting).code == 0
+        darkroom(*verb, "--count", "1", "--model", "student.safetensors", "--set", setting)
     churn = ["--set", "sampling.sampler=heun", "--set", "sampling.churn.amount=5"]
-    assert darkroom(*verb, "--count", "1", "--model", "model.safetensors", *churn).code == 0
+    darkroom(*verb, "--count", "1", "--model", "model.safetensors", *churn)
 
 
 @pytest.mark.parametrize(
@@ -217,18 +189,10 @@ def test_settings_of_the_command_line_without_effect_are_an_error(
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(
-    darkroom: Darkroom, folder: Path, words: tuple[str, ...], message: str
+    darkroom: CommandLine, folder: Path, words: tuple[str, ...], message: str
 ) -> None:
-    result = darkroom(*words, "--model", "model.safetensors", *QUICK)
-    assert (result.code, len(result.err.strip().splitlines())) == (2, 1), result.err
-    assert message in result.err
+    assert message in darkroom.mistake(*words, "--model", "model.safetensors", *QUICK)
     assert not (folder / "samples").exists()
-
-
-def test_a_model_file_that_is_not_there_is_one_line(darkroom: Darkroom) -> None:
-    result = darkroom("edit", "img2img", "face.png", "--model", "nowhere.safetensors")
-    assert (result.code, len(result.err.strip().splitlines())) == (2, 1), result.err
-    assert "no model at nowhere.safetensors" in result.err
 
 
 @pytest.fixture
@@ -245,7 +209,7 @@ def serve(folder: Path) -> ServedModel:
     return model
 
 
-def test_the_served_model_answers_a_table_of_tasks_a_row_per_image(folder: Path, served: ServedModel) -> None:
+def test_served_model_answers_a_table_of_tasks(folder: Path, served: ServedModel) -> None:
     image, mask = (base64.b64encode((folder / name).read_bytes()).decode() for name in ("face.png", "hole.png"))
     table = pd.DataFrame(
         {

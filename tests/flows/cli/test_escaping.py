@@ -148,7 +148,7 @@ def test_commands_show_hostile_names_labels_and_captions_and_obey_none(darkroom:
     darkroom("ingest", "--local", "--set", f"ingest.source={TURNED}\udcff", code=2)
 
 
-def test_the_page_on_a_data_set_of_hostile_names_is_harmless(darkroom: CommandLine, tmp_path: Path) -> None:
+def test_page_on_hostile_names_is_harmless(darkroom: CommandLine, tmp_path: Path) -> None:
     from diffusion.evaluation.reports.dataset_report import write_dataset_report
 
     darkroom("ingest", "--local")

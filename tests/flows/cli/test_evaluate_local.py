@@ -31,7 +31,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_model_file_is_evaluated_with_the_guidance_that_it_has(workspace: Path) -> None:
+def test_model_file_is_evaluated_with_its_own_guidance(workspace: Path) -> None:
     path = write_model(workspace / "elsewhere.safetensors", 1, 7, classes=CLASSES, training=GUIDABLE)
     result = CliRunner().invoke(app, ["evaluate", "--model", str(path), "--json"], catch_exceptions=False)
     folder = workspace / "reports" / "discs" / "models" / sha256_file(path)[:8]
@@ -40,7 +40,7 @@ def test_a_model_file_is_evaluated_with_the_guidance_that_it_has(workspace: Path
     assert (len(evaluation.checkpoints), evaluation.best.images, evaluation.guidance) == (1, 7, None)
 
 
-def test_the_report_of_a_model_file_leaves_that_of_the_training(workspace: Path) -> None:
+def test_report_of_a_model_file_leaves_the_trainings_report(workspace: Path) -> None:
     (checkpoints := workspace / "runs" / "discs" / "checkpoints").mkdir(parents=True)
     checkpoint = write_model(checkpoints / "0000000009.safetensors", 1, 9, classes=CLASSES)
     (checkpoints.parent / "losses.csv").write_text("images\n")

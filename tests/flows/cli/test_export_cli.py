@@ -29,7 +29,7 @@ def test_a_file_is_exported_without_any_server(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_imported_pipeline_without_a_card_comes_out_with_how_to_load_it(tmp_path: Path) -> None:
+def test_imported_pipeline_without_card_says_how_to_load(tmp_path: Path) -> None:
     (pipelines.ddpm(tmp_path / "made") / "README.md").unlink()
     result = darkroom(tmp_path, "model", "import", "made", "--out", "tiny.safetensors", "--licence", "CC0-1.0")
     assert result.returncode == 0, result.stderr
@@ -97,7 +97,7 @@ def test_a_file_is_pushed_with_card_and_samples_once(tmp_path: Path, hub: Hub) -
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_a_pipeline_of_the_hub_is_imported_and_pushed_elsewhere_with_its_base(tmp_path: Path, hub: Hub) -> None:
+def test_imported_pipeline_is_pushed_elsewhere_with_its_base(tmp_path: Path, hub: Hub) -> None:
     folder = pipelines.ddpm(tmp_path / "made")
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     hub.model("them/tiny", files, private=True)

@@ -1,8 +1,7 @@
 """Files that users and strangers give hold anything: each command ends with exit code 2 and one line."""
 
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ import pytest
 from PIL import Image
 from typer.main import get_command
 
-from flows.cli import app, main
+from flows.cli import app
+from tests.builders.command_line import CommandLine
 from tests.builders.hostile_texts import JSON, YAML
 
 LIMIT = 5
@@ -42,37 +42,33 @@ def configured_commands() -> Iterator[tuple[str, ...]]:
 COMMANDS = sorted(configured_commands())
 
 
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """Give a command that ends with exit code 2, soon, and with one line, which is returned."""
-    monkeypatch.setattr(sys, "argv", ["darkroom", *map(str, words)])
-    start = time.process_time()
-    with pytest.raises(SystemExit) as exit_info:
-        main()
-    assert time.process_time() - start < LIMIT
-    lines = capsys.readouterr().err.splitlines()
-    assert exit_info.value.code == 2, lines[-3:]
-    assert len(lines) == 1
-    assert len(lines[0]) < 3000
-    return lines[0]
+@pytest.fixture
+def mistake(no_servers: None, command_line: CommandLine) -> Callable[..., str]:
+    """Gives a command that ends with exit code 2, soon, and with one line, which is returned."""
+
+    def run(*words: object) -> str:
+        start = time.process_time()
+        line = command_line.mistake(*words)
+        assert time.process_time() - start < LIMIT
+        assert len(line) < 3000
+        return line
+
+    return run
 
 
 @pytest.mark.parametrize("what", YAML)
-def test_a_hostile_configuration_is_one_line(
-    no_servers: None, what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_hostile_configuration_is_one_line(mistake: Callable[..., str], what: str) -> None:
     Path("params.yaml").write_bytes(YAML[what])
-    assert "params.yaml" in run(monkeypatch, capsys, "config", "validate")
+    assert "params.yaml" in mistake("config", "validate")
     assert not Path("pwned").exists()
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_every_command_refuses_a_hostile_configuration(
-    no_servers: None, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_refuses_a_hostile_configuration(mistake: Callable[..., str], words: tuple[str, ...]) -> None:
     Path("params.yaml").write_bytes(YAML["an anchor in itself"])
     if words[0] == "edit":  # whose images are looked at before
         Image.new("L", (8, 8)).save("x", "png")
-    assert "params.yaml" in run(monkeypatch, capsys, *words)
+    assert "params.yaml" in mistake(*words)
 
 
 def test_the_table_has_the_commands_of_the_pipeline() -> None:
@@ -80,36 +76,28 @@ def test_the_table_has_the_commands_of_the_pipeline() -> None:
 
 
 @pytest.mark.parametrize("what", [name for name in YAML if name not in ("a text", "a number")])
-def test_a_hostile_value_of_an_option_is_one_line(
-    no_servers: None, what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_hostile_value_of_an_option_is_one_line(mistake: Callable[..., str], what: str) -> None:
     # No argument of a program holds a NUL, and none is this long.
     text = YAML[what][:100_000].decode("utf-8", "surrogateescape").replace("\0", "\x01")
-    run(monkeypatch, capsys, "config", "validate", "--set", f"training.dataset={text}")
-    run(monkeypatch, capsys, "sweep", "--local", "--over", f"training.batch_size={text}")
+    mistake("config", "validate", "--set", f"training.dataset={text}")
+    mistake("sweep", "--local", "--over", f"training.batch_size={text}")
 
 
 @pytest.mark.parametrize("what", JSON)
-def test_a_hostile_table_of_requests_is_one_line(
-    no_servers: None, what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_hostile_table_of_requests_is_one_line(mistake: Callable[..., str], what: str) -> None:
     Path("requests.jsonl").write_bytes(JSON[what])
-    run(monkeypatch, capsys, "sample", "--requests", "requests.jsonl", "--model", "models:/x/1", "--dry-run")
+    mistake("sample", "--requests", "requests.jsonl", "--model", "models:/x/1", "--dry-run")
 
 
 @pytest.mark.parametrize("what", JSON)
-def test_a_hostile_pipeline_is_one_line(
-    no_servers: None, what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_hostile_pipeline_is_one_line(mistake: Callable[..., str], what: str) -> None:
     Path("pipeline").mkdir()
     Path("pipeline", "model_index.json").write_bytes(JSON[what])
-    run(monkeypatch, capsys, "model", "import", "pipeline", "--out", "x.safetensors")
+    mistake("model", "import", "pipeline", "--out", "x.safetensors")
 
 
 @pytest.mark.parametrize("what", JSON)
-def test_a_hostile_manifest_is_one_line(
-    no_servers: None, what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_hostile_manifest_is_one_line(mistake: Callable[..., str], what: str) -> None:
     Path("data", "faces").mkdir(parents=True)
     Path("data", "faces", "manifest.json").write_bytes(JSON[what])
-    run(monkeypatch, capsys, "train", "--local", "--dataset", "faces")
+    mistake("train", "--local", "--dataset", "faces")

@@ -11,6 +11,7 @@ import pytest
 
 from flows.cli import main
 from tests.builders import ROOT
+from tests.builders.command_line import CommandLine
 from tests.builders.shapes import blob
 
 SERVER_VARIABLES = ("DARKROOM_", "MLFLOW_", "PREFECT_", "AWS_")
@@ -63,6 +64,8 @@ train --set model.family=transformer
 train --set preset=best
 train --params missing.yaml
 train --params bad.yaml
+train --local --params missing.yaml
+train --dry-run --params .
 train --params list.yaml
 train --params typo.yaml
 evaluate
@@ -74,6 +77,7 @@ promote --model m.safetensors
 evaluate --model models:/faces/1 --local
 evaluate --model nosuch.safetensors
 sample --count many
+sample --count 0
 sample --seed -1
 sample --size 64
 sample --model text.safetensors --size 64
@@ -125,6 +129,8 @@ model export --to diffusers --model text.safetensors --out x --public
 model release faces
 edit inpaint one.png --mask nosuch.png --model m.safetensors
 edit img2img one.png --strength 3 --model m.safetensors
+edit img2img one.png --strength nan --model m.safetensors
+edit inpaint one.png --mask one.png --resample-steps 1000 --model m.safetensors
 edit interpolate
 trace nosuch.png
 trace one.png
@@ -143,15 +149,10 @@ open mlflow
 
 
 @pytest.mark.parametrize("words", MISTAKES.strip().splitlines())
-def test_a_mistake_is_one_line_and_exit_code_2(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["darkroom", *words.split(), "--json"])
+def test_a_mistake_is_one_line_and_exit_code_2(folder: Path, command_line: CommandLine, words: str) -> None:
     before = sorted(folder.rglob("*"))
-    with pytest.raises(SystemExit) as exit_info:
-        main()
-    out, err = capsys.readouterr()
-    assert exit_info.value.code == 2, err
+    code, out, err = command_line.answer(*words.split(), "--json")
+    assert code == 2, err
     [line] = err.splitlines()
     # One object on standard output, which says the same.
     assert json.loads(out) == {"error": line.removeprefix("darkroom: "), "exit_code": 2}
@@ -197,11 +198,6 @@ def test_pipes_get_plain_text(folder: Path, monkeypatch: pytest.MonkeyPatch, wor
     assert not set(out + err) & set("╭│╰\x1b")
 
 
-def test_a_label_that_the_source_has_is_no_mistake(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["darkroom", "retrain", "pets", "--label", "cat", "--dry-run", "--json"])
-    with pytest.raises(SystemExit) as exit_info:
-        main()
-    assert exit_info.value.code == 0
-    assert json.loads(capsys.readouterr().out)["ingest"]["survey"]["classes"] == {"cat": 1, "dog": 1}
+def test_a_label_that_the_source_has_is_no_mistake(folder: Path, command_line: CommandLine) -> None:
+    about = command_line.json("retrain", "pets", "--label", "cat", "--dry-run")
+    assert about["ingest"]["survey"]["classes"] == {"cat": 1, "dog": 1}

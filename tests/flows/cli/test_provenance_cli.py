@@ -1,6 +1,6 @@
 """What people read of ``darkroom trace`` and ``reproduce``: short labelled lines, and no line for what is not there."""
 
-import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import UTC, datetime
 
@@ -9,11 +9,11 @@ import pytest
 from diffusion.common.fingerprint import Fingerprint
 from diffusion.generation.config import Conditions
 from diffusion.process.samplers import sampling_config
-from flows.cli import main
 from flows.provenance import reproduce, trace
 from flows.provenance.reproduce import ImageComparison, Reproduction
 from flows.provenance.trace import Takedown, Trace, TracedData, TracedImage, TracedModel, TracedRun, TracedShard
 from flows.sampling.sampling_batch import SamplingBatch
+from tests.builders.command_line import CommandLine
 
 FINGERPRINT = Fingerprint(batch=4, precision="fp32", device="cpu", torch="2")
 THEN = datetime(2026, 5, 4, 3, 2, tzinfo=UTC)
@@ -63,19 +63,17 @@ TRACE = Trace(
 )
 
 
-def lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch, command_line: CommandLine) -> Callable[..., list[str]]:
     monkeypatch.setattr("flows.cli.command.connect", lambda *_: nullcontext())
-    monkeypatch.setattr(sys, "argv", ["darkroom", *words, "s3://bucket/p/a.png"])
-    with pytest.raises(SystemExit):
-        main()
-    return capsys.readouterr().out.splitlines()
+    return lambda *words: command_line(*words, "s3://bucket/p/a.png").splitlines()
 
 
 def test_a_trace_has_a_few_lines_for_each_link(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, lines: Callable[..., list[str]]
 ) -> None:
     monkeypatch.setattr(trace, "trace", lambda _: TRACE)
-    output = lines(monkeypatch, capsys, "trace", "-v")
+    output = lines("trace", "-v")
     for line in (
         "image     a.png, as generated",
         f"          number 5 of seed 7, sha256 {'a' * 64}",
@@ -97,16 +95,16 @@ def test_a_trace_has_a_few_lines_for_each_link(
         assert line in output
     assert not any(word in line for line in output for word in ("None", "null", "{"))
     monkeypatch.setattr(trace, "trace", lambda _: TRACE.model_copy(update=dict.fromkeys(("image", "batch", "run"))))
-    assert [line.split()[0] for line in lines(monkeypatch, capsys, "trace", "-v") if line[0] != " "] == [
+    assert [line.split()[0] for line in lines("trace", "-v") if line[0] != " "] == [
         *("model", "data", "shard", "takedown")
     ]
 
 
 def test_a_trace_has_six_lines_without_verbose(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, lines: Callable[..., list[str]]
 ) -> None:
     monkeypatch.setattr(trace, "trace", lambda _: TRACE)
-    output = lines(monkeypatch, capsys, "trace")
+    output = lines("trace")
     assert [line.split()[0] for line in output] == ["image", "batch", "model", "run", "data", "source", "takedown"]
     # The chain of names, and what is wrong with it.
     for name in (
@@ -122,7 +120,7 @@ def test_a_trace_has_six_lines_without_verbose(
 
 
 def test_reproduction_reports_equal_images_and_the_largest_errors(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, lines: Callable[..., list[str]]
 ) -> None:
     other = ImageComparison(
         key="00000005", exact=False, altered=False, largest_error=2, mean_error=0.01, differing_pixels=9
@@ -144,7 +142,7 @@ def test_reproduction_reports_equal_images_and_the_largest_errors(
         folder=None,
     )
     monkeypatch.setattr(reproduce, "reproduce", lambda *_: reproduction)
-    assert lines(monkeypatch, capsys, "reproduce") == [
+    assert lines("reproduce") == [
         "3 of 4 identical bit for bit, regenerated with the code that models:/faces/3 ships",
         "the fingerprint differs: torch: 2 → 3 (then → now)",
         "largest pixel error 2 of 255, 9 pixels differ, mean error of the worst image 0.01 of 255 (within the "

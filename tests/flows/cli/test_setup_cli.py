@@ -7,7 +7,6 @@ import struct
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,34 +16,17 @@ from scipy.stats import binom
 from diffusion.common.model_files import METADATA_KEY
 from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
-from flows.cli import main, pipeline_commands
+from flows.cli.retraining_commands import _describe_retraining
 from flows.config import load_params
 from flows.storage.s3 import Store
+from tests.builders.command_line import CommandLine
 from tests.builders.shapes import blob, disc
 from tests.builders.small_models import write_model
 
 
-class CommandLine:
-    """``darkroom`` in this process and an empty folder."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, *words: str, code: int = 0) -> str:
-        self.monkeypatch.setattr(sys, "argv", ["darkroom", *words])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        out, err = self.capsys.readouterr()
-        assert exit_info.value.code == code, err
-        return out
-
-    def json(self, *words: str) -> Any:
-        return json.loads(self(*words, "--json"))
-
-
 @pytest.fixture
-def run(no_servers: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(monkeypatch, capsys)
+def run(no_servers: None, command_line: CommandLine) -> CommandLine:
+    return command_line
 
 
 @pytest.fixture
@@ -102,7 +84,7 @@ def test_init_proposes_to_keep_the_shapes_of_wide_images(run: CommandLine, tmp_p
     assert "33% of the pixels" in Path("params.yaml").read_text()
 
 
-def test_a_dry_run_says_what_the_ingest_makes_of_the_images(run: CommandLine, images: Path) -> None:
+def test_dry_run_forecasts_what_ingest_makes_of_images(run: CommandLine, images: Path) -> None:
     settings = ("images", "--dataset", "blobs", "--set", "ingest.size=16")
     preview = run.json("ingest", "--dry-run", *settings)
     assert (preview["new"], preview["forecast"]["kept"]) == (48, 0)
@@ -141,7 +123,7 @@ def test_init_changes_no_existing_configuration(run: CommandLine, images: Path) 
     assert Path("params.yaml").read_text() == "training:\n  dataset: mine\n"
 
 
-def test_a_table_of_captions_is_offered_and_becomes_metadata_on_request(run: CommandLine, captioned: Path) -> None:
+def test_table_of_captions_becomes_metadata_on_request(run: CommandLine, captioned: Path) -> None:
     survey = run.json("init", str(captioned), "--dataset", "blobs")["survey"]
     assert (survey["captions"], survey["captions_table"]["image"]) == (0, "image")
     assert not (captioned / "metadata.csv").exists()
@@ -247,14 +229,8 @@ def test_status_says_that_nothing_runs(run: CommandLine) -> None:
         *("model serve", "config validate"),
     ],
 )
-def test_without_a_configuration_every_verb_names_init(
-    run: CommandLine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: str
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["darkroom", *words.split()])
-    with pytest.raises(SystemExit) as exit_info:
-        main()
-    assert exit_info.value.code == 2
-    message = capsys.readouterr().err
+def test_without_a_configuration_every_verb_names_init(run: CommandLine, words: str) -> None:
+    message = run.mistake(*words.split())
     assert "no params.yaml" in message
     assert "darkroom init FOLDER" in message
     assert not any(Path().iterdir())
@@ -281,9 +257,7 @@ def test_config_schema_describes_every_section_and_validate_checks_the_file(run:
     run("config", "validate", code=2)
 
 
-def test_ls_lists_what_is_here_and_does_not_fail_for_servers_that_are_not(
-    run: CommandLine, dataset: Path, tmp_path: Path
-) -> None:
+def test_ls_lists_what_is_here_without_servers(run: CommandLine, dataset: Path, tmp_path: Path) -> None:
     for name in ("blobs", "more"):
         (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
     write_model(tmp_path / "runs" / "more" / "final.safetensors", seed=0, images=640)
@@ -305,7 +279,7 @@ def test_ls_lists_what_is_here_and_does_not_fail_for_servers_that_are_not(
     run("ls", "models", code=2)
 
 
-def test_ls_lists_damaged_runs_and_batches_but_none_that_gc_deletes(
+def test_ls_lists_damaged_runs_but_no_deleted_batches(
     run: CommandLine, store: Store, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "runs" / "blobs" / "checkpoints").mkdir(parents=True)
@@ -329,7 +303,7 @@ def test_ls_lists_damaged_runs_and_batches_but_none_that_gc_deletes(
     ],
 )
 @pytest.mark.usefixtures("no_servers")
-def test_passwords_of_the_local_stack_are_named_where_its_servers_are_used(
+def test_passwords_are_named_for_servers_of_the_local_stack(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], named: set[str]
 ) -> None:
     Path(".darkroom").mkdir()
@@ -345,11 +319,11 @@ def test_passwords_of_the_local_stack_are_named_where_its_servers_are_used(
         **dict.fromkeys(("samples", "skipped", "seconds", "quality", "set_aside", "report", "mlflow_page"), None),
         **{"run_id": "1", "prefect_page": None},
     }
-    text = "\n".join(pipeline_commands._describe_retraining(result))
+    text = "\n".join(_describe_retraining(result))
     assert {field for field in ("mlflow_password", "prefect_auth_string") if field in text} == named
 
 
-def test_open_prints_the_address_of_a_report_and_of_a_server_with_where_its_password_is(
+def test_open_prints_addresses_and_where_the_password_is(
     run: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     Path("params.yaml").write_text("training: {dataset: digits}\n")
@@ -365,9 +339,7 @@ def test_open_prints_the_address_of_a_report_and_of_a_server_with_where_its_pass
     assert "test-secret" not in output
 
 
-def test_a_dry_run_of_ingest_says_what_is_new_and_changes_nothing(
-    run: CommandLine, images: Path, dataset: Path, tmp_path: Path
-) -> None:
+def test_dry_run_of_ingest_changes_nothing(run: CommandLine, images: Path, dataset: Path, tmp_path: Path) -> None:
     for number in range(48, 51):
         blob(number).save(images / "odd" / f"{number}.png")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -382,7 +354,7 @@ def test_a_dry_run_of_ingest_says_what_is_new_and_changes_nothing(
 
 
 @pytest.mark.slow
-def test_a_dry_run_of_several_trainings_measures_each_without_a_server(run: CommandLine, dataset: Path) -> None:
+def test_dry_run_of_several_trainings_measures_each(run: CommandLine, dataset: Path) -> None:
     small = ["model.width=16", "model.channel_mult=[1]", "model.attention=[]", "sampling.steps=2", "training.images=64"]
     settings = [word for each in small for word in ("--set", each)]
     about = run.json("sweep", "--over", "training.seed=1,2", "--dry-run", "--dataset", "blobs", *settings)
@@ -392,7 +364,7 @@ def test_a_dry_run_of_several_trainings_measures_each_without_a_server(run: Comm
     assert not Path("runs").exists()
 
 
-def test_a_dry_run_of_several_trainings_shows_the_time_of_each_and_of_all(
+def test_dry_run_of_several_trainings_shows_all_times(
     run: CommandLine, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [("time", "20 seconds"), ("at SIGTERM", "ends")]
@@ -407,16 +379,12 @@ def test_a_dry_run_of_several_trainings_shows_the_time_of_each_and_of_all(
 
 
 def test_quiet_shows_the_result_alone_before_or_after_the_command(
-    run: CommandLine, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: CommandLine, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = ("--local", "--set", "ingest.size=8")
     # So that work of a moment has lines, too.
     monkeypatch.setattr("flows.tracking.console.EVERY", 0.0)
     for number, (before, after) in enumerate(((["-q"], []), ([], ["--quiet"]), ([], []))):
-        words = [*before, "ingest", str(images), "--dataset", f"set{number}", *settings, *after]
-        monkeypatch.setattr(sys, "argv", ["darkroom", *words])
-        with pytest.raises(SystemExit):
-            main()
-        out, err = capsys.readouterr()
+        _, out, err = run.answer(*before, "ingest", images, "--dataset", f"set{number}", *settings, *after)
         assert out.startswith("48 images in ")
         assert bool(err) == (not before and not after)

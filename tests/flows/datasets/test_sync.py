@@ -9,7 +9,7 @@ from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from flows.config import Params
 from flows.datasets.sync import CREATED, find_newer_version, make_version_event, sync
-from flows.retrain import Request
+from flows.registry.retraining_notes import RetrainRequest
 from tests.builders.catalogs import FOLDER, Place
 
 PARAMS = Params.model_validate({"training": {"dataset": "blobs", "images": 320}})
@@ -83,21 +83,21 @@ def changed(section: str, **fields: object) -> Params:
 def test_completed_requests_are_keyed_by_content_and_configuration(
     place: Place, versions: list[Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = Request.of(PARAMS, versions[0], *SHEET_OF_64)
+    request = RetrainRequest.of(PARAMS, versions[0], *SHEET_OF_64)
     # What gc keeps is no matter.
-    assert request == Request.of(changed("retention", grace_hours=1), versions[0], *SHEET_OF_64), (
+    assert request == RetrainRequest.of(changed("retention", grace_hours=1), versions[0], *SHEET_OF_64), (
         "what gc keeps is no matter"
     )
     assert request.find_earlier_result() is None
     request.write_note(result("first"))
-    Request.of(changed("ingest", source="elsewhere"), versions[0], *SHEET_OF_64).write_note(result("second"))
+    RetrainRequest.of(changed("ingest", source="elsewhere"), versions[0], *SHEET_OF_64).write_note(result("second"))
     assert request.find_earlier_result() == result("first").model_dump()
     others = [
-        Request.of(PARAMS, versions[1], *SHEET_OF_64),
-        Request.of(changed("training", seed=1), versions[0], *SHEET_OF_64),
-        Request.of(changed("gate", delta=0.2), versions[0], *SHEET_OF_64),
-        Request.of(changed("registry", model="other"), versions[0], *SHEET_OF_64),
-        Request.of(PARAMS, versions[0], 65, *SHEET_OF_64[1:]),
+        RetrainRequest.of(PARAMS, versions[1], *SHEET_OF_64),
+        RetrainRequest.of(changed("training", seed=1), versions[0], *SHEET_OF_64),
+        RetrainRequest.of(changed("gate", delta=0.2), versions[0], *SHEET_OF_64),
+        RetrainRequest.of(changed("registry", model="other"), versions[0], *SHEET_OF_64),
+        RetrainRequest.of(PARAMS, versions[0], 65, *SHEET_OF_64[1:]),
     ]
     assert len({each.key for each in others} | {request.key}) == 6
     assert [each.find_earlier_result() for each in others] == [None] * 5

@@ -29,7 +29,7 @@ from flows.provenance.reproduce import reproduce
 from flows.provenance.trace import Trace, trace
 from flows.registry import dependencies, model_versions
 from flows.registry.model_versions import CODE, WEIGHTS, Version
-from flows.retrain import Request
+from flows.registry.retraining_notes import RetrainRequest
 from flows.sampling import generate_batch, sampling_batch
 from flows.sampling.lookup import find, find_disagreements
 from flows.sampling.sampling_batch import SamplingBatch
@@ -518,7 +518,7 @@ def test_notes_that_cannot_be_read_are_named(
         [image_record(np.zeros((8, 8), np.uint8), "a")]
     )
     params = Params.model_validate({"training": {"dataset": "blobs", "init_from": "models:/blobs/1"}})
-    request = Request.of(params, manifest, 1, 0, None, CONDITIONS)
+    request = RetrainRequest.of(params, manifest, 1, 0, None, CONDITIONS)
     note = f"retrained/{request.model}/{request.key}.json"
     for junk in (b"junk", b"[]", b'{"verdict": 1}'):
         samples.store.client.put_object(Bucket=BUCKET, Key=note, Body=junk)

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.common.errors import ConflictError, DarkroomError, TransientError, UserError
-from flows.storage.s3 import LARGEST_PUT, Location, MissingObjectError, Object, Store, client
+from flows.storage.s3 import MAX_PUT_BYTES, Location, Object, Store, client
+from flows.storage.s3_errors import MissingObjectError
 from tests.builders.http_server import serving
 from tests.builders.s3_clients import stock
 
@@ -55,7 +56,7 @@ def test_location_formats_as_the_uri_it_was_parsed_from(parts: list[str], name: 
     assert Location.parse(uri).key(name) == "/".join([*parts, name])
 
 
-def test_an_object_is_written_once_and_the_same_bytes_again_are_as_good(
+def test_object_is_written_once_and_equal_bytes_succeed(
     store: Store, bucket: str, s3_environment: dict[str, str]
 ) -> None:
     assert store.put_once(bucket, "a/x.png", b"image", {"seed": "7"}, "image/png") == "written"
@@ -66,9 +67,7 @@ def test_an_object_is_written_once_and_the_same_bytes_again_are_as_good(
     assert there["Metadata"] == {"seed": "7", "sha256": hashlib.sha256(b"image").hexdigest()}
 
 
-def test_an_object_has_a_size_and_an_age_and_one_that_is_not_there_has_neither(
-    store: Store, bucket: str, s3_environment: dict[str, str]
-) -> None:
+def test_stat_has_size_and_time_of_existing_objects(store: Store, bucket: str, s3_environment: dict[str, str]) -> None:
     store.put_once(bucket, "a", b"bytes")
     head = stock(s3_environment).head_object(Bucket=bucket, Key="a")
     stat = store.stat(bucket, "a")
@@ -112,9 +111,9 @@ def test_a_multipart_object_is_compared_by_its_bytes(store: Store, bucket: str, 
         store.put_once(bucket, "big", data[:-1])
 
 
-def test_an_object_of_over_5_gib_is_rejected_before_it_is_sent(store: Store, bucket: str, tmp_path: Path) -> None:
+def test_object_over_5_gib_is_rejected_before_sending(store: Store, bucket: str, tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb+") as file:
-        file.truncate(LARGEST_PUT + 1)
+        file.truncate(MAX_PUT_BYTES + 1)
         with pytest.raises(UserError, match=r"a/large would have 5,368,709,121 bytes.* smaller sampling_batch.chunk"):
             store.put_once(bucket, "a/large", file)
     assert not store.exists(bucket, "a/large")
@@ -214,7 +213,7 @@ def test_bucket_is_created_once(store: Store, bucket: str) -> None:
     assert store.exists(bucket, "kept")
 
 
-def test_a_server_that_honours_conditions_passes_the_probe_again_and_again(store: Store, bucket: str) -> None:
+def test_server_that_honours_conditions_passes_the_probe(store: Store, bucket: str) -> None:
     for _ in range(3):
         store.require_conditional_puts(bucket, "prints")
     assert len(list(store.list_keys(bucket, "prints/"))) == 1
@@ -296,7 +295,7 @@ ANSWERS: dict[str, type[DarkroomError]] = {
 }
 
 
-def test_each_answer_of_a_server_has_a_reason_and_what_to_do() -> None:
+def test_each_answer_has_a_reason_and_a_remedy() -> None:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             _, _, status, code, message = self.path.split("?")[0].split("/")

@@ -1,11 +1,10 @@
 """What is checked with the servers before a flow run exists: passwords, versions, aliases, labels."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from mlflow.client import MlflowClient
@@ -15,27 +14,27 @@ from diffusion.common.files import sha256_file
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import read_manifest
 from diffusion.generation.config import Conditions, read_request
-from flows.cli import checks, main
-from flows.cli.checks import (
+from flows.checks import CHECKS, Request, Verb, check, images
+from flows.checks.images import (
     deployment_notes,
-    registered_models,
-    require_answerable,
-    require_batch,
     require_conditions_in_source,
     require_enough_images,
     require_ingestable,
-    require_model,
-    require_models,
     require_network,
     require_usable,
-    require_version,
 )
+from flows.checks.models import registered_models, require_model, require_models, require_version
 from flows.config import Params
 from flows.local_stack.http_api import require
+from tests.builders.command_line import CommandLine
 from tests.builders.http_server import serving
 from tests.builders.model_versions import add_version
 from tests.builders.shapes import disc
 from tests.builders.small_models import write_model
+
+
+def test_every_verb_has_checks() -> None:
+    assert CHECKS.keys() == {*get_args(Verb)}
 
 
 @pytest.mark.parametrize(
@@ -67,9 +66,7 @@ def test_a_wrong_password_is_an_error_at_once(
     assert "test-secret" not in str(error.value)
 
 
-def test_a_registry_that_fails_briefly_is_queried_again_but_not_with_a_wrong_password(
-    no_servers: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_registry_that_fails_briefly_is_queried_again(no_servers: None, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [503, 200, 401]
 
     class Recovering(BaseHTTPRequestHandler):
@@ -86,7 +83,7 @@ def test_a_registry_that_fails_briefly_is_queried_again_but_not_with_a_wrong_pas
     assert not answers
 
 
-def test_labels_are_sought_in_a_source_with_cyclic_links_until_all_are_found(
+def test_labels_are_sought_in_cyclic_links_until_found(
     no_servers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("cat", "dog"):
@@ -103,7 +100,7 @@ def test_labels_are_sought_in_a_source_with_cyclic_links_until_all_are_found(
         yield from ("cat/1.png", "dog/1.png")
         raise AssertionError("all labels were found")
 
-    monkeypatch.setattr(checks, "visible_files", files)
+    monkeypatch.setattr(images, "visible_files", files)
     require_conditions_in_source(params, Conditions(labels=("cat", "dog")))
 
 
@@ -117,7 +114,7 @@ def test_labels_are_sought_in_a_source_with_cyclic_links_until_all_are_found(
     ],
     ids=["captions", "prompt", "one class", "guidance"],
 )
-def test_what_a_model_of_a_folder_will_not_know_is_found_before_its_ingest(
+def test_conditions_unknown_to_a_model_are_found_before_ingest(
     no_servers: None, tmp_path: Path, model: dict[str, bool], sampling: dict[str, int], conditions: dict[str, Any]
 ) -> None:
     (tmp_path / "pets" / "cat").mkdir(parents=True)
@@ -151,7 +148,7 @@ def test_the_check_of_a_small_source_asks_no_captioner(no_servers: None) -> None
     assert not Path("asked").exists()
 
 
-def test_images_that_a_small_data_set_has_already_do_not_count_twice(no_servers: None, tmp_path: Path) -> None:
+def test_images_of_a_small_data_set_do_not_count_twice(no_servers: None, tmp_path: Path) -> None:
     for number in range(40):
         path = Path("first" if number < 20 else "second", f"{number}.png")
         path.parent.mkdir(exist_ok=True)
@@ -195,7 +192,7 @@ def test_folder_without_enough_usable_images_is_found_before_its_ingest(
         require_usable(config)
 
 
-def test_other_storage_than_that_of_the_data_set_is_found_before_a_flow_run(
+def test_other_storage_is_found_before_a_flow_run(
     no_servers: None, s3_environment: dict[str, str], bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DARKROOM_BUCKET", bucket)
@@ -211,9 +208,7 @@ def test_other_storage_than_that_of_the_data_set_is_found_before_a_flow_run(
     require_ingestable(other, "always")
 
 
-def test_a_deployment_whose_retrainings_would_fail_or_discard_a_run_is_reported_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_deployment_that_would_fail_or_discard_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("discs").mkdir()
     disc(1).save("discs/1.png")
@@ -230,7 +225,7 @@ def test_a_deployment_whose_retrainings_would_fail_or_discard_a_run_is_reported_
         deployment_notes(Params.model_validate({"ingest": {"source": "discs", "size": 16}}), tmp_path)
 
 
-def test_a_batch_that_cannot_be_planned_is_found_before_its_flow_run(
+def test_impossible_batch_is_found_before_its_flow_run(
     mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DARKROOM_BUCKET", bucket)
@@ -239,45 +234,40 @@ def test_a_batch_that_cannot_be_planned_is_found_before_its_flow_run(
     Path("requests.csv").write_text("name,prompt\n1,2\n")
     Path("labels.csv").write_text("label\ncat\n")
     Path("sizes.csv").write_text("label,size\ncat,8x8\n")
-    plain = Conditions()
-    require_batch(Params(), uri, 4, 0, f"s3://{bucket}", plain, None, [])
-    require_batch(Params(), uri, None, 0, None, plain, "labels.csv", [])
-    set_steps = ["sampling.steps=32"]
-    with_steps = Params.model_validate({"sampling": {"steps": 32}})
-    require_batch(with_steps, uri, 4, 0, None, plain, None, set_steps)
+
+    def require(model: str = uri, *, steps: int | None = None, **request: Any) -> None:
+        overrides = [] if steps is None else [f"sampling.steps={steps}"]
+        params = Params.model_validate({"sampling": {} if steps is None else {"steps": steps}})
+        check("sample", params, Request(model=model, overrides=overrides, **request), connected=True)
+
+    require(count=4, to=f"s3://{bucket}")
+    require(requests="labels.csv")
+    require(steps=32, count=4)
     write_model(student := tmp_path / "student.safetensors", seed=1, images=1, training={"student": {"steps": 2}})
+    student_uri = add_version(mlflow_client, tmp_path, bucket, data=student.read_bytes()).uri
     with pytest.raises(UserError):
-        require_batch(
-            with_steps,
-            add_version(mlflow_client, tmp_path, bucket, data=student.read_bytes()).uri,
-            4,
-            0,
-            None,
-            plain,
-            None,
-            set_steps,
-        )
-    for to, conditions, requests in (
-        ("http://example.org", plain, None),
-        ("s3://no-such-bucket-here", plain, None),
-        (None, Conditions(negative_prompt="ugly"), None),
-        (None, plain, "requests.csv"),
-        (None, Conditions(sizes=((8, 8),)), "sizes.csv"),
-        (None, plain, f"s3://{bucket}/none.csv"),
+        require(student_uri, steps=32, count=4)
+    for request in (
+        {"to": "http://example.org"},
+        {"to": "s3://no-such-bucket-here"},
+        {"conditions": Conditions(negative_prompt="ugly")},
+        {"requests": "requests.csv"},
+        {"conditions": Conditions(sizes=((8, 8),)), "requests": "sizes.csv"},
+        {"requests": f"s3://{bucket}/none.csv"},
     ):
         with pytest.raises(UserError):
-            require_batch(Params(), uri, None, 0, to, conditions, requests, [])
+            require(**request)
 
 
-def test_an_edit_that_the_model_cannot_make_is_found_before_its_flow_run(tmp_path: Path) -> None:
+def test_impossible_edit_is_found_before_its_flow_run(tmp_path: Path) -> None:
     weights = write_model(tmp_path / "m.safetensors", seed=1, images=1, classes={"cat": 5, "dog": 5})
     image, small = tmp_path / "image.png", tmp_path / "small.png"
     disc(1).save(image)
     disc(1).resize((4, 4)).save(small)
-    sampling = Params().sampling
 
     def require(task: str, *files: Path) -> None:
-        require_answerable(sampling, sampling, [], weights, "m", read_request({"task": task}, *files))
+        generation = read_request({"task": task}, *files)
+        check("edit", Params(), Request(model=str(weights), generation=generation, overrides=["sampling.steps=null"]))
 
     require("img2img", image)
     with pytest.raises(UserError):
@@ -327,7 +317,7 @@ def test_an_unknown_version_alias_or_model_lists_those_there_are(
     require_model(Params.model_validate({"training": {"dataset": "checked"}}))
 
 
-def test_a_label_that_the_model_does_not_know_is_found_without_loading_it(
+def test_unknown_label_is_found_without_loading_the_model(
     mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DARKROOM_BUCKET", bucket)
@@ -362,12 +352,9 @@ def test_history_of_an_unknown_data_set_is_an_error(
     mlflow_client: MlflowClient,
     bucket: str,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    command_line: CommandLine,
     words: list[str],
 ) -> None:
     monkeypatch.setenv("DARKROOM_BUCKET", bucket)
-    monkeypatch.setattr(sys, "argv", ["darkroom", "model", "history", *words])
-    with pytest.raises(SystemExit) as exit_info:
-        main()
-    assert exit_info.value.code == 2
-    assert "no model or data set nobodys" in capsys.readouterr().err
+    answer = command_line.answer("model", "history", *words)
+    assert (answer.code, "no model or data set nobodys" in answer.err) == (2, True), answer.err

@@ -1,22 +1,17 @@
-"""Python API, for notebooks and scripts: load a model and generate images, or ingest, train and evaluate.
-
-Data sets, runs and reports lie where the command line has them, below the working folder: ``data/NAME``, ``runs/NAME``
-and ``reports/NAME``. What one begins the other goes on with (``darkroom train --local`` and so on).
-"""
+"""A trained model as the Python API gives it: load it and generate images."""
 
 from __future__ import annotations
 
-import difflib
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypedDict, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypedDict, Unpack
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from diffusion.common.config import dataset_folder
+from diffusion.api.config import complete_sampling
 from diffusion.common.errors import UserError, install_hint
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.ingest.config import IngestConfig
@@ -28,14 +23,11 @@ from diffusion.presets import PresetName, complete_from_preset
 from diffusion.process.samplers import SamplingConfig, sampling_config
 from diffusion.training.config import TrainingConfig
 
-# Each function imports what it runs: torch takes seconds, and the evaluation has libraries of its own.
+# Each function imports what it runs: torch takes seconds.
 if TYPE_CHECKING:
     from PIL import Image
 
-    from diffusion.data.ingest.ingest import IngestResult, Rebuild
-    from diffusion.evaluation.results import Evaluation
     from diffusion.families.model import Model
-    from diffusion.training.train import TrainResult
 
     ImageFile: TypeAlias = str | Path | bytes | Image.Image
     """Path of an image file, its bytes, or an image of Pillow's."""
@@ -62,8 +54,8 @@ class ImageOptions(StepOptions, total=False):
     """Width and height in pixels as ``"96x64"``, or (H, W); left out, the most frequent shape of the training images,
     or for an edit the one of them that is nearest to the image's."""
     guidance: float
-    """Scale of classifier-free guidance, instead of autoguidance: 1 is none, 2 to 8 gives clearer and less varied
-    images."""
+    """Scale of classifier-free guidance, instead of autoguidance: 1 does not guide, 2 to 8 gives clearer and less
+    varied images."""
 
 
 class ConditionalOptions(ImageOptions, total=False):
@@ -216,7 +208,7 @@ class ImageGenerator:
     ) -> list[Image.Image]:
         """Generate the path from image 0 of ``seed`` to image 0 of ``to_seed``, both ends included.
 
-        ``options`` are those of ``generate``, and ``prompt``; a model with classes needs a ``label`` or ``prompt``.
+        ``options`` are as for ``generate``, and ``prompt``; a model with classes needs a ``label`` or ``prompt``.
 
         Example:
             >>> model.interpolate(3, 7, 10)
@@ -235,7 +227,7 @@ class ImageGenerator:
     ) -> list[Image.Image]:
         """Enlarge an image with a super-resolution model (``model.low_resolution``), in overlapping tiles if large.
 
-        The other arguments are those of ``generate``.
+        The other arguments are as for ``generate``.
 
         Example:
             >>> model.upscale("small.png")
@@ -305,7 +297,9 @@ def load(path: str | Path, **sampling: Any) -> ImageGenerator:
         raise UserError(words)
     is_registered = str(path).startswith("models:/")
     model = load_model(_fetch_registered(str(path)) if is_registered else Path(path).expanduser())
-    config = _sampling(model.config, sampling)
+    config = complete_sampling(model.config, sampling)
+    if words := sampling_conflict(model.config, config):
+        raise UserError(words)
     resolve_device(config.device)
     return ImageGenerator(model, config)
 
@@ -313,7 +307,7 @@ def load(path: str | Path, **sampling: Any) -> ImageGenerator:
 def _fetch_registered(uri: str) -> Path:
     """Fetch the weights of a registered version by what the entry point ``darkroom.registry`` names.
 
-    The registry is that of the flows, which stand on this package.
+    The registry belongs to the flows, which stand on this package.
     """
     try:
         [fetch] = (entry.load() for entry in entry_points(group="darkroom.registry"))
@@ -322,175 +316,3 @@ def _fetch_registered(uri: str) -> Path:
             f"{uri} is a registered version, and no registry is installed: {install_hint('pipeline')}, or give a file"
         ) from error
     return Path(fetch(uri))
-
-
-def ingest(
-    source: str | Path,
-    dataset: str,
-    *,
-    rebuild: Rebuild = "never",
-    requeue: bool = False,
-    progress: Progress = ignore_progress,
-    **config: Any,
-) -> IngestResult:
-    """Add the new images of a folder, tar, zip, Parquet file or table of URLs to the data set in ``data/DATASET``.
-
-    Args:
-        source: Where the images lie. Labels and captions come from sub-folders, or metadata.csv beside them.
-        dataset: Name of the data set.
-        rebuild: Whether to build the data set from this source alone; ``if_different``: if it stores images otherwise.
-        requeue: Whether to read sources again that were quarantined.
-        progress: Called with what is done, how much, of how much, and a note.
-        **config: Fields of the section ``ingest``: ``size=32``, ``fit="pad"``, ``held_out=0.2``.
-
-    Raises:
-        UserError: The source cannot be understood, no image can be used, or a field is not valid.
-
-    Example:
-        >>> ingest("images/faces", "faces", size=32).kept
-        387
-    """
-    from diffusion.data.ingest.ingest import ingest as ingest_images
-
-    # Not every source is a path: s3://bucket/prefix.
-    place = str(Path(source).expanduser()) if str(source).startswith("~") else str(source)
-    ingest_config = _validate(IngestConfig, config | {"source": place}, "ingest")
-    return ingest_images(dataset_folder(dataset), ingest_config, progress, requeue=requeue, rebuild=rebuild)
-
-
-def train(
-    dataset: str,
-    *,
-    preset: PresetName = "fast",
-    model: Mapping[str, Any] | None = None,
-    sampling: Mapping[str, Any] | None = None,
-    restart: bool = False,
-    progress: Progress = ignore_progress,
-    **training: Any,
-) -> TrainResult:
-    """Train on the data set ``data/DATASET`` into ``runs/DATASET``; the same call resumes an interrupted run.
-
-    Args:
-        dataset: Name of the data set.
-        preset: Source of the fields left out of all three sections.
-        model: Fields of the section ``model``: ``{"width": 64}``; ``{"family": "vae"}`` is another family, whose run
-            lies in ``runs/DATASET-vae``.
-        sampling: Fields of the section ``sampling``, for sample grids.
-        restart: Whether to discard the run in that folder and start over.
-        progress: Called with what is done, how much, of how much, and a note.
-        **training: Fields of the section ``training``: ``minutes=10`` or ``images=200_000``, ``learning_rate=1e-3``,
-            ``output="runs/wide"``.
-
-    Returns:
-        The result, whose ``final`` is the file to ``load``.
-
-    Raises:
-        UserError: There is no such data set, a field is not valid, or the folder holds a run of another configuration.
-
-    Example:
-        >>> run = train("faces", minutes=10, model={"width": 64}, flip=True)
-        >>> load(run.final).generate(count=4)
-    """
-    from diffusion.training.run_folder import discard
-    from diffusion.training.train import train as train_model
-
-    if preset not in get_args(PresetName):
-        raise UserError(f"preset {preset!r} is unknown: use one of {', '.join(get_args(PresetName))}")
-    try:
-        sections = complete_from_preset(
-            {"model": dict(model or {}), "training": training | {"dataset": dataset}}, preset
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    network: FamilyConfig = _validate(FamilyConfig, sections["model"], "model")
-    config = _validate(TrainingConfig, sections["training"], "training")
-    options = _sampling(network, sampling or {}, preset)
-    if words := training_conflict(network, config):
-        raise UserError(words)
-    output = config.output or Path("runs") / (dataset if network.family == "ddpm" else f"{dataset}-{network.family}")
-    # Without its data set, nothing could replace the run that is discarded.
-    read_manifest(data := dataset_folder(dataset))
-    if restart:
-        discard(output)
-    return train_model(data, output, network, config, options, progress=progress)
-
-
-def evaluate(
-    dataset: str,
-    run: str | Path | None = None,
-    *,
-    sampling: Mapping[str, Any] | None = None,
-    progress: Progress = ignore_progress,
-    **evaluation: Any,
-) -> Evaluation:
-    """Evaluate the checkpoints of a run, or a single model, against the held-out images of a data set.
-
-    Writes the report to ``report.html`` in ``reports/DATASET``, with metrics, their intervals and sample grids.
-
-    Args:
-        dataset: Name of the data set.
-        run: Folder of the run, by default ``runs/DATASET``, or the file of a model. The report of another run lies in
-            ``reports`` under the name of its folder, that of a file under names of folder and file: ``faces-final``.
-        sampling: Fields of the section ``sampling``.
-        progress: Called with what is done, how much, of how much, and a note.
-        **evaluation: Fields of the section ``evaluation``: ``samples=1000``, ``extractor="inception"``.
-
-    Raises:
-        UserError: There is no model or data set, the data set is too small, a field is not valid, or the libraries of
-            the extra ``evaluation`` are not installed.
-
-    Example:
-        >>> found = evaluate("faces", samples=1000)
-        >>> found.best.scores.kid
-        0.69
-    """
-    try:
-        from diffusion.evaluation.evaluate import evaluate as evaluate_checkpoints
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"an evaluation needs {error.name}, which is not installed: {install_hint('evaluation')}"
-        ) from error
-    from diffusion.checkpoints import read_model_header
-    from diffusion.training.ema import models_to_evaluate
-
-    config = _validate(EvaluationConfig, evaluation, "evaluation")
-    folder = Path(run or Path("runs") / dataset)
-    if folder.is_file():
-        # Not the folder of the run's own report.
-        output, models = Path("reports") / f"{folder.resolve().parent.name}-{folder.stem}", [folder]
-    else:
-        output = Path("reports") / folder.name
-        models = models_to_evaluate(folder, output, config.ema_stds)
-    if not models:
-        raise UserError(f"there is no checkpoint in {folder}: train first, or name the run's folder")
-    options = _sampling(read_model_header(models[0]).model, sampling or {})
-    losses = folder / "losses.csv"
-    return evaluate_checkpoints(
-        dataset_folder(dataset), models, config, options, output, losses if losses.is_file() else None, progress
-    )
-
-
-def _sampling(model: FamilyConfig, fields: Mapping[str, Any], preset: PresetName = "fast") -> SamplingConfig:
-    """Complete ``fields`` of the section ``sampling`` from the preset for ``model``, as params.yaml is."""
-    sections = complete_from_preset({"model": model.model_dump(), "sampling": dict(fields)}, preset)
-    sampling = sampling_config(**sections["sampling"])
-    if words := sampling_conflict(model, sampling):
-        raise UserError(words)
-    return sampling
-
-
-def _validate(kind: Any, fields: Mapping[str, Any], section: str) -> Any:
-    try:
-        return TypeAdapter(kind).validate_python(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, (section, *first["loc"])))
-        if first["type"] == "extra_forbidden":
-            names = difflib.get_close_matches(str(first["loc"][-1]), getattr(kind, "model_fields", ()), n=1)
-            hint = (
-                f"did you mean {names[0]}?" if names else f"see docs/reference/configuration.md for those of {section}"
-            )
-            raise UserError(f"there is no field {name}: {hint}") from error
-        is_list = first["type"] in ("tuple_type", "list_type")
-        words = "give a list, as [a, b]" if is_list else first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{name}: {words}") from error

@@ -1,0 +1,283 @@
+"""``darkroom data``: what makes versions of a data set (curation, takedown, compaction, merge), and ``simulate``."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from diffusion.common.errors import UserError
+from diffusion.common.escaping import pluralize
+from diffusion.common.files import require_writable
+from flows.cli.command import CommandOutput, Local, command, connect, display_progress
+from flows.cli.data_commands import MAX_SHOWN, app, section
+
+if TYPE_CHECKING:
+    from diffusion.data.simulate import Machines
+    from diffusion.data.versions.takedown_records import Selection
+    from flows.config import Params
+
+Images = Annotated[
+    list[str] | None,
+    Argument(metavar="KEY|PATTERN…", help="Image keys (8 or more hex digits) or patterns (*) of source names."),
+]
+ImageCount = Annotated[int | None, Option(min=1, help="Number of training images of a data set that need not exist.")]
+Purge = Annotated[
+    bool,
+    Option(
+        "--purge",
+        help="Also delete the affected versions' files from caches, the DVC remote, reports and MLflow runs, "
+        "unless other versions need them. The affected versions can no longer be checked out.",
+    ),
+]
+
+
+@command(app)
+def curate(
+    config: "Params",
+    dry_run: Annotated[bool, Option("--dry-run", help="Only say what the rules would drop, and why.")] = False,
+    report: Annotated[
+        Path | None, Option(metavar="PAGE", help="Only write a page to choose thresholds on, an HTML file.")
+    ] = None,
+    local: Local = False,
+) -> CommandOutput:
+    """Apply the rules of the section curation: drop images that they do not allow, and bring others back.
+
+    Makes a new version. Dropped images keep their bytes and their place in the records; ingest applies the same rules.
+
+    Example:  darkroom data curate --dataset faces --report curation.html
+    """
+    if report is not None:
+        if dry_run or local:
+            raise UserError("--report only writes a page: leave --dry-run and --local out")
+        return _write_curation_page(config, report)
+    if dry_run or local:
+        from diffusion.api import engine
+
+        with display_progress() as progress:
+            result = engine.curate(config, dry_run=dry_run, progress=progress)
+        return CommandOutput(result.model_dump(mode="json") | {"dry_run": dry_run}, result.lines(dry_run))
+    with connect("prefect", "s3"):
+        from flows.curate import curate as curate_flow
+
+        outcome = curate_flow(config)
+    value = outcome.result.model_dump(mode="json")
+    value |= {"dvc_digest": outcome.version.digest, "report": str(outcome.report)}
+    return CommandOutput(value, [*outcome.result.lines(), f"report: {outcome.report}"])
+
+
+def _write_curation_page(config: "Params", report: Path) -> CommandOutput:
+    from diffusion.data.manifest import read_manifest
+
+    if report.suffix != ".html" or report.is_dir():
+        raise UserError(f"--report {report}: give the path of an .html file")
+    read_manifest(folder := config.dataset_folder)
+    require_writable(report.parent, f"--report {report}")
+    from diffusion.curation.report import write_curation_report
+
+    with display_progress() as progress:
+        page = write_curation_report(folder, report, config.curation, config.ingest, config.evaluation, progress)
+    return CommandOutput(page, page.lines())
+
+
+@command(app)
+def remove(
+    config: "Params",
+    images: Images = None,
+    source: Annotated[list[str], Option(metavar="PATTERN", help="Source name pattern.")] = [],  # noqa: B006
+    label: Annotated[str | None, Option(help="Only images of this class.")] = None,
+    reason: Annotated[str, Option(help="One-line reason, stored in the record; required except with --dry-run.")] = "",
+    dry_run: Annotated[bool, Option("--dry-run", help="Only list what would be removed, with source names.")] = False,
+    purge: Purge = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Skip the confirmation.")] = False,
+) -> CommandOutput:
+    """Take images down: create a version without them, and exclude them from every later ingest.
+
+    Only the affected shards are rewritten. Runs, model versions and sampling batches that derive from the images are
+    listed, and tagged in MLflow. Generated images are never deleted.
+
+    Example:  darkroom data remove 'alice/*' --dataset faces --reason 'consent withdrawn' --purge
+    """
+    from diffusion.data.versions.takedown_records import Selection, Selector, is_key
+
+    keys = list(filter(is_key, images or ()))
+    sources = [*(pattern for pattern in images or () if not is_key(pattern)), *source]
+    selection = Selection(prefixes=keys, sources=sources, label=label)
+    # Raises UserError if it is empty or malformed.
+    Selector(selection)
+    if dry_run:
+        if purge:
+            raise UserError("--dry-run only says which images would be removed: leave --purge out")
+        return _preview_removal(config, selection)
+    if not reason.strip():
+        raise UserError("a removal needs a --reason: one line that is stored in the manifest")
+    if not yes:
+        _confirm(f"take down {', '.join([*keys, *sources])} from data set {config.training.dataset}")
+    _require_removable(config, selection, reason)
+    with connect("prefect", "mlflow", "s3"):
+        _require_published(config)
+        from flows.takedown import takedown
+
+        result = takedown(config, selection, reason, purge)
+    return CommandOutput({"dataset": config.training.dataset, **result.model_dump(mode="json")}, result.lines())
+
+
+def _preview_removal(config: "Params", selection: "Selection") -> CommandOutput:
+    from diffusion.data.versions.takedown import choose_images
+
+    preview, names = choose_images(config.dataset_folder, selection)
+    fields = {"dataset": config.training.dataset, "dry_run": True, "names": names}
+    lines = [
+        f"{pluralize(preview.images, 'image')} would be removed "
+        f"({pluralize(preview.duplicates, 'copy', 'copies')}, {preview.refused:,} quarantined)"
+        f" and {pluralize(len(preview.parts), 'shard')} rewritten",
+        *section("source names", len(names), names[:MAX_SHOWN], "--json"),
+    ]
+    sections = {
+        "dropped near-duplicates that go, too": preview.dropped_copies or [],
+        "near-duplicates that stay": preview.near_copies,
+    }
+    for title, copies in sections.items():
+        lines += section(title, len(copies), copies[:MAX_SHOWN], "--json") if copies else []
+    return CommandOutput(fields | preview.model_dump(mode="json"), lines)
+
+
+def _confirm(action: str) -> None:
+    if not sys.stdin.isatty():
+        raise UserError(f"to {action}, give --yes (or --dry-run to list the images)")
+    typer.confirm(f"Really {action}?", abort=True, err=True)
+
+
+def _require_removable(config: "Params", selection: "Selection", reason: str) -> None:
+    from diffusion.data.versions.takedown import require_removable
+
+    if (config.dataset_folder / "manifest.json").is_file():
+        require_removable(config.dataset_folder, selection, reason)
+
+
+def _require_published(config: "Params") -> None:
+    """Raise UserError, which says what there is, for a data set that is neither here nor in the bucket."""
+    from diffusion.data.manifest import read_manifest
+    from flows.datasets.catalog import Catalog
+    from flows.environment import data_source
+
+    is_here = (config.dataset_folder / "manifest.json").is_file()
+    if not is_here and not Catalog.of(config.training.dataset, data_source()).versions():
+        read_manifest(config.dataset_folder)
+
+
+@command(app)
+def compact(config: "Params", local: Local = False) -> CommandOutput:
+    """Join the small shards that many small ingests left; a new version of the same content digest.
+
+    Only neighbouring shards of less than half of ingest.shard_bytes are rewritten. `darkroom gc` frees old versions.
+
+    Example:  darkroom data compact --dataset faces
+    """
+    if local:
+        from diffusion.data.versions.compact import compact as join_shards
+
+        with display_progress() as progress:
+            result = join_shards(config.dataset_folder, config.ingest, progress)
+    else:
+        with connect("prefect", "s3"):
+            from flows.compact_merge import compact as run
+
+            result = run(config)
+    return CommandOutput(result, result.lines())
+
+
+@command(app)
+def merge(
+    config: "Params",
+    others: Annotated[list[str], Argument(metavar="OTHER…", help="Data sets on this machine, as data/OTHER.")],
+    local: Local = False,
+) -> CommandOutput:
+    """Add the images of other data sets, by their tables alone: for data sets that one ingest would not finish.
+
+    Equal images are kept once. Shards without duplicates are taken over as they are, the others are rewritten.
+
+    Example:  darkroom data merge faces-2 faces-3 --dataset faces
+    """
+    from diffusion.common.config import dataset_folder
+    from diffusion.data.manifest import read_manifest
+
+    folder = config.dataset_folder
+    for name in others:
+        if name == folder.name:
+            raise UserError(f"data set {name} cannot be merged into itself: name another, or another --dataset")
+        if "/" in name and Path(name).is_dir():
+            raise UserError(f"{name} is a folder: give the name of a data set, such as {Path(name).name}")
+    folders = [dataset_folder(name) for name in others]
+    for other in folders:
+        read_manifest(other)
+    if local:
+        from diffusion.data.versions.merge_datasets import merge_datasets
+
+        with display_progress() as progress:
+            result = merge_datasets(folder, folders, config.ingest, progress)
+    else:
+        with connect("prefect", "s3"):
+            from flows.compact_merge import merge as run
+
+            result = run(config, others)
+    return CommandOutput(result, result.lines())
+
+
+@command(app)
+def simulate(
+    context: typer.Context,
+    config: "Params",
+    images: ImageCount = None,
+    bytes_per_image: Annotated[int | None, Option(min=1, help="Bytes in a shard for each of these images.")] = None,
+    nodes: Annotated[int | None, Option(help="Machines.")] = None,
+    ranks: Annotated[int | None, Option(help="Processes on each node.")] = None,
+    bandwidth: Annotated[float | None, Option(help="Bytes per second from the remote to a node.")] = None,
+    latency: Annotated[float | None, Option(help="Seconds from the request of a shard to its first byte.")] = None,
+    disk_bytes: Annotated[int | None, Option(help="Bytes for shards on each node's disk.")] = None,
+    disk_bandwidth: Annotated[float | None, Option(help="Bytes per second of each node's disk.")] = None,
+    decode_rate: Annotated[float | None, Option(help="Images per second that a loader thread decodes.")] = None,
+    step_seconds: Annotated[float | None, Option(help="Seconds of a step whose batch is ready.")] = None,
+    epochs: Annotated[int, Option(min=1, help="Epochs to simulate, from an empty cache.")] = 1,
+) -> CommandOutput:
+    """Say how long streamed training would wait for data, and the smallest settings with which it does not.
+
+    The data set is the one of --dataset, or --images describes one. Batch size, window, cache, prefetch and workers are
+    in the section training; without training.window and training.stream_bytes the smallest that suffice.
+
+    Example:  darkroom data simulate --images 1000000000 --bytes-per-image 20000 --nodes 8 --ranks 8 --step-seconds 0.2
+    """
+    from diffusion.data import simulate as simulator
+    from diffusion.data.manifest import read_manifest
+
+    if (images is None) != (bytes_per_image is None):
+        raise UserError("--images and --bytes-per-image describe a data set together: give both, or neither")
+    if images is not None and context.params["dataset"] is not None:
+        raise UserError("--images describes a data set that need not exist: leave it or --dataset out")
+    machines = _machines(context.params)
+    size = config.ingest.size
+    if images is None or bytes_per_image is None:
+        manifest = read_manifest(config.dataset_folder)
+        shards, size = simulator.Shards.from_manifest(manifest), manifest.size
+    else:
+        shards = simulator.Shards.make_equal(images, bytes_per_image, config.ingest.shard_bytes)
+    training = config.training.with_batch_size(config.model, size)
+    report = simulator.simulate_training(shards, machines, training.model_dump(), epochs)
+    return CommandOutput(report, report.lines())
+
+
+def _machines(options: Mapping[str, Any]) -> "Machines":
+    """Machines that the options describe; raises UserError that names a wrong one."""
+    from pydantic import ValidationError
+
+    from diffusion.data.simulate import Machines
+
+    fields = {name: options[name] for name in Machines.model_fields if options.get(name) is not None}
+    try:
+        return Machines(**fields)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        option = str(detail["loc"][0]).replace("_", "-")
+        raise UserError(f"--{option} {detail['input']}: {detail['msg']}: give another value") from error

@@ -1,0 +1,88 @@
+"""What ``--dry-run`` shows: an ingest, and trainings with the time that they would take."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from flows.cli.command import CommandOutput, connect
+
+if TYPE_CHECKING:
+    from diffusion.data.ingest.ingest import Rebuild
+    from diffusion.data.ingest.preview import IngestPreview
+    from flows.config import Params
+    from flows.datasets.dvc import RemoteShards
+    from flows.environment import Server
+
+
+def preview_ingest(config: "Params", requeue: bool = False, rebuild: "Rebuild" = "never") -> "IngestPreview":
+    """Look at the source, on S3 with its credentials; writes nothing."""
+    from diffusion.data.ingest.preview import preview
+
+    if not config.ingest.source.startswith("s3://"):
+        return preview(config.dataset_folder, config.ingest, requeue=requeue, rebuild=rebuild)
+    with connect("s3"):
+        from flows.storage.s3 import S3Objects
+
+        return preview(config.dataset_folder, config.ingest, requeue=requeue, rebuild=rebuild, objects=S3Objects())
+
+
+def preflight_trainings(variants: "Mapping[str, Params]") -> CommandOutput:
+    """Output of what the trainings of several configurations, by name, would do; measured one after the other."""
+    from humanize import precisedelta
+
+    from diffusion.training.train import preflight
+
+    estimates = {}
+    for name, variant in variants.items():
+        with prepare_inputs(variant, dry_run=True) as (config, store):
+            estimates[name] = preflight(config.dataset_folder, config.model, config.training, config.sampling, store)
+    lines = []
+    for name, estimate in estimates.items():
+        rows = dict(estimate.lines())
+        is_single = len(estimates) == 1
+        lines += [f"{key:10} {text}" for key, text in rows.items()] if is_single else [f"{name}: {rows['time']}"]
+    seconds = sum(estimate.seconds or 0 for estimate in estimates.values())
+    if len(estimates) > 1:
+        unit = "seconds" if seconds < 60 else "minutes"
+        lines.append(f"{len(estimates)} trainings, {precisedelta(seconds, minimum_unit=unit, format='%d')} in all")
+    value = {name: estimate.model_dump(mode="json") for name, estimate in estimates.items()}
+    return CommandOutput({"dry_run": True, "seconds": seconds, "trainings": value}, lines)
+
+
+def preview_retraining(config: "Params", version: str | None) -> CommandOutput:
+    """Output of what a retraining would do: its ingest, and its training if the data set exists."""
+    value: dict[str, Any] = {"dry_run": True, "ingest": None, "training": None}
+    lines: list[str] = []
+    if version is None:
+        preview = preview_ingest(config)
+        value["ingest"], lines = preview.model_dump(mode="json"), preview.lines()
+    if (config.dataset_folder / "manifest.json").is_file():
+        training = preflight_trainings({config.training.dataset: config})
+        value["training"] = training.value
+        lines += ["training, on the images that are there now:", *training.lines]
+    else:
+        lines.append("training   measured after `darkroom ingest`, by `darkroom train --dry-run`")
+    return CommandOutput(value, lines)
+
+
+@contextmanager
+def prepare_inputs(config: "Params", dry_run: bool = False) -> "Iterator[tuple[Params, RemoteShards | None]]":
+    """Configuration with local files for registered models, and the shards' store if training streams them."""
+    from flows.config import registered_autoencoder, registered_initial_weights
+
+    from_registry = registered_autoencoder(config) is not None or registered_initial_weights(config) is not None
+    streams = config.training.stream_bytes is not None
+    if not from_registry and not streams:
+        yield config, None
+        return
+    servers: tuple[Server, ...] = ("mlflow", "s3") if from_registry else ("s3",)
+    with connect(*servers):
+        from flows.datasets.dvc import RemoteShards
+        from flows.environment import data_source
+
+        store = RemoteShards(config.dataset_folder, data_source()) if streams else None
+        if from_registry:
+            from flows.registry.dependencies import resolve_params
+
+            config = resolve_params(config, dry_run).params
+        yield config, store
