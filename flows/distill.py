@@ -11,7 +11,7 @@ from flows.deployment.tasks import retryable_task
 from flows.evaluate import evaluate
 from flows.promote import PromotionResult, promote
 from flows.registry import model_versions
-from flows.registry.dependencies import require_promotable
+from flows.registry.dependencies import require_promotable_dependencies
 from flows.tracking.runs import START
 from flows.train import train
 
@@ -21,7 +21,7 @@ def distill(params: Params) -> PromotionResult:
     """Distil the model that ``distillation.teacher`` names; the student is a version of the same registered model."""
     training = student_training(params.training, params.distillation, params.sampling, *find_teacher(params))
     params = params.model_copy(update={"training": training})
-    require_promotable(params)
+    require_promotable_dependencies(params)
     train(params, restart="set_aside")
     evaluate(params)
     return promote(params)

@@ -193,7 +193,7 @@ def retrain(
         from diffusion.models.config import classes_of
         from flows.evaluate import evaluate
         from flows.promote import last_comparison, promote
-        from flows.registry.dependencies import require_promotable
+        from flows.registry.dependencies import require_promotable_dependencies
         from flows.sample import explain, sample, samples_from_noise
         from flows.tracking.runs import run_page
         from flows.train import train
@@ -204,7 +204,7 @@ def retrain(
         check_conditions(classes, params.model.text, params.sampling, conditions)
         if params.model.family != "diffusers":  # which has a tokenizer of its own
             check_prompts(conditions)
-        require_promotable(params)
+        require_promotable_dependencies(params)
 
         expected = request.estimate_phase_seconds()
         with phase("train", seconds, expected):

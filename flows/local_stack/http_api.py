@@ -106,7 +106,9 @@ def check(name: str) -> list[str]:
     elif name in CHECKS:
         CHECKS[name]()
     else:
-        raise UserError(f"{name} is no server with a health check: use {', '.join(CHECKS)}, s3, or a http:// address")
+        raise UserError(
+            f"{name} is not a server with a health check: use {', '.join(CHECKS)}, s3, or a http:// address"
+        )
     return []
 
 

@@ -55,7 +55,7 @@ ENDED = ("completed", "failed", "crashed", "cancelled")
 PAGE = 200  # page size of Prefect's API
 # As flows.tracking.runs.training_metric names them, whose module would import torch and take 300 MiB.
 LOSS, RATE = "train/loss", "train/images_per_second"
-MOST = 1000  # maximum number of models, experiments and running trainings
+MAX_RESULTS = 1000  # models, experiments and running trainings
 Sample = tuple[str, tuple[str, ...], float]  # name, label values and value of a metric
 
 
@@ -247,7 +247,7 @@ def _query_records(place: str) -> dict[str, Known | None]:
     records: dict[str, Known | None] = {}
     token = ""
     while True:
-        answer = query_mlflow(f"registered-models/search?max_results={MOST}&page_token={quote(token)}")
+        answer = query_mlflow(f"registered-models/search?max_results={MAX_RESULTS}&page_token={quote(token)}")
         for model in answer.get("registered_models", ()):
             name, tags = model["name"], {tag["key"]: tag["value"] for tag in model.get("tags", ())}
             try:
@@ -263,10 +263,10 @@ def _query_records(place: str) -> dict[str, Known | None]:
 
 def mlflow_samples() -> Iterator[Sample]:
     """Metrics of running trainings; raises NotServingError or LoginRejectedError."""
-    entries = query_mlflow("experiments/search", {"max_results": MOST}).get("experiments", ())
+    entries = query_mlflow("experiments/search", {"max_results": MAX_RESULTS}).get("experiments", ())
     if experiments := {experiment["experiment_id"]: experiment["name"] for experiment in entries}:
         trainings = "attributes.status = 'RUNNING' and tags.`darkroom.train_key` != ''"
-        question = {"experiment_ids": list(experiments), "filter": trainings, "max_results": MOST}
+        question = {"experiment_ids": list(experiments), "filter": trainings, "max_results": MAX_RESULTS}
         for run in query_mlflow("runs/search", question).get("runs", ()):
             yield from training_samples(experiments[run["info"]["experiment_id"]], run)
 

@@ -46,7 +46,7 @@ def write_bom(
         data: Manifest of the data set it was trained on; None: unknown here.
         metrics: Metrics by name; of a metric with its bounds or standard error, the 95 % interval is written.
         libraries: Libraries that the version was registered with, as NAME==VERSION; empty: not recorded.
-        licence: Licence of the weights; None: that of an imported pipeline, if it has one.
+        licence: Licence of the weights; None: an imported pipeline's, if it has one.
     """
     header = read_model_header(weights)
     model, parts = _model(header, export, licence), list[Part]()
@@ -99,7 +99,7 @@ def read_bom_files(path: Path) -> dict[str, str]:
             if component["type"] == "file"
         }
     except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{path} is no bill of materials of an export") from error
+        raise ValueError(f"{path} is not a bill of materials of an export") from error
 
 
 def _model(header: ModelHeader, export: ExportResult, licence: str | None) -> Part:

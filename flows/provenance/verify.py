@@ -21,9 +21,8 @@ from flows.provenance.signed_images import (
     Signing,
     parse_place,
 )
-from flows.registry.ledger import LARGEST, SIGNATURES, BrokenChainError, LedgerEntry, follow_chain
-from flows.sampling.lookup import Success
-from flows.sampling.sampling_batch import SUCCESS, part_key
+from flows.registry.ledger import MAX_ENTRY_BYTES, SIGNATURES, BrokenChainError, LedgerEntry, follow_chain
+from flows.sampling.sampling_batch import SUCCESS, Success, part_key
 from flows.signing.images import SignedImage, verify_image
 from flows.signing.keys import SignatureError, Trust, describe_differences, signature_path, signed_files
 from flows.storage.numbered_objects import NAME
@@ -238,7 +237,7 @@ def _compare_manifest(
     try:
         records = Success.model_validate_json(data).sha256
         if records.keys() != {SIGNING, *map(part_key, range(len(records) - 1))}:
-            yield f"{SUCCESS} names other files than those of signed copies"
+            yield f"{SUCCESS} names other files than signed copies have"
         yield from (f"{name or 'a file'} was added" for name in sorted(others - {SUCCESS, SUCCESS_SIGNATURE, *records}))
         for name, digest in records.items():
             # The names are not trusted either.
@@ -265,10 +264,10 @@ def _ledger(path: str, place: Place, names: list[str], trust: Trust, head: str |
     objects = {
         int(match[1]): data
         for name in names
-        if (match := NAME.fullmatch(name)) and (data := place.get(name)) is not None and len(data) <= LARGEST
+        if (match := NAME.fullmatch(name)) and (data := place.get(name)) is not None and len(data) <= MAX_ENTRY_BYTES
     }
     if not objects:
-        return _fail(path, "ledger", f"no entry has at most {LARGEST} bytes")
+        return _fail(path, "ledger", f"no entry has at most {MAX_ENTRY_BYTES} bytes")
     signed_heads, signer, failures = dict[int, str](), "", list[tuple[int, str]]()
     signatures = [(int(match[1]), name) for name in names if (match := SIGNATURE.fullmatch(name))]
     for number, name in sorted(signatures, reverse=True):
@@ -284,7 +283,7 @@ def _ledger(path: str, place: Place, names: list[str], trust: Trust, head: str |
     try:
         first_entry = LedgerEntry.model_validate_json(objects[min(objects)])
         if model is not None and first_entry.model != model:
-            raise SignatureError(f"it is the ledger of {first_entry.model}, and not that of {model}")
+            raise SignatureError(f"it is the ledger of {first_entry.model}, not of {model}")
         if not signed_heads:
             raise SignatureError(
                 f"no entry is signed by a trusted key ({failures[0][1] if failures else 'there is no signature'})"

@@ -200,7 +200,7 @@ class DataSets:
         times = {}
         for entry in self.store.list_objects(self.bucket, prefix):
             if match := pattern.fullmatch(entry.key):
-                with suppress(ValueError):  # objects under other names are no versions
+                with suppress(ValueError):  # objects under other names are not versions
                     times[plain_name(match[1]), match[2]] = entry.written
         return times
 

@@ -34,7 +34,7 @@ from flows.registry import model_versions
 from flows.registry.aliases import read_verified_history
 from flows.registry.ledger import Ledger, NewestEntry
 from flows.registry.model_versions import WEIGHTS
-from flows.sampling.sampling_batch import LARGEST_BATCH, RESUMED, SamplingBatch, parse_batch
+from flows.sampling.sampling_batch import MAX_BATCH_BYTES, RESUMED, SamplingBatch, parse_batch
 from flows.storage.s3 import DELETED, USUAL, Location, Store, get_status
 from flows.storage.tags import parse_tags
 from flows.tracking.runs import IMPORTED, SWEEP, TRAIN_KEY
@@ -47,7 +47,7 @@ RESUMPTION = re.compile(rf"{RESUMED}/({USUAL.pattern})/[^/]+")
 MARK_DAYS = timedelta(days=30)
 """How long a mark outlives the deleted batch: longer than any suspended request or process."""
 STAGES = ("_SUCCESS", "manifest.parquet", "manifest/", "", "requests.parquet", "batch.json")
-"""Order in which the objects of a batch are deleted: after a kill the rest is no finished batch and names its model."""
+"""Order in which a batch's objects are deleted: after a kill the rest is not a finished batch and names its model."""
 CONTENT = "darkroom.content_digest"
 LEDGER = re.compile(r"ledger/([A-Za-z0-9][A-Za-z0-9_.-]*)/[0-9]{8}\.json")
 SET_ASIDE = "darkroom.set_aside"  # tag of a run that ``darkroom gc`` has marked as deleted: the time in ISO 8601
@@ -160,7 +160,7 @@ class SamplingBatches:
         for batch in self.batches:
             if batch.action == "keep" and batch.described:
                 try:
-                    data = self.store.get(self.bucket, batch.place.key("batch.json"), LARGEST_BATCH)
+                    data = self.store.get(self.bucket, batch.place.key("batch.json"), MAX_BATCH_BYTES)
                     batches.append(parse_batch(data, f"{batch.place}/batch.json"))
                 except UserError as error:
                     _, model, version, _ = batch.place.prefix.split("/")
@@ -371,7 +371,10 @@ class Runs:
             try:
                 time = datetime.fromisoformat(mark).astimezone(UTC)
             except (ValueError, OverflowError):
-                return "keep", f"the tag {SET_ASIDE} of runs:/{run.info.run_id} is no time: delete the tag, or the run"
+                return (
+                    "keep",
+                    f"the tag {SET_ASIDE} of runs:/{run.info.run_id} is not a time: delete the tag, or the run",
+                )
             if self.live.unclear is not None:
                 return "set aside", self.live.unclear
             return "delete" if self.now - time >= policy.grace else "set aside", f"since {time:%Y-%m-%d %H:%M} UTC"

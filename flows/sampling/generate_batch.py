@@ -33,9 +33,8 @@ from flows import environment
 from flows.config import SamplingBatchConfig
 from flows.registry.model_versions import Version
 from flows.sampling import sampling_batch
-from flows.sampling.lookup import Success
 from flows.sampling.request_table import REQUESTS, RequestTable
-from flows.sampling.sampling_batch import BATCH, MANIFEST, RESUMED, SUCCESS, Row, SamplingBatch
+from flows.sampling.sampling_batch import BATCH, MANIFEST, RESUMED, SUCCESS, Row, SamplingBatch, Success
 from flows.storage.s3 import DELETED, USUAL, AccessDeniedError, Location, MissingObjectError, Object, Store
 
 JSON, JSON_LINES, PNG, TAR = "application/json", "application/jsonl", "image/png", "application/x-tar"
@@ -200,7 +199,7 @@ def finish(store: Store, batch: SamplingBatch, place: Location) -> bool:
     def rows() -> Iterator[list[Row]]:
         for chunk, indices in enumerate(batch.chunks()):
             name = sampling_batch.part_key(chunk)
-            data = store.get(place.bucket, place.key(name), sampling_batch.LARGEST_PART)
+            data = store.get(place.bucket, place.key(name), sampling_batch.MAX_PART_BYTES)
             part = sampling_batch.part_rows(data, f"{place}/{name}")
             if len(part) != len(indices) or any(map(partial(sampling_batch.find_conflicts, batch), indices, part)):
                 raise UserError(
@@ -262,17 +261,7 @@ def plan(
     requests: str | None,
 ) -> tuple[SamplingBatch, RequestTable | None]:
     """Plan a batch, with its request table if it has one; raises UserError for options that conflict or do nothing."""
-    if count is not None and count < 1:
-        raise UserError(f"count {count}: ask for at least one image")
-    if requests is not None and count is not None:
-        raise UserError(f"{requests} says how many images there are, one for each row: leave the count out")
-    if requests is not None and (conditions.labels or conditions.prompts):
-        raise UserError(f"{requests} says what each image is to show: leave labels and prompts out, or the table")
-    if config.runner == "threads" and config.workers > 1 and resolve_device(sampling.device).type == "cuda":
-        raise UserError(
-            f"sampling_batch.workers = {config.workers} does nothing on a GPU with runner = threads, as one chunk "
-            "keeps it busy: set it to 1, or use processes"
-        )
+    _check_options(sampling, config, count, conditions, requests)
     model, default_size = load_model(weights), bool(conditions.sizes)
     if model.header.shapes and not conditions.sizes:
         # Named, so that the manifest tells sizes whatever the model is.
@@ -290,10 +279,10 @@ def plan(
     generate.prompt_embeddings(model, conditions)
     number = table.count if table else 64 if count is None else count
     size = config.chunk or sampling_batch.chunk_size(number, sampling.compute_batch)
-    if number > (most := min(sampling_batch.MOST_IMAGES, sampling_batch.CHUNKS_AT_MOST * size)):
+    if number > (limit := min(sampling_batch.MAX_BATCH_IMAGES, sampling_batch.MAX_BATCH_CHUNKS * size)):
         raise UserError(
             f"{number} images are too many for one batch in chunks of {size}: ask for several batches of at most "
-            f"{most}, each with another seed"
+            f"{limit}, each with another seed"
         )
     batch = SamplingBatch(
         model=version.model,
@@ -312,6 +301,27 @@ def plan(
         format=config.format,
     )
     return batch, table
+
+
+def _check_options(
+    sampling: SamplingConfig,
+    config: SamplingBatchConfig,
+    count: int | None,
+    conditions: Conditions,
+    requests: str | None,
+) -> None:
+    """Raise UserError for options that conflict or do nothing, whatever the model is."""
+    if count is not None and count < 1:
+        raise UserError(f"count {count}: ask for at least one image")
+    if requests is not None and count is not None:
+        raise UserError(f"{requests} says how many images there are, one for each row: leave the count out")
+    if requests is not None and (conditions.labels or conditions.prompts):
+        raise UserError(f"{requests} says what each image is to show: leave labels and prompts out, or the table")
+    if config.runner == "threads" and config.workers > 1 and resolve_device(sampling.device).type == "cuda":
+        raise UserError(
+            f"sampling_batch.workers = {config.workers} does nothing on a GPU with runner = threads, as one chunk "
+            "keeps it busy: set it to 1, or use processes"
+        )
 
 
 def _table(

@@ -98,9 +98,7 @@ class RequestTable:
     @property
     def names_every_size(self) -> bool:
         """Whether each row names a size."""
-        if "size" not in self.about.columns:
-            return False
-        return int(pq.read_table(self.path, columns=["size"])["size"].null_count) == 0
+        return "size" in self.about.columns and pq.read_table(self.path, columns=["size"])["size"].null_count == 0
 
     def rows(self, numbers: range) -> list[Row]:
         """Rows of these ``numbers``; rows beyond the last one are empty."""

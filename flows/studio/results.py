@@ -178,7 +178,7 @@ class Results:
     def _add(
         self, generate: Generator, fields: dict[str, Any], history: list[Batch], request: gr.Request, bar: gr.Progress
     ) -> list[Any]:
-        """Generate the images of a request, whose files are paths, and show them before those of ``history``."""
+        """Generate the images of a request, whose files are paths, and show them before ``history``."""
         files = {name: fields[name].read_bytes() for name in FILES if name in fields}
         with show_errors(), memory_returned() if files else nullcontext():
             batch = generate({"task": self.task} | fields | files, request, bar)

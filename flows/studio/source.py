@@ -121,8 +121,8 @@ class Source:
     ) -> Batch:
         """Generate the images of a request into new PNG files.
 
-        Files and pixels are those of ``darkroom sample`` and ``darkroom edit`` with a model file. Raises UserError as
-        ``make_request`` and ``answer`` do, and StoppedError if nobody waits for them any longer.
+        Files and pixels are as ``darkroom sample`` and ``darkroom edit`` make them with a model file. Raises UserError
+        as ``make_request`` and ``answer`` do, and StoppedError if nobody waits for them any longer.
         """
         request = self.request(fields)
         [images] = answer(self.model, [request], self.sampling, progress, Budget(settings(), is_abandoned))

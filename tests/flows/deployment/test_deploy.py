@@ -175,7 +175,7 @@ def test_a_placeholder_alone_keeps_its_type() -> None:
 
 
 def test_invalid_schedule_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"'at two' is no cron schedule: write it like '0 2 \* \* \*'"):
+    with pytest.raises(UserError, match=r"'at two' is not a cron schedule: write it like '0 2 \* \* \*'"):
         deploy(PARAMS, Path("/srv"), "cpu", "gpu", "at two", "0 5 * * *", None)
 
 

@@ -31,7 +31,8 @@ from flows.registry import dependencies, model_versions
 from flows.registry.model_versions import CODE, WEIGHTS, Version
 from flows.retrain import Request
 from flows.sampling import generate_batch, sampling_batch
-from flows.sampling.lookup import find, find_disagreements
+from flows.sampling.consistency import find_disagreements
+from flows.sampling.lookup import find
 from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Object, Store
 from flows.storage.tags import parse_model_uri

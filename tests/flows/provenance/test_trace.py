@@ -434,7 +434,7 @@ def test_sample_in_a_tar_is_traced_and_reproduced_like_a_file(stored_batch: Stor
     (tmp_path / "copy.png").write_bytes(png)
     assert trace(str(tmp_path / "copy.png")).image.as_generated is True  # type: ignore[union-attr]
     for nowhere in ("samples-00001.tar/00000017.png", "samples-00002.tar/00000018.png", "samples-00002.tar/x.png"):
-        with pytest.raises(UserError, match=r"is no image of a sampling batch"):
+        with pytest.raises(UserError, match=r"is not an image of a sampling batch"):
             trace(f"{place}/{nowhere}")
 
 

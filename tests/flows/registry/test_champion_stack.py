@@ -169,7 +169,7 @@ def test_ledger_tampering_is_reported_and_blocks_writes(
     ledger.store.put_once(ledger.place.bucket, junk, b"{}")
     assert intact() == 0
     assert workspace.json("model", "history")["foreign"] == [
-        {"name": junk[-13:], "reason": "is no entry of this ledger"}
+        {"name": junk[-13:], "reason": "is not an entry of this ledger"}
     ]
     assert workspace.json("promote", "--to", other)["entry"]["number"] == len(keys) + 2
     ledger.store.delete_many(ledger.place.bucket, [junk])

@@ -275,7 +275,7 @@ def test_unusable_keys_are_named(ours: Identity, tmp_path: Path) -> None:
     for key, certificate, words in (
         (None, None, "no key to sign with.*DARKROOM_SIGNING_KEY"),
         (tmp_path / "missing.pem", None, "missing.pem cannot be read"),
-        (tmp_path / "rsa.pem", None, "rsa.pem is no key on the curve"),
+        (tmp_path / "rsa.pem", None, "rsa.pem is not a key on the curve"),
         (ours.public, None, "public.pem cannot be read as a private key"),
         (ours.key, theirs.certificate, "certificate of .*theirs/certificate.pem is for another key"),
         (ours.key, ours.key, "key.pem holds no certificates"),
