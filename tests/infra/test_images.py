@@ -91,7 +91,7 @@ def test_lock_file_satisfies_pyproject_requirements(accelerator: str) -> None:
             assert requirement.specifier.contains(Version(versions[name])), f"{name} {versions[name]}: run `make lock`"
 
 
-def test_both_images_have_the_same_pytorch_since_bits_depend_on_it() -> None:
+def test_both_images_have_the_same_pytorch() -> None:
     cuda = locked("torch-cuda.lock")
     assert locked("torch-cpu.lock") == {name: cuda[name] for name in ("torch", "torchvision")}
     assert not {"torch", "torchvision"} & locked("requirements.lock").keys()

@@ -140,7 +140,7 @@ def test_unreachable_servers_export_only_up_0(monkeypatch: pytest.MonkeyPatch) -
     assert lines == [f'darkroom_up{{server="{server}"}} 0.0' for server in ("prefect", "s3", "mlflow")]
 
 
-def test_runs_are_counted_by_flow_and_state_and_none_is_zero() -> None:
+def test_runs_are_counted_by_flow_and_state() -> None:
     counts = {
         labels: value
         for _, labels, value in count_states("n", ("late", "scheduled", "running"), {"1": "train", "2": "sample"}, RUNS)

@@ -189,7 +189,7 @@ def killed_run(workspace: Workspace, prefect: Prefect) -> str:
     return str(run["id"])
 
 
-def test_deployed_twice_everything_is_there_once_and_the_address_to_notify_in_no_file(
+def test_deploying_twice_changes_nothing_and_hides_the_webhook(
     workspace: Workspace, prefect: Prefect, mailbox: Mailbox, killed_run: str
 ) -> None:
     def there() -> dict[str, list[str]]:
@@ -212,7 +212,7 @@ def test_deployed_twice_everything_is_there_once_and_the_address_to_notify_in_no
     assert "no MAILBOX2" in workspace.run("deploy", "--webhook-env", "MAILBOX2", code=2)
 
 
-def test_a_new_version_starts_a_retraining_on_it_and_the_next_one_has_nothing_to_do(
+def test_a_new_version_starts_one_retraining(
     workspace: Workspace, prefect: Prefect, killed_run: str, mailbox: Mailbox
 ) -> None:
     version = workspace.json("ingest", "images")["digest"]
@@ -269,7 +269,7 @@ def test_champion_is_monitored_once_per_data_set_version(workspace: Workspace, p
     "SIGKILL of a deployed retraining",
     "marked as crashed, and its slot is free after four heartbeats",
 )
-def test_a_run_that_was_killed_is_crashed_and_its_slot_is_free(prefect: Prefect, killed_run: str) -> None:
+def test_a_killed_run_is_crashed_and_frees_its_slot(prefect: Prefect, killed_run: str) -> None:
     flow_run = prefect.ended(killed_run)
     assert flow_run["state_type"] == "CRASHED"
     assert f"for {4 * HEARTBEAT} s" in flow_run["state"]["message"]
@@ -445,9 +445,7 @@ def test_a_person_approves_a_promotion_in_prefects_ui(workspace: Workspace, pref
     assert entry["approval"] == {"approved": True, "by": "Ada", "note": ""}
 
 
-def test_a_parameter_of_a_deployment_starts_no_program_on_the_worker(
-    workspace: Workspace, prefect: Prefect, tmp_path: Path
-) -> None:
+def test_parameters_of_a_deployment_start_no_program(workspace: Workspace, prefect: Prefect, tmp_path: Path) -> None:
     params = prefect.deployment("retrain/blobs")["parameters"]["params"]
     params["ingest"]["captioner"] = {"command": ["touch", str(tmp_path / "done")], "version": "one"}
     run = prefect.ended(prefect.start("retrain/blobs", params=params))

@@ -112,14 +112,14 @@ def test_a_server_that_died_is_not_joined(local: LocalStack) -> None:
         join_servers("mlflow")
 
 
-def test_a_process_that_took_a_dead_services_number_is_no_service(local: LocalStack) -> None:
+def test_a_reused_process_id_is_not_a_service(local: LocalStack) -> None:
     stranger = local.state.processes["mlflow"].model_copy(update={"pid": os.getpid()})
     local.update_state(processes={**local.state.processes, "mlflow": stranger})
     with pytest.raises(UserError, match="no MLflow server"):
         join_servers("mlflow")
 
 
-def test_a_copied_folder_does_not_lay_hands_on_the_originals_processes(local: LocalStack) -> None:
+def test_a_copied_folder_leaves_the_original_processes_alone(local: LocalStack) -> None:
     copy = Path("copy")
     copy.mkdir()
     for name in ("stack.json", "credentials.json"):
@@ -134,7 +134,7 @@ def export() -> None:
     os.environ.update(exports())
 
 
-def test_exported_variables_still_mean_the_local_stack_when_its_ports_have_changed(local: LocalStack) -> None:
+def test_exports_still_mean_the_local_stack_on_changed_ports(local: LocalStack) -> None:
     export()
     assert servers_in_environment() == {}
     moved_stack = local.update_state(ports={"s3": 20011, "mlflow": 20012, "prefect": 20013})

@@ -23,7 +23,7 @@ class EchoLoginHandler(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_login_in_the_address_is_sent_unless_another_is_given() -> None:
+def test_a_login_in_the_address_yields_to_another() -> None:
     with serving(EchoLoginHandler) as address:
         address_with_login = address.replace("//", "//someone:p%40ss:@")
         assert fetch(address_with_login) == b"someone:p@ss:"
@@ -40,7 +40,7 @@ def test_displayed_url_has_no_credentials() -> None:
     assert "test-secret" not in str(error.value)
 
 
-def test_a_login_follows_no_redirect_and_no_answer_holds_for_long() -> None:
+def test_a_login_follows_no_redirect_nor_waits_long() -> None:
     requests: list[bytes] = []
     with listening(lambda client: requests.append(request_of(client))) as other:
 

@@ -125,7 +125,7 @@ def kill(pid: int | None) -> None:
 
 
 @pytest.mark.slow
-def test_the_stack_outlives_the_command_that_starts_it_and_stock_clients_join_it(no_servers: None, home: Path) -> None:
+def test_the_stack_outlives_its_command_and_stock_clients_join(no_servers: None, home: Path) -> None:
     os.environ["DARKROOM_HOME"] = str(home)
     assert command("up").wait(120) == 0
     assert states() == RUNNING
@@ -174,7 +174,7 @@ def test_killed_service_restarts_with_all_its_data(up: LocalStack, service: str)
     "one stack with all it held",
 )
 @pytest.mark.slow
-def test_after_the_death_of_everything_two_ups_at_once_make_one_stack(up: LocalStack) -> None:
+def test_two_ups_after_a_crash_make_one_stack(up: LocalStack) -> None:
     for process in members(up.folder, *SERVICES):
         process.kill()
     commands = [command("up") for _ in range(2)]
@@ -199,7 +199,7 @@ def test_a_service_that_hangs_is_restarted(up: LocalStack) -> None:
 
 @pytest.mark.drill("a port is taken", "that of the S3 server, while it is dead", "it moves, and the others follow")
 @pytest.mark.slow
-def test_a_service_whose_port_was_taken_moves_and_the_others_follow(up: LocalStack) -> None:
+def test_a_service_moves_from_a_taken_port(up: LocalStack) -> None:
     kill(pids()["s3"])
     old_ports = up.state.ports
     with ExitStack() as open_sockets:
@@ -284,7 +284,7 @@ def test_missing_or_wrong_passwords_are_rejected(up: LocalStack) -> None:
 
 
 @pytest.mark.slow
-def test_secrets_are_in_no_log_and_on_no_command_line_and_only_the_owner_reads_them(up: LocalStack) -> None:
+def test_only_the_owner_reads_secrets(up: LocalStack) -> None:
     own = up.credentials.model_dump()
     secrets = {value.split(":")[-1] for name, value in own.items() if name not in {"mlflow_username"}}
     secrets -= {up.credentials.s3_access_key}
@@ -563,7 +563,7 @@ def test_down_stops_everything_and_up_finds_everything(up: LocalStack) -> None:
 
 
 @pytest.mark.slow
-def test_with_servers_of_a_team_only_the_missing_ones_are_started(no_servers: None, s3_server: dict[str, str]) -> None:
+def test_only_servers_missing_from_the_environment_are_started(no_servers: None, s3_server: dict[str, str]) -> None:
     os.environ.update(s3_server)
     os.environ.update({"PREFECT_API_URL": "http://127.0.0.1:9/api", "DARKROOM_BUCKET": "team-bucket"})
     subprocess.run(
@@ -643,7 +643,7 @@ def test_a_home_that_cannot_be_written_to_is_named() -> None:
 
 
 @pytest.mark.usefixtures("no_servers")
-def test_a_service_that_does_not_come_up_is_named_with_its_log() -> None:
+def test_a_service_that_fails_to_start_is_named() -> None:
     os.environ.update({"MLFLOW_TRACKING_URI": "http://x", "PREFECT_API_URL": "http://x/api"})
     data = Path(".darkroom/s3")
     data.mkdir(parents=True)

@@ -80,7 +80,7 @@ def test_a_trained_model_names_data_metrics_libraries_and_files(dataset: Path, t
     assert any(each["name"] == "darkroom:records" for each in unknown["properties"])
 
 
-def test_an_imported_and_a_fine_tuned_pipeline_name_their_origin_with_its_licence(tmp_path: Path) -> None:
+def test_imported_and_fine_tuned_pipelines_name_origin_and_licence(tmp_path: Path) -> None:
     folder = pipelines.stable_diffusion(tmp_path / "made")
     base = import_file(str(folder), tmp_path / "base.safetensors", None, tmp_path / "downloads")
     digest = base.sha256

@@ -46,7 +46,7 @@ def sampled(store: Store, bucket: str, tmp_path: Path, planned_batch: SamplingBa
 
 
 @pytest.mark.parametrize("kind", ["png", "tar"])
-def test_each_image_of_a_batch_has_one_signed_copy_and_stays_as_it_is(
+def test_each_image_has_one_signed_copy_and_stays(
     store: Store, bucket: str, tmp_path: Path, ours: Identity, kind: str
 ) -> None:
     planned_batch = batch(20, format=kind, conditions=Conditions(labels=("even",)))
@@ -224,9 +224,7 @@ def test_processes_side_by_side_agree_on_one_copy_of_each(no_servers: None, tmp_
     assert all(each.verified for each in verify(str(out), ours.trust()))
 
 
-def test_a_foreign_image_at_the_place_of_a_copy_is_kept_and_named(
-    no_servers: None, tmp_path: Path, ours: Identity
-) -> None:
+def test_a_foreign_image_in_place_of_a_copy_is_kept(no_servers: None, tmp_path: Path, ours: Identity) -> None:
     source, out = requested(tmp_path / "images"), tmp_path / "signed"
     out.mkdir()
     (out / "00000003.png").write_bytes((source / "00000003.png").read_bytes())
@@ -256,9 +254,7 @@ def rewrite(folder: Path) -> None:
     part.write_text(part.read_text().replace('"index":1', '"index":7'))
 
 
-def test_a_copy_that_another_key_signed_does_not_count_as_ours(
-    no_servers: None, tmp_path: Path, ours: Identity
-) -> None:
+def test_a_copy_signed_by_another_key_does_not_count(no_servers: None, tmp_path: Path, ours: Identity) -> None:
     source, out = requested(tmp_path / "images"), tmp_path / "signed"
     sign_images(str(source), str(tmp_path / "theirs"), identity(tmp_path / "keys" / "ours").signer())
     out.mkdir()
@@ -396,7 +392,7 @@ def test_a_file_of_any_kind_beside_signed_copies_is_found(
 
 
 @pytest.mark.parametrize("what", [name for name in ADDED if "image" not in name])
-def test_a_file_of_any_kind_in_a_signed_export_is_found(tmp_path: Path, ours: Identity, what: str) -> None:
+def test_any_file_added_to_a_signed_export_is_found(tmp_path: Path, ours: Identity, what: str) -> None:
     folder = tmp_path / "export"
     folder.mkdir()
     (folder / "model_index.json").write_text("{}")
@@ -422,7 +418,7 @@ def test_copies_by_another_signer_are_found(no_servers: None, tmp_path: Path, ou
     assert str(untrusting[0]).startswith("UNTRUSTED")
 
 
-def test_the_command_line_says_what_is_untrusted_and_which_option_has_no_effect(
+def test_verify_names_untrusted_files_and_options_without_effect(
     no_servers: None,
     tmp_path: Path,
     ours: Identity,

@@ -221,7 +221,7 @@ def test_trace_lists_disagreements_of_the_records(samples: Samples) -> None:
     assert all(PART in words for words in new)
 
 
-def test_an_image_that_was_altered_is_named_and_its_records_are_not(samples: Samples) -> None:
+def test_only_the_altered_image_is_named(samples: Samples) -> None:
     files = samples.files("png")
     place = samples.beside("brightened", files | {NAME: brightened(files[NAME])})
     (words,) = set(trace(f"{place}/{NAME}").broken) - set(samples.usual.broken)
@@ -352,7 +352,7 @@ def test_code_that_was_altered_after_its_registration_is_not_run(
     assert words == str(error.value)
 
 
-def test_code_is_run_only_if_version_and_batch_name_the_same(samples: Samples) -> None:
+def test_code_runs_only_if_version_and_batch_agree(samples: Samples) -> None:
     files, name, number = samples.files("png"), samples.version.model, str(samples.version.number)
     about = json.loads(files["batch.json"])
     assert about["code_sha256"] == samples.version.code_sha256
@@ -389,7 +389,7 @@ def test_code_is_run_only_if_version_and_batch_name_the_same(samples: Samples) -
         ("darkroom.takedown", "\x1b[2J"),
     ],
 )
-def test_a_tag_that_is_not_what_darkroom_writes_is_refused_by_name(samples: Samples, tag: str, value: str) -> None:
+def test_a_malformed_tag_is_named(samples: Samples, tag: str, value: str) -> None:
     client, name, number = samples.client, samples.version.model, str(samples.version.number)
     before = client.get_model_version(name, number).tags.get(tag)
     client.set_model_version_tag(name, number, tag, value)

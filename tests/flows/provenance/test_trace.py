@@ -303,7 +303,7 @@ def test_trace_without_a_run_uses_the_data_set_catalog(stored_batch: StoredBatch
     assert lineage.data.version == stored_batch.manifest.digest
 
 
-def test_shards_that_are_lost_are_named_and_found_wherever_they_still_are(stored_batch: StoredBatch) -> None:
+def test_lost_shards_are_named_and_others_found_anywhere(stored_batch: StoredBatch) -> None:
     (shard,) = stored_batch.manifest.shards
     md5 = hashlib.md5((FOLDER / shard.name).read_bytes()).hexdigest()
     key = f"dvc/files/md5/{md5[:2]}/{md5[2:]}"
@@ -374,7 +374,7 @@ def test_samples_are_reproduced_bit_for_bit_by_the_shipped_code(stored_batch: St
         assert (tmp_path / name).read_bytes() == sample
 
 
-def test_under_another_fingerprint_the_difference_is_named_with_the_largest_error(stored_batch: StoredBatch) -> None:
+def test_another_fingerprint_is_named_with_the_largest_error(stored_batch: StoredBatch) -> None:
     """A generated image of another machine, which made one pixel of the second image brighter."""
     other = stored_batch.batch.fingerprint.model_copy(update={"batch": 16, "device": "AVX9"})
     part = stored_batch.store.get(stored_batch.place.bucket, stored_batch.place.key("manifest/part-00001.jsonl"))
@@ -411,7 +411,7 @@ def test_request_unknown_to_shipped_code_is_a_one_line_error(
     assert "\n" not in str(error.value)
 
 
-def test_sample_in_a_tar_is_traced_and_reproduced_like_a_file(stored_batch: StoredBatch, tmp_path: Path) -> None:
+def test_sample_in_a_tar_traces_and_reproduces_like_a_file(stored_batch: StoredBatch, tmp_path: Path) -> None:
     tars, folder = SamplingBatchConfig(format="tar", chunk=8), tmp_path / "again"
     weights = Path("weights.safetensors")
     batch, place = sample.begin.fn(stored_batch.version, weights, SAMPLING, tars, 18, 5, None, CONDITIONS)
@@ -552,7 +552,7 @@ def test_changed_library_versions_are_named() -> None:
     ]
 
 
-def test_the_code_of_a_version_gets_no_keys_of_the_environment(
+def test_shipped_code_gets_no_keys_of_the_environment(
     stored_batch: StoredBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hush")

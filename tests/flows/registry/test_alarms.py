@@ -39,7 +39,7 @@ def alarm(name: str, hours: float = 0) -> Alarm:
     )
 
 
-def test_an_alarm_is_raised_once_and_the_next_one_only_within_the_limits(alarms: Alarms) -> None:
+def test_an_alarm_is_raised_once_within_the_limits(alarms: Alarms) -> None:
     first = alarms.request(alarm("a"), LIMITS)
     assert isinstance(first, NumberedAlarm)
     assert first.number == 1
@@ -66,7 +66,7 @@ def test_of_many_monitors_at_once_the_limits_let_one_through(alarms: Alarms) -> 
     assert len(alarms.all()) == 1
 
 
-def test_a_foreign_object_is_no_alarm_and_takes_no_place_in_the_limits(alarms: Alarms) -> None:
+def test_a_foreign_object_does_not_count_as_an_alarm(alarms: Alarms) -> None:
     alarms.store.put_many(alarms.place.bucket, [Object(alarms.place.key("00000001.json"), b"{}")])
     decision = alarms.request(alarm("a"), LIMITS)
     assert isinstance(decision, NumberedAlarm)
@@ -122,7 +122,7 @@ def test_an_event_has_one_id_and_names_the_reason(alarms: Alarms) -> None:
     assert event.payload["causes"] == ["class_shares"]
 
 
-def test_killed_between_alarm_and_event_the_next_monitor_emits_that_event_and_no_other(
+def test_the_next_monitor_emits_the_event_of_a_killed_one(
     mlflow_client: MlflowClient, store: Store, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DARKROOM_BUCKET", bucket)

@@ -84,7 +84,7 @@ def test_invalid_promotions_are_an_error(workspace: Workspace, words: tuple[str,
     "one champion at each moment; the same command: one entry in the ledger",
 )
 @pytest.mark.parametrize("number", [SIGKILL, SIGTERM], ids=lambda number: number.name)
-def test_interrupted_at_random_moments_there_is_one_champion_and_the_same_command_ends_the_same(
+def test_interrupted_commands_leave_one_champion_and_can_be_repeated(
     workspace: Workspace, server: MlflowClient, number: Signals, kills: int
 ) -> None:
     moments = random.Random(number)
@@ -176,9 +176,7 @@ def test_ledger_tampering_is_reported_and_blocks_writes(
     assert intact() == 1
 
 
-def test_a_champion_that_was_deleted_stops_everything_before_it_begins_and_can_be_replaced(
-    workspace: Workspace, server: MlflowClient
-) -> None:
+def test_a_deleted_champion_stops_work_early_and_can_be_replaced(workspace: Workspace, server: MlflowClient) -> None:
     """One of a model of its own, which has two."""
     options = ("--set", "registry.model=deleted")
     second = (*options, "--set", "training.seed=1", "--set", "training.output=runs/second")
@@ -265,9 +263,7 @@ def test_a_person_approves_or_does_not_before_anything_becomes_champion(
     assert workspace.json("promote", "--to", "1", *options)["version"]["number"] == 1
 
 
-def test_a_retraining_waits_for_approval_and_without_it_leaves_the_champion(
-    workspace: Workspace, server: MlflowClient
-) -> None:
+def test_a_retraining_without_approval_leaves_the_champion(workspace: Workspace, server: MlflowClient) -> None:
     prefect = Prefect(workspace)
     always = ("registry.approval=true", "registry.model=retrained", "gate.recall_loss=null", "gate.memorized=null")
     # One that has learned next to nothing, and one that is surely better.

@@ -57,7 +57,7 @@ def write_over(ledger: Ledger, key: str, data: bytes | None) -> None:
         ledger.store.put_many(ledger.place.bucket, [Object(key, data)])
 
 
-def test_each_entry_is_json_that_names_the_digest_of_the_one_before(ledger: Ledger) -> None:
+def test_each_entry_names_the_digest_of_the_one_before(ledger: Ledger) -> None:
     add(ledger, "promote", 1, evidence=WIN)
     add(ledger, "hold", 2, evidence=HOLD)
     add(ledger, "promote", 3, evidence=WIN, approval=Approval(approved=True, by="Ada"))
@@ -206,7 +206,7 @@ def test_foreign_ledger_objects_are_reported_and_ignored(ledger: Ledger) -> None
     assert [entry.number for entry in ledger.read(records).entries] == [1, 2, 10, 11]
 
 
-def test_of_many_at_once_among_foreign_objects_each_gets_an_entry_of_its_own(ledger: Ledger) -> None:
+def test_concurrent_writers_skip_foreign_objects(ledger: Ledger) -> None:
     for number in (1, 3, 4):
         write_over(ledger, ledger.place.key(f"{number:08d}.json"), b"{}")
     with ThreadPoolExecutor(4) as pool:
@@ -231,7 +231,7 @@ def test_append_fails_when_a_later_entry_took_precedence(ledger: Ledger) -> None
     assert [entry.number for entry in ledger.read(history_of_records[-1]).entries] == [1, 3]
 
 
-def test_of_many_at_once_each_gets_an_entry_of_its_own(ledger: Ledger) -> None:
+def test_concurrent_writers_each_get_an_entry(ledger: Ledger) -> None:
     add(ledger, "promote", 1)
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(lambda version: add(ledger, "hold", version, evidence=HOLD), range(2, 8)))

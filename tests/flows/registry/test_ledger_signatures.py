@@ -141,7 +141,7 @@ def test_the_ledger_of_another_model_is_found(ledger: Ledger, tmp_path: Path, ou
         assert verification.verified == verified
 
 
-def test_a_ledger_without_entries_and_a_head_that_is_none_are_named(tmp_path: Path, ours: Identity) -> None:
+def test_an_empty_ledger_and_a_malformed_head_are_named(tmp_path: Path, ours: Identity) -> None:
     entry(tmp_path, 1).write_bytes(b" " * (2**16 + 1))
     assert not check(tmp_path, ours.trust()).verified
     with pytest.raises(UserError, match="SHA-256"):

@@ -122,9 +122,7 @@ def test_model_card_shows_intervals_and_limits_of_the_comparison(tmp_path: Path)
 
 
 @pytest.mark.parametrize("measured", [True, False])
-def test_model_card_of_a_model_of_captions_has_its_text_image_agreement_or_says_that_there_is_none(
-    measured: bool, data: Manifest
-) -> None:
+def test_card_of_a_text_model_has_its_text_image_agreement(measured: bool, data: Manifest) -> None:
     estimates = (
         MetricEstimate(value=value, error=0.01, interval=Interval(low=value - 0.02, high=value + 0.02, confidence=0.95))
         for value in (0.31, 0.12, 0.34)
@@ -145,7 +143,7 @@ def finding_of(comparison: ChampionComparison, rule: str) -> Finding:
     return next(each for each in comparison.decision.findings if each.rule == rule)
 
 
-def test_the_licence_is_kept_with_the_data_and_changes_no_content(images: Path, tmp_path: Path) -> None:
+def test_the_licence_of_the_data_changes_no_content(images: Path, tmp_path: Path) -> None:
     folder, plain = tmp_path / "data" / "faces", tmp_path / "data" / "plain"
     config = IngestConfig(source=str(images), size=8, held_out=0.33)
     licensed = config.model_copy(update={"licence": "CC-BY-4.0"})

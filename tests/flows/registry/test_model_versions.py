@@ -141,7 +141,7 @@ def test_a_registered_version_is_loaded_by_its_name(mlflow_client: MlflowClient,
 
 
 @pytest.mark.slow
-def test_a_version_is_served_with_its_own_requirements_and_the_code_of_generation(
+def test_a_version_is_served_with_its_requirements_and_code(
     mlflow_client: MlflowClient, name: str, tmp_path: Path
 ) -> None:
     mlflow.set_tracking_uri(mlflow_client.tracking_uri)

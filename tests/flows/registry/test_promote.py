@@ -100,9 +100,7 @@ def test_a_choice_of_guidance_by_other_limits_is_outdated(params: Params, limit:
 
 
 @pytest.mark.slow
-def test_versions_are_promoted_and_rejected_with_figures_and_the_gate_in_the_ledger(
-    mlflow_client: MlflowClient, params: Params
-) -> None:
+def test_the_ledger_has_the_figures_and_gate_of_each_verdict(mlflow_client: MlflowClient, params: Params) -> None:
     first = Candidate(mlflow_client, params, 1, spoiled(good(48, 5000), 60)).committed()
     assert first.evidence is not None
     assert (first.champion, first.evidence.verdict) == (None, "promote")

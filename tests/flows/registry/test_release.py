@@ -263,7 +263,7 @@ def test_bundling_process_gets_staging_credentials_only(no_servers: None) -> Non
 
 
 @pytest.mark.slow
-def test_a_version_is_released_with_the_one_that_it_is_based_on(stages: Stages, tmp_path: Path) -> None:
+def test_a_version_is_released_with_its_base(stages: Stages, tmp_path: Path) -> None:
     stages.at(stages.staging)
     base = write_model(tmp_path / "base.safetensors", 1, 7)
     adapter = write_lora(tmp_path / "tuned" / "lora.safetensors", base, 1)

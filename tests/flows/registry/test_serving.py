@@ -192,7 +192,7 @@ def send_beside(app: ScoringApp, slow: int, beside: Callable[[httpx.AsyncClient]
     return asyncio.run(run())
 
 
-def test_bodies_that_do_not_arrive_take_no_place_in_the_queue(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bodies_that_do_not_arrive_take_no_place(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DARKROOM_MAX_WAITING_REQUESTS", "1")
     model = ServedModel()
     model.use(load_model(weights), SAMPLING)
@@ -220,9 +220,7 @@ def test_bodies_that_arrive_at_once_have_a_limit_of_bytes(weights: Path, monkeyp
     assert asyncio.run(run()) == [400, 400, 429]
 
 
-def test_a_server_that_ends_answers_in_the_middle_of_a_decode(
-    served: ServedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_ending_server_answers_during_a_decode(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     app, begun = ScoringApp(served), threading.Event()
 
     def decode(*_: object) -> NoReturn:
@@ -310,7 +308,7 @@ def test_a_short_request_cannot_capture_the_server(weights: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_deadline_and_a_full_queue_are_errors_of_their_own(weights: Path) -> None:
+def test_a_deadline_and_a_full_queue_are_told_apart(weights: Path) -> None:
     with serving(weights, DARKROOM_MAX_REQUEST_SECONDS="4", DARKROOM_MAX_WAITING_REQUESTS="1") as (_, url):
         statuses: list[int] = []
         threads = [threading.Thread(target=lambda: statuses.append(ask(url, LONG).status_code)) for _ in range(3)]

@@ -113,9 +113,7 @@ def test_gc_deletes_files_of_old_versions_except_shared_ones(place: Place) -> No
     assert restorable(place, second)
 
 
-def test_the_newest_versions_are_known_by_the_order_of_heads_after_a_restore_wrote_them_in_another(
-    place: Place, bucket: str, store: Store
-) -> None:
+def test_heads_tell_the_newest_versions_after_a_restore(place: Place, bucket: str, store: Store) -> None:
     first, second, third = (place.version(number) for number in (100, 101, 102))
     heads = Heads(place.catalog)
     for version, onto in ((first, ()), (second, (first.digest,)), (third, (second.digest,))):
@@ -190,7 +188,7 @@ def test_gc_deletes_no_file_during_a_push(place: Place) -> None:
     "the next one ends the same",
 )
 @pytest.mark.parametrize("life", [2, *(pytest.param(life, marks=pytest.mark.slow) for life in (1, 5, 6))])
-def test_killed_between_any_two_requests_the_next_one_ends_the_same(
+def test_a_gc_killed_between_two_requests_can_be_repeated(
     place: Place, life: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = place.version(), place.version(*range(100, 104))
@@ -342,7 +340,7 @@ def test_gc_skips_or_names_objects_changed_by_others(bucket: str, store: Store) 
     assert "samples/blobs/1/x/batch.json is damaged, or of a newer Darkroom" in unread["blobs", 1]
 
 
-def test_a_damaged_manifest_keeps_its_data_set_whole_and_stops_nothing_else(
+def test_a_damaged_manifest_keeps_only_its_data_set(
     place: Place, mlflow: MlflowClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, second = place.version(), place.version(*range(100, 104))

@@ -292,7 +292,7 @@ def test_unreadable_batch_at_the_location_is_named(store: Store, bucket: str) ->
         generate_batch.begin(store, batch(20), Location(bucket, "here"), None)
 
 
-def test_processor_time_of_chunks_that_share_a_process_is_counted_once() -> None:
+def test_processor_time_of_a_shared_process_counts_once() -> None:
     works = [
         Work(images=10, process="a", began=1, ended=6),
         Work(images=10, process="a", began=2, ended=9),

@@ -100,7 +100,7 @@ def test_prompts_are_stored_in_png_and_manifest_in_any_script() -> None:
 
 @pytest.mark.parametrize("compute_batch", [1, 8, 64, 1000])
 @pytest.mark.parametrize("count", [1, 257, 40_000, 100_000, 1_000_000])
-def test_large_batches_have_hundreds_of_chunks_and_no_chunk_is_large(count: int, compute_batch: int) -> None:
+def test_large_batches_have_hundreds_of_small_chunks(count: int, compute_batch: int) -> None:
     size = chunk_size(count, compute_batch)
     assert size % compute_batch == 0
     assert size >= 4 * compute_batch
@@ -108,7 +108,7 @@ def test_large_batches_have_hundreds_of_chunks_and_no_chunk_is_large(count: int,
     assert -(-count // size) <= 256 or size > 4096 - compute_batch
 
 
-def test_chunk_size_keeps_the_batch_name_and_the_format_changes_it() -> None:
+def test_the_format_changes_the_batch_name_the_chunk_does_not() -> None:
     plain = batch()
     cut, tars = (plain.model_copy(update=change) for change in ({"chunk": 16, "count": 20}, {"format": "tar"}))
     assert cut.name == plain.model_copy(update={"count": 20}).name

@@ -66,7 +66,7 @@ def files(workspace: Workspace, name: str) -> dict[str, bytes]:
     "SIGKILL late in a batch; then two commands at once, on Ray and on processes",
     "the bytes of an undisturbed batch",
 )
-def test_killed_and_then_begun_twice_with_other_runners_it_ends_in_the_bytes_of_an_undisturbed_batch(
+def test_a_killed_batch_ends_the_same_with_other_runners(
     workspace: Workspace, undisturbed: tuple[dict[str, bytes], float]
 ) -> None:
     expected, seconds = undisturbed
@@ -94,7 +94,7 @@ def test_killed_and_then_begun_twice_with_other_runners_it_ends_in_the_bytes_of_
     "the second of two nodes is taken away at work",
     "the other one finishes, the same bytes",
 )
-def test_when_one_of_two_ray_nodes_dies_at_work_the_other_ends_in_the_same_bytes(
+def test_a_batch_ends_the_same_when_a_ray_node_dies(
     workspace: Workspace, undisturbed: tuple[dict[str, bytes], float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Where a node's tasks keep the weights that they fetch.
@@ -133,7 +133,7 @@ def test_finished_batch_is_skipped_and_its_run_reports_progress(
     assert any("images per CPU-hour" in each["data"] for each in artifacts if each["key"] == "samples-blobs")
 
 
-def test_other_chunk_size_is_held_and_table_errors_are_one_line(
+def test_another_chunk_size_is_held_and_table_errors_named(
     workspace: Workspace, undisturbed: tuple[dict[str, bytes], float]
 ) -> None:
     workspace.run(*ARGUMENTS[:-1], "sampling_batch.chunk=1024", "--to", "s3://darkroom/undisturbed", code=3)

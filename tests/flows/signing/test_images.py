@@ -39,7 +39,7 @@ def png() -> bytes:
     return encode_png_with_metadata(Image.fromarray(PIXELS), {"model": "models:/faces/3"})
 
 
-def test_a_signed_copy_has_the_pixels_and_says_who_made_it_of_what(ours: Identity, png: bytes) -> None:
+def test_a_signed_copy_keeps_pixels_and_names_its_origin(ours: Identity, png: bytes) -> None:
     signed_png = ImageSigner(ours.signer()).sign(png, "00000007.png", LINEAGE)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(signed_png))), PIXELS)
     verification = verify_image(signed_png, ours.root.read_text())
@@ -104,7 +104,7 @@ def test_a_hostile_image_is_not_verified_and_no_crash(png: bytes) -> None:
         assert "BytesIO" not in str(error.value)
 
 
-def test_a_parent_that_is_no_image_is_an_error_of_the_user(ours: Identity, png: bytes) -> None:
+def test_a_parent_that_is_not_an_image_is_an_error(ours: Identity, png: bytes) -> None:
     with pytest.raises(UserError, match="ingredient"):
         ImageSigner(ours.signer()).sign(png, "a.png", LINEAGE, b"no image")
 

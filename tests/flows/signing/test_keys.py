@@ -40,7 +40,7 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_signature_is_a_dsse_envelope_with_the_sha256_of_each_file(ours: Identity, model: Path) -> None:
+def test_a_signature_is_a_dsse_envelope_of_each_file(ours: Identity, model: Path) -> None:
     ours.signer(certified=False).sign(model, signature_path(model))
     envelope = json.loads(signature_path(model).read_bytes())["dsseEnvelope"]
     payload, kind = base64.b64decode(envelope["payload"]), envelope["payloadType"]
@@ -196,7 +196,7 @@ def test_keys_of_larger_curves_sign_as_well(model: Path, tmp_path: Path, curve: 
     signer.trust(certified=False).verify_bytes(b"entry", signature)
 
 
-def test_the_key_is_opened_by_its_passphrase_and_is_written_nowhere(
+def test_the_key_needs_its_passphrase_and_stays_in_memory(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     signer = identity(tmp_path / "locked", passphrase="open sesame")
@@ -228,7 +228,7 @@ def files(folder: Path | str) -> list[Path]:
     return [path for path in Path(folder).rglob("*") if path.is_file()]
 
 
-def test_a_key_and_its_certificate_may_be_texts_in_the_environment(
+def test_key_and_certificate_may_be_texts_in_the_environment(
     ours: Identity, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DARKROOM_SIGNING_KEY", ours.key.read_text())
@@ -238,9 +238,7 @@ def test_a_key_and_its_certificate_may_be_texts_in_the_environment(
 
 
 @pytest.mark.parametrize("variable", ["DARKROOM_SIGNING_KEY", "DARKROOM_SIGNING_CERTIFICATES"])
-def test_no_error_repeats_a_key_in_whatever_form_it_is_given(
-    ours: Identity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
-) -> None:
+def test_no_error_repeats_a_key(ours: Identity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     locked = identity(tmp_path / "locked", passphrase="open sesame").key.read_text()
     for text in (locked, ours.key.read_text()):
         [*_, body, end] = text.splitlines()

@@ -64,7 +64,7 @@ def labels(page: gr.Blocks, kind: type) -> list[str]:
     return [each.label for each in page.blocks.values() if isinstance(each, kind)]
 
 
-def test_only_tabs_and_inputs_that_the_model_can_use_are_shown(source: Source, tmp_path: Path) -> None:
+def test_only_tabs_and_inputs_with_effect_are_shown(source: Source, tmp_path: Path) -> None:
     page = build(source)
     assert labels(page, gr.Tab) == ["Generate", "Inpaint", "Img2img", "Interpolate"]
     [classes, *_] = [each for each in page.blocks.values() if isinstance(each, gr.Radio) and each.label == "Class"]
@@ -209,7 +209,7 @@ def test_images_are_the_files_of_the_command_line(source: Source, weights: Path,
     ]
 
 
-def test_a_painted_hole_is_filled_as_by_the_command_with_a_mask(source: Source, weights: Path, tmp_path: Path) -> None:
+def test_a_painted_hole_is_filled_as_by_the_command(source: Source, weights: Path, tmp_path: Path) -> None:
     image = blob(3).convert("RGB").resize((8, 8))
     layer = Image.new("RGBA", (8, 8))
     layer.paste((41, 121, 255, 200), (2, 3, 6, 7))
@@ -237,7 +237,7 @@ def test_a_painted_hole_is_filled_as_by_the_command_with_a_mask(source: Source, 
         *({"task": "inpaint"}, {"steps": "0"}, {"steps": "many"}, {"steps": "2.5"}, {"guidance": "nan"}),
     ],
 )
-def test_what_the_model_cannot_do_is_an_error_of_the_user(source: Source, fields: dict[str, object]) -> None:
+def test_what_the_model_cannot_do_is_an_error(source: Source, fields: dict[str, object]) -> None:
     with pytest.raises(UserError):
         source.generate({"task": "sample"} | fields)
 
@@ -283,7 +283,7 @@ def test_the_page_generates_for_who_is_logged_in(address: str, source: Source) -
     assert "seed 7" in note
 
 
-def test_a_taken_port_and_a_missing_gradio_are_errors_of_the_user(
+def test_a_taken_port_and_a_missing_gradio_are_errors(
     address: str, source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError):

@@ -382,7 +382,7 @@ def test_a_person_generates_behind_a_reverse_proxy(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_person_votes_looks_at_batches_and_rolls_back_with_a_reason(
+def test_a_person_votes_browses_batches_and_rolls_back(
     versions: list[Version], mlflow_client: MlflowClient, store: Store, bucket: str, tmp_path: Path
 ) -> None:
     for planned_batch in (batch(4, seed=8), batch(30)):

@@ -248,7 +248,7 @@ def event_of(client: httpx.Client, title: str) -> Any:
     return lambda event: event["id"] == first["id"]
 
 
-def test_a_start_needs_the_token_of_its_page_and_a_worker(studio: httpx.Client) -> None:
+def test_a_start_needs_its_token_and_a_worker(studio: httpx.Client) -> None:
     session, begin = uuid4().hex, event_of(studio, "Start training")
     blind = {"Name of the data set and model": "blobs", "Size in pixels": 8, "textbox": "guessed"}
     assert "ask again" in trigger(studio, begin, blind, session)["error"]
@@ -273,7 +273,7 @@ def test_an_uploaded_zip_is_examined(studio: httpx.Client, images: Path, tmp_pat
     assert "error" in trigger(studio, examine, {"Or a zip of images": elsewhere})
 
 
-def test_a_report_is_shown_without_scripts_to_who_is_logged_in(studio: httpx.Client, workspace: Path) -> None:
+def test_a_report_runs_no_scripts_and_needs_a_login(studio: httpx.Client, workspace: Path) -> None:
     report = workspace / "reports" / "blobs" / "report.html"
     report.parent.mkdir(parents=True)
     report.write_text("<title>Report</title>")

@@ -116,7 +116,7 @@ def test_a_damaged_image_is_an_error_in_one_line(client: httpx.Client) -> None:
         assert "damaged" in send(client, task, payload)["error"]
 
 
-def test_an_image_in_the_request_or_at_an_address_is_refused(client: httpx.Client) -> None:
+def test_an_image_inside_the_request_is_refused(client: httpx.Client) -> None:
     for file in ({"path": None, "url": "data:image/png;base64,iVBORw0KGgo="}, {"path": "/etc/hostname"}):
         assert "error" in trigger(client, named("img2img"), {"image": file})
     with pytest.raises(gr.Error, match="not uploaded"):

@@ -119,7 +119,7 @@ def points(client: MlflowClient, run_id: str, name: str = "eval/kid_efflite0") -
     return [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
 
 
-def test_mlflow_ranks_the_checkpoints_by_their_scores_on_the_data_set(client: MlflowClient, run_id: str) -> None:
+def test_mlflow_ranks_the_checkpoints_by_their_scores(client: MlflowClient, run_id: str) -> None:
     evaluation = an_evaluation([0.5, 0.2, 0.3])
     log_evaluation(RunTracker(client, run_id), evaluation)
     ranking = ranked(client, run_id)
