@@ -155,30 +155,16 @@ def ends(
 
 
 @pytest.mark.drill(
-    "gc is killed or terminated",
-    "SIGKILL, or SIGTERM, at random moments",
-    "given again until nothing goes: the same is left of bucket, runs and machine",
+    "gc or a takedown is killed or terminated",
+    "SIGKILL, or SIGTERM, at random moments of `gc` or `data remove --purge`",
+    "the same command, gc's until nothing goes: the same is left of bucket, runs, shards, marks and machine",
 )
+@pytest.mark.parametrize(("command", "times"), [(GC, 3), (TAKEDOWN, 1)], ids=["gc", "takedown"])
 @signals
-def test_interrupted_gc_ends_like_an_undisturbed_one(
-    machine: tuple[Machine, dict[str, bytes]], number: Signals, kills: int
+def test_interrupted_gc_or_takedown_ends_the_same(
+    machine: tuple[Machine, dict[str, bytes]], number: Signals, kills: int, command: tuple[str, ...], times: int
 ) -> None:
-    undisturbed, *others = ends(machine, number, kills, GC, 3)
-    assert others
-    for end in others:
-        assert end == undisturbed
-
-
-@pytest.mark.drill(
-    "a takedown is killed or terminated",
-    "SIGKILL, or SIGTERM, at random moments of `data remove --purge`",
-    "the same command: the same bucket, shards and marks",
-)
-@signals
-def test_interrupted_takedown_ends_like_an_undisturbed_one(
-    machine: tuple[Machine, dict[str, bytes]], number: Signals, kills: int
-) -> None:
-    undisturbed, *others = ends(machine, number, kills, TAKEDOWN, 1)
+    undisturbed, *others = ends(machine, number, kills, command, times)
     assert others
     for end in others:
         assert end == undisturbed

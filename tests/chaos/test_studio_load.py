@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from diffusion.common.image_grids import png_bytes
 from flows.local_stack.server_process import choose_ports
 from tests.builders.shapes import blob
 from tests.builders.small_models import write_model
+from tests.builders.waiting import wait_until_served
 from tests.builders.workspace import Workspace
 
 pytest.importorskip("gradio", reason="the studio needs Gradio: pip install 'darkroom-diffusion[ui]'")
@@ -70,13 +71,7 @@ class Studio:
 
     def wait(self) -> None:
         """Wait until it serves."""
-        deadline = time.monotonic() + 300
-        while True:
-            assert self.process.poll() is None, self.process.communicate()
-            assert time.monotonic() < deadline
-            with suppress(httpx.TransportError), self.visitor():
-                return
-            time.sleep(0.2)
+        wait_until_served(self.address, self.process)
 
 
 @pytest.fixture

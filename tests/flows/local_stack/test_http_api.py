@@ -3,24 +3,18 @@
 import base64
 import socket
 import time
-from http.server import BaseHTTPRequestHandler
 
 import pytest
 
 from flows.local_stack.http_api import NotServingError, fetch, request_json
-from tests.builders.http_server import dripped, listening, request_of, response, serving
+from tests.builders.http_server import QuietHandler, dripped, listening, request_of, response, serving
 
 
-class EchoLoginHandler(BaseHTTPRequestHandler):
+class EchoLoginHandler(QuietHandler):
     """Answers with the login that it was sent."""
 
     def do_GET(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(base64.b64decode(self.headers.get("Authorization", "Basic ").removeprefix("Basic ")))
-
-    def log_message(self, *_: object) -> None:
-        pass
+        self.answer(base64.b64decode(self.headers.get("Authorization", "Basic ").removeprefix("Basic ")))
 
 
 def test_a_login_in_the_address_yields_to_another() -> None:

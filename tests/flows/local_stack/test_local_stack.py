@@ -14,7 +14,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,7 +31,7 @@ from flows.local_stack.stack import SERVICES, LocalStack, join_servers, new_iden
 from flows.storage.s3 import Store
 from tests.builders import ROOT, intruder
 from tests.builders.browser import chromium
-from tests.builders.http_server import serving
+from tests.builders.http_server import QuietHandler, serving
 
 COMMAND = (
     "import sys; from flows.local_stack import control; print(control.{}(lambda line: print(line, file=sys.stderr)))"
@@ -447,17 +446,11 @@ async requests => {
 """
 
 
-class Blank(BaseHTTPRequestHandler):
+class Blank(QuietHandler):
     """A page without anything, of an origin that is not the stack's."""
 
     def do_GET(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "text/html")
-        self.end_headers()
-        self.wfile.write(b"<!doctype html><title>x</title>")
-
-    def log_message(self, *arguments: object) -> None:
-        """Say nothing."""
+        self.answer(b"<!doctype html><title>x</title>")
 
 
 @pytest.mark.slow

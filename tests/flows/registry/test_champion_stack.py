@@ -1,23 +1,21 @@
 """Who is champion, on a real stack: the command line, kills at random moments, approval in Prefect, and MLflow."""
 
-import base64
 import json
 import random
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from signal import SIGKILL, SIGTERM, Signals
 from typing import Any
 
-import httpx
 import pytest
 from mlflow.client import MlflowClient
 
 from flows.monitoring.prometheus import LedgerSnapshot, ledger_samples
 from flows.registry.ledger import Ledger
 from tests.builders.champion_settings import QUICK
-from tests.builders.forked import Fork, Forks
+from tests.builders.forked import Forks
+from tests.builders.prefect_api import Prefect
 from tests.builders.workspace import PARAMS, Workspace, objects, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -205,39 +203,7 @@ def test_a_deleted_champion_stops_work_early_and_can_be_replaced(workspace: Work
     workspace.json("train", *other)
 
 
-class Prefect:
-    """The workspace's Prefect server, as its UI speaks to it."""
-
-    def __init__(self, workspace: Workspace) -> None:
-        secret = base64.b64encode(workspace.variables["PREFECT_API_AUTH_STRING"].encode()).decode()
-        self.client = httpx.Client(
-            base_url=workspace.variables["PREFECT_API_URL"], headers={"Authorization": f"Basic {secret}"}, timeout=60
-        )
-
-    def paused(self, process: Fork | subprocess.Popen[str]) -> dict[str, Any]:
-        """The flow run that waits for input, once there is one."""
-        conditions = {"flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}}}
-        deadline = time.monotonic() + 300
-        while not (flow_runs := self.client.post("/flow_runs/filter", json=conditions).json()):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
-        [run] = flow_runs
-        return dict(run)
-
-    def answer(self, run: dict[str, Any], **fields: object) -> httpx.Response:
-        deadline = time.monotonic() + 60
-        while True:
-            response = self.client.post(f"/flow_runs/{run['id']}/resume", json={"run_input": fields})
-            # While its database is busy it asks to come again, as Prefect's own client does.
-            if response.status_code != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
-                return response
-            time.sleep(1)
-
-
-def test_a_person_approves_or_does_not_before_anything_becomes_champion(
-    workspace: Workspace, server: MlflowClient
-) -> None:
+def test_a_person_approves_before_anything_becomes_champion(workspace: Workspace, server: MlflowClient) -> None:
     prefect = Prefect(workspace)
     for model, approved in (("approved", True), ("denied", False)):
         options = ("--set", f"registry.model={model}")
@@ -248,9 +214,9 @@ def test_a_person_approves_or_does_not_before_anything_becomes_champion(
         assert run["name"].startswith("promote-")
         assert aliases(server, model) == {}
         assert "Not yet" in (server.get_model_version(model, "1").description or "")
-        error = prefect.answer(run, approved=approved, by="")
+        error = prefect.resume(run, approved=approved, by="")
         assert error.json()["status"] == "REJECT"
-        assert prefect.answer(run, approved=approved, by="Ada", note="looked at it").is_success
+        assert prefect.resume(run, approved=approved, by="Ada", note="looked at it").is_success
         out, err = process.communicate(timeout=300)
         assert process.returncode == (0 if approved else 3), err[-3000:]
         assert "waits for approval: http" in err
@@ -274,7 +240,7 @@ def test_a_retraining_without_approval_leaves_the_champion(workspace: Workspace,
         run = prefect.paused(process)
         assert run["name"].startswith("promote-")
         assert aliases(server, "retrained") == ({} if version == 1 else {"champion": 1})
-        assert prefect.answer(run, approved=approved, by="Ada", note="looked at it").is_success
+        assert prefect.resume(run, approved=approved, by="Ada", note="looked at it").is_success
         out, err = process.communicate(timeout=300)
         assert process.returncode == (0 if approved else 3), err[-3000:]
         result = json.loads(out)

@@ -29,6 +29,7 @@ from flows.local_stack.server_process import choose_ports
 from flows.registry.pyfunc_model import MAX_TABLE_IMAGES, ServedModel
 from flows.registry.serving import ScoringApp
 from tests.builders.small_models import write_model
+from tests.builders.waiting import wait_until_served
 
 SAMPLING = sampling_config(steps=3, compute_batch=4)
 JSON = {"Content-Type": "application/json"}
@@ -249,15 +250,7 @@ def serving(weights: Path, **variables: str) -> Iterator[tuple[psutil.Process, s
     process = psutil.Popen(command, cwd=weights.parent, env=os.environ | variables, stderr=subprocess.PIPE)
     url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                httpx.get(f"{url}/ping").raise_for_status()
-                break
-            except httpx.TransportError:
-                assert process.poll() is None, process.stderr.read()
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
+        wait_until_served(f"{url}/ping", process)
         yield process, url
     finally:
         if process.poll() is None:

@@ -16,6 +16,7 @@ from flows.registry import model_versions
 from tests.builders.left_behind import MARK, descendants, left_behind, new_process_tag
 from tests.builders.ray_cluster import at_work, two_nodes
 from tests.builders.small_models import write_model
+from tests.builders.waiting import wait_for
 from tests.builders.workspace import Workspace, objects, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -103,11 +104,8 @@ def test_a_batch_ends_the_same_when_a_ray_node_dies(
         patch.setitem(workspace.variables, "RAY_ADDRESS", cluster.address)
         spread = ("--set", "sampling_batch.runner=ray", "--set", "sampling_batch.workers=2")
         job = workspace.start(*ARGUMENTS, "--to", "s3://darkroom/nodes", *spread)
-        deadline = time.monotonic() + 300
-        while not at_work(second):
-            assert job.poll() is None, job.communicate()[1][-3000:]
-            assert time.monotonic() < deadline, "no task came to the second node"
-            time.sleep(0.05)
+        wait_for(lambda: at_work(second) or job.poll() is not None, why=lambda: "no task came to the second node")
+        assert job.poll() is None, job.communicate()[1][-3000:]
         cluster.remove_node(second, allow_graceful=False)
         _, errors = job.communicate(timeout=900)
         assert job.returncode == 0, errors[-3000:]

@@ -1,7 +1,6 @@
 """The studio in a browser: a person logs in, generates, paints a hole and fills it, votes, and rolls back."""
 
 import re
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from flows.sampling import generate_batch
 from flows.storage.s3 import Location, Store
 from tests.builders.browser import chromium, look
 from tests.builders.captioned import needs_encoder
-from tests.builders.http_server import serving
+from tests.builders.http_server import QuietHandler, serving
 from tests.builders.reverse_proxy import proxying
 from tests.builders.sampling_batches import batch
 from tests.builders.shapes import blob
@@ -317,15 +316,9 @@ def test_a_page_of_another_port_reads_and_changes_nothing(name: str, tmp_path: P
     studio = build(Source.from_file(weights, sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)))
     address = launch(studio, PASSWORD)
 
-    class Page(BaseHTTPRequestHandler):
+    class Page(QuietHandler):
         def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html")
-            self.end_headers()
-            self.wfile.write(ATTACK.replace("STUDIO", address).encode())
-
-        def log_message(self, *arguments: object) -> None:
-            pass
+            self.answer(ATTACK.replace("STUDIO", address).encode())
 
     with chromium() as browser, serving(Page) as foreign:
         own = browser.new_context().new_page()

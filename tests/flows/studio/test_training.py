@@ -2,7 +2,6 @@
 
 import shutil
 import stat
-import time
 import zipfile
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -22,6 +21,7 @@ from flows.deployment.retrainings import Retraining, Step, base_of
 from flows.local_stack.server_process import choose_ports
 from tests.builders.browser import chromium, look
 from tests.builders.studio_client import PASSWORD, USER, logged_in, trigger, upload
+from tests.builders.waiting import wait_until_served
 from tests.builders.workspace import PARAMS, Workspace, running
 
 pytest.importorskip("gradio", reason="the studio needs Gradio: pip install 'darkroom-diffusion[ui]'")
@@ -303,15 +303,8 @@ def serve(space: Workspace) -> tuple[Any, str]:
     """Begin the studio as a user does; returns its process and address."""
     [port] = choose_ports(1)
     process, address = space.start("ui", "--port", str(port), "--no-browser"), f"http://127.0.0.1:{port}/"
-    deadline = time.monotonic() + 300
-    while True:
-        try:
-            if httpx.get(address).is_success:
-                return process, address
-        except httpx.HTTPError:
-            assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(1)
+    wait_until_served(address, process)
+    return process, address
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import os
 import struct
 import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from tests.builders import ROOT
 from tests.builders.image_files import noise, png_of_chunks, saved
 from tests.builders.small_models import CONFIG, write_model
 from tests.builders.studio_client import PASSWORD, logged_in, named, peak_memory, trigger, upload
+from tests.builders.waiting import wait_until_served
 
 gr = pytest.importorskip("gradio", reason="the studio needs Gradio: pip install 'darkroom-diffusion[ui]'")
 from flows.studio.app import build, launch  # noqa: E402
@@ -185,13 +185,7 @@ def test_four_bombs_at_once_leave_the_server_small(tmp_path: Path) -> None:
     )
     address = f"http://127.0.0.1:{port}/"
     try:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and server.poll() is None:
-            try:
-                httpx.get(address)
-                break
-            except httpx.TransportError:
-                time.sleep(0.2)
+        wait_until_served(address, server)
         # Under what Pillow refuses by itself (179 million pixels), and above.
         bombs = [png_bomb(13_000), png_bomb(20_000)]
         # The largest that is allowed is decoded, one at a time.
