@@ -12,9 +12,11 @@ from PIL import Image
 
 from flows.deployment.deploy import PACKAGED
 from flows.monitor import DRIFTED
+from tests.builders.prefect_api import Prefect
 from tests.builders.shapes import disc
+from tests.builders.waiting import wait_for
 from tests.builders.workspace import PARAMS, Workspace, running
-from tests.flows.deployment.test_deployments_stack import NEVER, QUICK, Prefect, eventually
+from tests.flows.deployment.test_deployments_stack import NEVER, QUICK
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -76,7 +78,7 @@ def test_shifted_images_start_one_retraining_and_its_version_says_why(workspace:
     output = workspace.json("monitor")
     assert {"images", "images_by_class"} <= {*output["causes"]}
     assert output["alarm"]["number"] == 1
-    [run] = eventually(retrainings)
+    [run] = wait_for(retrainings)
     assert run["parameters"]["alarm"] == 1
     assert run["state_type"] == "SCHEDULED"
     assert workspace.json("monitor")["skipped"] is True

@@ -15,24 +15,15 @@ from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.generation.generate import label_names, sample
 from diffusion.process.samplers import SamplingConfig, sampling_config
 from flows.sampling.sampling_batch import SamplingBatch, chunk_size, encode, part_bytes, part_rows, write_parquet
+from tests.builders import sampling_batches
 from tests.builders.training_runs import run
 
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=8)
 
 
 def batch(conditions: Conditions | None = None, sampling: SamplingConfig = SAMPLING) -> SamplingBatch:
-    return SamplingBatch(
-        model="blobs",
-        version=3,
-        run_id="r",
-        content_digest="c" * 64,
-        weights_sha256="d" * 64,
-        seed=7,
-        count=4,
-        sampling=sampling,
-        fingerprint=fingerprint(sampling.compute_batch, sampling.precision, "auto"),
-        conditions=conditions,
-    )
+    about = fingerprint(sampling.compute_batch, sampling.precision, "auto")
+    return sampling_batches.batch(4, sampling=sampling, fingerprint=about, conditions=conditions, chunk=None)
 
 
 def test_unconditional_batch_name_and_bytes_omit_conditions() -> None:
