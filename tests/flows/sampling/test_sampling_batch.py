@@ -1,7 +1,6 @@
 """Samples say under which conditions they were generated, and what is written suffices to generate them again."""
 
 import io
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -11,11 +10,13 @@ from PIL import Image
 from diffusion.checkpoints import load_model
 from diffusion.common.files import sha256_bytes
 from diffusion.common.fingerprint import fingerprint
+from diffusion.families.model import Model
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.generation.generate import label_names, sample
 from diffusion.process.samplers import SamplingConfig, sampling_config
 from flows.sampling.sampling_batch import SamplingBatch, chunk_size, encode, part_bytes, part_rows, write_parquet
 from tests.builders import sampling_batches
+from tests.builders.small_datasets import ingest_blobs, write_blobs
 from tests.builders.training_runs import run
 
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=8)
@@ -50,14 +51,19 @@ def test_batches_with_different_conditions_have_different_names() -> None:
     assert all(SamplingBatch.model_validate_json(each.json_bytes()) == each for each in batches)
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A model that was trained for a moment, with what autoguidance needs."""
+    folder = tmp_path_factory.mktemp("model")
+    dataset = ingest_blobs(write_blobs(folder / "images"), folder / "data" / "blobs")
+    return load_model(run(dataset, folder / "run").final)
+
+
 @pytest.mark.parametrize(
     ("conditions", "kind"),
     [(None, "guidance"), (None, "autoguidance"), (Conditions(labels=("odd", None, "even")), "guidance")],
 )
-def test_stored_batch_regenerates_images_and_lists_their_conditions(
-    dataset: Path, tmp_path: Path, conditions: Conditions | None, kind: str
-) -> None:
-    model = load_model(run(dataset, tmp_path / "run").final)
+def test_a_stored_batch_regenerates_its_images(model: Model, conditions: Conditions | None, kind: str) -> None:
     planned_batch = batch(conditions, SAMPLING.model_copy(update={kind: 2.0}))
     stored_batch = SamplingBatch.model_validate_json(planned_batch.json_bytes())
     images = sample(
