@@ -17,6 +17,7 @@ from flows.local_stack import seaweedfs
 from flows.local_stack.server_process import choose_ports
 from flows.local_stack.stack import new_identity
 from flows.storage.s3 import Store, client
+from tests.builders.signing_keys import Identity, identity
 from tests.builders.workspace import Workspace
 
 
@@ -139,3 +140,9 @@ def server(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> MlflowClien
         if name.startswith(("MLFLOW_", "AWS_")):
             monkeypatch.setenv(name, value)
     return MlflowClient(workspace.variables["MLFLOW_TRACKING_URI"])
+
+
+@pytest.fixture(scope="session")
+def alice(tmp_path_factory: pytest.TempPathFactory) -> Identity:
+    """A signer whose key and root the tests trust."""
+    return identity(tmp_path_factory.mktemp("keys") / "alice")

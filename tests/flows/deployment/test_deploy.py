@@ -183,11 +183,11 @@ def test_invalid_schedule_is_an_error() -> None:
 def test_a_champion_drifts_if_worse_beyond_chance(now: float, drifted: bool) -> None:
     error = math.hypot(0.001, 0.0012)
     assert drifted == (now - 0.010 > 3 * error)
-    ours, theirs = {"kid_x": now, "kid_se_x": 0.001}, {"kid_x": 0.010, "kid_se_x": 0.0012}
-    words, drift = compare_kid("x", ours, theirs)
+    latest, promoted = {"kid_x": now, "kid_se_x": 0.001}, {"kid_x": 0.010, "kid_se_x": 0.0012}
+    words, drift = compare_kid("x", latest, promoted)
     assert drift == drifted
     assert f"kid_x {now:.4g} ± 0.001, 0.01 ± 0.0012 at promotion" in words
-    assert compare_kid("x", ours, {})[1] is False
+    assert compare_kid("x", latest, {})[1] is False
 
 
 def test_the_monitor_names_tests_classes_and_figures_of_drift() -> None:

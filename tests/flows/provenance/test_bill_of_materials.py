@@ -113,9 +113,9 @@ def test_the_command_line_signs_an_export_and_verifies_it_offline(
         return int(str(exit_info.value.code)), *capsys.readouterr()
 
     write_model(tmp_path / "final.safetensors", seed=0, images=64)
-    ours = identity(tmp_path / "ours", passphrase="open sesame")
+    alice = identity(tmp_path / "alice", passphrase="open sesame")
     words = ("model", "export", "--to", "diffusers", "--model", "final.safetensors", "--out", "ex/blobs", "--json")
-    monkeypatch.setenv("DARKROOM_SIGNING_KEY", str(ours.key))
+    monkeypatch.setenv("DARKROOM_SIGNING_KEY", str(alice.key))
     assert run(*words, "--sign")[0] == 2
     assert not (tmp_path / "ex").exists()
     monkeypatch.setenv("DARKROOM_SIGNING_KEY_PASSPHRASE", "open sesame")
@@ -129,7 +129,7 @@ def test_the_command_line_signs_an_export_and_verifies_it_offline(
         "blobs.sig",
     ]
     valid(tmp_path / "ex" / "blobs.cdx.json")
-    code, out, errors = run("verify", "ex/blobs", "--key", str(ours.public), "--json")
+    code, out, errors = run("verify", "ex/blobs", "--key", str(alice.public), "--json")
     assert code == 0, errors
     about = json.loads(out)
     assert (about["verified"], about["trusted"]) == (True, True)
@@ -137,18 +137,18 @@ def test_the_command_line_signs_an_export_and_verifies_it_offline(
     bom = tmp_path / "ex" / "blobs.cdx.json"
     whole = bom.read_text()
     bom.write_text(whole.replace("machine-learning-model", "machine-learning-models"))
-    code, out, errors = run("verify", "ex/blobs", "--key", str(ours.public))
+    code, out, errors = run("verify", "ex/blobs", "--key", str(alice.public))
     assert (code, "bill of materials" in errors) == (3, True), errors
     assert [line.split()[0] for line in out.splitlines()] == ["verified", "FAILED"]
     # Signed as well, and of another export.
     digest = next(each for each in json.loads(whole)["components"] if each["type"] == "file")["hashes"][0]["content"]
     bom.write_text(whole.replace(digest, "0" * 64))
-    ours.signer(certified=False).sign(bom, signature_path(bom))
-    code, out, errors = run("verify", "ex/blobs", "--key", str(ours.public))
+    alice.signer(certified=False).sign(bom, signature_path(bom))
+    code, out, errors = run("verify", "ex/blobs", "--key", str(alice.public))
     assert (code, "was altered" in errors) == (3, True), errors
     bom.unlink()
-    assert run("verify", "ex/blobs", "--key", str(ours.public))[0] == 3
+    assert run("verify", "ex/blobs", "--key", str(alice.public))[0] == 3
     bom.write_text(whole)
     (tmp_path / "ex" / "blobs.sig").unlink()
-    for arguments, code in ((("ex/blobs", "--key", str(ours.public)), 3), (("ex/blobs",), 2), (("none",), 2)):
+    for arguments, code in ((("ex/blobs", "--key", str(alice.public)), 3), (("ex/blobs",), 2), (("none",), 2)):
         assert run("verify", *arguments)[0] == code, arguments

@@ -214,6 +214,6 @@ def test_a_pipeline_of_the_hub_equals_its_folder(hub: Hub, tmp_path: Path) -> No
     assert there.source == f"hf://someone/painter@{commit}"
     assert (there.origin.licence, here.origin.licence) == ("openrail", "openrail")
     assert there.origin.files == here.origin.files
-    theirs, ours = load_file(there.file), load_file(here.file)
-    assert theirs.keys() == ours.keys()
-    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+    remote, local = load_file(there.file), load_file(here.file)
+    assert remote.keys() == local.keys()
+    assert all(torch.equal(remote[name], local[name]) for name in local)

@@ -167,8 +167,8 @@ def test_a_version_is_served_with_its_requirements_and_code(
     assert process.returncode == 0, process.stderr[-3000:]
     *lines, last = process.stdout.splitlines()
     assert {"seed long 0", "count long 1", "steps long None", "guidance double None", "prompt string None"} <= {*lines}
-    ours = diffusion.load(weights, compute_batch=4)
-    images = ours.generate(count=2, seed=3, steps=4) + ours.interpolate(3, 4, 3, steps=4)
+    local = diffusion.load(weights, compute_batch=4)
+    images = local.generate(count=2, seed=3, steps=4) + local.interpolate(3, 4, 3, steps=4)
     assert last.split(" ", 5)[5].split() == [hashlib.sha256(png_bytes(image)).hexdigest() for image in images]
 
 

@@ -257,12 +257,12 @@ def test_a_version_that_only_the_ledger_names_keeps_its_run(mlflow: MlflowClient
 
 
 def test_gc_ignores_foreign_and_manually_deleted_runs(mlflow: MlflowClient, place: Place) -> None:
-    theirs = str(mlflow.create_run(mlflow.create_experiment("other")).info.run_id)
+    foreign = str(mlflow.create_run(mlflow.create_experiment("other")).info.run_id)
     mine = training(mlflow, "a")
     mlflow.delete_run(mine)
     for _ in range(2):
         assert actions(collected(1000)) == {f"runs:/{mine}": "keep"}
-    assert mlflow.get_run(theirs).info.lifecycle_stage == "active"
+    assert mlflow.get_run(foreign).info.lifecycle_stage == "active"
     assert mlflow.list_artifacts(mine)
 
 

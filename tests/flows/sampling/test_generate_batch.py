@@ -265,10 +265,10 @@ def test_request_table_sets_conditions_of_each_image(store: Store, bucket: str, 
     generate_batch.begin(store, batch(21, requests=table.about), by_table, table)
     generate_all(store, batch(21, requests=table.about), by_table, weights, table)
     generate_all(store, batch(21, conditions=Conditions(labels=tuple(labels))), by_list, weights)
-    ours, theirs = rows_of(stored_files(store, by_table)), rows_of(stored_files(store, by_list))
-    assert [row["label"] for row in ours] == labels
+    of_table, of_list = rows_of(stored_files(store, by_table)), rows_of(stored_files(store, by_list))
+    assert [row["label"] for row in of_table] == labels
     # The last compute batch is filled up with other neighbours, which no image sees.
-    assert [row["pixels_sha256"] for row in ours] == [row["pixels_sha256"] for row in theirs]
+    assert [row["pixels_sha256"] for row in of_table] == [row["pixels_sha256"] for row in of_list]
 
 
 def test_location_of_another_batch_is_not_overwritten(store: Store, bucket: str, tmp_path: Path) -> None:

@@ -177,11 +177,11 @@ def test_a_download_carries_the_lineage_of_images_on_s3(source: Source, tmp_path
         image = Image.open(io.BytesIO(png))
         return {name: str(text) for name, text in image.info.items() if name.startswith(("darkroom:", "XML"))}
 
-    mine, theirs = texts(path.read_bytes()), texts(on_s3)
-    assert mine.keys() == theirs.keys() | {"darkroom:task"}
-    assert mine["darkroom:label"] == theirs["darkroom:label"] == "odd"
-    assert mine["darkroom:model"] == "models:/blobs/3"
-    assert (mine["darkroom:seed"], mine["darkroom:index"]) == ("7", "0")
+    local, stored = texts(path.read_bytes()), texts(on_s3)
+    assert local.keys() == stored.keys() | {"darkroom:task"}
+    assert local["darkroom:label"] == stored["darkroom:label"] == "odd"
+    assert local["darkroom:model"] == "models:/blobs/3"
+    assert (local["darkroom:seed"], local["darkroom:index"]) == ("7", "0")
     assert path.name == "blobs-3-seed7-0.png"
 
 
