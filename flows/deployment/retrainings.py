@@ -33,7 +33,7 @@ STARTED_HERE = "studio"
 
 
 @dataclass(frozen=True)
-class Step:
+class RetrainingStep:
     """A step of a retraining, which is a flow run of its own."""
 
     name: str
@@ -157,7 +157,7 @@ def list_retrainings() -> list[Retraining]:
     return retrainings
 
 
-def read_retraining(run_id: UUID) -> tuple[Retraining, list[Step], str]:
+def read_retraining(run_id: UUID) -> tuple[Retraining, list[RetrainingStep], str]:
     """Read a retraining with its steps so far, and its newest line of progress, which may be empty."""
     with prefect_client() as client:
         # By a list, which is limited to those that work here.
@@ -174,7 +174,7 @@ def read_retraining(run_id: UUID) -> tuple[Retraining, list[Step], str]:
         )
         line = _progress_line(client, [each.id for each in children if each.state and not each.state.is_final()])
     steps = [
-        Step(
+        RetrainingStep(
             each.name.partition("-")[0], each.state_name or "", each.estimated_run_time.total_seconds(), _page(each.id)
         )
         for each in children

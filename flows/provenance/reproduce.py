@@ -36,8 +36,8 @@ from flows.registry.takedown_marks import warn_of_takedown
 from flows.sampling import sampling_batch
 from flows.sampling.generate_batch import fetch_table, select_conditions
 from flows.sampling.lookup import (
+    ImageOrigin,
     LocatedImage,
-    Origin,
     SampleLocation,
     find,
     pixels_sha256,
@@ -178,7 +178,7 @@ def reproduce(address: str, count: int | None = None, out: Path | None = None, i
 
 
 def _require_batch(address: str, location: SampleLocation) -> tuple[SamplingBatch, Location]:
-    if isinstance(location.origin, Origin) and location.origin.task is not None:
+    if isinstance(location.origin, ImageOrigin) and location.origin.task is not None:
         raise UserError(
             f"{address} was made on request ({location.origin.task}), not sampled in a batch: the same command makes "
             "it again, and request.json beside it says with what"

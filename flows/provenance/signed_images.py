@@ -100,7 +100,7 @@ class UnsignedImage:
     read: Callable[[], bytes]
 
 
-class Place(Protocol):
+class CopyStore(Protocol):
     """Folder or prefix on S3 of files that are written once."""
 
     def get(self, name: str) -> bytes | None:
@@ -114,7 +114,7 @@ class Place(Protocol):
 
 
 @dataclass(frozen=True)
-class Folder:
+class LocalFolder:
     """Folder of this machine."""
 
     path: Path
@@ -163,7 +163,7 @@ class Folder:
 
 
 @dataclass(frozen=True)
-class Prefix:
+class S3Prefix:
     """Prefix on S3."""
 
     place: Location
@@ -190,9 +190,9 @@ class Prefix:
         return str(self.place)
 
 
-def parse_place(address: str) -> Folder | Prefix:
+def parse_place(address: str) -> LocalFolder | S3Prefix:
     """Folder or prefix that ``address`` names."""
-    return Prefix(Location.parse(address), Store()) if address.startswith("s3://") else Folder(Path(address))
+    return S3Prefix(Location.parse(address), Store()) if address.startswith("s3://") else LocalFolder(Path(address))
 
 
 def sign_images(
@@ -251,22 +251,26 @@ def sign_images(
         target.put(SUCCESS_SIGNATURE, key.sign_bytes(success))
     if target.put(SUCCESS, success) != success:
         raise ConflictError(f"{target} was altered: its {SUCCESS} names other records than there are")
-    if isinstance(target, Folder):
+    if isinstance(target, LocalFolder):
         # Left by a killed process; they would count as files that are not signed.
         remove_partials(target.path)
     return SignedImages(out=str(target), images=image_count, signed=signed_count, signer=signing.signer)
 
 
-def _require_place_for_copies(target: Folder | Prefix, source: "_Batch | _Request") -> None:
-    if isinstance(target, Folder) and isinstance(source, _Request) and target.path.resolve() == source.folder.resolve():
+def _require_place_for_copies(target: LocalFolder | S3Prefix, source: "_Batch | _Request") -> None:
+    if (
+        isinstance(target, LocalFolder)
+        and isinstance(source, _Request)
+        and target.path.resolve() == source.folder.resolve()
+    ):
         raise UserError(f"{target} holds the images themselves, which stay as they are: give --out another folder")
-    if isinstance(target, Prefix):
+    if isinstance(target, S3Prefix):
         if f"{target}/".startswith(f"{source.place}/"):
             raise UserError(f"{target} lies inside of the batch, which stays as it is: give --out another place")
         target.store.require_conditional_puts(target.place.bucket, target.place.prefix)
 
 
-def _sign(target: Place, signer: ImageSigner, parent: bytes | None, image: UnsignedImage) -> tuple[SignedRow, bool]:
+def _sign(target: CopyStore, signer: ImageSigner, parent: bytes | None, image: UnsignedImage) -> tuple[SignedRow, bool]:
     """Sign an image unless its copy is there; also returns whether it was signed now."""
     copy, is_new = target.get(image.name), False
     if copy is None:

@@ -28,7 +28,7 @@ from flows.registry.aliases import none_if_missing
 from flows.registry.model_versions import CODE, WEIGHTS
 from flows.registry.takedown_marks import TAKEDOWN, parse_takedown_names
 from flows.sampling.consistency import find_disagreements
-from flows.sampling.lookup import LocatedImage, Origin, SampleLocation, find
+from flows.sampling.lookup import ImageOrigin, LocatedImage, SampleLocation, find
 from flows.sampling.sampling_batch import SUCCESS, SamplingBatch
 from flows.storage.s3 import DELETED, Location, Store
 from flows.storage.tags import Tags, parse_tags
@@ -159,7 +159,7 @@ class _Walk:
         image = location.image and self.image(location, location.image)
         if batch is not None and place is not None:
             self.broken += find_disagreements(self.store, batch, place, image.index if image else None)
-        elif not isinstance(origin, Origin) or origin.task is None:
+        elif not isinstance(origin, ImageOrigin) or origin.task is None:
             self.broken.append(f"no batch of {location.where} is to be found beside it, or at the usual place")
         elif location.request is None:
             self.broken.append(f"{location.where} was made on request, and no {ABOUT} beside it says of what")

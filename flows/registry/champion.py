@@ -10,7 +10,7 @@ from flows.deployment.tasks import retryable_task
 from flows.environment import settings
 from flows.registry import model_versions
 from flows.registry.aliases import CHAMPION, append, list_aliases, project, read_record, read_verified_history
-from flows.registry.ledger import Evidence, History, Ledger, LedgerEntry, What
+from flows.registry.ledger import Evidence, History, Ledger, LedgerEntry, LedgerEvent
 from flows.registry.model_versions import WEIGHTS, Version, registered_version
 from flows.registry.takedown_marks import TAKEDOWN, describe_takedowns, reload_with_takedowns
 
@@ -122,7 +122,7 @@ def _commit(
     client: MlflowClient,
     ledger: Ledger,
     base_history: History,
-    event: What,
+    event: LedgerEvent,
     version: Version,
     reason: str | None,
     evidence: Evidence | None = None,

@@ -47,7 +47,7 @@ NEWEST = "darkroom.ledger.newest"
 """Tag of a registered model in MLflow: number and SHA-256 of the newest entry, and where its ledger lies."""
 NEWEST_TEXT = re.compile(r"([0-9]{8}) sha256 ([0-9a-f]{64}) in (s3://\S+)")
 GateWord = Literal["promote", "hold", "reject"]
-What = Literal["promote", "hold", "reject", "rollback"]
+LedgerEvent = Literal["promote", "hold", "reject", "rollback"]
 Number = Annotated[int, Field(ge=1)]
 
 
@@ -86,7 +86,7 @@ class LedgerEntry(Config):
     format_version: Literal[2] = 2
     model: str
     number: Number
-    what: What
+    what: LedgerEvent
     by_hand: bool
     """Whether it is a manual override and not the gate's decision."""
     who: str
@@ -178,7 +178,7 @@ class AliasState:
         previous, champion = (None, None, *self.champions)[-2:]
         return AliasNumbers(champion=champion, previous=previous, candidate=self.candidate)
 
-    def apply_change(self, what: What, version: int) -> "AliasState":
+    def apply_change(self, what: LedgerEvent, version: int) -> "AliasState":
         """State after ``what`` was done to ``version``; raises UserError for a rollback past the previous champion."""
         champions = self.champions
         if what == "hold":
@@ -242,7 +242,7 @@ class History:
 
     def next_entry(
         self,
-        what: What,
+        what: LedgerEvent,
         version: int,
         weights_sha256: str,
         *,

@@ -54,7 +54,7 @@ SET_ASIDE = "darkroom.set_aside"  # tag of a run that ``darkroom gc`` has marked
 ABANDONED_DAYS = 1.0  # days without a write after which an unfinished file counts as abandoned
 
 
-class Item(Config):
+class SweepItem(Config):
     """Candidate for deletion."""
 
     kind: str
@@ -69,7 +69,7 @@ class Item(Config):
 class Sweep:
     """Items of one kind, with the function that applies each item's action if it still holds, and can be repeated."""
 
-    items: list[Item]
+    items: list[SweepItem]
     act: Callable[[], None]
 
 
@@ -84,7 +84,7 @@ def format_age(moment: datetime, now: datetime) -> str:
     return f"{days:.0f} days old" if days >= 2 else f"{days * 24:.0f} hours old"
 
 
-def format_items(items: Iterable[Item]) -> Iterator[str]:
+def format_items(items: Iterable[SweepItem]) -> Iterator[str]:
     """Yield lines of a table: each item that goes or is set aside, and counts of those that stay by reason."""
     sorted_items = sorted(items, key=lambda item: (ACTIONS.index(item.action), item.kind, item.name))
     rows = [("action", "what", "size", "name", "why")]
@@ -177,7 +177,9 @@ class SamplingBatches:
             own_uploads = [upload for upload in uploads if not upload["Key"].startswith("mlflow/")]
         old_uploads = [upload for upload in own_uploads if is_older(upload["Initiated"], days, self.now)]
         items = [
-            Item(kind="sampling batches", name=str(batch.place), bytes=batch.bytes, action=batch.action, why=batch.why)
+            SweepItem(
+                kind="sampling batches", name=str(batch.place), bytes=batch.bytes, action=batch.action, why=batch.why
+            )
             for batch in self.batches
         ]
         for upload in own_uploads:
@@ -185,7 +187,7 @@ class SamplingBatches:
             if upload in old_uploads:
                 action = "delete", f"{format_age(upload['Initiated'], self.now)}, without an end"
             name = f"s3://{self.bucket}/{upload['Key']}"
-            items.append(Item(kind="unfinished uploads", name=name, bytes=None, action=action[0], why=action[1]))
+            items.append(SweepItem(kind="unfinished uploads", name=name, bytes=None, action=action[0], why=action[1]))
 
         def act() -> None:
             for batch in self.batches:
@@ -336,7 +338,7 @@ class Runs:
         for run in self.runs:
             run_id, (action, reason) = run.info.run_id, self.actions[run.info.run_id]
             if action != "delete" or run_id in self._models or self.client.list_artifacts(run_id):
-                items.append(Item(kind="runs", name=f"runs:/{run_id}", bytes=None, action=action, why=reason))
+                items.append(SweepItem(kind="runs", name=f"runs:/{run_id}", bytes=None, action=action, why=reason))
         return Sweep(items, self._act)
 
     def _act(self) -> None:
@@ -409,13 +411,15 @@ def sweep_local_files(
     ``models`` is the folder of fetched weights, ``train_keys`` holds the train keys of runs that go in MLflow, and
     ``weights`` the SHA-256 of the weights of registered versions, which running jobs may be reading.
     """
-    items: list[Item] = []
+    items: list[SweepItem] = []
 
     def add(
         kind: str, path: Path, last_use: datetime, size: int, is_stale: bool, stale_reason: str, keep_reason: str
     ) -> None:
         text = f"{format_age(last_use, now)}, {stale_reason}" if is_stale else keep_reason
-        items.append(Item(kind=kind, name=str(path), bytes=size, action="delete" if is_stale else "keep", why=text))
+        items.append(
+            SweepItem(kind=kind, name=str(path), bytes=size, action="delete" if is_stale else "keep", why=text)
+        )
 
     for final in sorted(Path("runs").glob("**/final.safetensors")):
         files = [path for path in final.parent.rglob("*") if path.is_file()]

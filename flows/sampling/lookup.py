@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 NUMBERED = re.compile(r"([0-9]{8})\.png")
 
 
-class Origin(Config):
+class ImageOrigin(Config):
     """Provenance of an image, as recorded in the metadata of its PNG."""
 
     model: PlainName
@@ -37,7 +37,7 @@ class Origin(Config):
     run_id: RunId
     content_digest: Sha256
     seed: sampling_batch.Seed
-    index: sampling_batch.Index
+    index: sampling_batch.ImageIndex
     task: Annotated[str, Field(max_length=100)] | None = None
     """Task of an image made on request; None for an image of a sampling batch."""
 
@@ -47,7 +47,7 @@ class LocatedImage:
     """A generated image with its provenance."""
 
     png: bytes
-    origin: Origin | None
+    origin: ImageOrigin | None
     index: int
     row: Row | None
 
@@ -72,11 +72,11 @@ class SampleLocation:
     place: Location | None
     request: RequestRecord | None = None
     """Content of ``request.json`` beside an image made on request."""
-    grid_origin: Origin | None = None
+    grid_origin: ImageOrigin | None = None
     """What the grid of a request says of itself."""
 
     @property
-    def origin(self) -> SamplingBatch | Origin:
+    def origin(self) -> SamplingBatch | ImageOrigin:
         """Model version, run and data set, from the batch or else from the image itself."""
         origin = self.batch or (self.image and self.image.origin) or self.grid_origin
         # ``find`` rejects images that have neither.
@@ -178,7 +178,7 @@ def _locate_copy(address: str, png: bytes, store: Store, bucket: str) -> SampleL
     return SampleLocation(address, LocatedImage(png, origin, index, None), None, None)
 
 
-def _locate_requested(address: str, png: bytes, origin: Origin) -> SampleLocation:
+def _locate_requested(address: str, png: bytes, origin: ImageOrigin) -> SampleLocation:
     request_path = Path(address).with_name(ABOUT)
     try:
         request = RequestRecord.model_validate_json(request_path.read_bytes()) if request_path.is_file() else None
@@ -191,7 +191,7 @@ def _locate_requested(address: str, png: bytes, origin: Origin) -> SampleLocatio
     return SampleLocation(address, LocatedImage(png, origin, origin.index, row), None, None, request)
 
 
-def _find_batches(origin: Origin, store: Store, bucket: str) -> Iterator[tuple[SamplingBatch, Location]]:
+def _find_batches(origin: ImageOrigin, store: Store, bucket: str) -> Iterator[tuple[SamplingBatch, Location]]:
     place = Location(bucket) / "samples" / origin.model / str(origin.version)
     for key in store.list_keys(place.bucket, place.key("")):
         folder, _, name = key.rpartition("/")
@@ -229,11 +229,11 @@ def _read_texts(png: bytes) -> dict[str, str]:
     return {name.removeprefix("darkroom:"): str(text) for name, text in texts.items() if name.startswith("darkroom:")}
 
 
-def _read_origin(png: bytes) -> Origin | None:
+def _read_origin(png: bytes) -> ImageOrigin | None:
     texts = _read_texts(png)
     try:
         texts["model"], texts["version"] = parse_model_uri(texts["model"])
-        return Origin.model_validate({name: texts[name] for name in Origin.model_fields if name in texts})
+        return ImageOrigin.model_validate({name: texts[name] for name in ImageOrigin.model_fields if name in texts})
     # Malformed numbers and names are rejected before any server is queried.
     except (KeyError, ValueError, UserError):
         return None

@@ -45,7 +45,7 @@ MAX_BATCH_BYTES, MAX_PART_BYTES, MAX_IMAGE_BYTES = 64 * 2**20, 512 * 2**20, 64 *
 """Maximum sizes in bytes of ``batch.json``, of a part of the manifest and of an image."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Index = Annotated[int, Field(ge=0, lt=MAX_BATCH_IMAGES)]
+ImageIndex = Annotated[int, Field(ge=0, lt=MAX_BATCH_IMAGES)]
 
 
 class SamplingBatch(Config):
@@ -141,7 +141,7 @@ class ManifestRow(Config):
     """Row of the manifest: an image, its provenance and its conditions."""
 
     key: Annotated[str, Field(max_length=100)]
-    index: Index
+    index: ImageIndex
     seed: Seed
     model: PlainName
     version: VersionNumber

@@ -37,7 +37,7 @@ from flows.studio.errors import show_errors
 from flows.studio.generation import condition_controls, controls_key
 from flows.studio.results import BAR, ONE_AT_A_TIME, GalleryItem, pixels_class
 from flows.studio.server import new_token, require_token
-from flows.studio.source import Source, make_progress_callback
+from flows.studio.source import StudioSource, make_progress_callback
 
 logger = logging.getLogger(__name__)
 
@@ -109,20 +109,20 @@ class Ballot:
 
 
 @lru_cache(maxsize=4)
-def load_version(uri: str, sampling: SamplingConfig) -> Source:
+def load_version(uri: str, sampling: SamplingConfig) -> StudioSource:
     """Load a registered version, models:/NAME/NUMBER, which never changes."""
     version = model_versions.resolve(MlflowClient(), uri)
     model = load_model(model_versions.cached_weights(version))
     origin = {"model": version.uri, "run_id": version.run_id, "content_digest": model.header.content_digest}
-    return Source(model, version.uri, origin, sampling)
+    return StudioSource(model, version.uri, origin, sampling)
 
 
-def load_uri(uri: str, sampling: SamplingConfig) -> Source:
+def load_uri(uri: str, sampling: SamplingConfig) -> StudioSource:
     """Load the version that ``uri``, also of an alias, names now."""
     return load_version(model_versions.resolve(MlflowClient(), uri).uri, sampling)
 
 
-def follow(source: Source, uri: str) -> Source:
+def follow(source: StudioSource, uri: str) -> StudioSource:
     """Load the version that ``uri`` names now, for a page made for ``source``.
 
     Raises ConflictError if it needs other controls than these.
@@ -149,7 +149,7 @@ def has_champion(model: str) -> bool:
 
 
 def generate_pairs(
-    sources: Mapping[str, Source],
+    sources: Mapping[str, StudioSource],
     seed: int,
     count: int,
     conditions: Mapping[str, str],
@@ -199,7 +199,9 @@ def open_ballot(
     return Ballot(session, sources["candidate"].origin["run_id"], images)
 
 
-def _sources(model: str, champion: int | None, candidate: int | None, sampling: SamplingConfig) -> dict[str, Source]:
+def _sources(
+    model: str, champion: int | None, candidate: int | None, sampling: SamplingConfig
+) -> dict[str, StudioSource]:
     if champion is None or candidate is None or champion == candidate:
         raise UserError("choose two different versions to compare")
     return {
@@ -254,7 +256,7 @@ class _Form:
     The conditions are those that ``source``, one of the versions, knows.
     """
 
-    def __init__(self, model: str, source: Source) -> None:
+    def __init__(self, model: str, source: StudioSource) -> None:
         self.model, self.source = model, source
         self.alone = gr.HTML(visible=False)
         with gr.Row(visible=False) as self.choice:
@@ -310,7 +312,7 @@ class _Form:
         return {name: values[control] for name, control in self.controls.items()}
 
 
-def tab(model: str, source: Source) -> None:
+def tab(model: str, source: StudioSource) -> None:
     """Add the tab for versions of ``model``, with the conditions that ``source``, one of them, knows."""
     style: dict[str, Any] = {"format": "png", "elem_classes": [pixels_class(source), "tight"], "buttons": []}
     galleries = list[Any]()

@@ -23,7 +23,7 @@ from flows.monitoring.prometheus import (
     last_success_samples,
     training_samples,
 )
-from flows.registry.ledger import Evidence, History, What
+from flows.registry.ledger import Evidence, History, LedgerEvent
 from flows.storage.s3 import Store
 from flows.tracking.runs import training_metric
 from tests.builders.http_server import serving
@@ -184,7 +184,7 @@ def test_training_without_logged_metrics_exports_none() -> None:
 
 def test_champion_figures_are_those_of_the_newest_verdict_on_it() -> None:
     history = History("faces")
-    moves: list[tuple[What, int, float | None]] = [("promote", 1, 0.3), ("promote", 2, 0.2), ("reject", 3, 0.9)]
+    moves: list[tuple[LedgerEvent, int, float | None]] = [("promote", 1, 0.3), ("promote", 2, 0.2), ("reject", 3, 0.9)]
     moves += [("rollback", 1, None)]
     for what, version, kid in moves:
         figures = {} if kid is None else {"kid_efflite0": kid, "champion_kid_efflite0": 0.5}

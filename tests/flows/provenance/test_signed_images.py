@@ -18,7 +18,7 @@ from diffusion.common.errors import ConflictError, UserError
 from diffusion.generation.config import Conditions
 from flows.cli import main
 from flows.provenance import signed_images
-from flows.provenance.signed_images import Folder, sign_images
+from flows.provenance.signed_images import LocalFolder, sign_images
 from flows.provenance.verify import verify
 from flows.sampling import generate_batch
 from flows.sampling.sampling_batch import SamplingBatch
@@ -216,15 +216,15 @@ def test_a_stopped_process_is_continued_and_signs_no_image_twice(
 ) -> None:
     monkeypatch.setattr(signed_images, "AT_ONCE", 1)
     source, out = requested(tmp_path / "images"), tmp_path / "signed"
-    put, left, copies = Folder.put, [0], dict[str, bytes]()
+    put, left, copies = LocalFolder.put, [0], dict[str, bytes]()
 
-    def stopping(self: Folder, name: str, data: bytes) -> bytes:
+    def stopping(self: LocalFolder, name: str, data: bytes) -> bytes:
         if left[0] == 0:
             raise Stopped
         left[0] -= 1
         return put(self, name, data)
 
-    monkeypatch.setattr(Folder, "put", stopping)
+    monkeypatch.setattr(LocalFolder, "put", stopping)
     for _ in range(5):
         left[0] = 2
         with pytest.raises(Stopped):

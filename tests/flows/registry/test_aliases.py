@@ -15,7 +15,7 @@ from diffusion.common.errors import ConflictError, UserError
 from flows.promote import GateResult, next_entry
 from flows.registry import champion
 from flows.registry.aliases import append, list_aliases, project, read_verified_history, restore
-from flows.registry.ledger import Approval, Evidence, History, Ledger, LedgerEntry, What
+from flows.registry.ledger import Approval, Evidence, History, Ledger, LedgerEntry, LedgerEvent
 from flows.registry.model_versions import Version, resolve
 from flows.retention.sweeps import find_references
 from tests.builders.model_versions import CrashingClient, Killed, add_version
@@ -48,7 +48,7 @@ class Registry:
     def newest_record(self) -> str:
         return str(self.client.get_registered_model(self.model).tags["darkroom.ledger.newest"])
 
-    def add(self, what: What, number: int, evidence: Evidence) -> LedgerEntry:
+    def add(self, what: LedgerEvent, number: int, evidence: Evidence) -> LedgerEntry:
         version = self.versions[number]
         history = self.ledger.append(
             lambda history: history.next_entry(what, number, version.weights_sha256, evidence=evidence)

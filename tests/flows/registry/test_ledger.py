@@ -20,7 +20,7 @@ from flows.registry.ledger import (
     Known,
     Ledger,
     LedgerEntry,
-    What,
+    LedgerEvent,
 )
 from flows.storage.s3 import Location, Object, Store
 
@@ -37,7 +37,7 @@ def weights_of(version: int) -> str:
     return hashlib.sha256(str(version).encode()).hexdigest()
 
 
-def add(ledger: Ledger, what: What, version: int, **fields: object) -> LedgerEntry:
+def add(ledger: Ledger, what: LedgerEvent, version: int, **fields: object) -> LedgerEntry:
     def decide(history: History) -> LedgerEntry:
         return history.next_entry(what, version, weights_of(version), **fields)  # type: ignore[arg-type]
 
@@ -303,7 +303,7 @@ def test_candidate_is_the_last_held_undecided_version() -> None:
     assert aliases.apply_change("hold", 4).alias_numbers.candidate == 4
 
 
-def chain(*moves: tuple[What, int, dict[str, object]]) -> History:
+def chain(*moves: tuple[LedgerEvent, int, dict[str, object]]) -> History:
     history = History("faces")
     for what, version, fields in moves:
         entry = history.next_entry(what, version, weights_of(version), **fields)  # type: ignore[arg-type]
@@ -312,9 +312,9 @@ def chain(*moves: tuple[What, int, dict[str, object]]) -> History:
 
 
 def test_rolled_back_version_is_withheld_until_manually_promoted() -> None:
-    up: list[tuple[What, int, dict[str, object]]] = [("promote", 1, {}), ("promote", 2, {})]
-    back: tuple[What, int, dict[str, object]] = ("rollback", 1, {"by_hand": True, "reason": "three eyes"})
-    hold: tuple[What, int, dict[str, object]] = ("hold", 2, {"evidence": HOLD})
+    up: list[tuple[LedgerEvent, int, dict[str, object]]] = [("promote", 1, {}), ("promote", 2, {})]
+    back: tuple[LedgerEvent, int, dict[str, object]] = ("rollback", 1, {"by_hand": True, "reason": "three eyes"})
+    hold: tuple[LedgerEvent, int, dict[str, object]] = ("hold", 2, {"evidence": HOLD})
     assert chain(*up).manual_demotion(2) is None
     assert chain(*up).manual_demotion(1) is None
     assert chain(*up, back).manual_demotion(2) is not None

@@ -27,7 +27,7 @@ pytest.importorskip("gradio", reason="the studio needs Gradio: pip install 'dark
 from flows.studio.app import USER, build, launch
 from flows.studio.comparison import VOTES, load_version
 from flows.studio.ledger import read_history
-from flows.studio.source import Source
+from flows.studio.source import StudioSource
 
 PASSWORD = "test-secret"
 
@@ -108,7 +108,7 @@ def choose(page: Page, label: str, name: str) -> None:
 @pytest.mark.parametrize("width", [pytest.param(1280, marks=pytest.mark.long), 390])
 def test_a_person_generates_and_inpaints(width: int, tmp_path: Path) -> None:
     weights = write_model(tmp_path / "blobs.safetensors", 1, 0, size=16, classes={"even": 3, "odd": 1})
-    studio = build(Source.from_file(weights, sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)))
+    studio = build(StudioSource.from_file(weights, sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)))
     address = launch(studio, PASSWORD)
     hosts = set[str]()
     with chromium() as browser:
@@ -239,7 +239,7 @@ def use_the_results(page: Page, folder: Path) -> None:
 def test_progress_has_step_rate_and_time_and_a_person_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flows.studio.source.MAX_EXAMPLE_SECONDS", 0.1)  # in so many steps they take longer
     weights = write_model(tmp_path / "blobs.safetensors", 1, 0, size=16)
-    studio = build(Source.from_file(weights, sampling_config(sampler="dpmpp_2m", steps=10_000, compute_batch=64)))
+    studio = build(StudioSource.from_file(weights, sampling_config(sampler="dpmpp_2m", steps=10_000, compute_batch=64)))
     address = launch(studio, PASSWORD)
     with chromium() as browser:
         page = browser.new_page(viewport={"width": 390, "height": 900})
@@ -313,7 +313,7 @@ const ask = (path, options = {}) => fetch(studio + path, {credentials: "include"
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
 def test_a_page_of_another_port_reads_and_changes_nothing(name: str, tmp_path: Path) -> None:
     weights = write_model(tmp_path / "blobs.safetensors", 1, 0, size=16, classes={"even": 3, "odd": 1})
-    studio = build(Source.from_file(weights, sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)))
+    studio = build(StudioSource.from_file(weights, sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)))
     address = launch(studio, PASSWORD)
 
     class Page(QuietHandler):
@@ -359,7 +359,7 @@ def test_a_page_of_another_port_reads_and_changes_nothing(name: str, tmp_path: P
 @pytest.mark.slow
 def test_a_person_generates_behind_a_reverse_proxy(tmp_path: Path) -> None:
     weights = write_model(tmp_path / "blobs.safetensors", 1, 0, size=16, classes={"even": 3, "odd": 1})
-    studio = build(Source.from_file(weights, sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)))
+    studio = build(StudioSource.from_file(weights, sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)))
     [port] = choose_ports(1)
     url = f"http://127.0.0.1:{port}/darkroom"
     launch(studio, PASSWORD, url=url)

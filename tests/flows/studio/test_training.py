@@ -17,7 +17,7 @@ from diffusion.common.errors import UserError
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.sources.survey import survey
 from flows.config import Params
-from flows.deployment.retrainings import Retraining, Step, base_of
+from flows.deployment.retrainings import Retraining, RetrainingStep, base_of
 from flows.local_stack.server_process import choose_ports
 from tests.builders.browser import chromium, look
 from tests.builders.studio_client import PASSWORD, USER, logged_in, trigger, upload
@@ -221,14 +221,14 @@ def test_a_run_of_another_retraining_is_not_shown(tmp_path: Path) -> None:
 def test_texts_of_a_run_are_no_markup() -> None:
     hostile = "<img src=x onerror=alert(1)>"
     run = Retraining(uuid4(), Params(), hostile, hostile, True, NOW, NOW, f"'{hostile}")
-    html = describe(run, [Step("train", hostile, 3, f"'{hostile}")], hostile, None)
+    html = describe(run, [RetrainingStep("train", hostile, 3, f"'{hostile}")], hostile, None)
     assert "<img" not in html
     assert "href=''" not in html
 
 
 def test_a_step_that_waits_for_approval_leads_to_its_page() -> None:
     run = Retraining(uuid4(), Params(), "Running", "", False, NOW, None, "http://prefect/run")
-    html = describe(run, [Step("promote", "Paused", 65, "http://prefect/promote")], "", None)
+    html = describe(run, [RetrainingStep("promote", "Paused", 65, "http://prefect/promote")], "", None)
     assert "waits for approval, <a href='http://prefect/promote'" in html
 
 

@@ -29,7 +29,7 @@ from tests.builders.waiting import wait_until_served
 
 gr = pytest.importorskip("gradio", reason="the studio needs Gradio: pip install 'darkroom-diffusion[ui]'")
 from flows.studio.app import build, launch  # noqa: E402
-from flows.studio.source import Source  # noqa: E402
+from flows.studio.source import StudioSource  # noqa: E402
 from flows.studio.uploads import LIMITS, MAX_LAYERS, ImageUpload, PaintableImage, decode_upload  # noqa: E402
 
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)
@@ -46,7 +46,7 @@ def png_bomb(side: int) -> bytes:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     weights = write_model(tmp_path_factory.mktemp("model") / "blobs.safetensors", 1, 0, classes={"even": 3, "odd": 1})
-    page = build(Source.from_file(weights, SAMPLING))
+    page = build(StudioSource.from_file(weights, SAMPLING))
     yield launch(page, PASSWORD)
     page.close(verbose=False)
 
@@ -81,7 +81,7 @@ def test_every_input_for_files_is_checked_before_it_is_decoded(tmp_path: Path) -
     inputs = {
         type(block)
         for weights in (write_model(tmp_path / "blobs.safetensors", 1, 0), enlarging)
-        for event in build(Source.from_file(weights, SAMPLING)).fns.values()
+        for event in build(StudioSource.from_file(weights, SAMPLING)).fns.values()
         for block in event.inputs
         if isinstance(block, gr.components.Component) and not isinstance(block, gr.State)
     }
