@@ -253,6 +253,7 @@ def completed(prefect: Prefect, run: str) -> dict[str, Any]:
     return wait_for(lambda: flow_run if (flow_run := prefect.run(run))["state_type"] == "COMPLETED" else None)
 
 
+@pytest.mark.long
 @pytest.mark.drill(
     "a deployed retraining is preempted",
     "SIGTERM of its process at random moments of training, as a process worker starts it",

@@ -18,7 +18,7 @@ from tests.builders.waiting import wait_for
 from tests.builders.workspace import PARAMS, Workspace, running
 from tests.flows.deployment.test_deployments_stack import NEVER, QUICK
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 METRICS = """
 from flows.monitoring.prometheus import Servers

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import httpx
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import expect
 
 from diffusion.common.errors import UserError
 from diffusion.data.ingest.config import IngestConfig
@@ -19,8 +19,8 @@ from diffusion.data.sources.survey import survey
 from flows.config import Params
 from flows.deployment.retrainings import Retraining, RetrainingStep, base_of
 from flows.local_stack.server_process import choose_ports
-from tests.builders.browser import chromium, look
-from tests.builders.studio_client import PASSWORD, USER, logged_in, trigger, upload
+from tests.builders.browser import chromium, log_in, look
+from tests.builders.studio_client import PASSWORD, logged_in, trigger, upload
 from tests.builders.waiting import wait_until_served
 from tests.builders.workspace import PARAMS, Workspace, running
 
@@ -292,13 +292,6 @@ def test_a_report_runs_no_scripts_and_needs_a_login(studio: httpx.Client, worksp
 QUICK = {"evaluation": {"samples": 16, "extractor_size": 32}}
 
 
-def log_in(page: Page, address: str) -> None:
-    page.goto(address)
-    page.get_by_label("username").fill(USER)
-    page.get_by_label("password").fill(PASSWORD)
-    page.get_by_role("button", name="Login").click()
-
-
 def serve(space: Workspace) -> tuple[Any, str]:
     """Begin the studio as a user does; returns its process and address."""
     [port] = choose_ports(1)
@@ -307,6 +300,7 @@ def serve(space: Workspace) -> tuple[Any, str]:
     return process, address
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_person_trains_from_a_zip_to_the_report(tmp_path: Path) -> None:
