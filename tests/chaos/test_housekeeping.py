@@ -199,9 +199,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
     """A stack of its own with a run and 300 objects, two of them large."""
     folder = tmp_path_factory.mktemp("stack")
     with running(folder, QUICK, 0) as space, pytest.MonkeyPatch.context() as patch:
-        for name, value in space.variables.items():
-            if name.startswith(("MLFLOW_", "AWS_")):
-                patch.setenv(name, value)
+        space.join(patch)
         mlflow = MlflowClient()
         mlflow.log_text(mlflow.create_run("0").info.run_id, "kept", "kept.txt")
         local_stack = LocalStack.read(folder / ".darkroom")

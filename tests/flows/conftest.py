@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import chdir
 from pathlib import Path
 from uuid import uuid4
@@ -136,9 +136,7 @@ def mlflow_client(s3_environment: dict[str, str], mlflow_store: str, monkeypatch
 @pytest.fixture
 def server(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
     """The MLflow server of the test's workspace, whose artifacts this process can read as well."""
-    for name, value in workspace.variables.items():
-        if name.startswith(("MLFLOW_", "AWS_")):
-            monkeypatch.setenv(name, value)
+    workspace.join(monkeypatch)
     return MlflowClient(workspace.variables["MLFLOW_TRACKING_URI"])
 
 
@@ -146,3 +144,17 @@ def server(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> MlflowClien
 def alice(tmp_path_factory: pytest.TempPathFactory) -> Identity:
     """A signer whose key and root the tests trust."""
     return identity(tmp_path_factory.mktemp("keys") / "alice")
+
+
+@pytest.fixture
+def darkroom(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The command line, which returns its exit code."""
+    from flows.cli import main
+
+    def run(*words: object) -> int:
+        monkeypatch.setattr("sys.argv", ["darkroom", *map(str, words)])
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        return int(str(exit_info.value.code))
+
+    return run

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from diffusion.data.manifest import read_manifest
 from diffusion.diffusers_format.export import export_adapter, export_to_diffusers
 from diffusion.diffusers_format.import_model import import_file
 from diffusion.process.samplers import SAMPLING_ADAPTER
-from flows.cli import main
 from flows.provenance.bill_of_materials import write_bom
 from flows.signing.keys import signature_path
 from tests.builders import pipelines
@@ -104,13 +103,14 @@ def test_imported_and_fine_tuned_pipelines_name_origin_and_licence(tmp_path: Pat
 
 
 def test_the_command_line_signs_an_export_and_verifies_it_offline(
-    no_servers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    no_servers: None,
+    tmp_path: Path,
+    darkroom: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["darkroom", *words])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        return int(str(exit_info.value.code)), *capsys.readouterr()
+        return darkroom(*words), *capsys.readouterr()
 
     write_model(tmp_path / "final.safetensors", seed=0, images=64)
     alice = identity(tmp_path / "alice", passphrase="open sesame")
@@ -122,12 +122,8 @@ def test_the_command_line_signs_an_export_and_verifies_it_offline(
     code, out, errors = run(*words, "--sign")
     assert code == 0, errors
     assert json.loads(out)["bom"] == "ex/blobs.cdx.json"
-    assert sorted(path.name for path in (tmp_path / "ex").iterdir()) == [
-        "blobs",
-        "blobs.cdx.json",
-        "blobs.cdx.json.sig",
-        "blobs.sig",
-    ]
+    names = {path.name for path in (tmp_path / "ex").iterdir()}
+    assert names == {"blobs", "blobs.cdx.json", "blobs.cdx.json.sig", "blobs.sig"}
     valid(tmp_path / "ex" / "blobs.cdx.json")
     code, out, errors = run("verify", "ex/blobs", "--key", str(alice.public), "--json")
     assert code == 0, errors

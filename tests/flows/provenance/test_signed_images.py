@@ -16,7 +16,6 @@ from PIL import Image
 
 from diffusion.common.errors import ConflictError, UserError
 from diffusion.generation.config import Conditions
-from flows.cli import main
 from flows.provenance import signed_images
 from flows.provenance.signed_images import LocalFolder, sign_images
 from flows.provenance.verify import verify
@@ -192,19 +191,6 @@ def signed(no_servers: None, signed_once: Path, tmp_path: Path) -> Path:
     for name in ("signed", "other"):
         shutil.copytree(signed_once / name, tmp_path / name)
     return tmp_path / "signed"
-
-
-@pytest.fixture
-def darkroom(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """The command line, which returns its exit code."""
-
-    def run(*words: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["darkroom", *map(str, words)])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        return int(str(exit_info.value.code))
-
-    return run
 
 
 class Stopped(BaseException):

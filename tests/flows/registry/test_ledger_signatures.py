@@ -8,7 +8,6 @@ import pytest
 from mlflow.client import MlflowClient
 
 from diffusion.common.errors import UserError
-from flows.cli import main
 from flows.provenance.verify import Check, verify
 from flows.registry.aliases import append, project
 from flows.registry.ledger import Evidence, History, Ledger, LedgerEntry
@@ -168,6 +167,7 @@ def test_a_promotion_signs_its_own_entry_and_no_other(
     bucket: str,
     tmp_path: Path,
     alice: Identity,
+    darkroom: Callable[..., int],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
@@ -182,12 +182,6 @@ def test_a_promotion_signs_its_own_entry_and_no_other(
 
     def is_signed() -> bool:
         return check(ledger.place, alice.trust(certified=False)).verified
-
-    def run(*words: str) -> int:
-        monkeypatch.setattr("sys.argv", ["darkroom", *words])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        return int(str(exit_info.value.code))
 
     # An unusable key stops it before anything is written.
     monkeypatch.setenv("DARKROOM_SIGNING_KEY", str(tmp_path / "missing.pem"))
@@ -217,9 +211,9 @@ def test_a_promotion_signs_its_own_entry_and_no_other(
     planted = promote(ledger, version.number)
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text(f"registry:\n  model: {version.model}\n")
-    assert run("model", "history", "--dataset", "blobs", "--key", str(alice.key)) == 2
+    assert darkroom("model", "history", "--dataset", "blobs", "--key", str(alice.key)) == 2
     signing = ("--sign", "--key", str(alice.key))
-    assert run("model", "history", "--dataset", "blobs", *signing) == 0, capsys.readouterr()
+    assert darkroom("model", "history", "--dataset", "blobs", *signing) == 0, capsys.readouterr()
     assert is_signed()
     signatures = list(ledger.store.list_objects(bucket, ledger.place.key("signatures/")))
     caplog.clear()

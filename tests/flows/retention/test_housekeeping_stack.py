@@ -29,9 +29,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 
 def registry_state(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """What the servers of a workspace say of champion, ledger and samples."""
-    for name, value in space.variables.items():
-        if name.startswith(("MLFLOW_", "AWS_")):
-            monkeypatch.setenv(name, value)
+    space.join(monkeypatch)
     client = MlflowClient(space.variables["MLFLOW_TRACKING_URI"])
     version = client.get_model_version_by_alias("blobs", "champion")
     run = client.get_run(version.run_id)

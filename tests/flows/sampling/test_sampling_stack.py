@@ -34,9 +34,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     folder = tmp_path_factory.mktemp("workspace")
     weights = write_model(folder / "weights.safetensors", 1, 0, classes={"even": 2, "odd": 1})
     with running(folder, {"sampling": SAMPLING}, 0) as space, pytest.MonkeyPatch.context() as patch:
-        for name, value in space.variables.items():
-            if name.startswith(("MLFLOW_", "AWS_")):
-                patch.setenv(name, value)
+        space.join(patch)
         client = MlflowClient()
         run = client.create_run(client.create_experiment("blobs"))
         model_versions.register("blobs", run.info.run_id, weights, sampling_config(**SAMPLING), {}, 0)
