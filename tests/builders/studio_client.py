@@ -16,8 +16,8 @@ USER, PASSWORD = "darkroom", "test-secret"
 
 
 @contextmanager
-def logged_in(address: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=address, timeout=60) as client:
+def logged_in(address: str, timeout: float = 60) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=address, timeout=timeout) as client:
         client.post("login", data={"username": USER, "password": PASSWORD}).raise_for_status()
         yield client
 

@@ -110,6 +110,12 @@ def stack_alone(folder: Path) -> dict[str, str | None]:
     return {"DARKROOM_HOME": str(folder), **dict.fromkeys(names)}
 
 
+def own_stores(folder: Path, bucket: str) -> dict[str, str | None]:
+    """Variables by which a command has the ``bucket``, and an MLflow in ``folder``, to itself."""
+    logins = dict.fromkeys(("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"))
+    return {"DARKROOM_BUCKET": bucket, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", **logins}
+
+
 def fill(folder: Path, filler: Path) -> None:
     """Fill the file system of ``folder`` by the file ``filler``, but for two pages."""
     with filler.open("wb") as file:

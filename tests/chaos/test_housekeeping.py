@@ -6,7 +6,7 @@ import re
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from flows.storage.s3 import Object, Store, client
 from tests.builders.forked import Forks, rounds
 from tests.builders.ingested import files_of
 from tests.builders.workspace import running
-from tests.chaos.house import QUICK, House, Site, stack_alone
+from tests.chaos.house import QUICK, House, Site, own_stores, stack_alone
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -110,15 +110,8 @@ def machine(house: House, forks: Forks, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("machine")
     site = house.site(folder / "machine")
     bucket = f"test-{uuid4().hex}"
-    variables = {
-        "DARKROOM_BUCKET": bucket,
-        "MLFLOW_TRACKING_URI": f"sqlite:///{site.folder}/mlflow.db",
-        "MLFLOW_TRACKING_USERNAME": None,
-        "MLFLOW_TRACKING_PASSWORD": None,
-    }
-    store = house.store
-    store.ensure_bucket(bucket)
-    new_machine = Machine(site, forks, store, bucket, variables, folder / "saved")
+    house.store.ensure_bucket(bucket)
+    new_machine = Machine(site, forks, house.store, bucket, own_stores(site.folder, bucket), folder / "saved")
     new_machine.finish(*site.retraining)
     new_machine.finish("sample", "--count", "2", "--seed", "9")
     new_machine.finish("train", "--set", "training.seed=1", "--set", "training.output=runs/second")
@@ -170,6 +163,21 @@ def test_interrupted_gc_or_takedown_ends_the_same(
         assert end == undisturbed
 
 
+def ends_in_places(
+    forks: Forks, number: Signals, kills: int, place: Callable[[int], tuple[Path, tuple[str, ...]]], **variables: Any
+) -> Iterator[str]:
+    """Yield what a command prints in each folder that ``place`` gives with it: undisturbed at first, then struck."""
+    moments, seconds = random.Random(number), 0.0
+    for index, strikes in enumerate([0, *rounds(kills)]):
+        folder, command = place(index)
+        for _ in range(strikes):
+            forks.strike(number, moments.uniform(0, seconds), folder, *command, **variables)
+        start = time.monotonic()
+        output = forks.finish(folder, *command, **variables)
+        seconds = seconds or time.monotonic() - start
+        yield output
+
+
 @pytest.mark.drill(
     "a checkout from S3 is killed or terminated",
     "SIGKILL, or SIGTERM, at random moments, on a machine that has nothing",
@@ -183,15 +191,12 @@ def test_interrupted_checkout_ends_in_the_same_files(
     on.set_back(objects)
     expected = files_of(on.folder / "data" / on.site.name)
     command = ("data", "checkout", read_manifest(on.folder / "data" / on.site.name).digest)
-    moments, seconds = random.Random(number), 0.0
-    for index, strikes in enumerate([0, *rounds(kills)]):
-        site = house.site(tmp_path / str(index) / on.site.name)
-        for _ in range(strikes):
-            on.forks.strike(number, moments.uniform(0, seconds), site.folder, *command, **on.variables)
-        start = time.monotonic()
-        on.forks.finish(site.folder, *command, **on.variables)
-        seconds = seconds or time.monotonic() - start
-        assert files_of(site.folder / "data" / site.name) == expected
+
+    def place(index: int) -> tuple[Path, tuple[str, ...]]:
+        return house.site(tmp_path / str(index) / on.site.name).folder, command
+
+    for index, _ in enumerate(ends_in_places(on.forks, number, kills, place, **on.variables)):
+        assert files_of(tmp_path / str(index) / on.site.name / "data" / on.site.name) == expected
 
 
 @pytest.fixture(scope="module")
@@ -227,16 +232,13 @@ def test_interrupted_backup_is_complete_when_repeated(
     stack: LocalStack, forks: Forks, tmp_path: Path, number: Signals, kills: int
 ) -> None:
     variables, expected = stack_alone(stack.folder), held(stack)
-    moments, seconds = random.Random(number), 0.0
-    for index, strikes in enumerate([0, *rounds(kills)]):
+
+    def place(index: int) -> tuple[Path, tuple[str, ...]]:
+        return tmp_path, ("server", "backup", str(tmp_path / str(index)), "--json")
+
+    for index, output in enumerate(ends_in_places(forks, number, kills, place, **variables)):
         target = tmp_path / str(index)
-        command = ("server", "backup", str(target), "--json")
-        for _ in range(strikes):
-            forks.strike(number, moments.uniform(0, seconds), tmp_path, *command, **variables)
-        start = time.monotonic()
-        stamp = json.loads(forks.finish(tmp_path, *command, **variables))["stamp"]
-        seconds = seconds or time.monotonic() - start
-        backup = Backups(target).read(stamp)
+        backup = Backups(target).read(json.loads(output)["stamp"])
         assert {each.key: each.sha256 for each in backup.objects} == expected
         for sha256 in (*expected.values(), *backup.databases.values()):
             assert sha256_file(Backups(target).path(sha256)) == sha256
