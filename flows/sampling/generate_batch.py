@@ -261,7 +261,17 @@ def plan(
     requests: str | None,
 ) -> tuple[SamplingBatch, RequestTable | None]:
     """Plan a batch, with its request table if it has one; raises UserError for options that conflict or do nothing."""
-    _check_options(sampling, config, count, conditions, requests)
+    if count is not None and count < 1:
+        raise UserError(f"count {count}: ask for at least one image")
+    if requests is not None and count is not None:
+        raise UserError(f"{requests} says how many images there are, one for each row: leave the count out")
+    if requests is not None and (conditions.labels or conditions.prompts):
+        raise UserError(f"{requests} says what each image is to show: leave labels and prompts out, or the table")
+    if config.runner == "threads" and config.workers > 1 and resolve_device(sampling.device).type == "cuda":
+        raise UserError(
+            f"sampling_batch.workers = {config.workers} does nothing on a GPU with runner = threads, as one chunk "
+            "keeps it busy: set it to 1, or use processes"
+        )
     model, default_size = load_model(weights), bool(conditions.sizes)
     if model.header.shapes and not conditions.sizes:
         # Named, so that the manifest tells sizes whatever the model is.
@@ -285,12 +295,9 @@ def plan(
             f"{limit}, each with another seed"
         )
     batch = SamplingBatch(
-        model=version.model,
+        **version.model_dump(include={"model", "run_id", "weights_sha256", "code_sha256"}),
         version=version.number,
-        run_id=version.run_id,
         content_digest=model.header.content_digest,
-        weights_sha256=version.weights_sha256,
-        code_sha256=version.code_sha256,
         seed=seed,
         count=number,
         sampling=sampling,
@@ -301,27 +308,6 @@ def plan(
         format=config.format,
     )
     return batch, table
-
-
-def _check_options(
-    sampling: SamplingConfig,
-    config: SamplingBatchConfig,
-    count: int | None,
-    conditions: Conditions,
-    requests: str | None,
-) -> None:
-    """Raise UserError for options that conflict or do nothing, whatever the model is."""
-    if count is not None and count < 1:
-        raise UserError(f"count {count}: ask for at least one image")
-    if requests is not None and count is not None:
-        raise UserError(f"{requests} says how many images there are, one for each row: leave the count out")
-    if requests is not None and (conditions.labels or conditions.prompts):
-        raise UserError(f"{requests} says what each image is to show: leave labels and prompts out, or the table")
-    if config.runner == "threads" and config.workers > 1 and resolve_device(sampling.device).type == "cuda":
-        raise UserError(
-            f"sampling_batch.workers = {config.workers} does nothing on a GPU with runner = threads, as one chunk "
-            "keeps it busy: set it to 1, or use processes"
-        )
 
 
 def _table(
