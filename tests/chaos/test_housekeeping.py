@@ -208,7 +208,6 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
         mlflow = MlflowClient()
         mlflow.log_text(mlflow.create_run("0").info.run_id, "kept", "kept.txt")
         local_stack = LocalStack.read(folder / ".darkroom")
-        assert local_stack is not None
         source = random.Random(1)
         sizes = [*[2**10] * 298, 2**25, 2**25]
         objects = [Object(f"kept/{number}", source.randbytes(size), "x/y") for number, size in enumerate(sizes)]
@@ -277,7 +276,6 @@ def test_interrupted_restore_recovers_the_whole_backup(
                 forks.finish(tmp_path, "server", "restore", target, **variables)
             seconds = seconds or time.monotonic() - start
             restored = LocalStack.read(folder)
-            assert restored is not None
             assert held(restored) == expected
             with pytest.MonkeyPatch.context() as patch:
                 for name, value in restored.variables("mlflow").items():

@@ -225,7 +225,6 @@ def test_a_restore_keeps_takedowns_of_the_replaced_stack(
     up(print)
     try:
         running = LocalStack.read(old)
-        assert running is not None
         Store(client(variables=running.variables("s3"))).put_once(
             "darkroom", RECORD, REMOVAL.model_dump_json().encode()
         )

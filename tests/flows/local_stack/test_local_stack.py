@@ -219,7 +219,6 @@ def test_a_service_moves_from_a_taken_port(up: LocalStack) -> None:
         local_stack.up(lambda _: None)
     assert states() == RUNNING
     moved_stack = LocalStack.read(up.folder)
-    assert moved_stack is not None
     assert not {moved_stack.state.ports[name] for name in seaweedfs.PORTS} & set(old_ports.values())
     assert_data_is_intact(moved_stack)
 

@@ -201,7 +201,6 @@ def test_an_object_that_was_added_to_a_batch_is_named(samples: Samples, tmp_path
     (words,) = samples.disagreements(place, None)
     assert f"{place}/{added}" in words
     batch = find(str(place), samples.store, BUCKET).batch
-    assert batch is not None
     assert generate_batch.list_unfinished_chunks(samples.store, batch, place) == []
 
 
@@ -339,7 +338,6 @@ def test_code_that_was_altered_after_its_registration_is_not_run(
     samples: Samples, code: Path, tmp_path: Path, tamper: Callable[[Path, Path], None]
 ) -> None:
     mark, where = tmp_path / "ran", f"{samples.places['png']}/{NAME}"
-    assert samples.usual.model is not None
     assert samples.version.code_sha256 is not None
     assert samples.usual.model.code_sha256 == samples.version.code_sha256
     tamper(code, mark)

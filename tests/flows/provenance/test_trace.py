@@ -152,11 +152,6 @@ def test_sample_traces_to_batch_model_run_data_set_and_shards(stored_batch: Stor
     lineage = trace(stored_batch.image)
     assert lineage.broken == []
     assert lineage.takedowns == []
-    assert lineage.image is not None
-    assert lineage.batch is not None
-    assert lineage.model is not None
-    assert lineage.run is not None
-    assert lineage.data is not None
     assert lineage.image.as_generated is True
     assert (lineage.image.index, lineage.image.seed, lineage.image.label) == (17, 5, None)
     assert lineage.image.sha256 == sha256_bytes(stored_batch.png)
@@ -236,12 +231,9 @@ def test_image_generated_on_request_traces_to_request_and_model(stored_batch: St
     image = folder / "00000001.png"
     lineage = trace(str(image))
     assert lineage.broken == []
-    assert lineage.image is not None
     assert lineage.image.as_generated is True
     assert lineage.batch is None
-    assert lineage.request is not None
     assert (lineage.request.request["task"], lineage.request.request["to_seed"]) == ("interpolate", 6)
-    assert lineage.data is not None
     assert lineage.data.version == stored_batch.manifest.digest
     with pytest.raises(UserError, match="the same command makes it again"):
         reproduce(str(image))
@@ -258,7 +250,6 @@ def test_altered_sample_is_distinguished_from_a_resaved_one(stored_batch: Stored
     words = {}
     for name, data in changes.items():
         lineage = trace(f"{stored_batch.beside(name, {'00000017.png': data})}/00000017.png")
-        assert lineage.image is not None
         assert lineage.image.as_generated is False
         assert lineage.data is not None
         (words[name],) = lineage.broken
@@ -302,7 +293,6 @@ def test_trace_without_a_run_uses_the_data_set_catalog(stored_batch: StoredBatch
     finally:
         Path("manifest.json.away").rename(logged)
     assert "keeps no manifest" in lineage.broken[0]
-    assert lineage.data is not None
     assert lineage.data.version == stored_batch.manifest.digest
 
 

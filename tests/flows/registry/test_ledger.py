@@ -156,7 +156,6 @@ def test_unrecorded_ledger_entries_count(ledger: Ledger) -> None:
     for records in ({}, on_record(ledger, 1), on_record(ledger, 3), on_record(ledger, 1, 2, 3, 4)):
         assert [entry.number for entry in ledger.read(records).entries] == [1, 2, 3, 4]
         head = ledger.head(records)
-        assert head is not None
         assert head.number == 4
 
 
@@ -190,10 +189,8 @@ def test_foreign_ledger_objects_are_reported_and_ignored(ledger: Ledger) -> None
         assert [entry.version for entry in history.entries] == [1, 2]
         assert history.foreign.keys() == foreign_objects.keys()
         head = ledger.head(witnesses)
-        assert head is not None
         assert head.number == 2
     head = ledger.append(lambda history: history.next_entry("promote", 3, weights_of(3)), lambda: records).head
-    assert head is not None
     assert (head.number, head.from_version) == (10, 2)
     assert ledger.read().foreign.keys() == foreign_objects.keys()
     records = on_record(ledger, 10)

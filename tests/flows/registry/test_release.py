@@ -199,7 +199,6 @@ def killed(*_: object, **__: object) -> None:
 
 def experiment_of(client: MlflowClient) -> str:
     experiment = client.get_experiment_by_name("blobs")
-    assert experiment is not None
     return str(experiment.experiment_id)
 
 

@@ -109,7 +109,6 @@ def test_a_batch_has_an_image_per_row_of_its_table(store: Store, bucket: str, tm
     there = planned(store, tmp_path, f"s3://{bucket}/tables/t.csv", {"even": 1, "odd": 1})
     assert here == there
     assert here.count == 3
-    assert here.requests is not None
     assert here.requests.columns == ("label",)
     assert SamplingBatch.model_validate_json(here.json_bytes()) == here
 

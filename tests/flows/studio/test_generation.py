@@ -142,7 +142,6 @@ def test_examples_are_of_what_the_model_knows(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     examples = source.make_examples()
-    assert examples is not None
     assert examples.texts == ["even", "odd"]  # the most frequent first
     assert source.make_examples() is examples
     # Again is of the class that was clicked, by itself.
@@ -150,11 +149,9 @@ def test_examples_are_of_what_the_model_knows(
     text = ModelConfig.model_validate(CONFIG.model_dump() | {"text": True, "conditional": False})
     weights = write_model(tmp_path / "words.safetensors", 1, 0, config=text)
     unknown = StudioSource.from_file(weights, SAMPLING).make_examples()
-    assert unknown is not None
     assert unknown.texts == [""] * 6
     (tmp_path / "words.prompts.txt").write_text("a red disc\n\n blue square \n")
     known = StudioSource.from_file(weights, SAMPLING).make_examples()
-    assert known is not None
     assert known.texts == ["a red disc", "blue square"]
     # What cannot be generated is no reason not to begin.
     (tmp_path / "words.prompts.txt").write_text("word " * 1000)
@@ -313,7 +310,6 @@ def test_it_ends_soon_while_it_generates(weights: Path) -> None:
         stderr=subprocess.PIPE,
     )
     try:
-        assert process.stderr is not None
         assert str(port).encode() in process.stderr.readline()
         client = Client(f"http://127.0.0.1:{port}", auth=(USER, PASSWORD), verbose=False)
         job = client.submit("odd", 64, 10_000, 1, 7, "dpmpp_2m", api_name="/sample")

@@ -44,7 +44,6 @@ def look_at_both_widths(page: Page, shot: Path) -> None:
         look(page, shot.with_name(f"{shot.name}-{width}.png"))
         for each in page.locator("img:visible").all():
             box = each.bounding_box()
-            assert box is not None
             assert 0 <= box["x"] <= box["x"] + box["width"] <= width
 
 
@@ -54,7 +53,6 @@ def paint(page: Page) -> None:
     canvas.scroll_into_view_if_needed()
     page.wait_for_timeout(3000)
     box = canvas.bounding_box()
-    assert box is not None
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(x - 40, y)
     page.wait_for_timeout(300)
@@ -141,12 +139,9 @@ def test_a_person_generates_and_inpaints(studio: gr.Blocks, width: int, tmp_path
         look(page, tmp_path / f"generated-{width}.png")
         for each in images(page).all():
             box = each.bounding_box()
-            assert box is not None
             assert box["x"] + box["width"] <= width
         # On a phone the results are above the controls.
         above, below = (page.locator(each).first.bounding_box() for each in (".results:visible", ".controls:visible"))
-        assert above is not None
-        assert below is not None
         assert (above["y"] < below["y"]) is (width < 700)
         images(page).nth(1).click()
         press(page, "Inpaint")

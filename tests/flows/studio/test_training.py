@@ -202,7 +202,6 @@ def write_run(folder: Path) -> None:
 def test_progress_is_that_of_complete_rows(tmp_path: Path) -> None:
     write_run(tmp_path)
     progress = TrainingProgress.read(tmp_path, NOW - timedelta(minutes=1), None)
-    assert progress is not None
     assert (progress.images, progress.total, progress.rate) == (192, 1000, 50)
     assert progress.words() == "192 of 1,000 images, 50 a second, 0:16 left"
     assert [path.stem for path in progress.grids] == ["0000000128", "0000000064"]

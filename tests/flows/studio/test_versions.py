@@ -52,7 +52,6 @@ def test_votes_are_blind_and_recorded_on_the_candidate(
         pair, left = ballot.pair, ballot.session.left_version(ballot.pair or 0)
         sides = ballot.sides()
         assert pair is not None
-        assert sides is not None
         assert sides[0] == ballot.images[left][pair]
         preferred[left if side == "left" else {"candidate": "champion", "champion": "candidate"}[left]] += 1
         ballot, tally = cast(ballot, side)  # type: ignore[arg-type]
