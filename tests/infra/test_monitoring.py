@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
@@ -26,6 +25,7 @@ from flows.monitoring.prometheus import (
 from flows.registry.ledger import Evidence, History, LedgerEvent
 from flows.storage.s3 import Store
 from flows.tracking.runs import training_metric
+from tests.builders.command_line import output_of
 from tests.builders.http_server import serving
 from tests.builders.installation import INFRA, ROOT, program
 
@@ -111,9 +111,7 @@ def test_pages_name_commands_that_exist() -> None:
 
 @pytest.mark.parametrize("check", [["check", "config", "prometheus.yaml"], ["test", "rules", "alerts_test.yaml"]])
 def test_prometheus_accepts_the_rules_and_alerts_fire(check: list[str]) -> None:
-    command = [program("promtool", "Debian's prometheus"), *check]
-    process = subprocess.run(command, cwd=INFRA / "prometheus", capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stdout + process.stderr
+    output_of([program("promtool", "Debian's prometheus"), *check], cwd=INFRA / "prometheus")
 
 
 def test_every_alert_has_a_rule_test() -> None:

@@ -29,6 +29,7 @@ from flows.local_stack.stack import SERVICES, LocalStack, join_servers, new_iden
 from flows.storage.s3 import Store, client
 from tests.builders import ROOT, intruder
 from tests.builders.browser import chromium
+from tests.builders.command_line import output_of
 from tests.builders.http_server import QuietHandler, serving
 
 COMMAND = (
@@ -79,9 +80,7 @@ def joined(local: LocalStack, program: str) -> str:
     """What a program of somebody else prints that knows nothing but the exports."""
     environment = os.environ | local_stack.exports()
     command = [sys.executable, "-c", program]
-    result = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()[-1]
+    return output_of(command, cwd="/", env=environment).splitlines()[-1]
 
 
 WRITE = """
@@ -406,29 +405,18 @@ def test_another_user_of_the_machine_reads_changes_and_deletes_nothing(
 
 def run_intruder(targets: dict[str, Any]) -> dict[str, Any]:
     """What he found, who gives his rights away only when Python has loaded all that it needs."""
-    process = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "builders" / "intruder.py")],
-        input=json.dumps(targets),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    report: dict[str, Any] = json.loads(process.stdout)
+    program = [sys.executable, ROOT / "tests" / "builders" / "intruder.py"]
+    report: dict[str, Any] = json.loads(output_of(program, input=json.dumps(targets)))
     return report
 
 
 def owner_reads(local: LocalStack) -> str:
     """The private object, as SeaweedFS's shell prints it to whoever may read the stack's folder."""
     master, filer = (f"127.0.0.1:{local.state.ports[name]}" for name in ("master", "filer"))
+    command = [seaweedfs.binary(), "shell", f"-master={master}", f"-filer={filer}"]
+    words = f"fs.cat /buckets/{local.bucket}/private\nexit\n"
     return subprocess.run(
-        [seaweedfs.binary(), "shell", f"-master={master}", f"-filer={filer}"],
-        cwd=local.folder / "s3",
-        input=f"fs.cat /buckets/{local.bucket}/private\nexit\n",
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
+        command, cwd=local.folder / "s3", input=words, capture_output=True, text=True, check=False, timeout=60
     ).stdout
 
 
