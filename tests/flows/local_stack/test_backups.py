@@ -13,13 +13,13 @@ import pytest
 from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 
 from diffusion.common.errors import UserError
-from diffusion.data.versions.takedown_records import Removal
 from flows.environment import settings
 from flows.local_stack import backup as restoring
 from flows.local_stack.backup import DATABASES, SMALL, Backup, Backups, _copy, _later_removals, restore, save
 from flows.local_stack.control import down, up
 from flows.local_stack.stack import USER, LocalStack
 from flows.storage.s3 import Store, client
+from tests.builders.removals import REMOVAL
 from tests.chaos.power_drills import backup_drill
 
 
@@ -158,24 +158,7 @@ def test_a_killed_restore_goes_on_and_places_all_databases(
         up(print)
 
 
-REMOVAL = Removal(
-    image_keys=["ab" * 32],
-    digests=[],
-    images=1,
-    duplicates=0,
-    refused=0,
-    near_copies=[],
-    parts=[0],
-    dataset="faces",
-    request_digest="0" * 16,
-    reason="asked to",
-    parent=None,
-    version="cd" * 32,
-    content_digest="ef" * 32,
-    tables=[],
-    already=False,
-)
-RECORD = f"datasets/faces/removals/{REMOVAL.name}.json"
+RECORD = f"datasets/{REMOVAL.dataset}/removals/{REMOVAL.name}.json"
 
 
 def later(backup: Backup) -> Backup:
@@ -184,7 +167,7 @@ def later(backup: Backup) -> Backup:
 
 def test_restoring_an_older_backup_keeps_newer_takedowns(store: Store, bucket: str, tmp_path: Path) -> None:
     backups = Backups(tmp_path / "backups")
-    store.put_once(bucket, "datasets/faces/removals-of-others.json", b"no record")
+    store.put_once(bucket, "datasets/blobs/removals-of-others.json", b"no record")
     older = backed_up(store, bucket, backups)
     removals = _later_removals(older, backups, tmp_path / "nothing")
     assert (list(removals.removals()), removals.known_until) == ([], older.made)

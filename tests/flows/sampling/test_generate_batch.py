@@ -3,8 +3,6 @@
 import io
 import threading
 import time
-import tracemalloc
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from flows.sampling.generate_batch import Work, sum_costs
 from flows.sampling.request_table import RequestTable
 from flows.sampling.sampling_batch import SamplingBatch, image_key, part_bytes, part_key, part_rows
 from flows.storage.s3 import Location, Object, S3Objects, Store, client
+from tests.builders.archives import peak
 from tests.builders.s3_proxy import Request, proxied
 from tests.builders.sampling_batches import batch, rows_of, stored_files
 from tests.builders.small_models import write_model
@@ -138,16 +137,6 @@ def test_sampling_overlaps_uploads_with_a_bounded_queue(
         generate_batch.generate_chunk(slow, batch(64, chunk=64), Location(bucket, "x"), weights, 0, None, 1)
     assert ahead in ([0, 8], [0, 8, 16])
     assert chunks == list(range(0, 64, 8))
-
-
-def peak(work: Callable[[], object]) -> int:
-    """Bytes of Python's that ``work`` held at its worst."""
-    tracemalloc.start()
-    try:
-        work()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 @pytest.mark.slow
