@@ -10,7 +10,7 @@ from flows.deployment.tasks import retryable_task
 from flows.evaluate import evaluate
 from flows.promote import PromotionResult, promote
 from flows.registry import model_versions
-from flows.registry.dependencies import require_promotable
+from flows.registry.dependencies import require_promotable_dependencies
 from flows.tracking.runs import START
 from flows.train import train
 
@@ -19,7 +19,7 @@ from flows.train import train
 def distill(params: Params) -> PromotionResult:
     """Distil the model that ``distillation.teacher`` names; the student is a version of the same registered model."""
     params = configure_student(params)
-    require_promotable(params)
+    require_promotable_dependencies(params)
     train(params, restart="set_aside")
     evaluate(params)
     return promote(params)

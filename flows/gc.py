@@ -13,7 +13,7 @@ from flows.config import Params, RetentionConfig
 from flows.deployment.tasks import retryable_task
 from flows.local_stack.seaweedfs import vacuum_deleted_objects
 from flows.retention.dataset_items import DataSets
-from flows.retention.sweeps import Item, Runs, SamplingBatches, Sweep, find_references, sweep_local_files
+from flows.retention.sweeps import Runs, SamplingBatches, Sweep, SweepItem, find_references, sweep_local_files
 from flows.storage.s3 import Store
 
 
@@ -21,7 +21,7 @@ class GcResult(Config):
     """All items considered, each with what is done."""
 
     dry_run: bool
-    items: list[Item]
+    items: list[SweepItem]
 
 
 @flow(name="gc", flow_run_name="gc")

@@ -168,14 +168,14 @@ def _retrain_connected(params: Params, request: Request) -> None:
 
 def require_worth_training(params: Params, manifest: Manifest, conditions: Conditions) -> None:
     """Raise UserError if a model of the data set could not be evaluated, promoted, or sampled under ``conditions``."""
-    from flows.registry.dependencies import require_promotable
+    from flows.registry.dependencies import require_promotable_dependencies
 
     require_enough(manifest)
     classes = classes_of(params.model, manifest.class_histogram)
     check_conditions(classes, params.model.text, params.sampling, conditions)
     if params.model.family != "diffusers":  # which has a tokenizer of its own
         models.require_prompts(conditions)
-    require_promotable(params)
+    require_promotable_dependencies(params)
 
 
 def _distill_connected(params: Params, _: Request) -> None:

@@ -226,6 +226,6 @@ def compare(
             from flows.sweep import compare
 
             result = compare(config, family, restart)
-    from diffusion.evaluation.reports.evaluation_report import findings
+    from diffusion.evaluation.reports.ranking_report import describe_ranking
 
-    return CommandOutput(result, [*findings(result.ranking), f"report: {result.report}"])
+    return CommandOutput(result, [*describe_ranking(result.ranking), f"report: {result.report}"])

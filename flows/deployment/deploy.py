@@ -24,7 +24,7 @@ from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.parsing import read_yaml
 from flows.config import Params
-from flows.deployment.tasks import SHORTEST_LEASE, heartbeat_timeout
+from flows.deployment.tasks import MIN_LEASE_SECONDS, heartbeat_timeout
 
 PACKAGED = Path(__file__).with_name("prefect.yaml")
 PLACEHOLDER = re.compile(r"\{\{ \$(\w+) \}\}")
@@ -78,7 +78,7 @@ def deploy(
         try:
             CronSchedule(cron=schedule)
         except ValidationError as error:
-            message = f"{schedule!r} is no cron schedule: write it like '0 2 * * *', every night at two (UTC)"
+            message = f"{schedule!r} is not a cron schedule: write it like '0 2 * * *', every night at two (UTC)"
             raise UserError(message) from error
     definitions = path if (path := Path("prefect.yaml")).is_file() else PACKAGED
     values: dict[str, Any] = {
@@ -92,7 +92,7 @@ def deploy(
         "TRAINING_POOL": training_pool,
         "CRON": cron,
         "MONITOR_CRON": monitor_cron,
-        "HEARTBEAT": str(get_current_settings().flows.heartbeat_frequency or SHORTEST_LEASE),
+        "HEARTBEAT": str(get_current_settings().flows.heartbeat_frequency or MIN_LEASE_SECONDS),
         "SILENCE": heartbeat_timeout(),
     }
     if webhook is not None:

@@ -13,18 +13,7 @@ from uuid import UUID
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas import FlowRun
-from prefect.client.schemas.filters import (
-    DeploymentFilter,
-    DeploymentFilterId,
-    FlowFilter,
-    FlowFilterName,
-    FlowRunFilter,
-    FlowRunFilterExpectedStartTime,
-    FlowRunFilterId,
-    FlowRunFilterParentFlowRunId,
-    LogFilter,
-    LogFilterFlowRunId,
-)
+from prefect.client.schemas.filters import DeploymentFilter, FlowFilter, FlowRunFilter, LogFilter
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.sorting import FlowRunSort, LogSort
 from prefect.exceptions import ObjectNotFound
@@ -44,7 +33,7 @@ STARTED_HERE = "studio"
 
 
 @dataclass(frozen=True)
-class Step:
+class RetrainingStep:
     """A step of a retraining, which is a flow run of its own."""
 
     name: str
@@ -102,7 +91,7 @@ def workspace_of(deployment: DeploymentResponse) -> Path | None:
 
 def deployments_here(client: SyncPrefectClient) -> list[DeploymentResponse]:
     """Deployments of ``retrain`` that work in this process's folder; raises UserError if there is none."""
-    flow = FlowFilter(name=FlowFilterName(any_=["retrain"]))
+    flow = FlowFilter.model_validate({"name": {"any_": ["retrain"]}})
     all_deployments, here = client.read_deployments(flow_filter=flow), Path.cwd()
     if deployments := [each for each in all_deployments if workspace_of(each) == here]:
         return deployments
@@ -154,8 +143,8 @@ def list_retrainings() -> list[Retraining]:
         ids = [deployment.id for deployment in deployments_here(client)]
         soon = datetime.now(UTC) + timedelta(minutes=1)
         runs = client.read_flow_runs(
-            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=ids)),
-            flow_run_filter=FlowRunFilter(expected_start_time=FlowRunFilterExpectedStartTime(before_=soon)),
+            deployment_filter=DeploymentFilter.model_validate({"id": {"any_": ids}}),
+            flow_run_filter=FlowRunFilter.model_validate({"expected_start_time": {"before_": soon}}),
             sort=FlowRunSort.EXPECTED_START_TIME_DESC,
             limit=MAX_LISTED,
         )
@@ -168,24 +157,24 @@ def list_retrainings() -> list[Retraining]:
     return retrainings
 
 
-def read_retraining(run_id: UUID) -> tuple[Retraining, list[Step], str]:
+def read_retraining(run_id: UUID) -> tuple[Retraining, list[RetrainingStep], str]:
     """Read a retraining with its steps so far, and its newest line of progress, which may be empty."""
     with prefect_client() as client:
         # By a list, which is limited to those that work here.
         ids = [deployment.id for deployment in deployments_here(client)]
         runs = client.read_flow_runs(
-            deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=ids)),
-            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run_id])),
+            deployment_filter=DeploymentFilter.model_validate({"id": {"any_": ids}}),
+            flow_run_filter=FlowRunFilter.model_validate({"id": {"any_": [run_id]}}),
         )
         if not runs:
             raise UserError(f"there is no retraining {run_id} here: choose one of the list")
         children = client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[run_id])),
+            flow_run_filter=FlowRunFilter.model_validate({"parent_flow_run_id": {"any_": [run_id]}}),
             sort=FlowRunSort.START_TIME_ASC,
         )
         line = _progress_line(client, [each.id for each in children if each.state and not each.state.is_final()])
     steps = [
-        Step(
+        RetrainingStep(
             each.name.partition("-")[0], each.state_name or "", each.estimated_run_time.total_seconds(), _page(each.id)
         )
         for each in children
@@ -197,7 +186,7 @@ def _progress_line(client: SyncPrefectClient, run_ids: Sequence[UUID]) -> str:
     """Newest line of the form "images: 3 of 10, …" in the logs of these runs."""
     if not run_ids:
         return ""
-    selection = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[*run_ids]))
+    selection = LogFilter.model_validate({"flow_run_id": {"any_": run_ids}})
     messages = [log.message for log in client.read_logs(selection, limit=20, sort=LogSort.TIMESTAMP_DESC)]
     return next((message for message in messages if re.search(r": [\d,]+ of [\d,]+", message)), "")
 

@@ -39,7 +39,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 FanOutConfig = IngestConfig | SamplingBatchConfig
-SHORTEST_LEASE = 60  # shortest lease of a concurrency slot that the server grants, in seconds
+MIN_LEASE_SECONDS = 60  # shortest lease of a concurrency slot that the server grants, in seconds
 
 
 def retryable_task(function: Callable[P, R]) -> Task[P, R]:
@@ -142,9 +142,9 @@ def concurrency_slot(name: str) -> Iterator[None]:
         # Prefect would warn that there is none, on each run of who never deploys.
         yield
         return
-    lease = max(heartbeat_timeout(), SHORTEST_LEASE)
+    lease = max(heartbeat_timeout(), MIN_LEASE_SECONDS)
     try:
-        # A short outage of the server is no reason to discard hours of work.
+        # A short outage of the server must not discard hours of work.
         with concurrency(name, lease_duration=lease, strict=is_deployed, raise_on_lease_renewal_failure=False):
             yield
     except ConcurrencySlotAcquisitionError as error:
@@ -200,4 +200,4 @@ def require_permitted(params: Params) -> None:
 
 def heartbeat_timeout() -> int:
     """Seconds after which a run counts as dead, four heartbeats: 240 s at our interval, more than Prefect's 180 s."""
-    return 4 * (get_current_settings().flows.heartbeat_frequency or SHORTEST_LEASE)
+    return 4 * (get_current_settings().flows.heartbeat_frequency or MIN_LEASE_SECONDS)

@@ -145,7 +145,7 @@ def _lock(folder: Path, report: Report) -> Iterator[None]:
         if is_full_disk(error):
             raise
         raise UserError(
-            f"{folder} is no folder that can be written to ({error.strerror}): set DARKROOM_HOME to one"
+            f"{folder} is not a folder that can be written to ({error.strerror}): set DARKROOM_HOME to one"
         ) from error
     try:
         yield
@@ -155,8 +155,8 @@ def _lock(folder: Path, report: Report) -> Iterator[None]:
 
 def _configure(stack: LocalStack, external_servers: dict[Server, str]) -> LocalStack:
     """Give the stack the servers that the environment does not name, on their previous ports if these are free."""
-    ours = [server for server in SERVERS if server not in external_servers or stack.serves(server)]
-    if "s3" in ours:
+    local_servers = [server for server in SERVERS if server not in external_servers or stack.serves(server)]
+    if "s3" in local_servers:
         seaweedfs.binary()
         if stack.serves("mlflow") and not stack.serves("s3"):
             raise UserError(
@@ -164,7 +164,7 @@ def _configure(stack: LocalStack, external_servers: dict[Server, str]) -> LocalS
                 "to name: set the AWS_* variables again, or begin a new stack in another DARKROOM_HOME"
             )
     numbers = dict(stack.state.ports)
-    for server in ours:
+    for server in local_servers:
         names = seaweedfs.PORTS if server == "s3" else (server,)
         if stack.process(server) is None:
             # The children of a killed server may still hold its port.
@@ -173,7 +173,7 @@ def _configure(stack: LocalStack, external_servers: dict[Server, str]) -> LocalS
                 numbers = {name: port for name, port in numbers.items() if name not in names}
         new_names = [name for name in names if name not in numbers]
         numbers |= zip(new_names, choose_ports(len(new_names), numbers.values()), strict=True)
-    return stack.update_state(servers=tuple(ours), ports=numbers)
+    return stack.update_state(servers=tuple(local_servers), ports=numbers)
 
 
 def _start_all(stack: LocalStack, report: Report) -> None:

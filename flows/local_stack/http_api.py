@@ -42,11 +42,11 @@ def request_json(url: str, login: str = "", body: Any = None, timeout: float = 3
         raise NotServingError(f"{split_login(url)[0]}: {error}") from error
 
 
-def query_mlflow(path: str, body: Any = None, timeout: float = 3) -> Any:
+def query_mlflow(path: str, body: Any = None) -> Any:
     """Query the environment's MLflow server; ``path`` is below ``/api/2.0/mlflow/``."""
     login = ":".join(os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
     url = f"{server_url('MLFLOW_TRACKING_URI')}/api/2.0/mlflow/{path}"
-    return request_json(url, "" if login == ":" else login, body, timeout)
+    return request_json(url, "" if login == ":" else login, body)
 
 
 def query_prefect(path: str, body: Any = None) -> Any:
@@ -106,7 +106,9 @@ def check(name: str) -> list[str]:
     elif name in CHECKS:
         CHECKS[name]()
     else:
-        raise UserError(f"{name} is no server with a health check: use {', '.join(CHECKS)}, s3, or a http:// address")
+        raise UserError(
+            f"{name} is not a server with a health check: use {', '.join(CHECKS)}, s3, or a http:// address"
+        )
     return []
 
 

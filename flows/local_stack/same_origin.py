@@ -1,7 +1,7 @@
 """Requests that another page in the browser sends to a server on the loopback address, told by their headers.
 
-Ports are no boundary for a browser: any page can send requests to any of them, with the cookies of every server on the
-host, and names of other hosts can be made to lead here (DNS rebinding).
+Ports are not a boundary for a browser: any page can send requests to any of them, with the cookies of every server on
+the host, and names of other hosts can be made to lead here (DNS rebinding).
 """
 
 import re
@@ -19,8 +19,8 @@ def refusal(method: str, path: str, headers: Mapping[str, str], origin: str | No
         method: GET, POST …
         path: Path of the address.
         headers: By their names in lower case; several of a name joined by a comma.
-        origin: Of the pages, https://HOST or http://HOST:PORT, behind a reverse proxy; they are those of a loopback
-            name too.
+        origin: Of the pages, https://HOST or http://HOST:PORT, behind a reverse proxy; loopback names
+            count, too.
     """
     host, own = headers.get("host", ""), [origin] if origin else []
     if LOOPBACK_HOST.fullmatch(host):

@@ -1,4 +1,4 @@
-"""The local stack: its state on disk, and how a process finds its servers or those of the environment."""
+"""The local stack: its state on disk, and how a process finds its servers or the environment's."""
 
 import os
 import secrets
@@ -190,13 +190,13 @@ def servers_in_environment() -> dict[Server, str]:
         names = [name for name in SERVER_VARIABLES[server] if os.environ.get(name)]
         secret = environment.SECRET_VARIABLE[server]
         # Also variables that were exported before the stack's ports changed.
-        ours = (
+        is_local = (
             local is not None
             and local.serves(server)
             and os.environ.get(secret) == local.variables(server)[secret]
             and os.environ.get(SERVER_VARIABLES[server][0], "").startswith(f"http://{LOOPBACK}:")
         )
-        if names and not ours:
+        if names and not is_local:
             servers[server] = names[0]
     return servers
 
@@ -207,7 +207,7 @@ def _require_own_login(local: LocalStack, server: Server) -> None:
     for name, value in local.variables(server).items():
         if name in LOGINS and not os.environ.get(address) and os.environ.get(name, value) not in ("", value):
             raise UserError(
-                f"{name} is set, and it is not that of the local {title} server (in {local.folder}/credentials.json): "
+                f"{name} is set, and it is not the local {title} server's (in {local.folder}/credentials.json): "
                 f"unset it, or set {address} to the server that it is for"
             )
 

@@ -55,8 +55,8 @@ ENDED = ("completed", "failed", "crashed", "cancelled")
 PAGE = 200  # page size of Prefect's API
 # As flows.tracking.runs.training_metric names them, whose module would import torch and take 300 MiB.
 LOSS, RATE = "train/loss", "train/images_per_second"
-MOST = 1000  # maximum number of models, experiments and running trainings
-Sample = tuple[str, tuple[str, ...], float]  # name, label values and value of a metric
+MAX_RESULTS = 1000  # models, experiments and running trainings
+MetricSample = tuple[str, tuple[str, ...], float]  # name, label values and value of a metric
 
 
 def serve(host: str, port: int) -> None:
@@ -104,7 +104,7 @@ class Servers(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Metrics of all servers that answer, and the availability of each."""
-        sources: dict[Server, Callable[[], Iterator[Sample]]] = {
+        sources: dict[Server, Callable[[], Iterator[MetricSample]]] = {
             "prefect": prefect_samples,
             "s3": lambda: chain(ledger_samples(self.ledgers), alarm_samples(self.alarms)),
             "mlflow": mlflow_samples,
@@ -120,7 +120,7 @@ class Servers(Collector):
         yield from families.values()
 
 
-def prefect_samples() -> Iterator[Sample]:
+def prefect_samples() -> Iterator[MetricSample]:
     """Metrics of flow runs, workers and concurrency limits; raises NotServingError."""
     flows = {flow["id"]: flow["name"] for flow in _pages("flows/filter", {})}
     now = datetime.now(UTC)
@@ -149,7 +149,7 @@ def prefect_samples() -> Iterator[Sample]:
 
 def count_states(
     name: str, states: Iterable[str], flows: Mapping[str, str], runs: Iterable[Mapping[str, Any]]
-) -> Iterator[Sample]:
+) -> Iterator[MetricSample]:
     """Number of ``runs`` per flow (names by id) and state, zeros included; no worker started ``late`` ones in time."""
     counts = Counter[tuple[str, str]]()
     for run in runs:
@@ -160,7 +160,7 @@ def count_states(
             yield name, (flow, state), counts[flow, state]
 
 
-def last_success_samples(flow: str, run: Mapping[str, Any]) -> Iterator[Sample]:
+def last_success_samples(flow: str, run: Mapping[str, Any]) -> Iterator[MetricSample]:
     """Metrics of the last successful run of a flow, with the throughput of sampling."""
     seconds = float(run["total_run_time"])
     yield "darkroom_flow_last_success_timestamp_seconds", (flow,), datetime.fromisoformat(run["end_time"]).timestamp()
@@ -180,7 +180,7 @@ class LedgerSnapshot:
     history: History
 
 
-def ledger_samples(cache: dict[str, LedgerSnapshot]) -> Iterator[Sample]:
+def ledger_samples(cache: dict[str, LedgerSnapshot]) -> Iterator[MetricSample]:
     """Metrics of all ledgers, with those read before in ``cache``; without MLflow's answer, by its last records."""
     place, store = Location(settings().bucket) / "ledger", Store(client(attempts=1, read_timeout=5))
     try:
@@ -207,7 +207,7 @@ def ledger_samples(cache: dict[str, LedgerSnapshot]) -> Iterator[Sample]:
         yield from champion_samples(model, history)
 
 
-def alarm_samples(cache: dict[ListedObject, NumberedAlarm]) -> Iterator[Sample]:
+def alarm_samples(cache: dict[ListedObject, NumberedAlarm]) -> Iterator[MetricSample]:
     """Metrics of the drift alarms of all models, those read before from ``cache``."""
     place, store = Location(settings().bucket) / "alarms", Store(client(attempts=1, read_timeout=5))
     alarms_by_model: dict[str, list[NumberedAlarm]] = {}
@@ -227,7 +227,7 @@ def alarm_samples(cache: dict[ListedObject, NumberedAlarm]) -> Iterator[Sample]:
             yield "darkroom_drift_last_alarm_timestamp_seconds", (model,), moment.timestamp()
 
 
-def champion_samples(model: str, history: History) -> Iterator[Sample]:
+def champion_samples(model: str, history: History) -> Iterator[MetricSample]:
     """Version of the champion, the time of its promotion, and its metrics in the gate's newest verdict on it."""
     champion = history.alias_numbers.champion
     dates = [entry.when for entry in history.entries if entry.changes_champion and entry.to_version == champion]
@@ -247,7 +247,7 @@ def _query_records(place: str) -> dict[str, Known | None]:
     records: dict[str, Known | None] = {}
     token = ""
     while True:
-        answer = query_mlflow(f"registered-models/search?max_results={MOST}&page_token={quote(token)}")
+        answer = query_mlflow(f"registered-models/search?max_results={MAX_RESULTS}&page_token={quote(token)}")
         for model in answer.get("registered_models", ()):
             name, tags = model["name"], {tag["key"]: tag["value"] for tag in model.get("tags", ())}
             try:
@@ -261,17 +261,17 @@ def _query_records(place: str) -> dict[str, Known | None]:
             return records
 
 
-def mlflow_samples() -> Iterator[Sample]:
+def mlflow_samples() -> Iterator[MetricSample]:
     """Metrics of running trainings; raises NotServingError or LoginRejectedError."""
-    entries = query_mlflow("experiments/search", {"max_results": MOST}).get("experiments", ())
+    entries = query_mlflow("experiments/search", {"max_results": MAX_RESULTS}).get("experiments", ())
     if experiments := {experiment["experiment_id"]: experiment["name"] for experiment in entries}:
         trainings = "attributes.status = 'RUNNING' and tags.`darkroom.train_key` != ''"
-        question = {"experiment_ids": list(experiments), "filter": trainings, "max_results": MOST}
+        question = {"experiment_ids": list(experiments), "filter": trainings, "max_results": MAX_RESULTS}
         for run in query_mlflow("runs/search", question).get("runs", ()):
             yield from training_samples(experiments[run["info"]["experiment_id"]], run)
 
 
-def training_samples(model: str, run: Mapping[str, Any]) -> Iterator[Sample]:
+def training_samples(model: str, run: Mapping[str, Any]) -> Iterator[MetricSample]:
     """Progress of a training, once it has logged any."""
     labels = model, run["info"]["run_id"]
     figures = {metric["key"]: metric for metric in run["data"].get("metrics", ())}

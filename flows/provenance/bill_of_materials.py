@@ -22,7 +22,7 @@ BOM = ".cdx.json"
 DIGEST = re.compile("[0-9a-f]{64}")
 ERROR_OR_BOUND = re.compile(r".*(_se|_error|_low|_high)|[a-z]+_se_.*|(real_baseline|champion).*")
 """Metrics that belong to another one, or to something else than the model."""
-Part = dict[str, Any]
+Component = dict[str, Any]
 
 
 def bom_path(export: Path) -> Path:
@@ -46,10 +46,10 @@ def write_bom(
         data: Manifest of the data set it was trained on; None: unknown here.
         metrics: Metrics by name; of a metric with its bounds or standard error, the 95 % interval is written.
         libraries: Libraries that the version was registered with, as NAME==VERSION; empty: not recorded.
-        licence: Licence of the weights; None: that of an imported pipeline, if it has one.
+        licence: Licence of the weights; None: an imported pipeline's, if it has one.
     """
     header = read_model_header(weights)
-    model, parts = _model(header, export, licence), list[Part]()
+    model, parts = _model(header, export, licence), list[Component]()
     if header.origin is None or header.images:
         parts += _datasets(header, data)
         model["modelCard"]["modelParameters"]["datasets"] = [{"ref": part["bom-ref"]} for part in parts]
@@ -99,10 +99,10 @@ def read_bom_files(path: Path) -> dict[str, str]:
             if component["type"] == "file"
         }
     except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{path} is no bill of materials of an export") from error
+        raise ValueError(f"{path} is not a bill of materials of an export") from error
 
 
-def _model(header: ModelHeader, export: ExportResult, licence: str | None) -> Part:
+def _model(header: ModelHeader, export: ExportResult, licence: str | None) -> Component:
     name, _, number = (export.version or "").removeprefix("models:/").partition("/")
     text = bool(getattr(header.model, "text", False))
     is_conditional = text or (header.origin is not None and "StableDiffusion" in export.pipeline)
@@ -128,7 +128,7 @@ def _model(header: ModelHeader, export: ExportResult, licence: str | None) -> Pa
     }
 
 
-def _datasets(header: ModelHeader, data: Manifest | None) -> list[Part]:
+def _datasets(header: ModelHeader, data: Manifest | None) -> list[Component]:
     has_digest = bool(DIGEST.fullmatch(header.content_digest))
     description = {} if data is None else {"description": f"{data.kept} images"}
     if data is None:
@@ -148,9 +148,9 @@ def _datasets(header: ModelHeader, data: Manifest | None) -> list[Part]:
     ]
 
 
-def _bases(weights: Path, header: ModelHeader) -> list[Part]:
+def _bases(weights: Path, header: ModelHeader) -> list[Component]:
     """List the models that weights were taken from, the nearest first, and the origin of an imported one."""
-    bases, file = list[Part](), weights
+    bases, file = list[Component](), weights
     while True:
         origin = header.origin
         if origin is not None:
@@ -182,7 +182,7 @@ def _bases(weights: Path, header: ModelHeader) -> list[Part]:
         )
 
 
-def _performance(metrics: Mapping[str, float]) -> Part:
+def _performance(metrics: Mapping[str, float]) -> Component:
     rows = []
     for name, value in sorted(metrics.items()):
         if ERROR_OR_BOUND.fullmatch(name) or not math.isfinite(value):
@@ -192,14 +192,14 @@ def _performance(metrics: Mapping[str, float]) -> Part:
         error = metrics.get(f"{prefix}_se_{suffix}", metrics.get(f"{name}_se"))
         if low is None and high is None and error is not None:
             low, high = value - DEVIATIONS * error, value + DEVIATIONS * error
-        row: Part = {"type": name, "value": f"{value:.6g}"}
+        row: Component = {"type": name, "value": f"{value:.6g}"}
         if low is not None and high is not None:
             row["confidenceInterval"] = {"lowerBound": f"{low:.6g}", "upperBound": f"{high:.6g}"}
         rows.append(row)
     return {"quantitativeAnalysis": {"performanceMetrics": rows}} if rows else {}
 
 
-def _licences(licence: str | None) -> Part:
+def _licences(licence: str | None) -> Component:
     if licence is None:
         return {}
     from cyclonedx.spdx import fixup_id
@@ -208,9 +208,9 @@ def _licences(licence: str | None) -> Part:
     return {"licenses": [{"license": {"id": spdx_id} if spdx_id else {"name": licence}}]}
 
 
-def _sha256(digest: str) -> list[Part]:
+def _sha256(digest: str) -> list[Component]:
     return [{"alg": "SHA-256", "content": digest}]
 
 
-def _property(name: str, value: str) -> Part:
+def _property(name: str, value: str) -> Component:
     return {"name": f"darkroom:{name}", "value": value}

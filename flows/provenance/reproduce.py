@@ -28,13 +28,23 @@ from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.files import write_bytes, write_json
 from diffusion.common.fingerprint import Fingerprint
+from diffusion.generation.config import Conditions
 from flows import environment
 from flows.registry import model_versions
 from flows.registry.model_versions import CODE, CODE_FOLDER, SERVED_MODEL, Version, digest_code
 from flows.registry.takedown_marks import warn_of_takedown
 from flows.sampling import sampling_batch
 from flows.sampling.generate_batch import fetch_table, select_conditions
-from flows.sampling.lookup import LocatedImage, Origin, find, pixels_sha256, read_image, read_pixels, read_rows
+from flows.sampling.lookup import (
+    ImageOrigin,
+    LocatedImage,
+    SampleLocation,
+    find,
+    pixels_sha256,
+    read_image,
+    read_pixels,
+    read_rows,
+)
 from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Store
 from flows.storage.s3_errors import MissingObjectError
@@ -115,24 +125,9 @@ def reproduce(address: str, count: int | None = None, out: Path | None = None, i
     """
     store = Store()
     location = find(address, store, environment.settings().bucket)
-    if isinstance(location.origin, Origin) and location.origin.task is not None:
-        raise UserError(
-            f"{address} was made on request ({location.origin.task}), not sampled in a batch: the same command makes "
-            "it again, and request.json beside it says with what"
-        )
-    if location.batch is None or location.place is None:
-        raise UserError(
-            f"the batch of {address} is not at its usual place, and only that says how it was sampled: give the "
-            "address that it was sampled to, s3://BUCKET/PREFIX/00000007.png"
-        )
-    batch, place = location.batch, location.place
+    batch, place = _require_batch(address, location)
     chunks = _chunks(batch, location.image, count)
-    version = model_versions.resolve(MlflowClient(), f"models:/{batch.model}/{batch.version}")
-    if version.weights_sha256 != batch.weights_sha256:
-        raise UserError(
-            f"{version.uri} has other weights than {address} was sampled with: it was registered again since"
-        )
-    warn_of_takedown(version)
+    version = _require_version(address, batch)
     table = fetch_table(store, batch, place)
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -147,17 +142,11 @@ def reproduce(address: str, count: int | None = None, out: Path | None = None, i
             "conditions": [of_chunk.model_dump(mode="json", exclude_none=True) for of_chunk in conditions],
         }
         code = Path(diffusion.__file__).parent.parent if installed else fetch_code(version, folder / "shipped")
-        if not installed and batch.code_sha256 != version.code_sha256:
-            claim = "names none" if batch.code_sha256 is None else f"names other code, {batch.code_sha256[:12]}…"
-            raise UserError(
-                f"the code of {version.uri} is not run: its tag {CODE} and {place}/batch.json do not agree, which "
-                f"{claim}: one was altered, or an older Darkroom began the batch; --installed runs what is installed "
-                "here"
-            )
+        if not installed:
+            _require_same_code(batch, place, version)
         answers = _run(request, code, version, installed)
         own_fingerprint = Fingerprint.model_validate(next(answers)["fingerprint"])
-        comparisons: list[ImageComparison] = []
-        report = reporter()
+        comparisons, report = list[ImageComparison](), reporter()
         for chunk, of_chunk, answer in zip(chunks, conditions, answers, strict=True):
             tensors = load_file(answer["file"])
             images = (tensors[str(index)].transpose(1, 2, 0) for index in chunk)
@@ -169,10 +158,7 @@ def reproduce(address: str, count: int | None = None, out: Path | None = None, i
             comparisons += [compare(*triple) for triple in triples]
             if out is not None:
                 for index, pixels, original in zip(chunk, generated_images, originals, strict=True):
-                    channels = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1).copy())
-                    label = original.row["label"] if original.row else None
-                    png, _ = sampling_batch.encode(batch, index, channels, label, of_chunk)
-                    write_bytes(out / sampling_batch.image_key(index), png)
+                    _write_image(out, batch, index, pixels, original, of_chunk)
             report("images generated again", len(comparisons), sum(map(len, chunks)))
     return Reproduction(
         where=address,
@@ -190,6 +176,39 @@ def reproduce(address: str, count: int | None = None, out: Path | None = None, i
         altered=[comparison.key for comparison in comparisons if comparison.altered],
         folder=out,
     )
+
+
+def _require_batch(address: str, location: SampleLocation) -> tuple[SamplingBatch, Location]:
+    if isinstance(location.origin, ImageOrigin) and location.origin.task is not None:
+        raise UserError(
+            f"{address} was made on request ({location.origin.task}), not sampled in a batch: the same command makes "
+            "it again, and request.json beside it says with what"
+        )
+    if location.batch is None or location.place is None:
+        raise UserError(
+            f"the batch of {address} is not at its usual place, and only that says how it was sampled: give the "
+            "address that it was sampled to, s3://BUCKET/PREFIX/00000007.png"
+        )
+    return location.batch, location.place
+
+
+def _require_version(address: str, batch: SamplingBatch) -> Version:
+    version = model_versions.resolve(MlflowClient(), f"models:/{batch.model}/{batch.version}")
+    if version.weights_sha256 != batch.weights_sha256:
+        raise UserError(
+            f"{version.uri} has other weights than {address} was sampled with: it was registered again since"
+        )
+    warn_of_takedown(version)
+    return version
+
+
+def _require_same_code(batch: SamplingBatch, place: Location, version: Version) -> None:
+    if batch.code_sha256 != version.code_sha256:
+        claim = "names none" if batch.code_sha256 is None else f"names other code, {batch.code_sha256[:12]}…"
+        raise UserError(
+            f"the code of {version.uri} is not run: its tag {CODE} and {place}/batch.json do not agree, which {claim}: "
+            "one was altered, or an older Darkroom began the batch; --installed runs what is installed here"
+        )
 
 
 def _chunks(batch: SamplingBatch, image: LocatedImage | None, count: int | None) -> list[range]:
@@ -222,6 +241,15 @@ def _originals(store: Store, place: Location, batch: SamplingBatch, chunk: range
 
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(get, chunk))
+
+
+def _write_image(
+    out: Path, batch: SamplingBatch, index: int, pixels: np.ndarray, original: LocatedImage, conditions: Conditions
+) -> None:
+    channels = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1).copy())
+    label = original.row["label"] if original.row else None
+    png, _ = sampling_batch.encode(batch, index, channels, label, conditions)
+    write_bytes(out / sampling_batch.image_key(index), png)
 
 
 def compare(key: str, pixels: np.ndarray, original: LocatedImage) -> ImageComparison:
@@ -281,7 +309,7 @@ def fetch_requirements(version: Version) -> list[str]:
 
 
 def changed_libraries(requirements: list[str]) -> list[str]:
-    """Libraries of ``requirements`` that this machine has in another version, as ``NAME: theirs → ours``."""
+    """Libraries of ``requirements`` that this machine has in another version, as ``NAME: registered → installed``."""
     changes = []
     for name, pin in (line.split("==") for line in requirements if "==" in line):
         version = "not installed"

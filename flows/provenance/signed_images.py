@@ -1,7 +1,7 @@
 """Signed copies of generated images: one for each, in a folder or on S3; the images themselves stay as they are.
 
 ``signing.json`` says of what and by whom, the copies have the names of the images, ``manifest/part-00000.jsonl`` leads
-from the SHA-256 of each image to that of its copy, and ``_SUCCESS``, written last, has the SHA-256 of the records. So
+from the SHA-256 of each image to its copy's, and ``_SUCCESS``, written last, has the SHA-256 of the records. So
 it lists all files, and ``_SUCCESS.sig`` is its signature.
 
 Signatures are random. Therefore a name is written once: of two processes that sign an image the first one counts, and
@@ -27,8 +27,18 @@ from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.manifest import Sha256
 from diffusion.generation.requests import ABOUT, RequestRecord
 from flows import environment
-from flows.sampling.lookup import Success, find, read_image, read_rows
-from flows.sampling.sampling_batch import BATCH, LARGEST_IMAGE, SUCCESS, Row, find_conflicts, image_key, part_key
+from flows.sampling.lookup import find, read_image, read_rows
+from flows.sampling.sampling_batch import (
+    BATCH,
+    MAX_IMAGE_BYTES,
+    SUCCESS,
+    Row,
+    Success,
+    find_conflicts,
+    image_key,
+    part_bytes,
+    part_key,
+)
 from flows.signing.images import ImageSigner, verify_image
 from flows.signing.keys import SignatureError, SigningKey, describe
 from flows.storage.s3 import DELETED, Location, Store
@@ -36,7 +46,7 @@ from flows.storage.s3_errors import LargeObjectError, MissingObjectError
 
 SIGNING, SUCCESS_SIGNATURE = "signing.json", f"{SUCCESS}.sig"
 AT_ONCE = 8  # images in transfer at the same time
-CHUNK = 256  # images of a part of the manifest, for what is no sampling batch
+CHUNK = 256  # images of a part of the manifest, for what is not a sampling batch
 PROMPT = b"darkroom:prompt\0"  # beginning of the PNG chunk with the prompt
 
 
@@ -91,11 +101,11 @@ class UnsignedImage:
     read: Callable[[], bytes]
 
 
-class Place(Protocol):
+class CopyStore(Protocol):
     """Folder or prefix on S3 of files that are written once."""
 
     def get(self, name: str) -> bytes | None:
-        """Read a file; None if there is none, one of over LARGEST_IMAGE bytes, or something else of its name."""
+        """Read a file; None if there is none, one of over MAX_IMAGE_BYTES bytes, or something else of its name."""
 
     def put(self, name: str, data: bytes) -> bytes:
         """Write a file whole unless it is there; returns what is there then."""
@@ -105,7 +115,7 @@ class Place(Protocol):
 
 
 @dataclass(frozen=True)
-class Folder:
+class LocalFolder:
     """Folder of this machine."""
 
     path: Path
@@ -116,8 +126,8 @@ class Folder:
         if not path.is_file() or path.is_symlink():
             return None
         with path.open("rb") as file:
-            data = file.read(LARGEST_IMAGE + 1)
-        return data if len(data) <= LARGEST_IMAGE else None
+            data = file.read(MAX_IMAGE_BYTES + 1)
+        return data if len(data) <= MAX_IMAGE_BYTES else None
 
     def put(self, name: str, data: bytes) -> bytes:  # noqa: D102
         path = self.path / name
@@ -154,7 +164,7 @@ class Folder:
 
 
 @dataclass(frozen=True)
-class Prefix:
+class S3Prefix:
     """Prefix on S3."""
 
     place: Location
@@ -162,7 +172,7 @@ class Prefix:
 
     def get(self, name: str) -> bytes | None:  # noqa: D102
         with suppress(MissingObjectError, LargeObjectError):
-            return self.store.get(self.place.bucket, self.place.key(name), LARGEST_IMAGE)
+            return self.store.get(self.place.bucket, self.place.key(name), MAX_IMAGE_BYTES)
         return None
 
     def put(self, name: str, data: bytes) -> bytes:  # noqa: D102
@@ -170,7 +180,7 @@ class Prefix:
         try:
             self.store.put_once(self.place.bucket, self.place.key(name), data, content_type=kind)
         except ConflictError:
-            return self.store.get(self.place.bucket, self.place.key(name), LARGEST_IMAGE)
+            return self.store.get(self.place.bucket, self.place.key(name), MAX_IMAGE_BYTES)
         return data
 
     def names(self) -> Iterator[str]:  # noqa: D102
@@ -181,9 +191,9 @@ class Prefix:
         return str(self.place)
 
 
-def parse_place(address: str) -> Folder | Prefix:
+def parse_place(address: str) -> LocalFolder | S3Prefix:
     """Folder or prefix that ``address`` names."""
-    return Prefix(Location.parse(address), Store()) if address.startswith("s3://") else Folder(Path(address))
+    return S3Prefix(Location.parse(address), Store()) if address.startswith("s3://") else LocalFolder(Path(address))
 
 
 def sign_images(
@@ -219,12 +229,7 @@ def sign_images(
         prompts=prompts,
         parent_sha256=None if original is None else sha256_bytes(original),
     )
-    if isinstance(target, Folder) and isinstance(source, _Request) and target.path.resolve() == source.folder.resolve():
-        raise UserError(f"{out} holds the images themselves, which stay as they are: give --out another folder")
-    if isinstance(target, Prefix):
-        if f"{target}/".startswith(f"{source.place}/"):
-            raise UserError(f"{target} lies inside of the batch, which stays as it is: give --out another place")
-        target.store.require_conditional_puts(target.place.bucket, target.place.prefix)
+    _require_place_for_copies(target, source)
     record = canonical_json(signing.model_dump(mode="json")).encode()
     if target.put(SIGNING, record) != record:
         raise ConflictError(
@@ -237,8 +242,7 @@ def sign_images(
             name = part_key(number)
             if (part := target.get(name)) is None:
                 rows = list(pool.map(partial(_sign, target, signer, original), images()))
-                lines = "".join(f"{canonical_json(row.model_dump(mode='json'))}\n" for row, _ in rows)
-                part = target.put(name, lines.encode())
+                part = target.put(name, part_bytes(row.model_dump(mode="json") for row, _ in rows))
                 signed_count += sum(is_new for _, is_new in rows)
             digests[name] = sha256_bytes(part)
             image_count += part.count(b"\n")
@@ -248,29 +252,42 @@ def sign_images(
         target.put(SUCCESS_SIGNATURE, key.sign_bytes(success))
     if target.put(SUCCESS, success) != success:
         raise ConflictError(f"{target} was altered: its {SUCCESS} names other records than there are")
-    if isinstance(target, Folder):
+    if isinstance(target, LocalFolder):
         # Left by a killed process; they would count as files that are not signed.
         remove_partials(target.path)
     return SignedImages(out=str(target), images=image_count, signed=signed_count, signer=signing.signer)
 
 
-def _sign(target: Place, signer: ImageSigner, parent: bytes | None, image: UnsignedImage) -> tuple[SignedRow, bool]:
+def _require_place_for_copies(target: LocalFolder | S3Prefix, source: "_Batch | _Request") -> None:
+    if (
+        isinstance(target, LocalFolder)
+        and isinstance(source, _Request)
+        and target.path.resolve() == source.folder.resolve()
+    ):
+        raise UserError(f"{target} holds the images themselves, which stay as they are: give --out another folder")
+    if isinstance(target, S3Prefix):
+        if f"{target}/".startswith(f"{source.place}/"):
+            raise UserError(f"{target} lies inside of the batch, which stays as it is: give --out another place")
+        target.store.require_conditional_puts(target.place.bucket, target.place.prefix)
+
+
+def _sign(target: CopyStore, signer: ImageSigner, parent: bytes | None, image: UnsignedImage) -> tuple[SignedRow, bool]:
     """Sign an image unless its copy is there; also returns whether it was signed now."""
     copy, is_new = target.get(image.name), False
     if copy is None:
-        ours = signer.sign(image.read(), image.name, image.lineage, parent)
-        copy = target.put(image.name, ours)
-        is_new = copy == ours
+        signed = signer.sign(image.read(), image.name, image.lineage, parent)
+        copy = target.put(image.name, signed)
+        is_new = copy == signed
     if not is_new:
         try:
             signed_image = verify_image(copy)
             # Serial numbers of certificates are random. Whoever forges one as well fails at `darkroom verify --trust`.
-            is_ours = signed_image.serial_number == signer.serial_number and signed_image.lineage == image.lineage
+            is_own = signed_image.serial_number == signer.serial_number and signed_image.lineage == image.lineage
         except SignatureError:
-            is_ours = False
-        if not is_ours:
+            is_own = False
+        if not is_own:
             raise ConflictError(
-                f"{target}/{image.name} is there, and is no copy that this key signed: give --out another place"
+                f"{target}/{image.name} is there, and is not a copy that this key signed: give --out another place"
             )
     digests = {"sha256": image.lineage["image_sha256"], "signed_sha256": sha256_bytes(copy)}
     return SignedRow(file=image.name, index=image.lineage["index"], **digests), is_new

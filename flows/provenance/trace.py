@@ -27,7 +27,8 @@ from flows.registry import model_versions
 from flows.registry.aliases import none_if_missing
 from flows.registry.model_versions import CODE, WEIGHTS
 from flows.registry.takedown_marks import TAKEDOWN, parse_takedown_names
-from flows.sampling.lookup import LocatedImage, Origin, SampleLocation, find, find_disagreements
+from flows.sampling.consistency import find_disagreements
+from flows.sampling.lookup import ImageOrigin, LocatedImage, SampleLocation, find
 from flows.sampling.sampling_batch import SUCCESS, SamplingBatch
 from flows.storage.s3 import DELETED, Location, Store
 from flows.storage.tags import Tags, parse_tags
@@ -158,7 +159,7 @@ class _Walk:
         image = location.image and self.image(location, location.image)
         if batch is not None and place is not None:
             self.broken += find_disagreements(self.store, batch, place, image.index if image else None)
-        elif not isinstance(origin, Origin) or origin.task is None:
+        elif not isinstance(origin, ImageOrigin) or origin.task is None:
             self.broken.append(f"no batch of {location.where} is to be found beside it, or at the usual place")
         elif location.request is None:
             self.broken.append(f"{location.where} was made on request, and no {ABOUT} beside it says of what")
@@ -211,8 +212,8 @@ class _Walk:
             self.broken.append(f"{address} {message}")
         elif row is None and (batch is not None or location.request is not None):
             self.broken.append(f"what was written down of its batch or request has no row of {address}")
-        theirs = origin and (origin.model, origin.version, origin.run_id, origin.seed, origin.index)
-        if batch and origin and theirs != (batch.model, batch.version, batch.run_id, batch.seed, image.index):
+        claim = origin and (origin.model, origin.version, origin.run_id, origin.seed, origin.index)
+        if batch and origin and claim != (batch.model, batch.version, batch.run_id, batch.seed, image.index):
             self.broken.append(f"{address} says of itself that it is another image than its batch has there")
         return TracedImage(
             where=address,

@@ -14,16 +14,15 @@ from flows.provenance.bill_of_materials import BOM, bom_path, read_bom_files
 from flows.provenance.signed_images import (
     SIGNING,
     SUCCESS_SIGNATURE,
-    Folder,
-    Place,
-    Prefix,
+    CopyStore,
+    LocalFolder,
+    S3Prefix,
     SignedRow,
     Signing,
     parse_place,
 )
-from flows.registry.ledger import LARGEST, SIGNATURES, BrokenChainError, LedgerEntry, follow_chain
-from flows.sampling.lookup import Success
-from flows.sampling.sampling_batch import SUCCESS, part_key
+from flows.registry.ledger import MAX_ENTRY_BYTES, SIGNATURES, BrokenChainError, LedgerEntry, follow_chain
+from flows.sampling.sampling_batch import SUCCESS, Success, part_key
 from flows.signing.images import SignedImage, verify_image
 from flows.signing.keys import SignatureError, Trust, describe_differences, signature_path, signed_files
 from flows.storage.numbered_objects import NAME
@@ -32,14 +31,14 @@ from flows.storage.s3 import PROBE, PROBE_BODY
 SIGNATURE = re.compile(rf"{SIGNATURES}/[0-9a-f]+/([0-9]{{8}})\.sig")
 SHA256 = re.compile("[0-9a-f]{64}")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
-Kind = Literal["image", "signed images", "model", "bill of materials", "ledger"]
+CheckKind = Literal["image", "signed images", "model", "bill of materials", "ledger"]
 
 
 class Check(Config):
     """Verification of one thing."""
 
     path: str
-    kind: Kind
+    kind: CheckKind
     verified: bool
     trusted: bool = False
     """Whether it was signed by a key or certificate that the user trusts."""
@@ -88,7 +87,7 @@ def verify(path: str, trust: Trust, head: str | None = None, model: str | None =
     listing = place.names() if local is None or local.is_dir() else ()
     names = sorted(name for name in listing if name != PROBE or place.get(name) != PROBE_BODY)
     if any(NAME.fullmatch(name) for name in names):
-        expected = model or (place.place.prefix.rpartition("/")[2] if isinstance(place, Prefix) else None)
+        expected = model or (place.place.prefix.rpartition("/")[2] if isinstance(place, S3Prefix) else None)
         return [_ledger(path, place, names, trust, head, expected)]
     if SIGNING in names or any(name.lower().endswith(IMAGES) for name in names):
         _reject_options("images", of_ledger | {"--key": trust.key})
@@ -102,14 +101,14 @@ def _reject_options(kind: str, options: Mapping[str, object]) -> None:
         raise UserError(f"{' and '.join(names)} cannot verify {kind}: leave it out{fix}")
 
 
-def _fail(path: str, kind: Kind, problem: str) -> Check:
+def _fail(path: str, kind: CheckKind, problem: str) -> Check:
     return Check(path=path, kind=kind, verified=False, problem=problem)
 
 
 def _signed_files(path: Path, trust: Trust) -> Iterator[Check]:
     """Verify a file or folder by the signature beside it, and its bill of materials."""
     bom = bom_path(path)
-    kind: Kind = "bill of materials" if path.name.endswith(BOM) else "model"
+    kind: CheckKind = "bill of materials" if path.name.endswith(BOM) else "model"
     files: dict[str, str] | None = None
     for target in [path, bom] if bom.is_file() or signature_path(bom).is_file() else [path]:
         try:
@@ -121,7 +120,7 @@ def _signed_files(path: Path, trust: Trust) -> Iterator[Check]:
             if target == path:
                 files = signed_files(signature_path(path))
                 # The library passes over folders that are empty, or that it must not read.
-                if path.is_dir() and (others := set(Folder(path).names()) - files.keys()):
+                if path.is_dir() and (others := set(LocalFolder(path).names()) - files.keys()):
                     raise SignatureError(f"{min(others)} was added")
             elif files is not None and (problem := describe_differences(read_bom_files(bom), files)):
                 raise SignatureError(f"it is of other files than {path} holds: {problem}")
@@ -146,7 +145,7 @@ def _image(path: str, data: bytes, trust: Trust) -> tuple[Check, SignedImage | N
     return check, image
 
 
-def _images(path: str, place: Place, names: list[str], trust: Trust) -> Iterator[Check]:
+def _images(path: str, place: CopyStore, names: list[str], trust: Trust) -> Iterator[Check]:
     """Verify every image, that all images which were signed with it are there under their names, and no other file.
 
     Each copy says how many there are. Which other files belong to them is said by the list of ``darkroom sign`` alone:
@@ -208,7 +207,7 @@ def _images(path: str, place: Place, names: list[str], trust: Trust) -> Iterator
     )
 
 
-def _verify_list(place: Place, trust: Trust) -> str:
+def _verify_list(place: CopyStore, trust: Trust) -> str:
     """Verify the signature of the list of files; returns the signer, "" without a root to trust."""
     if (signature := place.get(SUCCESS_SIGNATURE)) is None:
         raise SignatureError("this list of files is not signed: give `darkroom sign` again")
@@ -219,7 +218,7 @@ def _source(lineage: dict[str, Any]) -> str:
     return str(lineage.get("batch") or f"request {lineage.get('request_sha256')}")
 
 
-def _read_signing(place: Place) -> Signing | None:
+def _read_signing(place: CopyStore) -> Signing | None:
     try:
         return Signing.model_validate_json(place.get(SIGNING) or b"")
     except ValidationError:
@@ -227,7 +226,7 @@ def _read_signing(place: Place) -> Signing | None:
 
 
 def _compare_manifest(
-    place: Place, signing: Signing, digests: dict[str, tuple[str, str]], others: set[str]
+    place: CopyStore, signing: Signing, digests: dict[str, tuple[str, str]], others: set[str]
 ) -> Iterator[str]:
     """Describe how the records of signed copies, and no ``others``, differ from images with these digests by name."""
     data = place.get(SUCCESS)
@@ -238,7 +237,7 @@ def _compare_manifest(
     try:
         records = Success.model_validate_json(data).sha256
         if records.keys() != {SIGNING, *map(part_key, range(len(records) - 1))}:
-            yield f"{SUCCESS} names other files than those of signed copies"
+            yield f"{SUCCESS} names other files than signed copies have"
         yield from (f"{name or 'a file'} was added" for name in sorted(others - {SUCCESS, SUCCESS_SIGNATURE, *records}))
         for name, digest in records.items():
             # The names are not trusted either.
@@ -258,17 +257,17 @@ def _compare_manifest(
             yield f"{name} {problem}"
 
 
-def _ledger(path: str, place: Place, names: list[str], trust: Trust, head: str | None, model: str | None) -> Check:
+def _ledger(path: str, place: CopyStore, names: list[str], trust: Trust, head: str | None, model: str | None) -> Check:
     """Verify the chain of a ledger up to its newest entry, which must be signed, and that ``head`` is part of it."""
     if trust.key is None and trust.roots is None:
         raise UserError(f"say whose signature of {path} you trust: give --key PUBLIC_KEY, or --trust ROOTS")
     objects = {
         int(match[1]): data
         for name in names
-        if (match := NAME.fullmatch(name)) and (data := place.get(name)) is not None and len(data) <= LARGEST
+        if (match := NAME.fullmatch(name)) and (data := place.get(name)) is not None and len(data) <= MAX_ENTRY_BYTES
     }
     if not objects:
-        return _fail(path, "ledger", f"no entry has at most {LARGEST} bytes")
+        return _fail(path, "ledger", f"no entry has at most {MAX_ENTRY_BYTES} bytes")
     signed_heads, signer, failures = dict[int, str](), "", list[tuple[int, str]]()
     signatures = [(int(match[1]), name) for name in names if (match := SIGNATURE.fullmatch(name))]
     for number, name in sorted(signatures, reverse=True):
@@ -284,7 +283,7 @@ def _ledger(path: str, place: Place, names: list[str], trust: Trust, head: str |
     try:
         first_entry = LedgerEntry.model_validate_json(objects[min(objects)])
         if model is not None and first_entry.model != model:
-            raise SignatureError(f"it is the ledger of {first_entry.model}, and not that of {model}")
+            raise SignatureError(f"it is the ledger of {first_entry.model}, not of {model}")
         if not signed_heads:
             raise SignatureError(
                 f"no entry is signed by a trusted key ({failures[0][1] if failures else 'there is no signature'})"

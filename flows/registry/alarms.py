@@ -23,7 +23,7 @@ from flows.storage.numbered_objects import NumberedObjects, first_free, object_n
 from flows.storage.s3 import Location, Store
 from flows.storage.s3_errors import MissingObjectError
 
-LARGEST = 2**14  # maximum size of an alarm in bytes; larger objects are no alarms
+MAX_ALARM_BYTES = 2**14  # larger objects are not alarms
 
 Cause = Literal["quality", "images", "class_shares", "images_by_class"]
 """quality: the champion is surely worse than at its promotion; others: the test by which new images surely differ from
@@ -74,14 +74,16 @@ class Alarms(NumberedObjects):
 
     def read(self, number: int) -> NumberedAlarm:
         """Read one alarm; raises UserError if there is none of that number."""
-        data = self.get(number, max_bytes=LARGEST) or b""
+        data = self.get(number, max_bytes=MAX_ALARM_BYTES) or b""
         try:
             return NumberedAlarm(number=number, **Alarm.model_validate_json(data).model_dump())
         except ValidationError as error:
-            raise UserError(f"{self.place}/{object_name(number)} is no alarm: leave the parameter alarm out") from error
+            raise UserError(
+                f"{self.place}/{object_name(number)} is not an alarm: leave the parameter alarm out"
+            ) from error
 
     def all(self, numbers: Collection[int] | None = None) -> list[NumberedAlarm]:
-        """Read all alarms, or those of ``numbers``, in order; objects of others are ignored."""
+        """Read all alarms, or those of ``numbers``, in order; foreign objects are ignored."""
         alarms = []
         for number in sorted(self.numbers() if numbers is None else numbers):
             with suppress(UserError):
@@ -116,7 +118,7 @@ class Alarms(NumberedObjects):
         with suppress(ConflictError):
             self._put(name, run_id.encode())
         try:
-            return self.store.get(self.place.bucket, self.place.key(name), max_bytes=LARGEST).decode(errors="replace")
+            return self.store.get(self.place.bucket, self.place.key(name), max_bytes=MAX_ALARM_BYTES).decode(errors="replace")
         except MissingObjectError:
             return run_id
 

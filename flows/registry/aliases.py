@@ -129,10 +129,10 @@ def remember(client: MlflowClient, ledger: Ledger, history: History) -> None:
     model = none_if_missing(client.get_registered_model, history.model)
     if model is None or history.head is None:
         return
-    theirs = NewestEntry.of(history.model, model.tags)
-    ours = NewestEntry(history.head.number, history.head.digest, str(ledger.place))
-    if theirs is None or (theirs.number <= ours.number and theirs != ours):
-        client.set_registered_model_tag(history.model, NEWEST, str(ours))
+    recorded = NewestEntry.of(history.model, model.tags)
+    newest = NewestEntry(history.head.number, history.head.digest, str(ledger.place))
+    if recorded is None or (recorded.number <= newest.number and recorded != newest):
+        client.set_registered_model_tag(history.model, NEWEST, str(newest))
 
 
 def signing_key() -> SigningKey | None:
@@ -173,7 +173,7 @@ def project(client: MlflowClient, ledger: Ledger) -> History:
             elif number is not None and number in versions and number != current_aliases.get(alias):
                 client.set_registered_model_alias(history.model, alias, str(number))
         remember(client, ledger, history)
-        # Another process may have added an entry and written its aliases before we wrote ours.
+        # Another process may have added an entry and written its aliases before this one wrote its own.
         newest_entry = ledger.head({history.head.number: history.head.digest})
         if newest_entry is None or newest_entry.number <= history.head.number:
             return history

@@ -125,7 +125,7 @@ def resolve_params(params: Params, dry_run: bool = False) -> ResolvedParams:
     return ResolvedParams(params, ready, uris[0], uris[1], join_takedown_names(None, *names) or None)
 
 
-def require_promotable(params: Params) -> None:
+def require_promotable_dependencies(params: Params) -> None:
     """Raise UserError before training if a model that it depends on must not be part of a champion."""
     ready = resolve_params(params)
     if ready.takedown is not None:

@@ -92,7 +92,7 @@ def _open_run(
 ) -> str:
     """Find or create the run of the import, with the origin and the digests of its files; returns its ID.
 
-    ``tags`` are those of the version.
+    ``tags`` are the version's.
     """
     run_tags = {
         MLFLOW_RUN_NOTE: f"Import of {escape_markdown(imported_file.source)}, {header.pixels} pixels, under the "

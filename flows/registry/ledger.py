@@ -36,7 +36,7 @@ from flows.signing.keys import SigningKey
 from flows.storage.numbered_objects import NumberedObjects, object_name
 from flows.storage.s3 import ListedObject, Location, Store
 
-LARGEST = 2**16  # maximum size of an entry in bytes: larger objects are not entries and are not fetched
+MAX_ENTRY_BYTES = 2**16  # maximum size of an entry in bytes: larger objects are not entries and are not fetched
 SIGNATURES = "signatures"  # folder of the signatures below the entries
 
 Known = Mapping[int, str]
@@ -47,7 +47,7 @@ NEWEST = "darkroom.ledger.newest"
 """Tag of a registered model in MLflow: number and SHA-256 of the newest entry, and where its ledger lies."""
 NEWEST_TEXT = re.compile(r"([0-9]{8}) sha256 ([0-9a-f]{64}) in (s3://\S+)")
 GateWord = Literal["promote", "hold", "reject"]
-What = Literal["promote", "hold", "reject", "rollback"]
+LedgerEvent = Literal["promote", "hold", "reject", "rollback"]
 Number = Annotated[int, Field(ge=1)]
 
 
@@ -86,7 +86,7 @@ class LedgerEntry(Config):
     format_version: Literal[2] = 2
     model: str
     number: Number
-    what: What
+    what: LedgerEvent
     by_hand: bool
     """Whether it is a manual override and not the gate's decision."""
     who: str
@@ -135,7 +135,7 @@ class LedgerEntry(Config):
 
     @property
     def why(self) -> str:
-        """Reason in words: that of the manual override, if any, and that of the gate."""
+        """Reason in words, of the manual override, if any, and of the gate."""
         gate = self.evidence and f"{self.evidence.verdict}: {self.evidence.reason}"
         if self.by_hand:
             statement = self.reason or "no reason given"
@@ -178,7 +178,7 @@ class AliasState:
         previous, champion = (None, None, *self.champions)[-2:]
         return AliasNumbers(champion=champion, previous=previous, candidate=self.candidate)
 
-    def apply_change(self, what: What, version: int) -> "AliasState":
+    def apply_change(self, what: LedgerEvent, version: int) -> "AliasState":
         """State after ``what`` was done to ``version``; raises UserError for a rollback past the previous champion."""
         champions = self.champions
         if what == "hold":
@@ -242,7 +242,7 @@ class History:
 
     def next_entry(
         self,
-        what: What,
+        what: LedgerEvent,
         version: int,
         weights_sha256: str,
         *,
@@ -348,7 +348,7 @@ class Ledger(NumberedObjects):
         for item in listing:
             name = item.key.removeprefix(self.place.key(""))
             if (number := self.number(item)) not in numbers and not name.startswith(f"{SIGNATURES}/"):
-                default_reason = f"is larger than {LARGEST} bytes, or was deleted just now"
+                default_reason = f"is larger than {MAX_ENTRY_BYTES} bytes, or was deleted just now"
                 reason = reasons.get(number, default_reason) if number else "is not named like an entry"
                 foreign[name] = reason
         return History(self.model, tuple(entries), foreign)
@@ -364,8 +364,8 @@ class Ledger(NumberedObjects):
         """
         self.require_conditional_puts()
         while (entry := decide(history := self.read(read_record()))) is not None:
-            if len(entry.data) > LARGEST:
-                raise UserError(f"an entry of the ledger has at most {LARGEST} bytes: give a shorter --reason")
+            if len(entry.data) > MAX_ENTRY_BYTES:
+                raise UserError(f"an entry of the ledger has at most {MAX_ENTRY_BYTES} bytes: give a shorter --reason")
             try:
                 self.put(entry.number, entry.data)
             except ConflictError:
@@ -382,7 +382,7 @@ class Ledger(NumberedObjects):
     def sign(self, entry: LedgerEntry, key: SigningKey) -> None:
         """Sign ``entry``, and so all before it, unless it is signed with this key."""
         if not self.is_signed(entry, key):
-            # Signatures are random: that of another process is as good.
+            # Signatures are random: another process's is as good.
             with suppress(ConflictError):
                 name, signature = self._signature(entry, key), key.sign_bytes(entry.data)
                 self.store.put_once(self.place.bucket, name, signature, content_type="application/json")
@@ -407,7 +407,7 @@ class Ledger(NumberedObjects):
         return [entry.number for entry in missing_entries]
 
     def _objects(self, listing: Sequence[ListedObject]) -> dict[int, bytes]:
-        small = sorted({self.number(item) for item in listing if item.size <= LARGEST} - {0})
+        small = sorted({self.number(item) for item in listing if item.size <= MAX_ENTRY_BYTES} - {0})
         with ThreadPoolExecutor(16) as pool:
             pairs = zip(small, pool.map(self.get, small), strict=True)
             return {number: data for number, data in pairs if data is not None}
@@ -468,7 +468,7 @@ def follow_chain(model: str, objects: Mapping[int, bytes], record: Known) -> tup
         entry, parent = entries_by_number.get(number), entries[-1].digest if entries else None
         next_state, reason = state, ""
         if entry is None:
-            reason = "is no entry of this ledger"
+            reason = "is not an entry of this ledger"
         elif number < max(record, default=0) and number not in chain_numbers:
             reason = "is not part of the chain of entries"
         elif entry.parent != parent:

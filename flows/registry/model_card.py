@@ -79,7 +79,7 @@ def card(
 ) -> str:
     """Render the card of ``version`` as Markdown, with its ``evaluation`` and ``comparison`` on ``data``.
 
-    ``header`` is that of its weights. It was trained on ``data`` unless a tag of the version names another content.
+    ``header`` comes from its weights. It was trained on ``data`` unless a tag of the version names another content.
     """
     best, candidate = evaluation.best, comparison.candidate if comparison else None
     content_digest = version.tags.get("darkroom.content_digest", data.content_digest)
@@ -115,7 +115,7 @@ def card(
             quality=describe_kid(evaluation, candidate, comparison.real_baseline if comparison else None),
             agreement=None if agreement is None else describe_agreement(agreement),
             rarest=min(classes.items(), key=lambda item: item[1], default=None),
-            most=max(classes.values(), default=0),
+            max_class_images=max(classes.values(), default=0),
             shifts={
                 name: shift.spreads
                 for name, shift in (comparison.candidate.drift.shifts.items() if comparison else ())
@@ -156,8 +156,8 @@ def _list_metrics(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
 
 
 def _list_comparison(comparison: ChampionComparison) -> Iterator[tuple[str, ...]]:
-    ours, baseline = comparison.candidate.metrics(), comparison.real_baseline.metrics()
-    theirs = comparison.champion.metrics() if comparison.champion else {}
+    candidate, baseline = comparison.candidate.metrics(), comparison.real_baseline.metrics()
+    champion = comparison.champion.metrics() if comparison.champion else {}
     rows = {
         name: (_figure(metric.value, metric.error), format_interval(metric.interval))
         for name, metric in comparison.candidate.estimates.items()
@@ -167,14 +167,14 @@ def _list_comparison(comparison: ChampionComparison) -> Iterator[tuple[str, ...]
         rows[name] = _figure(estimate.value, estimate.error), format_interval(estimate.interval)
         baseline |= {name: agreement.real.value}
     for name in ("copies_share", "duplicates_share"):
-        rows[name] = f"{ours[name]:.2%}", f"{ours[f'{name}_low']:.2%} … {ours[f'{name}_high']:.2%}"
+        rows[name] = f"{candidate[name]:.2%}", f"{candidate[f'{name}_low']:.2%} … {candidate[f'{name}_high']:.2%}"
     for name in ("reconstruction_psnr", "psnr", "bits_per_dim", "held_out_loss"):
-        if name in ours:
-            rows[name] = format_with_error(ours[name], ours[f"{name}_se"]), ""
+        if name in candidate:
+            rows[name] = format_with_error(candidate[name], candidate[f"{name}_se"]), ""
     for name in ("class_agreement", "gflop_per_image"):
-        if name in ours:
-            rows[name] = format_signed(ours[name]), ""
-    sides = (theirs, baseline) if comparison.champion else (baseline,)
+        if name in candidate:
+            rows[name] = format_signed(candidate[name]), ""
+    sides = (champion, baseline) if comparison.champion else (baseline,)
     for name, row in rows.items():
         yield name, *row, *(format_signed(side[name]) if name in side else "" for side in sides)
 

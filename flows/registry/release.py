@@ -126,8 +126,8 @@ def pack(uri: str, folder: Path) -> None:
     for sha256 in parse_tags(version.tags, version.uri).base_digests:
         if (base := model_versions.find_version_with_weights(sha256)) is None:
             raise UserError(
-                f"{version.uri} is based on the model with SHA-256 {sha256}, which is no version any more: register it "
-                "again, with `darkroom model import`"
+                f"{version.uri} is based on the model with SHA-256 {sha256}, which is not a version any more: "
+                "register it again, with `darkroom model import`"
             )
         _pack(client, model_versions.resolve(client, base), folder / BASES_FOLDER / sha256)
     _pack(client, version, folder)
@@ -185,7 +185,7 @@ def register(bundle: ModelBundle, folder: Path, origin: str) -> Version:
             tags = {name: value for name, value in bundle.version.tags.items() if not name.startswith(COPY)}
             version = model_versions.register_once(client, model_uri, model, digest, tags | {RELEASED_FROM: origin})
     if not client.get_model_version(model, str(version.number)).description:
-        card = f"{bundle.description}\n\nReleased from {origin}: numbers and runs in this card are those of there."
+        card = f"{bundle.description}\n\nReleased from {origin}: numbers and runs in this card are from there."
         client.update_model_version(model, str(version.number), description=card)
     return version
 

@@ -46,10 +46,10 @@ GRACE_SECONDS = 1
 """Time for answers to be sent when the server ends."""
 
 JSON = "application/json"
-Rows = Annotated[list[dict[str, Any]], Field(max_length=MAX_TABLE_IMAGES)]
+Records = Annotated[list[dict[str, Any]], Field(max_length=MAX_TABLE_IMAGES)]
 
 
-class Split(Config):
+class SplitTable(Config):
     """Table as the names of its columns and the cells of its rows."""
 
     columns: list[str]
@@ -60,9 +60,9 @@ class Split(Config):
 class ScoringRequest(Config):
     """Body of a request in MLflow's protocol: a table, in one of its forms, and parameters."""
 
-    dataframe_records: Rows | None = None
-    instances: Rows | None = None
-    dataframe_split: Split | None = None
+    dataframe_records: Records | None = None
+    instances: Records | None = None
+    dataframe_split: SplitTable | None = None
     inputs: dict[str, list[Any]] | None = None
     """Cells of each column."""
     params: dict[str, Any] | None = None
@@ -76,7 +76,7 @@ class ScoringRequest(Config):
         return self
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> Records:
         """Rows of the table; raises ValueError if they are of different lengths."""
         if self.dataframe_split is not None:
             return [dict(zip(self.dataframe_split.columns, row, strict=True)) for row in self.dataframe_split.data]

@@ -20,7 +20,7 @@ from flows.config import RetentionConfig
 from flows.datasets.catalog import PUBLISHED, PUSHING, RETIRED, Catalog, CatalogListing, Heads
 from flows.datasets.dvc import Remote
 from flows.datasets.purge import unreferenced_objects
-from flows.retention.sweeps import Action, Item, Sweep, format_age, is_older
+from flows.retention.sweeps import Action, Sweep, SweepItem, format_age, is_older
 from flows.storage.s3 import Location, Store
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class DataSets:
                 version = listings[name].versions.get(digest)
                 size = None if version is None else sum(shard.bytes for shard in version.shards)
                 items.append(
-                    Item(kind="data versions", name=f"{name} {digest[:12]}", bytes=size, action=action, why=reason)
+                    SweepItem(kind="data versions", name=f"{name} {digest[:12]}", bytes=size, action=action, why=reason)
                 )
 
         def act() -> None:
@@ -200,7 +200,7 @@ class DataSets:
         times = {}
         for entry in self.store.list_objects(self.bucket, prefix):
             if match := pattern.fullmatch(entry.key):
-                with suppress(ValueError):  # objects under other names are no versions
+                with suppress(ValueError):  # objects under other names are not versions
                     times[plain_name(match[1]), match[2]] = entry.written
         return times
 

@@ -34,7 +34,7 @@ from flows.registry import model_versions
 from flows.registry.aliases import read_verified_history
 from flows.registry.ledger import Ledger, NewestEntry
 from flows.registry.model_versions import WEIGHTS
-from flows.sampling.sampling_batch import LARGEST_BATCH, RESUMED, SamplingBatch, parse_batch
+from flows.sampling.sampling_batch import MAX_BATCH_BYTES, RESUMED, SamplingBatch, parse_batch
 from flows.storage.s3 import DELETED, USUAL, Location, Store
 from flows.storage.s3_errors import get_status
 from flows.storage.tags import parse_tags
@@ -48,14 +48,14 @@ RESUMPTION = re.compile(rf"{RESUMED}/({USUAL.pattern})/[^/]+")
 MARK_DAYS = timedelta(days=30)
 """How long a mark outlives the deleted batch: longer than any suspended request or process."""
 STAGES = ("_SUCCESS", "manifest.parquet", "manifest/", "", "requests.parquet", "batch.json")
-"""Order in which the objects of a batch are deleted: after a kill the rest is no finished batch and names its model."""
+"""Order in which a batch's objects are deleted: after a kill the rest is not a finished batch and names its model."""
 CONTENT = "darkroom.content_digest"
 LEDGER = re.compile(r"ledger/([A-Za-z0-9][A-Za-z0-9_.-]*)/[0-9]{8}\.json")
 SET_ASIDE = "darkroom.set_aside"  # tag of a run that ``darkroom gc`` has marked as deleted: the time in ISO 8601
 ABANDONED_DAYS = 1.0  # days without a write after which an unfinished file counts as abandoned
 
 
-class Item(Config):
+class SweepItem(Config):
     """Candidate for deletion."""
 
     kind: str
@@ -70,7 +70,7 @@ class Item(Config):
 class Sweep:
     """Items of one kind, with the function that applies each item's action if it still holds, and can be repeated."""
 
-    items: list[Item]
+    items: list[SweepItem]
     act: Callable[[], None]
 
 
@@ -85,7 +85,7 @@ def format_age(moment: datetime, now: datetime) -> str:
     return f"{days:.0f} days old" if days >= 2 else f"{days * 24:.0f} hours old"
 
 
-def format_items(items: Iterable[Item]) -> Iterator[str]:
+def format_items(items: Iterable[SweepItem]) -> Iterator[str]:
     """Yield lines of a table: each item that goes or is set aside, and counts of those that stay by reason."""
     sorted_items = sorted(items, key=lambda item: (ACTIONS.index(item.action), item.kind, item.name))
     rows = [("action", "what", "size", "name", "why")]
@@ -161,7 +161,7 @@ class SamplingBatches:
         for batch in self.batches:
             if batch.action == "keep" and batch.described:
                 try:
-                    data = self.store.get(self.bucket, batch.place.key("batch.json"), LARGEST_BATCH)
+                    data = self.store.get(self.bucket, batch.place.key("batch.json"), MAX_BATCH_BYTES)
                     batches.append(parse_batch(data, f"{batch.place}/batch.json"))
                 except UserError as error:
                     _, model, version, _ = batch.place.prefix.split("/")
@@ -178,7 +178,9 @@ class SamplingBatches:
             own_uploads = [upload for upload in uploads if not upload["Key"].startswith("mlflow/")]
         old_uploads = [upload for upload in own_uploads if is_older(upload["Initiated"], days, self.now)]
         items = [
-            Item(kind="sampling batches", name=str(batch.place), bytes=batch.bytes, action=batch.action, why=batch.why)
+            SweepItem(
+                kind="sampling batches", name=str(batch.place), bytes=batch.bytes, action=batch.action, why=batch.why
+            )
             for batch in self.batches
         ]
         for upload in own_uploads:
@@ -186,7 +188,7 @@ class SamplingBatches:
             if upload in old_uploads:
                 action = "delete", f"{format_age(upload['Initiated'], self.now)}, without an end"
             name = f"s3://{self.bucket}/{upload['Key']}"
-            items.append(Item(kind="unfinished uploads", name=name, bytes=None, action=action[0], why=action[1]))
+            items.append(SweepItem(kind="unfinished uploads", name=name, bytes=None, action=action[0], why=action[1]))
 
         def act() -> None:
             for batch in self.batches:
@@ -337,7 +339,7 @@ class Runs:
         for run in self.runs:
             run_id, (action, reason) = run.info.run_id, self.actions[run.info.run_id]
             if action != "delete" or run_id in self._models or self.client.list_artifacts(run_id):
-                items.append(Item(kind="runs", name=f"runs:/{run_id}", bytes=None, action=action, why=reason))
+                items.append(SweepItem(kind="runs", name=f"runs:/{run_id}", bytes=None, action=action, why=reason))
         return Sweep(items, self._act)
 
     def _act(self) -> None:
@@ -372,7 +374,10 @@ class Runs:
             try:
                 time = datetime.fromisoformat(mark).astimezone(UTC)
             except (ValueError, OverflowError):
-                return "keep", f"the tag {SET_ASIDE} of runs:/{run.info.run_id} is no time: delete the tag, or the run"
+                return (
+                    "keep",
+                    f"the tag {SET_ASIDE} of runs:/{run.info.run_id} is not a time: delete the tag, or the run",
+                )
             if self.live.unclear is not None:
                 return "set aside", self.live.unclear
             return "delete" if self.now - time >= policy.grace else "set aside", f"since {time:%Y-%m-%d %H:%M} UTC"
@@ -407,13 +412,15 @@ def sweep_local_files(
     ``models`` is the folder of fetched weights, ``train_keys`` holds the train keys of runs that go in MLflow, and
     ``weights`` the SHA-256 of the weights of registered versions, which running jobs may be reading.
     """
-    items: list[Item] = []
+    items: list[SweepItem] = []
 
     def add(
         kind: str, path: Path, last_use: datetime, size: int, is_stale: bool, stale_reason: str, keep_reason: str
     ) -> None:
         text = f"{format_age(last_use, now)}, {stale_reason}" if is_stale else keep_reason
-        items.append(Item(kind=kind, name=str(path), bytes=size, action="delete" if is_stale else "keep", why=text))
+        items.append(
+            SweepItem(kind=kind, name=str(path), bytes=size, action="delete" if is_stale else "keep", why=text)
+        )
 
     for final in sorted(Path("runs").glob("**/final.safetensors")):
         files = [path for path in final.parent.rglob("*") if path.is_file()]

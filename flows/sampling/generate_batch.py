@@ -33,9 +33,8 @@ from flows import environment
 from flows.config import SamplingBatchConfig
 from flows.registry.model_versions import Version
 from flows.sampling import sampling_batch
-from flows.sampling.lookup import Success
 from flows.sampling.request_table import REQUESTS, RequestTable
-from flows.sampling.sampling_batch import BATCH, MANIFEST, RESUMED, SUCCESS, Row, SamplingBatch
+from flows.sampling.sampling_batch import BATCH, MANIFEST, RESUMED, SUCCESS, Row, SamplingBatch, Success
 from flows.storage.s3 import DELETED, USUAL, Location, Object, Store
 from flows.storage.s3_errors import AccessDeniedError, MissingObjectError
 
@@ -201,7 +200,7 @@ def finish(store: Store, batch: SamplingBatch, place: Location) -> bool:
     def rows() -> Iterator[list[Row]]:
         for chunk, indices in enumerate(batch.chunks()):
             name = sampling_batch.part_key(chunk)
-            data = store.get(place.bucket, place.key(name), sampling_batch.LARGEST_PART)
+            data = store.get(place.bucket, place.key(name), sampling_batch.MAX_PART_BYTES)
             part = sampling_batch.part_rows(data, f"{place}/{name}")
             if len(part) != len(indices) or any(map(partial(sampling_batch.find_conflicts, batch), indices, part)):
                 raise UserError(
@@ -291,18 +290,15 @@ def plan(
     generate.prompt_embeddings(model, conditions)
     number = table.count if table else 64 if count is None else count
     size = config.chunk or sampling_batch.chunk_size(number, sampling.compute_batch)
-    if number > (most := min(sampling_batch.MOST_IMAGES, sampling_batch.CHUNKS_AT_MOST * size)):
+    if number > (limit := min(sampling_batch.MAX_BATCH_IMAGES, sampling_batch.MAX_BATCH_CHUNKS * size)):
         raise UserError(
             f"{number} images are too many for one batch in chunks of {size}: ask for several batches of at most "
-            f"{most}, each with another seed"
+            f"{limit}, each with another seed"
         )
     batch = SamplingBatch(
-        model=version.model,
+        **version.model_dump(include={"model", "run_id", "weights_sha256", "code_sha256"}),
         version=version.number,
-        run_id=version.run_id,
         content_digest=model.header.content_digest,
-        weights_sha256=version.weights_sha256,
-        code_sha256=version.code_sha256,
         seed=seed,
         count=number,
         sampling=sampling,

@@ -1,33 +1,26 @@
-"""Lookup of generated images by S3 address or local copy, and consistency checks of the records of their batch."""
+"""Lookup of generated images by S3 address or local copy, with the records of their batch."""
 
 import io
 import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, zip_longest
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from pydantic import Field, ValidationError
 
 from diffusion.common.config import Config, PlainName
 from diffusion.common.errors import UserError
-from diffusion.common.files import canonical_json, sha256_bytes, sha256_file
+from diffusion.common.files import sha256_bytes
 from diffusion.common.image_grids import GRID
 from diffusion.data.manifest import Sha256
-from diffusion.data.shards import BLOCK
 from diffusion.generation.requests import ABOUT, RequestRecord
 from flows.sampling import sampling_batch
-from flows.sampling.request_rows import MAX_GROUP_BYTES
-from flows.sampling.request_table import REQUESTS
-from flows.sampling.sampling_batch import BATCH, MANIFEST, SUCCESS, Row, SamplingBatch
+from flows.sampling.sampling_batch import BATCH, Row, SamplingBatch
 from flows.storage.s3 import Location, Store
 from flows.storage.s3_errors import MissingObjectError
 from flows.storage.tags import RunId, VersionNumber, parse_model_uri
@@ -35,12 +28,9 @@ from flows.storage.tags import RunId, VersionNumber, parse_model_uri
 logger = logging.getLogger(__name__)
 
 NUMBERED = re.compile(r"([0-9]{8})\.png")
-MOST_NAMED = 20
-LARGEST_SUCCESS, LARGEST_TABLE, LARGEST_ABOUT = 16 * 2**20, 5 * 2**30, 2**18
-"""Maximum sizes in bytes of ``_SUCCESS``, of the tables, and of the JSON beside an image in a tar."""
 
 
-class Origin(Config):
+class ImageOrigin(Config):
     """Provenance of an image, as recorded in the metadata of its PNG."""
 
     model: PlainName
@@ -48,7 +38,7 @@ class Origin(Config):
     run_id: RunId
     content_digest: Sha256
     seed: sampling_batch.Seed
-    index: sampling_batch.Index
+    index: sampling_batch.ImageIndex
     task: Annotated[str, Field(max_length=100)] | None = None
     """Task of an image made on request; None for an image of a sampling batch."""
 
@@ -58,7 +48,7 @@ class LocatedImage:
     """A generated image with its provenance."""
 
     png: bytes
-    origin: Origin | None
+    origin: ImageOrigin | None
     index: int
     row: Row | None
 
@@ -83,11 +73,11 @@ class SampleLocation:
     place: Location | None
     request: RequestRecord | None = None
     """Content of ``request.json`` beside an image made on request."""
-    grid_origin: Origin | None = None
+    grid_origin: ImageOrigin | None = None
     """What the grid of a request says of itself."""
 
     @property
-    def origin(self) -> SamplingBatch | Origin:
+    def origin(self) -> SamplingBatch | ImageOrigin:
         """Model version, run and data set, from the batch or else from the image itself."""
         origin = self.batch or (self.image and self.image.origin) or self.grid_origin
         # ``find`` rejects images that have neither.
@@ -114,13 +104,13 @@ def find(address: str, store: Store, bucket: str) -> SampleLocation:
         return SampleLocation(address, None, batch, location)
     folder, _, name = location.prefix.rpartition("/")
     in_tar = folder.endswith(".tar")
-    png = None if in_tar else store.get(location.bucket, location.prefix, sampling_batch.LARGEST_IMAGE)
+    png = None if in_tar else store.get(location.bucket, location.prefix, sampling_batch.MAX_IMAGE_BYTES)
     place = Location(location.bucket, folder.rpartition("/")[0] if in_tar else folder)
     batch, number = _read_batch(store, place), NUMBERED.fullmatch(name)
     index = int(number[1]) if number else -1
     if batch is None or not 0 <= index < batch.count or (in_tar and place.key(batch.key(index)) != location.prefix):
         if png is None:
-            raise UserError(f"{address} is no image of a sampling batch: give one of the keys in its manifest")
+            raise UserError(f"{address} is not an image of a sampling batch: give one of the keys in its manifest")
         return _locate_copy(address, png, store, bucket)
     row = _read_row(store, place, batch, index)
     if png is None:
@@ -134,7 +124,7 @@ def read_rows(store: Store, place: Location, batch: SamplingBatch, chunk: int) -
     Raises MissingObjectError if it does not exist, and UserError if it is damaged.
     """
     name = sampling_batch.part_key(chunk)
-    data = store.get(place.bucket, place.key(name), sampling_batch.LARGEST_PART)
+    data = store.get(place.bucket, place.key(name), sampling_batch.MAX_PART_BYTES)
     return sampling_batch.part_rows(data, f"{place}/{name}")
 
 
@@ -142,7 +132,7 @@ def read_image(store: Store, place: Location, batch: SamplingBatch, index: int, 
     """PNG of image number ``index``, located in a tar by its ``row``; raises MissingObjectError if there is none."""
     key = place.key(sampling_batch.image_key(index))
     if batch.format == "png":
-        return store.get(place.bucket, key, sampling_batch.LARGEST_IMAGE)
+        return store.get(place.bucket, key, sampling_batch.MAX_IMAGE_BYTES)
     if row is None or "size" not in row or "offset" not in row:
         raise MissingObjectError(f"s3://{place.bucket}/{key} is not there, or not by what is written down of its batch")
     tar = place.key(sampling_batch.tar_key(index // batch.chunk_size))
@@ -170,8 +160,8 @@ def _locate_copy(address: str, png: bytes, store: Store, bucket: str) -> SampleL
         return SampleLocation(address, None, batch, place)
     if (origin := _read_origin(png)) is None:
         raise UserError(
-            f"{address} names no registered model that made it: it is no image of ours, is of a model in a file, or "
-            "was saved again without its PNG metadata; give the address that it was sampled to"
+            f"{address} names no registered model that made it: it is not an image of Darkroom's, is of a model in a "
+            "file, or was saved again without its PNG metadata; give the address that it was sampled to"
         )
     if origin.task is not None:
         location = _locate_requested(address, png, origin)
@@ -189,7 +179,7 @@ def _locate_copy(address: str, png: bytes, store: Store, bucket: str) -> SampleL
     return SampleLocation(address, LocatedImage(png, origin, index, None), None, None)
 
 
-def _locate_requested(address: str, png: bytes, origin: Origin) -> SampleLocation:
+def _locate_requested(address: str, png: bytes, origin: ImageOrigin) -> SampleLocation:
     request_path = Path(address).with_name(ABOUT)
     try:
         request = RequestRecord.model_validate_json(request_path.read_bytes()) if request_path.is_file() else None
@@ -202,7 +192,7 @@ def _locate_requested(address: str, png: bytes, origin: Origin) -> SampleLocatio
     return SampleLocation(address, LocatedImage(png, origin, origin.index, row), None, None, request)
 
 
-def _find_batches(origin: Origin, store: Store, bucket: str) -> Iterator[tuple[SamplingBatch, Location]]:
+def _find_batches(origin: ImageOrigin, store: Store, bucket: str) -> Iterator[tuple[SamplingBatch, Location]]:
     place = Location(bucket) / "samples" / origin.model / str(origin.version)
     for key in store.list_keys(place.bucket, place.key("")):
         folder, _, name = key.rpartition("/")
@@ -217,7 +207,7 @@ def _find_batches(origin: Origin, store: Store, bucket: str) -> Iterator[tuple[S
 
 def _read_batch(store: Store, place: Location) -> SamplingBatch | None:
     try:
-        data = store.get(place.bucket, place.key(BATCH), sampling_batch.LARGEST_BATCH)
+        data = store.get(place.bucket, place.key(BATCH), sampling_batch.MAX_BATCH_BYTES)
     except MissingObjectError:
         return None
     return sampling_batch.parse_batch(data, f"{place}/{BATCH}")
@@ -240,11 +230,11 @@ def _read_texts(png: bytes) -> dict[str, str]:
     return {name.removeprefix("darkroom:"): str(text) for name, text in texts.items() if name.startswith("darkroom:")}
 
 
-def _read_origin(png: bytes) -> Origin | None:
+def _read_origin(png: bytes) -> ImageOrigin | None:
     texts = _read_texts(png)
     try:
         texts["model"], texts["version"] = parse_model_uri(texts["model"])
-        return Origin.model_validate({name: texts[name] for name in Origin.model_fields if name in texts})
+        return ImageOrigin.model_validate({name: texts[name] for name in ImageOrigin.model_fields if name in texts})
     # Malformed numbers and names are rejected before any server is queried.
     except (KeyError, ValueError, UserError):
         return None
@@ -258,153 +248,3 @@ def _open_png(png: bytes) -> PngImageFile | None:
         return None
     assert isinstance(image, PngImageFile)
     return image
-
-
-class Success(Config):
-    """Content of ``_SUCCESS``."""
-
-    format_version: Literal[1] = 1
-    sha256: dict[str, Sha256]
-    """Hex SHA-256 of every other record of the batch, by its name in the batch."""
-
-
-def find_disagreements(store: Store, batch: SamplingBatch, place: Location, index: int | None) -> list[str]:
-    """Describe disagreements of the records of a batch, about one image or all: the first MOST_NAMED, then a number."""
-    with TemporaryDirectory() as scratch:
-        conflicts = _compare_records(store, batch, place, index, Path(scratch))
-        first_conflicts = list(islice(conflicts, MOST_NAMED))
-        more = sum(1 for _ in conflicts)
-    return [*first_conflicts, *([f"and {more} more disagreements of the records in {place}"] if more else [])]
-
-
-def _compare_records(
-    store: Store, batch: SamplingBatch, place: Location, index: int | None, scratch: Path
-) -> Iterator[str]:
-    """Yield every disagreement, or only those about image ``index``; each record is read once."""
-    record_names = [BATCH] if batch.requests is None else [BATCH, REQUESTS]
-    is_finished, digests = True, dict[str, str]()
-    try:
-        data = store.get(place.bucket, place.key(SUCCESS), LARGEST_SUCCESS)
-        digests = Success.model_validate_json(data).sha256
-    except MissingObjectError:
-        is_finished = False
-    except (UserError, ValidationError):
-        message = "holds no digests of the batch's records: it was altered, or an older Darkroom wrote it"
-        yield f"{place}/{SUCCESS} {message}"
-    else:
-        names = {MANIFEST, *record_names, *map(sampling_batch.part_key, range(len(batch.chunks())))}
-        if differences := sorted(names ^ digests.keys()):
-            name_text = ", ".join(differences[:3]) + (" …" if len(differences) > 3 else "")
-            yield f"{place}/{SUCCESS} and {place}/{BATCH} disagree on which records there are: {name_text}"
-
-    def check_digest(name: str, digest: str) -> Iterator[str]:
-        if digests.get(name, digest) != digest:
-            yield f"{place}/{name} is not what {place}/{SUCCESS} says: one of the two was altered"
-
-    for name in (*record_names, *([MANIFEST] if is_finished else [])):
-        try:
-            store.fetch(place.bucket, place.key(name), scratch / name, LARGEST_TABLE)
-            yield from check_digest(name, sha256_file(scratch / name))
-        except MissingObjectError:
-            yield f"{place}/{name} is gone"
-        except UserError as error:
-            yield str(error)
-    table, columns = None, sampling_batch.make_schema(batch).names
-    try:
-        if (path := scratch / MANIFEST).is_file():
-            table = pq.ParquetFile(path, read_dictionary=columns)
-            if table.schema_arrow.names != columns or table.num_row_groups != len(batch.chunks()):
-                table = None
-                raise UserError("it has other columns or row groups")
-    except (pa.ArrowException, OSError, UserError) as error:
-        yield f"{place}/{MANIFEST} is not the manifest of this batch: {' '.join(str(error).split())}"
-
-    def differ(one: str, other: str, image: int, fields: list[str]) -> Iterator[str]:
-        if fields:
-            yield f"{place}/{one} and {place}/{other} disagree on image {image}: {', '.join(fields)}"
-
-    for chunk in range(len(batch.chunks())) if index is None else [index // batch.chunk_size]:
-        name, indices = sampling_batch.part_key(chunk), batch.chunks()[chunk]
-        rows = manifest_rows = list[Row]()
-        try:
-            data = store.get(place.bucket, place.key(name), sampling_batch.LARGEST_PART)
-            yield from check_digest(name, sha256_bytes(data))
-            rows = sampling_batch.part_rows(data, f"{place}/{name}")
-            if len(rows) != len(indices):
-                yield f"{place}/{name} has {len(rows)} rows, and {place}/{BATCH} {len(indices)} images for them"
-                rows = []
-        except MissingObjectError:
-            if is_finished:
-                yield f"{place}/{name} is gone"
-        except UserError as error:
-            yield str(error)
-        try:
-            manifest_rows = _row_group(table, chunk, len(indices)) if table else []
-        except (pa.ArrowException, OSError, UserError) as error:
-            yield f"{place}/{MANIFEST} cannot be read: {' '.join(str(error).split())}"
-        for image, row, other in zip_longest(indices, rows, manifest_rows):
-            if index is not None and index != image:
-                continue
-            if row:
-                yield from differ(name, BATCH, image, sampling_batch.find_conflicts(batch, image, row))
-                if other:
-                    differences = sorted(field for field in {*row, *other} if row.get(field) != other.get(field))
-                    yield from differ(name, MANIFEST, image, differences)
-                if index is not None and "tar" in row and not _has_metadata(store, place, row):
-                    yield from differ(f"{row['tar']}/{image:08d}.json", name, image, ["what is said of it"])
-            elif other:
-                yield from differ(MANIFEST, BATCH, image, sampling_batch.find_conflicts(batch, image, other))
-    if index is None:
-        yield from _compare_listing(store, batch, place, {*record_names, MANIFEST, SUCCESS}, is_finished)
-
-
-def _compare_listing(
-    store: Store, batch: SamplingBatch, place: Location, records: set[str], is_finished: bool
-) -> Iterator[str]:
-    """Yield each object in the batch that does not belong to it, and how many of a finished one are gone."""
-    prefix, kind, missing = place.key(""), "images", batch.count
-    if batch.format == "tar":
-        kind, missing = "tars", len(batch.chunks())
-    for key in store.list_keys(place.bucket, prefix):
-        name = key.removeprefix(prefix)
-        if sampling_batch.find_chunk(batch, name) is not None:
-            missing -= not name.startswith("manifest/")
-        elif name not in records:
-            yield f"{place}/{name} is not of this batch: it was added"
-    if is_finished and missing:
-        yield f"{missing} {kind} of {place} are gone"
-
-
-def _has_metadata(store: Store, place: Location, row: Row) -> bool:
-    """Whether the JSON beside an image in a tar, which its ``row`` locates, says the same as the row."""
-    tar = place.key(row["tar"])
-    try:
-        start = row["offset"] + -(-row["size"] // BLOCK) * BLOCK
-        size = int(store.get_span(place.bucket, tar, start, BLOCK)[124:135], 8)
-        if not 0 < size <= LARGEST_ABOUT:
-            return False
-        text = store.get_span(place.bucket, tar, start + BLOCK, size)
-    except (KeyError, TypeError, ValueError, UserError):
-        return False
-    return text == canonical_json(sampling_batch.shard_json(row)).encode()
-
-
-def _row_group(file: pq.ParquetFile, number: int, rows: int) -> list[Row]:
-    """Rows of a row group; repeated texts are held once, so that a hostile file cannot exhaust memory."""
-    metadata = file.metadata.row_group(number)
-    if metadata.num_rows != rows or metadata.total_byte_size > MAX_GROUP_BYTES:
-        raise UserError(f"row group {number} has {metadata.num_rows} rows and {metadata.total_byte_size} bytes")
-    table = file.read_row_group(number)
-    columns = [_values(column) for column in table.columns]
-    return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
-
-
-def _values(column: pa.ChunkedArray) -> list[Any]:
-    values: list[Any] = []
-    for array in column.chunks:
-        if isinstance(array, pa.DictionaryArray):
-            texts = array.dictionary.to_pylist()
-            values += [None if index is None else texts[index] for index in array.indices.to_pylist()]
-        else:
-            values += array.to_pylist()
-    return values

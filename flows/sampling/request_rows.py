@@ -13,19 +13,19 @@ from diffusion.common.shapes import parse_size, shape_name
 from diffusion.data.sources.conventions import records, to_text
 from diffusion.data.sources.local_files import open_text
 
-Column = Literal["label", "prompt", "size"]
-COLUMNS: tuple[Column, ...] = get_args(Column)
+RequestColumn = Literal["label", "prompt", "size"]
+COLUMNS: tuple[RequestColumn, ...] = get_args(RequestColumn)
 KINDS = ("csv", "jsonl", "parquet")
 ROWS_AT_ONCE = 1024
 """Rows per row group, and rows held in memory at a time."""
 MAX_TEXT, MAX_GROUP_BYTES = 10_000, 256 * 2**20
 """Maximum characters in a cell, and uncompressed bytes in a row group."""
 
-Row = tuple[str | None, str | None, str | None]
+RequestRow = tuple[str | None, str | None, str | None]
 """Label, prompt and WIDTHxHEIGHT; None leaves one open."""
 
 
-def read_request_rows(source: Path, kind: str) -> Iterator[Row]:
+def read_request_rows(source: Path, kind: str) -> Iterator[RequestRow]:
     """Yield the rows of a table of that ``kind``: csv, jsonl or parquet."""
     if kind not in KINDS:
         raise UserError(f"{source} is not a table of requests: give one that ends in .csv, .jsonl or .parquet")
@@ -55,7 +55,7 @@ def _require_columns(names: Iterable[str], place: str) -> None:
         )
 
 
-def _cell(record: dict[str, Any], name: Column, source: Path, number: int) -> str | None:
+def _cell(record: dict[str, Any], name: RequestColumn, source: Path, number: int) -> str | None:
     try:
         text = to_text(record.get(name))
     except ValueError as error:

@@ -21,7 +21,7 @@ from diffusion.families.model import Model
 from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions, is_conditional
 from diffusion.generation.generate import check_prompts
 from diffusion.process.samplers import SamplingConfig
-from flows.sampling.request_rows import COLUMNS, ROWS_AT_ONCE, Column, Row, read_request_rows
+from flows.sampling.request_rows import COLUMNS, ROWS_AT_ONCE, RequestColumn, RequestRow, read_request_rows
 from flows.storage.s3 import Location, Store
 
 SCHEMA = pa.schema([(name, pa.string()) for name in COLUMNS])
@@ -33,7 +33,7 @@ class Requests(Config):
 
     digest: Sha256
     """Hex SHA-256 of the rows as JSON lines, independent of the file format."""
-    columns: tuple[Column, ...]
+    columns: tuple[RequestColumn, ...]
     """Columns with at least one value."""
 
 
@@ -68,7 +68,7 @@ class RequestTable:
         return table
 
     @classmethod
-    def _write(cls, rows: Iterable[Row], folder: Path) -> "RequestTable":
+    def _write(cls, rows: Iterable[RequestRow], folder: Path) -> "RequestTable":
         folder.mkdir(parents=True, exist_ok=True)
         partial, digest, flags = folder / f".{uuid.uuid4().hex}.partial", hashlib.sha256(), [False] * len(COLUMNS)
         row_iterator = iter(rows)
@@ -98,18 +98,16 @@ class RequestTable:
     @property
     def names_every_size(self) -> bool:
         """Whether each row names a size."""
-        if "size" not in self.about.columns:
-            return False
-        return int(pq.read_table(self.path, columns=["size"])["size"].null_count) == 0
+        return "size" in self.about.columns and pq.read_table(self.path, columns=["size"])["size"].null_count == 0
 
-    def rows(self, numbers: range) -> list[Row]:
+    def rows(self, numbers: range) -> list[RequestRow]:
         """Rows of these ``numbers``; rows beyond the last one are empty."""
         with pq.ParquetFile(self.path) as file:
             groups = range(numbers.start // ROWS_AT_ONCE, min(-(-numbers.stop // ROWS_AT_ONCE), file.num_row_groups))
             table = file.read_row_groups(list(groups), columns=list(COLUMNS))
         records = table.slice(numbers.start - groups.start * ROWS_AT_ONCE, len(numbers)).to_pylist()
         # A file of an earlier Darkroom has no sizes.
-        rows: list[Row] = [(row["label"], row["prompt"], row.get("size")) for row in records]
+        rows: list[RequestRow] = [(row["label"], row["prompt"], row.get("size")) for row in records]
         return rows + [(None, None, None)] * (len(numbers) - len(records))
 
     def conditions(self, indices: range, compute_batch: int, others: Conditions = UNCONDITIONAL) -> Conditions:
@@ -145,7 +143,7 @@ class RequestTable:
             for row in self.rows(piece)
         )
 
-    def _conditions(self, rows: list[Row], others: Conditions) -> Conditions:
+    def _conditions(self, rows: list[RequestRow], others: Conditions) -> Conditions:
         labels, prompts, size_names = zip(*rows, strict=True)
         sizes = tuple(others.size(0) if name is None else parse_shape(name) for name in size_names)
         return Conditions(

@@ -39,13 +39,13 @@ CHUNK_BATCHES = 4  # compute batches per chunk: small enough to lose little to a
 RESUMED = "resumed"
 """Prefix of the marks of unfinished batches in work."""
 CHUNK_OBJECT = re.compile(r"(?P<image>\d{8,})\.png|samples-(?P<tar>\d{5,})\.tar|manifest/part-(?P<part>\d{5,})\.jsonl")
-MOST_IMAGES, CHUNKS_AT_MOST = 10**7, 10**5
+MAX_BATCH_IMAGES, MAX_BATCH_CHUNKS = 10**7, 10**5
 """Maxima of a batch: the manifest must fit in one object, and each chunk is a task and a part of the manifest."""
-LARGEST_BATCH, LARGEST_PART, LARGEST_IMAGE = 64 * 2**20, 512 * 2**20, 64 * 2**20
+MAX_BATCH_BYTES, MAX_PART_BYTES, MAX_IMAGE_BYTES = 64 * 2**20, 512 * 2**20, 64 * 2**20
 """Maximum sizes in bytes of ``batch.json``, of a part of the manifest and of an image."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Index = Annotated[int, Field(ge=0, lt=MOST_IMAGES)]
+ImageIndex = Annotated[int, Field(ge=0, lt=MAX_BATCH_IMAGES)]
 
 
 class SamplingBatch(Config):
@@ -59,7 +59,7 @@ class SamplingBatch(Config):
     code_sha256: Sha256 | None = Field(None, exclude_if=is_unset)
     """Digest of the code that the version ships, by its tag when the batch was begun; None without such a tag."""
     seed: Seed
-    count: int = Field(ge=1, le=MOST_IMAGES)
+    count: int = Field(ge=1, le=MAX_BATCH_IMAGES)
     sampling: SamplingConfig
     fingerprint: Fingerprint
     conditions: Conditions | None = None
@@ -73,8 +73,8 @@ class SamplingBatch(Config):
 
     @model_validator(mode="after")
     def _has_few_chunks(self) -> "SamplingBatch":
-        if self.count > CHUNKS_AT_MOST * self.chunk_size:
-            raise ValueError(f"{self.count} images in chunks of {self.chunk_size} are over {CHUNKS_AT_MOST} chunks")
+        if self.count > MAX_BATCH_CHUNKS * self.chunk_size:
+            raise ValueError(f"{self.count} images in chunks of {self.chunk_size} are over {MAX_BATCH_CHUNKS} chunks")
         return self
 
     @property
@@ -118,6 +118,14 @@ class SamplingBatch(Config):
         return canonical_json(self.model_dump(mode="json", exclude_none=True)).encode()
 
 
+class Success(Config):
+    """Content of ``_SUCCESS``."""
+
+    format_version: Literal[1] = 1
+    sha256: dict[str, Sha256]
+    """Hex SHA-256 of every other record of the batch, by its name in the batch."""
+
+
 def parse_batch(data: bytes, place: str) -> SamplingBatch:
     """Parse ``batch.json``; raises UserError that names its ``place`` if this Darkroom cannot read it."""
     try:
@@ -133,7 +141,7 @@ class ManifestRow(Config):
     """Row of the manifest: an image, its provenance and its conditions."""
 
     key: Annotated[str, Field(max_length=100)]
-    index: Index
+    index: ImageIndex
     seed: Seed
     model: PlainName
     version: VersionNumber
@@ -156,7 +164,7 @@ class ManifestRow(Config):
     tar: Annotated[str, Field(max_length=100)] | None = None
     offset: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     """Position of the PNG in the tar in bytes, for range requests."""
-    size: Annotated[int, Field(ge=1, le=LARGEST_IMAGE)] | None = None
+    size: Annotated[int, Field(ge=1, le=MAX_IMAGE_BYTES)] | None = None
 
 
 INTEGERS = ("index", "seed", "version", "width", "height", "offset", "size")
@@ -167,8 +175,8 @@ COLUMN_TYPES = dict.fromkeys(INTEGERS, pa.int64()) | dict.fromkeys(("guidance", 
 def chunk_size(count: int, compute_batch: int) -> int:
     """Default number of images in a chunk: for over 256 chunks more, as each is a task, up to 4096."""
     batches = -(-count // compute_batch)
-    most = max(4096 // compute_batch, CHUNK_BATCHES)
-    return compute_batch * min(max(-(-batches // 256), CHUNK_BATCHES), most)
+    limit = max(4096 // compute_batch, CHUNK_BATCHES)
+    return compute_batch * min(max(-(-batches // 256), CHUNK_BATCHES), limit)
 
 
 def image_key(index: int) -> str:
@@ -205,7 +213,7 @@ def encode(
 ) -> tuple[bytes, Row]:
     """Encode image number ``index``, (C, H, W) uint8, as a PNG with provenance metadata; returns PNG and manifest row.
 
-    ``label`` is the class it was conditioned on; ``conditions`` default to those of the batch.
+    ``label`` is the class it was conditioned on; ``conditions`` default to the batch's.
     """
     conditions = conditions or batch.conditions or UNCONDITIONAL
     prompt = conditions.prompt(index)
@@ -252,7 +260,7 @@ def part_rows(part: bytes, place: str) -> list[Row]:
         return [ManifestRow.model_validate_json(line).model_dump(exclude_unset=True) for line in part.split(b"\n")[:-1]]
     except ValidationError as error:
         raise UserError(
-            f"{place} is no part of a manifest ({_describe_error(error)}): delete it, and give the same `darkroom "
+            f"{place} is not a part of a manifest ({_describe_error(error)}): delete it, and give the same `darkroom "
             "sample` again, which generates its images again"
         ) from error
 

@@ -96,7 +96,7 @@ def _media_type(image: bytes) -> str:
             return str(file.get_format_mimetype())
     # A damaged or hostile header; what the library says of it is about a buffer in memory.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise SignatureError("it is no image, is damaged, or is larger than any real one") from error
+        raise SignatureError("it is not an image, is damaged, or is larger than any real one") from error
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ from flows.environment import settings
 CURVES = ("secp256r1", "secp384r1", "secp521r1")
 KEY, PASSPHRASE, CERTIFICATES = (f"DARKROOM_SIGNING_{name}" for name in ("KEY", "KEY_PASSPHRASE", "CERTIFICATES"))
 TEXT = re.compile(r"-----BEGIN|PRIVATE KEY|\n|\\n")  # in PEM, in whatever quotes, and in no path
-MOST_NAMED = 10  # files in an error
+MAX_NAMED = 10  # files in an error
 CERT_NOT_YET_VALID, CERT_HAS_EXPIRED = 9, 10  # OpenSSL's X509_V_ERR_*
-LARGEST_SIGNATURE = 64 * 2**20
+MAX_SIGNATURE_BYTES = 64 * 2**20
 """Largest accepted size of a signature, which lists all files, in bytes."""
 
 
@@ -60,7 +60,7 @@ class SigningKey:
 
     @classmethod
     def load(cls, key: Path | None = None, certificates: Path | None = None) -> "SigningKey":
-        """Load the key in a file, by default that of the environment.
+        """Load the key in a file, by default the environment's.
 
         Raises UserError, which names the option or variable to set, if there is no key, its passphrase is wrong, it is
         on none of the NIST curves, or the first certificate is for another key or not valid now.
@@ -79,7 +79,7 @@ class SigningKey:
             fix = f"set {PASSPHRASE} to its passphrase" if b"ENCRYPTED" in pem else "give an elliptic-curve key in PEM"
             raise UserError(f"{name} cannot be read as a private key: {fix}") from None
         if not isinstance(private, EllipticCurvePrivateKey) or private.curve.name not in CURVES:
-            raise UserError(f"{name} is no key on the curve P-256, P-384 or P-521: make one with `openssl ecparam`")
+            raise UserError(f"{name} is not a key on the curve P-256, P-384 or P-521: make one with `openssl ecparam`")
         chain = str(certificates) if certificates else environment.signing_certificates
         if not chain:
             return cls(private)
@@ -94,7 +94,7 @@ class SigningKey:
 
     @property
     def chain_pem(self) -> str:
-        """The certificates in PEM, that of the key first."""
+        """The certificates in PEM, the key's first."""
         return "".join(certificate.public_bytes(Encoding.PEM).decode() for certificate in self.certificates)
 
     def require_certificates(self) -> None:
@@ -172,7 +172,7 @@ class Trust:
         if self.key_pem is None and self.roots_pem is None:
             raise UserError(f"say whose signature of {path} you trust: give --key PUBLIC_KEY, or --trust ROOTS")
         try:
-            if signature.stat().st_size > LARGEST_SIGNATURE:
+            if signature.stat().st_size > MAX_SIGNATURE_BYTES:
                 raise SignatureError(f"{signature} is too large to be a signature")
             material = json.loads(signature.read_bytes())["verificationMaterial"]
             config = Config().set_hashing_config(_make_hashing_config())  # type: ignore[no-untyped-call]
@@ -237,7 +237,7 @@ def describe_differences(expected: Mapping[str, str], actual: Mapping[str, str])
         f"{name} " + ("was added" if name not in expected else "is missing" if name not in actual else "was altered")
         for name in names
     ]
-    return ", ".join(texts[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if names[MOST_NAMED:] else "")
+    return ", ".join(texts[:MAX_NAMED]) + (f" and {len(names) - MAX_NAMED} more" if names[MAX_NAMED:] else "")
 
 
 def _verify_chain(chain: Sequence[x509.Certificate], roots: bytes) -> None:
@@ -262,7 +262,7 @@ def describe(certificate: x509.Certificate) -> str:
 
 
 def _make_hashing_config() -> Any:
-    """SHA-256 of every file, those of git included, which the library would leave out."""
+    """SHA-256 of every file, git's included, which the library would leave out."""
     from model_signing.hashing import Config
 
     return Config().set_ignored_paths(paths=(), ignore_git_paths=False)  # type: ignore[no-untyped-call]
@@ -282,7 +282,7 @@ def _pem(value: str, variable: str | None = None) -> tuple[bytes, str]:
         return Path(value).expanduser().read_bytes(), name
     # A path may also hold null bytes, or the home of a user that is none. Errors of the system repeat the path.
     except (OSError, ValueError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no path"
+        reason = error.strerror if isinstance(error, OSError) else "it is not a path"
         raise UserError(f"{name} cannot be read ({reason}): give the path of a PEM file") from None
 
 
@@ -292,7 +292,7 @@ def _signing_chain(pem: bytes, name: str, private: EllipticCurvePrivateKey) -> t
     except ValueError as error:
         raise UserError(f"{name} holds no certificates in PEM: give the signing certificate first") from error
     if chain[0].public_key() != private.public_key():
-        raise UserError(f"the first certificate of {name} is for another key: put that of the signing key first")
+        raise UserError(f"the first certificate of {name} is for another key: put the signing key's first")
     if problem := describe_invalid_period(chain[0]):
         raise UserError(f"{name}: {problem}: get a new one")
     return tuple(chain)

@@ -21,7 +21,7 @@ from flows.local_stack.http_protocol import BoundedProtocol
 from flows.local_stack.server_process import LOOPBACK
 from flows.studio import generation
 from flows.studio.server import StudioApp
-from flows.studio.source import Source
+from flows.studio.source import StudioSource
 
 USER = "darkroom"
 WAITING = 32
@@ -39,13 +39,13 @@ LAST_THEME = """() => {
 }"""
 
 
-def build(source: Source, model: str | None = None, uri: str | None = None) -> gr.Blocks:
+def build(source: StudioSource, model: str | None = None, uri: str | None = None) -> gr.Blocks:
     """Build the page for ``source``; with the tabs that need servers if it is a version of the registered ``model``.
 
     With a ``uri`` the version that it names at the time generates: the champion after a rollback is another one.
     """
 
-    def current() -> Source:
+    def current() -> StudioSource:
         if uri is None:
             return source
         from flows.studio.comparison import follow
@@ -72,7 +72,7 @@ def build(source: Source, model: str | None = None, uri: str | None = None) -> g
     return page.queue(max_size=WAITING, default_concurrency_limit=4)
 
 
-def masthead(source: Source, name: str) -> str:
+def masthead(source: StudioSource, name: str) -> str:
     """Title of the page: the model, and what it makes, as HTML."""
     header = source.model.header
     size = "×".join(map(str, reversed(source.model.shape[1:])))
@@ -125,7 +125,7 @@ def serve(params: Params, model: str | None, port: int | None, browser: bool) ->
         os.environ["GRADIO_TEMP_DIR"] = scratch
         max_file_bytes = MAX_FILE_BYTES
         if model is not None and model.endswith(".safetensors"):
-            page = build(Source.from_file(Path(model), params.sampling))
+            page = build(StudioSource.from_file(Path(model), params.sampling))
         else:
             from flows.storage.tags import parse_model_uri
             from flows.studio import training

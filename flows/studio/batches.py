@@ -23,7 +23,7 @@ from diffusion.evaluation.metrics.registration import find_registered
 from flows.environment import settings
 from flows.provenance.trace import Trace, trace
 from flows.sampling.lookup import find, read_image, read_pixels, read_rows
-from flows.sampling.sampling_batch import BATCH, LARGEST_BATCH, SUCCESS, Row, SamplingBatch, parse_batch
+from flows.sampling.sampling_batch import BATCH, MAX_BATCH_BYTES, SUCCESS, Row, SamplingBatch, parse_batch
 from flows.storage.s3 import Location, Store, batch_places
 from flows.storage.s3_errors import MissingObjectError
 from flows.studio.errors import show_errors
@@ -33,10 +33,10 @@ logger = logging.getLogger(__name__)
 
 PAGE = 24
 """Images on a page of the gallery."""
-MOST_BATCHES = 1000
-"""Most batches that are listed: each costs three requests."""
-MOST_COMPARED = 10_000
-"""Most training images among which the nearest are searched: about a second per thousand."""
+MAX_LISTED_BATCHES = 1000
+"""Maximum number of batches that are listed: each costs three requests."""
+MAX_COMPARED_IMAGES = 10_000
+"""Maximum number of training images among which the nearest are searched: about a second per thousand."""
 NEAREST = 8
 
 
@@ -65,11 +65,11 @@ class ListedBatch:
 
 def list_batches(store: Store, bucket: str) -> list[ListedBatch]:
     """List the sampling batches in ``bucket``, newest first, as ``batch_places`` finds them."""
-    places = islice(batch_places(store, bucket), MOST_BATCHES)
+    places = islice(batch_places(store, bucket), MAX_LISTED_BATCHES)
 
     def read(place: Location) -> ListedBatch | None:
         try:
-            batch = parse_batch(store.get(bucket, place.key(BATCH), LARGEST_BATCH), f"{place}/{BATCH}")
+            batch = parse_batch(store.get(bucket, place.key(BATCH), MAX_BATCH_BYTES), f"{place}/{BATCH}")
         except MissingObjectError:
             return None
         except UserError as error:  # an unreadable batch does not hide the others
@@ -187,7 +187,7 @@ def nearest_training_images(pixels: np.ndarray, chain: Trace) -> tuple[list[Gall
         return [], f"Nearest training images: the data set {name} is not in this workspace (`darkroom data checkout`)."
     dataset = Dataset.open(folder)
     try:
-        rows = dataset.rows("train")[:MOST_COMPARED]
+        rows = dataset.rows("train")[:MAX_COMPARED_IMAGES]
         image = torch.from_numpy(np.array(pixels)).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)[None]
         if image.shape[1] != dataset.shape[0]:
             return [], f"The data set {name} has other channels here now."
@@ -214,14 +214,8 @@ def nearest_training_images(pixels: np.ndarray, chain: Trace) -> tuple[list[Gall
 def tab(model: str) -> None:
     """Add the tab, which begins with the newest batch of ``model``."""
     style: dict[str, Any] = {
-        "format": "png",
-        "object_fit": "contain",
-        "height": "auto",
-        "interactive": False,
-        "allow_preview": False,
-        "fit_columns": False,
-        "elem_classes": ["pixels", "tight"],
-        "show_label": False,
+        **{"format": "png", "object_fit": "contain", "height": "auto", "elem_classes": ["pixels", "tight"]},
+        **dict.fromkeys(("interactive", "allow_preview", "fit_columns", "show_label"), False),
         "buttons": [],
     }
     with gr.Tab("Batches") as page:
@@ -243,75 +237,81 @@ def tab(model: str) -> None:
                 chain, message = gr.HTML(), gr.Markdown()
                 nearest = gr.Gallery(columns=4, visible=False, **style)
     filters = [models, versions, names, text]
-
-    def refresh() -> list[Any]:
-        with show_errors():
-            entries = list_batches(Store(), settings().bucket)
-        model_names = sorted({entry.batch.model for entry in entries})
-        name = model if model in model_names else ""
-        of_model = select_batches(entries, name or None)
-        choices = [("all", ""), *model_names]
-        first = of_model[0].title if of_model else ""
-        return [
-            entries,
-            gr.Dropdown(choices, value=name, visible=len(model_names) > 1),
-            *narrow(entries, name, ""),
-            gr.Textbox("", visible=bool(entries)),
-            *show(entries, name, "", first, "", 1),
-        ]
-
-    def narrow(entries: list[ListedBatch], name: str, version: str) -> list[Any]:
-        of_model = select_batches(entries, name or None)
-        numbers = [str(number) for number in sorted({entry.batch.version for entry in of_model}, reverse=True)]
-        current = version if version in numbers else ""
-        listed = select_batches(of_model, version=int(current) if current else None)
-        choices = [(entry.summary, entry.title) for entry in listed]
-        choices += [("all", "")] if listed[1:] else []
-        return [
-            gr.Dropdown([("all", ""), *numbers], value=current, visible=len(numbers) > 1),
-            gr.Dropdown(choices, value=listed[0].title if listed else "", visible=bool(listed)),
-        ]
-
-    def show(
-        entries: list[ListedBatch], name: str, version: str, title: str, query: str, page_number: int
-    ) -> tuple[Any, ...]:
-        with show_errors():
-            selection = select_batches(entries, name or None, int(version) if version else None, title or None)
-            items, places, is_last = load_page(Store(), selection, query, page_number)
-        start = (page_number - 1) * PAGE
-        return (
-            gr.Gallery(items, selected_index=None, visible=bool(items)),
-            describe_page(model, selection, query, range(start, start + len(items))),
-            places,
-            page_number,
-            gr.Button(visible=page_number > 1),
-            gr.Button(visible=not is_last),
-            "<p>Click an image to see where it comes from.</p>" if items else "",
-            "",
-            gr.Gallery(visible=False),
-        )
-
-    def select(places: list[str], event: gr.SelectData) -> tuple[Any, ...]:
-        with show_errors():
-            chain, location = trace(places[event.index]), find(places[event.index], Store(), settings().bucket)
-            pixels = read_pixels(location.image.png) if location.image else None
-            if pixels is None:
-                return lineage(chain), "", gr.Gallery(visible=False)
-            items, message = nearest_training_images(pixels, chain)
-        return lineage(chain), message, gr.Gallery(items, visible=bool(items))
-
-    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
     images = [gallery, heading, addresses, number, back_button, next_button, chain, message, nearest]
+    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
+    show = partial(_show_page, model)
     for control in (models, versions):
-        update = control.input(narrow, [batches, models, versions], [versions, names], **private)
+        update = control.input(_narrow, [batches, models, versions], [versions, names], **private)
         update.then(partial(show, page_number=1), [batches, *filters], images, **private)
     for event in (names.input, text.submit):
         event(partial(show, page_number=1), [batches, *filters], images, **private)
     for button, move in ((back_button, -1), (next_button, 1)):
         button.click(partial(_turn, show, move), [batches, *filters, number], images, **private)
     for event in (page.select, refresh_button.click):
-        event(refresh, None, [batches, *filters, *images], **private)
-    gallery.select(select, addresses, [chain, message, nearest], **private)
+        event(partial(_refresh, model), None, [batches, *filters, *images], **private)
+    gallery.select(_select, addresses, [chain, message, nearest], **private)
+
+
+def _refresh(model: str) -> list[Any]:
+    """List the batches anew, and show the first page of the newest one of ``model``."""
+    with show_errors():
+        entries = list_batches(Store(), settings().bucket)
+    model_names = sorted({entry.batch.model for entry in entries})
+    name = model if model in model_names else ""
+    of_model = select_batches(entries, name or None)
+    return [
+        entries,
+        gr.Dropdown([("all", ""), *model_names], value=name, visible=len(model_names) > 1),
+        *_narrow(entries, name, ""),
+        gr.Textbox("", visible=bool(entries)),
+        *_show_page(model, entries, name, "", of_model[0].title if of_model else "", "", 1),
+    ]
+
+
+def _narrow(entries: list[ListedBatch], name: str, version: str) -> list[Any]:
+    """Offer the versions of the chosen model, and the batches of the chosen version."""
+    of_model = select_batches(entries, name or None)
+    numbers = [str(number) for number in sorted({entry.batch.version for entry in of_model}, reverse=True)]
+    current = version if version in numbers else ""
+    listed = select_batches(of_model, version=int(current) if current else None)
+    choices = [(entry.summary, entry.title) for entry in listed]
+    choices += [("all", "")] if listed[1:] else []
+    return [
+        gr.Dropdown([("all", ""), *numbers], value=current, visible=len(numbers) > 1),
+        gr.Dropdown(choices, value=listed[0].title if listed else "", visible=bool(listed)),
+    ]
+
+
+def _show_page(
+    model: str, entries: list[ListedBatch], name: str, version: str, title: str, query: str, page_number: int
+) -> tuple[Any, ...]:
+    """Show a page of the images that the filters select."""
+    with show_errors():
+        selection = select_batches(entries, name or None, int(version) if version else None, title or None)
+        items, places, is_last = load_page(Store(), selection, query, page_number)
+    start = (page_number - 1) * PAGE
+    return (
+        gr.Gallery(items, selected_index=None, visible=bool(items)),
+        describe_page(model, selection, query, range(start, start + len(items))),
+        places,
+        page_number,
+        gr.Button(visible=page_number > 1),
+        gr.Button(visible=not is_last),
+        "<p>Click an image to see where it comes from.</p>" if items else "",
+        "",
+        gr.Gallery(visible=False),
+    )
+
+
+def _select(places: list[str], event: gr.SelectData) -> tuple[Any, ...]:
+    """Show where an image comes from, and the training images nearest to it."""
+    with show_errors():
+        chain, location = trace(places[event.index]), find(places[event.index], Store(), settings().bucket)
+        pixels = read_pixels(location.image.png) if location.image else None
+        if pixels is None:
+            return lineage(chain), "", gr.Gallery(visible=False)
+        items, message = nearest_training_images(pixels, chain)
+    return lineage(chain), message, gr.Gallery(items, visible=bool(items))
 
 
 def _turn(show: Callable[..., tuple[Any, ...]], move: int, *arguments: Any) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from html import escape
 from typing import Any, Literal
 
@@ -37,7 +37,7 @@ from flows.studio.errors import show_errors
 from flows.studio.generation import condition_controls, controls_key
 from flows.studio.results import BAR, ONE_AT_A_TIME, GalleryItem, pixels_class
 from flows.studio.server import new_token, require_token
-from flows.studio.source import Source, make_progress_callback
+from flows.studio.source import StudioSource, make_progress_callback
 
 logger = logging.getLogger(__name__)
 
@@ -109,20 +109,20 @@ class Ballot:
 
 
 @lru_cache(maxsize=4)
-def load_version(uri: str, sampling: SamplingConfig) -> Source:
+def load_version(uri: str, sampling: SamplingConfig) -> StudioSource:
     """Load a registered version, models:/NAME/NUMBER, which never changes."""
     version = model_versions.resolve(MlflowClient(), uri)
     model = load_model(model_versions.cached_weights(version))
     origin = {"model": version.uri, "run_id": version.run_id, "content_digest": model.header.content_digest}
-    return Source(model, version.uri, origin, sampling)
+    return StudioSource(model, version.uri, origin, sampling)
 
 
-def load_uri(uri: str, sampling: SamplingConfig) -> Source:
+def load_uri(uri: str, sampling: SamplingConfig) -> StudioSource:
     """Load the version that ``uri``, also of an alias, names now."""
     return load_version(model_versions.resolve(MlflowClient(), uri).uri, sampling)
 
 
-def follow(source: Source, uri: str) -> Source:
+def follow(source: StudioSource, uri: str) -> StudioSource:
     """Load the version that ``uri`` names now, for a page made for ``source``.
 
     Raises ConflictError if it needs other controls than these.
@@ -149,7 +149,7 @@ def has_champion(model: str) -> bool:
 
 
 def generate_pairs(
-    sources: Mapping[str, Source],
+    sources: Mapping[str, StudioSource],
     seed: int,
     count: int,
     conditions: Mapping[str, str],
@@ -199,7 +199,9 @@ def open_ballot(
     return Ballot(session, sources["candidate"].origin["run_id"], images)
 
 
-def _sources(model: str, champion: int | None, candidate: int | None, sampling: SamplingConfig) -> dict[str, Source]:
+def _sources(
+    model: str, champion: int | None, candidate: int | None, sampling: SamplingConfig
+) -> dict[str, StudioSource]:
     if champion is None or candidate is None or champion == candidate:
         raise UserError("choose two different versions to compare")
     return {
@@ -232,7 +234,7 @@ def read_sessions(client: MlflowClient, run_id: str) -> list[VoteSession]:
             text = mlflow.artifacts.load_text(f"runs:/{run_id}/{item.path}")
             sessions.append(VoteSession.model_validate_json(text))
         except (ValidationError, UnicodeDecodeError):
-            logger.warning("%a of run %s is no session of votes", item.path, run_id)
+            logger.warning("%a of run %s is not a session of votes", item.path, run_id)
     return sessions
 
 
@@ -248,22 +250,74 @@ def format_tally(sessions: Sequence[VoteSession], candidate: int, champion: int)
     return f"candidate {counts['candidate']}, champion {counts['champion']} (version {champion}){equal}"
 
 
-def tab(model: str, source: Source) -> None:
+class _Form:
+    """Choice of two versions of ``model``, and of the seed, number and conditions of the images.
+
+    The conditions are those that ``source``, one of the versions, knows.
+    """
+
+    def __init__(self, model: str, source: StudioSource) -> None:
+        self.model, self.source = model, source
+        self.alone = gr.HTML(visible=False)
+        with gr.Row(visible=False) as self.choice:
+            self.champion = gr.Dropdown([], label="Champion", min_width=170)
+            self.candidate = gr.Dropdown([], label="Candidate", min_width=170)
+            self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, min_width=110)
+            self.count = gr.Slider(2, 64, value=8, step=1, label="Images", min_width=160)
+        with gr.Row(visible=False) as self.conditions_row:
+            self.controls = condition_controls(source.model)
+        with gr.Row(visible=False) as self.actions:
+            self.show_button = gr.Button("Show both at the same seeds", variant="primary")
+            self.vote_button = gr.Button("Vote blind")
+        self.inputs = {self.champion, self.candidate, self.seed, self.count, *self.controls.values()}
+        self.outputs = [self.champion, self.candidate, self.alone, self.choice, self.actions, self.conditions_row]
+
+    def choose(self) -> tuple[Any, ...]:
+        """Offer the versions: champion and candidate of the ledger, or else the newest."""
+        with show_errors():
+            numbers, standing = read_versions(self.model)
+        names = {number: alias for alias, number in standing.model_dump().items() if number is not None}
+        choices = [(f"{number} ({names[number]})" if number in names else f"{number}", number) for number in numbers]
+        first = standing.champion
+        candidates = [standing.candidate, *numbers, standing.previous]
+        second = next((number for number in candidates if number not in (None, first)), None)
+        # Rows with nothing to choose would be empty.
+        rows = [gr.Row(visible=bool(numbers[1:])) for _ in (self.choice, self.actions)]
+        hint = f"{self.model} has {'one version' if numbers else 'no versions'}: two can be compared, and voted on."
+        empty = gr.HTML(f"<div class='empty'>{escape(hint)}</div>", visible=not numbers[1:])
+        texts = gr.Row(visible=bool(numbers[1:] and self.controls))
+        return gr.Dropdown(choices, value=first), gr.Dropdown(choices, value=second), empty, *rows, texts
+
+    def compare(self, values: dict[Any, Any], bar: gr.Progress = BAR) -> tuple[Any, ...]:
+        """Show the images of both versions."""
+        with show_errors():
+            sources = _sources(self.model, values[self.champion], values[self.candidate], self.source.sampling)
+            images = generate_pairs(
+                sources, values[self.seed], values[self.count], self._conditions(values), make_progress_callback(bar)
+            )
+        items: list[list[GalleryItem]] = [
+            [(image, str(number)) for number, image in enumerate(images[name])] for name in ("champion", "candidate")
+        ]
+        return gr.Row(visible=True), gr.Column(visible=False), *items
+
+    def start(self, values: dict[Any, Any], bar: gr.Progress = BAR) -> tuple[Any, ...]:
+        """Begin a blind vote."""
+        numbers, seed, count = (values[self.champion], values[self.candidate]), values[self.seed], values[self.count]
+        conditions, progress = self._conditions(values), make_progress_callback(bar)
+        with show_errors():
+            ballot = open_ballot(self.model, *numbers, seed, count, conditions, self.source.sampling, progress)
+        return gr.Row(visible=False), gr.Column(visible=True), *_show_ballot(ballot, "")
+
+    def _conditions(self, values: dict[Any, Any]) -> dict[str, Any]:
+        return {name: values[control] for name, control in self.controls.items()}
+
+
+def tab(model: str, source: StudioSource) -> None:
     """Add the tab for versions of ``model``, with the conditions that ``source``, one of them, knows."""
+    style: dict[str, Any] = {"format": "png", "elem_classes": [pixels_class(source), "tight"], "buttons": []}
+    galleries = list[Any]()
     with gr.Tab("Compare") as page:
-        alone = gr.HTML(visible=False)
-        with gr.Row(visible=False) as choice:
-            champion = gr.Dropdown([], label="Champion", min_width=170)
-            candidate = gr.Dropdown([], label="Candidate", min_width=170)
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53 - 1, min_width=110)
-            count = gr.Slider(2, 64, value=8, step=1, label="Images", min_width=160)
-        with gr.Row(visible=False) as conditions_row:
-            controls = condition_controls(source.model)
-        with gr.Row(visible=False) as actions:
-            show_button = gr.Button("Show both at the same seeds", variant="primary")
-            vote_button = gr.Button("Vote blind")
-        style: dict[str, Any] = {"format": "png", "elem_classes": [pixels_class(source), "tight"], "buttons": []}
-        galleries = []
+        form = _Form(model, source)
         with gr.Row(visible=False, elem_classes="answer") as both:
             for title in ("Champion", "Candidate"):
                 with gr.Column(min_width=300):
@@ -280,72 +334,28 @@ def tab(model: str, source: Source) -> None:
                     for label in ("Left", "Right")
                 ]
             with gr.Row(elem_classes="pair") as choices:
-                buttons: dict[Side | Literal["equal"], Any] = {
-                    "left": gr.Button("Left", min_width=90),
-                    "equal": gr.Button("No difference", min_width=90),
-                    "right": gr.Button("Right", min_width=90),
+                titles: dict[Side | Literal["equal"], str] = {
+                    "left": "Left",
+                    "equal": "No difference",
+                    "right": "Right",
                 }
-    inputs = {champion, candidate, seed, count, *controls.values()}
+                buttons = {side: gr.Button(title, min_width=90) for side, title in titles.items()}
 
-    def choose() -> tuple[Any, ...]:
+    def vote(side: Side | Literal["equal"], ballot: Ballot | None, sent: str | None) -> tuple[Any, ...]:
         with show_errors():
-            numbers, standing = read_versions(model)
-        names = {number: alias for alias, number in standing.model_dump().items() if number is not None}
-        choices = [(f"{number} ({names[number]})" if number in names else f"{number}", number) for number in numbers]
-        first = standing.champion
-        candidates = [standing.candidate, *numbers, standing.previous]
-        second = next((number for number in candidates if number not in (None, first)), None)
-        # Rows with nothing to choose would be empty.
-        rows = [gr.Row(visible=bool(numbers[1:])) for _ in (choice, actions)]
-        hint = f"{model} has {'one version' if numbers else 'no versions'}: two can be compared, and voted on."
-        empty = gr.HTML(f"<div class='empty'>{escape(hint)}</div>", visible=not numbers[1:])
-        texts = gr.Row(visible=bool(numbers[1:] and controls))
-        return gr.Dropdown(choices, value=first), gr.Dropdown(choices, value=second), empty, *rows, texts
+            require_token(ballot.token if ballot else None, sent)
+            assert ballot is not None
+            return _show_ballot(*cast(ballot, side))
 
-    def compare(values: dict[Any, Any], bar: gr.Progress = BAR) -> tuple[Any, ...]:
-        conditions = {name: values[control] for name, control in controls.items()}
-        with show_errors():
-            sources = _sources(model, values[champion], values[candidate], source.sampling)
-            images = generate_pairs(sources, values[seed], values[count], conditions, make_progress_callback(bar))
-        items: list[list[GalleryItem]] = [
-            [(image, str(number)) for number, image in enumerate(images[name])] for name in ("champion", "candidate")
-        ]
-        return gr.Row(visible=True), gr.Column(visible=False), *items
-
-    def start(values: dict[Any, Any], bar: gr.Progress = BAR) -> tuple[Any, ...]:
-        conditions = {name: values[control] for name, control in controls.items()}
-        with show_errors():
-            numbers = values[champion], values[candidate]
-            # Raises for versions that are not there or equal.
-            _sources(model, *numbers, source.sampling)
-            ballot = open_ballot(
-                model, *numbers, values[seed], values[count], conditions, source.sampling, make_progress_callback(bar)
-            )
-        return gr.Row(visible=False), gr.Column(visible=True), *_show_ballot(ballot, "")
-
-    def vote(side: Side | Literal["equal"]) -> Any:
-        def run(ballot: Ballot, sent: str | None) -> tuple[Any, ...]:
-            with show_errors():
-                require_token(ballot.token if ballot else None, sent)
-                return _show_ballot(*cast(ballot, side))
-
-        return run
-
-    chosen = [champion, candidate, alone, choice, actions, conditions_row]
-    page.select(choose, None, chosen, api_visibility="private", queue=False)
-    voting_outputs = [state, token, tally, pair, choices, *sides]
-    show_button.click(compare, inputs, [both, voting_panel, *galleries], api_name="compare", **ONE_AT_A_TIME)
-    vote_button.click(start, inputs, [both, voting_panel, *voting_outputs], api_visibility="private", **ONE_AT_A_TIME)
+    private: dict[str, Any] = {"api_visibility": "private"}
+    page.select(form.choose, None, form.outputs, queue=False, **private)
+    voting = [state, token, tally, pair, choices, *sides]
+    panels = [both, voting_panel]
+    form.show_button.click(form.compare, form.inputs, [*panels, *galleries], api_name="compare", **ONE_AT_A_TIME)
+    form.vote_button.click(form.start, form.inputs, [*panels, *voting], **private, **ONE_AT_A_TIME)
+    one_at_a_time: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "votes"}
     for side, button in buttons.items():
-        button.click(
-            vote(side),
-            [state, token],
-            voting_outputs,
-            api_visibility="private",
-            show_progress="hidden",
-            concurrency_limit=1,
-            concurrency_id="votes",
-        )
+        button.click(partial(vote, side), [state, token], voting, show_progress="hidden", **private, **one_at_a_time)
 
 
 def _show_ballot(ballot: Ballot, tally: str) -> tuple[Any, ...]:

@@ -21,8 +21,8 @@ from diffusion.generation.config import Task
 from diffusion.generation.requests import tasks_of
 from diffusion.process.samplers import SAMPLERS
 from flows.studio.errors import show_errors
-from flows.studio.results import BAR, INSTANT, ONE_AT_A_TIME, PRIVATE, Generator, Results, StartButton, pixels_class
-from flows.studio.source import MAX_IMAGES, Batch, Source, default_guidance, make_progress_callback
+from flows.studio.results import BAR, INSTANT, ONE_AT_A_TIME, PRIVATE, PageGenerator, Results, StartButton, pixels_class
+from flows.studio.source import MAX_IMAGES, GeneratedImages, StudioSource, default_guidance, make_progress_callback
 from flows.studio.uploads import Canvas, ImageUpload, PaintableImage, check_upload, decode_upload, memory_returned
 
 MAX_SEED = 2**53 - 1
@@ -79,7 +79,7 @@ def condition_controls(model: Model, task: Task = "sample") -> dict[str, Any]:
     return controls
 
 
-def option_controls(source: Source, task: Task, count: int) -> dict[str, Any]:
+def option_controls(source: StudioSource, task: Task, count: int) -> dict[str, Any]:
     """Make the inputs of the number of images, seeds, and the sampler's options."""
     model, controls, sampling = source.model, dict[str, Any](), source.defaults
     is_sampled = isinstance(model, DiffusionModel) and not source.is_student
@@ -166,13 +166,13 @@ def enlarge_to_canvas(image: Image.Image) -> Image.Image:
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) if scale > 1 else image
 
 
-def tabs(source: Source, page: gr.Blocks, container: Any, current: Callable[[], Source]) -> None:
+def tabs(source: StudioSource, page: gr.Blocks, container: Any, current: Callable[[], StudioSource]) -> None:
     """Add a tab for each task of the model; an image that was generated can be sent on to be inpainted.
 
     ``container`` holds the tabs of the ``page``, whose controls are those for ``source``; ``current`` returns what
     generates.
     """
-    generate, forms = Generator(current), dict[Task, dict[str, Any]]()
+    generate, forms = PageGenerator(current), dict[Task, dict[str, Any]]()
     all_results: dict[Task, Results] = {}
     for task in tasks_of(source.model):
         with gr.Tab(TITLES[task], id=task), gr.Row(elem_classes="workbench"):
@@ -199,7 +199,7 @@ def tabs(source: Source, page: gr.Blocks, container: Any, current: Callable[[], 
         _begin_with_examples(page, all_results["sample"], current)
 
 
-def _image_controls(source: Source, task: Task) -> dict[str, Any]:
+def _image_controls(source: StudioSource, task: Task) -> dict[str, Any]:
     """Make the input of the image that a task edits, if it edits one."""
     if task == "inpaint":
         editor = PaintableImage(
@@ -237,7 +237,7 @@ def _edit_controls(task: Task) -> dict[str, Any]:
     return controls
 
 
-def _run(generate: Generator, results: Results, controls: Mapping[str, Any]) -> Any:
+def _run(generate: PageGenerator, results: Results, controls: Mapping[str, Any]) -> Any:
     """Event handler that generates the images of a task from the values of its ``controls``."""
 
     def run(values: dict[Any, Any], request: gr.Request, bar: gr.Progress = BAR) -> list[Any]:
@@ -252,10 +252,10 @@ def _run(generate: Generator, results: Results, controls: Mapping[str, Any]) -> 
     return run
 
 
-def _begin_with_examples(page: gr.Blocks, results: Results, current: Callable[[], Source]) -> None:
+def _begin_with_examples(page: gr.Blocks, results: Results, current: Callable[[], StudioSource]) -> None:
     """Show examples of what the model makes when the page is opened."""
 
-    def begin(history: list[Batch], bar: gr.Progress = BAR) -> list[Any]:
+    def begin(history: list[GeneratedImages], bar: gr.Progress = BAR) -> list[Any]:
         with show_errors():
             examples = current().make_examples(make_progress_callback(bar))
         return [gr.skip()] * len(results.outputs) if examples is None else results.show([*history, examples])
@@ -267,7 +267,7 @@ def _send_to_inpaint(results: Results, form: Mapping[str, Any], container: Any) 
     """Connect the button that opens the shown image in the tab for inpainting, with its prompt and class."""
     names = [name for name in ("prompt", "label") if name in form]
 
-    def send(history: list[Batch], position: tuple[int, int]) -> list[Any]:
+    def send(history: list[GeneratedImages], position: tuple[int, int]) -> list[Any]:
         batch, number = history[position[0]], position[1]
         background = enlarge_to_canvas(Image.open(io.BytesIO(batch.paths[number].read_bytes())))
         texts = {"prompt": batch.prompts[number], "label": batch.labels[number]}

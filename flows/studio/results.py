@@ -14,7 +14,7 @@ from PIL import Image
 from diffusion.generation.config import Task
 from diffusion.generation.requests import tasks_of
 from flows.studio.errors import show_errors
-from flows.studio.source import FILES, Batch, Source, make_progress_callback
+from flows.studio.source import FILES, GeneratedImages, StudioSource, make_progress_callback
 from flows.studio.uploads import memory_returned
 
 MAX_BATCHES = 12
@@ -37,21 +37,21 @@ TO_RESULTS = """() => {
 GalleryItem = tuple[Path | Image.Image, str]
 
 
-def pixels_class(source: Source) -> str:
+def pixels_class(source: StudioSource) -> str:
     """CSS class of images: the pixels of small ones stay squares when they are enlarged."""
     return "pixels" if source.model.header.size <= 128 else "smooth"
 
 
-class Generator:
+class PageGenerator:
     """Generation for the pages' requests, each of which its page can stop."""
 
-    def __init__(self, current: Callable[[], Source]) -> None:
+    def __init__(self, current: Callable[[], StudioSource]) -> None:
         self.current = current
         self._stops: dict[str, threading.Event] = {}
 
     def __call__(
-        self, fields: Mapping[str, Any], request: gr.Request, bar: gr.Progress, source: Source | None = None
-    ) -> Batch:
+        self, fields: Mapping[str, Any], request: gr.Request, bar: gr.Progress, source: StudioSource | None = None
+    ) -> GeneratedImages:
         """Generate the images of a page's request with the ``source``, by default the current one."""
         session, stop = request.session_hash or "", threading.Event()
         self._stops[session] = stop
@@ -70,7 +70,7 @@ class Generator:
 class Results:
     """Components of the results of a ``task``, with a hint in the place of the first ones."""
 
-    def __init__(self, source: Source, task: Task, hint: str) -> None:
+    def __init__(self, source: StudioSource, task: Task, hint: str) -> None:
         style: dict[str, Any] = {"format": "png", "elem_classes": [pixels_class(source), "tight"]}
         tasks = tasks_of(source.model)
         self.task, self.hint = task, hint
@@ -109,7 +109,7 @@ class Results:
             *(self.panel, self.earlier, self.earlier_panel),
         ]
 
-    def show(self, history: Sequence[Batch], number: int = 0, image: int = 0) -> list[Any]:
+    def show(self, history: Sequence[GeneratedImages], number: int = 0, image: int = 0) -> list[Any]:
         """Values of the outputs that show an ``image`` of batch ``number``, the newest being 0."""
         batch = history[number]
         others = [item for item in history if item is not batch]
@@ -125,16 +125,16 @@ class Results:
             gr.Column(visible=bool(others)),
         ]
 
-    def show_image(self, batch: Batch, number: int) -> list[Any]:
+    def show_image(self, batch: GeneratedImages, number: int) -> list[Any]:
         """Values of large image, facts and download for an image of a batch."""
         path = batch.paths[number]
         return [path, facts_html(batch, number), gr.DownloadButton(value=path)]
 
-    def wire(self, generate: Generator, start: "StartButton", form: Mapping[str, Any]) -> None:
+    def wire(self, generate: PageGenerator, start: "StartButton", form: Mapping[str, Any]) -> None:
         """Connect the buttons; the ``form`` has the controls that a click on an example fills in."""
         place = [self.history, self.position]
 
-        def select(history: list[Batch], position: tuple[int, int], event: gr.SelectData) -> list[Any]:
+        def select(history: list[GeneratedImages], position: tuple[int, int], event: gr.SelectData) -> list[Any]:
             # By its number in the list kept here: a path from the browser could name any file.
             batch = history[position[0]]
             number = int(event.index)
@@ -142,12 +142,12 @@ class Results:
             texts = [fields.get(name, gr.skip()) for name in form_texts]
             return [(position[0], number), *self.show_image(batch, number), *texts]
 
-        def select_batch(history: list[Batch], position: tuple[int, int], event: gr.SelectData) -> list[Any]:
+        def select_batch(history: list[GeneratedImages], position: tuple[int, int], event: gr.SelectData) -> list[Any]:
             others = [number for number in range(len(history)) if number != position[0]]
             return self.show(history, others[event.index])
 
         def again(
-            history: list[Batch], position: tuple[int, int], request: gr.Request, bar: gr.Progress = BAR
+            history: list[GeneratedImages], position: tuple[int, int], request: gr.Request, bar: gr.Progress = BAR
         ) -> list[Any]:
             seed = secrets.randbelow(2**32)
             fields = history[position[0]].fields_of(position[1]) | {"seed": seed}
@@ -156,7 +156,7 @@ class Results:
             return [*self._add(generate, fields, history, request, bar), seed]
 
         def vary(
-            history: list[Batch], position: tuple[int, int], request: gr.Request, bar: gr.Progress = BAR
+            history: list[GeneratedImages], position: tuple[int, int], request: gr.Request, bar: gr.Progress = BAR
         ) -> list[Any]:
             batch, number = history[position[0]], position[1]
             names = ("prompt", "label", "negative_prompt", "guidance", "steps", "sampler", "count")
@@ -176,9 +176,14 @@ class Results:
             start.chain([self.vary.click], vary, place, self.outputs, self.heading)
 
     def _add(
-        self, generate: Generator, fields: dict[str, Any], history: list[Batch], request: gr.Request, bar: gr.Progress
+        self,
+        generate: PageGenerator,
+        fields: dict[str, Any],
+        history: list[GeneratedImages],
+        request: gr.Request,
+        bar: gr.Progress,
     ) -> list[Any]:
-        """Generate the images of a request, whose files are paths, and show them before those of ``history``."""
+        """Generate the images of a request, whose files are paths, and show them before ``history``."""
         files = {name: fields[name].read_bytes() for name in FILES if name in fields}
         with show_errors(), memory_returned() if files else nullcontext():
             batch = generate({"task": self.task} | fields | files, request, bar)
@@ -188,7 +193,7 @@ class Results:
 class StartButton:
     """Button that starts a generation, and while it runs is one that stops it."""
 
-    def __init__(self, title: str, generate: Generator) -> None:
+    def __init__(self, title: str, generate: PageGenerator) -> None:
         self.start = gr.Button(title, variant="primary", size="lg", elem_classes="start")
         self.stop = gr.Button("Stop", variant="stop", size="lg", visible=False, elem_classes="start")
         self.generate, self.runs = generate, list[Any]()
@@ -227,14 +232,14 @@ def _swap(is_idle: bool) -> tuple[Any, Any]:
     return gr.Button(visible=is_idle), gr.Button(visible=not is_idle)
 
 
-def captions(batch: Batch) -> list[str]:
+def captions(batch: GeneratedImages) -> list[str]:
     """Caption of each image: its prompt or class where they differ, or else its number."""
     if len({*batch.texts}) > 1:
         return batch.texts
     return [str(batch.first_index + number) for number in range(len(batch.paths))]
 
 
-def heading_html(batch: Batch | None, hint: str) -> str:
+def heading_html(batch: GeneratedImages | None, hint: str) -> str:
     """Title of the results, and how they were made; without any the ``hint``."""
     if batch is None:
         return f"<div class='empty'>{escape(hint)}</div>"
@@ -245,7 +250,7 @@ def heading_html(batch: Batch | None, hint: str) -> str:
     return f"<h2>{escape(title)}</h2><p>{escape(batch.note)}.{hint}</p>"
 
 
-def facts_html(batch: Batch, number: int) -> str:
+def facts_html(batch: GeneratedImages, number: int) -> str:
     """What made an image: prompt and class, seed and number, and where the rest is recorded."""
     text = batch.texts[number]
     prompt = f"<p class='prompt'>{escape(text)}</p>" if text else ""

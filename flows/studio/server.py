@@ -74,7 +74,7 @@ class StudioApp(App):  # type: ignore[misc]
         sent = Headers(scope=scope)
         headers = {name: ", ".join(sent.getlist(name)) for name in sent}
         if reason := refusal(scope.get("method", "GET"), scope["path"], headers, self.origin):
-            hint = "open the address that `darkroom ui` printed, or set DARKROOM_UI_URL to that of your reverse proxy"
+            hint = "open the address that `darkroom ui` printed, or set DARKROOM_UI_URL to your reverse proxy's"
             return 403, f"{reason}: {hint}"
         if "transfer-encoding" in headers:
             return 411, "requests need a Content-Length"

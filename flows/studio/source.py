@@ -42,7 +42,7 @@ FILES = ("image", "mask")
 
 
 @dataclass(frozen=True)
-class Batch:
+class GeneratedImages:
     """Images of a request, in files."""
 
     fields: Mapping[str, Any]
@@ -80,14 +80,14 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Source:
+class StudioSource:
     """Loaded model, with what it is called, what its images say of their origin, and the configured sampling."""
 
     model: Model
     name: str
     origin: Mapping[str, str]
     sampling: SamplingConfig
-    _examples: list[Batch | None] = field(default_factory=list, init=False, repr=False, compare=False)
+    _examples: list[GeneratedImages | None] = field(default_factory=list, init=False, repr=False, compare=False)
     """The examples, once they were tried."""
 
     @classmethod
@@ -118,11 +118,11 @@ class Source:
         progress: Progress = ignore_progress,
         is_abandoned: Callable[[], bool] = lambda: False,
         title: str = "",
-    ) -> Batch:
+    ) -> GeneratedImages:
         """Generate the images of a request into new PNG files.
 
-        Files and pixels are those of ``darkroom sample`` and ``darkroom edit`` with a model file. Raises UserError as
-        ``make_request`` and ``answer`` do, and StoppedError if nobody waits for them any longer.
+        Files and pixels are as ``darkroom sample`` and ``darkroom edit`` make them with a model file. Raises UserError
+        as ``make_request`` and ``answer`` do, and StoppedError if nobody waits for them any longer.
         """
         request = self.request(fields)
         [images] = answer(self.model, [request], self.sampling, progress, Budget(settings(), is_abandoned))
@@ -141,7 +141,7 @@ class Source:
         labels = tuple(label_names(self.model, indices, request.seed, conditions))
         author = f" by {self.name}" if self.is_registered else ""
         made_by = f"{author}: {self.describe(request)}"
-        return Batch(kept, request.seed, indices.start, tuple(paths), prompts, labels, made_by, title)
+        return GeneratedImages(kept, request.seed, indices.start, tuple(paths), prompts, labels, made_by, title)
 
     def request(self, fields: Mapping[str, Any]) -> GenerationRequest:
         """Make a request of the fields of a form, in which empty texts mean left out.
@@ -195,18 +195,20 @@ class Source:
         finally:
             dataset.close()
 
-    def make_examples(self, progress: Progress = ignore_progress) -> Batch | None:
+    def make_examples(self, progress: Progress = ignore_progress) -> GeneratedImages | None:
         """Generate the examples, once; None if the model needs an image, or they would take too long."""
         if not self._examples:
             self._examples.append(self._make_examples(progress))
         return self._examples[0]
 
-    def _make_examples(self, progress: Progress) -> Batch | None:
+    def _make_examples(self, progress: Progress) -> GeneratedImages | None:
         if "sample" not in tasks_of(self.model):
             return None
         deadline = time.monotonic() + MAX_EXAMPLE_SECONDS
         # A whole compute batch would take ten times as long.
-        small = Source(self.model, self.name, self.origin, self.sampling.with_changes({"compute_batch": EXAMPLES}))
+        small = StudioSource(
+            self.model, self.name, self.origin, self.sampling.with_changes({"compute_batch": EXAMPLES})
+        )
         try:
             return small.generate(
                 self.example_fields, progress, is_abandoned=lambda: time.monotonic() > deadline, title="Examples"

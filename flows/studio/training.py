@@ -33,7 +33,7 @@ from diffusion.training.preflight import PREFLIGHT
 from flows.checks import check
 from flows.config import Params, assign
 from flows.deployment import retrainings
-from flows.deployment.retrainings import Retraining, Step
+from flows.deployment.retrainings import Retraining, RetrainingStep
 from flows.evaluate import find_tracker
 from flows.studio.errors import show_errors
 from flows.studio.image_sources import check_zip, choose_folder, keep_zip, list_folders
@@ -207,7 +207,7 @@ def _thin(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     return [*points[-1::-step]][::-1]
 
 
-def describe(run: Retraining, steps: Sequence[Step], line: str, progress: TrainingProgress | None) -> str:
+def describe(run: Retraining, steps: Sequence[RetrainingStep], line: str, progress: TrainingProgress | None) -> str:
     """Show as HTML how far a retraining is, and at its end the verdict with links to the report and to MLflow."""
     params, parts = run.params, list[str]()
     budget = f", {params.training.minutes:g} minutes of training" if params.training.minutes else ""

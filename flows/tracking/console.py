@@ -21,7 +21,7 @@ from flows.tracking.json_logs import Formatter, collect_ids
 
 logger = logging.getLogger(__name__)
 
-OURS = ("diffusion", "flows")
+PACKAGES = ("diffusion", "flows")
 
 
 EVERY = 30.0
@@ -117,7 +117,7 @@ class Lines:
         """Write a line that ``done`` of ``total`` units of ``what`` are done, if one is due."""
         pace = self.paces.setdefault(what, Pace())
         pace.add(done)
-        # The end of what took long; in a phase, that of the phase says it.
+        # The end of what took long; in a phase, the phase's end says it.
         is_end = done == total and not self.phase and time.monotonic() - pace.started >= EVERY
         if is_end or (done != total and self.pace.is_report_due(EVERY)):
             count = f"{done:,}" if total is None else f"{done:,} of {total:,}"
@@ -169,7 +169,7 @@ class Bars(Lines):
         self.bars: dict[str, TaskID] = {}
 
     def __call__(self, what: str, done: int, total: int | None, note: str = "") -> None:
-        """Move the bar of the phase, or that of ``what``."""
+        """Move the bar of the phase, or of ``what``."""
         pace = self.paces.setdefault(what, Pace())
         pace.add(done)
         count = f"{done:,}" if total is None else f"{done:,} of {total:,}"
@@ -234,9 +234,9 @@ def console() -> Iterator[Lines]:
     handler: logging.Handler = logging.StreamHandler() if as_json else ConsoleHandler(lines)
     if as_json:
         handler.setFormatter(Formatter())
-    ours = [logging.getLogger(name) for name in OURS]
-    states = [(package_logger.level, package_logger.propagate) for package_logger in ours]
-    for package_logger in ours:
+    loggers = [logging.getLogger(name) for name in PACKAGES]
+    states = [(package_logger.level, package_logger.propagate) for package_logger in loggers]
+    for package_logger in loggers:
         package_logger.addHandler(handler)
         package_logger.setLevel(logging.INFO)
         # Prefect's own console would write the same lines of JSON again.
@@ -246,7 +246,7 @@ def console() -> Iterator[Lines]:
         yield lines
     finally:
         CONSOLE.reset(token)
-        for package_logger, (level, propagate) in zip(ours, states, strict=True):
+        for package_logger, (level, propagate) in zip(loggers, states, strict=True):
             package_logger.removeHandler(handler)
             package_logger.setLevel(level)
             package_logger.propagate = propagate

@@ -19,7 +19,7 @@ VARIABLES: Mapping[str, str] = {
     "PREFECT_LOGGING_FORMATTERS_JSON_CLASS": "flows.tracking.json_logs.Formatter",
     "PREFECT_LOGGING_COLORS": "false",
 }
-"""Variables that make Prefect write its log, and ours during a run, in this format."""
+"""Variables that make Prefect write its log, and Darkroom's during a run, in this format."""
 
 RUN_ID: ContextVar[str | None] = ContextVar("run_id", default=None)
 

@@ -111,7 +111,7 @@ def image_marker(name: str) -> str:
 
 
 def training_metric(name: str) -> str:
-    """Name in MLflow of a metric of the training: that of losses by noise level is ``noise_level/1`` and so on."""
+    """Name in MLflow of a metric of the training: losses by noise level are ``noise_level/1`` and so on."""
     _, by_level, level = name.partition("_level_")
     return f"noise_level/{level}" if by_level else f"{TRAINING}{name}"
 
@@ -267,8 +267,8 @@ def log_evaluation(tracker: RunTracker, evaluation: Evaluation) -> None:
             MLFLOW_MODEL_IS_EXTERNAL: "true",
         }
         models = client.search_logged_models([experiment], f"tags.`{CHECKPOINT_SHA256}` = '{checkpoint.sha256}'")
-        if ours := [model for model in models if model.source_run_id == run_id]:
-            model = min(ours, key=lambda model: model.creation_timestamp)
+        if own := [model for model in models if model.source_run_id == run_id]:
+            model = min(own, key=lambda model: model.creation_timestamp)
         else:
             name = f"{checkpoint.family}-{checkpoint.images}-{checkpoint.sha256[:8]}"
             model = client.create_logged_model(experiment, name, run_id, tags, model_type=checkpoint.family)

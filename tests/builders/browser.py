@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from tests.builders.studio_client import PASSWORD, USER
+
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
@@ -33,3 +35,11 @@ def look(page: Page, shot: Path) -> None:
     assert images
     assert [alt for alt, complete, width in images if not (complete and width > 0)] == []
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+
+def log_in(page: Page, address: str) -> None:
+    """Log in to the studio at ``address``."""
+    page.goto(address)
+    page.get_by_label("username").fill(USER)
+    page.get_by_label("password").fill(PASSWORD)
+    page.get_by_role("button", name="Login").click()

@@ -1,9 +1,10 @@
-"""The command line, in a process of its own or in this one."""
+"""The command line, in this process or, as other programs, in a process of its own."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,3 +62,10 @@ class CommandLine:
         assert answer.code == 2, answer.err
         [line] = answer.err.splitlines()
         return line
+
+
+def output_of(command: Sequence[str | Path], **options: Any) -> str:
+    """What a program prints, which must succeed; ``options`` are those of ``subprocess.run``."""
+    process = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    return process.stdout

@@ -10,6 +10,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 Serve = Callable[[socket.socket], None]
 
 
+class QuietHandler(BaseHTTPRequestHandler):
+    """Handler that logs nothing."""
+
+    def answer(self, body: bytes = b"", kind: str = "text/html", status: int = 200) -> None:
+        """Send a whole response."""
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
 @contextmanager
 def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     """Inside, ``handler`` answers at this address."""

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.builders import ROOT
+from tests.builders.command_line import output_of
 
 INFRA = ROOT / "infra"
 
@@ -26,9 +27,7 @@ def new_environment(path: Path, *arguments: str) -> dict[str, str]:
 def composed(environment: Path, *arguments: str) -> dict[str, Any]:
     """compose.yaml with ``environment`` filled in; skips the test where there is no Compose."""
     command = [*compose(), "--file", str(INFRA / "compose.yaml"), "--env-file", str(environment), *arguments]
-    process = subprocess.run([*command, "config", "--format", "json"], capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr
-    configuration: dict[str, Any] = json.loads(process.stdout)
+    configuration: dict[str, Any] = json.loads(output_of([*command, "config", "--format", "json"]))
     return configuration
 
 

@@ -1,5 +1,6 @@
 """Versions in a registry that weigh next to nothing, and a client that is killed between two writes."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -24,18 +25,27 @@ class Killed(BaseException):
 
 
 class CrashingClient(MlflowClient):
-    """Dies instead of its write number ``life``, counted from 0."""
+    """Dies instead of its write number ``life``, counted from 0, or right ``after`` it."""
 
-    def __init__(self, life: int) -> None:
+    def __init__(self, life: int, writes: Collection[str] = WRITES, after: bool = False) -> None:
+        self.life, self.writes, self.after = life, writes, after
         super().__init__()
-        self.life = life
 
     def __getattribute__(self, name: str) -> Any:
-        if name in WRITES:
+        attribute = super().__getattribute__(name)
+        if name not in super().__getattribute__("writes"):
+            return attribute
+
+        def write(*arguments: Any, **named: Any) -> Any:
             self.life -= 1
+            if self.life < 0 and not self.after:
+                raise Killed
+            result = attribute(*arguments, **named)
             if self.life < 0:
                 raise Killed
-        return super().__getattribute__(name)
+            return result
+
+        return write
 
 
 def add_version(

@@ -44,7 +44,7 @@ def two_nodes(variables: Mapping[str, str]) -> Iterator[tuple[Any, Any]]:
 
 
 def at_work(node: Any) -> bool:
-    """Whether a task of ours runs on ``node``: Ray names its processes after what they do."""
+    """Whether one of the test's tasks runs on ``node``: Ray names its processes after what they do."""
     [raylet] = node.all_processes["raylet"]
     try:
         children = psutil.Process(raylet.process.pid).children(recursive=True)

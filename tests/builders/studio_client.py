@@ -16,8 +16,8 @@ USER, PASSWORD = "darkroom", "test-secret"
 
 
 @contextmanager
-def logged_in(address: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=address, timeout=60) as client:
+def logged_in(address: str, timeout: float = 60) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=address, timeout=timeout) as client:
         client.post("login", data={"username": USER, "password": PASSWORD}).raise_for_status()
         yield client
 
@@ -74,8 +74,8 @@ def peak_memory(pid: int | str = "self") -> int:
 
 def with_header(weights: Path, sampling: SamplingConfig, **changes: object) -> Any:
     """What the studio shows for the model in the file ``weights`` with another header."""
-    from flows.studio.source import Source
+    from flows.studio.source import StudioSource
 
-    source = Source.from_file(weights, sampling)
+    source = StudioSource.from_file(weights, sampling)
     header = source.model.header.model_copy(update=changes)
-    return Source(replace(source.model, header=header), source.name, source.origin, sampling)
+    return StudioSource(replace(source.model, header=header), source.name, source.origin, sampling)

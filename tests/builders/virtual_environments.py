@@ -16,9 +16,9 @@ def closure(requirements: Iterable[str]) -> set[str]:
     while queue:
         requirement, extra = queue.pop()
         if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
-            ours = {f"{requirement.name}[{each}]" for each in ("", *requirement.extras)}
-            if not ours <= distributions:
-                distributions |= ours
+            wanted = {f"{requirement.name}[{each}]" for each in ("", *requirement.extras)}
+            if not wanted <= distributions:
+                distributions |= wanted
                 lines = distribution(requirement.name).requires or []
                 queue += [(Requirement(line), each) for line in lines for each in ("", *requirement.extras)]
     return {name.partition("[")[0] for name in distributions}

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import boto3
+import pytest
 import yaml
 
 from flows.local_stack.server_process import members
@@ -93,6 +94,12 @@ class Workspace:
 
     def json(self, *arguments: str, code: int = 0) -> Any:
         return json.loads(self.run(*arguments, "--json", code=code))
+
+    def join(self, patch: pytest.MonkeyPatch) -> None:
+        """Have this process find the workspace's MLflow and S3 servers."""
+        for name, value in self.variables.items():
+            if name.startswith(("MLFLOW_", "AWS_")):
+                patch.setenv(name, value)
 
     def two_versions(self) -> None:
         """Train and evaluate two versions of blobs, of which the first or both were champion."""

@@ -19,9 +19,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     """A stack, and 120 images among which some are poisoned."""
     folder = tmp_path_factory.mktemp("house")
     with running(folder, QUICK, 120) as space, pytest.MonkeyPatch.context() as patch:
-        for name, value in space.variables.items():
-            if name.startswith(("MLFLOW_", "AWS_")):
-                patch.setenv(name, value)
+        space.join(patch)
         poison(folder / "images" / "odd", folder / "unpickled")
         new_house = House(space)
         new_house.admit(NIGHT)

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from flows.local_stack.server_process import Process, members, stop
 from flows.local_stack.services import Service, services
 from flows.local_stack.stack import LocalStack, ServiceName
 from flows.storage.s3 import Store, client
+from tests.builders.waiting import wait_for
 from tests.builders.workspace import PARAMS, Workspace, objects
 
 QUICK = PARAMS | {
@@ -98,18 +98,22 @@ class House:
 
     def _start(self, service: Service) -> None:
         stack = self.stack
-        process, deadline = service.start(stack), time.monotonic() + 120
+        process = service.start(stack)
         # By this, commands know that the stack has the server.
         stack.update_state(processes=stack.state.processes | {service.name: process})
-        while not _serves(service, process):
-            assert time.monotonic() < deadline, self.stack.log(service.name).read_text()[-2000:]
-            time.sleep(0.2)
+        wait_for(lambda: _serves(service, process), why=lambda: self.stack.log(service.name).read_text()[-2000:])
 
 
 def stack_alone(folder: Path) -> dict[str, str | None]:
     """Variables by which a command has to do with the local stack in ``folder``, and with no other server."""
     names = ["MLFLOW_TRACKING_URI", "PREFECT_API_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "DARKROOM_BUCKET"]
     return {"DARKROOM_HOME": str(folder), **dict.fromkeys(names)}
+
+
+def own_stores(folder: Path, bucket: str) -> dict[str, str | None]:
+    """Variables by which a command has the ``bucket``, and an MLflow in ``folder``, to itself."""
+    logins = dict.fromkeys(("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"))
+    return {"DARKROOM_BUCKET": bucket, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", **logins}
 
 
 def fill(folder: Path, filler: Path) -> None:
@@ -171,11 +175,8 @@ class Site(Workspace):
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        deadline = time.monotonic() + 300
-        while not here.exists():
-            assert process.poll() is None, f"{point}: {process.communicate()[1][-3000:]}"
-            assert time.monotonic() < deadline, point
-            time.sleep(0.05)
+        wait_for(lambda: here.exists() or process.poll() is not None, why=lambda: point)
+        assert process.poll() is None, f"{point}: {process.communicate()[1][-3000:]}"
         try:
             yield process
         finally:

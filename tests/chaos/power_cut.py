@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders.command_line import output_of
+
 SOURCE = Path(__file__).with_name("record_writes.c")
 ENTRY = re.compile(rb"([A-Z]+) ([^\n]*)\n")
 GARBAGE = re.compile(r"(^|/)\.|\.partial$")
@@ -299,15 +301,7 @@ def record(
         "POWER_CUT_LOG": str(log),
         **variables,
     }
-    process = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
+    output_of([sys.executable, "-c", script, *arguments], cwd=root, env=environment)
     recording = Recording(start, list(_read(log.read_bytes())))
     log.unlink()
     return recording

@@ -184,7 +184,6 @@ def run_stack(folder: Path) -> State:
             servers=("s3", "mlflow", "prefect"), ports=stack.state.ports | {service: 10000 + number}
         )
     local_stack = LocalStack.read(folder / STACK)
-    assert local_stack is not None
     return {
         "state": local_stack.state.model_dump(),
         "passwords": local_stack.credentials == stack.credentials,

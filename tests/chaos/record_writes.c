@@ -18,6 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/uio.h>
@@ -120,13 +121,13 @@ static int of_descriptor(int fd, struct stat *found) {
     int before = errno;
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     ssize_t n = readlink(link, path, sizeof path - 1);
-    int ours = 0;
+    int is_inside = 0;
     if (n > 0) {
         path[n] = 0;
-        ours = (inside(path) || !strncmp(path, root, strlen(root) - 1)) && fstat(fd, found) == 0;
+        is_inside = (inside(path) || !strncmp(path, root, strlen(root) - 1)) && fstat(fd, found) == 0;
     }
     errno = before;
-    return ours;
+    return is_inside;
 }
 
 static void note(const char *format, ...) __attribute__((format(printf, 1, 2)));
@@ -148,12 +149,12 @@ static int opened(int folder, const char *name, int flags, mode_t mode, const ch
     int changes = (flags & O_ACCMODE) != O_RDONLY || (flags & (O_CREAT | O_TRUNC));
     if (!changes) return openat_(folder, name, flags, mode);
     int recording = begin();
-    int ours = recording && resolve(folder, name, path);
+    int is_inside = recording && resolve(folder, name, path);
     struct stat there;
-    int before = errno, is_there = ours && lstat(path, &there) == 0;
+    int before = errno, is_there = is_inside && lstat(path, &there) == 0;
     errno = before;
     int fd = openat_(folder, name, flags, mode);
-    if (ours && fd >= 0 && fstat(fd, &there) == 0) {
+    if (is_inside && fd >= 0 && fstat(fd, &there) == 0) {
         if ((flags & O_TMPFILE) == O_TMPFILE) note("UNNAMED %lu\n", there.st_ino);
         else if (!is_there) note("CREATE %lu %s\n", there.st_ino, path);
         else if (flags & O_TRUNC) note("TRUNCATE %lu 0\n", there.st_ino);
@@ -166,27 +167,18 @@ static mode_t mode_of(int flags, va_list arguments) {
     return flags & (O_CREAT | __O_TMPFILE) ? va_arg(arguments, mode_t) : 0;
 }
 
-#define OPEN(function, inner)                                        \
-    int function(const char *name, int flags, ...) {                 \
-        va_list arguments;                                           \
-        va_start(arguments, flags);                                  \
-        mode_t mode = mode_of(flags, arguments);                     \
-        va_end(arguments);                                           \
-        return opened(AT_FDCWD, name, flags, mode, inner);           \
-    }
-OPEN(open, "openat")
-OPEN(open64, "openat64")
-
-#define OPENAT(function, inner)                                      \
-    int function(int folder, const char *name, int flags, ...) {     \
+#define OPEN(function, folder, inner, ...)                           \
+    int function(__VA_ARGS__, int flags, ...) {                      \
         va_list arguments;                                           \
         va_start(arguments, flags);                                  \
         mode_t mode = mode_of(flags, arguments);                     \
         va_end(arguments);                                           \
         return opened(folder, name, flags, mode, inner);             \
     }
-OPENAT(openat, "openat")
-OPENAT(openat64, "openat64")
+OPEN(open, AT_FDCWD, "openat", const char *name)
+OPEN(open64, AT_FDCWD, "openat64", const char *name)
+OPEN(openat, folder, "openat", int folder, const char *name)
+OPEN(openat64, folder, "openat64", int folder, const char *name)
 
 int creat(const char *name, mode_t mode) { return opened(AT_FDCWD, name, O_CREAT | O_WRONLY | O_TRUNC, mode, "openat"); }
 int creat64(const char *name, mode_t mode) {
@@ -198,58 +190,28 @@ static void wrote(const struct stat *file, off_t offset, const void *data, size_
     put(data, size);
 }
 
-ssize_t write(int fd, const void *data, size_t size) {
-    ssize_t (*write_)(int, const void *, size_t) = REAL(write);
-    struct stat file;
-    int recording = begin();
-    int ours = recording && of_descriptor(fd, &file) && S_ISREG(file.st_mode);
-    if (!ours) {
-        /* Pipes may wait, and nobody is to wait for them. */
-        finish(recording);
-        return write_(fd, data, size);
+/* Wrap a call on the descriptor `fd`, whose result is `done`: `then` notes what it did to the file or folder `file`. */
+#define ON_DESCRIPTOR(type, function, parameters, arguments, fd, then)                            \
+    type function parameters {                                                                    \
+        struct stat file __attribute__((unused));                                                 \
+        int recording = begin();                                                                  \
+        int is_inside = recording && of_descriptor(fd, &file);                                    \
+        /* Pipes may wait, and nobody is to wait for them. */                                     \
+        if (!is_inside) finish(recording);                                                        \
+        type done = REAL(function) arguments;                                                     \
+        if (is_inside && done >= 0) { then; }                                                     \
+        if (is_inside) finish(recording);                                                         \
+        return done;                                                                              \
     }
-    ssize_t n = write_(fd, data, size);
-    if (n > 0) wrote(&file, lseek(fd, 0, SEEK_CUR) - n, data, (size_t)n);
-    finish(recording);
-    return n;
-}
 
-ssize_t writev(int fd, const struct iovec *pieces, int count) {
-    ssize_t (*writev_)(int, const struct iovec *, int) = REAL(writev);
-    struct stat file;
-    int recording = begin();
-    int ours = recording && of_descriptor(fd, &file) && S_ISREG(file.st_mode);
-    if (!ours) {
-        finish(recording);
-        return writev_(fd, pieces, count);
+static void wrote_pieces(const struct stat *file, off_t offset, const struct iovec *pieces, ssize_t left) {
+    for (; left > 0; pieces++) {
+        size_t size = (size_t)left < pieces->iov_len ? (size_t)left : pieces->iov_len;
+        wrote(file, offset, pieces->iov_base, size);
+        offset += (off_t)size;
+        left -= (ssize_t)size;
     }
-    ssize_t n = writev_(fd, pieces, count), left = n;
-    if (n > 0) {
-        off_t offset = lseek(fd, 0, SEEK_CUR) - n;
-        for (int i = 0; i < count && left > 0; i++) {
-            size_t size = (size_t)left < pieces[i].iov_len ? (size_t)left : pieces[i].iov_len;
-            wrote(&file, offset, pieces[i].iov_base, size);
-            offset += (off_t)size;
-            left -= (ssize_t)size;
-        }
-    }
-    finish(recording);
-    return n;
 }
-
-#define PWRITE(function)                                                              \
-    ssize_t function(int fd, const void *data, size_t size, off_t offset) {           \
-        ssize_t (*inner)(int, const void *, size_t, off_t) = REAL(function);          \
-        struct stat file;                                                             \
-        int recording = begin();                                                      \
-        int ours = recording && of_descriptor(fd, &file) && S_ISREG(file.st_mode);    \
-        ssize_t n = inner(fd, data, size, offset);                                    \
-        if (ours && n > 0) wrote(&file, offset, data, (size_t)n);                     \
-        finish(recording);                                                            \
-        return n;                                                                     \
-    }
-PWRITE(pwrite)
-PWRITE(pwrite64)
 
 /* What the kernel copied to fd from offset on is read back. */
 static void copied(int fd, const struct stat *file, off_t offset, ssize_t size) {
@@ -268,63 +230,27 @@ static void copied(int fd, const struct stat *file, off_t offset, ssize_t size) 
     ((int (*)(int))real("close"))(source);
 }
 
-#define SENDFILE(function)                                                            \
-    ssize_t function(int out, int in, off_t *from, size_t size) {                     \
-        ssize_t (*inner)(int, int, off_t *, size_t) =                                 \
-            (ssize_t (*)(int, int, off_t *, size_t))real(#function);                  \
-        struct stat file;                                                             \
-        int recording = begin();                                                      \
-        int ours = recording && of_descriptor(out, &file) && S_ISREG(file.st_mode);   \
-        if (!ours) {                                                                  \
-            finish(recording);                                                        \
-            return inner(out, in, from, size);                                        \
-        }                                                                             \
-        ssize_t n = inner(out, in, from, size);                                       \
-        if (n > 0) copied(out, &file, lseek(out, 0, SEEK_CUR) - n, n);                \
-        finish(recording);                                                            \
-        return n;                                                                     \
-    }
-SENDFILE(sendfile)
-SENDFILE(sendfile64)
-
-ssize_t copy_file_range(int in, off64_t *from, int out, off64_t *to, size_t size, unsigned flags) {
-    ssize_t (*inner)(int, off64_t *, int, off64_t *, size_t, unsigned) = REAL(copy_file_range);
-    struct stat file;
-    int recording = begin();
-    int ours = recording && of_descriptor(out, &file) && S_ISREG(file.st_mode);
-    ssize_t n = inner(in, from, out, to, size, flags);
-    if (ours && n > 0) copied(out, &file, (to ? *to : lseek(out, 0, SEEK_CUR)) - n, n);
-    finish(recording);
-    return n;
-}
-
-#define FTRUNCATE(function)                                                           \
-    int function(int fd, off_t size) {                                                \
-        int (*inner)(int, off_t) = REAL(function);                                    \
-        struct stat file;                                                             \
-        int recording = begin();                                                      \
-        int ours = recording && of_descriptor(fd, &file);                             \
-        int done = inner(fd, size);                                                   \
-        if (ours && done == 0) note("TRUNCATE %lu %ld\n", file.st_ino, (long)size);   \
-        finish(recording);                                                            \
-        return done;                                                                  \
-    }
-FTRUNCATE(ftruncate)
-FTRUNCATE(ftruncate64)
-
-#define SYNC(function)                                                                \
-    int function(int fd) {                                                            \
-        int (*inner)(int) = REAL(function);                                           \
-        struct stat file;                                                             \
-        int recording = begin();                                                      \
-        int ours = recording && of_descriptor(fd, &file);                             \
-        int done = inner(fd);                                                         \
-        if (ours && done == 0) note("SYNC %lu\n", file.st_ino);                       \
-        finish(recording);                                                            \
-        return done;                                                                  \
-    }
-SYNC(fsync)
-SYNC(fdatasync)
+#define POSITION(fd) (lseek(fd, 0, SEEK_CUR) - done)
+ON_DESCRIPTOR(ssize_t, write, (int fd, const void *data, size_t size), (fd, data, size), fd,
+              if (done > 0) wrote(&file, POSITION(fd), data, (size_t)done))
+ON_DESCRIPTOR(ssize_t, writev, (int fd, const struct iovec *pieces, int count), (fd, pieces, count), fd,
+              wrote_pieces(&file, POSITION(fd), pieces, done))
+ON_DESCRIPTOR(ssize_t, pwrite, (int fd, const void *data, size_t size, off_t offset), (fd, data, size, offset), fd,
+              if (done > 0) wrote(&file, offset, data, (size_t)done))
+ON_DESCRIPTOR(ssize_t, pwrite64, (int fd, const void *data, size_t size, off64_t offset), (fd, data, size, offset), fd,
+              if (done > 0) wrote(&file, offset, data, (size_t)done))
+ON_DESCRIPTOR(ssize_t, sendfile, (int out, int in, off_t *from, size_t size), (out, in, from, size), out,
+              copied(out, &file, POSITION(out), done))
+ON_DESCRIPTOR(ssize_t, sendfile64, (int out, int in, off64_t *from, size_t size), (out, in, from, size), out,
+              copied(out, &file, POSITION(out), done))
+ON_DESCRIPTOR(ssize_t, copy_file_range, (int in, off64_t *from, int out, off64_t *to, size_t size, unsigned flags),
+              (in, from, out, to, size, flags), out, copied(out, &file, to ? *to - done : POSITION(out), done))
+ON_DESCRIPTOR(int, ftruncate, (int fd, off_t size), (fd, size), fd,
+              note("TRUNCATE %lu %ld\n", file.st_ino, (long)size))
+ON_DESCRIPTOR(int, ftruncate64, (int fd, off64_t size), (fd, size), fd,
+              note("TRUNCATE %lu %ld\n", file.st_ino, (long)size))
+ON_DESCRIPTOR(int, fsync, (int fd), (fd), fd, note("SYNC %lu\n", file.st_ino))
+ON_DESCRIPTOR(int, fdatasync, (int fd), (fd), fd, note("SYNC %lu\n", file.st_ino))
 
 void sync(void) {
     int recording = begin();
@@ -336,10 +262,10 @@ void sync(void) {
 static int renamed(int from, const char *old, int to, const char *new, unsigned flags, int plain) {
     char before[PATH_MAX], after[PATH_MAX];
     int recording = begin();
-    int ours = recording && resolve(from, old, before) && resolve(to, new, after);
+    int is_inside = recording && resolve(from, old, before) && resolve(to, new, after);
     int done = plain ? REAL(renameat)(from, old, to, new) : REAL(renameat2)(from, old, to, new, flags);
     struct stat file;
-    if (ours && done == 0 && lstat(after, &file) == 0) note("RENAME %lu %s\t%s\n", file.st_ino, before, after);
+    if (is_inside && done == 0 && lstat(after, &file) == 0) note("RENAME %lu %s\t%s\n", file.st_ino, before, after);
     finish(recording);
     return done;
 }
@@ -349,56 +275,35 @@ int renameat2(int from, const char *old, int to, const char *new, unsigned flags
     return renamed(from, old, to, new, flags, 0);
 }
 
-int linkat(int from, const char *old, int to, const char *new, int flags) {
-    char before[PATH_MAX], after[PATH_MAX];
-    struct stat file;
-    int recording = begin();
-    (void)before;
-    int ours = recording && resolve(to, new, after);
-    int done = REAL(linkat)(from, old, to, new, flags);
-    if (ours && done == 0 && lstat(after, &file) == 0) note("LINK %lu %s\n", file.st_ino, after);
-    finish(recording);
-    return done;
-}
+/* Wrap a call on a `name` in a `folder`: `then` notes what it did to the `file` at `path`. */
+#define ON_NAME(function, parameters, arguments, folder, name, then)                              \
+    int function parameters {                                                                     \
+        char path[PATH_MAX];                                                                      \
+        struct stat file __attribute__((unused));                                                 \
+        int recording = begin();                                                                  \
+        int is_inside = recording && resolve(folder, name, path);                                 \
+        int done = REAL(function) arguments;                                                      \
+        if (is_inside && done == 0) { then; }                                                     \
+        finish(recording);                                                                        \
+        return done;                                                                              \
+    }
+
+ON_NAME(linkat, (int from, const char *old, int to, const char *new, int flags), (from, old, to, new, flags), to, new,
+        if (lstat(path, &file) == 0) note("LINK %lu %s\n", file.st_ino, path))
+ON_NAME(symlinkat, (const char *target, int folder, const char *name), (target, folder, name), folder, name,
+        if (lstat(path, &file) == 0) note("SYMLINK %lu %s\t%s\n", file.st_ino, path, target))
+ON_NAME(unlinkat, (int folder, const char *name, int flags), (folder, name, flags), folder, name,
+        note("UNLINK %s\n", path))
+ON_NAME(mkdirat, (int folder, const char *name, mode_t mode), (folder, name, mode), folder, name,
+        if (lstat(path, &file) == 0) note("MKDIR %lu %s\n", file.st_ino, path))
+
 int link(const char *old, const char *new) { return linkat(AT_FDCWD, old, AT_FDCWD, new, 0); }
-
-int symlinkat(const char *target, int folder, const char *name) {
-    char path[PATH_MAX];
-    struct stat file;
-    int recording = begin();
-    int ours = recording && resolve(folder, name, path);
-    int done = REAL(symlinkat)(target, folder, name);
-    if (ours && done == 0 && lstat(path, &file) == 0) note("SYMLINK %lu %s\t%s\n", file.st_ino, path, target);
-    finish(recording);
-    return done;
-}
 int symlink(const char *target, const char *name) { return symlinkat(target, AT_FDCWD, name); }
-
-int unlinkat(int folder, const char *name, int flags) {
-    char path[PATH_MAX];
-    int recording = begin();
-    int ours = recording && resolve(folder, name, path);
-    int done = REAL(unlinkat)(folder, name, flags);
-    if (ours && done == 0) note("UNLINK %s\n", path);
-    finish(recording);
-    return done;
-}
 int unlink(const char *name) { return unlinkat(AT_FDCWD, name, 0); }
 int rmdir(const char *name) { return unlinkat(AT_FDCWD, name, AT_REMOVEDIR); }
 int remove(const char *name) {
     struct stat there;
     return lstat(name, &there) == 0 && S_ISDIR(there.st_mode) ? rmdir(name) : unlink(name);
-}
-
-int mkdirat(int folder, const char *name, mode_t mode) {
-    char path[PATH_MAX];
-    struct stat there;
-    int recording = begin();
-    int ours = recording && resolve(folder, name, path);
-    int done = REAL(mkdirat)(folder, name, mode);
-    if (ours && done == 0 && lstat(path, &there) == 0) note("MKDIR %lu %s\n", there.st_ino, path);
-    finish(recording);
-    return done;
 }
 int mkdir(const char *name, mode_t mode) { return mkdirat(AT_FDCWD, name, mode); }
 

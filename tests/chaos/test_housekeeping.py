@@ -6,7 +6,7 @@ import re
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from flows.storage.s3 import Object, Store, client
 from tests.builders.forked import Forks, rounds
 from tests.builders.ingested import files_of
 from tests.builders.workspace import running
-from tests.chaos.house import QUICK, House, Site, stack_alone
+from tests.chaos.house import QUICK, House, Site, own_stores, stack_alone
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -110,15 +110,8 @@ def machine(house: House, forks: Forks, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("machine")
     site = house.site(folder / "machine")
     bucket = f"test-{uuid4().hex}"
-    variables = {
-        "DARKROOM_BUCKET": bucket,
-        "MLFLOW_TRACKING_URI": f"sqlite:///{site.folder}/mlflow.db",
-        "MLFLOW_TRACKING_USERNAME": None,
-        "MLFLOW_TRACKING_PASSWORD": None,
-    }
-    store = house.store
-    store.ensure_bucket(bucket)
-    new_machine = Machine(site, forks, store, bucket, variables, folder / "saved")
+    house.store.ensure_bucket(bucket)
+    new_machine = Machine(site, forks, house.store, bucket, own_stores(site.folder, bucket), folder / "saved")
     new_machine.finish(*site.retraining)
     new_machine.finish("sample", "--count", "2", "--seed", "9")
     new_machine.finish("train", "--set", "training.seed=1", "--set", "training.output=runs/second")
@@ -155,33 +148,34 @@ def ends(
 
 
 @pytest.mark.drill(
-    "gc is killed or terminated",
-    "SIGKILL, or SIGTERM, at random moments",
-    "given again until nothing goes: the same is left of bucket, runs and machine",
+    "gc or a takedown is killed or terminated",
+    "SIGKILL, or SIGTERM, at random moments of `gc` or `data remove --purge`",
+    "the same command, gc's until nothing goes: the same is left of bucket, runs, shards, marks and machine",
 )
+@pytest.mark.parametrize(("command", "times"), [(GC, 3), (TAKEDOWN, 1)], ids=["gc", "takedown"])
 @signals
-def test_interrupted_gc_ends_like_an_undisturbed_one(
-    machine: tuple[Machine, dict[str, bytes]], number: Signals, kills: int
+def test_interrupted_gc_or_takedown_ends_the_same(
+    machine: tuple[Machine, dict[str, bytes]], number: Signals, kills: int, command: tuple[str, ...], times: int
 ) -> None:
-    undisturbed, *others = ends(machine, number, kills, GC, 3)
+    undisturbed, *others = ends(machine, number, kills, command, times)
     assert others
     for end in others:
         assert end == undisturbed
 
 
-@pytest.mark.drill(
-    "a takedown is killed or terminated",
-    "SIGKILL, or SIGTERM, at random moments of `data remove --purge`",
-    "the same command: the same bucket, shards and marks",
-)
-@signals
-def test_interrupted_takedown_ends_like_an_undisturbed_one(
-    machine: tuple[Machine, dict[str, bytes]], number: Signals, kills: int
-) -> None:
-    undisturbed, *others = ends(machine, number, kills, TAKEDOWN, 1)
-    assert others
-    for end in others:
-        assert end == undisturbed
+def ends_in_places(
+    forks: Forks, number: Signals, kills: int, place: Callable[[int], tuple[Path, tuple[str, ...]]], **variables: Any
+) -> Iterator[str]:
+    """Yield what a command prints in each folder that ``place`` gives with it: undisturbed at first, then struck."""
+    moments, seconds = random.Random(number), 0.0
+    for index, strikes in enumerate([0, *rounds(kills)]):
+        folder, command = place(index)
+        for _ in range(strikes):
+            forks.strike(number, moments.uniform(0, seconds), folder, *command, **variables)
+        start = time.monotonic()
+        output = forks.finish(folder, *command, **variables)
+        seconds = seconds or time.monotonic() - start
+        yield output
 
 
 @pytest.mark.drill(
@@ -197,15 +191,12 @@ def test_interrupted_checkout_ends_in_the_same_files(
     on.set_back(objects)
     expected = files_of(on.folder / "data" / on.site.name)
     command = ("data", "checkout", read_manifest(on.folder / "data" / on.site.name).digest)
-    moments, seconds = random.Random(number), 0.0
-    for index, strikes in enumerate([0, *rounds(kills)]):
-        site = house.site(tmp_path / str(index) / on.site.name)
-        for _ in range(strikes):
-            on.forks.strike(number, moments.uniform(0, seconds), site.folder, *command, **on.variables)
-        start = time.monotonic()
-        on.forks.finish(site.folder, *command, **on.variables)
-        seconds = seconds or time.monotonic() - start
-        assert files_of(site.folder / "data" / site.name) == expected
+
+    def place(index: int) -> tuple[Path, tuple[str, ...]]:
+        return house.site(tmp_path / str(index) / on.site.name).folder, command
+
+    for index, _ in enumerate(ends_in_places(on.forks, number, kills, place, **on.variables)):
+        assert files_of(tmp_path / str(index) / on.site.name / "data" / on.site.name) == expected
 
 
 @pytest.fixture(scope="module")
@@ -213,13 +204,10 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
     """A stack of its own with a run and 300 objects, two of them large."""
     folder = tmp_path_factory.mktemp("stack")
     with running(folder, QUICK, 0) as space, pytest.MonkeyPatch.context() as patch:
-        for name, value in space.variables.items():
-            if name.startswith(("MLFLOW_", "AWS_")):
-                patch.setenv(name, value)
+        space.join(patch)
         mlflow = MlflowClient()
         mlflow.log_text(mlflow.create_run("0").info.run_id, "kept", "kept.txt")
         local_stack = LocalStack.read(folder / ".darkroom")
-        assert local_stack is not None
         source = random.Random(1)
         sizes = [*[2**10] * 298, 2**25, 2**25]
         objects = [Object(f"kept/{number}", source.randbytes(size), "x/y") for number, size in enumerate(sizes)]
@@ -243,16 +231,13 @@ def test_interrupted_backup_is_complete_when_repeated(
     stack: LocalStack, forks: Forks, tmp_path: Path, number: Signals, kills: int
 ) -> None:
     variables, expected = stack_alone(stack.folder), held(stack)
-    moments, seconds = random.Random(number), 0.0
-    for index, strikes in enumerate([0, *rounds(kills)]):
+
+    def place(index: int) -> tuple[Path, tuple[str, ...]]:
+        return tmp_path, ("server", "backup", str(tmp_path / str(index)), "--json")
+
+    for index, output in enumerate(ends_in_places(forks, number, kills, place, **variables)):
         target = tmp_path / str(index)
-        command = ("server", "backup", str(target), "--json")
-        for _ in range(strikes):
-            forks.strike(number, moments.uniform(0, seconds), tmp_path, *command, **variables)
-        start = time.monotonic()
-        stamp = json.loads(forks.finish(tmp_path, *command, **variables))["stamp"]
-        seconds = seconds or time.monotonic() - start
-        backup = Backups(target).read(stamp)
+        backup = Backups(target).read(json.loads(output)["stamp"])
         assert {each.key: each.sha256 for each in backup.objects} == expected
         for sha256 in (*expected.values(), *backup.databases.values()):
             assert sha256_file(Backups(target).path(sha256)) == sha256
@@ -291,7 +276,6 @@ def test_interrupted_restore_recovers_the_whole_backup(
                 forks.finish(tmp_path, "server", "restore", target, **variables)
             seconds = seconds or time.monotonic() - start
             restored = LocalStack.read(folder)
-            assert restored is not None
             assert held(restored) == expected
             with pytest.MonkeyPatch.context() as patch:
                 for name, value in restored.variables("mlflow").items():

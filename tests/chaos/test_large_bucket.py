@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -13,7 +12,7 @@ import pytest
 from flows.storage.s3 import Object
 from tests.builders.forked import Forks
 from tests.chaos.faulty_proxy import FaultyProxy
-from tests.chaos.house import House, Site
+from tests.chaos.house import House, own_stores
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -31,12 +30,7 @@ class Shop:
     def __init__(self, house: House, forks: Forks, folder: Path) -> None:
         self.site, self.forks, self.store = house.site(folder), forks, house.store
         self.bucket = f"test-{uuid4().hex}"
-        self.variables: dict[str, str | None] = {
-            "DARKROOM_BUCKET": self.bucket,
-            "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
-            "MLFLOW_TRACKING_USERNAME": None,
-            "MLFLOW_TRACKING_PASSWORD": None,
-        }
+        self.variables = own_stores(folder, self.bucket)
         self.store.ensure_bucket(self.bucket)
 
     def json(self, *arguments: str, **variables: str | None) -> Any:
@@ -45,7 +39,7 @@ class Shop:
 
     def count(self, *arguments: str) -> tuple[int, Any]:
         """How many requests a command makes, and its result."""
-        with counting(self.site) as proxy:
+        with closing(FaultyProxy(self.site.variables["AWS_ENDPOINT_URL_S3"], lambda _, line: None)) as proxy:
             result = self.json(*arguments, AWS_ENDPOINT_URL_S3=proxy.url)
         return len(proxy.met), result
 
@@ -69,16 +63,6 @@ class Shop:
                 assert result["broken"] == []
                 assert result["finished"]
         return counts
-
-
-@contextmanager
-def counting(site: Site) -> Iterator[FaultyProxy]:
-    """A proxy before the S3 server without any fault."""
-    proxy = FaultyProxy(site.variables["AWS_ENDPOINT_URL_S3"], lambda _, line: None)
-    try:
-        yield proxy
-    finally:
-        proxy.close()
 
 
 @pytest.mark.drill(

@@ -1,10 +1,9 @@
 """Commands on a real stack that are killed alone: within seconds none of their processes is left."""
 
-import time
-
 import pytest
 
 from tests.builders.left_behind import descendants, left_behind, new_process_tag
+from tests.builders.waiting import wait_for
 from tests.chaos.house import Site
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -18,11 +17,8 @@ def killed_alone(site: Site, *command: str, running: int) -> list[str]:
     site.variables = variables | mark
     process = site.start(*command)
     site.variables = variables
-    deadline = time.monotonic() + 300
-    while len(descendants(mark)) < running:
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: process.poll() is not None or len(descendants(mark)) >= running)
+    assert process.poll() is None, process.communicate()[1][-3000:]
     process.kill()
     process.wait()
     processes = left_behind(mark)

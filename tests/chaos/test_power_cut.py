@@ -28,9 +28,7 @@ EVERY = [
     "no finished file is torn; the same command ends the same",
 )
 @pytest.mark.parametrize("drill", EVERY, ids=lambda drill: drill.__name__)
-def test_a_power_cut_at_a_random_moment_tears_no_file_and_the_same_command_ends_the_same(
-    drill: Callable[[Path], Drill], tmp_path: Path
-) -> None:
+def test_a_power_cut_tears_no_file_and_can_be_resumed(drill: Callable[[Path], Drill], tmp_path: Path) -> None:
     """Power cut: all or some of what was not synced is lost, data and names. No finished file is torn; the same end."""
     power_drill = drill(tmp_path)
     assert power_drill.run(tmp_path, CUTS, seed=CUTS) >= CUTS

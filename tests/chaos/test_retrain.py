@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from diffusion.common.files import write_bytes
+from tests.builders.waiting import wait_for
 from tests.chaos.conftest import Undisturbed
 from tests.chaos.house import House, Site, expect_exit, fill
 
@@ -82,11 +83,7 @@ def test_prefects_server_may_be_restarted_meanwhile(
 def test_mlflow_may_be_away_while_it_trains(house: House, site: Site, undisturbed: Undisturbed) -> None:
     with site.paused(TRAINING) as process:
         house.kill("mlflow")
-    deadline = time.monotonic() + 120
-    while not site.final.exists():
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(lambda: site.final.exists() or process.poll() is not None)
     house.start("mlflow")
     expect_exit(process, 0)
     assert site.end(site.json(*site.retraining)) == undisturbed.end

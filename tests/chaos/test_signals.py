@@ -199,7 +199,6 @@ def imported(site: Site) -> dict[str, Any]:
     """All that an import left behind, but for ids, times and the weights themselves, which are whole."""
     client = MlflowClient(site.variables["MLFLOW_TRACKING_URI"])
     experiment = client.get_experiment_by_name(site.name)
-    assert experiment is not None
     [run] = client.search_runs([experiment.experiment_id])
     [version] = client.search_model_versions(f"name='{site.name}'")
     [model] = client.search_logged_models([experiment.experiment_id])

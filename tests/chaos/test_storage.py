@@ -54,9 +54,7 @@ def test_requests_are_retried_when_s3_is_busy_slow_or_disconnects(site: Site, un
     "a line, exit 1 and 2; the same command goes on",
 )
 @pytest.mark.parametrize("fault", [Fault.BUSY, Fault.DENIED])
-def test_rejecting_s3_server_gives_a_one_line_error_and_command_resumes(
-    site: Site, undisturbed: Undisturbed, fault: Fault
-) -> None:
+def test_rejecting_s3_server_is_one_line_and_resumed(site: Site, undisturbed: Undisturbed, fault: Fault) -> None:
     words = {Fault.BUSY: (1, "SlowDown"), Fault.DENIED: (2, "denies access")}
     code, expected = words[fault]
 
@@ -117,9 +115,7 @@ def test_a_body_that_ends_early_is_never_taken_as_whole(
     "taken out of SeaweedFS's configuration during training",
     "a line that names the variable and not the secret, exit 2; with the key back the same command goes on",
 )
-def test_revoked_keys_give_a_one_line_error_and_new_keys_resume(
-    house: House, site: Site, undisturbed: Undisturbed
-) -> None:
+def test_revoked_keys_are_one_line_and_new_keys_resume(house: House, site: Site, undisturbed: Undisturbed) -> None:
     own = site.variables
     site.variables = own | NIGHT
     with site.paused(TRAINING) as process:
@@ -168,7 +164,7 @@ def test_folder_without_any_image_fails_and_leaves_nothing(house: House, site: S
     "its first bytes are overwritten; another machine checks the version out",
     "the shard and its object are named, exit 2; the object deleted and the same images ingested again, all is whole",
 )
-def test_a_shard_that_is_damaged_on_the_remote_is_named_and_can_be_mended(
+def test_a_damaged_remote_shard_is_named_and_mended(
     house: House, site: Site, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     # Others have the same shards, as they are named by content: these here are of another size.

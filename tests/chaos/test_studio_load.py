@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from diffusion.common.image_grids import png_bytes
 from flows.local_stack.server_process import choose_ports
 from tests.builders.shapes import blob
 from tests.builders.small_models import write_model
+from tests.builders.studio_client import PASSWORD, logged_in
+from tests.builders.waiting import wait_until_served
 from tests.builders.workspace import Workspace
 
 pytest.importorskip("gradio", reason="the studio needs Gradio: pip install 'darkroom-diffusion[ui]'")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-USER, PASSWORD = "darkroom", "test-secret"
 PEOPLE = 40
 """More than events may wait for their turn."""
 IMAGES = 16
@@ -61,22 +62,9 @@ class Studio:
         """Bytes of memory of its own."""
         return psutil.Process(self.process.pid).memory_full_info().uss
 
-    @contextmanager
-    def visitor(self) -> Iterator[httpx.Client]:
+    def visitor(self) -> AbstractContextManager[httpx.Client]:
         """A browser that has logged in."""
-        with httpx.Client(base_url=self.address, timeout=300) as client:
-            client.post("login", data={"username": USER, "password": PASSWORD}).raise_for_status()
-            yield client
-
-    def wait(self) -> None:
-        """Wait until it serves."""
-        deadline = time.monotonic() + 300
-        while True:
-            assert self.process.poll() is None, self.process.communicate()
-            assert time.monotonic() < deadline
-            with suppress(httpx.TransportError), self.visitor():
-                return
-            time.sleep(0.2)
+        return logged_in(self.address, timeout=300)
 
 
 @pytest.fixture
@@ -84,7 +72,7 @@ def studio(tmp_path: Path) -> Iterator[Studio]:
     """A studio that serves."""
     new_studio = Studio(tmp_path)
     try:
-        new_studio.wait()
+        wait_until_served(new_studio.address, new_studio.process)
         yield new_studio
     finally:
         new_studio.process.kill()

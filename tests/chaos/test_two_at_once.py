@@ -185,7 +185,7 @@ def pairs(house: House, forks: Forks, tmp_path_factory: pytest.TempPathFactory) 
     "each does its work or says in a line why not, exit 2 or 3; given again both succeed; one champion, all whole",
 )
 @pytest.mark.parametrize("number", range(len(PAIRS)), ids=["-".join(pair) for pair in PAIRS])
-def test_two_commands_at_once_do_their_work_or_say_why_not(pairs: Pairs, number: int) -> None:
+def test_two_commands_at_once_work_or_say_why_not(pairs: Pairs, number: int) -> None:
     verbs = PAIRS[number]
     pairs.prepare(verbs, number)
     pairs.at_once(verbs, number)

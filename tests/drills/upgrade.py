@@ -7,12 +7,13 @@ import json
 import os
 import shutil
 import sqlite3
-import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+
+from tests.builders.command_line import output_of
 
 OLD = Path(os.environ.get("OLD_BIN", ""))
 
@@ -59,23 +60,12 @@ def program(python: Path | str, text: str, *arguments: str, **variables: str) ->
     """The last line that a program prints in a Python."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "PREFECT_"))}
     quiet = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "1"}
-    process = subprocess.run(
-        [str(python), "-c", text, *arguments],
-        capture_output=True,
-        text=True,
-        env=clean | quiet | variables,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    return process.stdout.strip().splitlines()[-1]
+    return output_of([python, "-c", text, *arguments], env=clean | quiet | variables).strip().splitlines()[-1]
 
 
 def command(*words: str, **variables: str) -> None:
     """A command of the docs, with this environment's programs."""
-    process = subprocess.run(
-        [sys.executable, "-m", *words], capture_output=True, text=True, env=os.environ | variables, check=False
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
+    output_of([sys.executable, "-m", *words], env=os.environ | variables)
 
 
 def schema(database: Path) -> str:

@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import chdir
 from pathlib import Path
 from uuid import uuid4
@@ -17,6 +17,7 @@ from flows.local_stack import seaweedfs
 from flows.local_stack.server_process import choose_ports
 from flows.local_stack.stack import new_identity
 from flows.storage.s3 import Store, client
+from tests.builders.signing_keys import Identity, identity
 from tests.builders.workspace import Workspace
 
 
@@ -135,7 +136,25 @@ def mlflow_client(s3_environment: dict[str, str], mlflow_store: str, monkeypatch
 @pytest.fixture
 def server(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
     """The MLflow server of the test's workspace, whose artifacts this process can read as well."""
-    for name, value in workspace.variables.items():
-        if name.startswith(("MLFLOW_", "AWS_")):
-            monkeypatch.setenv(name, value)
+    workspace.join(monkeypatch)
     return MlflowClient(workspace.variables["MLFLOW_TRACKING_URI"])
+
+
+@pytest.fixture(scope="session")
+def alice(tmp_path_factory: pytest.TempPathFactory) -> Identity:
+    """A signer whose key and root the tests trust."""
+    return identity(tmp_path_factory.mktemp("keys") / "alice")
+
+
+@pytest.fixture
+def darkroom(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The command line, which returns its exit code."""
+    from flows.cli import main
+
+    def run(*words: object) -> int:
+        monkeypatch.setattr("sys.argv", ["darkroom", *map(str, words)])
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        return int(str(exit_info.value.code))
+
+    return run

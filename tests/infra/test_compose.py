@@ -78,7 +78,7 @@ def test_ports_are_published_on_the_loopback_address_alone(services: Services) -
     assert {port["host_ip"] for port in published} == {"127.0.0.1"}
 
 
-def test_every_service_has_limits_a_check_and_comes_back_after_a_crash(services: Services) -> None:
+def test_every_service_has_limits_a_check_and_restarts(services: Services) -> None:
     for name, service in services.items():
         assert service["deploy"]["resources"]["limits"].keys() >= {"cpus", "memory"}, name
         assert service["healthcheck"]["test"], name
@@ -88,7 +88,7 @@ def test_every_service_has_limits_a_check_and_comes_back_after_a_crash(services:
             assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"]), name
 
 
-def test_databases_and_bare_storage_are_reached_by_those_alone_that_need_them(services: Services) -> None:
+def test_only_their_clients_reach_databases_and_storage(services: Services) -> None:
     def on(network: str) -> set[str]:
         return {name for name, service in services.items() if network in service["networks"]}
 
@@ -96,7 +96,7 @@ def test_databases_and_bare_storage_are_reached_by_those_alone_that_need_them(se
     assert on("objects") == {"store", "s3"}
 
 
-def test_each_server_has_the_keys_of_its_role_and_no_other(services: Services, environment: Path) -> None:
+def test_each_server_has_only_the_keys_of_its_role(services: Services, environment: Path) -> None:
     secret = dict(line.split("=", 1) for line in environment.read_text().splitlines())
     roles = {"mlflow": "MLFLOW", "worker-cpu": "WORKER", "worker-gpu": "WORKER", "s3": "READER", "metrics": "READER"}
     for name, service in services.items():

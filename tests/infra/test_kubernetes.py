@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from functools import cache
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch.distributed.run import get_args_parser
 from typer.main import get_command
 
 from flows.cli import app
+from tests.builders.command_line import output_of
 from tests.builders.installation import INFRA, new_environment
 
 KUBERNETES = INFRA / "kubernetes"
@@ -55,9 +55,7 @@ def built(overlay: str) -> list[Object]:
             document |= {each: yaml.safe_load(text)[each] for each in ("namespace", "images", "generatorOptions")}
             folder = Path(scratch)
             (folder / "kustomization.yaml").write_text(yaml.safe_dump(document))
-        process = subprocess.run([*command, str(folder)], capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr
-    return list(yaml.safe_load_all(process.stdout))
+        return list(yaml.safe_load_all(output_of([*command, folder])))
 
 
 def kind(overlay: str, *names: str) -> list[Object]:
@@ -152,7 +150,7 @@ INSIDE = ("10.1.2.3", "172.17.0.1", "192.168.1.1", "169.254.169.254", "127.0.0.1
 """Addresses of a cluster, its nodes, and of a cloud's metadata."""
 
 
-def test_the_internet_is_opened_by_a_component_for_pods_that_ask() -> None:
+def test_a_component_opens_the_internet_for_pods_that_ask() -> None:
     for overlay in ("dev", "prod"):
         assert "internet" not in [each["metadata"]["name"] for each in kind(overlay, "NetworkPolicy")]
     spec = named("prod with components", "NetworkPolicy", "internet")["spec"]
@@ -222,7 +220,7 @@ def test_servers_run_the_commands_of_compose() -> None:
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_a_flow_run_becomes_a_job_that_kubernetes_takes_and_that_finds_its_servers(pool: str) -> None:
+def test_a_flow_run_becomes_a_valid_job_with_servers(pool: str) -> None:
     manifest = job(pool)
     variables = {
         each["name"]: each.get("value") for each in manifest["spec"]["template"]["spec"]["containers"][0]["env"]
@@ -250,7 +248,7 @@ def test_gpus_are_requested_only_in_the_gpu_pool() -> None:
     assert limits(job("gpu", gpus=4))["nvidia.com/gpu"] == 4
 
 
-def test_a_worker_may_make_jobs_in_its_namespace_and_nothing_else() -> None:
+def test_a_worker_may_only_make_jobs_in_its_namespace() -> None:
     assert not kind("prod", "ClusterRole", "ClusterRoleBinding")
     (role,) = kind("prod", "Role")
     may = {(resource, verb) for rule in role["rules"] for resource in rule["resources"] for verb in rule["verbs"]}
@@ -263,7 +261,7 @@ def test_a_worker_may_make_jobs_in_its_namespace_and_nothing_else() -> None:
         assert json.loads(named("prod", "ConfigMap", "pools")["data"][f"darkroom-{pool}.json"])
 
 
-def test_a_node_can_be_emptied_without_all_of_a_kind_going_at_once() -> None:
+def test_emptying_a_node_leaves_some_of_each_kind() -> None:
     budgets = {each["metadata"]["name"]: each["spec"]["maxUnavailable"] for each in kind("prod", "PodDisruptionBudget")}
     assert budgets == {"mlflow": 1, "worker-cpu": 1, "worker-gpu": 1}
     assert named("prod", "Deployment", "mlflow")["spec"]["replicas"] == 2
@@ -280,7 +278,7 @@ def require_pod(template: Object) -> None:
     kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
 
 
-def test_the_job_set_is_one_and_its_job_is_what_kubernetes_takes() -> None:
+def test_the_job_set_and_its_job_are_valid() -> None:
     (manifest,) = kind("prod with components", "JobSet")
     # What the models do not know they leave out.
     assert JobsetV1alpha2JobSet.from_dict(manifest).to_dict() == manifest
@@ -289,7 +287,7 @@ def test_the_job_set_is_one_and_its_job_is_what_kubernetes_takes() -> None:
     kubernetes_validate.validate(job_, kubernetes_validate.latest_version(), strict=True)
 
 
-def test_a_node_that_is_taken_away_restarts_the_training_and_counts_as_no_failure() -> None:
+def test_a_lost_node_restarts_training_without_a_failure() -> None:
     spec = named("prod with components", "JobSet", "train")["spec"]
     (rule,) = spec["failurePolicy"]["rules"]
     assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
@@ -305,7 +303,7 @@ def test_a_node_that_is_taken_away_restarts_the_training_and_counts_as_no_failur
     assert spec["suspend"] is True
 
 
-def test_the_job_set_runs_a_command_that_torchrun_and_darkroom_take() -> None:
+def test_torchrun_and_darkroom_take_the_job_set_command() -> None:
     job_ = named("prod with components", "JobSet", "train")["spec"]["replicatedJobs"][0]["template"]["spec"]
     pod = job_["template"]["spec"]
     (container,) = pod["containers"]
@@ -327,7 +325,7 @@ def test_the_job_set_runs_a_command_that_torchrun_and_darkroom_take() -> None:
     assert train.make_context("train", rest, parent=context).params["settings"] == ["training.device=cuda"]
 
 
-def test_the_ray_cluster_is_read_by_ray_itself_with_cores_and_gpus_to_give() -> None:
+def test_ray_reads_the_cluster_with_its_resources() -> None:
     reader = pytest.importorskip("ray.autoscaler._private.kuberay.autoscaling_config")
     (manifest,) = kind("prod with components", "RayCluster")
     assert (manifest["apiVersion"], set(manifest["spec"])) == ("ray.io/v1", {"headGroupSpec", "workerGroupSpecs"})
@@ -346,7 +344,7 @@ def test_the_ray_cluster_is_read_by_ray_itself_with_cores_and_gpus_to_give() -> 
     assert set(manifest["spec"]["headGroupSpec"]) == {"rayStartParams", "template"}
 
 
-def test_jobs_are_clients_of_the_ray_cluster_and_its_nodes_are_not() -> None:
+def test_jobs_are_ray_clients_and_nodes_are_not() -> None:
     overlay = "prod with components"
     address = named(overlay, "ConfigMap", "clients")["data"]["RAY_ADDRESS"]
     # The operator names the service of the head so.

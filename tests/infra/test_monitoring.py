@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
@@ -23,9 +22,10 @@ from flows.monitoring.prometheus import (
     last_success_samples,
     training_samples,
 )
-from flows.registry.ledger import Evidence, History, What
+from flows.registry.ledger import Evidence, History, LedgerEvent
 from flows.storage.s3 import Store
 from flows.tracking.runs import training_metric
+from tests.builders.command_line import output_of
 from tests.builders.http_server import serving
 from tests.builders.installation import INFRA, ROOT, program
 
@@ -111,9 +111,7 @@ def test_pages_name_commands_that_exist() -> None:
 
 @pytest.mark.parametrize("check", [["check", "config", "prometheus.yaml"], ["test", "rules", "alerts_test.yaml"]])
 def test_prometheus_accepts_the_rules_and_alerts_fire(check: list[str]) -> None:
-    command = [program("promtool", "Debian's prometheus"), *check]
-    process = subprocess.run(command, cwd=INFRA / "prometheus", capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stdout + process.stderr
+    output_of([program("promtool", "Debian's prometheus"), *check], cwd=INFRA / "prometheus")
 
 
 def test_every_alert_has_a_rule_test() -> None:
@@ -140,7 +138,7 @@ def test_unreachable_servers_export_only_up_0(monkeypatch: pytest.MonkeyPatch) -
     assert lines == [f'darkroom_up{{server="{server}"}} 0.0' for server in ("prefect", "s3", "mlflow")]
 
 
-def test_runs_are_counted_by_flow_and_state_and_none_is_zero() -> None:
+def test_runs_are_counted_by_flow_and_state() -> None:
     counts = {
         labels: value
         for _, labels, value in count_states("n", ("late", "scheduled", "running"), {"1": "train", "2": "sample"}, RUNS)
@@ -184,7 +182,7 @@ def test_training_without_logged_metrics_exports_none() -> None:
 
 def test_champion_figures_are_those_of_the_newest_verdict_on_it() -> None:
     history = History("faces")
-    moves: list[tuple[What, int, float | None]] = [("promote", 1, 0.3), ("promote", 2, 0.2), ("reject", 3, 0.9)]
+    moves: list[tuple[LedgerEvent, int, float | None]] = [("promote", 1, 0.3), ("promote", 2, 0.2), ("reject", 3, 0.9)]
     moves += [("rollback", 1, None)]
     for what, version, kid in moves:
         figures = {} if kid is None else {"kid_efflite0": kid, "champion_kid_efflite0": 0.5}

@@ -109,9 +109,7 @@ def may(act: Callable[[], object]) -> bool:
 
 
 @pytest.mark.parametrize("role", READS)
-def test_a_role_may_do_what_its_work_needs_where_it_needs_it_and_nothing_else(
-    clients: dict[str, "S3Client"], role: str
-) -> None:
+def test_a_role_may_do_only_what_its_work_needs(clients: dict[str, "S3Client"], role: str) -> None:
     s3 = clients[role]
     for prefix in PREFIXES:
         place = {"Bucket": BUCKET, "Key": f"{prefix}/{role}"}
@@ -156,7 +154,7 @@ def test_unknown_access_key_has_no_permission(clients: dict[str, "S3Client"]) ->
     assert not may(lambda: stranger.list_objects_v2(Bucket=BUCKET))
 
 
-def test_every_role_has_a_policy_that_names_no_bucket_but_the_one_that_is_given() -> None:
+def test_every_policy_names_only_the_given_bucket() -> None:
     roles = {path.stem: path for path in (INFRA / "policies").glob("*.json") if path.stem != "bucket"}
     assert roles.keys() == READS.keys()
     for path in roles.values():

@@ -3,7 +3,6 @@
 import http.client
 import json
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from diffusion.evaluation.comparison import COMPARISON, ChampionComparison
 from flows.monitoring.prometheus import GAUGES
 from tests.builders.servers import Servers, darkroom, installed, query
 from tests.builders.shapes import disc
+from tests.builders.waiting import wait_for
 from tests.builders.workspace import PARAMS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -145,11 +145,9 @@ def test_health_fails_where_a_client_with_that_password_would(servers: Servers, 
 def test_worker_reports_health_and_metrics_of_its_runs(servers: Servers, retrain_result: dict[str, Any]) -> None:
     with servers.running("worker-cpu", "metrics"):
         address = f"http://127.0.0.1:{servers.numbers['9464']}/metrics"
-        deadline = time.monotonic() + 60
         # The worker's pool may be younger than what was last asked of Prefect.
-        while ("darkroom_workers_online", "darkroom-cpu") not in (metrics := scrape_metrics(address)):
-            assert time.monotonic() < deadline, metrics
-            time.sleep(1)
+        online = ("darkroom_workers_online", "darkroom-cpu")
+        metrics = wait_for(lambda: metrics if online in (metrics := scrape_metrics(address)) else None)
     for server in ("prefect", "mlflow", "s3"):
         assert metrics["darkroom_up", server] == 1
     assert metrics["darkroom_workers_online", "darkroom-cpu"] == 1

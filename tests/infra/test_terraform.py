@@ -40,7 +40,7 @@ def only(value: Any) -> dict[str, Any]:
     return item
 
 
-def test_the_bucket_is_encrypted_private_and_keeps_what_was_deleted_for_a_while(blocks: Blocks) -> None:
+def test_the_bucket_is_encrypted_private_and_versioned(blocks: Blocks) -> None:
     encryption = only(blocks["aws_s3_bucket_server_side_encryption_configuration", "darkroom"]["rule"])
     assert "apply_server_side_encryption_by_default" in encryption
     access = blocks["aws_s3_bucket_public_access_block", "darkroom"]

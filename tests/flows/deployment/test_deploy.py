@@ -57,7 +57,7 @@ def declared(**more: object) -> dict[str, Any]:
     return read_definitions(PACKAGED, VALUES | more)
 
 
-def test_the_file_at_the_top_is_the_one_that_comes_with_the_package() -> None:
+def test_the_package_ships_the_prefect_file_at_the_top() -> None:
     assert ROOT.joinpath("prefect.yaml").resolve() == PACKAGED.resolve()
 
 
@@ -106,7 +106,7 @@ def test_automations_are_valid_and_notifications_need_a_url() -> None:
         assert each["actions"][0]["block_document_id"] == "0b7b4a6e-3f0b-4f53-9a55-0f3f4f0b5a11"
 
 
-def test_a_run_that_waits_for_approval_outlives_the_day_and_is_told() -> None:
+def test_a_run_waiting_for_approval_outlives_the_day() -> None:
     deployment, run = uuid4(), uuid4()
     event = waiting_event(run, deployment, "models:/faces/2 waits")
     received = ReceivedEvent.model_validate(event.model_dump(mode="json") | {"received": event.occurred})
@@ -154,7 +154,7 @@ def test_a_hostile_declaration_is_an_error_of_the_user(tmp_path: Path, what: str
 
 
 @pytest.mark.parametrize("value", [3, [3], [{}], {}, None])
-def test_a_declaration_of_another_shape_is_an_error_of_the_user(tmp_path: Path, value: object) -> None:
+def test_a_declaration_of_another_shape_is_an_error(tmp_path: Path, value: object) -> None:
     for section in ("work_pools", "concurrency_limits", "deployments", "automations"):
         # Prefect itself checks what a deployment or an automation holds.
         if value != [{}] or section in ("work_pools", "concurrency_limits"):
@@ -175,19 +175,19 @@ def test_a_placeholder_alone_keeps_its_type() -> None:
 
 
 def test_invalid_schedule_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"'at two' is no cron schedule: write it like '0 2 \* \* \*'"):
+    with pytest.raises(UserError, match=r"'at two' is not a cron schedule: write it like '0 2 \* \* \*'"):
         deploy(PARAMS, Path("/srv"), "cpu", "gpu", "at two", "0 5 * * *", None)
 
 
 @pytest.mark.parametrize(("now", "drifted"), [(0.010, False), (0.012, False), (0.016, True)])
-def test_a_champion_drifts_if_it_is_worse_by_more_than_chance_allows(now: float, drifted: bool) -> None:
+def test_a_champion_drifts_if_worse_beyond_chance(now: float, drifted: bool) -> None:
     error = math.hypot(0.001, 0.0012)
     assert drifted == (now - 0.010 > 3 * error)
-    ours, theirs = {"kid_x": now, "kid_se_x": 0.001}, {"kid_x": 0.010, "kid_se_x": 0.0012}
-    words, drift = compare_kid("x", ours, theirs)
+    latest, promoted = {"kid_x": now, "kid_se_x": 0.001}, {"kid_x": 0.010, "kid_se_x": 0.0012}
+    words, drift = compare_kid("x", latest, promoted)
     assert drift == drifted
     assert f"kid_x {now:.4g} ± 0.001, 0.01 ± 0.0012 at promotion" in words
-    assert compare_kid("x", ours, {})[1] is False
+    assert compare_kid("x", latest, {})[1] is False
 
 
 def test_the_monitor_names_tests_classes_and_figures_of_drift() -> None:

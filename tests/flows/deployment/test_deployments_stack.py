@@ -3,7 +3,6 @@
 Screenshots go to where DARKROOM_SCREENSHOTS says, if it says so.
 """
 
-import base64
 import json
 import os
 import random
@@ -12,21 +11,22 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx
 import psutil
 import pytest
 from playwright.sync_api import Page, expect
 
 from flows.datasets.sync import CREATED
 from tests.builders.browser import chromium
+from tests.builders.http_server import QuietHandler, serving
+from tests.builders.prefect_api import Prefect
+from tests.builders.waiting import wait_for
 from tests.builders.workspace import PARAMS, Workspace, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -69,87 +69,26 @@ holder()
 """
 
 
-class Prefect:
-    """The workspace's Prefect server, as its UI speaks to it."""
-
-    def __init__(self, workspace: Workspace) -> None:
-        secret = base64.b64encode(workspace.variables["PREFECT_API_AUTH_STRING"].encode()).decode()
-        self.client = httpx.Client(
-            base_url=workspace.variables["PREFECT_API_URL"], headers={"Authorization": f"Basic {secret}"}, timeout=60
-        )
-
-    def filter(self, kind: str, **conditions: object) -> list[dict[str, Any]]:
-        answer = self.client.post(f"/{kind}/filter", json=conditions)
-        assert answer.is_success, answer.text
-        items = answer.json()
-        return list(items["events"] if kind == "events" else items)
-
-    def runs(self, flow: str) -> list[dict[str, Any]]:
-        """The runs of a flow that no schedule made, newest first."""
-        flow_runs = self.filter("flow_runs", flows={"name": {"any_": [flow]}}, sort="START_TIME_DESC")
-        return [run for run in flow_runs if not run["auto_scheduled"]]
-
-    def deployment(self, name: str) -> dict[str, Any]:
-        return dict(self.client.get(f"/deployments/name/{name}").json())
-
-    def start(self, name: str, **parameters: object) -> str:
-        body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
-        deployment = self.deployment(name)["id"]
-
-        def created() -> httpx.Response | None:
-            answer = self.client.post(f"/deployments/{deployment}/create_flow_run", json=body)
-            # While its database is busy it asks to come again, as Prefect's own client does.
-            return answer if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE else None
-
-        answer = eventually(created)
-        assert answer.is_success, answer.text
-        return str(answer.json()["id"])
-
-    def run(self, run_id: str) -> dict[str, Any]:
-        return dict(self.client.get(f"/flow_runs/{run_id}").json())
-
-    def ended(self, run_id: str) -> dict[str, Any]:
-        return eventually(lambda: run if (run := self.run(run_id))["state_type"] in ENDED else None)
-
-    def limit(self, name: str) -> dict[str, Any]:
-        return dict(self.client.get(f"/v2/concurrency_limits/{name}").json())
-
-
-def eventually(ask: Callable[[], T | None], seconds: float = 400) -> T:
-    deadline = time.monotonic() + seconds
-    while not (result := ask()):
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
-    return result
-
-
+@dataclass
 class Mailbox:
     """A webhook on loopback that keeps what it is sent."""
 
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-        mailbox = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                mailbox.texts.append(json.loads(body)["text"])
-                self.send_response(204)
-                self.end_headers()
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/T0/B0/secret-token"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+    url: str
+    texts: list[str]
 
 
 @pytest.fixture(scope="module")
 def mailbox() -> Iterator[Mailbox]:
-    box = Mailbox()
-    yield box
-    box.server.shutdown()
+    texts: list[str] = []
+
+    class Handler(QuietHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            texts.append(json.loads(body)["text"])
+            self.answer(status=204)
+
+    with serving(Handler) as address:
+        yield Mailbox(f"{address}/T0/B0/secret-token", texts)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +120,7 @@ def killed_run(workspace: Workspace, prefect: Prefect) -> str:
         "event": {"name": ["prefect.flow-run.heartbeat"]},
         "resource": {"id": [f"prefect.flow-run.{run['id']}"]},
     }
-    eventually(lambda: prefect.filter("events", filter=heartbeat))
+    wait_for(lambda: prefect.filter("events", filter=heartbeat))
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert prefect.run(run["id"])["state_type"] == "RUNNING"
@@ -189,7 +128,7 @@ def killed_run(workspace: Workspace, prefect: Prefect) -> str:
     return str(run["id"])
 
 
-def test_deployed_twice_everything_is_there_once_and_the_address_to_notify_in_no_file(
+def test_deploying_twice_changes_nothing_and_hides_the_webhook(
     workspace: Workspace, prefect: Prefect, mailbox: Mailbox, killed_run: str
 ) -> None:
     def there() -> dict[str, list[str]]:
@@ -212,20 +151,20 @@ def test_deployed_twice_everything_is_there_once_and_the_address_to_notify_in_no
     assert "no MAILBOX2" in workspace.run("deploy", "--webhook-env", "MAILBOX2", code=2)
 
 
-def test_a_new_version_starts_a_retraining_on_it_and_the_next_one_has_nothing_to_do(
+def test_a_new_version_starts_one_retraining(
     workspace: Workspace, prefect: Prefect, killed_run: str, mailbox: Mailbox
 ) -> None:
     version = workspace.json("ingest", "images")["digest"]
-    [event] = eventually(lambda: prefect.filter("events", filter={"event": {"name": [CREATED]}}))
+    [event] = wait_for(lambda: prefect.filter("events", filter={"event": {"name": [CREATED]}}))
     assert event["payload"]["digest"] == version
-    [run] = eventually(lambda: prefect.runs("retrain"))
+    [run] = wait_for(lambda: prefect.runs("retrain"))
     assert run["parameters"]["version"] == version
     # Its turn comes when the one that was killed gives its slot back.
     flow_run = prefect.ended(run["id"])
     assert flow_run["state_type"] == "COMPLETED", flow_run["state"]["message"]
     assert flow_run["state"]["message"].startswith("models:/blobs/1 is champion")
     assert not [each for each in prefect.runs("ingest") if each["parent_task_run_id"]]
-    eventually(lambda: [text for text in mailbox.texts if "models:/blobs/1 is champion" in text])
+    wait_for(lambda: [text for text in mailbox.texts if "models:/blobs/1 is champion" in text])
 
     workspace.json("ingest", "images")
     start = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -269,11 +208,11 @@ def test_champion_is_monitored_once_per_data_set_version(workspace: Workspace, p
     "SIGKILL of a deployed retraining",
     "marked as crashed, and its slot is free after four heartbeats",
 )
-def test_a_run_that_was_killed_is_crashed_and_its_slot_is_free(prefect: Prefect, killed_run: str) -> None:
+def test_a_killed_run_is_crashed_and_frees_its_slot(prefect: Prefect, killed_run: str) -> None:
     flow_run = prefect.ended(killed_run)
     assert flow_run["state_type"] == "CRASHED"
     assert f"for {4 * HEARTBEAT} s" in flow_run["state"]["message"]
-    eventually(lambda: prefect.limit("retrain-blobs")["active_slots"] == 0)
+    wait_for(lambda: prefect.limit("retrain-blobs")["active_slots"] == 0)
 
 
 class Preempted:
@@ -311,9 +250,10 @@ class Preempted:
 
 def completed(prefect: Prefect, run: str) -> dict[str, Any]:
     """The run, however often it was to be started again."""
-    return eventually(lambda: flow_run if (flow_run := prefect.run(run))["state_type"] == "COMPLETED" else None)
+    return wait_for(lambda: flow_run if (flow_run := prefect.run(run))["state_type"] == "COMPLETED" else None)
 
 
+@pytest.mark.long
 @pytest.mark.drill(
     "a deployed retraining is preempted",
     "SIGTERM of its process at random moments of training, as a process worker starts it",
@@ -325,12 +265,12 @@ def test_a_preempted_run_is_started_again_and_completes_the_same(
     training, moments = Preempted(workspace, "preempted"), random.Random(0)
     run = prefect.start("retrain/preempted")
     for number in range(kills):
-        engine = eventually(lambda: training.engine(run))
+        engine = wait_for(lambda: training.engine(run))
         time.sleep(moments.uniform(0, 1))
         engine.terminate()
         engine.wait(60)
         training.require_checkpoint()
-        eventually(lambda number=number: prefect.run(run)["run_count"] == number + 2)
+        wait_for(lambda number=number: prefect.run(run)["run_count"] == number + 2)
     assert completed(prefect, run)["run_count"] == kills + 1
     training.require_same()
 
@@ -353,7 +293,7 @@ def test_an_evicted_run_is_scheduled_again_and_completes_the_same(workspace: Wor
         # What Prefect's worker sets on a job that Kubernetes does not start again.
         env=workspace.variables | {"PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR": "reschedule"},
     )
-    engine = eventually(lambda: training.engine(run))
+    engine = wait_for(lambda: training.engine(run))
     process.terminate()
     assert process.wait(90) == 0
     engine.wait(30)
@@ -372,7 +312,7 @@ def test_deployed_run_without_its_concurrency_limit_fails_and_notifies(
         workspace.json(*DEPLOY)
     assert flow_run["state_type"] == "FAILED"
     assert "no concurrency limit retrain-blobs" in flow_run["state"]["message"]
-    [text] = eventually(lambda: [text for text in mailbox.texts if text.startswith("retrain-blobs: Failed. ")])
+    [text] = wait_for(lambda: [text for text in mailbox.texts if text.startswith("retrain-blobs: Failed. ")])
     assert "run `darkroom deploy`" in text
 
 
@@ -399,7 +339,7 @@ def test_images_are_generated_by_the_form_in_prefects_ui(workspace: Workspace, p
         count.fill("3")
         shot(page, "prefect_form")
         page.get_by_role("button", name="Submit").click()
-        [run] = eventually(lambda: prefect.runs("sample-on-demand"))
+        [run] = wait_for(lambda: prefect.runs("sample-on-demand"))
         assert run["parameters"]["count"] == 3
         assert prefect.ended(run["id"])["state_type"] == "COMPLETED"
         page.goto(f"{ui}/runs/flow-run/{run['id']}")
@@ -417,10 +357,10 @@ def test_a_person_approves_a_promotion_in_prefects_ui(workspace: Workspace, pref
     workspace.json(*DEPLOY, "--dataset", "approved", "--set", "registry.approval=true")
     root = prefect.start("retrain/approved")
     # People are told, with the address of the page.
-    text = eventually(
+    text = wait_for(
         lambda: next((text for text in mailbox.texts if "models:/approved/1 waits for approval: http" in text), None)
     )
-    run = eventually(lambda: next((each for each in prefect.runs("promote") if each["state_type"] == "PAUSED"), None))
+    run = wait_for(lambda: next((each for each in prefect.runs("promote") if each["state_type"] == "PAUSED"), None))
     address = text.partition("approval: ")[2]
     assert address.endswith(f"/flow-run/{run['id']}")
     with chromium() as browser:
@@ -445,9 +385,7 @@ def test_a_person_approves_a_promotion_in_prefects_ui(workspace: Workspace, pref
     assert entry["approval"] == {"approved": True, "by": "Ada", "note": ""}
 
 
-def test_a_parameter_of_a_deployment_starts_no_program_on_the_worker(
-    workspace: Workspace, prefect: Prefect, tmp_path: Path
-) -> None:
+def test_parameters_of_a_deployment_start_no_program(workspace: Workspace, prefect: Prefect, tmp_path: Path) -> None:
     params = prefect.deployment("retrain/blobs")["parameters"]["params"]
     params["ingest"]["captioner"] = {"command": ["touch", str(tmp_path / "done")], "version": "one"}
     run = prefect.ended(prefect.start("retrain/blobs", params=params))

@@ -1,6 +1,5 @@
 """Drift on a real stack: shifted images, monitor, event, automation, one retraining whose reason stays visible."""
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -12,11 +11,14 @@ from PIL import Image
 
 from flows.deployment.deploy import PACKAGED
 from flows.monitor import DRIFTED
+from tests.builders.command_line import output_of
+from tests.builders.prefect_api import Prefect
 from tests.builders.shapes import disc
+from tests.builders.waiting import wait_for
 from tests.builders.workspace import PARAMS, Workspace, running
-from tests.flows.deployment.test_deployments_stack import NEVER, QUICK, Prefect, eventually
+from tests.flows.deployment.test_deployments_stack import NEVER, QUICK
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 METRICS = """
 from flows.monitoring.prometheus import Servers
@@ -76,7 +78,7 @@ def test_shifted_images_start_one_retraining_and_its_version_says_why(workspace:
     output = workspace.json("monitor")
     assert {"images", "images_by_class"} <= {*output["causes"]}
     assert output["alarm"]["number"] == 1
-    [run] = eventually(retrainings)
+    [run] = wait_for(retrainings)
     assert run["parameters"]["alarm"] == 1
     assert run["state_type"] == "SCHEDULED"
     assert workspace.json("monitor")["skipped"] is True
@@ -107,14 +109,8 @@ def test_shifted_images_start_one_retraining_and_its_version_says_why(workspace:
         place = workspace.json("sample", "--count", "1", "--seed", "5")["place"]
         assert workspace.json("trace", place)["drift"] == entry["drift"]
 
-    shown_output = subprocess.run(
-        [sys.executable, "-c", METRICS],
-        cwd=workspace.folder,
-        env=workspace.variables,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
+    command = [sys.executable, "-c", METRICS]
+    shown_output = output_of(command, cwd=workspace.folder, env=workspace.variables).splitlines()
     assert "darkroom_drift_alarms blobs images_by_class 1.0" in shown_output
     assert "darkroom_flow_runs_held_last_day monitor 1.0" in shown_output
     assert any(line.startswith("darkroom_drift_last_alarm_timestamp_seconds blobs ") for line in shown_output)

@@ -43,9 +43,7 @@ OTHERS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("captioner", OTHERS)
-def test_a_deployed_run_uses_no_captioner_but_those_of_its_worker(
-    deployed: pytest.MonkeyPatch, captioner: dict[str, Any]
-) -> None:
+def test_a_deployed_run_uses_only_permitted_captioners(deployed: pytest.MonkeyPatch, captioner: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="DARKROOM_CAPTIONERS"):
         require_permitted(captioned(captioner))
     deployed.setenv("DARKROOM_CAPTIONERS", json.dumps([COMMAND, ENDPOINT]))
@@ -69,15 +67,13 @@ def test_a_deployed_run_uses_the_captioners_of_its_worker(
 @pytest.mark.parametrize(
     "text", ["python caption.py", "{}", '[{"command": []}]', '[{"command": ["a"], "url": "http://b"}]']
 )
-def test_a_damaged_list_of_captioners_is_an_error_that_names_it(deployed: pytest.MonkeyPatch, text: str) -> None:
+def test_a_damaged_list_of_captioners_is_named(deployed: pytest.MonkeyPatch, text: str) -> None:
     deployed.setenv("DARKROOM_CAPTIONERS", text)
     with pytest.raises(UserError, match="DARKROOM_CAPTIONERS"):
         require_permitted(captioned(COMMAND))
 
 
-def test_a_deployed_run_stays_outside_of_the_network_and_inside_its_folder(
-    deployed: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_deployed_run_stays_out_of_network_and_other_folders(deployed: pytest.MonkeyPatch, tmp_path: Path) -> None:
     reaching = Params.model_validate({"ingest": {"allow_private_addresses": True}})
     with pytest.raises(UserError, match="DARKROOM_PRIVATE_ADDRESSES"):
         require_permitted(reaching)

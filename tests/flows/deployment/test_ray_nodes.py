@@ -26,7 +26,7 @@ ray = pytest.importorskip("ray")
     "the second of two nodes is taken away at work",
     "the other one finishes, the same bytes",
 )
-def test_when_a_node_dies_in_the_middle_the_others_finish_with_the_same_bytes(images: Path, tmp_path: Path) -> None:
+def test_the_other_nodes_finish_with_the_same_bytes(images: Path, tmp_path: Path) -> None:
     for number in range(100, 1700):
         blob(number).save(images / "odd" / f"{number}.png")
     threads = IngestConfig(source=str(images), size=8)

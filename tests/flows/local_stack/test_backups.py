@@ -13,13 +13,13 @@ import pytest
 from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 
 from diffusion.common.errors import UserError
-from diffusion.data.versions.takedown_records import Removal
 from flows.environment import settings
 from flows.local_stack import backup as restoring
 from flows.local_stack.backup import DATABASES, SMALL, Backup, Backups, _copy, _later_removals, restore, save
 from flows.local_stack.control import down, up
 from flows.local_stack.stack import USER, LocalStack
 from flows.storage.s3 import Store, client
+from tests.builders.removals import REMOVAL
 from tests.chaos.power_drills import backup_drill
 
 
@@ -75,16 +75,14 @@ def test_next_backup_repairs_damaged_copies(
     "what was not synced is lost, at random moments of `backup`",
     "no finished copy is torn; the same command ends with all bytes",
 )
-def test_a_power_cut_at_a_random_moment_of_a_backup_tears_no_copy_and_another_one_is_whole(
-    store: Store, bucket: str, tmp_path: Path, kills: int
-) -> None:
+def test_a_power_cut_tears_no_copy_of_a_backup(store: Store, bucket: str, tmp_path: Path, kills: int) -> None:
     for number in range(12):
         store.put_once(bucket, f"object-{number}", bytes([number]) * (1000 + number))
     store.put_once(bucket, "large", b"x" * (SMALL + 1))
     assert backup_drill(tmp_path, bucket).run(tmp_path, 2 * kills, seed=2 * kills) >= 2 * kills
 
 
-def test_an_object_that_is_deleted_while_it_is_copied_is_left_out(store: Store, bucket: str, tmp_path: Path) -> None:
+def test_an_object_deleted_meanwhile_is_left_out(store: Store, bucket: str, tmp_path: Path) -> None:
     for key in ("before", "between", "stays"):
         store.put_once(bucket, key, key.encode())
     listed = list(store.list_objects(bucket))
@@ -125,7 +123,7 @@ def backup_folder(no_servers: None, tmp_path: Path) -> Path:
     return backups.folder
 
 
-def test_a_restore_that_was_killed_is_not_started_over_and_given_again_places_all_databases(
+def test_a_killed_restore_goes_on_and_places_all_databases(
     backup_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = settings().folder
@@ -160,35 +158,16 @@ def test_a_restore_that_was_killed_is_not_started_over_and_given_again_places_al
         up(print)
 
 
-REMOVAL = Removal(
-    image_keys=["ab" * 32],
-    digests=[],
-    images=1,
-    duplicates=0,
-    refused=0,
-    near_copies=[],
-    parts=[0],
-    dataset="faces",
-    request_digest="0" * 16,
-    reason="asked to",
-    parent=None,
-    version="cd" * 32,
-    content_digest="ef" * 32,
-    tables=[],
-    already=False,
-)
-RECORD = f"datasets/faces/removals/{REMOVAL.name}.json"
+RECORD = f"datasets/{REMOVAL.dataset}/removals/{REMOVAL.name}.json"
 
 
 def later(backup: Backup) -> Backup:
     return backup.model_copy(update={"made": backup.made + timedelta(hours=1)})
 
 
-def test_a_restore_of_an_older_backup_keeps_takedowns_that_newer_ones_know_of(
-    store: Store, bucket: str, tmp_path: Path
-) -> None:
+def test_restoring_an_older_backup_keeps_newer_takedowns(store: Store, bucket: str, tmp_path: Path) -> None:
     backups = Backups(tmp_path / "backups")
-    store.put_once(bucket, "datasets/faces/removals-of-others.json", b"no record")
+    store.put_once(bucket, "datasets/blobs/removals-of-others.json", b"no record")
     older = backed_up(store, bucket, backups)
     removals = _later_removals(older, backups, tmp_path / "nothing")
     assert (list(removals.removals()), removals.known_until) == ([], older.made)
@@ -203,7 +182,7 @@ def test_a_restore_of_an_older_backup_keeps_takedowns_that_newer_ones_know_of(
     assert _later_removals(newer, backups, tmp_path / "nothing").records == {}
 
 
-def test_a_record_of_a_takedown_that_cannot_be_read_is_named_before_anything_is_restored(
+def test_an_unreadable_takedown_stops_a_restore_early(
     store: Store, bucket: str, tmp_path: Path, s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backups = Backups(tmp_path / "backups")
@@ -219,7 +198,7 @@ def test_a_record_of_a_takedown_that_cannot_be_read_is_named_before_anything_is_
 
 
 @pytest.mark.slow
-def test_a_restore_keeps_the_takedowns_of_the_stack_that_it_replaces(
+def test_a_restore_keeps_takedowns_of_the_replaced_stack(
     backup_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
@@ -229,7 +208,6 @@ def test_a_restore_keeps_the_takedowns_of_the_stack_that_it_replaces(
     up(print)
     try:
         running = LocalStack.read(old)
-        assert running is not None
         Store(client(variables=running.variables("s3"))).put_once(
             "darkroom", RECORD, REMOVAL.model_dump_json().encode()
         )

@@ -15,7 +15,7 @@ from flows.local_stack.stack import LocalStack, join_servers, servers_in_environ
 
 pytestmark = pytest.mark.usefixtures("no_servers")
 
-THEIRS: dict[Server, dict[str, str]] = {
+EXTERNAL: dict[Server, dict[str, str]] = {
     "mlflow": {"MLFLOW_TRACKING_URI": "https://mlflow.example.com"},
     "prefect": {"PREFECT_API_URL": "https://prefect.example.com/api"},
     "s3": {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"},
@@ -49,8 +49,8 @@ def test_missing_server_error_says_how_to_start_one(server: Server, variable: st
 
 
 def test_servers_that_the_environment_names_are_used_as_they_are(local: LocalStack) -> None:
-    theirs = {name: value for server in SERVERS for name, value in THEIRS[server].items()}
-    os.environ.update(theirs)
+    external = {name: value for server in SERVERS for name, value in EXTERNAL[server].items()}
+    os.environ.update(external)
     assert set(servers_in_environment()) == set(SERVERS)
     before = dict(os.environ)
     join_servers(*SERVERS)
@@ -60,15 +60,15 @@ def test_servers_that_the_environment_names_are_used_as_they_are(local: LocalSta
     assert exports() == {}
 
 
-@pytest.mark.parametrize("theirs", SERVERS)
-def test_unset_server_variables_come_from_the_local_stack(local: LocalStack, theirs: Server) -> None:
-    os.environ.update(THEIRS[theirs])
+@pytest.mark.parametrize("external", SERVERS)
+def test_unset_server_variables_come_from_the_local_stack(local: LocalStack, external: Server) -> None:
+    os.environ.update(EXTERNAL[external])
     join_servers(*SERVERS)
     for server in SERVERS:
-        expected = THEIRS[theirs] if server == theirs else local.variables(server)
+        expected = EXTERNAL[external] if server == external else local.variables(server)
         assert expected.items() <= os.environ.items()
-    assert ("AWS_ENDPOINT_URL_S3" in os.environ) == (theirs != "s3")
-    assert ("MLFLOW_TRACKING_PASSWORD" in os.environ) == (theirs != "mlflow")
+    assert ("AWS_ENDPOINT_URL_S3" in os.environ) == (external != "s3")
+    assert ("MLFLOW_TRACKING_PASSWORD" in os.environ) == (external != "mlflow")
 
 
 @pytest.mark.parametrize(
@@ -112,14 +112,14 @@ def test_a_server_that_died_is_not_joined(local: LocalStack) -> None:
         join_servers("mlflow")
 
 
-def test_a_process_that_took_a_dead_services_number_is_no_service(local: LocalStack) -> None:
+def test_a_reused_process_id_is_not_a_service(local: LocalStack) -> None:
     stranger = local.state.processes["mlflow"].model_copy(update={"pid": os.getpid()})
     local.update_state(processes={**local.state.processes, "mlflow": stranger})
     with pytest.raises(UserError, match="no MLflow server"):
         join_servers("mlflow")
 
 
-def test_a_copied_folder_does_not_lay_hands_on_the_originals_processes(local: LocalStack) -> None:
+def test_a_copied_folder_leaves_the_original_processes_alone(local: LocalStack) -> None:
     copy = Path("copy")
     copy.mkdir()
     for name in ("stack.json", "credentials.json"):
@@ -134,7 +134,7 @@ def export() -> None:
     os.environ.update(exports())
 
 
-def test_exported_variables_still_mean_the_local_stack_when_its_ports_have_changed(local: LocalStack) -> None:
+def test_exports_still_mean_the_local_stack_on_changed_ports(local: LocalStack) -> None:
     export()
     assert servers_in_environment() == {}
     moved_stack = local.update_state(ports={"s3": 20011, "mlflow": 20012, "prefect": 20013})

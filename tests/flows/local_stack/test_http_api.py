@@ -3,27 +3,21 @@
 import base64
 import socket
 import time
-from http.server import BaseHTTPRequestHandler
 
 import pytest
 
 from flows.local_stack.http_api import NotServingError, fetch, request_json
-from tests.builders.http_server import dripped, listening, request_of, response, serving
+from tests.builders.http_server import QuietHandler, dripped, listening, request_of, response, serving
 
 
-class EchoLoginHandler(BaseHTTPRequestHandler):
+class EchoLoginHandler(QuietHandler):
     """Answers with the login that it was sent."""
 
     def do_GET(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(base64.b64decode(self.headers.get("Authorization", "Basic ").removeprefix("Basic ")))
-
-    def log_message(self, *_: object) -> None:
-        pass
+        self.answer(base64.b64decode(self.headers.get("Authorization", "Basic ").removeprefix("Basic ")))
 
 
-def test_a_login_in_the_address_is_sent_unless_another_is_given() -> None:
+def test_a_login_in_the_address_yields_to_another() -> None:
     with serving(EchoLoginHandler) as address:
         address_with_login = address.replace("//", "//someone:p%40ss:@")
         assert fetch(address_with_login) == b"someone:p@ss:"
@@ -40,7 +34,7 @@ def test_displayed_url_has_no_credentials() -> None:
     assert "test-secret" not in str(error.value)
 
 
-def test_a_login_follows_no_redirect_and_no_answer_holds_for_long() -> None:
+def test_a_login_follows_no_redirect_nor_waits_long() -> None:
     requests: list[bytes] = []
     with listening(lambda client: requests.append(request_of(client))) as other:
 

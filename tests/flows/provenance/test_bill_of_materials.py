@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from diffusion.data.manifest import read_manifest
 from diffusion.diffusers_format.export import export_adapter, export_to_diffusers
 from diffusion.diffusers_format.import_model import import_file
 from diffusion.process.samplers import SAMPLING_ADAPTER
-from flows.cli import main
 from flows.provenance.bill_of_materials import write_bom
 from flows.signing.keys import signature_path
 from tests.builders import pipelines
@@ -80,7 +79,7 @@ def test_a_trained_model_names_data_metrics_libraries_and_files(dataset: Path, t
     assert any(each["name"] == "darkroom:records" for each in unknown["properties"])
 
 
-def test_an_imported_and_a_fine_tuned_pipeline_name_their_origin_with_its_licence(tmp_path: Path) -> None:
+def test_imported_and_fine_tuned_pipelines_name_origin_and_licence(tmp_path: Path) -> None:
     folder = pipelines.stable_diffusion(tmp_path / "made")
     base = import_file(str(folder), tmp_path / "base.safetensors", None, tmp_path / "downloads")
     digest = base.sha256
@@ -104,32 +103,29 @@ def test_an_imported_and_a_fine_tuned_pipeline_name_their_origin_with_its_licenc
 
 
 def test_the_command_line_signs_an_export_and_verifies_it_offline(
-    no_servers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    no_servers: None,
+    tmp_path: Path,
+    darkroom: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["darkroom", *words])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        return int(str(exit_info.value.code)), *capsys.readouterr()
+        return darkroom(*words), *capsys.readouterr()
 
     write_model(tmp_path / "final.safetensors", seed=0, images=64)
-    ours = identity(tmp_path / "ours", passphrase="open sesame")
+    alice = identity(tmp_path / "alice", passphrase="open sesame")
     words = ("model", "export", "--to", "diffusers", "--model", "final.safetensors", "--out", "ex/blobs", "--json")
-    monkeypatch.setenv("DARKROOM_SIGNING_KEY", str(ours.key))
+    monkeypatch.setenv("DARKROOM_SIGNING_KEY", str(alice.key))
     assert run(*words, "--sign")[0] == 2
     assert not (tmp_path / "ex").exists()
     monkeypatch.setenv("DARKROOM_SIGNING_KEY_PASSPHRASE", "open sesame")
     code, out, errors = run(*words, "--sign")
     assert code == 0, errors
     assert json.loads(out)["bom"] == "ex/blobs.cdx.json"
-    assert sorted(path.name for path in (tmp_path / "ex").iterdir()) == [
-        "blobs",
-        "blobs.cdx.json",
-        "blobs.cdx.json.sig",
-        "blobs.sig",
-    ]
+    names = {path.name for path in (tmp_path / "ex").iterdir()}
+    assert names == {"blobs", "blobs.cdx.json", "blobs.cdx.json.sig", "blobs.sig"}
     valid(tmp_path / "ex" / "blobs.cdx.json")
-    code, out, errors = run("verify", "ex/blobs", "--key", str(ours.public), "--json")
+    code, out, errors = run("verify", "ex/blobs", "--key", str(alice.public), "--json")
     assert code == 0, errors
     about = json.loads(out)
     assert (about["verified"], about["trusted"]) == (True, True)
@@ -137,18 +133,18 @@ def test_the_command_line_signs_an_export_and_verifies_it_offline(
     bom = tmp_path / "ex" / "blobs.cdx.json"
     whole = bom.read_text()
     bom.write_text(whole.replace("machine-learning-model", "machine-learning-models"))
-    code, out, errors = run("verify", "ex/blobs", "--key", str(ours.public))
+    code, out, errors = run("verify", "ex/blobs", "--key", str(alice.public))
     assert (code, "bill of materials" in errors) == (3, True), errors
     assert [line.split()[0] for line in out.splitlines()] == ["verified", "FAILED"]
     # Signed as well, and of another export.
     digest = next(each for each in json.loads(whole)["components"] if each["type"] == "file")["hashes"][0]["content"]
     bom.write_text(whole.replace(digest, "0" * 64))
-    ours.signer(certified=False).sign(bom, signature_path(bom))
-    code, out, errors = run("verify", "ex/blobs", "--key", str(ours.public))
+    alice.signer(certified=False).sign(bom, signature_path(bom))
+    code, out, errors = run("verify", "ex/blobs", "--key", str(alice.public))
     assert (code, "was altered" in errors) == (3, True), errors
     bom.unlink()
-    assert run("verify", "ex/blobs", "--key", str(ours.public))[0] == 3
+    assert run("verify", "ex/blobs", "--key", str(alice.public))[0] == 3
     bom.write_text(whole)
     (tmp_path / "ex" / "blobs.sig").unlink()
-    for arguments, code in ((("ex/blobs", "--key", str(ours.public)), 3), (("ex/blobs",), 2), (("none",), 2)):
+    for arguments, code in ((("ex/blobs", "--key", str(alice.public)), 3), (("ex/blobs",), 2), (("none",), 2)):
         assert run("verify", *arguments)[0] == code, arguments

@@ -16,9 +16,8 @@ from PIL import Image
 
 from diffusion.common.errors import ConflictError, UserError
 from diffusion.generation.config import Conditions
-from flows.cli import main
 from flows.provenance import signed_images
-from flows.provenance.signed_images import Folder, sign_images
+from flows.provenance.signed_images import LocalFolder, sign_images
 from flows.provenance.verify import verify
 from flows.sampling import generate_batch
 from flows.sampling.sampling_batch import SamplingBatch
@@ -28,11 +27,6 @@ from flows.storage.s3 import Location, Store
 from tests.builders.sampling_batches import batch, stored_files
 from tests.builders.signing_keys import Identity, identity
 from tests.builders.small_models import write_model
-
-
-@pytest.fixture(scope="module")
-def ours(tmp_path_factory: pytest.TempPathFactory) -> Identity:
-    return identity(tmp_path_factory.mktemp("keys") / "ours")
 
 
 def sampled(store: Store, bucket: str, tmp_path: Path, planned_batch: SamplingBatch) -> Location:
@@ -46,29 +40,29 @@ def sampled(store: Store, bucket: str, tmp_path: Path, planned_batch: SamplingBa
 
 
 @pytest.mark.parametrize("kind", ["png", "tar"])
-def test_each_image_of_a_batch_has_one_signed_copy_and_stays_as_it_is(
-    store: Store, bucket: str, tmp_path: Path, ours: Identity, kind: str
+def test_each_image_has_one_signed_copy_and_stays(
+    store: Store, bucket: str, tmp_path: Path, alice: Identity, kind: str
 ) -> None:
     planned_batch = batch(20, format=kind, conditions=Conditions(labels=("even",)))
     place = sampled(store, bucket, tmp_path, planned_batch)
     before = stored_files(store, place)
     outs = str(Location(bucket, "signed")), str(tmp_path / "signed")
     for out in outs:
-        result = sign_images(str(place), out, ours.signer())
+        result = sign_images(str(place), out, alice.signer())
         assert (result.images, result.signed) == (20, 20)
-        again = sign_images(str(place), out, ours.signer())
+        again = sign_images(str(place), out, alice.signer())
         assert (again.images, again.signed) == (20, 0)
-        checks = verify(out, ours.trust())
+        checks = verify(out, alice.trust())
         assert len(checks) == 21
         assert all(each.verified and each.trusted for each in checks)
     assert stored_files(store, place) == before
     rows = [json.loads(line) for name in sorted(before) if "part-" in name for line in before[name].splitlines()]
     parts = sorted((tmp_path / "signed" / "manifest").iterdir())
     records = [json.loads(line) for part in parts for line in part.read_text().splitlines()]
-    for row, own in zip(rows, records, strict=True):
-        copy = (tmp_path / "signed" / own["file"]).read_bytes()
-        assert (own["index"], own["sha256"]) == (row["index"], row["sha256"])
-        assert own["signed_sha256"] == hashlib.sha256(copy).hexdigest()
+    for row, record in zip(rows, records, strict=True):
+        copy = (tmp_path / "signed" / record["file"]).read_bytes()
+        assert (record["index"], record["sha256"]) == (row["index"], row["sha256"])
+        assert record["signed_sha256"] == hashlib.sha256(copy).hexdigest()
         pixels = np.asarray(Image.open(io.BytesIO(copy)))
         assert hashlib.sha256(pixels.tobytes()).hexdigest() == row["pixels_sha256"]
         lineage = verify_image(copy).lineage
@@ -89,20 +83,20 @@ def test_each_image_of_a_batch_has_one_signed_copy_and_stays_as_it_is(
 
 
 def test_a_batch_that_is_unfinished_or_altered_is_not_signed(
-    store: Store, bucket: str, tmp_path: Path, ours: Identity
+    store: Store, bucket: str, tmp_path: Path, alice: Identity
 ) -> None:
     place = sampled(store, bucket, tmp_path, batch(4))
     with pytest.raises(UserError, match="inside of the batch"):
-        sign_images(str(place), f"{place}/signed", ours.signer())
+        sign_images(str(place), f"{place}/signed", alice.signer())
     key = place.key("00000002.png")
     image = store.get(bucket, key)
     store.delete_many(bucket, [key])
     store.put_once(bucket, key, image + b"more")
     with pytest.raises(UserError, match="altered"):
-        sign_images(str(place), str(tmp_path / "signed"), ours.signer())
+        sign_images(str(place), str(tmp_path / "signed"), alice.signer())
     store.delete_many(bucket, [place.key("_SUCCESS")])
     with pytest.raises(UserError, match="not finished"):
-        sign_images(str(place), str(tmp_path / "signed"), ours.signer())
+        sign_images(str(place), str(tmp_path / "signed"), alice.signer())
 
 
 def requested(folder: Path, count: int = 6, **request: object) -> Path:
@@ -133,10 +127,10 @@ def requested(folder: Path, count: int = 6, **request: object) -> Path:
     return folder
 
 
-def test_prompts_leave_only_on_request(no_servers: None, tmp_path: Path, ours: Identity) -> None:
+def test_prompts_leave_only_on_request(no_servers: None, tmp_path: Path, alice: Identity) -> None:
     source = requested(tmp_path / "images")
-    sign_images(str(source), str(tmp_path / "silent"), ours.signer())
-    sign_images(str(source), str(tmp_path / "open"), ours.signer(), prompts=True)
+    sign_images(str(source), str(tmp_path / "silent"), alice.signer())
+    sign_images(str(source), str(tmp_path / "open"), alice.signer(), prompts=True)
     for path in (tmp_path / "silent").rglob("*.*"):
         assert b"secret" not in path.read_bytes()
     for path in (tmp_path / "open").glob("*.png"):
@@ -144,44 +138,59 @@ def test_prompts_leave_only_on_request(no_servers: None, tmp_path: Path, ours: I
         assert Image.open(path).text["darkroom:prompt"] == "a secret wish"  # type: ignore[attr-defined]
 
 
-def test_an_edit_has_its_parent_as_ingredient(no_servers: None, tmp_path: Path, ours: Identity) -> None:
+def test_an_edit_has_its_parent_as_ingredient(no_servers: None, tmp_path: Path, alice: Identity) -> None:
     parent = tmp_path / "face.png"
     Image.new("L", (8, 8)).save(parent)
     digest = hashlib.sha256(parent.read_bytes()).hexdigest()
     source = requested(tmp_path / "images", task="img2img", image={"sha256": digest})
-    sign_images(str(source), str(tmp_path / "signed"), ours.signer(), parent=parent)
+    sign_images(str(source), str(tmp_path / "signed"), alice.signer(), parent=parent)
     assert verify_image((tmp_path / "signed" / "00000000.png").read_bytes()).lineage["parent_sha256"] == digest
-    assert all(each.verified for each in verify(str(tmp_path / "signed"), ours.trust()))
+    assert all(each.verified for each in verify(str(tmp_path / "signed"), alice.trust()))
     Image.new("L", (8, 8), 255).save(parent)
     with pytest.raises(UserError, match="not the image"):
-        sign_images(str(source), str(tmp_path / "other"), ours.signer(), parent=parent)
+        sign_images(str(source), str(tmp_path / "other"), alice.signer(), parent=parent)
 
 
-def test_a_name_that_leads_elsewhere_is_rejected(no_servers: None, tmp_path: Path, ours: Identity) -> None:
+def test_a_name_that_leads_elsewhere_is_rejected(no_servers: None, tmp_path: Path, alice: Identity) -> None:
     source = requested(tmp_path / "images")
     about = (source / "request.json").read_text()
     (source / "request.json").write_text(about.replace("00000001.png", "../00000001.png"))
     with pytest.raises(UserError):
-        sign_images(str(source), str(tmp_path / "signed"), ours.signer())
+        sign_images(str(source), str(tmp_path / "signed"), alice.signer())
 
 
 def test_without_the_extra_one_line_names_it(
-    no_servers: None,
-    tmp_path: Path,
-    ours: Identity,
+    signed: Path,
+    alice: Identity,
+    darkroom: Callable[..., int],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    source = requested(tmp_path / "images")
+    source, out = requested(signed.with_name("images")), signed.with_name("new")
     monkeypatch.setitem(sys.modules, "c2pa", None)
-    words = ["sign", str(source), "--out", "signed", "--key", str(ours.key), "--certificates", str(ours.certificate)]
-    for command in (words, ["verify", str(source / "00000001.png")]):
-        monkeypatch.setattr(sys, "argv", ["darkroom", *command])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
+    words = ("sign", source, "--out", out, "--key", alice.key, "--certificates", alice.certificate)
+    for command in (words, ("verify", source / "00000001.png")):
+        assert darkroom(*command) == 2
         [line] = capsys.readouterr().err.splitlines()
-        assert (exit_info.value.code, "[signing]" in line) == (2, True)
-    assert not (tmp_path / "signed").exists()
+        assert "[signing]" in line
+    assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def signed_once(tmp_path_factory: pytest.TempPathFactory, alice: Identity) -> Path:
+    """A folder with signed copies of two requests, to be copied: to sign takes longer than to verify."""
+    folder = tmp_path_factory.mktemp("signed")
+    for name, seed in (("signed", 0), ("other", 1)):
+        sign_images(str(requested(folder / f"images {name}", seed=seed)), str(folder / name), alice.signer())
+    return folder
+
+
+@pytest.fixture
+def signed(no_servers: None, signed_once: Path, tmp_path: Path) -> Path:
+    """Signed copies of six images, and others beside them in ``other``."""
+    for name in ("signed", "other"):
+        shutil.copytree(signed_once / name, tmp_path / name)
+    return tmp_path / "signed"
 
 
 class Stopped(BaseException):
@@ -189,49 +198,47 @@ class Stopped(BaseException):
 
 
 def test_a_stopped_process_is_continued_and_signs_no_image_twice(
-    no_servers: None, tmp_path: Path, ours: Identity, monkeypatch: pytest.MonkeyPatch
+    no_servers: None, tmp_path: Path, alice: Identity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(signed_images, "AT_ONCE", 1)
     source, out = requested(tmp_path / "images"), tmp_path / "signed"
-    put, left, copies = Folder.put, [0], dict[str, bytes]()
+    put, left, copies = LocalFolder.put, [0], dict[str, bytes]()
 
-    def stopping(self: Folder, name: str, data: bytes) -> bytes:
+    def stopping(self: LocalFolder, name: str, data: bytes) -> bytes:
         if left[0] == 0:
             raise Stopped
         left[0] -= 1
         return put(self, name, data)
 
-    monkeypatch.setattr(Folder, "put", stopping)
+    monkeypatch.setattr(LocalFolder, "put", stopping)
     for _ in range(5):
         left[0] = 2
         with pytest.raises(Stopped):
-            sign_images(str(source), str(out), ours.signer())
+            sign_images(str(source), str(out), alice.signer())
         for path in out.glob("*.png"):
             assert copies.setdefault(path.name, path.read_bytes()) == path.read_bytes()
     assert len(copies) > 2
     left[0] = 100
     (out / f".00000005.png.{'0' * 32}.partial").touch()
-    assert sign_images(str(source), str(out), ours.signer()).signed == 6 - len(copies)
-    assert all(each.verified for each in verify(str(out), ours.trust()))
+    assert sign_images(str(source), str(out), alice.signer()).signed == 6 - len(copies)
+    assert all(each.verified for each in verify(str(out), alice.trust()))
     assert copies.items() <= {path.name: path.read_bytes() for path in out.glob("*.png")}.items()
 
 
-def test_processes_side_by_side_agree_on_one_copy_of_each(no_servers: None, tmp_path: Path, ours: Identity) -> None:
+def test_processes_side_by_side_agree_on_one_copy_of_each(no_servers: None, tmp_path: Path, alice: Identity) -> None:
     source, out = requested(tmp_path / "images"), tmp_path / "signed"
     with ThreadPoolExecutor(4) as pool:
-        works = [pool.submit(sign_images, str(source), str(out), ours.signer()) for _ in range(4)]
+        works = [pool.submit(sign_images, str(source), str(out), alice.signer()) for _ in range(4)]
         assert sum(work.result().signed for work in works) == 6
-    assert all(each.verified for each in verify(str(out), ours.trust()))
+    assert all(each.verified for each in verify(str(out), alice.trust()))
 
 
-def test_a_foreign_image_at_the_place_of_a_copy_is_kept_and_named(
-    no_servers: None, tmp_path: Path, ours: Identity
-) -> None:
+def test_a_foreign_image_in_place_of_a_copy_is_kept(no_servers: None, tmp_path: Path, alice: Identity) -> None:
     source, out = requested(tmp_path / "images"), tmp_path / "signed"
     out.mkdir()
     (out / "00000003.png").write_bytes((source / "00000003.png").read_bytes())
     with pytest.raises(ConflictError, match="00000003"):
-        sign_images(str(source), str(out), ours.signer())
+        sign_images(str(source), str(out), alice.signer())
 
 
 def swap(folder: Path) -> None:
@@ -256,22 +263,20 @@ def rewrite(folder: Path) -> None:
     part.write_text(part.read_text().replace('"index":1', '"index":7'))
 
 
-def test_a_copy_that_another_key_signed_does_not_count_as_ours(
-    no_servers: None, tmp_path: Path, ours: Identity
-) -> None:
+def test_a_copy_signed_by_another_key_does_not_count(no_servers: None, tmp_path: Path, alice: Identity) -> None:
     source, out = requested(tmp_path / "images"), tmp_path / "signed"
-    sign_images(str(source), str(tmp_path / "theirs"), identity(tmp_path / "keys" / "ours").signer())
+    sign_images(str(source), str(tmp_path / "others"), identity(tmp_path / "keys" / "alice").signer())
     out.mkdir()
-    shutil.copy(tmp_path / "theirs" / "00000003.png", out)
+    shutil.copy(tmp_path / "others" / "00000003.png", out)
     with pytest.raises(ConflictError, match="00000003"):
-        sign_images(str(source), str(out), ours.signer())
+        sign_images(str(source), str(out), alice.signer())
 
 
-def test_copies_do_not_go_into_the_folder_of_their_images(no_servers: None, tmp_path: Path, ours: Identity) -> None:
+def test_copies_do_not_go_into_the_folder_of_their_images(no_servers: None, tmp_path: Path, alice: Identity) -> None:
     source = requested(tmp_path / "images")
     before = {path.name: path.read_bytes() for path in source.iterdir()}
     with pytest.raises(UserError, match="--out"):
-        sign_images(str(source), f"{tmp_path}/images/../images/", ours.signer())
+        sign_images(str(source), f"{tmp_path}/images/../images/", alice.signer())
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
 
 
@@ -352,14 +357,10 @@ TAMPERING: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("what", TAMPERING)
-def test_each_change_of_signed_copies_is_found(no_servers: None, tmp_path: Path, ours: Identity, what: str) -> None:
-    for name, seed in (("signed", 0), ("other", 1)):
-        source = requested(tmp_path / f"images {name}", seed=seed)
-        sign_images(str(source), str(tmp_path / name), ours.signer())
-    out = tmp_path / "signed"
-    assert all(each.verified for each in verify(str(out), ours.trust()))
-    TAMPERING[what](out)
-    checks = verify(str(out), ours.trust())
+def test_each_change_of_signed_copies_is_found(signed: Path, alice: Identity, what: str) -> None:
+    assert all(each.verified for each in verify(str(signed), alice.trust()))
+    TAMPERING[what](signed)
+    checks = verify(str(signed), alice.trust())
     assert not all(each.verified for each in checks)
     assert not any(each.trusted for each in checks if not each.verified)
     assert not any(each.complete for each in checks)
@@ -367,118 +368,92 @@ def test_each_change_of_signed_copies_is_found(no_servers: None, tmp_path: Path,
 
 @pytest.mark.parametrize("what", ADDED)
 def test_a_file_of_any_kind_beside_signed_copies_is_found(
-    no_servers: None,
-    tmp_path: Path,
-    ours: Identity,
-    what: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    signed: Path, alice: Identity, what: str, darkroom: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "signed"
-    sign_images(str(requested(tmp_path / "images")), str(out), ours.signer())
-    bare = shutil.copytree(out, tmp_path / "bare")
+    bare = shutil.copytree(signed, signed.with_name("bare"))
     unsign(bare)
-    for folder, complete in ((out, True), (bare, False)):
-        before = verify(str(folder), ours.trust())
+    for folder, complete in ((signed, True), (bare, False)):
+        before = verify(str(folder), alice.trust())
         assert all(each.verified for each in before)
         assert before[-1].complete is complete
         assert ("no other file" in str(before[-1])) is complete
         ADDED[what](folder)
-        for trust in (ours.trust(), Trust()):
+        for trust in (alice.trust(), Trust()):
             checks = verify(str(folder), trust)
             assert not checks[-1].verified
             assert not any(each.complete for each in checks)
-        monkeypatch.setattr(sys, "argv", ["darkroom", "verify", str(folder), "--trust", str(ours.root), "--json"])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        assert exit_info.value.code == 3
+        assert darkroom("verify", folder, "--trust", alice.root, "--json") == 3
         assert json.loads(capsys.readouterr().out)["verified"] is False
 
 
 @pytest.mark.parametrize("what", [name for name in ADDED if "image" not in name])
-def test_a_file_of_any_kind_in_a_signed_export_is_found(tmp_path: Path, ours: Identity, what: str) -> None:
+def test_any_file_added_to_a_signed_export_is_found(tmp_path: Path, alice: Identity, what: str) -> None:
     folder = tmp_path / "export"
     folder.mkdir()
     (folder / "model_index.json").write_text("{}")
-    ours.signer().sign(folder, tmp_path / "export.sig")
-    [before] = verify(str(folder), ours.trust())
+    alice.signer().sign(folder, tmp_path / "export.sig")
+    [before] = verify(str(folder), alice.trust())
     assert (before.verified, before.complete) == (True, True)
     ADDED[what](folder)
-    [after] = verify(str(folder), ours.trust())
+    [after] = verify(str(folder), alice.trust())
     assert (after.verified, after.complete) == (False, False)
 
 
-def test_a_list_without_a_trusted_root_is_not_complete(no_servers: None, tmp_path: Path, ours: Identity) -> None:
-    sign_images(str(requested(tmp_path / "images")), str(tmp_path / "signed"), ours.signer())
-    assert not any(each.complete for each in verify(str(tmp_path / "signed"), Trust()))
+def test_a_list_without_a_trusted_root_is_not_complete(signed: Path) -> None:
+    assert not any(each.complete for each in verify(str(signed), Trust()))
 
 
-def test_copies_by_another_signer_are_found(no_servers: None, tmp_path: Path, ours: Identity) -> None:
-    theirs = identity(tmp_path / "theirs")
-    sign_images(str(requested(tmp_path / "images")), str(tmp_path / "signed"), theirs.signer())
-    assert not any(each.verified for each in verify(str(tmp_path / "signed"), ours.trust()))
-    untrusting = verify(str(tmp_path / "signed"), Trust())
+def test_copies_by_another_signer_are_found(signed: Path, tmp_path: Path) -> None:
+    assert not any(each.verified for each in verify(str(signed), identity(tmp_path / "another").trust()))
+    untrusting = verify(str(signed), Trust())
     assert all(each.verified and not each.trusted for each in untrusting)
     assert str(untrusting[0]).startswith("UNTRUSTED")
 
 
-def test_the_command_line_says_what_is_untrusted_and_which_option_has_no_effect(
-    no_servers: None,
-    tmp_path: Path,
-    ours: Identity,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_verify_names_untrusted_files_and_options_without_effect(
+    signed: Path, tmp_path: Path, alice: Identity, darkroom: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(*words: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["darkroom", *map(str, words)])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        return int(str(exit_info.value.code))
-
-    out, image = tmp_path / "signed", tmp_path / "signed" / "00000001.png"
-    source = requested(tmp_path / "images", task="img2img", image={"sha256": "0" * 64})
-    sign_images(str(source), str(out), ours.signer())
-    for what in (out, image):
-        assert run("verify", what, "--trust", ours.root) == 0
-        assert run("verify", what) == 3
-        assert run("verify", what, "--untrusted") == 0
+    image, source = signed / "00000001.png", requested(tmp_path / "images", task="img2img", image={"sha256": "0" * 64})
+    for what in (signed, image):
+        assert darkroom("verify", what, "--trust", alice.root) == 0
+        assert darkroom("verify", what) == 3
+        assert darkroom("verify", what, "--untrusted") == 0
         assert capsys.readouterr().out.splitlines()[-1].startswith("UNTRUSTED")
-        for unused in (("--key", ours.public), ("--head", "0" * 64), ("--model", "faces")):
-            assert run("verify", what, "--trust", ours.root, *unused) == 2
-        assert run("verify", what, "--trust", ours.root, "--untrusted") == 2
+        for unused in (("--key", alice.public), ("--head", "0" * 64), ("--model", "faces")):
+            assert darkroom("verify", what, "--trust", alice.root, *unused) == 2
+        assert darkroom("verify", what, "--trust", alice.root, "--untrusted") == 2
     flip(image)
-    assert run("verify", out, "--untrusted") == 3
+    assert darkroom("verify", signed, "--untrusted") == 3
     capsys.readouterr()
-    assert run("verify", out, "--trust", ours.root, "--json") == 3
+    assert darkroom("verify", signed, "--trust", alice.root, "--json") == 3
     about = json.loads(capsys.readouterr().out)
     assert (about["verified"], about["trusted"], about["checks"][-1]["trusted"]) == (False, False, False)
     # A folder may be named like an image, and a hostile image ends the verification of no other.
     folder = tmp_path / "folder.png"
     folder.mkdir()
     shutil.copytree(tmp_path / "images", folder, dirs_exist_ok=True)
-    assert run("verify", folder, "--trust", ours.root) == 3
+    assert darkroom("verify", folder, "--trust", alice.root) == 3
     for parent in (tmp_path / "missing.png", tmp_path):
-        words = ("--parent", parent, "--key", ours.key, "--certificates", ours.certificate)
-        assert run("sign", source, "--out", tmp_path / "edits", *words) == 2
+        words = ("--parent", parent, "--key", alice.key, "--certificates", alice.certificate)
+        assert darkroom("sign", source, "--out", tmp_path / "edits", *words) == 2
 
 
-def test_a_lone_image_and_a_folder_of_images_are_verified(no_servers: None, tmp_path: Path, ours: Identity) -> None:
-    sign_images(str(requested(tmp_path / "images")), str(tmp_path / "signed"), ours.signer())
+def test_a_lone_image_and_a_folder_of_images_are_verified(signed: Path, tmp_path: Path, alice: Identity) -> None:
     some = tmp_path / "some"
     some.mkdir()
-    shutil.copy(tmp_path / "signed" / "00000001.png", some / "cat.png")
-    [check] = verify(str(some / "cat.png"), ours.trust())
+    shutil.copy(signed / "00000001.png", some / "cat.png")
+    [check] = verify(str(some / "cat.png"), alice.trust())
     assert (check.verified, check.trusted) == (True, True)
     assert check.summary.endswith("as 00000001.png")
     # In a folder it is one of six.
-    assert [each.verified for each in verify(str(some), ours.trust())] == [False, False]
-    for path in (tmp_path / "signed").glob("*.png"):
+    assert [each.verified for each in verify(str(some), alice.trust())] == [False, False]
+    for path in signed.glob("*.png"):
         shutil.copy(path, some)
-    assert not all(each.verified for each in verify(str(some), ours.trust()))
+    assert not all(each.verified for each in verify(str(some), alice.trust()))
     (some / "cat.png").unlink()
-    checks = verify(str(some), ours.trust())
+    checks = verify(str(some), alice.trust())
     assert (len(checks), all(each.verified and each.trusted for each in checks)) == (7, True)
     with pytest.raises(UserError):
-        verify(str(some / "dog.png"), ours.trust())
+        verify(str(some / "dog.png"), alice.trust())
     with pytest.raises(UserError):
-        verify(str(tmp_path / "images" / "nothing"), ours.trust())
+        verify(str(tmp_path / "images" / "nothing"), alice.trust())

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version as installed
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,8 @@ SOURCE = "s3://provenance/dvc"
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=4)
 CONDITIONS = Conditions(labels=("even", "odd", None))
 SAMPLING_BATCH = SamplingBatchConfig()
+outcome_of = attrgetter("images", "exact", "differences", "failure")
+errors_of = attrgetter("largest_error", "differing_pixels")
 
 
 @dataclass
@@ -149,11 +152,6 @@ def test_sample_traces_to_batch_model_run_data_set_and_shards(stored_batch: Stor
     lineage = trace(stored_batch.image)
     assert lineage.broken == []
     assert lineage.takedowns == []
-    assert lineage.image is not None
-    assert lineage.batch is not None
-    assert lineage.model is not None
-    assert lineage.run is not None
-    assert lineage.data is not None
     assert lineage.image.as_generated is True
     assert (lineage.image.index, lineage.image.seed, lineage.image.label) == (17, 5, None)
     assert lineage.image.sha256 == sha256_bytes(stored_batch.png)
@@ -233,12 +231,9 @@ def test_image_generated_on_request_traces_to_request_and_model(stored_batch: St
     image = folder / "00000001.png"
     lineage = trace(str(image))
     assert lineage.broken == []
-    assert lineage.image is not None
     assert lineage.image.as_generated is True
     assert lineage.batch is None
-    assert lineage.request is not None
     assert (lineage.request.request["task"], lineage.request.request["to_seed"]) == ("interpolate", 6)
-    assert lineage.data is not None
     assert lineage.data.version == stored_batch.manifest.digest
     with pytest.raises(UserError, match="the same command makes it again"):
         reproduce(str(image))
@@ -255,7 +250,6 @@ def test_altered_sample_is_distinguished_from_a_resaved_one(stored_batch: Stored
     words = {}
     for name, data in changes.items():
         lineage = trace(f"{stored_batch.beside(name, {'00000017.png': data})}/00000017.png")
-        assert lineage.image is not None
         assert lineage.image.as_generated is False
         assert lineage.data is not None
         (words[name],) = lineage.broken
@@ -299,11 +293,10 @@ def test_trace_without_a_run_uses_the_data_set_catalog(stored_batch: StoredBatch
     finally:
         Path("manifest.json.away").rename(logged)
     assert "keeps no manifest" in lineage.broken[0]
-    assert lineage.data is not None
     assert lineage.data.version == stored_batch.manifest.digest
 
 
-def test_shards_that_are_lost_are_named_and_found_wherever_they_still_are(stored_batch: StoredBatch) -> None:
+def test_lost_shards_are_named_and_others_found_anywhere(stored_batch: StoredBatch) -> None:
     (shard,) = stored_batch.manifest.shards
     md5 = hashlib.md5((FOLDER / shard.name).read_bytes()).hexdigest()
     key = f"dvc/files/md5/{md5[:2]}/{md5[2:]}"
@@ -356,25 +349,16 @@ def test_image_without_darkroom_metadata_is_an_error(stored_batch: StoredBatch, 
 
 def test_samples_are_reproduced_bit_for_bit_by_the_shipped_code(stored_batch: StoredBatch, tmp_path: Path) -> None:
     reproduction = reproduce(str(stored_batch.place), count=17, out=tmp_path)
-    assert (reproduction.images, reproduction.exact, reproduction.differences, reproduction.failure) == (
-        17,
-        17,
-        "",
-        None,
-    )
-    assert (reproduction.code, reproduction.largest_error, reproduction.differing_pixels, reproduction.moved) == (
-        "shipped",
-        0,
-        0,
-        [],
-    )
+    assert outcome_of(reproduction) == (17, 17, "", None)
+    assert errors_of(reproduction) == (0, 0)
+    assert (reproduction.code, reproduction.moved) == ("shipped", [])
     for index in range(17):
         name = sampling_batch.image_key(index)
         sample = stored_batch.store.get(stored_batch.place.bucket, stored_batch.place.key(name))
         assert (tmp_path / name).read_bytes() == sample
 
 
-def test_under_another_fingerprint_the_difference_is_named_with_the_largest_error(stored_batch: StoredBatch) -> None:
+def test_another_fingerprint_is_named_with_the_largest_error(stored_batch: StoredBatch) -> None:
     """A generated image of another machine, which made one pixel of the second image brighter."""
     other = stored_batch.batch.fingerprint.model_copy(update={"batch": 16, "device": "AVX9"})
     part = stored_batch.store.get(stored_batch.place.bucket, stored_batch.place.key("manifest/part-00001.jsonl"))
@@ -391,12 +375,7 @@ def test_under_another_fingerprint_the_difference_is_named_with_the_largest_erro
     )
     reproduction = reproduce(f"{place}/00000017.png")
     assert reproduction.differences == f"batch: 16 → 4, device: AVX9 → {stored_batch.batch.fingerprint.device}"
-    assert (reproduction.exact, reproduction.largest_error, reproduction.differing_pixels, reproduction.failure) == (
-        0,
-        3,
-        1,
-        None,
-    )
+    assert (reproduction.exact, errors_of(reproduction), reproduction.failure) == (0, (3, 1), None)
 
 
 def test_request_unknown_to_shipped_code_is_a_one_line_error(
@@ -411,7 +390,7 @@ def test_request_unknown_to_shipped_code_is_a_one_line_error(
     assert "\n" not in str(error.value)
 
 
-def test_sample_in_a_tar_is_traced_and_reproduced_like_a_file(stored_batch: StoredBatch, tmp_path: Path) -> None:
+def test_sample_in_a_tar_traces_and_reproduces_like_a_file(stored_batch: StoredBatch, tmp_path: Path) -> None:
     tars, folder = SamplingBatchConfig(format="tar", chunk=8), tmp_path / "again"
     weights = Path("weights.safetensors")
     batch, place = sample.begin.fn(stored_batch.version, weights, SAMPLING, tars, 18, 5, None, CONDITIONS)
@@ -422,19 +401,14 @@ def test_sample_in_a_tar_is_traced_and_reproduced_like_a_file(stored_batch: Stor
     assert (lineage.image.as_generated, lineage.data) == (True, file.data)  # type: ignore[union-attr]
     assert "no batch of" not in " ".join(lineage.broken)
     reproduction = reproduce(str(place), out=folder)
-    assert (reproduction.images, reproduction.exact, reproduction.differences, reproduction.failure) == (
-        18,
-        18,
-        "",
-        None,
-    )
+    assert outcome_of(reproduction) == (18, 18, "", None)
     assert reproduce(image).exact == 1
     png = (folder / "00000017.png").read_bytes()
     assert pixels_of(png) == pixels_of(stored_batch.png)
     (tmp_path / "copy.png").write_bytes(png)
     assert trace(str(tmp_path / "copy.png")).image.as_generated is True  # type: ignore[union-attr]
     for nowhere in ("samples-00001.tar/00000017.png", "samples-00002.tar/00000018.png", "samples-00002.tar/x.png"):
-        with pytest.raises(UserError, match=r"is no image of a sampling batch"):
+        with pytest.raises(UserError, match=r"is not an image of a sampling batch"):
             trace(f"{place}/{nowhere}")
 
 
@@ -552,7 +526,7 @@ def test_changed_library_versions_are_named() -> None:
     ]
 
 
-def test_the_code_of_a_version_gets_no_keys_of_the_environment(
+def test_shipped_code_gets_no_keys_of_the_environment(
     stored_batch: StoredBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hush")

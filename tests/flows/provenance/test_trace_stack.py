@@ -84,7 +84,7 @@ def test_reproduction_on_another_fingerprint_is_nearly_equal(workspace: Workspac
     assert other["mean_error"] <= 2
 
 
-def test_altered_sample_exits_1_with_its_trace_and_unknown_exits_2(workspace: Workspace, batch: str) -> None:
+def test_trace_exits_1_for_an_altered_sample_2_for_unknown(workspace: Workspace, batch: str) -> None:
     client = boto3.client(
         "s3",
         endpoint_url=workspace.variables["AWS_ENDPOINT_URL_S3"],

@@ -106,7 +106,7 @@ def test_both_remedies_for_a_deleted_champion_are_named_and_work(
     require_champion.fn(params)
 
 
-def test_a_rollback_is_no_dead_end_when_its_champion_was_deleted(
+def test_a_deleted_champion_can_be_rolled_back(
     mlflow_client: MlflowClient, params: Params, versions: list[Version]
 ) -> None:
     champion.promote(params.model_name, 3)

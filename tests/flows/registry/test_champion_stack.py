@@ -1,23 +1,21 @@
 """Who is champion, on a real stack: the command line, kills at random moments, approval in Prefect, and MLflow."""
 
-import base64
 import json
 import random
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from signal import SIGKILL, SIGTERM, Signals
 from typing import Any
 
-import httpx
 import pytest
 from mlflow.client import MlflowClient
 
 from flows.monitoring.prometheus import LedgerSnapshot, ledger_samples
 from flows.registry.ledger import Ledger
 from tests.builders.champion_settings import QUICK
-from tests.builders.forked import Fork, Forks
+from tests.builders.forked import Forks
+from tests.builders.prefect_api import Prefect
 from tests.builders.workspace import PARAMS, Workspace, objects, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -84,7 +82,7 @@ def test_invalid_promotions_are_an_error(workspace: Workspace, words: tuple[str,
     "one champion at each moment; the same command: one entry in the ledger",
 )
 @pytest.mark.parametrize("number", [SIGKILL, SIGTERM], ids=lambda number: number.name)
-def test_interrupted_at_random_moments_there_is_one_champion_and_the_same_command_ends_the_same(
+def test_interrupted_commands_leave_one_champion_and_can_be_repeated(
     workspace: Workspace, server: MlflowClient, number: Signals, kills: int
 ) -> None:
     moments = random.Random(number)
@@ -169,16 +167,14 @@ def test_ledger_tampering_is_reported_and_blocks_writes(
     ledger.store.put_once(ledger.place.bucket, junk, b"{}")
     assert intact() == 0
     assert workspace.json("model", "history")["foreign"] == [
-        {"name": junk[-13:], "reason": "is no entry of this ledger"}
+        {"name": junk[-13:], "reason": "is not an entry of this ledger"}
     ]
     assert workspace.json("promote", "--to", other)["entry"]["number"] == len(keys) + 2
     ledger.store.delete_many(ledger.place.bucket, [junk])
     assert intact() == 1
 
 
-def test_a_champion_that_was_deleted_stops_everything_before_it_begins_and_can_be_replaced(
-    workspace: Workspace, server: MlflowClient
-) -> None:
+def test_a_deleted_champion_stops_work_early_and_can_be_replaced(workspace: Workspace, server: MlflowClient) -> None:
     """One of a model of its own, which has two."""
     options = ("--set", "registry.model=deleted")
     second = (*options, "--set", "training.seed=1", "--set", "training.output=runs/second")
@@ -207,39 +203,7 @@ def test_a_champion_that_was_deleted_stops_everything_before_it_begins_and_can_b
     workspace.json("train", *other)
 
 
-class Prefect:
-    """The workspace's Prefect server, as its UI speaks to it."""
-
-    def __init__(self, workspace: Workspace) -> None:
-        secret = base64.b64encode(workspace.variables["PREFECT_API_AUTH_STRING"].encode()).decode()
-        self.client = httpx.Client(
-            base_url=workspace.variables["PREFECT_API_URL"], headers={"Authorization": f"Basic {secret}"}, timeout=60
-        )
-
-    def paused(self, process: Fork | subprocess.Popen[str]) -> dict[str, Any]:
-        """The flow run that waits for input, once there is one."""
-        conditions = {"flow_runs": {"state": {"type": {"any_": ["PAUSED"]}}}}
-        deadline = time.monotonic() + 300
-        while not (flow_runs := self.client.post("/flow_runs/filter", json=conditions).json()):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
-        [run] = flow_runs
-        return dict(run)
-
-    def answer(self, run: dict[str, Any], **fields: object) -> httpx.Response:
-        deadline = time.monotonic() + 60
-        while True:
-            response = self.client.post(f"/flow_runs/{run['id']}/resume", json={"run_input": fields})
-            # While its database is busy it asks to come again, as Prefect's own client does.
-            if response.status_code != httpx.codes.SERVICE_UNAVAILABLE or time.monotonic() > deadline:
-                return response
-            time.sleep(1)
-
-
-def test_a_person_approves_or_does_not_before_anything_becomes_champion(
-    workspace: Workspace, server: MlflowClient
-) -> None:
+def test_a_person_approves_before_anything_becomes_champion(workspace: Workspace, server: MlflowClient) -> None:
     prefect = Prefect(workspace)
     for model, approved in (("approved", True), ("denied", False)):
         options = ("--set", f"registry.model={model}")
@@ -250,9 +214,9 @@ def test_a_person_approves_or_does_not_before_anything_becomes_champion(
         assert run["name"].startswith("promote-")
         assert aliases(server, model) == {}
         assert "Not yet" in (server.get_model_version(model, "1").description or "")
-        error = prefect.answer(run, approved=approved, by="")
+        error = prefect.resume(run, approved=approved, by="")
         assert error.json()["status"] == "REJECT"
-        assert prefect.answer(run, approved=approved, by="Ada", note="looked at it").is_success
+        assert prefect.resume(run, approved=approved, by="Ada", note="looked at it").is_success
         out, err = process.communicate(timeout=300)
         assert process.returncode == (0 if approved else 3), err[-3000:]
         assert "waits for approval: http" in err
@@ -265,9 +229,7 @@ def test_a_person_approves_or_does_not_before_anything_becomes_champion(
     assert workspace.json("promote", "--to", "1", *options)["version"]["number"] == 1
 
 
-def test_a_retraining_waits_for_approval_and_without_it_leaves_the_champion(
-    workspace: Workspace, server: MlflowClient
-) -> None:
+def test_a_retraining_without_approval_leaves_the_champion(workspace: Workspace, server: MlflowClient) -> None:
     prefect = Prefect(workspace)
     always = ("registry.approval=true", "registry.model=retrained", "gate.recall_loss=null", "gate.memorized=null")
     # One that has learned next to nothing, and one that is surely better.
@@ -278,7 +240,7 @@ def test_a_retraining_waits_for_approval_and_without_it_leaves_the_champion(
         run = prefect.paused(process)
         assert run["name"].startswith("promote-")
         assert aliases(server, "retrained") == ({} if version == 1 else {"champion": 1})
-        assert prefect.answer(run, approved=approved, by="Ada", note="looked at it").is_success
+        assert prefect.resume(run, approved=approved, by="Ada", note="looked at it").is_success
         out, err = process.communicate(timeout=300)
         assert process.returncode == (0 if approved else 3), err[-3000:]
         result = json.loads(out)

@@ -1,5 +1,6 @@
 """The version that a training begins with: decided once, so that a champion never trains on itself for ever."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,13 +28,17 @@ def params(dataset: Path, mlflow_client: MlflowClient, bucket: str, monkeypatch:
     return load_params(Path("params.yaml"), overrides)
 
 
-def promote_new_version(client: MlflowClient, params: Params, folder: Path) -> int:
-    """A new version of the model of ``params``, and its champion."""
-    number = len(client.search_model_versions(f"name = '{params.model_name}'"))
-    path = write_model(folder / f"{number}.safetensors", number, images=1)
-    version = add_version(client, folder, params.model_name, data=path.read_bytes())
-    champion.promote(params.model_name, version.number)
-    return version.number
+@pytest.fixture
+def promote_new(params: Params, mlflow_client: MlflowClient, tmp_path: Path) -> Callable[[], None]:
+    """Registers a new version of the model of ``params``, and makes it champion."""
+
+    def promote() -> None:
+        number = len(mlflow_client.search_model_versions(f"name = '{params.model_name}'"))
+        path = write_model(tmp_path / f"{number}.safetensors", number, images=1)
+        version = add_version(mlflow_client, tmp_path, params.model_name, data=path.read_bytes())
+        champion.promote(params.model_name, version.number)
+
+    return promote
 
 
 def begun(params: Params) -> str | None:
@@ -45,13 +50,11 @@ def other(params: Params, **changes: object) -> Params:
     return params.model_copy(update={"training": params.training.model_copy(update=changes)})
 
 
-def test_init_from_is_fixed_until_configuration_or_data_change(
-    params: Params, mlflow_client: MlflowClient, tmp_path: Path
-) -> None:
+def test_init_from_is_fixed_until_configuration_or_data_change(params: Params, promote_new: Callable[[], None]) -> None:
     name = params.model_name
-    promote_new_version(mlflow_client, params, tmp_path)
+    promote_new()
     assert begun(params) == f"models:/{name}/1"
-    promote_new_version(mlflow_client, params, tmp_path)
+    promote_new()
     assert begun(params) == f"models:/{name}/1"
     assert begun(other(params, batch_size=64)) == f"models:/{name}/1"  # the default, in numbers
     assert begun(other(params, seed=1)) == f"models:/{name}/2"
@@ -60,22 +63,19 @@ def test_init_from_is_fixed_until_configuration_or_data_change(
     assert begun(params) == f"models:/{name}/2"
 
 
-def test_init_from_is_random_without_a_champion(params: Params, mlflow_client: MlflowClient, tmp_path: Path) -> None:
+def test_init_from_is_random_without_a_champion(params: Params, promote_new: Callable[[], None]) -> None:
     ready = resolve_params(params)
-    assert (ready.params.training.init_from, ready.start, ready.requested.training.init_from) == (
-        None,
-        None,
-        "champion",
-    )
-    promote_new_version(mlflow_client, params, tmp_path)
+    assert (ready.params.training.init_from, ready.start) == (None, None)
+    assert ready.requested.training.init_from == "champion"
+    promote_new()
     assert resolve_params(params).start is None
     assert resolve_params(other(params, images=640)).start == f"models:/{params.model_name}/1"
 
 
 def test_init_from_weights_come_with_their_takedowns(
-    params: Params, mlflow_client: MlflowClient, tmp_path: Path
+    params: Params, promote_new: Callable[[], None], mlflow_client: MlflowClient, tmp_path: Path
 ) -> None:
-    promote_new_version(mlflow_client, params, tmp_path)
+    promote_new()
     mlflow_client.set_model_version_tag(params.model_name, "1", "darkroom.takedown", "b,a")
     ready = resolve_params(other(params, init_from=f"models:/{params.model_name}/1"))
     assert ready.params.training.init_from is not None
@@ -83,19 +83,19 @@ def test_init_from_weights_come_with_their_takedowns(
     assert ready.takedown == "a,b"
 
 
-def test_dry_run_does_not_fix_init_from(params: Params, mlflow_client: MlflowClient, tmp_path: Path) -> None:
-    promote_new_version(mlflow_client, params, tmp_path)
+def test_dry_run_does_not_fix_init_from(params: Params, promote_new: Callable[[], None]) -> None:
+    promote_new()
     assert resolve_params(params, dry_run=True).start == f"models:/{params.model_name}/1"
-    promote_new_version(mlflow_client, params, tmp_path)
+    promote_new()
     assert begun(params) == f"models:/{params.model_name}/2"
 
 
 def test_deleted_init_from_version_is_named_with_a_remedy(
-    params: Params, mlflow_client: MlflowClient, tmp_path: Path
+    params: Params, promote_new: Callable[[], None], mlflow_client: MlflowClient
 ) -> None:
-    promote_new_version(mlflow_client, params, tmp_path)
+    promote_new()
     assert begun(params) == f"models:/{params.model_name}/1"
-    promote_new_version(mlflow_client, params, tmp_path)
+    promote_new()
     mlflow_client.delete_model_version(params.model_name, "1")
     with pytest.raises(UserError, match=r"begins with models:/.*/1, which is not in the registry any more"):
         begun(params)

@@ -60,7 +60,7 @@ def numbers(client: MlflowClient, name: str) -> list[int]:
     return sorted(int(each.version) for each in client.search_model_versions(f"name = '{name}'"))
 
 
-def test_a_model_without_a_licence_is_rejected_and_nothing_is_written(file: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_licence_is_rejected(file: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--licence"):
         import_file(str(file), tmp_path / "out" / "model.safetensors", None, tmp_path)
     assert not (tmp_path / "out").exists()
@@ -69,9 +69,7 @@ def test_a_model_without_a_licence_is_rejected_and_nothing_is_written(file: Path
     assert result.sha256 == sha256_file(result.file)
 
 
-def test_an_import_is_done_once_and_other_names_refer_to_the_same_weights(
-    mlflow_client: MlflowClient, name: str, file: Path
-) -> None:
+def test_other_names_refer_to_the_weights_imported_once(mlflow_client: MlflowClient, name: str, file: Path) -> None:
     result = imported(file, name)
     version, digest = result.version, sha256_file(file)
     assert (version.uri, version.weights_sha256) == (f"models:/{name}/1", digest)
@@ -91,9 +89,7 @@ def test_an_import_is_done_once_and_other_names_refer_to_the_same_weights(
     assert f"evaluate --model models:/{name}/1" in section(text, "How to call it")
 
 
-def test_weights_that_were_trained_here_keep_the_lineage_of_their_training(
-    mlflow_client: MlflowClient, name: str, file: Path
-) -> None:
+def test_weights_trained_here_keep_their_lineage(mlflow_client: MlflowClient, name: str, file: Path) -> None:
     about = {"darkroom.dataset": "faces", "darkroom.content_digest": "c" * 64, START: "models:/other/1"}
     run_id = mlflow_client.create_run(mlflow_client.create_experiment(name), tags=about).info.run_id
     model_versions.register(name, run_id, file, SAMPLING, about, 70)
@@ -103,7 +99,7 @@ def test_weights_that_were_trained_here_keep_the_lineage_of_their_training(
     assert not {model_versions.ORIGIN, model_versions.LICENCE} & other.tags.keys()
 
 
-def test_the_trace_of_an_imported_models_image_ends_at_its_origin(name: str, file: Path, bucket: str) -> None:
+def test_the_trace_of_an_imported_model_ends_at_its_origin(name: str, file: Path, bucket: str) -> None:
     version = imported(file, name).version
     weights, config = model_versions.cached_weights(version), SamplingBatchConfig()
     batch, place = sample.begin.fn(version, weights, SAMPLING, config, 4, 5, None, UNCONDITIONAL)
@@ -135,7 +131,7 @@ def test_a_killed_import_is_completed_by_the_same_command(
     assert [run.info.run_id for run in mlflow_client.search_runs([experiment.experiment_id])] == [version.run_id]
 
 
-def test_gc_keeps_the_weights_of_a_base_whose_version_was_deleted(
+def test_gc_keeps_the_weights_of_a_deleted_base(
     mlflow_client: MlflowClient, name: str, file: Path, bucket: str
 ) -> None:
     base = imported(file, name).version
@@ -152,7 +148,7 @@ def test_gc_keeps_the_weights_of_a_base_whose_version_was_deleted(
     assert sha256_file(file.parent / "cache" / f"{base.weights_sha256}.safetensors") == base.weights_sha256
 
 
-def test_a_version_that_is_based_on_another_is_served_and_fetched_with_it(
+def test_a_version_is_served_and_fetched_with_its_base(
     mlflow_client: MlflowClient, name: str, file: Path, bucket: str
 ) -> None:
     adapter = write_lora(file.parent / "tuned" / "lora.safetensors", file, 1)
@@ -208,7 +204,7 @@ def test_a_rejected_pipeline_leaves_nothing(mlflow_client: MlflowClient, name: s
     assert mlflow_client.get_experiment_by_name(name) is None
 
 
-def test_a_pipeline_of_the_hub_is_the_one_in_its_folder(hub: Hub, tmp_path: Path) -> None:
+def test_a_pipeline_of_the_hub_equals_its_folder(hub: Hub, tmp_path: Path) -> None:
     folder = stable_diffusion(tmp_path / "painter")
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     commit = hub.model("someone/painter", files).refs["main"]
@@ -218,6 +214,6 @@ def test_a_pipeline_of_the_hub_is_the_one_in_its_folder(hub: Hub, tmp_path: Path
     assert there.source == f"hf://someone/painter@{commit}"
     assert (there.origin.licence, here.origin.licence) == ("openrail", "openrail")
     assert there.origin.files == here.origin.files
-    theirs, ours = load_file(there.file), load_file(here.file)
-    assert theirs.keys() == ours.keys()
-    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+    remote, local = load_file(there.file), load_file(here.file)
+    assert remote.keys() == local.keys()
+    assert all(torch.equal(remote[name], local[name]) for name in local)

@@ -20,7 +20,7 @@ from flows.registry.ledger import (
     Known,
     Ledger,
     LedgerEntry,
-    What,
+    LedgerEvent,
 )
 from flows.storage.s3 import Location, Object, Store
 
@@ -37,7 +37,7 @@ def weights_of(version: int) -> str:
     return hashlib.sha256(str(version).encode()).hexdigest()
 
 
-def add(ledger: Ledger, what: What, version: int, **fields: object) -> LedgerEntry:
+def add(ledger: Ledger, what: LedgerEvent, version: int, **fields: object) -> LedgerEntry:
     def decide(history: History) -> LedgerEntry:
         return history.next_entry(what, version, weights_of(version), **fields)  # type: ignore[arg-type]
 
@@ -57,7 +57,7 @@ def write_over(ledger: Ledger, key: str, data: bytes | None) -> None:
         ledger.store.put_many(ledger.place.bucket, [Object(key, data)])
 
 
-def test_each_entry_is_json_that_names_the_digest_of_the_one_before(ledger: Ledger) -> None:
+def test_each_entry_names_the_digest_of_the_one_before(ledger: Ledger) -> None:
     add(ledger, "promote", 1, evidence=WIN)
     add(ledger, "hold", 2, evidence=HOLD)
     add(ledger, "promote", 3, evidence=WIN, approval=Approval(approved=True, by="Ada"))
@@ -156,7 +156,6 @@ def test_unrecorded_ledger_entries_count(ledger: Ledger) -> None:
     for records in ({}, on_record(ledger, 1), on_record(ledger, 3), on_record(ledger, 1, 2, 3, 4)):
         assert [entry.number for entry in ledger.read(records).entries] == [1, 2, 3, 4]
         head = ledger.head(records)
-        assert head is not None
         assert head.number == 4
 
 
@@ -190,10 +189,8 @@ def test_foreign_ledger_objects_are_reported_and_ignored(ledger: Ledger) -> None
         assert [entry.version for entry in history.entries] == [1, 2]
         assert history.foreign.keys() == foreign_objects.keys()
         head = ledger.head(witnesses)
-        assert head is not None
         assert head.number == 2
     head = ledger.append(lambda history: history.next_entry("promote", 3, weights_of(3)), lambda: records).head
-    assert head is not None
     assert (head.number, head.from_version) == (10, 2)
     assert ledger.read().foreign.keys() == foreign_objects.keys()
     records = on_record(ledger, 10)
@@ -206,7 +203,7 @@ def test_foreign_ledger_objects_are_reported_and_ignored(ledger: Ledger) -> None
     assert [entry.number for entry in ledger.read(records).entries] == [1, 2, 10, 11]
 
 
-def test_of_many_at_once_among_foreign_objects_each_gets_an_entry_of_its_own(ledger: Ledger) -> None:
+def test_concurrent_writers_skip_foreign_objects(ledger: Ledger) -> None:
     for number in (1, 3, 4):
         write_over(ledger, ledger.place.key(f"{number:08d}.json"), b"{}")
     with ThreadPoolExecutor(4) as pool:
@@ -231,7 +228,7 @@ def test_append_fails_when_a_later_entry_took_precedence(ledger: Ledger) -> None
     assert [entry.number for entry in ledger.read(history_of_records[-1]).entries] == [1, 3]
 
 
-def test_of_many_at_once_each_gets_an_entry_of_its_own(ledger: Ledger) -> None:
+def test_concurrent_writers_each_get_an_entry(ledger: Ledger) -> None:
     add(ledger, "promote", 1)
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(lambda version: add(ledger, "hold", version, evidence=HOLD), range(2, 8)))
@@ -303,7 +300,7 @@ def test_candidate_is_the_last_held_undecided_version() -> None:
     assert aliases.apply_change("hold", 4).alias_numbers.candidate == 4
 
 
-def chain(*moves: tuple[What, int, dict[str, object]]) -> History:
+def chain(*moves: tuple[LedgerEvent, int, dict[str, object]]) -> History:
     history = History("faces")
     for what, version, fields in moves:
         entry = history.next_entry(what, version, weights_of(version), **fields)  # type: ignore[arg-type]
@@ -312,9 +309,9 @@ def chain(*moves: tuple[What, int, dict[str, object]]) -> History:
 
 
 def test_rolled_back_version_is_withheld_until_manually_promoted() -> None:
-    up: list[tuple[What, int, dict[str, object]]] = [("promote", 1, {}), ("promote", 2, {})]
-    back: tuple[What, int, dict[str, object]] = ("rollback", 1, {"by_hand": True, "reason": "three eyes"})
-    hold: tuple[What, int, dict[str, object]] = ("hold", 2, {"evidence": HOLD})
+    up: list[tuple[LedgerEvent, int, dict[str, object]]] = [("promote", 1, {}), ("promote", 2, {})]
+    back: tuple[LedgerEvent, int, dict[str, object]] = ("rollback", 1, {"by_hand": True, "reason": "three eyes"})
+    hold: tuple[LedgerEvent, int, dict[str, object]] = ("hold", 2, {"evidence": HOLD})
     assert chain(*up).manual_demotion(2) is None
     assert chain(*up).manual_demotion(1) is None
     assert chain(*up, back).manual_demotion(2) is not None

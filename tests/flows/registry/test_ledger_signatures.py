@@ -8,7 +8,6 @@ import pytest
 from mlflow.client import MlflowClient
 
 from diffusion.common.errors import UserError
-from flows.cli import main
 from flows.provenance.verify import Check, verify
 from flows.registry.aliases import append, project
 from flows.registry.ledger import Evidence, History, Ledger, LedgerEntry
@@ -18,11 +17,6 @@ from tests.builders.model_versions import add_version
 from tests.builders.signing_keys import Identity, identity
 
 WIN = Evidence(verdict="promote", reason="kid 0.01 ± 0.001, lower")
-
-
-@pytest.fixture(scope="module")
-def ours(tmp_path_factory: pytest.TempPathFactory) -> Identity:
-    return identity(tmp_path_factory.mktemp("keys") / "ours")
 
 
 @pytest.fixture
@@ -56,9 +50,9 @@ def check(what: object, trust: Trust, head: str | None = None) -> Check:
 
 @pytest.mark.parametrize("certified", [False, True], ids=["key", "certificate"])
 def test_a_signed_ledger_is_verified_on_s3_and_as_files(
-    ledger: Ledger, tmp_path: Path, ours: Identity, certified: bool
+    ledger: Ledger, tmp_path: Path, alice: Identity, certified: bool
 ) -> None:
-    key = ours.signer(certified)
+    key = alice.signer(certified)
     promote(ledger, 1)
     promote(ledger, 2, key)
     newest = promote(ledger, 3, key)
@@ -68,7 +62,7 @@ def test_a_signed_ledger_is_verified_on_s3_and_as_files(
     assert ledger.read().foreign == {}
     assert ledger.head() == newest
     for what in (ledger.place, downloaded(ledger, tmp_path / "copy")):
-        verification = check(what, ours.trust(certified), head=newest.parent)
+        verification = check(what, alice.trust(certified), head=newest.parent)
         assert verification.verified, verification.problem
         assert f"model faces, 3 entries, champion 3, head {newest.digest}" in verification.summary
     with pytest.raises(UserError):
@@ -118,61 +112,62 @@ TAMPERING: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("what", TAMPERING)
-def test_each_change_of_a_signed_ledger_is_found(ledger: Ledger, tmp_path: Path, ours: Identity, what: str) -> None:
+def test_each_change_of_a_signed_ledger_is_found(ledger: Ledger, tmp_path: Path, alice: Identity, what: str) -> None:
     for version in (1, 2, 3):
-        promote(ledger, version, ours.signer())
+        promote(ledger, version, alice.signer())
     folder = downloaded(ledger, tmp_path / "copy")
-    assert check(folder, ours.trust()).verified
+    assert check(folder, alice.trust()).verified
     TAMPERING[what](folder)
-    assert not check(folder, ours.trust()).verified
+    assert not check(folder, alice.trust()).verified
 
 
-def test_the_ledger_of_another_model_is_found(ledger: Ledger, tmp_path: Path, ours: Identity) -> None:
-    promote(ledger, 1, ours.signer())
+def test_the_ledger_of_another_model_is_found(ledger: Ledger, tmp_path: Path, alice: Identity) -> None:
+    promote(ledger, 1, alice.signer())
     copy, other = downloaded(ledger, tmp_path / "copy"), Location(ledger.place.bucket, "ledger/cats")
     for path in (path for path in copy.rglob("*") if path.is_file()):
         ledger.store.put_once(other.bucket, other.key(path.relative_to(copy).as_posix()), path.read_bytes())
-    assert check(ledger.place, ours.trust()).verified
-    assert not check(other, ours.trust()).verified
-    [moved_verification] = verify(str(other), ours.trust(), model="faces")
+    assert check(ledger.place, alice.trust()).verified
+    assert not check(other, alice.trust()).verified
+    [moved_verification] = verify(str(other), alice.trust(), model="faces")
     assert moved_verification.verified
     for model, verified in (("faces", True), ("cats", False)):
-        [verification] = verify(str(copy), ours.trust(), model=model)
+        [verification] = verify(str(copy), alice.trust(), model=model)
         assert verification.verified == verified
 
 
-def test_a_ledger_without_entries_and_a_head_that_is_none_are_named(tmp_path: Path, ours: Identity) -> None:
+def test_an_empty_ledger_and_a_malformed_head_are_named(tmp_path: Path, alice: Identity) -> None:
     entry(tmp_path, 1).write_bytes(b" " * (2**16 + 1))
-    assert not check(tmp_path, ours.trust()).verified
+    assert not check(tmp_path, alice.trust()).verified
     with pytest.raises(UserError, match="SHA-256"):
-        check(tmp_path, ours.trust(), head="zzz")
+        check(tmp_path, alice.trust(), head="zzz")
 
 
-def test_an_older_ledger_is_found_by_a_later_head(ledger: Ledger, tmp_path: Path, ours: Identity) -> None:
-    promote(ledger, 1, ours.signer())
-    promote(ledger, 2, ours.signer())
+def test_an_older_ledger_is_found_by_a_later_head(ledger: Ledger, tmp_path: Path, alice: Identity) -> None:
+    promote(ledger, 1, alice.signer())
+    promote(ledger, 2, alice.signer())
     older = downloaded(ledger, tmp_path / "older")
-    newest = promote(ledger, 3, ours.signer())
-    assert check(older, ours.trust()).verified
-    assert not check(older, ours.trust(), newest.digest).verified
-    assert check(ledger.place, ours.trust(), newest.digest).verified
+    newest = promote(ledger, 3, alice.signer())
+    assert check(older, alice.trust()).verified
+    assert not check(older, alice.trust(), newest.digest).verified
+    assert check(ledger.place, alice.trust(), newest.digest).verified
 
 
-def test_a_signature_by_another_key_does_not_count(ledger: Ledger, tmp_path: Path, ours: Identity) -> None:
-    theirs = identity(tmp_path / "theirs")
-    newest = promote(ledger, 1, theirs.signer())
-    assert not check(ledger.place, ours.trust()).verified
+def test_a_signature_by_another_key_does_not_count(ledger: Ledger, tmp_path: Path, alice: Identity) -> None:
+    bob = identity(tmp_path / "bob")
+    newest = promote(ledger, 1, bob.signer())
+    assert not check(ledger.place, alice.trust()).verified
     # A new key signs beside the old one.
-    ledger.sign(newest, ours.signer())
-    assert check(ledger.place, ours.trust()).verified
-    assert check(ledger.place, theirs.trust()).verified
+    ledger.sign(newest, alice.signer())
+    assert check(ledger.place, alice.trust()).verified
+    assert check(ledger.place, bob.trust()).verified
 
 
 def test_a_promotion_signs_its_own_entry_and_no_other(
     mlflow_client: MlflowClient,
     bucket: str,
     tmp_path: Path,
-    ours: Identity,
+    alice: Identity,
+    darkroom: Callable[..., int],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
@@ -186,20 +181,14 @@ def test_a_promotion_signs_its_own_entry_and_no_other(
         return None if history.head is not None else entry
 
     def is_signed() -> bool:
-        return check(ledger.place, ours.trust(certified=False)).verified
-
-    def run(*words: str) -> int:
-        monkeypatch.setattr("sys.argv", ["darkroom", *words])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        return int(str(exit_info.value.code))
+        return check(ledger.place, alice.trust(certified=False)).verified
 
     # An unusable key stops it before anything is written.
     monkeypatch.setenv("DARKROOM_SIGNING_KEY", str(tmp_path / "missing.pem"))
     with pytest.raises(UserError):
         append(mlflow_client, ledger, decide)
     assert ledger.read().head is None
-    monkeypatch.setenv("DARKROOM_SIGNING_KEY", str(ours.key))
+    monkeypatch.setenv("DARKROOM_SIGNING_KEY", str(alice.key))
     append(mlflow_client, ledger, decide)
     assert is_signed()
     # By somebody who can write to the bucket alone, or by a process that was stopped before it signed.
@@ -222,9 +211,9 @@ def test_a_promotion_signs_its_own_entry_and_no_other(
     planted = promote(ledger, version.number)
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text(f"registry:\n  model: {version.model}\n")
-    assert run("model", "history", "--dataset", "blobs", "--key", str(ours.key)) == 2
-    signing = ("--sign", "--key", str(ours.key))
-    assert run("model", "history", "--dataset", "blobs", *signing) == 0, capsys.readouterr()
+    assert darkroom("model", "history", "--dataset", "blobs", "--key", str(alice.key)) == 2
+    signing = ("--sign", "--key", str(alice.key))
+    assert darkroom("model", "history", "--dataset", "blobs", *signing) == 0, capsys.readouterr()
     assert is_signed()
     signatures = list(ledger.store.list_objects(bucket, ledger.place.key("signatures/")))
     caplog.clear()

@@ -1,7 +1,6 @@
 """Whoever registers the same weights at the same time, here or on another machine, goes on with one version."""
 
 import hashlib
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from diffusion.common.image_grids import png_bytes
 from diffusion.process.samplers import sampling_config
 from flows.registry import champion, model_versions
 from flows.registry.model_versions import WEIGHTS, Version
+from tests.builders.command_line import output_of
 from tests.builders.model_versions import Killed, add_version
 from tests.builders.small_models import write_model
 from tests.builders.virtual_environments import environment
@@ -141,7 +141,7 @@ def test_a_registered_version_is_loaded_by_its_name(mlflow_client: MlflowClient,
 
 
 @pytest.mark.slow
-def test_a_version_is_served_with_its_own_requirements_and_the_code_of_generation(
+def test_a_version_is_served_with_its_requirements_and_code(
     mlflow_client: MlflowClient, name: str, tmp_path: Path
 ) -> None:
     mlflow.set_tracking_uri(mlflow_client.tracking_uri)
@@ -163,12 +163,10 @@ def test_a_version_is_served_with_its_own_requirements_and_the_code_of_generatio
         "out = model.predict(table, params={'seed': 3, 'count': 2, 'steps': 4})\n"
         "print(out['request'].tolist(), *(hashlib.sha256(png).hexdigest() for png in out['png']))"
     )
-    process = subprocess.run([python, "-c", script], cwd=tmp_path, env={}, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr[-3000:]
-    *lines, last = process.stdout.splitlines()
+    *lines, last = output_of([python, "-c", script], cwd=tmp_path, env={}).splitlines()
     assert {"seed long 0", "count long 1", "steps long None", "guidance double None", "prompt string None"} <= {*lines}
-    ours = diffusion.load(weights, compute_batch=4)
-    images = ours.generate(count=2, seed=3, steps=4) + ours.interpolate(3, 4, 3, steps=4)
+    local = diffusion.load(weights, compute_batch=4)
+    images = local.generate(count=2, seed=3, steps=4) + local.interpolate(3, 4, 3, steps=4)
     assert last.split(" ", 5)[5].split() == [hashlib.sha256(png_bytes(image)).hexdigest() for image in images]
 
 

@@ -93,7 +93,7 @@ def test_staging_champion_is_released_with_its_lineage(stages: Stages, tmp_path:
     there = stages.at(stages.staging)
     number = stages.version(1, tmp_path)
     champion.promote("blobs", number, "rounder", evidence=EVIDENCE)
-    theirs = there.get_run(there.get_model_version("blobs", str(number)).run_id)
+    staged = there.get_run(there.get_model_version("blobs", str(number)).run_id)
 
     here = stages.at(stages.production)
     result = release("models:/blobs@champion")
@@ -109,8 +109,8 @@ def test_staging_champion_is_released_with_its_lineage(stages: Stages, tmp_path:
     )
 
     run = here.get_run(version.run_id)
-    assert run.info.run_id != theirs.info.run_id
-    assert (run.data.params, run.data.metrics) == (theirs.data.params, theirs.data.metrics)
+    assert run.info.run_id != staged.info.run_id
+    assert (run.data.params, run.data.metrics) == (staged.data.params, staged.data.metrics)
     assert run.data.tags[TRAIN_KEY] == "key"
     history = here.get_metric_history(version.run_id, "loss")
     assert [(point.value, point.timestamp, point.step) for point in history] == [
@@ -199,7 +199,6 @@ def killed(*_: object, **__: object) -> None:
 
 def experiment_of(client: MlflowClient) -> str:
     experiment = client.get_experiment_by_name("blobs")
-    assert experiment is not None
     return str(experiment.experiment_id)
 
 
@@ -249,21 +248,21 @@ def test_invalid_staging_settings_are_an_error(no_servers: None, variables: dict
 def test_bundling_process_gets_staging_credentials_only(no_servers: None) -> None:
     os.environ.update(
         {
-            "AWS_SECRET_ACCESS_KEY": "ours",
-            "MLFLOW_TRACKING_PASSWORD": "ours",
-            "DARKROOM_STAGING_MLFLOW_TRACKING_URI": "https://user:theirs@staging:5000/x",
-            "DARKROOM_STAGING_BUCKET": "theirs",
-            "DARKROOM_STAGING_AWS_SECRET_ACCESS_KEY": "theirs",
+            "AWS_SECRET_ACCESS_KEY": "local",
+            "MLFLOW_TRACKING_PASSWORD": "local",
+            "DARKROOM_STAGING_MLFLOW_TRACKING_URI": "https://user:staging-secret@staging:5000/x",
+            "DARKROOM_STAGING_BUCKET": "staged",
+            "DARKROOM_STAGING_AWS_SECRET_ACCESS_KEY": "staged",
         }
     )
     called, variables = read_staging_servers()
-    assert "ours" not in variables.values()
-    assert (variables["AWS_SECRET_ACCESS_KEY"], variables["DARKROOM_BUCKET"]) == ("theirs", "theirs")
+    assert "local" not in variables.values()
+    assert (variables["AWS_SECRET_ACCESS_KEY"], variables["DARKROOM_BUCKET"]) == ("staged", "staged")
     assert called == "https://staging:5000/x"
 
 
 @pytest.mark.slow
-def test_a_version_is_released_with_the_one_that_it_is_based_on(stages: Stages, tmp_path: Path) -> None:
+def test_a_version_is_released_with_its_base(stages: Stages, tmp_path: Path) -> None:
     stages.at(stages.staging)
     base = write_model(tmp_path / "base.safetensors", 1, 7)
     adapter = write_lora(tmp_path / "tuned" / "lora.safetensors", base, 1)

@@ -29,6 +29,7 @@ from flows.local_stack.server_process import choose_ports
 from flows.registry.pyfunc_model import MAX_TABLE_IMAGES, ServedModel
 from flows.registry.serving import ScoringApp
 from tests.builders.small_models import write_model
+from tests.builders.waiting import wait_until_served
 
 SAMPLING = sampling_config(steps=3, compute_batch=4)
 JSON = {"Content-Type": "application/json"}
@@ -192,7 +193,7 @@ def send_beside(app: ScoringApp, slow: int, beside: Callable[[httpx.AsyncClient]
     return asyncio.run(run())
 
 
-def test_bodies_that_do_not_arrive_take_no_place_in_the_queue(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bodies_that_do_not_arrive_take_no_place(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DARKROOM_MAX_WAITING_REQUESTS", "1")
     model = ServedModel()
     model.use(load_model(weights), SAMPLING)
@@ -220,9 +221,7 @@ def test_bodies_that_arrive_at_once_have_a_limit_of_bytes(weights: Path, monkeyp
     assert asyncio.run(run()) == [400, 400, 429]
 
 
-def test_a_server_that_ends_answers_in_the_middle_of_a_decode(
-    served: ServedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_ending_server_answers_during_a_decode(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     app, begun = ScoringApp(served), threading.Event()
 
     def decode(*_: object) -> NoReturn:
@@ -251,15 +250,7 @@ def serving(weights: Path, **variables: str) -> Iterator[tuple[psutil.Process, s
     process = psutil.Popen(command, cwd=weights.parent, env=os.environ | variables, stderr=subprocess.PIPE)
     url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                httpx.get(f"{url}/ping").raise_for_status()
-                break
-            except httpx.TransportError:
-                assert process.poll() is None, process.stderr.read()
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
+        wait_until_served(f"{url}/ping", process)
         yield process, url
     finally:
         if process.poll() is None:
@@ -310,7 +301,7 @@ def test_a_short_request_cannot_capture_the_server(weights: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_deadline_and_a_full_queue_are_errors_of_their_own(weights: Path) -> None:
+def test_a_deadline_and_a_full_queue_are_told_apart(weights: Path) -> None:
     with serving(weights, DARKROOM_MAX_REQUEST_SECONDS="4", DARKROOM_MAX_WAITING_REQUESTS="1") as (_, url):
         statuses: list[int] = []
         threads = [threading.Thread(target=lambda: statuses.append(ask(url, LONG).status_code)) for _ in range(3)]

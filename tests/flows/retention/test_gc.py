@@ -11,9 +11,7 @@ from dvc.repo import Repo
 from mlflow.client import MlflowClient
 
 from diffusion.common.errors import UserError
-from diffusion.common.fingerprint import Fingerprint
 from diffusion.data.manifest import Manifest, manifest_bytes
-from diffusion.process.samplers import sampling_config
 from flows.config import RetentionConfig
 from flows.datasets import catalog
 from flows.datasets.catalog import Heads
@@ -25,14 +23,13 @@ from flows.registry.champion import promote
 from flows.registry.ledger import NEWEST, NewestEntry
 from flows.retention.sweeps import CONTENT, SamplingBatches, format_items, group_for_deletion
 from flows.sampling.generate_batch import begin
-from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Store
 from flows.tracking.runs import TRAIN_KEY
 from tests.builders.catalogs import FOLDER, Place
 from tests.builders.model_versions import add_version
+from tests.builders.sampling_batches import batch
 from tests.flows.conftest import copied_store
 
-FINGERPRINT = Fingerprint(batch=8, precision="fp32", device="AVX2", torch="2.9")
 STRICT = RetentionConfig(data_versions=1, data_days=30, run_days=30, batch_days=60)
 
 
@@ -113,9 +110,7 @@ def test_gc_deletes_files_of_old_versions_except_shared_ones(place: Place) -> No
     assert restorable(place, second)
 
 
-def test_the_newest_versions_are_known_by_the_order_of_heads_after_a_restore_wrote_them_in_another(
-    place: Place, bucket: str, store: Store
-) -> None:
+def test_heads_tell_the_newest_versions_after_a_restore(place: Place, bucket: str, store: Store) -> None:
     first, second, third = (place.version(number) for number in (100, 101, 102))
     heads = Heads(place.catalog)
     for version, onto in ((first, ()), (second, (first.digest,)), (third, (second.digest,))):
@@ -190,7 +185,7 @@ def test_gc_deletes_no_file_during_a_push(place: Place) -> None:
     "the next one ends the same",
 )
 @pytest.mark.parametrize("life", [2, *(pytest.param(life, marks=pytest.mark.slow) for life in (1, 5, 6))])
-def test_killed_between_any_two_requests_the_next_one_ends_the_same(
+def test_a_gc_killed_between_two_requests_can_be_repeated(
     place: Place, life: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = place.version(), place.version(*range(100, 104))
@@ -262,29 +257,19 @@ def test_a_version_that_only_the_ledger_names_keeps_its_run(mlflow: MlflowClient
 
 
 def test_gc_ignores_foreign_and_manually_deleted_runs(mlflow: MlflowClient, place: Place) -> None:
-    theirs = str(mlflow.create_run(mlflow.create_experiment("other")).info.run_id)
+    foreign = str(mlflow.create_run(mlflow.create_experiment("other")).info.run_id)
     mine = training(mlflow, "a")
     mlflow.delete_run(mine)
     for _ in range(2):
         assert actions(collected(1000)) == {f"runs:/{mine}": "keep"}
-    assert mlflow.get_run(theirs).info.lifecycle_stage == "active"
+    assert mlflow.get_run(foreign).info.lifecycle_stage == "active"
     assert mlflow.list_artifacts(mine)
 
 
 def batch_of(model: str, seed: int, run_id: str, version: Manifest) -> tuple[str, bytes]:
     """Key and bytes of the ``batch.json`` of samples of version 1."""
-    batch = SamplingBatch(
-        model=model,
-        version=1,
-        run_id=run_id,
-        content_digest=version.content_digest,
-        weights_sha256="0" * 64,
-        seed=seed,
-        count=2,
-        sampling=sampling_config(),
-        fingerprint=FINGERPRINT,
-    )
-    return f"samples/{model}/1/{batch.name}/batch.json", batch.json_bytes()
+    about = batch(2, model=model, version=1, run_id=run_id, content_digest=version.content_digest, seed=seed)
+    return f"samples/{model}/1/{about.name}/batch.json", about.json_bytes()
 
 
 def test_gc_deletes_old_batches_and_a_kill_leaves_unfinished_ones(place: Place) -> None:
@@ -302,9 +287,9 @@ def test_gc_deletes_old_batches_and_a_kill_leaves_unfinished_ones(place: Place) 
         "keep",
         "set aside",
     )
-    [batch] = [each for each in SamplingBatches(store, place.bucket, STRICT, after(100)).batches if each.finished]
+    [stored] = [each for each in SamplingBatches(store, place.bucket, STRICT, after(100)).batches if each.finished]
     keys = list(store.list_keys(place.bucket, f"{folder}/"))
-    order = [key.removeprefix(f"{folder}/") for keys in group_for_deletion(batch.place, keys) for key in keys]
+    order = [key.removeprefix(f"{folder}/") for keys in group_for_deletion(stored.place, keys) for key in keys]
     assert order == names
     before = set(store.list_keys(place.bucket, "samples/"))
     marks = {f"deleted/{folder}", "deleted/samples/blobs/1/half"}
@@ -342,7 +327,7 @@ def test_gc_skips_or_names_objects_changed_by_others(bucket: str, store: Store) 
     assert "samples/blobs/1/x/batch.json is damaged, or of a newer Darkroom" in unread["blobs", 1]
 
 
-def test_a_damaged_manifest_keeps_its_data_set_whole_and_stops_nothing_else(
+def test_a_damaged_manifest_keeps_only_its_data_set(
     place: Place, mlflow: MlflowClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, second = place.version(), place.version(*range(100, 104))
@@ -390,17 +375,7 @@ def test_gc_keeps_everything_an_unreadable_batch_may_need(place: Place, mlflow: 
 
 
 def test_gc_keeps_a_batch_that_a_job_just_resumed(bucket: str, store: Store) -> None:
-    about = SamplingBatch(
-        model="blobs",
-        version=1,
-        run_id="1" * 32,
-        content_digest="c" * 64,
-        weights_sha256="0" * 64,
-        seed=1,
-        count=2,
-        sampling=sampling_config(),
-        fingerprint=FINGERPRINT,
-    )
+    about = batch(2, version=1)
     place = Location(bucket, "samples/blobs/1/half")
     begin(store, about, place, None)
     for name in ("manifest/part-00000.jsonl", "00000000.png", "00000001.png"):
@@ -408,12 +383,12 @@ def test_gc_keeps_a_batch_that_a_job_just_resumed(bucket: str, store: Store) -> 
     time.sleep(1.1)  # servers tell ages by the second
     before = set(store.list_keys(bucket, place.key("")))
     sampling_batches = SamplingBatches(store, bucket, STRICT, after(8))
-    [batch] = sampling_batches.batches
-    assert batch.action == "set aside"
+    [stored] = sampling_batches.batches
+    assert stored.action == "set aside"
     begin(store, about, place, None)
     sampling_batches.sweep().act()
     assert set(store.list_keys(bucket, place.key(""))) == before
-    assert SamplingBatches(store, bucket, STRICT, after(0)).batches[0].newest > batch.newest
+    assert SamplingBatches(store, bucket, STRICT, after(0)).batches[0].newest > stored.newest
 
 
 def test_gc_deletes_unused_cached_shards_and_weights(place: Place, mlflow: MlflowClient, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def requests_of(act: Callable[[Store], object]) -> int:
 )
 @pytest.mark.slow
 @pytest.mark.parametrize(("sampling_batch", "is_killed"), WAYS)
-def test_gc_runs_before_any_request_of_a_job_which_ends_in_a_whole_batch(
+def test_a_job_ends_whole_whenever_gc_runs(
     store: Store, bucket: str, weights: Path, sampling_batch: SamplingBatch, is_killed: bool
 ) -> None:
     half(store, sampling_batch, bucket, weights)
@@ -126,7 +126,7 @@ def test_gc_runs_before_any_request_of_a_job_which_ends_in_a_whole_batch(
 )
 @pytest.mark.slow
 @pytest.mark.parametrize(("sampling_batch", "is_killed"), WAYS)
-def test_a_job_runs_before_any_request_of_gc_and_keeps_what_it_finished(
+def test_gc_keeps_what_a_job_finishes_meanwhile(
     store: Store, bucket: str, weights: Path, sampling_batch: SamplingBatch, is_killed: bool
 ) -> None:
     half(store, sampling_batch, bucket, weights)

@@ -29,9 +29,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 
 def registry_state(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """What the servers of a workspace say of champion, ledger and samples."""
-    for name, value in space.variables.items():
-        if name.startswith(("MLFLOW_", "AWS_")):
-            monkeypatch.setenv(name, value)
+    space.join(monkeypatch)
     client = MlflowClient(space.variables["MLFLOW_TRACKING_URI"])
     version = client.get_model_version_by_alias("blobs", "champion")
     run = client.get_run(version.run_id)
@@ -90,9 +88,7 @@ def test_gc_deletes_sweep_runs_without_a_registered_version(workspace: Workspace
     "a backup while somebody samples, killed once; then the stack is destroyed and restored",
     "the same champion, ledger and samples",
 )
-def test_a_stack_that_was_destroyed_comes_back_of_a_backup_taken_while_it_worked(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_destroyed_stack_comes_back_from_a_live_backup(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     before = registry_state(workspace, monkeypatch)
     target = workspace.folder / "backups"
     # Somebody samples meanwhile: what is half there is left out, or finished by the same command.

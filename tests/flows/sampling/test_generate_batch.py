@@ -3,11 +3,7 @@
 import io
 import threading
 import time
-import tracemalloc
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +21,8 @@ from flows.sampling.generate_batch import Work, sum_costs
 from flows.sampling.request_table import RequestTable
 from flows.sampling.sampling_batch import SamplingBatch, image_key, part_bytes, part_key, part_rows
 from flows.storage.s3 import Location, Object, S3Objects, Store, client
-from tests.builders.http_server import serving
+from tests.builders.archives import peak
+from tests.builders.s3_proxy import Request, proxied
 from tests.builders.sampling_batches import batch, rows_of, stored_files
 from tests.builders.small_models import write_model
 
@@ -114,58 +111,10 @@ def test_another_fingerprint_prevents_sampling(store: Store, bucket: str, weight
     assert list(store.list_keys(bucket)) == []
 
 
-@pytest.fixture
-def holding(s3_environment: dict[str, str]) -> Iterator[tuple[str, Callable[[Callable[[], None]], None]]]:
-    """A way to the S3 server on which the first PUT of an image is held up by what it is told to do first."""
-    port = int(s3_environment["AWS_ENDPOINT_URL_S3"].rpartition(":")[2])
-    waits: list[Callable[[], None]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def pass_on(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            if self.command == "PUT" and self.path.endswith("00000000.png"):
-                waits.pop()()
-            there = HTTPConnection("127.0.0.1", port)
-            there.request(self.command, self.path, body, dict(self.headers))
-            answer = there.getresponse()
-            data = answer.read()
-            self.send_response(answer.status)
-            for name, value in answer.getheaders():
-                if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
-                    self.send_header(name, value)
-            length = answer.getheader("Content-Length") if self.command == "HEAD" else None
-            self.send_header("Content-Length", length or str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def do_GET(self) -> None:
-            self.pass_on()
-
-        def do_HEAD(self) -> None:
-            self.pass_on()
-
-        def do_PUT(self) -> None:
-            self.pass_on()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with serving(Handler) as url:
-        yield url, waits.append
-
-
 def test_sampling_overlaps_uploads_with_a_bounded_queue(
-    holding: tuple[str, Callable[[Callable[[], None]], None]],
-    s3_environment: dict[str, str],
-    bucket: str,
-    weights: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    s3_environment: dict[str, str], bucket: str, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url, hold_by = holding
-    chunks: list[int] = []
-    second = threading.Event()
+    chunks, ahead, second, really = list[int](), list[int](), threading.Event(), generate.sample
 
     def counted(model: Any, indices: range, *arguments: Any, **options: Any) -> Any:
         images = really(model, indices, *arguments, **options)
@@ -174,31 +123,20 @@ def test_sampling_overlaps_uploads_with_a_bounded_queue(
             second.set()
         return images
 
-    def hold() -> None:
-        # Nothing could set it if drawing waited for the upload.
-        assert second.wait(60)
-        time.sleep(0.5)
-        ahead.extend(chunks)
+    def hold_first_image(request: Request) -> None:
+        if request.method == "PUT" and request.key.endswith("00000000.png"):
+            # Nothing could set it if sampling waited for the upload.
+            assert second.wait(60)
+            time.sleep(0.5)
+            ahead.extend(chunks)
 
-    ahead: list[int] = []
     # It samples as ever, and only tells when.
-    really = generate.sample
     monkeypatch.setattr(generate, "sample", counted)
-    hold_by(hold)
-    slow = Store(client(variables={**s3_environment, "AWS_ENDPOINT_URL_S3": url}))
-    generate_batch.generate_chunk(slow, batch(64, chunk=64), Location(bucket, "x"), weights, 0, None, 1)
+    with proxied(s3_environment, hold_first_image) as url:
+        slow = Store(client(variables={**s3_environment, "AWS_ENDPOINT_URL_S3": url}))
+        generate_batch.generate_chunk(slow, batch(64, chunk=64), Location(bucket, "x"), weights, 0, None, 1)
     assert ahead in ([0, 8], [0, 8, 16])
     assert chunks == list(range(0, 64, 8))
-
-
-def peak(work: Callable[[], object]) -> int:
-    """Bytes of Python's that ``work`` held at its worst."""
-    tracemalloc.start()
-    try:
-        work()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 @pytest.mark.slow
@@ -265,10 +203,10 @@ def test_request_table_sets_conditions_of_each_image(store: Store, bucket: str, 
     generate_batch.begin(store, batch(21, requests=table.about), by_table, table)
     generate_all(store, batch(21, requests=table.about), by_table, weights, table)
     generate_all(store, batch(21, conditions=Conditions(labels=tuple(labels))), by_list, weights)
-    ours, theirs = rows_of(stored_files(store, by_table)), rows_of(stored_files(store, by_list))
-    assert [row["label"] for row in ours] == labels
+    of_table, of_list = rows_of(stored_files(store, by_table)), rows_of(stored_files(store, by_list))
+    assert [row["label"] for row in of_table] == labels
     # The last compute batch is filled up with other neighbours, which no image sees.
-    assert [row["pixels_sha256"] for row in ours] == [row["pixels_sha256"] for row in theirs]
+    assert [row["pixels_sha256"] for row in of_table] == [row["pixels_sha256"] for row in of_list]
 
 
 def test_location_of_another_batch_is_not_overwritten(store: Store, bucket: str, tmp_path: Path) -> None:
@@ -292,7 +230,7 @@ def test_unreadable_batch_at_the_location_is_named(store: Store, bucket: str) ->
         generate_batch.begin(store, batch(20), Location(bucket, "here"), None)
 
 
-def test_processor_time_of_chunks_that_share_a_process_is_counted_once() -> None:
+def test_processor_time_of_a_shared_process_counts_once() -> None:
     works = [
         Work(images=10, process="a", began=1, ended=6),
         Work(images=10, process="a", began=2, ended=9),

@@ -102,20 +102,19 @@ def planned(store: Store, tmp_path: Path, table: str, classes: dict[str, int], *
     return batch
 
 
-def test_batch_has_one_image_per_row_and_names_the_request_table(store: Store, bucket: str, tmp_path: Path) -> None:
+def test_a_batch_has_an_image_per_row_of_its_table(store: Store, bucket: str, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("label\neven\nodd\neven\n")
     store.put_once(bucket, "tables/t.csv", (tmp_path / "t.csv").read_bytes())
     here = planned(store, tmp_path, str(tmp_path / "t.csv"), {"even": 1, "odd": 1})
     there = planned(store, tmp_path, f"s3://{bucket}/tables/t.csv", {"even": 1, "odd": 1})
     assert here == there
     assert here.count == 3
-    assert here.requests is not None
     assert here.requests.columns == ("label",)
     assert SamplingBatch.model_validate_json(here.json_bytes()) == here
 
 
 @pytest.mark.parametrize(("rows", "guidance"), [("odd\neven\n", 2.0), ('odd\n""\n', None)])
-def test_chosen_guidance_applies_to_tables_whose_every_row_is_conditional_and_autoguidance_to_all(
+def test_chosen_guidance_applies_to_wholly_conditional_tables(
     store: Store, tmp_path: Path, rows: str, guidance: float | None
 ) -> None:
     (tmp_path / "t.csv").write_text(f"label\n{rows}")

@@ -1,7 +1,6 @@
 """Samples say under which conditions they were generated, and what is written suffices to generate them again."""
 
 import io
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -11,28 +10,21 @@ from PIL import Image
 from diffusion.checkpoints import load_model
 from diffusion.common.files import sha256_bytes
 from diffusion.common.fingerprint import fingerprint
+from diffusion.families.model import Model
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.generation.generate import label_names, sample
 from diffusion.process.samplers import SamplingConfig, sampling_config
 from flows.sampling.sampling_batch import SamplingBatch, chunk_size, encode, part_bytes, part_rows, write_parquet
+from tests.builders import sampling_batches
+from tests.builders.small_datasets import ingest_blobs, write_blobs
 from tests.builders.training_runs import run
 
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=8)
 
 
 def batch(conditions: Conditions | None = None, sampling: SamplingConfig = SAMPLING) -> SamplingBatch:
-    return SamplingBatch(
-        model="blobs",
-        version=3,
-        run_id="r",
-        content_digest="c" * 64,
-        weights_sha256="d" * 64,
-        seed=7,
-        count=4,
-        sampling=sampling,
-        fingerprint=fingerprint(sampling.compute_batch, sampling.precision, "auto"),
-        conditions=conditions,
-    )
+    about = fingerprint(sampling.compute_batch, sampling.precision, "auto")
+    return sampling_batches.batch(4, sampling=sampling, fingerprint=about, conditions=conditions, chunk=None)
 
 
 def test_unconditional_batch_name_and_bytes_omit_conditions() -> None:
@@ -59,14 +51,19 @@ def test_batches_with_different_conditions_have_different_names() -> None:
     assert all(SamplingBatch.model_validate_json(each.json_bytes()) == each for each in batches)
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A model that was trained for a moment, with what autoguidance needs."""
+    folder = tmp_path_factory.mktemp("model")
+    dataset = ingest_blobs(write_blobs(folder / "images"), folder / "data" / "blobs")
+    return load_model(run(dataset, folder / "run").final)
+
+
 @pytest.mark.parametrize(
     ("conditions", "kind"),
     [(None, "guidance"), (None, "autoguidance"), (Conditions(labels=("odd", None, "even")), "guidance")],
 )
-def test_stored_batch_regenerates_images_and_lists_their_conditions(
-    dataset: Path, tmp_path: Path, conditions: Conditions | None, kind: str
-) -> None:
-    model = load_model(run(dataset, tmp_path / "run").final)
+def test_a_stored_batch_regenerates_its_images(model: Model, conditions: Conditions | None, kind: str) -> None:
     planned_batch = batch(conditions, SAMPLING.model_copy(update={kind: 2.0}))
     stored_batch = SamplingBatch.model_validate_json(planned_batch.json_bytes())
     images = sample(
@@ -100,7 +97,7 @@ def test_prompts_are_stored_in_png_and_manifest_in_any_script() -> None:
 
 @pytest.mark.parametrize("compute_batch", [1, 8, 64, 1000])
 @pytest.mark.parametrize("count", [1, 257, 40_000, 100_000, 1_000_000])
-def test_large_batches_have_hundreds_of_chunks_and_no_chunk_is_large(count: int, compute_batch: int) -> None:
+def test_large_batches_have_hundreds_of_small_chunks(count: int, compute_batch: int) -> None:
     size = chunk_size(count, compute_batch)
     assert size % compute_batch == 0
     assert size >= 4 * compute_batch
@@ -108,7 +105,7 @@ def test_large_batches_have_hundreds_of_chunks_and_no_chunk_is_large(count: int,
     assert -(-count // size) <= 256 or size > 4096 - compute_batch
 
 
-def test_chunk_size_keeps_the_batch_name_and_the_format_changes_it() -> None:
+def test_the_format_changes_the_batch_name_the_chunk_does_not() -> None:
     plain = batch()
     cut, tars = (plain.model_copy(update=change) for change in ({"chunk": 16, "count": 20}, {"format": "tar"}))
     assert cut.name == plain.model_copy(update={"count": 20}).name

@@ -41,7 +41,6 @@ def start(place: Location, weights: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", SAMPLE_SCRIPT, BATCH.json_bytes().decode(), str(place), str(weights)]
     variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
     assert process.stdout.readline() == "begins\n"
     return process
 

@@ -16,6 +16,7 @@ from flows.registry import model_versions
 from tests.builders.left_behind import MARK, descendants, left_behind, new_process_tag
 from tests.builders.ray_cluster import at_work, two_nodes
 from tests.builders.small_models import write_model
+from tests.builders.waiting import wait_for
 from tests.builders.workspace import Workspace, objects, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -33,9 +34,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     folder = tmp_path_factory.mktemp("workspace")
     weights = write_model(folder / "weights.safetensors", 1, 0, classes={"even": 2, "odd": 1})
     with running(folder, {"sampling": SAMPLING}, 0) as space, pytest.MonkeyPatch.context() as patch:
-        for name, value in space.variables.items():
-            if name.startswith(("MLFLOW_", "AWS_")):
-                patch.setenv(name, value)
+        space.join(patch)
         client = MlflowClient()
         run = client.create_run(client.create_experiment("blobs"))
         model_versions.register("blobs", run.info.run_id, weights, sampling_config(**SAMPLING), {}, 0)
@@ -66,7 +65,7 @@ def files(workspace: Workspace, name: str) -> dict[str, bytes]:
     "SIGKILL late in a batch; then two commands at once, on Ray and on processes",
     "the bytes of an undisturbed batch",
 )
-def test_killed_and_then_begun_twice_with_other_runners_it_ends_in_the_bytes_of_an_undisturbed_batch(
+def test_a_killed_batch_ends_the_same_with_other_runners(
     workspace: Workspace, undisturbed: tuple[dict[str, bytes], float]
 ) -> None:
     expected, seconds = undisturbed
@@ -94,7 +93,7 @@ def test_killed_and_then_begun_twice_with_other_runners_it_ends_in_the_bytes_of_
     "the second of two nodes is taken away at work",
     "the other one finishes, the same bytes",
 )
-def test_when_one_of_two_ray_nodes_dies_at_work_the_other_ends_in_the_same_bytes(
+def test_a_batch_ends_the_same_when_a_ray_node_dies(
     workspace: Workspace, undisturbed: tuple[dict[str, bytes], float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Where a node's tasks keep the weights that they fetch.
@@ -103,11 +102,8 @@ def test_when_one_of_two_ray_nodes_dies_at_work_the_other_ends_in_the_same_bytes
         patch.setitem(workspace.variables, "RAY_ADDRESS", cluster.address)
         spread = ("--set", "sampling_batch.runner=ray", "--set", "sampling_batch.workers=2")
         job = workspace.start(*ARGUMENTS, "--to", "s3://darkroom/nodes", *spread)
-        deadline = time.monotonic() + 300
-        while not at_work(second):
-            assert job.poll() is None, job.communicate()[1][-3000:]
-            assert time.monotonic() < deadline, "no task came to the second node"
-            time.sleep(0.05)
+        wait_for(lambda: at_work(second) or job.poll() is not None, why=lambda: "no task came to the second node")
+        assert job.poll() is None, job.communicate()[1][-3000:]
         cluster.remove_node(second, allow_graceful=False)
         _, errors = job.communicate(timeout=900)
         assert job.returncode == 0, errors[-3000:]
@@ -133,7 +129,7 @@ def test_finished_batch_is_skipped_and_its_run_reports_progress(
     assert any("images per CPU-hour" in each["data"] for each in artifacts if each["key"] == "samples-blobs")
 
 
-def test_other_chunk_size_is_held_and_table_errors_are_one_line(
+def test_another_chunk_size_is_held_and_table_errors_named(
     workspace: Workspace, undisturbed: tuple[dict[str, bytes], float]
 ) -> None:
     workspace.run(*ARGUMENTS[:-1], "sampling_batch.chunk=1024", "--to", "s3://darkroom/undisturbed", code=3)

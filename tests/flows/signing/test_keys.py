@@ -26,11 +26,6 @@ def _environment(no_servers: None) -> None:
     """Without a key in it."""
 
 
-@pytest.fixture(scope="module")
-def ours(tmp_path_factory: pytest.TempPathFactory) -> Identity:
-    return identity(tmp_path_factory.mktemp("keys") / "ours")
-
-
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     folder = tmp_path / "exports" / "faces"
@@ -40,12 +35,12 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_signature_is_a_dsse_envelope_with_the_sha256_of_each_file(ours: Identity, model: Path) -> None:
-    ours.signer(certified=False).sign(model, signature_path(model))
+def test_a_signature_is_a_dsse_envelope_of_each_file(alice: Identity, model: Path) -> None:
+    alice.signer(certified=False).sign(model, signature_path(model))
     envelope = json.loads(signature_path(model).read_bytes())["dsseEnvelope"]
     payload, kind = base64.b64decode(envelope["payload"]), envelope["payloadType"]
     message = b"DSSEv1 %d %s %d %s" % (len(kind), kind.encode(), len(payload), payload)
-    public = load_pem_public_key(ours.public.read_bytes())
+    public = load_pem_public_key(alice.public.read_bytes())
     assert isinstance(public, ec.EllipticCurvePublicKey)
     public.verify(base64.b64decode(envelope["signatures"][0]["sig"]), message, ec.ECDSA(SHA256()))
     digests = {each["name"]: each["digest"] for each in json.loads(payload)["predicate"]["resources"]}
@@ -87,9 +82,9 @@ TAMPERING: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("certified", [False, True], ids=["key", "certificate"])
 @pytest.mark.parametrize("words", TAMPERING, ids=list(TAMPERING))
-def test_each_change_of_a_signed_model_is_found(ours: Identity, model: Path, words: str, certified: bool) -> None:
-    ours.signer(certified).sign(model, signature_path(model))
-    trust = ours.trust(certified)
+def test_each_change_of_a_signed_model_is_found(alice: Identity, model: Path, words: str, certified: bool) -> None:
+    alice.signer(certified).sign(model, signature_path(model))
+    trust = alice.trust(certified)
     trust.verify(model, signature_path(model))
     TAMPERING[words](model)
     with pytest.raises(SignatureError, match=words):
@@ -103,9 +98,9 @@ def envelope(signature: bytes) -> tuple[bytes, bytes]:
 
 
 @pytest.mark.parametrize("certified", [False, True], ids=["key", "certificate"])
-def test_a_damaged_signature_is_no_crash(ours: Identity, model: Path, certified: bool) -> None:
-    signature, trust = signature_path(model), ours.trust(certified)
-    ours.signer(certified).sign(model, signature)
+def test_a_damaged_signature_is_no_crash(alice: Identity, model: Path, certified: bool) -> None:
+    signature, trust = signature_path(model), alice.trust(certified)
+    alice.signer(certified).sign(model, signature)
     whole = signature.read_bytes()
     for place in range(0, len(whole), 41):
         signature.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
@@ -133,11 +128,11 @@ def test_a_damaged_signature_is_no_crash(ours: Identity, model: Path, certified:
             trust.verify(model, signature)
 
 
-def test_signatures_by_others_are_not_verified(ours: Identity, model: Path, tmp_path: Path) -> None:
-    theirs, signature = identity(tmp_path / "theirs"), signature_path(model)
+def test_signatures_by_others_are_not_verified(alice: Identity, model: Path, tmp_path: Path) -> None:
+    bob, signature = identity(tmp_path / "bob"), signature_path(model)
     for certified in (False, True):
-        theirs.signer(certified).sign(model, signature)
-        for trust in (ours.trust(certified), ours.trust(not certified)):
+        bob.signer(certified).sign(model, signature)
+        for trust in (alice.trust(certified), alice.trust(not certified)):
             with pytest.raises(SignatureError):
                 trust.verify(model, signature)
     with pytest.raises(UserError):
@@ -145,9 +140,9 @@ def test_signatures_by_others_are_not_verified(ours: Identity, model: Path, tmp_
 
 
 def test_a_certificate_that_has_expired_since_is_found(
-    ours: Identity, model: Path, monkeypatch: pytest.MonkeyPatch
+    alice: Identity, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours.signer().sign(model, signature_path(model))
+    alice.signer().sign(model, signature_path(model))
 
     class Later:
         @staticmethod
@@ -158,9 +153,9 @@ def test_a_certificate_that_has_expired_since_is_found(
 
     monkeypatch.setattr("flows.signing.keys.datetime", Later)
     with pytest.raises(SignatureError, match="expired"):
-        ours.trust().verify(model, signature_path(model))
+        alice.trust().verify(model, signature_path(model))
     with pytest.raises(UserError, match="expired"):
-        ours.signer()
+        alice.signer()
 
 
 @pytest.mark.parametrize("expired", ["root", "intermediate"])
@@ -175,12 +170,12 @@ def test_an_expired_certificate_above_that_of_the_signer_is_found(model: Path, t
 
 
 def test_what_is_trusted_is_read_once_and_from_home(
-    ours: Identity, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    alice: Identity, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for certified, name in ((False, "public.pem"), (True, "root.pem")):
-        ours.signer(certified).sign(model, signature_path(model))
-        shutil.copy(getattr(ours, name.removesuffix(".pem")), tmp_path / name)
+        alice.signer(certified).sign(model, signature_path(model))
+        shutil.copy(getattr(alice, name.removesuffix(".pem")), tmp_path / name)
         path = Path("~", name)
         trust = Trust(roots=path) if certified else Trust(key=path)
         (tmp_path / name).unlink()
@@ -196,7 +191,7 @@ def test_keys_of_larger_curves_sign_as_well(model: Path, tmp_path: Path, curve: 
     signer.trust(certified=False).verify_bytes(b"entry", signature)
 
 
-def test_the_key_is_opened_by_its_passphrase_and_is_written_nowhere(
+def test_the_key_needs_its_passphrase_and_stays_in_memory(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     signer = identity(tmp_path / "locked", passphrase="open sesame")
@@ -228,21 +223,19 @@ def files(folder: Path | str) -> list[Path]:
     return [path for path in Path(folder).rglob("*") if path.is_file()]
 
 
-def test_a_key_and_its_certificate_may_be_texts_in_the_environment(
-    ours: Identity, model: Path, monkeypatch: pytest.MonkeyPatch
+def test_key_and_certificate_may_be_texts_in_the_environment(
+    alice: Identity, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DARKROOM_SIGNING_KEY", ours.key.read_text())
-    monkeypatch.setenv("DARKROOM_SIGNING_CERTIFICATES", ours.certificate.read_text())
+    monkeypatch.setenv("DARKROOM_SIGNING_KEY", alice.key.read_text())
+    monkeypatch.setenv("DARKROOM_SIGNING_CERTIFICATES", alice.certificate.read_text())
     SigningKey.load().sign(model, signature_path(model))
-    assert "CN=ours" in ours.trust().verify(model, signature_path(model))
+    assert "CN=alice" in alice.trust().verify(model, signature_path(model))
 
 
 @pytest.mark.parametrize("variable", ["DARKROOM_SIGNING_KEY", "DARKROOM_SIGNING_CERTIFICATES"])
-def test_no_error_repeats_a_key_in_whatever_form_it_is_given(
-    ours: Identity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
-) -> None:
+def test_errors_repeat_no_key(alice: Identity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
     locked = identity(tmp_path / "locked", passphrase="open sesame").key.read_text()
-    for text in (locked, ours.key.read_text()):
+    for text in (locked, alice.key.read_text()):
         [*_, body, end] = text.splitlines()
         bodies = "".join(text.splitlines()[1:-1])
         for form in (
@@ -258,7 +251,7 @@ def test_no_error_repeats_a_key_in_whatever_form_it_is_given(
             body + end,
         ):
             monkeypatch.setenv(variable, form)
-            key = ours.key if variable.endswith("CERTIFICATES") else None
+            key = alice.key if variable.endswith("CERTIFICATES") else None
             # The key is read from some forms: what is around it does not matter.
             with suppress(UserError):
                 SigningKey.load(key)
@@ -268,20 +261,20 @@ def test_no_error_repeats_a_key_in_whatever_form_it_is_given(
             assert body[:20] not in "".join(traceback.format_exception(error.value))
 
 
-def test_unusable_keys_are_named(ours: Identity, tmp_path: Path) -> None:
+def test_unusable_keys_are_named(alice: Identity, tmp_path: Path) -> None:
     other = rsa.generate_private_key(65537, 2048)
     (tmp_path / "rsa.pem").write_bytes(other.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    theirs = identity(tmp_path / "theirs")
+    bob = identity(tmp_path / "bob")
     for key, certificate, words in (
         (None, None, "no key to sign with.*DARKROOM_SIGNING_KEY"),
         (tmp_path / "missing.pem", None, "missing.pem cannot be read"),
-        (tmp_path / "rsa.pem", None, "rsa.pem is no key on the curve"),
-        (ours.public, None, "public.pem cannot be read as a private key"),
-        (ours.key, theirs.certificate, "certificate of .*theirs/certificate.pem is for another key"),
-        (ours.key, ours.key, "key.pem holds no certificates"),
+        (tmp_path / "rsa.pem", None, "rsa.pem is not a key on the curve"),
+        (alice.public, None, "public.pem cannot be read as a private key"),
+        (alice.key, bob.certificate, "certificate of .*bob/certificate.pem is for another key"),
+        (alice.key, alice.key, "key.pem holds no certificates"),
     ):
         with pytest.raises(UserError, match=words):
             SigningKey.load(key, certificate)
-    for trust, words in (((ours.key, None), "not a public key"), ((None, ours.public), "not certificates")):
+    for trust, words in (((alice.key, None), "not a public key"), ((None, alice.public), "not certificates")):
         with pytest.raises(UserError, match=words):
             Trust(*trust)

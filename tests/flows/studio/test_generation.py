@@ -37,7 +37,7 @@ from tests.builders.studio_client import with_header
 gr = pytest.importorskip("gradio", reason="the studio needs Gradio: pip install 'darkroom-diffusion[ui]'")
 from flows.studio.app import USER, build, launch  # noqa: E402
 from flows.studio.generation import editor_files, enlarge_to_canvas  # noqa: E402
-from flows.studio.source import Source  # noqa: E402
+from flows.studio.source import StudioSource  # noqa: E402
 
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=8)
 PASSWORD = "test-secret"
@@ -49,12 +49,12 @@ def weights(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def source(weights: Path) -> Source:
-    return Source.from_file(weights, SAMPLING)
+def source(weights: Path) -> StudioSource:
+    return StudioSource.from_file(weights, SAMPLING)
 
 
 @pytest.fixture
-def address(source: Source) -> Iterator[str]:
+def address(source: StudioSource) -> Iterator[str]:
     page = build(source)
     yield launch(page, PASSWORD)
     page.close(verbose=False)
@@ -64,14 +64,16 @@ def labels(page: gr.Blocks, kind: type) -> list[str]:
     return [each.label for each in page.blocks.values() if isinstance(each, kind)]
 
 
-def test_only_tabs_and_inputs_that_the_model_can_use_are_shown(source: Source, tmp_path: Path) -> None:
+def test_only_tabs_and_inputs_with_effect_are_shown(source: StudioSource, tmp_path: Path) -> None:
     page = build(source)
     assert labels(page, gr.Tab) == ["Generate", "Inpaint", "Img2img", "Interpolate"]
     [classes, *_] = [each for each in page.blocks.values() if isinstance(each, gr.Radio) and each.label == "Class"]
     assert {value for _, value in classes.choices} == {"", "even", "odd"}
     assert "Prompt" not in labels(page, gr.Textbox)
     config = ModelConfig.model_validate(CONFIG.model_dump() | {"low_resolution": 4, "conditional": False})
-    enlarging = build(Source.from_file(write_model(tmp_path / "large.safetensors", 1, 0, config=config), SAMPLING))
+    enlarging = build(
+        StudioSource.from_file(write_model(tmp_path / "large.safetensors", 1, 0, config=config), SAMPLING)
+    )
     assert labels(enlarging, gr.Tab) == ["Upscale"]
     assert "Class" not in labels(enlarging, gr.Radio)
     assert "Size" not in labels(enlarging, gr.Dropdown)
@@ -89,7 +91,7 @@ def sliders(page: gr.Blocks, title: str) -> dict[str, Any]:
     return found
 
 
-def test_sliders_begin_with_the_defaults_of_the_model(source: Source, weights: Path, tmp_path: Path) -> None:
+def test_sliders_begin_with_the_defaults_of_the_model(source: StudioSource, weights: Path, tmp_path: Path) -> None:
     # The browser shows and sends 0 for an empty number once it is seen.
     numbers = [each for each in build(source).blocks.values() if isinstance(each, gr.Number | gr.Slider)]
     assert {each.label for each in numbers} >= {"Seed", "Images", "Steps", "Guidance"}
@@ -103,7 +105,7 @@ def test_sliders_begin_with_the_defaults_of_the_model(source: Source, weights: P
     assert shown["Guidance"].maximum > 4.5
 
 
-def test_a_request_sends_the_guidance_that_is_shown(source: Source, weights: Path, tmp_path: Path) -> None:
+def test_a_request_sends_the_guidance_that_is_shown(source: StudioSource, weights: Path, tmp_path: Path) -> None:
     guided = with_header(weights, SAMPLING, guidance=4.5, guidance_interval=(0.3, 5.0))
     fields = {"label": "odd", "steps": 3, "sampler": "dpmpp_2m"}
 
@@ -121,11 +123,11 @@ def test_a_request_sends_the_guidance_that_is_shown(source: Source, weights: Pat
 def test_what_has_no_effect_is_not_shown(weights: Path, tmp_path: Path) -> None:
     config = ModelConfig.model_validate(CONFIG.model_dump() | {"conditional": False})
     plain = write_model(tmp_path / "plain.safetensors", 1, 0, config=config)
-    assert {*sliders(build(Source.from_file(plain, SAMPLING)), "Generate")} == {"Images", "Steps"}
+    assert {*sliders(build(StudioSource.from_file(plain, SAMPLING)), "Generate")} == {"Images", "Steps"}
     student = write_model(
         tmp_path / "student.safetensors", 1, 0, classes={"even": 3, "odd": 1}, training={"student": {"steps": 2}}
     )
-    page = build(Source.from_file(student, SAMPLING))
+    page = build(StudioSource.from_file(student, SAMPLING))
     assert {*sliders(page, "Generate")} == {"Images"}
     assert "Sampler" not in labels(page, gr.Dropdown)
     square, several = {(8, 8): 4}, {(8, 8): 4, (8, 16): 2}
@@ -135,40 +137,39 @@ def test_what_has_no_effect_is_not_shown(weights: Path, tmp_path: Path) -> None:
 
 
 @needs_encoder
-def test_examples_are_of_what_the_model_knows(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_are_of_what_the_model_knows(
+    source: StudioSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     examples = source.make_examples()
-    assert examples is not None
     assert examples.texts == ["even", "odd"]  # the most frequent first
     assert source.make_examples() is examples
     # Again is of the class that was clicked, by itself.
     assert examples.fields_of(1) == {"task": "sample", "label": "odd", "count": 8}
     text = ModelConfig.model_validate(CONFIG.model_dump() | {"text": True, "conditional": False})
     weights = write_model(tmp_path / "words.safetensors", 1, 0, config=text)
-    unknown = Source.from_file(weights, SAMPLING).make_examples()
-    assert unknown is not None
+    unknown = StudioSource.from_file(weights, SAMPLING).make_examples()
     assert unknown.texts == [""] * 6
     (tmp_path / "words.prompts.txt").write_text("a red disc\n\n blue square \n")
-    known = Source.from_file(weights, SAMPLING).make_examples()
-    assert known is not None
+    known = StudioSource.from_file(weights, SAMPLING).make_examples()
     assert known.texts == ["a red disc", "blue square"]
     # What cannot be generated is no reason not to begin.
     (tmp_path / "words.prompts.txt").write_text("word " * 1000)
-    assert Source.from_file(weights, SAMPLING).make_examples() is None
+    assert StudioSource.from_file(weights, SAMPLING).make_examples() is None
 
 
 def test_prompts_of_examples_are_captions_of_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     squares(tmp_path / "data" / "blobs")
     text = ModelConfig.model_validate(CONFIG.model_dump() | {"text": True, "conditional": False})
-    source = Source.from_file(write_model(tmp_path / "words.safetensors", 1, 0, config=text), SAMPLING)
+    source = StudioSource.from_file(write_model(tmp_path / "words.safetensors", 1, 0, config=text), SAMPLING)
     prompts = source.example_fields["prompt"]
     assert sorted(prompts) == ["blue square", "green square", "red square"]
 
 
-def test_a_download_carries_the_lineage_of_images_on_s3(source: Source, tmp_path: Path) -> None:
+def test_a_download_carries_the_lineage_of_images_on_s3(source: StudioSource, tmp_path: Path) -> None:
     origin = {"model": "models:/blobs/3", "run_id": "f" * 32, "content_digest": "0" * 64}
-    registered = Source(source.model, "models:/blobs/3", origin, SAMPLING)
+    registered = StudioSource(source.model, "models:/blobs/3", origin, SAMPLING)
     [path] = registered.generate({"label": "odd", "seed": 7}).paths
     planned = batch(1)
     on_s3, _ = encode(planned, 0, torch.zeros(1, 8, 8, dtype=torch.uint8), None, Conditions(labels=("odd",)))
@@ -177,15 +178,15 @@ def test_a_download_carries_the_lineage_of_images_on_s3(source: Source, tmp_path
         image = Image.open(io.BytesIO(png))
         return {name: str(text) for name, text in image.info.items() if name.startswith(("darkroom:", "XML"))}
 
-    mine, theirs = texts(path.read_bytes()), texts(on_s3)
-    assert mine.keys() == theirs.keys() | {"darkroom:task"}
-    assert mine["darkroom:label"] == theirs["darkroom:label"] == "odd"
-    assert mine["darkroom:model"] == "models:/blobs/3"
-    assert (mine["darkroom:seed"], mine["darkroom:index"]) == ("7", "0")
+    local, stored = texts(path.read_bytes()), texts(on_s3)
+    assert local.keys() == stored.keys() | {"darkroom:task"}
+    assert local["darkroom:label"] == stored["darkroom:label"] == "odd"
+    assert local["darkroom:model"] == "models:/blobs/3"
+    assert (local["darkroom:seed"], local["darkroom:index"]) == ("7", "0")
     assert path.name == "blobs-3-seed7-0.png"
 
 
-def test_a_generation_is_stopped_by_its_page(source: Source) -> None:
+def test_a_generation_is_stopped_by_its_page(source: StudioSource) -> None:
     calls = list[int]()
 
     def is_abandoned() -> bool:
@@ -196,7 +197,7 @@ def test_a_generation_is_stopped_by_its_page(source: Source) -> None:
         source.generate({"steps": 10_000}, is_abandoned=is_abandoned)
 
 
-def test_images_are_the_files_of_the_command_line(source: Source, weights: Path, tmp_path: Path) -> None:
+def test_images_are_the_files_of_the_command_line(source: StudioSource, weights: Path, tmp_path: Path) -> None:
     options = ("--set", "sampling.sampler=dpmpp_2m", "--set", "sampling.steps=3", "--set", "sampling.compute_batch=8")
     result = darkroom(
         tmp_path, "sample", "--model", str(weights), "--label", "odd", "--seed", "7", "--count", "3", *options,
@@ -209,7 +210,7 @@ def test_images_are_the_files_of_the_command_line(source: Source, weights: Path,
     ]
 
 
-def test_a_painted_hole_is_filled_as_by_the_command_with_a_mask(source: Source, weights: Path, tmp_path: Path) -> None:
+def test_a_painted_hole_is_filled_as_by_the_command(source: StudioSource, weights: Path, tmp_path: Path) -> None:
     image = blob(3).convert("RGB").resize((8, 8))
     layer = Image.new("RGBA", (8, 8))
     layer.paste((41, 121, 255, 200), (2, 3, 6, 7))
@@ -237,12 +238,14 @@ def test_a_painted_hole_is_filled_as_by_the_command_with_a_mask(source: Source, 
         *({"task": "inpaint"}, {"steps": "0"}, {"steps": "many"}, {"steps": "2.5"}, {"guidance": "nan"}),
     ],
 )
-def test_what_the_model_cannot_do_is_an_error_of_the_user(source: Source, fields: dict[str, object]) -> None:
+def test_what_the_model_cannot_do_is_an_error(source: StudioSource, fields: dict[str, object]) -> None:
     with pytest.raises(UserError):
         source.generate({"task": "sample"} | fields)
 
 
-def test_a_request_takes_no_more_work_or_time_than_allowed(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_takes_no_more_work_or_time_than_allowed(
+    source: StudioSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match="DARKROOM_MAX_REQUEST_MEGAPIXELS"):
         source.generate({"task": "sample", "count": 64, "steps": 10_000, "size": "16x16", "sampler": "heun"})
     monkeypatch.setenv("DARKROOM_MAX_REQUEST_SECONDS", "0.5")
@@ -273,7 +276,7 @@ def test_nothing_is_served_without_the_password(address: str) -> None:
         assert client.get(f"gradio_api/file={Path.cwd()}/pyproject.toml").status_code == 403
 
 
-def test_the_page_generates_for_who_is_logged_in(address: str, source: Source) -> None:
+def test_the_page_generates_for_who_is_logged_in(address: str, source: StudioSource) -> None:
     from gradio_client import Client
 
     client = Client(address, auth=(USER, PASSWORD), verbose=False)
@@ -283,8 +286,8 @@ def test_the_page_generates_for_who_is_logged_in(address: str, source: Source) -
     assert "seed 7" in note
 
 
-def test_a_taken_port_and_a_missing_gradio_are_errors_of_the_user(
-    address: str, source: Source, monkeypatch: pytest.MonkeyPatch
+def test_a_taken_port_and_a_missing_gradio_are_errors(
+    address: str, source: StudioSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError):
         launch(build(source), PASSWORD, port=int(address.rstrip("/").rpartition(":")[2]))
@@ -307,7 +310,6 @@ def test_it_ends_soon_while_it_generates(weights: Path) -> None:
         stderr=subprocess.PIPE,
     )
     try:
-        assert process.stderr is not None
         assert str(port).encode() in process.stderr.readline()
         client = Client(f"http://127.0.0.1:{port}", auth=(USER, PASSWORD), verbose=False)
         job = client.submit("odd", 64, 10_000, 1, 7, "dpmpp_2m", api_name="/sample")

@@ -24,7 +24,7 @@ from flows.studio.app import build, launch
 from flows.studio.comparison import VOTES, load_version
 from flows.studio.ledger import read_history
 from flows.studio.server import new_token, require_token
-from flows.studio.source import Source
+from flows.studio.source import StudioSource
 
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)
 PUBLIC = "https://studio.example.org/darkroom"
@@ -39,13 +39,13 @@ FOREIGN: list[Mapping[str, str]] = [
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+def source(tmp_path_factory: pytest.TempPathFactory) -> StudioSource:
     weights = write_model(tmp_path_factory.mktemp("model") / "blobs.safetensors", 1, 0, classes={"even": 3, "odd": 1})
-    return Source.from_file(weights, SAMPLING)
+    return StudioSource.from_file(weights, SAMPLING)
 
 
 @pytest.fixture(scope="module")
-def address(source: Source) -> Iterator[str]:
+def address(source: StudioSource) -> Iterator[str]:
     page = build(source)
     yield launch(page, PASSWORD)
     page.close(verbose=False)
@@ -96,7 +96,7 @@ def test_cookies_are_strict_and_answers_stay_with_the_page(address: str) -> None
         assert not [name for name in page.headers if name.startswith("access-control-")]
 
 
-def test_a_reverse_proxy_is_answered_at_its_address_only(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reverse_proxy_is_answered_at_its_address_only(source: StudioSource, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DARKROOM_UI_URL", PUBLIC)
     page = build(source)
     assert launch(page, PASSWORD, url=settings().ui_url) == PUBLIC

@@ -1,7 +1,8 @@
 """The studio in a browser: a person logs in, generates, paints a hole and fills it, votes, and rolls back."""
 
 import re
-from http.server import BaseHTTPRequestHandler
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,22 +16,24 @@ from flows.local_stack.server_process import choose_ports
 from flows.registry.model_versions import Version
 from flows.sampling import generate_batch
 from flows.storage.s3 import Location, Store
-from tests.builders.browser import chromium, look
+from tests.builders.browser import chromium, log_in, look
 from tests.builders.captioned import needs_encoder
-from tests.builders.http_server import serving
+from tests.builders.http_server import QuietHandler, serving
 from tests.builders.reverse_proxy import proxying
 from tests.builders.sampling_batches import batch
 from tests.builders.shapes import blob
 from tests.builders.small_models import CONFIG, write_model
-from tests.builders.studio_client import with_header
+from tests.builders.studio_client import PASSWORD, with_header
 
 pytest.importorskip("gradio", reason="the studio needs Gradio: pip install 'darkroom-diffusion[ui]'")
-from flows.studio.app import USER, build, launch
+import gradio as gr
+
+from flows.studio.app import build, launch
 from flows.studio.comparison import VOTES, load_version
 from flows.studio.ledger import read_history
-from flows.studio.source import Source
+from flows.studio.source import StudioSource
 
-PASSWORD = "test-secret"
+SAMPLING = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)
 
 
 def look_at_both_widths(page: Page, shot: Path) -> None:
@@ -41,7 +44,6 @@ def look_at_both_widths(page: Page, shot: Path) -> None:
         look(page, shot.with_name(f"{shot.name}-{width}.png"))
         for each in page.locator("img:visible").all():
             box = each.bounding_box()
-            assert box is not None
             assert 0 <= box["x"] <= box["x"] + box["width"] <= width
 
 
@@ -51,7 +53,6 @@ def paint(page: Page) -> None:
     canvas.scroll_into_view_if_needed()
     page.wait_for_timeout(3000)
     box = canvas.bounding_box()
-    assert box is not None
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(x - 40, y)
     page.wait_for_timeout(300)
@@ -61,13 +62,6 @@ def paint(page: Page) -> None:
         page.wait_for_timeout(30)
     page.mouse.up()
     page.wait_for_timeout(500)
-
-
-def log_in(page: Page, address: str) -> None:
-    page.goto(address)
-    page.get_by_label("username").fill(USER)
-    page.get_by_label("password").fill(PASSWORD)
-    page.get_by_role("button", name="Login").click()
 
 
 def start(page: Page) -> Locator:
@@ -105,11 +99,27 @@ def choose(page: Page, label: str, name: str) -> None:
     page.get_by_role("option", name=name, exact=True).click()
 
 
+@contextmanager
+def visited(studio: gr.Blocks, width: int = 1280) -> Iterator[Page]:
+    """The page of a studio in a browser, after the login."""
+    address = launch(studio, PASSWORD)
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        log_in(page, address)
+        yield page
+    studio.close(verbose=False)
+
+
+@pytest.fixture
+def studio(tmp_path: Path) -> gr.Blocks:
+    """The studio of a small model of two classes."""
+    weights = write_model(tmp_path / "blobs.safetensors", 1, 0, size=16, classes={"even": 3, "odd": 1})
+    return build(StudioSource.from_file(weights, SAMPLING))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [pytest.param(1280, marks=pytest.mark.long), 390])
-def test_a_person_generates_and_inpaints(width: int, tmp_path: Path) -> None:
-    weights = write_model(tmp_path / "blobs.safetensors", 1, 0, size=16, classes={"even": 3, "odd": 1})
-    studio = build(Source.from_file(weights, sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)))
+def test_a_person_generates_and_inpaints(studio: gr.Blocks, width: int, tmp_path: Path) -> None:
     address = launch(studio, PASSWORD)
     hosts = set[str]()
     with chromium() as browser:
@@ -129,12 +139,9 @@ def test_a_person_generates_and_inpaints(width: int, tmp_path: Path) -> None:
         look(page, tmp_path / f"generated-{width}.png")
         for each in images(page).all():
             box = each.bounding_box()
-            assert box is not None
             assert box["x"] + box["width"] <= width
         # On a phone the results are above the controls.
         above, below = (page.locator(each).first.bounding_box() for each in (".results:visible", ".controls:visible"))
-        assert above is not None
-        assert below is not None
         assert (above["y"] < below["y"]) is (width < 700)
         images(page).nth(1).click()
         press(page, "Inpaint")
@@ -162,12 +169,8 @@ def test_every_control_of_a_model_is_opened_set_and_used(tmp_path: Path) -> None
     config = ModelConfig.model_validate(CONFIG.model_dump() | {"text": True})
     weights = write_model(tmp_path / "blobs.safetensors", 1, 0, size=16, config=config, classes={"even": 3, "odd": 1})
     (tmp_path / "blobs.prompts.txt").write_text("a disc\na square\n")
-    sampling = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)
-    studio = build(with_header(weights, sampling, shapes={(16, 16): 4, (12, 20): 2}, guidance=3.0))
-    address = launch(studio, PASSWORD)
-    with chromium() as browser:
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        log_in(page, address)
+    studio = build(with_header(weights, SAMPLING, shapes={(16, 16): 4, (12, 20): 2}, guidance=3.0))
+    with visited(studio) as page:
         expect(page.get_by_text("2 images of seed 0")).to_be_visible(timeout=60_000)
         images(page).nth(1).click()
         expect(option(page, "Prompt")).to_have_value("a square")
@@ -206,7 +209,6 @@ def test_every_control_of_a_model_is_opened_set_and_used(tmp_path: Path) -> None
         expect(page.locator("body.dark")).to_have_count(1)
         page.reload()
         expect(page.locator("body.dark")).to_have_count(1, timeout=30_000)
-    studio.close(verbose=False)
 
 
 def use_the_results(page: Page, folder: Path) -> None:
@@ -240,11 +242,8 @@ def use_the_results(page: Page, folder: Path) -> None:
 def test_progress_has_step_rate_and_time_and_a_person_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flows.studio.source.MAX_EXAMPLE_SECONDS", 0.1)  # in so many steps they take longer
     weights = write_model(tmp_path / "blobs.safetensors", 1, 0, size=16)
-    studio = build(Source.from_file(weights, sampling_config(sampler="dpmpp_2m", steps=10_000, compute_batch=64)))
-    address = launch(studio, PASSWORD)
-    with chromium() as browser:
-        page = browser.new_page(viewport={"width": 390, "height": 900})
-        log_in(page, address)
+    studio = build(StudioSource.from_file(weights, sampling_config(sampler="dpmpp_2m", steps=10_000, compute_batch=64)))
+    with visited(studio, 390) as page:
         running = page.get_by_text(re.compile(r"[1-9]\d* of 10000 steps · [\d.]+ per second · [\d:]+ left"))
         start(page).click(timeout=60_000)
         expect(running.first).to_be_visible(timeout=90_000)
@@ -255,7 +254,6 @@ def test_progress_has_step_rate_and_time_and_a_person_stops(tmp_path: Path, monk
         option(page, "Steps").press("Tab")
         page.get_by_role("button", name="Generate", exact=True).click(timeout=30_000)
         expect(page.get_by_text("8 images of seed 0: dpmpp_2m, 2 steps.")).to_be_visible(timeout=90_000)
-    studio.close(verbose=False)
 
 
 ATTACK = """
@@ -312,20 +310,12 @@ const ask = (path, options = {}) => fetch(studio + path, {credentials: "include"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost"])
-def test_a_page_of_another_port_reads_and_changes_nothing(name: str, tmp_path: Path) -> None:
-    weights = write_model(tmp_path / "blobs.safetensors", 1, 0, size=16, classes={"even": 3, "odd": 1})
-    studio = build(Source.from_file(weights, sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)))
+def test_a_page_of_another_port_reads_and_changes_nothing(studio: gr.Blocks, name: str) -> None:
     address = launch(studio, PASSWORD)
 
-    class Page(BaseHTTPRequestHandler):
+    class Page(QuietHandler):
         def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html")
-            self.end_headers()
-            self.wfile.write(ATTACK.replace("STUDIO", address).encode())
-
-        def log_message(self, *arguments: object) -> None:
-            pass
+            self.answer(ATTACK.replace("STUDIO", address).encode())
 
     with chromium() as browser, serving(Page) as foreign:
         own = browser.new_context().new_page()
@@ -364,9 +354,7 @@ def test_a_page_of_another_port_reads_and_changes_nothing(name: str, tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_person_generates_behind_a_reverse_proxy(tmp_path: Path) -> None:
-    weights = write_model(tmp_path / "blobs.safetensors", 1, 0, size=16, classes={"even": 3, "odd": 1})
-    studio = build(Source.from_file(weights, sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)))
+def test_a_person_generates_behind_a_reverse_proxy(studio: gr.Blocks, tmp_path: Path) -> None:
     [port] = choose_ports(1)
     url = f"http://127.0.0.1:{port}/darkroom"
     launch(studio, PASSWORD, url=url)
@@ -382,7 +370,7 @@ def test_a_person_generates_behind_a_reverse_proxy(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_person_votes_looks_at_batches_and_rolls_back_with_a_reason(
+def test_a_person_votes_browses_batches_and_rolls_back(
     versions: list[Version], mlflow_client: MlflowClient, store: Store, bucket: str, tmp_path: Path
 ) -> None:
     for planned_batch in (batch(4, seed=8), batch(30)):
@@ -391,12 +379,8 @@ def test_a_person_votes_looks_at_batches_and_rolls_back_with_a_reason(
         for chunk in range(len(planned_batch.chunks())):
             generate_batch.generate_chunk(store, planned_batch, place, tmp_path / "1.safetensors", chunk, None, 1)
         generate_batch.finish(store, planned_batch, place)
-    sampling = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)
-    studio = build(load_version(versions[1].uri, sampling), bucket)
-    address = launch(studio, PASSWORD)
-    with chromium() as browser:
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        log_in(page, address)
+    studio = build(load_version(versions[1].uri, SAMPLING), bucket)
+    with visited(studio) as page:
         page.get_by_role("tab", name="Compare").click()
         expect(page.get_by_label("Champion")).to_have_value("2 (champion)", timeout=30_000)
         expect(page.get_by_label("Candidate")).to_have_value("1 (previous)")
@@ -453,6 +437,5 @@ def test_a_person_votes_looks_at_batches_and_rolls_back_with_a_reason(
         confirm.click()
         expect(page.get_by_text("3. rollback")).to_be_visible(timeout=30_000)
         page.screenshot(path=tmp_path / "rolled-back.png", full_page=True)
-    studio.close(verbose=False)
     assert read_history(bucket).alias_numbers.champion == 1
     assert (read_history(bucket).entries[-1].reason or "").endswith("draws three eyes")

@@ -2,7 +2,6 @@
 
 import shutil
 import stat
-import time
 import zipfile
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -12,16 +11,17 @@ from uuid import uuid4
 
 import httpx
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import expect
 
 from diffusion.common.errors import UserError
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.sources.survey import survey
 from flows.config import Params
-from flows.deployment.retrainings import Retraining, Step, base_of
+from flows.deployment.retrainings import Retraining, RetrainingStep, base_of
 from flows.local_stack.server_process import choose_ports
-from tests.builders.browser import chromium, look
-from tests.builders.studio_client import PASSWORD, USER, logged_in, trigger, upload
+from tests.builders.browser import chromium, log_in, look
+from tests.builders.studio_client import PASSWORD, logged_in, trigger, upload
+from tests.builders.waiting import wait_until_served
 from tests.builders.workspace import PARAMS, Workspace, running
 
 pytest.importorskip("gradio", reason="the studio needs Gradio: pip install 'darkroom-diffusion[ui]'")
@@ -202,7 +202,6 @@ def write_run(folder: Path) -> None:
 def test_progress_is_that_of_complete_rows(tmp_path: Path) -> None:
     write_run(tmp_path)
     progress = TrainingProgress.read(tmp_path, NOW - timedelta(minutes=1), None)
-    assert progress is not None
     assert (progress.images, progress.total, progress.rate) == (192, 1000, 50)
     assert progress.words() == "192 of 1,000 images, 50 a second, 0:16 left"
     assert [path.stem for path in progress.grids] == ["0000000128", "0000000064"]
@@ -221,14 +220,14 @@ def test_a_run_of_another_retraining_is_not_shown(tmp_path: Path) -> None:
 def test_texts_of_a_run_are_no_markup() -> None:
     hostile = "<img src=x onerror=alert(1)>"
     run = Retraining(uuid4(), Params(), hostile, hostile, True, NOW, NOW, f"'{hostile}")
-    html = describe(run, [Step("train", hostile, 3, f"'{hostile}")], hostile, None)
+    html = describe(run, [RetrainingStep("train", hostile, 3, f"'{hostile}")], hostile, None)
     assert "<img" not in html
     assert "href=''" not in html
 
 
 def test_a_step_that_waits_for_approval_leads_to_its_page() -> None:
     run = Retraining(uuid4(), Params(), "Running", "", False, NOW, None, "http://prefect/run")
-    html = describe(run, [Step("promote", "Paused", 65, "http://prefect/promote")], "", None)
+    html = describe(run, [RetrainingStep("promote", "Paused", 65, "http://prefect/promote")], "", None)
     assert "waits for approval, <a href='http://prefect/promote'" in html
 
 
@@ -248,7 +247,7 @@ def event_of(client: httpx.Client, title: str) -> Any:
     return lambda event: event["id"] == first["id"]
 
 
-def test_a_start_needs_the_token_of_its_page_and_a_worker(studio: httpx.Client) -> None:
+def test_a_start_needs_its_token_and_a_worker(studio: httpx.Client) -> None:
     session, begin = uuid4().hex, event_of(studio, "Start training")
     blind = {"Name of the data set and model": "blobs", "Size in pixels": 8, "textbox": "guessed"}
     assert "ask again" in trigger(studio, begin, blind, session)["error"]
@@ -273,7 +272,7 @@ def test_an_uploaded_zip_is_examined(studio: httpx.Client, images: Path, tmp_pat
     assert "error" in trigger(studio, examine, {"Or a zip of images": elsewhere})
 
 
-def test_a_report_is_shown_without_scripts_to_who_is_logged_in(studio: httpx.Client, workspace: Path) -> None:
+def test_a_report_runs_no_scripts_and_needs_a_login(studio: httpx.Client, workspace: Path) -> None:
     report = workspace / "reports" / "blobs" / "report.html"
     report.parent.mkdir(parents=True)
     report.write_text("<title>Report</title>")
@@ -292,28 +291,15 @@ def test_a_report_is_shown_without_scripts_to_who_is_logged_in(studio: httpx.Cli
 QUICK = {"evaluation": {"samples": 16, "extractor_size": 32}}
 
 
-def log_in(page: Page, address: str) -> None:
-    page.goto(address)
-    page.get_by_label("username").fill(USER)
-    page.get_by_label("password").fill(PASSWORD)
-    page.get_by_role("button", name="Login").click()
-
-
 def serve(space: Workspace) -> tuple[Any, str]:
     """Begin the studio as a user does; returns its process and address."""
     [port] = choose_ports(1)
     process, address = space.start("ui", "--port", str(port), "--no-browser"), f"http://127.0.0.1:{port}/"
-    deadline = time.monotonic() + 300
-    while True:
-        try:
-            if httpx.get(address).is_success:
-                return process, address
-        except httpx.HTTPError:
-            assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(1)
+    wait_until_served(address, process)
+    return process, address
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_person_trains_from_a_zip_to_the_report(tmp_path: Path) -> None:

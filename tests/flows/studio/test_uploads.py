@@ -4,7 +4,6 @@ import os
 import struct
 import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,10 +25,11 @@ from tests.builders import ROOT
 from tests.builders.image_files import noise, png_of_chunks, saved
 from tests.builders.small_models import CONFIG, write_model
 from tests.builders.studio_client import PASSWORD, logged_in, named, peak_memory, trigger, upload
+from tests.builders.waiting import wait_until_served
 
 gr = pytest.importorskip("gradio", reason="the studio needs Gradio: pip install 'darkroom-diffusion[ui]'")
 from flows.studio.app import build, launch  # noqa: E402
-from flows.studio.source import Source  # noqa: E402
+from flows.studio.source import StudioSource  # noqa: E402
 from flows.studio.uploads import LIMITS, MAX_LAYERS, ImageUpload, PaintableImage, decode_upload  # noqa: E402
 
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)
@@ -46,7 +46,7 @@ def png_bomb(side: int) -> bytes:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     weights = write_model(tmp_path_factory.mktemp("model") / "blobs.safetensors", 1, 0, classes={"even": 3, "odd": 1})
-    page = build(Source.from_file(weights, SAMPLING))
+    page = build(StudioSource.from_file(weights, SAMPLING))
     yield launch(page, PASSWORD)
     page.close(verbose=False)
 
@@ -81,7 +81,7 @@ def test_every_input_for_files_is_checked_before_it_is_decoded(tmp_path: Path) -
     inputs = {
         type(block)
         for weights in (write_model(tmp_path / "blobs.safetensors", 1, 0), enlarging)
-        for event in build(Source.from_file(weights, SAMPLING)).fns.values()
+        for event in build(StudioSource.from_file(weights, SAMPLING)).fns.values()
         for block in event.inputs
         if isinstance(block, gr.components.Component) and not isinstance(block, gr.State)
     }
@@ -116,7 +116,7 @@ def test_a_damaged_image_is_an_error_in_one_line(client: httpx.Client) -> None:
         assert "damaged" in send(client, task, payload)["error"]
 
 
-def test_an_image_in_the_request_or_at_an_address_is_refused(client: httpx.Client) -> None:
+def test_an_image_inside_the_request_is_refused(client: httpx.Client) -> None:
     for file in ({"path": None, "url": "data:image/png;base64,iVBORw0KGgo="}, {"path": "/etc/hostname"}):
         assert "error" in trigger(client, named("img2img"), {"image": file})
     with pytest.raises(gr.Error, match="not uploaded"):
@@ -185,13 +185,7 @@ def test_four_bombs_at_once_leave_the_server_small(tmp_path: Path) -> None:
     )
     address = f"http://127.0.0.1:{port}/"
     try:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and server.poll() is None:
-            try:
-                httpx.get(address)
-                break
-            except httpx.TransportError:
-                time.sleep(0.2)
+        wait_until_served(address, server)
         # Under what Pillow refuses by itself (179 million pixels), and above.
         bombs = [png_bomb(13_000), png_bomb(20_000)]
         # The largest that is allowed is decoded, one at a time.

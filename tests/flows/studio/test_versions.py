@@ -35,7 +35,7 @@ from flows.studio.ledger import read_history, roll_back_from, timeline
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)
 
 
-def test_votes_are_blind_and_their_tally_is_recorded_on_the_candidate(
+def test_votes_are_blind_and_recorded_on_the_candidate(
     mlflow_client: MlflowClient, versions: list[Version], bucket: str
 ) -> None:
     numbers, aliases = read_versions(bucket)
@@ -52,7 +52,6 @@ def test_votes_are_blind_and_their_tally_is_recorded_on_the_candidate(
         pair, left = ballot.pair, ballot.session.left_version(ballot.pair or 0)
         sides = ballot.sides()
         assert pair is not None
-        assert sides is not None
         assert sides[0] == ballot.images[left][pair]
         preferred[left if side == "left" else {"candidate": "champion", "champion": "candidate"}[left]] += 1
         ballot, tally = cast(ballot, side)  # type: ignore[arg-type]
@@ -99,7 +98,7 @@ def test_images_are_those_of_the_champion_after_a_rollback(
         follow(source, uri)
 
 
-def test_a_rollback_needs_a_reason_and_the_champion_that_was_seen(versions: list[Version], bucket: str) -> None:
+def test_a_rollback_needs_a_reason_and_the_shown_champion(versions: list[Version], bucket: str) -> None:
     with pytest.raises(UserError):
         roll_back_from(bucket, 2, "  ")
     with pytest.raises(ConflictError):

@@ -13,7 +13,6 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-import requests
 from mlflow.client import MlflowClient
 from PIL import Image
 
@@ -22,6 +21,7 @@ from flows.tracking import buffered
 from flows.tracking.buffered import BufferedTracker
 from flows.tracking.runs import RunTracker
 from tests.builders.shapes import blob
+from tests.builders.waiting import wait_until_served
 
 
 @pytest.fixture
@@ -92,15 +92,7 @@ def mlflow_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
     with (folder / "server.log").open("ab") as log:
         server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
     try:
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                requests.get(f"http://127.0.0.1:{port}/health", timeout=1).raise_for_status()
-                break
-            except requests.RequestException:
-                assert server.poll() is None, (folder / "server.log").read_text()[-2000:]
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
+        wait_until_served(f"http://127.0.0.1:{port}/health", server)
         yield server
     finally:
         os.killpg(server.pid, 9)

@@ -58,7 +58,7 @@ def test_slow_work_has_a_rate_of_its_own(hands: Clock) -> None:
     assert pace.words(100) == "0.3/s, 3:53 left"
 
 
-def test_without_a_terminal_short_work_says_nothing_and_long_work_a_line_each_half_a_minute(hands: Clock) -> None:
+def test_lines_without_a_terminal_come_every_half_minute(hands: Clock) -> None:
     messages: list[str] = []
     lines = Lines(messages.append)
     for done in range(0, 501, 50):
@@ -95,7 +95,7 @@ def test_a_phase_ends_with_one_line_and_its_duration(hands: Clock) -> None:
     assert seconds == {"train": 41, "evaluate": 5}
 
 
-def test_time_left_covers_the_phases_to_come_as_far_as_they_are_expected(hands: Clock) -> None:
+def test_time_left_covers_expected_later_phases(hands: Clock) -> None:
     messages: list[str] = []
     lines, seconds, expected = Lines(messages.append), dict[str, float](), {"evaluate": 60.0, "promote": 20.0}
     token = CONSOLE.set(lines)

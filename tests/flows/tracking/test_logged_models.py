@@ -1,7 +1,7 @@
 """Judged checkpoints in MLflow: each once, ranked by their scores, whatever was killed before."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import mlflow
@@ -9,41 +9,14 @@ import pytest
 from mlflow.client import MlflowClient
 from mlflow.entities import LoggedModel
 
-from diffusion.common.fingerprint import fingerprint
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.metrics.scores import Scores
-from diffusion.evaluation.results import CheckpointEvaluation, Evaluation, EvaluationConditions, RealBaseline
-from diffusion.process.samplers import sampling_config
+from diffusion.evaluation.results import Evaluation
 from flows.tracking.runs import CHECKPOINT, CHECKPOINT_SHA256, EVAL_KEY, EVALUATED, RunTracker, log_evaluation
+from tests.builders import evaluations
+from tests.builders.model_versions import CrashingClient, Killed
 
 WRITES = ("create_logged_model", "finalize_logged_model", "set_logged_model_tags", "log_batch")
 CONTENT = "c" * 64
-
-
-class Killed(BaseException):
-    """As if the process were."""
-
-
-class CrashingClient(MlflowClient):
-    """Dies right after its write number ``life``, counted from 0."""
-
-    def __init__(self, life: int) -> None:
-        super().__init__()
-        self.life = life
-
-    def __getattribute__(self, name: str) -> Any:
-        attribute = super().__getattribute__(name)
-        if name not in WRITES:
-            return attribute
-
-        def write(*arguments: Any, **named: Any) -> Any:
-            result = attribute(*arguments, **named)
-            self.life -= 1
-            if self.life < 0:
-                raise Killed
-            return result
-
-        return write
 
 
 @pytest.fixture
@@ -59,50 +32,18 @@ def run_id(client: MlflowClient, tmp_path: Path) -> str:
     return str(client.create_run(experiment).info.run_id)
 
 
-def checkpoint_evaluation(number: int, kid: float, samples: int = 500) -> CheckpointEvaluation:
-    scores = Scores(
-        extractor="efflite0",
-        samples=samples,
-        reference=480,
-        fd=100 * kid,
-        kid=kid,
-        kid_se=0.02,
-        precision=0.8,
-        recall=0.7,
-        density=0.9,
-        coverage=0.6,
-    )
-    return CheckpointEvaluation(
-        file=f"runs/blobs/checkpoints/{number}.safetensors",
-        sha256=f"{number:064x}",
-        images=1000 * (number + 1),
-        scores=scores,
-        fingerprint=fingerprint(64, "fp32", "cpu"),
-    )
-
-
-def an_evaluation(kids: list[float], behind: list[float] | None = None, seed: int = 0) -> Evaluation:
+def an_evaluation(kids: Sequence[float], behind: Sequence[float] = (), seed: int = 0) -> Evaluation:
     """Of checkpoints evaluated in full, and of such that were ``behind`` in a round."""
-    conditions = EvaluationConditions(
-        content_digest=CONTENT,
-        extractor="efflite0",
-        extractor_digest="e" * 64,
-        preprocessing="64 pixels",
-        evaluation=EvaluationConfig(seed=seed),
-        sampling=sampling_config(),
-    )
-    models = [checkpoint_evaluation(number, kid) for number, kid in enumerate(kids)]
-    return Evaluation(
-        dataset="blobs",
-        conditions=conditions,
-        eval_key=conditions.key,
-        real_baseline=RealBaseline(scores=models[0].scores, estimates={}),
-        features="a network",
-        estimates={},
-        best=min(models, key=lambda each: each.scores.kid),
-        checkpoints=models,
-        preliminary=[checkpoint_evaluation(len(kids) + number, kid, 125) for number, kid in enumerate(behind or [])],
-    )
+    evaluation = evaluations.an_evaluation([*kids, *behind], "blobs")
+    conditions = evaluation.conditions.model_copy(update={"evaluation": EvaluationConfig(seed=seed)})
+    checkpoints = evaluation.checkpoints[: len(kids)]
+    preliminary = [
+        each.model_copy(update={"scores": evaluations.scores(each.scores.kid, samples=125)})
+        for each in evaluation.checkpoints[len(kids) :]
+    ]
+    best = min(checkpoints, key=lambda each: each.scores.kid)
+    about = {"conditions": conditions, "eval_key": conditions.key, "preliminary": preliminary}
+    return evaluation.model_copy(update={**about, "checkpoints": checkpoints, "best": best})
 
 
 def ranked(client: MlflowClient, run_id: str) -> list[LoggedModel]:
@@ -119,13 +60,11 @@ def points(client: MlflowClient, run_id: str, name: str = "eval/kid_efflite0") -
     return [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
 
 
-def test_mlflow_ranks_the_checkpoints_by_their_scores_on_the_data_set(client: MlflowClient, run_id: str) -> None:
+def test_mlflow_ranks_the_checkpoints_by_their_scores(client: MlflowClient, run_id: str) -> None:
     evaluation = an_evaluation([0.5, 0.2, 0.3])
     log_evaluation(RunTracker(client, run_id), evaluation)
     ranking = ranked(client, run_id)
-    assert [model.tags[CHECKPOINT] for model in ranking] == [
-        f"runs/blobs/checkpoints/{number}.safetensors" for number in (1, 2, 0)
-    ]
+    assert [model.tags[CHECKPOINT] for model in ranking] == [f"runs/{number}.safetensors" for number in (1, 2, 0)]
     best = ranking[0]
     assert best.source_run_id == run_id
     assert best.status == "READY"
@@ -164,10 +103,10 @@ def test_logging_models_twice_creates_no_duplicates(client: MlflowClient, run_id
 def test_logging_models_after_a_kill_creates_no_duplicates(client: MlflowClient, run_id: str, life: int) -> None:
     evaluation = an_evaluation([0.5, 0.2])
     with pytest.raises(Killed):
-        log_evaluation(RunTracker(CrashingClient(life), run_id), evaluation)
+        log_evaluation(RunTracker(CrashingClient(life, WRITES, after=True), run_id), evaluation)
     log_evaluation(RunTracker(client, run_id), evaluation)
     ranking = ranked(client, run_id)
-    assert [model.tags[CHECKPOINT_SHA256] for model in ranking] == [f"{number:064x}" for number in (1, 0)]
+    assert [model.tags[CHECKPOINT_SHA256] for model in ranking] == [f"{number}" * 64 for number in (1, 0)]
     assert {model.status for model in ranking} == {"READY"}
     assert points(client, run_id) == [(1000, 0.5), (2000, 0.2)]
 
@@ -177,7 +116,7 @@ def test_reevaluated_checkpoint_keeps_its_logged_model(client: MlflowClient, run
     anew = an_evaluation([0.1, 0.2], seed=1)
     log_evaluation(RunTracker(client, run_id), anew)
     ranking = ranked(client, run_id)
-    assert [model.tags[CHECKPOINT_SHA256] for model in ranking] == [f"{number:064x}" for number in (0, 1)]
+    assert [model.tags[CHECKPOINT_SHA256] for model in ranking] == [f"{number}" * 64 for number in (0, 1)]
     assert {model.tags[EVAL_KEY] for model in ranking} == {anew.eval_key}
     log_evaluation(RunTracker(client, run_id), an_evaluation([0.1, 0.2], behind=[0.4], seed=1))
     assert ranked(client, run_id)[2].tags[EVALUATED] == "preliminary"

@@ -31,7 +31,6 @@ def begun(client: MlflowClient, experiment: str) -> str:
 
 def runs(client: MlflowClient, experiment: str, view: int = ViewType.ACTIVE_ONLY) -> set[str]:
     mlflow_experiment = client.get_experiment_by_name(experiment)
-    assert mlflow_experiment is not None
     return {run.info.run_id for run in client.search_runs([mlflow_experiment.experiment_id], run_view_type=view)}
 
 
@@ -71,7 +70,6 @@ def test_concurrent_starts_leave_one_run(
     assert runs(mlflow_client, experiment) == {run_id}
     assert len(runs(mlflow_client, experiment, ViewType.ALL)) == 3
     run_ids = find_run(mlflow_client, experiment, TRAIN_KEY, KEY)
-    assert run_ids is not None
     assert run_ids.info.run_id == run_id
 
 
