@@ -67,7 +67,9 @@ class Batch:
     def note(self) -> str:
         """One line about how the images were made."""
         count = f"{len(self.paths)} images" if self.paths[1:] else "1 image"
-        way = f"from seed {self.seed} to {self.fields['to_seed']}" if "to_seed" in self.fields else f"of seed {self.seed}"
+        way = (
+            f"from seed {self.seed} to {self.fields['to_seed']}" if "to_seed" in self.fields else f"of seed {self.seed}"
+        )
         return f"{count} {way}{self.made_by}"
 
     def fields_of(self, number: int) -> dict[str, Any]:

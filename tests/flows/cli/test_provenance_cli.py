@@ -3,9 +3,11 @@
 import sys
 from contextlib import nullcontext
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
+from diffusion.common.files import sha256_file
 from diffusion.common.fingerprint import Fingerprint
 from diffusion.generation.config import Conditions
 from diffusion.process.samplers import sampling_config
@@ -14,6 +16,7 @@ from flows.provenance import reproduce, trace
 from flows.provenance.reproduce import ImageComparison, Reproduction
 from flows.provenance.trace import Takedown, Trace, TracedData, TracedImage, TracedModel, TracedRun, TracedShard
 from flows.sampling.sampling_batch import SamplingBatch
+from tests.builders.small_models import write_model
 
 FINGERPRINT = Fingerprint(batch=4, precision="fp32", device="cpu", torch="2")
 THEN = datetime(2026, 5, 4, 3, 2, tzinfo=UTC)
@@ -151,3 +154,20 @@ def test_reproduction_reports_equal_images_and_the_largest_errors(
         "numerical tolerance)",
         "  00000005: off by 2 of 255 at most",
     ]
+
+
+@pytest.mark.usefixtures("no_servers")
+@pytest.mark.parametrize("name", ["grid.png", "00000001.png"])
+def test_trace_reads_the_record_of_a_model_files_images(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = write_model(Path("m.safetensors"), seed=0, images=1)
+    sample = "sample --model m.safetensors --count 2 --seed 7 --out made --set sampling.steps=2"
+    for words in (sample, f"trace made/{name}"):
+        monkeypatch.setattr(sys, "argv", ["darkroom", *words.split()])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert sha256_file(weights) in error
+    assert "seed '7'" in error
