@@ -204,7 +204,7 @@ def _image_controls(source: Source, task: Task) -> dict[str, Any]:
     if task == "inpaint":
         editor = PaintableImage(
             label="Paint the hole",
-            placeholder="Upload an image, then paint over what is to be made anew",
+            placeholder="Upload an image",
             format="png",
             sources=("upload", "clipboard"),
             transforms=(),

@@ -172,7 +172,8 @@ def test_every_control_of_a_model_is_opened_set_and_used(tmp_path: Path) -> None
         images(page).nth(1).click()
         expect(option(page, "Prompt")).to_have_value("a square")
         page.get_by_role("tab", name="Inpaint").click()
-        expect(page.get_by_text("Upload an image, then paint")).to_be_visible()
+        expect(page.get_by_text("Upload an image", exact=True)).to_be_visible()
+        expect(page.get_by_text("select the draw tool to start")).to_have_count(0)
         for title, options in {
             "Generate": {"Images": 3, "Steps": 4, "Guidance": 2, "Seed": 5},
             "Interpolate": {"Images": 3, "Steps": 4, "Guidance": 2, "Seed": 5, "To seed": 6},
