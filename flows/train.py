@@ -17,8 +17,7 @@ from diffusion.training.identity import data_digest, identity_fields, train_key,
 from diffusion.training.logging import METRICS_BUFFER, RESTARTED, read_metrics
 from diffusion.training.preflight import PREFLIGHT
 from diffusion.training.run_folder import Restart, discard
-from diffusion.training.setup import data_digest, identity_fields, train_key
-from diffusion.training.train import Restart, TrainResult
+from diffusion.training.train import TrainResult
 from flows.config import Params, flatten_sections
 from flows.datasets import dvc
 from flows.datasets.dvc import RemoteShards

@@ -14,14 +14,9 @@ from pydantic import ValidationError
 from diffusion.api.config import complete_sampling
 from diffusion.common.errors import UserError, install_hint
 from diffusion.common.progress import Progress, ignore_progress
-from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.manifest import read_manifest
-from diffusion.evaluation.config import EvaluationConfig
-from diffusion.families.config import FamilyConfig, sampling_conflict, training_conflict
+from diffusion.families.config import sampling_conflict
 from diffusion.generation.config import Task, describe_diffusers_names, read_request
-from diffusion.presets import PresetName, complete_from_preset
-from diffusion.process.samplers import SamplingConfig, sampling_config
-from diffusion.training.config import TrainingConfig
+from diffusion.process.samplers import SamplingConfig
 
 # Each function imports what it runs: torch takes seconds.
 if TYPE_CHECKING:

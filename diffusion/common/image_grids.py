@@ -70,9 +70,10 @@ def make_captioned_grid(images: Images, texts: Sequence[str]) -> Image.Image:
         return make_grid(images)
     columns = min(max(map(len, groups.values())), max(8, math.ceil(math.sqrt(len(images)))))
     scale = max(1, round(64 / max(max(height_and_width(image)) for image in images)))
-    rows = [(_clean(text), make_grid(group, columns, scale=scale)) for text, group in groups.items()]
     size = max(12, min(20, scale * max(image.shape[-2] for image in images) // 5))
-    pad, font, heights = size // 2, load_font(size), [row.height for _, row in rows]
+    pad, font = size // 2, load_font(size)
+    rows = [(_clean(text, font), make_grid(group, columns, scale=scale)) for text, group in groups.items()]
+    heights = [row.height for _, row in rows]
     width = 2 * pad + min(12 * size, max(math.ceil(font.getlength(text[:MAX_MEASURED])) for text, _ in rows))
     sheet = Image.new(rows[0][1].mode, (width + max(row.width for _, row in rows), sum(heights)), "white")
     draw, top = ImageDraw.Draw(sheet), 0
@@ -96,10 +97,15 @@ def load_font(size: int) -> "ImageFont.FreeTypeFont | ImageFont.ImageFont":
     return ImageFont.load_default(size)
 
 
-def _clean(text: str) -> str:
-    """Return ``text`` in one line of printable characters, and ``NO_TEXT`` for none."""
+def _clean(text: str, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont") -> str:
+    """Return ``text`` in one line of printable characters, and ``NO_TEXT`` for none.
+
+    Characters that ``font`` lacks, as all of Chinese and most emoji, are escaped: they would all be the same box.
+    """
     printable = "".join(character if character.isprintable() else " " for character in text[:MAX_CHARACTERS])
-    return " ".join(printable.split()) or NO_TEXT
+    box = bytes(font.getmask("\U0010ffff"))
+    lacking = {each for each in {*printable} if not each.isascii() and bytes(font.getmask(each)) == box}
+    return " ".join(printable.translate({ord(each): ascii(each)[1:-1] for each in lacking}).split()) or NO_TEXT
 
 
 def _wrap(text: str, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont", width: int, max_lines: int) -> list[str]:

@@ -20,13 +20,9 @@ from diffusion.data.sources.hub_dataset import HubDataset
 from diffusion.data.sources.known_sets import find_idx
 from diffusion.data.sources.local_files import find_files
 from diffusion.evaluation.config import MIN_PER_SPLIT, EvaluationConfig, require_enough
-from diffusion.families.config import FamilyConfig, ModelConfig, classes_of
-from diffusion.generation.config import Conditions, GenerationRequest, check_conditions
-from diffusion.process.samplers import SamplingConfig
-from flows.config import Params, override_keys, registered_autoencoder, registered_initial_weights
-from flows.environment import settings
-from flows.local_stack.http_api import NotServingError, query_mlflow
-from flows.storage.tags import parse_model_uri, parse_tags
+from diffusion.families.config import ModelConfig, classes_of
+from diffusion.generation.config import Conditions, check_conditions
+from flows.config import Params
 
 MAX_CHECKED = 1000
 """Maximum number of images that are decoded to check whether they suffice: seconds."""

@@ -18,10 +18,9 @@ from flows.cli.model_commands import describe_champion_change
 
 if TYPE_CHECKING:
     from diffusion.data.ingest.ingest import IngestResult, Rebuild
-    from diffusion.data.ingest.preview import IngestPreview
-    from diffusion.training.run_folder import Restart
-    from diffusion.training.train import TrainResult, Restart
     from diffusion.evaluation.results import Evaluation
+    from diffusion.training.run_folder import Restart
+    from diffusion.training.train import TrainResult
     from flows.config import Params
     from flows.promote import PromotionResult
 

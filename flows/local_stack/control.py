@@ -24,8 +24,8 @@ from flows.local_stack.stack import SERVICES, LocalStack, ServiceName, servers_i
 Report = Callable[[str], None]
 
 RESTORING = "restoring.json"  # state file in the stack's folder during ``darkroom server restore``
-PATIENCE = 120.0  # seconds within which a started service must answer
-HUNG = 15.0  # seconds after which an earlier process that does not answer is restarted
+PATIENCE = 300.0  # seconds within which the next service must answer; a first start may take minutes on a busy machine
+HUNG = 60.0  # seconds after which an earlier process that does not answer is restarted, though it may be starting still
 GRACE = 15.0  # seconds between SIGTERM and SIGKILL
 
 
@@ -178,6 +178,7 @@ def _configure(stack: LocalStack, external_servers: dict[Server, str]) -> LocalS
 
 def _start_all(stack: LocalStack, report: Report) -> None:
     start, queue = time.monotonic(), services(stack)
+    answered = start
     new_services: set[ServiceName] = set()
     for service in queue:
         if (process := stack.process(service.name)) is not None and process.spec != service.spec:
@@ -195,12 +196,14 @@ def _start_all(stack: LocalStack, report: Report) -> None:
                 new_services.add(service.name)
             if _serves(stack, service):
                 queue.remove(service)
+                answered = time.monotonic()
                 report(f"{service.title}: {stack.url(service.name)} ({time.monotonic() - start:.0f} s)")
             elif service.name not in new_services and time.monotonic() - start > HUNG:
                 report(f"{service.title}: restarted, because it did not answer")
                 _halt(stack, service.name, grace=2)
-            elif time.monotonic() - start > PATIENCE:
-                raise _failure(stack, service, f"did not answer within {PATIENCE:.0f} s")
+            elif time.monotonic() - answered > PATIENCE:
+                problem = f"did not answer within {PATIENCE:.0f} s (on a busy machine run `darkroom up` again)"
+                raise _failure(stack, service, problem)
         time.sleep(0.1)
 
 

@@ -21,6 +21,7 @@ from flows.storage.s3 import Store, client
 
 PROXIES = tuple(form(f"{kind}_proxy") for kind in ("http", "https", "all") for form in (str.lower, str.upper))
 POOL = "darkroom"  # process work pool of the stack's worker
+MAX_WAIT = 10.0  # seconds in which a running server answers, also on a busy machine
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _mlflow(stack: LocalStack) -> Service:
 
     def check(_: Process) -> None:
         url = f"{stack.url('mlflow')}/api/2.0/mlflow/experiments/search?max_results=1"
-        request_json(url, f"{credentials.mlflow_username}:{credentials.mlflow_password}")
+        request_json(url, f"{credentials.mlflow_username}:{credentials.mlflow_password}", timeout=MAX_WAIT)
 
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth"),
@@ -127,9 +128,10 @@ def _prefect(stack: LocalStack) -> Service:
     port = str(stack.state.ports["prefect"])
 
     def check(_: Process) -> None:
-        request_json(f"{stack.url('prefect')}/api/health")
+        request_json(f"{stack.url('prefect')}/api/health", timeout=MAX_WAIT)
         # Unlike health, this needs the password.
-        request_json(f"{stack.url('prefect')}/api/admin/version", stack.credentials.prefect_auth_string)
+        version = f"{stack.url('prefect')}/api/admin/version"
+        request_json(version, stack.credentials.prefect_auth_string, timeout=MAX_WAIT)
 
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", LOOPBACK, "--port", port]
     environment = (
@@ -156,7 +158,7 @@ new schedule's first run and the cleanup of cancelled runs."""
 def _worker(stack: LocalStack) -> Service:
     def check(process: Process) -> None:
         url = f"{stack.url('prefect')}/api/work_pools/{POOL}/workers/filter"
-        workers = request_json(url, stack.credentials.prefect_auth_string, {})
+        workers = request_json(url, stack.credentials.prefect_auth_string, {}, MAX_WAIT)
         start_time = psutil.Process(process.pid).create_time()
         # A dead worker stays online on the server for a while.
         online = [worker["last_heartbeat_time"] for worker in workers if worker["status"] == "ONLINE"]

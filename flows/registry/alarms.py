@@ -118,7 +118,9 @@ class Alarms(NumberedObjects):
         with suppress(ConflictError):
             self._put(name, run_id.encode())
         try:
-            return self.store.get(self.place.bucket, self.place.key(name), max_bytes=MAX_ALARM_BYTES).decode(errors="replace")
+            return self.store.get(self.place.bucket, self.place.key(name), max_bytes=MAX_ALARM_BYTES).decode(
+                errors="replace"
+            )
         except MissingObjectError:
             return run_id
 

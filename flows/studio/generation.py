@@ -204,6 +204,7 @@ def _image_controls(source: StudioSource, task: Task) -> dict[str, Any]:
     if task == "inpaint":
         editor = PaintableImage(
             label="Paint the hole",
+            placeholder="Upload an image",
             format="png",
             sources=("upload", "clipboard"),
             transforms=(),

@@ -254,7 +254,9 @@ def facts_html(batch: GeneratedImages, number: int) -> str:
     """What made an image: prompt and class, seed and number, and where the rest is recorded."""
     text = batch.texts[number]
     prompt = f"<p class='prompt'>{escape(text)}</p>" if text else ""
-    rows = {"Seed": batch.seed, "Image": batch.first_index + number}
+    rows = {"Seed": batch.seed}
+    rows |= {"To seed": batch.fields["to_seed"]} if "to_seed" in batch.fields else {}
+    rows |= {"Image": batch.first_index + number}
     rows |= {"Strength": batch.fields["strength"]} if "strength" in batch.fields else {}
     rows |= {"Negative": batch.fields["negative_prompt"]} if "negative_prompt" in batch.fields else {}
     items = "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in rows.items())

@@ -67,7 +67,10 @@ class GeneratedImages:
     def note(self) -> str:
         """One line about how the images were made."""
         count = f"{len(self.paths)} images" if self.paths[1:] else "1 image"
-        return f"{count} of seed {self.seed}{self.made_by}"
+        way = (
+            f"from seed {self.seed} to {self.fields['to_seed']}" if "to_seed" in self.fields else f"of seed {self.seed}"
+        )
+        return f"{count} {way}{self.made_by}"
 
     def fields_of(self, number: int) -> dict[str, Any]:
         """Return the request's fields for the prompt and class of image ``number`` alone."""

@@ -79,3 +79,13 @@ def test_any_text_fits_beside_its_row(text: str) -> None:
     grid, short = make_captioned_grid(images, [text, "other"]), make_captioned_grid(images, ["a", "b"])
     assert grid.height == short.height
     assert short.width <= grid.width < short.width + 200
+
+
+def test_characters_that_the_font_lacks_are_escaped() -> None:
+    images = [torch.zeros((3, 32, 32), dtype=torch.uint8)] * 2
+    assert png_bytes(make_captioned_grid(images, ["猫", "Straße ψ"])) == png_bytes(
+        make_captioned_grid(images, [r"\u732b", "Straße ψ"])
+    )
+    assert png_bytes(make_captioned_grid(images, ["ß", "ψ"])) != png_bytes(
+        make_captioned_grid(images, [r"\xdf", r"\u03c8"])
+    )

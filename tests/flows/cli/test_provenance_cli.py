@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
+from diffusion.common.files import sha256_file
 from diffusion.common.fingerprint import Fingerprint
 from diffusion.generation.config import Conditions
 from diffusion.process.samplers import sampling_config
@@ -14,6 +16,7 @@ from flows.provenance.reproduce import ImageComparison, Reproduction
 from flows.provenance.trace import Takedown, Trace, TracedData, TracedImage, TracedModel, TracedRun, TracedShard
 from flows.sampling.sampling_batch import SamplingBatch
 from tests.builders.command_line import CommandLine
+from tests.builders.small_models import write_model
 
 FINGERPRINT = Fingerprint(batch=4, precision="fp32", device="cpu", torch="2")
 THEN = datetime(2026, 5, 4, 3, 2, tzinfo=UTC)
@@ -149,3 +152,27 @@ def test_reproduction_reports_equal_images_and_the_largest_errors(
         "numerical tolerance)",
         "  00000005: off by 2 of 255 at most",
     ]
+
+
+@pytest.mark.usefixtures("no_servers")
+@pytest.mark.parametrize("name", ["grid.png", "00000001.png"])
+def test_trace_reads_the_record_of_a_model_files_images(name: str, command_line: CommandLine) -> None:
+    weights = write_model(Path("m.safetensors"), seed=0, images=1)
+    command_line(
+        *[
+            "sample",
+            "--model",
+            "m.safetensors",
+            "--count",
+            "2",
+            "--seed",
+            "7",
+            "--out",
+            "made",
+            "--set",
+            "sampling.steps=2",
+        ]
+    )
+    error = command_line.mistake("trace", f"made/{name}")
+    assert sha256_file(weights) in error
+    assert "seed '7'" in error

@@ -24,8 +24,10 @@ from diffusion.common.errors import DarkroomError, UserError
 from flows.environment import SERVERS
 from flows.local_stack import control as local_stack
 from flows.local_stack import seaweedfs
-from flows.local_stack.server_process import GRPC, are_free, choose_ports, members
-from flows.local_stack.stack import SERVICES, LocalStack, join_servers, new_identity
+from flows.local_stack.http_api import NotServingError
+from flows.local_stack.server_process import GRPC, Process, are_free, choose_ports, members
+from flows.local_stack.services import Service
+from flows.local_stack.stack import SERVICES, LocalStack, ServiceName, join_servers, new_identity
 from flows.storage.s3 import Store, client
 from tests.builders import ROOT, intruder
 from tests.builders.browser import chromium
@@ -627,6 +629,33 @@ def test_a_service_that_fails_to_start_is_named() -> None:
     (data / "filerldb2").write_text("not a folder")
     try:
         with pytest.raises(DarkroomError, match=r"S3 \(SeaweedFS\) ended at once.*logs/s3\.log is: \S+"):
+            local_stack.up(lambda _: None)
+    finally:
+        local_stack.down(lambda _: None)
+
+
+@pytest.mark.usefixtures("no_servers")
+@pytest.mark.parametrize("is_last_slow", [False, True])
+def test_each_service_has_its_own_time_to_answer(is_last_slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers_after(seconds: float) -> Callable[[Process], None]:
+        def check(process: Process) -> None:
+            if time.time() < psutil.Process(process.pid).create_time() + seconds:
+                raise NotServingError("starting")
+
+        return check
+
+    def make(name: ServiceName, seconds: float, after: ServiceName | None) -> Service:
+        command = [sys.executable, "-c", "import time; time.sleep(60)"]
+        return Service(name, name, command, {}, Path.cwd(), answers_after(seconds), after=after)
+
+    slow = [make("s3", 2, None), make("prefect", 60 if is_last_slow else 2, "s3")]
+    monkeypatch.setattr(local_stack, "services", lambda _: slow)
+    monkeypatch.setattr(local_stack, "PATIENCE", 3.5)
+    try:
+        if is_last_slow:
+            with pytest.raises(DarkroomError, match=r"prefect did not answer .*run `darkroom up` again"):
+                local_stack.up(lambda _: None)
+        else:
             local_stack.up(lambda _: None)
     finally:
         local_stack.down(lambda _: None)

@@ -37,6 +37,7 @@ from tests.builders.studio_client import with_header
 gr = pytest.importorskip("gradio", reason="the studio needs Gradio: pip install 'darkroom-diffusion[ui]'")
 from flows.studio.app import USER, build, launch  # noqa: E402
 from flows.studio.generation import editor_files, enlarge_to_canvas  # noqa: E402
+from flows.studio.results import facts_html  # noqa: E402
 from flows.studio.source import StudioSource  # noqa: E402
 
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=8)
@@ -103,6 +104,12 @@ def test_sliders_begin_with_the_defaults_of_the_model(source: StudioSource, weig
     assert (shown["Steps"].value, shown["Guidance"].value) == (3, 4.5)
     assert shown["Guidance"].minimum <= 1
     assert shown["Guidance"].maximum > 4.5
+
+
+def test_the_way_between_two_seeds_names_both(source: StudioSource) -> None:
+    batch = source.generate({"task": "interpolate", "label": "odd", "count": 2, "seed": 3, "to_seed": 4})
+    assert batch.note.startswith("2 images from seed 3 to 4")
+    assert "<dt>To seed</dt><dd>4</dd>" in facts_html(batch, 0)
 
 
 def test_a_request_sends_the_guidance_that_is_shown(source: StudioSource, weights: Path, tmp_path: Path) -> None:

@@ -174,6 +174,9 @@ def test_every_control_of_a_model_is_opened_set_and_used(tmp_path: Path) -> None
         expect(page.get_by_text("2 images of seed 0")).to_be_visible(timeout=60_000)
         images(page).nth(1).click()
         expect(option(page, "Prompt")).to_have_value("a square")
+        page.get_by_role("tab", name="Inpaint").click()
+        expect(page.get_by_text("Upload an image", exact=True)).to_be_visible()
+        expect(page.get_by_text("select the draw tool to start")).to_have_count(0)
         for title, options in {
             "Generate": {"Images": 3, "Steps": 4, "Guidance": 2, "Seed": 5},
             "Interpolate": {"Images": 3, "Steps": 4, "Guidance": 2, "Seed": 5, "To seed": 6},
@@ -200,7 +203,8 @@ def test_every_control_of_a_model_is_opened_set_and_used(tmp_path: Path) -> None
                 option(page, label).fill(str(value))
                 option(page, label).press("Tab")
             start(page).click()
-            made = page.get_by_text("3 images of seed 5: heun, 4 steps, guidance 2 at all σ.")
+            way = "from seed 5 to 6" if title == "Interpolate" else "of seed 5"
+            made = page.get_by_text(f"3 images {way}: heun, 4 steps, guidance 2 at all σ.")
             expect(made.locator("visible=true")).to_be_visible(timeout=60_000)
             expect(images(page)).to_have_count(3)
             look(page, tmp_path / f"{title}.png")
