@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from diffusion.data.shards import ShardStore
     from diffusion.data.sources.base import ObjectStore
     from diffusion.evaluation.results import Evaluation
-    from diffusion.families.model import ModelHeader
+    from diffusion.families.header import ModelHeader
     from diffusion.training.logging import Tracker
-    from diffusion.training.train import Restart, TrainResult
+    from diffusion.training.run_folder import Restart
+    from diffusion.training.train import TrainResult
 
 logger = logging.getLogger(__name__)
 Experiment = TypeVar("Experiment", bound=ExperimentConfig)

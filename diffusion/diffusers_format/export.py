@@ -21,6 +21,7 @@ from diffusion.common.escaping import escape_markdown, python_literal
 from diffusion.common.files import sha256_file, sync_file, sync_folder, write_json
 from diffusion.common.model_files import tensor_bytes
 from diffusion.families.ddpm.model import DDPMModel
+from diffusion.families.diffusion_model import DiffusionModel
 from diffusion.families.fine_tuning import FACTORS
 from diffusion.families.header import ModelHeader
 from diffusion.families.pretrained.config import PIPELINES, DiffusersConfig
@@ -211,7 +212,7 @@ def _digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}
 
 
-def readme(model: DDPMModel, sampling: SamplingConfig, result: ExportResult, place: str) -> str:
+def readme(model: DiffusionModel, sampling: SamplingConfig, result: ExportResult, place: str) -> str:
     """Write the README of an export at ``place``, a folder or OWNER/NAME on the Hub: usage, origin and limitations."""
     header, (channels, size, _) = model.header, model.shape
     if isinstance(header.model, DiffusersConfig):

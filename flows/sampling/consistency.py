@@ -17,7 +17,8 @@ from flows.sampling import sampling_batch
 from flows.sampling.request_rows import MAX_GROUP_BYTES
 from flows.sampling.request_table import REQUESTS
 from flows.sampling.sampling_batch import BATCH, MANIFEST, SUCCESS, Row, SamplingBatch, Success
-from flows.storage.s3 import Location, MissingObjectError, Store
+from flows.storage.s3 import Location, Store
+from flows.storage.s3_errors import MissingObjectError
 
 MAX_NAMED = 20
 MAX_SUCCESS_BYTES, MAX_TABLE_BYTES, MAX_ABOUT_BYTES = 16 * 2**20, 5 * 2**30, 2**18
