@@ -34,6 +34,8 @@ class Rule:
     """The value that the rule is about; None: all but the default."""
     harmless: tuple[object, ...] = ()
     """Other values that are as the default."""
+    waits_for: str = ""
+    """Section without which the rule is not checked yet; empty: none besides that of ``path``."""
 
 
 def is_set(value: object) -> bool:
@@ -93,7 +95,7 @@ def _broken_rules(sections: Mapping[str, Config]) -> Iterator[tuple[str, object,
     for section, config in sections.items():
         for name, value, info in _fields(section, config):
             for rule in info.metadata:
-                if not isinstance(rule, Rule) or rule.path.partition(".")[0] not in sections:
+                if not isinstance(rule, Rule) or not {rule.path.partition(".")[0], rule.waits_for} <= {*sections, ""}:
                     continue
                 if not rule.allows(_value(sections, rule.path)):
                     yield name, value, info, rule

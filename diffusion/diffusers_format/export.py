@@ -20,10 +20,11 @@ from diffusion.common.errors import UserError, install_hint
 from diffusion.common.escaping import escape_markdown, python_literal
 from diffusion.common.files import sha256_file, sync_file, sync_folder, write_json
 from diffusion.common.model_files import tensor_bytes
+from diffusion.families.config import ModelConfig
 from diffusion.families.ddpm.model import DDPMModel
-from diffusion.families.diffusion_model import DiffusionModel
 from diffusion.families.fine_tuning import FACTORS
 from diffusion.families.header import ModelHeader
+from diffusion.families.model import Model
 from diffusion.families.pretrained.config import PIPELINES, DiffusersConfig
 from diffusion.families.pretrained.network import tensor_names
 from diffusion.generation.config import UNCONDITIONAL
@@ -212,11 +213,12 @@ def _digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}
 
 
-def readme(model: DiffusionModel, sampling: SamplingConfig, result: ExportResult, place: str) -> str:
+def readme(model: Model, sampling: SamplingConfig, result: ExportResult, place: str) -> str:
     """Write the README of an export at ``place``, a folder or OWNER/NAME on the Hub: usage, origin and limitations."""
     header, (channels, size, _) = model.header, model.shape
     if isinstance(header.model, DiffusersConfig):
         return _readme_of_pipeline(header, result, place)
+    assert isinstance(header.model, ModelConfig), "others are not exported"
     conditions = ', prompts=["…"]' if model.config.text else ""
     sampling = header.sampling(sampling, bool(model.classes) or model.config.text)
     if model.classes:
@@ -252,7 +254,7 @@ pipe(batch_size=4, seed=0{conditions}).images
 | data set | {escape_markdown(header.dataset)}, content {escape_markdown(header.content_digest)} |
 | trained on | {header.images:,} images seen |
 | weights | SHA-256 of the model file `{result.weights_sha256}` |
-| predicts | {model.config.prediction}, on the schedule {model.config.schedule} of {model.config.steps} levels |
+| predicts | {header.model.prediction}, on the schedule {header.model.schedule} of {header.model.steps} levels |
 | sampled with | {sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance_text} |
 
 The weights come under no licence but what the rights in the images of that data set allow. The model reproduces its

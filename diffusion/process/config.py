@@ -1,5 +1,6 @@
 """The options of the training objective of diffusion models, and the names of predictions; loads without torch."""
 
+from dataclasses import replace
 from typing import Annotated, Literal, Protocol
 
 from pydantic import Field, model_validator
@@ -13,6 +14,8 @@ SchedulerPrediction = Literal["epsilon", "v_prediction", "sample", "flow_predict
 
 NOISE_LEVELS = needs("noise_levels")
 """The rule of options that have an effect only for diffusion models."""
+NOT_WITH_LORA = replace(unless("training.lora"), waits_for="model")
+"""The rule of options that have no effect with low-rank matrices."""
 _LOGNORMAL = only("training.timestep_sampling", "lognormal")
 
 
@@ -88,9 +91,7 @@ class ObjectiveConfig(Config):
     values, by the logarithm of the root of their ratio (2301.11093)."""
     log_sigma_std: Annotated[float | None, NOISE_LEVELS, _LOGNORMAL] = Field(None, gt=0)
     """Standard deviation of ln σ for timestep_sampling = lognormal; null: 1.2, EDM's."""
-    student: Annotated[StudentConfig | None, needs("distillation"), unless("training.lora")] = Field(
-        None, exclude_if=is_unset
-    )
+    student: Annotated[StudentConfig | None, needs("distillation"), NOT_WITH_LORA] = Field(None, exclude_if=is_unset)
     """Distil training.init_from into a student of few evaluations, as `darkroom distill` does. Null: train to
     denoise."""
     stratified_timesteps: Annotated[bool, NOISE_LEVELS] = True

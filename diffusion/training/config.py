@@ -1,5 +1,6 @@
 """The section ``training``. Every schedule counts images seen, so it is independent of batch size and resumption."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,7 +10,7 @@ from diffusion.common.config import LARGEST_EMA_STD, Config, DeviceName, PlainNa
 from diffusion.common.errors import UserError
 from diffusion.common.rules import given, needs, only, unless
 from diffusion.families.base import BaseFamilyConfig, LoRAConfig
-from diffusion.process.config import ObjectiveConfig
+from diffusion.process.config import NOT_WITH_LORA, ObjectiveConfig
 from diffusion.process.samplers import SamplingConfig
 
 if TYPE_CHECKING:
@@ -49,9 +50,10 @@ class TrainingConfig(ObjectiveConfig):
     lora: Annotated[
         LoRAConfig | None,
         needs("adapters"),
-        given(
-            "training.init_from",
-            "training.lora adapts the weights of training.init_from, and there are none: name a model there",
+        replace(
+            given("training.init_from"),
+            because="training.lora adapts the weights of training.init_from, and there are none: name a model there",
+            waits_for="model",
         ),
     ] = Field(None, exclude_if=is_unset)
     """Train low-rank matrices on top of training.init_from instead of its weights (extra ``diffusers``, for peft): the
@@ -68,7 +70,7 @@ class TrainingConfig(ObjectiveConfig):
     cpu_threads: int = Field(2, ge=1)
     """CPU threads that each compute a part of a batch, ideally one per free core. The number of threads decides the
     last bits of the weights, the number of cores does not."""
-    optimizer: Annotated[Literal["muon", "adamw"], needs("muon"), unless("training.lora")] = "muon"
+    optimizer: Annotated[Literal["muon", "adamw"], needs("muon"), NOT_WITH_LORA] = "muon"
     """Optimizer of diffusion models: Muon (arXiv 2510.19376) for the matrices of hidden layers, and AdamW for all other
     weights, or AdamW for all. Other families are trained with AdamW."""
     learning_rate: float = Field(4e-3, gt=0)
@@ -87,7 +89,7 @@ class TrainingConfig(ObjectiveConfig):
     """Null: one exponential average. Two numbers, such as [0.05, 0.1]: two power-function averages with these relative
     standard deviations, whose memory grows in proportion to training time (arXiv 2312.02696). The first is the model;
     evaluation.ema_stds reconstructs other standard deviations after training from snapshots of both."""
-    guide: Annotated[float | None, needs("guide"), unless("training.lora")] = Field(0.25, gt=0, lt=1)
+    guide: Annotated[float | None, needs("guide"), NOT_WITH_LORA] = Field(0.25, gt=0, lt=1)
     """Share of the training after which the averaged weights are kept in the model's file as its guide, away from which
     sampling.autoguidance leads (arXiv 2406.02507): that file is then twice as large. A training that begins with a
     model that has a guide keeps that one; with one that has none, the new model gets one of its own. Low-rank matrices
@@ -112,12 +114,12 @@ class TrainingConfig(ObjectiveConfig):
     shard: Annotated[
         StrictBool | StrictInt,
         needs("sharding"),
-        unless("training.lora"),
-        only(
-            "training.optimizer",
-            "adamw",
+        NOT_WITH_LORA,
+        replace(
+            only("training.optimizer", "adamw"),
             because="training.shard gives each process a part of each matrix, and Muon needs whole ones: set "
             "training.optimizer to adamw",
+            waits_for="model",
         ),
         KEEPS_WEIGHTS,
     ] = False

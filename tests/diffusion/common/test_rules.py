@@ -1,5 +1,6 @@
 """Rules on the fields of configurations: which values have an effect, and which contradict each other."""
 
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import pytest
@@ -54,6 +55,15 @@ def test_rules_about_missing_sections_wait() -> None:
         find_conflict(drive=Drive(wheels=6, rails=True))
         == "drive.wheels means nothing to drive.rails = true: leave it out"
     )
+
+
+def test_rule_can_wait_for_another_section() -> None:
+    class Cart(Config):
+        wheels: Annotated[int, replace(only("cart.road", "paved"), waits_for="model")] = 4
+        road: str = "none"
+
+    assert find_conflict(cart=Cart(wheels=6)) is None
+    assert find_conflict(cart=Cart(wheels=6), model=Engine()) is not None
 
 
 def test_fields_without_effect_do_not_depend_on_their_values() -> None:
