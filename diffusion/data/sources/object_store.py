@@ -91,6 +91,8 @@ class Objects(Source):
         """Connect to the object store; raises UserError if the place is not a prefix of images."""
         super().__init__(place, access, values)
         uri = f"s3:{place}"
+        if not place.startswith("//"):
+            raise UserError(f"{uri} is not an address: write s3://BUCKET/PREFIX")
         if uri.endswith((*TARS, ".zip", ".parquet", ".csv", ".jsonl")):
             raise UserError(
                 f"{uri} is one file: write wds:{uri} for a tar of WebDataset, and copy others to disk first"
