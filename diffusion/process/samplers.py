@@ -571,7 +571,5 @@ def describe_error(error: Mapping[str, Any], location: Sequence[int | str]) -> s
         samplers = [str(kind.model_fields["sampler"].default) for kind in SAMPLERS if path[0] in kind.model_fields]
         if samplers and sampler not in samplers:
             return f"{key} means nothing to sampler = {sampler}: use {' or '.join(samplers)}, or leave it out"
-        known = next(
-            [*kind.model_fields] for kind in SAMPLERS if kind.model_fields["sampler"].default == sampler
-        )
+        known = next([*kind.model_fields] for kind in SAMPLERS if kind.model_fields["sampler"].default == sampler)
     return describe_validation_error(error, key, known)
