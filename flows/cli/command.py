@@ -241,7 +241,7 @@ def connect(*servers: "Server") -> Iterator[None]:
     from flows.environment import settings
     from flows.local_stack.http_api import require
     from flows.local_stack.stack import join_servers
-    from flows.tracking.console import OURS
+    from flows.tracking.console import PACKAGES
 
     if settings().log == "json":
         from flows.tracking.json_logs import VARIABLES
@@ -253,7 +253,7 @@ def connect(*servers: "Server") -> Iterator[None]:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "INFO" if VERBOSITY.get() == "verbose" else "WARNING")
     # Log records of our packages go to the current Prefect run, if there is one.
-    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", ",".join(OURS))
+    os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", ",".join(PACKAGES))
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
     join_servers(*servers)
     require(*servers)
