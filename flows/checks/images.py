@@ -100,8 +100,10 @@ def require_usable(config: IngestConfig) -> None:
                 return
     # A sample may have more unusable ones than the folder.
     allowed_share = config.max_quarantined + (0 if step == 1 else SAMPLING_ERROR)
-    if reasons.total() == checked or reasons.total() > allowed_share * checked:
-        words = "; ".join(f"{number} × {reason}" for reason, number in reasons.most_common(3))
+    words = "; ".join(f"{number} × {reason}" for reason, number in reasons.most_common(3))
+    if reasons.total() == checked:
+        raise UserError(f"no usable image in {config.source}: all {checked} that were looked at are unusable ({words})")
+    if reasons.total() > allowed_share * checked:
         raise UserError(
             f"{reasons.total()} of {checked} images of {config.source} cannot be used ({words}), more than the share "
             f"of {config.max_quarantined:g} that ingest.max_quarantined allows: fix them, or allow more"
