@@ -30,6 +30,7 @@ from diffusion.generation.generate import check_prompts, check_sampling, make_co
 from diffusion.process.samplers import (
     ZERO_SNR,
     DDIMSampling,
+    Denoise,
     DPMSolverSDESampling,
     EulerSampling,
     HeunSampling,
@@ -110,6 +111,25 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         conditioning = {name: tensor.to(device) for name, tensor in conditioning.items()}
         denoise = denoiser_of(model, conditioning, config, embeddings[conditions.negative_prompt].to(device))
         start, options = self._noise(model, batch_size, seed, generator, eta)
+        x0 = self._run_scheduler(model, denoise, conditioning, config, start, options)
+        # The last step of Darkroom's samplers goes to the last estimate; schedulers end there too, or not quite.
+        samples = (x0 / 2 + 0.5).clamp(0, 1)
+        images: Any = samples if output_type == "pt" else samples.cpu().permute(0, 2, 3, 1).numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _run_scheduler(
+        self,
+        model: DDPMModel,
+        denoise: Denoise,
+        conditioning: dict[str, Tensor],
+        config: SamplingConfig,
+        start: Tensor,
+        options: Callable[[], dict[str, Any]],
+    ) -> Tensor:
+        """Go from standard Gaussian noise ``start``, (N, C, H, W), through the scheduler's levels to the last x̂_0."""
         timesteps, sigmas = set_noise_levels(self.scheduler, model.schedule, config)
         in_sigma = isinstance(self.scheduler, IN_SIGMA)
         mean = model.start(conditioning)
@@ -129,13 +149,7 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
             else:
                 output = x0 = denoise(x, sigma)
             state = self.scheduler.step(output, t, state, **options()).prev_sample
-        # The last step of Darkroom's samplers goes to the last estimate; schedulers end there too, or not quite.
-        samples = (x0 / 2 + 0.5).clamp(0, 1)
-        images: Any = samples if output_type == "pt" else samples.cpu().permute(0, 2, 3, 1).numpy()
-        if output_type == "pil":
-            images = self.numpy_to_pil(images)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return x0
 
     @property
     def _has_learned_variance(self) -> bool:

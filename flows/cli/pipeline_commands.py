@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
+import flows.cli.command as options
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
 from diffusion.common.files import is_model_file
-from flows.cli import command as options
 from flows.cli.arguments import check_model, check_requests
 from flows.cli.command import CommandOutput, command, connect, display_progress, is_follower
 from flows.cli.edit_commands import generate_images
