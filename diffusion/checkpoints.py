@@ -256,7 +256,7 @@ def _load_on_base(path: Path, header: ModelHeader, base: Model) -> Model:
             raise ValueError
         # Training may use some of the classes of a pipeline.
         model = base.select_classes(classes) if set(classes) <= set(base.classes) else base
-        if model.config != header.model or model.classes != classes:
+        if model.config != header.model or (model is base and classes != base.classes):
             raise ValueError
         weights = base.tuned_weights(header.lora, read_tensors(path, AVERAGED))
     except ValueError as error:
