@@ -112,7 +112,8 @@ def test_a_version_is_named_by_the_beginning_of_either_digest(built: BuiltDatase
 
 
 @pytest.mark.parametrize(
-    ("prefix", "words"), [("ffffffffffff", "is not a version"), ("abc", "4 or more hex digits"), ("latest", "hex digits")]
+    ("prefix", "words"),
+    [("ffffffffffff", "is not a version"), ("abc", "4 or more hex digits"), ("latest", "hex digits")],
 )
 def test_a_version_that_never_was_names_those_there_are(built: BuiltDataset, prefix: str, words: str) -> None:
     versions = [built.version([image(0)]), built.version([image(1)])]
