@@ -322,8 +322,8 @@ def test_remove_lists_the_affected_images_first(commands: CommandLine) -> None:
     [
         (["show", "ffffffff"], "ffffffff is not a version of data set blobs"),
         (["show", "newest"], "first 4 or more hex digits"),
-        (["diff", "ffffffff"], "is no version"),
-        (["checkout", "ffffffff"], "is no version"),
+        (["diff", "ffffffff"], "is not a version"),
+        (["checkout", "ffffffff"], "is not a version"),
         (["log", "--dataset", "nothing"], "no data set in data/nothing (there is blobs)"),
         (["remove", "1.png", "--dry-run"], "no image of 1.png: its names are like 'even/"),
         (["remove", "01.png", "--dry-run"], "did you mean '*/01.png'?"),

@@ -249,9 +249,9 @@ def test_removal_record_with_an_unsafe_path_is_named_and_rejected(place: Place, 
     record = removal.model_dump(mode="json") | {"request_digest": request_digest, "digests": ["0" * 64]}
     place.catalog.store.put_once(place.bucket, "datasets/blobs/removals/x.json", json.dumps(record).encode())
     before = files_of(Path())
-    with pytest.raises(UserError, match=r"datasets/blobs/removals/x\.json is no removal .*request_digest: "):
+    with pytest.raises(UserError, match=r"datasets/blobs/removals/x\.json is not a removal .*request_digest: "):
         place.catalog.fetch_removals(FOLDER)
-    with pytest.raises(UserError, match=r"x\.json is no removal"):
+    with pytest.raises(UserError, match=r"x\.json is not a removal"):
         list(place.catalog.removals())
     assert files_of(Path()) == before
 

@@ -112,13 +112,14 @@ def test_a_version_is_named_by_the_beginning_of_either_digest(built: BuiltDatase
 
 
 @pytest.mark.parametrize(
-    ("prefix", "words"), [("ffffffffffff", "is no version"), ("abc", "4 or more hex digits"), ("latest", "hex digits")]
+    ("prefix", "words"),
+    [("ffffffffffff", "is not a version"), ("abc", "4 or more hex digits"), ("latest", "hex digits")],
 )
 def test_a_version_that_never_was_names_those_there_are(built: BuiltDataset, prefix: str, words: str) -> None:
     versions = [built.version([image(0)]), built.version([image(1)])]
     with pytest.raises(UserError, match=words) as error:
         resolve(built.folder, prefix)
-    assert words != "is no version" or all(version.digest[:12] in str(error.value) for version in versions)
+    assert words != "is not a version" or all(version.digest[:12] in str(error.value) for version in versions)
 
 
 def test_versions_of_other_branches_stay_known(built: BuiltDataset) -> None:
