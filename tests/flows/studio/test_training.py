@@ -220,10 +220,13 @@ def test_a_run_of_another_retraining_is_not_shown(tmp_path: Path) -> None:
 
 def test_the_page_hides_an_empty_list_and_shows_that_a_start_is_under_way(workspace: Path) -> None:
     config = training.page("photos").config
-    ids = {each["props"].get("label") or each["props"].get("value"): each["id"] for each in config["components"]}
+    names = [(each["id"], each["props"].get("label") or each["props"].get("value")) for each in config["components"]]
+    ids = {name: number for number, name in names if isinstance(name, str)}
     visible = {each["id"]: each["props"].get("visible") for each in config["components"]}
     assert not visible[ids["Trainings"]]
-    [start] = [each for each in config["dependencies"] if (ids["Start training"], "click") in each["targets"]]
+    [start] = [
+        each for each in config["dependencies"] if (ids["Start training"], "click") in map(tuple, each["targets"])
+    ]
     assert start["show_progress"] == "full"
     assert start["show_progress_on"]
 
