@@ -218,7 +218,7 @@ def test_a_run_of_another_retraining_is_not_shown(tmp_path: Path) -> None:
         assert TrainingProgress.read(tmp_path, begun, ended) is None
 
 
-def test_the_page_hides_an_empty_list_and_shows_that_a_start_is_under_way(workspace: Path) -> None:
+def test_an_empty_list_is_hidden_and_a_start_is_shown(workspace: Path) -> None:
     config = training.page("photos").config
     names = [(each["id"], each["props"].get("label") or each["props"].get("value")) for each in config["components"]]
     ids = {name: number for number, name in names if isinstance(name, str)}
