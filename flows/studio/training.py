@@ -210,7 +210,8 @@ def _thin(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 def describe(run: Retraining, steps: Sequence[RetrainingStep], line: str, progress: TrainingProgress | None) -> str:
     """Show as HTML how far a retraining is, and at its end the verdict with links to the report and to MLflow."""
     params, parts = run.params, list[str]()
-    budget = f", {params.training.minutes:g} minutes of training" if params.training.minutes else ""
+    minutes = params.training.minutes
+    budget = f", {minutes:g} {'minute' if minutes == 1 else 'minutes'} of training" if minutes else ""
     parts.append(
         f"<p><b>{escape(params.training.dataset)}</b>: {escape(run.state)}. {params.ingest.size}×{params.ingest.size} "
         f"pixels{budget}</p>"
@@ -338,7 +339,7 @@ def _begin(
         require_token(expected, sent)
         run_id = str(start(images, title, pixels, budget))
         choices = _choices()
-    return gr.Column(visible=False), gr.Dropdown(choices, value=run_id), gr.Timer(active=True), None, None
+    return gr.Column(visible=False), gr.Dropdown(choices, value=run_id, visible=True), gr.Timer(active=True), None, None
 
 
 def _show_newest(before: Any) -> tuple[Any, ...]:
@@ -346,9 +347,9 @@ def _show_newest(before: Any) -> tuple[Any, ...]:
     try:
         choices = _choices()
     except UserError as error:
-        return gr.Dropdown([], value=None), *_nothing(f"<p class='problem'>{escape(str(error))}</p>")
+        return gr.Dropdown([], value=None, visible=False), *_nothing(f"<p class='problem'>{escape(str(error))}</p>")
     run_id = choices[0][1] if choices else None
-    return gr.Dropdown(choices, value=run_id), *_show_progress(run_id, before)
+    return gr.Dropdown(choices, value=run_id, visible=bool(choices)), *_show_progress(run_id, before)
 
 
 def _show_progress(run_id: str | None, before: Any) -> tuple[Any, ...]:
@@ -394,12 +395,18 @@ def tab(blocks: gr.Blocks | None = None) -> None:
                 start_button = gr.Button("Start training", variant="primary")
         with gr.Column(scale=3, min_width=300):
             with gr.Row():
-                runs = gr.Dropdown([], label="Trainings", min_width=260)
+                runs = gr.Dropdown([], label="Trainings", min_width=260, visible=False)
                 refresh_button = gr.Button("Refresh", size="sm", scale=0, min_width=110, elem_classes="beside")
             status = gr.HTML()
             plot = gr.LinePlot(x="images", y="loss", color="curve", height=260, visible=False, buttons=[])
             grids = gr.Gallery(
-                label="Samples as it learns", columns=2, height="auto", object_fit="contain", visible=False, buttons=[]
+                label="Samples as it learns",
+                columns=2,
+                height="auto",
+                object_fit="contain",
+                visible=False,
+                buttons=[],
+                elem_classes=["tight", "learned"],
             )
         found, shown, expected_token = gr.State(), gr.State(), gr.State()
         token, timer = gr.Textbox(visible=False), gr.Timer(POLL_SECONDS, active=False)
@@ -413,7 +420,9 @@ def tab(blocks: gr.Blocks | None = None) -> None:
         concurrency_limit=1,
     )
     name.change(describe_name, name, name_note, **PLAIN)
-    begun = start_button.click(_begin, [found, name, size, minutes, *tokens], [plan, runs, timer, *tokens], **PLAIN)
+    # Prefect may take a while to answer.
+    waiting = PLAIN | {"show_progress": "full", "show_progress_on": status}
+    begun = start_button.click(_begin, [found, name, size, minutes, *tokens], [plan, runs, timer, *tokens], **waiting)
     begun.success(_show_progress, [runs, shown], view, **PLAIN)
     for event in (tab_page.select if blocks is None else blocks.load, refresh_button.click):
         event(_show_newest, shown, [runs, *view], **PLAIN)

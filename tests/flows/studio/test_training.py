@@ -217,12 +217,32 @@ def test_a_run_of_another_retraining_is_not_shown(tmp_path: Path) -> None:
         assert TrainingProgress.read(tmp_path, begun, ended) is None
 
 
+def test_an_empty_list_is_hidden_and_a_start_is_shown(workspace: Path) -> None:
+    config = training.page("photos").config
+    names = [(each["id"], each["props"].get("label") or each["props"].get("value")) for each in config["components"]]
+    ids = {name: number for number, name in names if isinstance(name, str)}
+    visible = {each["id"]: each["props"].get("visible") for each in config["components"]}
+    assert not visible[ids["Trainings"]]
+    [start] = [
+        each for each in config["dependencies"] if (ids["Start training"], "click") in map(tuple, each["targets"])
+    ]
+    assert start["show_progress"] == "full"
+    assert start["show_progress_on"]
+
+
 def test_texts_of_a_run_are_no_markup() -> None:
     hostile = "<img src=x onerror=alert(1)>"
     run = Retraining(uuid4(), Params(), hostile, hostile, True, NOW, NOW, f"'{hostile}")
     html = describe(run, [RetrainingStep("train", hostile, 3, f"'{hostile}")], hostile, None)
     assert "<img" not in html
     assert "href=''" not in html
+
+
+@pytest.mark.parametrize(("minutes", "words"), [(1, ", 1 minute of training"), (2.5, ", 2.5 minutes of training")])
+def test_the_time_budget_is_in_words(minutes: float, words: str) -> None:
+    params = Params.model_validate({"training": {"minutes": minutes}})
+    run = Retraining(uuid4(), params, "Running", "", False, NOW, None, "http://prefect/run")
+    assert words in describe(run, [], "", None)
 
 
 def test_a_step_that_waits_for_approval_leads_to_its_page() -> None:
