@@ -8,11 +8,12 @@ import signal
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from tempfile import NamedTemporaryFile, TemporaryFile
+from typing import ClassVar
 
 from diffusion.common.child_processes import child_environment
+from diffusion.common.config import classes_in
 from diffusion.common.errors import UserError
 from diffusion.common.http_client import HttpClient, HttpError, OversizedError, RetryableError, shorten_message
 from diffusion.data.ingest.config import CaptionerConfig
@@ -38,6 +39,9 @@ class NoAnswerError(NoCaptionError):
 class Captioner(ABC):
     """A captioner as ``config`` describes it; thread-safe. Raises UserError for one that cannot be called at all."""
 
+    field: ClassVar[str]
+    """The field of ``ingest.captioner`` that sets it."""
+
     def __init__(self, config: CaptionerConfig) -> None:
         self.config = config
 
@@ -62,6 +66,8 @@ class Captioner(ABC):
 
 class Command(Captioner):
     """A command, started once per image."""
+
+    field = "command"
 
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__(config)
@@ -141,6 +147,8 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 class Endpoint(Captioner):
     """An HTTP endpoint, with one request per image."""
 
+    field = "url"
+
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__(config)
         self.headers = {"Content-Type": "image/png", "Accept": "application/json"}
@@ -182,10 +190,10 @@ class Endpoint(Captioner):
             return b"".join(response.pieces)
 
 
-CAPTIONERS: Mapping[str, type[Captioner]] = {"command": Command, "url": Endpoint}
-"""Captioners by the field of ``ingest.captioner`` that sets them."""
+CAPTIONERS = classes_in(globals(), Captioner)
+"""All captioners."""
 
 
 def make_captioner(config: CaptionerConfig) -> Captioner:
     """Make the captioner that ``config`` sets."""
-    return next(kind(config) for field, kind in CAPTIONERS.items() if getattr(config, field) is not None)
+    return next(kind(config) for kind in CAPTIONERS if getattr(config, kind.field) is not None)

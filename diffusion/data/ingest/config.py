@@ -79,10 +79,14 @@ class StorageConfig(Config):
         return self
 
 
+CAPTIONER = "captioner"
+"""Mark of the fields of ``ingest.captioner`` of which one is given: it says what captions."""
+
+
 class CaptionProgram(Config):
     """What captions images: a command or an HTTP endpoint, with what it gets from the environment."""
 
-    command: tuple[str, ...] | None = Field(None, min_length=1)
+    command: Annotated[tuple[str, ...] | None, CAPTIONER] = Field(None, min_length=1)
     """Program and arguments, started once per image without a shell. It reads the stored image as PNG from standard
     input, or from the file whose path replaces an argument ``{image}``, and writes the caption to standard output in
     UTF-8; empty output: no caption for this image. A run of a deployment starts only what ``DARKROOM_CAPTIONERS`` in
@@ -90,16 +94,17 @@ class CaptionProgram(Config):
     environment: tuple[Annotated[str, Field(pattern=VARIABLE)], ...] | None = Field(None, exclude_if=is_unset)
     """Environment variables that the command gets besides those that hold no secret, such as ``PATH``, ``HOME``,
     ``LANG`` and ``CUDA_VISIBLE_DEVICES``."""
-    url: str | None = None
+    url: Annotated[str | None, CAPTIONER] = None
     """HTTP endpoint instead of a command: the PNG is the body of a POST, the answer is JSON, {"caption": "…"}, or null
     for no caption. Redirects are not followed."""
     token_env: str | None = Field(None, pattern=VARIABLE)
     """Environment variable with a token, sent to ``url`` as ``Authorization: Bearer …``."""
 
     @model_validator(mode="after")
-    def _is_one_of_two(self) -> Self:
-        if (self.command is None) == (self.url is None):
-            raise ValueError("give either command or url")
+    def _names_one_captioner(self) -> Self:
+        names = [name for name, field in type(self).model_fields.items() if CAPTIONER in field.metadata]
+        if sum(getattr(self, name) is not None for name in names) != 1:
+            raise ValueError(f"give either {' or '.join(names)}")
         if self.url is not None:
             import httpx  # slow, and few sets are captioned over HTTP
 
