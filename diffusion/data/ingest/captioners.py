@@ -13,7 +13,6 @@ from tempfile import NamedTemporaryFile, TemporaryFile
 from typing import ClassVar
 
 from diffusion.common.child_processes import child_environment
-from diffusion.common.config import classes_in
 from diffusion.common.errors import UserError
 from diffusion.common.http_client import HttpClient, HttpError, OversizedError, RetryableError, shorten_message
 from diffusion.data.ingest.config import CaptionerConfig
@@ -190,7 +189,7 @@ class Endpoint(Captioner):
             return b"".join(response.pieces)
 
 
-CAPTIONERS = classes_in(globals(), Captioner)
+CAPTIONERS: tuple[type[Captioner], ...] = (Command, Endpoint)
 """All captioners."""
 
 
