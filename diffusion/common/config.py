@@ -18,9 +18,10 @@ class Config(BaseModel):
 
 
 Kind = TypeVar("Kind", bound=Config)
+Base = TypeVar("Base")
 
 
-def classes_in(namespace: Mapping[str, object], base: type[Kind]) -> tuple[type[Kind], ...]:
+def classes_in(namespace: Mapping[str, object], base: type[Base]) -> tuple[type[Base], ...]:
     """List the classes below ``base`` that a module imports, given its ``globals()``: its imports are the table."""
     return tuple(
         kind for kind in namespace.values() if isinstance(kind, type) and issubclass(kind, base) and kind is not base

@@ -1,35 +1,35 @@
-"""Sources of images, named by URI: a class for each kind. Other packages add theirs under ``darkroom.sources``."""
+"""Sources of images, named by URI: a class for each kind, which is imported below.
+
+Other packages add theirs under ``darkroom.sources``.
+"""
 
 import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from diffusion.common.config import classes_in
 from diffusion.common.errors import UserError
 from diffusion.common.extensions import extension_versions, with_extensions
-from diffusion.data.sources.base import Access, Source
-from diffusion.data.sources.conventions import EXTENSIONS, Folder
-from diffusion.data.sources.hub_dataset import HubDataset
-from diffusion.data.sources.known_sets import Idx, TorchvisionSet
-from diffusion.data.sources.object_store import Objects
-from diffusion.data.sources.parquet import Parquet
-from diffusion.data.sources.tars import Tar, WebDataset
-from diffusion.data.sources.urls import Urls
-from diffusion.data.sources.zips import Zip
+
+# isort: off
+from diffusion.data.sources.base import Access as Access
+from diffusion.data.sources.base import Source as Source
+from diffusion.data.sources.conventions import EXTENSIONS as EXTENSIONS
+from diffusion.data.sources.conventions import Folder as Folder
+from diffusion.data.sources.tars import Tar as Tar
+from diffusion.data.sources.zips import Zip as Zip
+from diffusion.data.sources.tars import WebDataset as WebDataset
+from diffusion.data.sources.parquet import Parquet as Parquet
+from diffusion.data.sources.urls import Urls as Urls
+from diffusion.data.sources.object_store import Objects as Objects
+from diffusion.data.sources.hub_dataset import HubDataset as HubDataset
+from diffusion.data.sources.known_sets import TorchvisionSet as TorchvisionSet
+from diffusion.data.sources.known_sets import Idx as Idx
+# isort: on
 
 GROUP = "darkroom.sources"
 """Entry points: the scheme, and a subclass of ``Source``."""
-SOURCES: dict[str, type[Source]] = {
-    "folder": Folder,
-    "tar": Tar,
-    "zip": Zip,
-    "wds": WebDataset,
-    "parquet": Parquet,
-    "urls": Urls,
-    "s3": Objects,
-    "hf": HubDataset,
-    "torchvision": TorchvisionSet,
-    "idx": Idx,
-}
+SOURCES = {kind.scheme: kind for kind in classes_in(globals(), Source)}  # type: ignore[type-abstract]
 """Sources by scheme; a path without one is a folder, or a file whose name ends in one of a source's ``suffixes``."""
 WITH_OPTIONS = re.compile(r"(.*?)\?([a-z_]+=.*)", re.DOTALL)
 """Other question marks are part of a pattern."""

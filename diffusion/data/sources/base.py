@@ -44,6 +44,8 @@ class Source(ABC):
     ``SOURCES`` and other packages name it by a scheme, as in ``SCHEME:PLACE?OPTION=VALUE``.
     """
 
+    scheme: ClassVar[str]
+    """Its name in ``SCHEME:PLACE``; another package's is the name of its entry point."""
     form: ClassVar[str]
     """How a configuration names it, for error messages."""
     suffixes: ClassVar[tuple[str, ...]] = ()

@@ -182,6 +182,7 @@ def _short_lines(lines: TextIO) -> Iterator[str]:
 class Folder(Source):
     """The images below a folder, as ``list_images`` finds them. Links are followed."""
 
+    scheme = "folder"
     form = "a folder"
 
     def entries(self) -> Iterator[Entry]:

@@ -53,6 +53,7 @@ class HubDataset(Source):
     ``main``) is resolved to a commit whenever the images are listed.
     """
 
+    scheme = "hf"
     form = "hf://datasets/OWNER/NAME"
     options = ("config", "split", *Parquet.options)
     in_order = True

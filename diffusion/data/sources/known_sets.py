@@ -57,6 +57,7 @@ class Idx(Source):
     of dimensions, their sizes as 32-bit integers, then the values in C order).
     """
 
+    scheme = "idx"
     form = "MNIST's IDX files or idx:PATH"
     suffixes = tuple(f"-images{sign}idx3-ubyte{packed}" for sign in "-." for packed in ("", ".gz"))
     options = ("split",)
@@ -131,6 +132,7 @@ class TorchvisionSet(Source):
     code unpickles nothing (checked in torchvision 0.24 and 0.28), nor converts images to RGB.
     """
 
+    scheme = "torchvision"
     form = "torchvision:NAME"
     options = ("root", "split", "download")
     in_order = True

@@ -85,6 +85,7 @@ def find_objects(pattern: str, access: Access) -> Iterator[tuple[str, str, str]]
 class Objects(Source):
     """The images under a prefix, as ``list_images`` finds them."""
 
+    scheme = "s3"
     form = "s3://BUCKET/PREFIX"
 
     def __init__(self, place: str, access: Access, values: Mapping[str, str] = {}) -> None:

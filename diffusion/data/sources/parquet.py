@@ -72,6 +72,7 @@ class Parquet(Source):
     the classes that the file names (Hugging Face's ClassLabel; −1 is none), or else stay numbers.
     """
 
+    scheme = "parquet"
     form = "a .parquet file or parquet:FILES"
     suffixes = (".parquet",)
     options = ("image", "label", "caption")

@@ -52,6 +52,7 @@ class Tar(Source):
     They are sorted by name, so that the same images in a folder, a tar and a zip give the same data set.
     """
 
+    scheme = "tar"
     form = "a .tar (.tar.gz, .tar.bz2, .tar.xz)"
     suffixes = TARS
 
@@ -162,6 +163,7 @@ class WebDataset(Source):
     a folder, a glob or has braces; after ``s3://`` it is not a folder, and its shards are fetched once.
     """
 
+    scheme = "wds"
     form = "wds:SHARDS of WebDataset"
     in_order = True
 

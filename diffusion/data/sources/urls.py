@@ -23,6 +23,7 @@ class Urls(Source):
     ``allow_private_addresses``. Permanent failures, or ``download_tries`` transient ones, are quarantined.
     """
 
+    scheme = "urls"
     form = "a .csv or .jsonl table of URLs"
     suffixes = (".csv", ".jsonl")
     in_order = True

@@ -47,6 +47,7 @@ class ZipOffset(NamedTuple):
 class Zip(Source):
     """The images in a zip, as ``list_images`` finds them, named ``ARCHIVE/MEMBER``; links are quarantined."""
 
+    scheme = "zip"
     form = "a .zip"
     suffixes = (".zip",)
 

@@ -1,20 +1,25 @@
 """Metrics of generated images, each with its definition and source, and the table of those that compare with real ones.
 
-To add one, write a class of ``metrics.metric.Metric`` and list it in METRICS, or in another package under the entry
-points of ``darkroom.metrics``.
+To add one, write a class of ``metrics.metric.Metric`` and import it below, or name it in another package under the
+entry points of ``darkroom.metrics``.
 """
 
 import re
 
+from diffusion.common.config import classes_in
 from diffusion.common.errors import UserError
 from diffusion.common.extensions import extension_versions, with_extensions
-from diffusion.evaluation.metrics.frechet import FrechetDistance
-from diffusion.evaluation.metrics.kid import KernelInceptionDistance
-from diffusion.evaluation.metrics.metric import Figure, Metric
-from diffusion.evaluation.metrics.overlap import Overlap
+
+# isort: off
+from diffusion.evaluation.metrics.metric import Figure as Figure
+from diffusion.evaluation.metrics.metric import Metric as Metric
+from diffusion.evaluation.metrics.kid import KernelInceptionDistance as KernelInceptionDistance
+from diffusion.evaluation.metrics.frechet import FrechetDistance as FrechetDistance
+from diffusion.evaluation.metrics.overlap import Overlap as Overlap
+# isort: on
 
 GROUP = "darkroom.metrics"
-METRICS: dict[str, type[Metric]] = {"kid": KernelInceptionDistance, "fd": FrechetDistance, "overlap": Overlap}
+METRICS = {kind.name: kind for kind in classes_in(globals(), Metric)}  # type: ignore[type-abstract]
 """Metrics in the order in which reports show them."""
 
 

@@ -29,6 +29,7 @@ COLUMNS = 256
 class FrechetDistance(Metric):
     """Fréchet distance, as measured and extrapolated to infinitely many images."""
 
+    name = "fd"
     figures = (
         Figure(
             "fd",

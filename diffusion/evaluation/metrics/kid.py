@@ -24,6 +24,7 @@ HALVES_BLOCK = 128
 class KernelInceptionDistance(Metric):
     """KID with its standard error."""
 
+    name = "kid"
     figures = (
         Figure(
             "kid",

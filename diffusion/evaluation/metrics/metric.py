@@ -93,6 +93,8 @@ class Reference(ImageSet):
 class Metric(ABC):
     """Comparison of images with real ones."""
 
+    name: ClassVar[str]
+    """Its name; another package's is the name of its entry point."""
     figures: ClassVar[tuple[Figure, ...]]
     """The numbers that it computes."""
 

@@ -32,6 +32,7 @@ then reaches to the last of them."""
 class Overlap(Metric):
     """Precision, recall, density and coverage."""
 
+    name = "overlap"
     figures = (
         Figure(
             "precision",

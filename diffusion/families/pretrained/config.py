@@ -4,21 +4,20 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from diffusion.common.config import classes_in
 from diffusion.families.base import Ability, BaseFamilyConfig, Likelihood
-from diffusion.families.pretrained import ddpm, dit, ldm, stable_diffusion, stable_diffusion_3
-from diffusion.families.pretrained.pipeline import MAX_INTEGER, Component, Pipeline
 
-PIPELINES: dict[str, type[Pipeline]] = {
-    kind.__name__: kind
-    for kind in (
-        ddpm.DDPMPipeline,
-        ddpm.DDIMPipeline,
-        ldm.LDMPipeline,
-        dit.DiTPipeline,
-        stable_diffusion.StableDiffusionPipeline,
-        stable_diffusion_3.StableDiffusion3Pipeline,
-    )
-}
+# isort: off
+from diffusion.families.pretrained.pipeline import MAX_INTEGER, Component, Pipeline
+from diffusion.families.pretrained.ddpm import DDPMPipeline as DDPMPipeline
+from diffusion.families.pretrained.ddpm import DDIMPipeline as DDIMPipeline
+from diffusion.families.pretrained.ldm import LDMPipeline as LDMPipeline
+from diffusion.families.pretrained.dit import DiTPipeline as DiTPipeline
+from diffusion.families.pretrained.stable_diffusion import StableDiffusionPipeline as StableDiffusionPipeline
+from diffusion.families.pretrained.stable_diffusion_3 import StableDiffusion3Pipeline as StableDiffusion3Pipeline
+# isort: on
+
+PIPELINES = {kind.__name__: kind for kind in classes_in(globals(), Pipeline)}
 """The pipelines of diffusers that can be imported, by their names."""
 
 
