@@ -80,12 +80,13 @@ drill-ceph: $(READY)  ## Run S3 tests and the pipeline on a one-node Ceph (minut
 			tests/flows/sampling/test_generate_batch.py tests/flows/retention/test_gc_beside_sample.py tests/flows/datasets/test_catalog.py tests/flows/registry/test_ledger.py \
 			--deselect tests/flows/storage/test_s3.py::test_a_multipart_object_is_compared_by_its_bytes
 
-check: $(READY) docs  ## Check lint, format, types, layers, secrets and documentation
+check: $(READY) docs  ## Check lint, format, types, layers, sizes, secrets and documentation
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks/*.py
 	$(BIN)/lint-imports
+	$(BIN)/python infra/ci/sizes.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" infra/ci/secrets.sh
 
 docs: $(READY)  ## Build the documentation site in docs/_build; a warning is an error

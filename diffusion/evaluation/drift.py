@@ -71,8 +71,8 @@ class DriftTest(Config):
         name = "images without a class" if self.label is None else f"class {self.label[:40]!r}"
         subject = {
             "images": f"all images, KID {self.kid or 0:.3g}",
-            "class_shares": f"shares of classes, most of all {name}",
-            "images_by_class": f"images within classes, most of all {name}, KID {self.kid or 0:.3g}",
+            "class_shares": f"shares of classes, most in {name}",
+            "images_by_class": f"images within classes, most in {name}, KID {self.kid or 0:.3g}",
         }[self.name]
         shares = self.shares and f", {self.shares[0]:.1%} instead of {self.shares[1]:.1%}"
         return f"{subject}{shares or ''} (p = {self.p_value:.2g} at level {self.level:.2g})"

@@ -31,7 +31,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of, sha256_file
 from diffusion.common.image_grids import png_bytes, to_pil_image
 from diffusion.data.manifest import Sha256
-from diffusion.families.config import ModelConfig
+from diffusion.families.config import FAMILIES, ModelConfig
 from diffusion.families.model import Model
 from diffusion.generation.super_resolution import scale_of
 from diffusion.process.samplers import SamplingConfig
@@ -375,6 +375,8 @@ def generation_code(package: Path) -> list[Path]:
     """List the modules of ``diffusion`` in the folder ``package`` that the served model imports, of all there are."""
     finder = ModuleFinder(path=[str(package.parent)], excludes=["diffusion.api"])
     finder.run_script(str(SERVED_MODEL))
+    for family in FAMILIES.values():  # which find their models by name
+        finder.import_hook(f"{family.__module__.rpartition('.')[0]}.model")
     # With it the process of `darkroom reproduce` ends when its parent does.
     finder.import_hook("diffusion.common.child_processes")
     modules = [module for name, module in finder.modules.items() if name.partition(".")[0] == package.name]

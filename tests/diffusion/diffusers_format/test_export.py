@@ -379,7 +379,7 @@ def test_exported_pipeline_rejects_options_without_effect(tmp_path: Path, fake_e
         pipe(prompts="a bird")
     with pytest.raises(UserError, match="eta means nothing to DPMSolver"):
         pipe(eta=0.5)
-    with pytest.raises(UserError, match=r"guidance_rescale mean nothing to guidance = null"):
+    with pytest.raises(UserError, match=r"guidance_rescale means nothing to sampling.guidance = null"):
         pipe(guidance_rescale=0.7)
     with pytest.raises(UserError, match=r"sampling\.steps: Input should be greater than or equal to 2"):
         pipe(num_inference_steps=1)

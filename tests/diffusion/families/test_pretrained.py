@@ -178,7 +178,7 @@ def test_euler_in_sigma_at_the_levels_of_a_flow_is_the_pipelines_own_scheduler(
 ) -> None:
     _, model = make_pipeline("stable_diffusion_3", t5=False)
     conditions = Conditions(prompts=("a red circle",))
-    scheduler = model._scheduler(8)
+    scheduler = model.pipeline.make_scheduler(8, model.noise_shape, torch.device("cpu"))
     shares = scheduler.sigmas.double().clamp(max=1 - 2**-12)
     conditioning = make_conditioning(model, range(COUNT), 0, conditions)
     noise = torch.randn(COUNT, *model.noise_shape, generator=torch.Generator().manual_seed(3))
@@ -194,7 +194,7 @@ def test_ddim_in_sigma_at_the_levels_of_a_scheduler_is_the_pipelines_own_schedul
 ) -> None:
     options = {"clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "trailing"}
     _, model = make_pipeline("ddim", **options)
-    sigmas = model.schedule.sigmas[model._scheduler(10).timesteps]
+    sigmas = model.schedule.sigmas[model.pipeline.make_scheduler(10, model.noise_shape, torch.device("cpu")).timesteps]
     noise = torch.randn(COUNT, *model.noise_shape, generator=torch.Generator().manual_seed(3))
     denoise = model.denoiser()
     start = noise * (1 + float(sigmas[0]) ** 2) ** 0.5 / float(sigmas[0])  # x_t at unit variance

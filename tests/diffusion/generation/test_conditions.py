@@ -239,8 +239,11 @@ def test_conditions_with_an_effect_are_accepted(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"guidance_rescale": 0.7}, "mean nothing to guidance = null: set sampling.guidance"),
-        ({"guidance": 1, "guidance_interval": (1, 2)}, "mean nothing to guidance = 1"),
+        (
+            {"guidance_rescale": 0.7},
+            "sampling.guidance_rescale means nothing to sampling.guidance = null: set sampling.guidance",
+        ),
+        ({"guidance": 1, "guidance_interval": (1, 2)}, "means nothing to sampling.guidance = 1"),
         ({"guidance": 3, "guidance_interval": (2, 1)}, "rises from a σ of 0 or more"),
         ({"guidance": -1}, "greater than or equal to 0"),
         ({"guidance": 3, "guidance_rescale": 1.5}, "less than or equal to 1"),
