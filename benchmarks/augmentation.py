@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffusion.common.random import GaussianNoise, uniform
-from diffusion.families.ddpm import model as ddpm
 from diffusion.families.ddpm.network import UNet
+from diffusion.families.denoising import DenoisingObjective
 from diffusion.families.model import Conditioning, TrainingBatch
 
 PROBABILITY = 0.12
@@ -67,7 +67,7 @@ class AugmentedUNet(UNet):
         return embedding if level is None else embedding + self.augmentation(level)
 
 
-class AugmentedObjective(ddpm.DenoisingObjective):
+class AugmentedObjective(DenoisingObjective):
     """Denoising of transformed images."""
 
     def make_batch(

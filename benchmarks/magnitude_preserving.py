@@ -26,6 +26,7 @@ from torch.nn import functional
 import diffusion
 from diffusion.checkpoints import load_model
 from diffusion.data.dataset import Dataset
+from diffusion.families import layers
 from diffusion.families.ddpm import network as unet
 from diffusion.generation.generate import sample
 from diffusion.process.samplers import sampling_config
@@ -110,7 +111,7 @@ class Downsample(unet.Downsample):
         self.conv = Convolution(channels, channels, 3, stride=2)
 
 
-class Upsample(unet.Upsample):
+class Upsample(layers.Upsample):
     """Upsampling by a factor of 2."""
 
     def __init__(self, channels: int) -> None:

@@ -31,7 +31,7 @@ from diffusion.common.files import digest_of, sha256_file, write_json
 from diffusion.data.dataset import Dataset
 from diffusion.diffusers_format import DarkroomUNet
 from diffusion.diffusers_format.pipeline import scheduler_of
-from diffusion.families.diffusion_model import DiffusionModel
+from diffusion.families.ddpm.model import DDPMModel
 from diffusion.families.model import to_uint8
 from diffusion.generation.generate import sample
 from diffusion.process.samplers import SamplingConfig, sampling_config
@@ -57,7 +57,7 @@ class Contestant(Protocol):
 class DarkroomSampler:
     """Darkroom's sampler."""
 
-    model: DiffusionModel
+    model: DDPMModel
     config: SamplingConfig
 
     def generate(self, count: int) -> np.ndarray:
@@ -67,7 +67,7 @@ class DarkroomSampler:
 class DiffusersPipeline:
     """A stock pipeline with the scheduler of our ``config`` and weights of a ``dtype``."""
 
-    def __init__(self, model: DiffusionModel, config: SamplingConfig, dtype: torch.dtype, scratch: Path) -> None:
+    def __init__(self, model: DDPMModel, config: SamplingConfig, dtype: torch.dtype, scratch: Path) -> None:
         kind: Any = DDIMPipeline if config.sampler == "ddim" else DDPMPipeline
         folder = scratch / f"exported-{digest_of(config.model_dump(mode='json'))[:8]}"
         kind(DarkroomUNet.from_model(model, config), scheduler_of(model, config)).save_pretrained(folder)
@@ -122,7 +122,7 @@ def train_default(workspace: Path, seconds: float) -> Path:
 class Comparison:
     """One model on both sides; ``inputs`` are what its results depend on."""
 
-    model: DiffusionModel
+    model: DDPMModel
     scorer: FrechetScorer
     cache: MeasurementCache
     inputs: Mapping[str, Any]
@@ -187,7 +187,7 @@ def main() -> None:
     inputs = {"weights": sha256_file(weights), "threads": torch.get_num_threads()}
     scorer = FrechetScorer(Dataset.open(workspace / "data" / "images"), workspace)
     model = load_model(weights)
-    assert isinstance(model, DiffusionModel)
+    assert isinstance(model, DDPMModel)
     comparison = Comparison(model, scorer, MeasurementCache(workspace / "sampling"), inputs)
     compare_rates = partial(comparison.rates, count=args.count, rounds=args.rounds)
     for config in EQUAL_CONFIGS:

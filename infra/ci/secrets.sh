@@ -6,7 +6,7 @@ options=(
     --exclude-files '\.lock$'
     --exclude-lines '^def test_'
     --exclude-lines '^ +"image/png": "iVBOR[A-Za-z0-9+/=\\]+"'
-    --exclude-secrets '^([0-9a-f]{64}|test-secret|wrong|darkroom|ours|theirs)$'
+    --exclude-secrets '^([0-9a-f]{64}|test-secret|wrong|darkroom|local|staged)$'
 )
 if (($#)); then
     exec detect-secrets-hook "${options[@]}" "$@"

@@ -250,7 +250,7 @@ def test_bundling_process_gets_staging_credentials_only(no_servers: None) -> Non
         {
             "AWS_SECRET_ACCESS_KEY": "local",
             "MLFLOW_TRACKING_PASSWORD": "local",
-            "DARKROOM_STAGING_MLFLOW_TRACKING_URI": "https://user:staging-secret@staging:5000/x",
+            "DARKROOM_STAGING_MLFLOW_TRACKING_URI": "https://user:staged@staging:5000/x",
             "DARKROOM_STAGING_BUCKET": "staged",
             "DARKROOM_STAGING_AWS_SECRET_ACCESS_KEY": "staged",
         }
