@@ -65,10 +65,10 @@ def test_files_that_are_no_models_are_rejected_in_one_line(tmp_path: Path) -> No
     with pytest.raises(UserError, match="no model at"):
         load_model(tmp_path / "missing.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
-    with pytest.raises(UserError, match=r"is no model|something else than a model"):
+    with pytest.raises(UserError, match=r"is not a model|something else than a model"):
         load_model(tmp_path / "text.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "list.safetensors", {"darkroom": "[1]"})
-    with pytest.raises(UserError, match=r"is no model|something else than a model"):
+    with pytest.raises(UserError, match=r"is not a model|something else than a model"):
         load_model(tmp_path / "list.safetensors")
     with pytest.raises(UserError, match="is a folder: give a model file"):
         load_model(tmp_path)

@@ -80,7 +80,7 @@ def test_vanished_or_too_large_s3_objects_are_quarantined(store: Store, bucket: 
     [
         ("s3://{}/a.tar", "is one file: write wds:s3://"),
         ("s3://no-such-bucket/x", "there is no bucket no-such-bucket"),
-        ("s3://NO/x", "is no bucket name"),
+        ("s3://NO/x", "is not a bucket name"),
         ("wds:s3://{}/a.tar", "there is no object s3://.*/a.tar"),
         ("wds:s3://{}/**/a.tar", "has no meaning here"),
         ("wds:s3://{}/{{0..", "unbalanced braces"),

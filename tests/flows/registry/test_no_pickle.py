@@ -114,9 +114,9 @@ def test_pickle_instead_of_a_checkpoint_is_never_loaded(
         path = tmp_path / "0000000640.safetensors"
         path.write_bytes(data)
         Path(f"{path}.sha256").write_text(f"{sha256_bytes(data)}\n")
-        with pytest.raises(UserError, match=r"is no model|something else than a model"):
+        with pytest.raises(UserError, match=r"is not a model|something else than a model"):
             Checkpoints(tmp_path).newest()
-        with pytest.raises(UserError, match=r"is no model|something else than a model"):
+        with pytest.raises(UserError, match=r"is not a model|something else than a model"):
             load_model(path)
     assert not trace.exists()
 
@@ -126,7 +126,7 @@ def test_pickle_in_the_feature_cache_is_never_loaded(tmp_path: Path, trace: Path
     (path,) = tmp_path.glob("*.safetensors")
     path.write_bytes(planted_by_torch)
     path.with_suffix(".sha256").write_bytes(f"{sha256_file(path)}\n".encode())
-    with pytest.raises(UserError, match=r"is no model|something else than a model"):
+    with pytest.raises(UserError, match=r"is not a model|something else than a model"):
         load_or_compute(tmp_path, {"number": 1}, lambda: {"features": torch.ones(2)})
     assert not trace.exists()
 
@@ -159,7 +159,7 @@ def test_pickle_in_a_registered_model_is_never_loaded(
         )
     mlflow.register_model(info.model_uri, name, tags={WEIGHTS: sha256_file(weights)})
     version = resolve(mlflow_client, f"models:/{name}/1")
-    with pytest.raises(UserError, match=r"is no model|something else than a model"):
+    with pytest.raises(UserError, match=r"is not a model|something else than a model"):
         load_model(cached_weights(version, tmp_path / "models"))
     # As flows.environment sets it for every command, and infra/compose.yaml for every service.
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
