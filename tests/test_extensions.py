@@ -15,6 +15,7 @@ import pytest
 from tests.builders import ROOT
 from tests.builders.command_line import darkroom
 
+pytestmark = pytest.mark.slow
 PYPROJECT = """
 [build-system]
 requires = ["setuptools"]
