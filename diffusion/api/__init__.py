@@ -195,6 +195,7 @@ def evaluate(
     from diffusion.checkpoints import read_model_header
     from diffusion.training.checkpointing import Checkpoints
 
+    engine.require_evaluation_libraries()
     config = ExperimentConfig.parse(_sections(dataset, evaluation=evaluation))
     source = Path(run) if run is not None else config.run_folder
     checkpoints = [source] if source.is_file() else Checkpoints(source / "checkpoints").paths()

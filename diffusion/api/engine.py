@@ -171,14 +171,10 @@ def evaluate(
         UserError: There is no model or data set, the data set is too small, or the libraries of the extra
             ``evaluation`` are not installed.
     """
-    try:
-        from diffusion.evaluation.evaluate import evaluate as evaluate_models
-        from diffusion.evaluation.evaluator import CACHE
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"an evaluation needs {error.name}, which is not installed: {install_hint('evaluation')}"
-        ) from error
+    require_evaluation_libraries()
     from diffusion.common.files import sha256_file
+    from diffusion.evaluation.evaluate import evaluate as evaluate_models
+    from diffusion.evaluation.evaluator import CACHE
     from diffusion.training.ema import models_to_evaluate
 
     source = source or config.run_folder
@@ -192,6 +188,16 @@ def evaluate(
         models = models_to_evaluate(source, output, config.evaluation.ema_stds)
     sections = config.evaluation, config.sampling
     return evaluate_models(config.dataset_folder, models, *sections, output, losses, progress, cache, config.gate)
+
+
+def require_evaluation_libraries() -> None:
+    """Raise UserError if the libraries of the extra ``evaluation`` are not installed."""
+    try:
+        import diffusion.evaluation.evaluate  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"an evaluation needs {error.name}, which is not installed: {install_hint('evaluation')}"
+        ) from error
 
 
 def _is_main() -> bool:
