@@ -34,7 +34,7 @@ from diffusion.process.samplers import Denoise, sampling_config
 
 SHOWN = 8
 BATCH = 64
-MOST_COMPARED = 20_000
+MAX_COMPARED = 20_000
 """Training images among which the nearest is sought, and real ones that distances are to."""
 BORDER = 2
 """Pixels around the hole that are evaluated with it."""
@@ -67,10 +67,10 @@ def main() -> None:
 
     dataset, model = Dataset.open(args.dataset), load_model(args.model)
     assert isinstance(model, DiffusionModel)
-    training = dataset.images(dataset.rows("train")[:MOST_COMPARED])
+    training = dataset.images(dataset.rows("train")[:MAX_COMPARED])
     if args.of:
         others = Dataset.open(args.of)
-        real = others.images(others.rows("train")[:MOST_COMPARED])
+        real = others.images(others.rows("train")[:MAX_COMPARED])
         originals = real[: args.count]
     else:
         real, originals = training, dataset.images(dataset.rows("held_out")[: args.count])

@@ -42,7 +42,7 @@ DIFFUSERS_CONFIG = sampling_config(sampler="ddim", steps=50)
 EQUAL_CONFIGS = (sampling_config(), DIFFUSERS_CONFIG)
 """Equal settings of both sides: our default, and theirs."""
 CANDIDATES: tuple[str, ...] = ("dpmpp_2m_sde", "dpmpp_2m", "deis", "unipc")
-LEAST_STEPS, MOST_STEPS = 5, 16
+LEAST_STEPS, MAX_STEPS = 5, 16
 TYPES = {"diffusers": torch.float32, "diffusers, bf16": torch.bfloat16}
 
 
@@ -154,7 +154,7 @@ class Comparison:
         """The sampler that needs the fewest steps to come as near as ``bar``; None: none does."""
         best: SamplingConfig | None = None
         for sampler in CANDIDATES:
-            for steps in range(LEAST_STEPS, best.steps if best else MOST_STEPS + 1):
+            for steps in range(LEAST_STEPS, best.steps if best else MAX_STEPS + 1):
                 config = sampling_config(sampler=sampler, steps=steps)
                 if self.distance("Darkroom", config, samples) <= bar:
                     best = config
@@ -199,7 +199,7 @@ def main() -> None:
     best = comparison.fewest(distances["diffusers"], args.samples)
     print(f"\n{args.samples} images, Fréchet distance; real ones have {scorer.real_baseline(args.samples):.0f}")
     if best is None:
-        print(f"no sampler of ours comes to {distances['diffusers']:.0f} in {MOST_STEPS} steps")
+        print(f"no sampler of ours comes to {distances['diffusers']:.0f} in {MAX_STEPS} steps")
         return
     distances["Darkroom"] = comparison.distance("Darkroom", best, args.samples)
     configs = dict.fromkeys(TYPES, DIFFUSERS_CONFIG) | {"Darkroom": best}

@@ -362,11 +362,12 @@ def format_settings(settings: Mapping[str, object]) -> str:
 
 
 def family_variants(params: Params, names: Sequence[str]) -> dict[str, Params]:
-    """Configurations of the families in ``names``, by name.
+    """Configurations of the families in ``names``, by name; of all that train from scratch if there are none.
 
     The family of ``params`` keeps ``params``; the others have their own defaults with the same images, budget and
     evaluation. Raises UserError for an unknown or repeated family, and for settings that families cannot share.
     """
+    names = names or [name for name, kind in FAMILIES.items() if not kind.needs_initial_model]
     if unknown_families := [family for family in names if family not in FAMILIES]:
         raise UserError(f"there is no family {unknown_families[0]!r}: there is {', '.join(FAMILIES)}")
     if len(set(names)) < max(2, len(names)):

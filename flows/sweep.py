@@ -30,7 +30,6 @@ from diffusion.evaluation.reports.ranking_report import (
     write_ranking_report,
 )
 from diffusion.evaluation.results import Evaluation
-from diffusion.families.config import FAMILIES
 from flows.config import SECTIONS, SWEEPS, Combination, Params, combinations, family_variants, format_settings
 from flows.deployment.tasks import artifact_key, retryable_task
 from flows.evaluate import evaluate
@@ -129,11 +128,11 @@ def rank(
 
 
 @flow(name="compare", flow_run_name="compare-{params.training.dataset}")
-def compare(params: Params, families: Sequence[str] = tuple(FAMILIES), restart: bool = False) -> RankingResult:
+def compare(params: Params, families: Sequence[str] = (), restart: bool = False) -> RankingResult:
     """Train the families one after the other and rank them by their samples.
 
-    Each training is resumable, and is the same run that ``train`` makes. ``restart`` discards runs of other settings
-    in the families' folders.
+    Without ``families``, all that train from scratch. Each training is resumable, and is the same run that ``train``
+    makes. ``restart`` discards runs of other settings in the families' folders.
     """
     variants = family_variants(params, families)
     trainings, seconds = {}, dict[str, float]()

@@ -1,6 +1,7 @@
 """Files about the project that name its version and licence agree with each other."""
 
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -45,3 +46,16 @@ def test_links_to_files_of_the_checkout_lead_somewhere() -> None:
     for path in (*ROOT.glob("[A-Z]*.md"), *ROOT.glob(".github/*.md")):
         for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_each_limit_of_sizes_is_compared() -> None:
+    sizes = runpy.run_path(str(ROOT / "infra" / "ci" / "sizes.py"))
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["darkroom"]
+    limits, budgets = settings["limits"], settings["budgets"]
+    assert [*sizes["excesses"](limits, budgets)] == []
+    for name, smaller in (("module", 490), ("function", 50), ("imports", 20)):
+        assert [*sizes["excesses"](limits | {name: smaller}, budgets)], name
+    [line] = sizes["excesses"](limits, budgets | {"diffusion/process": 10})
+    assert line.startswith("diffusion/process has ")
+    unknown = {name: lines for name, lines in budgets.items() if name not in ("diffusion", "diffusion/process")}
+    assert any("process" in line for line in sizes["excesses"](limits, unknown))

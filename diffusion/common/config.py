@@ -59,20 +59,20 @@ class OneOf(Generic[Kind]):
         return str(fields.get(self.key, self.default)) if isinstance(fields, dict) else self.default
 
 
-LARGEST_EMA_STD = 0.28
+MAX_EMA_STD = 0.28
 """Relative standard deviation of a moving average with equal weights over all of training."""
-LARGEST_SIZE = 1024
+MAX_SIZE = 1024
 """Largest height and width of a square image, in pixels."""
-LARGEST_SIDE = 2 * LARGEST_SIZE
+MAX_SIDE = 2 * MAX_SIZE
 """Largest height and width of any image, in pixels."""
-LONGEST_NAME = 200
+MAX_NAME_LENGTH = 200
 """Most characters of a name: file systems allow 255 bytes, including prefixes and suffixes."""
 
 
 def plain_name(name: str) -> str:
     """Return ``name`` if it is valid as a path component, in an S3 key and as an MLflow name; else raise ValueError."""
     # MLflow allows no slash or colon in names, and no quote in search filters.
-    is_too_long, separators = not 0 < len(name) <= LONGEST_NAME, set(name) & set("/\\:'\"`")
+    is_too_long, separators = not 0 < len(name) <= MAX_NAME_LENGTH, set(name) & set("/\\:'\"`")
     if is_too_long or separators or name.startswith(".") or not name.isprintable():
         raise ValueError("must be a plain name: letters, digits, dashes, no slash, colon or quote")
     return name
@@ -83,11 +83,11 @@ PlainName = Annotated[str, AfterValidator(plain_name)]
 
 
 def dataset_folder(name: str) -> Path:
-    """Folder of the data set ``name``; raises UserError for a name that is no plain folder name."""
+    """Folder of the data set ``name``; raises UserError for a name that is not a plain folder name."""
     try:
         return Path("data") / plain_name(name)
     except ValueError as error:
-        raise UserError(f"data set name {name[:LONGEST_NAME]!r} {error}") from error
+        raise UserError(f"data set name {name[:MAX_NAME_LENGTH]!r} {error}") from error
 
 
 DeviceName = Literal["auto", "cpu", "cuda"]

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from tenacity import RetryCallState, Retrying, stop_after_attempt
 
-from diffusion.common.config import LONGEST_NAME
+from diffusion.common.config import MAX_NAME_LENGTH
 from diffusion.common.errors import DarkroomError, TransientError, UserError, install_hint
 from diffusion.common.files import sync_file, sync_folder
 from diffusion.common.http_client import (
@@ -119,7 +119,7 @@ def licence_of(front_matter: Mapping[str, Any]) -> str | None:
         others = (front_matter.get("license_name"), front_matter.get("license_link"))
         names = [name for name in others if isinstance(name, str)][:1]
     names = [name.strip() for name in names if name.strip().lower() not in NO_LICENCE and name.isprintable()]
-    return ", ".join(names)[:LONGEST_NAME] or None
+    return ", ".join(names)[:MAX_NAME_LENGTH] or None
 
 
 def hub_api() -> "HfApi":

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 METADATA_KEY = "darkroom"
 HEADER = TypeAdapter(dict[str, Any])
 """Parser of the header, which is stored under a single metadata key: safetensors writes several in random order."""
-LARGEST_HEADER = 16 * 2**20
+MAX_HEADER_BYTES = 16 * 2**20
 """Largest accepted size of a safetensors header, with names and shapes of all tensors, in bytes."""
 
 
@@ -24,7 +24,7 @@ def read_header(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as raw:
             size = int.from_bytes(raw.read(8), "little")
-        if size > LARGEST_HEADER:
+        if size > MAX_HEADER_BYTES:
             raise UserError(f"{path} is not a model, as it is not a safetensors file: {fix}")
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}

@@ -20,7 +20,7 @@ ABILITIES = "model.abilities"
 
 
 @dataclass(frozen=True)
-class Rule:
+class FieldRule:
     """Condition on the field at ``path`` for any value but the default of the field that has this metadata."""
 
     path: str
@@ -43,24 +43,26 @@ def is_set(value: object) -> bool:
     return value is not None and value is not False
 
 
-def needs(ability: str, value: object = None, because: str = "") -> Rule:
+def needs(ability: str, value: object = None, because: str = "") -> FieldRule:
     """Make the rule that a family of models has this ``ability``, for any value or for a single one."""
-    return Rule(ABILITIES, lambda abilities: ability in abilities, because, value=value)
+    return FieldRule(ABILITIES, lambda abilities: ability in abilities, because, value=value)
 
 
-def only(path: str, *values: object, because: str = "") -> Rule:
+def only(path: str, *values: object, because: str = "") -> FieldRule:
     """Make the rule that the field at ``path`` has one of these ``values``."""
-    return Rule(path, lambda value: value in values, because, f"use {' or '.join(map(str, values))}, or leave it out")
+    return FieldRule(
+        path, lambda value: value in values, because, f"use {' or '.join(map(str, values))}, or leave it out"
+    )
 
 
-def unless(path: str, *values: object, because: str = "", value: object = None) -> Rule:
+def unless(path: str, *values: object, because: str = "", value: object = None) -> FieldRule:
     """Make the rule that the field at ``path`` has none of these ``values``; without any: that it is not set."""
-    return Rule(path, lambda other: other not in values if values else not is_set(other), because, value=value)
+    return FieldRule(path, lambda other: other not in values if values else not is_set(other), because, value=value)
 
 
-def given(path: str, because: str = "") -> Rule:
+def given(path: str, because: str = "") -> FieldRule:
     """Make the rule that the field at ``path`` is set."""
-    return Rule(path, is_set, because)
+    return FieldRule(path, is_set, because)
 
 
 def find_conflict(**sections: Config) -> str | None:
@@ -90,12 +92,15 @@ def names_without_effect(section: str, paths: Collection[str], **sections: Confi
     }
 
 
-def _broken_rules(sections: Mapping[str, Config]) -> Iterator[tuple[str, object, FieldInfo, Rule]]:
+def _broken_rules(sections: Mapping[str, Config]) -> Iterator[tuple[str, object, FieldInfo, FieldRule]]:
     """List the rules that do not hold, with name, value and definition of their fields."""
     for section, config in sections.items():
         for name, value, info in _fields(section, config):
             for rule in info.metadata:
-                if not isinstance(rule, Rule) or not {rule.path.partition(".")[0], rule.waits_for} <= {*sections, ""}:
+                if not isinstance(rule, FieldRule) or not {rule.path.partition(".")[0], rule.waits_for} <= {
+                    *sections,
+                    "",
+                }:
                     continue
                 if not rule.allows(_value(sections, rule.path)):
                     yield name, value, info, rule

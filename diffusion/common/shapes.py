@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, Union
 
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
-from diffusion.common.config import LARGEST_SIDE
+from diffusion.common.config import MAX_SIDE
 from diffusion.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def shape_name(shape: Shape) -> str:
 
 def _parse_size(value: Any) -> Shape:
     height, width = parse_shape(value) if isinstance(value, str) else value
-    if not all(isinstance(side, int) and 8 <= side <= LARGEST_SIDE for side in (height, width)):
-        raise ValueError(f"a size is WIDTHxHEIGHT in pixels, each from 8 to {LARGEST_SIDE}, such as 96x64")
+    if not all(isinstance(side, int) and 8 <= side <= MAX_SIDE for side in (height, width)):
+        raise ValueError(f"a size is WIDTHxHEIGHT in pixels, each from 8 to {MAX_SIDE}, such as 96x64")
     return height, width
 
 

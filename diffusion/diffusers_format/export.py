@@ -226,7 +226,7 @@ def readme(model: Model, sampling: SamplingConfig, result: ExportResult, place: 
     stock = ""
     if result.pipeline != OWN:
         stock = f"""
-Or with {result.pipeline} of diffusers, which needs the class of the network (that it expected its own is no error):
+Or with diffusers' {result.pipeline}, which needs the class of the network (that it expected its own is not an error):
 
 ```python
 import diffusion.diffusers_format.network

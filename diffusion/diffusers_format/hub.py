@@ -1,4 +1,4 @@
-"""Pipelines of diffusers on the Hugging Face Hub: verified downloads of what is no code, and pushes of exports."""
+"""Pipelines of diffusers on the Hugging Face Hub: verified downloads without code, and pushes of exports."""
 
 import io
 import os
@@ -41,8 +41,8 @@ def download_pipeline(uri: str, folder: Path, progress: Progress = ignore_progre
     Only safetensors, configurations, vocabularies and texts are fetched, each verified by its digest in the listing of
     the commit; of several variants of weights those without one. A killed download goes on when the call is repeated.
 
-    Raises UserError for what is no pipeline, has pickles in the place of safetensors, or needs a token; if the folder
-    holds other files, and for a disk without room. Raises DarkroomError if the Hub sends other bytes, and
+    Raises UserError for what is not a pipeline, has pickles in the place of safetensors, or needs a token; if the
+    folder holds other files, and for a disk without room. Raises DarkroomError if the Hub sends other bytes, and
     TransientError if it cannot be reached.
     """
     name, revision = parse_hub_uri(uri, "model")
@@ -71,7 +71,7 @@ def _select_pipeline_files(repository: Repository) -> list[HubFile]:
     if INDEX not in files or files[INDEX].size > MAX_SMALL_BYTES:
         single_files = ", ".join(path for path in files if path.endswith((".safetensors", *PICKLES)))[:200]
         raise UserError(
-            f"{repository.uri} is no pipeline of diffusers: it has no {INDEX}"
+            f"{repository.uri} is not a pipeline of diffusers: it has no {INDEX}"
             + (f", only {single_files}" if single_files else "")
             + "; use a repository that save_pretrained wrote"
         )

@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffusion.checkpoints import AVERAGED, CARRIED, FILES, MAX_FILES_BYTES, match_tensors, save_tensors
-from diffusion.common.config import LARGEST_SIZE, LONGEST_NAME
+from diffusion.common.config import MAX_NAME_LENGTH, MAX_SIZE
 from diffusion.common.errors import UserError, install_hint
 from diffusion.common.files import digest_of, sha256_bytes, sha256_file
 from diffusion.common.hub import MAX_CARD, licence_of, read_front_matter
-from diffusion.common.model_files import LARGEST_HEADER
+from diffusion.common.model_files import MAX_HEADER_BYTES
 from diffusion.common.parsing import parse_json
 from diffusion.families.config import DiffusersConfig
 from diffusion.families.header import ModelHeader, Origin
@@ -109,7 +109,7 @@ def import_pipeline(folder: Path, path: Path, origin: Origin) -> str:
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     """List the files of a pipeline by their paths in it; raises UserError for what may not be in it."""
     if not (folder / INDEX).is_file():
-        raise UserError(f"{folder} is no pipeline of diffusers, as it has no {INDEX}: give a folder of save_pretrained")
+        raise UserError(f"{folder} is not a pipeline of diffusers (no {INDEX}): give a folder of save_pretrained")
     root, total = folder.resolve(), 0
     for place in sorted(folder.rglob("*")):
         name = place.relative_to(folder).as_posix()
@@ -133,7 +133,7 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
             total += place.stat().st_size
             if total > MAX_FILES_BYTES:
                 raise UserError(
-                    f"{folder} has over {MAX_FILES_BYTES} bytes besides weights ({name}): remove what is no part"
+                    f"{folder} has over {MAX_FILES_BYTES} bytes besides weights ({name}): remove what does not belong"
                 )
         yield name, place
 
@@ -164,7 +164,7 @@ def _components(folder: Path, index: dict[str, Any], files: dict[str, Path]) -> 
         )
     pipeline = index.get("_class_name")
     if not isinstance(pipeline, str) or pipeline not in PIPELINES:
-        shown_name = str(pipeline)[:LONGEST_NAME]
+        shown_name = str(pipeline)[:MAX_NAME_LENGTH]
         raise UserError(f"{folder} is a {shown_name}, which is not supported: one of {', '.join(PIPELINES)} is")
     spec = PIPELINES[pipeline]
     components = {**spec.kinds, "scheduler": SCHEDULERS}
@@ -173,7 +173,7 @@ def _components(folder: Path, index: dict[str, Any], files: dict[str, Path]) -> 
             continue
         if value in ([None, None], []):
             continue
-        library, kind = (str(word)[:LONGEST_NAME] for word in value) if len(value) == 2 else ("", "")
+        library, kind = (str(word)[:MAX_NAME_LENGTH] for word in value) if len(value) == 2 else ("", "")
         kind = spec.renamed.get(kind, kind)
         if name in CARRIED_COMPONENTS:
             carried_library, kinds = CARRIED_COMPONENTS[name]
@@ -227,7 +227,7 @@ def _weight_files(folder: Path, name: str, files: dict[str, Path]) -> list[str]:
     shard_files = sorted({f"{name}/{shard}" for shard in shards.values()}) if isinstance(shards, dict) else []
     for file in shard_files:
         if file not in files or not file.endswith(".safetensors"):
-            raise UserError(f"{folder / indices[0]} names {file!r}, which is no safetensors file of {name}")
+            raise UserError(f"{folder / indices[0]} names {file!r}, which is not a safetensors file of {name}")
     return [indices[0], *shard_files]
 
 
@@ -236,13 +236,13 @@ def _read_weights(place: Path) -> tuple[bytes, dict[str, Tensor]]:
     try:
         with place.open("rb") as raw:
             start = raw.read(8)
-            if (size := int.from_bytes(start, "little")) > LARGEST_HEADER:
-                raise UserError(f"{place} is no safetensors file: save the pipeline with safe_serialization=True")
+            if (size := int.from_bytes(start, "little")) > MAX_HEADER_BYTES:
+                raise UserError(f"{place} is not a safetensors file: save the pipeline with safe_serialization=True")
             head = start + raw.read(size)
         with safe_open(place, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
-        raise UserError(f"{place} is no safetensors file, or is damaged ({error}): save or fetch it again") from error
+        raise UserError(f"{place} is damaged, or not a safetensors file ({error}): save or fetch it again") from error
     for name, value in tensors.items():
         if value.dtype not in TYPES:
             raise UserError(f"{name} in {place} is of the type {value.dtype}, and quantized weights are not supported")
@@ -274,14 +274,14 @@ def _header(
             class_ids=tuple(classes[label] for label in sorted(classes)),
         )
         (channels, size, _), pipeline = config.image_shape, config.imported
-        if not 1 <= size <= LARGEST_SIZE:
-            raise UserError(f"{folder} makes images of {size} pixels, and {LARGEST_SIZE} are the most")
+        if not 1 <= size <= MAX_SIZE:
+            raise UserError(f"{folder} makes images of {size} pixels, and {MAX_SIZE} are the most")
         return ModelHeader.model_validate(
             {
                 "model": config,
                 "channels": channels,
                 "size": size,
-                "dataset": name[:LONGEST_NAME] or "pipeline",
+                "dataset": name[:MAX_NAME_LENGTH] or "pipeline",
                 # Of what it was trained on nothing is known but what came of it.
                 "content_digest": digest_of(digests),
                 "sigma_data": 0.5 if pipeline.autoencoder is None else 1.0,

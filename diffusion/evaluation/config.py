@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from diffusion.common.config import LARGEST_EMA_STD, Config, is_unset
+from diffusion.common.config import MAX_EMA_STD, Config, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
 
@@ -61,7 +61,7 @@ class EvaluationConfig(Config):
     first_samples: int | None = Field(None, ge=10, exclude_if=is_unset)
     """Images generated from each checkpoint in the first of these rounds. The better quarter advances, with four times
     as many images, until finalists are left. Null: a quarter of samples, at least 10: one round."""
-    ema_stds: tuple[Annotated[float, Field(gt=0, lt=LARGEST_EMA_STD)], ...] = ()
+    ema_stds: tuple[Annotated[float, Field(gt=0, lt=MAX_EMA_STD)], ...] = ()
     """Post-hoc EMA: relative standard deviations of further averages of the weights to evaluate; see
     training.ema_stds."""
     guidance: tuple[Annotated[float, Field(gt=1, le=1000)], ...] | None = (1.5, 2, 3)

@@ -178,7 +178,7 @@ class _Case:
 
     def compare_with_limit(self, rule: Rule, loss: Estimate, excess: Estimate, words: str) -> Finding:
         """Reject a loss that is surely beyond the limit; hold one that is sure and may be beyond it."""
-        # A loss that chance explains is no objection: few samples would otherwise hold models that are as good.
+        # A loss that chance explains does not count: few samples would otherwise hold models that are as good.
         if loss.lower_bound(self.confidence) <= 0 or excess.upper_bound(self.promotion) <= 0:
             return _promote(rule, words)
         if excess.lower_bound(self.confidence) > 0:
@@ -405,7 +405,7 @@ def _cost(case: _Case) -> Iterator[Finding]:
 
 
 def _conditions(case: _Case) -> Iterator[Finding]:
-    """Say what differs between the conditions of the two, which is no objection."""
+    """Say what differs between the conditions of the two, which does not hold a candidate."""
     if case.is_comparison and case.metrics.unlike:
         yield _promote("conditions", "; ".join(case.metrics.unlike))
 

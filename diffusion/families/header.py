@@ -7,7 +7,7 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor
 
-from diffusion.common.config import LARGEST_SIZE, Config, PlainName, is_unset
+from diffusion.common.config import MAX_SIZE, Config, PlainName, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.shapes import Size
 from diffusion.families.base import LoRAConfig
@@ -32,7 +32,7 @@ class Base(Config):
 def _path_inside(name: str) -> str:
     path = PurePosixPath(name)
     if path.is_absolute() or not path.parts or ".." in path.parts or "\\" in name or "\0" in name:
-        raise ValueError(f"{name!r} is no path of a file inside a folder")
+        raise ValueError(f"{name!r} is not a path of a file inside a folder")
     return name
 
 
@@ -58,7 +58,7 @@ class ModelHeader(Config):
     model: FamilyConfig
     """Configuration of the network, with the digest of the autoencoder's weights in place of its path."""
     channels: Literal[1, 3]
-    size: int = Field(ge=1, le=LARGEST_SIZE)
+    size: int = Field(ge=1, le=MAX_SIZE)
     """Height and width of the images, in pixels; of images of several shapes those of the square of equal area."""
     shapes: dict[Size, int] | None = Field(None, min_length=1, max_length=256, exclude_if=is_unset)
     """Shapes of the images, each with its number of training images; None: all are square."""

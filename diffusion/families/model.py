@@ -232,7 +232,7 @@ class Model(ABC):
     def make_trainable(self, lora: LoRAConfig | None) -> TrainableSubset:
         """Freeze a copy of the network except low-rank matrices, or without ``lora`` what training changes.
 
-        The copy shares its frozen weights. Raises UserError if peft is not installed or a target is no linear or
+        The copy shares its frozen weights. Raises UserError if peft is not installed or a target is not a linear or
         convolutional layer.
         """
         if lora is None:

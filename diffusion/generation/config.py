@@ -229,7 +229,7 @@ class InpaintRequest(EditRequest):
                 "resample_steps means nothing to this method of inpainting: use repaint or pigdm, or leave it out"
             )
         if self.method == "repaint" and self.resample_steps == 1:
-            raise ValueError("resample_steps = 1 is no resampling: use 2 or more, or the method replace")
+            raise ValueError("resample_steps = 1 does not resample: use 2 or more, or the method replace")
         return self
 
 

@@ -255,7 +255,7 @@ def check_interpolation(model: Model, seed: int, to_seed: int, count: int, condi
             f"one of {', '.join(model.classes)}"
         )
     if max(len(conditions.labels), len(conditions.prompts)) > 1:
-        raise UserError("several labels or prompts alternate, which is no path from one image to another: give one")
+        raise UserError("several labels or prompts alternate, which is not a path from one image to another: give one")
 
 
 def prompt_embeddings(model: Model, conditions: Conditions) -> Embeddings:

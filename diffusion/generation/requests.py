@@ -354,4 +354,4 @@ def _require_own(output: Path, request_record: RequestRecord) -> None:
         if previous.model_copy(update={"images": ()}) != request_record:
             raise UserError(f"{output} holds the answer to another request: give --out another folder")
     elif output.exists() and not (output.is_dir() and all(PARTIAL.fullmatch(path.name) for path in output.iterdir())):
-        raise UserError(f"{output} is there, and is no folder of images made on request: give --out another")
+        raise UserError(f"{output} is there, and is not a folder of images made on request: give --out another")

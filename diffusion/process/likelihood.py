@@ -45,7 +45,7 @@ class Terms:
 
     @classmethod
     def without_levels(cls, bits: Tensor | None, count: int) -> "Terms":
-        """Make the terms of a model that is no diffusion model; ``bits`` (N,) of ``count`` images, or None."""
+        """Make the terms of a model that is not a diffusion model; ``bits`` (N,) of ``count`` images, or None."""
         return cls(torch.zeros(0, dtype=torch.float64), torch.zeros(count, 0, dtype=torch.float64), bits)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, PositiveFloat, StrictBool, StrictInt, model_validator
 
-from diffusion.common.config import LARGEST_EMA_STD, Config, DeviceName, PlainName, is_unset
+from diffusion.common.config import MAX_EMA_STD, Config, DeviceName, PlainName, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.rules import given, needs, only, unless
 from diffusion.families.base import BaseFamilyConfig, LoRAConfig
@@ -168,10 +168,10 @@ class TrainingConfig(ObjectiveConfig):
             raise ValueError(words)
         if self.shard is not True and self.shard is not False and self.shard < 2:
             raise ValueError(
-                f"training.shard = {self.shard} is no group of processes: use true, false, or the number in a group"
+                f"training.shard = {self.shard} is not a group of processes: use true, false, or the number in a group"
             )
-        if self.ema_stds is not None and not 0 < self.ema_stds[0] < self.ema_stds[1] < LARGEST_EMA_STD:
-            raise ValueError(f"training.ema_stds rise from the first to the second, which is below {LARGEST_EMA_STD}")
+        if self.ema_stds is not None and not 0 < self.ema_stds[0] < self.ema_stds[1] < MAX_EMA_STD:
+            raise ValueError(f"training.ema_stds rise from the first to the second, which is below {MAX_EMA_STD}")
         if self.student is not None and (self.init_from is None or self.images is None):
             raise ValueError(
                 "training.student learns from the model in training.init_from over training.images: run "

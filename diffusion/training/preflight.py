@@ -236,7 +236,7 @@ def muon_size(matrices: Iterable[nn.Parameter], threads: int) -> int:
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
         optimizer = Muon(parameters, lr=1.0, weight_decay=0.0)
-        optimizer.step()  # makes the momentum, which is no temporary tensor
+        optimizer.step()  # makes the momentum, which is not temporary
         with PeakMemory() as memory:
             optimizer.step()
         peaks.append(memory.peak)

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 pipeline = command(app, panel="Pipeline")
-ALL_FAMILIES = ["ddpm", "vae", "gan", "autoregressive"]
-"""Families of ``diffusion.models.config``, which is too slow to import for ``--help``."""
 OTHER_RUN = "give --restart to throw it away, or the settings of that run by --set, or move its folder away"
 DryRun = Annotated[bool, Option("--dry-run", help="Only show what would be done, and the estimated time.")]
 DiscardStudent = Annotated[
@@ -194,7 +192,10 @@ def configuration_options(params_file: Path, settings: list[str], over: Mapping[
 @pipeline
 def compare(
     config: "Params",
-    family: Annotated[list[str], Option(metavar="NAME", help="Model family; may be repeated.")] = ALL_FAMILIES,
+    family: Annotated[
+        list[str] | None,
+        Option(metavar="NAME", help="Model family; may be repeated; default: all that train from scratch."),
+    ] = None,
     restart: Annotated[bool, Option("--restart", help="Discard runs of other settings in their folders.")] = False,
     dry_run: DryRun = False,
     local: options.Local = False,
@@ -209,7 +210,7 @@ def compare(
     from flows.cli.preflight import preflight_trainings
     from flows.config import family_variants
 
-    variants = family_variants(config, family)
+    variants = family_variants(config, family or ())
     request = Request(restart="if_different" if restart else "never", advice=(OTHER_RUN,))
     for variant in variants.values():
         check("compare", variant, request)
@@ -225,7 +226,7 @@ def compare(
         with connect("prefect", "mlflow", "s3"):
             from flows.sweep import compare
 
-            result = compare(config, family, restart)
+            result = compare(config, [*variants], restart)
     from diffusion.evaluation.reports.ranking_report import describe_ranking
 
     return CommandOutput(result, [*describe_ranking(result.ranking), f"report: {result.report}"])

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
-from diffusion.common.config import LARGEST_SIDE, Config, PlainName, is_unset
+from diffusion.common.config import MAX_SIDE, Config, PlainName, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json, digest_of, sha256_bytes
 from diffusion.common.fingerprint import Fingerprint
@@ -158,8 +158,8 @@ class ManifestRow(Config):
     guidance: float | None
     autoguidance: float | None = None
     """Scale of autoguidance, in batches that have it."""
-    width: Annotated[int, Field(ge=1, le=LARGEST_SIDE)] | None = None
-    height: Annotated[int, Field(ge=1, le=LARGEST_SIDE)] | None = None
+    width: Annotated[int, Field(ge=1, le=MAX_SIDE)] | None = None
+    height: Annotated[int, Field(ge=1, le=MAX_SIDE)] | None = None
     """Width and height in pixels, in batches that name sizes."""
     tar: Annotated[str, Field(max_length=100)] | None = None
     offset: Annotated[int, Field(ge=0, lt=2**63)] | None = None

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from diffusion.common.config import LONGEST_NAME, PlainName, plain_name
+from diffusion.common.config import MAX_NAME_LENGTH, PlainName, plain_name
 from diffusion.common.errors import UserError
 from diffusion.data.manifest import Sha256
 
@@ -82,7 +82,7 @@ def parse_model_uri(uri: str) -> tuple[str, str]:
             raise ValueError(uri)
         return plain_name(match["name"]), match["number"] or f"@{match['alias']}"
     except ValueError as error:
-        text = uri if len(uri) <= LONGEST_NAME else f"{uri[:LONGEST_NAME]}…"
+        text = uri if len(uri) <= MAX_NAME_LENGTH else f"{uri[:MAX_NAME_LENGTH]}…"
         raise UserError(
             f"{text} names no model version: write models:/NAME@champion, models:/NAME/1, or a path that ends in "
             ".safetensors"

@@ -62,7 +62,7 @@ def apply(heading: str, root: Path) -> Cost:
         file = root / block.path
         if block.kind == "python" and not file.exists():
             file.parent.mkdir(exist_ok=True)
-            if file.parent != root / Path(block.path).parent or not (file.parent / "__init__.py").exists():
+            if not (file.parent / "__init__.py").exists():
                 (file.parent / "__init__.py").write_text('"""A new package."""\n')
             file.write_text(block.text)
             is_family = Path(block.path).parts[:2] == ("diffusion", "families") and file.name in (

@@ -68,7 +68,7 @@ def add_captions(merge: Merge, config: CaptionerConfig, progress: Progress) -> C
             due_counts[place] = sum(map(is_due, table.to_pylist()))
     total, done, cached_count, unanswered_count, reasons = sum(due_counts.values()), 0, 0, 0, Counter[str]()
     with ExitStack() as stack:
-        cache = stack.enter_context(closing(Cache(folder)))
+        cache = stack.enter_context(closing(CaptionCache(folder)))
         captioner = stack.enter_context(closing(make_captioner(config)))
         for place in (place for place, count in due_counts.items() if count):
             part = parts[place]
@@ -119,7 +119,7 @@ def _require_answers(name: str, failed: int, kept: int, reasons: Counter[str], c
 
 
 def _answers(
-    captioner: Captioner, cache: "Cache", name: str, images: Iterator[tuple[str, bytes]]
+    captioner: Captioner, cache: "CaptionCache", name: str, images: Iterator[tuple[str, bytes]]
 ) -> Generator[tuple[str, str | NoCaptionError], None, None]:
     """Send images, and store the answers; yields the key and answer of each, and stops all requests when closed."""
 
@@ -150,7 +150,7 @@ def _images(shard: Path, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, 
             yield row["key"], file.read(row["size"])
 
 
-class Cache:
+class CaptionCache:
     """Answers of captioners by image and captioner, in the work folder of the data set in ``folder``."""
 
     def __init__(self, folder: Path) -> None:
@@ -191,5 +191,5 @@ class Cache:
 def forget_captions(folder: Path, keys: Iterable[str]) -> None:
     """Delete all answers about the images ``keys`` of the data set in ``folder``."""
     if (work_folder(folder) / "captions.sqlite").is_file():
-        with explain_database_errors(work_folder(folder)), closing(Cache(folder)) as cache:
+        with explain_database_errors(work_folder(folder)), closing(CaptionCache(folder)) as cache:
             cache.forget(keys)

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from diffusion.common.config import LARGEST_SIDE, LARGEST_SIZE, Config, is_unset
+from diffusion.common.config import MAX_SIDE, MAX_SIZE, Config, is_unset
 from diffusion.common.files import digest_of
 from diffusion.common.shapes import Shape, parse_shape, shape_name
 
@@ -34,7 +34,7 @@ def _order_shapes(buckets: tuple[str, ...] | None) -> tuple[str, ...] | None:
 class StorageConfig(Config):
     """How images become stored pixels: part of the data set's identity."""
 
-    size: int = Field(28, ge=8, le=LARGEST_SIZE)
+    size: int = Field(28, ge=8, le=MAX_SIZE)
     """Height and width of every stored image, in pixels; with buckets, of the square that has as many pixels."""
     fit: Literal["crop", "pad", "squash", "bucket"] = "crop"
     """How a non-square image becomes square: crop its longer side, pad its shorter one, or squash. ``bucket``: it does
@@ -70,11 +70,11 @@ class StorageConfig(Config):
             if (
                 not min_pixels <= height * width <= max_pixels
                 or min(height, width) < 8
-                or max(height, width) > LARGEST_SIDE
+                or max(height, width) > MAX_SIDE
             ):
                 raise ValueError(
                     f"ingest.buckets has {width}x{height}, and all need about as many pixels as {self.size}x{self.size}"
-                    f", {min_pixels:,} to {max_pixels:,}, and sides of 8 to {LARGEST_SIDE}: change it, or ingest.size"
+                    f", {min_pixels:,} to {max_pixels:,}, and sides of 8 to {MAX_SIDE}: change it, or ingest.size"
                 )
         return self
 

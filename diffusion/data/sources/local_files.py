@@ -17,7 +17,7 @@ from typing import BinaryIO, TextIO, cast
 from braceexpand import braceexpand
 from filelock import FileLock
 
-from diffusion.common.config import LONGEST_NAME
+from diffusion.common.config import MAX_NAME_LENGTH
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of, sync_file
 from diffusion.data.ingest.decode import UnusableEntryError
@@ -134,7 +134,7 @@ def expand_braces(pattern: str) -> list[str]:
     except ValueError as error:
         raise UserError(f"{pattern} has unbalanced braces: write them as {{000..123}} or {{a,b}}") from error
     if len(names) > MAX_NAMES:
-        raise UserError(f"{pattern[:LONGEST_NAME]} stands for over {MAX_NAMES:,} names: give fewer")
+        raise UserError(f"{pattern[:MAX_NAME_LENGTH]} stands for over {MAX_NAMES:,} names: give fewer")
     return names
 
 

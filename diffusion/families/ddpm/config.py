@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from diffusion.common.config import LARGEST_SIZE, is_unset
+from diffusion.common.config import MAX_SIZE, is_unset
 from diffusion.common.rules import find_conflict, given, only, unless
 from diffusion.families.base import (
     MAX_BLOCKS,
@@ -110,7 +110,7 @@ class ModelConfig(BaseFamilyConfig):
             because="model.low_resolution conditions the network on small images, and on nothing besides: leave out "
             "model.text",
         ),
-    ] = Field(None, ge=2, le=LARGEST_SIZE, exclude_if=is_unset)
+    ] = Field(None, ge=2, le=MAX_SIZE, exclude_if=is_unset)
     """Super-resolution (SR3, arXiv 2104.07636): height and width, in pixels, of the small image that alone
     conditions the network; the data set's size is a multiple of it. Null: no super-resolution."""
     low_resolution_noise: Annotated[

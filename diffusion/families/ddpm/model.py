@@ -100,7 +100,7 @@ class DDPMModel(DiffusionModel):
         if any(side % factor for side in self.shape[1:]):
             raise UserError(
                 f"the model's autoencoder takes images whose sides are multiples of {factor} pixels, and "
-                f"{shape_name(self.shape[1:])} is no such size: choose another one"
+                f"{shape_name(self.shape[1:])} is not such a size: choose another one"
             )
         fold = self.network.fold * factor
         if min(self.shape[1:]) < fold:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from diffusion.common.config import LARGEST_SIDE
+from diffusion.common.config import MAX_SIDE
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.common.fingerprint import CPU
@@ -55,7 +55,7 @@ class PretrainedModel(DiffusionModel):
         """Raise UserError if the network's fold divides no such images, or it has no positions for so large ones."""
         shape, fold = self.shape[1:], self.pipeline.fold
         max_positions = self.pipeline.denoiser.config.get("pos_embed_max_size")
-        limit = LARGEST_SIDE if max_positions is None else int(max_positions) * fold
+        limit = MAX_SIDE if max_positions is None else int(max_positions) * fold
         if any(side % fold or side > limit for side in shape):
             raise UserError(
                 f"the pipeline's network takes images whose height and width are multiples of {fold} up to {limit}, "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
 
 from pydantic import AfterValidator, Field
 
-from diffusion.common.config import LARGEST_SIZE, Config
+from diffusion.common.config import MAX_SIZE, Config
 from diffusion.common.errors import UserError, install_hint
 from diffusion.families.base import MAX_BLOCKS, MAX_RESOLUTIONS
 from diffusion.process.config import SchedulerPrediction
@@ -48,7 +48,7 @@ WITHOUT_WEIGHTS = (*SCHEDULERS, *CLIP_TOKENIZERS, *T5_TOKENIZERS)
 """Classes of components that are no networks."""
 MAX_INTEGER, MAX_LIST, MAX_STRING = 2**18, 2**14, 4096
 """Limits of a component's configuration; files that exceed them are rejected before a network is built."""
-MAX_SIDES = {"sample_size": LARGEST_SIZE, "pos_embed_max_size": LARGEST_SIZE, "max_position_embeddings": 2**14}
+MAX_SIDES = {"sample_size": MAX_SIZE, "pos_embed_max_size": MAX_SIZE, "max_position_embeddings": 2**14}
 """Lower limits of sizes of which tables are made, some of their squares."""
 
 

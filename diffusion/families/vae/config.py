@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from diffusion.common.config import LARGEST_SIZE, Config
+from diffusion.common.config import MAX_SIZE, Config
 from diffusion.families.base import MAX_BLOCKS, MAX_WIDTH, Ability, ChannelMult, Likelihood, OneStepConfig
 
 
@@ -65,7 +65,7 @@ class LatentSpace(Config):
     """SHA-256 of the autoencoder's weights, which identifies it."""
     channels: int = Field(ge=1, le=64)
     """Channels of the latents."""
-    size: int = Field(ge=1, le=LARGEST_SIZE)
+    size: int = Field(ge=1, le=MAX_SIZE)
     """Height and width of the latents of square images."""
 
     @property

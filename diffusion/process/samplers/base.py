@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from diffusion.common.config import Config, DeviceName, is_unset
 from diffusion.common.errors import UserError, describe_validation_error
-from diffusion.common.rules import Rule, find_conflict, needs, only, unless
+from diffusion.common.rules import FieldRule, find_conflict, needs, only, unless
 from diffusion.process.config import NOISE_LEVELS
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class BaseSampling(Config):
 COMPUTING = {
     name
     for name, info in BaseSampling.model_fields.items()
-    if not any(isinstance(rule, Rule) for rule in info.metadata)
+    if not any(isinstance(rule, FieldRule) for rule in info.metadata)
 }
 """Fields that have an effect for all families of models."""
 

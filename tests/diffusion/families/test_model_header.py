@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from diffusion.checkpoints import load_model, read_model_header
 from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json
-from diffusion.common.model_files import LARGEST_HEADER, METADATA_KEY
+from diffusion.common.model_files import MAX_HEADER_BYTES, METADATA_KEY
 from diffusion.families.config import AutoregressiveConfig, FamilyConfig, GANConfig, VAEConfig
 from diffusion.families.vae.config import LatentSpace
 from tests.builders.small_models import write_model
@@ -97,7 +97,7 @@ def test_header_without_matching_tensors_allocates_no_memory(weights: Path, chan
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kilobytes"
 
 
-@pytest.mark.parametrize("size", [LARGEST_HEADER + 1, 10**8, 2**63])
+@pytest.mark.parametrize("size", [MAX_HEADER_BYTES + 1, 10**8, 2**63])
 def test_a_header_of_a_hundred_megabytes_is_rejected_unread(tmp_path: Path, size: int) -> None:
     path = tmp_path / "x.safetensors"
     with path.open("wb") as file:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset
-from diffusion.data.ingest.captions import Cache
+from diffusion.data.ingest.captions import CaptionCache
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import Manifest, read_manifest, versions, work_folder, write_manifest
@@ -321,7 +321,7 @@ def test_removed_images_stay_out_of_an_older_version(images: Path, dataset: Path
 
 
 def cached_caption(folder: Path, key: str) -> str | None:
-    with closing(Cache(folder)) as cache:
+    with closing(CaptionCache(folder)) as cache:
         return cache.get(key, "some captioner")
 
 
@@ -329,7 +329,7 @@ def cached_caption(folder: Path, key: str) -> str | None:
 def captioned(dataset: Path) -> tuple[Path, Removal]:
     """A data set with a cached caption of an image that another machine took down."""
     key = key_of(dataset, "odd/01.png")
-    with closing(Cache(dataset)) as cache:
+    with closing(CaptionCache(dataset)) as cache:
         cache.put(key, "some captioner", "someone's name")
     other = dataset.parent / "other" / dataset.name
     shutil.copytree(dataset, other)
