@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, Field
 
 from diffusion.common.config import Config
-from diffusion.common.rules import needs
 
 MAX_WIDTH, MAX_BLOCKS, MAX_RESOLUTIONS = 4096, 64, 12
 """Limits of channels, blocks per resolution, and resolutions; files that exceed them are rejected before a network is
@@ -85,7 +84,7 @@ class BaseFamilyConfig(Config):
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
-        """(C, H, W) of square images, if the network takes no others; None: those of the data set."""
+        """(C, H, W) of square images, if the network takes no others; None: as the data set's."""
         return None
 
     @property
@@ -122,7 +121,7 @@ class BaseFamilyConfig(Config):
 
 
 def classes_of(config: BaseFamilyConfig, class_histogram: Mapping[str, int]) -> list[str]:
-    """List the classes that a network is conditioned on: those of the data set, if there are several."""
+    """List the classes that a network is conditioned on: the data set's, if there are several."""
     return list(class_histogram) if config.conditional and len(class_histogram) > 1 else []
 
 
@@ -132,25 +131,3 @@ class OneStepConfig(BaseFamilyConfig):
     text: ClassVar[bool] = False
     low_resolution: ClassVar[None] = None
     autoencoder: ClassVar[None] = None
-
-
-class LoRAConfig(Config):
-    """Low-rank adaptation (arXiv 2106.09685): W + α/r · B A with frozen W.
-
-    W are the weights of training.init_from; A, (r, in), and B, (out, r) and at first 0, are trained by AdamW.
-    """
-
-    rank: int = Field(8, ge=1, le=1024)
-    """r, the number of rows of each A and columns of each B."""
-    alpha: float | None = Field(None, gt=0, le=65536)
-    """α, which scales the product by α/r; null: the rank, a scale of 1."""
-    target_modules: tuple[str, ...] | None = Field(None, min_length=1, max_length=256)
-    """Names of the adapted linear and convolutional layers, or ends of their names behind a dot, such as qkv. Null: all
-    hidden layers of a network of the family ddpm."""
-    text_encoder: Annotated[bool, needs("text_encoder_adapters")] = False
-    """Whether the text encoder of a pretrained pipeline is adapted as well."""
-
-    @property
-    def scale(self) -> float:
-        """α/r, the factor of B A."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank

@@ -81,6 +81,10 @@ class DiffusionModel(Model):
         """Count the evaluations of the network for one image."""
         return count_evaluations(config, self.schedule)
 
+    def check_sampling(self, config: SamplingConfig) -> None:
+        """Raise UserError if there is no noise level between the ends of the sampler's."""
+        config.sigma_grid(self.schedule)
+
     def passes(self, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:
         """List the sampler's evaluations of the network and one pass through the decoder."""
         x = torch.zeros(1, *self.noise_shape)

@@ -11,7 +11,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from diffusion.common.errors import UserError, install_hint
-from diffusion.families.base import LoRAConfig
+from diffusion.families.lora import LoRAConfig
 
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 """Ends of the names of A and B, behind the name of the adapted layer, as in peft's files."""

@@ -10,8 +10,8 @@ from torch import Tensor
 from diffusion.common.config import MAX_SIZE, Config, PlainName, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.shapes import Size
-from diffusion.families.base import LoRAConfig
 from diffusion.families.config import FamilyConfig
+from diffusion.families.lora import LoRAConfig
 from diffusion.families.text_encoder import TextEncoder
 from diffusion.families.vae.config import LatentSpace
 from diffusion.process.samplers import COMPUTING, SamplingConfig, sampling_config, with_sampler
@@ -59,7 +59,7 @@ class ModelHeader(Config):
     """Configuration of the network, with the digest of the autoencoder's weights in place of its path."""
     channels: Literal[1, 3]
     size: int = Field(ge=1, le=MAX_SIZE)
-    """Height and width of the images, in pixels; of images of several shapes those of the square of equal area."""
+    """Height and width of the images, in pixels; of images of several shapes, of the square of equal area."""
     shapes: dict[Size, int] | None = Field(None, min_length=1, max_length=256, exclude_if=is_unset)
     """Shapes of the images, each with its number of training images; None: all are square."""
     dataset: PlainName

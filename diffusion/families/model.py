@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffusion.common.errors import UserError
 from diffusion.common.fingerprint import autocast
 from diffusion.common.shapes import shape_name
-from diffusion.families.base import BaseFamilyConfig, LoRAConfig, classes_of
+from diffusion.families.base import BaseFamilyConfig, classes_of
 from diffusion.families.fine_tuning import (
     TrainableSubset,
     is_adaptable,
@@ -24,6 +24,7 @@ from diffusion.families.fine_tuning import (
     train_parameters,
 )
 from diffusion.families.header import ModelHeader
+from diffusion.families.lora import LoRAConfig
 from diffusion.families.text_encoder import (
     MINI_LM,
     WIDTH,
@@ -83,7 +84,7 @@ class Model(ABC):
 
     @staticmethod
     def tensor_names(network: nn.Module, names: Iterable[str]) -> dict[str, str]:
-        """Find the tensor of ``network`` that each of the ``names`` in a file stands for; here that of its name."""
+        """Find the tensor of ``network`` that each of the ``names`` in a file stands for; here the one of its name."""
         return {name: name for name in names}
 
     @staticmethod
@@ -164,7 +165,7 @@ class Model(ABC):
         return encoder()(prompt)
 
     def prompt_length(self, prompt: str) -> tuple[int, int, int]:
-        """Count the tokens of ``prompt``, those of an empty one, and the most that the model's text encoder reads."""
+        """Count the tokens of ``prompt`` and of an empty one, and the most that the model's text encoder reads."""
         return prompt_length(prompt)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -216,12 +217,12 @@ class Model(ABC):
         return MINI_LM
 
     def adapter_layers(self, layers: set[str], targets: Sequence[str] | None, text_encoder: bool) -> set[str]:
-        """Choose those of the linear and convolutional ``layers`` of the network that low-rank matrices adapt.
+        """Choose the linear and convolutional ``layers`` of the network that low-rank matrices adapt.
 
         Args:
             layers: Their names.
             targets: ``LoRAConfig.target_modules``.
-            text_encoder: Whether those of its text encoder are adapted as well.
+            text_encoder: Whether layers of its text encoder are adapted as well.
         """
         return select_layers(layers, targets, layers)
 
@@ -288,6 +289,9 @@ class Model(ABC):
     def passes(self, config: SamplingConfig) -> list[tuple[int, Callable[[], Tensor]]]:
         """List the network passes that generate an image, as a count and a function for each kind of pass."""
 
+    def check_sampling(self, config: SamplingConfig) -> None:  # noqa: B027 (most families have no noise levels)
+        """Raise UserError if the sampler has no noise level for this model."""
+
     def terms(self, x0: Tensor, conditioning: Conditioning, indices: Sequence[int]) -> Terms:
         """Compute likelihood terms of images ``x0``, (N, C, H, W) in [−1, 1], with indices ``indices``.
 
@@ -316,11 +320,7 @@ class TrainingBatch:
 
     def split(self, count: int) -> list["TrainingBatch"]:
         """Split the batch into ``count`` parts of nearly equal size."""
-
-        def part(number: int) -> "TrainingBatch":
-            return self._map(lambda values: values.tensor_split(count)[number])
-
-        return [part(number) for number in range(count)]
+        return [self._map(lambda values, n=n: values.tensor_split(count)[n]) for n in range(count)]  # type: ignore[misc]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "TrainingBatch":
         conditioning, random = (
@@ -345,7 +345,7 @@ class OptimizerStep:
     """Step of one optimizer: the modules that it trains and the loss that it minimizes."""
 
     modules: Mapping[str, nn.Module]
-    """Modules by their name in checkpoints; the first name is also that of the optimizer."""
+    """Modules by their name in checkpoints; the first name also names the optimizer."""
     losses: Callable[[TrainingBatch], Tensor]
     """The logged loss of each image, (N,) float32, under autocast."""
     compute_objective: Callable[[Tensor, TrainingBatch], Tensor] = lambda losses, _: losses
@@ -379,7 +379,7 @@ class TrainingObjective(ABC):
     def make_batch(
         self, x0: Tensor, indices: Sequence[int], conditioning: Conditioning, probe: str | None = None
     ) -> TrainingBatch:
-        """Add random numbers by index to images (N, C, H, W) in [−1, 1]; those of a ``probe`` are equal in all runs."""
+        """Add random numbers by index to images (N, C, H, W) in [−1, 1]; a ``probe`` has equal ones in all runs."""
 
     @abstractmethod
     def losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:

@@ -117,7 +117,7 @@ class MiniLM:
 
 
 def prompt_length(prompt: str) -> tuple[int, int, int]:
-    """Count the tokens of ``prompt``, those of an empty one, and the most that the encoder reads."""
+    """Count the tokens of ``prompt`` and of an empty one, and the most that the encoder reads."""
     return len(encoder().tokens(prompt)), ENDS, MAX_TOKENS
 
 

@@ -106,7 +106,7 @@ def compute_bound(schedule: NoiseSchedule, t: Tensor, x0: Tensor, error: Tensor,
     sigmas = schedule.sigmas.to(t.device)
     first = t == 0
     sigma, next_sigma = sigmas[t], sigmas[(t - 1).clamp(min=0)].masked_fill(first, 0)
-    # The lower variance of the last step is 0, so that of the step before it is used, with ᾱ = 1.
+    # The lower variance of the last step is 0, so the variance of the step before it is used, with ᾱ = 1.
     min_variance = fixed_small(sigmas[1], sigmas[0]) / (1 + sigmas[0] ** 2)
     low, high = fixed_small(sigma, next_sigma).where(~first, min_variance), fixed_large(sigma, next_sigma)
     deviation = interpolate_deviation(v, broadcast_to_images(v, low), broadcast_to_images(v, high))

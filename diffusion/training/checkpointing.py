@@ -1,5 +1,7 @@
 """Checkpoints of a run: everything needed to resume, in one safetensors file that is written atomically.
 
+``train`` resumes from the newest that is whole.
+
 Processes that share a network write it together, each the bytes of its shards, so that none ever holds it whole.
 """
 

@@ -9,7 +9,9 @@ from pydantic import AfterValidator, ConfigDict, Field, PositiveFloat, StrictBoo
 from diffusion.common.config import MAX_EMA_STD, Config, DeviceName, PlainName, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.rules import given, needs, only, unless
-from diffusion.families.base import BaseFamilyConfig, LoRAConfig
+from diffusion.data.caption_texts import TagsConfig
+from diffusion.families.base import BaseFamilyConfig
+from diffusion.families.lora import LoRAConfig
 from diffusion.process.config import NOT_WITH_LORA, ObjectiveConfig
 from diffusion.process.samplers import SamplingConfig
 
@@ -97,6 +99,20 @@ class TrainingConfig(ObjectiveConfig):
     condition_dropout: Annotated[float, needs("dropped_conditions")] = Field(0.1, ge=0, lt=1)
     """Conditioning dropout: share of the images for which class and caption are both dropped, for unconditional
     generation. With both class and caption, one of the two is dropped for an equal share again (arXiv 2211.09800)."""
+    tags: Annotated[
+        TagsConfig | None,
+        given(
+            "model.text",
+            because="training.tags changes captions, and the network has none: set model.text to true, or leave it out",
+        ),
+    ] = Field(None, exclude_if=is_unset)
+    """Captions as tags that are shuffled or dropped at each step. Null: captions as they are. Of a caption of several
+    lines one is sampled at each step in either case."""
+    weights: dict[str, Annotated[float, Field(ge=0.01, le=10_000)]] | None = Field(
+        None, min_length=1, max_length=1000, exclude_if=is_unset
+    )
+    """How often images are seen, by patterns of their names in the source: {"10_cat/*": 10, "5_dog/*": 5}. The first
+    that fits counts, without any 1; only ratios matter. Null: all equally often."""
     flip: bool = False
     """Mirror half of the images horizontally, chosen by seed. Wrong for digits and letters, right for most
     photographs."""

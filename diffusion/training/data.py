@@ -15,6 +15,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.common.progress import Progress
 from diffusion.data.caption_embeddings import Captions, embeddings_of
+from diffusion.data.caption_texts import list_texts
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.data.latents import LatentCache
 from diffusion.data.manifest import read_manifest
@@ -65,23 +66,29 @@ def open_dataset(data: Path, config: TrainingConfig, store: ShardStore | None) -
 
 
 def encode_captions(
-    dataset: Dataset, encoding: CaptionEncoder, ranks: Ranks, readers: Executor | None, progress: Progress
+    dataset: Dataset,
+    config: TrainingConfig,
+    encoding: CaptionEncoder,
+    ranks: Ranks,
+    readers: Executor | None,
+    progress: Progress,
 ) -> Captions:
     """Embed the captions of ``dataset`` by ``encoding``, as far as they are not in the cache; UserError for none.
 
     The main process embeds them for all, in the threads of ``readers``; without any, all are as none.
     """
-    texts, numbers = dataset.different_captions()
-    if not texts:
+    captions, numbers = dataset.different_captions()
+    if not captions:
         raise UserError(
             f"data set {dataset.folder} has no captions, and the network is conditioned on them (model.text, or the "
-            "pipeline in training.init_from): ingest it with a column text beside file_name (metadata.csv), or train "
-            "another network"
+            "pipeline in training.init_from): ingest it with a NAME.txt beside each image, or a metadata.csv with "
+            "columns file_name and text, or train another network"
         )
+    texts = list_texts(captions, config.tags, config.seed)
     if readers is None:
-        return Captions(encoding.none.expand(len(texts), -1), numbers, encoding)
-    data = {"embeddings": embeddings_of(dataset, texts, readers, progress, encoding)} if ranks.is_main else {}
-    return Captions(ranks.broadcast_tensors(data)["embeddings"], numbers, encoding)
+        return Captions(encoding.none.expand(len(texts.texts), -1), numbers, encoding, texts)
+    data = {"embeddings": embeddings_of(dataset, texts.texts, readers, progress, encoding)} if ranks.is_main else {}
+    return Captions(ranks.broadcast_tensors(data)["embeddings"], numbers, encoding, texts)
 
 
 def encode_latents(
@@ -108,7 +115,7 @@ def encode_latents(
 def _zero_latents(
     dataset: Dataset, shape: tuple[int, int, int], rows: Rows, mirrored: np.ndarray | None = None
 ) -> Tensor:
-    """Return zeros in place of the latents of images in ``rows``, whose ``shape`` (c, h, w) is that of a square."""
+    """Return zeros in place of the latents of images in ``rows``, whose ``shape`` (c, h, w) is a square's."""
     sides = (
         side * latent // dataset.manifest.size
         for side, latent in zip(dataset.shapes[dataset.buckets(rows)[0]], shape[1:], strict=True)

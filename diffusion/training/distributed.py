@@ -104,7 +104,7 @@ class Ranks:
         return values[0]
 
     def broadcast_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the main process' ``tensors`` in all processes; those of other processes are ignored."""
+        """Return the main process' ``tensors`` in all processes; the tensors of other processes are ignored."""
         if self.count == 1:
             return tensors
         kinds = self.broadcast({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
@@ -184,7 +184,7 @@ class GradientReducer:
 
     @contextmanager
     def last_pass(self, part: int, earlier: Sequence[Tensor] | None) -> Iterator[None]:
-        """Take the gradients of the backward pass inside, the last one of ``part``, and add those of ``earlier`` ones.
+        """Take the gradients of the backward pass inside, the last one of ``part``, and add ``earlier`` gradients.
 
         Args:
             part: Number of the part, from 0, of which each has one such pass in a thread of its own.

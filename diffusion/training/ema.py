@@ -22,7 +22,7 @@ STDS = "stds"
 logger = logging.getLogger(__name__)
 
 
-class WeightAverage:
+class EMA:
     """Moving average of a network's parameters, with the ``decay`` of each step (1, 2, …), from 0 to 1."""
 
     def __init__(self, network: nn.Module, decay: Callable[[int], float]) -> None:
@@ -61,7 +61,7 @@ def mixture(snapshots: list[tuple[int, float]], images: int, length: float) -> t
 
     A snapshot is a power-function average of some std at some number of images. The weights are the least-squares fit
     of the snapshots' weight functions to the target's (arXiv 2312.02696, section 3.2), constrained to the sum 1, as
-    the fit alone shrinks the network where snapshots are few. The error is that of the function, relative to its norm.
+    the fit alone shrinks the network where snapshots are few. The error is the function's, relative to its norm.
     """
     profiles = [(count, power(std)) for count, std in snapshots]
     overlaps = np.array([[_overlap(p, q) for q in profiles] for p in profiles])

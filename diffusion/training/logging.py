@@ -230,7 +230,7 @@ class Validation:
                     measurements.append((batch_metrics, len(batch.rows)))
         metrics = {f"{split}_loss{suffix}": torch.cat(losses).mean().item()}
         for name in sorted({name for batch_metrics, _ in measurements for name in batch_metrics}):
-            # Those of a bucket with few images may be missing.
+            # Metrics of a bucket with few images may be missing.
             pairs = [(batch_metrics[name], count) for batch_metrics, count in measurements if name in batch_metrics]
             images = sum(count for _, count in pairs)
             metrics[name] = sum(value * (count / images) for value, count in pairs)

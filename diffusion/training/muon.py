@@ -65,7 +65,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def group_by_side(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Group ``parameters`` by the shorter side of their matrices: those of a group are updated together.
+    """Group ``parameters`` by the shorter side of their matrices: a group is updated together.
 
     The group with the most elements is the first, so that threads get even shares.
     """

@@ -80,7 +80,7 @@ class Preflight(Config):
     images_at_once: int
     """Number of these images, of all threads."""
     optimizer_bytes: int
-    """Bytes of memory for the temporary tensors of a step of Muon, when those of the images are gone; 0: AdamW."""
+    """Bytes of memory for the temporary tensors of a step of Muon, when activations are gone; 0: AdamW."""
     disk_bytes: int
     """Bytes of disk for the checkpoints that exist at the same time."""
     checkpoint_bytes: int
@@ -146,10 +146,7 @@ class Preflight(Config):
             ("disk", f"{naturalsize(self.disk_bytes, binary=True)} of checkpoints"),
             ("length", f"{self.images:,} images, {self.images / self.train:.1f} epochs"),
             ("time", time),
-            (
-                "at SIGTERM",
-                f"ends after up to two steps{steps} and the writing of two checkpoints ({checkpoint} each)",
-            ),
+            ("at SIGTERM", f"ends after up to two steps{steps} and the writing of two checkpoints ({checkpoint} each)"),
         ]
 
 
@@ -249,7 +246,7 @@ def state_size(
     """Compute the bytes of memory of a run without a batch, and of its checkpoint: weights, two moments, averages.
 
     Memory also holds gradients, per thread and in total, and a copy of the checkpoint while it is written. ``others``:
-    trained parameters outside the network, which have no average; ``matrices``: those of Muon, which has one moment;
+    trained parameters outside the network, which have no average; ``matrices``: weights of Muon, which has one moment;
     ``frozen``: weights that are not trained, which are in no checkpoint.
     """
     checkpoint = parameters * (3 + averages) + others * 3 - matrices

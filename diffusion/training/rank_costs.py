@@ -54,13 +54,13 @@ class RankCost(Config):
     activations: int
     """Estimate of what the images that are in the network at once leave for the backward pass."""
     muon: int
-    """Temporary tensors of a step of Muon, when those of the images are gone."""
+    """Temporary tensors of a step of Muon, when activations are gone."""
     all_reduce: int
     """Bytes sent for sums of gradients over replicas, by rings: 2 (n − 1) / n of them among n."""
     all_gather: int
     """Bytes sent for weights that other ranks need, by rings: n − 1 times the own ones."""
     reduce_scatter: int
-    """Bytes sent for sums of gradients of shards, by rings: n − 1 times those of a shard."""
+    """Bytes sent for sums of gradients of shards, by rings: n − 1 times a shard's gradients."""
 
     @property
     def memory(self) -> int:
@@ -168,7 +168,7 @@ def _rank_cost(setup: TrainingSetup, activations: int) -> RankCost:
             ranks=ranks.count,
             images=images,
             weights=size + _size(frozen) + (setup.captions.embeddings.nbytes if setup.captions else 0),
-            # Those of each thread and their sum, or those of the own shards.
+            # Gradients of each thread and their sum, or of the own shards.
             gradients=size * (1 + threads if group == 1 else 1),
             optimizer=2 * size - (_size(matrices) if has_muon else 0),
             averages=average_bytes * ((1 if config.ema_stds is None else len(config.ema_stds)) + setup.has_guide),
@@ -200,7 +200,7 @@ def _count_replicated_bytes(step: OptimizerStep) -> Counter[str]:
 
 
 def _count_sharded_bytes(step: OptimizerStep, setup: TrainingSetup) -> tuple[Counter[str], int]:
-    """Count the bytes of a rank in the collectives of a step, and those of others that it holds at once."""
+    """Count the bytes of a rank in the collectives of a step, and of other ranks' weights that it holds at once."""
     config, family = setup.config, family_of(setup.model)
     shape = setup.autoencoder.space.shape if setup.autoencoder else setup.dataset.shape
     images = config.images_per_step // setup.ranks.count

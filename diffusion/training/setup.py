@@ -35,7 +35,7 @@ from diffusion.training.config import TrainingConfig
 from diffusion.training.data import encode_captions, encode_latents
 from diffusion.training.distributed import Ranks
 from diffusion.training.identity import data_digest, identity_fields, train_key
-from diffusion.training.pretrained import MEASURED, identify_base, load_autoencoder, load_initial
+from diffusion.training.starting_models import MEASURED, identify_base, load_autoencoder, load_initial
 
 FORMAT_VERSION = 3
 """Format version of checkpoints."""
@@ -149,18 +149,23 @@ class TrainingSetup:
         x0 = batch.images if batch.images.is_floating_point() else to_float(batch.images)
         return x0.contiguous(memory_format=torch.channels_last)
 
-    def conditioning(self, batch: Batch) -> Conditioning:
-        """Collect class, caption and small version of the images, as far as the network is conditioned on them."""
+    def conditioning(self, batch: Batch, u: np.ndarray | None = None) -> Conditioning:
+        """Collect class, caption and small version of the images, as far as the network is conditioned on them.
+
+        Of several texts of a caption it is the first, or sampled by ``u`` in [0, 1), (N,).
+        """
         conditioning = self.task.conditioning(batch.images)
         if self.classes:
             conditioning["label"] = self.dataset.classes(batch.rows, self.classes)
         if self.captions is not None:
-            conditioning["text"] = self.captions.select_rows(batch.rows)
+            conditioning["text"] = self.captions.select_rows(batch.rows, u)
         return conditioning
 
     def training_conditioning(self, batch: Batch) -> Conditioning:
         """Collect the conditioning of a training step, with conditioning dropout or noise augmentation."""
-        conditioning = self.conditioning(batch)
+        varies = self.captions is not None and self.captions.texts.choices is not None
+        quantiles = uniform(self.config.seed, "caption", batch.indices).numpy() if varies else None
+        conditioning = self.conditioning(batch, quantiles)
         if self.task.low_resolution:
             return add_conditioning_noise(conditioning, self.task.max_noise, self.config.seed, batch.indices)
         if not conditioning:
@@ -326,7 +331,7 @@ def make_setup(
         encoding = initial.caption_encoder(config.lora) if model.text else encoding
         if (digest := initial.latents_digest) is not None:
             latents = encode_latents(initial, digest, dataset, config, readers, progress)
-    captions = encode_captions(dataset, encoding, ranks, readers, progress) if model.text else None
+    captions = encode_captions(dataset, config, encoding, ranks, readers, progress) if model.text else None
     setup = TrainingSetup(dataset, model, config, ranks, captions, autoencoder, initial, base, latents)
     check_conditions(setup.classes, model.text, sampling, setup.sample_grid_conditions())
     autoguides, has_guide = sampling.autoguides, setup.has_guide

@@ -212,11 +212,7 @@ def _begin_or_resume(trainer: Trainer, output: Path, sampling: SamplingConfig) -
 
 
 def preflight(
-    data: Path,
-    model: FamilyConfig,
-    config: TrainingConfig,
-    sampling: SamplingConfig,
-    store: ShardStore | None = None,
+    data: Path, model: FamilyConfig, config: TrainingConfig, sampling: SamplingConfig, store: ShardStore | None = None
 ) -> Preflight:
     """Measure in a few seconds what ``train`` would do with the same arguments; writes nothing, and raises as it."""
     device, threads = resolve_device(config.device), thread_count(config, SINGLE_PROCESS)
@@ -229,7 +225,7 @@ def preflight(
         setup = make_setup(dataset, model, config, sampling, SINGLE_PROCESS)
         reading = 0.0
         if setup.captions is not None:
-            reading = seconds_to_read(dataset, dataset.different_captions()[0], cores(), setup.captions.encoding)
+            reading = seconds_to_read(dataset, setup.captions.texts.texts, cores(), setup.captions.encoding)
         trainer = Trainer(setup, pool)
         with trainer.loader:
             return make_preflight(trainer, measure_pace(setup, pool, sampling), reading)

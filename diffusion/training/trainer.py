@@ -34,7 +34,7 @@ from diffusion.training.distributed import (
     shard_module,
     sum_over_replicas,
 )
-from diffusion.training.ema import PREFIXES, WeightAverage, exponential_decay, power_decay
+from diffusion.training.ema import EMA, PREFIXES, exponential_decay, power_decay
 from diffusion.training.logging import TrainingLog
 from diffusion.training.muon import Muon
 from diffusion.training.setup import COUNTS, FINGERPRINT, TrainingSetup
@@ -80,10 +80,10 @@ class TrainingState:
         decays = [exponential_decay(0.999 if config.ema_decay is None else config.ema_decay)]
         if config.ema_stds is not None:
             decays = [power_decay(std) for std in config.ema_stds]
-        self.averages = [WeightAverage(network, decay) for decay in decays]
+        self.averages = [EMA(network, decay) for decay in decays]
         """Averages of the network's weights; the first is the model."""
         self.guide: dict[str, Tensor] = {}
-        """Weights of the model's guide: those of the first average until ``update_guide`` is no longer called."""
+        """Weights of the model's guide: the first average's until ``update_guide`` is no longer called."""
         if has_guide:
             self.guide = {name: value.clone() for name, value in self.averages[0].averages.items()}
         self.images = self.skipped = self.skipped_in_a_row = 0
@@ -202,7 +202,9 @@ class Trainer:
         self.loader = Loader(
             setup.dataset,
             setup.dataset.rows("train"),
-            make_order(setup.dataset, self.config.seed, self.config.images_per_step, self.config.window),
+            make_order(
+                setup.dataset, self.config.seed, self.config.images_per_step, self.config.window, self.config.weights
+            ),
             self.config.images_per_step,
             rank=setup.ranks.rank,
             ranks=setup.ranks.count,
@@ -384,7 +386,7 @@ class Trainer:
     def checkpoint_tensors(self, header: dict[str, Any], prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
         """Collect the tensors of a checkpoint with ``header`` in the main process, whose names begin with ``prefixes``.
 
-        Those of a sharded network are written to the folder of the run: all processes must call this together.
+        Tensors of a sharded network are written to the folder of the run: all processes must call this together.
         """
         tensors = {name: value for name, value in self.state.tensors().items() if name.startswith(prefixes)}
         if self.setup.shard == 1:
@@ -393,7 +395,7 @@ class Trainer:
         return write_together(self.output, tensors, header, self.setup.ranks)
 
     def checkpoint_header(self) -> dict[str, Any]:
-        """Build the header of a checkpoint: that of a model, the counts of the state and the machine's fingerprint."""
+        """Build the header of a checkpoint: a model's header, the counts of the state and the machine's fingerprint."""
         header = self.setup.header(self.state.images, self.total)
         if self.checkpoints < self.config.checkpoints:
             header |= {FEWER_CHECKPOINTS: self.checkpoints}

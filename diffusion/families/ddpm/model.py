@@ -13,7 +13,7 @@ from diffusion.common.shapes import shape_name
 from diffusion.families.ddpm.config import ModelConfig
 from diffusion.families.ddpm.distillation import ConsistencyObjective
 from diffusion.families.ddpm.network import UNet
-from diffusion.families.denoising import DenoisingObjective
+from diffusion.families.denoising_objective import DenoisingObjective
 from diffusion.families.diffusion_model import DiffusionModel
 from diffusion.families.fine_tuning import select_layers
 from diffusion.families.header import ModelHeader
@@ -22,7 +22,8 @@ from diffusion.families.text_encoder import ENCODER, TextEncoder
 from diffusion.families.vae.network import Latents, latent_shape
 from diffusion.process.config import ObjectiveConfig
 from diffusion.process.denoiser import Denoiser
-from diffusion.process.parametrization import Parametrization, make_objective
+from diffusion.process.objective import make_objective
+from diffusion.process.parametrization import Parametrization
 from diffusion.process.schedules import make_schedule
 
 

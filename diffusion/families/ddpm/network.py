@@ -19,7 +19,7 @@ LAYER, GOLDEN = 0x9E3779B97F4A7, -0x61C8864680B583EB
 LEVEL_SCALE = 1000
 """Factor from the noise level of small images, below 1, to the range of time steps that the embedding expects."""
 TIMES = 1000
-"""Range of times that the embedding tells apart; those of schedules with other numbers of steps are scaled to it."""
+"""Range of times that the embedding tells apart; times of schedules with other numbers of steps are scaled to it."""
 WRITTEN_OUT = (64, 256)
 """Most positions for which attention is computed without the fused kernel, in float32 and in bfloat16: below, its
 backward pass takes longer on CPUs, up to six times in bfloat16."""

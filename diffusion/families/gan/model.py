@@ -125,7 +125,7 @@ class RelativisticObjective(TrainingObjective):
         return functional.softplus(generated - real) + self.config.gamma / 2 * torch.stack(penalties.chunk(2)).sum(0)
 
     def augment_images(self, images: Tensor, batch: TrainingBatch) -> Tensor:
-        """Augment ``images``, real or generated, as those of the ``batch``."""
+        """Augment ``images``, real or generated, as the ``batch`` is augmented."""
         return augment(images, batch.random["augment"], self.config.augment)
 
     def optimizer_steps(self, network: nn.Module) -> list[OptimizerStep]:

@@ -17,11 +17,12 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.common.fingerprint import CPU
 from diffusion.common.shapes import shape_name
-from diffusion.families.base import BaseFamilyConfig, LoRAConfig
-from diffusion.families.denoising import DenoisingObjective
+from diffusion.families.base import BaseFamilyConfig
+from diffusion.families.denoising_objective import DenoisingObjective
 from diffusion.families.diffusion_model import DiffusionModel, encode_known_part, make_unconditional, paste_kept
 from diffusion.families.fine_tuning import select_layers
 from diffusion.families.header import ModelHeader
+from diffusion.families.lora import LoRAConfig
 from diffusion.families.model import Conditioning, ConditioningBatch, TrainingObjective, to_uint8
 from diffusion.families.pretrained.config import DiffusersConfig
 from diffusion.families.pretrained.network import PipelineNetwork, parts_digest, tensor_names
@@ -31,7 +32,8 @@ from diffusion.families.vae.network import Latents
 from diffusion.process.config import ObjectiveConfig
 from diffusion.process.denoiser import Denoiser, rescale_guidance
 from diffusion.process.likelihood import Terms
-from diffusion.process.parametrization import Objective, Parametrization, make_weight
+from diffusion.process.objective import Objective, make_weight
+from diffusion.process.parametrization import Parametrization
 from diffusion.process.samplers import Noise, SamplingConfig, SchedulerSampling
 from diffusion.process.schedules import NoiseSchedule, flow_schedule, make_final_sigma_finite
 

@@ -170,6 +170,21 @@ class Pipeline:
         return self.components["scheduler"]
 
     @property
+    def architecture(self) -> str:
+        """Name of the architecture in the metadata of adapters: ``modelspec.architecture`` without ``/lora``."""
+        return type(self).__name__
+
+    @property
+    def kohya_version(self) -> str:
+        """Name of the architecture in the metadata of adapters by kohya: ``ss_base_model_version``."""
+        return self.architecture
+
+    @property
+    def text_encoders(self) -> list[str]:
+        """Names of the text encoders."""
+        return sorted(name for name in self.components if name.startswith("text_encoder"))
+
+    @property
     def network_classes(self) -> int | None:
         """Number of classes that the denoiser has embeddings of; None: it is not conditioned on classes."""
         return self.denoiser.config.get(self.classes_field)

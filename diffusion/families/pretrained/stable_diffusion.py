@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
     from diffusion.families.pretrained.network import PipelineNetwork
 
+V2_WIDTH = 1024
+"""Numbers per token that the text encoder of version 2 has; that of version 1 has 768."""
+
 
 class StableDiffusionPipeline(Pipeline):
     """Stable Diffusion (arXiv 2112.10752): a U-Net with cross-attention to the states of CLIP's text encoder."""
@@ -25,6 +28,18 @@ class StableDiffusionPipeline(Pipeline):
     scheduler_settings: ClassVar = {"steps_offset": 1, "clip_sample": False}
     text_adapter_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
     loads_adapters = True
+
+    @property
+    def architecture(self) -> str:
+        """Version 1 or 2, which differ in the width of the text encoder, and of the latter which one."""
+        if self.denoiser.config["cross_attention_dim"] != V2_WIDTH:
+            return "stable-diffusion-v1"
+        return "stable-diffusion-v2-768-v" if self.prediction == "v_prediction" else "stable-diffusion-v2-512"
+
+    @property
+    def kohya_version(self) -> str:
+        """Version 1 or 2."""
+        return "sd_v1" if self.architecture.endswith("v1") else "sd_v2"
 
     def encode_prompt(self, network: PipelineNetwork, prompt: str) -> Tensor:
         """Encode ``prompt`` as the last hidden states, (E,)."""

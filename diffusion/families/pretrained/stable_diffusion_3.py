@@ -32,6 +32,8 @@ class StableDiffusion3Pipeline(Pipeline):
     denoiser_name = "transformer"
     guidance = 7.0
     loads_adapters = True
+    architecture = "stable-diffusion-3"
+    kohya_version = "sd3"
 
     def tokenizer_length(self, network: PipelineNetwork, name: str) -> int:
         """Count the tokens of a padded prompt for the tokenizer ``name``."""

@@ -91,7 +91,7 @@ class Prior(nn.Module):
         self.channels = nn.ModuleList(nn.Conv2d(1, width, 3, padding=1) for _ in range(channels - 1))
 
     def split(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Split noise of images, (N, G + c·h·w, 1, 1), into that of g, (N, G), and that of z, (N, c, h, w)."""
+        """Split noise of images, (N, G + c·h·w, 1, 1), into the noise of g, (N, G), and of z, (N, c, h, w)."""
         global_noise, latent_noise = noise.flatten(1).tensor_split([self.size], dim=1)
         return global_noise, torch.unflatten(latent_noise, 1, self.shape)
 

@@ -42,7 +42,7 @@ class DEISSampling(BaseSampling):
 def unipc(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, order: int = 2) -> Tensor:
     """UniPC: each estimate first corrects the last step, then predicts the next one (arXiv 2302.04867), with B_2(h).
 
-    ``order`` is that of the predictor; that of the corrector is one higher. Both fall towards the end.
+    ``order`` is the predictor's; the corrector's is one higher. Both fall towards the end.
     """
     levels, start = (-sigmas.log()).tolist(), x
     history: list[tuple[float, Tensor]] = []

@@ -102,7 +102,7 @@ def test_pixel_parameters_depend_only_on_earlier_pixels_in_reach(channels: int) 
         assert (sizes[:place] > 0).all()
 
 
-def test_the_probability_of_a_value_has_no_gradient_by_later_values_of_its_pixel() -> None:
+def test_probability_of_a_value_ignores_later_values_of_its_pixel() -> None:
     x = images(1, 3, 4).float().requires_grad_()
     mixtures = mixtures_of(network(3).float()(x).movedim(1, -1), 3)
     pixel = x.movedim(1, -1)

@@ -30,7 +30,7 @@ def test_the_probabilities_of_all_pixels_add_up_to_one(seed: int, channels: int,
     assert log_probability(mixtures_of_pixels, pixels, levels=6).exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
-def test_the_probability_is_that_of_scipys_logistic_between_halfway_to_both_neighbours() -> None:
+def test_probability_is_scipy_s_logistic_between_the_halfway_points() -> None:
     mean, log_scale = 0.1, -3.2
     mixtures = mixtures_of(torch.tensor([0.7, mean, log_scale]), 1)
     x = torch.arange(256) / 127.5 - 1
@@ -39,7 +39,7 @@ def test_the_probability_is_that_of_scipys_logistic_between_halfway_to_both_neig
     assert torch.allclose(log_probability(mixtures, x[:, None]).exp().double(), expected, atol=1e-6)
 
 
-def test_values_that_no_logistic_is_near_have_finite_probabilities_and_gradients() -> None:
+def test_values_far_from_all_logistics_have_finite_gradients() -> None:
     numbers_of_mixture = torch.tensor([0.0, 0.9, -50.0], requires_grad=True)
     log_probabilities = log_probability(mixtures_of(numbers_of_mixture, 1), torch.tensor([[-0.9]]))
     log_probabilities.sum().backward()

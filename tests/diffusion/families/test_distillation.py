@@ -50,7 +50,7 @@ def distilled(dataset: Path, output: Path, teacher: Path, images: int = 320, **o
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_consistency_sampling_of_gaussian_data_is_exact_in_any_number_of_steps(steps: int) -> None:
+def test_consistency_sampling_of_gaussian_data_is_exact_in_any_steps(steps: int) -> None:
     """From N(0, s²) data the ODE leads from x at σ to x s/√(σ² + s²)."""
     spread, config = 0.5, sampling_config(sampler="consistency", steps=steps)
     sigmas, noise = config.sigma_grid(edm_schedule(1000)), noises(0, 4000)
@@ -80,7 +80,7 @@ def test_levels_of_a_student_fall_by_equal_factors(steps: int, last: float) -> N
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_student_separates_two_tones_in_as_many_evaluations_as_leave_its_teacher_between_them(tmp_path: Path) -> None:
+def test_student_separates_two_tones_where_its_teacher_does_not(tmp_path: Path) -> None:
     """From noise the best estimate is their mean, and a step to the lowest level leaves the teacher there."""
     random = np.random.default_rng(0)
     tones = random.permutation(np.repeat([40, 215], 100))[:, None, None, None]
@@ -109,7 +109,7 @@ def test_stopped_distillation_resumes_bit_for_bit(dataset: Path, teacher: Path, 
     assert distilled(dataset, tmp_path / "cut", teacher).final.read_bytes() == whole.final.read_bytes()
 
 
-def test_student_samples_as_it_was_distilled_unless_a_request_says_otherwise(
+def test_student_samples_as_distilled_unless_a_request_says_otherwise(
     dataset: Path, teacher: Path, tmp_path: Path
 ) -> None:
     model = load_model(distilled(dataset, tmp_path / "student", teacher, 32).final)
@@ -185,7 +185,7 @@ def test_guidance_of_the_teacher_is_part_of_the_distillation(dataset: Path, teac
     assert (student.guidance, student.autoguidance) == (3, None)
 
 
-def test_guidance_of_a_request_has_no_interval_that_was_chosen_for_another_scale(teacher: Path) -> None:
+def test_requested_guidance_drops_the_interval_chosen_for_another_scale(teacher: Path) -> None:
     model = load_model(teacher)
     model = replace(model, header=model.header.model_copy(update={"guidance": 2.0, "guidance_interval": (0.2, 5.0)}))
     sampling = sampling_of(model, make_request({"label": model.classes[0]}), SAMPLING)
@@ -240,7 +240,7 @@ def test_what_cannot_be_distilled_or_exported_is_rejected(dataset: Path, teacher
     assert training_conflict(MODEL.model_copy(update={"prediction": "sample"}), training) is not None
 
 
-def test_a_teacher_of_another_network_is_an_error_that_names_it(dataset: Path, tmp_path: Path) -> None:
+def test_teacher_of_another_network_is_an_error_naming_it(dataset: Path, tmp_path: Path) -> None:
     config = MODEL.model_copy(update={"low_resolution": 4, "conditional": False})
     teacher = write_model(tmp_path / "teacher.safetensors", 0, 0, config=config)
     with pytest.raises(UserError, match=r"^distillation\.teacher .*--set model\.low_resolution=4") as raised:
@@ -248,7 +248,7 @@ def test_a_teacher_of_another_network_is_an_error_that_names_it(dataset: Path, t
     assert "init_from" not in str(raised.value)
 
 
-def test_one_step_students_of_any_schedule_begin_at_a_level_that_they_know() -> None:
+def test_one_step_students_begin_at_a_level_of_their_schedule() -> None:
     for model in (ModelConfig(), ModelConfig(schedule="linear", zero_terminal_snr=True, prediction="v_prediction")):
         schedule = make_schedule(model, (3, 64, 64))
         for sigma_max in ("auto", None, 4.0):
@@ -258,7 +258,7 @@ def test_one_step_students_of_any_schedule_begin_at_a_level_that_they_know() -> 
             assert first == pytest.approx(sigma_max if isinstance(sigma_max, float) else math.sqrt(3 * 64 * 64))
 
 
-def test_consistency_sampling_has_its_own_defaults_beside_those_of_the_preset() -> None:
+def test_consistency_sampling_has_defaults_of_its_own() -> None:
     params = Params.model_validate({"sampling": {"sampler": "consistency", "steps": 4}})
     assert params.sampling == sampling_config(sampler="consistency", steps=4)
     assert with_sampler(sampling_config(steps=16), "consistency") == sampling_config(sampler="consistency")

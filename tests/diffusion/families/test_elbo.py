@@ -44,7 +44,7 @@ def test_divergence_matches_torch_over_all_values_of_an_image(seed: int) -> None
     assert torch.allclose(kl_divergence(*moments), expected)
 
 
-def test_the_divergence_of_the_bound_is_the_expected_log_ratio_of_posteriors_to_priors() -> None:
+def test_divergence_is_the_expected_log_ratio_of_posterior_to_prior() -> None:
     model, count = network(), 4000
     x = (2 * torch.rand(1, 1, SIZE, SIZE, generator=generator(2)) - 1).expand(count, -1, -1, -1)
     noise = torch.randn(count, NOISE, 1, 1, generator=generator(3))
@@ -63,7 +63,7 @@ def test_the_divergence_of_the_bound_is_the_expected_log_ratio_of_posteriors_to_
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_given_the_latents_each_value_has_the_probability_of_a_discretized_logistic(channels: int) -> None:
+def test_values_given_latents_are_discretized_logistics(channels: int) -> None:
     model = network(channels)
     noise = torch.randn(1, NOISE, 1, 1, generator=generator(4)).expand(256, -1, -1, -1)
     flat = torch.full((1, channels, SIZE, SIZE), 127 / 127.5 - 1)
@@ -83,7 +83,7 @@ def test_given_the_latents_each_value_has_the_probability_of_a_discretized_logis
     assert torch.allclose(misfit.double(), expected, rtol=1e-4)
 
 
-def test_the_prior_of_a_channel_depends_on_the_channels_before_it_alone() -> None:
+def test_prior_of_a_channel_depends_on_earlier_channels_alone() -> None:
     model = network()
 
     def moments(g: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:

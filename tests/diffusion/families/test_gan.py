@@ -95,7 +95,7 @@ class Constant(nn.Module):
         return self.factor * z.reshape(len(z), 1, 2, 2)
 
 
-def test_the_penalty_of_a_linear_discriminator_is_the_square_of_its_weights_with_their_gradient() -> None:
+def test_penalty_of_a_linear_discriminator_is_its_squared_weights() -> None:
     discriminator = Linear(torch.tensor([1.0, -2.0, 0.5, 3.0]))
     x = torch.randn(5, 1, 2, 2)
     penalty, steepness = gradient_penalties(discriminator, x)
@@ -118,16 +118,16 @@ def test_gan_losses_and_gradients_match_the_closed_form() -> None:
     objective = RelativisticObjective(config, 0, discriminator)  # type: ignore[arg-type]
     x, noise = torch.randn(5, 1, 2, 2), torch.randn(5, 8, 1, 1)
     batch = TrainingBatch(x, {}, {"noise": noise, "augment": torch.rand(5, AUGMENTING)})
-    mine, theirs = noise[:, 4:].flatten(1), noise[:, :4].flatten(1)
+    own_noise, other_noise = noise[:, 4:].flatten(1), noise[:, :4].flatten(1)
 
     losses = objective.losses(generator, batch)
-    ahead = (x.flatten(1) - 0.7 * mine) @ weights
+    ahead = (x.flatten(1) - 0.7 * own_noise) @ weights
     assert torch.allclose(losses, functional.softplus(ahead))
     (gradient,) = torch.autograd.grad(losses.sum(), generator.factor)
-    assert torch.allclose(gradient, -(ahead.sigmoid() * (mine @ weights)).sum())
+    assert torch.allclose(gradient, -(ahead.sigmoid() * (own_noise @ weights)).sum())
 
     opposing = objective.discriminator_losses(generator, batch)
-    behind = 0.7 * theirs - x.flatten(1)
+    behind = 0.7 * other_noise - x.flatten(1)
     assert torch.allclose(opposing, functional.softplus(behind @ weights) + gamma * weights.square().sum())
     (gradient,) = torch.autograd.grad(opposing.sum(), discriminator.weights)
     expected = (behind * (behind @ weights).sigmoid()[:, None]).sum(0) + 5 * 2 * gamma * weights
@@ -159,7 +159,7 @@ def test_augmentations_do_what_their_numbers_say() -> None:
     assert torch.allclose(cut[:, :, 2:], x[:, :, 2:], atol=1e-6)
 
 
-def test_augmentation_changes_about_its_rate_of_images_each_by_its_own_numbers() -> None:
+def test_augmentation_changes_its_rate_of_images_independently() -> None:
     random = torch.Generator().manual_seed(0)
     x, uniform = torch.rand(400, 1, 8, 8, generator=random), torch.rand(400, AUGMENTING, generator=random)
     augmented_images = augment(x, uniform, 0.3)
@@ -169,7 +169,7 @@ def test_augmentation_changes_about_its_rate_of_images_each_by_its_own_numbers()
     assert changed_pixels.float().mean().item() == pytest.approx(1 - 0.7**3, abs=0.07)
 
 
-def test_both_networks_see_real_and_generated_images_under_the_same_augmentation() -> None:
+def test_real_and_generated_images_have_the_same_augmentation() -> None:
     inputs: list[Tensor] = []
 
     class Recorder(nn.Module):
@@ -203,15 +203,11 @@ def test_stopped_gan_training_resumes_bit_for_bit(data: Path, run: Path, tmp_pat
         assert (tmp_path / "cut" / name).read_bytes() == (run / name).read_bytes()
 
 
-def test_a_checkpoint_has_the_discriminator_with_its_moments_and_the_model_has_not(run: Path) -> None:
+def test_checkpoints_have_the_discriminator_and_final_models_do_not(run: Path) -> None:
     checkpoint = Checkpoints(run / "checkpoints").newest()
     assert checkpoint is not None
     names = set(checkpoint[0])
-    assert {
-        "discriminator.begin.weight",
-        "adamw.discriminator.0.exp_avg_sq",
-        "adamw.network.0.exp_avg_sq",
-    } <= names
+    assert {"discriminator.begin.weight", "adamw.discriminator.0.exp_avg_sq", "adamw.network.0.exp_avg_sq"} <= names
     with safe_open(run / "final.safetensors", framework="pt") as file:
         assert all(name.startswith("ema.") for name in file.keys())  # noqa: SIM118
         assert set(file.keys()) == {name for name in names if name.startswith("ema.")}

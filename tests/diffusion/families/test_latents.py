@@ -91,9 +91,9 @@ def test_latents_of_training_images_have_mean_0_and_deviation_1(data: Path, mode
 
 def test_its_autoencoder_is_the_one_it_was_given(data: Path, first: Path, model: DiffusionModel) -> None:
     images = Dataset.open(data).images(range(20))
-    ours, theirs = (reconstruct_images(each, images, SAMPLING) for each in (model, load_model(first)))
+    actual, expected = (reconstruct_images(each, images, SAMPLING) for each in (model, load_model(first)))
     # Scaled to deviation 1 on the way and back.
-    assert (ours.int() - theirs.int()).abs().max() <= 1
+    assert (actual.int() - expected.int()).abs().max() <= 1
 
 
 def test_latent_denoising_loss_matches_the_training_log(data: Path, run: Path, model: DiffusionModel) -> None:
@@ -147,7 +147,7 @@ def test_another_autoencoder_is_another_run(data: Path, first: Path, run: Path, 
         latent(data, run, denoiser(first).model_copy(update={"autoencoder": None}))
 
 
-def test_the_key_of_a_training_without_one_stays_what_it_is() -> None:
+def test_training_key_without_one_is_unchanged() -> None:
     assert {"family", "autoencoder"}.isdisjoint(ModelConfig().model_dump())
     config = TrainingConfig(dataset="blobs", images=320, batch_size=16, precision="fp32", guide=None)
     key = "c514f029d069f3d4606d259b3564ac46e94adff687a181d3a2fcdd681bfe0408"
@@ -235,7 +235,7 @@ def test_a_dry_run_counts_the_work_of_the_encoder(data: Path, first: Path) -> No
     assert on_latents < about.flops < count_flops(shape, (3, SIZE, SIZE), 0)
 
 
-def test_estimates_are_not_clipped_to_the_range_of_images_with_or_without_guidance(tmp_path: Path, first: Path) -> None:
+def test_estimates_of_latents_are_never_clipped(tmp_path: Path, first: Path) -> None:
     training_images = np.stack([np.full((3, SIZE, SIZE), 40 + 5 * number, np.uint8) for number in range(40)])
     labels = ["dark" if number < 20 else "light" for number in range(40)]
     write_dataset(tmp_path / "shades", training_images, per_shard=20, labels=labels)

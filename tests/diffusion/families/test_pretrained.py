@@ -151,7 +151,7 @@ def test_stable_diffusion_generates_what_diffusers_does(
     assert_same(images, expected)
 
 
-def test_no_prompt_is_an_empty_one_and_guidance_is_rescaled_as_in_diffusers(
+def test_no_prompt_and_rescaled_guidance_are_as_in_diffusers(
     make_pipeline: Callable[..., tuple[Path, PretrainedModel]],
 ) -> None:
     folder, model = make_pipeline("stable_diffusion")
@@ -173,7 +173,7 @@ def test_stable_diffusion_3_generates_what_diffusers_does(
     )
 
 
-def test_euler_in_sigma_at_the_levels_of_a_flow_is_the_pipelines_own_scheduler(
+def test_euler_at_the_levels_of_a_flow_is_its_scheduler(
     make_pipeline: Callable[..., tuple[Path, PretrainedModel]],
 ) -> None:
     _, model = make_pipeline("stable_diffusion_3", t5=False)
@@ -189,7 +189,7 @@ def test_euler_in_sigma_at_the_levels_of_a_flow_is_the_pipelines_own_scheduler(
     assert (((images + 1) * 127.5).clamp(0, 255) - expected).abs().max() < 1.0
 
 
-def test_ddim_in_sigma_at_the_levels_of_a_scheduler_is_the_pipelines_own_scheduler(
+def test_ddim_at_the_levels_of_a_scheduler_is_that_scheduler(
     make_pipeline: Callable[..., tuple[Path, PretrainedModel]],
 ) -> None:
     options = {"clip_sample": False, "set_alpha_to_one": True, "timestep_spacing": "trailing"}
@@ -276,7 +276,7 @@ def test_the_tokenizer_of_the_pipeline_limits_prompts(
         check_prompts(Conditions(prompts=(" ",)), model.prompt_length)
 
 
-def test_requests_have_the_guidance_of_the_pipeline_unless_they_name_another(
+def test_requests_have_the_pipeline_s_guidance_unless_they_name_another(
     make_pipeline: Callable[..., tuple[Path, PretrainedModel]],
 ) -> None:
     _, model = make_pipeline("stable_diffusion")
@@ -329,7 +329,7 @@ def test_held_out_losses_are_of_the_pipelines_noise_levels(
         assert (terms.bits is None) == (kind == "stable_diffusion_3")
 
 
-def test_a_model_that_was_trained_here_has_no_scheduler_of_its_own(tmp_path: Path) -> None:
+def test_models_trained_here_have_no_scheduler(tmp_path: Path) -> None:
     model = load_model(write_model(tmp_path / "model.safetensors", 0, 0))
     with pytest.raises(UserError, match="imported pipeline"):
         sample(model, [0], 0, sampling_config(sampler="scheduler", compute_batch=1))

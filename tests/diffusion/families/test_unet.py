@@ -62,7 +62,7 @@ def test_attention_is_where_the_configuration_says(attention: tuple[int | str, .
 @pytest.mark.parametrize(
     ("size", "patch", "lowest"), [(8, 2, 2), (28, 2, 7), (32, 2, 8), (32, 1, 8), (64, 2, 8), (96, 2, 6), (256, 4, 8)]
 )
-def test_the_lowest_resolution_has_about_8_by_8_positions_by_default(size: int, patch: int, lowest: int) -> None:
+def test_lowest_resolution_has_about_8_by_8_positions(size: int, patch: int, lowest: int) -> None:
     network, sizes = UNet(ModelConfig(width=16, heads=1, patch=patch), 1, size), []
     network.middle[0].register_forward_hook(lambda _, __, output: sizes.append(tuple(output.shape[-2:])))
     network(noisy(1, 1, size), torch.zeros(1))
@@ -114,7 +114,7 @@ def test_the_answer_depends_on_the_time_between_steps_too() -> None:
     assert bend < 0.1 * (at[2] - at[0]).square().mean()
 
 
-def test_the_answer_depends_on_the_class_and_no_class_is_one_too() -> None:
+def test_output_depends_on_the_class_or_its_absence() -> None:
     network, x, time = randomize(UNet(small(), 1, 28, classes=3)).eval(), noisy(1), torch.tensor([500.0])
     answers = [network(x, time, torch.tensor([label])) for label in range(3)]
     answers.append(network(x, time))
@@ -123,7 +123,7 @@ def test_the_answer_depends_on_the_class_and_no_class_is_one_too() -> None:
     torch.testing.assert_close(network(x, time, torch.tensor([network.no_class])), answers[-1], atol=0, rtol=0)
 
 
-def test_the_answer_depends_on_the_caption_and_zeros_are_none_at_all() -> None:
+def test_output_depends_on_the_caption_and_zeros_are_none() -> None:
     network, x, time = randomize(UNet(small(text=True), 1, 28)).eval(), noisy(1), torch.tensor([500.0])
     captions = functional.normalize(torch.randn(2, 384, generator=torch.Generator().manual_seed(0)))
     answers = [network(x, time, text=each[None]) for each in captions] + [network(x, time)]
@@ -134,7 +134,7 @@ def test_the_answer_depends_on_the_caption_and_zeros_are_none_at_all() -> None:
     torch.testing.assert_close(both, torch.cat([answers[2], answers[0]]), atol=1e-5, rtol=1e-4)
 
 
-def test_every_weight_that_reads_captions_learns_also_where_a_batch_has_none() -> None:
+def test_weights_that_read_captions_learn_from_batches_without_any() -> None:
     network = randomize(UNet(small(text=True), 1, 12, classes=2))
     caption = functional.normalize(torch.ones(1, 384))
     for text, silent in ((caption, {"no_text"}), (0 * caption, {"text.weight", "text.bias"})):

@@ -78,7 +78,7 @@ def test_images_come_back_closer_than_the_mean_image(data: Path, tmp_path: Path)
     assert mean_square(back, held_out) < 0.5 * mean_square(mean.expand_as(held_out), held_out)
 
 
-def test_the_bound_of_a_trained_network_lies_below_the_likelihood_of_its_data(tmp_path: Path) -> None:
+def test_bound_of_a_trained_network_is_below_the_likelihood(tmp_path: Path) -> None:
     # Images of two correlated Gaussian factors a quarter, whose density is known. Quantised to 8 bits, of which there
     # are 30 to a deviation.
     random = np.random.default_rng(0)
@@ -104,7 +104,7 @@ def test_the_bound_of_a_trained_network_lies_below_the_likelihood_of_its_data(tm
     assert bounds[-1] > independent.log_prob(held_out).mean().item()
 
 
-def test_vae_image_is_generated_from_the_noise_of_its_seed_and_index(model: VAEModel) -> None:
+def test_vae_image_comes_from_the_noise_of_seed_and_index(model: VAEModel) -> None:
     many, one = sample(model, range(40), 3, SAMPLING), sample(model, [37], 3, SAMPLING)
     assert torch.equal(many[37], one[0])
     noise = GaussianNoise(3, "sampling", range(36), (64 + 3 * 4 * 4, 1, 1))()
@@ -222,7 +222,7 @@ def test_run_folder_of_another_family_is_an_error(data: Path, run: Path) -> None
         train(data, run, ModelConfig(width=16, channel_mult=(1,), attention=()), CONFIG, SAMPLING)
 
 
-def test_it_starts_from_images_of_the_same_deviation_whatever_the_depth() -> None:
+def test_initial_deviation_of_images_does_not_depend_on_depth() -> None:
     torch.manual_seed(0)
     network = vae.VAE(VAE, 3, SIZE)
     mean, log_variance = network.autoencoder.posterior(torch.randn(8, 3, SIZE, SIZE))

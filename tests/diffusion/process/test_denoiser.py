@@ -25,7 +25,7 @@ def test_a_perfect_network_is_the_ideal_denoiser_at_any_sigma(prediction: Predic
     torch.testing.assert_close(estimate, IdealDenoiser(POINTS)(x, level), atol=2e-3, rtol=0)
 
 
-def test_one_sigma_per_image_is_the_same_as_one_at_a_time() -> None:
+def test_one_sigma_per_image_equals_one_at_a_time() -> None:
     denoiser = Denoiser(
         IdealNetwork(POINTS, SCHEDULE.sigmas.numpy(), "v_prediction"), SCHEDULE, Parametrization("v_prediction")
     )

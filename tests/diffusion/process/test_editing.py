@@ -175,7 +175,7 @@ def test_inpainting_keeps_known_pixels_independent_of_the_batch(
     assert torch.equal(sample(model, [9], 3, config, edit=edit)[0], many[9])
 
 
-def test_the_stronger_the_change_the_less_is_left_of_the_image(model: DiffusionModel) -> None:
+def test_stronger_changes_leave_less_of_the_image(model: DiffusionModel) -> None:
     finer = CONFIG.model_copy(update={"steps": 20})
     changes = [
         (sample(model, range(8), 0, finer, edit=Edit(IMAGE, strength=strength)).float() - IMAGE).abs().mean()

@@ -10,16 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffusion.families.config import ModelConfig
+from diffusion.families.denoising_objective import Uncertainty
 from diffusion.process.config import Prediction
 from diffusion.process.denoiser import Denoiser
-from diffusion.process.parametrization import (
-    Objective,
-    Parametrization,
-    make_edm_weight,
-    make_objective,
-    make_plain_weight,
-    make_weight,
-)
+from diffusion.process.objective import Objective, make_edm_weight, make_objective, make_plain_weight, make_weight
+from diffusion.process.parametrization import Parametrization
 from diffusion.process.schedules import NoiseSchedule, cosine_schedule, edm_schedule, linear_schedule, sigmoid_schedule
 from diffusion.training.config import TrainingConfig
 
@@ -133,7 +128,7 @@ def test_an_error_of_the_image_weighs_what_the_papers_say(
 
 
 @given(weightings.filter(lambda weighting: weighting != "plain"), st.integers(0, 990))
-def test_a_weighting_weighs_an_error_of_the_image_the_same_whatever_is_predicted(weighting: str, t: int) -> None:
+def test_weights_of_image_errors_do_not_depend_on_the_prediction(weighting: str, t: int) -> None:
     schedule, x0, noise = cosine_schedule(1000), images(0), images(1)
     losses = []
     for prediction in PREDICTIONS:
@@ -196,3 +191,21 @@ def test_residual_objective_equals_training_on_the_difference(prediction: Predic
     torch.testing.assert_close(
         (objective.weight(sigma) * error.double().square().mean((1, 2, 3))).float(), loss, rtol=1e-3, atol=1e-5
     )
+
+
+def test_learned_uncertainty_converges_to_the_log_loss_per_time() -> None:
+    time = torch.linspace(0, 999, 64)
+    loss = (time / 200).sin().exp()
+    uncertainty = Uncertainty()
+    optimizer = torch.optim.Adam(uncertainty.parameters(), 0.05)
+    for _ in range(500):
+        optimizer.zero_grad()
+        uncertainty(loss, time).mean().backward()
+        optimizer.step()
+    # L / e^u + u is 1 + ln L where e^u is L.
+    torch.testing.assert_close(uncertainty(loss, time), 1 + loss.log(), atol=0.01, rtol=0)
+
+
+def test_learned_uncertainty_starts_without_effect() -> None:
+    loss = torch.tensor([0.1, 2.0])
+    assert torch.equal(Uncertainty()(loss, torch.tensor([0.0, 999.0])), loss)

@@ -30,9 +30,7 @@ def no_noise() -> Tensor:
 
 @pytest.mark.parametrize("schedule", [linear_schedule(1000), cosine_schedule(1000)], ids=["linear", "cosine"])
 @every
-def test_every_sampler_lands_on_the_points_of_a_finite_set_and_reaches_all(
-    config: SamplingConfig, schedule: NoiseSchedule
-) -> None:
+def test_every_sampler_reaches_all_points_of_a_finite_set(config: SamplingConfig, schedule: NoiseSchedule) -> None:
     noise, sigmas = noises(0, 256), schedule.sigma_grid(50)
     images = config.build_sampler()(IdealDenoiser(POINTS), sigmas[0].float() * noise(), sigmas, noise)
     distances = (images[:, None] - POINTS).flatten(2).abs().amax(-1)
@@ -87,7 +85,7 @@ def test_deterministic_samplers_converge_to_the_exact_solution_at_their_order(
 
 
 @stochastic
-def test_fresh_noise_leaves_the_distribution_of_the_data_as_it_is(config: SamplingConfig) -> None:
+def test_fresh_noise_keeps_the_distribution_of_the_data(config: SamplingConfig) -> None:
     schedule = cosine_schedule(1000)
     noise, sigmas = noises(1, 4000, 1), schedule.sigma_grid(500)
     sampler = config.with_changes({"steps": 500}).build_sampler()
@@ -111,7 +109,7 @@ def test_evaluations_are_one_a_step_and_two_for_heun(config: SamplingConfig) -> 
         assert sorted(set(sigmas_seen), reverse=True) == sigmas[:-1].tolist()
 
 
-def test_ddim_and_dpmpp_with_all_noise_fresh_are_ddpm_and_between_they_are_neither() -> None:
+def test_ddim_and_dpmpp_with_all_noise_fresh_are_ddpm() -> None:
     """DDIM's η = 1 is DDPM with the smaller variance (arXiv 2010.02502, section 4.1)."""
     sigmas = cosine_schedule(1000).sigma_grid(25)
 
@@ -190,8 +188,7 @@ def test_churn_per_step_is_the_same_on_a_partial_grid(sampler: str) -> None:
     noise = noises(1, 4)
     halfway = churned(gaussian_denoiser, start, sigmas[:10], noise)
     torch.testing.assert_close(
-        churned(gaussian_denoiser, halfway, sigmas[9:], noise),
-        churned(gaussian_denoiser, start, sigmas, noises(1, 4)),
+        churned(gaussian_denoiser, halfway, sigmas[9:], noise), churned(gaussian_denoiser, start, sigmas, noises(1, 4))
     )
 
 
@@ -204,7 +201,7 @@ def mixture_denoiser(x: Tensor, sigma: Tensor) -> Tensor:
     return (variance * x + sigma**2 * middle) / (variance + sigma**2)
 
 
-def test_the_multistep_samplers_earn_their_place_by_how_near_they_come_in_as_many_evaluations() -> None:
+def test_multistep_samplers_come_nearer_in_as_many_evaluations() -> None:
     schedule = linear_schedule(1000)
     start = noises(0, 64)().double() * schedule.sigma_grid(20)[0]
 
@@ -233,10 +230,7 @@ def test_the_multistep_samplers_earn_their_place_by_how_near_they_come_in_as_man
             "sampling.eta means nothing to sampler = ddpm: use ddim or dpmpp_2m_sde, or leave",
         ),
         ({"sampler": "unipc", "eta": 0.0}, "sampling.eta means nothing to sampler = unipc"),
-        (
-            {"sampler": "ddim", "churn": {"amount": 4}},
-            "sampling.churn means nothing to sampler = ddim: use euler",
-        ),
+        ({"sampler": "ddim", "churn": {"amount": 4}}, "sampling.churn means nothing to sampler = ddim: use euler"),
         ({"sampler": "dpmpp_2m", "order": 3}, "sampling.order means nothing to sampler = dpmpp_2m: use deis or unipc"),
         ({"sampler": "heun", "variance": "fixed_large"}, "sampling.variance means nothing to sampler = heun: use ddpm"),
         ({"sampler": "heun", "churn": {"sigma_min": 0.05}}, "sampling.churn.amount: Field required"),
@@ -288,7 +282,7 @@ def test_as_many_steps_as_the_schedule_has_are_the_schedule() -> None:
 
 
 @pytest.mark.parametrize("steps", [2, 20, 1000])
-def test_a_grid_between_two_levels_goes_from_one_to_the_other_in_edms_steps(steps: int) -> None:
+def test_grid_between_two_levels_has_edm_s_steps(steps: int) -> None:
     sigmas = linear_schedule(1000).sigma_grid(steps, 20, 0.04)[:-1]
     assert (sigmas[0].item(), sigmas[-1].item()) == pytest.approx((20, 0.04))
     # Equation 5 of arXiv 2206.00364: the seventh roots lie at equal distances.
@@ -306,7 +300,7 @@ def test_levels_beyond_the_schedule_are_its_ends() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 64, 64), (3, 128, 128)], ids=str)
 @pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "dpmpp_2m", "heun"])
-def test_default_noise_levels_keep_the_variety_of_brightness_at_every_resolution(
+def test_default_noise_levels_keep_brightness_variety_at_every_resolution(
     sampler: str, shape: tuple[int, int, int]
 ) -> None:
     # Plain images, whose brightness is normal: the best denoiser averages the values and shrinks the result.
@@ -323,7 +317,7 @@ def test_default_noise_levels_keep_the_variety_of_brightness_at_every_resolution
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "sigmoid"])
-def test_a_schedule_without_signal_at_its_end_is_sampled_from_there(schedule: Literal["linear", "cosine"]) -> None:
+def test_schedules_without_terminal_signal_are_sampled_from_their_end(schedule: Literal["linear", "cosine"]) -> None:
     noise_schedule = make_schedule(
         ModelConfig(schedule=schedule, zero_terminal_snr=True, prediction="v_prediction"), (3, 64, 64)
     )
@@ -342,7 +336,7 @@ def test_a_schedule_without_signal_at_its_end_is_sampled_from_there(schedule: Li
         assert (distances.min(1).values < 0.05).float().mean() > 0.9
 
 
-def test_noise_to_start_from_lies_around_the_mean_of_the_images() -> None:
+def test_initial_noise_is_centred_on_the_images_mean() -> None:
     mean, inputs = torch.tensor([0.5, -0.7, 0.1]).view(1, 3, 1, 1), list[Tensor]()
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:

@@ -60,9 +60,7 @@ def test_sigma_is_another_view_of_the_same_levels(schedule: NoiseSchedule) -> No
 
 
 @given(schedules, st.data())
-def test_shares_of_image_and_noise_keep_float32_precision_at_every_step(
-    schedule: NoiseSchedule, data: st.DataObject
-) -> None:
+def test_image_and_noise_shares_keep_float32_precision_everywhere(schedule: NoiseSchedule, data: st.DataObject) -> None:
     t = data.draw(st.integers(0, schedule.steps - 1))
     one, zero, at = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.tensor([t])
     alpha_bar = schedule.alphas_cumprod[t].item()
@@ -83,7 +81,7 @@ def test_a_shorter_linear_schedule_adds_as_much_noise_in_all() -> None:
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_a_schedule_without_signal_at_its_end_is_that_of_diffusers(name: str) -> None:
+def test_schedule_without_terminal_signal_equals_that_of_diffusers(name: str) -> None:
     ours = make_schedule(ModelConfig.model_validate({"schedule": name, "zero_terminal_snr": True}), (1, 28, 28))
     theirs = DDPMScheduler(1000, beta_schedule=THEIR_NAME[name], rescale_betas_zero_snr=True)
     torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, atol=1e-6, rtol=0)
@@ -108,7 +106,7 @@ def test_the_sigmoid_falls_as_its_paper_says() -> None:
     assert curve[750].item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_edms_levels_go_from_its_least_to_its_most_by_equal_factors() -> None:
+def test_edm_s_levels_rise_by_equal_factors() -> None:
     sigmas = edm_schedule(1000).sigmas
     assert [sigmas[0].item(), sigmas[-1].item()] == pytest.approx([0.002, 80])
     torch.testing.assert_close(sigmas[1:] / sigmas[:-1], (sigmas[1] / sigmas[0]).expand(999), rtol=1e-9, atol=0)

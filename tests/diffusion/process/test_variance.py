@@ -24,7 +24,8 @@ from diffusion.generation.generate import sample
 from diffusion.process.config import Prediction
 from diffusion.process.denoiser import Denoiser
 from diffusion.process.likelihood import HALF_A_LEVEL, compute_bound, interpolate_deviation, log_likelihood
-from diffusion.process.parametrization import Objective, Parametrization, make_plain_weight
+from diffusion.process.objective import Objective, make_plain_weight
+from diffusion.process.parametrization import Parametrization
 from diffusion.process.samplers import (
     SAMPLING_ADAPTER,
     DDPMSampling,
@@ -84,9 +85,7 @@ def test_both_bounds_are_those_of_the_paper_in_another_scale(schedule: NoiseSche
 
 
 @given(schedules, st.data())
-def test_the_bounds_are_the_true_variances_of_a_single_image_and_of_noise(
-    schedule: NoiseSchedule, data: st.DataObject
-) -> None:
+def test_bounds_are_the_variances_of_one_image_and_noise(schedule: NoiseSchedule, data: st.DataObject) -> None:
     t = torch.tensor(data.draw(st.integers(1, schedule.steps - 1)))
     sigma, following = levels(schedule, t)
     # Var(x_s | x_σ) of data from N(0, c²) is Var(x_s) less Cov(x_s, x_σ)² / Var(x_σ).
@@ -148,9 +147,7 @@ def test_the_bound_is_the_papers_as_torch_distributions_have_it(schedule: NoiseS
 
 
 @given(st.integers(0, 255), st.floats(-3, 3), st.floats(1e-3, 1))
-def test_the_256_values_of_a_pixel_have_probability_one_together_and_finite_gradients(
-    level: int, mean: float, deviation: float
-) -> None:
+def test_probabilities_of_a_pixel_s_256_values_sum_to_one(level: int, mean: float, deviation: float) -> None:
     x0 = torch.arange(256).double() / 127.5 - 1
     spread = torch.full((256,), deviation, dtype=torch.float64)
     probabilities = log_likelihood(x0, torch.full_like(x0, mean), spread).exp()
@@ -165,7 +162,7 @@ def test_the_256_values_of_a_pixel_have_probability_one_together_and_finite_grad
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=["linear", "cosine", "short", "edm"])
-def test_the_bound_is_least_where_the_variance_is_the_true_one(schedule: NoiseSchedule) -> None:
+def test_bound_is_least_at_the_true_variance(schedule: NoiseSchedule) -> None:
     times = torch.tensor([1, 3, schedule.steps // 4, schedule.steps // 2, schedule.steps - 2])
     sigma, following = levels(schedule, times)
     # Errors of the ideal denoiser have the variance of x_0 given x: here all values err by just its root.
@@ -203,7 +200,7 @@ def gaussian_network(
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_training_on_gaussian_data_prefers_the_true_variance_to_any_other(prediction: Prediction) -> None:
+def test_training_on_gaussian_data_finds_the_true_variance(prediction: Prediction) -> None:
     schedule, generator = linear_schedule(1000), torch.Generator().manual_seed(0)
     x0 = MEAN + SPREAD * torch.randn(64, 1, 16, 16, generator=generator)
     noise, parametrization = torch.randn(x0.shape, generator=generator), Parametrization(prediction, SPREAD)
@@ -318,7 +315,7 @@ def network() -> UNet:
         for steps in (50, 7)
     ],
 )
-def test_ddpm_of_every_variance_is_that_of_diffusers_step_for_step_on_any_grid(
+def test_ddpm_of_every_variance_equals_diffusers_on_any_grid(
     network: UNet, ours: str | None, kind: str, steps: int
 ) -> None:
     theirs = DDPMScheduler(1000, beta_schedule="linear", prediction_type="epsilon", variance_type=kind)

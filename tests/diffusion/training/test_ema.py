@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import nn
 
-from diffusion.training.ema import WeightAverage, exponential_decay, mixture, power, power_decay
+from diffusion.training.ema import EMA, exponential_decay, mixture, power, power_decay
 
 
 def network_of(value: float) -> nn.Linear:
@@ -18,12 +18,12 @@ def network_of(value: float) -> nn.Linear:
     return network
 
 
-def values(average: WeightAverage) -> set[float]:
+def values(average: EMA) -> set[float]:
     return {value for tensor in average.averages.values() for value in tensor.flatten().tolist()}
 
 
 def test_average_follows_the_closed_form_with_warm_up() -> None:
-    average, expected = WeightAverage(network_of(0.0), exponential_decay(0.9)), 0.0
+    average, expected = EMA(network_of(0.0), exponential_decay(0.9)), 0.0
     for step in range(1, 60):
         value = float(step % 7)
         average.update(network_of(value), step)
@@ -33,16 +33,16 @@ def test_average_follows_the_closed_form_with_warm_up() -> None:
 
 
 def test_warm_up_forgets_the_random_start_within_a_few_steps() -> None:
-    average = WeightAverage(network_of(100.0), exponential_decay(0.9999))
+    average = EMA(network_of(100.0), exponential_decay(0.9999))
     for step in range(1, 101):
         average.update(network_of(1.0), step)
     assert max(values(average)) < 1.2  # a constant decay of 0.9999 would still be at 99
 
 
-def test_average_of_noisy_training_is_nearer_the_optimum_than_the_weights_are() -> None:
+def test_average_of_noisy_training_is_nearer_the_optimum() -> None:
     torch.manual_seed(0)
     network, optimum = network_of(5.0), 1.0
-    average = WeightAverage(network, exponential_decay(0.99))
+    average = EMA(network, exponential_decay(0.99))
     for step in range(1, 400):
         for parameter in network.parameters():
             gradient = parameter.detach() - optimum + torch.randn_like(parameter)
@@ -56,7 +56,7 @@ def test_average_of_noisy_training_is_nearer_the_optimum_than_the_weights_are() 
 def test_weight_average_does_not_modify_or_alias_the_network() -> None:
     network = network_of(1.0)
     before = copy.deepcopy(network.state_dict())
-    average = WeightAverage(network, exponential_decay(0.9))
+    average = EMA(network, exponential_decay(0.9))
     average.update(network_of(2.0), 1)
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     assert values(average) != {1.0}
@@ -64,10 +64,10 @@ def test_weight_average_does_not_modify_or_alias_the_network() -> None:
 
 def test_restored_ema_continues_bit_for_bit() -> None:
     torch.manual_seed(1)
-    average = WeightAverage(nn.Linear(2, 3), exponential_decay(0.99))
+    average = EMA(nn.Linear(2, 3), exponential_decay(0.99))
     for step in range(1, 5):
         average.update(nn.Linear(2, 3), step)
-    restored = WeightAverage(nn.Linear(2, 3), exponential_decay(0.99))
+    restored = EMA(nn.Linear(2, 3), exponential_decay(0.99))
     for name, value in load(save(average.averages)).items():
         restored.averages[name].copy_(value)
     latest = nn.Linear(2, 3)
@@ -78,7 +78,7 @@ def test_restored_ema_continues_bit_for_bit() -> None:
 
 def test_the_averages_fit_the_network_by_name() -> None:
     network = network_of(1.0)
-    average = WeightAverage(network_of(7.0), exponential_decay(0.9))
+    average = EMA(network_of(7.0), exponential_decay(0.9))
     network.load_state_dict(average.averages)
     assert {p.unique().item() for p in network.parameters()} == {7.0}
 
@@ -86,7 +86,7 @@ def test_the_averages_fit_the_network_by_name() -> None:
 @given(st.floats(0.02, 0.27), st.integers(1, 400))
 def test_a_power_function_average_weighs_steps_as_its_name_says(length: float, steps: int) -> None:
     network = network_of(100.0)
-    average = WeightAverage(network, power_decay(length))
+    average = EMA(network, power_decay(length))
     shares = np.zeros(steps)
     for step in range(1, steps + 1):
         shares[: step - 1] *= average.decay(step)
@@ -117,8 +117,8 @@ def test_post_hoc_ema_equals_the_tracked_average(length: float) -> None:
     rng = np.random.default_rng(0)
     path = np.cumsum(rng.standard_normal((2000, 8)), axis=0)
     layer = nn.Linear(8, 1, bias=False)
-    averages = [WeightAverage(layer, power_decay(each)) for each in (0.05, 0.1)]
-    tracked_average = WeightAverage(layer, power_decay(length))
+    averages = [EMA(layer, power_decay(each)) for each in (0.05, 0.1)]
+    tracked_average = EMA(layer, power_decay(length))
     snapshots, values = [], []
     for step, point in enumerate(path, start=1):
         nn.init.zeros_(layer.weight).data += torch.from_numpy(point).float()
@@ -137,14 +137,14 @@ def test_post_hoc_ema_equals_the_tracked_average(length: float) -> None:
 
 @pytest.mark.parametrize("length", [0.03, 0.05, 0.09, 0.2])
 @pytest.mark.parametrize("snapshots", [[(1000, 0.05), (1000, 0.1)], [(at, 0.1) for at in (100, 400, 700, 1000)]])
-def test_post_hoc_ema_of_few_snapshots_does_not_shrink_constant_weights(
+def test_post_hoc_ema_of_few_snapshots_keeps_constant_weights(
     snapshots: list[tuple[int, float]], length: float
 ) -> None:
     shares, _ = mixture(snapshots, 1000, length)
     assert sum(shares) == pytest.approx(1, abs=1e-9)
 
 
-def test_error_of_a_post_hoc_ema_is_that_of_its_weight_function() -> None:
+def test_error_of_post_hoc_ema_follows_its_weight_function() -> None:
     def density(images: int, std: float) -> np.ndarray:
         tau, gamma = (np.arange(200_000) + 0.5) / 200_000 * 1000, power(std)
         return np.where(tau <= images, (gamma + 1) * (tau / images) ** gamma / images, 0)
@@ -157,7 +157,7 @@ def test_error_of_a_post_hoc_ema_is_that_of_its_weight_function() -> None:
         assert error == pytest.approx(np.linalg.norm(combination - target) / np.linalg.norm(target), rel=2e-2, abs=1e-3)
 
 
-def test_average_that_was_kept_in_training_is_reconstructed_from_its_snapshot_alone() -> None:
+def test_average_kept_in_training_comes_from_its_snapshot_alone() -> None:
     shares, error = mixture([(500, 0.05), (500, 0.1), (1000, 0.05), (1000, 0.1)], 1000, 0.1)
     assert shares == pytest.approx([0, 0, 0, 1], abs=1e-6)
     assert error < 1e-5

@@ -45,8 +45,9 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from diffusion.diffusers_format.export import export_adapter, export_to_diffusers  # noqa: E402
+from diffusion.diffusers_format.export import export_to_diffusers  # noqa: E402
 from diffusion.diffusers_format.import_pipeline import import_pipeline  # noqa: E402
+from diffusion.diffusers_format.lora import export_adapter  # noqa: E402
 from tests.builders import pipelines  # noqa: E402
 
 SAMPLING = sampling_config(steps=2, compute_batch=36)
@@ -242,7 +243,7 @@ def test_dropped_and_missing_captions_are_the_empty_prompt(
             assert (sum(untold) > sum(missing)) == (dropout > 0)
 
 
-def test_latents_are_those_of_each_image_and_of_its_mirror_image(
+def test_latents_are_of_each_image_and_its_mirror_image(
     make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
     _, base = make_pipeline("stable_diffusion")

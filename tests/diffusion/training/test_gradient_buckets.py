@@ -69,11 +69,11 @@ def check(rank: int, processes: int, folder: str) -> None:
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_buckets_hold_the_sum_over_parts_and_processes_whatever_the_timing(processes: int, tmp_path: Path) -> None:
+def test_buckets_hold_the_sum_over_parts_and_processes(processes: int, tmp_path: Path) -> None:
     spawn(check, (processes, str(tmp_path)), processes)
 
 
-def test_a_pass_that_reaches_not_all_parameters_is_an_error_and_leaves_the_reducer_usable(tmp_path: Path) -> None:
+def test_incomplete_pass_is_an_error_that_leaves_the_reducer_usable(tmp_path: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         parameters = [nn.Parameter(torch.ones(3)) for _ in range(2)]

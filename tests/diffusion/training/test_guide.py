@@ -42,9 +42,7 @@ def trained(dataset: Path, tmp_path: Path) -> TrainResult:
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5])
-def test_the_guide_has_the_averaged_weights_of_that_share_of_the_training(
-    dataset: Path, tmp_path: Path, share: float
-) -> None:
+def test_guide_has_the_averaged_weights_of_its_share_of_training(dataset: Path, tmp_path: Path, share: float) -> None:
     result = run(dataset, tmp_path / "run", changed(guide=share, keep=9))
     then = tmp_path / "run" / "checkpoints" / f"{int(320 * share):010d}.safetensors"
     assert equal(read_tensors(result.final, GUIDE), read_tensors(then, AVERAGED))
@@ -57,7 +55,7 @@ def test_the_guide_has_the_averaged_weights_of_that_share_of_the_training(
 
 
 @pytest.mark.parametrize("stop", [48, 80, 240])
-def test_a_run_that_is_stopped_before_or_after_keeps_the_same_guide(
+def test_run_stopped_before_or_after_keeps_the_same_guide(
     dataset: Path, tmp_path: Path, trained: TrainResult, stop: int
 ) -> None:
     with pytest.raises(Stop):

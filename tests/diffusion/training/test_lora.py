@@ -26,11 +26,11 @@ from diffusion.common.threads import worker_threads
 from diffusion.evaluation.comparison import compare_with_champion
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.gate import GateConfig
-from diffusion.families.base import LoRAConfig
 from diffusion.families.config import ModelConfig
 from diffusion.families.ddpm.model import DDPMModel
 from diffusion.families.ddpm.network import UNet
 from diffusion.families.fine_tuning import merge_adapters, train_adapters
+from diffusion.families.lora import LoRAConfig
 from diffusion.generation.generate import sample
 from diffusion.training.config import TrainingConfig
 from diffusion.training.ema import reconstruct_average
@@ -145,7 +145,7 @@ def test_file_is_loaded_with_its_base_beside_it_or_above(dataset: Path, tmp_path
     assert torch.equal(sample(load_model(path), range(2), 0, SAMPLING), images)
 
 
-def test_adapter_and_its_base_are_compared_by_the_gate_either_way(dataset: Path, tmp_path: Path, base: Path) -> None:
+def test_gate_compares_adapter_and_base_either_way(dataset: Path, tmp_path: Path, base: Path) -> None:
     adapted = run(dataset, tmp_path / "run", base, images=32, checkpoints=1).final
     config, gate = EvaluationConfig(samples=16, extractor_size=32), GateConfig(looks=1)
     for candidate, champion in ((adapted, base), (base, adapted)):
@@ -171,9 +171,7 @@ def test_damaged_base_is_an_error(dataset: Path, tmp_path: Path, base: Path) -> 
 
 
 @pytest.mark.parametrize("change", ["another shape", "one factor", "no such layer", "another rank"])
-def test_file_whose_tensors_do_not_fit_its_base_is_an_error(
-    dataset: Path, tmp_path: Path, base: Path, change: str
-) -> None:
+def test_file_that_does_not_fit_its_base_is_an_error(dataset: Path, tmp_path: Path, base: Path, change: str) -> None:
     final = run(dataset, tmp_path / "run", base).final
     tensors, about = load_file(final), read_header(final)
     name = next(iter(tensors))

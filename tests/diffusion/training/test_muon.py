@@ -14,9 +14,7 @@ from diffusion.training.muon import RMS, Muon, orthogonalize
 
 
 @given(st.integers(1, 24), st.integers(1, 24), st.integers(0, 100))
-def test_orthogonalized_matrices_keep_their_singular_vectors_and_have_values_near_one(
-    rows: int, columns: int, seed: int
-) -> None:
+def test_orthogonalized_matrices_keep_singular_vectors_with_values_near_one(rows: int, columns: int, seed: int) -> None:
     matrices = torch.randn(2, rows, columns, generator=torch.Generator().manual_seed(seed))
     for matrix, orthogonal in zip(matrices, orthogonalize(matrices), strict=True):
         u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -36,7 +34,7 @@ def stepped(parameter: Tensor, gradients: list[Tensor], **options: float) -> Ten
     return layer.detach()
 
 
-def test_a_step_is_torchs_muon_to_bf16_with_the_rate_that_fits_adamw() -> None:
+def test_a_step_equals_torch_s_muon_to_bf16() -> None:
     generator = torch.Generator().manual_seed(0)
     start, *gradients = (torch.randn(16, 40, generator=generator) for _ in range(4))
     theirs = nn.Parameter(start.clone())
@@ -61,7 +59,7 @@ def test_a_convolution_counts_as_a_matrix_in_any_memory_format() -> None:
         torch.testing.assert_close(result.flatten(1), flat, atol=1e-6, rtol=1e-5)
 
 
-def test_a_step_that_is_not_finite_changes_neither_weights_nor_momentum() -> None:
+def test_steps_not_finite_change_neither_weights_nor_momentum() -> None:
     start, good = torch.randn(4, 5), torch.randn(4, 5)
     layer = nn.Parameter(start.clone())
     optimizer = Muon([layer], 0.1, 0.1)
@@ -91,7 +89,7 @@ def test_threads_that_share_the_matrices_change_no_bits() -> None:
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
-def test_weights_that_read_inputs_or_write_outputs_are_left_to_adamw() -> None:
+def test_weights_of_inputs_and_outputs_are_left_to_adamw() -> None:
     network = UNet(ModelConfig(width=16, channel_mult=(1, 2), attention=(1,), text=True), 3, 16, classes=4)
     hidden = {id(parameter) for parameter in network.matrices()}
     names = {name for name, parameter in network.named_parameters() if id(parameter) in hidden}

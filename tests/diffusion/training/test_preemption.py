@@ -107,7 +107,7 @@ def test_sigterm_ends_training_with_a_checkpoint_and_the_same_call_goes_on_to_th
 
 
 @pytest.mark.parametrize("at", [640, pytest.param(1280, marks=pytest.mark.slow)])
-def test_a_signal_ends_a_validation_which_the_next_call_makes_up_for(
+def test_validation_ended_by_a_signal_is_made_up_for(
     dataset: Path, whole: Path, tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate, calls = Validation.evaluate, []
@@ -133,7 +133,7 @@ def test_a_signal_ends_a_validation_which_the_next_call_makes_up_for(
 
 
 @pytest.mark.parametrize("images", [640, 608])
-def test_a_regular_checkpoint_counts_before_one_of_a_signal_that_is_not_newer(
+def test_regular_checkpoint_counts_before_a_signal_s_of_equal_age(
     dataset: Path, whole: Path, tmp_path: Path, images: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(Stop):
@@ -152,9 +152,7 @@ def test_a_regular_checkpoint_counts_before_one_of_a_signal_that_is_not_newer(
     require_same(tmp_path / "cut", whole)
 
 
-def test_a_handler_that_raises_stays_the_one_that_is_installed_and_ends_the_training(
-    dataset: Path, tmp_path: Path
-) -> None:
+def test_handler_that_raises_stays_installed_and_ends_the_training(dataset: Path, tmp_path: Path) -> None:
     class Interrupted(BaseException):
         pass
 
@@ -181,7 +179,7 @@ def test_a_handler_that_raises_stays_the_one_that_is_installed_and_ends_the_trai
 
 @pytest.mark.timeout(60, method="thread")  # as it has the timer
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # callbacks of weak references
-def test_signals_as_the_work_begins_and_ends_neither_hang_it_nor_get_lost() -> None:
+def test_signals_at_begin_and_end_neither_hang_nor_get_lost() -> None:
     armed, raised = [], 0
 
     def strike(*_: object) -> None:
@@ -215,7 +213,7 @@ def test_signals_as_the_work_begins_and_ends_neither_hang_it_nor_get_lost() -> N
     assert raised
 
 
-def test_a_failure_after_a_signal_is_logged_and_is_the_cause(caplog: pytest.LogCaptureFixture) -> None:
+def test_failure_after_a_signal_is_logged_as_the_cause(caplog: pytest.LogCaptureFixture) -> None:
     def work(stop: Callable[[], bool]) -> bool:
         os.kill(os.getpid(), signal.SIGINT)
         while not stop():
@@ -229,7 +227,7 @@ def test_a_failure_after_a_signal_is_logged_and_is_the_cause(caplog: pytest.LogC
 
 
 @pytest.mark.timeout(60)
-def test_a_second_ctrl_c_leaves_a_training_that_hangs_without_writing_to_its_folder(
+def test_second_ctrl_c_leaves_a_hanging_training_without_writing(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hung, going, gone = threading.Event(), threading.Event(), threading.Event()
@@ -401,9 +399,7 @@ def test_ranks_of_which_one_is_preempted_stop_at_one_step_and_go_on_to_the_same_
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_preempted_while_another_one_validates_gets_its_checkpoint(
-    dataset: Path, tmp_path: Path
-) -> None:
+def test_rank_preempted_while_another_validates_gets_its_checkpoint(dataset: Path, tmp_path: Path) -> None:
     process = start(dataset, tmp_path / "run", 2, 0, "validation")
     while not (tmp_path / "validating").exists():
         assert process.poll() is None

@@ -29,7 +29,7 @@ def shard(parameters: list[nn.Parameter], group: int) -> int:
     return sum(4 * math.ceil(len(each) / group) * (each.numel() // len(each)) for each in parameters)
 
 
-def test_replicas_hold_all_and_send_twice_their_gradients_but_for_a_share(dataset: Path) -> None:
+def test_replicas_hold_all_and_send_their_gradients_twice(dataset: Path) -> None:
     network = UNet(MODEL, 1, 8, classes=2)
     size = 4 * sum(each.numel() for each in network.parameters())
     muon = 4 * sum(each.numel() for each in network.matrices())
@@ -52,7 +52,7 @@ def test_replicas_hold_all_and_send_twice_their_gradients_but_for_a_share(datase
     assert len({each.activations for each in costs_per_rank}) == 1
 
 
-def test_groups_hold_their_rows_and_send_weights_twice_for_each_micro_batch(dataset: Path) -> None:
+def test_groups_hold_rows_and_send_weights_twice_per_micro_batch(dataset: Path) -> None:
     network, group = UNet(MODEL, 1, 8, classes=2), 4
     inside = [each for block in network.modules() if isinstance(block, ResidualBlock) for each in block.parameters()]
     own = {id(each) for each in inside}
@@ -73,7 +73,7 @@ def test_groups_hold_their_rows_and_send_weights_twice_for_each_micro_batch(data
 
 
 @pytest.mark.slow
-def test_a_row_is_the_least_that_a_large_flat_mesh_leaves_to_a_rank(dataset: Path) -> None:
+def test_a_rank_of_a_large_mesh_has_a_row(dataset: Path) -> None:
     network = UNet(MODEL, 1, 8, classes=2)
     costs_per_rank = costs(dataset, 128, batch_size=128, shard=True, optimizer="adamw")
     rows = 4 * sum(each.numel() // len(each) for each in network.parameters())

@@ -1,18 +1,15 @@
 """Training: exact resume, refusal of what does not belong together, and a model that learns."""
 
 import copy
-import json
 import logging
 import math
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,26 +19,22 @@ from safetensors.torch import load_file
 
 from diffusion.checkpoints import load_model
 from diffusion.common.errors import DarkroomError, UserError
-from diffusion.common.model_files import read_header
 from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset
-from diffusion.data.manifest import read_manifest, write_manifest
+from diffusion.data.manifest import read_manifest
 from diffusion.families.config import ModelConfig
 from diffusion.families.model import to_float
 from diffusion.generation.generate import sample
 from diffusion.process.schedules import make_schedule
-from diffusion.training.checkpointing import Checkpoints, CheckpointWriter
-from diffusion.training.config import TrainingConfig, earlier_runs
+from diffusion.training.config import TrainingConfig
 from diffusion.training.ema import models_to_evaluate
 from diffusion.training.logging import MetricsFile, TrainingMonitor, read_metrics
-from diffusion.training.preflight import count_flops
-from diffusion.training.run_folder import discard
-from diffusion.training.train import preflight, train
+from diffusion.training.train import train
 from diffusion.training.trainer import scheduled_learning_rate
 from tests.builders import ROOT
-from tests.builders.small_datasets import random_images, write_dataset
+from tests.builders.small_datasets import write_dataset
 from tests.builders.small_trainers import make_trainer, take_step
-from tests.builders.training_runs import CONFIG, MODEL, SAMPLING, Away, Stop, StopAt, run
+from tests.builders.training_runs import CONFIG, MODEL, SAMPLING, Stop, StopAt, run
 
 
 @pytest.mark.parametrize(
@@ -98,9 +91,7 @@ run(Path(sys.argv[1]), Path(sys.argv[2]), CONFIG.model_copy(update={{"images": 1
 
 @pytest.mark.slow
 @pytest.mark.drill(
-    "training is killed",
-    "SIGKILL at random moments, each time with other loader settings",
-    "the same bytes",
+    "training is killed", "SIGKILL at random moments, each time with other loader settings", "the same bytes"
 )
 def test_resume_is_bit_identical_after_kills(dataset: Path, tmp_path: Path, kills: int) -> None:
     root = str(ROOT)
@@ -128,130 +119,6 @@ def test_resume_is_bit_identical_after_kills(dataset: Path, tmp_path: Path, kill
     assert (tmp_path / "killed" / final).read_bytes() == (tmp_path / "whole" / final).read_bytes()
 
 
-@pytest.mark.parametrize("how", ["changed", "cut short"])
-def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(
-    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
-) -> None:
-    whole = run(dataset, tmp_path / "whole")
-    with pytest.raises(Stop):
-        run(dataset, tmp_path / "cut", track=lambda _: StopAt(240))
-    newest = sorted((tmp_path / "cut" / "checkpoints").glob("*.safetensors"))[-1]
-    data = bytearray(newest.read_bytes())
-    data[-1] ^= 1
-    newest.write_bytes(data if how == "changed" else data[:100])
-    resumed_run = run(dataset, tmp_path / "cut")
-    assert resumed_run.final.read_bytes() == whole.final.read_bytes()
-    assert newest.name in caplog.text
-
-
-def test_leftovers_of_a_killed_training_are_removed_on_resume(dataset: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run" / "checkpoints"
-    folder.mkdir(parents=True)
-    begun = [f".0000000008.safetensors.{'0' * 32}.partial", ".tmpA1b2C3", "0000000003.safetensors"]
-    for name in (*begun, "0000000004.safetensors.sha256"):
-        (folder / name).write_bytes(b"half of it")
-    run(dataset, tmp_path / "run")
-    assert len(list(folder.iterdir())) == 2 * CONFIG.keep
-
-
-def test_old_checkpoints_are_pruned_and_the_newest_kept(dataset: Path, tmp_path: Path) -> None:
-    run(dataset, tmp_path / "run")
-    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert names == [f"{images:010d}.safetensors{suffix}" for images in (240, 320) for suffix in ("", ".sha256")]
-
-
-def test_changed_configuration_is_an_error_unless_restarted(dataset: Path, tmp_path: Path) -> None:
-    first = run(dataset, tmp_path / "run").final.read_bytes()
-    other = CONFIG.model_copy(update={"learning_rate": 1e-4})
-    with pytest.raises(UserError, match=r"training\.learning_rate.*--restart"):
-        run(dataset, tmp_path / "run", other)
-    assert run(dataset, tmp_path / "run", other, restart="if_different").final.read_bytes() != first
-
-
-def test_the_default_batch_is_in_the_file_and_a_run_of_that_number_is_the_same(dataset: Path, tmp_path: Path) -> None:
-    unset = CONFIG.model_copy(update={"images": 128, "checkpoints": 1, "batch_size": None})
-    first = train(dataset, tmp_path / "run", MODEL, unset, SAMPLING)
-    assert load_model(first.final).header.training["batch_size"] == 64
-    explicit = unset.model_copy(update={"batch_size": 64})
-    assert train(dataset, tmp_path / "run", MODEL, explicit, SAMPLING).train_key == first.train_key
-    with pytest.raises(UserError, match=r"differs in training\.batch_size"):
-        train(dataset, tmp_path / "run", MODEL, explicit.model_copy(update={"batch_size": 32}), SAMPLING)
-
-
-def test_discarded_run_restarts_with_the_same_result(dataset: Path, tmp_path: Path) -> None:
-    first = run(dataset, tmp_path / "run").final
-    bits, modification_time = first.read_bytes(), first.stat().st_mtime_ns
-    assert run(dataset, tmp_path / "run").final.stat().st_mtime_ns == modification_time
-    assert run(dataset, tmp_path / "run", restart="if_different").final.stat().st_mtime_ns == modification_time
-    (tmp_path / "run" / "notes.txt").write_text("mine")
-    discard(tmp_path / "run")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["metrics_buffer", "notes.txt"]
-    assert [path.name for path in (tmp_path / "run" / "metrics_buffer").iterdir()] == ["restarted"]
-    again = run(dataset, tmp_path / "run").final
-    assert again.stat().st_mtime_ns != modification_time
-    assert again.read_bytes() == bits
-
-
-def test_finished_run_is_set_aside_and_taken_back(dataset: Path, tmp_path: Path) -> None:
-    short, output = CONFIG.model_copy(update={"images": 32, "checkpoints": 1}), tmp_path / "run"
-    other = short.model_copy(update={"seed": 1})
-    first = run(dataset, output, short).final.stat()
-    run(dataset, output, other, restart="set_aside")
-    [aside] = earlier_runs(output)
-    assert (aside / "final.safetensors").stat().st_ino == first.st_ino
-    taken_back = run(dataset, output, short, restart="set_aside").final.stat()
-    assert (taken_back.st_ino, taken_back.st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
-    [aside] = earlier_runs(output)
-    assert read_header(aside / "final.safetensors")["model_header"]["training"]["seed"] == 1
-
-
-def test_unfinished_run_is_not_set_aside(dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(Stop):
-        run(dataset, tmp_path / "run", track=lambda _: StopAt(16))
-    run(dataset, tmp_path / "run", CONFIG.model_copy(update={"images": 32}), restart="set_aside")
-    assert earlier_runs(tmp_path / "run") == []
-
-
-@pytest.mark.slow
-def test_minutes_are_converted_to_images_once(dataset: Path, tmp_path: Path) -> None:
-    config = TrainingConfig(dataset="blobs", minutes=0.1, batch_size=16, checkpoints=2)
-    with pytest.raises(Stop):
-        run(dataset, tmp_path / "run", config, track=lambda _: StopAt(1))
-    first = sorted((tmp_path / "run" / "checkpoints").glob("*.safetensors"))[0]
-    planned = read_header(first)["total"]
-    images = run(dataset, tmp_path / "run", config).images
-    assert images == planned
-    assert images % 16 == 0
-
-
-def test_slow_machine_gets_fewer_checkpoints_and_is_told(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("diffusion.training.preflight.MEASURED_SECONDS", 0.1)
-    folder = tmp_path / "run"
-    config = TrainingConfig(dataset="blobs", minutes=0.02, batch_size=16, checkpoints=1000, keep=1000)
-    with pytest.raises(Stop), caplog.at_level(logging.WARNING):
-        run(dataset, folder, config, track=lambda _: StopAt(1))
-    planned = json.loads((folder / "preflight.json").read_bytes())
-    assert 1 <= planned["checkpoints"] < 1000
-    assert any("instead of 1000" in record.getMessage() for record in caplog.records)
-    total = run(dataset, folder, config).images
-    grids = sorted(int(path.stem) for path in (folder / "samples").iterdir())
-    assert len(grids) <= planned["checkpoints"]
-    # A resumption keeps their distance.
-    assert grids[-1] == total
-    assert len(set(np.diff([0, *grids[:-1]]))) <= 1
-
-
-def test_single_sample_grid_slower_than_the_budget_still_trains(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("diffusion.training.preflight.MEASURED_SECONDS", 0.1)
-    config = TrainingConfig(dataset="blobs", minutes=1e-6, batch_size=16, checkpoints=6)
-    assert run(dataset, tmp_path / "run", config).images == 16
-    assert len(list((tmp_path / "run" / "samples").iterdir())) == 1
-
-
 EDM = {"weighting": "edm", "learned_uncertainty": True, "timestep_sampling": "lognormal", "ema_stds": [0.05, 0.1]}
 
 
@@ -267,7 +134,7 @@ EDM = {"weighting": "edm", "learned_uncertainty": True, "timestep_sampling": "lo
     ],
     ids=["edm", "sigmoid", "linear"],
 )
-def test_whatever_is_chosen_from_the_menu_learns_and_resumes_to_the_same_bits(
+def test_all_objectives_learn_and_resume_to_the_same_bits(
     dataset: Path, tmp_path: Path, model: dict[str, object], settings: dict[str, object]
 ) -> None:
     shape = ModelConfig.model_validate(MODEL.model_dump() | model)
@@ -346,17 +213,6 @@ def test_learning_rate_rises_and_falls_by_images_seen() -> None:
     assert scheduled_learning_rate(half, 160, 320) == pytest.approx(rates[10])
 
 
-def test_two_trainings_in_one_folder_are_rejected(dataset: Path, tmp_path: Path) -> None:
-    class Nested(StopAt):
-        def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
-            with pytest.raises(UserError, match="another process trains"):
-                run(dataset, tmp_path / "run")
-            raise Stop
-
-    with pytest.raises(Stop):
-        run(dataset, tmp_path / "run", track=lambda _: Nested(0))
-
-
 def test_training_length_is_set_once_and_defaults_to_ten_minutes() -> None:
     with pytest.raises(ValueError, match=r"either training\.images or training\.minutes"):
         TrainingConfig(images=10, minutes=1.0)
@@ -385,72 +241,6 @@ def test_resumed_history_drops_rows_after_the_checkpoint(tmp_path: Path) -> None
     history.rewind(32)
     history.append(48, {"loss": 0.25, "data_wait": 0.125})
     assert (tmp_path / "history.csv").read_text() == "images,loss,data_wait\n16,0.5,0\n32,0.4,0\n48,0.25,0.125\n"
-
-
-@pytest.fixture
-def sharded(tmp_path: Path) -> Path:
-    """A data set of 64 images in 8 shards, a quarter of it held out."""
-    write_dataset(tmp_path / "data" / "sharded", random_images(64), per_shard=8)
-    return tmp_path / "data" / "sharded"
-
-
-@pytest.mark.parametrize("window", [None, 2])
-def test_streamed_shards_give_the_weights_of_local_ones(sharded: Path, tmp_path: Path, window: int | None) -> None:
-    config = CONFIG.model_copy(update={"window": window})
-    local = run(sharded, tmp_path / "local", config).final.read_bytes()
-    shards = read_manifest(sharded).shards
-    room = sum(shard.bytes for shard in shards[:4] if window) or sum(shard.bytes for shard in shards)
-    store = Away(sharded, tmp_path / "remote")
-    streaming = config.model_copy(update={"stream_bytes": room, "cache_bytes": 0})
-    with pytest.raises(Stop):
-        run(sharded, tmp_path / "streamed", streaming, store=store, track=lambda _: StopAt(112))
-    streamed = run(sharded, tmp_path / "streamed", streaming, store=store)
-    assert streamed.final.read_bytes() == local
-    assert sum(path.stat().st_size for path in (sharded.parent / ".shards").glob("*.tar")) <= room
-
-
-def test_shuffle_window_changes_the_order_and_the_run(sharded: Path, tmp_path: Path) -> None:
-    whole = run(sharded, tmp_path / "run").final.read_bytes()
-    windowed = CONFIG.model_copy(update={"window": 2})
-    with pytest.raises(UserError, match=r"differs in training\.window"):
-        run(sharded, tmp_path / "run", windowed)
-    assert run(sharded, tmp_path / "run", windowed, restart="if_different").final.read_bytes() != whole
-
-
-def test_in_windows_other_shards_of_the_same_images_are_another_run(tmp_path: Path) -> None:
-    folders = {}
-    for per_shard in (8, 16):
-        folder = tmp_path / str(per_shard) / "sharded"
-        manifest = write_dataset(folder, random_images(64), per_shard)
-        folders[per_shard] = folder
-        write_manifest(folder, manifest.model_copy(update={"content_digest": "0" * 64}))
-    whole = run(folders[8], tmp_path / "plain").final.read_bytes()
-    assert run(folders[16], tmp_path / "plain").final.read_bytes() == whole
-    windowed = CONFIG.model_copy(update={"window": 2})
-    run(folders[8], tmp_path / "windowed", windowed)
-    with pytest.raises(UserError, match="differs in the data set's shards"):
-        run(folders[16], tmp_path / "windowed", windowed)
-
-
-def test_a_cache_too_small_is_rejected_with_what_would_fit(sharded: Path, tmp_path: Path) -> None:
-    sizes = sorted((shard.bytes for shard in read_manifest(sharded).shards), reverse=True)
-    store = Away(sharded, tmp_path / "remote")
-
-    def error_of(**loading: int) -> str:
-        with pytest.raises(UserError) as error:
-            run(sharded, tmp_path / "run", CONFIG.model_copy(update=loading), store=store)
-        return str(error.value)
-
-    words = error_of(stream_bytes=sum(sizes) - 1)
-    assert f"raise training.stream_bytes to {sum(sizes)}, or set training.window to 3 or less" in words
-    words = error_of(stream_bytes=sum(sizes[:4]), window=3)
-    assert f"raise training.stream_bytes to {sum(sizes[:6])}, or set training.window to 2 or less" in words
-    assert "training.window to" not in error_of(stream_bytes=sum(sizes[:2]) - 1, window=1)
-
-
-def test_streaming_without_a_remote_is_rejected(sharded: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"training\.stream_bytes is set, and there is no remote"):
-        run(sharded, tmp_path / "run", CONFIG.model_copy(update={"stream_bytes": 2**20}))
 
 
 def test_workers_need_prefetched_batches() -> None:
@@ -529,85 +319,6 @@ def test_training_monitor_warns_once_per_problem(caplog: pytest.LogCaptureFixtur
     ]
     assert len(caplog.messages) == len(words)
     assert all(word in message for word, message in zip(words, caplog.messages, strict=True))
-
-
-def test_dry_run_describes_the_run_and_writes_nothing(dataset: Path, tmp_path: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    about = preflight(dataset, MODEL, CONFIG, SAMPLING)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-    assert (about.train + about.held_out, about.shape, about.images) == (48, (1, 8, 8), 320)
-    result = run(dataset, tmp_path / "run")
-    weights = load_model(result.final).network.state_dict()
-    assert about.parameters == sum(value.numel() for value in weights.values())
-    checkpoint_bytes = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert about.disk_bytes / 3 < checkpoint_bytes < about.disk_bytes * 1.5
-    assert 0 < about.seconds < 600
-    words = dict(about.lines())
-    assert words["length"] == f"320 images, {320 / about.train:.1f} epochs"
-    largest = max(path.stat().st_size for path in (tmp_path / "run" / "checkpoints").glob("*.safetensors"))
-    assert about.checkpoint_bytes == pytest.approx(largest, rel=0.3)
-
-
-def test_work_grows_with_width_and_size_as_convolutions_do() -> None:
-    # Nearly all of it is convolutions, whose work grows with the square of the channels and with the positions.
-    small, twice = (count_flops(MODEL.model_copy(update={"width": width}), (1, 8, 8), 0) for width in (16, 32))
-    assert 3.5 < twice / small < 4
-    assert count_flops(MODEL, (1, 16, 16), 0) / small == pytest.approx(4, rel=0.02)
-
-
-def test_a_disk_too_small_for_the_checkpoints_is_an_error_before_the_first(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # No test may fill the disk of the machine it runs on.
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match=r"checkpoints in .* and its disk has 1000 Bytes free: .* lower training\.keep"):
-        run(dataset, tmp_path / "run")
-    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
-
-
-@pytest.mark.parametrize(
-    ("policy", "expected"),
-    [
-        ({"keep": 1}, [320]),
-        ({"keep": 2}, [288, 320]),
-        ({"keep": 1, "keep_every": 3}, [144, 288, 320]),
-        ({"keep": 1, "keep_best": 2}, None),
-    ],
-)
-def test_checkpoint_policy_decides_which_checkpoints_are_kept(
-    dataset: Path, tmp_path: Path, policy: dict[str, int], expected: list[int] | None
-) -> None:
-    run(dataset, tmp_path / "run", CONFIG.model_copy(update={"checkpoints": 8} | policy))
-    numbers = [int(path.stem) for path in Checkpoints(tmp_path / "run" / "checkpoints").paths()]
-    if expected is None:
-        rows = read_metrics(tmp_path / "run" / "losses.csv")
-        best = sorted(rows, key=lambda row: row["held_out_loss_ema"])[:2]
-        expected = sorted({int(row["images"]) for row in best} | {320})
-    assert numbers == expected
-
-
-def test_background_checkpoint_error_stops_training(dataset: Path, tmp_path: Path) -> None:
-    with worker_threads(1) as pool:
-        trainer = make_trainer(dataset, MODEL, CONFIG, pool)
-    (tmp_path / "file").write_text("no folder")
-    writer = CheckpointWriter(Checkpoints(tmp_path / "file" / "checkpoints"))
-    writer.save(trainer.state.tensors(), trainer.checkpoint_header(), 1)
-    with pytest.raises((FileExistsError, NotADirectoryError)):
-        writer.save(trainer.state.tensors(), trainer.checkpoint_header(), 1)
-
-
-def test_checkpoint_is_a_snapshot_while_training_continues(dataset: Path, tmp_path: Path) -> None:
-    with worker_threads(1) as pool:
-        trainer = make_trainer(dataset, MODEL, CONFIG, pool, 320)
-        take_step(trainer)
-        expected = {name: value.clone() for name, value in trainer.state.tensors().items()}
-        with CheckpointWriter(Checkpoints(tmp_path)) as writer:
-            writer.save(trainer.state.tensors(), trainer.checkpoint_header(), 1)
-            for _ in range(5):
-                take_step(trainer)
-    tensors = load_file(tmp_path / "0000000016.safetensors")
-    assert tensors.keys() == expected.keys()
-    assert all(torch.equal(value, expected[name]) for name, value in tensors.items())
 
 
 def test_run_logs_losses_per_noise_level_drift_and_samples(dataset: Path, tmp_path: Path) -> None:

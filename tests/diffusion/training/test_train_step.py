@@ -54,7 +54,7 @@ def test_worker_threads_step_equals_plain_adamw_on_the_batch(dataset: Path, part
 
 
 @pytest.mark.parametrize("share", [0.02, 0.98], ids=["little noise", "much noise"])
-def test_network_gets_images_of_mean_0_and_variance_1_at_every_noise_level(dataset: Path, share: float) -> None:
+def test_network_inputs_have_variance_1_at_every_noise_level(dataset: Path, share: float) -> None:
     network_inputs: list[torch.Tensor] = []
     with worker_threads(1) as pool:
         trainer = make_trainer(dataset, MODEL, TrainingConfig(images=64), pool, 64)

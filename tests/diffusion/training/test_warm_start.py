@@ -13,7 +13,7 @@ from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
-from diffusion.training.pretrained import load_initial
+from diffusion.training.starting_models import load_initial
 from diffusion.training.train import TrainResult, preflight, train
 from tests.builders.small_autoencoders import VAE
 from tests.builders.small_models import write_model
@@ -109,7 +109,7 @@ def test_missing_init_from_model_is_named(dataset: Path, tmp_path: Path) -> None
         run(dataset, tmp_path / "warm", tmp_path / "nowhere.safetensors")
 
 
-def test_the_default_resolutions_are_in_the_file_and_equal_those_that_are_given(dataset: Path, tmp_path: Path) -> None:
+def test_default_resolutions_are_recorded_and_equal_explicit_ones(dataset: Path, tmp_path: Path) -> None:
     unset = MODEL.model_copy(update={"channel_mult": None, "attention": ("middle",)})
     config = TrainingConfig.model_validate(CONFIG.model_dump() | SHORT)
     first = train(dataset, tmp_path / "first", unset, config, SAMPLING).final

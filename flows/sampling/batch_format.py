@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from diffusion.common.config import MAX_SIDE, Config, PlainName, is_unset
-from diffusion.common.errors import UserError
+from diffusion.common.errors import UserError, describe_validation_error
 from diffusion.common.files import canonical_json, digest_of, sha256_bytes
 from diffusion.common.fingerprint import Fingerprint
 from diffusion.common.image_grids import encode_png_with_metadata, to_pil_image
@@ -131,9 +131,10 @@ def parse_batch(data: bytes, place: str) -> SamplingBatch:
     try:
         return SamplingBatch.model_validate_json(data)
     except ValidationError as error:
+        words = describe_validation_error(error.errors()[0])
         raise UserError(
-            f"{place} is damaged, or of a newer Darkroom than this one ({_describe_error(error)}): update, or if it is "
-            "damaged delete it and what lies beside it"
+            f"{place} is damaged, or of a newer Darkroom than this one ({words}): update, or if it is damaged delete "
+            "it and what lies beside it"
         ) from error
 
 
@@ -259,9 +260,10 @@ def part_rows(part: bytes, place: str) -> list[Row]:
         # Not splitlines(): texts may contain Unicode line separators.
         return [ManifestRow.model_validate_json(line).model_dump(exclude_unset=True) for line in part.split(b"\n")[:-1]]
     except ValidationError as error:
+        words = describe_validation_error(error.errors()[0])
         raise UserError(
-            f"{place} is not a part of a manifest ({_describe_error(error)}): delete it, and give the same `darkroom "
-            "sample` again, which generates its images again"
+            f"{place} is not a part of a manifest ({words}): delete it, and give the same `darkroom sample` again, "
+            "which generates its images again"
         ) from error
 
 
@@ -280,12 +282,6 @@ def find_conflicts(batch: SamplingBatch, index: int, row: Row) -> list[str]:
         if (size := conditions.size(index)) is not None:
             fields |= {"height": size[0], "width": size[1]}
     return sorted(name for name, value in fields.items() if row.get(name) != value)
-
-
-def _describe_error(error: ValidationError) -> str:
-    detail = error.errors()[0]
-    dotted_key = ".".join(map(str, detail["loc"]))
-    return f"{dotted_key}: {detail['msg']}" if dotted_key else detail["msg"]
 
 
 def make_schema(batch: SamplingBatch) -> pa.Schema:

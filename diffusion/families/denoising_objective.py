@@ -12,7 +12,7 @@ from diffusion.families.ddpm.network import TIMES, sinusoidal
 from diffusion.families.model import Conditioning, OptimizerStep, TrainingBatch, TrainingObjective
 from diffusion.families.vae.network import Latents, latent_shape
 from diffusion.process.config import ObjectiveConfig
-from diffusion.process.parametrization import Objective, sample_timesteps, timesteps_at
+from diffusion.process.objective import Objective, sample_timesteps, timesteps_at
 
 LEVELS = 8
 """Number of equal parts of the distribution of noise levels for which the held-out loss is logged."""
