@@ -34,18 +34,20 @@ from diffusion.evaluation.gate_metrics import (
     PromptAgreement,
     WorstClass,
 )
-from diffusion.evaluation.metrics.scores import MIN_FOR_ERRORS
+from diffusion.evaluation.metrics.per_group import PerClass
+from diffusion.evaluation.metrics.scores import MIN_FOR_ERRORS, Scores
 from diffusion.evaluation.metrics.text_image_agreement import describe_agreement, mean_over_prompts
 from diffusion.evaluation.model_evaluator import ModelEvaluator
+from diffusion.evaluation.model_metrics import evaluate_in_full
 from diffusion.evaluation.real_images import SHOWN
 from diffusion.evaluation.results import EvaluationConditions, ModelEvaluation, RealBaseline
 from diffusion.families.config import effective_sampling
-from diffusion.families.diffusion_model import DiffusionModel
 from diffusion.generation.super_resolution import task_of
 from diffusion.process.samplers import SamplingConfig
 
 COMPARISON = "champion_comparison.json"
 """File name of the result in the folder of the evaluation."""
+Side = tuple[ModelEvaluator, ModelEvaluation]
 
 
 class ChampionComparison(Config):
@@ -132,89 +134,79 @@ def compare_with_champion(
     metric = gate.metric(config.samples, len(evaluator.real.compared))
     rules, max_samples = gate.model_copy(update={"headline": metric}), config.samples * 2 ** (gate.looks - 1)
     for look in range(1, gate.looks + 1):
-        pair = _compare(evaluator, candidate, champion, rules, config.samples * 2 ** (look - 1))
-        can_repeat = pair.compared.has_champion and pair.compared.basis == "generated" and evaluator.real.small is None
+        sides, baseline, compared = _compare(evaluator, candidate, champion, rules, config.samples * 2 ** (look - 1))
+        can_repeat = compared.has_champion and compared.basis == "generated" and evaluator.real.small is None
         looks = gate.looks if can_repeat else 1
-        decision = decide(pair.compared, rules, look if can_repeat else 1, looks)
+        decision = decide(compared, rules, look if can_repeat else 1, looks)
         if not can_repeat or look == looks or not decision.worth_another_look(max_samples):
             break
-    *replicates, baseline = pair.replicates
-    candidate_evaluation, champion_evaluation = (
-        side and side.model_copy(update={"estimates": evaluator.estimates(figures)})
-        for side, figures in zip((pair.candidate_evaluation, pair.champion_evaluation), [*replicates, {}], strict=False)
-    )
-    assert candidate_evaluation is not None
+    (model, evaluation), (champion_model, champion_evaluation) = sides
     result = ChampionComparison(
         conditions=evaluator.conditions,
         key=evaluator.conditions.key,
         gate=gate,
-        candidate=candidate_evaluation,
+        candidate=evaluation,
         champion=champion_evaluation,
         real_baseline=evaluator.real_baseline(baseline),
-        compared=pair.compared,
+        compared=compared,
         look=look,
         confidence=gate.promotion_confidence(look, looks),
         decision=decision,
     )
     write_json(output / COMPARISON, json.loads(result.model_dump_json()))
-    return result, _sample_grids(pair.candidate, pair.champion, candidate_evaluation)
-
-
-@dataclass(frozen=True)
-class _ComparisonRun:
-    """A comparison on so many images."""
-
-    candidate: ModelEvaluator
-    candidate_evaluation: ModelEvaluation
-    champion: ModelEvaluator | None
-    champion_evaluation: ModelEvaluation | None
-    """None if there is no champion, or it could not be evaluated."""
-    replicates: list[MetricReplicates]
-    """Of the same models, and of the real baseline."""
-    compared: ComparisonMetrics
+    return result, _sample_grids(model, champion_model, evaluation)
 
 
 def _compare(
     evaluator: Evaluator, candidate_path: Path, champion_path: Path | None, gate: GateConfig, samples: int
-) -> _ComparisonRun:
-    """Compare two model files on ``samples`` images of each."""
+) -> tuple[tuple[Side, Side | tuple[None, None]], MetricReplicates, ComparisonMetrics]:
+    """Compare two model files on ``samples`` images of each; None: no champion, or it could not be evaluated.
+
+    Also returns the metrics of the real baseline on halves.
+    """
     candidate = evaluator.model(candidate_path, samples, name="candidate")
-    evaluation = candidate.evaluate()
-    champion = champion_evaluation = incomparable = None
+    evaluation = evaluate_in_full(candidate)
+    champion: Side | tuple[None, None] = None, None
+    incomparable = None
     if champion_path is not None:
         try:
-            champion = _open_champion(evaluator, candidate, champion_path, gate, samples)
-            champion_evaluation = champion.evaluate()
+            opened = _open_champion(evaluator, candidate, champion_path, gate, samples)
+            champion = opened, evaluate_in_full(opened)
         except UserError as error:
-            champion, incomparable = None, f"the champion cannot be evaluated beside it: {error}"
-    replicates = evaluator.replicates([candidate] if champion is None else [candidate, champion])
-    families = {model.header.model.family for model in (candidate, champion or candidate)}
+            incomparable = f"the champion cannot be evaluated beside it: {error}"
+    replicates = evaluator.replicates([candidate] if champion[0] is None else [candidate, champion[0]])
+    families = {model.header.model.family for model in (candidate, champion[0] or candidate)}
     # Else both are autoencoders.
     generated = len(families) > 1 or candidate.header.model.evaluated_by == "samples"
-    if champion is not None and generated and not replicates[-1]:
+    if champion[0] is not None and generated and not replicates[-1]:
         incomparable = (
             f"too few images to tell the two apart: {len(candidate.features)} generated and "
             f"{len(candidate.real.compared)} held out, and errors need {MIN_FOR_ERRORS} of either: generate more with "
             "evaluation.samples, or hold more out with ingest.held_out"
         )
-    comparable_champion = champion if incomparable is None else None
+    own: dict[str, Any] = {}
+    if generated and champion_path is None:
+        own = own_metrics(evaluator, evaluation.scores, evaluation.per_class, *replicates)
     metrics = ComparisonMetrics(
         basis="generated" if generated else "reconstructed",
         samples=len(candidate.features) if generated else len(candidate.real.held_out),
         reference=len(candidate.real.compared),
         has_champion=champion_path is not None,
         incomparable=incomparable,
-        **(own_metrics(evaluator, candidate, *replicates) if generated and champion_path is None else {}),
+        **own,
         memorized=evaluation.memorization.copy_share if generated else None,
-        agreement=_agreement(candidate, comparable_champion),
+        agreement=_agreement(candidate, champion[0] if incomparable is None else None),
     )
-    if comparable_champion is not None and champion_evaluation is not None:
-        differences: dict[str, object] = {"headline": psnr_headline(candidate.psnr, comparable_champion.psnr)}
+    if champion[0] is not None and incomparable is None:
+        differences: dict[str, object] = {"headline": psnr_headline(candidate.psnr, champion[0].psnr)}
         if generated:
-            sides = (candidate, evaluation), (comparable_champion, champion_evaluation)
-            differences = _differences(*sides, replicates, gate)
+            differences = _differences((candidate, evaluation), champion, replicates, gate)
         metrics = metrics.model_copy(update=differences)
-    return _ComparisonRun(candidate, evaluation, champion, champion_evaluation, replicates, metrics)
+    evaluation = evaluation.model_copy(update={"estimates": evaluator.estimates(replicates[0])})
+    if champion[0] is not None:
+        estimates = evaluator.estimates(replicates[1])
+        champion = champion[0], champion[1].model_copy(update={"estimates": estimates})
+    return ((candidate, evaluation), champion), replicates[-1], metrics
 
 
 def _open_champion(
@@ -239,10 +231,7 @@ def _open_champion(
 
 
 def _differences(
-    candidate: tuple[ModelEvaluator, ModelEvaluation],
-    champion: tuple[ModelEvaluator, ModelEvaluation],
-    replicates: Sequence[MetricReplicates],
-    gate: GateConfig,
+    candidate: Side, champion: Side, replicates: Sequence[MetricReplicates], gate: GateConfig
 ) -> dict[str, object]:
     """Return fields of ``ComparisonMetrics`` on the differences between the generated images of the two."""
     (model, evaluation), (champion_model, champion_evaluation) = candidate, champion
@@ -266,20 +255,24 @@ def _differences(
 
 
 def own_metrics(
-    evaluator: Evaluator, model: ModelEvaluator, replicates: MetricReplicates, baseline: MetricReplicates
+    evaluator: Evaluator,
+    scores: Scores,
+    per_class: PerClass | None,
+    replicates: MetricReplicates,
+    baseline: MetricReplicates,
 ) -> dict[str, Any]:
     """Return what a first version is decided on, as fields of ``ComparisonMetrics``: its own metrics, and real ones.
 
-    ``replicates`` belong to the model, ``baseline`` to the real baseline.
+    ``scores``, ``per_class`` and ``replicates`` are the model's, ``baseline`` is the real baseline's.
     """
     own, own_real = dict[OwnMetric, Estimate](), dict[OwnMetric, Estimate]()
-    scores, per_class = (model.scores, evaluator.real_baseline(baseline).scores), model.per_class
+    sides = scores, evaluator.real_baseline(baseline).scores
     names: tuple[Literal["precision", "recall", "coverage"], ...] = ("precision", "recall", "coverage")
     for name in names:
         # Sets that are too small for errors are decided on as measured.
         own[name], own_real[name] = (
             halves[name].estimate if halves else Estimate(value=each.get_metric(name))
-            for halves, each in zip((replicates, baseline), scores, strict=True)
+            for halves, each in zip((replicates, baseline), sides, strict=True)
         )
     if per_class is None:
         return {"own": own, "own_real": own_real, "class_conditional": False}
@@ -319,7 +312,7 @@ def _describe_differences(candidate: ModelEvaluator, champion: ModelEvaluator) -
     families = [model.header.model.family for model in (candidate, champion)]
     if families[0] != families[1]:
         yield f"the candidate is a {families[0]} and the champion a {families[1]}"
-    if all(isinstance(model.model, DiffusionModel) for model in (candidate, champion)):
+    if all("noise_levels" in model.header.model.abilities for model in (candidate, champion)):
         samplings = [
             f"{x.sampler}, {x.steps} steps, guidance {x.guidance_text}" for x in (candidate.guided, champion.guided)
         ]
@@ -363,7 +356,7 @@ def evaluate_model(
     Raises UserError if the model cannot be evaluated.
     """
     evaluator = _evaluator(path, data, config, sampling, output, progress)
-    return evaluator.model(path).evaluate(), evaluator.conditions.extractor
+    return evaluate_in_full(evaluator.model(path)), evaluator.conditions.extractor
 
 
 def _evaluator(

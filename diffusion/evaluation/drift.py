@@ -24,14 +24,13 @@ from torch import Tensor
 from diffusion.common.config import Config
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.random import generator, permutation
-from diffusion.common.shapes import map_by_shape
 from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import Manifest
 from diffusion.data.versions.versions import Elsewhere
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.features.feature_extractor import make_extractor
 from diffusion.evaluation.metrics.kid import kid_kernel, kids_of_splits
-from diffusion.evaluation.new_images import MAX_COMPARED, MIN_COMPARED, read_batches, split_by_parent
+from diffusion.evaluation.new_images import MAX_COMPARED, MIN_COMPARED, extract_features, split_by_parent
 
 LOWEST_LEVEL = 1e-5
 """Lowest significance level of a version, which bounds the number of permutations."""
@@ -115,13 +114,11 @@ def compare_with_training(
         return None
     sides = [rows[permutation(0, f"drift/{side}", 0, len(rows))][:MAX_COMPARED] for side, rows in enumerate(row_sets)]
     extractor = make_extractor(config)
-    features: list[Tensor] = []
-    for batch in read_batches(dataset, np.concatenate(sides)):
-        progress("features of new images and of those trained on", sum(map(len, features)), sum(map(len, sides)))
-        features.append(map_by_shape(batch, extractor))
+    what = "features of new images and of training images"
+    features = extract_features(dataset, np.concatenate(sides), extractor, what, progress)
     names = dataset.manifest.labels
     classes, all_classes = ([dataset.classes(rows, names).numpy() for rows in pair] for pair in (sides, row_sets))
-    new, other = torch.split(torch.cat(features), [len(rows) for rows in sides])
+    new, other = torch.split(features, [len(rows) for rows in sides])
     counts = np.stack([np.bincount(codes, minlength=len(names) + 1) for codes in all_classes])
     return DataDrift(
         extractor=extractor.name,

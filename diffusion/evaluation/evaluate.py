@@ -22,7 +22,7 @@ from diffusion.evaluation.evaluator import CACHE, Evaluator
 from diffusion.evaluation.gate import GateConfig
 from diffusion.evaluation.guidance import choose_guidance
 from diffusion.evaluation.real_images import SHOWN
-from diffusion.evaluation.reports.evaluation_report import ReportImages, write_report
+from diffusion.evaluation.reports.evaluation_report import EvaluationPage
 from diffusion.evaluation.results import CheckpointEvaluation, Evaluation
 from diffusion.generation.super_resolution import task_of
 from diffusion.process.samplers import SamplingConfig
@@ -124,17 +124,17 @@ def evaluate(
         baselines=evaluator.baselines(),
         guidance=choose_guidance(evaluator, model, gate),
     )
-    sheets = ReportImages(evaluator.real.shown_images, generated, model.captions, model.reconstructed, task.scale)
-    _write(evaluation, sheets, output)
-    write_report(output / "report.html", evaluation, sheets, losses, same_version)
+    shown = evaluator.real.shown_images, generated, model.captions, model.reconstructed
+    _write(EvaluationPage(evaluation, *shown, task.scale, losses, same_version), output)
     return evaluation
 
 
-def _write(evaluation: Evaluation, sheets: ReportImages, output: Path) -> None:
-    grids = {REAL_GRID: make_grid(sheets.real)}
-    grids |= {grid_name(model): make_grid(sheets.generated[model.sha256]) for model in evaluation.checkpoints}
-    if sheets.reconstructed is not None:
-        grids["held_out_reconstructed.png"] = make_paired_grid(sheets.real, sheets.reconstructed)
+def _write(page: EvaluationPage, output: Path) -> None:
+    evaluation = page.evaluation
+    grids = {REAL_GRID: make_grid(page.real)}
+    grids |= {grid_name(model): make_grid(page.generated[model.sha256]) for model in evaluation.checkpoints}
+    if page.reconstructed is not None:
+        grids["held_out_reconstructed.png"] = make_paired_grid(page.real, page.reconstructed)
     for name, image in grids.items():
         save_png(output / "grids" / name, image)
     # Old grids go last: a concurrent evaluation of the same checkpoints has written the current ones as well.
@@ -151,6 +151,7 @@ def _write(evaluation: Evaluation, sheets: ReportImages, output: Path) -> None:
         (output / "preliminary.csv").unlink(missing_ok=True)
     write_json(output / "evaluation.json", json.loads(evaluation.model_dump_json()))
     write_json(output / "metrics.json", evaluation.metrics())
+    page.write(output / "report.html")
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, float]]) -> None:

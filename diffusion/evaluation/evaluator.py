@@ -25,8 +25,7 @@ from diffusion.evaluation.metrics import load_figures, metric_versions
 from diffusion.evaluation.metrics.metric import SPLITS, ImageSet
 from diffusion.evaluation.metrics.pixel_metrics import RESAMPLING, ResamplingBaseline, compare_images, resample
 from diffusion.evaluation.metrics.scores import MIN_FOR_ERRORS, compute_halves
-from diffusion.evaluation.model_evaluator import ModelEvaluator
-from diffusion.evaluation.model_images import restore_order
+from diffusion.evaluation.model_evaluator import ModelEvaluator, restore_order
 from diffusion.evaluation.real_images import RealImages, metrics_key
 from diffusion.evaluation.results import EvaluationConditions, RealBaseline
 from diffusion.generation.super_resolution import GenerationTask, task_of

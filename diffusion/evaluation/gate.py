@@ -226,23 +226,18 @@ def _reject(rule: Rule, reason: str) -> Finding:
 
 def _headline(case: _Case) -> Iterator[Finding]:
     """Compare the distances of the two, or without a champion say so."""
-    metrics, headline = case.metrics, case.metrics.headline
+    metrics, headline, cost, saving = case.metrics, case.metrics.headline, case.metrics.cost, case.config.saving
     if not metrics.has_champion:
         yield _promote("headline", "first version: there was no champion")
     elif metrics.incomparable is not None:
         yield _hold("headline", metrics.incomparable)
     elif headline is None:
         yield _hold("headline", "not measured: its difference from the champion")
-    elif _is_cheap(case):
+    elif saving is not None and cost is not None and cost.candidate * saving <= cost.champion:
+        # It costs so little that it need not be better.
         yield _cheap_headline(case, headline)
     else:
         yield _better_headline(case, headline)
-
-
-def _is_cheap(case: _Case) -> bool:
-    """Whether the candidate costs so little that it need not be better."""
-    cost, saving = case.metrics.cost, case.config.saving
-    return saving is not None and cost is not None and cost.candidate * saving <= cost.champion
 
 
 def _describe_headline(case: _Case, headline: Headline) -> str:
@@ -294,18 +289,9 @@ def _better_headline(case: _Case, headline: Headline) -> Finding:
 
 def _first_version(case: _Case) -> Iterator[Finding]:
     """Hold a first version unless each of its own metrics is surely above its share of what real images reach."""
-    metrics, config = case.metrics, case.config
-    if metrics.has_champion or metrics.basis != "generated":
-        return
-    shares: dict[OwnMetric, float | None] = {
-        "precision": config.min_precision,
-        "recall": config.min_recall,
-        "coverage": config.min_coverage,
-        "class agreement": config.min_class_agreement if metrics.class_conditional else None,
-    }
-    # A share of 0 could never be surely exceeded by a metric of 0.
-    yield from (_own_metric(case, name, share) for name, share in shares.items() if share)
-    if not (share := shares["class agreement"]):
+    metrics, config, shares = case.metrics, case.config, _required_shares(case)
+    yield from (_own_metric(case, name, share) for name, share in shares.items())
+    if (share := shares.get("class agreement")) is None:
         return
     # Each of K classes at 1 − (1 − c)/K: one that is recognised just often enough rarely holds the model by chance.
     confidence = 1 - (1 - config.confidence) / max(len(metrics.classes), 1)
@@ -323,13 +309,33 @@ def _first_version(case: _Case) -> Iterator[Finding]:
         )
 
 
+def _required_shares(case: _Case) -> dict[OwnMetric, float]:
+    """Return the shares of what real images reach that metrics of a first version must exceed; empty for another."""
+    metrics, config = case.metrics, case.config
+    if metrics.has_champion or metrics.basis != "generated":
+        return {}
+    shares: dict[OwnMetric, float | None] = {
+        "precision": config.min_precision,
+        "recall": config.min_recall,
+        "coverage": config.min_coverage,
+        "class agreement": config.min_class_agreement if metrics.class_conditional else None,
+    }
+    # A share of 0 could never be surely exceeded by a metric of 0.
+    return {name: share for name, share in shares.items() if share}
+
+
+def _excess(case: _Case, name: OwnMetric, share: float) -> Estimate | None:
+    """By how much a metric exceeds ``share`` of what real images reach; None if it was not measured."""
+    own, real = case.metrics.own.get(name), case.metrics.own_real.get(name)
+    return None if own is None or real is None else own.subtract(real.multiply(share))
+
+
 def _own_metric(case: _Case, name: OwnMetric, share: float) -> Finding:
     """Hold a first version unless its metric is surely above ``share`` of what real images reach."""
     metrics, confidence = case.metrics, case.confidence
-    if name not in metrics.own or name not in metrics.own_real:
+    if (excess := _excess(case, name, share)) is None:
         return _hold(name, f"not measured: {name} of a first version")
     value, real = metrics.own[name], metrics.own_real[name]
-    excess = value.subtract(real.multiply(share))
     words = f"{name} {_figure(value)} (required {share * real.value:.3g}, {share:g} of what real images reach)"
     if excess.lower_bound(confidence) > 0:
         return _promote(name, words)
@@ -355,14 +361,20 @@ def _memorization(case: _Case) -> Iterator[Finding]:
     )
     if copies.excess <= limit:
         yield _promote("memorized", words)
-    elif copies.p_value <= 1 - case.confidence:
-        yield _reject("memorized", words)
-    else:
+    elif copies.p_value > 1 - case.confidence:
         yield _hold(
             "memorized",
             f"{words}; so many may look like copies by chance (p = {copies.p_value:.2g}): hold more images out "
             "(ingest.held_out), or generate more (evaluation.samples)",
         )
+    elif any(
+        excess is not None and excess.upper_bound(case.confidence) < 0
+        for excess in (_excess(case, name, share) for name, share in _required_shares(case).items())
+    ):
+        # Noise and blur resemble plain training images more than real images do.
+        yield _hold("memorized", f"{words}; images that are unlike real ones may look copied: see to that first")
+    else:
+        yield _reject("memorized", words)
 
 
 def _recall(case: _Case) -> Iterator[Finding]:

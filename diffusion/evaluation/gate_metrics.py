@@ -79,7 +79,7 @@ class WorstClass(Config):
 
 
 class PromptAgreement(Config):
-    """How much more images agree with their own prompts than with those of others: differences of cosines."""
+    """How much more images agree with their own prompts than with other images' prompts: differences of cosines."""
 
     candidate: Estimate
     champion: Estimate

@@ -15,12 +15,12 @@ from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.random import generator, permutation
-from diffusion.common.shapes import Images, map_by_shape, stack_images
+from diffusion.common.shapes import Images
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.data.manifest import Manifest
 from diffusion.data.versions.versions import Elsewhere, find_nothing, find_records, find_unshared_parts
 from diffusion.evaluation.config import EvaluationConfig
-from diffusion.evaluation.features.feature_extractor import make_extractor
+from diffusion.evaluation.features.feature_extractor import Extractor, make_extractor
 from diffusion.evaluation.metrics.frechet import compute_moments, frechet_distance
 from diffusion.evaluation.metrics.kid import compute_kid, kid_kernel, kids_of_splits
 from diffusion.evaluation.reports.html import format_signed
@@ -111,11 +111,9 @@ def compare_with_parent(
             verdict = f"The parent had only {parent_text}: too few to tell whether the new ones differ from them."
         return ParentComparison(verdict, len(added_rows), added_rows, parent_rows)
     extractor = make_extractor(EvaluationConfig())
-    features: list[Tensor] = []
-    for batch in read_batches(dataset, np.concatenate([added_rows[:sample_count], parent_rows[: 2 * sample_count]])):
-        progress("features of new images and of the parent's", sum(len(piece) for piece in features), 3 * sample_count)
-        features.append(map_by_shape(batch, extractor))
-    new_features, reference_features, other_features = torch.split(torch.cat(features), sample_count)
+    rows = np.concatenate([added_rows[:sample_count], parent_rows[: 2 * sample_count]])
+    features = extract_features(dataset, rows, extractor, "features of new images and of the parent's", progress)
+    new_features, reference_features, other_features = torch.split(features, sample_count)
     drift, permuted_kids = measure_drift(new_features, reference_features, other_features, extractor.name)
     similarity = (new_features @ torch.cat([reference_features, other_features]).T).amax(1)
     least_similar = added_rows[similarity.argsort(stable=True)[:16].numpy()]
@@ -151,10 +149,16 @@ def read_batches(dataset: Dataset, rows: Rows) -> Iterator[Images]:
     """Yield the images in ``rows``, of any shapes, in batches of about BATCH_BYTES: (C, H, W) uint8 each."""
     step = max(1, BATCH_BYTES // int(np.prod(dataset.shape)))
     for start in range(0, len(rows), step):
-        images: dict[int, Tensor] = {}
-        for bucket_rows in dataset.split_by_bucket(rows[start : start + step]):
-            images |= zip(bucket_rows.tolist(), dataset.images(bucket_rows), strict=True)
-        yield stack_images([images[int(row)] for row in rows[start : start + step]])
+        yield dataset.images_in_order(rows[start : start + step])
+
+
+def extract_features(dataset: Dataset, rows: Rows, extractor: Extractor, what: str, progress: Progress) -> Tensor:
+    """Compute features of the images in ``rows``, (len(rows), D); ``progress`` calls them ``what``."""
+    features: list[Tensor] = []
+    for batch in read_batches(dataset, rows):
+        progress(what, sum(map(len, features)), len(rows))
+        features.append(extractor(batch))
+    return torch.cat(features)
 
 
 def measure_drift(added: Tensor, parent: Tensor, others: Tensor, extractor: str) -> tuple[Drift, np.ndarray]:

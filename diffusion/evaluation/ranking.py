@@ -29,6 +29,7 @@ from diffusion.evaluation.evaluator import CACHE, Evaluator
 from diffusion.evaluation.gate import GateConfig
 from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss
 from diffusion.evaluation.model_evaluator import ModelEvaluator, count_gflop
+from diffusion.evaluation.model_metrics import Loss
 from diffusion.evaluation.real_images import SHOWN
 from diffusion.evaluation.results import Evaluation, EvaluationConditions, ModelScores, RealBaseline
 from diffusion.generation.generate import sample
@@ -152,7 +153,7 @@ def rank_models(
             estimates=evaluator.estimates(figures),
             minutes=model.header.training.get("minutes"),
             parameters=sum(parameter.numel() for parameter in model.model.network.parameters()),
-            held_out_loss=model.held_out_loss,
+            held_out_loss=Loss().compute(model),
             likelihood=model.header.model.likelihood,
             gflop=count_gflop(model.model, model.guided),
             images_per_second=_speed(model),

@@ -26,7 +26,7 @@ from diffusion.evaluation.metrics import load_metrics, metric_versions
 from diffusion.evaluation.metrics.copies import PIXELS, shifted_thumbnails
 from diffusion.evaluation.metrics.metric import ImageSet
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest
-from diffusion.evaluation.metrics.per_class import LabelledFeatures, LinearDiscriminant, fit_discriminant
+from diffusion.evaluation.metrics.per_group import LabelledFeatures, LinearDiscriminant, fit_discriminant
 from diffusion.evaluation.metrics.pixel_metrics import measure_appearance
 from diffusion.evaluation.metrics.registration import find_registered
 from diffusion.evaluation.metrics.scores import (
@@ -176,9 +176,12 @@ class RealImages:
 
     def read_by_bucket(self, rows: Rows) -> Iterator[Tensor]:
         """Yield the images in ``rows`` one shape after the other, (n, C, H, W) uint8, in chunks."""
+        yield from map(self.dataset.images, self.split_rows(rows))
+
+    def split_rows(self, rows: Rows) -> Iterator[Rows]:
+        """Split ``rows`` into chunks of images of one shape."""
         for bucket_rows in self.dataset.split_by_bucket(rows):
-            for start in range(0, len(bucket_rows), CHUNK):
-                yield self.dataset.images(bucket_rows[start : start + CHUNK])
+            yield from np.array_split(bucket_rows, range(CHUNK, len(bucket_rows), CHUNK))
 
     def shapes(self, rows: Rows) -> list[Shape]:
         """Return the shape (H, W) of each image in ``rows``."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from diffusion.common.config import Config, is_unset
 from diffusion.common.errors import UserError
@@ -15,8 +15,7 @@ from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import Estimate, MetricEstimate
 from diffusion.evaluation.metrics.copies import Duplicates, Memorization
 from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss
-from diffusion.evaluation.metrics.per_class import PerClass
-from diffusion.evaluation.metrics.per_shape import PerShape
+from diffusion.evaluation.metrics.per_group import PerClass, PerShape
 from diffusion.evaluation.metrics.pixel_metrics import AppearanceDrift, ImageSimilarity, ResamplingBaseline
 from diffusion.evaluation.metrics.scores import Scores
 from diffusion.evaluation.metrics.text_image_agreement import TextImageAgreement
@@ -166,7 +165,14 @@ class CheckpointEvaluation(ModelScores):
 
 
 class ModelEvaluation(ModelScores):
-    """All metrics of a model."""
+    """All metrics of a model.
+
+    The fields are what Darkroom itself reads; figures of other metrics of models stand beside them by the metric's
+    name. See ``diffusion.evaluation.model_metrics``.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, dict[str, float]] = Field(init=False)
 
     sampling: SamplingConfig
     """How it was sampled: as configured, with the model's own guidance; a student as it was distilled."""
@@ -186,6 +192,8 @@ class ModelEvaluation(ModelScores):
         figures = super().metrics()
         for part in (self.memorization, self.duplicates, self.drift, self.held_out_loss, self.per_class):
             figures |= part.metrics() if part is not None else {}
+        for extension_figures in self.__pydantic_extra__.values():
+            figures |= extension_figures
         return figures | {"gflop_per_image": self.gflop} | flatten(self.estimates)
 
 

@@ -147,7 +147,7 @@ class Gaussian:
 def frechet_of_halves(
     sets: Sequence[Tensor], reference: Tensor, splits: int = SPLITS, progress: Progress = ignore_progress
 ) -> list[Tensor]:
-    """Compute the Fréchet distance (arXiv 1706.08500) of the halves of each of ``sets`` to those of ``reference``.
+    """Compute the Fréchet distance (arXiv 1706.08500) of the halves of each of ``sets`` to halves of ``reference``.
 
     Of features (N, D) to (M, D); N and M at least 4. Returns for each set (splits, 2) float64.
     """

@@ -68,12 +68,7 @@ def summarize_losses(terms: Terms) -> HeldOutLoss:
     loss, loss_se = _mean(terms.losses.mean(1)) if levels else (None, None)
     bits, bits_se = (None, None) if terms.bits is None else _mean(terms.bits)
     return HeldOutLoss(
-        images=len(terms.losses),
-        levels=levels,
-        loss=loss,
-        loss_se=loss_se,
-        bits_per_dim=bits,
-        bits_per_dim_se=bits_se,
+        images=len(terms.losses), levels=levels, loss=loss, loss_se=loss_se, bits_per_dim=bits, bits_per_dim_se=bits_se
     )
 
 

@@ -147,7 +147,7 @@ def _cross_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def kid_of_halves(
     sets: Sequence[Tensor], reference: Tensor, splits: int = SPLITS, progress: Progress = ignore_progress
 ) -> list[Tensor]:
-    """Compute KID of the halves of each of ``sets`` to those of ``reference``.
+    """Compute KID of the halves of each of ``sets`` to halves of ``reference``.
 
     Of features (N, D) to (M, D); N and M at least 4. Returns for each set (splits, 2) float64.
     """

@@ -90,13 +90,17 @@ class Reference(ImageSet):
     """What the metric's ``prepare`` returned."""
 
 
-class Metric(ABC):
-    """Comparison of images with real ones."""
+class BaseMetric(ABC):
+    """A metric, of images or of models (``diffusion.evaluation.model_metrics``)."""
 
     name: ClassVar[str]
     """Its name; another package's is the name of its entry point."""
-    figures: ClassVar[tuple[Figure, ...]]
+    figures: ClassVar[tuple[Figure, ...]] = ()
     """The numbers that it computes."""
+
+
+class Metric(BaseMetric):
+    """Comparison of images with real ones."""
 
     def prepare(self, features: Tensor, progress: Progress) -> dict[str, Tensor]:
         """Compute what all comparisons with real images of these features (M, D) share; it is cached."""

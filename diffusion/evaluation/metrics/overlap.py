@@ -22,7 +22,7 @@ HALVES_BLOCK = 128
 MANIFOLD_NEIGHBOURS = 3
 """k of the neighbourhoods of precision and recall, as in arXiv 1904.06991."""
 DENSITY_NEIGHBOURS = 5
-"""k of those of density and coverage, as in arXiv 2002.09797."""
+"""k of the neighbourhoods of density and coverage, as in arXiv 2002.09797."""
 
 TABLE = 64
 """Neighbours stored per feature. That fewer than 5 of them are in its half has probability 10⁻¹³; the neighbourhood

@@ -63,9 +63,7 @@ def compare_images(images: Images, real: Images) -> ImageSimilarity:
         pairs = [(image[None], real_image[None]) for image, real_image in zip(images, real, strict=True)]
         ratios, similar = (torch.cat([measure(*pair) for pair in pairs]) for measure in (psnr, ssim))
     return ImageSimilarity(
-        psnr=ratios.mean().item(),
-        psnr_se=ratios.std().item() / math.sqrt(len(ratios)),
-        ssim=similar.mean().item(),
+        psnr=ratios.mean().item(), psnr_se=ratios.std().item() / math.sqrt(len(ratios)), ssim=similar.mean().item()
     )
 
 

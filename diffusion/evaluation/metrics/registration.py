@@ -111,7 +111,12 @@ def fit(small: Tensor, onto: Tensor, parameters: Tensor, limits: Tensor = LIMITS
         target = (onto * weights).flatten(1)[..., None]
         # Damped, so that a plain image does not send the parameters anywhere.
         damping = torch.tensor([1e-4] * 3 + [2e-3] * (len(terms) - 3)).diag()
-        solution = torch.linalg.solve(matrix @ matrix.mT + damping, matrix @ target)
+        solution, failures = torch.linalg.solve_ex(matrix @ matrix.mT + damping, matrix @ target)
+        if (failed := failures != 0).any():
+            # White images, say: in single precision, the damping is lost beside their terms.
+            exact_terms = matrix[failed].double()
+            products = exact_terms @ exact_terms.mT + damping
+            solution[failed] = torch.linalg.solve(products, exact_terms @ target[failed].double()).float()
         if step < STEPS:
             change = solution[:, 3:, 0] / solution[:, 1].clamp(min=0.3)
             parameters = (parameters + change.clamp(-0.1, 0.1)).clamp(-limits, limits)
@@ -129,7 +134,7 @@ def find_registered(
 ) -> NearestNeighbours:
     """Find the nearest training images of others, which come in ``pieces`` of uint8, by registration.
 
-    ``training`` yields all training images in pieces as well, and ``load_rows`` returns those of some rows.
+    ``training`` yields all training images in pieces as well, and ``load_rows`` returns the images in some rows.
     """
     thumbnails = [describe(shrink_and_blur(piece)) for piece in training]
     parts = [_find_in_piece(piece, thumbnails, load_rows, progress) for piece in pieces]

@@ -5,7 +5,6 @@ KID decides, and every score is shown beside its real baseline: the score of as 
 reference.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,9 +12,8 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from diffusion.common.config import Config, is_unset
-from diffusion.common.errors import UserError
 from diffusion.common.progress import Progress, ignore_progress
-from diffusion.evaluation.metrics import load_metrics
+from diffusion.evaluation.metrics import check_figures, load_metrics
 from diffusion.evaluation.metrics.frechet import Moments
 from diffusion.evaluation.metrics.metric import SPLITS, ImageSet, Reference
 from diffusion.evaluation.metrics.overlap import DENSITY_NEIGHBOURS
@@ -99,12 +97,7 @@ def compute_scores(samples: ImageSet | Tensor, reference: PreparedReference | Te
     figures: dict[str, float] = {}
     for name, metric in load_metrics().items():
         values = metric.compute(samples, real.select_statistics(name))
-        for figure, value in values.items():
-            if figure not in {each.name for each in metric.figures} or not math.isfinite(value):
-                raise UserError(
-                    f"the metric {name} computed {figure} = {value}, which is not a finite figure of its own: update "
-                    "or uninstall its package"
-                )
+        check_figures(name, metric, values)
         figures |= {figure: float(value) for figure, value in values.items()}
     return Scores(extractor=extractor, samples=len(samples), reference=len(real), **figures)
 

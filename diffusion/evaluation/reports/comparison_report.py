@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Literal
 
 from diffusion.common.files import write_bytes
-from diffusion.common.image_grids import make_captioned_grid, make_grid, make_paired_grid, png_bytes
-from diffusion.common.shapes import Images
+from diffusion.common.image_grids import make_grid, make_paired_grid, png_bytes
 from diffusion.evaluation.comparison import ChampionComparison, SampleGrids
+from diffusion.evaluation.model_metrics import load_model_metrics
 from diffusion.evaluation.reports.charts import held_out_loss_chart, lead_chart
 from diffusion.evaluation.reports.html import (
     Cell,
     Sections,
-    caption_images,
     format_signed,
+    make_sheet,
     metric_cell,
     render,
     render_page,
@@ -35,48 +35,37 @@ CLASSES_SHOWN = 8
 
 @dataclass(frozen=True)
 class ComparisonPage:
-    """What the sections of the report show."""
+    """What the report shows."""
 
     comparison: ChampionComparison
     grids: SampleGrids
     model: str
     dataset: str
     candidate: str
-    champion: str | None
+    champion: str | None = None
     """Names of the two, such as ``version 3``; None without a champion."""
-    sides: dict[str, ModelEvaluation]
-    """Evaluation of each by its name."""
-    sheets: dict[str, Images]
-    """The first images of each by its name."""
+
+    @property
+    def sides(self) -> dict[str, ModelEvaluation]:
+        """Return the evaluation of each by its name."""
+        comparison = self.comparison
+        pairs = (self.candidate, comparison.candidate), (self.champion, comparison.champion)
+        return {name: side for name, side in pairs if name is not None and side is not None}
+
+    def write(self, path: Path) -> str:
+        """Write the report to ``path``, whole; returns its SHA-256."""
+        content = {"sides": self.sides, "champion": self.champion if self.champion in self.sides else None}
+        return write_bytes(path, render_page("champion_comparison", SECTIONS, self, **content))
 
 
-def write_comparison_report(
-    path: Path,
-    comparison: ChampionComparison,
-    grids: SampleGrids,
-    model: str,
-    dataset: str,
-    candidate: str,
-    champion: str | None = None,
-) -> str:
-    """Write the report on ``comparison`` to ``path``, whole; returns its SHA-256.
-
-    ``candidate`` and ``champion`` are names, such as ``version 3``; without a champion None.
-    """
-    sides, sheets = {candidate: comparison.candidate}, {candidate: grids.candidate}
-    if champion is not None and comparison.champion is not None and grids.champion is not None:
-        sides[champion], sheets[champion] = comparison.champion, grids.champion
-    shown_champion = champion if champion in sides else None
-    page = ComparisonPage(comparison, grids, model, dataset, candidate, shown_champion, sides, sheets)
-    return write_bytes(path, render_page("champion_comparison", SECTIONS, page))
-
-
-def _samples(page: ComparisonPage) -> dict[str, object]:
-    sheets = {}
-    for (name, images), captions in zip(page.sheets.items(), page.grids.captions, strict=False):
-        grid = make_captioned_grid(images, captions) if captions else make_grid(images)
-        sheets[name] = len(images), png_bytes(grid), caption_images(images, captions)
-    return {"sheets": sheets, "real": png_bytes(make_grid(page.grids.real))}
+def _images(page: ComparisonPage) -> dict[str, object]:
+    grids, sheets = page.grids, []
+    for name, images, captions in zip(page.sides, (grids.candidate, grids.champion), grids.captions, strict=False):
+        assert images is not None
+        sheets.append(make_sheet(name, f"the first {len(images)}, not selected", images, captions))
+    note = "Images in the same place began as the same noise: both sides generated the same numbers of one seed."
+    real = png_bytes(make_grid(grids.real))
+    return {"heading": "Side by side", "sheets": sheets, "real": real, "images_note": sheets[1:] and note}
 
 
 def _metrics(page: ComparisonPage) -> dict[str, object] | None:
@@ -106,6 +95,11 @@ def _duplicates(page: ComparisonPage) -> dict[str, object]:
     return {"groups": sheets, "members_shown": MEMBERS_SHOWN}
 
 
+def _shapes(page: ComparisonPage) -> dict[str, object] | None:
+    candidate, *others = [side.per_shape.shapes if side.per_shape else [] for side in page.sides.values()]
+    return {"shapes": candidate, "champion_shapes": others[0] if others else []} if candidate else None
+
+
 def _classes(page: ComparisonPage) -> dict[str, object] | None:
     """Show the worst classes; None for models without classes."""
     if page.comparison.candidate.per_class is None:
@@ -114,6 +108,13 @@ def _classes(page: ComparisonPage) -> dict[str, object] | None:
         (name, png_bytes(make_paired_grid(*images))) for name, images in page.grids.classes.items() if len(images[0])
     ]
     return {"class_samples": samples, "classes_shown": CLASSES_SHOWN}
+
+
+def _others(page: ComparisonPage) -> dict[str, object] | None:
+    """Show the figures of metrics of models that other packages add."""
+    sides = [side.metrics() for side in page.sides.values()]
+    figures = [figure for metric in load_model_metrics().values() for figure in metric.figures]
+    return {"others": [(each, [side.get(each.name) for side in sides]) for each in figures]} if figures else None
 
 
 def _held_out(page: ComparisonPage) -> dict[str, object] | None:
@@ -127,18 +128,19 @@ def _held_out(page: ComparisonPage) -> dict[str, object] | None:
 
 SECTIONS: Sections[ComparisonPage] = {
     "gate": lambda page: {},
-    "samples": _samples,
+    "images": _images,
     "metrics": _metrics,
     "agreement": _agreement,
     "copies": _copies,
     "duplicates": _duplicates,
-    "shapes": lambda page: {} if page.comparison.candidate.per_shape else None,
+    "shapes": _shapes,
     "classes": _classes,
     "held_out": _held_out,
     "appearance": lambda page: {},
+    "others": _others,
     "conditions": lambda page: {},
 }
-"""Sections in order, each with a template in ``templates/champion_comparison``."""
+"""Sections in order, each with a template in ``templates/champion_comparison``, or in ``templates``."""
 
 
 def write_verdict(

@@ -48,6 +48,8 @@ AVERAGED = 2000
 """Images averaged for a mean image, at most; a tenth of it for the mean image of a class."""
 CALIBRATED = 300
 """Images whose copies calibrate the search for near-duplicates."""
+PRECEDING = {"curation": ("ingest", "merge of "), "captions": ("curation", "ingest", "merge of ")}
+"""What a step makes its version after; a page is about all of them together."""
 VERSIONS = 30
 """Versions listed."""
 
@@ -97,11 +99,11 @@ class DatasetPage:
         """Return the images in ``rows``, (C, h, w) uint8 each; of large ones the longer side is reduced to SIDE."""
         thumbnails: list[Tensor] = []
         for batch in read_batches(self.dataset, rows):
-            for images in [batch] if isinstance(batch, Tensor) else [image[None] for image in batch]:
-                height, width = height_and_width(images)
+            for image in batch:
+                height, width = height_and_width(image)
                 if (side := max(height, width)) > SIDE:
-                    images = _reduce(images, (round(height * SIDE / side), round(width * SIDE / side)))
-                thumbnails += images
+                    image = _reduce(image[None], (round(height * SIDE / side), round(width * SIDE / side)))[0]
+                thumbnails.append(image)
         return stack_images(thumbnails)
 
     def find_rows(self, keys: Sequence[str]) -> list[int]:
@@ -127,9 +129,12 @@ def write_dataset_report(folder: Path, output: Path, progress: Progress = ignore
     with closing(Dataset.open(folder, cache_bytes=0)) as dataset:  # few images are read, and at most twice
         line = islice(versions(folder), 1, None)
         manifest, parent = dataset.manifest, next(line, None)
-        if manifest.change == "curation" and parent is not None and parent.change.startswith(("ingest", "merge of ")):
-            # What an ingest or a merge, and the rules after it made is compared with what was there before.
-            parent = next(line, parent)
+        change = manifest.change
+        # What an ingest or a merge, and the rules and captions after it made is compared with what was there before.
+        while parent is not None and parent.change.startswith(PRECEDING.get(change, ())):
+            if (earlier := next(line, None)) is None:
+                break
+            change, parent = parent.change, earlier
         statistics = collect_statistics(folder, manifest, progress)
         comparison = compare_with_parent(dataset, parent, progress)
         summary, reasons = summarize(manifest, parent, statistics, comparison), group_reasons(statistics.quarantine)

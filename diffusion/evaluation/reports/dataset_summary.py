@@ -134,18 +134,15 @@ def summarize(
 
 
 def describe(
-    summary: DatasetSummary,
-    reasons: Sequence[tuple[str, int, list[str]]],
-    manifest: Manifest,
-    parent: Manifest | None,
+    summary: DatasetSummary, reasons: Sequence[tuple[str, int, list[str]]], manifest: Manifest, parent: Manifest | None
 ) -> list[str]:
     """Return the most important findings as sentences."""
     form = f"{manifest.stored_as} in {'colour' if summary.channels == 3 else 'grey'}"
     lines = [f"{pluralize(summary.kept, 'image')} of {form}; {format_count(summary.held_out)} held out from training."]
     if parent is not None:
         parts = [] if manifest.change.startswith("removal") else find_unshared_parts(manifest, parent)
-        if manifest.change == "curation":
-            # It writes tables anew of parts that were read before.
+        if manifest.change in ("curation", "captions"):
+            # They write tables anew of parts that were read before.
             parent_numbers = {part.number for part in parent.parts}
             parts = [part for part in parts if part.number not in parent_numbers]
         if outcomes := sum((Counter(part.outcomes) for part in parts), Counter[Outcome]()):

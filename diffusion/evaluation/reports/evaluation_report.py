@@ -7,14 +7,7 @@ from pathlib import Path
 
 from diffusion.common.escaping import pluralize
 from diffusion.common.files import write_bytes
-from diffusion.common.image_grids import (
-    interleave_images,
-    make_captioned_grid,
-    make_grid,
-    make_paired_grid,
-    png_bytes,
-    repeat_pixels,
-)
+from diffusion.common.image_grids import interleave_images, make_grid, make_paired_grid, png_bytes, repeat_pixels
 from diffusion.common.shapes import Images
 from diffusion.evaluation.estimate import MetricEstimate
 from diffusion.evaluation.guidance import describe_guidance
@@ -26,13 +19,13 @@ from diffusion.evaluation.reports.charts import charts
 from diffusion.evaluation.reports.html import (
     Cell,
     Sections,
-    caption_images,
     count_decimals,
     format_fixed,
     format_interval,
     format_plain,
     format_signed,
     format_with_error,
+    make_sheet,
     render_page,
 )
 from diffusion.evaluation.results import Evaluation, ModelEvaluation, ModelScores, RealBaseline
@@ -43,9 +36,10 @@ COMPARED = 16
 
 
 @dataclass(frozen=True)
-class ReportImages:
-    """Images of the report."""
+class EvaluationPage:
+    """What the report shows."""
 
+    evaluation: Evaluation
     real: Images
     """Held-out images, each (C, H, W) uint8."""
     generated: dict[str, Images]
@@ -56,34 +50,19 @@ class ReportImages:
     """Reconstructions of the real images by the best model's autoencoder, if it has one."""
     scale: int = 1
     """Factor of super-resolution."""
-
-
-@dataclass(frozen=True)
-class EvaluationPage:
-    """What the sections of the report show."""
-
-    evaluation: Evaluation
-    sheets: ReportImages
-    losses: Path | None
+    losses: Path | None = None
     """CSV of losses by ``images`` seen."""
-    same_version: bool
+    same_version: bool = True
     """Whether training had this version of the data set."""
 
     @property
     def best_images(self) -> Images:
         """Return the first images of the best checkpoint."""
-        return self.sheets.generated[self.evaluation.best.sha256]
+        return self.generated[self.evaluation.best.sha256]
 
-
-def write_report(
-    path: Path, evaluation: Evaluation, sheets: ReportImages, losses: Path | None = None, same_version: bool = True
-) -> str:
-    """Write the HTML report to ``path``; returns its SHA-256.
-
-    ``losses``: a CSV of losses by ``images`` seen. ``same_version``: whether training had this version of the data set.
-    """
-    page = EvaluationPage(evaluation, sheets, losses, same_version)
-    return write_bytes(path, render_page("report", SECTIONS, page, findings=findings(evaluation)))
+    def write(self, path: Path) -> str:
+        """Write the HTML report to ``path``, whole; returns its SHA-256."""
+        return write_bytes(path, render_page("report", SECTIONS, self, findings=findings(self.evaluation)))
 
 
 def _enlargements(page: EvaluationPage) -> dict[str, object] | None:
@@ -92,7 +71,7 @@ def _enlargements(page: EvaluationPage) -> dict[str, object] | None:
         return None
     rows: dict[str, ModelScores | ResamplingBaseline] = {"the model": page.evaluation.best}
     rows |= {TITLES[name]: baseline for name, baseline in page.evaluation.baselines.items()}
-    images, scale = page.sheets.real[:COMPARED], page.sheets.scale
+    images, scale = page.real[:COMPARED], page.scale
     small_images = [shrink_images(image[None], scale)[0] for image in images]
     bicubic = [resample(image[None], scale, "bicubic")[0] for image in small_images]
     columns = repeat_pixels(small_images, scale), bicubic, page.best_images[:COMPARED], images
@@ -100,40 +79,42 @@ def _enlargements(page: EvaluationPage) -> dict[str, object] | None:
 
 
 def _images(page: EvaluationPage) -> dict[str, object]:
-    best, captions = page.best_images, page.sheets.captions
-    return {
-        "shown": len(best),
-        "generated": png_bytes(make_captioned_grid(best, captions) if captions else make_grid(best)),
-        "samples": caption_images(best, captions),
-        "real": png_bytes(make_grid(page.sheets.real)),
-    }
+    images, seed = page.best_images, page.evaluation.conditions.evaluation.seed
+    note = f"the first {len(images)} of seed {seed}, not selected"
+    sheet = make_sheet("the best checkpoint", note, images, page.captions)
+    return {"heading": "Images", "sheets": [sheet], "real": png_bytes(make_grid(page.real)), "images_note": None}
+
+
+def _shapes(page: EvaluationPage) -> dict[str, object] | None:
+    per_shape = page.evaluation.best.per_shape
+    return {"shapes": per_shape.shapes, "champion_shapes": []} if per_shape else None
 
 
 def _reconstructions(page: EvaluationPage) -> dict[str, object] | None:
-    if page.sheets.reconstructed is None:
+    if page.reconstructed is None:
         return None
-    return {"reconstructed": png_bytes(make_paired_grid(page.sheets.real, page.sheets.reconstructed))}
+    return {"reconstructed": png_bytes(make_paired_grid(page.real, page.reconstructed))}
 
 
 def _checkpoints(page: EvaluationPage) -> dict[str, object]:
     """Show the same images of each checkpoint."""
     scale = max(1, round(32 / max(image.shape[-1] for image in page.best_images)))
-    generated = page.sheets.generated.items()
+    generated = page.generated.items()
     return {"strips": {sha256: png_bytes(make_grid(images[:16], 8, 1, scale)) for sha256, images in generated}}
 
 
 SECTIONS: Sections[EvaluationPage] = {
     "scores": lambda page: {"lines": score_lines(page.evaluation)},
-    "shapes": lambda page: {} if page.evaluation.best.per_shape else None,
+    "shapes": _shapes,
     "guidance": lambda page: {} if page.evaluation.guidance else None,
     "enlargements": _enlargements,
     "images": _images,
     "reconstructions": _reconstructions,
-    "training": lambda page: {"charts": charts(page.evaluation, page.losses)},
+    "over_training": lambda page: {"charts": charts(page.evaluation, page.losses)},
     "checkpoints": _checkpoints,
     "conditions": lambda page: {},
 }
-"""Sections in order, each with a template in ``templates/report``."""
+"""Sections in order, each with a template in ``templates/report``, or one that pages share in ``templates``."""
 
 
 def describe_kid(

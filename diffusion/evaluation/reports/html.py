@@ -24,9 +24,9 @@ class Cell:
     interval: str = ""
 
 
-def metric_cell(metric: MetricEstimate | None) -> Cell:
-    """Return the cell of a metric; empty if it was not measured."""
-    return Cell() if metric is None else Cell(format_signed(metric.value), format_interval(metric.interval))
+def metric_cell(metric: MetricEstimate | None, missing: str = "") -> Cell:
+    """Return the cell of a metric; ``missing`` if it was not measured."""
+    return Cell(missing) if metric is None else Cell(format_signed(metric.value), format_interval(metric.interval))
 
 
 def shift_cell(shift: "AppearanceShift") -> Cell:
@@ -35,6 +35,14 @@ def shift_cell(shift: "AppearanceShift") -> Cell:
     reach, middle = DEVIATIONS * shift.standard_error / unit, shift.difference / unit
     interval = format_interval(Interval(low=middle - reach, high=middle + reach, confidence=CONFIDENCE))
     return Cell(f"{middle:+.3f}".replace("-", "−"), interval)
+
+
+def make_sheet(title: str, note: str, images: Images, captions: Sequence[str] = ()) -> dict[str, object]:
+    """Lay out ``images``, each (C, H, W) uint8, for the section ``images``: each with its caption, if they have any."""
+    from diffusion.common.image_grids import make_grid, png_bytes, to_pil_image
+
+    samples = [(png_bytes(to_pil_image(image)), text) for image, text in zip(images, captions, strict=False)]
+    return {"title": title, "note": note, "png": b"" if samples else png_bytes(make_grid(images)), "samples": samples}
 
 
 Subject = TypeVar("Subject")
@@ -50,13 +58,14 @@ def render(template: str, **content: object) -> bytes:
 def render_page(page: str, sections: Sections[Subject], subject: Subject, **content: object) -> bytes:
     """Render the template ``page``.html with its ``sections``, every text escaped.
 
-    Each section has a template in the folder ``page``. All of them see the fields of ``subject``, a dataclass, and
-    ``content``.
+    Each section has a template in the folder ``page``, or one that pages share beside it. All of them see the fields of
+    ``subject``, a dataclass, and ``content``.
     """
     environment, shared = _environment(), vars(subject) | content
     shown = [(name, values) for name, show in sections.items() if (values := show(subject)) is not None]
     rendered = [
-        environment.get_template(f"{page}/{name}.html").render(**{**shared, **values}) for name, values in shown
+        environment.select_template([f"{page}/{name}.html", f"{name}.html"]).render(**{**shared, **values})
+        for name, values in shown
     ]
     return environment.get_template(f"{page}.html").render(**shared, sections=rendered).encode()
 
@@ -73,19 +82,8 @@ def _environment() -> "Environment":
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (
-        encode_data_uri,
-        format_with_error,
-        format_plain,
-        format_signed,
-        format_count,
-        pluralize,
-        format_share,
-        format_size,
-        format_p_value,
-        metric_cell,
-        shift_cell,
-    )
+    formats = format_count, format_p_value, format_plain, format_share, format_signed, format_size, format_with_error
+    filters = *formats, encode_data_uri, metric_cell, pluralize, shift_cell
     environment.filters |= {function.__name__: function for function in filters}
     return environment
 
@@ -111,13 +109,6 @@ def format_fixed(value: float, digits: int) -> str:
     """Format ``value`` with this many decimals and a typographic minus, but never as −0."""
     text = f"{value:,.{digits}f}"
     return text.replace("-", "−") if float(text.replace(",", "")) else text.lstrip("-")
-
-
-def caption_images(images: Images, captions: Sequence[str]) -> list[tuple[bytes, str]]:
-    """Return a PNG of each of ``images``, each (C, H, W) uint8, with its caption; empty without ``captions``."""
-    from diffusion.common.image_grids import png_bytes, to_pil_image
-
-    return [(png_bytes(to_pil_image(image)), caption) for image, caption in zip(images, captions, strict=False)]
 
 
 def format_with_error(value: float, error: float) -> str:

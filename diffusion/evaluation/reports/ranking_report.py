@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from humanize import metric as si
@@ -17,12 +18,13 @@ from diffusion.evaluation.reports.charts import Chart, Paper, chart, plot_curves
 from diffusion.evaluation.reports.evaluation_report import score_cell
 from diffusion.evaluation.reports.html import (
     Cell,
+    Sections,
     format_count,
     format_interval,
     format_plain,
     format_signed,
     format_with_error,
-    render,
+    render_page,
 )
 from diffusion.evaluation.results import Evaluation, RealBaseline
 
@@ -43,35 +45,50 @@ Column = tuple[str, str, list[Cell]]
 """Title, explanation, and a cell for each model; metrics have one more for real images."""
 
 
-def write_ranking_report(
-    path: Path,
-    ranking: Ranking,
-    images: Mapping[str, bytes],
-    real: bytes,
-    charts: Sequence[Chart] = (),
-    options: Sequence[str] = (),
-) -> str:
-    """Write the report to ``path``, whole; returns its SHA-256.
+@dataclass(frozen=True)
+class RankingPage:
+    """What the report shows."""
 
-    ``images`` holds a PNG of the first images of each model by name, and ``real`` one of held-out images. ``options``
-    of the command line are what all models have in common, for the suggested command.
-    """
-    best, overview = ranking.models[0], metrics_chart(ranking)
-    words = [word for key, value in best.settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    page = render(
-        "ranking.html",
-        ranking=ranking,
-        best=best,
-        findings=describe_ranking(ranking),
-        keys=list(best.settings),
-        tables=[metric_columns(ranking), cost_columns(ranking.models)],
-        overview=overview,
-        charts=charts,
-        images=images,
-        real=real,
-        command=words and shlex.join(["darkroom", "retrain", "--dataset", ranking.dataset, *options, *words]),
-    )
-    return write_bytes(path, page)
+    ranking: Ranking
+    images: Mapping[str, bytes]
+    """A PNG of the first images of each model by name."""
+    real: bytes
+    """A PNG of held-out images."""
+    charts: Sequence[Chart] = ()
+    options: Sequence[str] = ()
+    """Options of the command line that all models have in common, for the suggested command."""
+
+    def write(self, path: Path) -> str:
+        """Write the report to ``path``, whole; returns its SHA-256."""
+        best, findings = self.ranking.models[0], describe_ranking(self.ranking)
+        content = {"best": best, "keys": list(best.settings), "findings": findings}
+        return write_bytes(path, render_page("ranking", SECTIONS, self, **content))
+
+
+def _images(page: RankingPage) -> dict[str, object]:
+    names = [model.name for model in page.ranking.models]
+    note = f"the first of seed {page.ranking.conditions.evaluation.seed}, not selected"
+    sheets = [{"title": name, "note": note, "png": page.images[name], "samples": []} for name in names]
+    return {"heading": "Images", "sheets": sheets, "images_note": None}
+
+
+def _command(page: RankingPage) -> dict[str, object] | None:
+    """Suggest to train with the best settings, if models differ in settings."""
+    settings = page.ranking.models[0].settings
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    command = ["darkroom", "retrain", "--dataset", page.ranking.dataset, *page.options, *words]
+    return {"command": shlex.join(command)} if words else None
+
+
+SECTIONS: Sections[RankingPage] = {
+    "metrics": lambda page: {"columns": metric_columns(page.ranking), "overview": metrics_chart(page.ranking)},
+    "costs": lambda page: {"columns": cost_columns(page.ranking.models)},
+    "over_training": lambda page: {} if page.charts else None,
+    "images": _images,
+    "command": _command,
+    "conditions": lambda page: {},
+}
+"""Sections in order, each with a template in ``templates/ranking``, or in ``templates``."""
 
 
 def describe_ranking(ranking: Ranking) -> list[str]:
@@ -105,11 +122,7 @@ def metric_columns(ranking: Ranking) -> list[Column]:
     models, leading = ranking.models, ranking.metric.removesuffix(f"_{ranking.conditions.extractor}")
     sides: list[RankedModel | RealBaseline] = [*models, ranking.real_baseline]
     columns = {
-        name: (
-            figure.title,
-            figure.column_note,
-            [score_cell(side.scores, name, side.estimates) for side in sides],
-        )
+        name: (figure.title, figure.column_note, [score_cell(side.scores, name, side.estimates) for side in sides])
         for name, figure in load_figures().items()
         if figure.reading is not None and all(side.scores.find(name) is not None for side in sides)
     }

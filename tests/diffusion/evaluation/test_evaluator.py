@@ -17,6 +17,7 @@ from diffusion.evaluation.metrics.held_out_loss import measure_losses, summarize
 from diffusion.evaluation.metrics.pixel_metrics import compare_appearance, measure_appearance, psnr
 from diffusion.evaluation.metrics.scores import compute_scores
 from diffusion.evaluation.model_evaluator import ModelEvaluator
+from diffusion.evaluation.model_metrics import evaluate_in_full
 from diffusion.evaluation.results import ModelEvaluation
 from diffusion.families.model import Model
 from diffusion.generation.generate import sample
@@ -31,11 +32,6 @@ CLASSES = {"left": 60, "right": 60}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return discs(tmp_path_factory.mktemp("data") / "discs")
-
-
-@pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model") / "model.safetensors", seed=1, images=700)
 
@@ -45,7 +41,7 @@ def evaluated(
 ) -> tuple[ModelEvaluator, ModelEvaluation]:
     config = CONFIG.model_copy(update=changes)
     model = Evaluator(data, config, SAMPLING, folder / "evaluations", progress or Watcher()).model(path)
-    return model, model.evaluate()
+    return model, evaluate_in_full(model)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +154,7 @@ def test_autoencoder_is_evaluated_by_reconstructions(data: Path, tmp_path: Path)
     path = write_autoencoder(tmp_path / "vae.safetensors", 0)
     sampling = sampling_config(compute_batch=16, precision="fp32")
     result = Evaluator(data, CONFIG, sampling, tmp_path / "evaluations").model(path)
-    evaluation = result.evaluate()
+    evaluation = evaluate_in_full(result)
     assert result.psnr is not None
     assert len(result.psnr) == 40
     assert evaluation.metrics()["reconstruction_psnr"] == pytest.approx(result.psnr.mean().item())
@@ -190,7 +186,7 @@ def test_images_of_several_shapes_have_different_noise(tmp_path: Path, monkeypat
         noises.extend(GaussianNoise(seed, "sampling", indices, model.noise_shape)().flatten(1)[:, :64])
         return torch.zeros(len(indices), *model.shape, dtype=torch.uint8)
 
-    monkeypatch.setattr("diffusion.evaluation.model_images.generate", noted)
+    monkeypatch.setattr("diffusion.evaluation.model_evaluator.generate", noted)
     weights = write_model(tmp_path / "model.safetensors", 0, 0, channels=3, size=16)
     evaluator = Evaluator(bucketed_set(tmp_path), CONFIG, SAMPLING, tmp_path / "evaluations")
     assert len({image.shape for image in evaluator.model(weights).images}) == 3

@@ -15,11 +15,11 @@ from diffusion.data.dataset import Dataset
 from diffusion.evaluation.features.feature_extractor import make_extractor
 from diffusion.evaluation.metrics.frechet import compute_moments, frechet_distance
 from diffusion.evaluation.ranking import RANKING, Ranking, rank_models
-from diffusion.evaluation.reports.ranking_report import RANKING_PAGE, describe_ranking, write_ranking_report
+from diffusion.evaluation.reports.ranking_report import RANKING_PAGE, RankingPage, describe_ranking
 from diffusion.families.config import AutoregressiveConfig, GANConfig, ModelConfig
 from diffusion.process.samplers import SamplingConfig, sampling_config
 from tests.builders.captioned import squares
-from tests.builders.comparisons import CONFIG, SAMPLING, Watcher, discs, save_images, write_autoencoder, write_of_family
+from tests.builders.comparisons import CONFIG, SAMPLING, Watcher, save_images, write_autoencoder, write_of_family
 from tests.builders.html_pages import Page
 from tests.builders.shapes import disc
 from tests.builders.small_datasets import random_images, write_dataset
@@ -29,11 +29,6 @@ from tests.builders.text_image_encoders import write_onnx
 
 PLAIN = sampling_config(compute_batch=16, precision="fp32")
 """Of families without a reverse process."""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return discs(tmp_path_factory.mktemp("data") / "discs")
 
 
 @pytest.fixture
@@ -126,7 +121,7 @@ def test_ranking_report_shows_all_families_and_is_self_contained(
 ) -> None:
     ranking, sheets = compared(models, data, tmp_path)
     sheet_files = {name: png_bytes(make_grid(images, 8)) for name, images in sheets.items()}
-    write_ranking_report(tmp_path / RANKING_PAGE, ranking, sheet_files, sheet_files.pop("real"))
+    RankingPage(ranking, sheet_files, sheet_files.pop("real")).write(tmp_path / RANKING_PAGE)
     page = Page((tmp_path / RANKING_PAGE).read_text())
     assert all(address.startswith("data:") for address in page.addresses)
     for name in models:
@@ -159,7 +154,7 @@ def test_a_model_of_captions_leads_none_without(tmp_path: Path) -> None:
             == ranking.comparable
         )
         files_of = {name: png_bytes(make_grid(images, 8)) for name, images in sheets.items()}
-        write_ranking_report(tmp_path / RANKING_PAGE, ranking, files_of, files_of.pop("real"))
+        RankingPage(ranking, files_of, files_of.pop("real")).write(tmp_path / RANKING_PAGE)
         page_text = Page((tmp_path / RANKING_PAGE).read_text()).text
         assert "text-image agreement" in page_text
         assert ("not measured" in page_text) == (others == "none")

@@ -12,6 +12,7 @@ from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.gate import GateConfig, GateDecision, GateVerdict, decide
 from diffusion.evaluation.gate_metrics import ComparisonMetrics, CopyShare
+from diffusion.evaluation.model_metrics import ClassMetrics
 from tests.builders.comparisons import SAMPLING
 from tests.builders.degraded import blurred
 from tests.builders.real_images import digits
@@ -109,7 +110,7 @@ def decisions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, GateDecisio
             reference=len(evaluator.real.compared),
             has_champion=False,
             memorized=CopyShare(share=0.0, expected=0, p_value=1.0),
-            **own_metrics(evaluator, model, halves, baseline),
+            **own_metrics(evaluator, model.scores, ClassMetrics().compute(model), halves, baseline),
         )
         decisions[name] = decide(metrics, GateConfig())
     return decisions

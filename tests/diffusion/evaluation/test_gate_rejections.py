@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from diffusion.evaluation.comparison import ChampionComparison, compare_with_champion
+from diffusion.evaluation.comparison import ChampionComparison
 from diffusion.evaluation.gate import GateConfig, GateVerdict
-from tests.builders.comparisons import CONFIG, SAMPLING, Watcher, save_images, training_images
+from tests.builders.comparisons import CONFIG, compare_models, save_images, training_images
 from tests.builders.degraded import blurred, compressed, with_copies, with_noise, without_classes
 from tests.builders.real_images import images
 from tests.builders.small_datasets import write_dataset
@@ -72,11 +72,8 @@ def few_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffusion.evaluation.evaluator.SPLITS", 20)
 
 
-def compare_models(candidate: Path, champion: Path, house: House) -> ChampionComparison:
-    comparison, _ = compare_with_champion(
-        candidate, champion, house.data, EVALUATED, SAMPLING, GateConfig(), house.folder, Watcher()
-    )
-    return comparison
+def compare_in(house: House, candidate: Path, champion: Path) -> ChampionComparison:
+    return compare_models(candidate, champion, house.data, house.folder, GateConfig(), config=EVALUATED)[0]
 
 
 @pytest.mark.slow
@@ -85,7 +82,7 @@ def compare_models(candidate: Path, champion: Path, house: House) -> ChampionCom
 def test_degraded_images_are_never_promoted_and_rejected_when_visible(kind: str, house: House, champion: Path) -> None:
     # Other real images than the champion's: those would be better or worse by chance alone.
     mild, serious = (
-        compare_models(house.model_of(spoil(house.spare[COUNT : 2 * COUNT])), champion, house) for spoil in DOSES[kind]
+        compare_in(house, house.model_of(spoil(house.spare[COUNT : 2 * COUNT])), champion) for spoil in DOSES[kind]
     )
     assert mild.decision.verdict != GateVerdict.promote
     assert serious.decision.verdict == GateVerdict.reject
@@ -96,7 +93,7 @@ def test_degraded_images_are_never_promoted_and_rejected_when_visible(kind: str,
 @pytest.mark.usefixtures("few_cuts")
 def test_model_that_covers_two_of_ten_classes_is_rejected(house: House, champion: Path) -> None:
     two = without_classes(house.spare[COUNT:], house.classes[COUNT:], 8, COUNT)
-    comparison = compare_models(house.model_of(two), champion, house)
+    comparison = compare_in(house, house.model_of(two), champion)
     assert comparison.decision.verdict == GateVerdict.reject
     assert comparison.reason.startswith("worse than the champion: kid_efflite0")
     assert comparison.champion is not None
@@ -108,7 +105,7 @@ def test_model_that_covers_two_of_ten_classes_is_rejected(house: House, champion
 def test_a_model_that_copies_is_rejected_though_better(house: House) -> None:
     worse = house.model_of(with_noise(house.spare[:COUNT], 0.2))
     learned = training_images(house.data, 40)
-    comparison = compare_models(house.model_of(with_copies(house.spare[COUNT : 2 * COUNT], learned)), worse, house)
+    comparison = compare_in(house, house.model_of(with_copies(house.spare[COUNT : 2 * COUNT], learned)), worse)
     assert comparison.decision.verdict == GateVerdict.reject
     assert {each.rule: each.verdict for each in comparison.decision.findings}["headline"] == GateVerdict.promote
     assert [each.rule for each in comparison.decision.findings if each.verdict == GateVerdict.reject] == ["memorized"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
 from diffusion.evaluation.metrics.copies import PIXELS, Memorization, detect_memorization
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest
-from diffusion.evaluation.metrics.per_class import LabelledFeatures, PerClass, evaluate_classes, fit_discriminant
+from diffusion.evaluation.metrics.per_group import LabelledFeatures, PerClass, evaluate_classes, fit_discriminant
 from diffusion.evaluation.metrics.registration import find_registered
 from diffusion.evaluation.metrics.scores import Scores, compute_scores
 from tests.builders.degraded import blurred, compressed, with_copies, with_noise, without_classes

@@ -21,7 +21,8 @@ from diffusion.evaluation.metrics.text_image_agreement import (
     mean_over_prompts,
     number_of_each,
 )
-from diffusion.evaluation.reports.comparison_report import write_comparison_report
+from diffusion.evaluation.model_metrics import evaluate_in_full
+from diffusion.evaluation.reports.comparison_report import ComparisonPage
 from diffusion.evaluation.reports.evaluation_report import findings
 from diffusion.evaluation.reports.html import format_signed
 from diffusion.evaluation.results import Evaluation
@@ -74,7 +75,8 @@ def prompts(data: Path) -> list[str]:
 def test_agreement_is_the_cosine_of_transformers_embeddings(data: Path, tmp_path: Path) -> None:
     clip, model = write_clip(tmp_path / "clip"), captioned(tmp_path / "model.safetensors")
     processor = write_processor(tmp_path / "clip")
-    evaluation = Evaluator(data, with_encoder(tmp_path / "clip"), SAMPLING, tmp_path).model(model).evaluate()
+    evaluator = Evaluator(data, with_encoder(tmp_path / "clip"), SAMPLING, tmp_path)
+    evaluation = evaluate_in_full(evaluator.model(model))
     agreement = evaluation.text_image_agreement
     assert isinstance(agreement, TextImageAgreement)
 
@@ -249,7 +251,7 @@ def test_comparison_report_shows_both_agreements_and_their_baselines(data: Path,
             )
         comparison, grids = compare_with_champion(*paths, data, config, SAMPLING, GATE, tmp_path)
         page = tmp_path / "page.html"
-        write_comparison_report(page, comparison, grids, "squares", "squares", "version 2", "version 1")
+        ComparisonPage(comparison, grids, "squares", "squares", "version 2", "version 1").write(page)
         text = " ".join(Page(page.read_text()).text.split())
         assert "Text-image agreement" in text
         assert ("Not measured: " in text) == (not is_shown)

@@ -13,11 +13,15 @@ from diffusion.checkpoints import load_model
 from diffusion.common import extensions
 from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset
+from diffusion.evaluation.comparison import COMPARISON, ChampionComparison, compare_with_champion
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
+from diffusion.evaluation.gate import GateConfig
 from diffusion.evaluation.metrics import load_metrics
+from diffusion.evaluation.reports.comparison_report import ComparisonPage
+from diffusion.evaluation.reports.html import format_signed
 from diffusion.evaluation.results import Evaluation
 from diffusion.generation.generate import sample
 from diffusion.process.samplers import sampling_config
@@ -28,6 +32,7 @@ from tests.builders.small_models import write_model
 CODE = """
 import torch
 from diffusion.evaluation.metrics.metric import Figure, Metric
+from diffusion.evaluation.model_metrics import ModelMetric
 
 class MeanDistance(Metric):
     figures = (
@@ -48,6 +53,13 @@ class Contrast(Metric):
     def compute(self, samples, reference):
         values = torch.cat([torch.stack(list(piece)).flatten() for piece in samples.images()])
         return {"range": float(values.max()) - float(values.min())}
+
+class Sharpness(ModelMetric):
+    figures = (Figure("sharpness", "sharpness", "Difference of neighbours.", "How sharp.", lower_is_better=False),)
+
+    def compute(self, model):
+        images = model.images.double()
+        return {"sharpness": float((images[..., 1:] - images[..., :-1]).abs().mean())}
 
 class Nothing(Metric):
     figures = (Figure("nothing", "", ""),)
@@ -120,6 +132,20 @@ def test_extensions_are_computed_reported_and_logged(dataset: Path, tmp_path: Pa
     log_evaluation(RunTracker(client, "run"), evaluation)
     logged = {point.key: point.value for point in client.log_batch.call_args.kwargs["metrics"]}
     assert {f"eval/{name}": value for name, value in expected.items()}.items() <= logged.items()
+
+
+def test_metrics_of_models_are_compared_reported_and_stored(dataset: Path, tmp_path: Path, install: MagicMock) -> None:
+    model, path = write_model(tmp_path / "1.safetensors", 1, 100), tmp_path / "page.html"
+    install(sharpness="Sharpness")
+    comparison, grids = compare_with_champion(model, None, dataset, CONFIG, SAMPLING, GateConfig(), tmp_path)
+    images = sample(load_model(model), range(20), CONFIG.seed + 1, SAMPLING).double()
+    expected = float((images[..., 1:] - images[..., :-1]).abs().mean())
+    assert comparison.candidate.metrics()["sharpness"] == expected
+    ComparisonPage(comparison, grids, "clothes", "fashion", "version 1").write(path)
+    assert f"sharpness {format_signed(expected)} higher How sharp." in Page(path.read_text()).text
+    install()
+    stored = ChampionComparison.model_validate_json((tmp_path / COMPARISON).read_bytes())
+    assert stored.candidate == comparison.candidate
 
 
 def test_versions_of_extensions_are_conditions(dataset: Path, tmp_path: Path, install: MagicMock) -> None:

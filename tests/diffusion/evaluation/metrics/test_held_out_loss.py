@@ -29,7 +29,8 @@ from diffusion.families.vae.network import VAE, Latents
 from diffusion.generation.super_resolution import task_of
 from diffusion.process.denoiser import Denoiser
 from diffusion.process.likelihood import HALF_A_LEVEL, LEVELS, Terms, compute_bound, denoising_terms, noise_levels
-from diffusion.process.parametrization import Objective, Parametrization, make_edm_weight
+from diffusion.process.objective import Objective, make_edm_weight
+from diffusion.process.parametrization import Parametrization
 from diffusion.process.samplers import sampling_config
 from diffusion.process.schedules import edm_schedule
 from tests.builders.captioned import FakeEncoder

@@ -11,7 +11,7 @@ from torchvision.transforms.functional import InterpolationMode, affine
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
 from diffusion.evaluation.metrics.copies import PIXELS, Memorization, detect_memorization
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest
-from diffusion.evaluation.metrics.registration import find_registered
+from diffusion.evaluation.metrics.registration import SIDE, STARTS, find_registered, register
 from tests.builders.degraded import averaged, blurred, compressed, with_copies, with_noise
 from tests.builders.real_images import digits, images
 
@@ -229,3 +229,10 @@ def test_figures_are_named() -> None:
         "copies_expected",
         "copies_p_value",
     }
+
+
+def test_white_images_with_a_trace_of_noise_are_compared() -> None:
+    generator = torch.Generator().manual_seed(0)
+    onto = torch.rand(64, 3, SIDE, SIDE, generator=generator)
+    white = 1 - 6e-8 * (torch.rand(onto.shape, generator=generator) < 0.3)  # singular in single precision
+    assert (register(white, onto, STARTS[:64]) > 0.99).all()

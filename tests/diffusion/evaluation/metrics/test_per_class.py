@@ -7,7 +7,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 from torch_fidelity.metric_kid import kernel_mmd
 
-from diffusion.evaluation.metrics.per_class import (
+from diffusion.evaluation.metrics.per_group import (
     SHRINKAGE,
     LabelledFeatures,
     PerClass,

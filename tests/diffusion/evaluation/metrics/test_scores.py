@@ -52,8 +52,8 @@ def gaussian(count: int, dimensions: int, seed: int, shift: float = 0.0) -> Tens
     return torch.randn(count, dimensions, generator=generator) + shift
 
 
-class FeaturesOfOurs(torch_fidelity.FeatureExtractorBase):
-    """Hands our extractor to torch-fidelity's own pipeline."""
+class DarkroomFeatures(torch_fidelity.FeatureExtractorBase):
+    """Hands Darkroom's extractor to torch-fidelity's own pipeline."""
 
     def __init__(self, name: str, features_list: list[str], **_: object) -> None:
         super().__init__(name, features_list)
@@ -92,7 +92,7 @@ class Images(torch.utils.data.Dataset[Tensor]):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_scores_equal_those_of_torch_fidelity_from_end_to_end(digits: Tensor, extractor: EfficientNetLite0) -> None:
-    torch_fidelity.register_feature_extractor("actual", FeaturesOfOurs)
+    torch_fidelity.register_feature_extractor("actual", DarkroomFeatures)
     images, real = gaussian_blur(digits[:200], [5, 5], [0.7]), digits[200:400]
     expected = torch_fidelity.calculate_metrics(
         input1=Images(images),
@@ -165,11 +165,13 @@ def test_values_with_errors_are_those_of_the_scores() -> None:
     }
 
 
+def without_one(count: int) -> list[list[int]]:
+    return [[each for each in range(count) if each != omitted] for omitted in range(count)]
+
+
 def test_the_error_of_kid_is_the_leave_one_out_jackknife() -> None:
     samples, reference = gaussian(14, 5, seed=1, shift=0.3), gaussian(11, 5, seed=2)
-    rows = [
-        [each for each in range(count) if each != omitted_index] for count in (14, 11) for omitted_index in range(count)
-    ]
+    rows = without_one(14) + without_one(11)
     without = (
         [over_all_pairs(samples[some], reference) for some in rows[:14]],
         [over_all_pairs(samples, reference[some]) for some in rows[14:]],
@@ -181,9 +183,7 @@ def test_the_error_of_kid_is_the_leave_one_out_jackknife() -> None:
 def test_paired_deviations_give_the_jackknife_error_of_a_kid_difference() -> None:
     reference, noise = gaussian(11, 5, seed=2), gaussian(14, 5, seed=1)
     pair = 1.1 * noise + 0.3, 1.2 * noise + 0.2
-    rows = [
-        [each for each in range(count) if each != omitted_index] for count in (14, 11) for omitted_index in range(count)
-    ]
+    rows = without_one(14) + without_one(11)
 
     def difference(some: list[int], others: list[int]) -> float:
         first, second = (over_all_pairs(each[some], reference[others]) for each in pair)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from diffusion.common.image_grids import make_grid
-from diffusion.evaluation.reports.comparison_report import write_comparison_report, write_verdict
-from diffusion.evaluation.reports.evaluation_report import ReportImages, write_report
+from diffusion.evaluation.reports.comparison_report import ComparisonPage, write_verdict
+from diffusion.evaluation.reports.evaluation_report import EvaluationPage
 from diffusion.evaluation.reports.html import format_p_value
 from tests.builders.browser import chromium, look
 from tests.builders.comparison_results import Shown, example_comparison
@@ -40,7 +40,7 @@ def whole() -> Shown:
 
 def write(path: Path, context: Shown) -> str:
     names = context.model, context.dataset, context.candidate, context.champion
-    return write_comparison_report(path, context.comparison, context.grids, *names)
+    return ComparisonPage(context.comparison, context.grids, *names).write(path)
 
 
 def write_page(context: Shown, folder: Path) -> Page:
@@ -199,9 +199,9 @@ def test_the_page_is_whole_in_a_browser(tmp_path: Path) -> None:
 
 def test_evaluation_report_begins_with_the_verdict_and_its_figures(tmp_path: Path) -> None:
     evaluation, comparison = an_evaluation([0.5]), whole().comparison
-    sheets = ReportImages(random_images(0), {evaluation.best.sha256: random_images(1)}, [], None, 1)
+    page = EvaluationPage(evaluation, random_images(0), {evaluation.best.sha256: random_images(1)})
     path = tmp_path / "report.html"
-    write_report(path, evaluation, sheets)
+    page.write(path)
     before = Page(path.read_text()).text
     for title, reason in (("models:/clothes/2 is held", "first <words>"), ("models:/clothes/3 is held", "other words")):
         write_verdict(path, evaluation, comparison, "hold", title, reason)

@@ -135,10 +135,10 @@ def test_new_images_are_identified_when_shards_were_rewritten(tmp_path: Path) ->
     built = BuiltDataset(tmp_path / "waves", size=16)
     built.version(records(range(6)), records(range(6, 10)))
     # As a rebuild from a source that has some of the same images would leave it, in another order.
-    theirs = built.parts[:]
+    earlier_parts = built.parts[:]
     built.parts = []
     built.version(records(range(3, 8)), records(range(20, 23)), change="rebuild")
-    assert not {part.records.sha256 for part in theirs} & {part.records.sha256 for part in built.parts}
+    assert not {part.records.sha256 for part in earlier_parts} & {part.records.sha256 for part in built.parts}
     dataset = Dataset.open(built.folder)
     newcomers, residents = split_by_parent(dataset, parent_of(built))
     assert seeds_of(dataset, newcomers, range(23)) == [20, 21, 22]

@@ -12,7 +12,7 @@ import pytest
 from diffusion.common.image_grids import make_grid, png_bytes, to_pil_image
 from diffusion.evaluation.estimate import Estimate, MetricEstimate, Share
 from diffusion.evaluation.reports.charts import read_losses
-from diffusion.evaluation.reports.evaluation_report import ReportImages, advise_longer, findings, write_report
+from diffusion.evaluation.reports.evaluation_report import EvaluationPage, advise_longer, findings
 from diffusion.evaluation.reports.html import format_plain, format_with_error
 from diffusion.evaluation.results import Evaluation, RealBaseline
 from tests.builders.browser import chromium, look
@@ -57,11 +57,11 @@ def with_more(evaluation: Evaluation) -> Evaluation:
     return evaluation.model_copy(update=update | {"features": "EfficientNet-Lite0 trained on ImageNet"})
 
 
-def sheets_for(evaluation: Evaluation) -> ReportImages:
+def page_of(evaluation: Evaluation, losses: Path | None = None) -> EvaluationPage:
     images_by_model = {
         each.sha256: images(number) for number, each in enumerate(evaluation.checkpoints + evaluation.preliminary)
     }
-    return ReportImages(real=images(99), generated=images_by_model)
+    return EvaluationPage(evaluation, real=images(99), generated=images_by_model, losses=losses)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def losses(tmp_path: Path) -> Path:
 
 
 def write_page(folder: Path, evaluation: Evaluation, losses: Path | None = None) -> Page:
-    write_report(folder / "report.html", evaluation, sheets_for(evaluation), losses)
+    page_of(evaluation, losses).write(folder / "report.html")
     return Page((folder / "report.html").read_text())
 
 
@@ -174,7 +174,7 @@ def test_curves_appear_light_and_dark_and_losses_if_any(tmp_path: Path, losses: 
     evaluation = an_evaluation([0.5, 0.2])
 
     def charts_with(path: Path | None) -> int:
-        write_report(tmp_path / "report.html", evaluation, sheets_for(evaluation), path)
+        page_of(evaluation, path).write(tmp_path / "report.html")
         html = (tmp_path / "report.html").read_text()
         assert html.count("<source") == html.count("against images seen")
         return html.count("<source")
@@ -190,8 +190,8 @@ def test_losses_that_are_not_finite_are_left_out(losses: Path) -> None:
 
 def test_samples_have_their_class_or_prompt_below_them(tmp_path: Path) -> None:
     evaluation = an_evaluation([0.5])
-    sheets = replace(sheets_for(evaluation), captions=[f"a <bird> number {n}" for n in range(64)])
-    write_report(tmp_path / "report.html", evaluation, sheets)
+    sheets = replace(page_of(evaluation), captions=[f"a <bird> number {n}" for n in range(64)])
+    sheets.write(tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text())
     generated = sheets.generated[evaluation.best.sha256]
     assert np.array_equal(page.image("a <bird> number 63"), np.asarray(to_pil_image(generated[63])))

@@ -9,7 +9,7 @@ from pydantic import JsonValue
 
 from diffusion.common.image_grids import make_grid, png_bytes
 from diffusion.evaluation.ranking import Ranking, rank_evaluations
-from diffusion.evaluation.reports.ranking_report import describe_ranking, training_charts, write_ranking_report
+from diffusion.evaluation.reports.ranking_report import RankingPage, describe_ranking, training_charts
 from tests.builders.browser import chromium, look
 from tests.builders.evaluations import an_evaluation, images
 from tests.builders.html_pages import Page
@@ -34,7 +34,7 @@ def write(path: Path, ranking: Ranking) -> str:
     losses.write_text("images,held_out_loss_ema\n100,0.5\n200,0.4\n")
     evaluations = [an_evaluation([each.value + 0.5, each.value]) for each in ranking.models]
     charts = training_charts(list(sheets), evaluations, [losses] * len(evaluations))
-    return write_ranking_report(path, ranking, sheets, REAL, charts)
+    return RankingPage(ranking, sheets, REAL, charts).write(path)
 
 
 def test_the_best_comes_first_each_with_settings_metrics_and_images(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_the_best_comes_first_each_with_settings_metrics_and_images(tmp_path: Pa
 def test_the_suggested_command_has_the_options_of_the_sweep(tmp_path: Path) -> None:
     ranking, path = ranked([0.2]), tmp_path / "sweep.html"
     sheets = {each.name: REAL for each in ranking.models}
-    write_ranking_report(path, ranking, sheets, REAL, options=["--set", "training.images=4000"])
+    RankingPage(ranking, sheets, REAL, options=["--set", "training.images=4000"]).write(path)
     words = " ".join(Page(path.read_text()).words)
     assert "--set training.images=4000 --set training.learning_rate=0.2 --set model.width=32" in words
 
