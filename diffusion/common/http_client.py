@@ -116,6 +116,8 @@ class HttpResponse:
     headers: httpx.Headers
     pieces: Iterator[bytes]
     """The body; raises HttpError."""
+    url: str
+    """Where redirects led to."""
 
     @property
     def reason(self) -> str:
@@ -136,6 +138,8 @@ class HttpClient:
             so the check here does not bind them.
         ssl_context: Certificates to trust and to show; None: the environment's.
         use_proxies: Whether the environment's proxies are used.
+        permit: Called with each URL before it is requested, redirects included; raises HttpError for one that must not
+            be.
     """
 
     def __init__(
@@ -146,8 +150,10 @@ class HttpClient:
         public_only: bool = False,
         ssl_context: ssl.SSLContext | None = None,
         use_proxies: bool = True,
+        permit: Callable[[str], None] | None = None,
     ) -> None:
         self.seconds, self._min_rate, self._public_only = seconds, min_rate, public_only
+        self._permit = permit
         self.stopped = threading.Event()
         """Ends all waits once it is set."""
         self._exchange = threading.local()
@@ -195,7 +201,8 @@ class HttpClient:
             raw_response = self._open(method, url, headers or {}, content)
         with closing(raw_response):
             fields = httpx.Headers(raw_response.headers)
-            response = HttpResponse(raw_response.status, fields, self._pieces(raw_response, fields, max_bytes))
+            pieces = self._pieces(raw_response, fields, max_bytes)
+            response = HttpResponse(raw_response.status, fields, pieces, self._exchange.url)
             if response.status in (408, 425, 429) or response.status >= 500:
                 raise RetryableError(response.reason, retry_after(fields.get("Retry-After", "")))
             yield response
@@ -213,6 +220,9 @@ class HttpClient:
         for _ in range(MAX_REDIRECTS + 1):
             if place.scheme not in ("http", "https") or not place.host:
                 raise httpcore.UnsupportedProtocol(place.scheme)
+            self._exchange.url = str(place)
+            if self._permit is not None:
+                self._permit(self._exchange.url)
             fields["Host"] = place.netloc.decode("ascii")
             sent = fields.copy()
             if place.username or place.password:

@@ -35,7 +35,7 @@ class FieldRule:
     harmless: tuple[object, ...] = ()
     """Other values that are as the default."""
     waits_for: str = ""
-    """Section without which the rule is not checked yet; empty: none besides that of ``path``."""
+    """Section without which the rule is not checked yet; empty: none but the section of ``path``."""
 
 
 def is_set(value: object) -> bool:

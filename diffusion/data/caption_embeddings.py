@@ -17,6 +17,7 @@ from torch import Tensor
 from diffusion.checkpoints import save_tensors
 from diffusion.common.files import sha256_file, write_bytes
 from diffusion.common.progress import Progress, ignore_progress
+from diffusion.data.caption_texts import CaptionTexts
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.data.ingest.ingest import encodings_folder, forget_encodings
 from diffusion.data.manifest import read_manifest
@@ -31,15 +32,21 @@ class Captions:
     """Embeddings of the captions of a data set's images."""
 
     embeddings: Tensor
-    """(K, E), one for each distinct caption."""
+    """(T, E), one for each of ``texts``."""
     numbers: np.ndarray
     """(N,) int32, index of each row's caption; −1: none."""
     encoding: CaptionEncoder
+    texts: CaptionTexts
 
-    def select_rows(self, rows: Rows) -> Tensor:
-        """Return the embedding of each row's caption, or of none: (len(rows), E)."""
-        numbers = torch.from_numpy(self.numbers[np.asarray(rows, np.int64)]).long()
-        return torch.where((numbers < 0)[:, None], self.encoding.none, self.embeddings[numbers])
+    def select_rows(self, rows: Rows, u: np.ndarray | None = None) -> Tensor:
+        """Return the embedding of a text of each row's caption, or of none: (len(rows), E).
+
+        The text is the caption's first, or sampled by ``u`` in [0, 1), (len(rows),).
+        """
+        captions = self.numbers[np.asarray(rows, np.int64)]
+        numbers = torch.from_numpy(self.texts.select(np.maximum(captions, 0), u))
+        missing = torch.from_numpy(captions < 0)
+        return torch.where(missing[:, None], self.encoding.none, self.embeddings[numbers])
 
 
 def embeddings_of(

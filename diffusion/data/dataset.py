@@ -152,20 +152,33 @@ class Dataset:
         return [names[number] for number in self._table["label"][_numbers(rows)]]
 
     def captions(self, rows: Rows) -> list[str | None]:
-        """Return the caption of each row."""
-        return self._captions.take(pa.array(self._table["read"][_numbers(rows)])).to_pylist()  # type: ignore[no-any-return]
+        """Return the caption of each row; of several, which are lines, the first."""
+        captions = self._captions.take(pa.array(self._table["read"][_numbers(rows)])).to_pylist()
+        return [caption and caption.partition("\n")[0] for caption in captions]
 
     def different_captions(self) -> tuple[list[str], np.ndarray]:
-        """Return the distinct captions, sorted, and the index of each row's, −1 for none: (len(self),) int32."""
+        """Return the distinct captions, sorted, and the index of each row's, −1 for none: (len(self),) int32.
+
+        Several captions of an image are the lines of one.
+        """
         column = self._captions.take(pa.array(self._table["read"]))
         texts = sorted(pc.unique(column).drop_null().to_pylist())
         return texts, _codes(column, texts)
 
+    def sources(self, rows: Rows) -> list[str]:
+        """Return the name of each row's image in the source that it came from."""
+        sources: list[str] = self._read_column("source").take(pa.array(self._table["read"][_numbers(rows)])).to_pylist()
+        return sources
+
     @cached_property
     def _captions(self) -> pa.ChunkedArray:
         """Return the captions in the order of the records; read at the first use."""
+        return self._read_column("caption")
+
+    def _read_column(self, name: str) -> pa.ChunkedArray:
+        """Read a column of texts, in the order of the records."""
         parts = _parts_with_shards(self.manifest)
-        pieces = [_read_kept(self.folder, part, "caption")["caption"].combine_chunks() for part in parts]
+        pieces = [_read_kept(self.folder, part, name)[name].combine_chunks() for part in parts]
         return pa.chunked_array(pieces, pa.string())
 
     def classes(self, rows: Rows, classes: Sequence[str]) -> Tensor:

@@ -1,9 +1,13 @@
 """Loader of training batches in their order, prepared ahead of the step."""
 
+import math
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import translate
+from fractions import Fraction
 from functools import lru_cache
 from itertools import zip_longest
 from typing import Self
@@ -158,13 +162,55 @@ class BucketedOrder(TrainingOrder):
         return self._orders[bucket].rows(batch_count * self._batch_size + offset, count)
 
 
-def make_order(dataset: Dataset, seed: int, batch_size: int, window: int | None = None) -> TrainingOrder:
-    """Make the order of the training images; ``window``: number of shards in a window, None: without windows."""
+def count_repeats(dataset: Dataset, weights: Mapping[str, float]) -> np.ndarray:
+    """Count how often each training image is in an epoch, (N,) int64: the least whole numbers in ratio of its weight.
+
+    ``weights``: by patterns of names in the source, of which the first that fits counts; without any: 1. A pattern
+    fits the whole name, or what follows a slash in it. Raises UserError for a pattern that fits no image.
+    """
+    fractions = [Fraction(1), *(Fraction(weight).limit_denominator(100) for weight in weights.values())]
+    unit = math.lcm(*(fraction.denominator for fraction in fractions))
+    numbers = np.array([int(fraction * unit) for fraction in fractions])
+    patterns = [re.compile(rf"(?:.*/)?{translate(pattern)}", re.DOTALL) for pattern in weights]
+    names = dataset.sources(dataset.rows("train"))
+    places = np.array(
+        [next((place for place, each in enumerate(patterns, start=1) if each.match(name)), 0) for name in names]
+    )
+    for place, pattern in enumerate(weights, start=1):
+        if not (places == place).any():
+            raise UserError(
+                f"training.weights has {pattern!r}, and no training image of data set {dataset.folder} that no pattern "
+                f"before it fits is called so, but {names[0]!r}, for example: mend it, or leave it out"
+            )
+    repeats: np.ndarray = numbers[places]
+    repeats //= np.gcd.reduce(repeats)
+    return repeats
+
+
+def make_order(
+    dataset: Dataset,
+    seed: int,
+    batch_size: int,
+    window: int | None = None,
+    weights: Mapping[str, float] | None = None,
+) -> TrainingOrder:
+    """Make the order of the training images; ``window``: number of shards in a window, None: without windows.
+
+    ``weights`` as for ``count_repeats``: images are in an epoch as often; None: once.
+    """
     manifest, rows, by_shard = dataset.manifest, dataset.rows("train"), dataset.by_shard()
+    repeats = None if weights is None else count_repeats(dataset, weights)
+    if repeats is not None:
+        shards_of_rows = np.repeat(dataset.shards(rows[by_shard.samples]), repeats[by_shard.samples])
+        counts = np.bincount(shards_of_rows, minlength=len(by_shard.counts))
+        by_shard = ShardSamples(np.repeat(by_shard.samples, repeats[by_shard.samples]), counts)
 
     def order_of(name: str = "", shards: np.ndarray | None = None, samples: np.ndarray | None = None) -> TrainingOrder:
         if window is not None:
             return WindowedOrder(manifest.layout_digest + name, seed, window, by_shard, shards)
+        if repeats is not None:
+            samples = np.arange(len(rows)) if samples is None else samples
+            samples = np.repeat(samples, repeats[samples])
         length = len(rows) if samples is None else len(samples)
         return TrainingOrder(manifest.content_digest + name, seed, length, samples)
 

@@ -96,6 +96,8 @@ class Part(Config):
     """Height and width of every image in the shard, in pixels; None: it has no shard, or the data set no buckets."""
     captioners: dict[str, int] | None = Field(None, exclude_if=is_unset)
     """Kept images by the captioner that captioned them; None: all captions are the source's."""
+    reserved: dict[str, int] | None = Field(None, exclude_if=is_unset)
+    """Images left out because a rights holder wishes so, by how that was said; None if there are none."""
 
 
 class Manifest(Config):
@@ -106,14 +108,16 @@ class Manifest(Config):
     parent: Sha256 | None
     """Digest of the manifest that this version was made from; None for the first."""
     change: str
-    """What created this version from its parent: ``ingest``, ``rebuild``, ``curation``, ``compact``, ``removal: `` and
-    its reason, ``merge of `` and other data sets, or ``union with `` and the beginning of the digest of another
-    machine's version."""
+    """What created this version from its parent: ``ingest``, ``rebuild``, ``curation``, ``captions``, ``compact``,
+    ``removal: `` and its reason, ``merge of `` and other data sets, or ``union with `` and the beginning of the digest
+    of another machine's version."""
     content_digest: Sha256 | Literal[""]
     """SHA-256 over the sorted samples and the storage configuration; free of history."""
     storage: StorageConfig
     licence: str | None = Field(None, exclude_if=is_unset)
     """Licence of the images, if known."""
+    opt_outs: Literal["ignore"] | None = Field(None, exclude_if=is_unset)
+    """Whether an ingest ignored the wishes of rights holders; None: all were respected."""
     near_duplicate_bits: int | None = Field(None, ge=0, le=MAX_BITS, exclude_if=is_unset)
     """Number of bits that ``ingest.near_duplicates: auto`` stands for; None: it was not calibrated."""
     parts: list[Part]
@@ -159,6 +163,12 @@ class Manifest(Config):
     def captioners(self) -> dict[str, int]:
         """Return the number of images by the captioner that captioned them, sorted; empty if there was none."""
         total = sum((Counter(part.captioners) for part in self.parts if part.captioners), Counter[str]())
+        return dict(sorted(total.items()))
+
+    @property
+    def reserved(self) -> dict[str, int]:
+        """Return the number of images that rights holders reserved, by how they said so; empty if there is none."""
+        total = sum((Counter(part.reserved) for part in self.parts if part.reserved), Counter[str]())
         return dict(sorted(total.items()))
 
     @property

@@ -1,26 +1,23 @@
-"""Commands to set up and look around: ``darkroom init``, ``config``, ``ls`` and ``open``."""
+"""Commands to look around: ``darkroom config``, ``ls`` and ``open``."""
 
 import json
 import os
-import re
 import sys
 import webbrowser
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer import Argument, Option
+from typer import Argument
 
 from diffusion.common.errors import DarkroomError, UserError
-from diffusion.common.escaping import escape_controls, python_literal
 from flows.cli.arguments import require_known_key
 from flows.cli.command import CommandOutput, DatasetName, ParamsFile, Set, command, connect
 
 if TYPE_CHECKING:
-    from diffusion.data.sources.survey import Survey
     from flows.config import Params
 
 app = typer.Typer()
@@ -29,173 +26,6 @@ PANEL = "Start and look around"
 Kind = Literal["datasets", "runs", "models", "batches"]
 MAX_LISTED = 1000
 """Maximum number of entries of a list from a server."""
-
-
-@command(app, panel=PANEL)
-def init(
-    source: Annotated[str, Argument(metavar="FOLDER", help="Images: a folder, or any source of `darkroom ingest`.")],
-    dataset: DatasetName = None,
-    write_metadata: Annotated[
-        bool | None,
-        Option(
-            "--write-metadata/--no-write-metadata",
-            help="First write FOLDER/metadata.csv from a table with captions in it; default: asks in a terminal.",
-            show_default=False,
-        ),
-    ] = None,
-) -> CommandOutput:
-    """Look at images (sizes, channels, classes, captions), and write a commented params.yaml for them.
-
-    A params.yaml that was edited is never changed: --write-metadata then writes the metadata.csv alone.
-
-    Example:  darkroom init ~/faces
-    """
-    from diffusion.data.sources import survey as surveys
-
-    path, folder = Path("params.yaml"), Path(source)
-    if (exists := path.exists()) and not write_metadata:
-        raise UserError(f"{path} exists already: edit it, or run `darkroom init` in another folder")
-    _require_dataset_name(dataset)
-    source = _find_images(source)
-    table = surveys.find_captions(folder) if folder.is_dir() else None
-    if table is None and write_metadata:
-        raise UserError(f"no table with captions in {source}: leave --write-metadata out")
-    if table is not None and write_metadata is None and sys.stdin.isatty() and sys.stderr.isatty():
-        write_metadata = _ask_for_metadata(surveys.describe_table(table), folder)
-    text, name = path.read_text() if exists else None, dataset
-    if text is not None:
-        survey, own_name = _survey(source), _own_name(text)
-        if text == _template(survey, own_name, survey.proposed_size):
-            text, name = None, own_name  # as init wrote it
-    written = []
-    if write_metadata and table is not None:
-        written = [f"wrote      {surveys.write_metadata(table)}: the captions of {table.path.name}"]
-    return _write_params(_survey(source), written, path, text, name)
-
-
-def _require_dataset_name(dataset: str | None) -> None:
-    from diffusion.common.config import plain_name
-
-    try:
-        plain_name(dataset or "images")
-    except ValueError as error:
-        raise UserError(f"--dataset {dataset} {error}") from error
-
-
-def _find_images(source: str) -> str:
-    """Source of the images in a folder: the folder, or its IDX files."""
-    from diffusion.data.sources.conventions import holds_images
-    from diffusion.data.sources.known_sets import find_idx
-
-    folder = Path(source)
-    return (find_idx(folder) or source) if folder.is_dir() and not holds_images(folder) else source
-
-
-def _ask_for_metadata(description: str, folder: Path) -> bool:
-    guess = description.partition(", but")[0]
-    return typer.confirm(f"{guess}. Write {folder}/metadata.csv, to learn them?", default=True, err=True)
-
-
-def _write_params(
-    survey: "Survey", written: list[str], path: Path, edited: str | None, name: str | None
-) -> CommandOutput:
-    """Write params.yaml, unless it is there and was ``edited``; output of ``init``."""
-    from diffusion.common.files import write_bytes
-
-    lines, value = [*survey.lines(), *written], {"params": str(path), "survey": survey.model_dump(mode="json")}
-    if edited is not None:
-        lines.append(f"kept       {path}, which was edited: {_how_to_learn_captions(edited)} to learn the captions")
-        return CommandOutput(value, lines)
-    name, size = name or survey.proposed_name, survey.proposed_size
-    write_bytes(path, _template(survey, name, size).encode())
-    next_command, notes = _advise(survey)
-    lines += [*notes, f"wrote      {path}: {size}×{size} pixels, data set {name}", f"next       {next_command}"]
-    return CommandOutput(value | {"dataset": name, "size": size, "next": next_command}, lines)
-
-
-def _survey(source: str) -> "Survey":
-    """Survey a source; raises UserError if none of its images can be read."""
-    from tempfile import TemporaryDirectory
-
-    from diffusion.data.ingest.config import IngestConfig
-    from diffusion.data.sources import survey as surveys
-
-    settings = IngestConfig(source=source)
-    with connect("s3") if source.startswith("s3://") else nullcontext(), TemporaryDirectory() as scratch:
-        objects = None
-        if source.startswith("s3://"):
-            from flows.storage.s3 import S3Objects
-
-            objects = S3Objects()
-        survey = surveys.survey(settings, Path(scratch), objects)
-    if survey.shorter_sides is None:
-        raise UserError(
-            f"none of {survey.sampled} images of {source} can be read: give JPEG, PNG, WebP, GIF, BMP or TIFF"
-        )
-    return survey
-
-
-def _own_name(text: str) -> str:
-    """Name of the data set in the text of a params.yaml; "" if there is none."""
-    from diffusion.common.parsing import parse_yaml
-
-    with suppress(ValueError, KeyError, TypeError):
-        return str(parse_yaml(text)["training"]["dataset"])
-    return ""
-
-
-def _how_to_learn_captions(text: str) -> str:
-    has_section = re.search(r"^model:", text, re.MULTILINE)
-    return "set `text: true` in its section `model`" if has_section else "add the lines `model:` and `  text: true`"
-
-
-def _advise(survey: "Survey") -> tuple[str, list[str]]:
-    """Next command for as many images as there are, and a note if they are too few to judge a model."""
-    from diffusion.evaluation.config import choose_held_out
-
-    if choose_held_out(survey.images) is not None:
-        return "darkroom up && darkroom retrain", []
-    return "darkroom up && darkroom ingest && darkroom train", [
-        "           too few to train a model from nothing, or to judge it: fine-tune another on them "
-        "(docs/how-to/fine-tune.md), and register it by `darkroom model import`"
-    ]
-
-
-def _template(survey: "Survey", name: str, size: int) -> str:
-    from diffusion.data.ingest.config import IngestConfig
-    from diffusion.evaluation.config import choose_held_out
-
-    lines = "\n".join(f"#   {escape_controls(line)}" for line in survey.lines())
-    model = ["  text: true  # learn the captions, for --prompt; needs the extra `text`"] if survey.captions else []
-    small_images = survey.has_images_below(size)
-    held_out, share = list[str](), choose_held_out(survey.images)
-    if share not in (None, IngestConfig.model_fields["held_out"].default):
-        held_out = [f"  held_out: {share:g}  # so that evaluation gets its 10 images or more, which are not trained on"]
-    fit = "  # fit: crop  # of images that are not square: crop, pad, squash, or bucket to keep their shapes"
-    if survey.proposed_fit == "bucket":
-        fit = f"  fit: bucket  # keeps their shapes; crop would cut {survey.cropped:.0%} of the pixels; or pad, squash"
-    return "\n".join(
-        [
-            "# yaml-language-server: $schema=params.schema.json",
-            "# Configuration of Darkroom. Fields that are left out have their defaults.",
-            "#   darkroom config show                           all fields, and where each is from",
-            "#   darkroom config schema > params.schema.json    completion and checks in an editor",
-            lines,
-            "ingest:",
-            f"  source: {python_literal(survey.source)}",
-            f"  size: {size}  # height and width of stored images; twice the size trains four times as long",
-            fit,
-            *held_out,
-            *(["  # enlarge: true  # images below that size are quarantined otherwise"] if small_images else []),
-            "",
-            *(["model:", *model, ""] if model else []),
-            "training:",
-            f"  dataset: {json.dumps(name, ensure_ascii=False)}",
-            "  minutes: 10  # or `images`, the number to see; quality grows for hours",
-            "  # flip: true  # mirror half of the images: right for most photographs, wrong for text",
-            "",
-        ]
-    )
 
 
 @command(config, "show")
@@ -258,6 +88,8 @@ def ls(
 
     Example:  darkroom ls models
     """
+    from flows.tracking.console import align_columns
+
     listings: dict[str, list[dict[str, Any]]] = {}
     errors: dict[Kind, str] = {}
     lines: list[str] = []
@@ -278,9 +110,7 @@ def ls(
                 continue
         listings[section] = rows
         table = [(section.upper(), *head), *(tuple(_cell(row.get(name)) for name in ("name", *head)) for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (table if rows else [])]
-        lines += [] if rows else [f"no {section}"]
+        lines += align_columns(table) if rows else [f"no {section}"]
     return CommandOutput({**listings, "errors": errors}, lines)
 
 

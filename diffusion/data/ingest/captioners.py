@@ -1,5 +1,6 @@
 """Captioners: what turns an image into a caption, one class each."""
 
+import base64
 import json
 import os
 import selectors
@@ -10,14 +11,14 @@ import time
 from abc import ABC, abstractmethod
 from contextlib import ExitStack, suppress
 from tempfile import NamedTemporaryFile, TemporaryFile
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from diffusion.common.child_processes import child_environment
 from diffusion.common.errors import UserError
 from diffusion.common.http_client import HttpClient, HttpError, OversizedError, RetryableError, shorten_message
 from diffusion.data.ingest.config import CaptionerConfig
 from diffusion.data.sources.base import MAX_CHARACTERS, too_long_reason
-from diffusion.data.sources.conventions import to_text
+from diffusion.data.sources.caption_files import to_text
 
 MAX_ANSWER = 2**17
 """Maximum bytes of an answer: more than the longest caption takes, escaped in JSON."""
@@ -147,32 +148,49 @@ class Endpoint(Captioner):
     """An HTTP endpoint, with one request per image."""
 
     field = "url"
+    content_type = "image/png"
+    answer = '{"caption": "…"}'
+    """What an answer has to look like."""
 
     def __init__(self, config: CaptionerConfig) -> None:
         super().__init__(config)
-        self.headers = {"Content-Type": "image/png", "Accept": "application/json"}
+        self.headers = {"Content-Type": self.content_type, "Accept": "application/json"}
+        self.token = ""
         if config.token_env:
-            token = os.environ.get(config.token_env, "").strip()
-            if not token or not token.isascii() or not token.isprintable():
+            self.token = os.environ.get(config.token_env, "").strip()
+            if not self.token or not self.token.isascii() or not self.token.isprintable():
                 raise UserError(
                     f"the environment has no token in {config.token_env}, which ingest.captioner.token_env names: "
                     "set it to one line of ASCII"
                 )
-            self.headers["Authorization"] = f"Bearer {token}"
+            self.headers["Authorization"] = f"Bearer {self.token}"
         self.client = HttpClient(config.seconds, connections=config.workers)
+
+    @property
+    def address(self) -> str:
+        """URL of the requests."""
+        return str(self.config.url)
+
+    def encode(self, image: bytes) -> bytes:
+        """Body of the request about a PNG."""
+        return image
+
+    def decode(self, answer: Any) -> Any:
+        """Caption in the JSON of an answer; raises NoCaptionError, or what any lookup raises."""
+        return answer["caption"]
 
     def ask(self, image: bytes) -> str | None:
         """Send the image, again after transient errors."""
         try:
-            return to_text(json.loads(self.client.retrying(self.config.tries)(self._post, image))["caption"])
+            return to_text(self.decode(json.loads(self.client.retrying(self.config.tries)(self._post, image))))
         except RetryableError as error:
             raise NoAnswerError(f"{error}, at each of {self.config.tries} tries") from error
         except OversizedError as error:
             raise NoCaptionError(f"its answer has more than {MAX_ANSWER} bytes") from error
         except HttpError as error:
             raise NoAnswerError(str(error)) from error
-        except (ValueError, TypeError, LookupError, RecursionError) as error:
-            raise NoCaptionError('its answer is not {"caption": "…"}') from error
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise NoCaptionError(f"its answer is not {self.answer}") from error
 
     def stop(self) -> None:
         """Stop all requests."""
@@ -183,13 +201,58 @@ class Endpoint(Captioner):
         self.client.close()
 
     def _post(self, image: bytes) -> bytes:
-        with self.client.stream("POST", str(self.config.url), self.headers, image, max_bytes=MAX_ANSWER) as response:
+        body = self.encode(image)
+        with self.client.stream("POST", self.address, self.headers, body, max_bytes=MAX_ANSWER) as response:
+            answer = b"".join(response.pieces)
             if response.status != 200:
-                raise (NoCaptionError if response.status in REJECTED_STATUSES else NoAnswerError)(response.reason)
-            return b"".join(response.pieces)
+                reason = f"{response.reason}{self._explain(answer)}"
+                raise (NoCaptionError if response.status in REJECTED_STATUSES else NoAnswerError)(reason)
+            return answer
+
+    def _explain(self, answer: bytes) -> str:
+        """Message of a server that uses OpenAI's errors; empty for another."""
+        try:
+            message = str(json.loads(answer)["error"]["message"])
+        except (ValueError, TypeError, LookupError, RecursionError):
+            return ""
+        # Some servers repeat the key that they reject.
+        return f": {shorten_message(message.replace(self.token, '…') if self.token else message)}"
 
 
-CAPTIONERS: tuple[type[Captioner], ...] = (Command, Endpoint)
+class OpenAI(Endpoint):
+    """A server with OpenAI's interface for chats (vLLM, SGLang, Ollama, LM Studio), with one chat per image."""
+
+    field = "openai"
+    content_type = "application/json"
+    answer = "a chat completion"
+
+    @property
+    def address(self) -> str:
+        """URL of ``chat/completions``."""
+        base = str(self.config.openai).rstrip("/")
+        return base if base.endswith("/chat/completions") else f"{base}/chat/completions"
+
+    def encode(self, image: bytes) -> bytes:
+        """Chat with the prompt and the image; at temperature 0, so that equal images get equal captions if possible."""
+        url = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+        content = [{"type": "text", "text": self.config.prompt}, {"type": "image_url", "image_url": {"url": url}}]
+        messages = [{"role": "user", "content": content}]
+        fields = {"model": self.config.model, "messages": messages, "temperature": 0}
+        limit = {} if self.config.max_tokens is None else {"max_tokens": self.config.max_tokens}
+        return json.dumps(fields | limit).encode()
+
+    def decode(self, answer: Any) -> Any:
+        """Text of the first choice; NoCaptionError for a refusal, and for a text that was cut."""
+        choice = answer["choices"][0]
+        message, reason = choice["message"], choice.get("finish_reason")
+        if message.get("refusal") or reason == "content_filter":
+            raise NoCaptionError("it refused to describe it")
+        if reason == "length":
+            raise NoCaptionError("its answer was cut: ask for fewer words in the prompt, or raise max_tokens")
+        return message["content"]
+
+
+CAPTIONERS: tuple[type[Captioner], ...] = (Command, Endpoint, OpenAI)
 """All captioners."""
 
 

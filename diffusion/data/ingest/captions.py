@@ -21,6 +21,7 @@ from diffusion.data.ingest.index import LOCK_TIMEOUT, explain_database_errors
 from diffusion.data.ingest.merge import Merge, rewrite_part
 from diffusion.data.manifest import CAPTIONER, read_records, work_folder
 from diffusion.data.prefetch import prefetch
+from diffusion.data.sources.caption_files import complete_caption
 
 MAX_UNANSWERED = 20
 """Images in a row without an answer, after which the captioner is taken for broken and called no more."""
@@ -93,7 +94,7 @@ def add_captions(merge: Merge, config: CaptionerConfig, progress: Progress) -> C
                     if unanswered_count == MAX_UNANSWERED:
                         break
             for key, caption in captions.items():
-                due_rows[key] |= {"caption": caption, CAPTIONER.name: name}
+                due_rows[key] |= {"caption": _complete_answer(caption, merge.config.trigger), CAPTIONER.name: name}
                 merge.index.recaption(due_rows[key])
             if captions:
                 parts[place] = rewrite_part(folder, part, rows, merge.config.size, part.shard)
@@ -106,6 +107,11 @@ def add_captions(merge: Merge, config: CaptionerConfig, progress: Progress) -> C
         failed=failed_count,
         reasons=dict(reasons.most_common(5)),
     )
+
+
+def _complete_answer(answer: str, trigger: str | None) -> str | None:
+    # Lines of a caption are several captions.
+    return complete_caption(" ".join(answer.split()), None, trigger)
 
 
 def _require_answers(name: str, failed: int, kept: int, reasons: Counter[str], config: CaptionerConfig) -> None:

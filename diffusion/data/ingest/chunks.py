@@ -25,6 +25,8 @@ from diffusion.data.manifest import RECORDS
 from diffusion.data.shards import TarWriter
 from diffusion.data.sources import open_source, reader_of
 from diffusion.data.sources.base import Access, Entry, ObjectStore, Source, limit_texts
+from diffusion.data.sources.caption_files import complete_caption
+from diffusion.data.sources.rights import RESERVED, LeaveOutList, find_reservation
 
 ENTRY = "source, locator, stamp, label, caption, problem"
 """Fields of an entry, in their order."""
@@ -49,7 +51,10 @@ COLUMNS = (*RECORDS.names, "stamp", "bucket")
 """Columns of a prepared entry: its record, without outcomes that depend on the whole data set. ``outcome``
 is ``quarantined``, ``duplicate`` (within the chunk), ``known`` (read before) or null; ``bucket`` is the shape of its
 pixels as WIDTHxHEIGHT, if any."""
-NOT_OF_A_CHUNK = {"source", "licence", "captioner", "max_quarantined", "shard_bytes", "runner", "workers", "held_out"}
+NOT_OF_A_CHUNK = {
+    *("source", "captions", "default_caption", "trigger", "folders", "licence", "captioner", "max_quarantined"),
+    *("shard_bytes", "runner", "workers", "held_out"),
+}
 """Fields of the configuration that cannot change what a chunk becomes."""
 FORMAT = 7
 """Incremented when the same images would be stored in another way, so that chunks of older code are not reused."""
@@ -73,7 +78,10 @@ def make_plan(
         database.execute("BEGIN")
 
         def rows() -> Iterator[tuple[str | None, ...]]:
-            for number, entry in enumerate(map(limit_texts, source.entries()), start=1):
+            for number, listed in enumerate(source.entries(), start=1):
+                entry = limit_texts(_complete(listed, source.access.config))
+                if entry.problem is None:
+                    source.access.captions.add(entry.source, listed.caption)
                 if number % 10_000 == 0:
                     progress("images listed", number, None)
                 yield (*entry, description_digest(entry.label, entry.caption))
@@ -96,6 +104,13 @@ def make_plan(
         (planned_count,) = database.execute("SELECT count(*) FROM plan").fetchone()
         database.execute("COMMIT")
         return listed_count, planned_count
+
+
+def _complete(entry: Entry, config: IngestConfig) -> Entry:
+    """Complete the caption of an entry; a missing one that a captioner will write stays so."""
+    if entry.problem is not None or (entry.caption is None and config.captioner is not None):
+        return entry
+    return entry._replace(caption=complete_caption(entry.caption, config.default_caption, config.trigger))
 
 
 def description_digest(label: str | None, caption: str | None) -> str:
@@ -139,6 +154,7 @@ def prepare_chunk(chunk: Chunk) -> Path:
     # Hashes do not depend on the threshold, which a repeated ingest may calibrate by other images.
     settings["near_duplicates"] = chunk.config.near_duplicates is not None
     listing = [[entry.source, entry.stamp, entry.label, entry.caption, sorted(digests)] for entry, digests in entries]
+    settings["leave_out"] = left_out.digest if (left_out := _leave_out(chunk.config)) else None
     content = {"uri": chunk.config.source, "reader": reader_of(chunk.config.source), "config": settings}
     name = digest_of({"format": FORMAT, "entries": listing} | content)
     table = chunk.work / "chunks" / f"{name}.jsonl"
@@ -171,6 +187,10 @@ def _prepare(
     """
     writers: dict[str, TarWriter] = {}
     source = open_source(chunk.config.source, Access(chunk.config, chunk.work / "scratch", chunk.objects))
+    if (left_out := _leave_out(chunk.config)) is not None:
+        entries = [
+            (entry._replace(problem=entry.problem or left_out.reason(entry.source)), known) for entry, known in entries
+        ]
     payloads = source.read([entry for entry, _ in entries if entry.problem is None])
     keys: set[str] = set()
     rows = []
@@ -187,6 +207,7 @@ def _prepare(
                 row["outcome"] = "known"
                 continue
             image = prepare(payload, chunk.config)
+            _require_unreserved(payload, {row["source_sha256"], image.key}, left_out, chunk.config)
         except UnusableEntryError as error:
             row |= {"outcome": "quarantined", "reason": str(error)}
             continue
@@ -202,6 +223,23 @@ def _prepare(
     for writer in writers.values():
         writer.close()
     return rows, writers
+
+
+def _leave_out(config: IngestConfig) -> LeaveOutList | None:
+    return None if config.leave_out is None else LeaveOutList.read(config.leave_out)
+
+
+def _require_unreserved(
+    payload: bytes | Image.Image, digests: set[str], left_out: LeaveOutList | None, config: IngestConfig
+) -> None:
+    """Raise UnusableEntryError for an image that its file reserves, or that is on the list."""
+    reason = None
+    if config.opt_outs == "respect" and isinstance(payload, bytes):
+        reason = find_reservation(payload)
+    if left_out is not None and not digests.isdisjoint(left_out.digests):
+        reason = f"{RESERVED}the list ingest.leave_out"
+    if reason is not None:
+        raise UnusableEntryError(reason)
 
 
 def digest_payload(payload: bytes | Image.Image) -> str:

@@ -1,6 +1,7 @@
 """Configuration of ``ingest``."""
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
@@ -79,8 +80,27 @@ class StorageConfig(Config):
         return self
 
 
+CaptionSource = Literal["txt", "caption", "json", "csv", "none"]
+FolderNames = Literal["names", "class", "caption"]
+
 CAPTIONER = "captioner"
 """Mark of the fields of ``ingest.captioner`` of which one is given: it says what captions."""
+
+
+def _require_address(name: str, url: str) -> None:
+    """Raise ValueError if ``url`` is not an HTTP address without credentials."""
+    import httpx  # slow, and few sets are captioned over HTTP
+
+    place = urlsplit(url)
+    if place.scheme not in ("http", "https") or not place.hostname or "@" in place.netloc:
+        raise ValueError(f"{name} must be http://HOST… or https://HOST…; credentials belong into token_env")
+    if " " in url:
+        raise ValueError(f"{name} has a space: write it as %20")
+    try:
+        httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"{name}: {error}") from error
+    _ = place.port  # raises ValueError outside 0 to 65535
 
 
 class CaptionProgram(Config):
@@ -97,30 +117,23 @@ class CaptionProgram(Config):
     url: Annotated[str | None, CAPTIONER] = None
     """HTTP endpoint instead of a command: the PNG is the body of a POST, the answer is JSON, {"caption": "…"}, or null
     for no caption. Redirects are not followed."""
+    openai: Annotated[str | None, CAPTIONER] = Field(None, exclude_if=is_unset)
+    """Base URL of a server with OpenAI's interface, such as http://127.0.0.1:11434/v1 of Ollama; vLLM, SGLang and LM
+    Studio have it as well. Each image is a chat of its own, sent to ``chat/completions`` below it."""
     token_env: str | None = Field(None, pattern=VARIABLE)
-    """Environment variable with a token, sent to ``url`` as ``Authorization: Bearer …``."""
+    """Environment variable with a token, sent to ``url`` or ``openai`` as ``Authorization: Bearer …``."""
 
     @model_validator(mode="after")
     def _names_one_captioner(self) -> Self:
         names = [name for name, field in type(self).model_fields.items() if CAPTIONER in field.metadata]
         if sum(getattr(self, name) is not None for name in names) != 1:
             raise ValueError(f"give either {' or '.join(names)}")
-        if self.url is not None:
-            import httpx  # slow, and few sets are captioned over HTTP
-
-            place = urlsplit(self.url)
-            if place.scheme not in ("http", "https") or not place.hostname or "@" in place.netloc:
-                raise ValueError("url must be http://HOST… or https://HOST…; credentials belong into token_env")
-            if " " in self.url:
-                raise ValueError("url has a space: write it as %20")
-            try:
-                httpx.URL(self.url)
-            except httpx.InvalidURL as error:
-                raise ValueError(f"url: {error}") from error
-            _ = place.port  # raises ValueError outside 0 to 65535
+        for name, url in (("url", self.url), ("openai", self.openai)):
+            if url is not None:
+                _require_address(name, url)
         if self.command and self.token_env:
-            raise ValueError("token_env is for url: a command gets the variables that environment names")
-        if self.url and self.environment:
+            raise ValueError("token_env is for url and openai: a command gets the variables that environment names")
+        if not self.command and self.environment:
             raise ValueError("environment is for command: an endpoint gets the token that token_env names")
         return self
 
@@ -128,8 +141,15 @@ class CaptionProgram(Config):
 class CaptionerConfig(CaptionProgram):
     """A command or an HTTP endpoint of yours that captions images, called once per image."""
 
-    version: str = Field(min_length=1, max_length=100)
-    """Version of the model and its prompt, in your words: if it, command or url changes, all are captioned again."""
+    version: str | None = Field(None, min_length=1, max_length=100)
+    """Version of the model and its prompt, in your words: if it, command or url changes, all are captioned again. Null
+    is for ``openai`` alone, whose ``model``, ``prompt`` and ``max_tokens`` count in the same way."""
+    model: str | None = Field(None, min_length=1, max_length=200, exclude_if=is_unset)
+    """Name of the model of an ``openai`` server, such as qwen2.5vl."""
+    prompt: str | None = Field(None, min_length=1, max_length=10_000, exclude_if=is_unset)
+    """What an ``openai`` server is asked about each image."""
+    max_tokens: int | None = Field(None, ge=1, le=4096, exclude_if=is_unset)
+    """Longest answer of an ``openai`` server, in tokens; one that is cut does not count. Null: the server's limit."""
     replace: bool = False
     """Whether captions of the source are replaced; otherwise only images without one are captioned."""
     workers: int = Field(4, ge=1, le=256)
@@ -144,7 +164,22 @@ class CaptionerConfig(CaptionProgram):
     @property
     def identity(self) -> str:
         """Version and a digest of everything that determines the captions, as written to the records."""
-        return f"{self.version} ({digest_of([self.command, self.url, self.version])[:12]})"
+        parts: list[object] = [self.command, self.url, self.version]
+        if self.openai is not None:
+            parts += [self.openai, self.model, self.prompt, self.max_tokens]
+        return f"{self.version or self.model} ({digest_of(parts)[:12]})"
+
+    @model_validator(mode="after")
+    def _is_identified(self) -> Self:
+        chat = {"model": self.model, "prompt": self.prompt, "max_tokens": self.max_tokens}
+        if self.openai is None:
+            if self.version is None:
+                raise ValueError("version is missing: name the model and its prompt in your words")
+            if given := [name for name, value in chat.items() if value is not None]:
+                raise ValueError(f"{given[0]} is for openai: leave it out")
+        elif missing := [name for name, value in chat.items() if value is None and name != "max_tokens"]:
+            raise ValueError(f"openai needs a {missing[0]}")
+        return self
 
 
 class IngestConfig(StorageConfig):
@@ -153,9 +188,29 @@ class IngestConfig(StorageConfig):
     source: str = "images/digits"
     """Where the images lie: a folder, tar, zip, Parquet, table of URLs, s3:// prefix, hf:// data set …
     (diffusion/data/sources)."""
+    captions: CaptionSource | None = Field(None, exclude_if=is_unset)
+    """Where captions of images in folders, archives and on S3 are read from, unless a metadata.csv or metadata.jsonl
+    has them: NAME.txt, NAME.caption or NAME.json beside NAME.png, captions.csv, or none of these. Null: the first of
+    these that has one. Each line of a caption is a caption of its own."""
+    default_caption: Annotated[str, Field(min_length=1, max_length=1000)] | None = Field(None, exclude_if=is_unset)
+    """Caption of images without one."""
+    trigger: Annotated[str, Field(pattern=r"^\S(.*\S)?$", max_length=100)] | None = Field(None, exclude_if=is_unset)
+    """Word that names what a model is to learn: it replaces [trigger] in captions, is put before those that lack it,
+    and is the caption of images without one."""
+    folders: FolderNames | None = Field(None, exclude_if=is_unset)
+    """What the names of folders are. ``names``: classes. ``class``: classes, without the repeats of folders called as
+    in sd-scripts, 10_cat. ``caption``: the word of such a folder is the caption of its images without one, and there
+    are no classes. Null: class."""
     licence: str | None = Field(None, min_length=1, exclude_if=is_unset)
     """Licence of the images: CC-BY-4.0, or a sentence. It is written to the data set's manifest and every model's card;
     null: unchanged, or what the card of an hf:// data set says."""
+    opt_outs: Literal["respect", "ignore"] = "respect"
+    """What wishes of rights holders count for. ``respect``: images are quarantined if robots.txt, X-Robots-Tag or a
+    reservation for text and data mining of the host of their URL, or IPTC's Data Mining in their file, exclude them;
+    robots.txt knows this program as ``darkroom``. ``ignore``: for images that you have the rights to."""
+    leave_out: Path | None = Field(None, exclude_if=is_unset)
+    """Text file with images to leave out, an entry per line: names in the source, with ``*``, ``?`` and ``[…]`` as in
+    a shell, and SHA-256 of files or of stored pixels (``key``)."""
     enlarge: bool = False
     """Whether images that are smaller than ``size`` are enlarged; otherwise they are quarantined."""
     min_size: int = Field(1, ge=1)
@@ -165,8 +220,8 @@ class IngestConfig(StorageConfig):
     join it, all in one split; 24 finds other sizes and compressions, and few distinct images. ``auto``: the number is
     calibrated by a sample of the images at the first ingest with it, and part of the data set from then on."""
     captioner: CaptionerConfig | None = Field(None, exclude_if=is_unset)
-    """What captions images at the end of an ingest, before rules of ``curation`` drop any; null: images have the
-    captions of the source alone."""
+    """What captions images at the end of an ingest, after rules of ``curation`` have dropped some; null: images have
+    the captions of the source alone."""
     max_quarantined: float = Field(0.5, ge=0, le=1)
     """Share of quarantined images, among those read, above which the ingest fails."""
     max_pixels: int = Field(50_000_000, ge=64, le=178_956_970)

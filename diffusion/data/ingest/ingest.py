@@ -29,6 +29,7 @@ from diffusion.data.ingest.index import Index, explain_database_errors
 from diffusion.data.ingest.merge import Merge, write_part
 from diffusion.data.manifest import (
     Manifest,
+    Part,
     measures_folder,
     read_manifest,
     read_records,
@@ -39,6 +40,7 @@ from diffusion.data.manifest import (
 from diffusion.data.prefetch import FanOut, local_fan_out
 from diffusion.data.sources import open_source, reader_of
 from diffusion.data.sources.base import Access, ObjectStore
+from diffusion.data.sources.caption_files import CaptionTally
 from diffusion.data.sources.survey import Survey, survey
 
 logger = logging.getLogger(__name__)
@@ -78,6 +80,8 @@ class IngestResult(Config):
     """Number of images read that the set already has with another label or caption, which stays."""
     passed_over: dict[str, int]
     """Number of ignored files without an image's extension, by extension."""
+    captions_found: CaptionTally
+    """Captions of the source by where they stand, and what beside its images was not understood."""
     kept: int
     duplicates: int
     """Number of names in the data set's records whose pixels were already there."""
@@ -131,11 +135,12 @@ def ingest(
     rebuild: Rebuild = "never",
     objects: ObjectStore | None = None,
     fan_out: FanOut | None = None,
+    captions_later: bool = False,
 ) -> IngestResult:
     """Add what is new in ``config.source`` to the data set in ``folder`` (its name is the data set's).
 
-    Equal images, configuration and history give equal bytes. ``requeue`` reads quarantined entries again. A killed run
-    is simply repeated and reuses finished chunks. Concurrent ingests into one folder wait for one another.
+    Equal images, configuration and history give equal bytes. ``requeue`` reads quarantined entries again,
+    ``captions_later`` leaves the captioner to ``caption``. A killed run is repeated, and reuses finished chunks.
 
     Raises UserError if the source cannot be understood, no image can be used, more than ``config.max_quarantined``
     of those read are quarantined, or the data set stores its images in another way and ``rebuild`` is ``never``.
@@ -147,10 +152,10 @@ def ingest(
     with FileLock(work / "lock"), explain_database_errors(work):
         before = read_manifest(folder) if (folder / "manifest.json").is_file() else None
         rebuilding = before is None or require_same_storage(before, config, rebuild)
-        current = None if rebuilding else before
+        current, recorded_bits, parts = None if rebuilding else before, None, list[Part]()
         if current is not None:
             require_whole(folder, current)
-        recorded_bits = None if current is None else current.near_duplicate_bits
+            recorded_bits, parts = current.near_duplicate_bits, [*current.parts]
         needs_calibration = config.near_duplicates == "auto" and recorded_bits is None
         bits = None if needs_calibration else config.near_duplicate_bits(recorded_bits)
         with closing(Index(work / "index.sqlite", folder, before, bits)) as index:
@@ -167,11 +172,10 @@ def ingest(
                 recorded_bits, bits = calibration.recorded, calibration.bits
                 index.update(folder, current, bits)
             config = config.model_copy(update={"near_duplicates": bits})
-            parts = [] if current is None else list(current.parts)
-            merge = Merge(folder, config, index, origin, parts, access.about.get("source") or reader_of(config.source))
+            merging = config.model_copy(update={"captioner": None}) if captions_later else config
+            merge = Merge(folder, merging, index, origin, parts, access.about.get("source") or reader_of(config.source))
             chunks = fan_out(prepare_chunk, chunks_of(work, config, objects, planned_count))
-            licence = _licence(config, current, access.about.get("licence"))
-            facts = {"licence": licence, "near_duplicate_bits": recorded_bits}
+            facts = _facts(config, current, access.about.get("licence"), recorded_bits)
             try:
                 after, captions = _merge(merge, before, facts, chunks, planned_count, rebuilding, progress)
             except UserError:
@@ -182,6 +186,29 @@ def ingest(
                 remove_strays(folder)
             _remove_work(work)
             return _make_result(merge, before, after, access, listed_count, calibration, captions)
+
+
+def caption(folder: Path, config: IngestConfig, progress: Progress = ignore_progress) -> tuple[Manifest, CaptionCounts]:
+    """Caption the kept images of the data set in ``folder``, which makes a version if there are new captions.
+
+    An ingest does so by itself; this is for images that rules of curation left. Raises UserError as ``add_captions``.
+    """
+    assert config.captioner is not None
+    work = work_folder(folder)
+    with FileLock(work / "lock"), explain_database_errors(work):
+        before = read_manifest(folder)
+        bits = config.near_duplicate_bits(before.near_duplicate_bits)
+        with closing(Index(work / "index.sqlite", folder, before, bits)) as index, index.transaction():
+            merge = Merge(folder, config, index, "", list(before.parts))
+            counts = add_captions(merge, config.captioner, progress)
+            after = before
+            if merge.parts != list(before.parts):
+                after = before.make_child("captions", merge.parts)
+                after = after.model_copy(update={"content_digest": index.content_digest(after)})
+                write_manifest(folder, after)
+            index.set_version(after)
+        remove_strays(folder)
+    return after, counts
 
 
 def _no_images_error(source: str, other_files: int) -> UserError:
@@ -199,6 +226,8 @@ def _make_result(
     captions: CaptionCounts | None,
 ) -> IngestResult:
     index = merge.index
+    if access.captions.warning:
+        logger.warning("%s", access.captions.warning)
     return IngestResult(
         dataset=merge.folder.name,
         folder=merge.folder,
@@ -212,6 +241,7 @@ def _make_result(
         removed=merge.new_outcomes["removed"],
         relabelled=merge.relabelled,
         passed_over=dict(access.passed_over.most_common()),
+        captions_found=access.captions,
         kept=after.kept,
         duplicates=index.count("duplicate"),
         quarantined=[QuarantineExample(**row) for row in index.list_quarantined(1000)],
@@ -230,6 +260,13 @@ def forget_encodings(folder: Path) -> None:
     """Delete the encoded captions and images of the data set in ``folder``."""
     with suppress(FileNotFoundError):  # never read, or gone meanwhile
         shutil.rmtree(encodings_folder(folder))
+
+
+def _facts(config: IngestConfig, before: Manifest | None, licence: str | None, bits: int | None) -> dict[str, Any]:
+    """Fields of the manifest that follow neither from the images nor from how they are stored."""
+    is_ignored = config.opt_outs == "ignore" or (before is not None and before.opt_outs == "ignore")
+    policy = "ignore" if is_ignored else None
+    return {"licence": _licence(config, before, licence), "near_duplicate_bits": bits, "opt_outs": policy}
 
 
 def _licence(config: IngestConfig, before: Manifest | None, source_licence: str | None) -> str | None:

@@ -40,6 +40,7 @@ from diffusion.data.manifest import (
     work_folder,
 )
 from diffusion.data.shards import TarWriter
+from diffusion.data.sources.rights import count_reservations
 from diffusion.data.versions.versions import remember
 
 
@@ -237,7 +238,9 @@ def write_part(
     optional_fields = [field for field in OPTIONAL if any(row.get(field.name) for row in records)]
     table = pa.Table.from_pylist(records, pa.schema([*RECORDS, *optional_fields]))
     digest = write_atomically(staging_path, lambda partial: pq.write_table(table, partial, compression="zstd"))
-    kept_rows = [row for row in records if row["outcome"] == "kept"]
+    kept_rows, quarantined_rows = (
+        [row for row in records if row["outcome"] == name] for name in ("kept", "quarantined")
+    )
     train = [row for row in kept_rows if row["split"] == "train"]
     sums = {
         name: sum((np.broadcast_to(np.array(row[name], np.int64), 3) for row in train), np.zeros(3, np.int64)).tolist()
@@ -255,6 +258,7 @@ def write_part(
         source=source,
         shape=shape if shard is not None else None,
         captioners=_counts(kept_rows, CAPTIONER.name) or None,
+        reserved=count_reservations(_counts(quarantined_rows, "reason")) or None,
     )
 
 
@@ -340,6 +344,7 @@ def merge_versions(folder: Path, config: IngestConfig, remote: Manifest, base: M
                 content_digest="",
                 storage=remote.storage,
                 licence=remote.licence or local.licence,
+                opt_outs=remote.opt_outs or local.opt_outs,
                 near_duplicate_bits=recorded_bits,
                 parts=merge.parts,
             )

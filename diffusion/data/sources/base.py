@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -12,6 +12,7 @@ from PIL import Image
 from diffusion.common.files import sha256_bytes
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import UnusableEntryError
+from diffusion.data.sources.caption_files import MAX_TEXT_BYTES, CaptionTally
 
 MISSING = "named in the listing but missing"
 """Reason why a file that was listed, or named by metadata, is not read."""
@@ -76,6 +77,11 @@ class Source(ABC):
         errors (a full disk, a lost connection to S3) are raised, so that the whole chunk is retried.
         """
 
+    def read_texts(self, entries: Sequence[Entry]) -> Iterator[Payload]:
+        """Read files of text, of at most MAX_TEXT_BYTES, as ``read`` does."""
+        config = self.access.config.model_copy(update={"max_bytes": MAX_TEXT_BYTES})
+        return type(self)(self.place, replace(self.access, config=config), self.values).read(entries)
+
 
 def limit_texts(entry: Entry) -> Entry:
     """Limit the length of the texts of an entry: a longer one is cut or left out, and becomes its ``problem``."""
@@ -136,6 +142,8 @@ class Access:
     """None: ``s3://`` sources are rejected."""
     passed_over: Counter[str] = field(default_factory=Counter)
     """Number of files ignored by a listing because they are not images, by extension."""
+    captions: CaptionTally = field(default_factory=CaptionTally)
+    """What a listing found of captions."""
     listings: Path | None = None
     """Folder that outlasts the ingest, for what stands in remote files that cannot change; None: the scratch folder."""
     about: dict[Literal["source", "licence"], str] = field(default_factory=dict)

@@ -23,6 +23,7 @@ from diffusion.common.hub import HubFile, Repository, parse_hub_uri
 from diffusion.data.ingest.decode import UnusableEntryError
 from diffusion.data.prefetch import prefetch
 from diffusion.data.sources.base import Access, Entry, Payload, Source, too_large_error
+from diffusion.data.sources.caption_files import CAPTION_TABLE
 from diffusion.data.sources.conventions import METADATA_FILES, is_hidden, is_image, list_images, make_printable
 from diffusion.data.sources.local_files import TARS, expand_braces, open_text, stamp_of
 from diffusion.data.sources.object_store import IN_MEMORY, read_spooled
@@ -144,6 +145,7 @@ class HubDataset(Source):
         visible_files = [file for file in files if not is_hidden(file.path)]
         tables = [file.path for file in visible_files if posixpath.basename(file.path) in METADATA_FILES]
         images = [file.path for file in visible_files if is_image(file.path)]
+        caption_tables = [file.path for file in visible_files if posixpath.basename(file.path) == CAPTION_TABLE]
         if len(tables) > 1 and len({posixpath.dirname(path) for path in tables}) > 1:
             raise UserError(f"{self.uri} has metadata in several folders ({', '.join(tables[:5])}): choose a split")
         if not images:
@@ -152,14 +154,14 @@ class HubDataset(Source):
                 f"no images in {self.uri}: it has {', '.join(extensions[:10]) or 'no files'}, and Parquet, WebDataset "
                 "and folders of images are read; download others and give their path"
             )
-        root = posixpath.dirname(tables[0]) if tables else posixpath.commonpath(map(posixpath.dirname, images))
+        root = posixpath.dirname(tables[0]) if tables else _common_folder([*images, *caption_tables])
         prefix = f"{root}/" if root else ""
         members = [file for file in visible_files if file.path.startswith(prefix)]
         rows = (
             (make_printable(file.path.removeprefix(prefix)), json.dumps([repository.commit, *file, None]), file.digest)
             for file in members
         )
-        for entry in list_images(rows, f"{self.uri}/{root}", self._table, self.access.passed_over):
+        for entry in list_images(rows, f"{self.uri}/{root}", self._table, self.read_texts, self.access):
             yield entry._replace(source=make_printable(f"{self.name}/{prefix}") + entry.source)
 
     def _table(self, locator: str, _: str) -> TextIO:
@@ -196,6 +198,10 @@ class HubDataset(Source):
         with FileLock(path.with_name(f".{path.name}.lock")):
             # Whole if it is there; it need not be hashed for every chunk.
             return path if path.is_file() else Repository("dataset", self.name, commit).download(file, path)
+
+
+def _common_folder(paths: Sequence[str]) -> str:
+    return posixpath.commonpath(map(posixpath.dirname, paths))
 
 
 class _Place(NamedTuple):

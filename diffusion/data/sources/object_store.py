@@ -103,7 +103,7 @@ class Objects(Source):
 
     def entries(self) -> Iterator[Entry]:
         """Yield all images in the store's order; raises UserError for unreadable metadata."""
-        return list_images(self._files(), self.prefix, self._table, self.access.passed_over)
+        return list_images(self._files(), self.prefix, self._table, self.read_texts, self.access)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes, fetched concurrently; errors of the object store are passed on."""

@@ -22,7 +22,8 @@ from diffusion.common.errors import UserError
 from diffusion.common.parsing import parse_json
 from diffusion.data.ingest.decode import UnusableEntryError
 from diffusion.data.sources.base import MAX_CHARACTERS, MISSING, Entry, Payload, Source, too_large_error
-from diffusion.data.sources.conventions import make_printable, to_text
+from diffusion.data.sources.caption_files import to_caption, to_text
+from diffusion.data.sources.conventions import make_printable
 from diffusion.data.sources.local_files import changed_file_error, find_files, stamp, stamp_of
 
 IMAGES = ("image", "img", "picture", "photo", "bytes", "image_bytes", "png", "jpg", "jpeg", "webp")
@@ -121,7 +122,7 @@ class Parquet(Source):
             for batch in _batches(file, group, text_columns, 1024, min(self.access.config.max_page_bytes, 2**26), path):
                 values = {name: _values(batch[name]) for name in text_columns} | {None: [None] * len(batch)}
                 for label, caption in zip(values[columns.label], values[columns.caption], strict=True):
-                    yield _class(label, columns.classes), to_text(caption)
+                    yield _class(label, columns.classes), to_caption(caption)
         except PageTooLargeError as error:
             raise UserError(f"{path}, row group {group}, {' and '.join(text_columns)}: {error}") from error
         except pa.ArrowException:  # some are ValueErrors, too

@@ -22,7 +22,14 @@ from diffusion.data.ingest.chunks import digest_payload
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import TURNED, UnusableEntryError, ignore_pillow_warnings
 from diffusion.data.sources import open_source
-from diffusion.data.sources.base import Access, Entry, ObjectStore
+from diffusion.data.sources.base import Access, Entry, ObjectStore, Source
+from diffusion.data.sources.caption_files import (
+    CAPTION_COLUMNS,
+    CAPTION_TABLE,
+    LABEL_COLUMNS,
+    CaptionTally,
+    find_column,
+)
 from diffusion.data.sources.conventions import METADATA_FILES, records
 from diffusion.data.sources.local_files import open_text
 
@@ -34,8 +41,6 @@ MIN_CROPPED = 0.15
 """Share of the pixels that cropping to squares cuts from which keeping the shapes is proposed."""
 MIN_IMAGES = 1000
 """Images below which a model mostly copies them."""
-CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "description", "comment", "title")
-LABEL_COLUMNS = ("label", "class", "category")
 CHECKED = 100
 """Records of a table that are compared with the files beside it."""
 
@@ -76,6 +81,10 @@ class Survey(Config):
     """Images by label."""
     captions: int
     """Images with a caption."""
+    captions_found: CaptionTally
+    """Where they stand, and what beside the images was not understood."""
+    passed_over: dict[str, int]
+    """Number of ignored files without an image's extension, by extension."""
     captions_table: CaptionsTable | None
     """Table that probably holds captions, which the source does not use."""
 
@@ -130,12 +139,23 @@ class Survey(Config):
         if self.duplicates:
             lines.append(f"duplicates {self.duplicates:,} of {self.sampled:,} sampled images: one of each is kept")
         lines.append(f"classes    {len(self.classes):,}: {names}{rest}" if self.classes else "classes    none")
-        lines.append(f"captions   of {pluralize(self.captions, 'image')}" if self.captions else "captions   none")
+        found = self.captions_found
+        lines.append(f"captions   {found.describe() or 'none'}")
+        lines += [f"warning    {found.warning}"] if found.warning else []
         if self.captions_table is not None:
             lines.append(f"           {describe_table(self.captions_table)}")
+        lines += [f"folders    {folders}"] if (folders := found.describe_folders()) else []
+        lines += [f"ignored    {line}" for line in found.ignored_lines()]
+        lines += [f"ignored    {describe_passed_over(self.passed_over)}"] if self.passed_over else []
         if self.images < MIN_IMAGES:
             lines.append(f"note       {pluralize(self.images, 'image')}: so few that a model will mostly copy them")
         return lines
+
+
+def describe_passed_over(counts: Mapping[str, int]) -> str:
+    """Describe files that are neither images nor captions of one, by extension."""
+    shown = [f"{count:,} {extension or 'without extension'}" for extension, count in counts.items()][:5]
+    return f"neither images nor their captions: {', '.join(shown)}{' …' if len(counts) > len(shown) else ''}"
 
 
 def survey(
@@ -148,24 +168,16 @@ def survey(
 
     ``show`` is called with each image that it opens, of at most ``ingest.max_pixels``.
     """
-    source = open_source(config.source, Access(config, scratch, objects))
-    sample: list[tuple[int, Entry]] = []
-    classes, captions, count, generator = Counter[str](), 0, 0, random.Random(0)
-    for count, entry in enumerate(source.entries(), start=1):
-        if entry.label is not None:
-            classes[entry.label] += 1
-        captions += entry.caption is not None
-        # Reservoir sampling: each entry is in the sample with the same probability.
-        if len(sample) < SAMPLED:
-            sample.append((count, entry))
-        elif (place := generator.randrange(count)) < SAMPLED:
-            sample[place] = count, entry
+    access = Access(config, scratch, objects)
+    source = open_source(config.source, access)
+    count, classes, sample = _list(source)
+    captions = access.captions.captions
     table = find_captions(Path(config.source)) if not captions and Path(config.source).is_dir() else None
     if not count:
         raise UserError(f"no images in {config.source}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images")
     sizes, is_coloured, digests = list[tuple[int, int]](), False, Counter[str]()
     ignore_pillow_warnings()
-    for payload in source.read([entry for _, entry in sorted(sample)]):
+    for payload in source.read(sample):
         if isinstance(payload, UnusableEntryError):
             continue
         try:
@@ -195,15 +207,35 @@ def survey(
         channels=3 if is_coloured else 1,
         classes=dict(sorted(classes.items())),
         captions=captions,
+        captions_found=access.captions,
+        passed_over=dict(access.passed_over.most_common()),
         captions_table=table,
     )
+
+
+def _list(source: Source) -> tuple[int, Counter[str], list[Entry]]:
+    """List a source: the number of its images, by class, and a random sample of them in their order."""
+    sample: list[tuple[int, Entry]] = []
+    classes, count, generator = Counter[str](), 0, random.Random(0)
+    for count, entry in enumerate(source.entries(), start=1):
+        if entry.problem is None:
+            source.access.captions.add(entry.source, entry.caption)
+        if entry.label is not None:
+            classes[entry.label] += 1
+        # Reservoir sampling: each entry is in the sample with the same probability.
+        if len(sample) < SAMPLED:
+            sample.append((count, entry))
+        elif (place := generator.randrange(count)) < SAMPLED:
+            sample[place] = count, entry
+    return count, classes, [entry for _, entry in sorted(sample)]
 
 
 def find_captions(folder: Path) -> CaptionsTable | None:
     """Find a table in ``folder`` that names its images, with a column of captions, and is not used by ``ingest``."""
     if any((folder / name).exists() for name in METADATA_FILES):
         return None
-    for path in sorted((*folder.glob("*.csv"), *folder.glob("*.jsonl"))):
+    tables = (*folder.glob("*.csv"), *folder.glob("*.jsonl"))
+    for path in sorted(path for path in tables if path.name != CAPTION_TABLE):
         try:
             with open_text(path) as lines:
                 rows = [row for row, _ in zip(records(lines, str(path)), range(CHECKED), strict=False)]
@@ -211,10 +243,9 @@ def find_captions(folder: Path) -> CaptionsTable | None:
             continue
         columns = list(rows[0]) if rows else []
         image = next((name for name in columns if _names_images(folder, rows, name)), None)
-        text = next((name for name in columns if name.strip().lower() in CAPTION_COLUMNS and name != image), None)
+        text = find_column((name for name in columns if name != image), CAPTION_COLUMNS)
         if image is not None and text is not None:
-            label = next((name for name in columns if name.strip().lower() in LABEL_COLUMNS), None)
-            return CaptionsTable(path=path, image=image, text=text, label=label)
+            return CaptionsTable(path=path, image=image, text=text, label=find_column(columns, LABEL_COLUMNS))
     return None
 
 
@@ -228,7 +259,7 @@ def describe_table(table: CaptionsTable) -> str:
     """Describe what ``table`` probably is, and how to use it."""
     return (
         f"{table.path.name} probably has their captions ({table.image} = file_name, {table.text} = text), but only "
-        f"metadata.csv is read: `darkroom init {table.path.parent} --write-metadata` writes it"
+        f"metadata.csv and captions.csv are read: `darkroom init {table.path.parent} --write-metadata` writes it"
     )
 
 

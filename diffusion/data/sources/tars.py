@@ -23,7 +23,8 @@ from diffusion.data.sources.base import (
     too_large_error,
     too_long_reason,
 )
-from diffusion.data.sources.conventions import is_image, list_images, make_printable, to_text
+from diffusion.data.sources.caption_files import MAX_TEXT_BYTES, to_caption, to_text
+from diffusion.data.sources.conventions import is_image, list_images, make_printable
 from diffusion.data.sources.local_files import TARS, decompress, find_files, open_unchanged, stamp_of
 from diffusion.data.sources.object_store import fetch_object, find_objects
 
@@ -61,7 +62,7 @@ class Tar(Source):
         file_stamp, where = stamp_of(self.path), str(self.path)
         plain_path = decompress(self.path, file_stamp, self.access)
         files = ((member.name, json.dumps(member.place), file_stamp) for member in members(plain_path, where))
-        for entry in list_images(files, where, self._table, self.access.passed_over):
+        for entry in list_images(files, where, self._table, self.read_texts, self.access):
             yield entry._replace(source=f"{self.path.name}/{entry.source}", stamp=file_stamp)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
@@ -238,13 +239,12 @@ def _read_texts(sidecars: dict[str, TarMember], file: BinaryIO) -> tuple[str | N
     """Return label and caption of a sample; raises ValueError for invalid ones."""
     texts = {}
     for kind, member in sidecars.items():
-        # Parsed JSON may take a hundred times as many bytes.
-        data = read_slice(file, member.place, 2**18)
+        data = read_slice(file, member.place, MAX_TEXT_BYTES)
         if isinstance(data, UnusableEntryError):
             raise ValueError(f"{member.name}: {data}")
         texts[kind] = data.decode("utf-8-sig").strip()
     metadata = parse_json(texts.get("json", "{}"))
     if not isinstance(metadata, dict):
         metadata = {}
-    label, caption = to_text(metadata.get("label")), to_text(metadata.get("caption") or metadata.get("text"))
+    label, caption = to_text(metadata.get("label")), to_caption(metadata.get("caption") or metadata.get("text"))
     return label or texts.get("cls") or None, caption or texts.get("txt") or None

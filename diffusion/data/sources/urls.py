@@ -1,6 +1,7 @@
 """A table of URLs, CSV or JSON lines: images fetched over HTTP from hosts that are not trusted."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from tempfile import SpooledTemporaryFile
 
@@ -9,9 +10,11 @@ from diffusion.common.http_client import HttpClient, HttpError, PrivateAddressEr
 from diffusion.data.ingest.decode import UnusableEntryError
 from diffusion.data.prefetch import prefetch
 from diffusion.data.sources.base import Entry, Payload, Source
-from diffusion.data.sources.conventions import make_printable, records, texts_of, to_text
+from diffusion.data.sources.caption_files import to_text
+from diffusion.data.sources.conventions import make_printable, records, texts_of
 from diffusion.data.sources.local_files import open_text
 from diffusion.data.sources.object_store import IN_MEMORY, read_spooled
+from diffusion.data.sources.rights import Reservations
 
 WORKERS = 16
 
@@ -20,7 +23,8 @@ class Urls(Source):
     """The images that a table names by ``url`` (or ``image_url``), with ``label`` and ``text`` or ``caption``.
 
     Column names are case-insensitive. Only http and https are fetched, and only from hosts with a public address unless
-    ``allow_private_addresses``. Permanent failures, or ``download_tries`` transient ones, are quarantined.
+    ``allow_private_addresses``, as far as robots.txt permits it. What is reserved (``diffusion.data.sources.rights``),
+    permanent failures, or ``download_tries`` transient ones, are quarantined.
     """
 
     scheme = "urls"
@@ -45,25 +49,33 @@ class Urls(Source):
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes, fetched concurrently."""
         config = self.access.config
-        client = HttpClient(
-            config.download_seconds, connections=WORKERS, public_only=not config.allow_private_addresses
+        make_client = partial(
+            HttpClient, config.download_seconds, connections=WORKERS, public_only=not config.allow_private_addresses
         )
-        answers = prefetch(partial(self._fetch, client), entries, WORKERS)
-        try:
-            yield from read_spooled(answers)
-        finally:
-            client.stopped.set()
-            answers.close()
-            client.close()
+        # Its own, as a client has one exchange per thread at a time.
+        with closing(make_client()) as asking:
+            folder, tries = self.access.scratch / "rights", config.download_tries
+            rights = Reservations(asking, folder, tries) if config.opt_outs == "respect" else None
+            client = make_client(permit=rights.require_permitted if rights else None)
+            answers = prefetch(partial(self._fetch, client, rights), entries, WORKERS)
+            try:
+                yield from read_spooled(answers)
+            finally:
+                client.stopped.set()
+                asking.stopped.set()
+                answers.close()
+                client.close()
 
-    def _fetch(self, client: HttpClient, entry: Entry) -> "SpooledTemporaryFile[bytes] | UnusableEntryError":
+    def _fetch(
+        self, client: HttpClient, rights: Reservations | None, entry: Entry
+    ) -> "SpooledTemporaryFile[bytes] | UnusableEntryError":
         url, config = entry.locator, self.access.config
         if not url:
             return UnusableEntryError("a row without a URL")
         if not url.lower().startswith(("http://", "https://")):
             return UnusableEntryError("neither an http:// nor an https:// URL: local files are read from a folder")
         try:
-            return client.retrying(config.download_tries)(self._get, client, url)
+            return client.retrying(config.download_tries)(self._get, client, rights, url)
         except RetryableError as error:
             return UnusableEntryError(f"{error}, at each of {config.download_tries} tries")
         except PrivateAddressError as error:
@@ -73,11 +85,13 @@ class Urls(Source):
         except HttpError as error:
             return UnusableEntryError(str(error))
 
-    def _get(self, client: HttpClient, url: str) -> "SpooledTemporaryFile[bytes]":
+    def _get(self, client: HttpClient, rights: Reservations | None, url: str) -> "SpooledTemporaryFile[bytes]":
         headers = {"Accept": "image/*, */*;q=0.5"}
         with client.stream("GET", url, headers, max_bytes=self.access.config.max_bytes) as response:
             if not 200 <= response.status < 300:
                 raise HttpError(response.reason)
+            if rights is not None:
+                rights.require_unreserved(response)
             file = SpooledTemporaryFile(IN_MEMORY, dir=str(self.access.scratch))  # noqa: SIM115 (closed by its reader)
             for piece in response.pieces:
                 file.write(piece)

@@ -58,7 +58,7 @@ class Zip(Source):
             (name, json.dumps(problem or [file_stamp, *place]), f"{place.size}:{place.crc:08x}")
             for name, problem, place in members(self.path)
         )
-        for entry in list_images(files, str(self.path), self._table, self.access.passed_over):
+        for entry in list_images(files, str(self.path), self._table, self.read_texts, self.access):
             yield entry._replace(source=f"{self.path.name}/{entry.source}", stamp=entry.stamp or file_stamp)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:

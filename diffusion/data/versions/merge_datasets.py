@@ -119,6 +119,8 @@ def merge_datasets(
         if new_parts != before.parts:
             names = ", ".join(f"{manifest.name} {manifest.digest[:12]}" for manifest in rest)
             after = before.make_child(f"merge of {names}", new_parts, digest)
+            policies = (manifest.opt_outs for manifest in (before, *rest))
+            after = after.model_copy(update={"opt_outs": next(filter(None, policies), None)})
             write_manifest(folder, after)
         remove_strays(folder)
         return MergeResult(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, dropwhile, islice, pairwise
 from operator import itemgetter
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -108,6 +109,10 @@ class Contents(Config):
     """Sources with versions of which it has images, as hf://datasets/OWNER/NAME@COMMIT."""
     captioners: dict[str, int]
     """Number of images by the captioner that captioned them."""
+    reserved: dict[str, int]
+    """Number of images that rights holders reserved, by how they said so."""
+    opt_outs: Literal["respect", "ignore"]
+    """Whether all of its images came in with the wishes of rights holders respected."""
     quarantined_count: int | None
     """Number of quarantined entries by the last record of each name; None if a required table is unavailable."""
     quarantined: list[QuarantineEntry] | None
@@ -299,6 +304,8 @@ def show(folder: Path, version: Manifest, elsewhere: Elsewhere = find_nothing, l
         shard_bytes=sum(shard.bytes for shard in version.shards),
         sources=version.sources,
         captioners=version.captioners,
+        reserved=version.reserved,
+        opt_outs=version.opt_outs or "respect",
         quarantined_count=None if quarantine is None else len(quarantine),
         quarantined=None if quarantine is None else first_entries(quarantine, limit),
         reasons=reasons and [Reason(reason=reason, count=count) for reason, count in reasons],

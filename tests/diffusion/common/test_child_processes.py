@@ -63,11 +63,7 @@ def test_an_ingest_killed_alone_takes_its_processes_along(folder: Path) -> None:
     assert left_behind(mark) == []
 
 
-@pytest.mark.drill(
-    "torchrun alone is killed",
-    "SIGKILL of torchrun, not of its ranks",
-    "the ranks end within seconds",
-)
+@pytest.mark.drill("torchrun alone is killed", "SIGKILL of torchrun, not of its ranks", "the ranks end within seconds")
 def test_ranks_end_when_torchrun_is_killed(dataset: Path, tmp_path: Path) -> None:
     """SIGKILL to torchrun while two processes train: neither of them trains on."""
     work = tmp_path / "work"

@@ -1,4 +1,4 @@
-"""What is no model file is refused in one line that says how to come to one."""
+"""What is not a model file is refused in one line that says how to come to one."""
 
 from pathlib import Path
 
@@ -10,17 +10,17 @@ from diffusion.common.errors import UserError
 from diffusion.common.model_files import read_header
 
 
-def test_the_folder_of_a_pipeline_is_to_be_imported_first(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"is a folder: .*`darkroom model import {tmp_path} --out FILE.safetensors`"):
-        read_header(tmp_path)
-
-
-def test_weights_of_another_library_must_be_imported(tmp_path: Path) -> None:
-    save_file({"conv_in.weight": torch.zeros(1)}, tmp_path / "unet.safetensors")
-    with pytest.raises(UserError, match="import a diffusers pipeline as a folder by `darkroom model import`"):
-        read_header(tmp_path / "unet.safetensors")
-
-
-def test_a_missing_file_is_trained_or_imported(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="train one with `darkroom train`, or import one with `darkroom model import`"):
-        read_header(tmp_path / "gone.safetensors")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("", r"is a folder: .*`darkroom model import .*/weights --out FILE.safetensors`"),
+        ("unet.safetensors", "import a diffusers pipeline as a folder by `darkroom model import`"),
+        ("gone.safetensors", "train one with `darkroom train`, or import one with `darkroom model import`"),
+    ],
+)
+def test_other_files_say_how_to_come_to_a_model(name: str, words: str, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    save_file({"conv_in.weight": torch.zeros(1)}, folder / "unet.safetensors")
+    with pytest.raises(UserError, match=words):
+        read_header(folder / name)

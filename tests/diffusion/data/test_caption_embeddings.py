@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.caption_embeddings import MINI_LM, Captions, embeddings_of, seconds_to_read
+from diffusion.data.caption_texts import list_texts
 from diffusion.data.dataset import Dataset
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import encodings_folder, ingest
@@ -50,8 +52,9 @@ def ingested(source: Path, folder: Path) -> Dataset:
 
 
 def read(dataset: Dataset, pool: ThreadPoolExecutor, progress: Progress = ignore_progress) -> Captions:
-    texts, numbers = dataset.different_captions()
-    return Captions(embeddings_of(dataset, texts, pool, progress), numbers, MINI_LM)
+    captions, numbers = dataset.different_captions()
+    texts = list_texts(captions, None, 0)
+    return Captions(embeddings_of(dataset, texts.texts, pool, progress), numbers, MINI_LM, texts)
 
 
 def embedding_files(folder: Path) -> dict[str, bytes]:
@@ -116,6 +119,24 @@ def test_damaged_caption_embeddings_are_recomputed_identically(
     assert torch.equal(read(dataset, pool).embeddings, expected)
     assert len(fake_encoder.read) == 6
     assert embedding_files(dataset.folder) == files
+
+
+def test_one_of_several_captions_is_drawn_and_the_first_without_a_draw(
+    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, fake_encoder: FakeEncoder
+) -> None:
+    (source / "metadata.csv").unlink()
+    for number in range(8):
+        (source / f"{number:02d}.txt").write_text("one\ntwo\n")
+    dataset, reference = ingested(source, tmp_path / "data" / "blobs"), FakeEncoder()
+    rows = list(range(12))
+    has_caption = [caption is not None for caption in dataset.captions(rows)]
+    assert (sum(has_caption), {*dataset.captions(rows)}) == (8, {"one", None})
+    captions = read(dataset, pool)
+    u = np.linspace(0, 1, 12, endpoint=False)
+    for draws in (None, u):
+        for row, embedding in zip(rows, captions.select_rows(rows, draws), strict=True):
+            text = "two" if draws is not None and u[row] >= 0.5 else "one"
+            assert torch.equal(embedding, reference(text) if has_caption[row] else torch.zeros(384))
 
 
 def test_grown_data_set_encodes_only_new_captions(

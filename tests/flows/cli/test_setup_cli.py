@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from scipy.stats import binom
 
 from diffusion.common.model_files import METADATA_KEY
+from diffusion.data.manifest import read_manifest
 from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
 from flows.cli.retraining_commands import _describe_retraining
@@ -36,7 +37,7 @@ def captioned(tmp_path: Path) -> Path:
     for number in range(4):
         blob(number).save(folder / f"{number}.png")
     rows = "".join(f'{number}.png,"a blob, number {number}",round\n' for number in range(4))
-    (folder / "captions.csv").write_text(f"image,caption,class\n{rows}")
+    (folder / "prompts.csv").write_text(f"image,caption,class\n{rows}")
     return folder
 
 
@@ -127,16 +128,12 @@ def test_table_of_captions_becomes_metadata_on_request(run: CommandLine, caption
     survey = run.json("init", str(captioned), "--dataset", "blobs")["survey"]
     assert (survey["captions"], survey["captions_table"]["image"]) == (0, "image")
     assert not (captioned / "metadata.csv").exists()
-    assert "captions.csv" in run("ingest", str(captioned), "--dataset", "plain", "--set", "ingest.size=12", "--local")
+    assert "prompts.csv" in run("ingest", str(captioned), "--dataset", "plain", "--set", "ingest.size=12", "--local")
     Path("params.yaml").unlink()
     survey = run.json("init", str(captioned), "--write-metadata")["survey"]
     assert (survey["captions"], survey["classes"], survey["captions_table"]) == (4, {"round": 4}, None)
     with (captioned / "metadata.csv").open() as file:
-        assert next(iter(csv.DictReader(file))) == {
-            "file_name": "0.png",
-            "text": "a blob, number 0",
-            "label": "round",
-        }
+        assert next(iter(csv.DictReader(file))) == {"file_name": "0.png", "text": "a blob, number 0", "label": "round"}
     run("init", str(captioned), "--write-metadata", code=2)
 
 
@@ -165,7 +162,7 @@ def test_edited_configuration_is_kept_with_a_hint_that_fits(run: CommandLine, ca
 
 @pytest.mark.parametrize("answer", [True, False])
 def test_captions_are_offered_in_a_terminal_before_the_configuration(
-    run: CommandLine, captioned: Path, monkeypatch: pytest.MonkeyPatch, answer: bool
+    run: CommandLine, captioned: Path, answer: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     questions = []
 
@@ -178,9 +175,105 @@ def test_captions_are_offered_in_a_terminal_before_the_configuration(
         monkeypatch.setattr(stream, "isatty", lambda: True)
     run("init", str(captioned), "--dataset", "blobs")
     [(question, was_written)] = questions
-    assert "captions.csv" in question
+    assert "prompts.csv" in question
     assert not was_written
     assert load_params(Path("params.yaml"), []).model.text is answer
+
+
+def test_init_and_ingest_count_captions_beside_images(run: CommandLine, captioned: Path) -> None:
+    (captioned / "prompts.csv").unlink()
+    for number in range(3):
+        (captioned / f"{number}.txt").write_text(f"a blob, number {number}")
+    (captioned / "notes.md").write_text("")
+    counts = "captions   3 of 4 images, from NAME.txt; first: a blob, number 0"
+    lines = run("init", str(captioned), "--dataset", "blobs").splitlines()
+    assert {counts, "warning    1 of 4 images has no caption, such as 3.png"} <= {*lines}
+    assert any(line.startswith("ignored") and "1 .md" in line for line in lines)
+    params = load_params(Path("params.yaml"), [])
+    assert params.model.text
+    lines = run("ingest", "--local").splitlines()
+    assert counts.replace("captions   ", "captions ") in lines
+    assert any(line.startswith("ignored") and "1 .md" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("names", "captioned_too", "folders", "weights", "classes"),
+    [
+        (["10_cat", "5_dog"], False, "class", {"10_cat/*": 10, "5_dog/*": 5}, {"cat": 4, "dog": 4}),
+        (["10_cat", "10_dog"], False, "class", None, {"cat": 4, "dog": 4}),
+        (["10_sks dog"], False, "caption", None, {}),
+        (["10_cat", "1_dog"], True, "caption", {"10_cat/*": 10, "1_dog/*": 1}, {}),
+        (["cat", "dog"], False, None, None, {"cat": 4, "dog": 4}),
+    ],
+)
+def test_folders_of_sd_scripts_are_recognised(
+    run: CommandLine,
+    tmp_path: Path,
+    names: list[str],
+    captioned_too: bool,
+    folders: str | None,
+    weights: dict[str, float] | None,
+    classes: dict[str, int],
+) -> None:
+    for number in range(4 * len(names)):
+        path = tmp_path / "img" / names[number % len(names)] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        blob(number).save(path)
+    if captioned_too:
+        (tmp_path / "img" / "10_cat" / "0.txt").write_text("a captioned cat")
+    about = run.json("init", "img")
+    params = load_params(Path("params.yaml"), [])
+    assert (params.ingest.folders, params.training.weights) == (folders, weights)
+    assert about["survey"]["classes"] == classes
+    assert params.model.text is (folders == "caption")
+    # By accident, without init's setting: no class is called after the repeats.
+    result = run.json("ingest", "img", "--local", "--dataset", "bare", "--set", "ingest.folders=null")
+    assert result["kept"] == 4 * len(names)
+    histogram = read_manifest(Path("data/bare")).class_histogram
+    assert histogram == ({name.partition("_")[2] or name: 4 for name in names} if len(names) > 1 else {})
+
+
+def test_init_takes_over_the_configuration_of_another_trainer(run: CommandLine, images: Path) -> None:
+    Path("job.yaml").write_text(
+        """
+config:
+  process:
+    - trigger_word: p3r5on
+      network: {type: lora, linear: 16, linear_alpha: 8}
+      datasets: [{folder_path: images, resolution: [12, 2048], shuffle_tokens: true, cache_latents_to_disk: true}]
+      train: {batch_size: 2, steps: 20, lr: 1e-4, optimizer: adamw8bit}
+      model: {name_or_path: black-forest-labs/FLUX.1-dev}
+"""
+    )
+    about = run.json("init", "--from", "job.yaml", "--dataset", "person")
+    params = load_params(Path("params.yaml"), [])
+    assert (params.ingest.source, params.ingest.size, params.ingest.trigger) == ("images", 12, "p3r5on")
+    training = params.training
+    assert (training.batch_size, training.images, training.learning_rate) == (2, 40, 1e-4)
+    assert training.tags is not None
+    assert training.tags.shuffle
+    assert params.model.text
+    assert about["taken"]["training.images"] == 40
+    assert {"train.optimizer", "datasets[0].cache_latents_to_disk"} <= about["left"].keys()
+    text = Path("params.yaml").read_text()
+    assert "FLUX.1-dev" in text
+    assert '# lora: {"rank": 16, "alpha": 8' in text
+    assert run.json("ingest", "--local")["captions_found"]["captions"] == 0
+    Path("params.yaml").unlink()
+    # What is not valid here is left out with the reason, instead of a configuration that is not.
+    Path("job.yaml").write_text("config: {process: [{datasets: [{folder_path: images, resolution: 4096}]}]}")
+    about = run.json("init", "--from", "job.yaml")
+    assert "1024" in about["left"]["ingest.size"]
+    assert load_params(Path("params.yaml"), []).ingest.size == 12
+
+
+def test_init_without_images_or_from_no_configuration_is_a_mistake(run: CommandLine, tmp_path: Path) -> None:
+    assert "darkroom init FOLDER" in run.mistake("init")
+    (tmp_path / "no.toml").write_text("= no toml")
+    assert "no.toml" in run.mistake("init", "--from", "no.toml")
+    (tmp_path / "empty.toml").write_text("[general]\nshuffle_caption = true\n")
+    assert "names no folder" in run.mistake("init", "--from", "empty.toml")
+    assert not Path("params.yaml").exists()
 
 
 @pytest.mark.parametrize(("names", "option"), [(["train"], ""), (["t10k"], ""), (["t10k", "train"], "?split=train")])
@@ -280,12 +373,11 @@ def test_ls_lists_what_is_here_without_servers(run: CommandLine, dataset: Path, 
 
 
 def test_ls_lists_damaged_runs_but_no_deleted_batches(
-    run: CommandLine, store: Store, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: CommandLine, store: Store, bucket: str, tmp_path: Path
 ) -> None:
     (tmp_path / "runs" / "blobs" / "checkpoints").mkdir(parents=True)
     header = {METADATA_KEY: json.dumps({"model_header": []})}
     save_file({}, tmp_path / "runs" / "blobs" / "final.safetensors", header)
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
     for number, text in enumerate((b"{}", b"[]", b"{", b'{"model": "m", "version": 1, "count": 4, "seed": 7}')):
         store.put_once(bucket, f"samples/m/1/{number}/batch.json", text)
     store.put_once(bucket, "samples/m/1/gone/batch.json", b"{}")
@@ -371,11 +463,7 @@ def test_dry_run_of_several_trainings_shows_all_times(
     estimate = SimpleNamespace(seconds=20.0, lines=lambda: lines, model_dump=lambda mode: {})
     monkeypatch.setattr("diffusion.training.train.preflight", lambda *_: estimate)
     words = ["sweep", "--over", "training.seed=1,2", "--dry-run", "--dataset", "blobs"]
-    assert run(*words).splitlines() == [
-        "seed=1: 20 seconds",
-        "seed=2: 20 seconds",
-        "2 trainings, 40 seconds in all",
-    ]
+    assert run(*words).splitlines() == ["seed=1: 20 seconds", "seed=2: 20 seconds", "2 trainings, 40 seconds in all"]
 
 
 def test_quiet_shows_the_result_alone_before_or_after_the_command(

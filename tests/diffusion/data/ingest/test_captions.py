@@ -1,9 +1,7 @@
 """Captions by a command or an endpoint of the user's: called once per image, whatever happens meanwhile."""
 
 import json
-import os
 import random
-import signal
 import socket
 import subprocess
 import sys
@@ -20,10 +18,9 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
+import diffusion
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes
-from diffusion.curation.config import CurationConfig
-from diffusion.curation.curate import curate
 from diffusion.data.dataset import Dataset, open_webdataset
 from diffusion.data.ingest.config import CaptionerConfig, IngestConfig
 from diffusion.data.ingest.ingest import IngestResult, ingest
@@ -32,7 +29,6 @@ from diffusion.data.manifest import read_manifest, versions
 from diffusion.data.versions.difference import diff
 from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
-from diffusion.evaluation.config import EvaluationConfig
 from tests.builders import ROOT
 from tests.builders.http_server import Serve, dripped, listening, request_of, response, serving
 from tests.builders.ingested import files_of, records
@@ -437,18 +433,39 @@ def test_an_endpoint_that_redirects_is_not_followed(images: Path, data: Path, mo
     assert requests == []
 
 
-def test_images_dropped_before_captioning_are_not_sent(images: Path, data: Path) -> None:
+def test_images_that_rules_drop_are_not_sent(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     for number in range(3):
         Image.new("L", (8, 8), 60 * number).save(images / f"flat-{number}.png")
-    first = run(images, data, None)
-    rules, config = CurationConfig(min_contrast=1), IngestConfig(source=str(images), size=8, workers=1)
-    assert curate(data, rules, config, EvaluationConfig()).dropped == 3
-    endpoint = Endpoint()
+    endpoint, data, rules = Endpoint(), tmp_path / "data" / "blobs", {"min_contrast": 1}
     with endpoint.running() as url:
-        result = run(images, data, {"url": url})
-    assert result.captions is not None
-    assert result.captions.requests == sum(endpoint.requests.values()) == first.kept - 3
-    assert result.kept == first.kept - 3
+        captioner = {"url": url, "version": "one"}
+
+        def run(**captions: Any) -> IngestResult:
+            return diffusion.ingest(images, "blobs", size=8, curation=rules, captioner=captioner | captions)
+
+        first = run()
+        assert first.captions is not None
+        assert first.captions.requests == sum(endpoint.requests.values()) == first.kept == 48
+        assert first.dropped == 3
+        assert first.digest == read_manifest(data).digest
+        assert set(captions(data).values()) == {caption(image) for image in pngs(data).values()}
+        again = run()
+        assert (again.changed, again.digest) == (False, first.digest)
+        blob(100).save(images / "new.png")
+        grown = run()
+        assert grown.captions is not None
+        assert (grown.kept, grown.captions.requests, sum(endpoint.requests.values())) == (49, 1, 49)
+        blob(101).save(images / "newer.png")
+        endpoint.status[""] = [400] * 9
+        with pytest.raises(UserError):
+            run(max_failed=0)
+        endpoint.status[""] = []
+        assert run().kept == 50
+        assert sum(endpoint.requests.values()) == 51
+    rows = [row for row in records(data) if row["outcome"] == "dropped"]
+    assert len(rows) == 3
+    assert not any(row["caption"] for row in rows)
 
 
 def test_a_takedown_forgets_the_answers_about_its_images(images: Path, data: Path) -> None:
@@ -495,7 +512,7 @@ def test_killed_at_random_moments_no_image_with_a_stored_answer_is_asked_again(
             while sum(endpoint.requests.values()) == before and process.poll() is None:
                 time.sleep(0.005)
             time.sleep(chance.uniform(0, 0.15))
-            os.kill(process.pid, signal.SIGKILL)
+            process.kill()
             survived |= process.wait() == 0
         result = ingest(data, IngestConfig.model_validate(settings))
     assert captions(data) == {key: caption(png) for key, png in pngs(data).items()}
@@ -504,3 +521,16 @@ def test_killed_at_random_moments_no_image_with_a_stored_answer_is_asked_again(
     assert times_sent[1] >= 48 - kills * workers
     assert len(list(versions(data))) == 1
     assert survived or (result.captions is not None and result.captions.cached + result.captions.requests == 48)
+
+
+def test_a_trigger_is_no_caption_where_rules_come_first(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    endpoint = Endpoint()
+    with endpoint.running() as url:
+        captioner = {"url": url, "version": "one"}
+        rules = {"min_contrast": 1}
+        result = diffusion.ingest(images, "blobs", size=8, curation=rules, captioner=captioner, trigger="sks")
+    assert result.captions is not None
+    assert result.captions.requests == result.kept == 48

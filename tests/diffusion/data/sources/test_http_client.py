@@ -75,7 +75,8 @@ def names(monkeypatch: pytest.MonkeyPatch) -> Names:
 
 def fetched(tmp_path: Path, *urls: str, **fields: object) -> list[object]:
     rows: list[dict[str, object]] = [{"url": url} for url in urls]
-    source_access = access(tmp_path / "scratch", **({"download_tries": 1, "allow_private_addresses": False} | fields))
+    settings = {"download_tries": 1, "allow_private_addresses": False, "opt_outs": "ignore"}
+    source_access = access(tmp_path / "scratch", **(settings | fields))
     return [each.payload for each in read_all(table(tmp_path / "urls.jsonl", rows), source_access)]
 
 
@@ -249,7 +250,7 @@ def test_quarantined_private_urls_are_fetched_once_allowed(names: Names, tmp_pat
         names.routes[PUBLIC] = port
         rows = [f"http://public.test/{number}" for number in range(12)] + [f"http://127.0.0.1:{port}/99"]
         path = table(tmp_path / "urls.jsonl", [{"url": url, "label": "a"} for url in rows])
-        config = IngestConfig(source=str(path), size=8, held_out=0.33)
+        config = IngestConfig(source=str(path), size=8, held_out=0.33, opt_outs="ignore")
         allowed = config.model_copy(update={"allow_private_addresses": True})
         first = ingest(tmp_path / "data", config)
         assert (first.kept, [each.source for each in first.quarantined]) == (12, [rows[-1]])
@@ -435,7 +436,7 @@ def test_closing_the_reader_does_not_wait_for_a_slow_server(names: Names, tmp_pa
 
     with listening(serve) as port:
         rows: list[dict[str, object]] = [{"url": f"http://127.0.0.1:{port}/{name}"} for name in ("first", "second")]
-        source_access = access(tmp_path / "scratch", download_seconds=600)
+        source_access = access(tmp_path / "scratch", download_seconds=600, opt_outs="ignore")
         source = open_source(str(table(tmp_path / "urls.jsonl", rows)), source_access)
         reading = source.read(list(source.entries()))
         assert next(reading) == png(1)

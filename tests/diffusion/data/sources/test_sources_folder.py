@@ -94,6 +94,26 @@ def test_invalid_metadata_is_an_error_of_one_line(tmp_path: Path, name: str, tex
     assert str(root / name) in str(error.value)
 
 
+def test_metadata_of_each_split_is_relative_to_its_folder(tmp_path: Path) -> None:
+    files = {
+        "train/a.png": b"1",
+        "train/metadata.jsonl": b'{"file_name": "a.png", "label": "cat", "text": "a cat"}',
+        "test/x/a.png": b"2",
+        "test/metadata.csv": b"file_name,label\nx/a.png,dog\nb.png,\n",
+        "notes.txt": b"",
+    }
+    found = by_name(write_files(tmp_path / "set", files), tmp_path / "scratch")
+    missing = found.pop("test/b.png")[2]
+    assert "missing" in str(missing)
+    assert found == {"train/a.png": ("cat", "a cat", b"1"), "test/x/a.png": ("dog", None, b"2")}
+    # With images elsewhere it describes no splits: folders are classes.
+    write_files(tmp_path / "set", {"more/c.png": b"3"})
+    assert by_name(tmp_path / "set", tmp_path / "other")["more/c.png"] == ("more", None, b"3")
+    both = write_files(tmp_path / "both", files | {"train/metadata.csv": b"file_name\n"})
+    with pytest.raises(UserError, match="train has both"):
+        by_name(both, tmp_path / "scratch")
+
+
 def test_two_metadata_files_are_an_error(tmp_path: Path) -> None:
     root = write_files(tmp_path / "set", {"metadata.csv": b"file_name\n", "metadata.jsonl": b""})
     with pytest.raises(UserError, match=r"metadata.csv and metadata.jsonl: keep one"):

@@ -40,6 +40,9 @@ class Server:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
+                if self.path in ("/robots.txt", "/.well-known/tdmrep.json"):
+                    self.send(404, b"")
+                    return
                 with lock:
                     server.requests[self.path] += 1
                     server.times.append(time.monotonic())
@@ -260,7 +263,7 @@ def test_closing_the_reader_does_not_wait_for_retries(
     ("name", "text", "message"),
     [
         ("urls.csv", "link,label\nhttp://x/a.png,cat\n", "record 1 has no url or image_url: rename one of link, label"),
-        ("urls.jsonl", '{"url": "http://x/a.png", "label": ["a"]}\n', "record 1: .* give one text for each"),
+        ("urls.jsonl", '{"url": "http://x/a.png", "label": ["a"]}\n', "record 1: .* give one text for the label"),
         ("urls.jsonl", "no json\n", "cannot be read"),
         ("urls.csv", "url\n\x00\xff", "cannot be read"),
     ],

@@ -1,0 +1,488 @@
+"""Configurations of other trainers: what of them is taken over, and the names of the rest.
+
+A class for each trainer, listed in ``TRAINERS``. Files are parsed as data and never run.
+"""
+
+import json
+import math
+import os
+import tomllib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from diffusion.common.errors import UserError
+from diffusion.common.parsing import parse_json, parse_yaml
+
+MAX_BYTES = 2**20
+"""Maximum size of a configuration file."""
+MAX_EPOCHS = 1e9
+MAX_NAMES = 1000
+"""Maximum number of settings that are named as not taken over."""
+EXTENSIONS = {".txt": "txt", ".caption": "caption", ".json": "json"}
+
+
+@dataclass
+class TrainerConfig:
+    """What was read of the configuration of a trainer."""
+
+    trainer: str
+    """Name of the trainer."""
+    folders: dict[str, float] = field(default_factory=dict)
+    """Folders of images, and how often the images of each are repeated."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Values of our settings, by dotted name."""
+    adapter: dict[str, Any] = field(default_factory=dict)
+    """Fields of training.lora, which needs the base model."""
+    base: str | None = None
+    """The model that it trains."""
+    steps: int | None = None
+    epochs: float | None = None
+    """Duration; None: not given."""
+    warmup_steps: int = 0
+    micro_batch: int | None = None
+    """Images of a step before accumulation."""
+    accumulation: int = 1
+    left: dict[str, str] = field(default_factory=dict)
+    """Names of what is not taken over, with the value or the reason."""
+
+    def set(self, name: str, value: Any) -> None:
+        """Set one of our settings; raises ValueError if it has another value already, of another folder, say."""
+        if self.settings.setdefault(name, value) != value:
+            raise ValueError("given twice")
+
+    def leave(self, name: str, why: object) -> None:
+        """Name a setting that is not taken over."""
+        if len(self.left) < MAX_NAMES:
+            self.left.setdefault(name, why if isinstance(why, str) else json.dumps(why, default=str)[:80])
+
+    def finish(self, images: int) -> None:
+        """Turn steps or epochs into images, of which the source has ``images``."""
+        if self.micro_batch is not None:
+            self.settings["training.batch_size"] = self.micro_batch * self.accumulation
+            if self.accumulation > 1:
+                self.settings["training.micro_batch"] = self.micro_batch
+        batch_size = (self.micro_batch or 1) * self.accumulation
+        repeats = set(self.folders.values())
+        if self.steps:  # 0 stands for none
+            self.settings["training.images"] = self.steps * batch_size
+        elif self.epochs is not None and not 0 < self.epochs < MAX_EPOCHS:
+            self.leave("epochs", f"{self.epochs:g}: set training.images")
+        elif self.epochs is not None and len(repeats) <= 1:
+            self.settings["training.images"] = max(1, round(self.epochs * images * (repeats.pop() if repeats else 1)))
+        elif self.epochs is not None:
+            self.leave("epochs", f"{self.epochs:g} of folders with different repeats: set training.images")
+        if self.warmup_steps:
+            self.settings["training.warmup_images"] = self.warmup_steps * batch_size
+
+    @property
+    def source(self) -> str | None:
+        """The folder with all images: the only one, or the one in which all others lie; None if there is none."""
+        if len(self.folders) < 2:
+            return next(iter(self.folders), None)
+        parents = {os.path.dirname(os.path.normpath(folder)) or "." for folder in self.folders}  # noqa: PTH120
+        return parents.pop() if len(parents) == 1 else None
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights of the images by patterns of their names in ``source``; empty if all are equal."""
+        if self.source is None or len(set(self.folders.values())) < 2:
+            return {}
+        names = {folder: os.path.relpath(folder, self.source) for folder in self.folders}
+        return {f"{names[folder]}/*": repeats for folder, repeats in self.folders.items() if names[folder] != "."}
+
+
+Handler = Callable[[TrainerConfig, Any], None]
+
+
+def setting(name: str, kind: type = float) -> Handler:
+    """Make the handler of a value that a setting of this name takes as it is."""
+
+    def take(result: TrainerConfig, value: Any) -> None:
+        result.set(name, _to(kind, value))
+
+    return take
+
+
+def attribute(name: str, kind: type = float) -> Handler:
+    """Make the handler of a value that is kept until more is known."""
+
+    def take(result: TrainerConfig, value: Any) -> None:
+        number = _to(kind, value)
+        if getattr(result, name) not in (None, number, getattr(TrainerConfig, name, None)):
+            raise ValueError("given twice")
+        setattr(result, name, number)
+
+    return take
+
+
+def adapter(name: str, kind: type = float) -> Handler:
+    """Make the handler of a field of low-rank adaptation."""
+
+    def take(result: TrainerConfig, value: Any) -> None:
+        result.adapter[name] = _to(kind, value)
+
+    return take
+
+
+def take_resolution(result: TrainerConfig, value: Any) -> None:
+    """Take a resolution: a number, a list of the sides of a rectangle, or text of either."""
+    sides = value.replace("x", ",").split(",") if isinstance(value, str) else value
+    numbers = [_to(int, side) for side in sides] if isinstance(sides, list) else [_to(int, sides)]
+    if not numbers or min(numbers) <= 0:
+        raise ValueError("not a size")
+    result.set("ingest.size", round(math.prod(numbers) ** (1 / len(numbers))))
+
+
+def take_buckets(result: TrainerConfig, value: Any) -> None:
+    """Take whether images keep their shapes."""
+    result.set("ingest.fit", "bucket" if _to(bool, value) else "crop")
+
+
+def take_extension(result: TrainerConfig, value: Any) -> None:
+    """Take the extension of captions."""
+    name = _to(str, value).lower()
+    result.set("ingest.captions", EXTENSIONS[name if name.startswith(".") else f".{name}"])
+
+
+def take_prefix(result: TrainerConfig, value: Any) -> None:
+    """Take words before each caption as the trigger."""
+    if text := _to(str, value).strip(" ,"):
+        result.set("ingest.trigger", text)
+
+
+def skip(result: TrainerConfig, value: Any) -> None:
+    """Take nothing: it is of no meaning elsewhere, such as the name of the job, or another setting covers it."""
+
+
+TAGS: dict[str, Handler] = {
+    "shuffle": setting("training.tags.shuffle", bool),
+    "keep": setting("training.tags.keep", int),
+    "dropout": setting("training.tags.dropout"),
+}
+
+
+class Trainer(ABC):
+    """A trainer whose configuration is read."""
+
+    name: ClassVar[str]
+    handlers: ClassVar[Mapping[str, Handler]]
+    """What is done with a value, by the last part of its name."""
+
+    @abstractmethod
+    def recognises(self, tree: Any, suffix: str) -> bool:
+        """Return whether a file with this suffix and content is one of this trainer."""
+
+    @abstractmethod
+    def read(self, tree: Any, path: Path, result: TrainerConfig) -> None:
+        """Fill ``result``."""
+
+    def take(self, result: TrainerConfig, values: Mapping[str, Any], where: str = "") -> None:
+        """Take over ``values`` as the handlers say; the names of the others are listed."""
+        for key, value in values.items():
+            handler = self.handlers.get(key)
+            if value is None or value == "":
+                continue
+            if handler is None:
+                if value is not False and value != [] and value != {}:
+                    result.leave(f"{where}{key}", value)
+                continue
+            try:
+                handler(result, value)
+            except (ValueError, TypeError, KeyError, OverflowError):
+                result.leave(f"{where}{key}", value)
+
+
+class Kohya(Trainer):
+    """sd-scripts of kohya: ``dataset_config.toml``, or the arguments of a training in TOML, or JSON of its GUI."""
+
+    name = "sd-scripts (kohya)"
+    handlers: ClassVar = {
+        "resolution": take_resolution,
+        "max_resolution": take_resolution,
+        "enable_bucket": take_buckets,
+        "batch_size": attribute("micro_batch", int),
+        "train_batch_size": attribute("micro_batch", int),
+        "gradient_accumulation_steps": attribute("accumulation", int),
+        "max_train_steps": attribute("steps", int),
+        "max_train_epochs": attribute("epochs"),
+        "epoch": attribute("epochs"),
+        "lr_warmup_steps": attribute("warmup_steps", int),
+        "learning_rate": setting("training.learning_rate"),
+        "unet_lr": setting("training.learning_rate"),
+        "max_grad_norm": setting("training.max_grad_norm"),
+        "seed": setting("training.seed", int),
+        "network_dim": adapter("rank", int),
+        "network_alpha": adapter("alpha"),
+        "pretrained_model_name_or_path": attribute("base", str),
+        "caption_extension": take_extension,
+        "caption_prefix": take_prefix,
+        "class_tokens": setting("ingest.default_caption", str),
+        "shuffle_caption": TAGS["shuffle"],
+        "keep_tokens": TAGS["keep"],
+        "caption_tag_dropout_rate": TAGS["dropout"],
+        "caption_dropout_rate": setting("training.condition_dropout"),
+        "flip_aug": setting("training.flip", bool),
+    }
+
+    def recognises(self, tree: Any, suffix: str) -> bool:
+        """Return whether it has data sets, or a folder to train on."""
+        names = {"datasets", "train_data_dir", "dataset_config", "network_dim", "pretrained_model_name_or_path"}
+        return isinstance(tree, dict) and (suffix == ".toml" or bool(names & tree.keys()))
+
+    def read(self, tree: Any, path: Path, result: TrainerConfig) -> None:
+        """Read the data sets with what is above them, and the arguments, in whatever section they stand."""
+        general, sets = _section(tree.get("general")), _sections(tree.get("datasets"))
+        arguments = {key: value for key, value in tree.items() if key not in ("general", "datasets")}
+        for key, value in [*arguments.items()]:
+            if isinstance(value, dict):
+                arguments |= arguments.pop(key)
+        folder = arguments.pop("train_data_dir", None)
+        if isinstance(folder, str) and folder:
+            result.folders[folder] = 1
+        self.take(result, arguments)
+        several = len(sets) > 1 and len({json.dumps(each.get("resolution"), default=str) for each in sets}) > 1
+        for number, each in enumerate(sets):
+            options = general | {key: value for key, value in each.items() if key != "subsets"}
+            if several and number:
+                result.leave(f"datasets[{number}].resolution", each.get("resolution", ""))
+                options.pop("resolution", None)
+            subsets = _sections(each.get("subsets"))
+            words = {str(subset.get("class_tokens", "")) for subset in subsets if not subset.get("is_reg")}
+            for place, subset in enumerate(subsets):
+                where = f"subsets[{place}]."
+                repeats = subset.pop("num_repeats", options.get("num_repeats", 1))
+                folder = subset.pop("image_dir", None)
+                if subset.pop("is_reg", False):
+                    result.leave(f"{where}is_reg", f"images of regularization in {folder}")
+                    continue
+                _add_folder(result, folder, repeats, where)
+                if len(words) > 1 and (word := subset.pop("class_tokens", None)):
+                    result.leave(f"{where}class_tokens", f"{word}: name its folder 1_{word}, and see ingest.folders")
+                # What is nearer to the folder counts.
+                self.take(result, {key: value for key, value in options.items() if key not in subset})
+                self.take(result, subset, where)
+        result.left.pop("num_repeats", None)
+
+
+class AiToolkit(Trainer):
+    """ai-toolkit of Ostris: a job in YAML or JSON."""
+
+    name = "ai-toolkit"
+    handlers: ClassVar = {
+        "resolution": take_resolution,
+        "trigger_word": take_prefix,
+        "linear": adapter("rank", int),
+        "linear_alpha": adapter("alpha"),
+        "batch_size": attribute("micro_batch", int),
+        "steps": attribute("steps", int),
+        "gradient_accumulation_steps": attribute("accumulation", int),
+        "gradient_accumulation": attribute("accumulation", int),
+        "lr": setting("training.learning_rate"),
+        "max_grad_norm": setting("training.max_grad_norm"),
+        "name_or_path": attribute("base", str),
+        "caption_ext": take_extension,
+        "default_caption": setting("ingest.default_caption", str),
+        "caption_dropout_rate": setting("training.condition_dropout"),
+        "shuffle_tokens": TAGS["shuffle"],
+        "keep_tokens": TAGS["keep"],
+        "token_dropout_rate": TAGS["dropout"],
+        "flip_x": setting("training.flip", bool),
+        "buckets": take_buckets,
+        "gradient_checkpointing": setting("training.gradient_checkpointing", bool),
+        "device": skip,
+        "type": skip,
+        "training_folder": skip,
+    }
+
+    def recognises(self, tree: Any, suffix: str) -> bool:
+        """Return whether it has a job with a process."""
+        return isinstance(tree, dict) and "process" in _section(tree.get("config"))
+
+    def read(self, tree: Any, path: Path, result: TrainerConfig) -> None:
+        """Read the first process of the job."""
+        process, *others = _sections(tree["config"]["process"]) or [{}]
+        if others:
+            result.leave("config.process", f"{len(others)} more processes")
+        for number, each in enumerate(_sections(process.pop("datasets", None))):
+            where, repeats = f"datasets[{number}].", each.pop("num_repeats", 1)
+            folder = each.pop("folder_path", None) or each.pop("dataset_path", None)
+            if each.pop("is_reg", False):
+                result.leave(f"{where}is_reg", f"images of regularization in {folder}")
+                continue
+            _add_folder(result, folder, repeats, where)
+            sizes = each.pop("resolution", None)
+            if isinstance(sizes, list) and sizes:
+                if len(sizes) > 1:
+                    result.leave(f"{where}resolution", f"{sizes}: images are stored in one size, the first")
+                sizes = sizes[0]
+            self.take(result, ({} if "ingest.size" in result.settings else {"resolution": sizes}) | each, where)
+        for name in ("network", "train", "model", "save", "sample"):
+            if (section := process.pop(name, None)) is None:
+                continue
+            if name in ("save", "sample"):
+                result.leave(name, "when to save, and what to sample")
+            else:
+                self.take(result, _section(section), f"{name}.")
+        self.take(result, process)
+
+
+class OneTrainer(Trainer):
+    """OneTrainer: its configuration in JSON, or its list of concepts."""
+
+    name = "OneTrainer"
+    handlers: ClassVar = {
+        "resolution": take_resolution,
+        "aspect_ratio_bucketing": take_buckets,
+        "batch_size": attribute("micro_batch", int),
+        "gradient_accumulation_steps": attribute("accumulation", int),
+        "epochs": attribute("epochs"),
+        "learning_rate": setting("training.learning_rate"),
+        "learning_rate_warmup_steps": attribute("warmup_steps", int),
+        "clip_grad_norm": setting("training.max_grad_norm"),
+        "weight_decay": setting("training.weight_decay"),
+        "lora_rank": adapter("rank", int),
+        "lora_alpha": adapter("alpha"),
+        "base_model_name": attribute("base", str),
+        "enable_random_flip": setting("training.flip", bool),
+        "enable_tag_shuffling": TAGS["shuffle"],
+        "keep_tags_count": TAGS["keep"],
+        "tag_dropout_probability": TAGS["dropout"],
+    }
+
+    def recognises(self, tree: Any, suffix: str) -> bool:
+        """Return whether it is a list of concepts, or has one."""
+        if isinstance(tree, list):
+            return bool(tree) and all(isinstance(each, dict) and "path" in each for each in tree)
+        names = {"concepts", "concept_file_name", "training_method", "base_model_name"}
+        return isinstance(tree, dict) and bool(names & tree.keys())
+
+    def read(self, tree: Any, path: Path, result: TrainerConfig) -> None:
+        """Read the configuration, and its concepts, which may lie in a file of their own."""
+        options = {} if isinstance(tree, list) else dict(tree)
+        concepts = _sections(tree if isinstance(tree, list) else options.pop("concepts", None))
+        file = options.pop("concept_file_name", None)
+        if not concepts and isinstance(file, str) and file:
+            found = next((place for place in (Path(file), path.parent / file) if place.is_file()), None)
+            if found is None:
+                result.leave("concept_file_name", f"{file} is not here: give it as --from")
+            else:
+                concepts = _sections(_parse(found))
+        if options.pop("training_method", "LORA") != "LORA":
+            for name in ("lora_rank", "lora_alpha"):
+                options.pop(name, None)
+        self.take(result, options)
+        for number, concept in enumerate(concepts):
+            where, folder = f"concepts[{number}].", concept.pop("path", None)
+            if concept.pop("enabled", True) is False:
+                continue
+            if concept.pop("validation_concept", False) or concept.pop("type", "STANDARD") not in ("STANDARD", ""):
+                result.leave(where.rstrip("."), f"{folder} is not of images to train on")
+                continue
+            repeats = concept.pop("balancing", concept.pop("repeats", 1))
+            if concept.pop("balancing_strategy", "REPEATS") != "REPEATS":
+                result.leave(f"{where}balancing_strategy", repeats)
+                repeats = 1
+            _add_folder(result, folder, repeats, where)
+            text, image = _section(concept.pop("text", None)), _section(concept.pop("image", None))
+            if text.pop("tag_dropout_enable", False) is not True:
+                text.pop("tag_dropout_probability", None)
+            if text.get("enable_tag_shuffling") is not True and "tag_dropout_probability" not in text:
+                text.pop("keep_tags_count", None)
+            if text.get("prompt_source", "sample") == "sample":
+                text.pop("prompt_source", None)
+            for name, standard in STANDARD.items():
+                for section in (text, image, concept):
+                    if section.get(name) == standard:
+                        section.pop(name)
+            self.take(result, image, f"{where}image.")
+            self.take(result, text, f"{where}text.")
+            for name in ("name", "seed", "include_subdirectories"):
+                concept.pop(name, None)
+            self.take(result, concept, where)
+
+
+STANDARD: dict[str, object] = {
+    **{"tag_delimiter": ",", "tag_dropout_mode": "FULL", "tag_dropout_special_tags_mode": "NONE"},
+    **{"caps_randomize_mode": "capslock, title, first, random", "caps_randomize_probability": 0.0},
+    **{"image_variations": 1, "text_variations": 1, "loss_weight": 1.0, "resolution_override": "512"},
+    **dict.fromkeys(("random_rotate_max_angle", "random_brightness_max_strength", "random_contrast_max_strength"), 0.0),
+    **dict.fromkeys(("random_saturation_max_strength", "random_hue_max_strength"), 0.0),
+}
+"""Values of OneTrainer that change nothing, and stand in each of its concepts."""
+TRAINERS: tuple[Trainer, ...] = (AiToolkit(), OneTrainer(), Kohya())
+"""All trainers; the first that recognises a file reads it."""
+
+
+def read_trainer_config(path: Path) -> TrainerConfig:
+    """Read the configuration of another trainer; raises UserError if it is not one, or too large."""
+    tree = _parse(path)
+    for trainer in TRAINERS:
+        if trainer.recognises(tree, path.suffix.lower()):
+            result = TrainerConfig(trainer.name)
+            trainer.read(tree, path, result)
+            if not result.settings.get("training.tags.shuffle") and not result.settings.get("training.tags.dropout"):
+                for name in [name for name in result.settings if name.startswith("training.tags.")]:
+                    del result.settings[name]
+            return result
+    names = ", ".join(trainer.name for trainer in TRAINERS)
+    raise UserError(f"{path} is not a configuration of {names}: give its dataset_config.toml, job or concepts")
+
+
+def _parse(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"it has over {MAX_BYTES} bytes")
+        text = data.decode("utf-8-sig")
+        suffix = path.suffix.lower()
+        if suffix == ".toml":
+            return tomllib.loads(text)
+        return parse_yaml(text) if suffix in (".yaml", ".yml") else parse_json(text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check the path") from error
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        hint = "give TOML, YAML or JSON, named .toml, .yaml or .json"
+        raise UserError(f"{path} cannot be read ({reason}): {hint}") from error
+
+
+def _add_folder(result: TrainerConfig, folder: Any, repeats: Any, where: str) -> None:
+    if not isinstance(folder, str) or not folder:
+        result.leave(f"{where}folder", "it names no folder of images")
+        return
+    try:
+        number = _to(float, repeats)
+        if not 0.01 <= number <= 10_000:
+            raise ValueError("out of range")
+    except (ValueError, TypeError):
+        result.leave(f"{where}repeats", repeats)
+        number = 1.0
+    result.folders[folder] = int(number) if number.is_integer() else number
+
+
+def _to(kind: type, value: Any) -> Any:
+    """Convert a value, which may be a number in a text; raises ValueError if it is of another kind."""
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError("neither true nor false")
+        return value
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError("another kind of value")
+    if kind is int and isinstance(value, float) and not value.is_integer():
+        raise ValueError("not a whole number")
+    result = kind(value)
+    if isinstance(result, float) and not math.isfinite(result):
+        raise ValueError("not finite")
+    return result
+
+
+def _section(value: Any) -> dict[str, Any]:
+    return {str(key): item for key, item in value.items()} if isinstance(value, dict) else {}
+
+
+def _sections(value: Any) -> list[dict[str, Any]]:
+    return [_section(each) for each in value if isinstance(each, dict)] if isinstance(value, Sequence) else []
