@@ -4,8 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from diffusion.checkpoints import (
     AVERAGED,
     CARRIED,
@@ -22,16 +20,15 @@ from diffusion.common.files import sha256_file, sync_file, sync_folder, write_js
 from diffusion.common.model_files import tensor_bytes
 from diffusion.families.config import ModelConfig
 from diffusion.families.ddpm.model import DDPMModel
-from diffusion.families.fine_tuning import FACTORS
 from diffusion.families.header import ModelHeader
 from diffusion.families.model import Model
-from diffusion.families.pretrained.config import PIPELINES, DiffusersConfig
+from diffusion.families.pretrained.config import DiffusersConfig
 from diffusion.families.pretrained.network import tensor_names
 from diffusion.generation.config import UNCONDITIONAL
 from diffusion.generation.generate import check_sampling, check_sampling_options
 from diffusion.process.samplers import SamplingConfig
 
-INDEX, ADAPTER = "model_index.json", "pytorch_lora_weights.safetensors"
+INDEX = "model_index.json"
 OWN = "DarkroomPipeline"
 LOAD_WITH = f"{OWN}: load it by `from diffusion.diffusers_format import {OWN}`, which Darkroom's package has"
 """Name of the class in the index of a pipeline that diffusers does not have."""
@@ -71,7 +68,7 @@ def export_to_diffusers(
     if isinstance(header.model, DiffusersConfig):
         return ExportResult(
             pipeline=_write_pipeline(weights, partial),
-            files=_publish(partial, folder.absolute()),
+            files=publish(partial, folder.absolute()),
             folder=folder,
             weights_sha256=digest,
             version=version,
@@ -111,45 +108,7 @@ def export_to_diffusers(
         index = json.loads((partial / INDEX).read_text())
         write_json(partial / INDEX, index | {"_class_name": LOAD_WITH})
     (partial / "README.md").write_text(readme(model, sampling, result, folder.name))
-    return result.model_copy(update={"files": _publish(partial, folder.absolute())})
-
-
-def export_adapter(weights: Path, folder: Path, version: str | None = None, run_id: str | None = None) -> ExportResult:
-    """Write the low-rank matrices in the file ``weights`` to ``folder`` for ``load_lora_weights`` of diffusers.
-
-    Its factor α/r is part of B there. Raises UserError if the model has none, its pipeline takes none, or the folder
-    holds something else.
-    """
-    header = read_model_header(weights)
-    if header.lora is None or header.base is None:
-        raise UserError(
-            f"{weights} has no low-rank matrices, as it was not trained with training.lora: use --to diffusers"
-        )
-    if not isinstance(header.model, DiffusersConfig) or not header.model.imported.loads_adapters:
-        names = [name for name, pipeline in PIPELINES.items() if pipeline.loads_adapters]
-        raise UserError(
-            f"only the pipelines {', '.join(names)} of diffusers load low-rank matrices: use --to diffusers, "
-            "which merges them"
-        )
-    result = ExportResult(
-        pipeline=str(header.model.pipeline),
-        files={},
-        folder=folder,
-        weights_sha256=sha256_file(weights),
-        version=version,
-        run_id=run_id,
-    )
-    partial = folder.absolute().with_name(f".{folder.absolute().name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    b = FACTORS[1]
-    factors = {
-        name: value * header.lora.scale if name.endswith(b) else value
-        for name, value in read_tensors(weights, AVERAGED).items()
-    }
-    save_file(factors, partial / ADAPTER, {"format": "pt"})
-    (partial / "README.md").write_text(_readme_of_pipeline(header, result, folder.name, is_adapter=True))
-    return result.model_copy(update={"files": _publish(partial, folder.absolute())})
+    return result.model_copy(update={"files": publish(partial, folder.absolute())})
 
 
 def _write_pipeline(weights: Path, folder: Path) -> str:
@@ -190,8 +149,11 @@ def _write_pipeline(weights: Path, folder: Path) -> str:
     return header.model.pipeline or ""
 
 
-def _publish(partial: Path, folder: Path) -> dict[str, str]:
-    """Rename ``partial`` to ``folder``, or find the same there; returns the SHA-256 of each file."""
+def publish(partial: Path, folder: Path) -> dict[str, str]:
+    """Rename ``partial`` to ``folder``, or find the same there; returns the SHA-256 of each file.
+
+    Raises UserError if the folder holds something else.
+    """
     files = _digests(partial)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         shutil.rmtree(partial)
@@ -263,7 +225,18 @@ made by a model.
 """
 
 
-def _readme_of_pipeline(header: ModelHeader, result: ExportResult, place: str, is_adapter: bool = False) -> str:
+def _readme_of_pipeline(header: ModelHeader, result: ExportResult, place: str) -> str:
+    return describe_pipeline(
+        header,
+        result,
+        place,
+        f"A {result.pipeline}",
+        f"import diffusers\npipe = diffusers.{result.pipeline}.from_pretrained({python_literal(place)})",
+    )
+
+
+def describe_pipeline(header: ModelHeader, result: ExportResult, place: str, title: str, usage: str) -> str:
+    """Write the README of what came of a pipeline; ``usage`` is Python that loads it."""
     origin, is_trained = header.origin, header.images > 0
     source = "unknown"
     if origin is not None:
@@ -281,18 +254,12 @@ def _readme_of_pipeline(header: ModelHeader, result: ExportResult, place: str, i
         rows["trained on"] = f"{header.images:,} images seen"
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     history = f"fine-tuned on the data set {escape_markdown(header.dataset)}" if is_trained else "as it was imported"
-    title, load = f"A {result.pipeline}", f"pipe = diffusers.{result.pipeline}.from_pretrained({python_literal(place)})"
-    if is_adapter:
-        title = f"Low-rank matrices (LoRA) for a {result.pipeline}"
-        load = f"pipe = diffusers.{result.pipeline}.from_pretrained(…)  # what it was fine-tuned from\n"
-        load += f"pipe.load_lora_weights({python_literal(place)})"
     return f"""# {escape_markdown(place.rpartition("/")[2])}
 
 {title} of {header.pixels} images, {history} with Darkroom.
 
 ```python
-import diffusers
-{load}
+{usage}
 ```
 
 | | |

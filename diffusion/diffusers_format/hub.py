@@ -1,7 +1,5 @@
 """Pipelines of diffusers on the Hugging Face Hub: verified downloads without code, and pushes of exports."""
 
-import io
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -9,11 +7,11 @@ from typing import Any
 
 from filelock import FileLock
 
-from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import escape_markdown
 from diffusion.common.files import sha256_file
-from diffusion.common.hub import HubFile, Repository, hub_api, parse_hub_uri, retry
+from diffusion.common.hub import HubFile, Repository, parse_hub_uri
+from diffusion.common.hub_push import PushResult, card_licence, check_push, push_files
 from diffusion.common.parsing import parse_json
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.diffusers_format.import_pipeline import INDEX, WEIGHTS
@@ -26,13 +24,6 @@ MAX_SMALL_BYTES = 64 * 2**20
 """Maximum bytes of such a file."""
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".msgpack", ".h5")
 SAMPLES = "samples/"
-LICENCES = re.compile(
-    r"mit|isc|zlib|wtfpl|ncsa|pddl|ms-pl|cc|c-uda|odbl|odc-by|unlicense|postgresql|gfdl|unknown|openrail(\+\+)?"
-    r"|(creativeml|bigscience)-openrail-m|(apache|artistic|mpl|ecl)-2\.0|(afl|osl)-3\.0|bsl-1\.0|ofl-1\.1"
-    r"|cc0-1\.0|cc-by(-nc)?(-nd|-sa)?-(2\.[05]|[34]\.0)|cdla-(sharing|permissive)-[12]\.0|bsd(-[23]-clause(-clear)?)?"
-    r"|epl-[12]\.0|eupl-1\.[12]|l?gpl(-(2\.[01]|3\.0))?|agpl-3\.0"
-)
-"""Identifiers of licences that the Hub knows."""
 
 
 def download_pipeline(uri: str, folder: Path, progress: Progress = ignore_progress) -> Origin:
@@ -107,80 +98,19 @@ def _select_pipeline_files(repository: Repository) -> list[HubFile]:
     return [files[path] for path in sorted(paths)]
 
 
-class PushResult(Config):
-    """Result of a push to the Hub."""
-
-    repository: str
-    """hf://OWNER/NAME."""
-    commit: str
-    """Commit that has all files."""
-    created: bool
-    """Whether this push made the commit; otherwise the repository had the same files already."""
-    files: int
-    """Number of files of the export, its card and samples included."""
-
-
-def check_push(uri: str) -> str:
-    """Return OWNER/NAME; raises UserError for another form, without a token, or if the Hub's client is missing."""
-    name, revision = parse_hub_uri(uri, "model")
-    if revision is not None:
-        raise UserError(f"{uri} names a revision, and a push goes to main: write hf://{name}")
-    hub_api()
-    if not os.environ.get("HF_TOKEN", "").strip():
-        raise UserError("a push to the Hub needs a token with write access: set HF_TOKEN to one")
-    return name
-
-
 def push_to_hub(
     uri: str, folder: Path, card: str, samples: Mapping[str, bytes], message: str, public: bool = False
 ) -> PushResult:
-    """Push an export to the model repository ``uri`` in one commit, unless it is there already.
+    """Push an export to the model repository ``uri`` as ``push_files`` does, with ``card`` as its README.
 
-    The repository is created if it does not exist, private unless ``public``. Files of an earlier export are replaced;
-    others at its root stay. ``samples`` are images by path below ``samples/``, whose names must tell their content. A
-    push that was killed is repeated; large files that arrived are not sent again.
-
-    Raises UserError as ``check_push`` does, and for a token without access; DarkroomError if the Hub cannot be reached.
+    ``samples`` are images by path below ``samples/``, whose names must tell their content, as their bits depend on the
+    machine that generates them.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-    name, api = check_push(uri), hub_api()
     files: dict[str, Path | bytes] = {
         path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
     }
     files |= {CARD: card.encode()} | dict(samples)
-    folders = {path.partition("/")[0] for path in files if "/" in path}
-
-    def push() -> PushResult:
-        api.create_repo(name, private=not public, exist_ok=True)
-        head = Repository.resolve("model", name, None)
-        changes = [path for path, data in files.items() if not _is_there(path, data, head.files)]
-        stale_paths = [
-            path for path in head.files if "/" in path and path.partition("/")[0] in folders and path not in files
-        ]
-        if not changes and not stale_paths:
-            return PushResult(repository=f"hf://{name}", commit=head.commit, created=False, files=len(files))
-        operations: list[Any] = [
-            CommitOperationAdd(path, str(data) if isinstance(data := files[path], Path) else data) for path in changes
-        ]
-        operations += [CommitOperationDelete(path) for path in stale_paths]
-        try:
-            commit = api.create_commit(name, operations, commit_message=message, parent_commit=head.commit)
-        except RuntimeError as error:
-            # Failed uploads of large files come wrapped.
-            raise error.__cause__ or error from error
-        return PushResult(repository=f"hf://{name}", commit=commit.oid, created=True, files=len(files))
-
-    return retry(f"model {name}", push)
-
-
-def _is_there(path: str, data: Path | bytes, files: Mapping[str, HubFile]) -> bool:
-    if (file := files.get(path)) is None:
-        return False
-    # The bits of samples depend on the machine that generates them.
-    if path.startswith(SAMPLES):
-        return True
-    return file.is_at(data) if isinstance(data, Path) else file.is_whole(io.BytesIO(data))
+    return push_files("model", check_push(uri, "model"), files, message, public, named_by_content=SAMPLES)
 
 
 def hub_card(
@@ -220,11 +150,10 @@ def hub_card(
     }
     task = "text-to-image" if conditional else "unconditional-image-generation"
     licence = licence or "unknown"
-    is_known = LICENCES.fullmatch(licence.lower()) is not None
+    fields = card_licence(licence)
     front_matter = ModelCardData(
-        license=licence.lower() if is_known else "other",
-        # A name on the Hub has no spaces.
-        license_name=None if is_known else re.sub("[^a-z0-9.]+", "-", licence.lower())[:64].strip("-") or "other",
+        license=fields["license"],
+        license_name=fields.get("license_name"),
         library_name="diffusers",
         base_model=base[1] if base is not None else None,
         pipeline_tag=task,

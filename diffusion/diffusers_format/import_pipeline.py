@@ -23,6 +23,7 @@ from diffusion.common.files import digest_of, sha256_bytes, sha256_file
 from diffusion.common.hub import MAX_CARD, licence_of, read_front_matter
 from diffusion.common.model_files import MAX_HEADER_BYTES
 from diffusion.common.parsing import parse_json
+from diffusion.diffusers_format.safetensors_file import PICKLE_SUFFIXES, TYPES
 from diffusion.families.config import DiffusersConfig
 from diffusion.families.header import ModelHeader, Origin
 from diffusion.families.pretrained.config import PIPELINES
@@ -31,7 +32,7 @@ from diffusion.families.pretrained.pipeline import SCHEDULERS, Component
 INDEX = "model_index.json"
 OWN_NETWORK = "DarkroomUNet"
 """Class of the network in pipelines that Darkroom exports."""
-CODE, PICKLES = (".py", ".pyc", ".so"), (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+CODE = (".py", ".pyc", ".so")
 CARRIED_COMPONENTS = {
     "safety_checker": ("stable_diffusion", "StableDiffusionSafetyChecker"),
     "feature_extractor": ("transformers", ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPFeatureExtractor")),
@@ -45,7 +46,6 @@ WEIGHTS = re.compile(
     r"\.safetensors(\.index(\.(?P<other>\w+))?\.json)?"
 )
 """Names of weights, in parts or not, and of the index of their parts; a variant is ``fp16``, say."""
-TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
 
 
 def import_pipeline(folder: Path, path: Path, origin: Origin) -> str:
@@ -106,6 +106,15 @@ def import_pipeline(folder: Path, path: Path, origin: Origin) -> str:
     return save_tensors(path, tensors, {"model_header": header.model_dump(mode="json")})
 
 
+def read_pipeline_class(folder: Path) -> str:
+    """Return the class of the pipeline in ``folder``; raises UserError as ``import_pipeline`` does, but for weights."""
+    files = dict(_files(folder))
+    index = _read_json(folder, INDEX, files)
+    for _ in _components(folder, index, files):
+        pass  # each is checked
+    return str(index["_class_name"])
+
+
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     """List the files of a pipeline by their paths in it; raises UserError for what may not be in it."""
     if not (folder / INDEX).is_file():
@@ -124,7 +133,7 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
                 f"{place} is code, and none is run from a pipeline: delete it if the pipeline needs only classes of "
                 "diffusers' own"
             )
-        if place.suffix in PICKLES:
+        if place.suffix in PICKLE_SUFFIXES:
             raise UserError(
                 f"{place} is a pickle, which can run code: delete it if safetensors beside it have its "
                 "weights, else save the pipeline with safe_serialization=True"

@@ -12,10 +12,12 @@ from diffusion.checkpoints import find_base, load_model, read_model_header
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
+from diffusion.common.hub_push import PushResult, check_push
 from diffusion.common.image_grids import encode_png_with_metadata
 from diffusion.data.manifest import Manifest, versions
-from diffusion.diffusers_format.export import ExportResult, export_adapter, export_to_diffusers, readme
-from diffusion.diffusers_format.hub import SAMPLES, PushResult, check_push, hub_card, push_to_hub
+from diffusion.diffusers_format.export import ExportResult, export_to_diffusers, readme
+from diffusion.diffusers_format.hub import SAMPLES, hub_card, push_to_hub
+from diffusion.diffusers_format.lora import AdapterDetails, LoRAFormat, export_adapter
 from diffusion.families.diffusion_model import DiffusionModel
 from flows.config import Params
 from flows.provenance.bill_of_materials import write_bom
@@ -42,6 +44,8 @@ class ExportedModel:
     metrics: Mapping[str, float] = field(default_factory=dict)
     libraries: Sequence[str] = ()
     """Libraries that the version was registered with, as NAME==VERSION."""
+    takedowns: str | None = None
+    """Names of takedowns, since its training, of images that it learned from; None: none."""
 
     @classmethod
     def registered(cls, uri: str) -> "ExportedModel":
@@ -51,13 +55,18 @@ class ExportedModel:
         from flows.provenance.reproduce import fetch_requirements
         from flows.registry import model_versions
         from flows.registry.model_card import load_manifest_and_metrics
-        from flows.registry.takedown_marks import warn_of_takedown
+        from flows.registry.takedown_marks import TAKEDOWN, warn_of_takedown
 
         version = model_versions.resolve(MlflowClient(), uri)
         warn_of_takedown(version)
         weights = model_versions.cached_weights(version)
         data, metrics = load_manifest_and_metrics(version)
-        return cls(weights, version.uri, version.run_id, data, metrics, fetch_requirements(version))
+        requirements, takedowns = fetch_requirements(version), version.tags.get(TAKEDOWN)
+        return cls(weights, version.uri, version.run_id, data, metrics, requirements, takedowns)
+
+    def find_manifest(self, config: Params) -> Manifest | None:
+        """Return the manifest of the data set it was trained on, which may lie here; None if it is unknown."""
+        return self.data or _find_manifest(config, read_model_header(self.weights).content_digest)
 
     @property
     def origin(self) -> tuple[str, ...]:
@@ -95,6 +104,8 @@ def export_model(
     licence: str | None = None,
     signer: "SigningKey | None" = None,
     push: Push | None = None,
+    lora_format: LoRAFormat = "diffusers",
+    details: AdapterDetails | None = None,
 ) -> ModelExport:
     """Export ``model`` into ``folder``, write its bill of materials beside it, sign both and push the pipeline.
 
@@ -106,6 +117,8 @@ def export_model(
         licence: Licence of the weights; None: that of an imported pipeline; on the Hub, that of the data set.
         signer: Key to sign with; None: nothing is signed.
         push: Where to push it; None: nowhere.
+        lora_format: Whose names the tensors of an adapter have.
+        details: What the metadata of an adapter says for people.
 
     Raises:
         UserError: The model cannot be exported so, or prompts are given for one without captions.
@@ -113,10 +126,12 @@ def export_model(
     import_module("cyclonedx")  # what is missing is said before anything is written
     weights, header = model.weights, read_model_header(model.weights)
     if to == "lora":
-        export = export_adapter(weights, folder, *model.origin)
+        details = (details or AdapterDetails()).model_copy(update={"licence": licence})
+        version, run_id = model.origin or (None, None)
+        export = export_adapter(weights, folder, version, run_id, lora_format, details)
     else:
         export = export_to_diffusers(weights, folder, config.sampling, *model.origin)
-    data = model.data or _find_manifest(config, header.content_digest)
+    data = model.find_manifest(config)
     bom = write_bom(weights, export, data, model.metrics, model.libraries, licence)
     usage = f"how to use it: {export.folder / 'README.md'}"
     if to == "diffusers" and header.model.family == "diffusers":
@@ -156,7 +171,7 @@ def _push(
     licence: str | None,
 ) -> PushResult:
     """Push an export with card and samples."""
-    name, model = check_push(push.uri), load_model(weights)
+    name, model = check_push(push.uri, "model"), load_model(weights)
     assert isinstance(model, DiffusionModel), "others are not exported"
     header, base, file = model.header, model.header, weights
     while base.base is not None:

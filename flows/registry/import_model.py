@@ -7,6 +7,7 @@ that they lie on S3 once.
 import re
 import shutil
 from collections.abc import Mapping
+from pathlib import Path
 
 from filelock import FileLock
 from mlflow.client import MlflowClient
@@ -15,7 +16,8 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE, MLFLOW_SOURCE_NAME, MLFLOW
 
 from diffusion.checkpoints import read_model_header
 from diffusion.common.escaping import escape_markdown
-from diffusion.diffusers_format.import_model import ImportedFile, import_file
+from diffusion.common.files import is_model_file
+from diffusion.diffusers_format.import_model import ImportedFile, ImportParts, import_file
 from diffusion.families.config import effective_sampling
 from diffusion.families.header import ModelHeader
 from diffusion.process.samplers import SamplingConfig
@@ -37,7 +39,9 @@ class ImportedModel(ImportedFile):
     version: Version
 
 
-def import_model(source: str, name: str, licence: str | None, sampling: SamplingConfig) -> ImportedModel:
+def import_model(
+    source: str, name: str, licence: str | None, sampling: SamplingConfig, parts: ImportParts | None = None
+) -> ImportedModel:
     """Register the model that ``source`` names as a version of the model ``name``; repeated, it finds that version.
 
     ``sampling`` is how the served version samples. Raises UserError as ``import_file`` does.
@@ -46,11 +50,15 @@ def import_model(source: str, name: str, licence: str | None, sampling: Sampling
     for path in (folder, cache):
         path.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
-        imported_file = import_file(source, folder / "weights.safetensors", licence, folder / "downloads", reporter())
+        imported_file = import_file(
+            source, folder / "weights.safetensors", licence, folder / "downloads", reporter(), parts
+        )
         header, client = read_model_header(imported_file.file), MlflowClient()
         # Imports of the same weights under several names wait for each other, so that they are stored once.
         with FileLock(folder.parent / f".{imported_file.sha256}.lock"):
             version = _register(client, name, imported_file, header, sampling)
+            # A killed import may have registered the version, and left models of earlier attempts.
+            model_versions.discard_other_models(client, version, version.run_id)
         model_card.write_imported(client, header, imported_file.origin, version)
         imported_file.file.replace(cache / f"{imported_file.sha256}.safetensors")
         for base in folder.glob("*.safetensors"):
@@ -60,6 +68,14 @@ def import_model(source: str, name: str, licence: str | None, sampling: Sampling
     return ImportedModel(
         **dict(imported_file) | {"file": cache / f"{imported_file.sha256}.safetensors"}, version=version
     )
+
+
+def find_parts(base: str | None, pipeline_config: Path | None) -> ImportParts:
+    """Fetch the weights of ``base``, a registered version or a file, which a LoRA belongs to."""
+    if base is None or is_model_file(base):
+        return ImportParts(base=None if base is None else Path(base), pipeline_config=pipeline_config)
+    version = model_versions.resolve(MlflowClient(), base)
+    return ImportParts(model_versions.cached_weights(version), version.uri, pipeline_config)
 
 
 def _register(

@@ -24,9 +24,9 @@ from diffusion.checkpoints import (
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_file
 from diffusion.common.model_files import read_header
-from diffusion.families.base import LoRAConfig
 from diffusion.families.config import DiffusersConfig
 from diffusion.families.header import Base, Origin
+from diffusion.families.lora import LoRAConfig
 from diffusion.generation.generate import sample
 from diffusion.process.samplers import sampling_config
 
