@@ -1,4 +1,4 @@
-"""Script that generates a batch's images again with the first ``diffusion`` on its path, that of a model version.
+"""Script that generates a batch's images again with the first ``diffusion`` on its path, the model version's.
 
 It reads a JSON request from standard input and writes JSON lines to standard output; images go into safetensors files.
 It must use only what every version of ``diffusion`` has.

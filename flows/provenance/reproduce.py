@@ -33,7 +33,8 @@ from flows import environment
 from flows.registry import model_versions
 from flows.registry.model_versions import CODE, CODE_FOLDER, SERVED_MODEL, Version, digest_code
 from flows.registry.takedown_marks import warn_of_takedown
-from flows.sampling import sampling_batch
+from flows.sampling import batch_format
+from flows.sampling.batch_format import SamplingBatch
 from flows.sampling.generate_batch import fetch_table, select_conditions
 from flows.sampling.lookup import (
     ImageOrigin,
@@ -45,7 +46,6 @@ from flows.sampling.lookup import (
     read_pixels,
     read_rows,
 )
-from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Store
 from flows.storage.s3_errors import MissingObjectError
 from flows.tracking.console import reporter
@@ -219,7 +219,7 @@ def _chunks(batch: SamplingBatch, image: LocatedImage | None, count: int | None)
     if count is not None and count > batch.count:
         raise UserError(f"--count {count}: the batch has {batch.count} images")
     indices = range(batch.count if count is None else count)
-    size = sampling_batch.CHUNK_BATCHES * batch.sampling.compute_batch
+    size = batch_format.CHUNK_BATCHES * batch.sampling.compute_batch
     return [
         indices[start : min(start + size, chunk.stop)]
         for chunk in batch.chunks()
@@ -248,8 +248,8 @@ def _write_image(
 ) -> None:
     channels = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1).copy())
     label = original.row["label"] if original.row else None
-    png, _ = sampling_batch.encode(batch, index, channels, label, conditions)
-    write_bytes(out / sampling_batch.image_key(index), png)
+    png, _ = batch_format.encode(batch, index, channels, label, conditions)
+    write_bytes(out / batch_format.image_key(index), png)
 
 
 def compare(key: str, pixels: np.ndarray, original: LocatedImage) -> ImageComparison:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, Literal, NoReturn
 from uuid import uuid4
 
 from pydantic import Field, ValidationError
@@ -27,8 +27,7 @@ from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.manifest import Sha256
 from diffusion.generation.requests import ABOUT, RequestRecord
 from flows import environment
-from flows.sampling.lookup import find, read_image, read_rows
-from flows.sampling.sampling_batch import (
+from flows.sampling.batch_format import (
     BATCH,
     MAX_IMAGE_BYTES,
     SUCCESS,
@@ -39,6 +38,7 @@ from flows.sampling.sampling_batch import (
     part_bytes,
     part_key,
 )
+from flows.sampling.lookup import find, read_image, read_rows
 from flows.signing.images import ImageSigner, verify_image
 from flows.signing.keys import SignatureError, SigningKey, describe
 from flows.storage.s3 import DELETED, Location, Store
@@ -101,26 +101,14 @@ class UnsignedImage:
     read: Callable[[], bytes]
 
 
-class CopyStore(Protocol):
-    """Folder or prefix on S3 of files that are written once."""
-
-    def get(self, name: str) -> bytes | None:
-        """Read a file; None if there is none, one of over MAX_IMAGE_BYTES bytes, or something else of its name."""
-
-    def put(self, name: str, data: bytes) -> bytes:
-        """Write a file whole unless it is there; returns what is there then."""
-
-    def names(self) -> Iterator[str]:
-        """Yield the names of all there is of any kind, in subfolders with their path; raises OSError."""
-
-
 @dataclass(frozen=True)
 class LocalFolder:
-    """Folder of this machine."""
+    """Folder of this machine, of files that are written once."""
 
     path: Path
 
-    def get(self, name: str) -> bytes | None:  # noqa: D102
+    def get(self, name: str) -> bytes | None:
+        """Read a file; None if there is none, one of over MAX_IMAGE_BYTES bytes, or something else of its name."""
         path = self.path / name
         # Links lead elsewhere, and reading a pipe never ends.
         if not path.is_file() or path.is_symlink():
@@ -129,7 +117,8 @@ class LocalFolder:
             data = file.read(MAX_IMAGE_BYTES + 1)
         return data if len(data) <= MAX_IMAGE_BYTES else None
 
-    def put(self, name: str, data: bytes) -> bytes:  # noqa: D102
+    def put(self, name: str, data: bytes) -> bytes:
+        """Write a file whole unless it is there; returns what is there then."""
         path = self.path / name
         make_folder(path.parent)
         temporary_path = path.with_name(f".{path.name}.{uuid4().hex}.partial")
@@ -147,7 +136,9 @@ class LocalFolder:
             raise ConflictError(f"{path} is there, and is not a file: give --out another place")
         return written
 
-    def names(self) -> Iterator[str]:  # noqa: D102
+    def names(self) -> Iterator[str]:
+        """Yield the names of all there is of any kind, in subfolders with their path; raises OSError."""
+
         def fail(error: OSError) -> NoReturn:
             raise error
 
@@ -165,7 +156,7 @@ class LocalFolder:
 
 @dataclass(frozen=True)
 class S3Prefix:
-    """Prefix on S3."""
+    """Prefix on S3, of objects that are written once; its methods are those of ``LocalFolder``."""
 
     place: Location
     store: Store
@@ -191,7 +182,10 @@ class S3Prefix:
         return str(self.place)
 
 
-def parse_place(address: str) -> LocalFolder | S3Prefix:
+CopyStore = LocalFolder | S3Prefix
+
+
+def parse_place(address: str) -> CopyStore:
     """Folder or prefix that ``address`` names."""
     return S3Prefix(Location.parse(address), Store()) if address.startswith("s3://") else LocalFolder(Path(address))
 
@@ -258,7 +252,7 @@ def sign_images(
     return SignedImages(out=str(target), images=image_count, signed=signed_count, signer=signing.signer)
 
 
-def _require_place_for_copies(target: LocalFolder | S3Prefix, source: "_Batch | _Request") -> None:
+def _require_place_for_copies(target: CopyStore, source: "_Batch | _Request") -> None:
     if (
         isinstance(target, LocalFolder)
         and isinstance(source, _Request)

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from diffusion.common.config import Config, dataset_folder
 from diffusion.common.errors import UserError
-from diffusion.data.manifest import FileEntry, Manifest, parse_manifest
+from diffusion.data.manifest import FileEntry, Manifest
 from diffusion.data.versions.takedown_records import Removal
 from diffusion.generation.requests import ABOUT, RequestRecord
 from flows import environment
@@ -27,12 +27,12 @@ from flows.registry import model_versions
 from flows.registry.aliases import none_if_missing
 from flows.registry.model_versions import CODE, WEIGHTS
 from flows.registry.takedown_marks import TAKEDOWN, parse_takedown_names
+from flows.sampling.batch_format import SUCCESS, SamplingBatch
 from flows.sampling.consistency import find_disagreements
 from flows.sampling.lookup import ImageOrigin, LocatedImage, SampleLocation, find
-from flows.sampling.sampling_batch import SUCCESS, SamplingBatch
 from flows.storage.s3 import DELETED, Location, Store
 from flows.storage.tags import Tags, parse_tags
-from flows.tracking.runs import MANIFEST_ARTIFACT, ORIGIN_ARTIFACT
+from flows.tracking.runs import ORIGIN_ARTIFACT, read_run_manifest
 
 
 class TracedImage(Config):
@@ -298,12 +298,9 @@ class _Walk:
     def manifest(self, run: Run | None, dataset: str | None, content: str, source: str) -> Manifest | None:
         manifest: Manifest | None = None
         if run is not None:
-            artifact_uri = f"runs:/{run.info.run_id}/{MANIFEST_ARTIFACT}"
             with self.record_errors():
-                artifacts = self.client.list_artifacts(run.info.run_id, "dataset")
-                if MANIFEST_ARTIFACT not in {item.path for item in artifacts}:
+                if (manifest := read_run_manifest(self.client, run.info.run_id)) is None:
                     raise UserError(f"run {run.info.run_id} keeps no manifest of what it saw (any more)")
-                manifest = parse_manifest(mlflow.artifacts.load_text(artifact_uri).encode(), artifact_uri)
         if manifest is None and dataset:
             versions = Catalog.of(dataset, source, self.store).versions().values()
             manifest = next((version for version in versions if version.content_digest == content), None)

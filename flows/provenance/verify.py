@@ -22,7 +22,7 @@ from flows.provenance.signed_images import (
     parse_place,
 )
 from flows.registry.ledger import MAX_ENTRY_BYTES, SIGNATURES, BrokenChainError, LedgerEntry, follow_chain
-from flows.sampling.sampling_batch import SUCCESS, Success, part_key
+from flows.sampling.batch_format import SUCCESS, Success, part_key
 from flows.signing.images import SignedImage, verify_image
 from flows.signing.keys import SignatureError, Trust, describe_differences, signature_path, signed_files
 from flows.storage.numbered_objects import NAME
@@ -70,7 +70,9 @@ def verify(path: str, trust: Trust, head: str | None = None, model: str | None =
             an option has no effect on what there is.
     """
     if head is not None and not SHA256.fullmatch(head):
-        raise UserError(f"--head {head} is no SHA-256: give the 64 hex digits that `darkroom verify` printed as head")
+        raise UserError(
+            f"--head {head} is not a SHA-256: give the 64 hex digits that `darkroom verify` printed as head"
+        )
     of_ledger = {"--head": head, "--model": model}
     place, local = parse_place(path), None if path.startswith("s3://") else Path(path)
     if path.lower().endswith(IMAGES) and not (local is not None and local.is_dir()):

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,14 @@ from cyclonedx.validation.json import JsonStrictValidator
 
 from diffusion.checkpoints import read_model_header
 from diffusion.data.manifest import read_manifest
-from diffusion.diffusers_format.export import export_adapter, export_to_diffusers
+from diffusion.diffusers_format.export import export_to_diffusers
 from diffusion.diffusers_format.import_model import import_file
+from diffusion.diffusers_format.lora import export_adapter
 from diffusion.process.samplers import SAMPLING_ADAPTER
 from flows.provenance.bill_of_materials import write_bom
 from flows.signing.keys import signature_path
 from tests.builders import pipelines
+from tests.builders.command_line import CommandLine
 from tests.builders.signing_keys import identity
 from tests.builders.small_models import write_lora, write_model
 
@@ -103,15 +104,9 @@ def test_imported_and_fine_tuned_pipelines_name_origin_and_licence(tmp_path: Pat
 
 
 def test_the_command_line_signs_an_export_and_verifies_it_offline(
-    no_servers: None,
-    tmp_path: Path,
-    darkroom: Callable[..., int],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    no_servers: None, tmp_path: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(*words: str) -> tuple[int, str, str]:
-        return darkroom(*words), *capsys.readouterr()
-
+    run = command_line.answer
     write_model(tmp_path / "final.safetensors", seed=0, images=64)
     alice = identity(tmp_path / "alice", passphrase="open sesame")
     words = ("model", "export", "--to", "diffusers", "--model", "final.safetensors", "--out", "ex/blobs", "--json")

@@ -19,24 +19,20 @@ from diffusion.generation.config import Conditions
 from flows.provenance import signed_images
 from flows.provenance.signed_images import LocalFolder, sign_images
 from flows.provenance.verify import verify
-from flows.sampling import generate_batch
-from flows.sampling.sampling_batch import SamplingBatch
+from flows.sampling.batch_format import SamplingBatch
 from flows.signing.images import verify_image
 from flows.signing.keys import Trust
 from flows.storage.s3 import Location, Store
+from tests.builders.command_line import CommandLine
+from tests.builders.gc_batches import generate
 from tests.builders.sampling_batches import batch, stored_files
 from tests.builders.signing_keys import Identity, identity
 from tests.builders.small_models import write_model
 
 
 def sampled(store: Store, bucket: str, tmp_path: Path, planned_batch: SamplingBatch) -> Location:
-    place = Location(bucket, f"samples/blobs/3/{planned_batch.name}")
     weights = write_model(tmp_path / "weights.safetensors", 1, 0, classes={"even": 3, "odd": 1})
-    store.put_once(bucket, place.key("batch.json"), planned_batch.json_bytes())
-    for chunk in range(len(planned_batch.chunks())):
-        generate_batch.generate_chunk(store, planned_batch, place, weights, chunk, None, 2)
-    assert generate_batch.finish(store, planned_batch, place)
-    return place
+    return generate(store, planned_batch, bucket, weights)
 
 
 @pytest.mark.parametrize("kind", ["png", "tar"])
@@ -160,19 +156,13 @@ def test_a_name_that_leads_elsewhere_is_rejected(no_servers: None, tmp_path: Pat
 
 
 def test_without_the_extra_one_line_names_it(
-    signed: Path,
-    alice: Identity,
-    darkroom: Callable[..., int],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    signed: Path, alice: Identity, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = requested(signed.with_name("images")), signed.with_name("new")
     monkeypatch.setitem(sys.modules, "c2pa", None)
     words = ("sign", source, "--out", out, "--key", alice.key, "--certificates", alice.certificate)
     for command in (words, ("verify", source / "00000001.png")):
-        assert darkroom(*command) == 2
-        [line] = capsys.readouterr().err.splitlines()
-        assert "[signing]" in line
+        assert "[signing]" in command_line.mistake(*command)
     assert not out.exists()
 
 
@@ -368,7 +358,7 @@ def test_each_change_of_signed_copies_is_found(signed: Path, alice: Identity, wh
 
 @pytest.mark.parametrize("what", ADDED)
 def test_a_file_of_any_kind_beside_signed_copies_is_found(
-    signed: Path, alice: Identity, what: str, darkroom: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    signed: Path, alice: Identity, what: str, command_line: CommandLine
 ) -> None:
     bare = shutil.copytree(signed, signed.with_name("bare"))
     unsign(bare)
@@ -382,8 +372,8 @@ def test_a_file_of_any_kind_beside_signed_copies_is_found(
             checks = verify(str(folder), trust)
             assert not checks[-1].verified
             assert not any(each.complete for each in checks)
-        assert darkroom("verify", folder, "--trust", alice.root, "--json") == 3
-        assert json.loads(capsys.readouterr().out)["verified"] is False
+        about = command_line("verify", folder, "--trust", alice.root, "--json", code=3)
+        assert json.loads(about)["verified"] is False
 
 
 @pytest.mark.parametrize("what", [name for name in ADDED if "image" not in name])
@@ -411,31 +401,27 @@ def test_copies_by_another_signer_are_found(signed: Path, tmp_path: Path) -> Non
 
 
 def test_verify_names_untrusted_files_and_options_without_effect(
-    signed: Path, tmp_path: Path, alice: Identity, darkroom: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    signed: Path, tmp_path: Path, alice: Identity, command_line: CommandLine
 ) -> None:
     image, source = signed / "00000001.png", requested(tmp_path / "images", task="img2img", image={"sha256": "0" * 64})
     for what in (signed, image):
-        assert darkroom("verify", what, "--trust", alice.root) == 0
-        assert darkroom("verify", what) == 3
-        assert darkroom("verify", what, "--untrusted") == 0
-        assert capsys.readouterr().out.splitlines()[-1].startswith("UNTRUSTED")
-        for unused in (("--key", alice.public), ("--head", "0" * 64), ("--model", "faces")):
-            assert darkroom("verify", what, "--trust", alice.root, *unused) == 2
-        assert darkroom("verify", what, "--trust", alice.root, "--untrusted") == 2
+        command_line("verify", what, "--trust", alice.root)
+        command_line("verify", what, code=3)
+        assert command_line("verify", what, "--untrusted").splitlines()[-1].startswith("UNTRUSTED")
+        for unused in (("--key", alice.public), ("--head", "0" * 64), ("--model", "faces"), ("--untrusted",)):
+            command_line("verify", what, "--trust", alice.root, *unused, code=2)
     flip(image)
-    assert darkroom("verify", signed, "--untrusted") == 3
-    capsys.readouterr()
-    assert darkroom("verify", signed, "--trust", alice.root, "--json") == 3
-    about = json.loads(capsys.readouterr().out)
+    command_line("verify", signed, "--untrusted", code=3)
+    about = json.loads(command_line("verify", signed, "--trust", alice.root, "--json", code=3))
     assert (about["verified"], about["trusted"], about["checks"][-1]["trusted"]) == (False, False, False)
     # A folder may be named like an image, and a hostile image ends the verification of no other.
     folder = tmp_path / "folder.png"
     folder.mkdir()
     shutil.copytree(tmp_path / "images", folder, dirs_exist_ok=True)
-    assert darkroom("verify", folder, "--trust", alice.root) == 3
+    command_line("verify", folder, "--trust", alice.root, code=3)
     for parent in (tmp_path / "missing.png", tmp_path):
         words = ("--parent", parent, "--key", alice.key, "--certificates", alice.certificate)
-        assert darkroom("sign", source, "--out", tmp_path / "edits", *words) == 2
+        command_line("sign", source, "--out", tmp_path / "edits", *words, code=2)
 
 
 def test_a_lone_image_and_a_folder_of_images_are_verified(signed: Path, tmp_path: Path, alice: Identity) -> None:

@@ -2,9 +2,9 @@
 
 import io
 import json
-import os
 import py_compile
 from collections.abc import Callable, Iterator
+from contextlib import chdir
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import cache_from_source
@@ -30,13 +30,14 @@ from flows.provenance.trace import Trace, trace
 from flows.registry import dependencies, model_versions
 from flows.registry.model_versions import CODE, WEIGHTS, Version
 from flows.registry.retraining_notes import RetrainRequest
-from flows.sampling import generate_batch, sampling_batch
+from flows.sampling import batch_format, generate_batch
+from flows.sampling.batch_format import SamplingBatch
 from flows.sampling.consistency import find_disagreements
 from flows.sampling.lookup import find
-from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Object, Store
 from flows.storage.tags import parse_model_uri
 from tests.builders.built_datasets import BuiltDataset, image_record
+from tests.builders.command_line import servers_forgotten
 from tests.builders.small_models import write_model
 
 BUCKET = "tampering"
@@ -89,15 +90,9 @@ def samples(
     s3_server: dict[str, str], mlflow_template: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Samples]:
     home = tmp_path_factory.mktemp("sampled")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in os.environ:
-            if name.startswith(("AWS_", "MLFLOW_", "PREFECT_", "DARKROOM_")):
-                patch.delenv(name)
-        (home / "mlflow.db").write_bytes(mlflow_template.read_bytes())
-        variables = {"MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db", "DARKROOM_BUCKET": BUCKET}
-        for name, value in (s3_server | variables).items():
-            patch.setenv(name, value)
-        patch.chdir(home)
+    (home / "mlflow.db").write_bytes(mlflow_template.read_bytes())
+    variables = {"MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db", "DARKROOM_BUCKET": BUCKET}
+    with servers_forgotten(**s3_server, **variables), chdir(home):
         yield _sampled(Store(), MlflowClient())
 
 
@@ -128,8 +123,8 @@ def brightened(png: bytes) -> bytes:
 
 
 def relabelled_part(data: bytes) -> bytes:
-    rows = sampling_batch.part_rows(data, "part")
-    return sampling_batch.part_bytes(row | {"label": "even"} for row in rows)
+    rows = batch_format.part_rows(data, "part")
+    return batch_format.part_bytes(row | {"label": "even"} for row in rows)
 
 
 def relabelled_table(data: bytes) -> bytes:
@@ -242,18 +237,18 @@ def test_a_batch_with_a_part_of_another_is_not_finished(samples: Samples) -> Non
     files = {name: data for name, data in samples.files("png").items() if name not in ("manifest.parquet", "_SUCCESS")}
     files[PART] = files["manifest/part-00000.jsonl"]
     place = samples.beside("mixed", files)
-    batch = sampling_batch.parse_batch(files["batch.json"], "batch.json")
+    batch = batch_format.parse_batch(files["batch.json"], "batch.json")
     with pytest.raises(UserError, match=f"{PART} is not of this batch"):
         generate_batch.finish(samples.store, batch, place)
     assert not samples.store.exists(BUCKET, place.key("_SUCCESS"))
 
 
 def test_texts_with_unicodes_ends_of_lines_stay_in_their_row() -> None:
-    rows = sampling_batch.part_rows(sampling_batch.part_bytes([row_with("a\u2028b\x85c"), row_with("d")]), "part")
+    rows = batch_format.part_rows(batch_format.part_bytes([row_with("a\u2028b\x85c"), row_with("d")]), "part")
     assert [row["prompt"] for row in rows] == ["a\u2028b\x85c", "d"]
 
 
-def row_with(prompt: str) -> sampling_batch.Row:
+def row_with(prompt: str) -> batch_format.Row:
     return {
         **dict.fromkeys(("content_digest", "weights_sha256", "sha256", "pixels_sha256"), "0" * 64),
         **dict.fromkeys(("label", "negative_prompt", "guidance")),
@@ -482,8 +477,8 @@ def test_image_with_invalid_png_metadata_is_not_recognized(
 def test_invalid_batch_description_is_an_error(samples: Samples, change: dict[str, object]) -> None:
     about = json.loads(samples.files("png")["batch.json"])
     with pytest.raises(UserError, match="somewhere is damaged"):
-        sampling_batch.parse_batch(canonical_json(about | change).encode(), "somewhere")
-    assert isinstance(sampling_batch.parse_batch(canonical_json(about).encode(), "somewhere"), SamplingBatch)
+        batch_format.parse_batch(canonical_json(about | change).encode(), "somewhere")
+    assert isinstance(batch_format.parse_batch(canonical_json(about).encode(), "somewhere"), SamplingBatch)
 
 
 def test_a_batch_that_cannot_be_read_hides_no_other(

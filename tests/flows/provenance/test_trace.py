@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import chdir
 from dataclasses import dataclass
 from importlib.metadata import version as installed
 from operator import attrgetter
@@ -39,11 +40,12 @@ from flows.provenance.trace import trace
 from flows.registry import model_versions
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import TAKEDOWN
-from flows.sampling import generate_batch, sampling_batch
+from flows.sampling import batch_format, generate_batch
+from flows.sampling.batch_format import SamplingBatch
 from flows.sampling.lookup import LocatedImage
-from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Object, Store
 from flows.tracking.runs import open_run
+from tests.builders.command_line import servers_forgotten
 from tests.builders.removals import REMOVAL
 from tests.builders.shapes import disc
 from tests.builders.training_runs import run as train
@@ -94,14 +96,8 @@ class StoredBatch:
 def stored_batch(s3_server: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoredBatch]:
     """Images, a data set on S3, a run and a model in an MLflow without a server, and 18 samples on S3."""
     home = tmp_path_factory.mktemp("made")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in os.environ:
-            if name.startswith(("AWS_", "MLFLOW_", "PREFECT_", "DARKROOM_")):
-                patch.delenv(name)
-        variables = {"MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db", "DARKROOM_BUCKET": "provenance"}
-        for name, value in (s3_server | variables).items():
-            patch.setenv(name, value)
-        patch.chdir(home)
+    variables = {"MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db", "DARKROOM_BUCKET": "provenance"}
+    with servers_forgotten(**s3_server, **variables), chdir(home):
         yield make(Store(), MlflowClient())
 
 
@@ -353,7 +349,7 @@ def test_samples_are_reproduced_bit_for_bit_by_the_shipped_code(stored_batch: St
     assert errors_of(reproduction) == (0, 0)
     assert (reproduction.code, reproduction.moved) == ("shipped", [])
     for index in range(17):
-        name = sampling_batch.image_key(index)
+        name = batch_format.image_key(index)
         sample = stored_batch.store.get(stored_batch.place.bucket, stored_batch.place.key(name))
         assert (tmp_path / name).read_bytes() == sample
 
@@ -362,14 +358,14 @@ def test_another_fingerprint_is_named_with_the_largest_error(stored_batch: Store
     """A generated image of another machine, which made one pixel of the second image brighter."""
     other = stored_batch.batch.fingerprint.model_copy(update={"batch": 16, "device": "AVX9"})
     part = stored_batch.store.get(stored_batch.place.bucket, stored_batch.place.key("manifest/part-00001.jsonl"))
-    rows = sampling_batch.part_rows(part, "part")
+    rows = batch_format.part_rows(part, "part")
     png = repainted(stored_batch.png, 3)
     rows[-1] |= {"sha256": sha256_bytes(png), "pixels_sha256": sha256_bytes(pixels_of(png))}
     place = stored_batch.beside(
         "elsewhere",
         {
             "batch.json": stored_batch.batch.model_copy(update={"fingerprint": other}).json_bytes(),
-            "manifest/part-00001.jsonl": sampling_batch.part_bytes(rows),
+            "manifest/part-00001.jsonl": batch_format.part_bytes(rows),
             "00000017.png": png,
         },
     )

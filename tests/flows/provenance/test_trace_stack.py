@@ -5,7 +5,6 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import pytest
 import torch
 from mlflow.client import MlflowClient
@@ -85,13 +84,7 @@ def test_reproduction_on_another_fingerprint_is_nearly_equal(workspace: Workspac
 
 
 def test_trace_exits_1_for_an_altered_sample_2_for_unknown(workspace: Workspace, batch: str) -> None:
-    client = boto3.client(
-        "s3",
-        endpoint_url=workspace.variables["AWS_ENDPOINT_URL_S3"],
-        aws_access_key_id=workspace.variables["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=workspace.variables["AWS_SECRET_ACCESS_KEY"],
-        region_name="us-east-1",
-    )
+    client = workspace.s3_client()
     copied = {name: data for name, (_, data) in objects(workspace, batch).items()}
     buffer = io.BytesIO()
     ImageOps.invert(Image.open(io.BytesIO(copied["00000003.png"]))).save(buffer, "PNG")
