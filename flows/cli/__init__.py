@@ -7,6 +7,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -18,6 +20,7 @@ from diffusion.common.files import is_full_disk
 from flows.cli import (
     data_change_commands,
     edit_commands,
+    init_commands,
     model_commands,
     operations_commands,
     pipeline_commands,
@@ -35,6 +38,17 @@ EXTRAS = dict.fromkeys(("c2pa", "cryptography", "model_signing"), "signing") | {
 FULL_DISK_ERROR = (
     "a disk is full: free some space and give the same command again, which goes on from there; -v shows where"
 )
+LOST_CONNECTIONS = {
+    "httpx.TransportError",
+    "requests.exceptions.ConnectionError",
+    "botocore.exceptions.ConnectionError",
+    "botocore.exceptions.HTTPClientError",
+}
+"""What the servers' clients raise when a server is gone, also from within their own errors."""
+LOST_CONNECTION_ERROR = (
+    "a server does not answer any more ({}): see `darkroom status`, start local servers by `darkroom up`, and give the "
+    "same command again, which goes on from there; -v shows where"
+)
 app = typer.Typer(
     name="darkroom",
     help="Turn a growing folder of images into a diffusion model that is promoted only when it is better.",
@@ -45,6 +59,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for top in (
+    init_commands.app,
     setup_commands.app,
     pipeline_commands.app,
     retraining_commands.app,
@@ -91,6 +106,7 @@ def main() -> None:
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     # At its end the interpreter would look for cycles in all that the libraries hold, for two seconds.
     atexit.register(gc.freeze)
+    sys.unraisablehook = _repeat_signal
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # A killed torchrun does not stop its processes: they would go on training.
@@ -127,7 +143,26 @@ def main() -> None:
             raise
         if is_full_disk(error):
             _fail(FULL_DISK_ERROR, 1)
+        if any(
+            f"{kind.__module__}.{kind.__name__}" in LOST_CONNECTIONS
+            for cause in _causes(error)
+            for kind in type(cause).__mro__
+        ):
+            _fail(LOST_CONNECTION_ERROR.format(type(error).__name__), 1)
         _fail(f"{type(error).__name__}: {' '.join(str(error).split())[:500]} (-v shows where)", 1)
+
+
+def _repeat_signal(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Send a signal again whose exception came where Python ignores exceptions: in a weak reference's callback, say."""
+    error = unraisable.exc_value
+    number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else getattr(error, "signal", None)
+    if number is None:
+        sys.__unraisablehook__(unraisable)
+        return
+    # Later: it would be ignored in here as well.
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()
 
 
 def _end_by_signal(error: BaseException) -> None:
@@ -136,11 +171,19 @@ def _end_by_signal(error: BaseException) -> None:
         return
     from prefect.exceptions import TerminationSignal
 
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in _causes(error):
         if isinstance(cause, TerminationSignal):
             signal.signal(cause.signal, signal.SIG_DFL)
             signal.raise_signal(cause.signal)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield the error, and what it came of."""
+    cause: BaseException | None = error
+    seen = list[BaseException]()
+    while cause is not None and cause not in seen:
+        yield cause
+        seen.append(cause)
         cause = cause.__cause__ or cause.__context__
 
 

@@ -65,9 +65,7 @@ OutFolder = Annotated[
 To = Annotated[
     str | None,
     Option(
-        metavar="S3_URI",
-        help="s3://BUCKET, or a prefix in it; default: DARKROOM_BUCKET.",
-        callback=check_destination,
+        metavar="S3_URI", help="s3://BUCKET, or a prefix in it; default: DARKROOM_BUCKET.", callback=check_destination
     ),
 ]
 Count = Annotated[int, Option("--count", min=1, help="Number of images.")]
@@ -91,8 +89,7 @@ SigningKeyFile = Annotated[
 Certificates = Annotated[
     Path | None,
     Option(
-        metavar="FILE",
-        help="Its certificate, then those up to a root; default: those of DARKROOM_SIGNING_CERTIFICATES.",
+        metavar="FILE", help="Its certificate, then the others up to a root; default: DARKROOM_SIGNING_CERTIFICATES."
     ),
 ]
 Verbosity = Literal["quiet", "normal", "verbose"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from diffusion.common.errors import UserError
+from diffusion.common.errors import UserError, describe_validation_error
 from diffusion.common.escaping import pluralize
 from diffusion.common.files import require_writable
 from flows.cli.command import CommandOutput, Local, command, connect, display_progress
@@ -279,5 +279,5 @@ def _machines(options: Mapping[str, Any]) -> "Machines":
         return Machines(**fields)
     except ValidationError as error:
         detail = error.errors()[0]
-        option = str(detail["loc"][0]).replace("_", "-")
-        raise UserError(f"--{option} {detail['input']}: {detail['msg']}: give another value") from error
+        option = f"--{detail['loc'][0]}".replace("_", "-")
+        raise UserError(f"{describe_validation_error(detail, option)}: give another value") from error

@@ -10,7 +10,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
 from diffusion.common.files import is_model_file
 from flows.cli import command as options
-from flows.cli.arguments import check_image
+from flows.cli.arguments import check_image, when_given
 from flows.cli.command import MAX_SEED, CommandOutput, command, connect, display_progress
 
 if TYPE_CHECKING:
@@ -24,18 +24,18 @@ Label = Annotated[str | None, Option("--label", metavar="NAME", help="Class labe
 Prompt = Annotated[str | None, Option("--prompt", help="Text prompt, for a model with model.text.")]
 
 
-def check_strength(strength: float | None) -> float | None:
+@when_given
+def check_strength(strength: float) -> None:
     """Check that a strength is above 0 and at most 1."""
-    if strength is not None and not 0 < strength <= 1:
+    if not 0 < strength <= 1:
         raise UserError(f"--strength {strength:g} is out of range: give a number above 0, and at most 1")
-    return strength
 
 
-def check_partial_strength(strength: float | None) -> float | None:
+@when_given
+def check_partial_strength(strength: float) -> None:
     """Check that a strength is above 0 and below 1."""
-    if strength is not None and not 0 < strength < 1:
+    if not 0 < strength < 1:
         raise UserError(f"--strength {strength:g} is out of range: give a number above 0 and below 1")
-    return strength
 
 
 @command(app)
@@ -129,8 +129,7 @@ def interpolate(
 def upscale(
     config: "Params",
     image: Annotated[
-        Path,
-        Argument(help="Image file, at least as large as the model's low-resolution input.", callback=check_image),
+        Path, Argument(help="Image file, at least as large as the model's low-resolution input.", callback=check_image)
     ],
     count: Annotated[int, Option(min=1, help="Number of images.")] = 1,
     seed: options.Seed = 0,

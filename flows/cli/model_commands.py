@@ -12,7 +12,9 @@ from typer import Argument, Option
 from diffusion.common.errors import UserError
 from diffusion.common.files import is_model_file, require_writable
 from flows.cli.arguments import (
+    check_existing,
     check_export,
+    check_model,
     check_output,
     check_registered,
     require_free_port,
@@ -51,6 +53,12 @@ Exported = Annotated[
     Literal["diffusers", "lora"],
     Option(help="A pipeline of diffusers; or lora, the adapter of a fine-tuned one for its load_lora_weights."),
 ]
+AdapterFormat = Annotated[
+    Literal["diffusers", "kohya"] | None,
+    Option("--format", help="Names in --to lora: diffusers' (default), or kohya's: ComfyUI, AUTOMATIC1111, Forge."),
+]
+Title = Annotated[str | None, Option(help="Title of --to lora in its metadata; default: the folder's name.")]
+Trigger = Annotated[str | None, Option(help="Trigger word of --to lora, which its metadata names.")]
 ExportFolder = Annotated[
     Path, Option("--out", metavar="FOLDER", help="Output folder, which must not exist yet.", callback=check_export)
 ]
@@ -77,6 +85,19 @@ def import_(
     output: Annotated[
         Path | None, Option("--out", metavar="FILE", help="Write the model file alone, without a server.")
     ] = None,
+    base: Annotated[
+        str | None,
+        Option(metavar="URI|FILE", help="Imported pipeline that a LoRA belongs to.", callback=check_model),
+    ] = None,
+    pipeline_config: Annotated[
+        Path | None,
+        Option(
+            "--config",
+            metavar="FOLDER",
+            help="Pipeline of diffusers whose configuration a single-file checkpoint has.",
+            callback=check_existing,
+        ),
+    ] = None,
 ) -> CommandOutput:
     """Register a model that was not trained here; `evaluate --model` and `promote --model` take it from there.
 
@@ -86,6 +107,10 @@ def import_(
     Example:  darkroom model import hf://OWNER/NAME@REVISION --name painter
 
     Example:  darkroom model import elsewhere/final.safetensors --name faces --licence CC-BY-4.0
+
+    Example:  darkroom model import zwx.safetensors --base models:/painter/1 --name zwx --licence openrail
+
+    Example:  darkroom model import sd.safetensors --config pipelines/sd --name painter --licence openrail
     """
     if (name is None) == (output is None):
         raise UserError("give --name NAME, for a version of a registered model, or --out FILE.safetensors")
@@ -94,29 +119,35 @@ def import_(
             f"nothing at {source}: give a folder of save_pretrained, hf://OWNER/NAME@REVISION, or a model file"
         )
     if output is not None:
-        return _import_to_file(source, output, licence)
+        return _import_to_file(source, output, licence, base, pipeline_config)
     _require_model_name(name)
     with connect("mlflow", "s3"):
-        from flows.registry.import_model import import_model
+        from flows.registry.import_model import find_parts, import_model
 
-        result = import_model(source, str(name), licence, config.sampling)
+        parts = find_parts(base, pipeline_config)
+        result = import_model(source, str(name), licence, config.sampling, parts)
     summary = f"{result.version.uri}: {result.family}, from {result.source}, licence {result.origin.licence}"
     return CommandOutput(
         result, [summary, f"evaluate it: darkroom evaluate --model {result.version.uri} --dataset NAME"]
     )
 
 
-def _import_to_file(source: str, output: Path, licence: str | None) -> CommandOutput:
+def _import_to_file(
+    source: str, output: Path, licence: str | None, base: str | None, pipeline_config: Path | None
+) -> CommandOutput:
+    if base is not None and not is_model_file(base):
+        raise UserError(f"--out writes a file without a server, and --base {base} is registered: give its .safetensors")
     if not is_model_file(str(output)):
         raise UserError(f"--out {output} does not name a model file: let it end in .safetensors")
     require_writable(output.parent, f"--out {output}")
     import shutil
 
-    from diffusion.diffusers_format.import_model import import_file
+    from diffusion.diffusers_format.import_model import ImportParts, import_file
 
+    parts = ImportParts(base=Path(base) if base else None, pipeline_config=pipeline_config)
     downloads = output.with_name(f".{output.name}.downloads")
     with display_progress() as progress:
-        file = import_file(source, output, licence, downloads, progress)
+        file = import_file(source, output, licence, downloads, progress, parts)
     shutil.rmtree(downloads, ignore_errors=True)
     return CommandOutput(file, [f"{output}: {file.family}, from {file.source}, licence {file.origin.licence}"])
 
@@ -298,6 +329,9 @@ def export(
     to: Exported,
     folder: ExportFolder,
     model: Model = None,
+    file_format: AdapterFormat = None,
+    title: Title = None,
+    trigger: Trigger = None,
     push: PushUri = None,
     public: Public = False,
     licence: WeightsLicence = None,
@@ -314,7 +348,7 @@ def export(
 
     Example:  darkroom model export --to diffusers --model runs/faces/final.safetensors --out exports/faces
 
-    Example:  darkroom model export --to lora --model models:/faces@champion --out exports/faces-lora
+    Example:  darkroom model export --to lora --format kohya --model models:/faces@champion --out exports/faces-lora
 
     Example:  darkroom model export --to diffusers --out exports/faces --push hf://me/faces
 
@@ -324,14 +358,45 @@ def export(
         raise UserError("--public and --prompt are of --push: give that as well, or leave them out")
     if not sign and (key or certificates):
         raise UserError("--key and --certificates are of --sign: give that as well, or leave them out")
+    if to != "lora" and (file_format or title or trigger):
+        raise UserError("--format, --title and --trigger are of --to lora: use it, or leave them out")
     _require_pushable(push, to)
     signer = _signing_key(key, certificates) if sign else None
     with nullcontext() if is_model_file(model) else connect("mlflow", "s3"):
+        from diffusion.diffusers_format.lora import AdapterDetails
         from flows.provenance.export_model import Push, export_model
 
         pushed = Push(uri=push, prompts=tuple(prompt), public=public) if push else None
         exported = _exported_model(config, model)
-        return _describe_export(export_model(config, exported, to, folder, licence, signer, pushed), to)
+        names, details = file_format or "diffusers", AdapterDetails(title=title, trigger=trigger)
+        return _describe_export(export_model(config, exported, to, folder, licence, signer, pushed, names, details), to)
+
+
+@command(app, "training-content")
+def training_content(
+    config: "Params",
+    model: Model = None,
+    output: Annotated[Path | None, Option("--out", metavar="FILE", help="Write it to a file, too.")] = None,
+) -> CommandOutput:
+    """Print a public summary of the training content, in the form of the template of the EU's AI Office, in Markdown.
+
+    Data sets, sizes, licences, bases and takedowns come from records; what only people know is marked for them.
+
+    Example:  darkroom model training-content --model models:/faces@champion --out training-content.md
+    """
+    if output is not None:
+        require_writable(output.parent, f"--out {output}")
+    with nullcontext() if is_model_file(model) else connect("mlflow", "s3"):
+        from diffusion.common.files import write_bytes
+        from flows.provenance.training_content import summarize_training_content
+
+        exported = _exported_model(config, model)
+        text = summarize_training_content(
+            exported.weights, exported.find_manifest(config), exported.uri, exported.takedowns
+        )
+    if output is not None:
+        write_bytes(output, text.encode())
+    return CommandOutput({"model": exported.uri or str(exported.weights), "summary": text}, text.splitlines())
 
 
 def _exported_model(config: "Params", model: str | None) -> "ExportedModel":
@@ -347,9 +412,9 @@ def _exported_model(config: "Params", model: str | None) -> "ExportedModel":
 
 def _require_pushable(push: str | None, to: str) -> None:
     if push is not None:
-        from diffusion.diffusers_format.hub import check_push
+        from diffusion.common.hub_push import check_push
 
-        check_push(push)
+        check_push(push, "model")
         if to == "lora":
             raise UserError("--push is of whole pipelines: use --to diffusers, or leave it out")
 
@@ -383,6 +448,8 @@ def describe_champion_change(change: "ChampionChange | ReleaseResult") -> Comman
 
 
 def _table(ledger: "History") -> Iterator[str]:
+    from flows.tracking.console import align_columns
+
     for name, reason in ledger.foreign.items():
         yield f"foreign object among the entries, ignored (docs/operations/runbook/ledger-broken.md): {name!a} {reason}"
     if ledger.head is None:
@@ -401,9 +468,7 @@ def _table(ledger: "History") -> Iterator[str]:
         )
         for entry in ledger.entries
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    yield from align_columns(rows)
     yield ", ".join(f"{title} {number or 'none'}" for title, number in ledger.alias_numbers.model_dump().items())
     count = "1 entry" if len(ledger.entries) == 1 else f"{len(ledger.entries)} entries"
     yield f"{count}, each verified against the one before; the last is sha256 {ledger.head.digest}"

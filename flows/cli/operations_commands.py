@@ -1,7 +1,6 @@
 """Provenance and operation: ``darkroom trace``, ``reproduce``, ``deploy``, ``monitor``, ``gc`` and ``ui``."""
 
 import importlib.util
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     from flows.config import Params
     from flows.provenance.reproduce import Reproduction
-    from flows.provenance.trace import Trace, TracedOrigin
+    from flows.provenance.trace import Trace, TracedData, TracedOrigin
 
 app = typer.Typer()
 provenance = command(app, panel="Provenance", servers=("mlflow", "s3"))
@@ -52,7 +51,7 @@ def trace(what: What) -> CommandOutput:
 
     chain = trace(what)
     error = DarkroomError(f"the chain is broken: {'; '.join(chain.broken)}") if chain.broken else None
-    return CommandOutput(chain, _chain(chain) if VERBOSITY.get() == "verbose" else _summary(chain), error)
+    return CommandOutput(chain, _describe_chain(chain, VERBOSITY.get() == "verbose"), error)
 
 
 @provenance
@@ -81,96 +80,76 @@ def reproduce(
     )
 
 
-def _summary(chain: "Trace") -> Iterator[str]:
+def _describe_chain(chain: "Trace", verbose: bool) -> Iterator[str]:
+    """A few lines for each link; ``verbose``: with digests, conditions, fingerprints, tags and every shard below."""
+
+    def details(*lines: str) -> Iterator[str]:
+        return (f"          {line}" for line in lines if verbose)
+
     if image := chain.image:
         state = {True: "as generated", False: "altered since it was generated", None: "generation is not on record"}
         conditions = "".join(f", {text!r}" for text in (image.label, image.prompt) if text)
         number = f"number {image.index} of seed {image.seed}"
         yield f"image     {image.where}: {number}{conditions}, {state[image.as_generated]}"
+        yield from details(f"sha256 {image.sha256}")
     if batch := chain.batch:
         state_of_batch = "finished" if chain.finished else "not finished"
         yield f"batch     {chain.place}: {pluralize(batch.count, 'image')} of seed {batch.seed}, {state_of_batch}"
-    elif chain.request:
-        yield f"request   {_fields(chain.request.request)}"
+        yield from details(_fields(batch.sampling))
+        if batch.conditions is not None:
+            yield from details(f"conditions {_fields(batch.conditions)}")
+        if batch.requests is not None:
+            yield from details(f"conditions from {chain.place}requests.parquet, {_fields(batch.requests)}")
+        yield from details(f"fingerprint {_fields(batch.fingerprint)}")
+    elif request := chain.request:
+        yield f"request   {_fields(request.request)}"
+        yield from details(f"fingerprint {_fields(request.fingerprint)}")
     if model := chain.model:
         names = " ".join([model.uri, *(f"@{alias}" for alias in model.aliases)])
         yield f"model     {names}, registered {model.registered:{MINUTE}}"
+        code = f"code {model.code_sha256}, as" if model.code_sha256 else "code: no digest of it, or not as"
+        # The ledger's copies are for its repair: `darkroom model history` shows the entries.
+        tags = {name: text for name, text in model.tags.items() if not name.startswith("darkroom.ledger.")}
+        scores = {name: tags.pop(name) for name in [*tags] if not name.startswith("darkroom.")}
+        yield from details(f"{code} registered", *(f"{name} {text}" for name, text in tags.items()))
+        yield from details(*filter(None, [_fields(scores)]))
     if run := chain.run:
         commit = f", git commit {run.git_commit[:12]}" if run.git_commit else ""
         dirty = " with uncommitted changes" if run.git_dirty else ""
         yield f"run       {run.run_id} ({run.name}), started {run.started:{MINUTE}}{commit}{dirty}"
+        clean = ", everything committed" if run.git_dirty is False else ""
+        git = f"git commit {run.git_commit}{clean}" if run.git_commit else "outside of a git repository"
+        yield from details(f"{run.status.lower()}, {git}")
     if chain.drift:
         yield f"drift     {chain.drift}"
-    if data := chain.data:
-        lost_count = sum(shard.where is None for shard in data.shards)
-        state_of_data = f"{lost_count} of them lost" if lost_count else "all found"
-        yield (
-            f"data set  {data.dataset}, version {data.version[:12]}: {pluralize(data.images, 'image')} in "
-            f"{pluralize(len(data.shards), 'shard')}, {state_of_data}"
-        )
-        yield from (f"source    {source}" for source in data.sources)
-        yield from (f"captions  {count:,} by {captioner}" for captioner, count in data.captioners.items())
-    yield from (f"origin    {_origin(origin)}" for origin in chain.origins)
+    if chain.data:
+        yield from _describe_data(chain.data, verbose)
+    for origin in chain.origins:
+        yield f"origin    {_origin(origin)}"
+        yield from details(*(f"{digest}  {path}" for path, digest in origin.files.items()))
     takedowns = [
         takedown.name if takedown.images is None else f"{takedown.name} ({takedown.images:,} images)"
         for takedown in chain.takedowns
     ]
     if takedowns or chain.data:
         yield f"takedown  {', '.join(takedowns) or 'none of its images was taken down since'}"
+    yield from details(*(f"{takedown.name}: {takedown.reason}" for takedown in chain.takedowns if takedown.reason))
 
 
-def _chain(chain: "Trace") -> Iterator[str]:
-    if image := chain.image:
-        state = {True: "as generated", False: "altered since it was generated", None: "generation is not on record"}
-        yield f"image     {image.where}, {state[image.as_generated]}"
-        yield f"          number {image.index} of seed {image.seed}, sha256 {image.sha256}"
-        if conditions := [
-            f"{name} {text!r}" for name, text in (("class", image.label), ("prompt", image.prompt)) if text
-        ]:
-            yield f"          conditions {', '.join(conditions)}"
-    if batch := chain.batch:
-        yield f"batch     {chain.place}, {'finished' if chain.finished else 'not finished'}"
-        yield f"          {pluralize(batch.count, 'image')} of seed {batch.seed}: {_fields(batch.sampling)}"
-        if batch.conditions is not None:
-            yield f"          conditions {_fields(batch.conditions)}"
-        if batch.requests is not None:
-            yield f"          conditions from {chain.place}requests.parquet, {_fields(batch.requests)}"
-        yield f"          fingerprint {_fields(batch.fingerprint)}"
-    if request := chain.request:
-        yield f"request   {_fields(request.request)}"
-        yield f"          fingerprint {_fields(request.fingerprint)}"
-    if model := chain.model:
-        names = " ".join([model.uri, *(f"@{alias}" for alias in model.aliases)])
-        yield f"model     {names}, registered {model.registered:{MINUTE}}"
-        code = f"code {model.code_sha256}, as" if model.code_sha256 else "code: no digest of it, or not as"
-        yield f"          {code} registered"
-        # The ledger's copies are for its repair: `darkroom model history` shows the entries.
-        tags = {name: value for name, value in model.tags.items() if re.match(r"darkroom\.(?!ledger\.)", name)}
-        yield from (f"          {name} {value}" for name, value in tags.items())
-        if scores := {name: value for name, value in model.tags.items() if not name.startswith("darkroom.")}:
-            yield f"          {_fields(scores)}"
-    if run := chain.run:
-        yield f"run       {run.run_id} ({run.name}), {run.status.lower()}, started {run.started:{MINUTE}}"
-        dirty = {True: ", with changes that were not committed", False: ", everything committed", None: ""}
-        git = f"git commit {run.git_commit}{dirty[run.git_dirty]}" if run.git_commit else "git: outside of a repository"
-        yield f"          {git}"
-    if data := chain.data:
-        catalog_date = f"recorded {data.recorded:{MINUTE}}" if data.recorded else "not in the catalog"
-        yield f"data set  {data.dataset}, version {data.version}, {catalog_date}"
+def _describe_data(data: "TracedData", verbose: bool) -> Iterator[str]:
+    lost_count = sum(shard.where is None for shard in data.shards)
+    state = f"{lost_count} of them lost" if lost_count else "all found"
+    counts = f"{pluralize(data.images, 'image')} in {pluralize(len(data.shards), 'shard')}"
+    yield f"data set  {data.dataset}, version {data.version[:12]}: {counts}, {state}"
+    if verbose:
+        recorded = f"recorded {data.recorded:{MINUTE}}" if data.recorded else "not in the catalog"
+        yield f"          version {data.version}, {recorded}"
         yield f"          content {data.content_digest}"
         yield f"          DVC {data.dvc_digest or 'has no record of it'}"
-        yield f"          {pluralize(data.images, 'image')} in {pluralize(len(data.shards), 'shard')}"
-        for shard in data.shards:
-            yield f"shard     {shard.sha256}  {shard.bytes:,} bytes  {shard.name}  {shard.where or 'lost'}"
-        if not chain.takedowns:
-            yield "takedown  none of its images was taken down since"
-    for origin in chain.origins:
-        yield f"origin    {_origin(origin)}"
-        yield from (f"          {digest}  {path}" for path, digest in origin.files.items())
-    for takedown in chain.takedowns:
-        yield f"takedown  {takedown.name}" + (
-            "" if takedown.reason is None else f": {takedown.images:,} images, {takedown.reason}"
-        )
+    yield from (f"source    {source}" for source in data.sources)
+    yield from (f"captions  {count:,} by {captioner}" for captioner, count in data.captioners.items())
+    for shard in data.shards if verbose else ():
+        yield f"shard     {shard.sha256}  {shard.bytes:,} bytes  {shard.name}  {shard.where or 'lost'}"
 
 
 def _origin(origin: "TracedOrigin") -> str:

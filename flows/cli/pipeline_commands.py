@@ -50,8 +50,7 @@ Evaluated = Annotated[
     ),
 ]
 Promoted = Annotated[
-    str | None,
-    Option(metavar="URI", callback=check_model, help="Registered version, instead of a run's best."),
+    str | None, Option(metavar="URI", callback=check_model, help="Registered version, instead of a run's best.")
 ]
 Requests = Annotated[
     str | None,
@@ -75,7 +74,8 @@ def ingest(
 ) -> CommandOutput:
     """Add the new images of a source to a data set of WebDataset shards; record it in DVC and push it.
 
-    Labels and captions: one sub-folder per class, or metadata.csv / metadata.jsonl with file_name, text, label.
+    Labels: one sub-folder per class. Captions: NAME.txt, NAME.caption or NAME.json beside NAME.png, or captions.csv.
+    Both: metadata.csv or metadata.jsonl with file_name, text, label.
 
     Example:  darkroom ingest ~/faces --dataset faces --set ingest.size=32
     """
@@ -84,7 +84,7 @@ def ingest(
     mode: Rebuild = "always" if rebuild else "if_different" if rebuild_if_different else "never"
     check("ingest", config)
     if dry_run:
-        from flows.cli.preflight import preview_ingest
+        from flows.cli.dry_run import preview_ingest
 
         preview = preview_ingest(config, requeue, mode)
         return CommandOutput(preview, preview.lines())
@@ -107,7 +107,7 @@ def ingest(
 
 
 def _describe_ingest(result: "IngestResult", source: str) -> Iterator[str]:
-    from diffusion.data.sources.survey import describe_table, find_captions
+    from diffusion.data.sources.survey import describe_passed_over, describe_table, find_captions
 
     yield (
         f"{pluralize(result.kept, 'image')} in {result.folder} ({result.added:,} new), "
@@ -125,6 +125,12 @@ def _describe_ingest(result: "IngestResult", source: str) -> Iterator[str]:
     yield from (f"  quarantined: {entry.source}: {entry.reason}" for entry in examples)
     if (more := result.quarantined_count - len(examples)) > 0:
         yield f"  … and {more:,} more: darkroom data show --dataset {result.dataset} --all"
+    found = result.captions_found
+    if description := found.describe():
+        yield f"captions {description}"
+    if folders := found.describe_folders():
+        yield f"folders {folders}; ingest.folders says what they are, and training.weights repeats their images"
+    yield from (f"ignored: {line}" for line in found.ignored_lines())
     if captions := result.captions:
         counts = f"{captions.requests:,} requested, {captions.cached:,} cached, {captions.failed:,} failed"
         yield f"captions by {captions.captioner}: {counts}"
@@ -137,8 +143,7 @@ def _describe_ingest(result: "IngestResult", source: str) -> Iterator[str]:
     if result.passed_over:
         if Path(source).is_dir() and (table := find_captions(Path(source))) is not None:
             yield describe_table(table)
-        extensions = [f"{count:,} {end or 'without extension'}" for end, count in result.passed_over.items()]
-        yield f"ignored, no image extension: {', '.join(extensions[:5])}{' …' if len(extensions) > 5 else ''}"
+        yield f"ignored: {describe_passed_over(result.passed_over)}"
         if result.passed_over.keys() & {".json", ".cls", ".txt"} and ".tar" in source and not source.startswith("wds:"):
             yield f"  if it is a WebDataset, wds:{source} reads labels and captions from them"
 
@@ -186,7 +191,7 @@ def _preflight(config: "Params", world_size: int | None) -> CommandOutput:
 
     read_manifest(config.dataset_folder)
     from diffusion.training.train import estimate_ranks, preflight
-    from flows.cli.preflight import prepare_inputs
+    from flows.cli.dry_run import prepare_inputs
 
     with prepare_inputs(config, dry_run=True) as (config, store):
         sections = config.dataset_folder, config.model, config.training, config.sampling
@@ -205,7 +210,7 @@ def _train_here(config: "Params", local: bool, restart: bool, mode: "Restart") -
         with display_progress() as progress:
             result = engine.train(config, restart="always" if restart else mode, progress=progress)
         return None if is_follower() else CommandOutput(result, [describe_training(result)])
-    from flows.cli.preflight import prepare_inputs
+    from flows.cli.dry_run import prepare_inputs
 
     with prepare_inputs(config) as (config, store):
         engine.train(config, store=store)

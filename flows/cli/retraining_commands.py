@@ -54,7 +54,7 @@ def retrain(
     request = Request(version=version, count=count, seed=seed, to=to, conditions=conditions)
     check("retrain", config, request)
     if dry_run:
-        from flows.cli.preflight import preview_retraining
+        from flows.cli.dry_run import preview_retraining
 
         return preview_retraining(config, version)
     with connect("prefect", "mlflow", "s3"):
@@ -121,7 +121,7 @@ def distill(
     Example:  darkroom distill --dataset faces --local --set distillation.teacher=runs/faces/final.safetensors
     """
     from flows.checks import check
-    from flows.cli.preflight import preflight_trainings
+    from flows.cli.dry_run import preflight_trainings
 
     check("distill", config)
     if local:
@@ -159,7 +159,7 @@ def sweep(
     Example:  darkroom sweep --dataset faces --over training.learning_rate=1e-3,4e-3 --over model.width=48,64
     """
     from flows.checks import check
-    from flows.cli.preflight import preflight_trainings
+    from flows.cli.dry_run import preflight_trainings
     from flows.config import SECTIONS, combinations, flatten_sections, format_settings, parse_over
 
     values = parse_over(over)
@@ -207,7 +207,7 @@ def compare(
     Example:  darkroom compare --dataset faces --set training.minutes=10
     """
     from flows.checks import Request, check
-    from flows.cli.preflight import preflight_trainings
+    from flows.cli.dry_run import preflight_trainings
     from flows.config import family_variants
 
     variants = family_variants(config, family or ())

@@ -83,7 +83,7 @@ class Alarms(NumberedObjects):
             ) from error
 
     def all(self, numbers: Collection[int] | None = None) -> list[NumberedAlarm]:
-        """Read all alarms, or those of ``numbers``, in order; foreign objects are ignored."""
+        """Read all alarms, or the ones with these ``numbers``, in order; foreign objects are ignored."""
         alarms = []
         for number in sorted(self.numbers() if numbers is None else numbers):
             with suppress(UserError):

@@ -8,7 +8,7 @@ from mlflow.client import MlflowClient
 from pydantic import ValidationError
 
 from diffusion.common.config import Config
-from diffusion.common.errors import ConflictError, UserError
+from diffusion.common.errors import ConflictError, UserError, describe_validation_error
 from diffusion.common.files import canonical_json
 from diffusion.data.manifest import read_manifest
 from diffusion.training.identity import data_digest, train_key
@@ -62,9 +62,10 @@ def resolve_start(params: Params, uri: str) -> Version | None:
     try:
         start_uri = Start.model_validate_json(data).version
     except ValidationError as error:
+        words = describe_validation_error(error.errors()[0])
         raise UserError(
-            f"s3://{place.bucket}/{key} does not say where this training began ({error.errors()[0]['msg']}): put back "
-            "what was there, or delete it, and the training begins again with what training.init_from names now"
+            f"s3://{place.bucket}/{key} does not say where this training began ({words}): put back what was there, or "
+            "delete it, and the training begins again with what training.init_from names now"
         ) from error
     if start_uri is None:
         return None
@@ -129,11 +130,26 @@ def require_promotable_dependencies(params: Params) -> None:
     """Raise UserError before training if a model that it depends on must not be part of a champion."""
     ready = resolve_params(params)
     if ready.takedown is not None:
-        uris = " and ".join(filter(None, (ready.autoencoder, ready.start)))
-        raise UserError(
-            f"{uris} learned from images that were taken down since (takedown {ready.takedown}), so nothing made with "
-            "it becomes champion: give model.autoencoder or training.init_from another version, or train it again"
-        )
+        raise _taken_down(" and ".join(filter(None, (ready.autoencoder, ready.start))), ready.takedown)
+
+
+def require_versions_without_takedown(params: Params) -> None:
+    """Raise UserError as ``require_promotable_dependencies``, without fetching weights or recording where one begins.
+
+    A champion under takedown is not an error: training then begins with random weights.
+    """
+    for uri in (registered_autoencoder(params), registered_initial_weights(params)):
+        if uri is not None and uri != params.champion:
+            version = reload_with_takedowns(model_versions.resolve(MlflowClient(), uri))
+            if names := parse_takedown_names(version.tags.get(TAKEDOWN)):
+                raise _taken_down(version.uri, ",".join(names))
+
+
+def _taken_down(uris: str, takedown: str) -> UserError:
+    return UserError(
+        f"{uris} learned from images that were taken down since (takedown {takedown}), so nothing made with "
+        "it becomes champion: give model.autoencoder or training.init_from another version, or train it again"
+    )
 
 
 def _file(version: Version) -> str:

@@ -11,7 +11,8 @@ byte for byte: the chain is followed back from it. Newer objects that continue t
 have been stopped before it updated MLflow. All other objects are foreign: they are reported and skipped, and the next
 entry takes the next free number.
 
-``signatures/KEY_ID/00000003.sig`` below the entries is a signature of entry 3, if a key is configured.
+``signatures/KEY_ID/00000003.sig`` below the entries is a signature of entry 3, if a key is configured;
+``flows.provenance.verify`` checks it.
 """
 
 import getpass

@@ -7,23 +7,18 @@ from jinja2 import Environment, PackageLoader
 from mlflow.client import MlflowClient
 
 from diffusion.common.escaping import escape_markdown, pluralize
-from diffusion.data.manifest import Manifest, parse_manifest
+from diffusion.data.manifest import Manifest
 from diffusion.evaluation.comparison import ChampionComparison
 from diffusion.evaluation.estimate import CONFIDENCE
 from diffusion.evaluation.metrics.text_image_agreement import TextImageAgreement, describe_agreement
 from diffusion.evaluation.reports.evaluation_report import describe_kid
-from diffusion.evaluation.reports.html import (
-    format_count,
-    format_interval,
-    format_signed,
-    format_with_error,
-)
+from diffusion.evaluation.reports.html import format_count, format_interval, format_signed, format_with_error
 from diffusion.evaluation.results import Evaluation
 from diffusion.families.header import ModelHeader, Origin
 from flows.registry.ledger import LedgerEntry
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import describe_takedowns, find_notes
-from flows.tracking.runs import MANIFEST_ARTIFACT, version_artifact
+from flows.tracking.runs import read_run_manifest, version_artifact
 
 CLASSES_SHOWN = 12
 SEEN = 0.2
@@ -130,19 +125,10 @@ def card(
 
 def load_manifest_and_metrics(version: Version) -> tuple[Manifest | None, dict[str, float]]:
     """Return the manifest of the data that ``version`` saw, and its metrics by name, as far as its run has them."""
-    client, artifact = MlflowClient(), version_artifact(version.weights_sha256)
-    artifacts = {
-        item.path
-        for place in ("dataset", "evaluation/versions")
-        for item in client.list_artifacts(version.run_id, place)
-    }
-    data, metrics = None, {}
-    if MANIFEST_ARTIFACT in artifacts:
-        uri = f"runs:/{version.run_id}/{MANIFEST_ARTIFACT}"
-        data = parse_manifest(mlflow.artifacts.load_text(uri).encode(), uri)
-    if artifact in artifacts:
+    client, artifact, metrics = MlflowClient(), version_artifact(version.weights_sha256), {}
+    if artifact in {item.path for item in client.list_artifacts(version.run_id, "evaluation/versions")}:
         metrics = mlflow.artifacts.load_dict(f"runs:/{version.run_id}/{artifact}")["metrics"]
-    return data, metrics
+    return read_run_manifest(client, version.run_id), metrics
 
 
 def _list_metrics(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:

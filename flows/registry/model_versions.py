@@ -27,7 +27,7 @@ from pydantic import ValidationError
 import diffusion
 from diffusion.checkpoints import find_base, load_model, read_model_header, verify_weights
 from diffusion.common.config import Config, PlainName
-from diffusion.common.errors import UserError
+from diffusion.common.errors import UserError, describe_validation_error
 from diffusion.common.files import digest_of, sha256_file
 from diffusion.common.image_grids import png_bytes, to_pil_image
 from diffusion.data.manifest import Sha256
@@ -160,10 +160,8 @@ def get_version(client: MlflowClient, model: str, number: int) -> Version:
             tags=dict(model_version.tags),
         )
     except ValidationError as error:
-        detail = error.errors()[0]
-        raise UserError(
-            f"{uri} is not a version that Darkroom registered ({detail['loc'][0]}: {detail['msg']}): name another one"
-        ) from error
+        words = describe_validation_error(error.errors()[0])
+        raise UserError(f"{uri} is not a version that Darkroom registered ({words}): name another one") from error
 
 
 def cached_weights(version: Version, cache: Path | None = None) -> Path:
@@ -250,15 +248,19 @@ def register(
             logged_tags = {name: logged_model.tags.get(name) for name in LOGGED_TAGS}
             entries = {name: str(value) for name, value in (logged_tags | dict(tags)).items() if value is not None}
             version = register_once(client, logged_model.model_uri, model, digest, entries)
-        # Killed or slower processes may have left other models of the run with these weights.
-        source = client.get_model_version(version.model, str(version.number)).source or ""
-        models = logged_models(client, run_id, version.weights_sha256)
-        source_models = [entry for entry in models if source in (entry.model_uri, entry.artifact_location)]
-        for entry in models:
-            if entry not in source_models and (source_models or entry.status != LoggedModelStatus.READY):
-                get_artifact_repository(entry.artifact_location).delete_artifacts()  # type: ignore[no-untyped-call]
-                client.delete_logged_model(entry.model_id)
+        discard_other_models(client, version, run_id)
         return version
+
+
+def discard_other_models(client: MlflowClient, version: Version, run_id: str) -> None:
+    """Delete what killed or slower processes have left: other models of the run with the weights of the version."""
+    source = client.get_model_version(version.model, str(version.number)).source or ""
+    models = logged_models(client, run_id, version.weights_sha256)
+    source_models = [entry for entry in models if source in (entry.model_uri, entry.artifact_location)]
+    for entry in models:
+        if entry not in source_models and (source_models or entry.status != LoggedModelStatus.READY):
+            get_artifact_repository(entry.artifact_location).delete_artifacts()  # type: ignore[no-untyped-call]
+            client.delete_logged_model(entry.model_id)
 
 
 def register_once(client: MlflowClient, model_uri: str, model: str, digest: str, tags: Mapping[str, str]) -> Version:

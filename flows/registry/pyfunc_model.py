@@ -40,10 +40,10 @@ from diffusion.generation.requests import answer
 from diffusion.process.samplers import SAMPLING_ADAPTER, SamplingConfig
 
 MAX_TABLE_IMAGES = 4096
-"""Most images of a table, and so rows."""
+"""Maximum images of a table, and so rows."""
 FILES = ("image", "mask")
 MAX_CELL_LENGTH = MAX_FILE_BYTES * 4 // 3 + 4
-"""Most characters of a file in base64."""
+"""Maximum characters of a file in base64."""
 RECORD = f"one or more of the fields {', '.join(FIELDS)}"
 ERROR_CODES: Mapping[type[DarkroomError], int] = {
     UserError: INVALID_PARAMETER_VALUE,

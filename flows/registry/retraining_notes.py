@@ -47,7 +47,7 @@ class RetrainRequest:
     def of(
         cls, params: Params, version: Manifest, count: int, seed: int, to: str | None, conditions: Conditions
     ) -> "RetrainRequest":
-        """Request to retrain on ``version``; the other arguments are those of ``sample`` for the contact sheet."""
+        """Request to retrain on ``version``; the other arguments are for ``sample``, which makes the contact sheet."""
         uri = registered_autoencoder(params)
         champion = None
         if uri is not None and uri.endswith("@champion"):

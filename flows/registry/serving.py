@@ -29,7 +29,7 @@ from starlette.types import Receive, Scope, Send
 
 from diffusion.checkpoints import load_model
 from diffusion.common.config import Config
-from diffusion.common.errors import DarkroomError, UserError
+from diffusion.common.errors import DarkroomError, UserError, describe_validation_error
 from diffusion.generation.limits import Budget, BusyError, StoppedError
 from flows.config import Params
 from flows.local_stack.http_protocol import BoundedProtocol
@@ -39,7 +39,7 @@ from flows.registry.pyfunc_model import MAX_TABLE_IMAGES, ServedModel, to_mlflow
 from flows.registry.takedown_marks import warn_of_takedown
 
 MAX_SEPARATORS = 2**17
-"""Most commas and line ends of a body: each may become a value of some hundred bytes."""
+"""Maximum commas and line ends of a body: each may become a value of some hundred bytes."""
 TRANSFER_SECONDS = 30
 """Time for a client to send its request, and again to read the answer."""
 GRACE_SECONDS = 1
@@ -103,11 +103,8 @@ def parse_body(body: bytearray) -> ScoringRequest:
         return ScoringRequest.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        place = ".".join(str(part)[:40] for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(
-            f"the body is not a table in MLflow's protocol: {': '.join(filter(None, [place, message]))}"
-        ) from error
+        words = describe_validation_error(first, ".".join(str(part)[:40] for part in first["loc"]))
+        raise UserError(f"the body is not a table in MLflow's protocol: {words}") from error
 
 
 class ScoringApp:

@@ -2,12 +2,13 @@
 
 import os
 import secrets
+import shutil
 import signal
 import sys
 from contextlib import suppress
 from html import escape
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from threading import Event
 from types import FrameType
 
@@ -25,7 +26,9 @@ from flows.studio.source import StudioSource
 
 USER = "darkroom"
 WAITING = 32
-"""Most events that wait for their turn."""
+"""Maximum events that wait for their turn."""
+MAX_REMOVALS = 1000
+"""Attempts to remove the folder of generated and uploaded images at the end."""
 # Fonts of the system: Gradio's own would be fetched from Google.
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 CSS = Path(__file__).with_name("studio.css")
@@ -121,7 +124,8 @@ def launch(
 
 def serve(params: Params, model: str | None, port: int | None, browser: bool) -> None:
     """Serve the studio for a model file or a registered model until the process is interrupted."""
-    with TemporaryDirectory(prefix="darkroom-ui-", ignore_cleanup_errors=True) as scratch:
+    scratch = mkdtemp(prefix="darkroom-ui-")
+    try:
         os.environ["GRADIO_TEMP_DIR"] = scratch
         max_file_bytes = MAX_FILE_BYTES
         if model is not None and model.endswith(".safetensors"):
@@ -145,6 +149,12 @@ def serve(params: Params, model: str | None, port: int | None, browser: bool) ->
         signal.signal(signal.SIGTERM, _end)
         with suppress(KeyboardInterrupt):
             Event().wait()
+    finally:
+        for _ in range(MAX_REMOVALS):
+            # Threads that still write keep a folder from being removed, until it is gone.
+            shutil.rmtree(scratch, ignore_errors=True)
+            if not Path(scratch).exists():
+                break
     # Not by closing the page: a thread that generates would hold the process until its deadline.
     os._exit(0)
 

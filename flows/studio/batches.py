@@ -22,8 +22,8 @@ from diffusion.data.dataset import Dataset
 from diffusion.evaluation.metrics.registration import find_registered
 from flows.environment import settings
 from flows.provenance.trace import Trace, trace
+from flows.sampling.batch_format import BATCH, MAX_BATCH_BYTES, SUCCESS, Row, SamplingBatch, parse_batch
 from flows.sampling.lookup import find, read_image, read_pixels, read_rows
-from flows.sampling.sampling_batch import BATCH, MAX_BATCH_BYTES, SUCCESS, Row, SamplingBatch, parse_batch
 from flows.storage.s3 import Location, Store, batch_places
 from flows.storage.s3_errors import MissingObjectError
 from flows.studio.errors import show_errors

@@ -83,8 +83,8 @@ def option_controls(source: StudioSource, task: Task, count: int) -> dict[str, A
     """Make the inputs of the number of images, seeds, and the sampler's options."""
     model, controls, sampling = source.model, dict[str, Any](), source.defaults
     is_sampled = isinstance(model, DiffusionModel) and not source.is_student
-    least = 2 if task == "interpolate" else 1
-    controls["count"] = gr.Slider(least, MAX_IMAGES, value=max(count, least), step=1, label="Images")
+    min_count = 2 if task == "interpolate" else 1
+    controls["count"] = gr.Slider(min_count, MAX_IMAGES, value=max(count, min_count), step=1, label="Images")
     has_guidance = is_sampled and task != "upscale" and bool(model.classes or model.config.text)
     if is_sampled:
         with gr.Row():

@@ -127,6 +127,7 @@ def start(found: FoundImages, name: str, size: int, minutes: float) -> UUID:
             source = str(keep_zip(found.source, params.training.dataset))
             params = params.model_copy(update={"ingest": params.ingest.model_copy(update={"source": source})})
         check("retrain", params)
+        check("retrain", params, connected=True)
         return retrainings.start(client, deployment, params)
 
 

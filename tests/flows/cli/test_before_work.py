@@ -1,17 +1,13 @@
 """Checks before work: what is wrong is said before any server, network or file of the work is touched."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 
-from tests.builders import ROOT
-from tests.builders.command_line import CommandLine
+from tests.builders.command_line import CommandLine, one_after_the_other
 from tests.builders.http_server import serving
 from tests.builders.shapes import blob
 from tests.builders.small_models import write_model
@@ -151,25 +147,10 @@ def test_mistake_is_found_without_a_server_and_leaves_nothing(
 
 
 def test_dead_servers_are_found_before_their_clients_are_imported(folder: Path) -> None:
-    script = (
-        "import sys\nfrom flows.cli import main\nfrom flows.local_stack import http_api\n"
-        "http_api.RESTART_SECONDS = 0\n"
-        f"for words in {CONNECTED!r}:\n"
-        "    sys.argv = ['darkroom', *words.split()]\n"
-        "    try: main()\n"
-        "    except SystemExit as ended: print(ended.code, *{'torch', 'mlflow', 'prefect'} & set(sys.modules))"
-    )
-    dead = "http://127.0.0.1:9"
-    servers = dict.fromkeys(("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "AWS_ENDPOINT_URL_S3"), dead)
-    process = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=folder,
-        env=os.environ | servers | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.stdout.split("\n") == ["1"] * len(CONNECTED) + [""], process.stderr
+    servers = dict.fromkeys(("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "AWS_ENDPOINT_URL_S3"), "http://127.0.0.1:9")
+    hasty = "from flows.local_stack import http_api; http_api.RESTART_SECONDS = 0"
+    process = one_after_the_other(folder, CONNECTED, ("torch", "mlflow", "prefect"), hasty, **servers)
+    assert process.stdout.splitlines() == ["1"] * len(CONNECTED), process.stderr
     lines = process.stderr.splitlines()
     assert len(lines) == len(CONNECTED)
     assert all("does not answer" in line and "127.0.0.1:9" in line for line in lines), lines

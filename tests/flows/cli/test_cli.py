@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +21,8 @@ COMMANDS = (
     *("trace", "reproduce", "deploy", "monitor", "gc", "up", "down", "status", "env", "init", "ls", "open"),
 )
 GROUPS = {
-    "data": ("log", "show", "diff", "checkout", "curate", "remove", "compact", "merge", "simulate"),
-    "model": ("history", "rollback", "explain", "export", "release", "card", "import", "serve"),
+    "data": ("log", "show", "diff", "checkout", "curate", "remove", "compact", "merge", "simulate", "export"),
+    "model": ("history", "rollback", "explain", "export", "release", "card", "import", "serve", "training-content"),
     "edit": ("inpaint", "img2img", "interpolate", "upscale"),
     "config": ("show", "schema", "validate"),
     "server": ("up", "down", "status", "env", "health", "metrics", "backup", "restore"),
@@ -164,6 +165,7 @@ def test_an_interrupt_before_a_command_begins_shows_no_traceback(tmp_path: Path)
 import signal
 import flows.cli
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background process has not
 flows.cli.app = lambda **_: signal.raise_signal(signal.SIGINT)
 flows.cli.main()
 """
@@ -187,3 +189,68 @@ flows.cli.main()
 """
     process = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (process.returncode, process.stderr) == (-15, "")
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        "__import__('httpx').get('http://127.0.0.1:9')",
+        "__import__('requests').get('http://127.0.0.1:9')",
+        "__import__('mlflow').MlflowClient('http://127.0.0.1:9').search_experiments()",
+        "__import__('boto3').client('s3', endpoint_url='http://127.0.0.1:9').list_buckets()",
+    ],
+)
+def test_a_server_lost_during_a_command_is_one_line_with_a_remedy(request_: str, tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom flows.cli import app, main\n"
+        f"app.command('ask')(lambda: {request_})\n"
+        "sys.argv = ['darkroom', 'ask']\nmain()"
+    )
+    quick = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "AWS_MAX_ATTEMPTS": "1", "AWS_DEFAULT_REGION": "us-east-1"}
+    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "test-secret"}
+    answer = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | quick | keys | {"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 1
+    [line] = answer.stderr.splitlines()
+    assert "darkroom up" in line
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_python_ignores_still_ends_a_command(number: signal.Signals, tmp_path: Path) -> None:
+    script = f"""
+import signal, sys, time, weakref
+from prefect.utilities.engine import capture_sigterm
+from flows.cli import app, main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background process has not
+
+class Thing: pass
+
+@app.command("ask")
+def ask():
+    with capture_sigterm():
+        thing = Thing()
+        reference = weakref.ref(thing, lambda _: signal.raise_signal({number.value}))
+        del thing
+        time.sleep(60)
+
+sys.argv = ["darkroom", "ask"]
+main()
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=50,
+    )
+    assert answer.returncode in (-number, 128 + number)
+    assert "Traceback" not in answer.stderr

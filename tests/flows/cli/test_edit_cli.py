@@ -50,6 +50,12 @@ def run_json(darkroom: CommandLine, *words: str) -> dict[str, Any]:
     return result
 
 
+def digests(darkroom: CommandLine, *words: str) -> list[str]:
+    """Of the images that a command makes."""
+    rows = json.loads(Path(run_json(darkroom, *words)["about"]).read_text())["images"]
+    return [row["pixels_sha256"] for row in rows]
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -93,29 +99,18 @@ def test_upscaled_image_is_shown_beside_its_original(darkroom: CommandLine, fold
 def test_upscaling_takes_the_noise_levels_of_the_model(darkroom: CommandLine, folder: Path) -> None:
     config = CONFIG.model_copy(update={"low_resolution": 4, "conditional": False})
     write_model(folder / "model.safetensors", seed=0, images=0, config=config)
-
-    def digests(*words: str) -> list[str]:
-        result = run_json(darkroom, "edit", "upscale", "face.png", *words)
-        return [
-            row["pixels_sha256"]
-            for row in json.loads((folder / result["folder"] / "request.json").read_text())["images"]
-        ]
-
+    upscale = ("edit", "upscale", "face.png")
     options = ("--set", "model.low_resolution=4", "--set", "model.conditional=false")
-    assert digests() == digests(*options) != digests("--set", "sampling.sigma_max=80")
+    others = digests(darkroom, *upscale, "--set", "sampling.sigma_max=80")
+    assert digests(darkroom, *upscale) == digests(darkroom, *upscale, *options) != others
 
 
 def test_labels_take_turns_in_images_of_a_model_file(darkroom: CommandLine, folder: Path) -> None:
     write_model(folder / "model.safetensors", seed=0, images=0, classes={"cat": 1, "dog": 1})
-
-    def digests(*words: str) -> list[str]:
-        result = run_json(darkroom, "sample", "--count", "4", *words)
-        rows = json.loads((folder / result["folder"] / "request.json").read_text())["images"]
-        return [row["pixels_sha256"] for row in rows]
-
-    cats, dogs = digests("--label", "cat"), digests("--label", "dog")
-    turns = ("--label", "cat", "--label", "dog")
-    assert digests(*turns) == digests(*turns) == [cats[0], dogs[1], cats[2], dogs[3]]
+    four, cat, dog = ("sample", "--count", "4"), ("--label", "cat"), ("--label", "dog")
+    cats, dogs = digests(darkroom, *four, *cat), digests(darkroom, *four, *dog)
+    for _ in range(2):
+        assert digests(darkroom, *four, *cat, *dog) == [cats[0], dogs[1], cats[2], dogs[3]]
     assert not {*cats} & {*dogs}
 
 
@@ -196,11 +191,11 @@ def test_mistakes_are_one_line_and_exit_2(
 
 
 @pytest.fixture
-def served(folder: Path) -> ServedModel:
+def served(folder: Path) -> Any:
     return serve(folder)
 
 
-def serve(folder: Path) -> ServedModel:
+def serve(folder: Path) -> Any:
     model = ServedModel()
     config = sampling_config(steps=3, compute_batch=4).model_dump(mode="json")
     # What MLflow hands over: where the weights lie, and the configuration that was logged.
@@ -209,7 +204,7 @@ def serve(folder: Path) -> ServedModel:
     return model
 
 
-def test_served_model_answers_a_table_of_tasks(folder: Path, served: ServedModel) -> None:
+def test_served_model_answers_a_table_of_tasks(folder: Path, served: Any) -> None:
     image, mask = (base64.b64encode((folder / name).read_bytes()).decode() for name in ("face.png", "hole.png"))
     table = pd.DataFrame(
         {
@@ -223,7 +218,7 @@ def test_served_model_answers_a_table_of_tasks(folder: Path, served: ServedModel
         },
         index=[7, 7, 7, 7],
     )
-    out = served.predict(None, table)  # type: ignore[arg-type]
+    out = served.predict(None, table)
     assert out["request"].tolist() == [0, 0, 1, 2, 3, 3]
     assert out["index"].tolist() == [0, 1, 0, 0, 0, 1]
     images = sample(load_model(folder / "model.safetensors"), [1], 3, sampling_config(steps=3, compute_batch=4))
@@ -231,18 +226,19 @@ def test_served_model_answers_a_table_of_tasks(folder: Path, served: ServedModel
     assert np.array_equal(np.asarray(Image.open(folder / "out.png")), images[0, 0].numpy())
 
 
-def test_a_row_that_cannot_be_answered_is_named(served: ServedModel) -> None:
-    table = pd.DataFrame({"seed": [0, 0], "strength": [np.nan, 0.5]})
-    with pytest.raises(MlflowException, match="row 1: strength means nothing to sample, only to inpaint, img2img"):
-        served.predict(None, table)  # type: ignore[arg-type]
-    with pytest.raises(MlflowException, match=r"row 0: count: .*integer"):
-        served.predict(None, pd.DataFrame({"seed": [0], "count": [[1, 2]]}))  # type: ignore[arg-type]
-    with pytest.raises(MlflowException, match="row 1: the model was trained without classes"):
-        served.predict(None, pd.DataFrame({"seed": [0, 0], "label": [None, "cat"]}))  # type: ignore[arg-type]
-    with pytest.raises(MlflowException, match="row 0: image is not in base64"):
-        served.predict(None, pd.DataFrame({"task": ["img2img"], "seed": [0], "image": ["å"]}))  # type: ignore[arg-type]
-    with pytest.raises(MlflowException, match="4097 images in one table"):
-        served.predict(None, pd.DataFrame({"seed": [0], "count": [4097.0]}))  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"strength": [np.nan, 0.5]}, "row 1: strength means nothing to sample, only to inpaint, img2img"),
+        ({"count": [1, [1, 2]]}, r"row 1: count: .*integer"),
+        ({"label": [None, "cat"]}, "row 1: the model was trained without classes"),
+        ({"task": ["sample", "img2img"], "image": [None, "å"]}, "row 1: image is not in base64"),
+        ({"count": [1.0, 4096.0]}, "4097 images in one table"),
+    ],
+)
+def test_a_row_that_cannot_be_answered_is_named(served: Any, table: dict[str, list[Any]], words: str) -> None:
+    with pytest.raises(MlflowException, match=words):
+        served.predict(None, pd.DataFrame({"seed": [0, 0], **table}))
 
 
 @pytest.mark.parametrize(
@@ -266,7 +262,7 @@ def test_a_table_is_limited_however_the_model_is_loaded(
     served = serve(folder)
     table = _enforce_schema(pd.DataFrame(records), SIGNATURE.inputs)
     with pytest.raises(MlflowException) as error:
-        served.predict(None, table)  # type: ignore[arg-type]
+        served.predict(None, table)
     assert error.value.get_http_status_code() == status
 
 
@@ -274,9 +270,9 @@ def test_a_busy_model_refuses_what_cannot_wait(folder: Path, monkeypatch: pytest
     monkeypatch.setenv("DARKROOM_MAX_WAITING_REQUESTS", "0")
     served = serve(folder)
     with served.queue.take_place(), pytest.raises(MlflowException) as error:
-        served.predict(None, pd.DataFrame({"seed": [0]}))  # type: ignore[arg-type]
+        served.predict(None, pd.DataFrame({"seed": [0]}))
     assert error.value.get_http_status_code() == 429
-    assert len(served.predict(None, pd.DataFrame({"seed": [0]}))) == 1  # type: ignore[arg-type]
+    assert len(served.predict(None, pd.DataFrame({"seed": [0]}))) == 1
 
 
 def test_the_signature_has_every_field_of_a_request() -> None:

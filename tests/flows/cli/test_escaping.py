@@ -4,10 +4,9 @@ import ast
 import io
 import json
 import re
-import sys
 import unicodedata
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,8 @@ from markdown_it import MarkdownIt
 from diffusion.common.escaping import escape_controls, escape_markdown, python_literal
 from diffusion.diffusers_format.export import export_to_diffusers
 from diffusion.process.samplers import sampling_config
-from flows.cli import main
 from flows.tracking.console import Bars, Lines
+from tests.builders.command_line import Answer, CommandLine
 from tests.builders.shapes import blob
 from tests.builders.small_models import write_model
 
@@ -86,31 +85,22 @@ def test_progress_shows_notes_and_lines_as_they_are(shown: Callable[[], Lines | 
         assert escape_controls(text) in error.getvalue()
 
 
-class CommandLine:
-    """``darkroom`` in this process and a folder of its own."""
+class Harmless(CommandLine):
+    """Commands that say nothing but what is harmless, whatever it is about."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.monkeypatch = monkeypatch
-
-    def __call__(self, *arguments: str, code: int = 0) -> str:
-        """What was said, which is harmless whatever it is about; standard output alone if all went well."""
-        self.monkeypatch.setattr(sys, "argv", ["darkroom", *arguments])
-        exit_code = 0
-        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
-            try:
-                main()
-            except SystemExit as done:
-                exit_code = int(done.code or 0)
-        output = out.getvalue() + err.getvalue()
-        assert exit_code == code, output
+    def answer(self, *words: object) -> Answer:
+        answer = super().answer(*words)
+        output = answer.out + answer.err
         assert harmless(output), output
         output.encode()
         assert "Traceback" not in output
-        return out.getvalue() if code == 0 else err.getvalue()
+        return answer
 
 
 @pytest.fixture
-def darkroom(no_servers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+def darkroom(
+    no_servers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Harmless:
     """In a folder with images whose names, labels and captions are hostile, and files that are no images."""
     folder = tmp_path / "images"
     folder.mkdir()
@@ -128,17 +118,17 @@ def darkroom(no_servers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (others / f"{name}.png").write_text("not an image")
     params = {"ingest": {"source": "images", "size": 8}, "training": {"dataset": "set"}}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
-    return CommandLine(monkeypatch)
+    return Harmless(monkeypatch, capsys)
 
 
-def test_commands_show_hostile_names_labels_and_captions_and_obey_none(darkroom: CommandLine) -> None:
-    first = json.loads(darkroom("ingest", "--local", "--json"))["digest"]
+def test_commands_show_hostile_names_labels_and_captions_and_obey_none(darkroom: Harmless) -> None:
+    first = darkroom.json("ingest", "--local")["digest"]
     others = ("--set", "ingest.source=others")
     assert darkroom("ingest", "--local", *others).count("quarantined: ") == 4
-    assert json.loads(darkroom("ingest", "--local", "--json", *others))["quarantined_count"] == 4
+    assert darkroom.json("ingest", "--local", *others)["quarantined_count"] == 4
     output = darkroom("data", "show", "--all")
     assert f"  {escape_controls(CLEAR)}: 8" in output
-    classes = json.loads(darkroom("data", "show", "--json"))["classes"]
+    classes = darkroom.json("data", "show")["classes"]
     # A source with one folder alone has no classes.
     assert classes == dict.fromkeys(HOSTILE, 8)
     for command in (("log",), ("diff",), ("diff", "--json"), ("show", first[:12])):
@@ -148,7 +138,7 @@ def test_commands_show_hostile_names_labels_and_captions_and_obey_none(darkroom:
     darkroom("ingest", "--local", "--set", f"ingest.source={TURNED}\udcff", code=2)
 
 
-def test_page_on_hostile_names_is_harmless(darkroom: CommandLine, tmp_path: Path) -> None:
+def test_page_on_hostile_names_is_harmless(darkroom: Harmless, tmp_path: Path) -> None:
     from diffusion.evaluation.reports.dataset_report import write_dataset_report
 
     darkroom("ingest", "--local")

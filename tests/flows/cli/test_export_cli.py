@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from diffusion.checkpoints import read_model_header
 from tests.builders import pipelines
-from tests.builders.command_line import darkroom
+from tests.builders.adapters import write_adapter
+from tests.builders.command_line import CommandLine, darkroom
 from tests.builders.small_models import write_model
 from tests.hub import TOKEN, Hub
 
@@ -113,3 +115,32 @@ def test_imported_pipeline_is_pushed_elsewhere_with_its_base(tmp_path: Path, hub
     assert {path: pushed[path] for path in files} == files
     about = ModelCard(pushed["README.md"].decode()).data
     assert (about.base_model, about.license) == ("them/tiny", "openrail")
+
+
+def test_a_lora_goes_out_and_comes_in_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command_line: CommandLine
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = command_line
+    pipelines.stable_diffusion(tmp_path / "made")
+    run("model", "import", "made", "--out", "base.safetensors")
+    write_adapter(tmp_path / "final.safetensors", tmp_path / "base.safetensors")
+    lora = ("model", "export", "--to", "lora", "--model", "final.safetensors")
+    about = run.json(*lora, "--format", "kohya", "--trigger", "zwx", "--licence", "CC0-1.0", "--out", "exports/zwx")
+    assert set(about["files"]) == {"zwx.safetensors", "README.md"}
+    assert "zwx.safetensors" in (tmp_path / "exports" / "zwx" / "README.md").read_text()
+    back = ("model", "import", "exports/zwx/zwx.safetensors", "--out", "back/zwx.safetensors")
+    about = run.json(*back, "--base", "base.safetensors")
+    assert about["origin"]["licence"] == "CC0-1.0"  # the file's own
+    header = read_model_header(tmp_path / "back" / "zwx.safetensors")
+    assert header.lora == read_model_header(tmp_path / "final.safetensors").lora
+    for words, message in (
+        ((*back,), "--base"),
+        ((*back, "--base", "models:/painter/1"), "registered"),
+        ((*back, "--base", "final.txt"), "models:/"),
+        ((*back, "--base", "base.safetensors", "--config", "made"), "--config"),
+        (("model", "import", "made", "--out", "x.safetensors", "--config", "nowhere"), "does not exist"),
+        ((*lora[:3], "diffusers", *lora[4:], "--format", "kohya", "--out", "x"), "--to lora"),
+        ((*lora, "--format", "onnx", "--out", "x"), "onnx"),
+    ):
+        assert message in run.mistake(*words), words

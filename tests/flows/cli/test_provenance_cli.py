@@ -14,7 +14,7 @@ from diffusion.process.samplers import sampling_config
 from flows.provenance import reproduce, trace
 from flows.provenance.reproduce import ImageComparison, Reproduction
 from flows.provenance.trace import Takedown, Trace, TracedData, TracedImage, TracedModel, TracedRun, TracedShard
-from flows.sampling.sampling_batch import SamplingBatch
+from flows.sampling.batch_format import SamplingBatch
 from tests.builders.command_line import CommandLine
 from tests.builders.small_models import write_model
 
@@ -78,28 +78,28 @@ def test_a_trace_has_a_few_lines_for_each_link(
     monkeypatch.setattr(trace, "trace", lambda _: TRACE)
     output = lines("trace", "-v")
     for line in (
-        "image     a.png, as generated",
-        f"          number 5 of seed 7, sha256 {'a' * 64}",
-        "          conditions class 'cat'",
-        "batch     s3://b/p/, finished",
+        "image     a.png: number 5 of seed 7, 'cat', as generated",
+        f"          sha256 {'a' * 64}",
+        "batch     s3://b/p/: 1,000 images of seed 7, finished",
         "          conditions labels ['cat']",
         "model     models:/faces/3 @champion, registered 2026-05-04 03:02 UTC",
         "          code: no digest of it, or not as registered",
         "          darkroom.images 480",
         "          kid 0.25",
-        f"run       {'1' * 32} (train-1), finished, started 2026-05-04 03:02 UTC",
-        "          git commit c0ffee, everything committed",
-        f"data set  faces, version {'e' * 64}, not in the catalog",
+        f"run       {'1' * 32} (train-1), started 2026-05-04 03:02 UTC, git commit c0ffee",
+        "          finished, git commit c0ffee, everything committed",
+        "data set  faces, version eeeeeeeeeeee: 2,000 images in 1 shard, 1 of them lost",
+        f"          version {'e' * 64}, not in the catalog",
         "          DVC has no record of it",
-        "          2,000 images in 1 shard",
         f"shard     {'f' * 64}  4,096 bytes  shards/0.tar  lost",
-        "takedown  t1: 2 images, consent withdrawn",
+        "takedown  t1 (2 images)",
+        "          t1: consent withdrawn",
     ):
         assert line in output
     assert not any(word in line for line in output for word in ("None", "null", "{"))
     monkeypatch.setattr(trace, "trace", lambda _: TRACE.model_copy(update=dict.fromkeys(("image", "batch", "run"))))
     assert [line.split()[0] for line in lines("trace", "-v") if line[0] != " "] == [
-        *("model", "data", "shard", "takedown")
+        *("model", "data", "source", "shard", "takedown")
     ]
 
 

@@ -86,7 +86,6 @@ def test_an_object_too_large_for_an_alarm_is_not_read(alarms: Alarms) -> None:
 
 
 def test_scrapes_read_each_alarm_once(alarms: Alarms, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DARKROOM_BUCKET", alarms.place.bucket)
     alarms.store.put_many(alarms.place.bucket, [Object(alarms.place.key("00000001.json"), b"{}")])
     reads: list[int] = []
     read = Alarms.read
@@ -124,7 +123,6 @@ def test_an_event_has_one_id_and_names_the_reason(alarms: Alarms) -> None:
 def test_the_next_monitor_emits_the_event_of_a_killed_one(
     mlflow_client: MlflowClient, store: Store, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
     monkeypatch.setattr(
         "flows.registry.model_versions.resolve", lambda _, uri: SimpleNamespace(uri=uri, model="faces", number=1)
     )

@@ -85,8 +85,7 @@ class Registry:
 
 
 @pytest.fixture
-def registry(mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Registry:
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
+def registry(mlflow_client: MlflowClient, bucket: str, tmp_path: Path) -> Registry:
     ledger = Ledger.of(f"faces-{uuid4().hex}")
     versions = [add_version(mlflow_client, tmp_path, ledger.model) for _ in range(4)]
     return Registry(mlflow_client, ledger, [versions[0], *versions])

@@ -24,8 +24,7 @@ from tests.builders.small_models import write_model
 
 
 @pytest.fixture
-def params(mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Params:
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
+def params(mlflow_client: MlflowClient, bucket: str) -> Params:
     return Params.model_validate({"training": {"dataset": "faces"}, "registry": {"model": bucket}})
 
 

@@ -26,9 +26,8 @@ def compare(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def model(mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def model(mlflow_client: MlflowClient, bucket: str) -> str:
     """A registered model with a champion, from before there was a ledger."""
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
     name = f"model-{bucket[-8:]}"
     run = mlflow_client.create_run(mlflow_client.create_experiment(name))
     mlflow_client.create_registered_model(name)
@@ -41,7 +40,7 @@ def model(mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
-def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def report(tmp_path: Path) -> Path:
     """The folder of an evaluation as far as the comparison reads it."""
     folder = tmp_path / "reports" / "blobs"
     folder.mkdir(parents=True)

@@ -8,17 +8,17 @@ from mlflow.client import MlflowClient
 
 from diffusion.common.errors import UserError
 from diffusion.data.manifest import read_manifest, write_manifest
+from flows.checks import check
 from flows.config import Params, load_params, registered_initial_weights
 from flows.registry import champion
-from flows.registry.dependencies import resolve_params, resolve_start
+from flows.registry.dependencies import require_versions_without_takedown, resolve_params, resolve_start
 from tests.builders.model_versions import add_version
 from tests.builders.small_models import write_model
 
 
 @pytest.fixture
-def params(dataset: Path, mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Params:
+def params(dataset: Path, mlflow_client: MlflowClient, bucket: str) -> Params:
     """A training of ``dataset`` that begins with the champion, of a model of its own."""
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
     overrides = [
         "training.dataset=blobs",
         "training.images=320",
@@ -81,6 +81,16 @@ def test_init_from_weights_come_with_their_takedowns(
     assert ready.params.training.init_from is not None
     assert Path(ready.params.training.init_from).read_bytes() == (tmp_path / "0.safetensors").read_bytes()
     assert ready.takedown == "a,b"
+
+
+def test_base_model_under_takedown_stops_a_retraining_before_its_ingest(
+    params: Params, promote_new: Callable[[], None], mlflow_client: MlflowClient
+) -> None:
+    promote_new()
+    mlflow_client.set_model_version_tag(params.model_name, "1", "darkroom.takedown", "b,a")
+    with pytest.raises(UserError, match=r"takedown b,a"):
+        check("retrain", other(params, init_from=f"models:/{params.model_name}/1"), connected=True)
+    require_versions_without_takedown(params)  # a champion is replaced by random weights
 
 
 def test_dry_run_does_not_fix_init_from(params: Params, promote_new: Callable[[], None]) -> None:

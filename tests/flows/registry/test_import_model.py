@@ -1,6 +1,5 @@
 """Models that were not trained here become versions: once, with their origin, and their weights lie once."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -12,38 +11,32 @@ from mlflow.client import MlflowClient
 from safetensors.torch import load_file
 
 import diffusion
-from diffusion.checkpoints import save_tensors
+from diffusion.checkpoints import read_model_header, save_tensors
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_file
 from diffusion.common.model_files import read_header
 from diffusion.diffusers_format.import_model import import_file
+from diffusion.diffusers_format.lora import export_adapter
 from diffusion.generation.config import UNCONDITIONAL
 from diffusion.process.samplers import sampling_config
 from flows import sample
 from flows.config import SamplingBatchConfig
 from flows.provenance.trace import trace
 from flows.registry import model_versions
-from flows.registry.import_model import ImportedModel, import_model
+from flows.registry.import_model import ImportedModel, find_parts, import_model
 from flows.registry.takedown_marks import find_derived
 from flows.retention.sweeps import find_references
 from flows.sampling import generate_batch
 from flows.storage.s3 import Store
 from flows.tracking.runs import START
+from tests.builders.adapters import write_adapter
 from tests.builders.model_cards import rows, section
-from tests.builders.model_versions import Killed
+from tests.builders.model_versions import Killed, killed, numbers
 from tests.builders.pipelines import MAKERS, ddpm, stable_diffusion
 from tests.builders.small_models import write_lora, write_model
 from tests.hub import Hub
 
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=4)
-
-
-@pytest.fixture
-def name(mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
-    mlflow.set_tracking_uri(mlflow_client.tracking_uri)
-    yield f"m{uuid4().hex}"
-    mlflow.set_tracking_uri(None)
 
 
 @pytest.fixture
@@ -54,10 +47,6 @@ def file(tmp_path: Path) -> Path:
 
 def imported(file: Path, name: str) -> ImportedModel:
     return import_model(str(file), name, "CC-BY-4.0", SAMPLING)
-
-
-def numbers(client: MlflowClient, name: str) -> list[int]:
-    return sorted(int(each.version) for each in client.search_model_versions(f"name = '{name}'"))
 
 
 def test_a_model_without_a_licence_is_rejected(file: Path, tmp_path: Path) -> None:
@@ -89,6 +78,17 @@ def test_other_names_refer_to_the_weights_imported_once(mlflow_client: MlflowCli
     assert f"evaluate --model models:/{name}/1" in section(text, "How to call it")
 
 
+def test_models_of_killed_imports_are_deleted_beside_their_version(
+    mlflow_client: MlflowClient, name: str, file: Path
+) -> None:
+    version = imported(file, name).version
+    experiment = mlflow_client.get_run(version.run_id).info.experiment_id
+    mlflow_client.create_logged_model(experiment, "ddpm", version.run_id, {model_versions.WEIGHTS: sha256_file(file)})
+    assert imported(file, name).version == version
+    [model] = mlflow_client.search_logged_models([experiment])
+    assert mlflow_client.get_model_version(name, "1").source == model.model_uri
+
+
 def test_weights_trained_here_keep_their_lineage(mlflow_client: MlflowClient, name: str, file: Path) -> None:
     about = {"darkroom.dataset": "faces", "darkroom.content_digest": "c" * 64, START: "models:/other/1"}
     run_id = mlflow_client.create_run(mlflow_client.create_experiment(name), tags=about).info.run_id
@@ -117,9 +117,6 @@ def test_the_trace_of_an_imported_model_ends_at_its_origin(name: str, file: Path
 def test_a_killed_import_is_completed_by_the_same_command(
     mlflow_client: MlflowClient, name: str, file: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    def killed(*_: object, **__: object) -> None:
-        raise Killed
-
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, step, killed)
         with pytest.raises(Killed):
@@ -174,6 +171,24 @@ def test_a_version_is_served_and_fetched_with_its_base(
     served = mlflow.pyfunc.load_model(version.uri)
     pngs = served.predict(pd.DataFrame({"seed": [7], "count": [2]}), params={"steps": 4})["png"]
     assert len(pngs) == 2
+
+
+@pytest.mark.slow
+def test_a_lora_of_another_tool_is_a_version_based_on_the_pipeline(
+    mlflow_client: MlflowClient, name: str, tmp_path: Path
+) -> None:
+    base = import_model(str(stable_diffusion(tmp_path / "pipeline")), name, None, SAMPLING)
+    adapter = write_adapter(tmp_path / "run" / "final.safetensors", base.file)
+    export_adapter(adapter, tmp_path / "zwx", file_format="kohya")
+    parts = find_parts(base.version.uri, None)
+    result = import_model(str(tmp_path / "zwx" / "zwx.safetensors"), f"{name}-zwx", None, SAMPLING, parts)
+    assert result.version.tags[START] == base.version.uri
+    assert result.version.tags[model_versions.LICENCE] == "openrail"
+    header = read_model_header(model_versions.cached_weights(result.version))
+    assert header.base is not None
+    assert (header.base.sha256, header.base.version) == (base.version.weights_sha256, base.version.uri)
+    again = import_model(str(tmp_path / "zwx" / "zwx.safetensors"), f"{name}-zwx", None, SAMPLING, parts)
+    assert again.version == result.version
 
 
 @pytest.mark.parametrize("kind", ["ddpm", "stable_diffusion"])

@@ -13,6 +13,7 @@ from flows.registry.aliases import append, project
 from flows.registry.ledger import Evidence, History, Ledger, LedgerEntry
 from flows.signing.keys import SigningKey, Trust
 from flows.storage.s3 import Location, Store
+from tests.builders.command_line import CommandLine
 from tests.builders.model_versions import add_version
 from tests.builders.signing_keys import Identity, identity
 
@@ -167,12 +168,10 @@ def test_a_promotion_signs_its_own_entry_and_no_other(
     bucket: str,
     tmp_path: Path,
     alice: Identity,
-    darkroom: Callable[..., int],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    command_line: CommandLine,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
     version = add_version(mlflow_client, tmp_path, f"faces-{bucket}")
     ledger = Ledger.of(version.model)
 
@@ -211,9 +210,8 @@ def test_a_promotion_signs_its_own_entry_and_no_other(
     planted = promote(ledger, version.number)
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text(f"registry:\n  model: {version.model}\n")
-    assert darkroom("model", "history", "--dataset", "blobs", "--key", str(alice.key)) == 2
-    signing = ("--sign", "--key", str(alice.key))
-    assert darkroom("model", "history", "--dataset", "blobs", *signing) == 0, capsys.readouterr()
+    command_line("model", "history", "--dataset", "blobs", "--key", alice.key, code=2)
+    command_line("model", "history", "--dataset", "blobs", "--sign", "--key", alice.key)
     assert is_signed()
     signatures = list(ledger.store.list_objects(bucket, ledger.place.key("signatures/")))
     caplog.clear()

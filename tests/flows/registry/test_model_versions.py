@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Barrier
 from typing import Any
-from uuid import uuid4
 
 import mlflow
 import pytest
@@ -23,32 +22,26 @@ from diffusion.process.samplers import sampling_config
 from flows.registry import champion, model_versions
 from flows.registry.model_versions import WEIGHTS, Version
 from tests.builders.command_line import output_of
-from tests.builders.model_versions import Killed, add_version
+from tests.builders.model_versions import Killed, add_version, killed, numbers
 from tests.builders.small_models import write_model
 from tests.builders.virtual_environments import environment
 
 
-def killed(*_: Any, **__: Any) -> None:
-    """What a process does that is killed here."""
-    raise Killed
-
-
-@pytest.fixture
-def name(mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
-    yield f"m{uuid4().hex}"
-    mlflow.set_tracking_uri(None)
-
-
 def logged(client: MlflowClient, name: str, weights: Path) -> str:
     """A run that has logged a model with these weights: to log a real one takes ten seconds."""
-    mlflow.set_tracking_uri(client.tracking_uri)
     experiment = client.create_experiment(name)
     run_id = str(client.create_run(experiment).info.run_id)
     model = client.create_logged_model(experiment, "m", run_id, {WEIGHTS: sha256_file(weights)})
     client.log_model_artifacts(model.model_id, str(weights.parents[1]))
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
     return run_id
+
+
+def new_run(client: MlflowClient, name: str, folder: Path) -> tuple[Path, str, str]:
+    """Weights, and an experiment with a run that has logged nothing yet."""
+    weights = write_model(folder / "run" / "weights.safetensors", seed=0, images=8)
+    experiment = client.create_experiment(name, artifact_location=(folder / "artifacts").as_uri())
+    return weights, experiment, client.create_run(experiment).info.run_id
 
 
 def weights_in(folder: Path) -> Path:
@@ -83,10 +76,6 @@ def test_concurrent_registrations_from_one_folder_make_one_version(
         assert [each.number for each in pool.map(register, range(2))] == [1, 1]
     assert len(mlflow_client.search_model_versions(f"name = '{name}'")) == 1
     assert register(2).number == 1
-
-
-def numbers(client: MlflowClient, name: str) -> list[int]:
-    return sorted(int(each.version) for each in client.search_model_versions(f"name = '{name}'"))
 
 
 def test_two_machines_that_register_the_same_leave_one_version(
@@ -144,10 +133,7 @@ def test_a_registered_version_is_loaded_by_its_name(mlflow_client: MlflowClient,
 def test_a_version_is_served_with_its_requirements_and_code(
     mlflow_client: MlflowClient, name: str, tmp_path: Path
 ) -> None:
-    mlflow.set_tracking_uri(mlflow_client.tracking_uri)
-    weights = write_model(tmp_path / "run" / "weights.safetensors", seed=0, images=8)
-    experiment = mlflow_client.create_experiment(name, artifact_location=(tmp_path / "artifacts").as_uri())
-    run_id = mlflow_client.create_run(experiment).info.run_id
+    weights, _, run_id = new_run(mlflow_client, name, tmp_path)
     version = model_versions.register(name, run_id, weights, sampling_config(steps=3, compute_batch=4), {}, 8)
     model = Path(mlflow.artifacts.download_artifacts(version.uri, dst_path=str(tmp_path / "model")))
     assert len([path for path in model.rglob("*") if path.is_file()]) < 100
@@ -174,10 +160,7 @@ def test_a_version_is_served_with_its_requirements_and_code(
 def test_half_logged_model_of_a_killed_process_is_deleted(
     mlflow_client: MlflowClient, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mlflow.set_tracking_uri(mlflow_client.tracking_uri)
-    weights = write_model(tmp_path / "run" / "weights.safetensors", seed=0, images=8)
-    experiment = mlflow_client.create_experiment(name, artifact_location=(tmp_path / "artifacts").as_uri())
-    run_id = mlflow_client.create_run(experiment).info.run_id
+    weights, experiment, run_id = new_run(mlflow_client, name, tmp_path)
 
     def register() -> Version:
         return model_versions.register(name, run_id, weights, sampling_config(), {}, 8)

@@ -26,7 +26,7 @@ from diffusion.evaluation.cache import load_or_compute
 from diffusion.training.checkpointing import Checkpoints
 from flows.registry.model_versions import WEIGHTS, cached_weights, resolve
 from tests.builders import ROOT
-from tests.builders.shapes import blob
+from tests.builders.reading_sources import png
 
 
 class Planted:
@@ -58,12 +58,6 @@ def planted(trace: Path) -> bytes:
 def planted_by_torch(trace: Path) -> bytes:
     file = io.BytesIO()
     torch.save(Planted(trace), file)
-    return file.getvalue()
-
-
-def png(number: int) -> bytes:
-    file = io.BytesIO()
-    blob(number).save(file, "PNG")
     return file.getvalue()
 
 
@@ -143,11 +137,7 @@ class Harmful(mlflow.pyfunc.PythonModel):
 
 
 def test_pickle_in_a_registered_model_is_never_loaded(
-    mlflow_client: MlflowClient,
-    tmp_path: Path,
-    trace: Path,
-    planted: bytes,
-    monkeypatch: pytest.MonkeyPatch,
+    mlflow_client: MlflowClient, tmp_path: Path, trace: Path, planted: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(planted)

@@ -34,9 +34,8 @@ COMPARISON_CONFIG = CONFIG.model_copy(update={"seed": CONFIG.seed + 1})
 
 
 @pytest.fixture
-def params(mlflow_client: MlflowClient, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
+def params(mlflow_client: MlflowClient, bucket: str, tmp_path: Path) -> Params:
     """A data set in the working folder, in a bucket and a registry of its own."""
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
     discs(tmp_path / "data" / "discs")
     return Params.model_validate(
         {

@@ -29,7 +29,7 @@ from flows.registry.release import MODEL, fetch, register, release, unpack
 from flows.storage.s3 import Store
 from flows.tracking.runs import RELEASED_FROM, TRAIN_KEY
 from tests.builders import ROOT
-from tests.builders.model_versions import add_version
+from tests.builders.model_versions import Killed, add_version, killed
 from tests.builders.small_models import write_lora, write_model
 from tests.builders.training_runs import run as train
 from tests.flows.conftest import copied_store
@@ -161,7 +161,7 @@ def test_release_killed_before_registration_resumes(
     for victim in ("set_terminated", "finalize_logged_model", "update_model_version"):
         with monkeypatch.context() as patch:
             patch.setattr(MlflowClient, victim, killed)
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(Killed):
                 release("models:/blobs@champion")
     result = release("models:/blobs@champion")
     [run] = here.search_runs([experiment_of(here)])
@@ -191,10 +191,6 @@ def test_two_releases_at_once_make_one_version_and_one_run(
         versions = list(pool.map(lambda where: register(bundle, folder, where), ("one", "two")))
     assert [each.number for each in versions] == [1, 1]
     assert len(here.search_model_versions("name='blobs'")) == len(here.search_runs([experiment_of(here)])) == 1
-
-
-def killed(*_: object, **__: object) -> None:
-    raise KeyboardInterrupt
 
 
 def experiment_of(client: MlflowClient) -> str:

@@ -12,11 +12,8 @@ from tests.builders.small_models import write_model
 
 
 @pytest.fixture
-def versions(
-    mlflow_client: MlflowClient, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> list[Version]:
+def versions(mlflow_client: MlflowClient, bucket: str, tmp_path: Path) -> list[Version]:
     """Versions 1 and 2 of a model named as the bucket, which were champion one after the other."""
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
     experiment = mlflow_client.create_experiment(bucket, artifact_location=(tmp_path / "artifacts").as_uri())
     version_list = []
     for seed in (1, 2):

@@ -2,9 +2,6 @@
 
 import importlib.util
 import io
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,9 +23,9 @@ from diffusion.process.samplers import sampling_config
 from flows.cli.operations_commands import ui
 from flows.config import Params
 from flows.local_stack.server_process import choose_ports
-from flows.sampling.sampling_batch import encode
+from flows.sampling.batch_format import encode
 from tests.builders.captioned import needs_encoder, squares
-from tests.builders.command_line import darkroom
+from tests.builders.command_line import darkroom, start
 from tests.builders.sampling_batches import batch
 from tests.builders.shapes import blob
 from tests.builders.small_models import CONFIG, write_model
@@ -262,12 +259,7 @@ def test_a_request_takes_no_more_work_or_time_than_allowed(
 
 def test_nothing_is_served_without_the_password(address: str) -> None:
     with httpx.Client(base_url=address) as client:
-        for path in (
-            "config",
-            "gradio_api/info",
-            "gradio_api/queue/data?session_hash=x",
-            "gradio_api/file=/etc/hosts",
-        ):
+        for path in ("config", "gradio_api/info", "gradio_api/queue/data?session_hash=x", "gradio_api/file=/etc/hosts"):
             assert client.get(path).status_code == 401
         assert client.post("gradio_api/upload", files={"files": b"x"}).status_code == 401
         assert client.post("gradio_api/call/sample", json={"data": []}).status_code == 401
@@ -310,14 +302,11 @@ def test_it_ends_soon_while_it_generates(weights: Path) -> None:
     from gradio_client import Client
 
     [port] = choose_ports(1)
-    command = [sys.executable, "-c", "from flows.cli import main; main()", "ui", "--model", str(weights)]
-    process = subprocess.Popen(
-        [*command, "--port", str(port), "--no-browser", "--set", "sampling.steps=10000"],
-        env=os.environ | {"DARKROOM_UI_PASSWORD": PASSWORD, "TMPDIR": str(weights.parent)},
-        stderr=subprocess.PIPE,
-    )
+    words = ("--model", str(weights), "--port", str(port), "--no-browser", "--set", "sampling.steps=10000")
+    process = start(weights.parent, "ui", *words, DARKROOM_UI_PASSWORD=PASSWORD, TMPDIR=str(weights.parent))
     try:
-        assert str(port).encode() in process.stderr.readline()
+        assert process.stderr is not None
+        assert str(port) in process.stderr.readline()
         client = Client(f"http://127.0.0.1:{port}", auth=(USER, PASSWORD), verbose=False)
         job = client.submit("odd", 64, 10_000, 1, 7, "dpmpp_2m", api_name="/sample")
         time.sleep(3)

@@ -14,10 +14,10 @@ from diffusion.families.config import ModelConfig
 from diffusion.process.samplers import sampling_config
 from flows.local_stack.server_process import choose_ports
 from flows.registry.model_versions import Version
-from flows.sampling import generate_batch
-from flows.storage.s3 import Location, Store
+from flows.storage.s3 import Store
 from tests.builders.browser import chromium, log_in, look
 from tests.builders.captioned import needs_encoder
+from tests.builders.gc_batches import generate
 from tests.builders.http_server import QuietHandler, serving
 from tests.builders.reverse_proxy import proxying
 from tests.builders.sampling_batches import batch
@@ -378,11 +378,7 @@ def test_a_person_votes_browses_batches_and_rolls_back(
     versions: list[Version], mlflow_client: MlflowClient, store: Store, bucket: str, tmp_path: Path
 ) -> None:
     for planned_batch in (batch(4, seed=8), batch(30)):
-        place = Location(bucket, f"samples/blobs/3/{planned_batch.name}")
-        generate_batch.begin(store, planned_batch, place, None)
-        for chunk in range(len(planned_batch.chunks())):
-            generate_batch.generate_chunk(store, planned_batch, place, tmp_path / "1.safetensors", chunk, None, 1)
-        generate_batch.finish(store, planned_batch, place)
+        generate(store, planned_batch, bucket, tmp_path / "1.safetensors")
     studio = build(load_version(versions[1].uri, SAMPLING), bucket)
     with visited(studio) as page:
         page.get_by_role("tab", name="Compare").click()

@@ -1,9 +1,6 @@
 """Uploads to the studio: what they may be, and what they cost before that is known."""
 
-import os
 import struct
-import subprocess
-import sys
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +18,7 @@ from diffusion.common.image_grids import png_bytes
 from diffusion.families.config import ModelConfig
 from diffusion.process.samplers import sampling_config
 from flows.local_stack.server_process import choose_ports
-from tests.builders import ROOT
+from tests.builders.command_line import start
 from tests.builders.image_files import noise, png_of_chunks, saved
 from tests.builders.small_models import CONFIG, write_model
 from tests.builders.studio_client import PASSWORD, logged_in, named, peak_memory, trigger, upload
@@ -177,12 +174,8 @@ def test_long_requests_are_refused_unread(client: httpx.Client, path: str, size:
 def test_four_bombs_at_once_leave_the_server_small(tmp_path: Path) -> None:
     weights = write_model(tmp_path / "blobs.safetensors", 1, 0, classes={"even": 3, "odd": 1})
     [port] = choose_ports(1)
-    command = [sys.executable, "-c", "from flows.cli import main; main()", "ui", "--model", str(weights)]
-    server = subprocess.Popen(
-        [*command, "--no-browser", "--port", str(port)],
-        cwd=tmp_path,
-        env=os.environ | {"DARKROOM_UI_PASSWORD": PASSWORD, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    words = ("ui", "--model", str(weights), "--no-browser", "--port", str(port))
+    server = start(tmp_path, *words, DARKROOM_UI_PASSWORD=PASSWORD, OMP_NUM_THREADS="1")
     address = f"http://127.0.0.1:{port}/"
     try:
         wait_until_served(address, server)

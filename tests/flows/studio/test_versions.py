@@ -15,20 +15,15 @@ from flows.provenance.trace import Trace, TracedData
 from flows.registry import champion
 from flows.registry.model_versions import Version
 from flows.sampling import generate_batch
-from flows.storage.s3 import Location, Store
+from flows.storage.s3 import Store
+from tests.builders.gc_batches import generate
 from tests.builders.model_versions import add_version
 from tests.builders.sampling_batches import batch
 from tests.builders.small_models import write_model
 
 pytest.importorskip("gradio", reason="the studio needs Gradio: pip install 'darkroom-diffusion[ui]'")
 from flows.studio.app import build
-from flows.studio.batches import (
-    list_batches,
-    load_page,
-    matching_rows,
-    nearest_training_images,
-    select_batches,
-)
+from flows.studio.batches import list_batches, load_page, matching_rows, nearest_training_images, select_batches
 from flows.studio.comparison import VOTES, VoteSession, cast, follow, load_version, open_ballot, read_versions
 from flows.studio.ledger import read_history, roll_back_from, timeline
 
@@ -130,12 +125,11 @@ def test_batches_are_listed_and_filtered(store: Store, bucket: str, tmp_path: Pa
         "deleted": batch(20, version=4, seed=9),
     }
     for name, planned_batch in requests.items():
-        place = Location(bucket, f"samples/blobs/{planned_batch.version}/{planned_batch.name}")
-        generate_batch.begin(store, planned_batch, place, None)
-        if name != "begun":
-            for chunk in range(len(planned_batch.chunks())):
-                generate_batch.generate_chunk(store, planned_batch, place, weights, chunk, None, 1)
-            generate_batch.finish(store, planned_batch, place)
+        place = generate_batch.find_default_place(store, planned_batch, bucket)
+        if name == "begun":
+            generate_batch.begin(store, planned_batch, place, None)
+        else:
+            generate(store, planned_batch, bucket, weights)
         if name == "deleted":
             store.put_once(bucket, f"deleted/{place.prefix}", b"")
     store.put_once(bucket, "samples/.probe", b"of another program")
