@@ -15,11 +15,7 @@ from diffusion.common.config import Config, is_unset
 from diffusion.common.errors import MAX_QUOTED, UserError
 from diffusion.common.files import digest_of
 from diffusion.common.parsing import parse_yaml, read_yaml
-from diffusion.families.config import (
-    FAMILIES,
-    FamilyConfig,
-    ModelConfig,
-)
+from diffusion.families.config import FAMILIES, FamilyConfig, ModelConfig
 from diffusion.presets import PresetName, complete_from_preset, preset
 from diffusion.training.config import earlier_runs
 

@@ -9,7 +9,7 @@ from urllib.request import getproxies
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
-from diffusion.common.errors import UserError
+from diffusion.common.errors import UserError, describe_validation_error
 from diffusion.data.ingest.config import CaptionProgram
 from diffusion.generation.config import GenerationLimits
 
@@ -92,8 +92,10 @@ def settings() -> Settings:
         raise UserError(f"DARKROOM_CAPTIONERS is not JSON ({error.__cause__}): write a list of captioners") from error
     except ValidationError as error:
         detail = error.errors()[0]
-        name = f"DARKROOM_{detail['loc'][0]}".upper()
-        raise UserError(f"the variable {name} is {detail['input']!r}: {detail['msg']}") from error
+        name = str(detail["loc"][0])
+        shown = {key: value for key, value in detail.items() if (name, key) != ("ui_password", "input")}
+        words = describe_validation_error(shown, f"DARKROOM_{name.upper()}")
+        raise UserError(f"the environment variable {words}") from error
 
 
 def data_source() -> str:

@@ -33,8 +33,6 @@ from flows.registry.ledger import who
 from flows.tracking.console import reporter
 
 if TYPE_CHECKING:
-    from mlflow.client import MlflowClient
-
     from diffusion.data.manifest import Manifest
     from diffusion.evaluation.drift import DataDrift
     from flows.registry.model_versions import Version
@@ -96,7 +94,7 @@ def evaluate_champion(params: Params) -> MonitorResult:
     from flows.registry import model_versions
     from flows.registry.aliases import read_verified_history
     from flows.registry.ledger import Ledger
-    from flows.tracking.runs import RunTracker
+    from flows.tracking.runs import RunTracker, read_run_manifest
 
     client, content = MlflowClient(), read_manifest(params.dataset_folder).content_digest
     version = model_versions.resolve(client, params.champion)
@@ -113,7 +111,7 @@ def evaluate_champion(params: Params) -> MonitorResult:
     data, folder = params.dataset_folder, params.report_folder
     evaluation, extractor = evaluate_model(weights, data, params.evaluation, params.sampling, folder, reporter())
     figures = {name: value for name, value in evaluation.metrics().items() if math.isfinite(value)}
-    training_data = training_version(client, version)
+    training_data = read_run_manifest(client, version.run_id)
     line = [ancestor.digest for ancestor in versions(data)]
     position = (
         line.index(training_data.digest) if training_data is not None and training_data.digest in line else len(line)
@@ -139,19 +137,6 @@ def evaluate_champion(params: Params) -> MonitorResult:
         summary=summary,
         skipped=False,
     )
-
-
-def training_version(client: "MlflowClient", version: "Version") -> "Manifest | None":
-    """Data set version that ``version`` was trained on, from its run; None of an imported model."""
-    import mlflow
-
-    from diffusion.data.manifest import parse_manifest
-    from flows.tracking.runs import MANIFEST_ARTIFACT
-
-    uri = f"runs:/{version.run_id}/{MANIFEST_ARTIFACT}"
-    if MANIFEST_ARTIFACT not in {item.path for item in client.list_artifacts(version.run_id, "dataset")}:
-        return None
-    return parse_manifest(mlflow.artifacts.load_text(uri).encode(), uri)
 
 
 def compare_data(params: Params, version: "Version", training_data: "Manifest", level: float) -> "DataDrift | None":

@@ -28,7 +28,7 @@ from diffusion.common.files import sha256_file
 from diffusion.common.model_files import read_header
 from diffusion.data.manifest import read_manifest
 from diffusion.evaluation.comparison import COMPARISON, ChampionComparison, compare_with_champion
-from diffusion.evaluation.reports.comparison_report import COMPARISON_PAGE, write_comparison_report, write_verdict
+from diffusion.evaluation.reports.comparison_report import COMPARISON_PAGE, ComparisonPage, write_verdict
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.ema import SNAPSHOTS
 from flows.checks.images import require_evaluation
@@ -199,7 +199,7 @@ def apply_gate(params: Params, evaluation: Evaluation, version: Version) -> Gate
         model_versions.cached_weights(version), champion_weights, data, *settings, folder, reporter()
     )
     names = f"version {version.number}", None if champion is None else f"version {champion}"
-    write_comparison_report(folder / COMPARISON_PAGE, comparison, grids, version.model, params.training.dataset, *names)
+    ComparisonPage(comparison, grids, version.model, params.training.dataset, *names).write(folder / COMPARISON_PAGE)
     for path in (folder / COMPARISON, folder / COMPARISON_PAGE):
         RunTracker(client, version.run_id).log_file(path, "evaluation")
     evidence = Evidence(

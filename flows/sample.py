@@ -32,9 +32,9 @@ from flows.registry import model_versions
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import warn_of_takedown
 from flows.sampling import generate_batch
+from flows.sampling.batch_format import MANIFEST, SamplingBatch
 from flows.sampling.generate_batch import GenerationCost, Work
 from flows.sampling.lookup import read_image, read_rows
-from flows.sampling.sampling_batch import MANIFEST, SamplingBatch
 from flows.storage.s3 import Location, Store
 from flows.storage.s3_errors import MissingObjectError
 from flows.tracking.console import bar, reporter

@@ -25,9 +25,9 @@ from diffusion.evaluation.evaluate import REAL_GRID, grid_name
 from diffusion.evaluation.ranking import RANKING, Ranking, rank_evaluations, rank_models
 from diffusion.evaluation.reports.ranking_report import (
     RANKING_PAGE,
+    RankingPage,
     describe_ranking,
     training_charts,
-    write_ranking_report,
 )
 from diffusion.evaluation.results import Evaluation
 from flows.config import SECTIONS, SWEEPS, Combination, Params, combinations, family_variants, format_settings
@@ -110,7 +110,8 @@ def rank(
     }
     losses = [point.params.run_folder / "losses.csv" for _, point, _ in rows]
     charts = training_charts(list(grids), [evaluation for *_, evaluation in rows], losses)
-    write_ranking_report(page, ranking, grids, (points[0].folder / "grids" / REAL_GRID).read_bytes(), charts, options)
+    real = (points[0].folder / "grids" / REAL_GRID).read_bytes()
+    RankingPage(ranking, grids, real, charts, options).write(page)
     tracker = RunTracker(MlflowClient(), parent)
     # The page shows held-out images, which a takedown must find.
     tags = tracker.client.get_run(parent).data.tags
@@ -171,5 +172,5 @@ def rank_variants(variants: Mapping[str, Params], progress: Progress) -> Ranking
     models = {name: (variant.run_folder / "final.safetensors", variant.sampling) for name, variant in variants.items()}
     ranking, images = rank_models(params.dataset_folder, models, params.evaluation, folder, progress)
     sheets = {name: png_bytes(make_grid(samples, columns=8)) for name, samples in images.items()}
-    write_ranking_report(folder / RANKING_PAGE, ranking, sheets, sheets.pop("real"))
+    RankingPage(ranking, sheets, sheets.pop("real")).write(folder / RANKING_PAGE)
     return RankingResult(ranking=ranking, report=folder / RANKING_PAGE)

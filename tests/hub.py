@@ -271,13 +271,13 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._allowed:
             self._refuse(401, "Unauthorized")
             return
-        if ("model", name) in self.hub.repos:
-            about = {"error": "You already created this model repo", "url": f"{self.hub.address}/{name}"}
+        kind = about.get("type", "model")
+        if (kind, name) in self.hub.repos:
+            about = {"error": f"You already created this {kind} repo", "url": f"{self.hub.address}/{name}"}
             self._send(409, json.dumps(about).encode())
             return
-        self.hub.model(
-            name, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=about["visibility"] == "private"
-        )
+        files = {".gitattributes": b"*.safetensors filter=lfs\n"}
+        self.hub._new(kind, name, files, {"private": about["visibility"] == "private"})
         self._json({"url": f"{self.hub.address}/{name}", "name": name})
 
     def preupload(self, kind: str, name: str, rev: str) -> None:
@@ -356,7 +356,7 @@ ROUTES = (
     (f"GET {OF}/tree/(?P<rev>.+)", _Handler.tree),
     (f"POST {OF}/preupload/(?P<rev>.+)", _Handler.preupload),
     (f"POST {OF}/commit/(?P<rev>.+)", _Handler.make_commit),
-    (f"POST /{NAMED}\\.git/info/lfs/objects/batch", _Handler.batch),
+    (f"POST /(?:datasets/)?{NAMED}\\.git/info/lfs/objects/batch", _Handler.batch),
     ("PUT /lfs/(?P<oid>[0-9a-f]{64})", _Handler.store),
     ("* /elsewhere/(?P<rev>[0-9a-f]{40})/(?P<path>.+)", _Handler.from_elsewhere),
     (f"* /(?P<kind>datasets)/{NAMED}/resolve/(?P<rev>[^/]+)/(?P<path>.+)", _Handler.resolve),

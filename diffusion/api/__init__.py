@@ -41,7 +41,8 @@ def ingest(
     """Add the new images of a folder, tar, zip, Parquet file or table of URLs to the data set in ``data/DATASET``.
 
     Args:
-        source: Where the images lie. Labels and captions come from sub-folders, or metadata.csv beside them.
+        source: Where the images lie. Labels come from sub-folders, captions from files beside the images, and both from
+            metadata.csv.
         dataset: Name of the data set.
         rebuild: Whether to build the data set from this source alone; ``if_different``: if it stores images otherwise.
         requeue: Whether to read sources again that were quarantined.

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from diffusion.api.config import ExperimentConfig
 from diffusion.common.errors import UserError, install_hint
@@ -60,18 +60,26 @@ def ingest(
     """
     fan_out = fan_out or local_fan_out(config.ingest)
     # Worker processes start during this slow import.
+    from diffusion.data.ingest.ingest import caption
     from diffusion.data.ingest.ingest import ingest as ingest_images
 
     folder = config.dataset_folder
-    result = ingest_images(
-        folder, config.ingest, progress, requeue=requeue, rebuild=rebuild, objects=objects, fan_out=fan_out
-    )
+    is_curated = config.curation.drops or ((folder / "manifest.json").is_file() and read_manifest(folder).dropped > 0)
+    # A caption of an image that a rule drops would be paid for, and one that comes back needs one.
+    captions_last = config.ingest.captioner is not None and is_curated
+    options: dict[str, Any] = {"requeue": requeue, "rebuild": rebuild, "objects": objects}
+    result = ingest_images(folder, config.ingest, progress, fan_out=fan_out, captions_later=captions_last, **options)
     if config.curation.drops or read_manifest(folder).dropped:
         # It takes torch, which most ingests do without.
         from diffusion.curation.curate import curate_ingested
 
         sections = config.curation, config.ingest, config.evaluation
         result = curate_ingested(result, *sections, progress, fan_out=fan_out_measures or fan_out)
+    if captions_last:
+        version, counts = caption(folder, config.ingest, progress)
+        changed = result.changed or version.digest != result.digest
+        fields = {"captions": counts, "digest": version.digest, "content_digest": version.content_digest}
+        result = result.model_copy(update=fields | {"changed": changed})
     _warn_of_few_images(folder)
     return result
 

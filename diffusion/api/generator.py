@@ -9,8 +9,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypedDict, Unpack
 
-from pydantic import ValidationError
-
 from diffusion.api.config import complete_sampling
 from diffusion.common.errors import UserError, install_hint
 from diffusion.common.progress import Progress, ignore_progress
@@ -94,10 +92,7 @@ class ImageGenerator:
         """
         from diffusion.common.device import resolve_device
 
-        try:
-            sampling = self.sampling.with_changes({"device": str(device)})
-        except ValidationError as error:
-            raise UserError(f"device {device}: give cpu, cuda or auto") from error
+        sampling = self.sampling.with_changes({"device": str(device)})
         return replace(self, model=self.model.to(resolve_device(sampling.device)), sampling=sampling)
 
     def generate(

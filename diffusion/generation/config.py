@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from diffusion.common.config import Config
-from diffusion.common.errors import UserError
+from diffusion.common.errors import UserError, describe_validation_error
 from diffusion.common.shapes import Shape, Size
 from diffusion.process.samplers import SAMPLERS, SamplingConfig, with_sampler
 
@@ -43,9 +43,8 @@ class GenerationLimits(Config):
         try:
             return GenerationLimits.model_validate({name: text for name, text in variables.items() if text is not None})
         except ValidationError as error:
-            first = error.errors()[0]
-            name = f"DARKROOM_{first['loc'][0]}".upper()
-            raise UserError(f"the variable {name} is {first['input']!r}: {first['msg']}") from error
+            detail = error.errors()[0]
+            raise UserError(describe_validation_error(detail, f"DARKROOM_{detail['loc'][0]}".upper())) from error
 
 
 class Conditions(Config):
@@ -304,7 +303,7 @@ def describe_diffusers_names(names: Iterable[str]) -> str | None:
 
 
 def _describe_error(task: Task, error: ValidationError) -> str:
-    errors = error.errors(include_input=False)
+    errors = error.errors()
     if extra_fields := [str(entry["loc"][-1]) for entry in errors if entry["type"] == "extra_forbidden"]:
         if words := describe_diffusers_names(extra_fields):
             return words
@@ -317,15 +316,8 @@ def _describe_error(task: Task, error: ValidationError) -> str:
     if missing_fields := [str(entry["loc"][-1]) for entry in errors if entry["type"] == "missing"]:
         return f"{task} needs {' and '.join(missing_fields)}: give {'them' if missing_fields[1:] else 'it'}"
     # Behind the name of a field come the alternatives of its type.
-    name, message = "".join(map(str, errors[0]["loc"][:1])), errors[0]["msg"]
-    if name == "method":
-        return "method is replace, repaint or pigdm"
-    if errors[0]["type"] == "value_error":
-        message = message.removeprefix("Value error, ")
-        return f"{name}: {message}" if name else message
-    value = error.errors()[0]["input"]
-    value_text = f" (got {value!r})" if isinstance(value, int | float) else ""
-    return f"{name}: {message.lower()}{value_text}" if name else message
+    name = "".join(map(str, errors[0]["loc"][:1]))
+    return "method is replace, repaint or pigdm" if name == "method" else describe_validation_error(errors[0], name)
 
 
 def read_request(fields: Mapping[str, Any], image: Path | None = None, mask: Path | None = None) -> GenerationRequest:

@@ -16,7 +16,6 @@ from diffusion.common.shapes import group_by_shape
 from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.families.config import FamilyConfig, sampling_conflict
-from diffusion.families.diffusion_model import DiffusionModel
 from diffusion.families.model import Conditioning, ConditioningBatch, Model, to_float, to_uint8
 from diffusion.families.text_encoder import prompt_length
 from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions
@@ -41,11 +40,11 @@ def sample(
 ) -> Tensor:
     """Generate the images ``indices`` of ``seed``, or edits of the image of ``edit``: (len(indices), C, H, W) uint8.
 
-    All have the size of ``model`` (``Model.with_size``), whatever those of ``conditions`` are: see ``sample_each``.
+    All have the size of ``model`` (``Model.with_size``), whatever sizes ``conditions`` names: see ``sample_each``.
 
     Image i is always computed as member i mod B of the compute batch i div B (B = ``config.compute_batch``), because
     floating-point sums change with a batch's shape. ``at_once`` compute batches are computed concurrently on a CPU;
-    None: one per core. ``noise`` of a compute batch is by default that of ``seed``. ``progress`` is in images, which
+    None: one per core. ``noise`` of a compute batch is by default ``seed``'s. ``progress`` is in images, which
     moves when a compute batch ends, or with ``by_step`` in the sampler's steps for all compute batches.
 
     Raises UserError for conditions that the model was not trained with, options that have no effect, and an edit of
@@ -159,7 +158,7 @@ def interpolate(
     conditions: Conditions = UNCONDITIONAL,
     by_step: bool = False,
 ) -> Tensor:
-    """Generate images from image 0 of ``seed`` to that of ``to_seed``, (count, C, H, W) uint8, as ``sample`` does."""
+    """Generate images from image 0 of ``seed`` to ``to_seed``'s, (count, C, H, W) uint8, as ``sample`` does."""
     check_interpolation(model, seed, to_seed, count, conditions)
     shares = torch.linspace(0, 1, count)
 
@@ -218,7 +217,7 @@ def check_sampling_options(model: FamilyConfig, config: SamplingConfig) -> None:
 def check_prompts(conditions: Conditions, prompt_length: Callable[[str], tuple[int, int, int]] = prompt_length) -> None:
     """Raise UserError for prompts that are empty or too long; captions of data sets may be either.
 
-    ``prompt_length`` is that of the model, or of Darkroom's own text encoder.
+    ``prompt_length`` is the model's, or the one of Darkroom's own text encoder.
     """
     for text in conditions.texts:
         if text.encode(errors="ignore").decode() != text:
@@ -232,7 +231,7 @@ def check_prompts(conditions: Conditions, prompt_length: Callable[[str], tuple[i
 
 def check_edit(model: Model, edit: Edit) -> None:
     """Raise UserError if ``model`` cannot edit, or the mask keeps nothing at the model's resolution."""
-    if not isinstance(model, DiffusionModel):
+    if "noise_levels" not in model.config.abilities:
         raise UserError(
             f"a model of the family {model.config.family} has no steps in which to edit an image: use a diffusion model"
         )
@@ -315,7 +314,7 @@ def make_conditioning(
     conditions: Conditions = UNCONDITIONAL,
     embeddings: Embeddings | None = None,
 ) -> Conditioning:
-    """Make the network's conditioning for the images ``indices``; ``embeddings`` are those of the prompts, if made."""
+    """Make the network's conditioning for the images ``indices``; ``embeddings`` are the prompts', if they are made."""
     conditioning = {}
     if (labels := labels_of(model, indices, seed, conditions)) is not None:
         conditioning["label"] = labels

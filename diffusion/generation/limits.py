@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffusion.common.errors import DarkroomError, TransientError, UserError
 from diffusion.common.shapes import height_and_width, shape_name
-from diffusion.families.diffusion_model import EDIT_STEPS, DiffusionModel
+from diffusion.families.diffusion_model import EDIT_STEPS
 from diffusion.families.model import Model
 from diffusion.generation.config import GenerationLimits
 from diffusion.generation.super_resolution import place_tiles, scale_of, tile_shape
@@ -110,7 +110,7 @@ class RequestQueue:
 
 
 def check_size(model: Model) -> None:
-    """Raise UserError for images of far more pixels than those of training."""
+    """Raise UserError for images of far more pixels than training images have."""
     largest = max(math.prod(shape) for shape in model.header.trained_shapes)
     if math.prod(model.shape[1:]) > MAX_ENLARGEMENT * largest:
         raise UserError(
@@ -138,7 +138,7 @@ def count_megapixels(
 
 def max_evaluations(model: Model, config: SamplingConfig, source: Edit | Tensor | None = None) -> int:
     """Compute an upper bound of the network evaluations of an image, at once, whatever the number of steps."""
-    if not isinstance(model, DiffusionModel):
+    if "noise_levels" not in model.config.abilities:
         return 1
     if isinstance(config, SchedulerSampling):
         evaluations = max(times for times, _ in model.passes(config))

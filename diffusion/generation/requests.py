@@ -27,7 +27,6 @@ from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.shapes import Shape, height_and_width, shape_name
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import UnusableEntryError, decode_unscaled, prepare
-from diffusion.families.diffusion_model import DiffusionModel
 from diffusion.families.model import Model
 from diffusion.generation.config import (
     GenerationRequest,
@@ -98,7 +97,7 @@ def tasks_of(model: Model) -> tuple[Task, ...]:
     """List the tasks that ``model`` can do."""
     if model.config.low_resolution is not None:
         return ("upscale",)
-    edits: tuple[Task, ...] = ("inpaint", "img2img") if isinstance(model, DiffusionModel) else ()
+    edits: tuple[Task, ...] = ("inpaint", "img2img") if "noise_levels" in model.config.abilities else ()
     return ("sample", *edits, "interpolate")
 
 
@@ -204,9 +203,7 @@ def sampling_of(model: Model, request: GenerationRequest, sampling: SamplingConf
     check_prompts(request.conditions, model.prompt_length)
     if isinstance(request, InterpolateRequest):
         check_interpolation(model, request.seed, request.to_seed, request.count, request.conditions)
-    model = model.with_size(size_of(request))  # raises for a size that its network does not take
-    if isinstance(model, DiffusionModel):
-        config.sigma_grid(model.schedule)  # raises if there is no level between the ends
+    model.with_size(size_of(request)).check_sampling(config)  # raises for a size that its network does not take
     return config
 
 
@@ -344,7 +341,7 @@ def _encode_grid(model: Model, images: Tensor, request: GenerationRequest, origi
 
 
 def _require_own(output: Path, request_record: RequestRecord) -> None:
-    """Raise UserError unless ``output`` is a new folder, or that of the same request."""
+    """Raise UserError unless ``output`` is a new folder, or holds the same request."""
     record = output / ABOUT
     if record.is_file():
         try:

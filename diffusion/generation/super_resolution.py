@@ -39,7 +39,7 @@ def shrink_images(images: Tensor, scale: int) -> Tensor:
 
 def enlarge_images(small: Tensor, scale: int) -> Tensor:
     """Upscale ``small``, (N, C, h, w) uint8, bicubically: (N, C, h·scale, w·scale) float32, about in [−1, 1]."""
-    # Enlarging needs no antialiasing; with it, torch's kernel is that of ``shrink_images``, and of Pillow.
+    # Enlarging needs no antialiasing; with it, torch's kernel is the one of ``shrink_images``, and of Pillow.
     output = interpolate(to_float(small), scale_factor=scale, mode="bicubic", antialias=True)
     return output.contiguous(memory_format=torch.channels_last)
 
@@ -153,7 +153,7 @@ class Tiles:
     """Blending weights, (K, 1, height, width), which sum to 1 at each pixel of the canvas."""
 
     def cut(self, canvas: Tensor) -> Tensor:
-        """Cut ``canvas`` (N, C, H, W) into tiles, those of the first image first: (N K, C, height, width)."""
+        """Cut ``canvas`` (N, C, H, W) into tiles, the first image's first: (N K, C, height, width)."""
         high, wide = self.shape
         pieces = [canvas[:, :, top : top + high, left : left + wide] for top, left in self.places]
         return torch.stack(pieces, dim=1).flatten(0, 1)

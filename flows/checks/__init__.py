@@ -58,14 +58,6 @@ def check(verb: Verb, params: Params, request: Request = Request(), *, connected
     (remote if connected else local)(params, request)
 
 
-def _ingest(params: Params, _: Request) -> None:
-    images.require_source(params.ingest)
-
-
-def _ingest_connected(params: Params, request: Request) -> None:
-    images.require_ingestable(params, request.rebuild)
-
-
 def _train(params: Params, _: Request) -> None:
     read_manifest(params.dataset_folder)
     require_writable(params.run_folder, "training.output")
@@ -150,12 +142,15 @@ def _retrain(params: Params, request: Request) -> None:
 
 
 def _retrain_connected(params: Params, request: Request) -> None:
+    from flows.registry.dependencies import require_versions_without_takedown
+
     require_writable(params.run_folder, "training.output")
     if params.model.family != "diffusers":  # which has a tokenizer of its own
         models.require_prompts(request.conditions)
     models.require_destination(request.to)
     images.require_extractor(params.evaluation)
     models.require_models(params)
+    require_versions_without_takedown(params)
     if request.version is None:
         images.require_enough_images(params, images.require_ingestable(params))
         images.require_network(params)
@@ -189,30 +184,21 @@ def _compare(params: Params, request: Request) -> None:
         _require_trainable(params, request)
 
 
-def _evaluable(params: Params, _: Request) -> None:
-    images.require_evaluable(params)
-
-
-def _champion(params: Params, _: Request) -> None:
-    models.require_version(params.champion)
-
-
-def _nothing(_: Params, __: Request) -> None:
-    pass
-
-
-VerbCheck = Callable[[Params, Request], None]
+VerbCheck = Callable[[Params, Request], object]
 CHECKS: Mapping[Verb, tuple[VerbCheck, VerbCheck]] = {
-    "ingest": (_ingest, _ingest_connected),
+    "ingest": (
+        lambda params, _: images.require_source(params.ingest),
+        lambda params, request: images.require_ingestable(params, request.rebuild),
+    ),
     "train": (_train, _train_connected),
     "evaluate": (_evaluate, _evaluate_connected),
     "promote": (_promote, _promote_connected),
-    "sample": (_nothing, _sample_connected),
+    "sample": (lambda *_: None, _sample_connected),
     "edit": (_edit, _edit_connected),
     "retrain": (_retrain, _retrain_connected),
-    "distill": (_evaluable, _distill_connected),
-    "sweep": (_evaluable, _nothing),
-    "compare": (_compare, _nothing),
-    "monitor": (_nothing, _champion),
+    "distill": (lambda params, _: images.require_evaluable(params), _distill_connected),
+    "sweep": (lambda params, _: images.require_evaluable(params), lambda *_: None),
+    "compare": (_compare, lambda *_: None),
+    "monitor": (lambda *_: None, lambda params, _: models.require_version(params.champion)),
 }
 """Checks of each verb: of what is on this machine, and of what the servers say."""

@@ -15,7 +15,15 @@ from diffusion.data.ingest.ingest import Rebuild, ingest, require_same_storage
 from diffusion.data.manifest import Manifest, read_manifest, read_records
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access
-from diffusion.data.sources.conventions import METADATA_FILES, holds_images, is_image, make_printable, visible_files
+from diffusion.data.sources.conventions import (
+    METADATA_FILES,
+    class_of_folder,
+    holds_images,
+    is_image,
+    make_printable,
+    may_hold_captions,
+    visible_files,
+)
 from diffusion.data.sources.hub_dataset import HubDataset
 from diffusion.data.sources.known_sets import find_idx
 from diffusion.data.sources.local_files import find_files
@@ -204,17 +212,17 @@ def require_conditions_in_source(params: Params, conditions: Conditions) -> None
         captions = (read_records(folder, part, ["caption"])["caption"] for part in manifest.parts)
         has_captions = params.model.text and any(column.null_count < len(column) for column in captions)
     is_plain = root.is_dir() and not any((root / name).exists() for name in METADATA_FILES)
-    if params.model.text and is_plain and not has_captions:
+    if params.model.text and is_plain and not has_captions and not may_hold_captions(root, params.ingest):
         raise UserError(
-            f"model.text conditions the network on captions, and {root} has none: put them into {root}/metadata.csv, "
-            "with columns file_name and text, or leave model.text out"
+            f"model.text conditions the network on captions, and {root} has none: put each into a NAME.txt beside its "
+            "image, or all into a captions.csv with columns file_name and caption, or leave model.text out"
         )
     labels = {label for label in conditions.labels if label is not None}
     required_count = 2 if labels or params.sampling.guides else 0
     if is_plain and not (labels <= known_classes and len(known_classes) >= required_count):
         for name in map(make_printable, visible_files(root)):
             if is_image(name) and (parent := posixpath.dirname(name)):
-                known_classes.add(posixpath.basename(parent))
+                known_classes.add(class_of_folder(parent, params.ingest.folders) or "")
                 if labels <= known_classes and len(known_classes) >= required_count:
                     break
     if not is_plain and not labels <= known_classes:

@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
 from pydantic import TypeAdapter, ValidationError
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
@@ -18,7 +17,7 @@ from diffusion.generation.config import Conditions, GenerationRequest, check_con
 from diffusion.process.samplers import SamplingConfig
 from flows.config import Params, override_keys, registered_autoencoder, registered_initial_weights
 from flows.environment import settings
-from flows.local_stack.http_api import NotServingError, query_mlflow
+from flows.local_stack.http_api import NotServingError, search_mlflow
 from flows.storage.tags import parse_model_uri, parse_tags
 
 MAX_NAMED = 10
@@ -210,19 +209,11 @@ def _search(resource: str, filter_: str) -> list[dict[str, Any]]:
             return [{"name": entity.name, "aliases": _pairs(entity.aliases, "alias", "version")} for entity in models]
         versions = MlflowClient().search_model_versions(filter_)
         return [{"version": entity.version, "tags": _pairs(entity.tags, "key", "value")} for entity in versions]
-    entities: list[dict[str, Any]] = []
-    token = ""
     # MLflow's client would wait for a slow server too.
     retryer = Retrying(
         retry=retry_if_exception_type(NotServingError), stop=stop_after_delay(30), wait=wait_fixed(1), reraise=True
     )
-    while True:
-        fields = {"filter": filter_, "page_token": token, "max_results": "1000"}
-        query = urlencode({key: value for key, value in fields.items() if value})
-        answer = retryer(query_mlflow, f"{resource}/search?{query}", timeout=10)
-        entities += answer.get(resource.replace("-", "_"), ())
-        if not (token := answer.get("next_page_token", "")):
-            return entities
+    return retryer(search_mlflow, resource, filter_, timeout=10)
 
 
 def _pairs(values: Mapping[str, Any], key: str, value: str) -> list[dict[str, Any]]:

@@ -199,9 +199,9 @@ class Catalog:
         entry = self.store.stat(self.place.bucket, self.place.key(f"{digest}/manifest.json"))
         return entry and entry.written
 
-    def _get(self, name: str, most: int | None = None) -> bytes | None:
+    def _get(self, name: str, max_bytes: int | None = None) -> bytes | None:
         try:
-            return self.store.get(self.place.bucket, self.place.key(name), most)
+            return self.store.get(self.place.bucket, self.place.key(name), max_bytes)
         except MissingObjectError:
             return None
 
@@ -247,7 +247,7 @@ class Heads:
         """Digest of the version that the next ingest adds to; None if the catalog has no version.
 
         Heads that were deleted from the catalog are skipped. Without a head the version written last counts, of those
-        that are no other version's parent.
+        that are not another version's parent.
         """
         for version in self.latest():
             if self.catalog.find_publication_time(version) is not None:

@@ -21,7 +21,7 @@ from prefect.workers.process import ProcessWorker
 from pydantic import BaseModel, ValidationError
 
 from diffusion.common.config import Config
-from diffusion.common.errors import DarkroomError, UserError
+from diffusion.common.errors import DarkroomError, UserError, describe_validation_error
 from diffusion.common.parsing import read_yaml
 from flows.config import Params
 from flows.deployment.tasks import MIN_LEASE_SECONDS, heartbeat_timeout
@@ -134,9 +134,8 @@ def read_definitions(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     try:
         Definitions.model_validate(declarations)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "it"
-        raise UserError(f"{path}: {where}: {first['msg']}: begin with a copy of {PACKAGED}") from error
+        words = describe_validation_error(error.errors()[0])
+        raise UserError(f"{path}: {words}: begin with a copy of {PACKAGED}") from error
     declarations["automations"] += declarations.pop("notifications")
     return declarations
 
@@ -187,7 +186,8 @@ def _ensure_automation(client: SyncPrefectClient, declaration: Mapping[str, Any]
     try:
         automation = AutomationCore.model_validate(declaration)
     except ValidationError as error:
-        raise UserError(f"the automation {declaration.get('name')!r} cannot be: {error.errors()[0]['msg']}") from error
+        words = describe_validation_error(error.errors()[0])
+        raise UserError(f"the automation {declaration.get('name')!r} cannot be: {words}") from error
     automations = client.read_automations_by_name(automation.name)
     # Without the fields that the server adds.
     fields = [

@@ -23,7 +23,7 @@ from filelock import FileLock
 from pydantic import AwareDatetime, Field, StringConstraints, ValidationError
 
 from diffusion.common.config import Config
-from diffusion.common.errors import DarkroomError, UserError
+from diffusion.common.errors import DarkroomError, UserError, describe_validation_error
 from diffusion.common.files import make_folder, sha256_file, sync_file, sync_folder, write_atomically, write_json
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.manifest import Sha256
@@ -91,7 +91,8 @@ class Backups:
         try:
             return Backup.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            raise UserError(f"{path} is damaged, or of a newer Darkroom ({error.errors()[0]['msg']})") from error
+            words = describe_validation_error(error.errors()[0])
+            raise UserError(f"{path} is damaged, or of a newer Darkroom ({words})") from error
 
     def write(self, backup: Backup) -> None:
         """Write the index of ``backup``, after all of its content."""

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, urlencode, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
@@ -47,6 +47,19 @@ def query_mlflow(path: str, body: Any = None, timeout: float = 3) -> Any:
     login = ":".join(os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
     url = f"{server_url('MLFLOW_TRACKING_URI')}/api/2.0/mlflow/{path}"
     return request_json(url, "" if login == ":" else login, body, timeout)
+
+
+def search_mlflow(resource: str, filter_: str = "", timeout: float = 3) -> list[dict[str, Any]]:
+    """All entities of a ``resource``, such as registered-models, in the environment's MLflow server."""
+    entities: list[dict[str, Any]] = []
+    fields = {"filter": filter_, "max_results": "1000"}
+    while True:
+        query = urlencode({name: text for name, text in fields.items() if text})
+        answer = query_mlflow(f"{resource}/search?{query}", timeout=timeout)
+        entities += answer.get(resource.replace("-", "_"), ())
+        if not (token := answer.get("next_page_token", "")):
+            return entities
+        fields["page_token"] = token
 
 
 def query_prefect(path: str, body: Any = None) -> Any:

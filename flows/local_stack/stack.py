@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from pydantic import Field, ValidationError
 
 from diffusion.common.config import Config
-from diffusion.common.errors import UserError
+from diffusion.common.errors import UserError, describe_validation_error
 from diffusion.common.files import make_folder, write_atomically
 from flows import environment
 from flows.environment import SERVER_VARIABLES, SERVERS, Server, settings
@@ -97,9 +97,10 @@ class LocalStack:
             credentials = Credentials.model_validate_json(files[0].read_bytes())
             state = State.model_validate_json(files[1].read_bytes())
         except ValidationError as error:
+            words = describe_validation_error(error.errors(include_input=False)[0])  # values may be passwords
             raise UserError(
-                f"{folder}: the stack's {error.title.lower()} cannot be read ({error.errors()[0]['msg']}): "
-                "restore credentials.json and stack.json, or move the folder away"
+                f"{folder}: the stack's {error.title.lower()} cannot be read ({words}): restore credentials.json and "
+                "stack.json, or move the folder away"
             ) from error
         return cls(folder, credentials, state)
 

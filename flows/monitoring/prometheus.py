@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from diffusion.common.errors import DarkroomError, UserError
 from flows.environment import Server, settings
-from flows.local_stack.http_api import LoginRejectedError, NotServingError, query_mlflow, query_prefect
+from flows.local_stack.http_api import LoginRejectedError, NotServingError, query_mlflow, query_prefect, search_mlflow
 from flows.local_stack.same_origin import refusal
 from flows.registry.alarms import Alarms, Cause, NumberedAlarm
 from flows.registry.ledger import History, Known, Ledger, NewestEntry
@@ -55,7 +55,7 @@ ENDED = ("completed", "failed", "crashed", "cancelled")
 PAGE = 200  # page size of Prefect's API
 # As flows.tracking.runs.training_metric names them, whose module would import torch and take 300 MiB.
 LOSS, RATE = "train/loss", "train/images_per_second"
-MAX_RESULTS = 1000  # models, experiments and running trainings
+MAX_RESULTS = 1000  # experiments and running trainings
 MetricSample = tuple[str, tuple[str, ...], float]  # name, label values and value of a metric
 
 
@@ -245,20 +245,16 @@ def champion_samples(model: str, history: History) -> Iterator[MetricSample]:
 def _query_records(place: str) -> dict[str, Known | None]:
     """MLflow's records of the ledgers below ``place``, by model; None for an invalid record."""
     records: dict[str, Known | None] = {}
-    token = ""
-    while True:
-        answer = query_mlflow(f"registered-models/search?max_results={MAX_RESULTS}&page_token={quote(token)}")
-        for model in answer.get("registered_models", ()):
-            name, tags = model["name"], {tag["key"]: tag["value"] for tag in model.get("tags", ())}
-            try:
-                record = NewestEntry.of(name, tags)
-            except UserError:
-                records[name] = None
-                continue
-            if record is not None and record.place == f"{place}/{name}":
-                records[name] = {record.number: record.sha256}
-        if not (token := answer.get("next_page_token", "")):
-            return records
+    for model in search_mlflow("registered-models"):
+        name, tags = model["name"], {tag["key"]: tag["value"] for tag in model.get("tags", ())}
+        try:
+            record = NewestEntry.of(name, tags)
+        except UserError:
+            records[name] = None
+            continue
+        if record is not None and record.place == f"{place}/{name}":
+            records[name] = {record.number: record.sha256}
+    return records
 
 
 def mlflow_samples() -> Iterator[MetricSample]:

@@ -34,10 +34,11 @@ from flows.registry import model_versions
 from flows.registry.aliases import read_verified_history
 from flows.registry.ledger import Ledger, NewestEntry
 from flows.registry.model_versions import WEIGHTS
-from flows.sampling.sampling_batch import MAX_BATCH_BYTES, RESUMED, SamplingBatch, parse_batch
+from flows.sampling.batch_format import MAX_BATCH_BYTES, RESUMED, SamplingBatch, parse_batch
 from flows.storage.s3 import DELETED, USUAL, Location, Store
 from flows.storage.s3_errors import get_status
 from flows.storage.tags import parse_tags
+from flows.tracking.console import align_columns
 from flows.tracking.runs import IMPORTED, SWEEP, TRAIN_KEY
 
 Action = Literal["keep", "set aside", "delete"]
@@ -94,9 +95,8 @@ def format_items(items: Iterable[SweepItem]) -> Iterator[str]:
         for item in sorted_items
         if item.action != "keep"
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows if len(rows) > 1 else ():
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    if len(rows) > 1:
+        yield from align_columns(rows)
     keep_counts = Counter((item.kind, item.why) for item in sorted_items if item.action == "keep")
     for (kind, reason), number in sorted(keep_counts.items()):
         yield f"keep       {format_count(number)} {kind}: {reason}"
@@ -368,7 +368,7 @@ class Runs:
         policy, reason = self.policy, self.live.runs.get(run.info.run_id)
         if _is_deleted(run):
             if (mark := run.data.tags.get(SET_ASIDE)) is None:
-                return "keep", "a person deleted them: `mlflow gc` is theirs to run"
+                return "keep", "a person deleted them, and runs `mlflow gc`"
             if reason is not None:
                 return "keep", f"{reason}: brought back"
             try:

@@ -13,10 +13,10 @@ from pydantic import ValidationError
 from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json, sha256_bytes, sha256_file
 from diffusion.data.shards import BLOCK
-from flows.sampling import sampling_batch
+from flows.sampling import batch_format
+from flows.sampling.batch_format import BATCH, MANIFEST, SUCCESS, Row, SamplingBatch, Success
 from flows.sampling.request_rows import MAX_GROUP_BYTES
 from flows.sampling.request_table import REQUESTS
-from flows.sampling.sampling_batch import BATCH, MANIFEST, SUCCESS, Row, SamplingBatch, Success
 from flows.storage.s3 import Location, Store
 from flows.storage.s3_errors import MissingObjectError
 
@@ -71,7 +71,7 @@ class _Records:
             message = "holds no digests of the batch's records: it was altered, or an older Darkroom wrote it"
             yield f"{place}/{SUCCESS} {message}"
         else:
-            names = {MANIFEST, *self.names, *map(sampling_batch.part_key, range(len(batch.chunks())))}
+            names = {MANIFEST, *self.names, *map(batch_format.part_key, range(len(batch.chunks())))}
             if differences := sorted(names ^ self.digests.keys()):
                 name_text = ", ".join(differences[:3]) + (" …" if len(differences) > 3 else "")
                 yield f"{place}/{SUCCESS} and {place}/{BATCH} disagree on which records there are: {name_text}"
@@ -81,7 +81,7 @@ class _Records:
             yield f"{self.place}/{name} is not what {self.place}/{SUCCESS} says: one of the two was altered"
 
     def _open_manifest(self) -> Generator[str, None, pq.ParquetFile | None]:
-        columns = sampling_batch.make_schema(self.batch).names
+        columns = batch_format.make_schema(self.batch).names
         try:
             if (path := self.scratch / MANIFEST).is_file():
                 table = pq.ParquetFile(path, read_dictionary=columns)
@@ -93,7 +93,7 @@ class _Records:
         return None
 
     def _compare_chunk(self, chunk: int, table: pq.ParquetFile | None, index: int | None) -> Iterator[str]:
-        name, indices = sampling_batch.part_key(chunk), self.batch.chunks()[chunk]
+        name, indices = batch_format.part_key(chunk), self.batch.chunks()[chunk]
         rows = yield from self._read_part(name, len(indices))
         manifest_rows = list[Row]()
         try:
@@ -109,9 +109,9 @@ class _Records:
     def _read_part(self, name: str, count: int) -> Generator[str, None, list[Row]]:
         place = self.place
         try:
-            data = self.store.get(place.bucket, place.key(name), sampling_batch.MAX_PART_BYTES)
+            data = self.store.get(place.bucket, place.key(name), batch_format.MAX_PART_BYTES)
             yield from self._check_digest(name, sha256_bytes(data))
-            rows = sampling_batch.part_rows(data, f"{place}/{name}")
+            rows = batch_format.part_rows(data, f"{place}/{name}")
             if len(rows) == count:
                 return rows
             yield f"{place}/{name} has {len(rows)} rows, and {place}/{BATCH} {count} images for them"
@@ -124,13 +124,13 @@ class _Records:
 
     def _compare_rows(self, name: str, image: int, row: Row | None, manifest_row: Row | None) -> Iterator[str]:
         """Compare the rows of an image in its part, ``name``, and in the manifest, as far as there are any."""
-        if row and (fields := sampling_batch.find_conflicts(self.batch, image, row)):
+        if row and (fields := batch_format.find_conflicts(self.batch, image, row)):
             yield self._differ(name, BATCH, image, fields)
         if row and manifest_row:
             fields = sorted(field for field in {*row, *manifest_row} if row.get(field) != manifest_row.get(field))
             if fields:
                 yield self._differ(name, MANIFEST, image, fields)
-        elif manifest_row and (fields := sampling_batch.find_conflicts(self.batch, image, manifest_row)):
+        elif manifest_row and (fields := batch_format.find_conflicts(self.batch, image, manifest_row)):
             yield self._differ(MANIFEST, BATCH, image, fields)
 
     def _differ(self, one: str, other: str, image: int, fields: Sequence[str]) -> str:
@@ -143,7 +143,7 @@ class _Records:
             kind, missing = "tars", len(self.batch.chunks())
         for key in self.store.list_keys(self.place.bucket, prefix):
             name = key.removeprefix(prefix)
-            if sampling_batch.find_chunk(self.batch, name) is not None:
+            if batch_format.find_chunk(self.batch, name) is not None:
                 missing -= not name.startswith("manifest/")
             elif name not in (*self.names, MANIFEST, SUCCESS):
                 yield f"{self.place}/{name} is not of this batch: it was added"
@@ -161,7 +161,7 @@ class _Records:
             text = self.store.get_span(bucket, tar, start + BLOCK, size)
         except (KeyError, TypeError, ValueError, UserError):
             return False
-        return text == canonical_json(sampling_batch.shard_json(row)).encode()
+        return text == canonical_json(batch_format.shard_json(row)).encode()
 
 
 def _row_group(file: pq.ParquetFile, number: int, rows: int) -> list[Row]:

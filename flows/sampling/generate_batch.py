@@ -32,9 +32,9 @@ from diffusion.process.samplers import SamplingConfig
 from flows import environment
 from flows.config import SamplingBatchConfig
 from flows.registry.model_versions import Version
-from flows.sampling import sampling_batch
+from flows.sampling import batch_format
+from flows.sampling.batch_format import BATCH, MANIFEST, RESUMED, SUCCESS, Row, SamplingBatch, Success
 from flows.sampling.request_table import REQUESTS, RequestTable
-from flows.sampling.sampling_batch import BATCH, MANIFEST, RESUMED, SUCCESS, Row, SamplingBatch, Success
 from flows.storage.s3 import DELETED, USUAL, Location, Object, Store
 from flows.storage.s3_errors import AccessDeniedError, MissingObjectError
 
@@ -90,7 +90,7 @@ def generate_chunk(
     another fingerprint.
     """
     process, start_time = f"{socket.gethostname()}:{os.getpid()}", time.process_time()
-    indices, part = batch.chunks()[chunk], place.key(sampling_batch.part_key(chunk))
+    indices, part = batch.chunks()[chunk], place.key(batch_format.part_key(chunk))
     if store.exists(place.bucket, part) and _has_images(store, batch, place, chunk):
         return Work(images=0, process=process, began=start_time, ended=time.process_time())
     if differences := batch.fingerprint.differences(_fingerprint(batch.sampling)):
@@ -102,7 +102,7 @@ def generate_chunk(
     if batch.format == "png":
         lines = b"".join(prefetch(partial(_put_files, store, batch, place), groups, 1))
     else:
-        lines = _put_tar(store, batch, place, sampling_batch.tar_key(chunk), groups)
+        lines = _put_tar(store, batch, place, batch_format.tar_key(chunk), groups)
     store.put_once(place.bucket, part, lines, content_type=JSON_LINES)
     return Work(images=len(indices), process=process, began=start_time, ended=time.process_time())
 
@@ -138,10 +138,10 @@ def select_conditions(batch: SamplingBatch, table: RequestTable | None, indices:
 
 
 def _put_files(store: Store, batch: SamplingBatch, place: Location, group: ImageGroup) -> bytes:
-    files = [sampling_batch.encode(batch, *entry) for entry in group]
+    files = [batch_format.encode(batch, *entry) for entry in group]
     seed = {"seed": str(batch.seed)}
     store.put_many(place.bucket, [Object(place.key(row["key"]), png, PNG, seed) for png, row in files])
-    return sampling_batch.part_bytes(row for _, row in files)
+    return batch_format.part_bytes(row for _, row in files)
 
 
 def _temporary_file() -> BufferedRandom:
@@ -155,11 +155,11 @@ def _put_tar(store: Store, batch: SamplingBatch, place: Location, name: str, gro
         tar = TarWriter(file)
 
         def add(png: bytes, row: Row) -> Row:
-            offset = tar.add(f"{row['index']:08d}", png, sampling_batch.shard_json(row))
+            offset = tar.add(f"{row['index']:08d}", png, batch_format.shard_json(row))
             return row | {"tar": name, "offset": offset, "size": len(png)}
 
         def write(group: ImageGroup) -> bytes:
-            return sampling_batch.part_bytes(add(*sampling_batch.encode(batch, *entry)) for entry in group)
+            return batch_format.part_bytes(add(*batch_format.encode(batch, *entry)) for entry in group)
 
         lines = b"".join(prefetch(write, groups, 1))
         tar.close()
@@ -169,8 +169,8 @@ def _put_tar(store: Store, batch: SamplingBatch, place: Location, name: str, gro
 
 def _has_images(store: Store, batch: SamplingBatch, place: Location, chunk: int) -> bool:
     if batch.format == "tar":
-        return store.exists(place.bucket, place.key(sampling_batch.tar_key(chunk)))
-    keys = [place.key(sampling_batch.image_key(index)) for index in batch.chunks()[chunk]]
+        return store.exists(place.bucket, place.key(batch_format.tar_key(chunk)))
+    keys = [place.key(batch_format.image_key(index)) for index in batch.chunks()[chunk]]
     # The listing starts after a key that sorts just before the first image.
     return list(islice(store.list_keys(place.bucket, place.key(""), after=keys[0][:-1]), len(keys))) == keys
 
@@ -180,7 +180,7 @@ def list_unfinished_chunks(store: Store, batch: SamplingBatch, place: Location) 
     prefix = place.key("")
     missing_counts = [1 + (len(indices) if batch.format == "png" else 1) for indices in batch.chunks()]
     for key in store.list_keys(place.bucket, prefix):
-        if (chunk := sampling_batch.find_chunk(batch, key.removeprefix(prefix))) is not None:
+        if (chunk := batch_format.find_chunk(batch, key.removeprefix(prefix))) is not None:
             missing_counts[chunk] -= 1
     return [chunk for chunk, number in enumerate(missing_counts) if number]
 
@@ -199,10 +199,10 @@ def finish(store: Store, batch: SamplingBatch, place: Location) -> bool:
 
     def rows() -> Iterator[list[Row]]:
         for chunk, indices in enumerate(batch.chunks()):
-            name = sampling_batch.part_key(chunk)
-            data = store.get(place.bucket, place.key(name), sampling_batch.MAX_PART_BYTES)
-            part = sampling_batch.part_rows(data, f"{place}/{name}")
-            if len(part) != len(indices) or any(map(partial(sampling_batch.find_conflicts, batch), indices, part)):
+            name = batch_format.part_key(chunk)
+            data = store.get(place.bucket, place.key(name), batch_format.MAX_PART_BYTES)
+            part = batch_format.part_rows(data, f"{place}/{name}")
+            if len(part) != len(indices) or any(map(partial(batch_format.find_conflicts, batch), indices, part)):
                 raise UserError(
                     f"{place}/{name} is not of this batch: delete it, and give the same `darkroom sample` again, which "
                     "generates its images again"
@@ -215,8 +215,8 @@ def finish(store: Store, batch: SamplingBatch, place: Location) -> bool:
             return False
         if not store.exists(place.bucket, manifest):
             with _temporary_file() as file:
-                sampling_batch.write_parquet(file, rows(), batch)
-                store.put_once(place.bucket, manifest, file, content_type=sampling_batch.PARQUET)
+                batch_format.write_parquet(file, rows(), batch)
+                store.put_once(place.bucket, manifest, file, content_type=batch_format.PARQUET)
         else:
             deque(rows(), maxlen=0)
         for name in (MANIFEST, REQUESTS) if batch.requests else (MANIFEST,):
@@ -270,7 +270,7 @@ def plan(
         raise UserError(f"{requests} says what each image is to show: leave labels and prompts out, or the table")
     if config.runner == "threads" and config.workers > 1 and resolve_device(sampling.device).type == "cuda":
         raise UserError(
-            f"sampling_batch.workers = {config.workers} does nothing on a GPU with runner = threads, as one chunk "
+            f"batch_format.workers = {config.workers} does nothing on a GPU with runner = threads, as one chunk "
             "keeps it busy: set it to 1, or use processes"
         )
     model, default_size = load_model(weights), bool(conditions.sizes)
@@ -289,8 +289,8 @@ def plan(
         generate.check_prompts(conditions, model.prompt_length)
     generate.prompt_embeddings(model, conditions)
     number = table.count if table else 64 if count is None else count
-    size = config.chunk or sampling_batch.chunk_size(number, sampling.compute_batch)
-    if number > (limit := min(sampling_batch.MAX_BATCH_IMAGES, sampling_batch.MAX_BATCH_CHUNKS * size)):
+    size = config.chunk or batch_format.chunk_size(number, sampling.compute_batch)
+    if number > (limit := min(batch_format.MAX_BATCH_IMAGES, batch_format.MAX_BATCH_CHUNKS * size)):
         raise UserError(
             f"{number} images are too many for one batch in chunks of {size}: ask for several batches of at most "
             f"{limit}, each with another seed"
@@ -305,7 +305,7 @@ def plan(
         fingerprint=_fingerprint(sampling),
         conditions=None if conditions == UNCONDITIONAL else conditions,
         requests=table.about if table else None,
-        chunk=None if size == sampling_batch.CHUNK_BATCHES * sampling.compute_batch else size,
+        chunk=None if size == batch_format.CHUNK_BATCHES * sampling.compute_batch else size,
         format=config.format,
     )
     return batch, table
@@ -345,7 +345,7 @@ def begin(store: Store, batch: SamplingBatch, place: Location, table: RequestTab
     try:
         put = store.put_once(place.bucket, key, data, content_type=JSON)
     except ConflictError as error:
-        other_batch = sampling_batch.parse_batch(store.get(place.bucket, key), f"{place}/batch.json")
+        other_batch = batch_format.parse_batch(store.get(place.bucket, key), f"{place}/batch.json")
         difference = "of another request"
         if differences := other_batch.fingerprint.differences(batch.fingerprint):
             difference = f"begun under another fingerprint ({differences})"
@@ -361,4 +361,4 @@ def begin(store: Store, batch: SamplingBatch, place: Location, table: RequestTab
         store.put_once(place.bucket, f"{RESUMED}/{place.prefix}/{uuid4().hex}", b"")
     if table is not None and not store.exists(place.bucket, place.key(REQUESTS)):
         with table.path.open("rb") as rows:
-            store.put_once(place.bucket, place.key(REQUESTS), rows, content_type=sampling_batch.PARQUET)
+            store.put_once(place.bucket, place.key(REQUESTS), rows, content_type=batch_format.PARQUET)

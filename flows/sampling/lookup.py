@@ -19,8 +19,8 @@ from diffusion.common.files import sha256_bytes
 from diffusion.common.image_grids import GRID
 from diffusion.data.manifest import Sha256
 from diffusion.generation.requests import ABOUT, RequestRecord
-from flows.sampling import sampling_batch
-from flows.sampling.sampling_batch import BATCH, Row, SamplingBatch
+from flows.sampling import batch_format
+from flows.sampling.batch_format import BATCH, Row, SamplingBatch
 from flows.storage.s3 import Location, Store
 from flows.storage.s3_errors import MissingObjectError
 from flows.storage.tags import RunId, VersionNumber, parse_model_uri
@@ -37,8 +37,8 @@ class ImageOrigin(Config):
     version: VersionNumber
     run_id: RunId
     content_digest: Sha256
-    seed: sampling_batch.Seed
-    index: sampling_batch.ImageIndex
+    seed: batch_format.Seed
+    index: batch_format.ImageIndex
     task: Annotated[str, Field(max_length=100)] | None = None
     """Task of an image made on request; None for an image of a sampling batch."""
 
@@ -104,7 +104,7 @@ def find(address: str, store: Store, bucket: str) -> SampleLocation:
         return SampleLocation(address, None, batch, location)
     folder, _, name = location.prefix.rpartition("/")
     in_tar = folder.endswith(".tar")
-    png = None if in_tar else store.get(location.bucket, location.prefix, sampling_batch.MAX_IMAGE_BYTES)
+    png = None if in_tar else store.get(location.bucket, location.prefix, batch_format.MAX_IMAGE_BYTES)
     place = Location(location.bucket, folder.rpartition("/")[0] if in_tar else folder)
     batch, number = _read_batch(store, place), NUMBERED.fullmatch(name)
     index = int(number[1]) if number else -1
@@ -123,19 +123,19 @@ def read_rows(store: Store, place: Location, batch: SamplingBatch, chunk: int) -
 
     Raises MissingObjectError if it does not exist, and UserError if it is damaged.
     """
-    name = sampling_batch.part_key(chunk)
-    data = store.get(place.bucket, place.key(name), sampling_batch.MAX_PART_BYTES)
-    return sampling_batch.part_rows(data, f"{place}/{name}")
+    name = batch_format.part_key(chunk)
+    data = store.get(place.bucket, place.key(name), batch_format.MAX_PART_BYTES)
+    return batch_format.part_rows(data, f"{place}/{name}")
 
 
 def read_image(store: Store, place: Location, batch: SamplingBatch, index: int, row: Row | None) -> bytes:
     """PNG of image number ``index``, located in a tar by its ``row``; raises MissingObjectError if there is none."""
-    key = place.key(sampling_batch.image_key(index))
+    key = place.key(batch_format.image_key(index))
     if batch.format == "png":
-        return store.get(place.bucket, key, sampling_batch.MAX_IMAGE_BYTES)
+        return store.get(place.bucket, key, batch_format.MAX_IMAGE_BYTES)
     if row is None or "size" not in row or "offset" not in row:
         raise MissingObjectError(f"s3://{place.bucket}/{key} is not there, or not by what is written down of its batch")
-    tar = place.key(sampling_batch.tar_key(index // batch.chunk_size))
+    tar = place.key(batch_format.tar_key(index // batch.chunk_size))
     return store.get_span(place.bucket, tar, row["offset"], row["size"])
 
 
@@ -207,10 +207,10 @@ def _find_batches(origin: ImageOrigin, store: Store, bucket: str) -> Iterator[tu
 
 def _read_batch(store: Store, place: Location) -> SamplingBatch | None:
     try:
-        data = store.get(place.bucket, place.key(BATCH), sampling_batch.MAX_BATCH_BYTES)
+        data = store.get(place.bucket, place.key(BATCH), batch_format.MAX_BATCH_BYTES)
     except MissingObjectError:
         return None
-    return sampling_batch.parse_batch(data, f"{place}/{BATCH}")
+    return batch_format.parse_batch(data, f"{place}/{BATCH}")
 
 
 def _read_row(store: Store, place: Location, batch: SamplingBatch, index: int) -> Row | None:

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 
 from diffusion.common.errors import UserError
 from diffusion.common.shapes import parse_size, shape_name
-from diffusion.data.sources.conventions import records, to_text
+from diffusion.data.sources.caption_files import to_text
+from diffusion.data.sources.conventions import records
 from diffusion.data.sources.local_files import open_text
 
 RequestColumn = Literal["label", "prompt", "size"]

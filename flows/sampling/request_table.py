@@ -113,7 +113,7 @@ class RequestTable:
     def conditions(self, indices: range, compute_batch: int, others: Conditions = UNCONDITIONAL) -> Conditions:
         """Conditions of images number ``indices`` and of the others in their compute batches.
 
-        ``others`` are those of the batch: a negative prompt, and a size for rows without one. ``Conditions`` repeats
+        ``others`` are the batch's: a negative prompt, and a size for rows without one. ``Conditions`` repeats
         its entries, so they are rotated until each image number finds its own.
         """
         start = indices.start // compute_batch * compute_batch

@@ -38,7 +38,7 @@ TEXT = re.compile(r"-----BEGIN|PRIVATE KEY|\n|\\n")  # in PEM, in whatever quote
 MAX_NAMED = 10  # files in an error
 CERT_NOT_YET_VALID, CERT_HAS_EXPIRED = 9, 10  # OpenSSL's X509_V_ERR_*
 MAX_SIGNATURE_BYTES = 64 * 2**20
-"""Largest accepted size of a signature, which lists all files, in bytes."""
+"""Maximum accepted size of a signature, which lists all files, in bytes."""
 
 
 def signature_path(path: Path) -> Path:

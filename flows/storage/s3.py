@@ -347,13 +347,7 @@ class Store:
             digest.update(piece)
         return digest.hexdigest()
 
-    def _retry(
-        self,
-        bucket: str,
-        key: str,
-        request: Callable[[], T],
-        retry: tenacity.retry_base = BROKEN_READ,
-    ) -> T:
+    def _retry(self, bucket: str, key: str, request: Callable[[], T], retry: tenacity.retry_base = BROKEN_READ) -> T:
         """Answer of a request, retried after errors that botocore does not retry."""
         wait, stop = tenacity.wait_random_exponential(0.1, 5), tenacity.stop_after_attempt(6)
         with self.explain_errors(bucket, key):

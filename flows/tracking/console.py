@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -28,6 +28,13 @@ EVERY = 30.0
 """Seconds between two lines where there is no terminal."""
 SETTLED = 3.0
 """Seconds after which a rate says something: before, it is mostly start-up."""
+
+
+def align_columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of a table, whose columns are as wide as their longest cells."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(map(str.ljust, row, widths)).rstrip()
 
 
 @dataclass

@@ -16,16 +16,11 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, InputTag, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import (
-    MLFLOW_MODEL_IS_EXTERNAL,
-    MLFLOW_RUN_NOTE,
-    MLFLOW_SOURCE_NAME,
-    MLFLOW_SOURCE_TYPE,
-)
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_IS_EXTERNAL, MLFLOW_RUN_NOTE, MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE
 from PIL import Image
 
 from diffusion.common.escaping import pluralize
-from diffusion.data.manifest import Manifest
+from diffusion.data.manifest import Manifest, parse_manifest
 from diffusion.evaluation.results import CheckpointEvaluation, Evaluation
 from flows.datasets.dvc import CodeVersion, DataVersion
 from flows.storage.numbered_objects import Claims
@@ -136,6 +131,14 @@ def _page(place: str) -> str:
     # Without credentials, which an address may hold; the UI shows GenAI applications by default.
     server = re.sub(r"//[^/]*@", "//", mlflow.get_tracking_uri()).rstrip("/")
     return f"{server}/#/{place}?workflowType=machine_learning"
+
+
+def read_run_manifest(client: MlflowClient, run_id: str) -> Manifest | None:
+    """Manifest of the data set version that a run saw; None if it keeps none, as an import's."""
+    if MANIFEST_ARTIFACT not in {item.path for item in client.list_artifacts(run_id, "dataset")}:
+        return None
+    uri = f"runs:/{run_id}/{MANIFEST_ARTIFACT}"
+    return parse_manifest(mlflow.artifacts.load_text(uri).encode(), uri)
 
 
 def find_run(client: MlflowClient, experiment: str, tag: str, value: str) -> MlflowRun | None:

@@ -22,7 +22,7 @@ from diffusion.evaluation.metrics.copies import (
     shifted_thumbnails,
 )
 from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss, LevelLoss
-from diffusion.evaluation.metrics.per_class import LabelledFeatures, PerClass, evaluate_classes, fit_discriminant
+from diffusion.evaluation.metrics.per_group import LabelledFeatures, PerClass, evaluate_classes, fit_discriminant
 from diffusion.evaluation.metrics.pixel_metrics import compare_appearance, measure_appearance
 from diffusion.evaluation.metrics.registration import find_registered
 from diffusion.evaluation.metrics.scores import compute_scores

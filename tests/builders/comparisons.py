@@ -10,8 +10,10 @@ from diffusion.checkpoints import AVERAGED, save_tensors
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.cache import load_or_compute
+from diffusion.evaluation.comparison import ChampionComparison, SampleGrids, compare_with_champion
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import Evaluator
+from diffusion.evaluation.gate import GateConfig
 from diffusion.evaluation.results import CheckpointEvaluation
 from diffusion.families import family_of
 from diffusion.families.config import FamilyConfig, VAEConfig
@@ -23,6 +25,10 @@ from tests.builders.small_models import header
 
 CONFIG = EvaluationConfig(samples=48, extractor_size=32)
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=4, compute_batch=16, precision="fp32")
+COMPARISON_CONFIG = CONFIG.model_copy(update={"seed": CONFIG.seed + 1})
+"""Comparisons generate with another seed than checkpoint selection."""
+GATE = GateConfig(recall_loss=None, looks=1)
+"""Recall of 48 images is not known well enough."""
 
 
 def evaluate_one(
@@ -64,6 +70,31 @@ class Watcher:
     def sampled_models(self) -> set[str]:
         """The model files from which images were sampled."""
         return {what.split(":")[0] for what in self.seen if what.endswith(("images sampled", "images enlarged"))}
+
+
+def compare_models(
+    candidate: Path,
+    champion: Path | None,
+    data: Path,
+    folder: Path,
+    gate: GateConfig = GATE,
+    sampling: SamplingConfig = SAMPLING,
+    progress: Progress = ignore_progress,
+    config: EvaluationConfig = CONFIG,
+) -> tuple[ChampionComparison, SampleGrids]:
+    """Compare two model files with few images."""
+    return compare_with_champion(candidate, champion, data, config, sampling, gate, folder, progress)
+
+
+def good(count: int, first: int = 5000) -> Tensor:
+    """What a model generates that has understood discs."""
+    return torch.from_numpy(np.stack([np.asarray(disc(number, 8))[None] for number in range(first, first + count)]))
+
+
+def noisy(images: Tensor, deviation: float, seed: int = 0) -> Tensor:
+    """Images with Gaussian noise of this standard deviation."""
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    return (images + deviation * noise).round().clamp(0, 255).to(torch.uint8)
 
 
 def discs(folder: Path, count: int = 160, first: int = 0) -> Path:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from flows.sampling import generate_batch
-from flows.sampling.sampling_batch import SamplingBatch
+from flows.sampling.batch_format import SamplingBatch
 from flows.storage.s3 import Location, Store
 from flows.storage.s3_errors import MissingObjectError
 from tests.builders.sampling_batches import batch

@@ -23,16 +23,13 @@ from flows.datasets.catalog import Catalog, Heads
 from flows.datasets.checkout import checkout
 from flows.environment import data_source
 from flows.storage.s3 import Store
+from tests.builders.command_line import servers_forgotten
 from tests.builders.shapes import blob
 
 NAME = "blobs"
 FOLDER = Path("data") / NAME
 BASE = range(8)
 """Numbers of the images of a first version."""
-
-
-class Killed(BaseException):
-    """As if the process were."""
 
 
 class Plain:
@@ -108,7 +105,6 @@ Machines = Callable[[str], Machine]
 @pytest.fixture
 def machine(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machines:
     """Makes machines on a bucket of the test's own."""
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
     _without_prefect(monkeypatch)
     return lambda name: Machine(tmp_path / name)
 
@@ -117,10 +113,8 @@ def machine(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mac
 def first_version(s3_server: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A machine's folder with a first version of BASE, and what it left on S3 in ``bucket`` beside it."""
     folder = tmp_path_factory.mktemp("template")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in s3_server.items():
-            patch.setenv(name, value)
-        patch.setenv("DARKROOM_BUCKET", bucket := f"test-{uuid4().hex}")
+    bucket = f"test-{uuid4().hex}"
+    with servers_forgotten(**s3_server, DARKROOM_BUCKET=bucket), pytest.MonkeyPatch.context() as patch:
         _without_prefect(patch)
         store = Store()
         store.ensure_bucket(bucket)
@@ -180,7 +174,3 @@ def before(point: str, action: Callable[[], object]) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, original)
-
-
-def killed() -> None:
-    raise Killed

@@ -24,6 +24,16 @@ class Killed(BaseException):
     """As if the process were."""
 
 
+def killed(*_: object, **__: object) -> None:
+    """What a process does that is killed here."""
+    raise Killed
+
+
+def numbers(client: MlflowClient, model: str) -> list[int]:
+    """Of the versions of ``model``."""
+    return sorted(int(each.version) for each in client.search_model_versions(f"name = '{model}'"))
+
+
 class CrashingClient(MlflowClient):
     """Dies instead of its write number ``life``, counted from 0, or right ``after`` it."""
 
@@ -49,13 +59,7 @@ class CrashingClient(MlflowClient):
 
 
 def add_version(
-    client: MlflowClient,
-    folder: Path,
-    model: str,
-    *,
-    data: bytes | None = None,
-    run_id: str = "0" * 32,
-    **tags: str,
+    client: MlflowClient, folder: Path, model: str, *, data: bytes | None = None, run_id: str = "0" * 32, **tags: str
 ) -> Version:
     """A new version of ``model`` with weights ``data``, or with small ones, below ``folder``."""
     if not client.search_registered_models(f"name = '{model}'"):

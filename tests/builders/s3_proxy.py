@@ -6,14 +6,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.message import Message
 from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from tests.builders.http_server import serving
+from tests.builders.http_server import QuietHandler, serving
 
 DROPPED = {"authorization", "connection", "content-length", "expect", "host", "x-amz-content-sha256", "x-amz-date"}
 """Headers that are made anew."""
@@ -40,6 +39,8 @@ class Request:
 
 Intercept = Callable[[Request], str | None]
 """Changes a request, and says by which error code it is refused; None: it goes on to the server."""
+CUT = "cut"
+"""In the place of an error code: the connection drops in the middle of the server's answer."""
 
 
 @contextmanager
@@ -48,16 +49,16 @@ def proxied(server: Mapping[str, str], intercept: Intercept) -> Iterator[str]:
     keys = Credentials(server["AWS_ACCESS_KEY_ID"], server["AWS_SECRET_ACCESS_KEY"])
     address = urlsplit(server["AWS_ENDPOINT_URL_S3"]).netloc
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         protocol_version = "HTTP/1.1"
 
-        def answer(self) -> None:
+        def forward(self) -> None:
             parts = urlsplit(self.path)
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             query = {name: values[0] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
             key = unquote(parts.path).lstrip("/").partition("/")[2]
             request = Request(self.command, key, query, self.headers, body)
-            if code := intercept(request):
+            if (code := intercept(request)) and code != CUT:
                 error_body = f"<Error><Code>{code}</Code><Message>by a drill</Message></Error>".encode()
                 self.reply(403, [("Content-Type", "application/xml")], b"" if self.command == "HEAD" else error_body)
                 return
@@ -67,10 +68,10 @@ def proxied(server: Mapping[str, str], intercept: Intercept) -> Iterator[str]:
             server = HTTPConnection(address, timeout=60)
             server.request(self.command, self.path, body, dict(signed.headers))
             with server.getresponse() as response:
-                self.reply(response.status, response.getheaders(), response.read())
+                self.reply(response.status, response.getheaders(), response.read(), code == CUT)
             server.close()
 
-        def reply(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
+        def reply(self, status: int, headers: list[tuple[str, str]], body: bytes, cut: bool = False) -> None:
             self.send_response_only(status)
             length = [value for name, value in headers if name.lower() == "content-length"]
             for name, value in headers:
@@ -80,12 +81,10 @@ def proxied(server: Mapping[str, str], intercept: Intercept) -> Iterator[str]:
             if status != 204:
                 self.send_header("Content-Length", length[0] if length else str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(body[: len(body) // 2] if cut else body)
+            self.close_connection |= cut
 
-        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer  # noqa: N815
-
-        def log_message(self, *_: object) -> None:
-            pass
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward  # noqa: N815
 
     with serving(Handler) as url:
         yield url

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 
 from diffusion.common.fingerprint import fingerprint
 from diffusion.process.samplers import sampling_config
-from flows.sampling.sampling_batch import SamplingBatch
+from flows.sampling.batch_format import SamplingBatch
 from flows.storage.s3 import Location, Store
 
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8, precision="fp32")

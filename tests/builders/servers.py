@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from flows.local_stack.server_process import choose_ports
-from tests.builders.installation import INFRA, ROOT, composed, new_environment
+from tests.builders.command_line import darkroom_command, without_servers
+from tests.builders.installation import INFRA, composed, new_environment
 
 PORTS = ("5432", "9333", "9340", "8888", "23646", "8333", "5000", "4200", "8080", "9464")
 """Those of compose.yaml; here each becomes one that is free."""
@@ -69,7 +70,7 @@ class Servers:
         _, *test = self.services[service]["healthcheck"]["test"]
         command = [self.here(word, service) for word in test]
         if command[0] == "darkroom":
-            command = darkroom(*command[1:])
+            command = darkroom_command(*command[1:])
         return subprocess.run(
             command, env=self.environment(service), cwd=self.folder, capture_output=True, text=True, check=False
         )
@@ -91,7 +92,7 @@ class Servers:
     def _process(self, name: str) -> Iterator[subprocess.Popen[bytes]]:
         command = [self.here(word, name) for word in self.services[name]["command"]]
         if command[0] == "darkroom":
-            command = darkroom(*command[1:])
+            command = darkroom_command(*command[1:])
         with (
             (self.folder / f"{name}.log").open("wb") as log,
             terminate_afterwards(
@@ -119,15 +120,9 @@ def terminate_afterwards(process: subprocess.Popen[bytes]) -> Iterator[subproces
 
 def plain() -> dict[str, str]:
     """This process's environment without what names servers, and with the programs of this Python."""
-    families = ("DARKROOM_", "MLFLOW_", "PREFECT_", "AWS_", "PG")
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(families)}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"
-    return variables | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DO_NOT_TRACK": "true"}
-
-
-def darkroom(*arguments: str) -> list[str]:
-    """The command line of this working tree."""
-    return [sys.executable, "-c", "from flows.cli import main; main()", *arguments]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    variables = without_servers(PATH=path, OMP_NUM_THREADS="1", DO_NOT_TRACK="true")
+    return {name: value for name, value in variables.items() if not name.startswith("PG")}
 
 
 @contextmanager

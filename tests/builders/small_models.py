@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 
 from diffusion.checkpoints import AVERAGED, GUIDE, link_base, load_model, read_model_header, save_tensors
-from diffusion.families.base import LoRAConfig
 from diffusion.families.config import ModelConfig
 from diffusion.families.ddpm.network import UNet
 from diffusion.families.header import Base, ModelHeader
+from diffusion.families.lora import LoRAConfig
 
 CONFIG = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), heads=1, patch=2)
 

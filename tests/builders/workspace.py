@@ -1,11 +1,9 @@
 """A folder with images, a configuration and a running local stack: what a user of the command line has."""
 
 import json
-import os
 import shutil
 import sqlite3
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import cache
@@ -13,14 +11,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import boto3
 import pytest
 import yaml
 
 from flows.local_stack.server_process import members
 from flows.local_stack.stack import SERVICES
-from tests.builders import NO_BARS, ROOT
+from tests.builders import NO_BARS
+from tests.builders.command_line import start, without_servers
 from tests.builders.forked import Fork, Forks
+from tests.builders.s3_clients import with_key
 from tests.builders.shapes import disc
 
 PARAMS = {
@@ -52,23 +51,10 @@ class Workspace:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.forks: Forks | None = None
-        self.variables = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("DARKROOM_", "MLFLOW_", "PREFECT_", "AWS_"))
-        } | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self.variables = without_servers(OMP_NUM_THREADS="1")
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", "from flows.cli import main; main()", *arguments]
-        return subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env=self.variables,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
+        return start(self.folder, *arguments, **self.variables)
 
     def fork(self) -> Forks:
         """Fork commands from now on, as long as the environment is that of now."""
@@ -83,16 +69,17 @@ class Workspace:
             return self.forks.start(self.folder, *arguments)
         return self.start(*arguments)
 
-    def run(self, *arguments: str, code: int = 0) -> str:
+    def run(self, *arguments: str, code: int | tuple[int, ...] = 0) -> str:
+        """What the command prints, which ends with ``code`` or one of them; of a user's mistake, its error."""
         process = self.begin(*arguments)
         out, err = process.communicate(timeout=600)
-        assert process.returncode == code, err[-3000:]
+        assert process.returncode in (code if isinstance(code, tuple) else (code,)), err[-3000:]
         if code == 2:
             assert "Traceback" not in err
             return err
         return out
 
-    def json(self, *arguments: str, code: int = 0) -> Any:
+    def json(self, *arguments: str, code: int | tuple[int, ...] = 0) -> Any:
         return json.loads(self.run(*arguments, "--json", code=code))
 
     def join(self, patch: pytest.MonkeyPatch) -> None:
@@ -101,15 +88,18 @@ class Workspace:
             if name.startswith(("MLFLOW_", "AWS_")):
                 patch.setenv(name, value)
 
+    def s3_client(self) -> Any:
+        """Stock boto3."""
+        names = ("AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+        return with_key(*(self.variables[name] for name in names), attempts=5)
+
     def two_versions(self) -> None:
         """Train and evaluate two versions of blobs, of which the first or both were champion."""
         self.json("retrain", "images", "--count", "1")
         second = ("--set", "training.seed=1", "--set", "training.output=runs/second")
         self.json("train", *second)
         self.json("evaluate", *second)
-        process = self.begin("promote", *second)
-        _, err = process.communicate(timeout=300)
-        assert process.returncode in (0, 3), err[-3000:]
+        self.run("promote", *second, code=(0, 3))
 
 
 DATABASES = ("mlflow/mlflow.db", "prefect/prefect.db")
@@ -166,13 +156,7 @@ def running(folder: Path, params: dict[str, Any], images: int) -> Iterator[Works
 
 def objects(workspace: Workspace, uri: str) -> dict[str, tuple[Any, bytes]]:
     """Stock boto3: every object below ``uri`` with its time of writing."""
-    client = boto3.client(
-        "s3",
-        endpoint_url=workspace.variables["AWS_ENDPOINT_URL_S3"],
-        aws_access_key_id=workspace.variables["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=workspace.variables["AWS_SECRET_ACCESS_KEY"],
-        region_name="us-east-1",
-    )
+    client = workspace.s3_client()
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
     return {

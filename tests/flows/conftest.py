@@ -2,21 +2,21 @@
 
 import os
 import shutil
-import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
 from uuid import uuid4
 
+import mlflow
 import pytest
+from dvc.repo import Repo
 from mlflow.client import MlflowClient
 
-from diffusion.common.errors import DarkroomError
 from flows.local_stack import seaweedfs
-from flows.local_stack.server_process import choose_ports
-from flows.local_stack.stack import new_identity
 from flows.storage.s3 import Store, client
+from tests.builders.catalogs import Place
+from tests.builders.command_line import servers_forgotten
+from tests.builders.s3_clients import seaweed
 from tests.builders.signing_keys import Identity, identity
 from tests.builders.workspace import Workspace
 
@@ -33,54 +33,25 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
     if server_variables:
         yield server_variables
         return
-    folder = tmp_path_factory.mktemp("s3")
-    for name, text in seaweedfs.files(seaweedfs.config("test-access", "test-secret"), new_identity()).items():
-        (folder / name).write_text(text)
-    numbers = choose_ports(len(seaweedfs.PORTS))
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(
-            seaweedfs.command(numbers),
-            cwd=folder,
-            env={**os.environ, **seaweedfs.ENVIRONMENT},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    variables = {
-        "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{numbers[0]}",
+    keys = {
         "AWS_ACCESS_KEY_ID": "test-access",
         "AWS_SECRET_ACCESS_KEY": "test-secret",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    try:
-        _wait(Store(client(attempts=1, variables=variables)), server, folder / "log")
-        yield variables
-    finally:
-        server.kill()
-        server.wait()
 
+    def ready(address: str) -> None:
+        Store(client(attempts=1, variables=keys | {"AWS_ENDPOINT_URL_S3": address})).ensure_bucket("ready")
 
-def _wait(store: Store, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            return store.ensure_bucket("ready")
-        except DarkroomError:
-            if time.monotonic() > deadline or server.poll() is not None:
-                raise AssertionError(log.read_text()) from None
-            time.sleep(0.1)
+    with seaweed(tmp_path_factory.mktemp("s3"), seaweedfs.config("test-access", "test-secret"), ready) as address:
+        yield keys | {"AWS_ENDPOINT_URL_S3": address}
 
 
 @pytest.fixture
 def no_servers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """An environment that names no server, restored afterwards, and an empty working folder."""
-    saved = dict(os.environ)
-    for name in saved:
-        if name.startswith(("AWS_", "MLFLOW_", "PREFECT_", "DARKROOM_")):
-            del os.environ[name]
     monkeypatch.chdir(tmp_path)
-    yield
-    os.environ.clear()
-    os.environ.update(saved)
+    with servers_forgotten():
+        yield
 
 
 @pytest.fixture
@@ -98,11 +69,19 @@ def store(s3_environment: dict[str, str]) -> Store:
 
 
 @pytest.fixture
-def bucket(store: Store) -> str:
-    """A new bucket on ``s3_server``."""
+def bucket(store: Store, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A new bucket on ``s3_server``, which this process uses."""
     name = f"test-{uuid4().hex}"
     store.ensure_bucket(name)
+    monkeypatch.setenv("DARKROOM_BUCKET", name)
     return name
+
+
+@pytest.fixture
+def place(bucket: str, images: Path) -> Place:
+    """A data set in a catalog."""
+    Repo.init(no_scm=True).close()
+    return Place(bucket, images)
 
 
 @pytest.fixture(scope="session")
@@ -134,6 +113,14 @@ def mlflow_client(s3_environment: dict[str, str], mlflow_store: str, monkeypatch
 
 
 @pytest.fixture
+def name(mlflow_client: MlflowClient, bucket: str) -> Iterator[str]:
+    """Of a model that no other test has; MLflow's own functions find the session's MLflow, too."""
+    mlflow.set_tracking_uri(mlflow_client.tracking_uri)
+    yield f"m{uuid4().hex}"
+    mlflow.set_tracking_uri(None)
+
+
+@pytest.fixture
 def server(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
     """The MLflow server of the test's workspace, whose artifacts this process can read as well."""
     workspace.join(monkeypatch)
@@ -144,17 +131,3 @@ def server(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> MlflowClien
 def alice(tmp_path_factory: pytest.TempPathFactory) -> Identity:
     """A signer whose key and root the tests trust."""
     return identity(tmp_path_factory.mktemp("keys") / "alice")
-
-
-@pytest.fixture
-def darkroom(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """The command line, which returns its exit code."""
-    from flows.cli import main
-
-    def run(*words: object) -> int:
-        monkeypatch.setattr("sys.argv", ["darkroom", *map(str, words)])
-        with pytest.raises(SystemExit) as exit_info:
-            main()
-        return int(str(exit_info.value.code))
-
-    return run

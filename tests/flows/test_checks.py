@@ -195,9 +195,8 @@ def test_folder_without_enough_usable_images_is_found_before_its_ingest(
 
 
 def test_other_storage_is_found_before_a_flow_run(
-    no_servers: None, s3_environment: dict[str, str], bucket: str, monkeypatch: pytest.MonkeyPatch
+    no_servers: None, s3_environment: dict[str, str], bucket: str
 ) -> None:
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
     Path("discs").mkdir()
     disc(1).save("discs/1.png")
     params = Params.model_validate({"ingest": {"source": "discs", "size": 8}})
@@ -228,9 +227,8 @@ def test_deployment_that_would_fail_or_discard_is_reported(tmp_path: Path, monke
 
 
 def test_impossible_batch_is_found_before_its_flow_run(
-    mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    mlflow_client: MlflowClient, bucket: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
     weights = write_model(tmp_path / "m.safetensors", seed=1, images=1, classes={"cat": 5, "dog": 5})
     uri = add_version(mlflow_client, tmp_path, bucket, data=weights.read_bytes()).uri
     Path("requests.csv").write_text("name,prompt\n1,2\n")
@@ -293,7 +291,6 @@ def test_a_network_that_does_not_fit_the_images_is_found(no_servers: None) -> No
 def test_wrong_s3_keys_are_an_error_before_a_flow_run(
     s3_environment: dict[str, str], bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
     require("s3")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(UserError, match="AWS_SECRET_ACCESS_KEY"):
@@ -301,9 +298,8 @@ def test_wrong_s3_keys_are_an_error_before_a_flow_run(
 
 
 def test_an_unknown_version_alias_or_model_lists_those_there_are(
-    mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    mlflow_client: MlflowClient, bucket: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
     for _ in range(2):
         add_version(mlflow_client, tmp_path, "checked")
     mlflow_client.set_registered_model_alias("checked", "best", "2")
@@ -320,9 +316,8 @@ def test_an_unknown_version_alias_or_model_lists_those_there_are(
 
 
 def test_unknown_label_is_found_without_loading_the_model(
-    mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    mlflow_client: MlflowClient, bucket: str, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
     weights = write_model(tmp_path / "m.safetensors", seed=1, images=1, classes={"cat": 5, "dog": 5})
     version = add_version(mlflow_client, tmp_path, "labelled", data=weights.read_bytes())
     params = Params()
@@ -334,10 +329,7 @@ def test_unknown_label_is_found_without_loading_the_model(
         require_version(version.uri, params, Conditions(labels=("bird",)))
 
 
-def test_a_tag_with_a_path_is_rejected(
-    mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
+def test_a_tag_with_a_path_is_rejected(mlflow_client: MlflowClient, bucket: str, tmp_path: Path) -> None:
     weights = write_model(tmp_path / "m.safetensors", seed=1, images=1, classes={"cat": 5, "dog": 5})
     version = add_version(mlflow_client, tmp_path, "forged", data=weights.read_bytes())
     mlflow_client.set_model_version_tag("forged", str(version.number), "darkroom.weights_sha256", "../../m")
@@ -351,12 +343,7 @@ def test_a_tag_with_a_path_is_rejected(
 
 @pytest.mark.parametrize("words", [["--dataset", "nobodys"], ["nobodys"], ["nobodys", "--dataset", "nobodys"]])
 def test_history_of_an_unknown_data_set_is_an_error(
-    mlflow_client: MlflowClient,
-    bucket: str,
-    monkeypatch: pytest.MonkeyPatch,
-    command_line: CommandLine,
-    words: list[str],
+    mlflow_client: MlflowClient, bucket: str, command_line: CommandLine, words: list[str]
 ) -> None:
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
     answer = command_line.answer("model", "history", *words)
     assert (answer.code, "no model or data set nobodys" in answer.err) == (2, True), answer.err

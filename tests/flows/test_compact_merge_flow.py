@@ -32,11 +32,8 @@ MORE = range(100, 106)
 
 
 @pytest.mark.slow
-def test_compacted_and_merged_versions_come_back_from_the_remote(
-    bucket: str, images: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compacted_and_merged_versions_come_back_from_the_remote(bucket: str, images: Path) -> None:
     Repo.init(no_scm=True).close()
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
     place = Place(bucket, images)
     for numbers in ((), (100, 101), (102,)):
         first = place.version(*numbers)
@@ -100,9 +97,7 @@ def merged(on: Machine, params: Params | None = None) -> MergeResult:
         return result
 
 
-def test_images_taken_down_elsewhere_are_not_merged(
-    with_more: tuple[Machine, Machine],
-) -> None:
+def test_images_taken_down_elsewhere_are_not_merged(with_more: tuple[Machine, Machine]) -> None:
     one, other = with_more
     with chdir(other.folder):
         removal = takedown.remove.fn(of_more(other), Selection(sources=["103.png"]), "consent withdrawn")
@@ -124,9 +119,7 @@ def test_merge_applies_curation_before_it_is_published(with_more: tuple[Machine,
     assert "dropped" in {row["outcome"] for row in records(one.folder / "data" / "blobs")}
 
 
-def test_counts_cover_the_whole_merge_beside_a_faster_process(
-    with_more: tuple[Machine, Machine],
-) -> None:
+def test_counts_cover_the_whole_merge_beside_a_faster_process(with_more: tuple[Machine, Machine]) -> None:
     one, other = with_more
     with before("flows.ingest:publish", lambda: other.ingest(200)):
         result = merged(one)

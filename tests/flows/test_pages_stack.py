@@ -65,8 +65,8 @@ def test_evaluated_checkpoints_are_logged_models_in_the_mlflow_ui(
         [run.info.experiment_id],
         order_by=[{"field_name": "metrics.eval/kid_efflite0", "ascending": True, "dataset_name": "blobs"}],
     )
-    ours = [model for model in logged_models if model.source_run_id == run.info.run_id]
-    tags = {model.name: model.tags["darkroom.evaluated"] for model in ours if "darkroom.evaluated" in model.tags}
+    own_models = [model for model in logged_models if model.source_run_id == run.info.run_id]
+    tags = {model.name: model.tags["darkroom.evaluated"] for model in own_models if "darkroom.evaluated" in model.tags}
     assert sorted(tags.values()) == ["in full", "in full", "preliminary"]
     with chromium() as browser:
         page = open_page(browser, workspace, f"experiments/{run.info.experiment_id}/models")

@@ -18,26 +18,20 @@ from flows.registry.ledger import Evidence, Ledger
 from flows.registry.model_versions import Version, get_version
 from flows.registry.takedown_marks import find_derived, mark, require_current
 from flows.tracking.runs import AUTOENCODER, START
-from tests.builders.machines import (
-    BASE,
-    FOLDER,
-    NAME,
-    Killed,
-    Machine,
-    Machines,
-    before,
-    first_version,
-    killed,
-    machine,
-    two,
-)
-from tests.builders.model_versions import add_version
+from tests.builders.machines import BASE, FOLDER, NAME, Machine, Machines, before, first_version, machine, two
+from tests.builders.model_versions import Killed, add_version, killed
 from tests.builders.workspace import PARAMS
 
 __all__ = ["first_version", "machine", "two"]
 
 REMOVED = 3
 """The image that is taken down."""
+STEPS = (
+    "flows.datasets.catalog:Catalog.publish_removal",
+    "flows.datasets.dvc:record_data",
+    "flows.datasets.catalog:Heads.advance",
+)
+"""Of a takedown."""
 
 
 def test_ingest_elsewhere_does_not_restore_removed_images(two: tuple[Machine, Machine], machine: Machines) -> None:
@@ -82,14 +76,7 @@ def test_images_removed_during_an_ingest_are_not_in_its_version(step: str, two: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "step",
-    [
-        "flows.datasets.catalog:Catalog.publish_removal",
-        "flows.datasets.dvc:record_data",
-        "flows.datasets.catalog:Heads.advance",
-    ],
-)
+@pytest.mark.parametrize("step", STEPS)
 def test_images_ingested_during_a_takedown_are_in_its_version(step: str, two: tuple[Machine, Machine]) -> None:
     one, other = two
     with before(step, lambda: other.ingest(200)):
@@ -100,14 +87,7 @@ def test_images_ingested_during_a_takedown_are_in_its_version(step: str, two: tu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "step",
-    [
-        "flows.datasets.catalog:Catalog.publish_removal",
-        "flows.datasets.dvc:record_data",
-        "flows.datasets.catalog:Heads.advance",
-    ],
-)
+@pytest.mark.parametrize("step", STEPS)
 def test_killed_takedown_is_finished_by_the_next_command(step: str, two: tuple[Machine, Machine]) -> None:
     one, other = two
     with before(step, killed), pytest.raises(Killed):
@@ -120,9 +100,7 @@ def test_killed_takedown_is_finished_by_the_next_command(step: str, two: tuple[M
 
 
 @pytest.mark.slow
-def test_takedown_changes_the_newest_version_beside_an_older_checkout(
-    two: tuple[Machine, Machine],
-) -> None:
+def test_takedown_changes_the_newest_version_beside_an_older_checkout(two: tuple[Machine, Machine]) -> None:
     one, other = two
     other.ingest(200)
     one.take_down(200)
@@ -131,9 +109,7 @@ def test_takedown_changes_the_newest_version_beside_an_older_checkout(
 
 
 @pytest.mark.slow
-def test_takedown_from_an_older_checkout_keeps_the_newest_images(
-    two: tuple[Machine, Machine],
-) -> None:
+def test_takedown_from_an_older_checkout_keeps_the_newest_images(two: tuple[Machine, Machine]) -> None:
     one, _ = two
     first = one.version.digest
     one.ingest(200)

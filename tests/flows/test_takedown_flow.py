@@ -6,7 +6,6 @@ from hashlib import md5
 from pathlib import Path
 
 import pytest
-from dvc.repo import Repo
 from mlflow.client import MlflowClient
 
 from diffusion.common.errors import UserError
@@ -31,16 +30,11 @@ from flows.registry.takedown_marks import (
 )
 from flows.storage.s3 import Store
 from tests.builders.catalogs import FOLDER, Place
+from tests.builders.champion_settings import QUICK
 from tests.builders.ingested import files_of
 from tests.builders.removals import REMOVAL
 from tests.builders.shapes import disc
 from tests.builders.workspace import PARAMS, Workspace, objects, running
-
-
-@pytest.fixture
-def place(bucket: str, images: Path) -> Place:
-    Repo.init(no_scm=True).close()
-    return Place(bucket, images)
 
 
 @pytest.fixture
@@ -314,11 +308,7 @@ def test_version_under_takedown_gives_a_warning() -> None:
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     """A running stack whose models are trained, registered and printed in no time."""
-    quick = {
-        "training": {**PARAMS["training"], "images": 320, "checkpoints": 1, "warmup_images": 16},
-        "evaluation": {"samples": 16, "extractor_size": 32},
-    }
-    with running(tmp_path_factory.mktemp("workspace"), PARAMS | quick, 120) as space:
+    with running(tmp_path_factory.mktemp("workspace"), PARAMS | QUICK, 120) as space:
         yield space
 
 

@@ -1,22 +1,14 @@
 """What each role's S3 keys open and what they do not, asked of a real server that enforces the policies."""
 
 import json
-import os
-import subprocess
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import boto3
 import pytest
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import ClientError
 
-from flows.local_stack import seaweedfs
-from flows.local_stack.server_process import choose_ports
-from flows.local_stack.stack import new_identity
 from tests.builders.installation import INFRA, new_environment
+from tests.builders.s3_clients import seaweed, with_key
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -55,44 +47,16 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, "S3C
     """A client for each role, of a server that knows what ``infra/credentials.py`` made; some objects are there."""
     folder = tmp_path_factory.mktemp("s3")
     names = new_environment(folder / ".env", "--bucket", BUCKET)
-    for name, text in seaweedfs.files(names["S3_CONFIG"], new_identity()).items():
-        (folder / name).write_text(text)
-    numbers = choose_ports(len(seaweedfs.PORTS))
-    command = [*seaweedfs.command(numbers), f"-bucket={BUCKET}"]
-    environment = os.environ | seaweedfs.ENVIRONMENT
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
-    def client(role: str) -> "S3Client":
-        return boto3.client(
-            "s3",
-            endpoint_url=f"http://127.0.0.1:{numbers[0]}",
-            aws_access_key_id=names[f"{role.upper()}_ACCESS_KEY_ID"],
-            aws_secret_access_key=names[f"{role.upper()}_SECRET_ACCESS_KEY"],
-            region_name="us-east-1",
-            config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1}),
-        )
+    def clients_at(url: str) -> dict[str, "S3Client"]:
+        keys = ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")
+        return {role: with_key(url, *(names[f"{role.upper()}_{key}"] for key in keys)) for role in READS}
 
-    try:
-        clients_by_role = {role: client(role) for role in READS}
-        wait(lambda: clients_by_role["reader"].list_objects_v2(Bucket=BUCKET), server, folder / "log")
-        yield clients_by_role
-    finally:
-        server.kill()
-        server.wait()
+    def ready(url: str) -> None:
+        clients_at(url)["reader"].list_objects_v2(Bucket=BUCKET)
 
-
-def wait(ready: Callable[[], object], server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            ready()
-        except (BotoCoreError, ClientError):
-            if time.monotonic() > deadline or server.poll() is not None:
-                raise AssertionError(log.read_text()) from None
-            time.sleep(0.1)
-        else:
-            return
+    with seaweed(folder, names["S3_CONFIG"], ready, f"-bucket={BUCKET}") as url:
+        yield clients_at(url)
 
 
 def may(act: Callable[[], object]) -> bool:
@@ -141,16 +105,7 @@ def test_roles_may_upload_in_parts_and_abort_abandoned_uploads(clients: dict[str
 
 
 def test_unknown_access_key_has_no_permission(clients: dict[str, "S3Client"]) -> None:
-    address = clients["reader"].meta.endpoint_url
-    config = Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1})
-    stranger = boto3.client(
-        "s3",
-        endpoint_url=address,
-        aws_access_key_id="a" * 20,
-        aws_secret_access_key="b" * 40,
-        region_name="us-east-1",
-        config=config,
-    )
+    stranger = with_key(clients["reader"].meta.endpoint_url, "a" * 20, "b" * 40)
     assert not may(lambda: stranger.list_objects_v2(Bucket=BUCKET))
 
 

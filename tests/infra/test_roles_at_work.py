@@ -11,9 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-import boto3
 import pytest
-from botocore.config import Config
 from botocore.exceptions import ClientError
 from dvc.repo import Repo
 
@@ -21,13 +19,14 @@ from flows.config import RetentionConfig
 from flows.datasets import catalog
 from flows.retention.dataset_items import DataSets
 from flows.retention.sweeps import SamplingBatches
+from flows.sampling.batch_format import SamplingBatch
 from flows.sampling.lookup import find
-from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Store
 from tests.builders.catalogs import FOLDER, Place
 from tests.builders.gc_batches import BATCHES, generate
 from tests.builders.installation import INFRA
 from tests.builders.policy_evaluator import Statement, is_allowed
+from tests.builders.s3_clients import with_key
 from tests.builders.s3_proxy import Request, proxied
 from tests.builders.small_models import write_model
 from tests.flows.conftest import bucket, no_servers, s3_environment, s3_server, store
@@ -77,15 +76,7 @@ def role(enforcing: str, bucket: str) -> Callable[[str], Any]:
 
 def stolen(url: str, role: str) -> "S3Client":
     """Stock boto3 with the key of a role."""
-    config = Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1})
-    return boto3.client(
-        "s3",
-        endpoint_url=url,
-        aws_access_key_id=role,
-        aws_secret_access_key="x",
-        region_name="us-east-1",
-        config=config,
-    )
+    return with_key(url, role, "x")
 
 
 def is_denied(act: Callable[[], object]) -> bool:

@@ -14,7 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from diffusion.evaluation.comparison import COMPARISON, ChampionComparison
 from flows.monitoring.prometheus import GAUGES
-from tests.builders.servers import Servers, darkroom, installed, query
+from tests.builders.command_line import darkroom_command
+from tests.builders.servers import Servers, installed, query
 from tests.builders.shapes import disc
 from tests.builders.waiting import wait_for
 from tests.builders.workspace import PARAMS
@@ -57,10 +58,12 @@ def retrain_result(servers: Servers) -> dict[str, Any]:
 def run(servers: Servers, *arguments: str, role: str = "worker") -> subprocess.CompletedProcess[str]:
     """A verb in a folder that has no servers of its own, with the S3 keys of ``role``."""
     folder = servers.folder / "person"
-    variables = servers.client(role) | {"DARKROOM_HOME": str(folder / ".darkroom")}
-    return subprocess.run(
-        darkroom(*arguments), cwd=folder, env=variables, capture_output=True, text=True, check=False, timeout=600
-    )
+    return call(*arguments, env=servers.client(role) | {"DARKROOM_HOME": str(folder / ".darkroom")}, cwd=folder)
+
+
+def call(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = darkroom_command(*arguments)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, **options)
 
 
 def test_retraining_works_with_worker_permissions_only(servers: Servers, retrain_result: dict[str, Any]) -> None:
@@ -117,9 +120,7 @@ def test_servers_require_a_password_and_their_host_name(servers: Servers) -> Non
     assert status(filer, f"/buckets/{servers.secrets['DARKROOM_BUCKET']}/") == 401
     # Alive, and of no use to who calls it by a name that it does not know: the check has to tell them apart.
     variables = servers.environment("mlflow") | {"MLFLOW_TRACKING_URI": f"http://0:{mlflow}"}
-    checked = subprocess.run(
-        darkroom("server", "health", "mlflow"), env=variables, capture_output=True, text=True, check=False
-    )
+    checked = call("server", "health", "mlflow", env=variables)
     assert status(mlflow, "/health", host=f"0:{mlflow}") == 200
     assert checked.returncode == 1
     assert "403" in checked.stderr
@@ -127,17 +128,11 @@ def test_servers_require_a_password_and_their_host_name(servers: Servers) -> Non
 
 @pytest.mark.parametrize(
     ("service", "variable"),
-    [
-        ("mlflow", "MLFLOW_TRACKING_PASSWORD"),
-        ("prefect", "PREFECT_API_AUTH_STRING"),
-        ("s3", "AWS_SECRET_ACCESS_KEY"),
-    ],
+    [("mlflow", "MLFLOW_TRACKING_PASSWORD"), ("prefect", "PREFECT_API_AUTH_STRING"), ("s3", "AWS_SECRET_ACCESS_KEY")],
 )
 def test_health_fails_where_a_client_with_that_password_would(servers: Servers, service: str, variable: str) -> None:
     variables = servers.environment(service) | {variable: "darkroom:revoked"}
-    checked = subprocess.run(
-        darkroom("server", "health", service), env=variables, capture_output=True, text=True, check=False
-    )
+    checked = call("server", "health", service, env=variables)
     assert checked.returncode in (1, 2)
     assert checked.stderr.count("\n") == 1
 

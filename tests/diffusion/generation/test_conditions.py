@@ -54,7 +54,7 @@ def model(data: Path, tmp_path: Path, fake_encoder: FakeEncoder) -> DiffusionMod
     return load_model(run(data, tmp_path / "run").final)
 
 
-def test_stopped_run_resumes_bit_for_bit_and_names_its_text_encoder(
+def test_stopped_run_resumes_bit_for_bit_with_its_text_encoder(
     data: Path, tmp_path: Path, fake_encoder: FakeEncoder
 ) -> None:
     whole = run(data, tmp_path / "whole", sampling=GUIDED)
@@ -276,7 +276,7 @@ def test_a_prompt_too_long_to_be_read_is_rejected() -> None:
 
 
 @needs_encoder
-def test_a_caption_too_long_to_be_read_whole_keeps_nothing_from_training(tmp_path: Path) -> None:
+def test_captions_too_long_do_not_prevent_training(tmp_path: Path) -> None:
     captions = ["word " * number for number in range(290, 298)]
     write_dataset(tmp_path / "long", random_images(8, channels=3), 8, captions=captions)
     assert run(tmp_path / "long", tmp_path / "run").images == CONFIG.images

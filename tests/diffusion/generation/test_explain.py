@@ -76,7 +76,7 @@ def test_prediction_error_equals_the_wrong_image_estimate(level: float) -> None:
     torch.testing.assert_close(predicted - epsilon, x0 - level, atol=0.02, rtol=0)
 
 
-def test_reverse_process_of_a_perfect_model_ends_at_a_training_image() -> None:
+def test_reverse_process_of_a_perfect_model_ends_at_the_data() -> None:
     points = torch.stack([noise(seed).clamp(-1, 1) for seed in range(4)])
     frames = reverse(perfect_model(points, "v_prediction"), seed=3)
     distances = (points - frames.result).abs().amax((1, 2, 3))

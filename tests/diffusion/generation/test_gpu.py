@@ -34,7 +34,7 @@ def losses(dataset: Path, output: Path, **changes: object) -> np.ndarray:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
-def test_a_gpu_that_is_not_there_is_an_error_and_auto_does_without() -> None:
+def test_missing_gpu_is_an_error_unless_auto() -> None:
     with pytest.raises(UserError, match="torch sees no GPU: use auto"):
         resolve_device("cuda")
     assert resolve_device("auto") == torch.device("cpu")

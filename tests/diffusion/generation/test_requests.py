@@ -164,7 +164,7 @@ def test_request_overrides_the_sampling_settings(model: DiffusionModel) -> None:
     assert torch.equal(images, sample(model, [0], 0, sampling_config(sampler="heun", steps=5, compute_batch=4)))
 
 
-def test_another_sampler_is_not_given_the_options_of_the_configured_one(model: DiffusionModel) -> None:
+def test_another_sampler_does_not_get_the_configured_one_s_options(model: DiffusionModel) -> None:
     configured = sampling_config(sampler="heun", churn={"amount": 2}, steps=3, compute_batch=4)
     assert request("sample", sampler="ddim").sampling(configured) == sampling_config(
         sampler="ddim", steps=3, compute_batch=4
@@ -246,10 +246,7 @@ def test_invalid_request_is_an_error(fields: dict[str, Any], words: str) -> None
         ({"task": "inpaint", "image": png(PIXELS), "mask": png(np.zeros_like(HOLE))}, "keeps all of the image"),
         ({"task": "inpaint", "image": png(PIXELS), "mask": png(np.full_like(HOLE, 255))}, "keeps nothing"),
         ({"task": "inpaint", "image": png(PIXELS), "mask": png(HOLE[:, :4])}, "mask has 4×8 pixels and the image 8×8"),
-        (
-            {"task": "upscale", "image": png(PIXELS)},
-            "not trained to upscale: it can sample, inpaint, img2img, inter",
-        ),
+        ({"task": "upscale", "image": png(PIXELS)}, "not trained to upscale: it can sample, inpaint, img2img, inter"),
         ({"task": "interpolate", "to_seed": 0, "count": 2}, "from seed 0 to seed 0: give two seeds"),
         ({"task": "interpolate", "to_seed": 1}, "ask for two or more"),
         ({"count": 10**12}, "64,000,000,000,064 values, and 2,147,483,648 are held at once: ask for fewer"),
@@ -266,7 +263,7 @@ def test_model_lists_its_supported_tasks(model: DiffusionModel) -> None:
     assert tasks_of(model) == ("sample", "inpaint", "img2img", "interpolate")
 
 
-def test_of_several_rows_the_one_that_cannot_be_answered_is_named(model: DiffusionModel) -> None:
+def test_errors_name_the_row_that_cannot_be_answered(model: DiffusionModel) -> None:
     with pytest.raises(UserError, match="row 1: the model was trained without classes"):
         answer(model, [request("sample"), request("sample", label="cat")], SAMPLING)
 

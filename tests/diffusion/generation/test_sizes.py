@@ -55,7 +55,7 @@ def of_shapes(model: Model) -> DiffusionModel:
     return type(model).make_model(bucketed(model.header), model.network, None)
 
 
-def test_images_of_a_size_have_the_same_bits_whatever_they_are_generated_with(model: Model) -> None:
+def test_images_of_one_size_have_the_same_bits_everywhere(model: Model) -> None:
     sizes = ((8, 8), (12, 20), None, (20, 8), (10, 9))
     conditions = Conditions.model_validate({"sizes": sizes})
     mixed = sample_each(model, range(10), 3, SAMPLING, conditions=conditions)
@@ -69,7 +69,7 @@ def test_images_of_a_size_have_the_same_bits_whatever_they_are_generated_with(mo
     assert all(map(torch.equal, some, (mixed[7], mixed[1])))
 
 
-def test_requests_of_several_sizes_give_the_images_of_each_by_itself(model: Model) -> None:
+def test_requests_of_several_sizes_give_each_size_s_images(model: Model) -> None:
     requests = [make_request({"count": 2, "seed": 5, "size": size}) for size in ("8x8", "20x12", None, "12x20")]
     together = answer(model, requests, SAMPLING)
     for request, images in zip(requests, together, strict=True):
@@ -79,7 +79,7 @@ def test_requests_of_several_sizes_give_the_images_of_each_by_itself(model: Mode
     assert (path[0].int() - together[1][0].int()).abs().max() <= 1
 
 
-def test_a_network_takes_every_shape_as_padding_to_its_fold_does() -> None:
+def test_network_takes_every_shape_as_if_padded() -> None:
     network = UNet(FOLDED, 1, 8).eval()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -89,7 +89,7 @@ def test_a_network_takes_every_shape_as_padding_to_its_fold_does() -> None:
         torch.testing.assert_close(network(x, torch.ones(2)), network(padded, torch.ones(2))[..., :10, :19])
 
 
-def test_sampling_starts_at_the_noise_level_of_the_number_of_values(model: Model) -> None:
+def test_sampling_starts_at_the_noise_level_of_its_shape(model: Model) -> None:
     assert isinstance(model, DiffusionModel)
     for size in ((8, 8), (12, 20), (16, 9)):
         grid = SAMPLING.sigma_grid(model.with_size(size).schedule)
@@ -97,7 +97,7 @@ def test_sampling_starts_at_the_noise_level_of_the_number_of_values(model: Model
     assert torch.equal(model.with_size((12, 20)).schedule.sigmas, model.schedule.sigmas)
 
 
-def test_a_model_of_shapes_generates_the_most_frequent_one_by_default(of_shapes: DiffusionModel) -> None:
+def test_most_frequent_shape_is_generated_by_default(of_shapes: DiffusionModel) -> None:
     assert of_shapes.shape == (1, 8, 32)
     assert of_shapes.with_size((16, 16)).with_size(None).shape == (1, 8, 32)
     assert [*of_shapes.header.trained_shapes] == [(8, 32), (32, 8), (16, 16)]
@@ -155,7 +155,7 @@ SAMPLING_PLAIN = sampling_config(compute_batch=4)
         (VAEModel, VAEConfig(width=16, channel_mult=(1,), global_latent=4, latent_channels=1)),
     ],
 )
-def test_families_with_a_linear_layer_say_that_they_take_one_square(kind: type[Model], config: GANConfig) -> None:
+def test_families_with_linear_layers_take_one_square_alone(kind: type[Model], config: GANConfig) -> None:
     about = header().model_copy(update={"model": config})
     model = kind(about, kind.make_network(config, (1, 8, 8), 0))
     assert model.with_size((8, 8)).shape == (1, 8, 8)
@@ -165,7 +165,7 @@ def test_families_with_a_linear_layer_say_that_they_take_one_square(kind: type[M
     assert "ingest.fit" in (shape_conflict(config, 8, [(4, 16), (16, 4)]) or "")
 
 
-def test_latents_of_any_shape_are_decoded_and_those_the_factor_does_not_divide_rejected() -> None:
+def test_latents_of_any_shape_the_factor_divides_are_decoded() -> None:
     vae = VAEConfig(width=16, channel_mult=(1,), latent_channels=2)
     space = LatentSpace(autoencoder=vae, digest="0" * 64, channels=2, size=4)
     about = header(FOLDED.model_copy(update={"patch": 1, "channel_mult": (1,), "attention": ()})).model_copy(
@@ -217,7 +217,7 @@ def test_small_rectangles_are_enlarged_in_tiles_of_trained_shapes() -> None:
         tile_shape(model, torch.zeros(1, 1, 4, 15, dtype=torch.uint8))
 
 
-def test_shares_of_shapes_are_exact_and_any_first_images_have_them() -> None:
+def test_any_first_images_have_the_shares_of_shapes() -> None:
     counts = {(1, 3): 50, (2, 2): 30, (3, 1): 20}
     assert apportion(counts, 10) == {(1, 3): 5, (2, 2): 3, (3, 1): 2}
     assert sum(apportion(counts, 7).values()) == 7
@@ -229,12 +229,12 @@ def test_shares_of_shapes_are_exact_and_any_first_images_have_them() -> None:
         assert [number for each, number in order if each == shape] == [*range(count)]
 
 
-def test_work_on_images_of_several_shapes_comes_back_in_their_order() -> None:
+def test_results_of_several_shapes_keep_the_images_order() -> None:
     images: list[Tensor] = [torch.full((1, 2 + n % 3, 4), n) for n in range(7)]
     assert map_by_shape(images, lambda some: some.flatten(1)[:, :1]).flatten().tolist() == [*range(7)]
 
 
-def test_a_file_of_a_model_with_shapes_is_loaded_with_them(of_shapes: DiffusionModel, tmp_path: Path) -> None:
+def test_model_file_keeps_its_shapes(of_shapes: DiffusionModel, tmp_path: Path) -> None:
     path = write_model(tmp_path / "m.safetensors", 0, 0, size=16, config=FOLDED)
     tensors = {AVERAGED + name: value for name, value in read_tensors(path, AVERAGED).items()}
     save_tensors(path, tensors, {"model_header": of_shapes.header.model_dump(mode="json")})

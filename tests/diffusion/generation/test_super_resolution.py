@@ -100,7 +100,7 @@ def test_resizing_matches_pillow() -> None:
     assert (large.int() - pillow(small[..., :5, :], 15, 24).int()).abs().max() <= 1
 
 
-def test_a_network_that_adds_nothing_leaves_the_image_as_interpolation_enlarges_it() -> None:
+def test_network_that_adds_nothing_leaves_the_interpolated_image() -> None:
     model = untrained()
     nn.init.zeros_(model.network.head.weight)
     assert model.network.head.bias is not None
@@ -138,7 +138,7 @@ def test_small_image_and_noise_level_reach_every_answer(patch: int, size: int) -
     assert rest[0][1] == 0
 
 
-def test_noise_over_small_images_is_a_function_of_seed_and_index() -> None:
+def test_noise_on_small_images_depends_on_seed_and_index() -> None:
     low = torch.zeros(200, 3, 4, 4)
     conditioning = {"low": low, "level": torch.zeros(200)}
     whole = add_conditioning_noise(conditioning, 0.4, 3, range(100, 300))
@@ -331,7 +331,7 @@ def test_upscaled_image_does_not_depend_on_the_batch(sampler: str, small: Tensor
     assert not torch.equal(upscale(model, small, 8, config), many)
 
 
-def test_noise_over_the_small_image_is_an_option_and_none_by_default() -> None:
+def test_noise_on_the_small_image_is_off_by_default() -> None:
     model = untrained()
     without, none, some = (
         upscale(model, SMALL, 7, SAMPLING.model_copy(update={"low_resolution_noise": level}))

@@ -14,6 +14,7 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from flows.datasets.dvc import data_version, record_data
 from tests.builders import ROOT
+from tests.builders.command_line import output_of, without_servers
 from tests.builders.hostile_texts import YAML
 from tests.builders.shapes import blob
 from tests.builders.workspace import PARAMS
@@ -68,7 +69,7 @@ def test_hostile_files_of_dvc_are_errors_of_the_user(
 
 
 @pytest.mark.parametrize(
-    "params", [(ROOT / "params.yaml").read_text(), "training: {dataset: x}\n"], ids=["ours", "least"]
+    "params", [(ROOT / "params.yaml").read_text(), "training: {dataset: x}\n"], ids=["project", "least"]
 )
 def test_dvc_repro_needs_no_optional_params_section(tmp_path: Path, params: str) -> None:
     Repo.init(str(tmp_path), no_scm=True).close()
@@ -94,16 +95,10 @@ def test_repro_metrics_and_plots_work_without_servers_and_agree_with_the_flow(tm
         path.parent.mkdir(parents=True, exist_ok=True)
         blob(number).save(path)
     scripts = Path(sys.executable).parent
-    variables = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("DARKROOM_", "MLFLOW_", "PREFECT_", "AWS_"))
-    } | {"PATH": f"{scripts}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
+    variables = without_servers(PATH=f"{scripts}:{os.environ['PATH']}", DVC_NO_ANALYTICS="1")
 
     def run(*command: str) -> str:
-        process = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
-        assert process.returncode == 0, process.stderr[-3000:]
-        return process.stdout
+        return output_of(command, cwd=tmp_path, env=variables)
 
     run("git", "init", "-q")
     run("dvc", "init", "-q")

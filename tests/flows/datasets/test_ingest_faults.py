@@ -5,7 +5,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.builders import ROOT
+from tests.builders.command_line import start as start_command
 from tests.builders.forked import rounds
 from tests.builders.ingested import files_of
 from tests.builders.shapes import blob
@@ -25,17 +24,7 @@ PARAMS = {"ingest": {"source": "images", "size": 32, "workers": 2}, "training": 
 
 def start(folder: Path, *settings: str) -> subprocess.Popen[str]:
     arguments = [argument for setting in settings for argument in ("--set", setting)]
-    command = [sys.executable, "-c", "from flows.cli import main; main()", "ingest", "--local", *arguments]
-    variables = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        env=variables,
-        text=True,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    return start_command(folder, "ingest", "--local", *arguments)
 
 
 def finish(folder: Path, *settings: str, code: int = 0) -> str:
@@ -66,9 +55,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.mark.drill(
-    "ingest is killed",
-    "SIGKILL at random moments, on threads and on processes",
-    "the bytes of an undisturbed one",
+    "ingest is killed", "SIGKILL at random moments, on threads and on processes", "the bytes of an undisturbed one"
 )
 @pytest.mark.parametrize("runner", ["threads", "processes"])
 def test_ingest_killed_at_random_moments_ends_in_the_bytes_of_an_undisturbed_one(

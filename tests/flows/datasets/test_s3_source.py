@@ -3,15 +3,13 @@
 import json
 import os
 import pickle
-import re
-import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -25,6 +23,7 @@ from tests.builders.archives import tar_bytes
 from tests.builders.ingested import files_of
 from tests.builders.reading_sources import access, png, read_all
 from tests.builders.s3_clients import stock
+from tests.builders.s3_proxy import CUT, Request, proxied
 
 
 def put(store: Store, bucket: str, files: Mapping[str, bytes]) -> None:
@@ -185,134 +184,62 @@ def test_processes_fetch_what_threads_do(store: Store, bucket: str, tmp_path: Pa
     assert json.loads(process.stdout)["digest"] == threads.digest
 
 
-class Proxy:
-    """A way to the server that cuts answers in the middle of their bodies, if ``cuts`` says so of a request."""
+@dataclass
+class Cuts:
+    """Which answers of the server are cut in the middle of their bodies, and how many more of them."""
 
-    def __init__(self, target: tuple[str, int]) -> None:
-        self.target = target
-        self.cuts: Callable[[bytes], bool] = lambda request: False
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
+    chosen: Callable[[Request], bool] = lambda request: True
+    left: float = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def close(self) -> None:
-        with suppress(OSError):
-            self.listener.shutdown(socket.SHUT_RDWR)  # wakes who waits for connections
-        self.listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self.listener.accept()
-            except OSError:  # closed
-                return
-            threading.Thread(target=self._serve, args=(near,), daemon=True).start()
-
-    def _serve(self, near: socket.socket) -> None:
-        """One request after the other; none of those here has a body worth speaking of."""
-        with near, socket.create_connection(self.target) as far:
-            try:
-                while request := self._head(near):
-                    far.sendall(request)
-                    head = self._head(far)
-                    body = self._body(far, head)
-                    if self.cuts(request):
-                        near.sendall(head + body[: max(1, len(body) // 2)])
-                        return
-                    near.sendall(head + body)
-            except OSError:
-                return
-
-    @classmethod
-    def _body(cls, far: socket.socket, head: bytes) -> bytes:
-        """The body of an answer as it comes: of a length that its head names, or in chunks, as Ceph's listings are."""
-        if match := re.search(rb"(?i)content-length: (\d+)", head):
-            return cls._exactly(far, int(match[1]))
-        body = b""
-        while b"chunked" in head.lower():
-            size = cls._until(far, b"\r\n")
-            body += size + cls._exactly(far, int(size, 16) + 2)
-            if int(size, 16) == 0:
-                break
-        return body
-
-    @classmethod
-    def _head(cls, side: socket.socket) -> bytes:
-        return cls._until(side, b"\r\n\r\n")
-
-    @staticmethod
-    def _exactly(side: socket.socket, length: int) -> bytes:
-        received = bytearray()
-        while len(received) < length and (piece := side.recv(min(length - len(received), 2**16))):
-            received += piece
-        return bytes(received)
-
-    @staticmethod
-    def _until(side: socket.socket, end: bytes) -> bytes:
-        received = b""
-        while not received.endswith(end):
-            byte = side.recv(1)
-            if not byte:
-                return b""
-            received += byte
-        return received
+    def __call__(self, request: Request) -> str | None:
+        with self.lock:
+            if self.left == 0 or not self.chosen(request):
+                return None
+            self.left -= 1
+            return CUT
 
 
 @pytest.fixture
-def proxy(bucket: str, s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    parts = urlsplit(s3_environment["AWS_ENDPOINT_URL_S3"])
-    proxy = Proxy((parts.hostname or "", parts.port or 0))
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", proxy.url)
-    yield proxy
-    proxy.close()
+def cuts(bucket: str, s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuts]:
+    """Of a proxy before the server."""
+    with proxied(s3_environment, cuts := Cuts()) as url:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", url)
+        yield cuts
 
 
-def of_images(request: bytes) -> bool:
-    return b".png HTTP" in request
+def of_images(request: Request) -> bool:
+    return request.key.endswith(".png")
 
 
-def of_shards(request: bytes) -> bool:
-    return b".tar HTTP" in request
+def of_shards(request: Request) -> bool:
+    return request.key.endswith(".tar")
 
 
-def of_listings(request: bytes) -> bool:
-    return b"list-type=2" in request
-
-
-def first(count: int, chosen: Callable[[bytes], bool]) -> Callable[[bytes], bool]:
-    """Of the requests that are ``chosen``, the first ``count``."""
-    lock, left = threading.Lock(), [count]
-
-    def cuts(request: bytes) -> bool:
-        with lock:
-            if not chosen(request) or not left[0]:
-                return False
-            left[0] -= 1
-            return True
-
-    return cuts
+def of_listings(request: Request) -> bool:
+    return "list-type" in request.query
 
 
 def test_a_connection_that_drops_for_a_while_changes_nothing(
-    store: Store, bucket: str, proxy: Proxy, tmp_path: Path
+    store: Store, bucket: str, cuts: Cuts, tmp_path: Path
 ) -> None:
     put(store, bucket, {f"in/{number % 2}/{number:02d}.png": png(number) for number in range(24)})
     put(store, bucket, {"shards/a.tar": tar_bytes({f"{number}.png": png(number) for number in range(12)})})
-    for kind, uri, chosen, cuts in (
+    for kind, uri, chosen, count in (
         ("images", f"s3://{bucket}/in", of_images, 5),
         ("shards", f"wds:s3://{bucket}/shards/a.tar", of_shards, 5),
         ("listings", f"s3://{bucket}/in", of_listings, 2),
     ):
         make(tmp_path / kind / "undisturbed" / "set", uri)
-        proxy.cuts = first(cuts, chosen)
+        cuts.chosen, cuts.left = chosen, count
         make(tmp_path / kind / "disturbed" / "set", uri)
-        assert not proxy.cuts(b"GET /a.png HTTP /a.tar HTTP list-type=2"), "all cuts were made"
+        assert cuts.left == 0
         assert files_of(tmp_path / kind / "disturbed" / "set") == files_of(tmp_path / kind / "undisturbed" / "set")
 
 
 @pytest.mark.slow
 def test_after_a_lost_connection_the_same_command_ends_right(
-    store: Store, bucket: str, proxy: Proxy, tmp_path: Path
+    store: Store, bucket: str, cuts: Cuts, tmp_path: Path
 ) -> None:
     put(store, bucket, {f"in/{number % 2}/{number:02d}.png": png(number) for number in range(24)})
     put(store, bucket, {"shards/a.tar": tar_bytes({f"{number}.png": png(number) for number in range(12)})})
@@ -320,7 +247,7 @@ def test_after_a_lost_connection_the_same_command_ends_right(
         kind = uri[:3]
         make(tmp_path / kind / "undisturbed" / "set", uri)
         folder = tmp_path / kind / "disturbed" / "set"
-        proxy.cuts = chosen
+        cuts.chosen, cuts.left = chosen, inf
         with pytest.raises(
             DarkroomError, match=r"s3://.*breaks off or is damaged: .* give the same command again"
         ) as error:
@@ -328,19 +255,19 @@ def test_after_a_lost_connection_the_same_command_ends_right(
         assert "\n" not in str(error.value)
         assert files_of(folder) == {}
         assert not list((folder.parent / ".set" / "scratch").glob(".*.partial"))
-        proxy.cuts = lambda request: False
+        cuts.left = 0
         make(folder, uri)
         assert files_of(folder) == files_of(tmp_path / kind / "undisturbed" / "set")
 
 
-def test_lost_connections_leave_the_version_whole(store: Store, bucket: str, proxy: Proxy, tmp_path: Path) -> None:
+def test_lost_connections_leave_the_version_whole(store: Store, bucket: str, cuts: Cuts, tmp_path: Path) -> None:
     put(store, bucket, {f"{number:02d}.png": png(number) for number in range(12)})
     make(tmp_path / "set", f"s3://{bucket}")
     before = files_of(tmp_path / "set")
     put(store, bucket, {"more.png": png(99)})
-    proxy.cuts = of_images
+    cuts.chosen, cuts.left = of_images, inf
     with pytest.raises(DarkroomError):
         make(tmp_path / "set", f"s3://{bucket}")
     assert files_of(tmp_path / "set") == before
-    proxy.cuts = lambda request: False
+    cuts.left = 0
     assert make(tmp_path / "set", f"s3://{bucket}").added == 1

@@ -17,9 +17,8 @@ SHEET_OF_64: tuple[int, int, None, Conditions] = (64, 0, None, UNCONDITIONAL)
 
 
 @pytest.fixture
-def versions(place: Place, monkeypatch: pytest.MonkeyPatch) -> list[Manifest]:
+def versions(place: Place) -> list[Manifest]:
     """Two versions, published a second apart, which is how exactly S3 tells the time."""
-    monkeypatch.setenv("DARKROOM_BUCKET", place.bucket)
     version_list = [place.version()]
     time.sleep(1.1)
     return [*version_list, place.version(100)]
@@ -47,8 +46,7 @@ def test_sync_keeps_an_unpublished_data_set(place: Place, versions: list[Manifes
     assert bring() == here
 
 
-def test_unpublished_data_set_has_nothing_to_sync(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DARKROOM_BUCKET", place.bucket)
+def test_unpublished_data_set_has_nothing_to_sync(place: Place) -> None:
     assert find_newer_version(PARAMS, place.catalog) is None
 
 
@@ -80,9 +78,7 @@ def changed(section: str, **fields: object) -> Params:
     return Params.model_validate(tree | {section: tree[section] | fields})
 
 
-def test_completed_requests_are_keyed_by_content_and_configuration(
-    place: Place, versions: list[Manifest], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_completed_requests_are_keyed_by_content_and_configuration(place: Place, versions: list[Manifest]) -> None:
     request = RetrainRequest.of(PARAMS, versions[0], *SHEET_OF_64)
     # What gc keeps is no matter.
     assert request == RetrainRequest.of(changed("retention", grace_hours=1), versions[0], *SHEET_OF_64), (

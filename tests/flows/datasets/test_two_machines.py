@@ -5,7 +5,8 @@ import pytest
 from diffusion.common.errors import ConflictError
 from flows.environment import settings
 from flows.storage.s3 import Store
-from tests.builders.machines import BASE, NAME, Killed, Machine, Machines, before, first_version, killed, machine, two
+from tests.builders.machines import BASE, NAME, Machine, Machines, before, first_version, machine, two
+from tests.builders.model_versions import Killed, killed
 
 __all__ = ["first_version", "machine", "two"]
 
@@ -146,9 +147,7 @@ def test_unknown_versions_after_a_checkout_block_ingest(two: tuple[Machine, Mach
 
 
 @pytest.mark.slow
-def test_rebuild_is_held_when_another_machine_added_images(
-    two: tuple[Machine, Machine],
-) -> None:
+def test_rebuild_is_held_when_another_machine_added_images(two: tuple[Machine, Machine]) -> None:
     one, other = two
     with (
         before("flows.datasets.catalog:Catalog.publish", lambda: other.ingest(200)),

@@ -24,6 +24,7 @@ from playwright.sync_api import Page, expect
 
 from flows.datasets.sync import CREATED
 from tests.builders.browser import chromium
+from tests.builders.champion_settings import QUICK
 from tests.builders.http_server import QuietHandler, serving
 from tests.builders.prefect_api import Prefect
 from tests.builders.waiting import wait_for
@@ -31,10 +32,6 @@ from tests.builders.workspace import PARAMS, Workspace, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-QUICK = {
-    "training": {**PARAMS["training"], "images": 320, "checkpoints": 1, "warmup_images": 16},
-    "evaluation": {"samples": 16, "extractor_size": 32},
-}
 HEARTBEAT = 30
 """Seconds; Prefect allows no less."""
 PATIENCE = 60_000

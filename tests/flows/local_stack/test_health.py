@@ -23,9 +23,8 @@ def read_only(request: Request) -> str | None:
 
 
 @pytest.fixture
-def here(s3_environment: dict[str, str], bucket: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def here(s3_environment: dict[str, str], bucket: str) -> dict[str, str]:
     """The server of this process, with a bucket that it uses."""
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
     return s3_environment
 
 

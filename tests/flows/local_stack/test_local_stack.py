@@ -146,13 +146,6 @@ def test_the_stack_outlives_its_command_and_stock_clients_join(no_servers: None,
     assert_data_is_intact(local)
 
 
-@pytest.mark.slow
-def test_up_again_leaves_alone_what_runs(up: LocalStack) -> None:
-    before = pids()
-    local_stack.up(lambda _: None)
-    assert pids() == before
-
-
 @pytest.mark.drill(
     "a server of the local stack is killed",
     "SIGKILL of each, one after the other",
@@ -178,9 +171,7 @@ def test_killed_service_restarts_with_all_its_data(up: LocalStack, service: str)
 
 
 @pytest.mark.drill(
-    "all servers are killed",
-    "SIGKILL of all, then two `darkroom up` at once",
-    "one stack with all it held",
+    "all servers are killed", "SIGKILL of all, then two `darkroom up` at once", "one stack with all it held"
 )
 @pytest.mark.slow
 def test_two_ups_after_a_crash_make_one_stack(up: LocalStack) -> None:

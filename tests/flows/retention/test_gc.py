@@ -43,8 +43,7 @@ def mlflow(
 
 
 @pytest.fixture
-def place(bucket: str, images: Path, mlflow: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> Place:
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
+def place(bucket: str, images: Path, mlflow: MlflowClient) -> Place:
     Repo.init(no_scm=True).close()
     return Place(bucket, images)
 
@@ -180,9 +179,7 @@ def test_gc_deletes_no_file_during_a_push(place: Place) -> None:
 
 
 @pytest.mark.drill(
-    "gc ends between two requests",
-    "before a request that deletes, one after the other",
-    "the next one ends the same",
+    "gc ends between two requests", "before a request that deletes, one after the other", "the next one ends the same"
 )
 @pytest.mark.parametrize("life", [2, *(pytest.param(life, marks=pytest.mark.slow) for life in (1, 5, 6))])
 def test_a_gc_killed_between_two_requests_can_be_repeated(

@@ -13,8 +13,8 @@ from diffusion.generation.config import UNCONDITIONAL
 from flows.config import RetentionConfig
 from flows.retention.sweeps import SamplingBatches
 from flows.sampling import generate_batch
+from flows.sampling.batch_format import SamplingBatch
 from flows.sampling.generate_batch import ImageGroup
-from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Store
 from tests.builders.gc_batches import BATCHES, generate
 from tests.builders.sampling_batches import rows_of, stored_files
@@ -72,7 +72,8 @@ def is_whole(store: Store, sampling_batch: SamplingBatch, place: Location) -> bo
 
 
 def half(store: Store, sampling_batch: SamplingBatch, bucket: str, weights: Path) -> None:
-    """What a killed job left: the first chunk."""
+    """What a killed job left: the first chunk, and nothing else."""
+    store.delete_many(bucket, [*store.list_keys(bucket, "samples/"), *store.list_keys(bucket, "deleted/")])
     place = generate_batch.find_default_place(store, sampling_batch, bucket)
     generate_batch.begin(store, sampling_batch, place, None)
     generate_batch.generate_chunk(store, sampling_batch, place, weights, 0, None, 1)
@@ -106,7 +107,6 @@ def test_a_job_ends_whole_whenever_gc_runs(
             raise KeyboardInterrupt
 
     for number in range(1, last + 1):
-        store.delete_many(bucket, list(store.list_keys(bucket, "samples/")) + list(store.list_keys(bucket, "deleted/")))
         half(store, sampling_batch, bucket, weights)
         job = Store()
         with before_request(job, number, stop):
@@ -140,7 +140,6 @@ def test_gc_keeps_what_a_job_finishes_meanwhile(
             raise KeyboardInterrupt
 
     for number in range(1, last + 1):
-        store.delete_many(bucket, list(store.list_keys(bucket, "samples/")) + list(store.list_keys(bucket, "deleted/")))
         half(store, sampling_batch, bucket, weights)
         gc = Store()
         with before_request(gc, number, stop):

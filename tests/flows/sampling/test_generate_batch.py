@@ -17,9 +17,9 @@ from diffusion.data.ingest.ingest import ingest
 from diffusion.generation import generate
 from diffusion.generation.config import Conditions
 from flows.sampling import generate_batch
+from flows.sampling.batch_format import SamplingBatch, image_key, part_bytes, part_key, part_rows
 from flows.sampling.generate_batch import Work, sum_costs
 from flows.sampling.request_table import RequestTable
-from flows.sampling.sampling_batch import SamplingBatch, image_key, part_bytes, part_key, part_rows
 from flows.storage.s3 import Location, Object, S3Objects, Store, client
 from tests.builders.archives import peak
 from tests.builders.s3_proxy import Request, proxied

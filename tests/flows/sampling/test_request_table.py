@@ -15,9 +15,9 @@ from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.process.samplers import sampling_config
 from flows.config import SamplingBatchConfig
 from flows.registry.model_versions import Version
+from flows.sampling.batch_format import SamplingBatch
 from flows.sampling.generate_batch import plan
 from flows.sampling.request_table import RequestTable
-from flows.sampling.sampling_batch import SamplingBatch
 from flows.storage.s3 import Location, Store
 from tests.builders.small_models import write_model
 
@@ -129,11 +129,7 @@ def test_chosen_guidance_applies_to_wholly_conditional_tables(
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        (
-            "t.csv",
-            "label,seed\neven,3\n",
-            r"record 1: 'seed' is not a column .*: the columns are label, prompt, size",
-        ),
+        ("t.csv", "label,seed\neven,3\n", r"record 1: 'seed' is not a column .*: the columns are label, prompt, size"),
         ("t.jsonl", '{"label": "odd"}\n{"text": "x"}\n', r"record 2: 'text' is not a column of a request table"),
         ("t.csv", "label\nodd\nodder\n", r"record 2: the model knows no class 'odder': use one of even, odd"),
         ("t.csv", "prompt\na red bird\n", r"record 1: the model was trained without captions"),
@@ -163,10 +159,7 @@ def test_request_table_error_is_one_line_with_its_position(
         ({"count": 3}, "one for each row: leave the count out"),
         ({"conditions": Conditions(labels=("odd",))}, "leave labels and prompts out, or the table"),
         ({"conditions": Conditions(negative_prompt="fog")}, "record 1: .*negative|captions"),
-        (
-            {"sampling": SAMPLING.model_copy(update={"guidance": 3.0})},
-            "record 2: sampling.guidance .* there is none",
-        ),
+        ({"sampling": SAMPLING.model_copy(update={"guidance": 3.0})}, "record 2: sampling.guidance .* there is none"),
     ],
 )
 def test_options_contradicting_a_request_table_are_an_error(

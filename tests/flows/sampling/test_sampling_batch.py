@@ -14,7 +14,7 @@ from diffusion.families.model import Model
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from diffusion.generation.generate import label_names, sample
 from diffusion.process.samplers import SamplingConfig, sampling_config
-from flows.sampling.sampling_batch import SamplingBatch, chunk_size, encode, part_bytes, part_rows, write_parquet
+from flows.sampling.batch_format import SamplingBatch, chunk_size, encode, part_bytes, part_rows, write_parquet
 from tests.builders import sampling_batches
 from tests.builders.small_datasets import ingest_blobs, write_blobs
 from tests.builders.training_runs import run

@@ -26,7 +26,7 @@ SAMPLE_SCRIPT = """
 import sys
 from pathlib import Path
 from flows.sampling import generate_batch
-from flows.sampling.sampling_batch import SamplingBatch
+from flows.sampling.batch_format import SamplingBatch
 from flows.storage.s3 import Location, Store
 store, batch, place = Store(), SamplingBatch.model_validate_json(sys.argv[1]), Location.parse(sys.argv[2])
 print("begins", flush=True)

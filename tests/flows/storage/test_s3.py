@@ -4,7 +4,6 @@ import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from diffusion.common.errors import ConflictError, DarkroomError, TransientError, UserError
 from flows.storage.s3 import MAX_PUT_BYTES, Location, Object, Store, client
 from flows.storage.s3_errors import MissingObjectError
-from tests.builders.http_server import serving
+from tests.builders.http_server import QuietHandler, serving
 from tests.builders.s3_clients import stock
 
 
@@ -87,12 +86,12 @@ def test_objects_without_checksums_are_compared_by_bytes(
     store: Store, bucket: str, s3_environment: dict[str, str]
 ) -> None:
     # A lie in the metadata must not matter.
-    lie = {"sha256": hashlib.sha256(b"ours").hexdigest()}
-    stock(s3_environment).put_object(Bucket=bucket, Key="same", Body=b"ours")
-    stock(s3_environment).put_object(Bucket=bucket, Key="other", Body=b"theirs", Metadata=lie)
-    assert store.put_once(bucket, "same", b"ours") == "already there"
+    lie = {"sha256": hashlib.sha256(b"local").hexdigest()}
+    stock(s3_environment).put_object(Bucket=bucket, Key="same", Body=b"local")
+    stock(s3_environment).put_object(Bucket=bucket, Key="other", Body=b"foreign", Metadata=lie)
+    assert store.put_once(bucket, "same", b"local") == "already there"
     with pytest.raises(ConflictError):
-        store.put_once(bucket, "other", b"ours")
+        store.put_once(bucket, "other", b"local")
 
 
 def test_a_multipart_object_is_compared_by_its_bytes(store: Store, bucket: str, s3_environment: dict[str, str]) -> None:
@@ -226,20 +225,14 @@ def old_server(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
     Such servers are sold, but none of them can be had as a package: this is as much of one as the probe sees.
     """
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         protocol_version = "HTTP/1.1"
 
         def do_PUT(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
             refuse = request.param == "does not know" and "If-None-Match" in self.headers
             body = b"<Error><Code>NotImplemented</Code></Error>" if refuse else b""
-            self.send_response(501 if refuse else 200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            pass
+            self.answer(body, "application/xml", 501 if refuse else 200)
 
     with serving(Handler) as url:
         yield url, request.param
@@ -257,15 +250,12 @@ def breaking_server() -> Iterator[str]:
     """An S3 server whose connection breaks in the middle of the first body: no real one does it to order."""
     answers = iter([b"pict", b"image"])
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
             self.send_response(200)
             self.send_header("Content-Length", "5")
             self.end_headers()
             self.wfile.write(next(answers))
-
-        def log_message(self, *_: object) -> None:
-            pass
 
     with serving(Handler) as url:
         yield url
@@ -296,19 +286,13 @@ ANSWERS: dict[str, type[DarkroomError]] = {
 
 
 def test_each_answer_has_a_reason_and_a_remedy() -> None:
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_GET(self) -> None:
             _, _, status, code, message = self.path.split("?")[0].split("/")
             body = (
                 f"<Error><Code>{code}</Code><Message>{message and 'a reason' + chr(10) + 'in lines'}</Message></Error>"
             )
-            self.send_response(int(status))
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body.encode())
-
-        def log_message(self, *_: object) -> None:
-            pass
+            self.answer(body.encode(), "application/xml", int(status))
 
     with serving(Handler) as url:
         keys = {"AWS_ENDPOINT_URL_S3": url, "AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
@@ -362,8 +346,7 @@ def test_a_server_that_does_not_answer_is_named(s3_environment: dict[str, str]) 
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"AWS_ENDPOINT_URL_S3": "no url"}, {"AWS_SECRET_ACCESS_KEY": ""}, {"AWS_DEFAULT_REGION": "no region!"}],
+    "change", [{"AWS_ENDPOINT_URL_S3": "no url"}, {"AWS_SECRET_ACCESS_KEY": ""}, {"AWS_DEFAULT_REGION": "no region!"}]
 )
 def test_invalid_s3_settings_are_an_error(no_servers: None, s3_server: dict[str, str], change: dict[str, str]) -> None:
     with pytest.raises(UserError, match="AWS_"):

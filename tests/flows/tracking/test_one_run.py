@@ -20,8 +20,7 @@ KEY = "0123" * 16
 
 
 @pytest.fixture
-def experiment(mlflow_client: MlflowClient, bucket: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("DARKROOM_BUCKET", bucket)
+def experiment(mlflow_client: MlflowClient, bucket: str) -> str:
     return f"e{uuid4().hex}"
 
 
