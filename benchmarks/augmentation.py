@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from diffusion.common.random import GaussianNoise, uniform
 from diffusion.families.ddpm.network import UNet
-from diffusion.families.denoising import DenoisingObjective
+from diffusion.families.denoising_objective import DenoisingObjective
 from diffusion.families.model import Conditioning, TrainingBatch
 
 PROBABILITY = 0.12

@@ -83,6 +83,47 @@ PLANTED = {
 }
 
 
+KINDS = {
+    "near_duplicates": ("resized", "halved", "recompressed", "cropped"),
+    "semantic_duplicates": ("resized", "halved", "recompressed", "cropped", "mirrored"),
+    "min_sharpness": ("blurred",),
+    "max_border": ("bordered",),
+    "max_text": ("texted",),
+}
+"""Planted defects that each rule is to find."""
+OPEN_NSFW = {"layout": "NHWC", "channels": "BGR", "mean": (104, 117, 123), "std": (1, 1, 1)}
+
+
+def plant(paths: list[Path], folder: Path, side: int) -> int:
+    """Write images of ``paths``, ``side`` pixels high and wide, and planted ones; returns how many of each kind."""
+    folder.mkdir()
+    group_size = len(paths) // 20
+    for number, path in enumerate(paths):
+        image = Image.open(path).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+        image.save(folder / f"{number:05d}-as-is.png")
+        if (group := number // group_size) < len(PLANTED):
+            name = list(PLANTED)[group]
+            PLANTED[name](image).convert("RGB").save(folder / f"{number:05d}-{name}.png")
+    return group_size
+
+
+def describe_found(rule: str, sources: set[str], folder: Path, group_size: int, images: int) -> str:
+    """Compare the dropped ``sources`` with what was planted in ``folder``."""
+    hits, by_kind = 0, {}
+    for kind in KINDS.get(rule, ()):
+        pairs = [path.name.split("-")[0] for path in folder.glob(f"*-{kind}.png")]
+        # Of a pair of equal size either may be dropped.
+        files = [{f"{p}-{kind}.png", *([f"{p}-as-is.png"] if rule.endswith("duplicates") else ())} for p in pairs]
+        count = sum(not names.isdisjoint(sources) for names in files)
+        hits, by_kind[kind] = hits + count, f"{count}/{len(pairs)}"
+    precision = hits / len(sources) if by_kind and sources else float("nan")
+    untouched = sum(int(source[:5]) // group_size >= len(PLANTED) for source in sources)
+    return (
+        f"dropped {len(sources)}, precision {precision:.3f}, recall {by_kind}, "
+        f"{untouched} of {images - len(PLANTED) * group_size} images without a copy"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
@@ -94,67 +135,31 @@ def main() -> None:
     options = parser.parse_args()
     paths = sorted(path for path in options.folder.rglob("*") if path.suffix.lower() in (".png", ".jpg", ".webp"))
     paths = random.Random(0).sample(paths, min(options.images, len(paths)))
+    rules: dict[str, dict[str, object]] = {
+        "near_duplicates": {"near_duplicates": "largest"},
+        "semantic_duplicates": {"semantic_duplicates": "largest"},
+        "min_sharpness": {"min_sharpness": 60},
+        "max_border": {"max_border": 0.3},
+        "max_text": {"max_text": 0.2},
+        "max_outlier": {"max_outlier": 99},
+        **({"max_nsfw": {"max_nsfw": 0.8, "nsfw": OPEN_NSFW | {"path": options.nsfw}}} if options.nsfw else {}),
+    }
+    overrides = dict(override.split("=") for override in options.rule)
     with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
-        (root / "images").mkdir()
-        group_size = len(paths) // 20
-        for number, path in enumerate(paths):
-            image = Image.open(path).convert("RGB")
-            image = image.resize((2 * options.size, 2 * options.size), Image.Resampling.BICUBIC)
-            image.save(root / "images" / f"{number:05d}-as-is.png")
-            if (group := number // group_size) < len(PLANTED):
-                name = list(PLANTED)[group]
-                PLANTED[name](image).convert("RGB").save(root / "images" / f"{number:05d}-{name}.png")
-        config = IngestConfig(source=str(root / "images"), size=options.size, workers=2)
-        folder = root / "data" / "set"
+        images, folder = Path(temporary, "images"), Path(temporary, "data", "set")
+        group_size = plant(paths, images, 2 * options.size)
+        config = IngestConfig(source=str(images), size=options.size, workers=2)
         start = time.monotonic()
         count = ingest(folder, config).kept
         print(f"ingest: {1000 * (time.monotonic() - start) / count:.1f} s per 1,000 images; {count} images")
-        open_nsfw = {"layout": "NHWC", "channels": "BGR", "mean": (104, 117, 123), "std": (1, 1, 1)}
-        rules: dict[str, dict[str, object]] = {
-            "near_duplicates": {"near_duplicates": "largest"},
-            "semantic_duplicates": {"semantic_duplicates": "largest"},
-            "min_sharpness": {"min_sharpness": 60},
-            "max_border": {"max_border": 0.3},
-            "max_text": {"max_text": 0.2},
-            "max_outlier": {"max_outlier": 99},
-            **({"max_nsfw": {"max_nsfw": 0.8, "nsfw": open_nsfw | {"path": options.nsfw}}} if options.nsfw else {}),
-        }
-        kinds_by_rule = {
-            "near_duplicates": ("resized", "halved", "recompressed", "cropped"),
-            "semantic_duplicates": ("resized", "halved", "recompressed", "cropped", "mirrored"),
-            "min_sharpness": ("blurred",),
-            "max_border": ("bordered",),
-            "max_text": ("texted",),
-        }
-        for rule, fields in rules.items():
-            if options.only not in (None, rule):
-                continue
-            for override in options.rule:
-                name, value = override.split("=")
-                fields = fields | ({name: float(value)} if name in fields else {})
+        for rule in [options.only] if options.only else rules:
+            fields = rules[rule] | {name: float(value) for name, value in overrides.items() if name in rules[rule]}
             start = time.monotonic()
             rule_config = CurationConfig.model_validate(fields | {"max_dropped": 1})
             report = curate(folder, rule_config, config, EvaluationConfig(), ignore_progress, dry_run=True)
             seconds = 1000 * (time.monotonic() - start) / count
-            # Of a pair of equal size either may be dropped.
-            sources = {each.source for each in report.images}
-            kinds = kinds_by_rule.get(rule, ())
-            by_kind = {}
-            hits = 0
-            for kind in kinds:
-                planted_names = {path.name for path in (root / "images").glob(f"*-{kind}.png")}
-                pairs = {name.split("-")[0] for name in planted_names}
-                is_copy = rule.endswith("duplicates")
-                files = {p: {f"{p}-{kind}.png", *([f"{p}-as-is.png"] if is_copy else ())} for p in pairs}
-                count_of_kind = sum(not names.isdisjoint(sources) for names in files.values())
-                hits += count_of_kind
-                by_kind[kind] = f"{count_of_kind}/{len(pairs)}"
-            precision = hits / len(sources) if kinds and sources else float("nan")
-            untouched = sum(int(source[:5]) // group_size >= len(PLANTED) for source in sources)
-            counts = f"dropped {len(sources)}, precision {precision:.3f}, recall {by_kind}"
-            counts += f", {untouched} of {len(paths) - len(PLANTED) * group_size} images without a copy"
-            print(f"{rule}: {counts}; {seconds:.2f} s per 1,000 images")
+            found = describe_found(rule, {each.source for each in report.images}, images, group_size, len(paths))
+            print(f"{rule}: {found}; {seconds:.2f} s per 1,000 images")
             if report.semantic is not None:
                 print(f"    {report.semantic.line}")
 
