@@ -1,4 +1,4 @@
-"""Retrainings of the deployments that work in this folder: start one, list them, and see how far one is."""
+"""Retrainings in this folder, deployed or by hand: start one, list them, and see how far one is."""
 
 import logging
 import re
@@ -26,6 +26,7 @@ from flows.config import Params
 
 logger = logging.getLogger(__name__)
 
+RETRAIN = FlowFilter.model_validate({"name": {"any_": ["retrain"]}})
 MAX_LISTED = 20
 """Maximum number of retrainings in a list, the newest."""
 STARTED_HERE = "studio"
@@ -83,24 +84,49 @@ def prefect_client() -> Iterator[SyncPrefectClient]:
         raise UserError(f"Prefect does not answer ({type(error).__name__}): run `darkroom up`") from error
 
 
+def workspace_tag() -> str:
+    """Tag of the flow runs that are started by hand in this process's folder."""
+    return f"in {Path.cwd()}"
+
+
 def workspace_of(deployment: DeploymentResponse) -> Path | None:
     """Folder that runs of the deployment work in, by its pull steps; None if they do not say."""
     steps = [options for step in deployment.pull_steps or () for name, options in step.items() if "directory" in name]
     return Path(steps[0]["directory"]).resolve() if steps else None
 
 
-def deployments_here(client: SyncPrefectClient) -> list[DeploymentResponse]:
-    """Deployments of ``retrain`` that work in this process's folder; raises UserError if there is none."""
-    flow = FlowFilter.model_validate({"name": {"any_": ["retrain"]}})
-    all_deployments, here = client.read_deployments(flow_filter=flow), Path.cwd()
-    if deployments := [each for each in all_deployments if workspace_of(each) == here]:
+def _deployments_here(client: SyncPrefectClient) -> list[DeploymentResponse]:
+    here = Path.cwd()
+    return [each for each in client.read_deployments(flow_filter=RETRAIN) if workspace_of(each) == here]
+
+
+def _require_deployments(client: SyncPrefectClient) -> list[DeploymentResponse]:
+    if deployments := _deployments_here(client):
         return deployments
-    raise UserError(f"no deployment retrains in {here}: run `darkroom deploy` there")
+    raise UserError(f"no deployment retrains in {Path.cwd()}: run `darkroom deploy` there")
+
+
+def _runs_here(client: SyncPrefectClient, selection: dict[str, Any]) -> list[FlowRun]:
+    """Retrainings of deployments that work in this process's folder, and by hand in it, the newest first."""
+    ids = [deployment.id for deployment in _deployments_here(client)]
+    deployed = DeploymentFilter.model_validate({"id": {"any_": ids}})
+    runs = [
+        run
+        for deployment_filter, more in ((deployed, {}), (None, {"tags": {"all_": [workspace_tag()]}}))
+        for run in client.read_flow_runs(
+            flow_filter=RETRAIN,
+            flow_run_filter=FlowRunFilter.model_validate(selection | more),
+            deployment_filter=deployment_filter,
+            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+            limit=MAX_LISTED,
+        )
+    ]
+    return sorted(runs, key=lambda run: run.expected_start_time or datetime.now(UTC), reverse=True)[:MAX_LISTED]
 
 
 def choose_deployment(client: SyncPrefectClient, dataset: str) -> DeploymentResponse:
     """Deployment for the data set, or else any that works here; raises UserError if nothing would run it."""
-    deployments = deployments_here(client)
+    deployments = _require_deployments(client)
     deployment = next((each for each in deployments if each.name == dataset), deployments[0])
     pool = deployment.work_pool_name
     if pool is None or not any(
@@ -138,16 +164,14 @@ def start(client: SyncPrefectClient, deployment: DeploymentResponse, params: Par
 
 
 def list_retrainings() -> list[Retraining]:
-    """List the retrainings of deployments that work here, the newest first, without those that are scheduled."""
+    """List the retrainings in this process's folder, the newest first, without those that are scheduled.
+
+    Raises UserError if there is none, and nothing that could start one.
+    """
+    soon = datetime.now(UTC) + timedelta(minutes=1)
     with prefect_client() as client:
-        ids = [deployment.id for deployment in deployments_here(client)]
-        soon = datetime.now(UTC) + timedelta(minutes=1)
-        runs = client.read_flow_runs(
-            deployment_filter=DeploymentFilter.model_validate({"id": {"any_": ids}}),
-            flow_run_filter=FlowRunFilter.model_validate({"expected_start_time": {"before_": soon}}),
-            sort=FlowRunSort.EXPECTED_START_TIME_DESC,
-            limit=MAX_LISTED,
-        )
+        if not (runs := _runs_here(client, {"expected_start_time": {"before_": soon}})):
+            _require_deployments(client)
     retrainings = []
     for run in runs:
         try:
@@ -161,11 +185,7 @@ def read_retraining(run_id: UUID) -> tuple[Retraining, list[RetrainingStep], str
     """Read a retraining with its steps so far, and its newest line of progress, which may be empty."""
     with prefect_client() as client:
         # By a list, which is limited to those that work here.
-        ids = [deployment.id for deployment in deployments_here(client)]
-        runs = client.read_flow_runs(
-            deployment_filter=DeploymentFilter.model_validate({"id": {"any_": ids}}),
-            flow_run_filter=FlowRunFilter.model_validate({"id": {"any_": [run_id]}}),
-        )
+        runs = _runs_here(client, {"id": {"any_": [run_id]}})
         if not runs:
             raise UserError(f"there is no retraining {run_id} here: choose one of the list")
         children = client.read_flow_runs(

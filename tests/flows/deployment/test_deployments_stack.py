@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -311,6 +311,46 @@ def test_deployed_run_without_its_concurrency_limit_fails_and_notifies(
     assert "no concurrency limit retrain-blobs" in flow_run["state"]["message"]
     [text] = wait_for(lambda: [text for text in mailbox.texts if text.startswith("retrain-blobs: Failed. ")])
     assert "run `darkroom deploy`" in text
+
+
+SLOT = """
+import logging, sys, time
+from prefect import flow
+from flows.deployment.tasks import concurrency_slot
+
+@flow(name="in-slot", flow_run_name="retrain-held")
+def in_slot():
+    logging.getLogger("flows").addHandler(logging.StreamHandler(sys.stdout))
+    logging.getLogger("flows").setLevel(logging.INFO)
+    with concurrency_slot("retrain-held"):
+        print("holds", flush=True)
+        time.sleep(900)
+
+in_slot()
+"""
+
+
+def test_who_waits_for_a_slot_is_told_who_holds_it(workspace: Workspace, prefect: Prefect) -> None:
+    body = {"name": "retrain-held", "limit": 1}
+    assert prefect.client.post("/v2/concurrency_limits/", json=body).is_success
+    with ExitStack() as stack:
+
+        def read_until(word: str) -> str:
+            process = subprocess.Popen(
+                [sys.executable, "-c", SLOT],
+                cwd=workspace.folder,
+                env=workspace.variables,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            assert process.stdout
+            return next(line for line in process.stdout if word in line)
+
+        read_until("holds")
+        [holder] = prefect.runs("in-slot")
+        assert holder["id"] in read_until("waiting for a slot")
 
 
 def shot(page: Page, name: str) -> None:
