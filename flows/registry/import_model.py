@@ -16,7 +16,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE, MLFLOW_SOURCE_NAME, MLFLOW
 
 from diffusion.checkpoints import read_model_header
 from diffusion.common.escaping import escape_markdown
-from diffusion.common.files import is_model_file
+from diffusion.common.files import is_model_file, remove_partials
 from diffusion.diffusers_format.import_model import ImportedFile, ImportParts, import_file
 from diffusion.families.config import effective_sampling
 from diffusion.families.header import ModelHeader
@@ -50,6 +50,7 @@ def import_model(
     for path in (folder, cache):
         path.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
+        remove_partials(folder)
         imported_file = import_file(
             source, folder / "weights.safetensors", licence, folder / "downloads", reporter(), parts
         )

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import diffusion
 from diffusion.checkpoints import read_model_header, save_tensors
 from diffusion.common.errors import UserError
-from diffusion.common.files import sha256_file
+from diffusion.common.files import sha256_file, write_bytes
 from diffusion.common.model_files import read_header
 from diffusion.diffusers_format.import_model import import_file
 from diffusion.diffusers_format.lora import export_adapter
@@ -21,6 +21,7 @@ from diffusion.generation.config import UNCONDITIONAL
 from diffusion.process.samplers import sampling_config
 from flows import sample
 from flows.config import SamplingBatchConfig
+from flows.environment import settings
 from flows.provenance.trace import trace
 from flows.registry import model_versions
 from flows.registry.import_model import ImportedModel, find_parts, import_model
@@ -87,6 +88,13 @@ def test_models_of_killed_imports_are_deleted_beside_their_version(
     assert imported(file, name).version == version
     [model] = mlflow_client.search_logged_models([experiment])
     assert mlflow_client.get_model_version(name, "1").source == model.model_uri
+
+
+def test_an_import_deletes_what_a_killed_one_was_writing(name: str, file: Path) -> None:
+    cut = settings().folder / "imports" / name / f".weights.safetensors.{uuid4().hex}.partial"
+    write_bytes(cut, b"half")
+    imported(file, name)
+    assert not cut.exists()
 
 
 def test_weights_trained_here_keep_their_lineage(mlflow_client: MlflowClient, name: str, file: Path) -> None:
