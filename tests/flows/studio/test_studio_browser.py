@@ -436,6 +436,8 @@ def test_a_person_votes_browses_batches_and_rolls_back(
         page.get_by_label("Reason").fill("draws three eyes")
         confirm.click()
         expect(page.get_by_text("3. rollback")).to_be_visible(timeout=30_000)
+        page.set_viewport_size({"width": 390, "height": 900})
         page.screenshot(path=tmp_path / "rolled-back.png", full_page=True)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert read_history(bucket).alias_numbers.champion == 1
     assert (read_history(bucket).entries[-1].reason or "").endswith("draws three eyes")
