@@ -60,11 +60,7 @@ class ExperimentConfig(Config):
     def _apply_preset(cls, tree: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
         # Anything but a mapping with a known preset fails in the validation of the fields.
         if isinstance(tree, dict) and (name := tree.get("preset", "fast")) in get_args(PresetName):
-            config = validate(complete_from_preset(tree, name))
-            if isinstance(sampling := tree.get("sampling", {}), dict):
-                # What the preset adds does not count as set: it is of this section model, see resolve_sampling.
-                config.sampling.model_fields_set.intersection_update(sampling)
-            return config
+            tree = complete_from_preset(tree, name)
         return validate(tree)
 
     @model_validator(mode="after")
@@ -126,9 +122,14 @@ class ExperimentConfig(Config):
         return "" if self.training.student is None else STUDENT
 
     def resolve_sampling(self, model: FamilyConfig) -> SamplingConfig:
-        """Sampling of a model file, whatever the section model: the fields given, and the preset's for such a model."""
+        """Sampling of a model file, whatever the section model: what the preset for such a model says.
+
+        Fields in which this configuration differs from the preset for its own model have its values.
+        """
         preset = self.preset if model.family == "ddpm" else "fast"
-        fields = self.sampling.model_dump(include=self.sampling.model_fields_set)
+        usual = {name: field.default for name, field in type(self.sampling).model_fields.items()}
+        usual |= complete_sampling(self.model, {}, self.preset).model_dump()
+        fields = {name: value for name, value in self.sampling.model_dump().items() if value != usual[name]}
         return effective_sampling(model, complete_sampling(model, fields, preset))
 
     def adapt_to_model(self, model: FamilyConfig) -> Self:
