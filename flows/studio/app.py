@@ -1,5 +1,6 @@
 """The page with all tabs, and its server: on the loopback address, behind a password, with nothing sent elsewhere."""
 
+import logging
 import os
 import secrets
 import shutil
@@ -150,6 +151,8 @@ def serve(params: Params, model: str | None, port: int | None, browser: bool) ->
         with suppress(KeyboardInterrupt):
             Event().wait()
     finally:
+        # Requests under way find their files gone, and would be logged with tracebacks.
+        logging.getLogger("uvicorn.error").disabled = True
         for _ in range(MAX_REMOVALS):
             # Threads that still write keep a folder from being removed, until it is gone.
             shutil.rmtree(scratch, ignore_errors=True)

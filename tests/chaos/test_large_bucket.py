@@ -44,7 +44,9 @@ class Shop:
         with closing(
             FaultyProxy(self.site.variables["AWS_ENDPOINT_URL_S3"], lambda _, line: requests.append(line))
         ) as proxy:
-            result = self.json(*arguments, AWS_ENDPOINT_URL_S3=proxy.url)
+            # Beside a local stack, an address of loopback with its password is taken for an old one of that stack.
+            elsewhere = {"AWS_ENDPOINT_URL_S3": proxy.url, "DARKROOM_HOME": str(self.site.folder / "elsewhere")}
+            result = self.json(*arguments, **elsewhere)
         return len(requests), result
 
     def look(self, image: str) -> dict[str, int]:

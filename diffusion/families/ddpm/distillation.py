@@ -76,6 +76,8 @@ class ConsistencyObjective(TrainingObjective):
             x = x0 + broadcast_to_images(x0, sigma) * random["noise"]
             x0 = x0 + self._shift(x, sigma, conditioning)
             target = student(x0 + broadcast_to_images(x, lower_sigma / sigma) * (x - x0), lower_sigma).float()
+        # Before 2.11, PyTorch uses weights again that it cast to bfloat16 without gradients.
+        torch.clear_autocast_cache()
         estimate = student(x, sigma).float()
         if teacher.latents is None:
             # Sampling clips estimates, so one beyond black or white is right where the target is there: without this

@@ -1,5 +1,6 @@
 """Students of few evaluations: consistency sampling in closed form, and distillation as a training of its own."""
 
+import copy
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -164,6 +165,18 @@ def test_a_student_is_not_taken_beyond_black_and_white(dataset: Path, teacher: P
     expected = ((apart**2 + 1e-6).sqrt() - 1e-3) * (1 / sigma + 1 / header.sigma_data)
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-6)
     assert losses[apart == 0].max().item() == 0
+
+
+def test_each_weight_of_a_student_has_a_gradient_in_bfloat16(dataset: Path, teacher: Path) -> None:
+    model = load_model(teacher)
+    assert isinstance(model, DiffusionModel)
+    config = CONFIG.model_copy(update={"student": StudentConfig(steps=STEPS)})
+    objective = ConsistencyObjective(config, model, model.header, 320)
+    batch = objective.make_batch(to_float(Dataset.open(dataset).images(np.arange(4))), range(4), {})
+    student = copy.deepcopy(model.network).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        objective.losses(student, batch).sum().backward()
+    assert [name for name, weight in student.named_parameters() if weight.grad is None] == []
 
 
 def test_guidance_of_the_teacher_is_part_of_the_distillation(dataset: Path, teacher: Path) -> None:
