@@ -66,7 +66,7 @@ def ingest(
         # Add the new images to the version of the faster process, without reading them again.
         rerun = make(params, requeue=False, rebuild="never")
         counts = {"listed", "read", "added", "removed", "relabelled", "passed_over"}
-        fields = counts | {"source", "captions", "captions_found"}
+        fields = counts | {"remasked", "source", "captions", "captions_found"}
         counters = {name: getattr(earlier, name) for name in fields}
         return rerun.model_copy(update=counters | {"changed": earlier.changed or rerun.changed})
 

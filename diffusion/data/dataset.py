@@ -21,6 +21,7 @@ from diffusion.common.files import make_folder, remove_partials, write_atomicall
 from diffusion.common.shapes import Images, Shape, shape_name, stack_images
 from diffusion.data.key_ranges import RANGE, range_count, read_range, scratch_folder, write_run
 from diffusion.data.manifest import (
+    MASK_SIZE,
     Manifest,
     Part,
     Split,
@@ -32,7 +33,7 @@ from diffusion.data.manifest import (
 )
 from diffusion.data.png import decode_many, shape_of
 from diffusion.data.prefetch import prefetch
-from diffusion.data.shards import LocalShards, ShardCache
+from diffusion.data.shards import LocalShards, ShardCache, mask_offset
 
 if TYPE_CHECKING:
     from webdataset import WebDataset
@@ -239,6 +240,23 @@ class Dataset:
             self._cached[new_rows] = True
         return cache[self._places[rows]]
 
+    def masks(self, rows: Rows) -> np.ndarray:
+        """Return the masks of ``rows``, which are of one bucket: (len(rows), H, W) uint8, 255 where there is none."""
+        rows = _numbers(rows)
+        shape = self.shapes[int(self.buckets(rows[:1])[0])] if len(rows) else self.shapes[0]
+        masks, sizes = np.full((len(rows), *shape), 255, np.uint8), self._mask_sizes[self._table["read"][rows]]
+        if (is_masked := sizes > 0).any():
+            table = self._table[rows[is_masked]]
+            offsets = mask_offset(table["offset"], table["size"].astype(np.int64))
+            masks[is_masked] = self._decode_pngs(table["shard"], offsets, sizes[is_masked], (1, *shape))[..., 0]
+        return masks
+
+    @cached_property
+    def _mask_sizes(self) -> np.ndarray:
+        """Return the bytes of each mask, 0 for none, in the order of the records, as int32; read at the first use."""
+        tables = (_read_kept(self.folder, part, MASK_SIZE.name) for part in _parts_with_shards(self.manifest))
+        return np.concatenate([pc.fill_null(table[MASK_SIZE.name], 0).to_numpy().astype(np.int32) for table in tables])
+
     def _decode(self, rows: np.ndarray, shape: Shape) -> np.ndarray:
         """Decode the images in ``rows``, (len(rows), H, W, C): many of them in chunks and shard by shard."""
         channels = self.shape[0]
@@ -250,9 +268,14 @@ class Dataset:
                 pixels[places] = self._decode(rows[places], shape)
             return pixels
         table = self._table[rows]
-        shards, offsets, sizes = table["shard"], table["offset"], table["size"]
+        return self._decode_pngs(table["shard"], table["offset"], table["size"], (channels, *shape))
+
+    def _decode_pngs(
+        self, shards: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, shape: tuple[int, int, int]
+    ) -> np.ndarray:
+        """Decode PNGs of ``shape`` (C, H, W) at these places, (N,) each: (N, H, W, C)."""
         order = np.argsort(shards, kind="stable")
-        pngs: list[bytes | memoryview] = [b""] * len(rows)
+        pngs: list[bytes | memoryview] = [b""] * len(shards)
         for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
             entry = self._entries[shards[places[0]]]
             spans = list(zip(offsets[places].tolist(), sizes[places].tolist(), strict=True))
@@ -260,7 +283,7 @@ class Dataset:
             for place, png in zip(places.tolist(), contents, strict=True):
                 pngs[place] = png
         try:
-            return decode_many(pngs, (channels, *shape)).transpose(0, 2, 3, 1)
+            return decode_many(pngs, shape).transpose(0, 2, 3, 1)
         except ValueError as error:
             raise UserError(
                 f"an image in {self.folder} is not what its record says ({error}): {repair_hint(self.folder)}"
@@ -386,8 +409,9 @@ def open_webdataset(
     """Open one split of the data set in ``folder`` as a WebDataset pipeline, for other training scripts.
 
     A sample has ``key`` (hex SHA-256 of its pixels), ``image`` (uint8, (C, H, W)), ``label`` (number of its class in
-    the manifest's labels, −1 for none) and ``caption`` (str or None). ``torch.utils.data.DataLoader`` takes it with any
-    number of workers, which divide the shards among them. Nothing in the shards is unpickled.
+    the manifest's labels, −1 for none), ``caption`` (str or None) and, in a data set with masks, ``mask`` (uint8,
+    (H, W), 255 where there is none). ``torch.utils.data.DataLoader`` takes it with any number of workers, which divide
+    the shards among them. Nothing in the shards is unpickled.
 
     ``shuffle``: size of the shuffle buffer in images; 0 for the stored order of images and shards, which are otherwise
     shuffled by ``seed``. ``shape``: only images of this height and width, which can be batched, of a data set with
@@ -418,7 +442,9 @@ def open_webdataset(
     if shuffle:
         pipeline = pipeline.shuffle(shuffle)
     numbers = {label: number for number, label in enumerate(manifest.labels)}
-    return pipeline.map(partial(_decode, manifest.channels, frozenset(manifest.shapes), numbers, captions))
+    return pipeline.map(
+        partial(_decode, manifest.channels, frozenset(manifest.shapes), numbers, captions, manifest.masks > 0)
+    )
 
 
 def _is_one_of(keys: frozenset[str], sample: dict[str, Any]) -> bool:
@@ -430,13 +456,17 @@ def _decode(
     shapes: frozenset[Shape],
     numbers: dict[str, int],
     captions: dict[str, str | None] | None,
+    has_masks: bool,
     sample: dict[str, Any],
 ) -> dict[str, Any]:
     metadata = json.loads(sample["json"])
     shape = shape_of(sample["png"])
     if shape not in shapes:
         raise ValueError(f"{sample['__key__']} has {shape_name(shape)} pixels, which is not a shape of its data set")
-    return {
+    mask = np.full(shape, 255, np.uint8)
+    if "mask.png" in sample:
+        mask = decode_many([sample["mask.png"]], (1, *shape))[0, 0].copy()
+    return ({"mask": torch.from_numpy(mask)} if has_masks else {}) | {
         "key": sample["__key__"],
         "image": torch.from_numpy(decode_many([sample["png"]], (channels, *shape))[0].copy()),
         "label": numbers.get(metadata.get("label"), -1),

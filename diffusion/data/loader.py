@@ -235,6 +235,8 @@ class Batch:
     """The data set's rows, (B,) int64."""
     images: Tensor
     """(B, C, H, W) uint8, all of one bucket, channels last in memory; or their latents, float32."""
+    masks: Tensor | None = None
+    """(B, H, W) uint8; None: they are not asked for."""
 
 
 def require_equal_shares(batch_size: int, ranks: int) -> None:
@@ -254,7 +256,7 @@ class Loader:
 
     ``rows``: the data set's rows that ``order`` orders. ``flip_seed``: half of the images are mirrored, chosen by this
     seed and the image's global index; None: none is. ``prefetch``: batches prepared ahead, by ``workers`` threads.
-    ``latents``: latents of rows, mirrored or not, in place of the images.
+    ``latents``: latents of rows, mirrored or not, in place of the images. ``masks``: whether batches have masks.
     Raises UserError if ``ranks`` does not divide ``batch_size``.
     """
 
@@ -271,13 +273,14 @@ class Loader:
         prefetch: int = 4,
         workers: int = 2,
         latents: Callable[[Rows, np.ndarray | None], Tensor] | None = None,
+        masks: bool = False,
     ) -> None:
         require_equal_shares(batch_size, ranks)
         self.dataset = dataset
         self.rows = np.asarray(rows)
         self.order, self.batch_size, self.rank = order, batch_size, rank
         self.share = batch_size // ranks
-        self.flip_seed, self._prefetch, self._latents = flip_seed, prefetch, latents
+        self.flip_seed, self._prefetch, self._latents, self._masks = flip_seed, prefetch, latents, masks
         self.waited = 0.0
         """Seconds that callers of ``batch`` have waited so far."""
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
@@ -295,7 +298,8 @@ class Loader:
 
     def prefetch(self, position: int, end: int | None = None) -> None:
         """Start to prepare the batch at ``position`` and those that follow it, and drop all others."""
-        if self._latents is None and (shards := self.order.list_upcoming_shards(position)) != self._shards:
+        reads_shards = self._latents is None or self._masks
+        if reads_shards and (shards := self.order.list_upcoming_shards(position)) != self._shards:
             self.dataset.prefetch(shards)
             self._shards = shards
         next_positions = range(position, position + (self._prefetch + 1) * self.batch_size, self.batch_size)
@@ -322,9 +326,17 @@ class Loader:
         indices = range(start, start + self.share)
         rows = self.rows[self.order.rows(start, self.share)]
         flips = None if self.flip_seed is None else (uniform(self.flip_seed, "flip", indices) < 0.5).numpy()
+        masks = None
+        if self._masks:
+            masks = torch.from_numpy(mirror(self.dataset.masks(rows), flips))
         if self._latents is not None:
-            return Batch(indices, rows, self._latents(rows, flips))
-        pixels = self.dataset.pixels(rows)
-        if flips is not None:
-            pixels[flips] = pixels[flips, :, ::-1]
-        return Batch(indices, rows, torch.from_numpy(pixels).permute(0, 3, 1, 2))
+            return Batch(indices, rows, self._latents(rows, flips), masks)
+        pixels = mirror(self.dataset.pixels(rows), flips)
+        return Batch(indices, rows, torch.from_numpy(pixels).permute(0, 3, 1, 2), masks)
+
+
+def mirror(images: np.ndarray, flips: np.ndarray | None) -> np.ndarray:
+    """Mirror the ``images``, (N, H, W, …), for which ``flips`` is true, in place."""
+    if flips is not None:
+        images[flips] = images[flips, :, ::-1]
+    return images

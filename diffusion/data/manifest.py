@@ -53,7 +53,10 @@ CAPTIONER = pa.field("captioner", pa.string())
 """Column of tables with captions of a captioner: its identity, null where the caption is the source's."""
 LEADER = pa.field("leader", pa.string())
 """Column of tables with images dropped as near-duplicates: the key of the image kept instead, null for all others."""
-OPTIONAL = (CAPTIONER, LEADER)
+MASK, MASK_SIZE = pa.field("mask", pa.string()), pa.field("mask_size", pa.int64())
+"""Columns of tables with masks: the SHA-256 of a mask's mode, shape and pixels, and the size of its PNG, which lies
+behind the image's in the shard; null for images without one."""
+OPTIONAL = (CAPTIONER, LEADER, MASK, MASK_SIZE)
 """Columns that only tables with a value in them have."""
 
 
@@ -98,6 +101,8 @@ class Part(Config):
     """Kept images by the captioner that captioned them; None: all captions are the source's."""
     reserved: dict[str, int] | None = Field(None, exclude_if=is_unset)
     """Images left out because a rights holder wishes so, by how that was said; None if there are none."""
+    masks: int | None = Field(None, exclude_if=is_unset)
+    """Kept images with a mask; None if there are none."""
 
 
 class Manifest(Config):
@@ -170,6 +175,11 @@ class Manifest(Config):
         """Return the number of images that rights holders reserved, by how they said so; empty if there is none."""
         total = sum((Counter(part.reserved) for part in self.parts if part.reserved), Counter[str]())
         return dict(sorted(total.items()))
+
+    @property
+    def masks(self) -> int:
+        """Return the number of images with a mask."""
+        return sum(part.masks or 0 for part in self.parts)
 
     @property
     def size(self) -> int:
@@ -280,6 +290,11 @@ def read_records(folder: Path, part: Part, columns: Sequence[str] | None = None)
     path = folder / part.records.name
     if not path.is_file() or sha256_file(path) != part.records.sha256:
         raise UserError(f"{path} is missing or damaged: {repair_hint(folder)}")
+    return read_table(path, columns)
+
+
+def read_table(path: Path, columns: Sequence[str] | None) -> pa.Table:
+    """Read a table of records as ``read_records`` does, without checking it."""
     table = pq.ParquetFile(path).read(None if columns is None else list(columns))
     for field in OPTIONAL:
         if field.name in (columns or ()) and field.name not in table.column_names:
@@ -393,9 +408,10 @@ def versions(folder: Path) -> Iterator[Manifest]:
         yield manifest
 
 
-def sample_digest(key: str, split: str, label: str | None, caption: str | None) -> bytes:
-    """Compute the SHA-256 of one kept image and its conditioning (label, caption) and split, as canonical JSON."""
-    return hashlib.sha256(canonical_json([key, split, label, caption]).encode()).digest()
+def sample_digest(key: str, split: str, label: str | None, caption: str | None, mask: str | None = None) -> bytes:
+    """Compute the SHA-256 of one kept image, its conditioning (label, caption), split and mask, as canonical JSON."""
+    fields = [key, split, label, caption] + ([] if mask is None else [mask])
+    return hashlib.sha256(canonical_json(fields).encode()).digest()
 
 
 def digest_of_samples(storage: StorageConfig, samples: Iterable[bytes]) -> str:

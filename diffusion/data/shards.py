@@ -31,26 +31,36 @@ Span = tuple[int, int]
 
 
 class TarWriter:
-    """Writes samples of two members each, ``<key>.png`` and ``<key>.json``, as one USTAR archive."""
+    """Writes samples, ``<key>.png``, ``<key>.mask.png`` if there is one, and ``<key>.json``, as one USTAR archive."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.position = file, 0
 
-    def add(self, key: str, png: bytes, metadata: dict[str, Any]) -> int:
-        """Append a sample, with ``metadata`` as its JSON; returns the offset of its PNG."""
+    def add(self, key: str, png: bytes, metadata: dict[str, Any], mask: bytes = b"") -> int:
+        """Append a sample, with ``metadata`` as its JSON and the PNG ``mask``; returns the offset of its PNG."""
         offset = self.position + BLOCK
         self._member(f"{key}.png", png)
+        if mask:
+            self._member(f"{key}.mask.png", mask)
         self._member(f"{key}.json", canonical_json(metadata).encode())
         return offset
 
-    def copy(self, source: BinaryIO, offset: int, size: int) -> int:
-        """Append the sample of ``source`` whose PNG of ``size`` bytes is at ``offset``; returns its new offset."""
-        start, png_end = offset - BLOCK, offset + _padded_size(size)
-        source.seek(png_end)
-        info = tarfile.TarInfo.frombuf(source.read(BLOCK), "utf-8", "strict")
-        source.seek(start)
-        new_offset = self.position + BLOCK
-        self._write(source.read(png_end + BLOCK + _padded_size(info.size) - start))
+    def copy(self, source: BinaryIO, offset: int, size: int, mask: bytes | None = None) -> int:
+        """Append the sample of ``source`` whose PNG of ``size`` bytes is at ``offset``; returns its new offset.
+
+        ``mask`` replaces its mask: empty, it has none; None: it keeps its own.
+        """
+        new_offset, is_last = self.position + BLOCK, False
+        source.seek(offset - BLOCK)
+        self._write(source.read(BLOCK + _padded_size(size)))
+        while not is_last:
+            header = source.read(BLOCK)
+            info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+            data, is_last = source.read(_padded_size(info.size)), info.name.endswith(".json")
+            if is_last and mask:
+                self._member(f"{info.name.removesuffix('.json')}.mask.png", mask)
+            if is_last or mask is None:
+                self._write(header + data)
         return new_offset
 
     def close(self) -> None:
@@ -70,6 +80,11 @@ class TarWriter:
 
 def _padded_size(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
+
+
+def mask_offset(offset: Any, size: Any) -> Any:
+    """Return the offset of the mask of an image whose PNG of ``size`` bytes is at ``offset``; also of arrays."""
+    return offset + -(-size // BLOCK) * BLOCK + BLOCK
 
 
 class LocalShards:

@@ -75,7 +75,7 @@ class DenoisingObjective(TrainingObjective):
                 # twice for mirrored images, and would have to be deleted when images are taken down.
                 x0 = self.autoencoder.encode(x0)
         predict = partial(network, draws=random.get("dropout_seeds"), **batch.conditioning)
-        return self.objective.loss(predict, x0, random["t"], random["noise"], center)
+        return self.objective.loss(predict, x0, random["t"], random["noise"], center, batch.pixel_weights)
 
     def validation_metrics(self, network: nn.Module, batch: TrainingBatch, losses: Tensor) -> dict[str, float]:
         """Compute the mean loss at each of ``LEVELS`` parts of the distribution of noise levels."""

@@ -310,6 +310,8 @@ class TrainingBatch:
     random: dict[str, Tensor] = field(default_factory=dict)
     """Random numbers of the family: ``noise``, Gaussian, (N, C, H, W); ``t``, time steps, (N,); ``dropout_seeds``, (N,)
     int64."""
+    pixel_weights: Tensor | None = None
+    """Weights of the pixels of the images in the loss, (N, 1, H, W) float32, 0 or more; None: all are 1."""
 
     def to(self, device: torch.device) -> "TrainingBatch":
         """Copy the batch to ``device``, asynchronously on a GPU."""
@@ -326,7 +328,8 @@ class TrainingBatch:
         conditioning, random = (
             {name: change(values) for name, values in tensors.items()} for tensors in (self.conditioning, self.random)
         )
-        return TrainingBatch(change(self.x0), conditioning, random)
+        weights = None if self.pixel_weights is None else change(self.pixel_weights)
+        return TrainingBatch(change(self.x0), conditioning, random, weights)
 
 
 @runtime_checkable

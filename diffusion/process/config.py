@@ -58,6 +58,16 @@ class StudentConfig(Config):
         return self
 
 
+class MaskConfig(Config):
+    """How the masks of a data set (``ingest.masks``) weight the loss."""
+
+    min_weight: float = Field(0.0, ge=0, lt=1)
+    """Weight of the pixels that a mask leaves out, 0 to 1: with 0.1 the model still sees what surrounds the rest."""
+    normalize_area: bool = False
+    """Whether the loss of an image is divided by the mean of its weights, so that small masks count as much as large
+    ones."""
+
+
 class ObjectiveConfig(Config):
     """The part of the section ``training`` that defines the objective: noise levels, their weights, and the seed."""
 
@@ -96,6 +106,10 @@ class ObjectiveConfig(Config):
     denoise."""
     stratified_timesteps: Annotated[bool, NOISE_LEVELS] = True
     """Whether the times of a batch's N images are stratified: one in each N-th of the distribution."""
+
+    mask: Annotated[MaskConfig | None, NOISE_LEVELS, unless("training.student")] = Field(None, exclude_if=is_unset)
+    """Weight the error of each pixel by the masks of the data set (masked loss), for pixels of latents by the mean of
+    the pixels that they stand for. Null: all pixels count equally, also with masks."""
 
     @property
     def images_per_step(self) -> int:

@@ -258,5 +258,6 @@ def student_training(
         "warmup_images": min(training.warmup_images, config.images // 10),
         "student": {"steps": config.steps} | {name: getattr(sampling, name) for name in names},
         "guide": None,
+        "mask": None,
     }
     return TrainingConfig.model_validate(training.model_dump() | fields)

@@ -176,7 +176,8 @@ class Validation:
             bucket_batches, start = list[Batch](), 0
             for bucket in dataset.split_by_bucket(rows[:VALIDATION_IMAGES]):
                 images = dataset.images(bucket) if self.setup.latents is None else self.setup.latents(bucket)
-                bucket_batches.append(Batch(range(start, start + len(bucket)), bucket, images))
+                masks = None if self.setup.config.mask is None else torch.from_numpy(dataset.masks(bucket))
+                bucket_batches.append(Batch(range(start, start + len(bucket)), bucket, images, masks))
                 start += len(bucket)
             if bucket_batches:
                 batches[split] = bucket_batches
@@ -223,7 +224,8 @@ class Validation:
                 network = copy.deepcopy(network).to(device)
             for batch in batches:
                 conditioning = self.setup.conditioning(batch)
-                inputs = self.objective.make_batch(self.setup.x0(batch), batch.indices, conditioning, split).to(device)
+                inputs = self.objective.make_batch(self.setup.x0(batch), batch.indices, conditioning, split)
+                inputs = self.setup.with_masks(inputs, batch).to(device)
                 losses.append(self.objective.losses(network, inputs).cpu())
                 if (split, suffix) == ("held_out", "_ema"):
                     batch_metrics = self.objective.validation_metrics(network, inputs, losses[-1])

@@ -24,7 +24,7 @@ from diffusion.families import family_of
 from diffusion.families.config import FamilyConfig, classes_of, shape_conflict, training_conflict
 from diffusion.families.fine_tuning import share
 from diffusion.families.header import Base, ModelHeader
-from diffusion.families.model import Conditioning, Model, to_float
+from diffusion.families.model import Conditioning, Model, TrainingBatch, to_float
 from diffusion.families.text_encoder import MINI_LM
 from diffusion.families.vae.network import Latents
 from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions
@@ -160,6 +160,15 @@ class TrainingSetup:
         if self.captions is not None:
             conditioning["text"] = self.captions.select_rows(batch.rows, u)
         return conditioning
+
+    def with_masks(self, inputs: TrainingBatch, batch: Batch) -> TrainingBatch:
+        """Add the weights of pixels that the masks of ``batch`` and ``training.mask`` give, if there are any."""
+        if (config := self.config.mask) is None or batch.masks is None:
+            return inputs
+        weights = (batch.masks[:, None].float() / 255).clamp(min=config.min_weight)
+        if config.normalize_area:
+            weights = weights / weights.mean((2, 3), keepdim=True).clamp(min=1 / 255 / weights[0].numel())
+        return replace(inputs, pixel_weights=weights)
 
     def training_conditioning(self, batch: Batch) -> Conditioning:
         """Collect the conditioning of a training step, with conditioning dropout or noise augmentation."""
@@ -311,6 +320,11 @@ def make_setup(
     if words := training_conflict(model, config) or shape_conflict(model, size, dataset.shapes):
         raise UserError(words)
     check_sampling_options(model, sampling)
+    if config.mask is not None and not dataset.manifest.masks:
+        raise UserError(
+            f"training.mask weights pixels by masks, and data set {dataset.manifest.name} has none: set ingest.masks "
+            "to files or alpha and ingest its source again, or leave training.mask out"
+        )
     config = config.with_batch_size(model, size)
     autoencoder = None
     if model.autoencoder is not None:

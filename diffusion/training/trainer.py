@@ -212,6 +212,7 @@ class Trainer:
             prefetch=self.config.prefetch,
             workers=self.config.workers,
             latents=setup.latents,
+            masks=self.config.mask is not None,
         )
         self.total = 0
         """Total number of images to see, a whole number of batches."""
@@ -286,7 +287,9 @@ class Trainer:
         """
         config, state = self.config, self.state
         batch = self.loader.batch(state.images, self.total)
-        inputs = self.objective.make_batch(self.setup.x0(batch), batch.indices, self.setup.training_conditioning(batch))
+        conditioning = self.setup.training_conditioning(batch)
+        inputs = self.objective.make_batch(self.setup.x0(batch), batch.indices, conditioning)
+        inputs = self.setup.with_masks(inputs, batch)
         t, inputs = inputs.random.get("t"), inputs.to(self.device)
         finite, norms = torch.ones((), dtype=torch.bool, device=self.device), []
         for step, optimizers, reducer in zip(state.steps, state.optimizers, self.reducers, strict=True):

@@ -104,6 +104,7 @@ def _describe_contents(contents: "Contents", limit: int | None) -> list[str]:
         *(section("buckets   ", len(buckets), buckets) if buckets else []),
         *([f"near       up to {bits} of 256 bits, for ingest.near_duplicates=auto"] if bits is not None else []),
         *(f"captions   {count:,} by {captioner}" for captioner, count in contents.captioners.items()),
+        *([f"masks      {contents.masks:,} images with one"] if contents.masks else []),
         *([f"reserved   {reserved}"] if reserved else []),
         *(["opt-outs   ignored by an ingest"] if contents.opt_outs == "ignore" else []),
         *(section("classes   ", len(classes), classes[:limit]) if classes else []),
@@ -294,7 +295,7 @@ def _image(sample: Any) -> str:
 
 
 def _changes(old: Any, new: Any) -> str:
-    names = ("split", "label", "caption")
+    names = ("split", "label", "caption", "mask")
     return ", ".join(f"{n}: {getattr(old, n)} → {getattr(new, n)}" for n in names if getattr(old, n) != getattr(new, n))
 
 

@@ -173,16 +173,18 @@ def _survey(source: str, settings: dict[str, Any]) -> "Survey":
 
 
 def _proposals(survey: "Survey", source: str) -> dict[str, Any]:
-    """Settings for folders called as in sd-scripts, 10_cat: what the word is, and the repeats as weights."""
+    """Settings for masks, and for folders called as in sd-scripts, 10_cat: what the word is, and repeats as weights."""
     from diffusion.data.sources.conventions import parse_folder
+    from diffusion.data.sources.mask_files import UNUSED
 
+    proposals: dict[str, Any] = {"ingest.masks": "files"} if UNUSED in survey.captions_found.ignored else {}
     folders = survey.captions_found.folders
     if not folders:
-        return {}
+        return proposals
     words = {parse_folder(folder.rpartition("/")[2])[1] for folder in folders}
     # The captions of a subject name it; several classes have none.
     is_caption = len(words) == 1 or survey.captions > 0
-    proposals: dict[str, Any] = {"ingest.folders": "caption" if is_caption else "class"}
+    proposals["ingest.folders"] = "caption" if is_caption else "class"
     if len(set(folders.values())) > 1:
         proposals["training.weights"] = {f"{folder}/*": repeats for folder, repeats in folders.items()}
     return proposals
@@ -227,6 +229,8 @@ def _describe_proposals(proposals: dict[str, Any], taken: "TrainerConfig | None"
             f"folders    their words are {meaning[proposals['ingest.folders']]} (ingest.folders), their repeats "
             f"{'weights (training.weights)' if weights else 'all equal, and change nothing'}"
         )
+    if "ingest.masks" in proposals:
+        lines.append("masks      are read (ingest.masks); training.mask weights the loss by them")
     if taken is None:
         return lines
     names = [f"{key} {json.dumps(value, ensure_ascii=False)}" for key, value in taken.settings.items()]

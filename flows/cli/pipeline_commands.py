@@ -93,7 +93,7 @@ def ingest(
 
         with display_progress() as progress:
             result = engine.ingest(config, rebuild=mode, requeue=requeue, progress=progress)
-        return CommandOutput(result, _describe_ingest(result, config.ingest.source))
+        return CommandOutput(result, _describe_ingest(result, config))
     with connect("prefect", "s3"):
         check("ingest", config, Request(rebuild=mode), connected=True)
         from flows.ingest import ingest
@@ -103,12 +103,13 @@ def ingest(
     value |= {"dvc_digest": outcome.version.digest, "report": str(outcome.report)}
     dvc_line = f"DVC {outcome.version.digest} in {outcome.version.pointer}"
     details = (f"content {outcome.result.content_digest}", dvc_line, f"report: {outcome.report}")
-    return CommandOutput(value, [*_describe_ingest(outcome.result, config.ingest.source), *details])
+    return CommandOutput(value, [*_describe_ingest(outcome.result, config), *details])
 
 
-def _describe_ingest(result: "IngestResult", source: str) -> Iterator[str]:
+def _describe_ingest(result: "IngestResult", config: "Params") -> Iterator[str]:
     from diffusion.data.sources.survey import describe_passed_over, describe_table, find_captions
 
+    source, reads_masks = config.ingest.source, config.ingest.masks is not None
     yield (
         f"{pluralize(result.kept, 'image')} in {result.folder} ({result.added:,} new), "
         f"{pluralize(result.duplicates, 'duplicate')}, "
@@ -131,6 +132,9 @@ def _describe_ingest(result: "IngestResult", source: str) -> Iterator[str]:
     if folders := found.describe_folders():
         yield f"folders {folders}; ingest.folders says what they are, and training.weights repeats their images"
     yield from (f"ignored: {line}" for line in found.ignored_lines())
+    if reads_masks or result.masks is not None:
+        changed = f", {result.remasked:,} of earlier ingests got another one" if result.remasked else ""
+        yield f"masks {result.masks or 0:,} of {pluralize(result.kept, 'image')}{changed}; all others count in full"
     if captions := result.captions:
         counts = f"{captions.requests:,} requested, {captions.cached:,} cached, {captions.failed:,} failed"
         yield f"captions by {captions.captioner}: {counts}"
@@ -139,7 +143,8 @@ def _describe_ingest(result: "IngestResult", source: str) -> Iterator[str]:
         yield f"left out, as taken down before: {pluralize(result.removed, 'image')}"
     if result.relabelled:
         hint = "" if result.kept == result.added else "; --rebuild applies the new ones"
-        yield f"kept with their first label or caption: {result.relabelled:,} images that came with another one{hint}"
+        texts = "label, caption or mask" if reads_masks else "label or caption"
+        yield f"kept with their first {texts}: {result.relabelled:,} images that came with another one{hint}"
     if result.passed_over:
         if Path(source).is_dir() and (table := find_captions(Path(source))) is not None:
             yield describe_table(table)

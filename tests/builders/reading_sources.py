@@ -1,16 +1,17 @@
 """Sources as tests look at them: all that they list, with what lies behind it."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
+from diffusion.common.files import sha256_bytes
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import UnusableEntryError
 from diffusion.data.sources import open_source
-from diffusion.data.sources.base import Access, ObjectStore, Payload
+from diffusion.data.sources.base import Access, ObjectStore, Payload, StoredObject
 from tests.builders.shapes import blob
 
 
@@ -22,6 +23,24 @@ class Seen:
     label: str | None
     caption: str | None
     payload: bytes | Image.Image | str
+
+
+@dataclass(frozen=True)
+class Objects:
+    """An object store in memory."""
+
+    contents: dict[str, bytes]
+
+    def find(self, uri: str) -> Iterator[StoredObject]:
+        for name, data in sorted(self.contents.items()):
+            if name.startswith(uri):
+                yield StoredObject(name, len(data), sha256_bytes(data))
+
+    def read(self, uri: str) -> bytes:
+        return self.contents[uri]
+
+    def download(self, uri: str, path: Path) -> None:
+        path.write_bytes(self.contents[uri])
 
 
 def access(scratch: Path, objects: ObjectStore | None = None, **fields: object) -> Access:

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from diffusion.common.config import Config
 from diffusion.common.files import write_atomically
-from diffusion.data.manifest import FileEntry, Manifest, Split, read_records
-from diffusion.data.shards import LocalShards
+from diffusion.data.manifest import MASK_SIZE, FileEntry, Manifest, Split, read_records
+from diffusion.data.shards import LocalShards, mask_offset
 
 SPLIT_NAMES: dict[Split, str] = {"train": "train", "held_out": "test"}
 """Names of the splits outside Darkroom."""
@@ -43,6 +43,8 @@ class Row(NamedTuple):
     offset: int
     size: int
     """Bytes of its PNG."""
+    mask_size: int | None
+    """Bytes of its mask's PNG; None if it has none."""
 
 
 class Rows:
@@ -54,24 +56,26 @@ class Rows:
 
     def of(self, split: Split) -> Iterator[Row]:
         """Yield the images of a split in the order of the parts; raises UserError for damaged tables."""
-        columns = ("outcome", "split", "key", "label", "caption", "offset", "size")
+        columns = ("outcome", "split", "key", "label", "caption", "offset", "size", MASK_SIZE.name)
         for part in self.manifest.parts:
             for row in read_records(self.folder, part, columns).to_pylist() if part.shard is not None else ():
                 if row["outcome"] == "kept" and row["split"] == split:
                     assert part.shard is not None
-                    yield Row(row["key"], row["label"], row["caption"], part.shard, row["offset"], row["size"])
+                    place = row["offset"], row["size"], row[MASK_SIZE.name]
+                    yield Row(row["key"], row["label"], row["caption"], part.shard, *place)
 
     @cached_property
     def has_captions(self) -> bool:
         """Whether any image has a caption."""
         return any(row.caption is not None for split in SPLIT_NAMES for row in self.of(split))
 
-    def read(self, rows: Sequence[Row]) -> Iterator[tuple[Row, memoryview]]:
-        """Yield ``rows`` with their PNGs; raises UserError for damaged shards."""
+    def read(self, rows: Sequence[Row]) -> Iterator[tuple[Row, memoryview, memoryview]]:
+        """Yield ``rows`` with their PNGs and those of their masks, empty for none; raises UserError for damage."""
         for shard, group in groupby(rows, key=lambda row: row.shard):
             members = list(group)
-            spans = [(row.offset, row.size) for row in members]
-            yield from zip(members, self._shards.read(shard, spans), strict=True)
+            pngs = self._shards.read(shard, [(row.offset, row.size) for row in members])
+            places = [(mask_offset(row.offset, row.size), row.mask_size or 0) for row in members]
+            yield from zip(members, pngs, self._shards.read(shard, places), strict=True)
 
     def close(self) -> None:
         """Release the shards."""
@@ -93,6 +97,11 @@ class ExportFormat(ABC):
     def splits(self) -> dict[Split, str]:
         """Return the names of the splits that have images."""
         return {split: name for split, name in SPLIT_NAMES.items() if self.manifest.counts[split]}
+
+    @property
+    def images(self) -> str:
+        """Return the names of images as a glob: keys are hexadecimal, and names of masks end otherwise."""
+        return "*[0-9a-f].png" if self.manifest.masks else "*.png"
 
     @abstractmethod
     def write(self, folder: Path, split: Split) -> Iterator[int]:

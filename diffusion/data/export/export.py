@@ -205,15 +205,16 @@ The file `croissant.json` describes the fields; what is not recorded there is fo
 digest comes again if Darkroom ingests this export with the same storage settings:
 
 ```sh
-darkroom ingest {data_format.scheme}FOLDER{_storage_options(manifest.storage)}
+darkroom ingest {data_format.scheme}FOLDER{_ingest_options(manifest)}
 ```
 """
 
 
-def _storage_options(storage: StorageConfig) -> str:
-    """Return the options of ``ingest`` that store images in the same way."""
+def _ingest_options(manifest: Manifest) -> str:
+    """Return the options of ``ingest`` that store images in the same way, with their masks."""
     defaults = dict(StorageConfig())
-    values = {name: value for name, value in storage if value != defaults[name] or name == "size"}
+    values = {name: value for name, value in manifest.storage if value != defaults[name] or name == "size"}
+    values |= {"masks": "files"} if manifest.masks else {}
     # In YAML a colour without quotes is a comment.
     texts = {
         name: f"[{', '.join(value)}]" if isinstance(value, tuple) else json.dumps(value)

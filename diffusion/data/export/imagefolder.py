@@ -14,7 +14,10 @@ AT_ONCE = 256
 
 
 class ImageFolder(ExportFormat):
-    """PNGs as they are stored, named by their keys; ``metadata.jsonl`` has ``file_name``, ``label`` and ``text``."""
+    """PNGs as they are stored, named by their keys; ``metadata.jsonl`` has ``file_name``, ``label`` and ``text``.
+
+    Masks are ``KEY.mask.png``.
+    """
 
     name = "imagefolder"
     scheme = ""
@@ -25,12 +28,13 @@ class ImageFolder(ExportFormat):
         unfinished, remaining = root / ".unfinished.png", self.rows.of(split)
         make_folder(root)
         while rows := list(islice(remaining, AT_ONCE)):
-            for row, png in self.rows.read(rows):
+            for row, *pngs in self.rows.read(rows):
                 path = root / f"{row.key}.png"
-                # After a power failure a file may be there without its content.
-                if not path.is_file() or path.read_bytes() != png:
-                    unfinished.write_bytes(png)
-                    unfinished.replace(path)
+                for file, png in zip((path, path.with_suffix(".mask.png")), pngs, strict=True):
+                    # After a power failure a file may be there without its content.
+                    if png and (not file.is_file() or file.read_bytes() != png):
+                        unfinished.write_bytes(png)
+                        unfinished.replace(file)
                 texts = {"label": row.label, "text": row.caption}
                 lines.append(
                     canonical_json({"file_name": path.name} | {k: v for k, v in texts.items() if v is not None})
@@ -51,7 +55,7 @@ class ImageFolder(ExportFormat):
                 "@type": "cr:FileSet",
                 "@id": "image-files",
                 "encodingFormat": "image/png",
-                "includes": [f"{name}/*.png" for name in self.splits.values()],
+                "includes": [f"{name}/{self.images}" for name in self.splits.values()],
             },
             {
                 "@type": "cr:FileSet",

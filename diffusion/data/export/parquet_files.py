@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from diffusion.data.export.base import ExportFormat, Node, Row, field, path_source, split_field, write_files
 from diffusion.data.manifest import Split
+from diffusion.data.sources.mask_files import MASK_COLUMN
 
 ROWS_AT_ONCE = 100
 """Rows of a row group, of which a reader holds all at once."""
@@ -17,7 +18,7 @@ ROWS_PER_PAGE = 16
 
 
 class ParquetFiles(ExportFormat):
-    """Columns ``image`` ({bytes, path}), ``label``, if there are classes, and ``text``, if there are captions."""
+    """Columns ``image`` ({bytes, path}), and ``label``, ``text`` and ``mask`` if images have them."""
 
     name = "parquet"
     scheme = "parquet:"
@@ -33,6 +34,9 @@ class ParquetFiles(ExportFormat):
         if self.rows.has_captions:
             fields.append(("text", pa.string()))
             features["text"] = {"dtype": "string", "_type": "Value"}
+        if self.manifest.masks:
+            fields.append((MASK_COLUMN, fields[0][1]))
+            features[MASK_COLUMN] = features["image"]
         return pa.schema(fields, {b"huggingface": json.dumps({"info": {"features": features}}).encode()})
 
     def write(self, folder: Path, split: Split) -> Iterator[int]:
@@ -50,8 +54,9 @@ class ParquetFiles(ExportFormat):
                             "image": {"bytes": bytes(png), "path": f"{row.key}.png"},
                             "label": None if row.label is None else numbers[row.label],
                             "text": row.caption,
+                            MASK_COLUMN: {"bytes": bytes(mask), "path": f"{row.key}.mask.png"} if mask else None,
                         }
-                        for row, png in self.rows.read(rows[start : start + ROWS_AT_ONCE])
+                        for row, png, mask in self.rows.read(rows[start : start + ROWS_AT_ONCE])
                     ]
                     writer.write_table(pa.Table.from_pylist(records, schema))
 
@@ -88,4 +93,7 @@ class ParquetFiles(ExportFormat):
             fields.append(field("label", "sc:Integer", column("label"), f"Class of the image, {names}."[:5000]))
         if self.rows.has_captions:
             fields.append(field("text", "sc:Text", column("text"), "Caption of the image."))
+        if self.manifest.masks:
+            place = column(MASK_COLUMN, transform={"jsonPath": "bytes"})
+            fields.append(field(MASK_COLUMN, "sc:ImageObject", place, "Weight of each pixel, in grey; null: all 1."))
         return distribution, fields

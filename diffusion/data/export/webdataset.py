@@ -11,7 +11,7 @@ from diffusion.data.manifest import Split
 
 
 class WebDatasetShards(ExportFormat):
-    """Members ``KEY.png``, ``KEY.json`` (``label``, ``caption``), and ``KEY.txt``, the caption, where there is one."""
+    """Members ``KEY.png``, ``KEY.json`` (``label``, ``caption``), ``KEY.txt``, the caption, and ``KEY.mask.png``."""
 
     name = "webdataset"
     scheme = "wds:"
@@ -22,8 +22,10 @@ class WebDatasetShards(ExportFormat):
 
         def write(path: Path, rows: Sequence[Row]) -> None:
             with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-                for row, png in self.rows.read(rows):
+                for row, png, mask in self.rows.read(rows):
                     _add(tar, f"{row.key}.png", bytes(png))
+                    if mask:
+                        _add(tar, f"{row.key}.mask.png", bytes(mask))
                     _add(tar, f"{row.key}.json", canonical_json(_texts(row)).encode())
                     if row.caption is not None:
                         _add(tar, f"{row.key}.txt", row.caption.encode())
@@ -58,7 +60,7 @@ class WebDatasetShards(ExportFormat):
                 "@id": "image-files",
                 "containedIn": [{"@id": name} for name in shards],
                 "encodingFormat": "image/png",
-                "includes": ["*.png"],
+                "includes": [self.images],
             },
             {
                 "@type": "cr:FileSet",

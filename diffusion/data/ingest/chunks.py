@@ -9,6 +9,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,14 +22,14 @@ from diffusion.common.progress import Progress
 from diffusion.common.shapes import shape_name
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import StoredImage, UnusableEntryError, ignore_pillow_warnings, prepare
-from diffusion.data.manifest import RECORDS
+from diffusion.data.manifest import MASK, MASK_SIZE, RECORDS
 from diffusion.data.shards import TarWriter
 from diffusion.data.sources import open_source, reader_of
 from diffusion.data.sources.base import Access, Entry, ObjectStore, Source, limit_texts
 from diffusion.data.sources.caption_files import complete_caption
 from diffusion.data.sources.rights import RESERVED, LeaveOutList, find_reservation
 
-ENTRY = "source, locator, stamp, label, caption, problem"
+ENTRY = "source, locator, stamp, label, caption, problem, mask"
 """Fields of an entry, in their order."""
 SCHEMA = f"""
     CREATE TABLE listing (number INTEGER PRIMARY KEY, {ENTRY}, digest, UNIQUE (source));
@@ -47,10 +48,10 @@ CORRECTED = "SELECT 1 FROM stored.entries s WHERE s.origin = :origin AND s.sourc
 """Query: the source describes the entry in another way than before, so it is read again, even with equal bytes."""
 HASH_BITS = 256
 """Bits of a perceptual hash."""
-COLUMNS = (*RECORDS.names, "stamp", "bucket")
+COLUMNS = (*RECORDS.names, MASK.name, MASK_SIZE.name, "stamp", "bucket", "mask_source")
 """Columns of a prepared entry: its record, without outcomes that depend on the whole data set. ``outcome``
 is ``quarantined``, ``duplicate`` (within the chunk), ``known`` (read before) or null; ``bucket`` is the shape of its
-pixels as WIDTHxHEIGHT, if any."""
+pixels as WIDTHxHEIGHT, if any; ``mask_source`` is ``Entry.mask``."""
 NOT_OF_A_CHUNK = {
     *("source", "captions", "default_caption", "trigger", "folders", "licence", "captioner", "max_quarantined"),
     *("shard_bytes", "runner", "workers", "held_out"),
@@ -84,9 +85,10 @@ def make_plan(
                     source.access.captions.add(entry.source, listed.caption)
                 if number % 10_000 == 0:
                     progress("images listed", number, None)
-                yield (*entry, description_digest(entry.label, entry.caption))
+                yield (*entry, description_digest(entry.label, entry.caption, entry.mask))
 
-        database.executemany(f"INSERT OR REPLACE INTO listing ({ENTRY}, digest) VALUES (?, ?, ?, ?, ?, ?, ?)", rows())
+        marks = ", ".join("?" * (len(Entry._fields) + 1))
+        database.executemany(f"INSERT OR REPLACE INTO listing ({ENTRY}, digest) VALUES ({marks})", rows())
         known_column, condition = KNOWN, f"NOT EXISTS ({STAMPED})"
         if requeue:
             known_column = f"{KNOWN} AND r.outcome != 'quarantined'"
@@ -108,14 +110,16 @@ def make_plan(
 
 def _complete(entry: Entry, config: IngestConfig) -> Entry:
     """Complete the caption of an entry; a missing one that a captioner will write stays so."""
+    if config.masks == "alpha":
+        entry = entry._replace(mask=json.dumps(["", config.masks]))
     if entry.problem is not None or (entry.caption is None and config.captioner is not None):
         return entry
     return entry._replace(caption=complete_caption(entry.caption, config.default_caption, config.trigger))
 
 
-def description_digest(label: str | None, caption: str | None) -> str:
-    """Digest what a source says about an image, to detect changes."""
-    return digest_of([label, caption])[:16]
+def description_digest(label: str | None, caption: str | None, mask: str | None) -> str:
+    """Digest what a source says about an image, to detect changes; of its mask the stamp."""
+    return digest_of([label, caption] + ([] if mask is None else [json.loads(mask)[1]]))[:16]
 
 
 @dataclass(frozen=True)
@@ -149,11 +153,14 @@ def prepare_chunk(chunk: Chunk) -> Path:
             f"SELECT {ENTRY}, known FROM plan WHERE number BETWEEN ? AND ? ORDER BY number", (chunk.first, chunk.last)
         )
         # SHA-256 of all bytes read under a name before: these are not new.
-        entries = [(Entry(*row[:6]), frozenset((row[6] or "").lower().split(",")) - {""}) for row in rows]
+        entries = [(Entry(*row[:-1]), frozenset((row[-1] or "").lower().split(",")) - {""}) for row in rows]
     settings = chunk.config.model_dump(mode="json", exclude=NOT_OF_A_CHUNK)
     # Hashes do not depend on the threshold, which a repeated ingest may calibrate by other images.
     settings["near_duplicates"] = chunk.config.near_duplicates is not None
-    listing = [[entry.source, entry.stamp, entry.label, entry.caption, sorted(digests)] for entry, digests in entries]
+    listing = [
+        [entry.source, entry.stamp, entry.label, entry.caption, sorted(digests), *filter(None, [entry.mask])]
+        for entry, digests in entries
+    ]
     settings["leave_out"] = left_out.digest if (left_out := _leave_out(chunk.config)) else None
     content = {"uri": chunk.config.source, "reader": reader_of(chunk.config.source), "config": settings}
     name = digest_of({"format": FORMAT, "entries": listing} | content)
@@ -191,22 +198,30 @@ def _prepare(
         entries = [
             (entry._replace(problem=entry.problem or left_out.reason(entry.source)), known) for entry, known in entries
         ]
-    payloads = source.read([entry for entry, _ in entries if entry.problem is None])
+    readable = [entry for entry, _ in entries if entry.problem is None]
+    payloads = source.read(readable)
+    masks = source.read_masks(readable) if chunk.config.masks == "files" else repeat(None)
     keys: set[str] = set()
     rows = []
     for entry, known_digests in entries:
         row: dict[str, Any] = dict.fromkeys(COLUMNS)
-        row |= {name: getattr(entry, name) for name in ("source", "stamp", "label", "caption")} | {"source_sha256": ""}
+        row |= {name: getattr(entry, name) for name in ("source", "stamp", "label", "caption")}
+        row |= {"source_sha256": "", "mask_source": entry.mask}
         rows.append(row)
         try:
-            payload = next(payloads) if entry.problem is None else UnusableEntryError(entry.problem)
+            if entry.problem is not None:
+                raise UnusableEntryError(entry.problem)
+            payload, mask = next(payloads), next(masks)
             if isinstance(payload, UnusableEntryError):
                 raise payload
             row["source_sha256"] = digest_payload(payload)
-            if row["source_sha256"] in known_digests:
+            # Its mask may be another one.
+            if row["source_sha256"] in known_digests and entry.mask is None:
                 row["outcome"] = "known"
                 continue
-            image = prepare(payload, chunk.config)
+            if isinstance(mask, UnusableEntryError):
+                raise UnusableEntryError(f"its mask: {mask}")
+            image = prepare(payload, chunk.config, mask)
             _require_unreserved(payload, {row["source_sha256"], image.key}, left_out, chunk.config)
         except UnusableEntryError as error:
             row |= {"outcome": "quarantined", "reason": str(error)}
@@ -219,7 +234,9 @@ def _prepare(
         if (bucket := row["bucket"]) not in writers:
             writers[bucket] = TarWriter(files.enter_context((folder / bucket).open("wb")))
         metadata = {name: row[name] for name in ("label", "caption", "source")} | {"sha256": row["source_sha256"]}
-        row |= {"offset": writers[bucket].add(image.key, image.png, metadata), "size": len(image.png)}
+        digest, mask_png = image.mask or (None, b"")
+        row |= {"offset": writers[bucket].add(image.key, image.png, metadata, mask_png), "size": len(image.png)}
+        row |= {MASK.name: digest, MASK_SIZE.name: len(mask_png) or None}
     for writer in writers.values():
         writer.close()
     return rows, writers

@@ -82,6 +82,7 @@ class StorageConfig(Config):
 
 CaptionSource = Literal["txt", "caption", "json", "csv", "none"]
 FolderNames = Literal["names", "class", "caption"]
+MaskSource = Literal["alpha", "files"]
 
 CAPTIONER = "captioner"
 """Mark of the fields of ``ingest.captioner`` of which one is given: it says what captions."""
@@ -192,6 +193,11 @@ class IngestConfig(StorageConfig):
     """Where captions of images in folders, archives and on S3 are read from, unless a metadata.csv or metadata.jsonl
     has them: NAME.txt, NAME.caption or NAME.json beside NAME.png, captions.csv, or none of these. Null: the first of
     these that has one. Each line of a caption is a caption of its own."""
+    masks: MaskSource | None = Field(None, exclude_if=is_unset)
+    """Where masks come from: grey images that weight the pixels of the loss (``training.mask``), from 0 for black to 1
+    for white. ``files``: NAME.mask.png or NAME-masklabel.png beside NAME.png, or the column ``mask`` of a table.
+    ``alpha``: the opacity of the image itself. An image without a mask counts in full. Null: no masks are read, and
+    those of the data set stay."""
     default_caption: Annotated[str, Field(min_length=1, max_length=1000)] | None = Field(None, exclude_if=is_unset)
     """Caption of images without one."""
     trigger: Annotated[str, Field(pattern=r"^\S(.*\S)?$", max_length=100)] | None = Field(None, exclude_if=is_unset)

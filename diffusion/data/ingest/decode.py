@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from threading import Lock
+from threading import RLock
 from time import monotonic, thread_time
 from typing import cast
 
@@ -43,7 +43,7 @@ DECODERS: tuple[tuple[bytes, type[ImageFile]], ...] = (
 """Formats by the first bytes of a file."""
 LARGE = 2**24
 """Pixels from which a process decodes one image at a time, at about twenty bytes per pixel; JPEGs are reduced."""
-LARGE_DECODE = Lock()
+LARGE_DECODE = RLock()  # an image and its mask
 MAX_PROFILE_BYTES = 4 * 2**20
 """Maximum size of a colour profile in bytes; profiles of presses have up to three million."""
 REDUCED = 2
@@ -80,10 +80,16 @@ class StoredImage:
     pixels: np.ndarray
     """(H, W) for grey, (H, W, 3) for RGB; uint8."""
     png: bytes
+    mask: tuple[str, bytes] | None = None
+    """Digest as ``key``, and PNG in grey, of the weight of each pixel; None: all of them count in full."""
 
 
-def prepare(payload: bytes | Image.Image, config: IngestConfig) -> StoredImage:
+def prepare(
+    payload: bytes | Image.Image, config: IngestConfig, mask_payload: bytes | Image.Image | None = None
+) -> StoredImage:
     """Decode, orient, convert to sRGB, flatten and resize one image, given as a file's bytes or decoded already.
+
+    ``mask_payload``: its mask, which is cut and resized as the image is, and padded with 0.
 
     Of several frames or pages the first is used. ``config.max_seconds`` is CPU time, checked whenever a decoder reads
     on. A WebP or compressed TIFF is decoded in one go, which only ``config.max_pixels`` keeps short.
@@ -97,10 +103,44 @@ def prepare(payload: bytes | Image.Image, config: IngestConfig) -> StoredImage:
             # An image without colour is grey, so that it has one key however it was saved.
             red, *others = image.split()
             image = red if all(red.tobytes() == channel.tobytes() for channel in others) else image
+        mask = _prepare_mask(source, mask_payload, config, stack)
     pixels = np.asarray(image)
+    return StoredImage(_digest_pixels(image), image.mode, source.size, pixels, png.encode(pixels), mask)
+
+
+def _digest_pixels(image: Image.Image) -> str:
     header = f"{image.mode}:{image.width}x{image.height}:".encode()
-    key = sha256_bytes(header + pixels.tobytes())
-    return StoredImage(key, image.mode, source.size, pixels, png.encode(pixels))
+    return sha256_bytes(header + np.asarray(image).tobytes())
+
+
+def _prepare_mask(
+    source: "_Source", payload: bytes | Image.Image | None, config: IngestConfig, stack: ExitStack
+) -> tuple[str, bytes] | None:
+    """Decode the mask of ``source`` and fit it as the image; None if there is none, or it is white everywhere."""
+    if payload is None and config.masks != "alpha":
+        return None
+    mask: Image.Image | None
+    config = config.model_copy(update={"background": "#000000", "enlarge": True, "min_size": 1})
+    if payload is None:
+        mask = _split_alpha(source.image)[1]
+    else:
+        try:
+            mask_source = _decode(payload, config, stack, reduce=False)
+            mask_source.image.info.pop("icc_profile", None)  # weights are not colours
+            mask = _split_alpha(mask_source.image)[0].convert("L")
+        except Exception as error:
+            raise UnusableEntryError(f"its mask: {_one_line(error)}") from error
+        (width, height), (mask_width, mask_height) = source.size, mask_source.size
+        if abs(mask_width * height - mask_height * width) > max(source.size):  # beyond rounding
+            raise UnusableEntryError(
+                f"its mask has another aspect ratio, {mask_width}×{mask_height} pixels, than its {width}×{height}"
+            )
+        source = _Source(mask, source.size, 1)
+        mask = mask if mask.size == source.size else mask.resize(source.size, Image.Resampling.BILINEAR)
+    if mask is None:
+        return None
+    mask = _fit(source, mask, config)
+    return None if mask.getextrema() == (255, 255) else (_digest_pixels(mask), png.encode(np.asarray(mask)))
 
 
 def read_size(payload: bytes, config: IngestConfig) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """The index of a data set on disk: a cache of its tables, with groups of near-duplicates, and of stamps."""
 
 import io
+import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +11,18 @@ from typing import Any
 from PIL import Image
 
 from diffusion.common.errors import DarkroomError, TransientError
-from diffusion.common.files import digest_of, is_full_disk
+from diffusion.common.files import canonical_json, digest_of, is_full_disk
 from diffusion.data.ingest.chunks import HASH_BITS, description_digest, perceptual_hash
-from diffusion.data.manifest import STORED, Manifest, Part, digest_of_samples, read_records, sample_digest
+from diffusion.data.manifest import (
+    MASK,
+    MASK_SIZE,
+    STORED,
+    Manifest,
+    Part,
+    digest_of_samples,
+    read_records,
+    sample_digest,
+)
 from diffusion.data.versions.takedown_records import removals
 
 SCHEMA = """
@@ -23,6 +33,8 @@ SCHEMA = """
         (source TEXT, sha256 BLOB, outcome TEXT, reason TEXT, PRIMARY KEY (source, sha256)) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS samples (key BLOB PRIMARY KEY, split TEXT, digest BLOB) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS dropped (key BLOB PRIMARY KEY) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS masks (key BLOB PRIMARY KEY, mask TEXT) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS new_masks (key BLOB, source TEXT, mask TEXT, place TEXT, PRIMARY KEY (key, source));
     CREATE TABLE IF NOT EXISTS removed (digest BLOB PRIMARY KEY) WITHOUT ROWID;
 """
 GROUPS = """
@@ -130,7 +142,7 @@ class Index(HashGroups):
 
     def clear(self) -> None:
         """Delete everything except the stamps and the takedowns known to this machine."""
-        for table in ("records", "samples", "dropped", "removed", "bands", "groups"):
+        for table in ("records", "samples", "dropped", "masks", "removed", "bands", "groups"):
             self.database.execute(f"DELETE FROM {table}")
         for removal in self._removals:
             self.refuse(*removal.image_keys, *removal.digests)
@@ -149,7 +161,7 @@ class Index(HashGroups):
 
     def stamp(self, origin: str, row: dict[str, Any]) -> None:
         """Record the stamp of an entry of ``origin`` after its bytes were read."""
-        description = description_digest(row["label"], row["caption"])
+        description = description_digest(row["label"], row["caption"], row["mask_source"])
         entry = (origin, row["source"], row["stamp"], description, bytes.fromhex(row["source_sha256"]))
         self.database.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?)", entry)
 
@@ -165,8 +177,10 @@ class Index(HashGroups):
         self.database.execute("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?)", values)
         if row["outcome"] in STORED:
             key = bytes.fromhex(row["key"])
-            digest = sample_digest(row["key"], row["split"], row["label"], row["caption"])
+            digest = sample_digest(row["key"], row["split"], row["label"], row["caption"], mask := row.get(MASK.name))
             self.database.execute("INSERT INTO samples VALUES (?, ?, ?)", (key, row["split"], digest))
+            if mask is not None:
+                self.database.execute("INSERT INTO masks VALUES (?, ?)", (key, mask))
             if row["outcome"] == "dropped":
                 self.database.execute("INSERT INTO dropped VALUES (?)", (key,))
             # Without its first image a group goes on with the next one.
@@ -182,10 +196,46 @@ class Index(HashGroups):
         values = (row["outcome"], row["source"], bytes.fromhex(row["source_sha256"]))
         self.database.execute("UPDATE records SET outcome = ? WHERE source = ? AND sha256 = ?", values)
 
-    def recaption(self, row: dict[str, Any]) -> None:
-        """Replace the caption of a kept image by that in its row of RECORDS."""
-        digest = sample_digest(row["key"], row["split"], row["label"], row["caption"])
-        self.database.execute("UPDATE samples SET digest = ? WHERE key = ?", (digest, bytes.fromhex(row["key"])))
+    def describe(self, row: dict[str, Any]) -> None:
+        """Replace label, caption and mask of a stored image by what its row of RECORDS says."""
+        key, mask = bytes.fromhex(row["key"]), row.get(MASK.name)
+        digest = sample_digest(row["key"], row["split"], row["label"], row["caption"], mask)
+        self.database.execute("UPDATE samples SET digest = ? WHERE key = ?", (digest, key))
+        self.database.execute("DELETE FROM masks WHERE key = ?", (key,))
+        if mask is not None:
+            self.database.execute("INSERT INTO masks VALUES (?, ?)", (key, mask))
+
+    def mask(self, key: str) -> str | None:
+        """Return the digest of the mask of a stored image; None if it has none."""
+        row = self._first("SELECT mask FROM masks WHERE key = ?", bytes.fromhex(key))
+        return None if row is None else str(row[0])
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether a stored image has a mask."""
+        return self._first("SELECT 1 FROM masks") is not None
+
+    @property
+    def has_new_masks(self) -> bool:
+        """Whether an image came again with another mask."""
+        return self._first("SELECT 1 FROM new_masks") is not None
+
+    def add_new_mask(self, row: dict[str, Any], shard: Path) -> None:
+        """Note that a stored image came again with another mask, which lies in ``shard`` where ``row`` says."""
+        place = [str(shard), row["offset"], row["size"], row[MASK_SIZE.name]]
+        values = (bytes.fromhex(row["key"]), row["source"], row[MASK.name], canonical_json(place))
+        self.database.execute("INSERT OR REPLACE INTO new_masks VALUES (?, ?, ?, ?)", values)
+
+    def take_new_mask(self, key: str, source: str) -> tuple[str | None, list[Any]] | None:
+        """Return digest and place of the new mask of an image of this name, and forget it; None if there is none."""
+        values = (bytes.fromhex(key), source)
+        row = self._first("SELECT mask, place FROM new_masks WHERE key = ? AND source = ?", *values)
+        self.database.execute("DELETE FROM new_masks WHERE key = ? AND source = ?", values)
+        return None if row is None else (row[0], json.loads(row[1]))
+
+    def forget_new_masks(self) -> int:
+        """Forget all new masks; returns how many there were."""
+        return self.database.execute("DELETE FROM new_masks").rowcount
 
     def sample(self, key: str) -> tuple[str, bytes] | None:
         """Return split and digest of a kept or dropped image; None if there is none with this key."""

@@ -26,6 +26,7 @@ from diffusion.data.ingest.captions import CaptionCounts, add_captions
 from diffusion.data.ingest.chunks import chunks_of, make_plan, prepare_chunk
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index, explain_database_errors
+from diffusion.data.ingest.masks import replace_masks
 from diffusion.data.ingest.merge import Merge, write_part
 from diffusion.data.manifest import (
     Manifest,
@@ -77,7 +78,11 @@ class IngestResult(Config):
     removed: int
     """Number of images read but omitted because they were taken down before."""
     relabelled: int
-    """Number of images read that the set already has with another label or caption, which stays."""
+    """Number of images read that the set already has with another label, caption or mask, which stays."""
+    masks: int | None = Field(None, exclude_if=is_unset)
+    """Number of kept images with a mask; None if none has one."""
+    remasked: int | None = Field(None, exclude_if=is_unset)
+    """Number of images of earlier ingests that got another mask; None if there are none."""
     passed_over: dict[str, int]
     """Number of ignored files without an image's extension, by extension."""
     captions_found: CaptionTally
@@ -240,6 +245,8 @@ def _make_result(
         added=merge.new_outcomes["kept"],
         removed=merge.new_outcomes["removed"],
         relabelled=merge.relabelled,
+        masks=after.masks or None,
+        remasked=merge.remasked or None,
         passed_over=dict(access.passed_over.most_common()),
         captions_found=access.captions,
         kept=after.kept,
@@ -318,6 +325,7 @@ def _merge(
                 f"than the share of {config.max_quarantined:g} that ingest.max_quarantined allows ({reasons}): fix "
                 "them, or allow more"
             )
+        merge.remasked = replace_masks(merge)
         captions = None if config.captioner is None else add_captions(merge, config.captioner, progress)
         after = Manifest(
             name=folder.name,

@@ -10,7 +10,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import write_bytes
 from diffusion.data.ingest.config import IngestConfig, StorageConfig
 from diffusion.data.key_ranges import RANGE, range_count, read_range, scratch_folder, write_run
-from diffusion.data.manifest import STORED, Part, digest_of_samples, read_records, sample_digest, work_folder
+from diffusion.data.manifest import MASK, STORED, Part, digest_of_samples, read_records, sample_digest, work_folder
 from diffusion.data.prefetch import FanOut, local_fan_out
 from diffusion.data.versions.versions import count_stored
 
@@ -99,7 +99,7 @@ def _group(parts: Iterable[tuple[int, Path, Part]]) -> Iterator[list[tuple[int, 
 def _write_run(run: _Run) -> tuple[Path, list[str]]:
     """Write the images of some parts as a sorted run; returns also the keys of those that were taken down."""
     pieces, keys = [np.empty(0, SAMPLE)], []
-    columns = ("key", "split", "label", "caption")
+    columns = ("key", "split", "label", "caption", MASK.name)
     for number, folder, part in run.parts:
         table = read_records(folder, part, ("outcome", "source_sha256", *columns))
         outcomes = np.array(table["outcome"].to_pylist())

@@ -24,6 +24,8 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index, explain_database_errors
 from diffusion.data.manifest import (
     CAPTIONER,
+    MASK,
+    MASK_SIZE,
     OPTIONAL,
     RECORDS,
     STORED,
@@ -42,6 +44,9 @@ from diffusion.data.manifest import (
 from diffusion.data.shards import TarWriter
 from diffusion.data.sources.rights import count_reservations
 from diffusion.data.versions.versions import remember
+
+NEW_MASK = "new_mask"
+"""Key of a row with the PNG of a mask that is not in its shard yet; empty: it has none any more."""
 
 
 def split_of(key: str, held_out: float) -> str:
@@ -67,7 +72,9 @@ class Merge:
     new_outcomes: Counter[str] = field(default_factory=Counter)
     """Outcomes of the new entries."""
     relabelled: int = 0
-    """Number of duplicates among them with another label or caption."""
+    """Number of duplicates among them with another label, caption or mask."""
+    remasked: int = 0
+    """Number of images of earlier ingests that got another mask."""
 
     def add(self, chunk: Path) -> None:
         """Determine the outcome of each image of a prepared ``chunk``; new images become a part for each bucket."""
@@ -83,7 +90,8 @@ class Merge:
                 self.index.refuse(row["key"])
         for row in rows:
             self.index.stamp(self.origin, row)
-            if row["outcome"] != "known" and self._classify(row):
+            shard = shard_of(chunk, row["bucket"]) if row["offset"] is not None else None
+            if row["outcome"] != "known" and self._classify(row, shard):
                 self.index.record(row)
                 records.append(row)
         self.read += len(rows)
@@ -126,8 +134,8 @@ class Merge:
             )
         return lost_count
 
-    def _classify(self, row: dict[str, Any]) -> bool:
-        """Determine the outcome of an image; returns whether to record it."""
+    def _classify(self, row: dict[str, Any], shard: Path | None = None) -> bool:
+        """Determine the outcome of an image, which ``shard`` holds if it is prepared; returns whether to record it."""
         if self.index.is_removed(row["key"], row["source_sha256"]):
             self.new_outcomes["removed"] += 1
             is_known = self._is_known_as_removed(row)
@@ -135,7 +143,9 @@ class Merge:
             row |= redact_row(row, "came again after it was taken down")
             return not is_known
         if row["key"] is not None:
-            self._classify_image(row)
+            self._classify_image(row, shard)
+            if row["outcome"] == "duplicate" and row["reason"] is None and self._is_read_for_mask(row):
+                return False
         if row["outcome"] == "quarantined":
             if self.index.find_outcome(row["source"], row["source_sha256"]) == ("quarantined", row["reason"]):
                 return False
@@ -145,16 +155,29 @@ class Merge:
         self.new_outcomes[row["outcome"]] += 1
         return True
 
+    def _is_read_for_mask(self, row: dict[str, Any]) -> bool:
+        """Whether an image is recorded already, so that only its mask, or the setting for masks, may be new."""
+        if not row.get("mask_source") and not self.index.has_masks:
+            return False
+        known_outcome = self.index.find_outcome(row["source"], row["source_sha256"])
+        return known_outcome is not None and known_outcome[0] != "quarantined"
+
     def _is_known_as_removed(self, row: dict[str, Any]) -> bool:
         return all(self.index.is_removed(digest) for digest in (row["key"], row["source_sha256"]) if digest)
 
-    def _classify_image(self, row: dict[str, Any]) -> None:
+    def _classify_image(self, row: dict[str, Any], shard: Path | None) -> None:
         sample = self.index.sample(row["key"])
         if sample is not None:
             split, digest = sample
-            is_same = sample_digest(row["key"], split, row["label"], row["caption"]) == digest
+            mask = self.index.mask(row["key"])
+            is_same = sample_digest(row["key"], split, row["label"], row["caption"], mask) == digest
             reason = None if is_same else "came again with another label or caption"
-            row |= {"outcome": "duplicate", "reason": reason, "leader": None}
+            if self.config.masks is not None and row.get(MASK.name) != mask:
+                if shard is not None and row.get("mask_source") is not None:
+                    self.index.add_new_mask(row, shard)
+                else:
+                    is_same, reason = False, "came again with another mask"
+            row |= {"outcome": "duplicate", "reason": reason, "leader": None, MASK.name: None, MASK_SIZE.name: None}
             self.relabelled += not is_same
             return
         # Of another version's images those that its rules dropped stay so, until rules are applied here.
@@ -205,7 +228,7 @@ def link_file(folder: Path, source: Path, staging_path: Path, digest: str) -> Fi
 def copy_samples(folder: Path, number: int, shards: Sequence[tuple[Path, list[dict[str, Any]]]]) -> FileEntry | None:
     """Write shard ``number`` of samples of other ``shards``, each with the rows to copy; updates their offsets.
 
-    Returns None without ``shards``.
+    A row's NEW_MASK replaces its mask. Returns None without ``shards``.
     """
     if not shards:
         return None
@@ -216,7 +239,7 @@ def copy_samples(folder: Path, number: int, shards: Sequence[tuple[Path, list[di
             for source, rows in shards:
                 with source.open("rb") as shard:
                     for row in sorted(rows, key=lambda row: row["offset"]):
-                        row["offset"] = writer.copy(shard, row["offset"], row["size"])
+                        row["offset"] = writer.copy(shard, row["offset"], row["size"], row.pop(NEW_MASK, None))
             writer.close()
 
     staging_path = folder / "shards" / f".{number:05d}.tar"
@@ -259,6 +282,7 @@ def write_part(
         shape=shape if shard is not None else None,
         captioners=_counts(kept_rows, CAPTIONER.name) or None,
         reserved=count_reservations(_counts(quarantined_rows, "reason")) or None,
+        masks=sum(row.get(MASK.name) is not None for row in kept_rows) or None,
     )
 
 
@@ -270,7 +294,8 @@ def rewrite_part(folder: Path, part: Part, records: list[dict[str, Any]], size: 
 def redact_row(row: dict[str, Any], reason: str) -> dict[str, Any]:
     """Reduce the row of an image that was taken down to the digests by which it is rejected."""
     digests = {name: row[name] or "" for name in ("key", "source_sha256")}
-    return dict.fromkeys(RECORDS.names) | digests | {"outcome": "removed", "reason": reason, "source": ""}
+    names = (*RECORDS.names, *(field.name for field in OPTIONAL))
+    return dict.fromkeys(names) | digests | {"outcome": "removed", "reason": reason, "source": ""}
 
 
 def _counts(rows: list[dict[str, Any]], column: str) -> dict[str, int]:

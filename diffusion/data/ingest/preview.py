@@ -131,7 +131,7 @@ def _forecast(plan: Path, source: Source, config: IngestConfig, index: Index, re
     """Decode the first images of the ``plan`` and find their outcomes, as chunks and their merge do."""
     with closing(sqlite3.connect(plan)) as database:
         query = f"SELECT {ENTRY}, known FROM plan ORDER BY number LIMIT {MAX_TRIED}"
-        rows = [(Entry(*row[:6]), (row[6] or "").lower().split(",")) for row in database.execute(query)]
+        rows = [(Entry(*row[:-1]), (row[-1] or "").lower().split(",")) for row in database.execute(query)]
     payloads = source.read([entry for entry, _ in rows if entry.problem is None])
     outcomes, reasons, keys = Counter[str](), Counter[str](), set[str]()
     for entry, known_digests in rows:

@@ -1,5 +1,6 @@
 """Interfaces of image sources: entries, payloads, sources, object stores."""
 
+import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from diffusion.data.sources.caption_files import MAX_TEXT_BYTES, CaptionTally
 
 MISSING = "named in the listing but missing"
 """Reason why a file that was listed, or named by metadata, is not read."""
+NO_IMAGE = "a row without an image"
+"""Reason why a row of a table is not read."""
 MAX_CHARACTERS = {"name": 4096, "label": 1000, "caption": 10_000}
 """Maximum characters of the texts of an image."""
 
@@ -33,6 +36,8 @@ class Entry(NamedTuple):
     caption: str | None = None
     problem: str | None = None
     """Reason why it is not read, if any."""
+    mask: str | None = None
+    """JSON of locator and stamp of its mask, if it has one."""
 
 
 Payload: TypeAlias = bytes | Image.Image | UnusableEntryError
@@ -76,6 +81,14 @@ class Source(ABC):
         Permanent failures of an entry are UnusableEntryError (a missing file, HTTP 404, too many bytes); transient
         errors (a full disk, a lost connection to S3) are raised, so that the whole chunk is retried.
         """
+
+    def read_masks(self, entries: Sequence[Entry]) -> Iterator[Payload | None]:
+        """Yield the mask of each of ``entries`` in order, as ``read`` does; None for an entry without one."""
+        places = [None if entry.mask is None else json.loads(entry.mask) for entry in entries]
+        masks = self.read([Entry("", place[0], place[1]) for place in places if place is not None])
+        for place in places:
+            mask = None if place is None else next(masks)
+            yield None if isinstance(mask, UnusableEntryError) and str(mask) == NO_IMAGE else mask
 
     def read_texts(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Read files of text, of at most MAX_TEXT_BYTES, as ``read`` does."""

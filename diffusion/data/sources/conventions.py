@@ -30,6 +30,7 @@ from diffusion.data.sources.caption_files import (
     to_text,
 )
 from diffusion.data.sources.local_files import open_text, read_file, stamp_if_exists
+from diffusion.data.sources.mask_files import mask_of, separate_masks, stem_of_image
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 """Extensions of possible images; the format is determined by the bytes."""
@@ -90,12 +91,13 @@ def list_images(
     with closing(sqlite3.connect("", check_same_thread=False, isolation_level=None)) as database:
         database.execute("PRAGMA journal_mode = OFF")
         database.execute(
-            "CREATE TABLE files (number INTEGER PRIMARY KEY, name, locator, stamp, folder, stem, caption_file)"
+            "CREATE TABLE files (number INTEGER PRIMARY KEY, name, locator, stamp, folder, stem, caption_file, mask_of)"
         )
         database.execute("BEGIN")
         rows = ((*file, *_classify(file[0], access.config.captions)) for file in files)
-        columns = "name, locator, stamp, folder, stem, caption_file"
-        database.executemany(f"INSERT INTO files ({columns}) VALUES (?, ?, ?, ?, ?, ?)", rows)
+        columns = "name, locator, stamp, folder, stem, caption_file, mask_of"
+        database.executemany(f"INSERT INTO files ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        separate_masks(database, access)
         tables = [row for name in METADATA_FILES for row in database.execute(LAST, (name,))]
         tables = tables or _tables_of_splits(database)
         folders = [posixpath.dirname(table) for _, _, table, _ in tables]
@@ -112,15 +114,18 @@ LAST = "SELECT locator, stamp, name, max(number) FROM files WHERE name = ? GROUP
 """Query: of several columns beside max(), SQLite returns the values of the row with the maximum."""
 
 
-def _classify(name: str, captions: CaptionSource | None) -> tuple[str | None, str | None, int | None]:
-    """Return the folder of an image, the name without extension of an image or caption file, and the kind of it."""
+def _classify(name: str, captions: CaptionSource | None) -> tuple[str | None, str | None, int | None, str | None]:
+    """Return the folder of an image, the name without extension of an image or caption file, and the kind of it.
+
+    Then follows, for what may be a mask, the name without extension of its image.
+    """
     stem, extension = posixpath.splitext(name)
     if is_image(name):
-        return posixpath.dirname(name), stem, None
+        return posixpath.dirname(name), stem, None, stem_of_image(stem)
     for number, kind in enumerate(CAPTION_FILES):
         if extension.lower() == kind.extension and captions in (None, kind.name) and not is_hidden(name):
-            return None, stem, number
-    return None, None, None
+            return None, stem, number, None
+    return None, None, None, None
 
 
 def _tables_of_splits(database: sqlite3.Connection) -> list[tuple[str, str, str, int]]:
@@ -153,8 +158,8 @@ def _list_metadata(
                 row = database.execute(LAST, (path,)).fetchone() or (json.dumps(MISSING), "")
                 if caption is not None:
                     access.captions.count_place(table_name)
-                yield Entry(path, row[0], row[1], label, caption)
-    query = "SELECT DISTINCT name, folder FROM files WHERE name NOT IN (SELECT name FROM named)"
+                yield Entry(path, row[0], row[1], label, caption, mask=mask_of(database, path, access))
+    query = "SELECT DISTINCT name, folder FROM files WHERE mask_of IS NULL AND name NOT IN (SELECT name FROM named)"
     table_names = {table for _, _, table, _ in tables}
     for name, folder in database.execute(query):
         if folder is not None:
@@ -178,7 +183,7 @@ def _list_folder(
         database.execute("CREATE INDEX stems ON files (stem, caption_file)")
     label_query = "SELECT min(folder) != max(folder) AND min(folder) != '' FROM files"
     (has_labels,) = database.execute(label_query).fetchone()
-    columns = "name, locator, stamp, folder, stem, caption_file"
+    columns = "name, locator, stamp, folder, stem, caption_file, mask_of"
     files = database.execute(f"SELECT {columns} FROM files ORDER BY number")
     while batch := list(islice(files, BATCH)):
         images = [row for row in batch if row[3] is not None]
@@ -202,9 +207,10 @@ def _list_folder(
                 stamp,
                 label or (folder_texts.label if has_labels else None),
                 caption or folder_texts.caption,
+                mask=mask_of(database, name, access),
             )
-        for name, _, _, folder, stem, kind in batch:
-            if folder is not None or is_hidden(name) or (has_table and name == CAPTION_TABLE):
+        for name, _, _, folder, stem, kind, masked in batch:
+            if folder is not None or masked is not None or is_hidden(name) or (has_table and name == CAPTION_TABLE):
                 continue
             query = "SELECT 1 FROM files WHERE stem = ? AND folder IS NOT NULL"
             if kind is None or not database.execute(query, (stem,)).fetchone():
@@ -278,7 +284,7 @@ def _read_caption_files(
         "SELECT caption_file, name, locator, stamp, max(number) FROM files WHERE stem = ? AND caption_file IS NOT NULL "
         "GROUP BY caption_file ORDER BY caption_file"
     )
-    candidates = [database.execute(query, (stem,)).fetchall() for *_, stem, _ in images]
+    candidates = [database.execute(query, (stem,)).fetchall() for _, _, _, _, stem, *_ in images]
     found: list[Texts | str | None] = [None] * len(images)
     for turn in range(max(map(len, candidates), default=0)):
         due = [place for place, files in enumerate(candidates) if len(files) > turn]

@@ -104,7 +104,9 @@ class HubDataset(Source):
                     file = HubFile(*json.loads(next(rows)))
                     for name, location, *texts in map(json.loads, rows):
                         source = f"{self.name}/{make_printable(file.path)}/{name}"
-                        yield Entry(source, json.dumps([repository.commit, *file, location]), file.digest, *texts)
+                        place, *masks = (json.dumps([repository.commit, *file, row]) for row in (location, *texts[3:]))
+                        mask = json.dumps([masks[0], file.digest]) if masks else None
+                        yield Entry(source, place, file.digest, texts[0], texts[1], texts[2], mask)
         else:
             yield from self._images(repository, files)
 
@@ -112,7 +114,8 @@ class HubDataset(Source):
         """Return the table of the images in a file, which is fetched unless the table is there already."""
         folder = self.access.listings or self.access.scratch
         # Two files of a data set may have the same content.
-        path = folder / f"{digest_of([FORMAT, file, self._columns])[:32]}.jsonl.gz"
+        masks = [self.access.config.masks] if self.access.config.masks == "files" else []
+        path = folder / f"{digest_of([FORMAT, file, self._columns, *masks])[:32]}.jsonl.gz"
         if path.is_file():
             return path
         local = self._fetch(repository.commit, file)
@@ -124,7 +127,8 @@ class HubDataset(Source):
                 for entry in self._reader(file, local).entries():
                     name = entry.source.removeprefix(f"{local.name}/")
                     _, *location = json.loads(entry.locator)
-                    lines.write(json.dumps([name, location, *entry[3:]]) + "\n")
+                    mask = [] if entry.mask is None else [json.loads(json.loads(entry.mask)[0])[1:]]
+                    lines.write(json.dumps([name, location, *entry[3:6], *mask]) + "\n")
 
         try:
             write_atomically(path, write)

@@ -21,10 +21,11 @@ import pyarrow.parquet as pq
 from diffusion.common.errors import UserError
 from diffusion.common.parsing import parse_json
 from diffusion.data.ingest.decode import UnusableEntryError
-from diffusion.data.sources.base import MAX_CHARACTERS, MISSING, Entry, Payload, Source, too_large_error
+from diffusion.data.sources.base import MAX_CHARACTERS, MISSING, NO_IMAGE, Entry, Payload, Source, too_large_error
 from diffusion.data.sources.caption_files import to_caption, to_text
 from diffusion.data.sources.conventions import make_printable
 from diffusion.data.sources.local_files import changed_file_error, find_files, stamp, stamp_of
+from diffusion.data.sources.mask_files import MASK_COLUMN
 
 IMAGES = ("image", "img", "picture", "photo", "bytes", "image_bytes", "png", "jpg", "jpeg", "webp")
 TEXTS = (
@@ -56,12 +57,13 @@ class PageTooLargeError(ValueError):
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns of image (itself, or the paths of its bytes and path), label and caption, and the names of classes."""
+    """Columns of image (itself, or the paths of its bytes and path), label, caption and mask, and names of classes."""
 
     leaves: tuple[str, ...]
     label: str | None
     caption: str | None
     classes: Sequence[str] | None
+    mask: str | None
 
 
 class Parquet(Source):
@@ -70,13 +72,14 @@ class Parquet(Source):
     They lie in a column of bytes, or of Hugging Face's ``{bytes, path}``: the one that ``image`` names, the one that
     the file says is an Image, one with a usual name (``image``, ``img``, ``bytes`` …), or the only one. ``label`` and
     ``caption`` name the columns for these, else they are ``label``, and ``text`` or ``caption``. Integer labels are
-    the classes that the file names (Hugging Face's ClassLabel; −1 is none), or else stay numbers.
+    the classes that the file names (Hugging Face's ClassLabel; −1 is none), or else stay numbers. ``mask`` names the
+    column of masks, else it is ``mask``.
     """
 
     scheme = "parquet"
     form = "a .parquet file or parquet:FILES"
     suffixes = (".parquet",)
-    options = ("image", "label", "caption")
+    options = ("image", "label", "caption", "mask")
     in_order = True
 
     def entries(self) -> Iterator[Entry]:
@@ -91,13 +94,18 @@ class Parquet(Source):
                 for group in range(file.num_row_groups):
                     for row, texts in enumerate(self._texts(file, group, columns, path)):
                         locator = json.dumps([str(path), group, row])
-                        yield Entry(f"{make_printable(name)}/{next(number)}", locator, file_stamp, *texts)
+                        mask = None
+                        if self.access.config.masks == "files" and columns.mask is not None:
+                            mask = json.dumps([json.dumps([str(path), group, row, columns.mask]), file_stamp])
+                        source = f"{make_printable(name)}/{next(number)}"
+                        yield Entry(source, locator, file_stamp, *texts, mask=mask)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes; raises UserError if a file has changed since it was listed."""
         locations = ((json.loads(entry.locator), entry.stamp) for entry in entries)
-        for (place, file_stamp), group in groupby(locations, key=lambda location: (location[0][0], location[1])):
-            rows = [(number, row) for (_, number, row), _ in group]
+        # A mask's place ends with its column.
+        for (place, image, file_stamp), group in groupby(locations, lambda pair: (pair[0][0], pair[0][3:], pair[1])):
+            rows = [(number, row) for (_, number, row, *_), _ in group]
             path = Path(place)
             if not path.exists():
                 yield from (UnusableEntryError(MISSING) for _ in rows)
@@ -105,7 +113,8 @@ class Parquet(Source):
             if stamp(path.stat()) != file_stamp:
                 raise changed_file_error(place)
             with _open(path) as file:
-                columns = find_columns(file.schema_arrow, self.values, place)
+                values = dict(self.values) | dict(zip(("image",), image, strict=False))
+                columns = find_columns(file.schema_arrow, values, place)
                 for number, members in groupby(rows, key=lambda pair: pair[0]):
                     row_numbers = [row for _, row in members]
                     yield from self._images(file, number, row_numbers, columns, path)
@@ -174,6 +183,9 @@ def find_columns(schema: pa.Schema, options: Mapping[str, str], where: str) -> C
         if column not in schema.names:
             raise UserError(f"{where} has no column {column} for {option}: it has {', '.join(schema.names)}")
     candidates = [field.name for field in schema if _holds_bytes(field.type)]
+    mask = options.get("mask") or names.get(MASK_COLUMN)
+    mask = mask if mask in candidates and len(candidates) > 1 else None
+    candidates = [name for name in candidates if name != mask or name == options.get("image")]
     image_features = [name for name in candidates if features.get(name, {}).get("_type") == "Image"]
     usual_names = [names[name] for name in IMAGES if names.get(name) in candidates]
     if "image" in options:
@@ -197,7 +209,7 @@ def find_columns(schema: pa.Schema, options: Mapping[str, str], where: str) -> C
     for name in (label, caption):
         if name and not _is_text(kind := schema.field(name).type):
             raise UserError(f"{where}, column {name}, {kind}, is neither text nor a number: choose other columns")
-    return Columns(leaves, label, caption, classes)
+    return Columns(leaves, label, caption, classes, mask)
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
@@ -250,7 +262,7 @@ def _image(value: Any, limit: int) -> Payload:
                 f"only its path is in the table, not its bytes: {make_printable(str(path)[:200])}"
             )
     if not value.is_valid:
-        return UnusableEntryError("a row without an image")
+        return UnusableEntryError(NO_IMAGE)
     data = value.as_buffer()
     return too_large_error(data.size, limit) if data.size > limit else data.to_pybytes()
 

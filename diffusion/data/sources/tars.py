@@ -2,6 +2,7 @@
 
 import io
 import json
+import posixpath
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,6 +27,7 @@ from diffusion.data.sources.base import (
 from diffusion.data.sources.caption_files import MAX_TEXT_BYTES, to_caption, to_text
 from diffusion.data.sources.conventions import is_image, list_images, make_printable
 from diffusion.data.sources.local_files import TARS, decompress, find_files, open_unchanged, stamp_of
+from diffusion.data.sources.mask_files import ORPHAN, UNUSED, stem_of_image
 from diffusion.data.sources.object_store import fetch_object, find_objects
 
 MAX_HEADER_BYTES = 2**20
@@ -174,7 +176,7 @@ class WebDataset(Source):
             path, file_stamp = self._local_file(place, stamp)
             plain_path = decompress(path, file_stamp, self.access)
             with plain_path.open("rb") as file:
-                for images, texts in _samples(plain_path, place):
+                for images, masks, texts in self._samples(plain_path, place):
                     label = caption = reason = None
                     try:
                         label, caption = _read_texts(texts, file) if images else (None, None)
@@ -182,7 +184,9 @@ class WebDataset(Source):
                         reason = f"what its shard says about it cannot be read ({error})"
                     for member in images:
                         locator = json.dumps([place, reason or member.place])
-                        yield Entry(f"{name}/{member.name}", locator, stamp, label, caption)
+                        mask = masks.get(posixpath.splitext(member.name)[0])
+                        mask_place = mask and json.dumps([json.dumps([place, mask.place]), stamp])
+                        yield Entry(f"{name}/{member.name}", locator, stamp, label, caption, mask=mask_place)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes; raises UserError if a shard has changed since it was listed."""
@@ -195,6 +199,24 @@ class WebDataset(Source):
                 yield from (UnusableEntryError(MISSING) for _ in places)
             else:
                 yield from read(path, file_stamp, places, self.access)
+
+    def _samples(
+        self, path: Path, where: str
+    ) -> Iterator[tuple[list[TarMember], dict[str, TarMember], dict[str, TarMember]]]:
+        """Yield the images of each key, the masks that are used by their images' names, and its other members."""
+        is_used, tally = self.access.config.masks == "files", self.access.captions
+        for members, texts in _samples(path, where):
+            stems = {posixpath.splitext(member.name)[0] for member in members}
+            images, masks = list[TarMember](), dict[str, TarMember]()
+            for member in members:
+                image = stem_of_image(posixpath.splitext(member.name)[0])
+                if image is None or (image not in stems and not is_used):
+                    images.append(member)
+                elif is_used and image in stems:
+                    masks[image] = member
+                else:
+                    tally.ignore(ORPHAN if is_used else UNUSED, member.name)
+            yield images, masks, texts
 
     def _local_file(self, place: str, stamp: str) -> tuple[Path, str]:
         """Return the local file of a shard, and its stamp."""
@@ -212,7 +234,7 @@ class WebDataset(Source):
 
 
 def _samples(path: Path, where: str) -> Iterator[tuple[list[TarMember], dict[str, TarMember]]]:
-    """Yield the images of each key, and the other members of the key by extension."""
+    """Yield the images of each key, masks among them, and the other members of the key by extension."""
     for key, group in groupby(members(path, where), key=lambda member: _key_and_extension(member.name)[0]):
         images: list[TarMember] = []
         sidecars: dict[str, TarMember] = {}

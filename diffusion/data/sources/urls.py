@@ -1,5 +1,6 @@
 """A table of URLs, CSV or JSON lines: images fetched over HTTP from hosts that are not trusted."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
@@ -13,6 +14,7 @@ from diffusion.data.sources.base import Entry, Payload, Source
 from diffusion.data.sources.caption_files import to_text
 from diffusion.data.sources.conventions import make_printable, records, texts_of
 from diffusion.data.sources.local_files import open_text
+from diffusion.data.sources.mask_files import MASK_COLUMN
 from diffusion.data.sources.object_store import IN_MEMORY, read_spooled
 from diffusion.data.sources.rights import Reservations
 
@@ -22,9 +24,10 @@ WORKERS = 16
 class Urls(Source):
     """The images that a table names by ``url`` (or ``image_url``), with ``label`` and ``text`` or ``caption``.
 
-    Column names are case-insensitive. Only http and https are fetched, and only from hosts with a public address unless
-    ``allow_private_addresses``, as far as robots.txt permits it. What is reserved (``diffusion.data.sources.rights``),
-    permanent failures, or ``download_tries`` transient ones, are quarantined.
+    Column names are case-insensitive. ``mask`` is the URL of an image's mask. Only http and https are fetched, and only
+    from hosts with a public address unless ``allow_private_addresses``, as far as robots.txt permits it. What is
+    reserved (``diffusion.data.sources.rights``), permanent failures, or ``download_tries`` transient ones, are
+    quarantined.
     """
 
     scheme = "urls"
@@ -44,7 +47,9 @@ class Urls(Source):
                 texts = texts_of(record, f"{self.path}, record {number}")
                 name = to_text(make_printable(url)) or f"{self.path.name}/{number}"
                 # A constant stamp: URLs are fetched once, as revalidation costs nearly as much.
-                yield Entry(name, to_text(url) or "", "url", *texts)
+                mask = to_text(record.get(MASK_COLUMN)) if self.access.config.masks == "files" else None
+                place = mask and json.dumps([mask.strip(), mask.strip()])
+                yield Entry(name, to_text(url) or "", "url", *texts, mask=place)
 
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes, fetched concurrently."""

@@ -7,9 +7,10 @@ from typing import Any, Generic, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
-from diffusion.common.config import Config
-from diffusion.data.manifest import RECORDS, Manifest, Outcome, Part
+from diffusion.common.config import Config, is_unset
+from diffusion.data.manifest import MASK, RECORDS, Manifest, Outcome, Part
 from diffusion.data.versions.versions import (
     Elsewhere,
     QuarantineEntry,
@@ -23,7 +24,7 @@ from diffusion.data.versions.versions import (
 )
 
 T = TypeVar("T")
-COLUMNS = ("outcome", "key", "source", "split", "label", "caption", "reason")
+COLUMNS = ("outcome", "key", "source", "split", "label", "caption", "reason", MASK.name)
 
 
 class Sample(Config):
@@ -36,6 +37,8 @@ class Sample(Config):
     caption: str | None = None
     reason: str | None = None
     """The rule of curation that dropped it."""
+    mask: str | None = Field(None, exclude_if=is_unset)
+    """SHA-256 of its mask."""
 
 
 class SampleChange(Config):
@@ -137,7 +140,9 @@ def _find_changes(old: pa.Table | None, new: pa.Table | None, limit: int | None)
     # Keys are unique, so equal rows are of the same image.
     before = old.filter(pc.is_in(old["key"], new["key"], skip_nulls=True)).sort_by("key")
     after = new.filter(pc.is_in(new["key"], old["key"], skip_nulls=True)).sort_by("key")
-    columns = ((pc.fill_null(rows[name], "") for rows in (before, after)) for name in ("split", "label", "caption"))
+    columns = (
+        (pc.fill_null(rows[name], "") for rows in (before, after)) for name in ("split", "label", "caption", MASK.name)
+    )
     mask = reduce(pc.or_, (pc.not_equal(*pair) for pair in columns))
     pairs = zip(_samples(before.filter(mask), limit), _samples(after.filter(mask), limit), strict=True)
     samples = [SampleChange(before=one, after=other) for one, other in pairs]
@@ -182,7 +187,7 @@ def _images(parts: list[Part], remains: dict[str, Part], read: ReadTable, outcom
 
     ``remains`` are the parts that takedowns rewrote, by the digest of the table before.
     """
-    tables = [pa.schema([RECORDS.field(name) for name in COLUMNS[1:]]).empty_table()]
+    tables = [pa.schema([*[RECORDS.field(name) for name in COLUMNS[1:-1]], MASK]).empty_table()]
     removed_keys: set[str] = set()
     unknown_count = 0
     # Most parts have no dropped images.

@@ -20,6 +20,8 @@ from diffusion.data.ingest.key_resolution import resolve
 from diffusion.data.ingest.merge import copy_samples, link_file, write_part
 from diffusion.data.key_ranges import scratch_folder
 from diffusion.data.manifest import (
+    MASK,
+    MASK_SIZE,
     STORED,
     FileEntry,
     Manifest,
@@ -201,7 +203,7 @@ def _take(task: _Task) -> Part:
     for row, is_relabelled in task.duplicates[["row", "relabelled"]].tolist():
         reason = "came again with another label or caption" if is_relabelled else None
         rows[row] |= {"outcome": "duplicate", "reason": reason, "leader": None}
-        rows[row] |= {"split": None, "offset": None, "size": None}
+        rows[row] |= dict.fromkeys(("split", "offset", "size", MASK.name, MASK_SIZE.name))
     stored_rows = [row for row in rows if row["outcome"] in STORED]
     shards = [(find_intact(task.source, part.shard), stored_rows)] if part.shard is not None and stored_rows else []
     new_shard = copy_samples(folder, task.number, shards)

@@ -10,7 +10,6 @@ from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from diffusion.common.config import Config, is_unset
@@ -27,6 +26,7 @@ from diffusion.data.manifest import (
     parse_manifest,
     read_manifest,
     read_records,
+    read_table,
     versions,
     work_folder,
 )
@@ -109,6 +109,8 @@ class Contents(Config):
     """Sources with versions of which it has images, as hf://datasets/OWNER/NAME@COMMIT."""
     captioners: dict[str, int]
     """Number of images by the captioner that captioned them."""
+    masks: int | None = Field(None, exclude_if=is_unset)
+    """Number of images with a mask; None: none has one."""
     reserved: dict[str, int]
     """Number of images that rights holders reserved, by how they said so."""
     opt_outs: Literal["respect", "ignore"]
@@ -141,7 +143,7 @@ def find_records(
     path = elsewhere(entry)
     if path is None or sha256_file(path) != entry.sha256:
         return None
-    return pq.read_table(path, columns=None if columns is None else list(columns))
+    return read_table(path, columns)
 
 
 def known_versions(folder: Path) -> dict[str, Manifest]:
@@ -304,6 +306,7 @@ def show(folder: Path, version: Manifest, elsewhere: Elsewhere = find_nothing, l
         shard_bytes=sum(shard.bytes for shard in version.shards),
         sources=version.sources,
         captioners=version.captioners,
+        masks=version.masks or None,
         reserved=version.reserved,
         opt_outs=version.opt_outs or "respect",
         quarantined_count=None if quarantine is None else len(quarantine),

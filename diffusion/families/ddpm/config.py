@@ -75,6 +75,11 @@ class ModelConfig(BaseFamilyConfig):
             because="model.variance is learned from a sum over all levels, of which training.learned_uncertainty would "
             "divide each by another number: leave one out",
         ),
+        unless(
+            "training.mask",
+            because="model.variance is learned from the likelihood of whole images, and training.mask weights their "
+            "pixels: leave one of them out",
+        ),
     ] = Field("fixed", exclude_if=lambda variance: variance == "fixed")
     """Variance of each value in a reverse step: fixed, or predicted by the network between the two bounds of DDPM, so
     that the sampler ddpm needs fewer steps (arXiv 2102.09672)."""

@@ -38,6 +38,7 @@ from diffusion.training.train import TrainResult, preflight, train
 from diffusion.training.trainer import Trainer
 from tests.builders import ROOT
 from tests.builders.bucketed import bucketed_set
+from tests.builders.masked import read_masked, write_masked
 from tests.builders.small_datasets import random_images, write_dataset
 from tests.builders.training_runs import Stop, StopAt
 
@@ -197,6 +198,31 @@ def test_plain_loss_is_that_of_diffusers_own_training(
     target = {"epsilon": noise, "sample": x0, "v_prediction": scheduler.get_velocity(x0, noise, t)}[prediction]
     expected = (output - target).square().mean((1, 2, 3))
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_masks_weight_latents_by_the_pixels_they_stand_for(
+    make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder, base = make_pipeline("stable_diffusion")
+    images = write_masked(tmp_path / "images", 24, width=16, height=16)
+    read_masked(tmp_path / "masked", images, size=16, mode="rgb", default_caption="a red circle")
+    with worker_threads(1) as pool:
+        options = {"condition_dropout": 0, "flip": True, "mask": {"min_weight": 0.25}}
+        trainer = trainer_of(tmp_path / "masked", base, pool, **options)
+        batch, setup = trainer.loader.batch(0), trainer.setup
+        plain = trainer.objective.make_batch(setup.x0(batch), batch.indices, setup.training_conditioning(batch))
+        losses = trainer.objective.losses(trainer.state.network, setup.with_masks(plain, batch))
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
+    x0, t, noise = plain.x0, plain.random["t"], plain.random["noise"]
+    ids = pipe.tokenizer(["a red circle"], padding="max_length", max_length=16, return_tensors="pt").input_ids
+    states = pipe.text_encoder(ids)[0].expand(len(x0), -1, -1)
+    squares = (pipe.unet(scheduler.add_noise(x0, noise, t), t, encoder_hidden_states=states).sample - noise).square()
+    assert batch.masks is not None
+    assert batch.masks.shape[1:] == (16, 16)
+    weights = np.maximum(batch.masks.numpy() / 255, 0.25).reshape(len(x0), 8, 2, 8, 2).mean((2, 4))
+    expected = (squares.detach().numpy() * weights[:, None]).mean((1, 2, 3))
+    np.testing.assert_allclose(losses.detach().numpy(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_flow_matching_is_trained_as_diffusers_does(

@@ -5,8 +5,6 @@ import json
 import tarfile
 import time
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,12 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusion.common.errors import UserError
-from diffusion.common.files import sha256_bytes
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import read_manifest, read_records
 from diffusion.data.sources import open_source
-from diffusion.data.sources.base import Access, ObjectStore, StoredObject
+from diffusion.data.sources.base import Access, ObjectStore
 from diffusion.data.sources.caption_files import (
     CAPTION_FILES,
     MAX_TEXT_BYTES,
@@ -29,7 +26,7 @@ from diffusion.data.sources.caption_files import (
     join_captions,
     to_caption,
 )
-from tests.builders.reading_sources import access, png, read_all, write_files
+from tests.builders.reading_sources import Objects, access, png, read_all, write_files
 
 CONVENTIONS: dict[str, tuple[dict[str, bytes], str]] = {
     # Files beside a.png and b/c.jpg, whose captions are "a red cat" and "dog, 犬", and where they stand.
@@ -55,24 +52,6 @@ CONVENTIONS: dict[str, tuple[dict[str, bytes], str]] = {
     ),
 }
 IMAGES = {"a.png": b"1", "b/c.jpg": b"2"}
-
-
-@dataclass(frozen=True)
-class Objects:
-    """An object store in memory."""
-
-    contents: dict[str, bytes]
-
-    def find(self, uri: str) -> Iterator[StoredObject]:
-        for name, data in sorted(self.contents.items()):
-            if name.startswith(uri):
-                yield StoredObject(name, len(data), sha256_bytes(data))
-
-    def read(self, uri: str) -> bytes:
-        return self.contents[uri]
-
-    def download(self, uri: str, path: Path) -> None:
-        path.write_bytes(self.contents[uri])
 
 
 def pack(kind: str, root: Path, files: dict[str, bytes]) -> tuple[str, ObjectStore | None]:
