@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from diffusion.common.config import Config, PlainName, is_unset
 from diffusion.common.errors import UserError
+from diffusion.common.escaping import pluralize
 from diffusion.common.files import canonical_json, digest_of, sha256_bytes, sha256_file, write_bytes
 from diffusion.common.parsing import parse_json
 from diffusion.common.shapes import Shape
@@ -41,7 +42,7 @@ RECORDS = pa.schema(
 """One row per image that was read, in the order of reading.
 
 ``source_sha256`` is of the bytes as they came, empty if there were none. ``outcome`` is ``kept``, ``dropped`` (a
-rule of curation, named in ``reason``, leaves it out; its bytes stay in the shard, and it comes back when the rules
+rule of curation or a list, named in ``reason``, leaves it out; its bytes stay in the shard, and it comes back when they
 allow), ``duplicate`` (its pixels were there already), ``quarantined`` (``reason`` says why) or ``removed`` (taken down;
 only key and digest are left). ``width`` and ``height`` are of the image as it came. For kept and dropped rows
 ``offset`` and ``size`` are of the PNG in the part's shard; ``total`` and ``squares`` are the sums of its stored
@@ -53,7 +54,9 @@ CAPTIONER = pa.field("captioner", pa.string())
 """Column of tables with captions of a captioner: its identity, null where the caption is the source's."""
 LEADER = pa.field("leader", pa.string())
 """Column of tables with images dropped as near-duplicates: the key of the image kept instead, null for all others."""
-OPTIONAL = (CAPTIONER, LEADER)
+LABELLED_BY, GIVEN_LABEL = pa.field("labelled_by", pa.string()), pa.field("given_label", pa.string())
+"""Columns of tables with images whose label is a list's: the name of the list, and the label that they came with."""
+OPTIONAL = (CAPTIONER, LEADER, LABELLED_BY, GIVEN_LABEL)
 """Columns that only tables with a value in them have."""
 
 
@@ -98,6 +101,30 @@ class Part(Config):
     """Kept images by the captioner that captioned them; None: all captions are the source's."""
     reserved: dict[str, int] | None = Field(None, exclude_if=is_unset)
     """Images left out because a rights holder wishes so, by how that was said; None if there are none."""
+    relabelled: int | None = Field(None, exclude_if=is_unset)
+    """Kept and dropped images whose label is a list's; None if there are none."""
+
+
+class ImageList(Config):
+    """Images that a table of another tool named, to be dropped or to have another label until it is withdrawn."""
+
+    name: PlainName
+    kind: Literal["drop", "label"]
+    table: FileEntry
+    """Parquet table of ``key`` and ``source_sha256`` of each image, and ``text``: the reason or the label."""
+    date: str = Field(pattern=r"^\d{4}-\d\d-\d\d$")
+    """Day on which it was recorded, in UTC."""
+    images: int
+    unmatched: int
+    """Rows of the tool's table that named none or several of the data set's images."""
+
+    @property
+    def line(self) -> str:
+        """Describe the list in a line."""
+        verb = "drops" if self.kind == "drop" else "labels"
+        count = pluralize(self.images, "image")
+        rest = f", {pluralize(self.unmatched, 'row')} unmatched" if self.unmatched else ""
+        return f"{self.name} {verb} {count} since {self.date}{rest} ({self.table.sha256[:12]})"
 
 
 class Manifest(Config):
@@ -120,6 +147,8 @@ class Manifest(Config):
     """Whether an ingest ignored the wishes of rights holders; None: all were respected."""
     near_duplicate_bits: int | None = Field(None, ge=0, le=MAX_BITS, exclude_if=is_unset)
     """Number of bits that ``ingest.near_duplicates: auto`` stands for; None: it was not calibrated."""
+    lists: list[ImageList] | None = Field(None, exclude_if=is_unset)
+    """Lists of images that curation applies, in this order; None: there are none."""
     parts: list[Part]
 
     @model_validator(mode="after")
@@ -152,7 +181,8 @@ class Manifest(Config):
     @property
     def files(self) -> list[FileEntry]:
         """Return every file of this version except its manifest."""
-        return [entry for part in self.parts for entry in (part.shard, part.records) if entry is not None]
+        entries = [entry for part in self.parts for entry in (part.shard, part.records) if entry is not None]
+        return entries + [each.table for each in self.lists or ()]
 
     @property
     def sources(self) -> list[str]:
@@ -230,6 +260,11 @@ class Manifest(Config):
     def dropped(self) -> int:
         """Return the number of images that curation left out."""
         return sum(part.outcomes.get("dropped", 0) for part in self.parts)
+
+    @property
+    def is_curated(self) -> bool:
+        """Whether curation has anything to apply or to undo, whatever rules are configured."""
+        return bool(self.lists or self.dropped or any(part.relabelled for part in self.parts))
 
     @property
     def counts(self) -> dict[Split, int]:

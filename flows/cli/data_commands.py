@@ -107,6 +107,8 @@ def _describe_contents(contents: "Contents", limit: int | None) -> list[str]:
         *([f"reserved   {reserved}"] if reserved else []),
         *(["opt-outs   ignored by an ingest"] if contents.opt_outs == "ignore" else []),
         *(section("classes   ", len(classes), classes[:limit]) if classes else []),
+        *(f"list       {each.line}" for each in contents.lists or ()),
+        *([f"labels     {contents.relabelled:,} by lists"] if contents.relabelled else []),
         *([f"rules      {rules}"] if rules else []),
         *(section("dropped   ", contents.dropped_count, dropped_images) if contents.dropped_count else []),
         *section("quarantine", contents.quarantined_count, quarantined_sources),

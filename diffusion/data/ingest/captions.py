@@ -95,7 +95,7 @@ def add_captions(merge: Merge, config: CaptionerConfig, progress: Progress) -> C
                         break
             for key, caption in captions.items():
                 due_rows[key] |= {"caption": _complete_answer(caption, merge.config.trigger), CAPTIONER.name: name}
-                merge.index.recaption(due_rows[key])
+                merge.index.describe(due_rows[key])
             if captions:
                 parts[place] = rewrite_part(folder, part, rows, merge.config.size, part.shard)
     failed_count = total - (done - reasons.total())

@@ -182,8 +182,8 @@ class Index(HashGroups):
         values = (row["outcome"], row["source"], bytes.fromhex(row["source_sha256"]))
         self.database.execute("UPDATE records SET outcome = ? WHERE source = ? AND sha256 = ?", values)
 
-    def recaption(self, row: dict[str, Any]) -> None:
-        """Replace the caption of a kept image by that in its row of RECORDS."""
+    def describe(self, row: dict[str, Any]) -> None:
+        """Replace label and caption of a kept or dropped image by those in its row of RECORDS."""
         digest = sample_digest(row["key"], row["split"], row["label"], row["caption"])
         self.database.execute("UPDATE samples SET digest = ? WHERE key = ?", (digest, bytes.fromhex(row["key"])))
 

@@ -176,6 +176,7 @@ def ingest(
             merge = Merge(folder, merging, index, origin, parts, access.about.get("source") or reader_of(config.source))
             chunks = fan_out(prepare_chunk, chunks_of(work, config, objects, planned_count))
             facts = _facts(config, current, access.about.get("licence"), recorded_bits)
+            facts["lists"] = before.lists if before is not None else None  # they outlive a rebuild
             try:
                 after, captions = _merge(merge, before, facts, chunks, planned_count, rebuilding, progress)
             except UserError:

@@ -24,6 +24,7 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index, explain_database_errors
 from diffusion.data.manifest import (
     CAPTIONER,
+    LABELLED_BY,
     OPTIONAL,
     RECORDS,
     STORED,
@@ -41,6 +42,7 @@ from diffusion.data.manifest import (
 )
 from diffusion.data.shards import TarWriter
 from diffusion.data.sources.rights import count_reservations
+from diffusion.data.versions.image_lists import unite_lists
 from diffusion.data.versions.versions import remember
 
 
@@ -259,6 +261,7 @@ def write_part(
         shape=shape if shard is not None else None,
         captioners=_counts(kept_rows, CAPTIONER.name) or None,
         reserved=count_reservations(_counts(quarantined_rows, "reason")) or None,
+        relabelled=sum(bool(row.get(LABELLED_BY.name)) for row in records if row["outcome"] in STORED) or None,
     )
 
 
@@ -335,8 +338,8 @@ def merge_versions(folder: Path, config: IngestConfig, remote: Manifest, base: M
     ):
         merge = Merge(folder, config, index, "", list(remote.parts))
         lost_count = sum(merge.adopt(part) for part in local.parts if part.records.sha256 not in shared_digests)
-        after = remote
-        if merge.parts != remote.parts:
+        after, lists = remote, unite_lists(remote.lists, local.lists, base.lists if base else None)
+        if merge.parts != remote.parts or lists != remote.lists:
             after = Manifest(
                 name=folder.name,
                 parent=remote.digest,
@@ -346,6 +349,7 @@ def merge_versions(folder: Path, config: IngestConfig, remote: Manifest, base: M
                 licence=remote.licence or local.licence,
                 opt_outs=remote.opt_outs or local.opt_outs,
                 near_duplicate_bits=recorded_bits,
+                lists=lists,
                 parts=merge.parts,
             )
             after = after.model_copy(update={"content_digest": index.content_digest(after)})

@@ -168,7 +168,8 @@ def _remains(folder: Path, parts: list[Part], others: list[Part], elsewhere: Els
 def _curated_part(part: Part, *versions: Manifest) -> Part | None:
     """Return the part that curation made of ``part``, in whose table nothing is gone, if one of ``versions`` has it."""
     others = (other for version in versions for other in version.parts if other.number == part.number)
-    return next((other for other in others if other.outcomes.get("dropped") and other.shard == part.shard), None)
+    fits = (other for other in others if other.outcomes.get("dropped") and other.shard == part.shard)
+    return next((other for other in fits if other.relabelled == part.relabelled is None), None)
 
 
 def _undo_drops(table: pa.Table) -> pa.Table:

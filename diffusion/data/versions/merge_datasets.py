@@ -22,6 +22,7 @@ from diffusion.data.key_ranges import scratch_folder
 from diffusion.data.manifest import (
     STORED,
     FileEntry,
+    ImageList,
     Manifest,
     Part,
     find_intact,
@@ -32,6 +33,7 @@ from diffusion.data.manifest import (
     write_manifest,
 )
 from diffusion.data.prefetch import FanOut, local_fan_out
+from diffusion.data.versions.image_lists import read_list
 from diffusion.data.versions.takedown_records import removals
 from diffusion.data.versions.versions import count_stored
 
@@ -115,12 +117,15 @@ def merge_datasets(
         for done, part in enumerate(fan_out(_take, tasks), 1):
             new_parts.append(part)
             progress("parts merged", done, len(tasks))
-        after = before
-        if new_parts != before.parts:
+        after, lists = before, _join_lists((before, *rest))
+        if new_parts != before.parts or lists != before.lists:
+            for path, manifest in zip(folders, (before, *rest), strict=True):
+                for about in manifest.lists or ():
+                    read_list(path, about).write(folder)
             names = ", ".join(f"{manifest.name} {manifest.digest[:12]}" for manifest in rest)
             after = before.make_child(f"merge of {names}", new_parts, digest)
             policies = (manifest.opt_outs for manifest in (before, *rest))
-            after = after.model_copy(update={"opt_outs": next(filter(None, policies), None)})
+            after = after.model_copy(update={"opt_outs": next(filter(None, policies), None), "lists": lists})
             write_manifest(folder, after)
         remove_strays(folder)
         return MergeResult(
@@ -132,6 +137,20 @@ def merge_datasets(
             duplicates=len(duplicates),
             kept=after.kept,
         )
+
+
+def _join_lists(manifests: Sequence[Manifest]) -> list[ImageList] | None:
+    """Return the lists of all data sets; raises UserError if two have different lists of one name."""
+    lists: dict[str, ImageList] = {}
+    for manifest in manifests:
+        for about in manifest.lists or ():
+            known = lists.setdefault(about.name, about)
+            if (known.kind, known.table) != (about.kind, about.table):
+                raise UserError(
+                    f"data set {manifest.name} has another list {about.name}: withdraw it with `darkroom data curate "
+                    f"--withdraw {about.name} --dataset {manifest.name}`, and record it there with another --name"
+                )
+    return list(lists.values()) or None
 
 
 def _list_parts(folders: Sequence[Path], manifests: Sequence[Manifest]) -> list[tuple[Path, Part]]:
