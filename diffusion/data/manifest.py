@@ -103,6 +103,8 @@ class Part(Config):
     """Images left out because a rights holder wishes so, by how that was said; None if there are none."""
     relabelled: int | None = Field(None, exclude_if=is_unset)
     """Kept and dropped images whose label is a list's; None if there are none."""
+    dataset: PlainName | None = Field(None, exclude_if=is_unset)
+    """Data set that it was merged from; None: it is the data set's own."""
 
 
 class ImageList(Config):
@@ -260,6 +262,14 @@ class Manifest(Config):
     def dropped(self) -> int:
         """Return the number of images that curation left out."""
         return sum(part.outcomes.get("dropped", 0) for part in self.parts)
+
+    @property
+    def datasets(self) -> dict[str, int]:
+        """Return the number of images by the data set that they were merged from, its own name first."""
+        total = Counter({self.name: 0})
+        for part in self.parts:
+            total[part.dataset or self.name] += sum(part.splits.values())
+        return dict(total)
 
     @property
     def is_curated(self) -> bool:

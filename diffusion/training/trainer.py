@@ -203,7 +203,12 @@ class Trainer:
             setup.dataset,
             setup.dataset.rows("train"),
             make_order(
-                setup.dataset, self.config.seed, self.config.images_per_step, self.config.window, self.config.weights
+                setup.dataset,
+                self.config.seed,
+                self.config.images_per_step,
+                self.config.window,
+                self.config.weights,
+                self.config.mix,
             ),
             self.config.images_per_step,
             rank=setup.ranks.rank,

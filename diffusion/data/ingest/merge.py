@@ -121,11 +121,10 @@ class Merge:
                 self.index.record(row)
                 records.append(row)
         if part.shard is None:
-            self._append(records, None, "", 0, part.source)
+            self._append(records, None, "", 0, part.source, dataset=part.dataset)
         else:
-            self._append(
-                records, self.folder / part.shard.name, part.shard.sha256, len(stored_rows), part.source, part.shape
-            )
+            place, digest = self.folder / part.shard.name, part.shard.sha256
+            self._append(records, place, digest, len(stored_rows), part.source, part.shape, part.dataset)
         return lost_count
 
     def _classify(self, row: dict[str, Any]) -> bool:
@@ -177,6 +176,7 @@ class Merge:
         samples: int,
         source: str | None,
         shape: Shape | None = None,
+        dataset: str | None = None,
     ) -> None:
         """Append a part of ``records``, whose shard is ``shard_file``, of SHA-256 ``digest``, or a part of it."""
         if not records:
@@ -189,7 +189,7 @@ class Merge:
                 shard = link_file(self.folder, shard_file, self.folder / "shards" / f".{number:05d}.tar", digest)
             else:
                 shard = copy_samples(self.folder, number, [(shard_file, stored_rows)])
-        self.parts.append(write_part(self.folder, number, shard, records, self.config.size, source, shape))
+        self.parts.append(write_part(self.folder, number, shard, records, self.config.size, source, shape, dataset))
 
 
 def link_file(folder: Path, source: Path, staging_path: Path, digest: str) -> FileEntry:
@@ -233,6 +233,7 @@ def write_part(
     size: int,
     source: str | None = None,
     shape: Shape | None = None,
+    dataset: str | None = None,
 ) -> Part:
     """Write part ``number``: a table of rows of RECORDS, and a shard of images of ``shape``; None: ``size`` squared."""
     height, width = shape or (size, size)
@@ -261,13 +262,14 @@ def write_part(
         shape=shape if shard is not None else None,
         captioners=_counts(kept_rows, CAPTIONER.name) or None,
         reserved=count_reservations(_counts(quarantined_rows, "reason")) or None,
+        dataset=dataset,
         relabelled=sum(bool(row.get(LABELLED_BY.name)) for row in records if row["outcome"] in STORED) or None,
     )
 
 
 def rewrite_part(folder: Path, part: Part, records: list[dict[str, Any]], size: int, shard: FileEntry | None) -> Part:
     """Write ``part`` with other ``records`` and another ``shard``."""
-    return write_part(folder, part.number, shard, records, size, part.source, part.shape)
+    return write_part(folder, part.number, shard, records, size, part.source, part.shape, part.dataset)
 
 
 def redact_row(row: dict[str, Any], reason: str) -> dict[str, Any]:

@@ -73,6 +73,8 @@ class _Task:
     number: int
     size: int
     duplicates: np.ndarray
+    dataset: str | None
+    """Data set that its images came from; None: the one in ``folder``."""
 
 
 def merge_datasets(
@@ -205,7 +207,9 @@ def _tasks(
             continue
         else:
             number += 1
-        yield _Task(folder, source, part, number, before.size, part_duplicates)
+        dataset = part.dataset if source == folder else part.dataset or source.name
+        dataset = None if dataset == folder.name else dataset
+        yield _Task(folder, source, part, number, before.size, part_duplicates, dataset)
 
 
 def _take(task: _Task) -> Part:
@@ -215,7 +219,8 @@ def _take(task: _Task) -> Part:
         if task.source == folder:
             return part
         shard = part.shard and _link(task, part.shard)
-        return part.model_copy(update={"number": task.number, "records": _link(task, part.records), "shard": shard})
+        fields = {"number": task.number, "records": _link(task, part.records), "shard": shard, "dataset": task.dataset}
+        return part.model_copy(update=fields)
     rows = read_records(task.source, part).to_pylist()
     for row, is_relabelled in task.duplicates[["row", "relabelled"]].tolist():
         reason = "came again with another label or caption" if is_relabelled else None
@@ -224,7 +229,7 @@ def _take(task: _Task) -> Part:
     stored_rows = [row for row in rows if row["outcome"] in STORED]
     shards = [(find_intact(task.source, part.shard), stored_rows)] if part.shard is not None and stored_rows else []
     new_shard = copy_samples(folder, task.number, shards)
-    return write_part(folder, task.number, new_shard, rows, task.size, part.source, part.shape)
+    return write_part(folder, task.number, new_shard, rows, task.size, part.source, part.shape, task.dataset)
 
 
 def _link(task: _Task, entry: FileEntry) -> FileEntry:

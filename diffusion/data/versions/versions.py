@@ -129,6 +129,8 @@ class Contents(Config):
     """The rules and lists that left them out, the most frequent first."""
     lists: list[ImageList] | None = Field(None, exclude_if=is_unset)
     """Lists of images that curation applies; None: there are none."""
+    datasets: dict[str, int] | None = Field(None, exclude_if=is_unset)
+    """Number of images by the data set that they were merged from; None: all are its own."""
     relabelled: int | None = Field(None, exclude_if=is_unset)
     """Kept and dropped images whose label is a list's; None if there are none."""
 
@@ -324,6 +326,7 @@ def show(folder: Path, version: Manifest, elsewhere: Elsewhere = find_nothing, l
         dropped=None if drops is None else first_entries(drops, limit),
         rules=None if rules is None else [Reason(reason=rule, count=count) for rule, count in rules.most_common()],
         lists=version.lists,
+        datasets=version.datasets if any(part.dataset for part in version.parts) else None,
         relabelled=sum(part.relabelled or 0 for part in version.parts) or None,
     )
 
