@@ -44,7 +44,7 @@ from diffusion.data.manifest import (
 )
 from diffusion.data.prefetch import FanOut, local_fan_out
 from diffusion.data.shards import LocalShards
-from diffusion.data.versions.image_lists import ListedImages, read_list
+from diffusion.data.versions.image_lists import ListedImages, read_lists
 from diffusion.data.versions.versions import rule_of
 from diffusion.evaluation.config import EvaluationConfig
 
@@ -149,10 +149,7 @@ def decide(
     lists: Sequence[ListedImages],
     progress: Progress = ignore_progress,
 ) -> Decision:
-    """Apply ``lists`` and the rules of ``config``: lists first, then rules on single images, then near-duplicates.
-
-    Images that a list or a rule drops lead no group, so that a blurred copy is not kept instead of a sharp one.
-    """
+    """Apply ``lists`` and ``config``: first to single images; those dropped lead no group of near-duplicates."""
     columns = dict(measurements.columns)
     if (features := measurements.matrices.get("features")) is not None:
         from diffusion.curation.duplicates import outlier_scores
@@ -274,9 +271,7 @@ def curate(
             if change is None and json.loads(stamp_path.read_bytes()) == stamp:
                 return _result(folder, before, None, changed=False)
         require_whole(folder, before)
-        lists, outcome = [read_list(folder, about) for about in before.lists or ()], None
-        if change is not None:
-            lists, outcome = change_lists(folder, before, change)
+        lists, outcome = change_lists(folder, before, change) if change else (read_lists(folder, before), None)
         measurements = measure(folder, before, config, evaluation, fan_out or local_fan_out(ingest), progress)
         decision = decide(folder, before, measurements, config, evaluation, lists, progress)
         if decision.calibration is not None and (warning := decision.calibration.warning) is not None:

@@ -24,14 +24,14 @@ from diffusion.data.sources.caption_files import to_text
 from diffusion.data.sources.conventions import make_printable, records
 from diffusion.data.sources.local_files import open_text
 from diffusion.data.sources.parquet import read_texts
-from diffusion.data.versions.image_lists import ListedImages, read_list
+from diffusion.data.versions.image_lists import ListedImages, read_lists
 from diffusion.data.versions.takedown_records import MIN_DIGITS, is_key, rows_of
 
 NAMES = ("key", "filepath", "image_path", "file_name", "source", "id", "__index_level_0__", "")
 """Columns that name images, the first that a table has; the last two are the index of a table of pandas."""
 REASONS = ("reason", "issue", "tags")
 """Columns of reasons, beside cleanvision's columns of booleans, as ``is_dark_issue``."""
-FALSE, TRUE = ("", "false", "0", "0.0"), ("true", "1", "1.0")
+FALSE, TRUE = ("", "none", "nan", "false", "0", "0.0"), ("true", "1", "1.0")
 MAX_ROWS, MAX_REASON = 1_000_000, 200
 """Most rows of a table, and most characters of a reason, which is cut there."""
 MAX_EXAMPLES = 5
@@ -113,7 +113,7 @@ def change_lists(folder: Path, manifest: Manifest, change: ListChange) -> tuple[
     Raises UserError for a table that cannot be read, is too large or names no image, and for a list to be withdrawn
     that no version had.
     """
-    lists = [read_list(folder, about) for about in manifest.lists or ()]
+    lists = read_lists(folder, manifest)
     if change.table is None:
         if all(change.name not in [each.name for each in version.lists or ()] for version in versions(folder)):
             known = ", ".join(each.about.name for each in lists) or "none"
@@ -206,7 +206,7 @@ def _choose_columns(names: Sequence[str], kind: str, where: str) -> _Columns:
         )
     if kind == "label" and "label" not in names:
         raise UserError(f"{where} has no column label among {', '.join(names)}: call the column of labels so")
-    issues = [each for each in names if each.startswith("is_") and each.endswith("_issue")] if kind == "drop" else []
+    issues = [each for each in names if each.startswith("is_") and each.endswith("_issue")]
     texts = ["label"] if kind == "label" else [each for each in REASONS if each in names]
     return _Columns(name, tuple(texts), tuple(issues))
 
@@ -219,25 +219,22 @@ def _parse_row(record: Mapping[str, Any], columns: _Columns, kind: str, where: s
             ", ".join(map(str, text)) if isinstance(text := record.get(each), list) else to_text(text)
             for each in columns.texts
         ]
-        flags = {
-            each: str(record.get(each) if record.get(each) is not None else "").strip().lower()
-            for each in columns.issues
-        }
+        flags = {each: str(record.get(each)).strip().lower() for each in columns.issues}
     except ValueError as error:
         raise UserError(f"{where}: {error}: give one text in a cell") from error
     if name is None:
         raise UserError(f"{where} names no image in its column {columns.name}: fill it in, or leave the row out")
     if wrong := [each for each, flag in flags.items() if flag not in (*FALSE, *TRUE)]:
         raise UserError(f"{where}: {wrong[0]} is {flags[wrong[0]]!r}: give True or False")
+    found = [each.removeprefix("is_").removesuffix("_issue").replace("_", " ") for each in flags if flags[each] in TRUE]
+    if columns.issues and not found:
+        return None
     if kind == "label":
         if texts[0] is None:
             raise UserError(f"{where} has no label: fill it in, or leave the row out")
         if len(texts[0]) > MAX_CHARACTERS["label"]:
             raise UserError(f"{where}: its label has over {MAX_CHARACTERS['label']:,} characters: shorten it")
         return _Row(name, texts[0])
-    found = [each.removeprefix("is_").removesuffix("_issue").replace("_", " ") for each in flags if flags[each] in TRUE]
-    if columns.issues and not found:
-        return None
     text = make_printable(" ".join("; ".join(filter(None, [*texts, *found])).split())) or "named in it"
     return _Row(name, text if len(text) <= MAX_REASON else f"{text[: MAX_REASON - 1]}…")
 

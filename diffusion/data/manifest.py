@@ -318,7 +318,7 @@ class Manifest(Config):
 
 
 def read_records(folder: Path, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read the records of a part, all columns or some, OPTIONAL ones as nulls if the table has none.
+    """Read the records of a part, all columns or some in their order, OPTIONAL ones as nulls if the table has none.
 
     Raises UserError if the table is missing or damaged.
     """
@@ -329,7 +329,7 @@ def read_records(folder: Path, part: Part, columns: Sequence[str] | None = None)
     for field in OPTIONAL:
         if field.name in (columns or ()) and field.name not in table.column_names:
             table = table.append_column(field, pa.nulls(len(table), field.type))
-    return table
+    return table if columns is None else table.select(list(columns))
 
 
 def require_whole(folder: Path, manifest: Manifest) -> None:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from diffusion.common.errors import ConflictError
 from diffusion.common.files import sha256_bytes, write_bytes
-from diffusion.data.manifest import FileEntry, ImageList, find_intact
+from diffusion.data.manifest import FileEntry, ImageList, Manifest, find_intact
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "source_sha256", "text")])
 
@@ -59,6 +59,11 @@ def read_list(folder: Path, about: ImageList) -> ListedImages:
     data = find_intact(folder, about.table).read_bytes()
     columns = pq.read_table(io.BytesIO(data), schema=SCHEMA).to_pydict().values()
     return ListedImages(about, {key: (digest, text) for key, digest, text in zip(*columns, strict=True)}, data)
+
+
+def read_lists(folder: Path, manifest: Manifest) -> list[ListedImages]:
+    """Read the lists of a version in ``folder``, in their order; raises UserError as ``read_list`` does."""
+    return [read_list(folder, about) for about in manifest.lists or ()]
 
 
 def forget_images(

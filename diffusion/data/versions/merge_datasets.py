@@ -33,7 +33,7 @@ from diffusion.data.manifest import (
     write_manifest,
 )
 from diffusion.data.prefetch import FanOut, local_fan_out
-from diffusion.data.versions.image_lists import read_list
+from diffusion.data.versions.image_lists import read_lists
 from diffusion.data.versions.takedown_records import removals
 from diffusion.data.versions.versions import count_stored
 
@@ -119,11 +119,8 @@ def merge_datasets(
         for done, part in enumerate(fan_out(_take, tasks), 1):
             new_parts.append(part)
             progress("parts merged", done, len(tasks))
-        after, lists = before, _join_lists((before, *rest))
+        after, lists = before, _join_lists(folders, (before, *rest))
         if new_parts != before.parts or lists != before.lists:
-            for path, manifest in zip(folders, (before, *rest), strict=True):
-                for about in manifest.lists or ():
-                    read_list(path, about).write(folder)
             names = ", ".join(f"{manifest.name} {manifest.digest[:12]}" for manifest in rest)
             after = before.make_child(f"merge of {names}", new_parts, digest)
             policies = (manifest.opt_outs for manifest in (before, *rest))
@@ -141,12 +138,13 @@ def merge_datasets(
         )
 
 
-def _join_lists(manifests: Sequence[Manifest]) -> list[ImageList] | None:
-    """Return the lists of all data sets; raises UserError if two have different lists of one name."""
+def _join_lists(folders: Sequence[Path], manifests: Sequence[Manifest]) -> list[ImageList] | None:
+    """Write the lists of all data sets into the first; raises UserError if two have different lists of one name."""
     lists: dict[str, ImageList] = {}
-    for manifest in manifests:
-        for about in manifest.lists or ():
-            known = lists.setdefault(about.name, about)
+    for folder, manifest in zip(folders, manifests, strict=True):
+        for each in read_lists(folder, manifest):
+            about, known = each.about, lists.setdefault(each.about.name, each.about)
+            each.write(folders[0])
             if (known.kind, known.table) != (about.kind, about.table):
                 raise UserError(
                     f"data set {manifest.name} has another list {about.name}: withdraw it with `darkroom data curate "

@@ -112,6 +112,16 @@ def test_tables_of_each_tool_drop_what_they_name(data: Path, tmp_path: Path) -> 
     assert [each.name for each in read_manifest(data).lists or ()] == [table.stem for table in tables]
 
 
+def test_rows_without_an_issue_keep_their_label(data: Path, tmp_path: Path) -> None:
+    rows = (
+        "filepath,is_label_issue,given_label,label",
+        f"{ROOT}odd/1.png,True,odd,even",
+        f"{ROOT}odd/5.png,False,odd,odd2",
+    )
+    change(data, csv(tmp_path / "t.csv", *rows), "label")
+    assert (labels(data)["odd/1.png"], labels(data)["odd/5.png"]) == ("even", "odd")
+
+
 def test_unknown_and_ambiguous_names_are_told(data: Path, tmp_path: Path) -> None:
     for folder, number in (("odd", 100), ("even", 101)):
         (tmp_path / "more" / folder).mkdir(parents=True)
