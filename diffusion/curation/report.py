@@ -77,8 +77,8 @@ def write_curation_report(
         require_whole(folder, manifest)
         measurements = measure(folder, manifest, config, evaluation, local_fan_out(ingest), progress, everything=True)
         verdicts = {name: getattr(config, name) or "report" for name in ("near_duplicates", "semantic_duplicates")}
-        rules, lists = config.model_copy(update=verdicts), read_lists(folder, manifest)
-        decision = decide(folder, manifest, measurements, rules, evaluation, lists, progress)
+        reported, lists = config.model_copy(update=verdicts), read_lists(folder, manifest)
+        decision = decide(folder, manifest, measurements, reported, evaluation, lists, progress)
         thumbnails: dict[int, int] = {}
         rules = {**RULES, **{name: type(rule) for name, rule in config.rules.items()}}
         panels = [

@@ -171,7 +171,7 @@ def count_repeats(
     fits the whole name, or what follows a slash in it. ``mix``: by names of the data sets that were merged into this
     one, or its own; without any: 1. Both multiply. Raises UserError for a pattern or a name that fits no image.
     """
-    repeats = _weigh_names(dataset, weights) if weights else np.ones(len(dataset.rows("train")), np.int64)
+    repeats: np.ndarray = _weigh_names(dataset, weights) if weights else np.ones(len(dataset.rows("train")), np.int64)
     if mix:
         repeats = repeats * _weigh_datasets(dataset, mix)
     repeats //= np.gcd.reduce(repeats)
@@ -195,7 +195,8 @@ def _weigh_datasets(dataset: Dataset, mix: Mapping[str, float]) -> np.ndarray:
         )
     unit, *weights = _whole_numbers(mix.values())
     numbers = dict(zip(mix, weights, strict=True))
-    return np.array([numbers.get(name, unit) for name in names])[dataset.shards(dataset.rows("train"))]
+    by_shard = np.array([numbers.get(name, unit) for name in names])
+    return np.take(by_shard, dataset.shards(dataset.rows("train")))
 
 
 def _weigh_names(dataset: Dataset, weights: Mapping[str, float]) -> np.ndarray:
@@ -211,7 +212,7 @@ def _weigh_names(dataset: Dataset, weights: Mapping[str, float]) -> np.ndarray:
                 f"training.weights has {pattern!r}, and no training image of data set {dataset.folder} that no pattern "
                 f"before it fits is called so, but {names[0]!r}, for example: mend it, or leave it out"
             )
-    return numbers[places]  # type: ignore[no-any-return]
+    return np.take(numbers, places)
 
 
 def make_order(

@@ -137,7 +137,9 @@ def _write_params(
         return CommandOutput(value, lines)
     name = name or survey.proposed_name
     if taken is not None:
-        taken.finish(survey.images)
+        taken.finish(survey.images, survey.folders)
+        if len(taken.folders) > 1:  # what the file says of them counts, and not their names
+            proposals.pop("training.weights", None)
         proposals |= _valid_settings(survey, name, proposals, taken)
         value |= {"trainer": taken.trainer, "taken": taken.settings, "left": taken.left}
     size = proposals.get("ingest.size", survey.proposed_size)

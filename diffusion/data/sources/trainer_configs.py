@@ -11,10 +11,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from diffusion.common.errors import UserError
 from diffusion.common.parsing import parse_json, parse_yaml
+from diffusion.data.sources.conventions import parse_folder
 
 MAX_BYTES = 2**20
 """Maximum size of a configuration file."""
@@ -41,6 +43,10 @@ class TrainerConfig:
     steps: int | None = None
     epochs: float | None = None
     """Duration; None: not given."""
+    prefers_epochs: bool = False
+    """Whether epochs count where both are given."""
+    repeats_in_names: bool = False
+    """Whether folders below the only one are repeated as their names say, 10_cat."""
     warmup_steps: int = 0
     micro_batch: int | None = None
     """Images of a step before accumulation."""
@@ -58,24 +64,40 @@ class TrainerConfig:
         if len(self.left) < MAX_NAMES:
             self.left.setdefault(name, why if isinstance(why, str) else json.dumps(why, default=str)[:80])
 
-    def finish(self, images: int) -> None:
-        """Turn steps or epochs into images, of which the source has ``images``."""
+    def finish(self, images: int, counts: Mapping[str, int] = MappingProxyType({})) -> None:
+        """Turn steps or epochs into images, of which the source has ``images``, and ``counts`` by folder in it."""
         if self.micro_batch is not None:
             self.settings["training.batch_size"] = self.micro_batch * self.accumulation
             if self.accumulation > 1:
                 self.settings["training.micro_batch"] = self.micro_batch
         batch_size = (self.micro_batch or 1) * self.accumulation
-        repeats = set(self.folders.values())
-        if self.steps:  # 0 stands for none
+        epoch_images = self._count_epoch(images, counts)
+        if self.steps and not (self.prefers_epochs and self.epochs):  # 0 stands for none
             self.settings["training.images"] = self.steps * batch_size
         elif self.epochs is not None and not 0 < self.epochs < MAX_EPOCHS:
             self.leave("epochs", f"{self.epochs:g}: set training.images")
-        elif self.epochs is not None and len(repeats) <= 1:
-            self.settings["training.images"] = max(1, round(self.epochs * images * (repeats.pop() if repeats else 1)))
+        elif self.epochs is not None and epoch_images is not None:
+            self.settings["training.images"] = max(1, round(self.epochs * epoch_images))
         elif self.epochs is not None:
             self.leave("epochs", f"{self.epochs:g} of folders with different repeats: set training.images")
         if self.warmup_steps:
             self.settings["training.warmup_images"] = self.warmup_steps * batch_size
+
+    def _count_epoch(self, images: int, counts: Mapping[str, int]) -> float | None:
+        """Count the images of an epoch, in which each is seen as often as its folder is repeated; None: unknown."""
+        if self.repeats_in_names:
+            repeats = {folder: parse_folder(folder.rpartition("/")[2])[0] or 1 for folder in counts}
+            return sum(count * repeats[folder] for folder, count in counts.items()) if counts else images
+        if len(set(self.folders.values())) <= 1:
+            return images * next(iter(self.folders.values()), 1)
+        names = {pattern.removesuffix("/*"): weight for pattern, weight in self.weights.items()}
+        weights = {
+            folder: next((weight for name, weight in names.items() if f"{folder}/".startswith(f"{name}/")), None)
+            for folder in counts
+        }
+        if not any(weights.values()):  # the images are of another source
+            return None
+        return sum(count * (weights[folder] or 1) for folder, count in counts.items())
 
     @property
     def source(self) -> str | None:
@@ -125,6 +147,21 @@ def adapter(name: str, kind: type = float) -> Handler:
         result.adapter[name] = _to(kind, value)
 
     return take
+
+
+def take_max_epochs(result: TrainerConfig, value: Any) -> None:
+    """Take a number of epochs that counts more than steps and other epochs, unless it is 0."""
+    if (epochs := _to(float, value)) < 0:
+        raise ValueError("negative")
+    if epochs > 0:
+        result.epochs, result.prefers_epochs = epochs, True
+
+
+def take_epochs(result: TrainerConfig, value: Any) -> None:
+    """Take a number of epochs where no steps are given."""
+    epochs = _to(float, value)
+    if not result.prefers_epochs:
+        result.epochs = epochs
 
 
 def take_resolution(result: TrainerConfig, value: Any) -> None:
@@ -207,8 +244,8 @@ class Kohya(Trainer):
         "train_batch_size": attribute("micro_batch", int),
         "gradient_accumulation_steps": attribute("accumulation", int),
         "max_train_steps": attribute("steps", int),
-        "max_train_epochs": attribute("epochs"),
-        "epoch": attribute("epochs"),
+        "max_train_epochs": take_max_epochs,
+        "epoch": take_epochs,
         "lr_warmup_steps": attribute("warmup_steps", int),
         "learning_rate": setting("training.learning_rate"),
         "unet_lr": setting("training.learning_rate"),
@@ -241,7 +278,7 @@ class Kohya(Trainer):
                 arguments |= arguments.pop(key)
         folder = arguments.pop("train_data_dir", None)
         if isinstance(folder, str) and folder:
-            result.folders[folder] = 1
+            result.folders[folder], result.repeats_in_names = 1, True
         self.take(result, arguments)
         several = len(sets) > 1 and len({json.dumps(each.get("resolution"), default=str) for each in sets}) > 1
         for number, each in enumerate(sets):
@@ -251,6 +288,7 @@ class Kohya(Trainer):
                 options.pop("resolution", None)
             subsets = _sections(each.get("subsets"))
             words = {str(subset.get("class_tokens", "")) for subset in subsets if not subset.get("is_reg")}
+            listed = set[str]()
             for place, subset in enumerate(subsets):
                 where = f"subsets[{place}]."
                 repeats = subset.pop("num_repeats", options.get("num_repeats", 1))
@@ -258,6 +296,10 @@ class Kohya(Trainer):
                 if subset.pop("is_reg", False):
                     result.leave(f"{where}is_reg", f"images of regularization in {folder}")
                     continue
+                if str(folder) in listed:  # sd-scripts uses the first of a data set alone
+                    result.leave(f"{where}image_dir", f"{folder} is listed before in its data set")
+                    continue
+                listed.add(str(folder))
                 _add_folder(result, folder, repeats, where)
                 if len(words) > 1 and (word := subset.pop("class_tokens", None)):
                     result.leave(f"{where}class_tokens", f"{word}: name its folder 1_{word}, and see ingest.folders")
@@ -461,6 +503,7 @@ def _add_folder(result: TrainerConfig, folder: Any, repeats: Any, where: str) ->
     except (ValueError, TypeError):
         result.leave(f"{where}repeats", repeats)
         number = 1.0
+    number += result.folders.get(folder, 0)  # of several data sets each is trained on
     result.folders[folder] = int(number) if number.is_integer() else number
 
 
