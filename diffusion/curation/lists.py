@@ -70,14 +70,14 @@ class ListOutcome(Config):
             return [f"list       {self.name} is withdrawn"]
         roots = ", ".join(f"{root} ({count:,})" for root, count in self.roots.items())
         groups = (
-            ("not an image of the data set", self.unknown_count, self.unknown),
-            ("several images", self.ambiguous_count, self.ambiguous),
+            ("of no image", self.unknown_count, self.unknown),
+            ("of several images", self.ambiguous_count, self.ambiguous),
         )
         return [
             f"list       {self.recorded.line}, by column {self.column or 'without a name'}",
             *([f"  names below {roots}"] if len(self.roots) > 1 else []),
             *(
-                f"  {pluralize(count, 'row')} named {words}: {', '.join(names)}{' …' if count > len(names) else ''}"
+                f"  {pluralize(count, 'row')} {words}, left out: {', '.join(names)}{' …' if count > len(names) else ''}"
                 for words, count, names in groups
                 if count
             ),
@@ -235,7 +235,7 @@ def _parse_row(record: Mapping[str, Any], columns: _Columns, kind: str, where: s
         if len(texts[0]) > MAX_CHARACTERS["label"]:
             raise UserError(f"{where}: its label has over {MAX_CHARACTERS['label']:,} characters: shorten it")
         return _Row(name, texts[0])
-    text = make_printable(" ".join("; ".join(filter(None, [*texts, *found])).split())) or "named in it"
+    text = make_printable(" ".join("; ".join(filter(None, [*texts, *found])).split())) or "listed"
     return _Row(name, text if len(text) <= MAX_REASON else f"{text[: MAX_REASON - 1]}…")
 
 

@@ -80,10 +80,6 @@ def curate(
 
 def _list_change(drop: Path | None, label: Path | None, name: str | None, withdraw: str | None) -> "ListChange | None":
     """List that the options record or withdraw; None without any of them."""
-    from pydantic import ValidationError
-
-    from diffusion.curation.lists import ListChange
-
     table = drop or label
     if sum(option is not None for option in (drop, label, withdraw)) > 1:
         raise UserError("--drop, --label and --withdraw change one list at a time: give one of them")
@@ -91,6 +87,10 @@ def _list_change(drop: Path | None, label: Path | None, name: str | None, withdr
         raise UserError("--name names the list of --drop or --label: give one of them, or leave it out")
     if table is None and withdraw is None:
         return None
+    from pydantic import ValidationError
+
+    from diffusion.curation.lists import ListChange
+
     try:
         list_name = withdraw or name or (table.stem if table else "")
         return ListChange(name=list_name, kind="label" if label else "drop", table=table)

@@ -16,7 +16,7 @@ from flows.cli.command import CommandOutput, DatasetName, command, connect
 
 if TYPE_CHECKING:
     from diffusion.data.sources.survey import Survey
-    from diffusion.data.sources.trainer_configs import TrainerConfig
+    from diffusion.data.sources.trainer_settings import TrainerConfig
 
 app = typer.Typer()
 Images = Annotated[str | None, Argument(metavar="FOLDER", help="Images: a folder, or any source of `darkroom ingest`.")]

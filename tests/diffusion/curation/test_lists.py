@@ -89,17 +89,17 @@ def test_tables_of_each_tool_drop_what_they_name(data: Path, tmp_path: Path) -> 
     tables = {
         csv(tmp_path / "sheet.csv", "key,reason", f"{keys[0]},a hand", f"{keys[1][:16].upper()},"): {
             "even/2.png": "a hand",
-            "even/4.png": "named in it",
+            "even/4.png": "listed",
         },
         csv(tmp_path / "fo.csv", "id,filepath,tags", f"65,{ROOT}odd/7.png,dup", f"66,{ROOT}odd/9.png,"): {
             "odd/7.png": "dup",
-            "odd/9.png": "named in it",
+            "odd/9.png": "listed",
         },
         csv(
             tmp_path / "cv.csv", f",{flags}", f"{ROOT}even/6.png,True,0.1,True,0.2", f"{ROOT}even/8.png,False,1,False,1"
         ): {"even/6.png": "dark; blurry"},
         jsonl: {"even/16.png": "soft, cut"},
-        tmp_path / "nemo.parquet": {"even/18.png": "named in it", "even/20.png": "named in it"},
+        tmp_path / "nemo.parquet": {"even/18.png": "listed", "even/20.png": "listed"},
         tmp_path / "pandas.parquet": {"odd/1.png": "dark"},
     }
     for table, expected in tables.items():

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from diffusion.common.errors import UserError
-from diffusion.data.sources.trainer_configs import TrainerConfig, read_trainer_config
+from diffusion.data.sources.trainer_configs import read_trainer_config
+from diffusion.data.sources.trainer_settings import TrainerConfig
 
 KOHYA = """
 [general]
