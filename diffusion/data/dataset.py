@@ -183,7 +183,7 @@ class Dataset:
 
     def classes(self, rows: Rows, classes: Sequence[str]) -> Tensor:
         """Return each row's class as its number in ``classes``, len(classes) if it is none: (len(rows),) int64."""
-        numbers = {label: number for number, label in enumerate(classes)}
+        numbers: dict[str | None, int] = {label: number for number, label in enumerate(classes)}
         # The last entry is for images without a label, whose number −1 indexes it.
         table = np.array([*(numbers.get(label, len(classes)) for label in self._labels), len(classes)])
         return torch.from_numpy(table[self._table["label"][_numbers(rows)]])
@@ -403,9 +403,11 @@ def open_webdataset(
     dataset = Dataset.open(folder, cache_bytes=0)
     manifest = dataset.manifest
     rows = dataset.rows(split)
-    keys = frozenset(dataset.keys(rows))
-    # The shards have the captions of the source, the records a captioner's.
-    captions = dict(zip(dataset.keys(rows), dataset.captions(rows), strict=True)) if manifest.captioners else None
+    keys = dataset.keys(rows)
+    # The shards have the texts of the source, the records a captioner's captions and labels of lists.
+    captions = dict(zip(keys, dataset.captions(rows), strict=True)) if manifest.captioners else None
+    is_relabelled = any(part.relabelled for part in manifest.parts)
+    labels = dict(zip(keys, dataset.labels(rows), strict=True)) if is_relabelled else None
     dataset.close()
     parts = [part for part in manifest.parts if shape is None or shape == (part.shape or manifest.shapes[0])]
     if not (shards := [str(folder / part.shard.name) for part in parts if part.shard is not None]):
@@ -418,11 +420,11 @@ def open_webdataset(
         shardshuffle=len(shards) if shuffle else False,
         seed=seed,
         empty_check=False,
-    ).select(partial(_is_one_of, keys))
+    ).select(partial(_is_one_of, frozenset(keys)))
     if shuffle:
         pipeline = pipeline.shuffle(shuffle)
-    numbers = {label: number for number, label in enumerate(manifest.labels)}
-    return pipeline.map(partial(_decode, manifest.channels, frozenset(manifest.shapes), numbers, captions))
+    numbers: dict[str | None, int] = {label: number for number, label in enumerate(manifest.labels)}
+    return pipeline.map(partial(_decode, manifest.channels, frozenset(manifest.shapes), numbers, labels, captions))
 
 
 def _is_one_of(keys: frozenset[str], sample: dict[str, Any]) -> bool:
@@ -432,17 +434,18 @@ def _is_one_of(keys: frozenset[str], sample: dict[str, Any]) -> bool:
 def _decode(
     channels: int,
     shapes: frozenset[Shape],
-    numbers: dict[str, int],
+    numbers: dict[str | None, int],
+    labels: dict[str, str | None] | None,
     captions: dict[str, str | None] | None,
     sample: dict[str, Any],
 ) -> dict[str, Any]:
-    metadata = json.loads(sample["json"])
+    metadata, key = json.loads(sample["json"]), sample["__key__"]
     shape = shape_of(sample["png"])
     if shape not in shapes:
-        raise ValueError(f"{sample['__key__']} has {shape_name(shape)} pixels, which is not a shape of its data set")
+        raise ValueError(f"{key} has {shape_name(shape)} pixels, which is not a shape of its data set")
     return {
-        "key": sample["__key__"],
+        "key": key,
         "image": torch.from_numpy(decode_many([sample["png"]], (channels, *shape))[0].copy()),
-        "label": numbers.get(metadata.get("label"), -1),
-        "caption": metadata.get("caption") if captions is None else captions[sample["__key__"]],
+        "label": numbers.get(metadata.get("label") if labels is None else labels[key], -1),
+        "caption": metadata.get("caption") if captions is None else captions[key],
     }

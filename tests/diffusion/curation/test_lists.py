@@ -17,6 +17,7 @@ from diffusion.curation import lists
 from diffusion.curation.config import CurationConfig
 from diffusion.curation.curate import CurationResult, curate
 from diffusion.curation.lists import ListChange
+from diffusion.data.dataset import open_webdataset
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.ingest.key_resolution import content_digest
@@ -46,7 +47,7 @@ def data(tmp_path: Path) -> Path:
         path = tmp_path / "images" / ("odd" if number % 2 else "even") / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         blob(number).save(path)
-    shutil.copy(tmp_path / "images" / "odd" / "3.png", tmp_path / "images" / "copy of 3.png")
+    shutil.copy(tmp_path / "images" / "odd" / "3.png", tmp_path / "images" / "odd" / "copy of 3.png")
     ingest(tmp_path / "data" / "set", config(tmp_path / "images"))
     return tmp_path / "data" / "set"
 
@@ -220,7 +221,7 @@ def test_lists_outlive_ingests_rebuilds_and_other_sizes(data: Path, tmp_path: Pa
     change(data, csv(tmp_path / "t.csv", "source,reason", "odd/3.png,soft"))
     change(data, csv(tmp_path / "t.csv", "source,label", "even/4.png,odd"), "label", "fix")
     curated = read_manifest(data)
-    shutil.copy(tmp_path / "images" / "odd" / "3.png", tmp_path / "images" / "again.png")
+    shutil.copy(tmp_path / "images" / "odd" / "3.png", tmp_path / "images" / "odd" / "again.png")
     ingest(data, config(tmp_path / "images"))
     apply_again(data)
     assert read_manifest(data).content_digest == curated.content_digest
@@ -360,6 +361,16 @@ def test_too_many_rows_and_too_many_images_are_errors(
     monkeypatch.setattr(lists, "MAX_ROWS", 19)
     with pytest.raises(UserError, match="more than 19 rows"):
         change(data, table)
+
+
+def test_other_training_scripts_see_labels_of_lists(data: Path, tmp_path: Path) -> None:
+    change(data, csv(tmp_path / "t.csv", "source,label", "odd/1.png,new", "even/2.png,odd"), "label")
+    key, names = key_of(data, "even/2.png"), read_manifest(data).labels
+    splits = (open_webdataset(data, "train"), open_webdataset(data, "held_out"))
+    seen = {sample["key"]: names[sample["label"]] for split in splits for sample in split if sample["label"] >= 0}
+    assert seen[key] == "odd"
+    assert seen[key_of(data, "odd/1.png")] == "new"
+    assert seen[key_of(data, "odd/5.png")] == "odd"
 
 
 def test_show_names_lists_with_counts(data: Path, tmp_path: Path) -> None:
