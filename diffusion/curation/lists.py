@@ -4,11 +4,13 @@ A row names an image by its key, or by the name that it has in its source, or by
 """
 
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -234,21 +236,37 @@ def _parse_row(record: Mapping[str, Any], columns: _Columns, kind: str, where: s
             raise UserError(f"{where} has no label: fill it in, or leave the row out")
         if len(texts[0]) > MAX_CHARACTERS["label"]:
             raise UserError(f"{where}: its label has over {MAX_CHARACTERS['label']:,} characters: shorten it")
-        return _Row(name, texts[0])
+        return _Row(name, make_printable(texts[0]))
     text = make_printable(" ".join("; ".join(filter(None, [*texts, *found])).split())) or "listed"
     return _Row(name, text if len(text) <= MAX_REASON else f"{text[: MAX_REASON - 1]}…")
 
 
-def _tails(name: str) -> Iterator[tuple[str, str]]:
-    """Yield what comes before each tail of a path, and the tail, the whole path first."""
-    yield "", name
-    for place, character in enumerate(name):
-        if character == "/" and place + 1 < len(name):
-            yield name[: place + 1], name[place + 1 :]
-
-
 _LONGER = "…/"
-"""Root of a name that is the tail of the image's longer one."""
+"""Root of a name that is the end of the image's longer one."""
+
+
+class _Names:
+    """Names in a table, found by the images' names of which they are, end in, or are the end; memory is linear."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        paths = [name.replace("\\", "/").removeprefix("./") for name in names]
+        self._reversed = sorted((path[::-1], number) for number, path in enumerate(paths))
+        self._numbers: dict[str, list[int]] = {}
+        for number, path in enumerate(paths):
+            self._numbers.setdefault(path, []).append(number)
+
+    def find(self, source: str) -> Iterator[tuple[int, str]]:
+        """Yield the number of each name that fits an image called ``source``, and what comes before that in it."""
+        yield from ((number, "") for number in self._numbers.get(source, ()))
+        for place, character in enumerate(source):
+            if character == "/":
+                yield from ((number, _LONGER) for number in self._numbers.get(source[place + 1 :], ()))
+        end = f"/{source}"[::-1]
+        for place in range(bisect_left(self._reversed, (end, -1)), len(self._reversed)):
+            text, number = self._reversed[place]
+            if not text.startswith(end):
+                break
+            yield number, text[len(source) :][::-1]
 
 
 def _find_images(
@@ -259,24 +277,18 @@ def _find_images(
     Returns also how many were found below each root, and the ambiguous names. Memory grows with the names alone.
     """
     candidates: list[dict[str, dict[str, str]]] = [{} for _ in names]  # digests by key by root
-    wanted: dict[str, list[tuple[int, str]]] = {}
-    prefixes: dict[str, list[tuple[int, str]]] = {}
+    wanted, prefixes = _Names(names), dict[str, list[tuple[int, str]]]()
     for number, name in enumerate(names):
-        for root, tail in _tails(name.replace("\\", "/").removeprefix("./")):
-            wanted.setdefault(tail, []).append((number, root))
         if column == "key" and is_key(name):
             prefixes.setdefault(name.lower()[:MIN_DIGITS], []).append((number, name.lower()))
     for _, row in rows_of(folder, manifest, ("outcome", "key", "source", "source_sha256")):
         if row["outcome"] not in (*STORED, "duplicate"):
             continue
-        key, source = row["key"], row["source"]
+        key, sources = row["key"], {row["source"]}
+        if column in ("id", "key"):  # of NeMo Curator and img2dataset it is a name without an extension
+            sources.add(re.sub(r"\.[^./]*$", "", row["source"]))
         hits = [(number, "") for number, prefix in prefixes.get(key[:MIN_DIGITS], ()) if key.startswith(prefix)]
-        # Identifiers, as those of NeMo Curator and img2dataset, are names without an extension.
-        for name in {source, re.sub(r"\.[^./]*$", "", source)} if column in ("id", "key") else {source}:
-            hits += wanted.get(name, ())
-            longer = (hit for start, tail in _tails(name) if start for hit in wanted.get(tail, ()))
-            hits += [(number, _LONGER) for number, root in longer if not root]
-        for number, root in hits:
+        for number, root in (*hits, *chain.from_iterable(map(wanted.find, sources))):
             candidates[number].setdefault(root, {}).setdefault(key, row["source_sha256"])
     return _choose_images(names, candidates)
 
