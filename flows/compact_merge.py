@@ -59,8 +59,8 @@ def merge(params: Params, others: list[str]) -> MergeResult:
 
 
 def _apply_curation(params: Params, result: MergeResult) -> MergeResult:
-    """Apply the rules of curation to the merged data set, if there are any or were."""
-    if not (params.curation.drops or read_manifest(params.dataset_folder).dropped):
+    """Apply rules and lists of curation to the merged data set, if there are any or were."""
+    if not (params.curation.drops or read_manifest(params.dataset_folder).is_curated):
         return result
     # Imported late: it takes torch.
     from flows.curate import curate_images

@@ -7,6 +7,7 @@ from prefect import flow
 from diffusion.api import engine
 from diffusion.common.config import Config
 from diffusion.curation.curate import CurationResult
+from diffusion.curation.lists import ListChange
 from flows.config import Params
 from flows.datasets.dvc import DataVersion
 from flows.datasets.sync import announce
@@ -24,15 +25,16 @@ class CurationOutcome(Config):
 
 
 @flow(name="curate", flow_run_name="curate-{params.training.dataset}")
-def curate(params: Params) -> CurationOutcome:
+def curate(params: Params, list_change: ListChange | None = None) -> CurationOutcome:
     """Apply the rules of ``curation`` to the data set ``training.dataset``; record and push it, write its page.
 
-    A new version emits an event, on which ``retrain`` may be deployed.
+    ``list_change``: a list to record first, or to withdraw. A new version emits an event, on which ``retrain`` may be
+    deployed.
     """
     run = curate_images.with_options(task_runner=task_runner(params.ingest))
 
     def change(earlier: CurationResult | None) -> CurationResult:
-        result = run(params)
+        result = run(params, list_change)
         if earlier is None:
             return result
         # The images that a faster process added are curated, too.
@@ -49,6 +51,7 @@ def curate(params: Params) -> CurationOutcome:
 
 
 @flow(name="curate images", flow_run_name="curate-images-{params.training.dataset}")
-def curate_images(params: Params) -> CurationResult:
+def curate_images(params: Params, change: ListChange | None = None) -> CurationResult:
     """Measure the images, decide and write the manifest; each shard is a separate task."""
-    return engine.curate(params, fan_out=prefect_fan_out(params.ingest, "measure shard"), progress=reporter())
+    fan_out = prefect_fan_out(params.ingest, "measure shard")
+    return engine.curate(params, change=change, fan_out=fan_out, progress=reporter())

@@ -21,6 +21,7 @@ from diffusion.evaluation.config import SMALL_SET, shortage
 
 if TYPE_CHECKING:
     from diffusion.curation.curate import CurationResult
+    from diffusion.curation.lists import ListChange
     from diffusion.data.ingest.ingest import IngestResult, Rebuild
     from diffusion.data.shards import ShardStore
     from diffusion.data.sources.base import ObjectStore
@@ -64,12 +65,12 @@ def ingest(
     from diffusion.data.ingest.ingest import ingest as ingest_images
 
     folder = config.dataset_folder
-    is_curated = config.curation.drops or ((folder / "manifest.json").is_file() and read_manifest(folder).dropped > 0)
+    is_curated = config.curation.drops or ((folder / "manifest.json").is_file() and read_manifest(folder).is_curated)
     # A caption of an image that a rule drops would be paid for, and one that comes back needs one.
     captions_last = config.ingest.captioner is not None and is_curated
     options: dict[str, Any] = {"requeue": requeue, "rebuild": rebuild, "objects": objects}
     result = ingest_images(folder, config.ingest, progress, fan_out=fan_out, captions_later=captions_last, **options)
-    if config.curation.drops or read_manifest(folder).dropped:
+    if config.curation.drops or read_manifest(folder).is_curated:
         # It takes torch, which most ingests do without.
         from diffusion.curation.curate import curate_ingested
 
@@ -88,17 +89,19 @@ def curate(
     config: ExperimentConfig,
     *,
     dry_run: bool = False,
+    change: ListChange | None = None,
     fan_out: FanOut | None = None,
     progress: Progress = ignore_progress,
 ) -> CurationResult:
-    """Apply the rules of curation to the data set; ``dry_run`` only says what they would drop.
+    """Apply the rules of curation, and its lists after ``change``, to the data set; ``dry_run`` only says what they do.
 
     Raises UserError: see ``diffusion.curation.curate.curate``.
     """
     from diffusion.curation.curate import curate as curate_images
 
     sections = config.curation, config.ingest, config.evaluation
-    return curate_images(config.dataset_folder, *sections, progress, fan_out=fan_out, dry_run=dry_run)
+    options: dict[str, Any] = {"fan_out": fan_out, "dry_run": dry_run, "change": change}
+    return curate_images(config.dataset_folder, *sections, progress, **options)
 
 
 def train(

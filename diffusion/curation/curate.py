@@ -17,14 +17,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
+from pydantic import Field
 
-from diffusion.common.config import Config
+from diffusion.common.config import Config, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
 from diffusion.common.extensions import extension_versions
 from diffusion.common.files import digest_of, make_folder, sha256_file, write_json
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.curation.config import CurationConfig, SemanticCalibration, Verdict
+from diffusion.curation.lists import Label, ListChange, ListOutcome, change_lists, decide_by_lists
 from diffusion.curation.measures import Measurements, extractor_of, measure, read_images
 from diffusion.curation.rules import GROUP
 from diffusion.data.ingest.config import IngestConfig
@@ -42,6 +44,8 @@ from diffusion.data.manifest import (
 )
 from diffusion.data.prefetch import FanOut, local_fan_out
 from diffusion.data.shards import LocalShards
+from diffusion.data.versions.image_lists import ListedImages, read_lists
+from diffusion.data.versions.versions import rule_of
 from diffusion.evaluation.config import EvaluationConfig
 
 logger = logging.getLogger(__name__)
@@ -81,6 +85,10 @@ class CurationResult(Config):
     """The first dropped images, by key."""
     semantic: SemanticCalibration | None = None
     """What finds semantic near-duplicates; None if they were not looked for."""
+    relabelled: int | None = Field(None, exclude_if=is_unset)
+    """Kept and dropped images whose label is a list's; None if there are none."""
+    list_change: ListOutcome | None = Field(None, exclude_if=is_unset)
+    """What became of the list that was to be recorded or withdrawn; None if none was."""
 
     def lines(self, dry_run: bool = False) -> list[str]:
         """Describe the result; ``dry_run``: of rules that were not applied."""
@@ -92,6 +100,8 @@ class CurationResult(Config):
         changes = f"{self.newly_dropped:,} newly dropped, {self.restored:,} brought back"
         return [
             f"{pluralize(self.kept, 'image')} {verb_prefix}kept, {self.dropped:,} {verb_prefix}dropped ({changes})",
+            *(self.list_change.lines() if self.list_change else []),
+            *([f"labels     {self.relabelled:,} by lists"] if self.relabelled else []),
             *([f"rules      {rules}"] if rules else []),
             *([f"semantic   {self.semantic.line}"] if self.semantic else []),
             *(f"  dropped: {image.source}: {image.reason}" for image in self.images[:SHOWN]),
@@ -117,6 +127,7 @@ class Decision:
     """Why an image is dropped; None if it is kept."""
     leaders: list[str | None]
     """Key of the image that is kept instead of one dropped as a near-duplicate; None for all others."""
+    labels: list[Label]
     columns: dict[str, np.ndarray]
     """All measures by name, (N,) float64, ``outlier`` included where features were compared."""
     near: Grouping | None
@@ -126,12 +137,7 @@ class Decision:
     @property
     def rules(self) -> dict[str, int]:
         """Return the number of dropped images by rule, the most frequent first."""
-        return dict(Counter(filter(None, map(rule_of, self.reasons))).most_common())
-
-
-def rule_of(reason: str | None) -> str | None:
-    """Return the name of the rule that dropped an image for ``reason``; None for None."""
-    return reason and reason.partition(" = ")[0]
+        return dict(Counter(map(rule_of, filter(None, self.reasons))).most_common())
 
 
 def decide(
@@ -140,18 +146,16 @@ def decide(
     measurements: Measurements,
     config: CurationConfig,
     evaluation: EvaluationConfig,
+    lists: Sequence[ListedImages],
     progress: Progress = ignore_progress,
 ) -> Decision:
-    """Apply the rules of ``config`` to the images of ``manifest``: rules on single images first, then near-duplicates.
-
-    Images that a rule drops lead no group, so that a blurred copy is not kept instead of a sharp one.
-    """
+    """Apply ``lists`` and ``config``: first to single images; those dropped lead no group of near-duplicates."""
     columns = dict(measurements.columns)
     if (features := measurements.matrices.get("features")) is not None:
         from diffusion.curation.duplicates import outlier_scores
 
         columns["outlier"] = outlier_scores(features)
-    reasons: list[str | None] = [None] * len(measurements)
+    reasons, image_labels = decide_by_lists(measurements.records, lists)
     leader_keys: list[str | None] = [None] * len(measurements)
     for setting, name, bound, limit in config.limits:
         values = columns[name]
@@ -160,7 +164,7 @@ def decide(
     records = measurements.records
     area = records["width"].to_numpy().astype(np.int64) * records["height"].to_numpy()
     preference = np.lexsort((np.arange(len(area)), -area))
-    keys, labels = records["key"].to_pylist(), records["label"].to_pylist()
+    keys, labels = records["key"].to_pylist(), [image.label for image in image_labels]
 
     def remaining_rows() -> np.ndarray:
         return preference[[reasons[row] is None for row in preference]]
@@ -193,7 +197,7 @@ def decide(
         )
         text = f"(at most {semantic.limit:.4g})"
         drop_copies(semantic, "semantic_duplicates", verdict, lambda row, _: f"distance {distances[row]:.3g} {text}")
-    return Decision(reasons, leader_keys, columns, near, semantic, calibration)
+    return Decision(reasons, leader_keys, image_labels, columns, near, semantic, calibration)
 
 
 def _find_semantic(
@@ -239,18 +243,19 @@ def curate(
     *,
     fan_out: FanOut | None = None,
     dry_run: bool = False,
+    change: ListChange | None = None,
 ) -> CurationResult:
-    """Make a version of the data set in ``folder`` whose kept images are those that the rules of ``config`` allow.
+    """Make a version of the data set in ``folder`` whose kept images are those that lists and rules allow.
 
-    Without rules dropped images come back, and a set that has none stays as it is, unread. Measures are cached in the
-    work folder. Repeated, or repeated after a kill, it gives the same result. ``dry_run`` changes nothing but the
-    cache. Locks out ingests.
+    Rules are ``config``'s, and lists the data set's own after ``change``. Without either dropped images come back, and
+    a set that has none stays as it is, unread. Measures are cached in the work folder. Repeated, or repeated after a
+    kill, it gives the same result. ``dry_run`` changes nothing but the cache. Locks out ingests.
 
-    Raises UserError if more than ``config.max_dropped`` of the images would be dropped, or none kept, if a file of the
-    data set is missing or damaged, or a network is unavailable.
+    Raises UserError as ``change_lists`` does, if more than ``config.max_dropped`` of the images would be dropped, or
+    none kept, if a file of the data set is missing or damaged, or a network is unavailable.
     """
     before = read_manifest(folder)
-    if not config.drops and not before.dropped:
+    if not (config.drops or before.is_curated or change):
         return _result(folder, before, None, changed=False)
     work = work_folder(folder)
     make_folder(work)
@@ -263,34 +268,40 @@ def curate(
         stamp = {"version": before.digest, "rules": rules}
         stamp_path = work / "curated.json"
         with suppress(FileNotFoundError, ValueError):
-            if json.loads(stamp_path.read_bytes()) == stamp:
+            if change is None and json.loads(stamp_path.read_bytes()) == stamp:
                 return _result(folder, before, None, changed=False)
         require_whole(folder, before)
+        lists, outcome = change_lists(folder, before, change) if change else (read_lists(folder, before), None)
         measurements = measure(folder, before, config, evaluation, fan_out or local_fan_out(ingest), progress)
-        decision = decide(folder, before, measurements, config, evaluation, progress)
+        decision = decide(folder, before, measurements, config, evaluation, lists, progress)
         if decision.calibration is not None and (warning := decision.calibration.warning) is not None:
             logger.warning("%s", warning)
         _require_enough(before, decision, config)
         differs = _find_changes(measurements, decision)
-        after = before
-        if differs.any() and not dry_run:
-            after = _apply(folder, before, measurements, decision, differs, ingest)
+        after, is_changed = before, bool(differs.any()) or [each.about for each in lists] != (before.lists or [])
+        if is_changed and not dry_run:
+            after = _apply(folder, before, lists, measurements, decision, differs, ingest)
         if not dry_run:
             remove_strays(folder)
             write_json(stamp_path, stamp | {"version": after.digest})
-        return _result(folder, after, (measurements, decision), changed=bool(differs.any()))
+        return _result(folder, after, (measurements, decision), is_changed).model_copy(update={"list_change": outcome})
 
 
 def _find_changes(measurements: Measurements, decision: Decision) -> np.ndarray:
-    """Return for which images the outcome, the rule or the leader change, (N,) bool.
+    """Return for which images the outcome, the rule, the leader or the label change, (N,) bool.
 
-    Not the reason: percentiles and calibrated distances in it change with every image that comes.
+    Not a rule's reason: percentiles and calibrated distances in it change with every image that comes.
     """
     records = measurements.records
+
+    def essence(reason: str | None) -> str | None:
+        return reason if not reason or reason.startswith("list ") else rule_of(reason)
+
     drop_flags, reasons = (pc.equal(records["outcome"], "dropped").to_pylist(), records["reason"].to_pylist())
-    rules = (rule_of(reason) if is_dropped else None for is_dropped, reason in zip(drop_flags, reasons, strict=True))
-    before = zip(rules, records["leader"].to_pylist(), strict=True)
-    after = zip(map(rule_of, decision.reasons), decision.leaders, strict=True)
+    rules = (essence(reason) if is_dropped else None for is_dropped, reason in zip(drop_flags, reasons, strict=True))
+    labels = zip(*(records[name].to_pylist() for name in Label._fields), strict=True)
+    before = zip(rules, records["leader"].to_pylist(), labels, strict=True)
+    after = zip(map(essence, decision.reasons), decision.leaders, decision.labels, strict=True)
     return np.array([new != old for new, old in zip(after, before, strict=True)], bool)
 
 
@@ -307,15 +318,18 @@ def _require_enough(manifest: Manifest, decision: Decision, config: CurationConf
 def _apply(
     folder: Path,
     before: Manifest,
+    lists: Sequence[ListedImages],
     measurements: Measurements,
     decision: Decision,
     differs: np.ndarray,
     ingest: IngestConfig,
 ) -> Manifest:
     """Write the version with the outcomes of ``decision``, in which images that ``differs`` selects change."""
+    for each in lists:
+        each.write(folder)
     records, parts = measurements.records, list(before.parts)
-    pairs = zip(decision.reasons, decision.leaders, strict=True)
-    decisions = dict(zip(records["key"].to_pylist(), pairs, strict=True))
+    triples = zip(decision.reasons, decision.leaders, decision.labels, strict=True)
+    decisions = dict(zip(records["key"].to_pylist(), triples, strict=True))
     work, bits = work_folder(folder), ingest.near_duplicate_bits(before.near_duplicate_bits)
     with (
         explain_database_errors(work),
@@ -327,12 +341,15 @@ def _apply(
             rows = read_records(folder, part).to_pylist()
             for row in rows:
                 if row["outcome"] in STORED:
-                    reason, leader = decisions[row["key"]]
+                    reason, leader, label = decisions[row["key"]]
                     row |= {"outcome": "kept" if reason is None else "dropped", "reason": reason, "leader": leader}
+                    row |= label._asdict()
                     index.set_outcome(row)
+                    index.describe(row)
             parts[place] = rewrite_part(folder, part, rows, before.size, part.shard)
         after = before.make_child("curation", parts)
-        after = after.model_copy(update={"content_digest": index.content_digest(after)})
+        fields = {"lists": [each.about for each in lists] or None, "content_digest": index.content_digest(after)}
+        after = after.model_copy(update=fields)
         write_manifest(folder, after)
         index.set_version(after)
     return after
@@ -342,6 +359,7 @@ def _result(
     folder: Path, manifest: Manifest, curation: tuple[Measurements, Decision] | None, changed: bool
 ) -> CurationResult:
     """Describe ``manifest``, and what was decided that led to it, or would lead to another version."""
+    relabelled = sum(part.relabelled or 0 for part in manifest.parts)
     if curation is None:
         parts = [part for part in manifest.parts if part.outcomes.get("dropped")]
         tables = [read_records(folder, part, ("outcome", "key", "source", "reason")) for part in parts]
@@ -349,13 +367,14 @@ def _result(
         new_count = restored_count = 0
     else:
         measurements, decision = curation
+        relabelled = sum(label.labelled_by is not None for label in decision.labels)
         columns = measurements.records.select(["key", "source", "outcome"]).to_pylist()
         stored_rows = [row | {"reason": reason} for row, reason in zip(columns, decision.reasons, strict=True)]
         rows = [row for row in stored_rows if row["reason"] is not None]
         new_count = sum(row["outcome"] == "kept" for row in rows)
         restored_count = sum(row["outcome"] == "dropped" and row["reason"] is None for row in stored_rows)
     rows.sort(key=lambda row: row["key"])
-    rules = Counter(filter(None, (rule_of(row["reason"]) for row in rows))).most_common()
+    rules = Counter(rule_of(row["reason"]) for row in rows).most_common()
     total = manifest.kept + manifest.dropped
     return CurationResult(
         dataset=folder.name,
@@ -369,6 +388,7 @@ def _result(
         rules=dict(rules),
         images=[DroppedImage(key=row["key"], source=row["source"], reason=row["reason"]) for row in rows[:MAX_LISTED]],
         semantic=curation[1].calibration if curation else None,
+        relabelled=relabelled or None,
     )
 
 
@@ -384,5 +404,5 @@ def curate_ingested(
     """Curate the data set of an ingest, and return its result with the version made so; see ``curate``."""
     curation = curate(result.folder, config, ingest, evaluation, progress, fan_out=fan_out)
     version = {name: getattr(curation, name) for name in ("content_digest", "digest", "kept")}
-    dropped_count = curation.dropped if config.drops or curation.changed else None
+    dropped_count = curation.dropped if config.drops or curation.changed or curation.dropped else None
     return result.model_copy(update=version | {"changed": result.changed or curation.changed, "dropped": dropped_count})

@@ -35,7 +35,8 @@ MAX_MODEL_BYTES = 10**9
 """Size limit of a classifier's file, in bytes."""
 PIXEL_RULES = tuple(name for name, rule in RULES.items() if rule.source == "pixels" and threshold_fields(name))
 IMAGE_COLUMNS = (
-    *("source", "outcome", "reason", "leader", "key", "split", "label", "width", "height", "offset", "size"),
+    *("source", "source_sha256", "outcome", "reason", "leader", "key", "split", "width", "height", "offset", "size"),
+    *("label", "labelled_by", "given_label"),
 )
 
 

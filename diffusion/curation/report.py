@@ -20,6 +20,7 @@ from diffusion.curation.rules import RULES, Rule
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.manifest import read_manifest, require_whole, work_folder
 from diffusion.data.prefetch import local_fan_out
+from diffusion.data.versions.image_lists import read_lists
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.reports.html import render
 
@@ -76,7 +77,8 @@ def write_curation_report(
         require_whole(folder, manifest)
         measurements = measure(folder, manifest, config, evaluation, local_fan_out(ingest), progress, everything=True)
         verdicts = {name: getattr(config, name) or "report" for name in ("near_duplicates", "semantic_duplicates")}
-        decision = decide(folder, manifest, measurements, config.model_copy(update=verdicts), evaluation, progress)
+        reported, lists = config.model_copy(update=verdicts), read_lists(folder, manifest)
+        decision = decide(folder, manifest, measurements, reported, evaluation, lists, progress)
         thumbnails: dict[int, int] = {}
         rules = {**RULES, **{name: type(rule) for name, rule in config.rules.items()}}
         panels = [

@@ -184,7 +184,7 @@ class Dataset:
 
     def classes(self, rows: Rows, classes: Sequence[str]) -> Tensor:
         """Return each row's class as its number in ``classes``, len(classes) if it is none: (len(rows),) int64."""
-        numbers = {label: number for number, label in enumerate(classes)}
+        numbers: dict[str | None, int] = {label: number for number, label in enumerate(classes)}
         # The last entry is for images without a label, whose number −1 indexes it.
         table = np.array([*(numbers.get(label, len(classes)) for label in self._labels), len(classes)])
         return torch.from_numpy(table[self._table["label"][_numbers(rows)]])
@@ -192,6 +192,10 @@ class Dataset:
     def shards(self, rows: Rows) -> np.ndarray:
         """Return the number of each row's shard in the manifest: (len(rows),) int32."""
         return self._table["shard"][_numbers(rows)]  # type: ignore[no-any-return]
+
+    def shard_datasets(self) -> list[str]:
+        """Return the name of the data set that each shard was merged from, or of this one."""
+        return [part.dataset or self.manifest.name for part in _parts_with_shards(self.manifest)]
 
     def buckets(self, rows: Rows) -> np.ndarray:
         """Return the number of each row's shape in ``shapes``: (len(rows),) int64."""
@@ -423,9 +427,11 @@ def open_webdataset(
     dataset = Dataset.open(folder, cache_bytes=0)
     manifest = dataset.manifest
     rows = dataset.rows(split)
-    keys = frozenset(dataset.keys(rows))
-    # The shards have the captions of the source, the records a captioner's.
-    captions = dict(zip(dataset.keys(rows), dataset.captions(rows), strict=True)) if manifest.captioners else None
+    keys = dataset.keys(rows)
+    # The shards have the texts of the source, the records a captioner's captions and labels of lists.
+    captions = dict(zip(keys, dataset.captions(rows), strict=True)) if manifest.captioners else None
+    is_relabelled = any(part.relabelled for part in manifest.parts)
+    labels = dict(zip(keys, dataset.labels(rows), strict=True)) if is_relabelled else None
     dataset.close()
     parts = [part for part in manifest.parts if shape is None or shape == (part.shape or manifest.shapes[0])]
     if not (shards := [str(folder / part.shard.name) for part in parts if part.shard is not None]):
@@ -438,13 +444,12 @@ def open_webdataset(
         shardshuffle=len(shards) if shuffle else False,
         seed=seed,
         empty_check=False,
-    ).select(partial(_is_one_of, keys))
+    ).select(partial(_is_one_of, frozenset(keys)))
     if shuffle:
         pipeline = pipeline.shuffle(shuffle)
-    numbers = {label: number for number, label in enumerate(manifest.labels)}
-    return pipeline.map(
-        partial(_decode, manifest.channels, frozenset(manifest.shapes), numbers, captions, manifest.masks > 0)
-    )
+    numbers: dict[str | None, int] = {label: number for number, label in enumerate(manifest.labels)}
+    shapes, has_masks = frozenset(manifest.shapes), manifest.masks > 0
+    return pipeline.map(partial(_decode, manifest.channels, shapes, numbers, labels, captions, has_masks))
 
 
 def _is_one_of(keys: frozenset[str], sample: dict[str, Any]) -> bool:
@@ -454,21 +459,22 @@ def _is_one_of(keys: frozenset[str], sample: dict[str, Any]) -> bool:
 def _decode(
     channels: int,
     shapes: frozenset[Shape],
-    numbers: dict[str, int],
+    numbers: dict[str | None, int],
+    labels: dict[str, str | None] | None,
     captions: dict[str, str | None] | None,
     has_masks: bool,
     sample: dict[str, Any],
 ) -> dict[str, Any]:
-    metadata = json.loads(sample["json"])
+    metadata, key = json.loads(sample["json"]), sample["__key__"]
     shape = shape_of(sample["png"])
     if shape not in shapes:
-        raise ValueError(f"{sample['__key__']} has {shape_name(shape)} pixels, which is not a shape of its data set")
+        raise ValueError(f"{key} has {shape_name(shape)} pixels, which is not a shape of its data set")
     mask = np.full(shape, 255, np.uint8)
     if "mask.png" in sample:
         mask = decode_many([sample["mask.png"]], (1, *shape))[0, 0].copy()
     return ({"mask": torch.from_numpy(mask)} if has_masks else {}) | {
-        "key": sample["__key__"],
+        "key": key,
         "image": torch.from_numpy(decode_many([sample["png"]], (channels, *shape))[0].copy()),
-        "label": numbers.get(metadata.get("label"), -1),
-        "caption": metadata.get("caption") if captions is None else captions[sample["__key__"]],
+        "label": numbers.get(metadata.get("label") if labels is None else labels[key], -1),
+        "caption": metadata.get("caption") if captions is None else captions[key],
     }

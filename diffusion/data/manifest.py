@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from diffusion.common.config import Config, PlainName, is_unset
 from diffusion.common.errors import UserError
+from diffusion.common.escaping import pluralize
 from diffusion.common.files import canonical_json, digest_of, sha256_bytes, sha256_file, write_bytes
 from diffusion.common.parsing import parse_json
 from diffusion.common.shapes import Shape
@@ -41,7 +42,7 @@ RECORDS = pa.schema(
 """One row per image that was read, in the order of reading.
 
 ``source_sha256`` is of the bytes as they came, empty if there were none. ``outcome`` is ``kept``, ``dropped`` (a
-rule of curation, named in ``reason``, leaves it out; its bytes stay in the shard, and it comes back when the rules
+rule of curation or a list, named in ``reason``, leaves it out; its bytes stay in the shard, and it comes back when they
 allow), ``duplicate`` (its pixels were there already), ``quarantined`` (``reason`` says why) or ``removed`` (taken down;
 only key and digest are left). ``width`` and ``height`` are of the image as it came. For kept and dropped rows
 ``offset`` and ``size`` are of the PNG in the part's shard; ``total`` and ``squares`` are the sums of its stored
@@ -53,10 +54,12 @@ CAPTIONER = pa.field("captioner", pa.string())
 """Column of tables with captions of a captioner: its identity, null where the caption is the source's."""
 LEADER = pa.field("leader", pa.string())
 """Column of tables with images dropped as near-duplicates: the key of the image kept instead, null for all others."""
+LABELLED_BY, GIVEN_LABEL = pa.field("labelled_by", pa.string()), pa.field("given_label", pa.string())
+"""Columns of tables with images whose label is a list's: the name of the list, and the label that they came with."""
 MASK, MASK_SIZE = pa.field("mask", pa.string()), pa.field("mask_size", pa.int64())
 """Columns of tables with masks: the SHA-256 of a mask's mode, shape and pixels, and the size of its PNG, which lies
 behind the image's in the shard; null for images without one."""
-OPTIONAL = (CAPTIONER, LEADER, MASK, MASK_SIZE)
+OPTIONAL = (CAPTIONER, LEADER, LABELLED_BY, GIVEN_LABEL, MASK, MASK_SIZE)
 """Columns that only tables with a value in them have."""
 
 
@@ -103,6 +106,32 @@ class Part(Config):
     """Images left out because a rights holder wishes so, by how that was said; None if there are none."""
     masks: int | None = Field(None, exclude_if=is_unset)
     """Kept images with a mask; None if there are none."""
+    relabelled: int | None = Field(None, exclude_if=is_unset)
+    """Kept and dropped images whose label is a list's; None if there are none."""
+    dataset: PlainName | None = Field(None, exclude_if=is_unset)
+    """Data set that it was merged from; None: it is the data set's own."""
+
+
+class ImageList(Config):
+    """Images that a table of another tool named, to be dropped or to have another label until it is withdrawn."""
+
+    name: PlainName
+    kind: Literal["drop", "label"]
+    table: FileEntry
+    """Parquet table of ``key`` and ``source_sha256`` of each image, and ``text``: the reason or the label."""
+    date: str = Field(pattern=r"^\d{4}-\d\d-\d\d$")
+    """Day on which it was recorded, in UTC."""
+    images: int
+    unmatched: int
+    """Rows of the tool's table that named none or several of the data set's images."""
+
+    @property
+    def line(self) -> str:
+        """Describe the list in a line."""
+        verb = "drops" if self.kind == "drop" else "labels"
+        count = pluralize(self.images, "image")
+        rest = f", {pluralize(self.unmatched, 'row')} unmatched" if self.unmatched else ""
+        return f"{self.name} {verb} {count} since {self.date}{rest} ({self.table.sha256[:12]})"
 
 
 class Manifest(Config):
@@ -125,6 +154,8 @@ class Manifest(Config):
     """Whether an ingest ignored the wishes of rights holders; None: all were respected."""
     near_duplicate_bits: int | None = Field(None, ge=0, le=MAX_BITS, exclude_if=is_unset)
     """Number of bits that ``ingest.near_duplicates: auto`` stands for; None: it was not calibrated."""
+    lists: list[ImageList] | None = Field(None, exclude_if=is_unset)
+    """Lists of images that curation applies, in this order; None: there are none."""
     parts: list[Part]
 
     @model_validator(mode="after")
@@ -157,7 +188,8 @@ class Manifest(Config):
     @property
     def files(self) -> list[FileEntry]:
         """Return every file of this version except its manifest."""
-        return [entry for part in self.parts for entry in (part.shard, part.records) if entry is not None]
+        entries = [entry for part in self.parts for entry in (part.shard, part.records) if entry is not None]
+        return entries + [each.table for each in self.lists or ()]
 
     @property
     def sources(self) -> list[str]:
@@ -242,6 +274,19 @@ class Manifest(Config):
         return sum(part.outcomes.get("dropped", 0) for part in self.parts)
 
     @property
+    def datasets(self) -> dict[str, int]:
+        """Return the number of images by the data set that they were merged from, its own name first."""
+        total = Counter({self.name: 0})
+        for part in self.parts:
+            total[part.dataset or self.name] += sum(part.splits.values())
+        return dict(total)
+
+    @property
+    def is_curated(self) -> bool:
+        """Whether curation has anything to apply or to undo, whatever rules are configured."""
+        return bool(self.lists or self.dropped or any(part.relabelled for part in self.parts))
+
+    @property
     def counts(self) -> dict[Split, int]:
         """Return the number of images by split."""
         return {split: sum(part.splits.get(split, 0) for part in self.parts) for split in get_args(Split)}
@@ -283,7 +328,7 @@ class Manifest(Config):
 
 
 def read_records(folder: Path, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read the records of a part, all columns or some, OPTIONAL ones as nulls if the table has none.
+    """Read the records of a part, all columns or some in their order, OPTIONAL ones as nulls if the table has none.
 
     Raises UserError if the table is missing or damaged.
     """
@@ -299,7 +344,7 @@ def read_table(path: Path, columns: Sequence[str] | None) -> pa.Table:
     for field in OPTIONAL:
         if field.name in (columns or ()) and field.name not in table.column_names:
             table = table.append_column(field, pa.nulls(len(table), field.type))
-    return table
+    return table if columns is None else table.select(list(columns))
 
 
 def require_whole(folder: Path, manifest: Manifest) -> None:

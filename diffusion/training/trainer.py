@@ -199,12 +199,11 @@ class Trainer:
             dynamo = torch._dynamo.config
             dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(setup.dataset.shapes))
             network.compile(dynamic=False)
+        config = self.config
         self.loader = Loader(
             setup.dataset,
             setup.dataset.rows("train"),
-            make_order(
-                setup.dataset, self.config.seed, self.config.images_per_step, self.config.window, self.config.weights
-            ),
+            make_order(setup.dataset, config.seed, config.images_per_step, config.window, config.weights, config.mix),
             self.config.images_per_step,
             rank=setup.ranks.rank,
             ranks=setup.ranks.count,

@@ -15,6 +15,7 @@ from flows.cli.command import CommandOutput, Local, command, connect, display_pr
 from flows.cli.data_commands import MAX_SHOWN, app, section
 
 if TYPE_CHECKING:
+    from diffusion.curation.lists import ListChange
     from diffusion.data.simulate import Machines
     from diffusion.data.versions.takedown_records import Selection
     from flows.config import Params
@@ -24,6 +25,7 @@ Images = Annotated[
     Argument(metavar="KEY|PATTERN…", help="Image keys (8 or more hex digits) or patterns (*) of source names."),
 ]
 ImageCount = Annotated[int | None, Option(min=1, help="Number of training images of a data set that need not exist.")]
+TABLE = ".csv, .jsonl or .parquet of FiftyOne, cleanvision, a spreadsheet …"
 Purge = Annotated[
     bool,
     Option(
@@ -41,31 +43,59 @@ def curate(
     report: Annotated[
         Path | None, Option(metavar="PAGE", help="Only write a page to choose thresholds on, an HTML file.")
     ] = None,
+    drop: Annotated[Path | None, Option(metavar="TABLE", help=f"Drop the images in this table, {TABLE}.")] = None,
+    label: Annotated[Path | None, Option(metavar="TABLE", help=f"Label images as in this table, {TABLE}.")] = None,
+    name: Annotated[str | None, Option(help="Name of the list; default: the table's, without its extension.")] = None,
+    withdraw: Annotated[str | None, Option(metavar="NAME", help="Undo what this list changed.")] = None,
     local: Local = False,
 ) -> CommandOutput:
-    """Apply the rules of the section curation: drop images that they do not allow, and bring others back.
+    """Apply the rules of the section curation and lists of images: drop what they say, and bring others back.
 
-    Makes a new version. Dropped images keep their bytes and their place in the records; ingest applies the same rules.
+    Makes a new version. Dropped images keep their bytes and their place in the records; ingest applies the same rules
+    and lists.
 
     Example:  darkroom data curate --dataset faces --report curation.html
+
+    Example:  darkroom data curate --dataset faces --drop blurred.csv
     """
+    change = _list_change(drop, label, name, withdraw)
     if report is not None:
-        if dry_run or local:
-            raise UserError("--report only writes a page: leave --dry-run and --local out")
+        if dry_run or local or change:
+            raise UserError("--report only writes a page: leave --dry-run, --local and lists out")
         return _write_curation_page(config, report)
     if dry_run or local:
         from diffusion.api import engine
 
         with display_progress() as progress:
-            result = engine.curate(config, dry_run=dry_run, progress=progress)
+            result = engine.curate(config, dry_run=dry_run, change=change, progress=progress)
         return CommandOutput(result.model_dump(mode="json") | {"dry_run": dry_run}, result.lines(dry_run))
     with connect("prefect", "s3"):
         from flows.curate import curate as curate_flow
 
-        outcome = curate_flow(config)
+        outcome = curate_flow(config, change)
     value = outcome.result.model_dump(mode="json")
     value |= {"dvc_digest": outcome.version.digest, "report": str(outcome.report)}
     return CommandOutput(value, [*outcome.result.lines(), f"report: {outcome.report}"])
+
+
+def _list_change(drop: Path | None, label: Path | None, name: str | None, withdraw: str | None) -> "ListChange | None":
+    """List that the options record or withdraw; None without any of them."""
+    table = drop or label
+    if sum(option is not None for option in (drop, label, withdraw)) > 1:
+        raise UserError("--drop, --label and --withdraw change one list at a time: give one of them")
+    if name is not None and table is None:
+        raise UserError("--name names the list of --drop or --label: give one of them, or leave it out")
+    if table is None and withdraw is None:
+        return None
+    from pydantic import ValidationError
+
+    from diffusion.curation.lists import ListChange
+
+    try:
+        list_name = withdraw or name or (table.stem if table else "")
+        return ListChange(name=list_name, kind="label" if label else "drop", table=table)
+    except ValidationError as error:
+        raise UserError(describe_validation_error(error.errors()[0], f"--name {list_name}")) from error
 
 
 def _write_curation_page(config: "Params", report: Path) -> CommandOutput:

@@ -90,6 +90,7 @@ def _describe_contents(contents: "Contents", limit: int | None) -> list[str]:
     )
     rules = ", ".join(f"{entry.count:,} {entry.reason}" for entry in contents.rules or ())
     reserved = ", ".join(f"{count:,} by {reason}" for reason, count in contents.reserved.items())
+    datasets = ", ".join(f"{count:,} from {name}" for name, count in (contents.datasets or {}).items())
     bits = contents.near_duplicate_bits
     return [
         f"version    {contents.digest}, from {contents.change}"
@@ -108,6 +109,9 @@ def _describe_contents(contents: "Contents", limit: int | None) -> list[str]:
         *([f"reserved   {reserved}"] if reserved else []),
         *(["opt-outs   ignored by an ingest"] if contents.opt_outs == "ignore" else []),
         *(section("classes   ", len(classes), classes[:limit]) if classes else []),
+        *([f"merged     {datasets}"] if datasets else []),
+        *(f"list       {each.line}" for each in contents.lists or ()),
+        *([f"labels     {contents.relabelled:,} by lists"] if contents.relabelled else []),
         *([f"rules      {rules}"] if rules else []),
         *(section("dropped   ", contents.dropped_count, dropped_images) if contents.dropped_count else []),
         *section("quarantine", contents.quarantined_count, quarantined_sources),

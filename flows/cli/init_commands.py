@@ -16,7 +16,7 @@ from flows.cli.command import CommandOutput, DatasetName, command, connect
 
 if TYPE_CHECKING:
     from diffusion.data.sources.survey import Survey
-    from diffusion.data.sources.trainer_configs import TrainerConfig
+    from diffusion.data.sources.trainer_settings import TrainerConfig
 
 app = typer.Typer()
 Images = Annotated[str | None, Argument(metavar="FOLDER", help="Images: a folder, or any source of `darkroom ingest`.")]
@@ -137,7 +137,9 @@ def _write_params(
         return CommandOutput(value, lines)
     name = name or survey.proposed_name
     if taken is not None:
-        taken.finish(survey.images)
+        taken.finish(survey.images, survey.folders)
+        if len(taken.folders) > 1:  # what the file says of them counts, and not their names
+            proposals.pop("training.weights", None)
         proposals |= _valid_settings(survey, name, proposals, taken)
         value |= {"trainer": taken.trainer, "taken": taken.settings, "left": taken.left}
     size = proposals.get("ingest.size", survey.proposed_size)

@@ -52,3 +52,15 @@ def test_rules_apply_to_ingest_retrain_and_other_machines(space: Workspace) -> N
     listed = space.json("data", "log")["versions"]
     assert [each["change"] for each in listed[:2]] == ["curation", "curation"]
     assert read_manifest(Path(space.folder) / "data" / "blobs").digest == back["digest"]
+
+
+def test_lists_are_published_and_withdrawn(space: Workspace) -> None:
+    before = space.json("ingest", "images")
+    Path(space.folder, "dark.csv").write_text("filepath,tags\n/mnt/images/odd/1.png,dark\n")
+    dark = space.json("data", "curate", "--drop", "dark.csv")
+    assert (dark["kept"], dark["rules"]) == (before["kept"] - 1, {"list dark": 1})
+    shutil.rmtree(space.folder / "data")
+    restored = space.json("ingest", "images")
+    assert (restored["digest"], restored["dropped"]) == (dark["digest"], 1)
+    assert [each["name"] for each in space.json("data", "show")["lists"]] == ["dark"]
+    assert space.json("data", "curate", "--withdraw", "dark")["content_digest"] == before["content_digest"]

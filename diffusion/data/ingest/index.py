@@ -197,7 +197,7 @@ class Index(HashGroups):
         self.database.execute("UPDATE records SET outcome = ? WHERE source = ? AND sha256 = ?", values)
 
     def describe(self, row: dict[str, Any]) -> None:
-        """Replace label, caption and mask of a stored image by what its row of RECORDS says."""
+        """Replace label, caption and mask of a kept or dropped image by what its row of RECORDS says."""
         key, mask = bytes.fromhex(row["key"]), row.get(MASK.name)
         digest = sample_digest(row["key"], row["split"], row["label"], row["caption"], mask)
         self.database.execute("UPDATE samples SET digest = ? WHERE key = ?", (digest, key))

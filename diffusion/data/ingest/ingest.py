@@ -180,7 +180,7 @@ def ingest(
             merging = config.model_copy(update={"captioner": None}) if captions_later else config
             merge = Merge(folder, merging, index, origin, parts, access.about.get("source") or reader_of(config.source))
             chunks = fan_out(prepare_chunk, chunks_of(work, config, objects, planned_count))
-            facts = _facts(config, current, access.about.get("licence"), recorded_bits)
+            facts = _facts(config, before, rebuilding, access.about.get("licence"), recorded_bits)
             try:
                 after, captions = _merge(merge, before, facts, chunks, planned_count, rebuilding, progress)
             except UserError:
@@ -269,11 +269,16 @@ def forget_encodings(folder: Path) -> None:
         shutil.rmtree(encodings_folder(folder))
 
 
-def _facts(config: IngestConfig, before: Manifest | None, licence: str | None, bits: int | None) -> dict[str, Any]:
+def _facts(
+    config: IngestConfig, before: Manifest | None, rebuilding: bool, licence: str | None, bits: int | None
+) -> dict[str, Any]:
     """Fields of the manifest that follow neither from the images nor from how they are stored."""
+    lists = before.lists if before is not None else None  # which outlive a rebuild
+    before = None if rebuilding else before
     is_ignored = config.opt_outs == "ignore" or (before is not None and before.opt_outs == "ignore")
     policy = "ignore" if is_ignored else None
-    return {"licence": _licence(config, before, licence), "near_duplicate_bits": bits, "opt_outs": policy}
+    facts = {"near_duplicate_bits": bits, "opt_outs": policy, "lists": lists}
+    return {"licence": _licence(config, before, licence), **facts}
 
 
 def _licence(config: IngestConfig, before: Manifest | None, source_licence: str | None) -> str | None:

@@ -24,6 +24,7 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index, explain_database_errors
 from diffusion.data.manifest import (
     CAPTIONER,
+    LABELLED_BY,
     MASK,
     MASK_SIZE,
     OPTIONAL,
@@ -43,6 +44,7 @@ from diffusion.data.manifest import (
 )
 from diffusion.data.shards import TarWriter
 from diffusion.data.sources.rights import count_reservations
+from diffusion.data.versions.image_lists import unite_lists
 from diffusion.data.versions.versions import remember
 
 NEW_MASK = "new_mask"
@@ -127,11 +129,10 @@ class Merge:
                 self.index.record(row)
                 records.append(row)
         if part.shard is None:
-            self._append(records, None, "", 0, part.source)
+            self._append(records, None, "", 0, part.source, dataset=part.dataset)
         else:
-            self._append(
-                records, self.folder / part.shard.name, part.shard.sha256, len(stored_rows), part.source, part.shape
-            )
+            place, digest = self.folder / part.shard.name, part.shard.sha256
+            self._append(records, place, digest, len(stored_rows), part.source, part.shape, part.dataset)
         return lost_count
 
     def _classify(self, row: dict[str, Any], shard: Path | None = None) -> bool:
@@ -198,6 +199,7 @@ class Merge:
         samples: int,
         source: str | None,
         shape: Shape | None = None,
+        dataset: str | None = None,
     ) -> None:
         """Append a part of ``records``, whose shard is ``shard_file``, of SHA-256 ``digest``, or a part of it."""
         if not records:
@@ -210,7 +212,7 @@ class Merge:
                 shard = link_file(self.folder, shard_file, self.folder / "shards" / f".{number:05d}.tar", digest)
             else:
                 shard = copy_samples(self.folder, number, [(shard_file, stored_rows)])
-        self.parts.append(write_part(self.folder, number, shard, records, self.config.size, source, shape))
+        self.parts.append(write_part(self.folder, number, shard, records, self.config.size, source, shape, dataset))
 
 
 def link_file(folder: Path, source: Path, staging_path: Path, digest: str) -> FileEntry:
@@ -254,6 +256,7 @@ def write_part(
     size: int,
     source: str | None = None,
     shape: Shape | None = None,
+    dataset: str | None = None,
 ) -> Part:
     """Write part ``number``: a table of rows of RECORDS, and a shard of images of ``shape``; None: ``size`` squared."""
     height, width = shape or (size, size)
@@ -283,12 +286,14 @@ def write_part(
         captioners=_counts(kept_rows, CAPTIONER.name) or None,
         reserved=count_reservations(_counts(quarantined_rows, "reason")) or None,
         masks=sum(row.get(MASK.name) is not None for row in kept_rows) or None,
+        dataset=dataset,
+        relabelled=sum(bool(row.get(LABELLED_BY.name)) for row in records if row["outcome"] in STORED) or None,
     )
 
 
 def rewrite_part(folder: Path, part: Part, records: list[dict[str, Any]], size: int, shard: FileEntry | None) -> Part:
     """Write ``part`` with other ``records`` and another ``shard``."""
-    return write_part(folder, part.number, shard, records, size, part.source, part.shape)
+    return write_part(folder, part.number, shard, records, size, part.source, part.shape, part.dataset)
 
 
 def redact_row(row: dict[str, Any], reason: str) -> dict[str, Any]:
@@ -360,8 +365,8 @@ def merge_versions(folder: Path, config: IngestConfig, remote: Manifest, base: M
     ):
         merge = Merge(folder, config, index, "", list(remote.parts))
         lost_count = sum(merge.adopt(part) for part in local.parts if part.records.sha256 not in shared_digests)
-        after = remote
-        if merge.parts != remote.parts:
+        after, lists = remote, unite_lists(remote.lists, local.lists, base.lists if base else None)
+        if merge.parts != remote.parts or lists != remote.lists:
             after = Manifest(
                 name=folder.name,
                 parent=remote.digest,
@@ -371,6 +376,7 @@ def merge_versions(folder: Path, config: IngestConfig, remote: Manifest, base: M
                 licence=remote.licence or local.licence,
                 opt_outs=remote.opt_outs or local.opt_outs,
                 near_duplicate_bits=recorded_bits,
+                lists=lists,
                 parts=merge.parts,
             )
             after = after.model_copy(update={"content_digest": index.content_digest(after)})

@@ -7,7 +7,7 @@ The sizes in the footer need not be true, and Arrow allocates what page headers 
 import json
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, groupby
@@ -173,6 +173,25 @@ def _batches(
     with path.open("rb") as raw:
         max_rows = min(_rows_at_once(raw, metadata, group, column, max_rows, limit) for column in columns)
     return iter(file.iter_batches(max_rows, row_groups=[group], columns=list(leaves), use_threads=False))
+
+
+def read_texts(path: Path, choose: Callable[[Sequence[str]], Sequence[str]], limit: int = 2**26) -> Iterator[Any]:
+    """Yield the rows of a table as dictionaries, with the columns that ``choose`` selects of all their names.
+
+    These hold texts, numbers or booleans; a page takes at most ``limit`` bytes of memory. Raises UserError for others.
+    """
+    with _open(path) as file, _explain_errors(path):
+        names = choose(file.schema_arrow.names)
+        if wrong := [name for name in names if not _is_text(file.schema_arrow.field(name).type)]:
+            kind = file.schema_arrow.field(wrong[0]).type
+            raise UserError(f"{path}, column {wrong[0]}, {kind}, is neither text nor a number: write it as text")
+        for group in range(file.num_row_groups):
+            try:
+                for batch in _batches(file, group, names, 1024, limit, path):
+                    columns = [_values(batch[name]) for name in names]
+                    yield from (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
+            except PageTooLargeError as error:
+                raise UserError(f"{path}, row group {group}: {error}") from error
 
 
 def find_columns(schema: pa.Schema, options: Mapping[str, str], where: str) -> Columns:

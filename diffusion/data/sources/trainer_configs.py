@@ -5,95 +5,19 @@ A class for each trainer, listed in ``TRAINERS``. Files are parsed as data and n
 
 import json
 import math
-import os
 import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from diffusion.common.errors import UserError
 from diffusion.common.parsing import parse_json, parse_yaml
+from diffusion.data.sources.trainer_settings import TrainerConfig
 
 MAX_BYTES = 2**20
 """Maximum size of a configuration file."""
-MAX_EPOCHS = 1e9
-MAX_NAMES = 1000
-"""Maximum number of settings that are named as not taken over."""
 EXTENSIONS = {".txt": "txt", ".caption": "caption", ".json": "json"}
-
-
-@dataclass
-class TrainerConfig:
-    """What was read of the configuration of a trainer."""
-
-    trainer: str
-    """Name of the trainer."""
-    folders: dict[str, float] = field(default_factory=dict)
-    """Folders of images, and how often the images of each are repeated."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Values of our settings, by dotted name."""
-    adapter: dict[str, Any] = field(default_factory=dict)
-    """Fields of training.lora, which needs the base model."""
-    base: str | None = None
-    """The model that it trains."""
-    steps: int | None = None
-    epochs: float | None = None
-    """Duration; None: not given."""
-    warmup_steps: int = 0
-    micro_batch: int | None = None
-    """Images of a step before accumulation."""
-    accumulation: int = 1
-    left: dict[str, str] = field(default_factory=dict)
-    """Names of what is not taken over, with the value or the reason."""
-
-    def set(self, name: str, value: Any) -> None:
-        """Set one of our settings; raises ValueError if it has another value already, of another folder, say."""
-        if self.settings.setdefault(name, value) != value:
-            raise ValueError("given twice")
-
-    def leave(self, name: str, why: object) -> None:
-        """Name a setting that is not taken over."""
-        if len(self.left) < MAX_NAMES:
-            self.left.setdefault(name, why if isinstance(why, str) else json.dumps(why, default=str)[:80])
-
-    def finish(self, images: int) -> None:
-        """Turn steps or epochs into images, of which the source has ``images``."""
-        if self.micro_batch is not None:
-            self.settings["training.batch_size"] = self.micro_batch * self.accumulation
-            if self.accumulation > 1:
-                self.settings["training.micro_batch"] = self.micro_batch
-        batch_size = (self.micro_batch or 1) * self.accumulation
-        repeats = set(self.folders.values())
-        if self.steps:  # 0 stands for none
-            self.settings["training.images"] = self.steps * batch_size
-        elif self.epochs is not None and not 0 < self.epochs < MAX_EPOCHS:
-            self.leave("epochs", f"{self.epochs:g}: set training.images")
-        elif self.epochs is not None and len(repeats) <= 1:
-            self.settings["training.images"] = max(1, round(self.epochs * images * (repeats.pop() if repeats else 1)))
-        elif self.epochs is not None:
-            self.leave("epochs", f"{self.epochs:g} of folders with different repeats: set training.images")
-        if self.warmup_steps:
-            self.settings["training.warmup_images"] = self.warmup_steps * batch_size
-
-    @property
-    def source(self) -> str | None:
-        """The folder with all images: the only one, or the one in which all others lie; None if there is none."""
-        if len(self.folders) < 2:
-            return next(iter(self.folders), None)
-        parents = {os.path.dirname(os.path.normpath(folder)) or "." for folder in self.folders}  # noqa: PTH120
-        return parents.pop() if len(parents) == 1 else None
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Weights of the images by patterns of their names in ``source``; empty if all are equal."""
-        if self.source is None or len(set(self.folders.values())) < 2:
-            return {}
-        names = {folder: os.path.relpath(folder, self.source) for folder in self.folders}
-        return {f"{names[folder]}/*": repeats for folder, repeats in self.folders.items() if names[folder] != "."}
-
-
 Handler = Callable[[TrainerConfig, Any], None]
 
 
@@ -125,6 +49,21 @@ def adapter(name: str, kind: type = float) -> Handler:
         result.adapter[name] = _to(kind, value)
 
     return take
+
+
+def take_max_epochs(result: TrainerConfig, value: Any) -> None:
+    """Take a number of epochs that counts more than steps and other epochs, unless it is 0."""
+    if (epochs := _to(float, value)) < 0:
+        raise ValueError("negative")
+    if epochs > 0:
+        result.epochs, result.prefers_epochs = epochs, True
+
+
+def take_epochs(result: TrainerConfig, value: Any) -> None:
+    """Take a number of epochs where no steps are given."""
+    epochs = _to(float, value)
+    if not result.prefers_epochs:
+        result.epochs = epochs
 
 
 def take_resolution(result: TrainerConfig, value: Any) -> None:
@@ -207,8 +146,8 @@ class Kohya(Trainer):
         "train_batch_size": attribute("micro_batch", int),
         "gradient_accumulation_steps": attribute("accumulation", int),
         "max_train_steps": attribute("steps", int),
-        "max_train_epochs": attribute("epochs"),
-        "epoch": attribute("epochs"),
+        "max_train_epochs": take_max_epochs,
+        "epoch": take_epochs,
         "lr_warmup_steps": attribute("warmup_steps", int),
         "learning_rate": setting("training.learning_rate"),
         "unet_lr": setting("training.learning_rate"),
@@ -241,7 +180,7 @@ class Kohya(Trainer):
                 arguments |= arguments.pop(key)
         folder = arguments.pop("train_data_dir", None)
         if isinstance(folder, str) and folder:
-            result.folders[folder] = 1
+            result.folders[folder], result.repeats_in_names = 1, True
         self.take(result, arguments)
         several = len(sets) > 1 and len({json.dumps(each.get("resolution"), default=str) for each in sets}) > 1
         for number, each in enumerate(sets):
@@ -251,6 +190,7 @@ class Kohya(Trainer):
                 options.pop("resolution", None)
             subsets = _sections(each.get("subsets"))
             words = {str(subset.get("class_tokens", "")) for subset in subsets if not subset.get("is_reg")}
+            listed = set[str]()
             for place, subset in enumerate(subsets):
                 where = f"subsets[{place}]."
                 repeats = subset.pop("num_repeats", options.get("num_repeats", 1))
@@ -258,6 +198,10 @@ class Kohya(Trainer):
                 if subset.pop("is_reg", False):
                     result.leave(f"{where}is_reg", f"images of regularization in {folder}")
                     continue
+                if str(folder) in listed:  # sd-scripts uses the first of a data set alone
+                    result.leave(f"{where}image_dir", f"{folder} is listed before in its data set")
+                    continue
+                listed.add(str(folder))
                 _add_folder(result, folder, repeats, where)
                 if len(words) > 1 and (word := subset.pop("class_tokens", None)):
                     result.leave(f"{where}class_tokens", f"{word}: name its folder 1_{word}, and see ingest.folders")
@@ -461,6 +405,7 @@ def _add_folder(result: TrainerConfig, folder: Any, repeats: Any, where: str) ->
     except (ValueError, TypeError):
         result.leave(f"{where}repeats", repeats)
         number = 1.0
+    number += result.folders.get(folder, 0)  # of several data sets each is trained on
     result.folders[folder] = int(number) if number.is_integer() else number
 
 

@@ -59,8 +59,8 @@ def compact(
     """Make a version of the data set in ``folder`` of the same content, without runs of small parts.
 
     A part is small if it is less than half as large as parts of a fresh ingest with ``config.shard_bytes``. Only small
-    parts next to one another are rewritten, of one source and shape each. Locks out ingests; repeated after a kill it
-    gives the same bytes, and repeated when it is done no version.
+    parts next to one another are rewritten, of one source, shape and merged data set each. Locks out ingests; repeated
+    after a kill it gives the same bytes, and repeated when it is done no version.
 
     Raises UserError if a required file is missing or damaged.
     """
@@ -103,8 +103,11 @@ def _groups(parts: list[Part], config: IngestConfig) -> list[list[Part]]:
         size = part.shard.bytes / config.shard_bytes if part.shard is not None else 0.0
         return max(size, sum(part.outcomes.values()) / rows, part.records.bytes / TEXT_OF_A_CHUNK)
 
+    def kind(part: Part) -> tuple[object, ...]:
+        return fill(part) < 0.5, part.source, part.shape, part.dataset
+
     groups: list[list[Part]] = []
-    for (is_small, *_), run in groupby(parts, key=lambda part: (fill(part) < 0.5, part.source, part.shape)):
+    for (is_small, *_), run in groupby(parts, key=kind):
         room = 0.0
         for part in run if is_small else ():
             if fill(part) > room:

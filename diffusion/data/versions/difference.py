@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import reduce
+from itertools import compress
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -10,7 +11,7 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from diffusion.common.config import Config, is_unset
-from diffusion.data.manifest import MASK, RECORDS, Manifest, Outcome, Part
+from diffusion.data.manifest import GIVEN_LABEL, LABELLED_BY, MASK, RECORDS, Manifest, Outcome, Part
 from diffusion.data.versions.versions import (
     Elsewhere,
     QuarantineEntry,
@@ -92,9 +93,9 @@ def diff(
 
     def read(part: Part, columns: Sequence[str]) -> pa.Table | None:
         table = find_records(folder, remains.get(part.records.sha256, part), columns, elsewhere)
-        if table is None and not part.outcomes.get("dropped") and (curated_part := _curated_part(part, before, after)):
-            table = find_records(folder, curated_part, columns, elsewhere)
-            table = None if table is None else _undo_drops(table)
+        if table is None and (curated_part := _curated_part(part, before, after)):
+            table = find_records(folder, curated_part, (*columns, LABELLED_BY.name, GIVEN_LABEL.name), elsewhere)
+            table = None if table is None else _undo_curation(table).select(columns)
         if table is None:
             unread_tables.add(part.records.name)
         return table
@@ -171,15 +172,25 @@ def _remains(folder: Path, parts: list[Part], others: list[Part], elsewhere: Els
 
 
 def _curated_part(part: Part, *versions: Manifest) -> Part | None:
-    """Return the part that curation made of ``part``, in whose table nothing is gone, if one of ``versions`` has it."""
-    others = (other for version in versions for other in version.parts if other.number == part.number)
-    return next((other for other in others if other.outcomes.get("dropped") and other.shard == part.shard), None)
+    """Return what curation made of ``part``, which it had left as it was, if one of ``versions`` has it.
+
+    In its table nothing is gone.
+    """
+    if part.outcomes.get("dropped") or part.relabelled:
+        return None
+    others = [other for version in versions for other in version.parts if other.number == part.number]
+    is_curated = (other.shard == part.shard and (other.outcomes.get("dropped") or other.relabelled) for other in others)
+    return next(compress(others, is_curated), None)
 
 
-def _undo_drops(table: pa.Table) -> pa.Table:
-    """Return the records as they were before curation dropped any."""
+def _undo_curation(table: pa.Table) -> pa.Table:
+    """Return the records as they were before curation dropped or relabelled any."""
     outcome = pc.if_else(pc.equal(table["outcome"], "dropped"), "kept", table["outcome"])
-    return table.set_column(table.column_names.index("outcome"), "outcome", outcome)
+    table = table.set_column(table.column_names.index("outcome"), "outcome", outcome)
+    if "label" not in table.column_names:
+        return table
+    label = pc.if_else(pc.is_valid(table[LABELLED_BY.name]), table[GIVEN_LABEL.name], table["label"])
+    return table.set_column(table.column_names.index("label"), "label", label)
 
 
 def _images(parts: list[Part], remains: dict[str, Part], read: ReadTable, outcome: Outcome = "kept") -> pa.Table | None:

@@ -24,6 +24,7 @@ from diffusion.data.manifest import (
     MASK_SIZE,
     STORED,
     FileEntry,
+    ImageList,
     Manifest,
     Part,
     find_intact,
@@ -34,6 +35,7 @@ from diffusion.data.manifest import (
     write_manifest,
 )
 from diffusion.data.prefetch import FanOut, local_fan_out
+from diffusion.data.versions.image_lists import read_lists
 from diffusion.data.versions.takedown_records import removals
 from diffusion.data.versions.versions import count_stored
 
@@ -73,6 +75,8 @@ class _Task:
     number: int
     size: int
     duplicates: np.ndarray
+    dataset: str | None
+    """Data set that its images came from; None: the one in ``folder``."""
 
 
 def merge_datasets(
@@ -117,12 +121,12 @@ def merge_datasets(
         for done, part in enumerate(fan_out(_take, tasks), 1):
             new_parts.append(part)
             progress("parts merged", done, len(tasks))
-        after = before
-        if new_parts != before.parts:
+        after, lists = before, _join_lists(folders, (before, *rest))
+        if new_parts != before.parts or lists != before.lists:
             names = ", ".join(f"{manifest.name} {manifest.digest[:12]}" for manifest in rest)
             after = before.make_child(f"merge of {names}", new_parts, digest)
             policies = (manifest.opt_outs for manifest in (before, *rest))
-            after = after.model_copy(update={"opt_outs": next(filter(None, policies), None)})
+            after = after.model_copy(update={"opt_outs": next(filter(None, policies), None), "lists": lists})
             write_manifest(folder, after)
         remove_strays(folder)
         return MergeResult(
@@ -134,6 +138,21 @@ def merge_datasets(
             duplicates=len(duplicates),
             kept=after.kept,
         )
+
+
+def _join_lists(folders: Sequence[Path], manifests: Sequence[Manifest]) -> list[ImageList] | None:
+    """Write the lists of all data sets into the first; raises UserError if two have different lists of one name."""
+    lists: dict[str, ImageList] = {}
+    for folder, manifest in zip(folders, manifests, strict=True):
+        for each in read_lists(folder, manifest):
+            about, known = each.about, lists.setdefault(each.about.name, each.about)
+            each.write(folders[0])
+            if (known.kind, known.table) != (about.kind, about.table):
+                raise UserError(
+                    f"data set {manifest.name} has another list {about.name}: withdraw it with `darkroom data curate "
+                    f"--withdraw {about.name} --dataset {manifest.name}`, and record it there with another --name"
+                )
+    return list(lists.values()) or None
 
 
 def _list_parts(folders: Sequence[Path], manifests: Sequence[Manifest]) -> list[tuple[Path, Part]]:
@@ -188,7 +207,9 @@ def _tasks(
             continue
         else:
             number += 1
-        yield _Task(folder, source, part, number, before.size, part_duplicates)
+        dataset = part.dataset if source == folder else part.dataset or source.name
+        dataset = None if dataset == folder.name else dataset
+        yield _Task(folder, source, part, number, before.size, part_duplicates, dataset)
 
 
 def _take(task: _Task) -> Part:
@@ -198,7 +219,8 @@ def _take(task: _Task) -> Part:
         if task.source == folder:
             return part
         shard = part.shard and _link(task, part.shard)
-        return part.model_copy(update={"number": task.number, "records": _link(task, part.records), "shard": shard})
+        fields = {"number": task.number, "records": _link(task, part.records), "shard": shard, "dataset": task.dataset}
+        return part.model_copy(update=fields)
     rows = read_records(task.source, part).to_pylist()
     for row, is_relabelled in task.duplicates[["row", "relabelled"]].tolist():
         reason = "came again with another label or caption" if is_relabelled else None
@@ -207,7 +229,7 @@ def _take(task: _Task) -> Part:
     stored_rows = [row for row in rows if row["outcome"] in STORED]
     shards = [(find_intact(task.source, part.shard), stored_rows)] if part.shard is not None and stored_rows else []
     new_shard = copy_samples(folder, task.number, shards)
-    return write_part(folder, task.number, new_shard, rows, task.size, part.source, part.shape)
+    return write_part(folder, task.number, new_shard, rows, task.size, part.source, part.shape, task.dataset)
 
 
 def _link(task: _Task, entry: FileEntry) -> FileEntry:

@@ -24,6 +24,7 @@ from diffusion.data.manifest import (
     work_folder,
     write_manifest,
 )
+from diffusion.data.versions.image_lists import forget_images
 from diffusion.data.versions.takedown_records import (
     SELECTED_BY,
     MatchedImages,
@@ -170,11 +171,14 @@ def _write_without(
     if not (numbers := _find_taken(folder, before, is_taken)):
         return before
     require_whole(folder, before)
-    parts = list(before.parts)
+    parts, keys, digests = list(before.parts), set[str](), set[str]()
     for place, part in enumerate(before.parts):
         if part.number not in numbers:
             continue
-        rows = [redact_row(row, reason) if is_taken(row) else row for row in read_records(folder, part).to_pylist()]
+        records = read_records(folder, part).to_pylist()
+        keys |= {row["key"] for row in records if is_taken(row)}
+        digests |= {row["source_sha256"] for row in records if is_taken(row)} - {""}
+        rows = [redact_row(row, reason) if is_taken(row) else row for row in records]
         stored_rows = [row for row in rows if row["outcome"] in STORED]
         shard = part.shard
         if shard is not None and len(stored_rows) < count_stored(part):
@@ -182,4 +186,5 @@ def _write_without(
             shard = copy_samples(folder, part.number, shards)
         parts[place] = rewrite_part(folder, part, rows, before.size, shard)
         progress("parts rewritten", place + 1, len(parts))
-    return before.make_child(f"removal: {reason}", parts, content_digest(folder, parts, before.storage))
+    after = before.make_child(f"removal: {reason}", parts, content_digest(folder, parts, before.storage))
+    return after.model_copy(update={"lists": forget_images(folder, before.lists, keys, digests)})

@@ -1,6 +1,7 @@
 """The versions of a data set: which there are, and what each holds."""
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, dropwhile, islice, pairwise
@@ -18,6 +19,7 @@ from diffusion.common.files import sha256_bytes, sha256_file, write_bytes
 from diffusion.data.ingest.config import StorageConfig
 from diffusion.data.manifest import (
     FileEntry,
+    ImageList,
     Manifest,
     Outcome,
     Part,
@@ -126,7 +128,18 @@ class Contents(Config):
     dropped: list[QuarantineEntry] | None
     """The first of them, by name; None if a required table is unavailable."""
     rules: list[Reason] | None
-    """The rules that left them out, the most frequent first."""
+    """The rules and lists that left them out, the most frequent first."""
+    lists: list[ImageList] | None = Field(None, exclude_if=is_unset)
+    """Lists of images that curation applies; None: there are none."""
+    datasets: dict[str, int] | None = Field(None, exclude_if=is_unset)
+    """Number of images by the data set that they were merged from; None: all are its own."""
+    relabelled: int | None = Field(None, exclude_if=is_unset)
+    """Kept and dropped images whose label is a list's; None if there are none."""
+
+
+def rule_of(reason: str) -> str:
+    """Return the rule or the list, as ``list NAME``, that dropped an image for ``reason``."""
+    return re.split(" = |: ", reason, maxsplit=1)[0]
 
 
 def find_nothing(entry: FileEntry) -> None:
@@ -286,7 +299,7 @@ def show(folder: Path, version: Manifest, elsewhere: Elsewhere = find_nothing, l
         rows += table.filter(pc.field("outcome") == "dropped").to_pylist()
     else:
         drops = {row["source"]: row["reason"] for row in sorted(rows, key=itemgetter("source"))}
-    rules = None if drops is None else Counter(reason.partition(" = ")[0] for reason in sorted(drops.values()))
+    rules = None if drops is None else Counter(map(rule_of, sorted(drops.values())))
     return Contents(
         dataset=version.name,
         digest=version.digest,
@@ -315,6 +328,9 @@ def show(folder: Path, version: Manifest, elsewhere: Elsewhere = find_nothing, l
         dropped_count=version.dropped,
         dropped=None if drops is None else first_entries(drops, limit),
         rules=None if rules is None else [Reason(reason=rule, count=count) for rule, count in rules.most_common()],
+        lists=version.lists,
+        datasets=version.datasets if any(part.dataset for part in version.parts) else None,
+        relabelled=sum(part.relabelled or 0 for part in version.parts) or None,
     )
 
 

@@ -13,6 +13,7 @@ import yaml
 from dvc.repo import Repo
 
 from diffusion.common.errors import UserError
+from diffusion.curation.lists import ListChange
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import read_manifest
@@ -21,7 +22,7 @@ from flows.datasets.catalog import Catalog, Heads
 from flows.datasets.dvc import record_data
 from flows.datasets.sync import publish
 from tests.builders.command_line import CommandLine, darkroom, start
-from tests.builders.ingested import files_of
+from tests.builders.ingested import files_of, records
 from tests.builders.shapes import blob
 
 FOLDER = Path("data/blobs")
@@ -333,6 +334,41 @@ def test_curate_drops_by_rule_and_brings_back_without_a_server(data: CommandLine
     assert "--set curation.max_nsfw=0.5" in data.mistake("curate", "--set", "curation.max_nsfw=0.5")
 
 
+def test_curate_takes_lists_of_other_tools_and_withdraws_them(data: CommandLine) -> None:
+    before = read_manifest(FOLDER)
+    names = [row["source"] for row in records(FOLDER) if row["outcome"] == "kept"]
+    rows = [f"/mnt/images/{name},True" for name in names[:3]] + ["/mnt/images/none.png,True", f"{names[3]},False"]
+    Path("dark images.csv").write_text("\n".join([",is_dark_issue", *rows]))
+    Path("fix.jsonl").write_text(json.dumps({"file_name": names[4], "label": "other"}))
+    assert "would be dropped" in data("curate", "--drop", "dark images.csv", "--dry-run")
+    assert read_manifest(FOLDER) == before
+    result = data.json("curate", "--local", "--drop", "dark images.csv")
+    assert (result["dropped"], result["rules"]) == (3, {"list dark images": 3})
+    assert (result["list_change"]["unknown_count"], result["list_change"]["unknown"]) == (1, ["/mnt/images/none.png"])
+    assert "no new version" in data("curate", "--local", "--drop", "dark images.csv")
+    assert "fixed labels 1 image" in data("curate", "--local", "--label", "fix.jsonl", "--name", "fixed")
+    shown = data("show")
+    assert "dark images drops 3 images" in shown
+    assert f"{names[0]}: list dark images: dark" in shown
+    difference = data.json("diff", before.digest[:12])
+    assert [change["after"]["label"] for change in difference["changed"]["samples"]] == ["other"]
+    assert difference["dropped"]["count"] == 3
+    data("curate", "--local")
+    assert read_manifest(FOLDER).dropped == 3
+    for name in ("fixed", "dark images"):
+        assert "withdrawn" in data("curate", "--local", "--withdraw", name)
+    assert read_manifest(FOLDER).content_digest == before.content_digest
+    for words, told in (
+        (["--withdraw", "none"], "no list none"),
+        (["--drop", "fix.jsonl", "--withdraw", "x"], "give one of them"),
+        (["--name", "x"], "--name"),
+        (["--drop", "fix.jsonl", "--name", "a/b"], "plain name"),
+        (["--drop", "fix.jsonl", "--report", "page.html"], "--report"),
+        (["--drop", "fix.txt"], "is not a table"),
+    ):
+        assert told in data.mistake("curate", *words, *(["--local"] if "--report" not in words else []))
+
+
 def test_merge_takes_names_of_data_sets_and_no_paths(data: CommandLine) -> None:
     shutil.copytree(FOLDER, "elsewhere")
     data.mistake("merge", "../elsewhere", "--local")
@@ -340,10 +376,11 @@ def test_merge_takes_names_of_data_sets_and_no_paths(data: CommandLine) -> None:
 
 
 def test_curate_with_servers_needs_no_local_copy(data: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def reached(params: Params) -> None:
-        raise UserError(f"curated {params.training.dataset}")
+    def reached(params: Params, change: ListChange | None) -> None:
+        raise UserError(f"curated {params.training.dataset}, change {change and change.name}")
 
     monkeypatch.setattr("flows.cli.data_change_commands.connect", lambda *_: nullcontext())
     monkeypatch.setattr("flows.curate.curate", reached)
     shutil.rmtree(FOLDER)
-    assert "curated blobs" in data.mistake("curate")
+    assert "curated blobs, change None" in data.mistake("curate")
+    assert "curated blobs, change bad" in data.mistake("curate", "--withdraw", "bad")

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from diffusion.common.errors import UserError
-from diffusion.data.sources.trainer_configs import TrainerConfig, read_trainer_config
+from diffusion.data.sources.trainer_configs import read_trainer_config
+from diffusion.data.sources.trainer_settings import TrainerConfig
 
 KOHYA = """
 [general]
@@ -125,6 +126,39 @@ def test_data_sets_of_sd_scripts(tmp_path: Path) -> None:
         *("subsets[0].class_tokens", "subsets[1].class_tokens", "subsets[1].keep_tokens", "subsets[2].is_reg"),
         "min_bucket_reso",
     }
+
+
+@pytest.mark.parametrize(
+    ("lines", "images"),
+    [
+        ("max_train_epochs = 3", 3 * (20 * 10 + 5 * 2 + 4)),
+        ("max_train_epochs = 3\nmax_train_steps = 1600", 3 * 214),  # as there, epochs count
+        ("max_train_epochs = 0\nmax_train_steps = 16", 16),
+        ("epoch = 5\nmax_train_epochs = 3", 3 * 214),
+        ("epoch = 5\nmax_train_steps = 16", 16),
+        ("epoch = 5", 5 * 214),
+    ],
+)
+def test_epochs_of_sd_scripts_count_the_repeats_in_names(tmp_path: Path, lines: str, images: int) -> None:
+    taken = read(tmp_path, "config.toml", f"train_data_dir = 'img'\n{lines}")
+    taken.finish(29, {"10_cat": 20, "2_dog": 5, "other": 4})
+    assert taken.settings["training.images"] == images
+
+
+def test_folders_of_several_data_sets_count_as_often_as_listed(tmp_path: Path) -> None:
+    subset = "[[datasets.subsets]]\nimage_dir = '{}'\nnum_repeats = {}\n".format
+    first = "[[datasets]]\n" + subset("sets/10_cat", 3) + subset("sets/10_cat", 7) + subset("sets/dog", 1)
+    second = "[[datasets]]\n" + subset("sets/10_cat", 2)
+    taken = read(tmp_path, "c.toml", f"max_train_epochs = 2\n{first}{second}")
+    # sd-scripts passes over the second one of a data set, and trains on the folders of all data sets.
+    assert taken.folders == {"sets/10_cat": 5, "sets/dog": 1}
+    assert "subsets[1].image_dir" in taken.left
+    assert taken.weights == {"10_cat/*": 5, "dog/*": 1}
+    taken.finish(12, {"10_cat": 8, "dog": 3, "dog/deep": 1})
+    assert taken.settings["training.images"] == 2 * (8 * 5 + 4)
+    taken = read(tmp_path, "c.toml", f"max_train_epochs = 2\n{first}")
+    taken.finish(12, {"elsewhere": 12})
+    assert "epochs" in taken.left
 
 
 def test_arguments_of_sd_scripts(tmp_path: Path) -> None:
