@@ -37,6 +37,7 @@ from flows.deployment.tasks import artifact_key, emit, retryable_task
 from flows.evaluate import fetch_version, find_tracker, report_folder
 from flows.registry import model_card, model_versions
 from flows.registry.aliases import append, project, read_verified_history
+from flows.registry.announcements import announce
 from flows.registry.champion import champion_problem, require_champion
 from flows.registry.ledger import Approval, Evidence, GateWord, History, Ledger, LedgerEntry
 from flows.registry.model_versions import Version
@@ -302,6 +303,7 @@ def record(
         "MLflow run": run_page(client, version.run_id),
         "Comparison": run_page(client, version.run_id, f"evaluation/{COMPARISON_PAGE}"),
     }
+    announce(client, Ledger.of(version.model), entry, links["Comparison"] if result.comparison else None)
     link_text = " · ".join(f"[{name}]({page})" for name, page in links.items())
     create_markdown_artifact(
         f"**{version.uri}** is {verdict.title}: {escape_markdown(verdict.reason)}\n\n{link_text}",
