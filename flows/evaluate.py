@@ -25,10 +25,11 @@ from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import EVALUATED_ON, join_takedown_names, require_current, warn_of_takedown
 from flows.tracking.console import reporter
 from flows.tracking.json_logs import RUN_ID
+from flows.tracking.open_lineage import lineage_hooks
 from flows.tracking.runs import TRAIN_KEY, RunTracker, find_run, log_evaluation, run_page
 
 
-@flow(name="evaluate", flow_run_name="evaluate-{params.training.dataset}")
+@flow(name="evaluate", flow_run_name="evaluate-{params.training.dataset}", **lineage_hooks())
 def evaluate(params: Params, folder: Path | None = None, model: str | None = None) -> Evaluation:
     """Evaluate every checkpoint, or the registered version ``model`` alone, against the held-out images.
 

@@ -33,6 +33,7 @@ from flows.deployment.tasks import (
 from flows.environment import data_source, settings
 from flows.storage.s3 import S3Objects, Store
 from flows.tracking.console import reporter
+from flows.tracking.open_lineage import lineage_hooks
 
 if TYPE_CHECKING:
     from diffusion.evaluation.reports.dataset_summary import DatasetSummary
@@ -49,7 +50,7 @@ class IngestOutcome(Config):
     report: Path
 
 
-@flow(name="ingest", flow_run_name="ingest-{params.training.dataset}")
+@flow(name="ingest", flow_run_name="ingest-{params.training.dataset}", **lineage_hooks())
 def ingest(
     params: Params, requeue: bool = False, rebuild: Rebuild = "never", to_retrain: bool = False
 ) -> IngestOutcome:

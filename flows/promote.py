@@ -50,6 +50,7 @@ from flows.registry.takedown_marks import (
 )
 from flows.storage.tags import parse_tags
 from flows.tracking.console import reporter
+from flows.tracking.open_lineage import lineage_hooks
 from flows.tracking.runs import (
     AUTOENCODER,
     DRIFT,
@@ -101,7 +102,7 @@ class ApprovalForm(RunInput):
     note: str = ""
 
 
-@flow(name="promote", flow_run_name="promote-{params.training.dataset}")
+@flow(name="promote", flow_run_name="promote-{params.training.dataset}", **lineage_hooks())
 def promote(params: Params, model: str | None = None) -> PromotionResult:
     """Promote the best checkpoint, which is registered first, or the version ``model``, if the gate prefers it."""
     params, version = (params, None) if model is None else fetch_version(params, model)

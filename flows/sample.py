@@ -38,6 +38,7 @@ from flows.sampling.lookup import read_image, read_rows
 from flows.storage.s3 import Location, Store
 from flows.storage.s3_errors import MissingObjectError
 from flows.tracking.console import bar, reporter
+from flows.tracking.open_lineage import lineage_hooks
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class SamplingBatchResult(Config):
     took: GenerationCost
 
 
-@flow(name="sample", flow_run_name="sample-of-{model}")
+@flow(name="sample", flow_run_name="sample-of-{model}", **lineage_hooks())
 def sample(
     params: Params,
     model: str,

@@ -37,6 +37,7 @@ from flows.registry.takedown_marks import (
 from flows.storage.s3 import Store
 from flows.tracking.buffered import UNANSWERED, BufferedTracker
 from flows.tracking.console import reporter
+from flows.tracking.open_lineage import lineage_hooks
 from flows.tracking.runs import AUTOENCODER, DRIFT, START, TRAIN_KEY, RunTracker, find_run, open_run
 
 
@@ -47,7 +48,7 @@ class TrainingRun(Config):
     result: TrainResult
 
 
-@flow(name="train", flow_run_name="train-{params.training.dataset}")
+@flow(name="train", flow_run_name="train-{params.training.dataset}", **lineage_hooks())
 def train(params: Params, restart: Restart | Literal["always"] = "never", drift: str | None = None) -> TrainingRun:
     """Train with live MLflow tracking, for the alarm ``drift`` if any; resumes an interrupted run."""
     # Promotion will require these: fail before the training.
