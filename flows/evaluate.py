@@ -18,14 +18,13 @@ from diffusion.evaluation.reports.html import format_plain
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.checkpointing import Checkpoints
 from flows.config import Params
-from flows.deployment.tasks import artifact_key, retryable_task
+from flows.deployment.tasks import artifact_key, lineage_hooks, retryable_task
 from flows.registry import model_versions
 from flows.registry.champion import require_champion
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import EVALUATED_ON, join_takedown_names, require_current, warn_of_takedown
 from flows.tracking.console import reporter
 from flows.tracking.json_logs import RUN_ID
-from flows.tracking.open_lineage import lineage_hooks
 from flows.tracking.runs import TRAIN_KEY, RunTracker, find_run, log_evaluation, run_page
 
 

@@ -25,6 +25,7 @@ from flows.datasets.sync import announce, bring_up_to_date, publish
 from flows.deployment.tasks import (
     artifact_key,
     completed_state,
+    lineage_hooks,
     prefect_fan_out,
     require_permitted,
     retryable_task,
@@ -33,7 +34,6 @@ from flows.deployment.tasks import (
 from flows.environment import data_source, settings
 from flows.storage.s3 import S3Objects, Store
 from flows.tracking.console import reporter
-from flows.tracking.open_lineage import lineage_hooks
 
 if TYPE_CHECKING:
     from diffusion.evaluation.reports.dataset_summary import DatasetSummary

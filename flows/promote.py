@@ -33,7 +33,7 @@ from diffusion.evaluation.results import Evaluation
 from diffusion.training.ema import SNAPSHOTS
 from flows.checks.images import require_evaluation
 from flows.config import Params
-from flows.deployment.tasks import artifact_key, emit, retryable_task
+from flows.deployment.tasks import artifact_key, emit, lineage_hooks, retryable_task
 from flows.evaluate import fetch_version, find_tracker, report_folder
 from flows.registry import model_card, model_versions
 from flows.registry.aliases import append, project, read_verified_history
@@ -50,7 +50,6 @@ from flows.registry.takedown_marks import (
 )
 from flows.storage.tags import parse_tags
 from flows.tracking.console import reporter
-from flows.tracking.open_lineage import lineage_hooks
 from flows.tracking.runs import (
     AUTOENCODER,
     DRIFT,

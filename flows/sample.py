@@ -27,7 +27,7 @@ from diffusion.generation.requests import GenerationResult, generate_to_folder
 from diffusion.process.samplers import SamplingConfig
 from flows import environment
 from flows.config import Params, SamplingBatchConfig
-from flows.deployment.tasks import artifact_key, ray_resources, retryable_task, task_runner
+from flows.deployment.tasks import artifact_key, lineage_hooks, ray_resources, retryable_task, task_runner
 from flows.registry import model_versions
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import warn_of_takedown
@@ -38,7 +38,6 @@ from flows.sampling.lookup import read_image, read_rows
 from flows.storage.s3 import Location, Store
 from flows.storage.s3_errors import MissingObjectError
 from flows.tracking.console import bar, reporter
-from flows.tracking.open_lineage import lineage_hooks
 
 logger = logging.getLogger(__name__)
 

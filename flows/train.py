@@ -20,7 +20,7 @@ from diffusion.training.run_folder import Restart, discard
 from diffusion.training.train import TrainResult
 from flows.config import Params, flatten_sections
 from flows.datasets import dvc
-from flows.deployment.tasks import concurrency_slot, retryable_task
+from flows.deployment.tasks import concurrency_slot, lineage_hooks, retryable_task
 from flows.environment import data_source, settings
 from flows.ingest import dataset_page, find_page
 from flows.registry import model_versions
@@ -37,7 +37,6 @@ from flows.registry.takedown_marks import (
 from flows.storage.s3 import Store
 from flows.tracking.buffered import UNANSWERED, BufferedTracker
 from flows.tracking.console import reporter
-from flows.tracking.open_lineage import lineage_hooks
 from flows.tracking.runs import AUTOENCODER, DRIFT, START, TRAIN_KEY, RunTracker, find_run, open_run
 
 

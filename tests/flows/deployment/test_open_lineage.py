@@ -13,8 +13,8 @@ from prefect.states import Completed, Crashed, Failed, Running
 
 from diffusion.training.train import TrainResult
 from flows.config import Params
+from flows.deployment.open_lineage import emit_lineage, lineage_hooks
 from flows.sample import SamplingBatchResult
-from flows.tracking.open_lineage import emit_lineage, lineage_hooks
 from flows.train import TrainingRun
 from tests.builders.http_server import QuietHandler, serving
 
@@ -91,7 +91,7 @@ def test_a_receiver_that_is_away_is_one_warning(
     monkeypatch.setenv("OPENLINEAGE__TRANSPORT__URL", "http://127.0.0.1:9")
     monkeypatch.setenv("OPENLINEAGE__TRANSPORT__RETRY", '{"total": 0}')
     send("train", Running())
-    [record] = [record for record in caplog.records if record.name == "flows.tracking.open_lineage"]
+    [record] = [record for record in caplog.records if record.name == "flows.deployment.open_lineage"]
     assert "\n" not in record.getMessage()
 
 

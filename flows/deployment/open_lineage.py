@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from prefect.client.schemas.objects import FlowRun, State
-from prefect.flows import Flow
+from prefect.flows import Flow, FlowStateHook
 
 from diffusion.common.errors import DarkroomError, UserError, install_hint
 from diffusion.data.manifest import read_manifest
@@ -23,7 +23,6 @@ from flows.environment import settings
 
 logger = logging.getLogger(__name__)
 
-Hook = Callable[[Flow[..., Any], FlowRun, State[Any]], None]
 Named = tuple[str, str, str | None]
 """A dataset of OpenLineage: namespace, name and version."""
 VARIABLES = re.compile(r"OPENLINEAGE_(URL|CONFIG|_TRANSPORT__.+)")
@@ -35,17 +34,18 @@ PRODUCER = "https://pypi.org/project/darkroom-diffusion"
 class Hooks(TypedDict, total=False):
     """Options of a flow that call hooks."""
 
-    on_running: list[Hook]
-    on_completion: list[Hook]
-    on_failure: list[Hook]
-    on_crashed: list[Hook]
+    on_running: list[FlowStateHook[..., Any]]
+    on_completion: list[FlowStateHook[..., Any]]
+    on_failure: list[FlowStateHook[..., Any]]
+    on_crashed: list[FlowStateHook[..., Any]]
 
 
 def lineage_hooks() -> Hooks:
     """Hooks of a flow; none unless the environment names a destination, since Prefect logs each call of one."""
     if not any(map(VARIABLES.fullmatch, os.environ)):
         return {}
-    return {name: [emit_lineage] for name in ("on_running", "on_completion", "on_failure", "on_crashed")}  # type: ignore[return-value]
+    hooks: list[FlowStateHook[..., Any]] = [emit_lineage]
+    return {"on_running": hooks, "on_completion": hooks, "on_failure": hooks, "on_crashed": hooks}
 
 
 def emit_lineage(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
