@@ -95,6 +95,8 @@ class WeightsAndBiases:
                 project=os.environ.get("WANDB_PROJECT", "darkroom"),
                 name=os.environ.get("WANDB_NAME", f"{fields['dataset']}-{name.read_text()[:8]}"),
                 config=dict(fields),
+                # What the command line prints is not W&B's, and stays as it is.
+                settings=wandb.Settings(console="off"),
             )
         except wandb.Error as error:
             raise UserError(

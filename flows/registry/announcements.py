@@ -31,19 +31,18 @@ def announce(client: MlflowClient, ledger: Ledger, entry: LedgerEntry, report: s
     Where no Prefect is known nothing happens. One that does not take the event is a warning: the ledger and MLflow have
     the verdict already. Killed before the tag is written, the same event is emitted again, which Prefect ignores.
     """
-    if int(client.get_registered_model(entry.model).tags.get(ANNOUNCED, 0)) >= entry.number:
-        return
     if not knows_server("prefect"):
         return
     try:
+        if int(client.get_registered_model(entry.model).tags.get(ANNOUNCED, 0)) >= entry.number:
+            return
         # A rollback connects to MLflow and S3 alone; Prefect reads the environment when it is imported.
         join_servers("prefect")
         refresh_global_settings_context()
         emit(make_event(ledger, entry, report))
+        client.set_registered_model_tag(entry.model, ANNOUNCED, str(entry.number))
     except Exception as error:  # noqa: BLE001 (Prefect's client raises Exception itself)
-        logger.warning("no message says that %s: Prefect did not take it (%s)", entry, error)
-        return
-    client.set_registered_model_tag(entry.model, ANNOUNCED, str(entry.number))
+        logger.warning("no message says that %s: %s", describe(entry), " ".join(str(error).split())[:300])
 
 
 def make_event(ledger: Ledger, entry: LedgerEntry, report: str | None) -> Event:
