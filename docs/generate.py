@@ -26,6 +26,10 @@ from flows.monitoring.prometheus import GAUGES
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "docs" / "reference"
 SCHEMA = ROOT / "params.schema.json"
+WEBHOOKS = (
+    "Set for `darkroom up`: where [webhooks](../how-to/notify.md) of the local MLflow may lead; by default `https` and "
+    "public addresses only."
+)
 NOTE = "<!-- Written by docs/generate.py: change the code that it describes, and run it again. -->\n"
 Schema = Mapping[str, Any]
 
@@ -308,6 +312,7 @@ def environment_variables() -> str:
         "",
         *_rows(["variable", "meaning"]),
         *_rows(["`RAY_ADDRESS`", "Ray cluster for `ingest.runner=ray` and `sampling_batch.runner=ray`."])[:1],
+        *_rows(["`MLFLOW_WEBHOOK_ALLOWED_SCHEMES`, `MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS`", WEBHOOKS])[:1],
         *_rows(["`HTTPS_PROXY`, `NO_PROXY`", "Proxy for downloads; the loopback address is never behind it."])[:1],
         *_rows(["`WORLD_SIZE`, `RANK`, `LOCAL_RANK`", "Set by `torchrun` for training in several processes."])[:1],
     ]

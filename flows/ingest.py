@@ -25,6 +25,7 @@ from flows.datasets.sync import announce, bring_up_to_date, publish
 from flows.deployment.tasks import (
     artifact_key,
     completed_state,
+    lineage_hooks,
     prefect_fan_out,
     require_permitted,
     retryable_task,
@@ -49,7 +50,7 @@ class IngestOutcome(Config):
     report: Path
 
 
-@flow(name="ingest", flow_run_name="ingest-{params.training.dataset}")
+@flow(name="ingest", flow_run_name="ingest-{params.training.dataset}", **lineage_hooks())
 def ingest(
     params: Params, requeue: bool = False, rebuild: Rebuild = "never", to_retrain: bool = False
 ) -> IngestOutcome:

@@ -221,7 +221,11 @@ def conclude(params: Params, result: MonitorResult) -> MonitorResult:
 
 def make_drift_event(alarm: NumberedAlarm, alarms: Alarms) -> Event:
     """Prefect event of an alarm."""
+    from flows.tracking.runs import version_page
+
+    page = version_page(alarm.model, int(alarm.version.rpartition("/")[2]))
     payload = alarm.model_dump(mode="json", exclude={"format_version", "model", "who"})
+    payload["text"] = f"{alarm.version} drifted, and a retraining is requested: {alarm.reason}\n{page}"
     return Event(
         event=DRIFTED,
         id=uuid5(NAMESPACE_URL, f"{DRIFTED}:{alarms.place}/{alarm.number}/{alarm.key}"),

@@ -33,10 +33,11 @@ from diffusion.evaluation.results import Evaluation
 from diffusion.training.ema import SNAPSHOTS
 from flows.checks.images import require_evaluation
 from flows.config import Params
-from flows.deployment.tasks import artifact_key, emit, retryable_task
+from flows.deployment.tasks import artifact_key, emit, lineage_hooks, retryable_task
 from flows.evaluate import fetch_version, find_tracker, report_folder
 from flows.registry import model_card, model_versions
 from flows.registry.aliases import append, project, read_verified_history
+from flows.registry.announcements import announce
 from flows.registry.champion import champion_problem, require_champion
 from flows.registry.ledger import Approval, Evidence, GateWord, History, Ledger, LedgerEntry
 from flows.registry.model_versions import Version
@@ -100,7 +101,7 @@ class ApprovalForm(RunInput):
     note: str = ""
 
 
-@flow(name="promote", flow_run_name="promote-{params.training.dataset}")
+@flow(name="promote", flow_run_name="promote-{params.training.dataset}", **lineage_hooks())
 def promote(params: Params, model: str | None = None) -> PromotionResult:
     """Promote the best checkpoint, which is registered first, or the version ``model``, if the gate prefers it."""
     params, version = (params, None) if model is None else fetch_version(params, model)
@@ -302,6 +303,7 @@ def record(
         "MLflow run": run_page(client, version.run_id),
         "Comparison": run_page(client, version.run_id, f"evaluation/{COMPARISON_PAGE}"),
     }
+    announce(client, Ledger.of(version.model), entry, links["Comparison"] if result.comparison else None)
     link_text = " · ".join(f"[{name}]({page})" for name, page in links.items())
     create_markdown_artifact(
         f"**{version.uri}** is {verdict.title}: {escape_markdown(verdict.reason)}\n\n{link_text}",

@@ -5,6 +5,7 @@ says and no more. An ``.env`` that is there is left alone, since the servers kno
 """
 
 import argparse
+import base64
 import json
 import os
 import secrets
@@ -48,6 +49,7 @@ def variables(bucket: str) -> dict[str, str]:
     return (
         {"DARKROOM_BUCKET": bucket}
         | {name: secrets.token_urlsafe(24) for name in passwords}
+        | {"MLFLOW_WEBHOOK_KEY": base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()}  # of Fernet
         | {"PREFECT_AUTH_STRING": f"darkroom:{secrets.token_urlsafe(24)}"}
         | {f"{role}_ACCESS_KEY_ID".upper(): access for role, (access, _) in keys.items()}
         | {f"{role}_SECRET_ACCESS_KEY".upper(): secret for role, (_, secret) in keys.items()}

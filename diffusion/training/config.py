@@ -24,6 +24,9 @@ KEEPS_WEIGHTS = "keeps weights"
 """Metadata of fields that cannot change the weights."""
 
 
+TrackerName = Literal["tensorboard", "wandb"]
+
+
 def earlier_runs(output: Path) -> list[Path]:
     """List the folders of finished runs that were set aside when another run began in the folder ``output``."""
     return [path.parent for path in sorted((output.parent / EARLIER / output.name).glob("*/final.safetensors"))]
@@ -45,6 +48,9 @@ class TrainingConfig(ObjectiveConfig):
     output: Annotated[Annotated[Path, AfterValidator(_check_folder)] | None, KEEPS_WEIGHTS] = None
     """Output folder of the run: checkpoints, history.csv, sample grids and finally final.safetensors; null:
     runs/DATASET."""
+    log_to: Annotated[tuple[TrackerName, ...] | None, KEEPS_WEIGHTS] = Field(None, exclude_if=is_unset)
+    """Trackers that get metrics and sample grids besides history.csv and MLflow: tensorboard, in trackers/tensorboard
+    of the run's folder (extra ``tensorboard``); wandb, which the variables WANDB_* configure (extra ``wandb``)."""
     init_from: Annotated[str | None, needs("initial_weights")] = Field(None, exclude_if=is_unset)
     """Initial weights. Null: random. Otherwise a model of the same family: the path of its final.safetensors, a
     registered version (models:/NAME@ALIAS, models:/NAME/NUMBER), or champion. The champion is resolved when data and

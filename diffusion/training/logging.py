@@ -5,10 +5,11 @@ import csv
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -277,7 +278,7 @@ class Validation:
 
 
 class TrainingLog:
-    """Log of a run in the folder ``output``, with ``tracker``, if any, and on the screen; also starts its checkpoints.
+    """Log of a run in the folder ``output``, with ``trackers`` and on the screen; also starts its checkpoints.
 
     Only the main process has one. Rows beyond ``images``, left by a killed process, are dropped. ``total`` is the
     number of images to see.
@@ -289,13 +290,13 @@ class TrainingLog:
         output: Path,
         sampling: SamplingConfig,
         writer: CheckpointWriter,
-        tracker: Tracker | None,
+        trackers: Sequence[Tracker],
         progress: Progress,
         images: int,
         total: int,
     ) -> None:
         self.validation, self.output, self.sampling, self.writer = validation, output, sampling, writer
-        self.tracker, self.progress, self.total = tracker, progress, total
+        self.trackers, self.progress, self.total = trackers, progress, total
         self.history = MetricsFile(output / "history.csv", METRICS)
         self.losses = MetricsFile(output / "losses.csv", LOSSES)
         for file in (self.history, self.losses):
@@ -309,8 +310,8 @@ class TrainingLog:
         """Log ``METRICS`` of the steps since the last call."""
         self.monitor.check_loss(metrics["loss"], images)
         self.history.append(images, metrics)
-        if self.tracker:
-            self.tracker.log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, images)
+        for tracker in self.trackers:
+            tracker.log_metrics({name: value for name, value in metrics.items() if math.isfinite(value)}, images)
         self.progress("images trained on", images, self.total, f"loss {metrics['loss']:.4f}")
 
     def checkpoint(
@@ -325,7 +326,8 @@ class TrainingLog:
         try:
             model, metrics = self.validation.evaluate(tensors, images, stop)
             generated = self.validation.generate(model, self.sampling)
-            if self.tracker and images == self.total and "noise_levels" in setup.model.abilities:
+            has_strip = images == self.total and "noise_levels" in setup.model.abilities and find_spec("matplotlib")
+            if self.trackers and has_strip:
                 from diffusion.generation.explain import reverse_process_strip  # matplotlib is slow to load
 
                 conditioning = setup.task.conditioning(self.validation.images[:1]) or None
@@ -339,11 +341,11 @@ class TrainingLog:
         self.losses.append(images, {name: metrics.get(name, math.nan) for name in LOSSES})
         sample_grid = self.validation.sample_grid(model, generated)
         save_png(self.output / "samples" / f"{images:010d}.png", sample_grid)
-        if self.tracker:
-            self.tracker.log_metrics(metrics | self.validation.colour_drift(generated), images)
-            self.tracker.log_image("samples", sample_grid, images)
+        for tracker in self.trackers:
+            tracker.log_metrics(metrics | self.validation.colour_drift(generated), images)
+            tracker.log_image("samples", sample_grid, images)
             if strip is not None:
-                self.tracker.log_image("reverse", strip, images)
+                tracker.log_image("reverse", strip, images)
         self.monitor.check_validation(metrics, images)
         self.monitor.check_weights(_select(NETWORK, tensors), _select(AVERAGED, tensors), images)
         if setup.config.ema_stds is not None:
@@ -367,8 +369,8 @@ class TrainingLog:
     def _sync(self) -> None:
         for file in (self.history, self.losses):
             sync_file(file.path)
-        if self.tracker:
-            self.tracker.sync()
+        for tracker in self.trackers:
+            tracker.sync()
 
     def _protected_images(self, save_every: int) -> set[int]:
         """Return the image counts of checkpoints that pruning must keep."""

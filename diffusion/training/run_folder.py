@@ -18,6 +18,7 @@ from diffusion.training.ema import SNAPSHOTS
 from diffusion.training.logging import METRICS_BUFFER, RESTARTED
 from diffusion.training.preflight import PREFLIGHT
 from diffusion.training.setup import FORMAT_VERSION, TrainingSetup
+from diffusion.training.trackers import TRACKERS
 
 Restart = Literal["never", "if_different", "set_aside"]
 """What happens to a run of another configuration or data set in the folder: an error, it is discarded, or a finished
@@ -72,7 +73,8 @@ def lock_folder(output: Path) -> Iterator[None]:
 def _discard(output: Path) -> None:
     # The tracker's files go first, so that it does not attribute them to the next run; checkpoints go last, so that an
     # interrupted deletion leaves a run that can be resumed.
-    shutil.rmtree(output / METRICS_BUFFER, ignore_errors=True)
+    for name in (METRICS_BUFFER, TRACKERS):
+        shutil.rmtree(output / name, ignore_errors=True)
     if output.is_dir():
         write_bytes(output / METRICS_BUFFER / RESTARTED, b"")
     names = ("final.safetensors", "weights.safetensors", "history.csv", "losses.csv", PREFLIGHT)

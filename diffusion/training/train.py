@@ -42,6 +42,7 @@ from diffusion.training.preflight import (
 from diffusion.training.rank_costs import RankCosts, rank_costs
 from diffusion.training.run_folder import DISCARD_OR_MOVE, Restart, lock_folder, make_way, require_same_run
 from diffusion.training.setup import COUNTS, FINGERPRINT, make_setup
+from diffusion.training.trackers import TRACKERS, open_trackers, require_trackers
 from diffusion.training.trainer import FEWER_CHECKPOINTS, WINDOW, NotFiniteError, Trainer, thread_count
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ def train(
     Raises UserError if the folder holds a run of another configuration or data set (and ``restart`` is ``never``),
     another process trains in it, the data set is damaged, or configuration and data set do not fit each other.
     """
+    require_trackers(config.log_to)
     with _open_run(data, output, model, config, sampling, progress, restart, store, start) as trainer:
         setup, state, final = trainer.setup, trainer.state, output / "final.safetensors"
         if setup.ranks.broadcast(final.is_file()):
@@ -153,9 +155,14 @@ def _open_log(
         yield None
         return
     validation = Validation(trainer.setup, trainer.objective, trainer.threads)
-    with CheckpointWriter(Checkpoints(output / "checkpoints")) as writer:
-        images, total = trainer.state.images, trainer.total
-        yield TrainingLog(validation, output, sampling, writer, tracker, progress, images, total)
+    images, total, names = trainer.state.images, trainer.total, trainer.config.log_to
+    fields = trainer.setup.header(images, total)["model_header"]
+    with (
+        open_trackers(names, output, images, fields["training"] | {"model": fields["model"]}) as trackers,
+        CheckpointWriter(Checkpoints(output / "checkpoints")) as writer,
+    ):
+        all_trackers = [*([tracker] if tracker else []), *trackers]
+        yield TrainingLog(validation, output, sampling, writer, all_trackers, progress, images, total)
 
 
 def _save_final(trainer: Trainer, final: Path) -> None:
@@ -203,6 +210,7 @@ def _begin_or_resume(trainer: Trainer, output: Path, sampling: SamplingConfig) -
         logger.info("training on %s; %s, %s", *(summary[name] for name in ("images", "network", "length")))
         warn_of_memory(preflight, setup.device)
         require_disk(output, preflight.disk_bytes)
+        shutil.rmtree(output / TRACKERS, ignore_errors=True)  # of another run whose checkpoints were deleted
         write_json(output / PREFLIGHT, preflight.model_dump(mode="json"))
     header = trainer.checkpoint_header()
     tensors = trainer.checkpoint_tensors(header)
@@ -260,6 +268,7 @@ def check(
 
     ``advice``: what the message says to do with another run in the folder ``output``.
     """
+    require_trackers(config.log_to)
     with open_dataset(data, config, None) as dataset, compute_deterministically(resolve_device(config.device)):
         setup = make_setup(dataset, model, config, sampling, SINGLE_PROCESS)
         meta_network(setup)

@@ -19,6 +19,7 @@ from diffusion.evaluation.ranking import RANKING, Ranking
 from diffusion.evaluation.reports.comparison_report import COMPARISON_PAGE
 from diffusion.evaluation.reports.ranking_report import RANKING_PAGE
 from diffusion.evaluation.results import Evaluation
+from diffusion.training.trackers import TRACKERS
 from flows.config import SWEEPS
 from flows.datasets.dvc import Cache, Listing, Remote, open_repository
 from flows.storage.s3 import MAX_DELETED
@@ -140,5 +141,7 @@ def purge_samples(run: Path, versions: Iterable[Manifest]) -> list[str]:
     has_real_images = header.model.low_resolution is not None or header.model.evaluated_by == "reconstructions"
     if not has_real_images or header.content_digest not in {version.content_digest for version in versions}:
         return []
-    shutil.rmtree(samples)
-    return [str(samples)]
+    folders = [folder for folder in (samples, run / TRACKERS) if folder.is_dir()]
+    for folder in folders:
+        shutil.rmtree(folder)
+    return list(map(str, folders))

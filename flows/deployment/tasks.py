@@ -1,4 +1,4 @@
-"""Shared parts of the Prefect flows: task retries, task runners, fan-out, concurrency slots and final states."""
+"""Shared parts of the Prefect flows: task retries, task runners, fan-out, concurrency slots, final states and hooks."""
 
 import asyncio
 import json
@@ -31,6 +31,7 @@ from diffusion.common.escaping import escape_controls
 from diffusion.data.ingest.config import CaptionProgram, IngestConfig
 from diffusion.data.prefetch import FanOut, yield_in_order
 from flows.config import Params, SamplingBatchConfig
+from flows.deployment.open_lineage import lineage_hooks as lineage_hooks
 from flows.environment import settings
 
 logger = logging.getLogger(__name__)

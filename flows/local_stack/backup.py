@@ -24,6 +24,7 @@ from pydantic import AwareDatetime, Field, StringConstraints, ValidationError
 
 from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError, UserError, describe_validation_error
+from diffusion.common.escaping import escape_controls
 from diffusion.common.files import make_folder, sha256_file, sync_file, sync_folder, write_atomically, write_json
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.manifest import Sha256
@@ -34,11 +35,11 @@ from flows.local_stack.stack import LocalStack, servers_in_environment
 from flows.storage.s3 import ListedObject, Store, client
 from flows.storage.s3_errors import MissingObjectError
 
-DATABASES = ("mlflow/mlflow.db", "mlflow/auth.db", "prefect/prefect.db")
 STAMP = "%Y%m%dT%H%M%SZ"
 SMALL = 2**20  # size in bytes up to which a saved object is verified by its digest
-AUTH = "mlflow/auth.db"
-UPGRADES = {"mlflow/mlflow.db": ("mlflow", "db", "upgrade"), AUTH: ("mlflow.server.auth", "db", "upgrade", "--url")}
+MLFLOW, AUTH = "mlflow/mlflow.db", "mlflow/auth.db"
+DATABASES = (MLFLOW, AUTH, "prefect/prefect.db")
+UPGRADES = {MLFLOW: ("mlflow", "db", "upgrade"), AUTH: ("mlflow.server.auth", "db", "upgrade", "--url")}
 """Commands that migrate the databases of an older MLflow; Prefect's server migrates its own."""
 REMOVAL = re.compile(r"datasets/[^/]+/removals/[^/]+\.json")
 DatabasePath = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*\.db$")]
@@ -272,7 +273,7 @@ def restore(
         if any(stack.runs(server) for server in SERVERS):
             raise UserError(f"a stack runs in {folder}, where no restore ended: run `darkroom down`, then this again")
         for name, sha256 in backup.databases.items():
-            _place(folder / name, name, backups.path(sha256), backup, stack)
+            _place(folder / name, name, backups.path(sha256), backup, stack, report)
         write_json(progress_file, state.model_copy(update={"placed": True}).model_dump(mode="json"))
     up(report, restoring=True)
     stack = LocalStack.open(folder, backup.bucket)
@@ -320,8 +321,10 @@ def _later_removals(backup: Backup, backups: Backups, replaced_home: Path) -> La
     return later_removals
 
 
-def _place(path: Path, name: str, source: Path, backup: Backup, stack: LocalStack) -> None:
-    """Put a database in place, migrated to the installed programs and with this stack's password."""
+def _place(
+    path: Path, name: str, source: Path, backup: Backup, stack: LocalStack, report: Callable[[str], None]
+) -> None:
+    """Put a database in place, migrated to the installed programs, with this stack's password and webhooks disabled."""
 
     def write(partial: Path) -> None:
         shutil.copyfile(source, partial)
@@ -332,6 +335,9 @@ def _place(path: Path, name: str, source: Path, backup: Backup, stack: LocalStac
             if process.returncode:
                 message = "".join(process.stderr.strip().splitlines()[-1:])
                 raise DarkroomError(f"{name} cannot be migrated to this MLflow: {message}")
+        if name == MLFLOW:
+            with closing(sqlite3.connect(partial)) as database, database:
+                _disable_webhooks(database, report)
         if name == AUTH:
             from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 
@@ -347,3 +353,17 @@ def _place(path: Path, name: str, source: Path, backup: Backup, stack: LocalStac
     for journal in ("-wal", "-shm", "-journal"):
         path.with_name(f"{path.name}{journal}").unlink(missing_ok=True)
     write_atomically(path, write)
+
+
+def _disable_webhooks(database: sqlite3.Connection, report: Callable[[str], None]) -> None:
+    """Disable MLflow's webhooks: no key reads their secrets any more, and one unreadable secret would stop them all."""
+    if not database.execute("select 1 from sqlite_master where name = 'webhooks'").fetchone():
+        return
+    active = "status = 'ACTIVE' and deleted_timestamp is null"
+    names = [name for (name,) in database.execute(f"select name from webhooks where {active}")]
+    database.execute("update webhooks set status = 'DISABLED', secret = null")
+    for name in names:
+        report(
+            f"MLflow: the webhook {escape_controls(name)} is disabled, as backups have no key to its secret: give it a "
+            "new one (docs/how-to/notify.md)"
+        )

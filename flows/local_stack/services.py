@@ -101,11 +101,15 @@ def _mlflow(stack: LocalStack) -> Service:
             "MLFLOW_AUTH_CONFIG_PATH": "auth.ini",
             "MLFLOW_AUTH_ADMIN_PASSWORD": credentials.mlflow_password,
             "MLFLOW_FLASK_SERVER_SECRET_KEY": credentials.mlflow_secret_key,
+            # Without it, no process could read the secrets of webhooks that an earlier one wrote.
+            "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": credentials.mlflow_webhook_key,
             # Jobs evaluate language models; each of their queues would be another process.
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             # The default has 10.*, which matches names like 10.example.com: a DNS rebinding risk.
             "MLFLOW_SERVER_ALLOWED_HOSTS": f"localhost,localhost:*,{LOOPBACK},{LOOPBACK}:*",
         }
+        # To where webhooks may lead, how often and how long they are tried.
+        | {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_WEBHOOK_")}
     )
     if {"AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"} & environment.keys():
         environment["MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE"] = "path"

@@ -1,5 +1,6 @@
 """The local stack: its state on disk, and how a process finds its servers or the environment's."""
 
+import base64
 import os
 import secrets
 from dataclasses import dataclass, replace
@@ -61,6 +62,8 @@ class Credentials(Config):
     mlflow_password: str = Field(default_factory=_password)
     mlflow_secret_key: str = Field(default_factory=_password)
     """Key that signs the sessions of MLflow's server."""
+    mlflow_webhook_key: str = Field(default_factory=lambda: base64.urlsafe_b64encode(secrets.token_bytes(32)).decode())
+    """Fernet key that encrypts the secrets of webhooks in MLflow's database."""
     prefect_auth_string: str = Field(default_factory=lambda: f"{USER}:{_password()}")
     """Login of Prefect's UI, entered as a whole: user:password."""
     s3_access_key: str = Field(default_factory=lambda: secrets.token_hex(10))
@@ -109,13 +112,13 @@ class LocalStack:
         """Open the stack in ``folder``; create it if it is missing."""
         make_folder(folder, 0o700)
         folder.chmod(0o700)
-        if (stack := cls.read(folder)) is not None:
-            return stack
-        path = folder / "credentials.json"
+        path, stack = folder / "credentials.json", cls.read(folder)
         # A killed first `up` may have written credentials that the servers already use.
-        credentials = Credentials.model_validate_json(path.read_bytes()) if path.exists() else Credentials()
-        write_private(path, credentials.model_dump_json(indent=2))
-        return cls(folder, credentials, State(bucket=bucket)).update_state()
+        present = Credentials.model_validate_json(path.read_bytes()) if stack is None and path.exists() else None
+        credentials = stack.credentials if stack else present or Credentials()
+        if (text := credentials.model_dump_json(indent=2)) != (path.read_text() if path.exists() else None):
+            write_private(path, text)  # also what the stack of an older Darkroom lacks
+        return stack or cls(folder, credentials, State(bucket=bucket)).update_state()
 
     def update_state(self, **changes: object) -> "LocalStack":
         """Copy of the stack with changed state, which is written to disk."""

@@ -10,7 +10,7 @@ from uuid import uuid4
 import pytest
 import yaml
 from prefect.cli.deploy._models import PrefectYamlModel
-from prefect.events import DeploymentEventTrigger
+from prefect.events import DeploymentEventTrigger, Event
 from prefect.events.schemas.automations import AutomationCore
 from prefect.server.events.schemas.automations import EventTrigger
 from prefect.server.events.schemas.events import ReceivedEvent
@@ -26,6 +26,7 @@ from flows.datasets.sync import CREATED
 from flows.deployment.deploy import PACKAGED, deploy, fill_placeholders, read_definitions
 from flows.monitor import DRIFTED, compare_kid, describe_data, monitor
 from flows.promote import waiting_event
+from flows.registry.announcements import EVENTS
 from flows.retrain import retrain
 from flows.sample_on_demand import sample_on_demand
 from tests.builders import ROOT
@@ -99,10 +100,10 @@ def test_every_form_field_has_a_description() -> None:
 
 def test_automations_are_valid_and_notifications_need_a_url() -> None:
     with_webhook = declared(WEBHOOK="0b7b4a6e-3f0b-4f53-9a55-0f3f4f0b5a11")["automations"]
-    assert [each["name"] for each in with_webhook][:-2] == [each["name"] for each in declared()["automations"]]
+    assert [each["name"] for each in with_webhook][:-3] == [each["name"] for each in declared()["automations"]]
     for each in with_webhook:
         AutomationCore.model_validate(each)
-    for each in with_webhook[-2:]:
+    for each in with_webhook[-3:]:
         assert each["actions"][0]["block_document_id"] == "0b7b4a6e-3f0b-4f53-9a55-0f3f4f0b5a11"
 
 
@@ -124,10 +125,26 @@ def test_a_run_waiting_for_approval_outlives_the_day() -> None:
 
 
 def test_notification_is_valid_json_for_any_message() -> None:
-    payload = declared(WEBHOOK="x")["automations"][-2]["actions"][0]["payload"]
+    payload = declared(WEBHOOK="x")["automations"][-3]["actions"][0]["payload"]
     state = {"name": "Failed", "message": 'it "broke"\n{"text": 1}'}
     text = render_user_template_sync(payload, {"flow_run": {"name": "retrain-faces", "state": state}})
     assert yaml.safe_load(text) == {"text": f"retrain-faces: Failed. {state['message']}"}
+
+
+def test_each_verdict_and_drift_is_told_in_its_own_words() -> None:
+    told = {each["name"]: each for each in declared(WEBHOOK="x")["automations"]}[
+        "darkroom: tell of promotions, rollbacks and drift"
+    ]
+    trigger = EventTrigger.model_validate(told["trigger"])
+    resource = {"prefect.resource.id": "darkroom.model.faces"}
+    text = 'models:/faces/3 is "held"\nhttp://mlflow'
+    for name in (*EVENTS.values(), DRIFTED):
+        event = Event(event=name, resource=resource, payload={"text": text}).model_dump(mode="json")
+        received = ReceivedEvent.model_validate(event | {"received": event["occurred"]})
+        assert trigger.covers(received)
+        assert trigger.expects(name)
+        payload = render_user_template_sync(told["actions"][0]["payload"], {"event": received})
+        assert yaml.safe_load(payload) == {"text": text}
 
 
 @pytest.mark.parametrize(

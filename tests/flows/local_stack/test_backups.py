@@ -1,5 +1,6 @@
 """Backups that are cut, damaged or overtaken, and restores that are killed: given again, both end whole."""
 
+import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -10,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.fernet import Fernet
+from mlflow.entities.webhook import WebhookEvent, WebhookStatus
 from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
+from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as SqlAlchemyRegistry
 
 from diffusion.common.errors import UserError
 from flows.environment import settings
@@ -156,6 +160,37 @@ def test_a_killed_restore_goes_on_and_places_all_databases(
     assert read_text(folder / DATABASES[-1]) == "used since"
     with pytest.raises(UserError, match="did not end"):
         up(print)
+
+
+def test_a_restored_mlflow_has_webhooks_disabled_and_named(
+    backup_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow_template: Path
+) -> None:
+    backups, source = Backups(backup_folder), tmp_path / "mlflow.db"
+    shutil.copyfile(mlflow_template, source)
+    with monkeypatch.context() as older:
+        older.setenv("MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY", Fernet.generate_key().decode())
+        older.setenv("MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS", "true")
+        registry = SqlAlchemyRegistry(f"sqlite:///{source}")
+        events = [WebhookEvent.from_str("model_version_alias.created")]
+        registry.create_webhook("deployer", "https://127.0.0.1/x", events, secret="s" * 16)
+        registry.engine.dispose()
+    newest = backups.read()
+    databases = newest.databases | {DATABASES[0]: backups.keep(partial(_copy, source))}
+    backups.write(later(newest).model_copy(update={"databases": databases}))
+    lines: list[str] = []
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(restoring, "up", stop)
+    with pytest.raises(KeyboardInterrupt):
+        restore(backup_folder, None, Path("nothing"), lines.append)
+    assert [line for line in lines if "deployer" in line]
+    monkeypatch.setenv("MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY", Fernet.generate_key().decode())
+    restored = SqlAlchemyRegistry(f"sqlite:///{settings().folder / DATABASES[0]}")
+    [webhook] = restored.list_webhooks()
+    assert (webhook.name, webhook.status, webhook.secret) == ("deployer", WebhookStatus.DISABLED, None)
+    restored.engine.dispose()
 
 
 RECORD = f"datasets/{REMOVAL.dataset}/removals/{REMOVAL.name}.json"

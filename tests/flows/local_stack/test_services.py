@@ -31,6 +31,17 @@ def test_only_the_worker_gets_keys_that_are_not_its_servers(tmp_path: Path, monk
         assert [each for each, value in variables.items() if value == "hush"] == ["HF_TOKEN"] * (name == "worker")
 
 
+def test_credentials_that_an_older_stack_lacks_are_added_once(tmp_path: Path) -> None:
+    path = LocalStack.open(tmp_path / "stack", "bucket").folder / "credentials.json"
+    older = json.loads(path.read_bytes())
+    del older["mlflow_webhook_key"]
+    path.write_text(json.dumps(older))
+    keys = {LocalStack.open(tmp_path / "stack", "bucket").credentials.mlflow_webhook_key for _ in range(2)}
+    assert len(keys) == 1
+    assert json.loads(path.read_bytes()) == older | {"mlflow_webhook_key": keys.pop()}
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
 def test_the_worker_knows_what_parameters_may_make_it_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DARKROOM_CAPTIONERS", '[{"command": ["caption"]}]')
     monkeypatch.setenv("DARKROOM_SIGNING_KEY_PASSPHRASE", "hush")
