@@ -56,7 +56,7 @@ def test_rules_apply_to_ingest_retrain_and_other_machines(space: Workspace) -> N
 
 def test_lists_are_published_and_withdrawn(space: Workspace) -> None:
     before = space.json("ingest", "images")
-    Path(space.folder, "dark.csv").write_text("filepath,tags\n/mnt/images/odd/1.png,dark\n")
+    Path(space.folder, "dark.csv").write_text("filepath,tags\n/mnt/images/odd/001.png,dark\n")
     dark = space.json("data", "curate", "--drop", "dark.csv")
     assert (dark["kept"], dark["rules"]) == (before["kept"] - 1, {"list dark": 1})
     shutil.rmtree(space.folder / "data")
