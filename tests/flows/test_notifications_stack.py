@@ -25,7 +25,7 @@ from tests.builders.workspace import PARAMS, Workspace, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-SECRET = "a secret that the receiver shares with MLflow"
+SHARED = "a text that the receiver shares with MLflow"
 NEVER = "0 0 1 1 *"
 """A schedule that starts nothing while tests run."""
 
@@ -45,7 +45,7 @@ class Receiver:
         for headers, body in self.events:
             # As docs/how-to/notify.md says.
             signed = f"{headers['x-mlflow-delivery-id']}.{headers['x-mlflow-timestamp']}.".encode() + body
-            digest = base64.b64encode(hmac.digest(SECRET.encode(), signed, hashlib.sha256)).decode()
+            digest = base64.b64encode(hmac.digest(SHARED.encode(), signed, hashlib.sha256)).decode()
             assert hmac.compare_digest(headers["x-mlflow-signature"], f"v1,{digest}")
             event = json.loads(body)
             if (event["entity"], event["action"]) == ("model_version_alias", "created"):
@@ -87,7 +87,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> I
         with pytest.MonkeyPatch.context() as patch:
             space.join(patch)
             events: Any = ["model_version.created", "model_version_alias.created"]
-            MlflowClient().create_webhook("deployer", f"{receiver.url}/mlflow", events, secret=SECRET)
+            MlflowClient().create_webhook("deployer", f"{receiver.url}/mlflow", events, secret=SHARED)
         schedules = ("--cron", NEVER, "--monitor-cron", NEVER)
         space.json("deploy", "--webhook-env", "MAILBOX", "--set", "ingest.source=images", *schedules)
         space.two_versions()
@@ -136,7 +136,7 @@ def test_secrets_of_webhooks_are_encrypted_and_survive_a_restart(
     workspace: Workspace, receiver: Receiver, server: MlflowClient
 ) -> None:
     home = workspace.folder / ".darkroom"
-    assert not [path for path in Path(home, "mlflow").iterdir() if SECRET.encode() in path.read_bytes()]
+    assert not [path for path in Path(home, "mlflow").iterdir() if SHARED.encode() in path.read_bytes()]
     key = json.loads((home / "credentials.json").read_bytes())["mlflow_webhook_key"]
     Fernet(key)
     workspace.variables["MLFLOW_WEBHOOK_CACHE_TTL"] = "1"

@@ -35,9 +35,9 @@ def events(no_servers: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[d
     for name in ("OPENLINEAGE_DISABLED", "OPENLINEAGE_CONFIG"):
         monkeypatch.delenv(name, raising=False)
     with serving(Handler) as address:
-        for field, value in (("TYPE", "http"), ("URL", address), ("AUTH", '{"type": "api_key", "apiKey": "key"}')):
+        for field, value in (("TYPE", "http"), ("URL", address), ("AUTH", '{"type": "api_key", "apiKey": "test-secret"}')):
             monkeypatch.setenv(f"OPENLINEAGE__TRANSPORT__{field}", value)
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@mlflow:5000")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:test-secret@mlflow:5000")
         yield received
 
 
