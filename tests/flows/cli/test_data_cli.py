@@ -12,6 +12,7 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
+from diffusion.checkpoints import read_model_header
 from diffusion.common.errors import UserError
 from diffusion.curation.lists import ListChange
 from diffusion.data.ingest.config import IngestConfig
@@ -373,6 +374,21 @@ def test_merge_takes_names_of_data_sets_and_no_paths(data: CommandLine) -> None:
     shutil.copytree(FOLDER, "elsewhere")
     data.mistake("merge", "../elsewhere", "--local")
     assert read_manifest(FOLDER).change == "ingest"
+
+
+def test_a_training_mixes_merged_data_sets(
+    data: CommandLine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("more").mkdir()
+    for number in range(300, 310):
+        blob(number).save(f"more/{number}.png")
+    ingest(Path("data/more"), IngestConfig(source="more", size=8, held_out=0.33))
+    data("merge", "more", "--local")
+    assert "10 from more" in data("show")
+    run, words = CommandLine(monkeypatch, capsys), ("train", "--local", "--set", "model.width=16", "--set")
+    run(*words, "training.mix={blobs: 1, more: 0.5}")
+    assert read_model_header(Path("runs/blobs/final.safetensors")).training["mix"] == {"blobs": 1, "more": 0.5}
+    assert "blobs, more" in run.mistake(*words, "training.mix={other: 2}", "--restart")
 
 
 def test_curate_with_servers_needs_no_local_copy(data: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
