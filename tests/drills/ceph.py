@@ -45,7 +45,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 
 
 def test_a_retraining_its_ledger_and_batches_in_files_and_large_tars(workspace: Workspace) -> None:
-    assert "ignores If-None-Match when an upload in parts is completed" in workspace.run("server", "health", "s3")
+    assert workspace.run("server", "health", "s3").split() == ["s3", "works"]
     assert "elsewhere" in workspace.run("status")
     result = workspace.json("retrain", "images", "--dataset", "blobs", "--count", "8")
     assert result["verdict"]["version"]["number"] == 1
