@@ -279,7 +279,7 @@ def test_only_the_owner_reads_secrets(up: LocalStack) -> None:
     own = up.credentials.model_dump()
     secrets = {value.split(":")[-1] for name, value in own.items() if name not in {"mlflow_username"}}
     secrets -= {up.credentials.s3_access_key}
-    assert len(secrets) == 5
+    assert len(secrets) == 6
     logs = "".join(path.read_text(errors="replace") for path in (up.folder / "logs").iterdir())
     lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
     commands = "\n".join(" ".join(line) for line in lines)
