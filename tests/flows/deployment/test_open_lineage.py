@@ -35,7 +35,8 @@ def events(no_servers: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[d
     for name in ("OPENLINEAGE_DISABLED", "OPENLINEAGE_CONFIG"):
         monkeypatch.delenv(name, raising=False)
     with serving(Handler) as address:
-        for field, value in (("TYPE", "http"), ("URL", address), ("AUTH", '{"type": "api_key", "apiKey": "test-secret"}')):
+        login = '{"type": "api_key", "apiKey": "test-secret"}'
+        for field, value in (("TYPE", "http"), ("URL", address), ("AUTH", login)):
             monkeypatch.setenv(f"OPENLINEAGE__TRANSPORT__{field}", value)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:test-secret@mlflow:5000")
         yield received
