@@ -111,18 +111,31 @@ class Merge:
         if not buckets:
             self._append(records, None, "", 0, self.source)
 
-    def adopt(self, part: Part, base_masks: Mapping[str, str | None]) -> int:
-        """Add what a part of another version has and this one lacks; returns how many duplicates of lost images.
+    def adopt(self, local: Manifest, base: Manifest | None) -> int:
+        """Add what another version has and neither this one nor ``base``; returns how many duplicates of lost images.
 
-        A mask that is neither this version's nor in ``base_masks``, by the images' keys, is noted as a new one.
+        A mask that is neither this version's nor the base's replaces this one's.
         """
+        base_masks = {
+            row["key"]: row.get(MASK.name)
+            for part in (rewritten_parts(local, base) if base else ())
+            for row in read_records(self.folder, part).to_pylist()
+            if row["outcome"] in STORED
+        }
+        shared_digests = {part.records.sha256 for part in (*self.parts, *(base.parts if base else ()))}
+        local_parts = [part for part in local.parts if part.records.sha256 not in shared_digests]
+        lost_count = sum(self._adopt_part(part, base_masks) for part in local_parts)
+        self.replace_masks()
+        return lost_count
+
+    def _adopt_part(self, part: Part, base_masks: Mapping[str, str | None]) -> int:
         rows = read_records(self.folder, part).to_pylist()
         stored_rows = [row for row in rows if row["outcome"] in STORED]
         self.index.add_hashes(self.folder, part, rows)
         records, lost_count = [], 0
-        for row in stored_rows if part.shard is not None else ():
+        for row in stored_rows:
             mask = row.get(MASK.name)
-            if mask not in (base_masks.get(row["key"], mask), self.index.mask(row["key"])):
+            if mask not in (base_masks.get(row["key"], mask), self.index.mask(row["key"])) and part.shard is not None:
                 self.index.add_new_mask(row, self.folder / part.shard.name)
         for row in rows:
             if row["outcome"] == "removed":
@@ -371,9 +384,9 @@ class Union(Config):
     """Number of records of duplicates whose image the other line removed, which are in neither."""
 
 
-def rewritten_tables(local: Manifest, base: Manifest | None) -> list[Part]:
-    """Return the parts of ``base`` that ``local`` replaced, by whose records its new masks are told; none without."""
-    if base is None or not (local.masks or base.masks):
+def rewritten_parts(local: Manifest, base: Manifest) -> list[Part]:
+    """Return the parts of ``base`` that ``local`` replaced, whose records say which masks are new; none without any."""
+    if not (local.masks or base.masks):
         return []
     digests = {part.records.sha256 for part in local.parts}
     return [part for part in base.parts if part.shard is not None and part.records.sha256 not in digests]
@@ -383,8 +396,8 @@ def merge_versions(folder: Path, config: IngestConfig, remote: Manifest, base: M
     """Make a version based on ``remote`` with the additions of the current version in ``folder`` to ``base``.
 
     Two machines that ingest into ``base``, the newest common ancestor if there is one, create two lines of versions.
-    All files of ``remote``, the manifests of its ancestors and ``rewritten_tables`` lie in ``folder``. The caller holds
-    the data set's lock. A mask that is new here replaces the one of ``remote``.
+    All files of ``remote``, the manifests of its ancestors and the records of ``rewritten_parts`` lie in ``folder``.
+    The caller holds the data set's lock. A mask that is new here replaces the one of ``remote``.
 
     Repeated after a kill it gives the same result: the manifest is written last.
 
@@ -407,7 +420,6 @@ def merge_versions(folder: Path, config: IngestConfig, remote: Manifest, base: M
             f"{conflict} stores images with ingest.{name}={remote_value}, while {local.digest[:12]} here has "
             f"{local_value}: give another --dataset, or to add to it {advice} with that"
         )
-    shared_digests = {part.records.sha256 for part in (*remote.parts, *(base.parts if base else ()))}
     recorded_bits = local.near_duplicate_bits if remote.near_duplicate_bits is None else remote.near_duplicate_bits
     bits = config.near_duplicate_bits(recorded_bits)
     config = config.model_copy(update=dict(remote.storage) | {"near_duplicates": bits})
@@ -418,15 +430,7 @@ def merge_versions(folder: Path, config: IngestConfig, remote: Manifest, base: M
         index.transaction(),
     ):
         merge = Merge(folder, config, index, "", list(remote.parts))
-        base_masks = {
-            row["key"]: row.get(MASK.name)
-            for part in rewritten_tables(local, base)
-            for row in read_records(folder, part).to_pylist()
-            if row["outcome"] in STORED
-        }
-        local_parts = [part for part in local.parts if part.records.sha256 not in shared_digests]
-        lost_count = sum(merge.adopt(part, base_masks) for part in local_parts)
-        merge.replace_masks()
+        lost_count = merge.adopt(local, base)
         after, lists = remote, unite_lists(remote.lists, local.lists, base.lists if base else None)
         if merge.parts != remote.parts or lists != remote.lists:
             after = Manifest(
