@@ -135,6 +135,9 @@ def _describe_ingest(result: "IngestResult", config: "Params") -> Iterator[str]:
     if reads_masks or result.masks is not None:
         changed = f", {result.remasked:,} of earlier ingests got another one" if result.remasked else ""
         yield f"masks {result.masks or 0:,} of {pluralize(result.kept, 'image')}{changed}; all others count in full"
+    problems = list((result.mask_problems or {}).items())
+    yield from (f"  keeps its old mask: {name}: {reason}" for name, reason in problems[:20])
+    yield from (f"  … and {len(problems) - 20:,} more" for _ in problems[20:21])
     if captions := result.captions:
         counts = f"{captions.requests:,} requested, {captions.cached:,} cached, {captions.failed:,} failed"
         yield f"captions by {captions.captioner}: {counts}"

@@ -14,7 +14,7 @@ from prefect.events import Event
 from diffusion.common.errors import ConflictError
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.merge import merge_versions
+from diffusion.data.ingest.merge import merge_versions, rewritten_parts
 from diffusion.data.manifest import Manifest, parse_manifest, read_manifest, version_path, versions, work_folder
 from diffusion.data.versions.takedown import remove_known
 from diffusion.data.versions.versions import remember
@@ -161,6 +161,10 @@ def _move(
         return
     place.keep_current(remote)
     place.fetch(remote, without_shards=False)
+    if base is not None:
+        for entry in (part.records for part in rewritten_parts(local, base)):
+            if not is_whole(folder / entry.name, entry.sha256):
+                place.write(base, entry.name, entry.sha256)
     merge = merge_versions(folder, config, remote, base)
     remove_others(folder, merge.version)
     logger.info(

@@ -51,13 +51,14 @@ HASH_BITS = 256
 COLUMNS = (*RECORDS.names, MASK.name, MASK_SIZE.name, "stamp", "bucket", "mask_source")
 """Columns of a prepared entry: its record, without outcomes that depend on the whole data set. ``outcome``
 is ``quarantined``, ``duplicate`` (within the chunk), ``known`` (read before) or null; ``bucket`` is the shape of its
-pixels as WIDTHxHEIGHT, if any; ``mask_source`` is ``Entry.mask``."""
+pixels as WIDTHxHEIGHT, if any; ``mask_source`` is ``Entry.mask``. Copies with equal masks share their place in the
+shard; one with another mask has its own."""
 NOT_OF_A_CHUNK = {
     *("source", "captions", "default_caption", "trigger", "folders", "licence", "captioner", "max_quarantined"),
     *("shard_bytes", "runner", "workers", "held_out"),
 }
 """Fields of the configuration that cannot change what a chunk becomes."""
-FORMAT = 7
+FORMAT = 8
 """Incremented when the same images would be stored in another way, so that chunks of older code are not reused."""
 TEXT_OF_A_CHUNK = 2**23
 """Approximate characters of names, labels and captions per chunk; its memory grows with them."""
@@ -202,6 +203,7 @@ def _prepare(
     payloads = source.read(readable)
     masks = source.read_masks(readable) if chunk.config.masks == "files" else repeat(None)
     keys: set[str] = set()
+    places: dict[tuple[str, str | None], dict[str, Any]] = {}
     rows = []
     for entry, known_digests in entries:
         row: dict[str, Any] = dict.fromkeys(COLUMNS)
@@ -219,8 +221,6 @@ def _prepare(
             if row["source_sha256"] in known_digests and entry.mask is None:
                 row["outcome"] = "known"
                 continue
-            if isinstance(mask, UnusableEntryError):
-                raise UnusableEntryError(f"its mask: {mask}")
             image = prepare(payload, chunk.config, mask)
             _require_unreserved(payload, {row["source_sha256"], image.key}, left_out, chunk.config)
         except UnusableEntryError as error:
@@ -229,14 +229,16 @@ def _prepare(
         row |= _describe(image, chunk.config)
         if image.key in keys:
             row["outcome"] = "duplicate"
-            continue
         keys.add(image.key)
-        if (bucket := row["bucket"]) not in writers:
-            writers[bucket] = TarWriter(files.enter_context((folder / bucket).open("wb")))
-        metadata = {name: row[name] for name in ("label", "caption", "source")} | {"sha256": row["source_sha256"]}
         digest, mask_png = image.mask or (None, b"")
-        row |= {"offset": writers[bucket].add(image.key, image.png, metadata, mask_png), "size": len(image.png)}
-        row |= {MASK.name: digest, MASK_SIZE.name: len(mask_png) or None}
+        if (image.key, digest) not in places:
+            if (bucket := row["bucket"]) not in writers:
+                writers[bucket] = TarWriter(files.enter_context((folder / bucket).open("wb")))
+            metadata = {name: row[name] for name in ("label", "caption", "source")} | {"sha256": row["source_sha256"]}
+            offset = writers[bucket].add(image.key, image.png, metadata, mask_png)
+            place = {"offset": offset, "size": len(image.png), MASK.name: digest, MASK_SIZE.name: len(mask_png) or None}
+            places[image.key, digest] = place
+        row |= places[image.key, digest]
     for writer in writers.values():
         writer.close()
     return rows, writers

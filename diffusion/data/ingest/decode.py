@@ -44,6 +44,8 @@ DECODERS: tuple[tuple[bytes, type[ImageFile]], ...] = (
 LARGE = 2**24
 """Pixels from which a process decodes one image at a time, at about twenty bytes per pixel; JPEGs are reduced."""
 LARGE_DECODE = RLock()  # an image and its mask
+MASK_PROBLEM = "its mask"
+"""Start of the reason why an image cannot be used that concerns its mask alone."""
 MAX_PROFILE_BYTES = 4 * 2**20
 """Maximum size of a colour profile in bytes; profiles of presses have up to three million."""
 REDUCED = 2
@@ -85,11 +87,14 @@ class StoredImage:
 
 
 def prepare(
-    payload: bytes | Image.Image, config: IngestConfig, mask_payload: bytes | Image.Image | None = None
+    payload: bytes | Image.Image,
+    config: IngestConfig,
+    mask_payload: "bytes | Image.Image | UnusableEntryError | None" = None,
 ) -> StoredImage:
     """Decode, orient, convert to sRGB, flatten and resize one image, given as a file's bytes or decoded already.
 
-    ``mask_payload``: its mask, which is cut and resized as the image is, and padded with 0.
+    ``mask_payload``: its mask, which is cut and resized as the image is, and padded with 0, or the reason why it cannot
+    be read; reasons that concern the mask begin with MASK_PROBLEM.
 
     Of several frames or pages the first is used. ``config.max_seconds`` is CPU time, checked whenever a decoder reads
     on. A WebP or compressed TIFF is decoded in one go, which only ``config.max_pixels`` keeps short.
@@ -114,7 +119,10 @@ def _digest_pixels(image: Image.Image) -> str:
 
 
 def _prepare_mask(
-    source: "_Source", payload: bytes | Image.Image | None, config: IngestConfig, stack: ExitStack
+    source: "_Source",
+    payload: "bytes | Image.Image | UnusableEntryError | None",
+    config: IngestConfig,
+    stack: ExitStack,
 ) -> tuple[str, bytes] | None:
     """Decode the mask of ``source`` and fit it as the image; None if there is none, or it is white everywhere."""
     if payload is None and config.masks != "alpha":
@@ -125,15 +133,17 @@ def _prepare_mask(
         mask = _split_alpha(source.image)[1]
     else:
         try:
+            if isinstance(payload, UnusableEntryError):
+                raise payload
             mask_source = _decode(payload, config, stack, reduce=False)
             mask_source.image.info.pop("icc_profile", None)  # weights are not colours
             mask = _split_alpha(mask_source.image)[0].convert("L")
         except Exception as error:
-            raise UnusableEntryError(f"its mask: {_one_line(error)}") from error
+            raise UnusableEntryError(f"{MASK_PROBLEM}: {_one_line(error)}") from error
         (width, height), (mask_width, mask_height) = source.size, mask_source.size
         if abs(mask_width * height - mask_height * width) > max(source.size):  # beyond rounding
             raise UnusableEntryError(
-                f"its mask has another aspect ratio, {mask_width}×{mask_height} pixels, than its {width}×{height}"
+                f"{MASK_PROBLEM} has another aspect ratio, {mask_width}×{mask_height} pixels, than its {width}×{height}"
             )
         source = _Source(mask, source.size, 1)
         mask = mask if mask.size == source.size else mask.resize(source.size, Image.Resampling.BILINEAR)

@@ -222,8 +222,8 @@ class Index(HashGroups):
 
     def add_new_mask(self, row: dict[str, Any], shard: Path) -> None:
         """Note that a stored image came again with another mask, which lies in ``shard`` where ``row`` says."""
-        place = [str(shard), row["offset"], row["size"], row[MASK_SIZE.name]]
-        values = (bytes.fromhex(row["key"]), row["source"], row[MASK.name], canonical_json(place))
+        place = [str(shard), row["offset"], row["size"], row.get(MASK_SIZE.name)]
+        values = (bytes.fromhex(row["key"]), row["source"], row.get(MASK.name), canonical_json(place))
         self.database.execute("INSERT OR REPLACE INTO new_masks VALUES (?, ?, ?, ?)", values)
 
     def take_new_mask(self, key: str, source: str) -> tuple[str | None, list[Any]] | None:
@@ -253,6 +253,10 @@ class Index(HashGroups):
         query = "SELECT outcome, reason FROM records WHERE source = ? AND sha256 = ?"
         record: tuple[str, str | None] | None = self._first(query, source, bytes.fromhex(sha256))
         return record
+
+    def has_image(self, source: str, sha256: str) -> bool:
+        """Return whether the bytes of this name are recorded, and not quarantined."""
+        return (self.find_outcome(source, sha256) or ("quarantined",))[0] != "quarantined"
 
     def count(self, outcome: str) -> int:
         """Return the number of names whose last record has ``outcome``."""

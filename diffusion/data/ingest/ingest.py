@@ -26,7 +26,6 @@ from diffusion.data.ingest.captions import CaptionCounts, add_captions
 from diffusion.data.ingest.chunks import chunks_of, make_plan, prepare_chunk
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index, explain_database_errors
-from diffusion.data.ingest.masks import replace_masks
 from diffusion.data.ingest.merge import Merge, write_part
 from diffusion.data.manifest import (
     Manifest,
@@ -83,6 +82,8 @@ class IngestResult(Config):
     """Number of kept images with a mask; None if none has one."""
     remasked: int | None = Field(None, exclude_if=is_unset)
     """Number of images of earlier ingests that got another mask; None if there are none."""
+    mask_problems: dict[str, str] | None = Field(None, exclude_if=is_unset)
+    """Why the new mask of an image cannot be used, which keeps its old one, by its name; the first thousand."""
     passed_over: dict[str, int]
     """Number of ignored files without an image's extension, by extension."""
     captions_found: CaptionTally
@@ -247,6 +248,7 @@ def _make_result(
         relabelled=merge.relabelled,
         masks=after.masks or None,
         remasked=merge.remasked or None,
+        mask_problems=merge.mask_problems or None,
         passed_over=dict(access.passed_over.most_common()),
         captions_found=access.captions,
         kept=after.kept,
@@ -330,7 +332,7 @@ def _merge(
                 f"than the share of {config.max_quarantined:g} that ingest.max_quarantined allows ({reasons}): fix "
                 "them, or allow more"
             )
-        merge.remasked = replace_masks(merge)
+        merge.replace_masks()
         captions = None if config.captioner is None else add_captions(merge, config.captioner, progress)
         after = Manifest(
             name=folder.name,

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -21,6 +21,7 @@ from diffusion.common.files import make_folder, sync_file, sync_folder, write_at
 from diffusion.common.shapes import Shape, parse_shape
 from diffusion.data.ingest.chunks import shard_of
 from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.decode import MASK_PROBLEM
 from diffusion.data.ingest.index import Index, explain_database_errors
 from diffusion.data.manifest import (
     CAPTIONER,
@@ -34,6 +35,7 @@ from diffusion.data.manifest import (
     Manifest,
     Part,
     Totals,
+    find_intact,
     manifest_bytes,
     read_manifest,
     read_records,
@@ -42,7 +44,7 @@ from diffusion.data.manifest import (
     versions,
     work_folder,
 )
-from diffusion.data.shards import TarWriter
+from diffusion.data.shards import TarWriter, mask_offset
 from diffusion.data.sources.rights import count_reservations
 from diffusion.data.versions.image_lists import unite_lists
 from diffusion.data.versions.versions import remember
@@ -72,11 +74,13 @@ class Merge:
     reasons: Counter[str] = field(default_factory=Counter)
     """Reasons of quarantined entries, without those quarantined for the same reason before."""
     new_outcomes: Counter[str] = field(default_factory=Counter)
-    """Outcomes of the new entries."""
+    """Outcomes of the new entries; ``known``: of entries that were read for their mask alone."""
     relabelled: int = 0
     """Number of duplicates among them with another label, caption or mask."""
     remasked: int = 0
     """Number of images of earlier ingests that got another mask."""
+    mask_problems: dict[str, str] = field(default_factory=dict)
+    """Why the new mask of an image cannot be used, which keeps its old one, by its name; the first thousand."""
 
     def add(self, chunk: Path) -> None:
         """Determine the outcome of each image of a prepared ``chunk``; new images become a part for each bucket."""
@@ -90,6 +94,7 @@ class Merge:
             # Its duplicates, with any bytes, may come before it.
             if row["key"] is not None and self.index.is_removed(row["source_sha256"]):
                 self.index.refuse(row["key"])
+        samples = Counter(bucket for bucket, _ in {(row["bucket"], row["offset"]) for row in rows if row["size"]})
         for row in rows:
             self.index.stamp(self.origin, row)
             shard = shard_of(chunk, row["bucket"]) if row["offset"] is not None else None
@@ -101,23 +106,41 @@ class Merge:
         for bucket in buckets:
             # Records without an image of their own come first, unless they are duplicates of an image in this chunk.
             members = [row for row in records if (row["bucket"] if row["bucket"] in buckets else buckets[0]) == bucket]
-            samples = sum(row["bucket"] == bucket and row["offset"] is not None for row in rows)
             shape = parse_shape(bucket) if self.config.buckets else None
-            self._append(members, shard_of(chunk, bucket), shards[bucket], samples, self.source, shape)
+            self._append(members, shard_of(chunk, bucket), shards[bucket], samples[bucket], self.source, shape)
         if not buckets:
             self._append(records, None, "", 0, self.source)
 
-    def adopt(self, part: Part) -> int:
-        """Add what a part of another version has and this one lacks; returns how many duplicates of lost images."""
+    def adopt(self, local: Manifest, base: Manifest | None) -> int:
+        """Add what another version has and neither this one nor ``base``; returns how many duplicates of lost images.
+
+        A mask that is neither this version's nor the base's replaces this one's.
+        """
+        base_masks = {
+            row["key"]: row.get(MASK.name)
+            for part in (rewritten_parts(local, base) if base else ())
+            for row in read_records(self.folder, part).to_pylist()
+            if row["outcome"] in STORED
+        }
+        shared_digests = {part.records.sha256 for part in (*self.parts, *(base.parts if base else ()))}
+        local_parts = [part for part in local.parts if part.records.sha256 not in shared_digests]
+        lost_count = sum(self._adopt_part(part, base_masks) for part in local_parts)
+        self.replace_masks()
+        return lost_count
+
+    def _adopt_part(self, part: Part, base_masks: Mapping[str, str | None]) -> int:
         rows = read_records(self.folder, part).to_pylist()
         stored_rows = [row for row in rows if row["outcome"] in STORED]
         self.index.add_hashes(self.folder, part, rows)
         records, lost_count = [], 0
+        for row in stored_rows:
+            mask = row.get(MASK.name)
+            if mask not in (base_masks.get(row["key"], mask), self.index.mask(row["key"])) and part.shard is not None:
+                self.index.add_new_mask(row, self.folder / part.shard.name)
         for row in rows:
-            known_outcome = self.index.find_outcome(row["source"], row["source_sha256"])
             if row["outcome"] == "removed":
                 is_recorded = not self._is_known_as_removed(row)
-            elif known_outcome is not None and known_outcome[0] != "quarantined":
+            elif self.index.has_image(row["source"], row["source_sha256"]):
                 is_recorded = False
             elif row["outcome"] == "duplicate" and self.index.sample(row["key"]) is None:
                 # Its pixels are in a part that this version no longer has.
@@ -146,8 +169,16 @@ class Merge:
         if row["key"] is not None:
             self._classify_image(row, shard)
             if row["outcome"] == "duplicate" and row["reason"] is None and self._is_read_for_mask(row):
+                self.new_outcomes["known"] += 1
                 return False
         if row["outcome"] == "quarantined":
+            if row["reason"].startswith(MASK_PROBLEM) and self._is_read_for_mask(row):
+                if len(self.mask_problems) < 1000:
+                    self.mask_problems[row["source"]] = row["reason"]
+                # Read, and named, again until it is mended.
+                self.index.stamp(self.origin, row | {"stamp": ""})
+                self.new_outcomes["known"] += 1
+                return False
             if self.index.find_outcome(row["source"], row["source_sha256"]) == ("quarantined", row["reason"]):
                 return False
             # Some contain sizes and server messages, and may be as many as the images.
@@ -160,8 +191,7 @@ class Merge:
         """Whether an image is recorded already, so that only its mask, or the setting for masks, may be new."""
         if not row.get("mask_source") and not self.index.has_masks:
             return False
-        known_outcome = self.index.find_outcome(row["source"], row["source_sha256"])
-        return known_outcome is not None and known_outcome[0] != "quarantined"
+        return self.index.has_image(row["source"], row["source_sha256"])
 
     def _is_known_as_removed(self, row: dict[str, Any]) -> bool:
         return all(self.index.is_removed(digest) for digest in (row["key"], row["source_sha256"]) if digest)
@@ -176,8 +206,11 @@ class Merge:
             if self.config.masks is not None and row.get(MASK.name) != mask:
                 if shard is not None and row.get("mask_source") is not None:
                     self.index.add_new_mask(row, shard)
-                else:
+                elif not self._is_read_for_mask(row):  # a mask that vanished stays
                     is_same, reason = False, "came again with another mask"
+            if row["outcome"] == "duplicate":
+                # The place of its first copy in the chunk.
+                row |= {"offset": None, "size": None}
             row |= {"outcome": "duplicate", "reason": reason, "leader": None, MASK.name: None, MASK_SIZE.name: None}
             self.relabelled += not is_same
             return
@@ -190,6 +223,30 @@ class Merge:
             else:
                 (root, split), *_ = groups
                 row |= {"split": split, "near": [root.hex()]}
+
+    def replace_masks(self) -> None:
+        """Replace the masks of images that came again under their own name with another one, in shards and records."""
+        for place, part in enumerate(self.parts):
+            if part.shard is None or not self.index.has_new_masks:
+                continue
+            rows, changed = read_records(self.folder, part).to_pylist(), 0
+            stored_rows = [row for row in rows if row["outcome"] in STORED]
+            for row in stored_rows:
+                if (new_mask := self.index.take_new_mask(row["key"], row["source"])) is None:
+                    continue
+                mask, (path, offset, size, mask_size) = new_mask
+                with Path(path).open("rb") as shard:
+                    shard.seek(mask_offset(offset, size))
+                    row |= {MASK.name: mask, MASK_SIZE.name: mask_size, NEW_MASK: shard.read(mask_size or 0)}
+                self.index.describe(row)
+                changed += 1
+            if changed:
+                shards = [(find_intact(self.folder, part.shard), stored_rows)]
+                new_shard = copy_samples(self.folder, part.number, shards)
+                self.parts[place] = rewrite_part(self.folder, part, rows, self.config.size, new_shard)
+            self.remasked += changed
+        # The masks of copies under other names.
+        self.relabelled += self.index.forget_new_masks()
 
     def _append(
         self,
@@ -327,11 +384,21 @@ class Union(Config):
     """Number of records of duplicates whose image the other line removed, which are in neither."""
 
 
+def rewritten_parts(local: Manifest, base: Manifest) -> list[Part]:
+    """Return the parts of ``base`` that ``local`` replaced, whose records say which masks are new; none without any."""
+    if not (local.masks or base.masks):
+        return []
+    digests = {part.records.sha256 for part in local.parts}
+    return [part for part in base.parts if part.shard is not None and part.records.sha256 not in digests]
+
+
 def merge_versions(folder: Path, config: IngestConfig, remote: Manifest, base: Manifest | None) -> Union:
     """Make a version based on ``remote`` with the additions of the current version in ``folder`` to ``base``.
 
     Two machines that ingest into ``base``, the newest common ancestor if there is one, create two lines of versions.
-    All files of ``remote`` and the manifests of its ancestors lie in ``folder``. The caller holds the data set's lock.
+    All files of ``remote``, the manifests of its ancestors and the records of ``rewritten_parts`` lie in ``folder``.
+    The caller holds the data set's lock. A mask that is new here replaces the one of ``remote``.
+
     Repeated after a kill it gives the same result: the manifest is written last.
 
     Raises ConflictError if the two store images in different ways, or the local one is a rebuild.
@@ -353,7 +420,6 @@ def merge_versions(folder: Path, config: IngestConfig, remote: Manifest, base: M
             f"{conflict} stores images with ingest.{name}={remote_value}, while {local.digest[:12]} here has "
             f"{local_value}: give another --dataset, or to add to it {advice} with that"
         )
-    shared_digests = {part.records.sha256 for part in (*remote.parts, *(base.parts if base else ()))}
     recorded_bits = local.near_duplicate_bits if remote.near_duplicate_bits is None else remote.near_duplicate_bits
     bits = config.near_duplicate_bits(recorded_bits)
     config = config.model_copy(update=dict(remote.storage) | {"near_duplicates": bits})
@@ -364,7 +430,7 @@ def merge_versions(folder: Path, config: IngestConfig, remote: Manifest, base: M
         index.transaction(),
     ):
         merge = Merge(folder, config, index, "", list(remote.parts))
-        lost_count = sum(merge.adopt(part) for part in local.parts if part.records.sha256 not in shared_digests)
+        lost_count = merge.adopt(local, base)
         after, lists = remote, unite_lists(remote.lists, local.lists, base.lists if base else None)
         if merge.parts != remote.parts or lists != remote.lists:
             after = Manifest(

@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 from collections import Counter
 from contextlib import closing
+from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,7 +16,7 @@ from diffusion.common.shapes import Shape, shape_name
 from diffusion.data.ingest.buckets import nearest_shape
 from diffusion.data.ingest.chunks import ENTRY, digest_payload, make_plan
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.decode import UnusableEntryError, prepare
+from diffusion.data.ingest.decode import MASK_PROBLEM, UnusableEntryError, prepare
 from diffusion.data.ingest.index import Index
 from diffusion.data.ingest.ingest import Rebuild, complete_buckets, origin_of, require_same_storage
 from diffusion.data.manifest import read_manifest, work_folder
@@ -132,18 +133,24 @@ def _forecast(plan: Path, source: Source, config: IngestConfig, index: Index, re
     with closing(sqlite3.connect(plan)) as database:
         query = f"SELECT {ENTRY}, known FROM plan ORDER BY number LIMIT {MAX_TRIED}"
         rows = [(Entry(*row[:-1]), (row[-1] or "").lower().split(",")) for row in database.execute(query)]
-    payloads = source.read([entry for entry, _ in rows if entry.problem is None])
+    readable = [entry for entry, _ in rows if entry.problem is None]
+    payloads = source.read(readable)
+    masks = source.read_masks(readable) if config.masks == "files" else repeat(None)
     outcomes, reasons, keys = Counter[str](), Counter[str](), set[str]()
     for entry, known_digests in rows:
         try:
-            payload = next(payloads) if entry.problem is None else UnusableEntryError(entry.problem)
+            if entry.problem is not None:
+                raise UnusableEntryError(entry.problem)
+            payload, mask = next(payloads), next(masks)
             if isinstance(payload, UnusableEntryError):
                 raise payload
             digest = digest_payload(payload)
-            if digest in known_digests:
+            if digest in known_digests and entry.mask is None:
                 continue
-            key = prepare(payload, config).key
+            key = prepare(payload, config, mask).key
         except UnusableEntryError as error:
+            if str(error).startswith(MASK_PROBLEM) and not rebuilding and index.has_image(entry.source, digest):
+                continue  # it keeps its mask
             # Without the size of each.
             reasons[re.sub(r"^\d+×\d+ pixels:? ", "", str(error))] += 1
             continue

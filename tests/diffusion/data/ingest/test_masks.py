@@ -5,6 +5,7 @@ import shutil
 import tarfile
 import threading
 import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,10 +21,13 @@ from PIL import Image
 from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset, open_webdataset
 from diffusion.data.export.export import export_dataset
+from diffusion.data.ingest import chunks
+from diffusion.data.ingest.chunks import Chunk
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.ingest.key_resolution import content_digest
-from diffusion.data.ingest.merge import rewrite_part
+from diffusion.data.ingest.merge import Union, merge_versions, rewrite_part
+from diffusion.data.ingest.preview import preview
 from diffusion.data.loader import Loader, make_order
 from diffusion.data.manifest import read_manifest, write_manifest
 from diffusion.data.versions.compact import compact
@@ -337,3 +341,151 @@ def test_a_mask_of_another_shape_is_damage(tmp_path: Path) -> None:
     write_manifest(tmp_path / "data", manifest.make_child("damage", [changed]))
     with pytest.raises(UserError):
         Dataset.open(tmp_path / "data").masks(np.arange(2))
+
+
+def unite_lines(root: Path, change: Callable[[Path], object]) -> tuple[Path, Union]:
+    """Two machines go on from one version: one reads a new mask of 05.png, another publishes ``change`` first."""
+    images, local, remote = write_masked(root / "images"), root / "local" / "data", root / "remote" / "data"
+    read_masked(local, images)
+    base = read_manifest(local)
+    shutil.copytree(root / "local", root / "remote")
+    change(remote)
+    two_tone(95).save(images / "05.mask.png")
+    two_tone(96).save(images / "06.mask.png")
+    assert read_masked(local, images).remasked == 2
+    version = read_manifest(remote)
+    for machine, manifest in (("remote", version), ("remote", base)):
+        for entry in manifest.files:
+            if (path := root / machine / "data" / entry.name).exists():
+                shutil.copy(path, local / entry.name)
+    for path in (remote / "versions").iterdir():
+        shutil.copy(path, local / "versions")
+    config = IngestConfig.model_validate({"source": str(images), "size": 24, "masks": "files", "held_out": 0.3})
+    return local, merge_versions(local, config, version, base)
+
+
+def test_new_masks_outlive_a_faster_machine(tmp_path: Path) -> None:
+    local, union = unite_lines(tmp_path, lambda remote: read_masked(remote, write_masked(tmp_path / "more", 4, 20)))
+    masks = masks_by_source(local)
+    assert np.array_equal(masks["05.png"], np.asarray(two_tone(95)))
+    assert np.array_equal(masks["06.png"], np.asarray(two_tone(96)))
+    version = union.version
+    assert (version.kept, version.masks) == (16, 12)
+    assert content_digest(local, version.parts, version.storage) == version.content_digest
+    again = read_masked(local, tmp_path / "images")
+    assert (again.changed, again.relabelled) == (False, 0)
+
+
+def test_masks_of_a_faster_machine_stay(tmp_path: Path) -> None:
+    def change(remote: Path) -> None:
+        images = write_masked(tmp_path / "other")
+        two_tone(97).save(images / "07.mask.png")
+        (before,) = read_manifest(remote).parts
+        table = (remote / before.records.name).read_bytes()
+        assert read_masked(remote, images).remasked == 1
+        # As the flow brings it from where versions are stored.
+        (remote / before.records.name).write_bytes(table)
+
+    masks = masks_by_source(unite_lines(tmp_path, change)[0])
+    assert np.array_equal(masks["05.png"], np.asarray(two_tone(95)))
+    assert np.array_equal(masks["07.png"], np.asarray(two_tone(97)))
+
+
+def test_chunks_from_before_masks_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = write_masked(tmp_path / "images", 3)
+
+    def old(prepare: Callable[[Chunk], Path], items: Iterable[Chunk]) -> Iterator[Path]:
+        for path in map(prepare, items):
+            shards, *rows = map(json.loads, path.read_text().splitlines())
+            for row in rows:
+                del row["mask"], row["mask_size"], row["mask_source"]
+            path.write_text("".join(f"{json.dumps(line)}\n" for line in (shards, *rows)))
+        raise KeyboardInterrupt
+        yield
+
+    config = IngestConfig.model_validate({"source": str(images), "size": 24})
+    monkeypatch.setattr(chunks, "FORMAT", 7)
+    with pytest.raises(KeyboardInterrupt):
+        ingest(tmp_path / "data", config, fan_out=old)
+    monkeypatch.undo()
+    assert ingest(tmp_path / "data", config).kept == 3
+
+
+def test_copies_with_equal_masks_are_no_correction(tmp_path: Path) -> None:
+    images = write_masked(tmp_path / "images", 3)
+    for name in ("01.png", "01.mask.png"):
+        shutil.copy(images / name, images / name.replace("01", "zz"))
+    result = read_masked(tmp_path / "data", images)
+    assert (result.kept, result.duplicates, result.relabelled) == (3, 1, 0)
+    (row,) = (row for row in records(tmp_path / "data") if row["source"] == "zz.png")
+    assert (row["reason"], row["offset"]) == (None, None)
+    two_tone(90).save(images / "zz.mask.png")
+    copied = read_masked(tmp_path / "copied", images)
+    assert (copied.kept, copied.relabelled, copied.content_digest) == (3, 1, result.content_digest)
+    # The copy's sample is not in the shard.
+    (shard,) = read_manifest(tmp_path / "copied").shards
+    with tarfile.open(tmp_path / "copied" / shard.name) as tar:
+        assert len(tar.getnames()) == len(set(tar.getnames())) == 8
+
+
+@pytest.mark.parametrize("copied_mask", [False, True])
+def test_a_new_copy_does_not_hide_a_corrected_mask(tmp_path: Path, copied_mask: bool) -> None:
+    images = write_masked(tmp_path / "images", 3)
+    read_masked(tmp_path / "data", images)
+    shutil.copy(images / "01.png", images / "00a.png")
+    two_tone(90).save(images / "01.mask.png")
+    if copied_mask:
+        shutil.copy(images / "01.mask.png", images / "00a.mask.png")
+    result = read_masked(tmp_path / "data", images)
+    assert (result.kept, result.remasked) == (3, 1)
+    assert np.array_equal(masks_by_source(tmp_path / "data")["01.png"], np.asarray(two_tone(90)))
+
+
+def test_an_unusable_new_mask_leaves_the_old_one(tmp_path: Path) -> None:
+    images = write_masked(tmp_path / "images")
+    read_masked(tmp_path / "data", images)
+    for number in range(1, 12):
+        two_tone(60 + number).save(images / f"{number:02d}.mask.png")
+    (images / "04.mask.png").write_bytes(b"not an image")
+    for remasked in (10, None):  # named until it is mended
+        result = read_masked(tmp_path / "data", images)
+        assert (result.kept, result.remasked, result.quarantined_count) == (12, remasked, 0)
+        assert list(result.mask_problems or ()) == ["04.png"]
+    assert np.array_equal(masks_by_source(tmp_path / "data")["04.png"], np.asarray(two_tone(4)))
+    two_tone(64).save(images / "04.mask.png")
+    mended = read_masked(tmp_path / "data", images)
+    assert (mended.remasked, mended.mask_problems) == (1, None)
+
+
+def test_images_with_new_masks_count_beside_quarantined_ones(tmp_path: Path) -> None:
+    images = write_masked(tmp_path / "images")
+    read_masked(tmp_path / "data", images)
+    two_tone(90).save(images / "01.mask.png")
+    two_tone(91).save(images / "02.mask.png")
+    (images / "bad.png").write_bytes(b"not an image")
+    result = read_masked(tmp_path / "data", images)
+    assert (result.remasked, result.quarantined_count) == (2, 1)
+
+
+def test_a_mask_that_vanished_stays(tmp_path: Path) -> None:
+    images = write_masked(tmp_path / "images", 3)
+    first = read_masked(tmp_path / "data", images)
+    (images / "01.mask.png").unlink()
+    second = read_masked(tmp_path / "data", images)
+    assert (second.changed, second.relabelled, second.duplicates) == (False, 0, 0)
+    assert second.digest == first.digest
+
+
+def test_previews_look_at_masks(tmp_path: Path) -> None:
+    images = write_masked(tmp_path / "images", 6)
+    (images / "01.mask.png").write_bytes(b"not an image")
+    two_tone(4, 48, 24).save(images / "04.mask.png")
+    config = IngestConfig.model_validate({"source": str(images), "size": 24, "masks": "files"})
+    forecast = preview(tmp_path / "data", config).forecast
+    result = ingest(tmp_path / "data", config)
+    assert forecast is not None
+    assert (forecast.kept, sum(forecast.quarantined.values())) == (result.kept, result.quarantined_count) == (4, 2)
+    (images / "02.mask.png").write_bytes(b"not an image")
+    again = preview(tmp_path / "data", config).forecast
+    assert again is not None
+    assert again.quarantined == {}
