@@ -44,7 +44,7 @@ from diffusion.data.manifest import (
 )
 from diffusion.data.shards import TarWriter
 from diffusion.data.sources.rights import count_reservations
-from diffusion.data.versions.image_lists import unite_lists
+from diffusion.data.versions.image_lists import forget_images, unite_lists
 from diffusion.data.versions.versions import remember
 
 NEW_MASK = "new_mask"
@@ -365,7 +365,8 @@ def merge_versions(folder: Path, config: IngestConfig, remote: Manifest, base: M
     ):
         merge = Merge(folder, config, index, "", list(remote.parts))
         lost_count = sum(merge.adopt(part) for part in local.parts if part.records.sha256 not in shared_digests)
-        after, lists = remote, unite_lists(remote.lists, local.lists, base.lists if base else None)
+        united_lists = unite_lists(folder.name, remote.lists, local.lists, base.lists if base else None)
+        after, lists = remote, forget_images(folder, united_lists, index.is_removed)
         if merge.parts != remote.parts or lists != remote.lists:
             after = Manifest(
                 name=folder.name,
