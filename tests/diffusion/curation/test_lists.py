@@ -113,6 +113,14 @@ def test_tables_of_each_tool_drop_what_they_name(data: Path, tmp_path: Path) -> 
     assert [each.name for each in read_manifest(data).lists or ()] == [table.stem for table in tables]
 
 
+def test_copies_that_cleanvision_marks_all_are_kept(data: Path, tmp_path: Path) -> None:
+    rows = (",is_exact_duplicates_issue,is_near_duplicates_issue", "odd/3.png,True,False", "odd/5.png,False,True")
+    with pytest.raises(UserError, match="no issue"):
+        change(data, csv(tmp_path / "t.csv", *rows))
+    change(data, csv(tmp_path / "t.csv", f"{rows[0]},is_dark_issue", f"{rows[1]},False", f"{rows[2]},True"))
+    assert dropped(data) == {"odd/5.png": "list bad: dark"}
+
+
 def test_rows_without_an_issue_keep_their_label(data: Path, tmp_path: Path) -> None:
     rows = (
         "filepath,is_label_issue,given_label,label",
