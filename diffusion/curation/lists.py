@@ -201,8 +201,8 @@ def _read_table(path: Path, kind: str) -> tuple[str, list[_Row]]:
                 rows.append(row)
     if columns is not None and (left_out := COPIES.intersection(columns.issues)):
         logger.warning(
-            f"{path}: {', '.join(sorted(left_out))} mark every copy of an image and are left out: Darkroom keeps one of "
-            "equal images by itself, and curation.near_duplicates one of similar ones"
+            f"{path}: {', '.join(sorted(left_out))} mark every copy of an image and do not count: Darkroom keeps one "
+            "of equal images by itself, and curation.near_duplicates one of similar ones"
         )
     if columns is None or not rows:
         what = "has no issue in any row" if count else "has no rows"

@@ -243,6 +243,14 @@ def test_lists_outlive_ingests_rebuilds_and_other_sizes(data: Path, tmp_path: Pa
     assert {each.name: each.images for each in read_manifest(data).lists or ()} == {"bad": 1, "fix": 1}
 
 
+def test_copy_with_its_own_label_is_not_relabelled(data: Path, tmp_path: Path) -> None:
+    change(data, csv(tmp_path / "t.csv", "source,label", "odd/1.png,even", "odd/5.png,even"), "label")
+    for name, copy in (("odd/1", "odd/copy"), ("odd/5", "even/copy"), ("odd/7", "even/other")):
+        shutil.copy(tmp_path / "images" / f"{name}.png", tmp_path / "images" / f"{copy}.png")
+        (data.parent / ".set" / "index.sqlite").unlink(missing_ok=name == "odd/5")
+        assert ingest(data, config(tmp_path / "images")).relabelled == (name == "odd/7")
+
+
 def test_labels_of_lists_come_before_rules(tmp_path: Path) -> None:
     for label, side in (("a", 96), ("b", 64)):
         path = tmp_path / "images" / label / f"{side}.jpg"
