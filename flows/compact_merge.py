@@ -2,11 +2,11 @@
 
 from prefect import flow
 
+from diffusion.api import engine
 from diffusion.common.config import dataset_folder
-from diffusion.data.manifest import read_manifest
 from diffusion.data.versions import compact as compaction
 from diffusion.data.versions.compact import CompactionResult
-from diffusion.data.versions.merge_datasets import MergeResult, merge_datasets
+from diffusion.data.versions.merge_datasets import MergeResult
 from flows.config import Params
 from flows.datasets.sync import announce
 from flows.deployment.tasks import completed_state, prefect_fan_out, task_runner
@@ -45,7 +45,7 @@ def merge(params: Params, others: list[str]) -> MergeResult:
         for name in others:
             training = params.training.model_copy(update={"dataset": name})
             repair(params.model_copy(update={"training": training}), "never", to_retrain=False)
-        result = _apply_curation(params, run(params, others))
+        result = run(params, others)
         if earlier is None:
             return result
         # The version made first was joined with the version of the faster process: its images are not duplicates.
@@ -58,18 +58,6 @@ def merge(params: Params, others: list[str]) -> MergeResult:
     return completed_state(result, result.lines()[0])
 
 
-def _apply_curation(params: Params, result: MergeResult) -> MergeResult:
-    """Apply rules and lists of curation to the merged data set, if there are any or were."""
-    if not (params.curation.drops or read_manifest(params.dataset_folder).is_curated):
-        return result
-    # Imported late: it takes torch.
-    from flows.curate import curate_images
-
-    curation = curate_images.with_options(task_runner=task_runner(params.ingest))(params)
-    counters = {name: getattr(curation, name) for name in ("digest", "content_digest", "kept", "dropped")}
-    return result.model_copy(update=counters | {"changed": result.changed or curation.changed})
-
-
 @flow(name="compact parts", flow_run_name="compact-parts-{params.training.dataset}")
 def compact_parts(params: Params) -> CompactionResult:
     """Join the small parts; each new one is a separate task."""
@@ -78,6 +66,11 @@ def compact_parts(params: Params) -> CompactionResult:
 
 @flow(name="merge parts", flow_run_name="merge-parts-{params.training.dataset}")
 def merge_parts(params: Params, others: list[str]) -> MergeResult:
-    """Find duplicates and take over parts; each range of keys and each part is a separate task."""
-    folders = [dataset_folder(name) for name in others]
-    return merge_datasets(params.dataset_folder, folders, params.ingest, reporter(), prefect_fan_out(params.ingest))
+    """Find duplicates, take over parts, and curate; each range of keys, part and measured shard is a separate task."""
+    return engine.merge(
+        params,
+        [dataset_folder(name) for name in others],
+        fan_out=prefect_fan_out(params.ingest),
+        fan_out_measures=prefect_fan_out(params.ingest, "measure shard"),
+        progress=reporter(),
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from diffusion.data.ingest.ingest import IngestResult, Rebuild
     from diffusion.data.shards import ShardStore
     from diffusion.data.sources.base import ObjectStore
+    from diffusion.data.versions.merge_datasets import MergeResult
     from diffusion.evaluation.results import Evaluation
     from diffusion.families.header import ModelHeader
     from diffusion.training.logging import Tracker
@@ -102,6 +103,28 @@ def curate(
     sections = config.curation, config.ingest, config.evaluation
     options: dict[str, Any] = {"fan_out": fan_out, "dry_run": dry_run, "change": change}
     return curate_images(config.dataset_folder, *sections, progress, **options)
+
+
+def merge(
+    config: ExperimentConfig,
+    others: Sequence[Path],
+    *,
+    fan_out: FanOut | None = None,
+    fan_out_measures: FanOut | None = None,
+    progress: Progress = ignore_progress,
+) -> MergeResult:
+    """Add the images and lists of the data sets in the folders ``others``, and apply curation, if there is any.
+
+    Raises UserError: see ``diffusion.data.versions.merge_datasets`` and ``diffusion.curation.curate.curate``.
+    """
+    from diffusion.data.versions.merge_datasets import merge_datasets
+
+    result = merge_datasets(config.dataset_folder, others, config.ingest, progress, fan_out)
+    if not (config.curation.drops or read_manifest(config.dataset_folder).is_curated):
+        return result
+    curation = curate(config, fan_out=fan_out_measures or fan_out, progress=progress)
+    counters = {name: getattr(curation, name) for name in ("digest", "content_digest", "kept", "dropped")}
+    return result.model_copy(update=counters | {"changed": result.changed or curation.changed})
 
 
 def train(

@@ -3,6 +3,7 @@
 A row names an image by its key, or by the name that it has in its source, or by a path that ends in that name.
 """
 
+import logging
 import re
 from bisect import bisect_left
 from collections import Counter
@@ -29,10 +30,13 @@ from diffusion.data.sources.parquet import read_texts
 from diffusion.data.versions.image_lists import ListedImages, read_lists
 from diffusion.data.versions.takedown_records import MIN_DIGITS, is_key, rows_of
 
+logger = logging.getLogger(__name__)
 NAMES = ("key", "filepath", "image_path", "file_name", "source", "id", "__index_level_0__", "")
 """Columns that name images, the first that a table has; the last two are the index of a table of pandas."""
 REASONS = ("reason", "issue", "tags")
 """Columns of reasons, beside cleanvision's columns of booleans, as ``is_dark_issue``."""
+COPIES = {"is_exact_duplicates_issue", "is_near_duplicates_issue"}
+"""Columns of cleanvision that are true for all images of a group, and do not say which one to keep."""
 FALSE, TRUE = ("", "none", "nan", "false", "0", "0.0"), ("true", "1", "1.0")
 MAX_ROWS, MAX_REASON = 1_000_000, 200
 """Most rows of a table, and most characters of a reason, which is cut there."""
@@ -195,6 +199,11 @@ def _read_table(path: Path, kind: str) -> tuple[str, list[_Row]]:
             columns = columns_of(tuple(record))
             if (row := _parse_row(record, columns, kind, f"{path}, record {count}")) is not None:
                 rows.append(row)
+    if columns is not None and (left_out := COPIES.intersection(columns.issues)):
+        logger.warning(
+            f"{path}: {', '.join(sorted(left_out))} mark every copy of an image and do not count: Darkroom keeps one "
+            "of equal images by itself, and curation.near_duplicates one of similar ones"
+        )
     if columns is None or not rows:
         what = "has no issue in any row" if count else "has no rows"
         raise UserError(f"{path} {what}: give a table with a row for each image to {kind}")
@@ -228,7 +237,8 @@ def _parse_row(record: Mapping[str, Any], columns: _Columns, kind: str, where: s
         raise UserError(f"{where} names no image in its column {columns.name}: fill it in, or leave the row out")
     if wrong := [each for each, flag in flags.items() if flag not in (*FALSE, *TRUE)]:
         raise UserError(f"{where}: {wrong[0]} is {flags[wrong[0]]!r}: give True or False")
-    found = [each.removeprefix("is_").removesuffix("_issue").replace("_", " ") for each in flags if flags[each] in TRUE]
+    true = [each for each in flags if flags[each] in TRUE and each not in COPIES]
+    found = [each.removeprefix("is_").removesuffix("_issue").replace("_", " ") for each in true]
     if columns.issues and not found:
         return None
     if kind == "label":

@@ -124,6 +124,13 @@ class ImageList(Config):
     images: int
     unmatched: int
     """Rows of the tool's table that named none or several of the data set's images."""
+    recorded: Sha256 | None = Field(None, exclude_if=is_unset)
+    """SHA-256 of the table as it was recorded, before takedowns from it; None: there were none."""
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """Return what makes it the same list as another one, whatever was taken down from either."""
+        return self.kind, self.recorded or self.table.sha256
 
     @property
     def line(self) -> str:

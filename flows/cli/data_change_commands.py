@@ -244,10 +244,10 @@ def merge(
     for other in folders:
         read_manifest(other)
     if local:
-        from diffusion.data.versions.merge_datasets import merge_datasets
+        from diffusion.api import engine
 
         with display_progress() as progress:
-            result = merge_datasets(folder, folders, config.ingest, progress)
+            result = engine.merge(config, folders, progress=progress)
     else:
         with connect("prefect", "s3"):
             from flows.compact_merge import merge as run

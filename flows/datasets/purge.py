@@ -133,15 +133,17 @@ def _may_show(path: Path, report_type: type[Evaluation] | type[Ranking], content
 
 
 def purge_samples(run: Path, versions: Iterable[Manifest]) -> list[str]:
-    """Delete the run's sample grids if they show real images of ``versions``, as the grids of autoencoders do."""
-    final, samples = run / "final.safetensors", run / "samples"
-    if not (final.is_file() and samples.is_dir()):
+    """Delete the run's sample grids if they show real images of ``versions``, as the grids of autoencoders do.
+
+    The files of its trackers, which have the same grids, go with them.
+    """
+    final, folders = run / "final.safetensors", [each for each in (run / TRACKERS, run / "samples") if each.is_dir()]
+    if not (final.is_file() and folders):
         return []
     header = read_model_header(final)
     has_real_images = header.model.low_resolution is not None or header.model.evaluated_by == "reconstructions"
     if not has_real_images or header.content_digest not in {version.content_digest for version in versions}:
         return []
-    folders = [folder for folder in (samples, run / TRACKERS) if folder.is_dir()]
     for folder in folders:
         shutil.rmtree(folder)
     return list(map(str, folders))

@@ -17,7 +17,7 @@ from diffusion.data.manifest import read_manifest, versions
 from diffusion.data.prefetch import local_fan_out
 from diffusion.data.versions.merge_datasets import MergeResult
 from diffusion.data.versions.takedown_records import Selection
-from flows import compact_merge, curate, takedown
+from flows import compact_merge, takedown
 from flows.compact_merge import compact, merge
 from flows.config import Params
 from flows.datasets.catalog import Heads
@@ -71,9 +71,7 @@ def with_more(two: tuple[Machine, Machine], monkeypatch: pytest.MonkeyPatch) -> 
     """Two machines, of which both have a second data set, ``more``, and run the flows without Prefect."""
     for name in ("repair", "merge_parts"):
         monkeypatch.setattr(compact_merge, name, Plain(getattr(compact_merge, name)))
-    monkeypatch.setattr(curate, "curate_images", Plain(curate.curate_images))
-    for module in (compact_merge, curate):
-        monkeypatch.setattr(module, "prefect_fan_out", lambda config, *_: local_fan_out(config))
+    monkeypatch.setattr(compact_merge, "prefect_fan_out", lambda config, *_: local_fan_out(config))
     for name in ("describe", "announce"):
         monkeypatch.setattr(compact_merge, name, lambda *_, **__: None)
     for each in two:

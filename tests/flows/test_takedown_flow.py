@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from mlflow.client import MlflowClient
 
+from diffusion.checkpoints import save_tensors
 from diffusion.common.errors import UserError
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import prepare
@@ -17,7 +18,7 @@ from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
 from flows.datasets.checkout import checkout
 from flows.datasets.dvc import record_data
-from flows.datasets.purge import purge_dvc, purge_files
+from flows.datasets.purge import purge_dvc, purge_files, purge_samples
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import (
     EVALUATED_ON,
@@ -34,6 +35,8 @@ from tests.builders.champion_settings import QUICK
 from tests.builders.ingested import files_of
 from tests.builders.removals import REMOVAL
 from tests.builders.shapes import disc
+from tests.builders.small_autoencoders import VAE
+from tests.builders.small_models import header
 from tests.builders.workspace import PARAMS, Workspace, objects, running
 
 
@@ -161,6 +164,18 @@ def test_purge_clears_local_files_of_affected_versions_alone(dataset: Path, tmp_
     assert str(work_folder(dataset) / "index.sqlite") in cleared
     assert purge_files(dataset, [before], [after], reports) == []
     assert read_manifest(dataset) == after
+
+
+@pytest.mark.parametrize("left", ["trackers", "samples"])
+def test_a_purge_of_grids_cut_off_in_between_ends_the_same(left: str, dataset: Path, tmp_path: Path) -> None:
+    version, run = read_manifest(dataset), tmp_path / "run"
+    about = header().model_copy(update={"model": VAE, "content_digest": version.content_digest})
+    save_tensors(run / "final.safetensors", {}, {"model_header": about.model_dump(mode="json")})
+    (run / left).mkdir()
+    (run / left / "0000000320.png").write_bytes(b"")
+    assert purge_samples(run, []) == []
+    assert purge_samples(run, [version]) == [str(run / left)]
+    assert [path.name for path in run.iterdir()] == ["final.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["evaluation.json", "comparison.json"])

@@ -14,6 +14,8 @@ from diffusion.common.errors import DarkroomError, TransientError
 from diffusion.common.files import canonical_json, digest_of, is_full_disk
 from diffusion.data.ingest.chunks import HASH_BITS, description_digest, perceptual_hash
 from diffusion.data.manifest import (
+    GIVEN_LABEL,
+    LABELLED_BY,
     MASK,
     MASK_SIZE,
     STORED,
@@ -32,6 +34,7 @@ SCHEMA = """
     CREATE TABLE IF NOT EXISTS records
         (source TEXT, sha256 BLOB, outcome TEXT, reason TEXT, PRIMARY KEY (source, sha256)) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS samples (key BLOB PRIMARY KEY, split TEXT, digest BLOB) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS relabelled (key BLOB PRIMARY KEY, digest BLOB) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS dropped (key BLOB PRIMARY KEY) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS masks (key BLOB PRIMARY KEY, mask TEXT) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS new_masks (key BLOB, source TEXT, mask TEXT, place TEXT, PRIMARY KEY (key, source));
@@ -43,7 +46,7 @@ GROUPS = """
     CREATE TABLE IF NOT EXISTS groups (hash BLOB, category TEXT, root BLOB NOT NULL, PRIMARY KEY (hash, category))
         WITHOUT ROWID;
 """
-FORMAT = 2
+FORMAT = 3
 LOCK_TIMEOUT = 30.0
 """Seconds to wait for a program that has locked a database, such as a backup."""
 
@@ -142,7 +145,7 @@ class Index(HashGroups):
 
     def clear(self) -> None:
         """Delete everything except the stamps and the takedowns known to this machine."""
-        for table in ("records", "samples", "dropped", "masks", "removed", "bands", "groups"):
+        for table in ("records", "samples", "relabelled", "dropped", "masks", "removed", "bands", "groups"):
             self.database.execute(f"DELETE FROM {table}")
         for removal in self._removals:
             self.refuse(*removal.image_keys, *removal.digests)
@@ -179,6 +182,7 @@ class Index(HashGroups):
             key = bytes.fromhex(row["key"])
             digest = sample_digest(row["key"], row["split"], row["label"], row["caption"], mask := row.get(MASK.name))
             self.database.execute("INSERT INTO samples VALUES (?, ?, ?)", (key, row["split"], digest))
+            self._set_given_label(row)
             if mask is not None:
                 self.database.execute("INSERT INTO masks VALUES (?, ?)", (key, mask))
             if row["outcome"] == "dropped":
@@ -201,9 +205,23 @@ class Index(HashGroups):
         key, mask = bytes.fromhex(row["key"]), row.get(MASK.name)
         digest = sample_digest(row["key"], row["split"], row["label"], row["caption"], mask)
         self.database.execute("UPDATE samples SET digest = ? WHERE key = ?", (digest, key))
+        self._set_given_label(row)
         self.database.execute("DELETE FROM masks WHERE key = ?", (key,))
         if mask is not None:
             self.database.execute("INSERT INTO masks VALUES (?, ?)", (key, mask))
+
+    def _set_given_label(self, row: dict[str, Any]) -> None:
+        key = bytes.fromhex(row["key"])
+        self.database.execute("DELETE FROM relabelled WHERE key = ?", (key,))
+        if row.get(LABELLED_BY.name):
+            mask, label = row.get(MASK.name), row.get(GIVEN_LABEL.name)
+            digest = sample_digest(row["key"], row["split"], label, row["caption"], mask)
+            self.database.execute("INSERT INTO relabelled VALUES (?, ?)", (key, digest))
+
+    def digest_as_given(self, key: str) -> bytes | None:
+        """Return the digest that a stored image would have with its source's label; None if no list relabelled it."""
+        row = self._first("SELECT digest FROM relabelled WHERE key = ?", bytes.fromhex(key))
+        return None if row is None else bytes(row[0])
 
     def mask(self, key: str) -> str | None:
         """Return the digest of the mask of a stored image; None if it has none."""

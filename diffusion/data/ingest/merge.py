@@ -46,7 +46,7 @@ from diffusion.data.manifest import (
 )
 from diffusion.data.shards import TarWriter, mask_offset
 from diffusion.data.sources.rights import count_reservations
-from diffusion.data.versions.image_lists import unite_lists
+from diffusion.data.versions.image_lists import forget_images, unite_lists
 from diffusion.data.versions.versions import remember
 
 NEW_MASK = "new_mask"
@@ -201,7 +201,8 @@ class Merge:
         if sample is not None:
             split, digest = sample
             mask = self.index.mask(row["key"])
-            is_same = sample_digest(row["key"], split, row["label"], row["caption"], mask) == digest
+            new_digest = sample_digest(row["key"], split, row["label"], row["caption"], mask)
+            is_same = new_digest in (digest, self.index.digest_as_given(row["key"]))
             reason = None if is_same else "came again with another label or caption"
             if self.config.masks is not None and row.get(MASK.name) != mask:
                 if shard is not None and row.get("mask_source") is not None:
@@ -431,7 +432,8 @@ def merge_versions(folder: Path, config: IngestConfig, remote: Manifest, base: M
     ):
         merge = Merge(folder, config, index, "", list(remote.parts))
         lost_count = merge.adopt(local, base)
-        after, lists = remote, unite_lists(remote.lists, local.lists, base.lists if base else None)
+        united_lists = unite_lists(folder.name, remote.lists, local.lists, base.lists if base else None)
+        after, lists = remote, forget_images(folder, united_lists, index.is_removed)
         if merge.parts != remote.parts or lists != remote.lists:
             after = Manifest(
                 name=folder.name,

@@ -1,7 +1,7 @@
 """Tables of the lists of a data set: which images to drop or to relabel, by key and by the digest of their file."""
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -67,39 +67,49 @@ def read_lists(folder: Path, manifest: Manifest) -> list[ListedImages]:
 
 
 def forget_images(
-    folder: Path, lists: Iterable[ImageList] | None, keys: set[str], digests: set[str]
+    folder: Path, lists: Iterable[ImageList] | None, is_removed: Callable[[str, str], bool]
 ) -> list[ImageList] | None:
-    """Write ``lists`` without the images of ``keys`` and ``digests``, where any has one of them; returns all."""
+    """Write ``lists`` without the images whose key and digest ``is_removed`` accepts, where any has one; returns all.
+
+    What a takedown left of a list counts as the list that was recorded.
+    """
     remaining = []
     for about in lists or ():
         before = read_list(folder, about)
-        images = {k: image for k, image in before.images.items() if k not in keys and image[0] not in digests}
+        images = {key: image for key, image in before.images.items() if not is_removed(key, image[0])}
         if len(images) < len(before.images):
             after = ListedImages.make(about.name, about.kind, about.date, about.unmatched, images)
             after.write(folder)
-            about = after.about
+            about = after.about.model_copy(update={"recorded": about.recorded or about.table.sha256})
         remaining.append(about)
     return remaining or None
 
 
 def unite_lists(
-    remote: Sequence[ImageList] | None, local: Sequence[ImageList] | None, base: Sequence[ImageList] | None
-) -> list[ImageList] | None:
-    """Return the lists of ``remote`` with what ``local`` added to and withdrew from ``base``, their common ancestor's.
+    dataset: str,
+    remote_lists: Sequence[ImageList] | None,
+    local_lists: Sequence[ImageList] | None,
+    base_lists: Sequence[ImageList] | None,
+) -> list[ImageList]:
+    """Return the remote lists of ``dataset`` with what was recorded and withdrawn here since the common ancestor's.
 
-    Raises ConflictError if both recorded different lists under one name.
+    Of a list that one side changed and the other withdrew, the change counts. Raises ConflictError if both recorded
+    different lists under one name.
     """
-    known, withdrawn = [None, *(base or ())], {each.name for each in base or ()} - {each.name for each in local or ()}
-    united = {each.name: each for each in remote or () if each.name not in withdrawn}
-    for each in local or ():
-        if each in known:
-            continue
-        other = united.get(each.name)
-        if other in known:
-            united[each.name] = each
-        elif other is not None and (other.kind, other.table) != (each.kind, each.table):
+    sides = [{each.name: each for each in lists or ()} for lists in (remote_lists, local_lists, base_lists)]
+    united = []
+    for name in dict.fromkeys((*sides[0], *sides[1])):
+        remote, local, base = (side.get(name) for side in sides)
+        remote_id, local_id, base_id = (each and each.identity for each in (remote, local, base))
+        if local_id == base_id:
+            united.append(remote)
+        elif remote_id in (base_id, None):
+            united.append(local)
+        elif local_id in (remote_id, None):
+            united.append(remote)
+        else:
             raise ConflictError(
-                f"another process recorded another list {each.name}: withdraw it here with "
-                f"`darkroom data curate --withdraw {each.name}`, or give yours another --name"
+                f"another process recorded another list {name}: `darkroom data curate --withdraw {name} --local "
+                f"--dataset {dataset}` withdraws the one here; to apply both, record it with another --name then"
             )
-    return list(united.values()) or None
+    return list(filter(None, united))

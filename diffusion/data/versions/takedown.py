@@ -187,4 +187,5 @@ def _write_without(
         parts[place] = rewrite_part(folder, part, rows, before.size, shard)
         progress("parts rewritten", place + 1, len(parts))
     after = before.make_child(f"removal: {reason}", parts, content_digest(folder, parts, before.storage))
-    return after.model_copy(update={"lists": forget_images(folder, before.lists, keys, digests)})
+    lists = forget_images(folder, before.lists, lambda key, digest: key in keys or digest in digests)
+    return after.model_copy(update={"lists": lists})

@@ -113,6 +113,14 @@ def test_tables_of_each_tool_drop_what_they_name(data: Path, tmp_path: Path) -> 
     assert [each.name for each in read_manifest(data).lists or ()] == [table.stem for table in tables]
 
 
+def test_copies_that_cleanvision_marks_all_are_kept(data: Path, tmp_path: Path) -> None:
+    rows = (",is_exact_duplicates_issue,is_near_duplicates_issue", "odd/3.png,True,False", "odd/5.png,False,True")
+    with pytest.raises(UserError, match="no issue"):
+        change(data, csv(tmp_path / "t.csv", *rows))
+    change(data, csv(tmp_path / "t.csv", f"{rows[0]},is_dark_issue", f"{rows[1]},False", f"{rows[2]},True"))
+    assert dropped(data) == {"odd/5.png": "list bad: dark"}
+
+
 def test_rows_without_an_issue_keep_their_label(data: Path, tmp_path: Path) -> None:
     rows = (
         "filepath,is_label_issue,given_label,label",
@@ -235,6 +243,14 @@ def test_lists_outlive_ingests_rebuilds_and_other_sizes(data: Path, tmp_path: Pa
     assert {each.name: each.images for each in read_manifest(data).lists or ()} == {"bad": 1, "fix": 1}
 
 
+def test_copy_with_its_own_label_is_not_relabelled(data: Path, tmp_path: Path) -> None:
+    change(data, csv(tmp_path / "t.csv", "source,label", "odd/1.png,even", "odd/5.png,even"), "label")
+    for name, copy in (("odd/1", "odd/copy"), ("odd/5", "even/copy"), ("odd/7", "even/other")):
+        shutil.copy(tmp_path / "images" / f"{name}.png", tmp_path / "images" / f"{copy}.png")
+        (data.parent / ".set" / "index.sqlite").unlink(missing_ok=name == "odd/5")
+        assert ingest(data, config(tmp_path / "images")).relabelled == (name == "odd/7")
+
+
 def test_labels_of_lists_come_before_rules(tmp_path: Path) -> None:
     for label, side in (("a", 96), ("b", 64)):
         path = tmp_path / "images" / label / f"{side}.jpg"
@@ -285,43 +301,73 @@ def test_merged_data_sets_bring_their_lists(data: Path, tmp_path: Path) -> None:
         merge_datasets(data, [other], config(tmp_path))
 
 
-def lines_of(data: Path, first: Sequence[ListChange], second: Sequence[ListChange]) -> tuple[Manifest, Manifest]:
-    """Two lines of versions that begin at the current one; all files of both lie in the folder."""
-    copy = data.parent / "line" / "set"
-    shutil.copytree(data, copy)
-    shutil.copytree(data.parent / ".set", copy.parent / ".set")
-    for folder, changes in ((copy, first), (data, second)):
+def lines_of(data: Path, first: Sequence[ListChange], second: Sequence[ListChange]) -> tuple[Path, Manifest]:
+    """Begin two lines of versions at the current one: the first in the folder returned, the second in ``data``."""
+    other, base = data.parent / "line" / "set", read_manifest(data)
+    shutil.copytree(data, other)
+    shutil.copytree(data.parent / ".set", other.parent / ".set")
+    for folder, changes in ((other, first), (data, second)):
         for each in changes:
             curate(folder, CurationConfig(), config(folder), EvaluationConfig(), change=each)
-    for name, content in files_of(copy).items():
+    return other, base
+
+
+def unite(data: Path, other: Path, base: Manifest) -> dict[str, int]:
+    """Add the line in ``data`` to the one in ``other``, after its files came; returns the sizes of the lists."""
+    for name, content in files_of(other).items():
         if name != "manifest.json" and not (data / name).is_file():
+            (data / name).parent.mkdir(exist_ok=True)
             (data / name).write_bytes(content)
-    return read_manifest(copy), read_manifest(data)
+    version = merge_versions(data, config(data), read_manifest(other), base).version
+    apply_again(data)
+    return {each.name: each.images for each in version.lists or ()}
 
 
 def test_two_machines_keep_what_both_recorded_and_withdrew(data: Path, tmp_path: Path) -> None:
     tables = [csv(tmp_path / f"{number}.csv", "source,label", f"odd/{number}.png,x") for number in (1, 5, 7, 9)]
     for name, table in zip("ab", tables, strict=False):
         change(data, table, "label", name)
-    base = read_manifest(data)
-    remote, _ = lines_of(
+    other, base = lines_of(
         data,
         [ListChange(name="c", table=tables[2]), ListChange(name="d", table=tables[1])],
         [ListChange(name="a", table=None), ListChange(name="e", table=tables[3])],
     )
-    merge_versions(data, config(tmp_path), remote, base)
-    apply_again(data)
-    assert [each.name for each in read_manifest(data).lists or ()] == ["b", "c", "d", "e"]
+    assert list(unite(data, other, base)) == ["b", "c", "d", "e"]
     assert dropped(data).keys() == {"odd/5.png", "odd/7.png", "odd/9.png"}
     assert {name for name, label in labels(data).items() if label == "x"} == {"odd/5.png"}
 
 
-def test_two_lists_of_one_name_are_a_conflict(data: Path, tmp_path: Path) -> None:
-    tables = [csv(tmp_path / f"{number}.csv", "source", f"odd/{number}.png") for number in (1, 5)]
-    base = read_manifest(data)
-    remote, _ = lines_of(data, *([ListChange(name="bad", table=table)] for table in tables))
-    with pytest.raises(ConflictError, match="another list bad"):
-        merge_versions(data, config(tmp_path), remote, base)
+@pytest.mark.parametrize("has_base", [False, True])
+def test_lists_of_one_name_conflict_until_one_is_withdrawn(data: Path, tmp_path: Path, has_base: bool) -> None:
+    tables = [csv(tmp_path / f"{number}.csv", "source", f"odd/{number}.png") for number in (1, 5, 7)]
+    if has_base:
+        change(data, tables[0])
+    other, base = lines_of(data, *([ListChange(name="bad", table=table)] for table in tables[1:]))
+    with pytest.raises(ConflictError, match="--withdraw bad --local"):
+        unite(data, other, base)
+    change(data, None)
+    assert unite(data, other, base) == {"bad": 1}
+    assert dropped(data).keys() == {"odd/5.png"}
+
+
+@pytest.mark.parametrize("takes_down", ["remote", "local"])
+def test_takedown_from_a_list_is_not_a_change_of_it(data: Path, tmp_path: Path, takes_down: str) -> None:
+    rows = ("odd/1.png,private", "odd/5.png,dark", "odd/7.png,soft")
+    tables = [csv(tmp_path / f"{count}.csv", "source,reason", *rows[:count]) for count in (2, 3)]
+    change(data, tables[0])
+    recorded = [ListChange(name=name, table=tables[1]) for name in ("bad", "new")]
+    other, base = lines_of(data, *(([], recorded) if takes_down == "remote" else (recorded, [])))
+    remove(other if takes_down == "remote" else data, Selection(sources=["odd/1.png"]), "asked")
+    assert unite(data, other, base) == {"bad": 2, "new": 2}
+    assert dropped(data).keys() == {"odd/5.png", "odd/7.png"}
+    assert not any(b"private" in (data / each.table.name).read_bytes() for each in read_manifest(data).lists or ())
+
+
+def test_a_list_withdrawn_elsewhere_stays_so_after_a_takedown(data: Path, tmp_path: Path) -> None:
+    change(data, csv(tmp_path / "t.csv", "source", "odd/1.png", "odd/5.png"))
+    other, base = lines_of(data, [ListChange(name="bad", table=None)], [])
+    remove(data, Selection(sources=["odd/1.png"]), "asked")
+    assert unite(data, other, base) == {}
 
 
 @pytest.mark.parametrize(

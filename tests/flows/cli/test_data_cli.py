@@ -376,6 +376,17 @@ def test_merge_takes_names_of_data_sets_and_no_paths(data: CommandLine) -> None:
     assert read_manifest(FOLDER).change == "ingest"
 
 
+def test_local_merge_applies_the_lists_that_it_brings(data: CommandLine) -> None:
+    shutil.copytree(FOLDER, "data/other")
+    names = sorted(row["source"] for row in records(FOLDER) if row["outcome"] == "kept")
+    Path("bad.csv").write_text(f"source\n{names[0]}\n")
+    data("curate", "--local", "--drop", "bad.csv", "--dataset", "other")
+    result = data.json("merge", "other", "--local")
+    assert (result["changed"], result["added"], result["dropped"]) == (True, 0, 1)
+    assert {row["source"] for row in records(FOLDER) if row["outcome"] == "dropped"} == {names[0]}
+    assert data.json("merge", "other", "--local")["digest"] == result["digest"] == read_manifest(FOLDER).digest
+
+
 def test_a_training_mixes_merged_data_sets(
     data: CommandLine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

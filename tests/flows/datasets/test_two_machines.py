@@ -1,8 +1,12 @@
 """Machines that add to one data set: in whatever order and whoever is killed, the newest version has all they added."""
 
+from contextlib import chdir
+
 import pytest
 
+from diffusion.api import engine
 from diffusion.common.errors import ConflictError
+from diffusion.curation.lists import ListChange
 from flows.environment import settings
 from flows.storage.s3 import Store
 from tests.builders.machines import BASE, NAME, Machine, Machines, before, first_version, machine, two
@@ -27,6 +31,22 @@ def test_the_second_adds_to_what_the_first_published(two: tuple[Machine, Machine
     assert one.newest == other.version.digest
     again = one.ingest()
     assert (again.added, again.digest) == (0, second.digest)
+
+
+def test_conflicting_list_withdrawn_locally_lets_the_next_publication_through(two: tuple[Machine, Machine]) -> None:
+    one, other = two
+    for each, number in ((one, 1), (other, 2)):
+        with chdir(each.folder):
+            (table := each.folder / "t.csv").write_text(f"source\n{number}.png\n")
+            engine.curate(each.params(), change=ListChange(name="bad", table=table))
+    one.ingest()
+    with pytest.raises(ConflictError):
+        other.ingest()
+    with chdir(other.folder):
+        engine.curate(other.params(), change=ListChange(name="bad", table=None))
+    other.ingest(200)
+    assert other.images == {*BASE, 200} - {1}
+    assert other.newest == other.version.digest
 
 
 @pytest.mark.parametrize(
