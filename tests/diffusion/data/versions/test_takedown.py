@@ -124,6 +124,21 @@ def test_removed_image_is_not_ingested_again_under_any_name(images: Path, datase
     assert ingest(dataset, config(images), rebuild="always").content_digest == content
 
 
+def test_a_removed_image_in_other_bytes_is_in_no_shard(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "set"
+    ingest(folder, config(images))
+    [source] = [row["source"] for row in records(folder)][:1]
+    key = key_of(folder, source)
+    remove(folder, Selection(prefixes=[key]), "asked")
+    again = tmp_path / "again"
+    again.mkdir()
+    with Image.open(images / source) as image:
+        image.save(again / "copy.png", compress_level=1)
+    blob(9999).save(again / "new.png")
+    assert ingest(folder, config(again)).removed == 1
+    assert key not in [sample["__key__"] for sample in samples(folder)]
+
+
 def test_removal_covers_all_names_of_an_image(images: Path, tmp_path: Path) -> None:
     shutil.copy(images / "odd" / "01.png", images / "even" / "copy.png")
     ingest(tmp_path / "data" / "set", config(images))
