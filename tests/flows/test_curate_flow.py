@@ -22,6 +22,7 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
         yield space
 
 
+@pytest.mark.long
 def test_rules_apply_to_ingest_retrain_and_other_machines(space: Workspace) -> None:
     first = space.json("ingest", "images")
     assert "dropped" not in first

@@ -48,6 +48,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
         yield space
 
 
+@pytest.mark.long
 def test_autoencoder_is_promoted_and_diffusion_trains_on_its_champion(
     workspace: Workspace, server: MlflowClient, tmp_path: Path
 ) -> None:

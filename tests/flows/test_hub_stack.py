@@ -14,7 +14,7 @@ from tests.builders.shapes import disc
 from tests.builders.workspace import PARAMS, Workspace, running
 from tests.hub import TOKEN, Hub
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

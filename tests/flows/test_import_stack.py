@@ -105,6 +105,7 @@ def test_a_model_from_elsewhere_is_promoted_and_fine_tuned(workspace: Workspace,
     assert origin["uri"] == "models:/bases/1"
 
 
+@pytest.mark.long
 def test_stable_diffusion_goes_through_the_same_gate(workspace: Workspace, server: MlflowClient) -> None:
     stable_diffusion(workspace.folder / "painter")
     captions = workspace.folder / "captioned"

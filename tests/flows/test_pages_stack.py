@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, Page, expect
 from tests.builders.browser import chromium, look
 from tests.builders.workspace import PARAMS, Workspace, running
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.slow, pytest.mark.timeout(900)]
 
 QUICK = {
     "training": {**PARAMS["training"], "images": 320, "checkpoints": 3, "warmup_images": 16, "keep": 3},

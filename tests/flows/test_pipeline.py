@@ -253,6 +253,7 @@ def test_a_worse_model_is_rejected_with_its_reason(
     assert server.get_model_version_by_alias("blobs", "champion").version == champion
 
 
+@pytest.mark.long
 def test_retraining_keeps_a_finished_training_that_was_never_promoted(
     workspace: Workspace, retrain_result: Any
 ) -> None:
@@ -265,6 +266,7 @@ def test_retraining_keeps_a_finished_training_that_was_never_promoted(
     assert (workspace.folder / aside / "final.safetensors").read_bytes() == weights
 
 
+@pytest.mark.long
 def test_best_of_the_post_hoc_ema_models_is_promoted(workspace: Workspace, server: MlflowClient) -> None:
     settings = {
         "training.ema_stds": [0.05, 0.1],

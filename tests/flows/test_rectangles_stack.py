@@ -19,7 +19,7 @@ from diffusion.evaluation.results import Evaluation
 from diffusion.generation.generate import sample
 from tests.builders.workspace import PARAMS, Workspace, objects, running
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SIZES = ((48, 24), (24, 48), (32, 32))
 """Width and height of the images."""

@@ -66,6 +66,7 @@ def call(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, **options)
 
 
+@pytest.mark.long
 def test_retraining_works_with_worker_permissions_only(servers: Servers, retrain_result: dict[str, Any]) -> None:
     assert retrain_result["verdict"]["promoted"]
     assert retrain_result["samples"]["uri"].startswith(f"s3://{servers.secrets['DARKROOM_BUCKET']}/samples/blobs/1/")

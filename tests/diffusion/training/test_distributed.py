@@ -194,6 +194,7 @@ def test_a_checkpoint_of_any_mesh_continues_on_any_other(dataset: Path, tmp_path
     np.testing.assert_allclose(curve(tmp_path / "changed"), curve(tmp_path / "one"), rtol=2e-2)
 
 
+@pytest.mark.long
 def test_sharded_training_that_begins_with_a_model_keeps_its_guide(dataset: Path, tmp_path: Path) -> None:
     finish(start(dataset, tmp_path / "first", 1, 320, 0, "adamw"))
     final = tmp_path / "first" / "final.safetensors"
@@ -206,6 +207,7 @@ def test_sharded_training_that_begins_with_a_model_keeps_its_guide(dataset: Path
     assert read_model_header(warm).guide_images == read_model_header(final).guide_images
 
 
+@pytest.mark.long
 def test_sharded_training_supports_a_length_in_minutes(dataset: Path, tmp_path: Path) -> None:
     finish(start(dataset, tmp_path / "run", 2, 0, 0, "shard"))
     assert (tmp_path / "run" / "final.safetensors").is_file()

@@ -436,6 +436,7 @@ run(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), flip=True, images=4
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.drill(
     "fine-tuning is killed",

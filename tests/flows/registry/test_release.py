@@ -131,6 +131,7 @@ def test_staging_champion_is_released_with_its_lineage(stages: Stages, tmp_path:
     assert len(here.search_runs([run.info.experiment_id])) == 1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_releasing_a_version_that_is_not_champion_needs_a_reason(stages: Stages, tmp_path: Path) -> None:
     stages.version(1, tmp_path)
