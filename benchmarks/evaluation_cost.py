@@ -33,7 +33,7 @@ from diffusion.evaluation.metrics.frechet import (
 )
 from diffusion.evaluation.metrics.kid import compute_kid, kernel_sums, kid_of_halves
 from diffusion.evaluation.metrics.metric import SPLITS
-from diffusion.evaluation.metrics.overlap import compute_overlap, nearest_distances, shares_of_halves
+from diffusion.evaluation.metrics.precision_recall import compute_overlap, nearest_distances, shares_of_halves
 from diffusion.evaluation.metrics.scores import PreparedReference, compute_scores
 
 SAMPLES, REFERENCE, FEATURES = 10_000, 60_000, 1_280

@@ -27,7 +27,7 @@ from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.gate import GateConfig
 from diffusion.evaluation.metrics.kid import jackknife, kid_deviations
 from diffusion.evaluation.metrics.metric import SPLITS
-from diffusion.evaluation.metrics.overlap import compute_overlap, nearest_distances, shares_of_halves
+from diffusion.evaluation.metrics.precision_recall import compute_overlap, nearest_distances, shares_of_halves
 from diffusion.evaluation.metrics.scores import MIN_FOR_ERRORS
 from diffusion.evaluation.model_evaluator import ModelEvaluator
 from diffusion.evaluation.reports.html import format_signed, format_with_error

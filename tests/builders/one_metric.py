@@ -9,7 +9,7 @@ from diffusion.evaluation.bootstrap import Replicates
 from diffusion.evaluation.metrics.frechet import compute_moments, frechet_distance, frechet_of_halves
 from diffusion.evaluation.metrics.kid import compute_kid as kid_of
 from diffusion.evaluation.metrics.kid import kid_of_halves
-from diffusion.evaluation.metrics.overlap import compute_overlap, nearest_distances, shares_of_halves
+from diffusion.evaluation.metrics.precision_recall import compute_overlap, nearest_distances, shares_of_halves
 from diffusion.evaluation.metrics.scores import compute_halves, compute_scores, prepare_reference
 
 

@@ -6,7 +6,7 @@ A chunk is a pure function of its entries and the configuration: any machine may
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import repeat
@@ -239,6 +239,8 @@ def _prepare(
             place = {"offset": offset, "size": len(image.png), MASK.name: digest, MASK_SIZE.name: len(mask_png) or None}
             places[image.key, digest] = place
         row |= places[image.key, digest]
+    if isinstance(payloads, Generator):
+        payloads.close()  # what it holds open may belong to this thread
     for writer in writers.values():
         writer.close()
     return rows, writers

@@ -19,7 +19,7 @@ from diffusion.evaluation.metrics.metric import Figure as Figure
 from diffusion.evaluation.metrics.metric import Metric as Metric
 from diffusion.evaluation.metrics.kid import KernelInceptionDistance as KernelInceptionDistance
 from diffusion.evaluation.metrics.frechet import FrechetDistance as FrechetDistance
-from diffusion.evaluation.metrics.overlap import Overlap as Overlap
+from diffusion.evaluation.metrics.precision_recall import Overlap as Overlap
 # isort: on
 
 GROUP = "darkroom.metrics"

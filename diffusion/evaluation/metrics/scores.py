@@ -16,7 +16,7 @@ from diffusion.common.progress import Progress, ignore_progress
 from diffusion.evaluation.metrics import check_figures, load_metrics
 from diffusion.evaluation.metrics.frechet import Moments
 from diffusion.evaluation.metrics.metric import SPLITS, ImageSet, Reference
-from diffusion.evaluation.metrics.overlap import DENSITY_NEIGHBOURS
+from diffusion.evaluation.metrics.precision_recall import DENSITY_NEIGHBOURS
 
 MIN_FOR_ERRORS = 2 * (DENSITY_NEIGHBOURS + 1)
 """Smallest number of features of a set for which every half has neighbourhoods."""
