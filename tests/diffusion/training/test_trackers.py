@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def test_tensorboard_shows_the_csv_files_also_after_a_stop(dataset: Path, tmp_pa
 
 def test_tensorboard_shows_no_step_twice_after_a_kill(tmp_path: Path) -> None:
     kill("tensorboard", tmp_path)
+    time.sleep(1)  # files of one second are read in the order of their processes' numbers
     with open_trackers(["tensorboard"], tmp_path, 16, FIELDS) as [tracker]:
         for images in (24, 32):
             tracker.log_metrics({"loss": images / 10, "nothing": float("nan")}, images)

@@ -28,7 +28,7 @@ def events(no_servers: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[d
 
     class Handler(QuietHandler):
         def do_POST(self) -> None:
-            assert self.headers["Authorization"] == "Bearer key"
+            assert self.headers["Authorization"] == "Bearer test-secret"
             received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.answer(status=201)
 
