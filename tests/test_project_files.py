@@ -48,6 +48,7 @@ def test_links_to_files_of_the_checkout_lead_somewhere() -> None:
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
+@pytest.mark.slow
 def test_each_limit_of_sizes_is_compared() -> None:
     sizes = runpy.run_path(str(ROOT / "infra" / "ci" / "sizes.py"))
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["darkroom"]

@@ -110,6 +110,7 @@ def modification_attempts(s3: "S3Client", bucket: str, key: str) -> Iterator[tup
     yield "delete among others", lambda: s3.delete_objects(Bucket=bucket, Delete={"Objects": [{"Key": key}]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["worker", "sampler", "reader", "mlflow"])
 def test_a_stolen_key_changes_nothing_that_is_there(store: Store, bucket: str, enforcing: str, name: str) -> None:
     prefixes = (*ONCE, "deleted", "retired", "images")

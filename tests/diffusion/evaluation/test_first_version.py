@@ -116,6 +116,7 @@ def decisions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, GateDecisio
     return decisions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_bad_first_versions_are_held_by_the_rules_they_break(name: str, decisions: dict[str, GateDecision]) -> None:
     decision, (_, rules) = decisions[name], MODELS[name]

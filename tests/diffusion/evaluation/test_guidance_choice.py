@@ -82,6 +82,7 @@ def spoiled(data: Path, deviation: float) -> Tensor:
     return (clean + deviation * noise).round().clamp(0, 255).to(torch.uint8)
 
 
+@pytest.mark.slow
 def test_guidance_is_scored_on_images_the_gate_does_not_use(data: Path, tmp_path: Path) -> None:
     checkpoint, watcher = write_checkpoint(tmp_path), Watcher()
     evaluation = evaluate(data, [checkpoint], CONFIG, SAMPLING, tmp_path / "report", progress=watcher)
@@ -145,6 +146,7 @@ def test_chosen_guidance_is_stored_in_the_registered_file(data: Path, tmp_path: 
     assert Evaluator(data, CONFIG, SAMPLING, report / "evaluations").model(weights).guided == CANDIDATES[name]
 
 
+@pytest.mark.slow
 def test_of_guidance_with_equal_kid_the_least_is_chosen(data: Path, tmp_path: Path) -> None:
     checkpoint, clean, bad = write_checkpoint(tmp_path), spoiled(data, 2), spoiled(data, 90)
     images = dict(zip(CANDIDATES, (bad, clean, clean, bad, clean), strict=True))
@@ -159,6 +161,7 @@ def test_of_guidance_with_equal_kid_the_least_is_chosen(data: Path, tmp_path: Pa
     assert export(checkpoint, tmp_path / "weights.safetensors", none.sampling) == plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [1, 2])
 def test_guidance_of_a_user_wins(data: Path, tmp_path: Path, guidance: float) -> None:
     sampling = SAMPLING.with_changes({"guidance": guidance})
@@ -184,6 +187,7 @@ def test_no_guidance_is_chosen_where_there_are_no_candidates(
     assert evaluate(data, [checkpoint], config, SAMPLING, tmp_path / "report").guidance is None
 
 
+@pytest.mark.slow
 def test_autoguidance_is_a_candidate_with_and_without_classes(data: Path, tmp_path: Path) -> None:
     by_guide = ["1.5 by autoguidance", "2 by autoguidance", "3 by autoguidance"]
     for classes, others in ((CLASSES, list(CANDIDATES)), ({}, ["none"])):

@@ -92,6 +92,7 @@ def test_reverse_process_of_a_perfect_model_ends_at_the_data() -> None:
     assert correlation(frames.estimates[-1], nearest_point) > 0.999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 def test_explain_writes_three_deterministic_figures(channels: int, tmp_path: Path) -> None:
     model = load_model(write_model(tmp_path / "model.safetensors", seed=0, images=0, channels=channels))

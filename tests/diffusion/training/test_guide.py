@@ -54,6 +54,7 @@ def test_guide_has_the_averaged_weights_of_its_share_of_training(dataset: Path, 
     assert first.guide_images == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [48, 80, 240])
 def test_run_stopped_before_or_after_keeps_the_same_guide(
     dataset: Path, tmp_path: Path, trained: TrainResult, stop: int

@@ -93,6 +93,7 @@ def test_models_do_not_learn_what_masks_leave_out(marked: Path, tmp_path: Path) 
     assert max(rest.values()) < 80
 
 
+@pytest.mark.slow
 def test_masked_training_resumes_and_streams_to_equal_bits(marked: Path, tmp_path: Path) -> None:
     plain = run(marked, tmp_path / "plain")
     config = masked(min_weight=0.1)

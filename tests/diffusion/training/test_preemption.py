@@ -132,6 +132,7 @@ def test_validation_ended_by_a_signal_is_made_up_for(
     require_same(tmp_path / "cut", whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [640, 608])
 def test_regular_checkpoint_counts_before_a_signal_s_of_equal_age(
     dataset: Path, whole: Path, tmp_path: Path, images: int, monkeypatch: pytest.MonkeyPatch

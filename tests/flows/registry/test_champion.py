@@ -80,6 +80,7 @@ def problem(params: Params) -> str:
     return message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strike", [delete_version, delete_weights, alter_weights])
 def test_both_remedies_for_a_deleted_champion_are_named_and_work(
     mlflow_client: MlflowClient,
