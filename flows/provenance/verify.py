@@ -70,9 +70,7 @@ def verify(path: str, trust: Trust, head: str | None = None, model: str | None =
             an option has no effect on what there is.
     """
     if head is not None and not SHA256.fullmatch(head):
-        raise UserError(
-            f"--head {head} is not a SHA-256: give the 64 hex digits that `darkroom verify` printed as head"
-        )
+        raise UserError(f"--head {head} is not a SHA-256: give the 64 hex digits that `darkroom verify` shows as head")
     of_ledger = {"--head": head, "--model": model}
     place, local = parse_place(path), None if path.startswith("s3://") else Path(path)
     if path.lower().endswith(IMAGES) and not (local is not None and local.is_dir()):

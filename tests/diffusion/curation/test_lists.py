@@ -289,15 +289,15 @@ def test_merged_data_sets_bring_their_lists(data: Path, tmp_path: Path) -> None:
     for number in (3, 300, 301, 302, 303):
         blob(number).save(tmp_path / "more" / f"{number}.png")
     ingest(other, config(tmp_path / "more"))
-    change(other, csv(tmp_path / "t.csv", "source", "3.png", "300.png"), name="theirs")
+    change(other, csv(tmp_path / "t.csv", "source", "3.png", "300.png"), name="other")
     merge_datasets(data, [other], config(tmp_path))
     apply_again(data)
-    assert [each.name for each in read_manifest(data).lists or ()] == ["theirs"]
+    assert [each.name for each in read_manifest(data).lists or ()] == ["other"]
     assert len(dropped(data)) == 2
     digest = read_manifest(data).digest
     assert merge_datasets(data, [other], config(tmp_path)).digest == digest
-    change(other, csv(tmp_path / "t.csv", "source", "300.png"), name="theirs")
-    with pytest.raises(UserError, match="another list theirs"):
+    change(other, csv(tmp_path / "t.csv", "source", "300.png"), name="other")
+    with pytest.raises(UserError, match="another list other"):
         merge_datasets(data, [other], config(tmp_path))
 
 

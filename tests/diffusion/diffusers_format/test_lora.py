@@ -80,9 +80,9 @@ def imported(file: Path, base: Path, path: Path, licence: str | None = "CC0-1.0"
 
 
 def assert_equal_weights(actual: Path, expected: Path, tolerance: float = 0.0) -> None:
-    ours, theirs = (load_model(path).network.state_dict() for path in (actual, expected))
-    for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=tolerance, atol=tolerance, msg=name)
+    written, reference = (load_model(path).network.state_dict() for path in (actual, expected))
+    for name, value in reference.items():
+        torch.testing.assert_close(written[name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -104,22 +104,23 @@ def test_diffusers_draws_the_images_of_the_merged_pipeline(
 
 def test_kohya_names_are_those_of_diffusers_converters(base: Path, tmp_path: Path) -> None:
     final = write_adapter(tmp_path / "final.safetensors", base, text_encoder=True)
-    ours = load_file(exported(final, tmp_path / "zwx", "kohya"))
+    written = load_file(exported(final, tmp_path / "zwx", "kohya"))
     # The other way round they are understood, and say α.
-    converted, alphas = _convert_non_diffusers_lora_to_diffusers(dict(ours))
+    converted, alphas = _convert_non_diffusers_lora_to_diffusers(dict(written))
     assert set(alphas.values()) == {3.0}
-    assert len(alphas) == len(ours) / 3
+    assert len(alphas) == len(written) / 3
     assert {name.partition(".")[0] for name in converted} == {"unet", "text_encoder"}
     # Their own converter has the same names of the denoiser, and of a text encoder those before transformers 5.
     factors = read_tensors(final, AVERAGED)
-    theirs = convert_state_dict_to_kohya(factors)
+    reference = convert_state_dict_to_kohya(factors)
     renamed = {
-        name.replace("lora_te1_encoder", "lora_te_text_model_encoder").replace("lora_te1", "lora_te") for name in theirs
+        name.replace("lora_te1_encoder", "lora_te_text_model_encoder").replace("lora_te1", "lora_te")
+        for name in reference
     }
-    assert set(ours) == renamed
-    assert any(name.startswith("lora_te_text_model_encoder_layers_0_self_attn_q_proj.") for name in ours)
+    assert set(written) == renamed
+    assert any(name.startswith("lora_te_text_model_encoder_layers_0_self_attn_q_proj.") for name in written)
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
-    assert torch.equal(ours[f"{name}.lora_up.weight"], theirs[f"{name}.lora_up.weight"])
+    assert torch.equal(written[f"{name}.lora_up.weight"], reference[f"{name}.lora_up.weight"])
 
 
 def test_text_encoders_of_several_are_numbered(bases: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:

@@ -95,8 +95,8 @@ def test_adapter_is_all_that_is_trained_and_stored(dataset: Path, tmp_path: Path
     assert model.header.sigma_data == begun.header.sigma_data
     expected = copy.deepcopy(begun.network)
     expected.load_state_dict(merge_adapters(expected, header.lora, read_tensors(result.final, "ema.")), strict=False)
-    for (name, mine), theirs in zip(model.network.state_dict().items(), expected.state_dict().values(), strict=True):
-        assert torch.equal(mine, theirs), name
+    for (name, mine), reference in zip(model.network.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(mine, reference), name
     changed_names = {
         name
         for name, value in model.network.state_dict().items()

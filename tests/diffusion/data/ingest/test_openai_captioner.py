@@ -75,9 +75,9 @@ def test_each_image_is_one_chat_with_prompt_and_pixels(images: Path, tmp_path: P
     for question in chats.asked:
         assert (question["model"], question["max_tokens"], question["temperature"]) == ("tiny-vl", 80, 0)
         [message] = question["messages"]
-        text, picture = message["content"]
+        text, image_part = message["content"]
         assert text == {"type": "text", "text": "Describe it."}
-        head, _, data = picture["image_url"]["url"].partition(",")
+        head, _, data = image_part["image_url"]["url"].partition(",")
         assert head == "data:image/png;base64"
         image = Image.open(io.BytesIO(base64.b64decode(data)))
         assert image.size == (8, 8)
