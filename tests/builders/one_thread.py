@@ -32,6 +32,6 @@ def one_thread() -> Iterator[None]:
         yield Alone()
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("kid", "frechet", "overlap", "neighbours"):
+        for module in ("kid", "frechet", "precision_recall", "neighbours"):
             patch.setattr(f"diffusion.evaluation.metrics.{module}.worker_threads", alone)
         yield

@@ -15,7 +15,7 @@ from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation import real_images
 from diffusion.evaluation.cache import pieces_folder
-from diffusion.evaluation.metrics import overlap
+from diffusion.evaluation.metrics import precision_recall
 from diffusion.evaluation.metrics.scores import PreparedReference, prepare_reference
 from diffusion.evaluation.real_images import RealImages
 from diffusion.generation.super_resolution import GenerationTask
@@ -93,7 +93,7 @@ def test_nothing_is_computed_twice(dataset: Dataset, cache: Path, monkeypatch: p
     extractor = Pixels()
     cached_features(cache, dataset, ROWS, extractor)
     cached_reference(cache, dataset, ROWS, extractor)
-    monkeypatch.setattr(overlap, "nearest_distances", None)
+    monkeypatch.setattr(precision_recall, "nearest_distances", None)
     cached_reference(cache, dataset, ROWS, extractor)
     assert extractor.calls == [30]
 

@@ -267,7 +267,7 @@ def test_second_ctrl_c_leaves_a_hanging_training_without_writing(
     assert not gone.is_set()
     before = sorted(tmp_path.rglob("*"))
     going.set()
-    assert gone.wait(30)
+    gone.wait()  # without a limit of its own, so that the test's shows where all threads are
     assert sorted(tmp_path.rglob("*")) == before
 
 
