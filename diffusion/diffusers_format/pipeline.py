@@ -26,7 +26,7 @@ from diffusion.diffusers_format.network import DarkroomUNet, samples_with_learne
 from diffusion.families.ddpm.model import DDPMModel
 from diffusion.families.diffusion_model import denoiser_of
 from diffusion.generation.config import Conditions, is_conditional
-from diffusion.generation.generate import check_prompts, check_sampling, make_conditioning, prompt_embeddings
+from diffusion.generation.generate import check_prompts, check_sampling, encode_prompts, make_conditioning
 from diffusion.process.samplers import (
     ZERO_SNR,
     DDIMSampling,
@@ -106,10 +106,11 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
             autoguidance=autoguidance_scale,
         )
         device = self._execution_device
-        embeddings = prompt_embeddings(model, conditions)
-        conditioning = make_conditioning(model, indices, seed, conditions, embeddings)
+        encodings = encode_prompts(model, conditions)
+        conditioning = make_conditioning(model, indices, seed, conditions, encodings)
         conditioning = {name: tensor.to(device) for name, tensor in conditioning.items()}
-        denoise = denoiser_of(model, conditioning, config, embeddings[conditions.negative_prompt].to(device))
+        negative = {name: value.to(device) for name, value in encodings[conditions.negative_prompt].items()}
+        denoise = denoiser_of(model, conditioning, config, negative)
         start, options = self._noise(model, batch_size, seed, generator, eta)
         x0 = self._run_scheduler(model, denoise, conditioning, config, start, options)
         # The last step of Darkroom's samplers goes to the last estimate; schedulers end there too, or not quite.

@@ -27,11 +27,10 @@ from diffusion.families.header import ModelHeader
 from diffusion.families.lora import LoRAConfig
 from diffusion.families.text_encoder import (
     MINI_LM,
-    WIDTH,
     CaptionEncoder,
+    Encoding,
     TextEncoder,
     check_encoder,
-    encoder,
     prompt_length,
 )
 from diffusion.families.vae.network import Autoencoder, Latents
@@ -41,8 +40,8 @@ from diffusion.process.likelihood import Terms
 from diffusion.process.samplers import Noise, SamplingConfig
 
 Conditioning = dict[str, Tensor]
-"""Conditioning of N images, as keywords of ``UNet.forward``: ``label`` and ``text``, or ``low`` and ``level``; empty:
-unconditional."""
+"""Conditioning of N images, as keywords of the network's ``forward``: ``label`` and the tensors of encoded texts, or
+``low`` and ``level``; empty: unconditional."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,8 @@ class ConditioningBatch:
     conditioning: Conditioning
     noise: Noise
     """Noise of the model's ``noise_shape``, on the model's device."""
-    negative: Tensor
-    """Embedding of the negative prompt, (E,), or of none: see ``Model.embed``."""
+    negative: Encoding
+    """The negative prompt, or none: see ``Model.encode_prompt``."""
     edit: Edit | None
     """The image to edit; None: generate from noise alone."""
     report_steps: Callable[[int, int], None] = lambda done, steps: None
@@ -154,15 +153,15 @@ class Model(ABC):
         """Classes that it is conditioned on; empty: none."""
         return classes_of(self.config, self.header.class_histogram)
 
-    def embed(self, prompt: str | None) -> Tensor:
-        """Embed ``prompt`` as a vector (E,) float32, or None for none: (384,), zeros for none.
+    def encode_prompt(self, prompt: str | None) -> Encoding:
+        """Encode ``prompt``, or None for none, as all that the network is shown of it.
 
         Raises UserError if the model was trained with another encoder than this version's.
         """
         if prompt is None:
-            return torch.zeros(WIDTH)
+            return MINI_LM.none
         check_encoder(self.header.encoder)
-        return encoder()(prompt)
+        return MINI_LM.load()(prompt)
 
     def prompt_length(self, prompt: str) -> tuple[int, int, int]:
         """Count the tokens of ``prompt`` and of an empty one, and the most that the model's text encoder reads."""

@@ -289,7 +289,7 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
     averages = len(state.averages) + bool(state.guide)
     memory, checkpoint = state_size(parameters, averages, threads, others, matrices, frozen)
     if setup.captions is not None:
-        memory += setup.captions.embeddings.nbytes
+        memory += setup.captions.nbytes
     part = math.ceil(config.images_per_step / setup.ranks.count / threads)
     images_at_once = threads * min(part, config.micro_batch or part)
     half = resolve_precision(config.precision, setup.device) == "bf16"

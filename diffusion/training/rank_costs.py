@@ -44,7 +44,7 @@ class RankCost(Config):
     images: int
     """Images of each batch that the rank computes."""
     weights: int
-    """Weights, frozen ones and embeddings of captions included."""
+    """Weights, frozen ones and encoded captions included."""
     gradients: int
     optimizer: int
     """Moments."""
@@ -167,7 +167,7 @@ def _rank_cost(setup: TrainingSetup, activations: int) -> RankCost:
         return RankCost(
             ranks=ranks.count,
             images=images,
-            weights=size + _size(frozen) + (setup.captions.embeddings.nbytes if setup.captions else 0),
+            weights=size + _size(frozen) + (setup.captions.nbytes if setup.captions else 0),
             # Gradients of each thread and their sum, or of the own shards.
             gradients=size * (1 + threads if group == 1 else 1),
             optimizer=2 * size - (_size(matrices) if has_muon else 0),

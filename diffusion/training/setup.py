@@ -25,7 +25,7 @@ from diffusion.families.config import FamilyConfig, classes_of, shape_conflict, 
 from diffusion.families.fine_tuning import share
 from diffusion.families.header import Base, ModelHeader
 from diffusion.families.model import Conditioning, Model, TrainingBatch, to_float
-from diffusion.families.text_encoder import MINI_LM
+from diffusion.families.text_encoder import MINI_LM, Encoding
 from diffusion.families.vae.network import Latents
 from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions
 from diffusion.generation.generate import check_sampling_options, conditions_of
@@ -158,7 +158,7 @@ class TrainingSetup:
         if self.classes:
             conditioning["label"] = self.dataset.classes(batch.rows, self.classes)
         if self.captions is not None:
-            conditioning["text"] = self.captions.select_rows(batch.rows, u)
+            conditioning |= self.captions.select_rows(batch.rows, u)
         return conditioning
 
     def with_masks(self, inputs: TrainingBatch, batch: Batch) -> TrainingBatch:
@@ -361,21 +361,22 @@ def make_setup(
 
 
 def drop_conditioning(
-    conditioning: Conditioning, u: Tensor, share: float, no_class: int, no_text: Tensor | None = None
+    conditioning: Conditioning, u: Tensor, share: float, no_class: int, no_text: Encoding | None = None
 ) -> Conditioning:
     """Drop conditioning where the random numbers ``u`` (N,), in [0, 1), are below ``share`` (arXiv 2207.12598).
 
-    A dropped class is ``no_class``, a dropped caption the embedding ``no_text``, (E,); None: there are no captions.
+    A dropped class is ``no_class``, a dropped caption ``no_text``; None: there are no captions.
 
     With both class and caption, one of them is dropped for an equal share again, so that the model can be conditioned
     on either alone (arXiv 2211.09800, section 3.2.1).
     """
-    single_share = share / 2 if len(conditioning) == 2 else 0
+    texts = {name: value for name, value in (no_text or {}).items() if name in conditioning}
+    single_share = share / 2 if texts and "label" in conditioning else 0
     label_mask = (u < share) | ((u >= share + single_share) & (u < share + 2 * single_share))
     result = {}
     if "label" in conditioning:
         result["label"] = conditioning["label"].masked_fill(label_mask, no_class)
-    if "text" in conditioning:
-        assert no_text is not None
-        result["text"] = torch.where((u < share + single_share)[:, None], no_text, conditioning["text"])
+    text_mask = u < share + single_share
+    for name, dropped in texts.items():
+        result[name] = torch.where(text_mask.view(-1, *[1] * dropped.ndim), dropped, conditioning[name])
     return result

@@ -287,7 +287,7 @@ def plan(
     if table is None:
         generate.check_sampling(model, sampling, conditions)
         generate.check_prompts(conditions, model.prompt_length)
-    generate.prompt_embeddings(model, conditions)
+    generate.encode_prompts(model, conditions)
     number = table.count if table else 64 if count is None else count
     size = config.chunk or batch_format.chunk_size(number, sampling.compute_batch)
     if number > (limit := min(batch_format.MAX_BATCH_IMAGES, batch_format.MAX_BATCH_CHUNKS * size)):

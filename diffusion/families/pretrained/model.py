@@ -27,7 +27,7 @@ from diffusion.families.model import Conditioning, ConditioningBatch, TrainingOb
 from diffusion.families.pretrained.config import DiffusersConfig
 from diffusion.families.pretrained.network import PipelineNetwork, parts_digest, tensor_names
 from diffusion.families.pretrained.pipeline import Pipeline, build
-from diffusion.families.text_encoder import CaptionEncoder
+from diffusion.families.text_encoder import CaptionEncoder, Encoding
 from diffusion.families.vae.network import Latents
 from diffusion.process.config import ObjectiveConfig
 from diffusion.process.denoiser import Denoiser, rescale_guidance
@@ -136,7 +136,7 @@ class PretrainedModel(DiffusionModel):
         return replace(self, header=self.header.model_copy(update={"model": config}))
 
     def caption_encoder(self, lora: LoRAConfig | None) -> CaptionEncoder:
-        """Choose tokens where the pipeline's text encoder is trained, else embeddings."""
+        """Choose tokens where the pipeline's text encoder is trained, else what the denoiser is shown."""
         network = self.network
         if lora is not None and lora.text_encoder:
             if not self.pipeline.text_adapter_targets:
@@ -145,14 +145,15 @@ class PretrainedModel(DiffusionModel):
                     f"{self.config.pipeline} has several: leave it out"
                 )
 
-            def tokenize(prompt: str) -> Tensor:
-                return network.tokens("tokenizer", prompt)[0][0]
+            def tokenize(prompt: str) -> Encoding:
+                return {"tokens": network.tokens("tokenizer", prompt)[0][0]}
 
             return CaptionEncoder(parts_digest(network, "tokenizer"), lambda: tokenize, tokenize(""))
         parts = parts_digest(network, "tokenizer", "text_encoder")
-        # The denoiser decides how wide embeddings are, and libraries their last bits.
-        key = [parts, self.config.pipeline, network.embedding_size, torch.__version__, version("transformers")]
-        return CaptionEncoder(digest_of(key), lambda: network.embed, network.embed(""))
+        # The denoiser decides how wide encodings are, and libraries their last bits.
+        shapes = self.pipeline.encoding_shapes(network)
+        key = [parts, self.config.pipeline, shapes, torch.__version__, version("transformers")]
+        return CaptionEncoder(digest_of(key), lambda: network.encode_prompt, network.encode_prompt(""))
 
     def adapter_layers(self, layers: set[str], targets: Sequence[str] | None, text_encoder: bool) -> set[str]:
         """Choose layers of the denoiser, and of the text encoder its attention."""
@@ -188,9 +189,9 @@ class PretrainedModel(DiffusionModel):
         factor = self.pipeline.factor
         return self.pipeline.noise_shape[0], height // factor, width // factor
 
-    def embed(self, prompt: str | None) -> Tensor:
-        """Embed ``prompt`` by the pipeline's text encoders, flat: (E,) float32; None as an empty one."""
-        return self.network.embed(prompt or "") if self.config.text else super().embed(prompt)
+    def encode_prompt(self, prompt: str | None) -> Encoding:
+        """Encode ``prompt`` by the pipeline's text encoders; None as an empty one."""
+        return self.network.encode_prompt(prompt or "") if self.config.text else super().encode_prompt(prompt)
 
     def prompt_length(self, prompt: str) -> tuple[int, int, int]:
         """Count the tokens of ``prompt``, those of an empty one, and the most that the text encoder reads."""
@@ -288,11 +289,10 @@ class PretrainedModel(DiffusionModel):
 
 def _forward(network: PipelineNetwork, shape: tuple[int, int, int]) -> Tensor:
     """Predict at time 0 from zeros of ``shape``, and of all that the denoiser is conditioned on."""
-    inputs = {}
+    shapes = network.pipeline.encoding_shapes(network)
+    inputs = {name: torch.zeros(1, *sizes) for name, sizes in shapes.items()}
     if network.pipeline.network_classes is not None:
         inputs["label"] = torch.zeros(1, dtype=torch.long)
-    if network.pipeline.text:
-        inputs["text"] = torch.zeros(1, network.embedding_size)
     out: Tensor = network(torch.zeros(1, *shape), torch.zeros(1), **inputs)
     return out
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffusion.families.pretrained.network import PipelineNetwork
+    from diffusion.families.text_encoder import Encoding
 
 SCHEDULERS = (
     "DDIMScheduler",
@@ -269,23 +270,23 @@ class Pipeline:
         """Tokenizer that reads most of a prompt."""
         return "tokenizer"
 
-    def encode_prompt(self, network: PipelineNetwork, prompt: str) -> Tensor:
-        """Encode ``prompt`` as all that the denoiser is shown of it, flat, from all text encoders: (E,) float32."""
+    def encode_prompt(self, network: PipelineNetwork, prompt: str) -> Encoding:
+        """Encode ``prompt`` as all that the denoiser is shown of it, from all text encoders."""
         raise NotImplementedError(f"{type(self).__name__} is not conditioned on captions")
 
-    def embedding_size(self, network: PipelineNetwork) -> int:
-        """Count the numbers E of an encoded prompt."""
-        raise NotImplementedError(f"{type(self).__name__} is not conditioned on captions")
+    def encoding_shapes(self, network: PipelineNetwork) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors of ``encode_prompt``, which are those of all prompts."""
+        return {}
 
-    def inputs(self, network: PipelineNetwork, label: Tensor | None, text: Tensor | None) -> dict[str, Any]:
-        """Make the denoiser's further arguments from classes, (N,), or from what ``encode_prompt`` makes, (N, E)."""
-        return {} if label is None else {"class_labels": network.class_ids[label]}
+    def inputs(self, network: PipelineNetwork, conditioning: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Make the denoiser's further arguments from ``label``, (N,), or from the tensors of ``encode_prompt``."""
+        return {"class_labels": network.class_ids[conditioning["label"]]} if "label" in conditioning else {}
 
     def predict(
-        self, network: PipelineNetwork, x: Tensor, timestep: Tensor, label: Tensor | None, text: Tensor | None
+        self, network: PipelineNetwork, x: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]
     ) -> Tensor:
         """Predict from noisy images or latents ``x``, (N, *noise_shape), at the scheduler's ``timestep``, (N,)."""
-        inputs = self.inputs(network, label, text)
+        inputs = self.inputs(network, conditioning)
         output: Tensor = network.component(self.denoiser_name)(x, timestep=timestep, **inputs, return_dict=False)[0]
         return output[:, : x.shape[1]]
 

@@ -430,7 +430,7 @@ def test_nothing_is_loaded_from_a_cache_or_from_a_network(
     import_pipeline(stable, path := tmp_path / "model.safetensors", ORIGIN)
     shutil.rmtree(stable)
     model = load_model(path)
-    assert model.embed("a red circle").shape == (16 * 16,)
+    assert model.encode_prompt("a red circle")["states"].shape == (16, 16)
 
 
 def test_the_configuration_of_a_pipeline_is_complete() -> None:

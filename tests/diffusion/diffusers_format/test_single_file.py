@@ -49,7 +49,7 @@ def test_checkpoint_has_the_weights_of_its_pipeline(
     actual, expected = load_model(path), load_model(expected_path)
     for name, value in expected.network.state_dict().items():
         assert torch.equal(actual.network.state_dict()[name], value), name
-    assert torch.equal(actual.embed("a red circle"), expected.embed("a red circle"))
+    assert torch.equal(actual.encode_prompt("a red circle")["states"], expected.encode_prompt("a red circle")["states"])
     assert actual.config == expected.config
     origin = read_model_header(path).origin
     assert origin is not None

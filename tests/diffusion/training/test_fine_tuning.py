@@ -29,7 +29,7 @@ from diffusion.families.header import Origin
 from diffusion.families.model import ConditioningBatch, to_float
 from diffusion.families.pretrained.model import PretrainedModel
 from diffusion.generation.config import Conditions
-from diffusion.generation.generate import make_conditioning, prompt_embeddings, sample
+from diffusion.generation.generate import encode_prompts, make_conditioning, sample
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import SINGLE_PROCESS
@@ -255,13 +255,13 @@ def test_dropped_and_missing_captions_are_the_empty_prompt(
     make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
     _, base = make_pipeline("stable_diffusion")
-    empty = load_model(base).embed("")
+    empty = load_model(base).encode_prompt("")["states"]
     dataset = data(tmp_path, "stable_diffusion")
     with worker_threads(1) as pool:
         for dropout in (0.0, 0.5):
             trainer = trainer_of(dataset, base, pool, condition_dropout=dropout)
             batch = trainer.loader.batch(0)
-            text = trainer.setup.training_conditioning(batch)["text"]
+            text = trainer.setup.training_conditioning(batch)["states"]
             untold = [torch.equal(each, empty) for each in text]
             missing = [caption is None for caption in trainer.setup.dataset.captions(batch.rows)]
             assert any(missing)
@@ -317,7 +317,7 @@ def test_text_encoder_is_adapted_too(make_pipeline: Callable[[str], tuple[Path, 
     before = begun.network.state_dict()
     changed_names = {name for name, value in model.network.state_dict().items() if not torch.equal(value, before[name])}
     assert {name.split(".")[0] for name in changed_names} == {"unet", "text_encoder"}
-    assert not torch.equal(model.embed("a red circle"), begun.embed("a red circle"))
+    assert not torch.equal(model.encode_prompt("a red circle")["states"], begun.encode_prompt("a red circle")["states"])
     with pytest.raises(Stop):
         run(dataset, tmp_path / "cut", base, lambda _: StopAt(16), **options)
     assert run(dataset, tmp_path / "cut", base, **options).final.read_bytes() == whole.final.read_bytes()
@@ -354,7 +354,7 @@ def test_adapter_in_diffusers_generates_the_same_images(
     model = load_model(final)
     assert isinstance(model, PretrainedModel)
     prompts = Conditions(prompts=("a red circle",))
-    embeddings = prompt_embeddings(model, prompts)
+    embeddings = encode_prompts(model, prompts)
     conditioning = make_conditioning(model, [0], 0, prompts, embeddings)
     noise = torch.randn(1, *model.noise_shape, generator=torch.Generator().manual_seed(3))
     batch = ConditioningBatch(conditioning, lambda: noise, embeddings[None], None)
