@@ -274,14 +274,12 @@ def _header(
         ) from error
     full_origin = origin.model_copy(update={"licence": licence, "files": digests, "libraries": libraries})
     name = re.sub(r"[/\\:'\"`\s]+", "-", origin.source.removeprefix("hf://").partition("@")[0]).strip(".-")
+    defaults = PIPELINES[index["_class_name"]].default_settings
+    settings = {key: value for key, default in defaults.items() if (value := index.get(key, default)) != default}
     try:
-        config = DiffusersConfig(pipeline=index["_class_name"], components=components)
+        config = DiffusersConfig(pipeline=index["_class_name"], components=components, settings=settings)
         classes = _classes(config, index.get("id2label"))
-        config = DiffusersConfig(
-            pipeline=config.pipeline,
-            components=components,
-            class_ids=tuple(classes[label] for label in sorted(classes)),
-        )
+        config = config.model_copy(update={"class_ids": tuple(classes[label] for label in sorted(classes))})
         (channels, size, _), pipeline = config.image_shape, config.imported
         if not 1 <= size <= MAX_SIZE:
             raise UserError(f"{folder} makes images of {size} pixels, and {MAX_SIZE} are the most")

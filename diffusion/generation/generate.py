@@ -182,6 +182,17 @@ def check_sampling(model: Model, config: SamplingConfig, conditions: Conditions)
             f"sampling.autoguidance = {config.autoguidance:g} leads away from the guide of a model (training.guide), "
             f"and this one has none: {'train one that has one, or ' if can_have_guide else ''}leave it out (null)"
         )
+    if model.config.embeds_guidance:
+        if conditions.negative_prompt is not None:
+            raise UserError(
+                "the pipeline's network is shown sampling.guidance, and is not led away from anything: leave the "
+                "negative prompt out"
+            )
+        if config.guidance_interval is not None or config.guidance_rescale is not None:
+            raise UserError(
+                "the pipeline's network is shown sampling.guidance, which has no interval and is not rescaled: leave "
+                "sampling.guidance_interval and sampling.guidance_rescale out"
+            )
     if not model.config.has_null_class:
         if config.guides:
             raise UserError(

@@ -153,7 +153,7 @@ class PretrainedModel(DiffusionModel):
         # The denoiser decides how wide encodings are, and libraries their last bits.
         shapes = self.pipeline.encoding_shapes(network)
         key = [parts, self.config.pipeline, shapes, torch.__version__, version("transformers")]
-        return CaptionEncoder(digest_of(key), lambda: network.encode_prompt, network.encode_prompt(""))
+        return CaptionEncoder(digest_of(key), lambda: network.encode_prompt, network.encode_prompt(None))
 
     def adapter_layers(self, layers: set[str], targets: Sequence[str] | None, text_encoder: bool) -> set[str]:
         """Choose layers of the denoiser, and of the text encoder its attention."""
@@ -190,8 +190,8 @@ class PretrainedModel(DiffusionModel):
         return self.pipeline.noise_shape[0], height // factor, width // factor
 
     def encode_prompt(self, prompt: str | None) -> Encoding:
-        """Encode ``prompt`` by the pipeline's text encoders; None as an empty one."""
-        return self.network.encode_prompt(prompt or "") if self.config.text else super().encode_prompt(prompt)
+        """Encode ``prompt`` by the pipeline's text encoders."""
+        return self.network.encode_prompt(prompt) if self.config.text else super().encode_prompt(prompt)
 
     def prompt_length(self, prompt: str) -> tuple[int, int, int]:
         """Count the tokens of ``prompt``, those of an empty one, and the most that the text encoder reads."""
@@ -211,6 +211,11 @@ class PretrainedModel(DiffusionModel):
 
     def generate(self, batch: ConditioningBatch, config: SamplingConfig) -> Tensor:
         """Run the reverse process, by the pipeline's own scheduler if ``config`` says so."""
+        if self.pipeline.embeds_guidance:
+            scale = 1.0 if config.guidance is None else config.guidance
+            states = batch.conditioning["states"]
+            shown = {"guidance": states.new_full((len(states),), scale)}
+            batch, config = replace(batch, conditioning=batch.conditioning | shown), config.without_guidance()
         if not isinstance(config, SchedulerSampling):
             return super().generate(batch, config)
         config.sigma_grid(self.schedule)  # raises for more steps than there are
@@ -263,7 +268,7 @@ class PretrainedModel(DiffusionModel):
                 if not config.guidance_interval[0] < sigma <= config.guidance_interval[1]:
                     return self.network.predict(x, t, **conditioning)
             unconditional, conditional = self.network.predict(torch.cat([x, x]), t, **joint).chunk(2)
-            prediction = unconditional + scale * (conditional - unconditional)
+            prediction = self.pipeline.guide(conditional, unconditional, scale)
             share = config.guidance_rescale
             return prediction if share is None else rescale_guidance(prediction, conditional, share)
 
@@ -275,6 +280,8 @@ class PretrainedModel(DiffusionModel):
 
     def evaluations(self, config: SamplingConfig) -> int:
         """Count the evaluations of the denoiser for one image."""
+        if self.pipeline.embeds_guidance:
+            config = config.without_guidance()
         if not isinstance(config, SchedulerSampling):
             return super().evaluations(config)
         scheduler = self.pipeline.make_scheduler(config.steps, self.noise_shape, CPU)

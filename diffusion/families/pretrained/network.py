@@ -96,15 +96,16 @@ class PipelineNetwork(nn.Module):
         return self.pipeline.decode(self, z)
 
     @torch.no_grad()
-    def encode_prompt(self, prompt: str) -> Encoding:
-        """Encode ``prompt`` as all that the denoiser is shown of it. An empty one is none."""
+    def encode_prompt(self, prompt: str | None) -> Encoding:
+        """Encode ``prompt``, or None for none, as all that the denoiser is shown of it."""
         return self.pipeline.encode_prompt(self, prompt)
 
     def prompt_length(self, prompt: str) -> tuple[int, int]:
         """Count the tokens of ``prompt`` with those at its ends, and the most that are read."""
         name = self.pipeline.limiting_tokenizer
         with _TOKENIZING:
-            count = len(self.tokenizer(name)(prompt, verbose=False).input_ids)
+            text = self.pipeline.prompt_text(prompt)
+            count = len(self.tokenizer(name)(text, verbose=False).input_ids)
             return count, self.pipeline.tokenizer_length(self, name)
 
     def tokenizer(self, name: str) -> Any:
@@ -128,7 +129,11 @@ class PipelineNetwork(nn.Module):
         with _TOKENIZING:
             length = self.pipeline.tokenizer_length(self, name)
             tokens = self.tokenizer(name)(
-                prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+                self.pipeline.prompt_text(prompt),
+                padding="max_length",
+                max_length=length,
+                truncation=True,
+                return_tensors="pt",
             )
         return tokens.input_ids.to(device), tokens.attention_mask.to(device)
 

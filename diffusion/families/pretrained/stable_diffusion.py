@@ -44,9 +44,9 @@ class StableDiffusionPipeline(Pipeline):
         """Version 1 or 2."""
         return "sd_v1" if self.architecture.endswith("v1") else "sd_v2"
 
-    def encode_prompt(self, network: PipelineNetwork, prompt: str) -> Encoding:
+    def encode_prompt(self, network: PipelineNetwork, prompt: str | None) -> Encoding:
         """Encode ``prompt`` as the last hidden ``states``, (L, D)."""
-        ids, mask = network.tokens("tokenizer", prompt)
+        ids, mask = network.tokens("tokenizer", prompt or "")
         encoder = network.component("text_encoder")
         uses_mask = getattr(encoder.config, "use_attention_mask", False)
         return {"states": encoder(ids, attention_mask=mask if uses_mask else None)[0][0].float()}
@@ -56,7 +56,7 @@ class StableDiffusionPipeline(Pipeline):
         length = self.tokenizer_length(network, "tokenizer")
         return {"states": (length, int(self.denoiser.config["cross_attention_dim"]))}
 
-    def inputs(self, network: PipelineNetwork, conditioning: Mapping[str, Tensor]) -> dict[str, Any]:
+    def inputs(self, network: PipelineNetwork, x: Tensor, conditioning: Mapping[str, Tensor]) -> dict[str, Any]:
         """Make the states that the U-Net attends to; of ``tokens``, (N, L) int64, where the text encoder is trained."""
         if "tokens" in conditioning:
             return {"encoder_hidden_states": network.component("text_encoder")(conditioning["tokens"])[0]}

@@ -47,21 +47,21 @@ class StableDiffusion3Pipeline(Pipeline):
         """Tokenizer that reads most of a prompt."""
         return "tokenizer_3" if "tokenizer_3" in self.components else "tokenizer"
 
-    def encode_prompt(self, network: PipelineNetwork, prompt: str) -> Encoding:
+    def encode_prompt(self, network: PipelineNetwork, prompt: str | None) -> Encoding:
         """Encode ``prompt`` as the ``states`` of all text encoders, (L, D), and the ``pooled`` ones of CLIP, (P,)."""
         import torch
         from torch.nn.functional import pad
 
         clip_states, pooled = [], []
         for number in ("", "_2"):
-            ids, _ = network.tokens(f"tokenizer{number}", prompt)
+            ids, _ = network.tokens(f"tokenizer{number}", prompt or "")
             output = network.component(f"text_encoder{number}")(ids, output_hidden_states=True)
             clip_states.append(output.hidden_states[-2])
             pooled.append(output[0])
         joint = torch.cat(clip_states, dim=-1)
         width = self.denoiser.config["joint_attention_dim"]
         if "text_encoder_3" in self.components:
-            ids, _ = network.tokens("tokenizer_3", prompt)
+            ids, _ = network.tokens("tokenizer_3", prompt or "")
             t5_states = network.component("text_encoder_3")(ids)[0]
         else:
             t5_states = joint.new_zeros(1, T5_LENGTH, width)
@@ -76,6 +76,6 @@ class StableDiffusion3Pipeline(Pipeline):
             "pooled": (int(config["pooled_projection_dim"]),),
         }
 
-    def inputs(self, network: PipelineNetwork, conditioning: Mapping[str, Tensor]) -> dict[str, Any]:
+    def inputs(self, network: PipelineNetwork, x: Tensor, conditioning: Mapping[str, Tensor]) -> dict[str, Any]:
         """Make the states that the transformer attends to, and the pooled ones that modulate it."""
         return {"encoder_hidden_states": conditioning["states"], "pooled_projections": conditioning["pooled"]}

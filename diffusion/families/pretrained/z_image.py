@@ -1,0 +1,66 @@
+"""Z-Image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from diffusion.families.pretrained.flow_transformer import FlowTransformer
+from diffusion.families.pretrained.pipeline import QWEN_TOKENIZERS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffusion.families.pretrained.network import PipelineNetwork
+    from diffusion.families.text_encoder import Encoding
+
+
+class ZImagePipeline(FlowTransformer):
+    """Z-Image (arXiv 2511.22699): one stream of tokens, of an image and of the states of its prompt by Qwen3.
+
+    diffusers adds its ``guidance_scale`` times the difference to the guided prediction; as everywhere in Darkroom the
+    scale is one more, and 1 is no guidance.
+    """
+
+    kinds: ClassVar = {
+        "transformer": ("ZImageTransformer2DModel",),
+        "vae": ("AutoencoderKL",),
+        "text_encoder": ("Qwen3Model", "Qwen3ForCausalLM"),
+        "tokenizer": QWEN_TOKENIZERS,
+    }
+    packs = False
+    guidance = 6.0
+    architecture = "z-image"
+    kohya_version = "zimage"
+
+    def prompt_text(self, prompt: str) -> str:
+        """Write ``prompt`` as a message to Qwen3."""
+        return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+
+    def encode_prompt(self, network: PipelineNetwork, prompt: str | None) -> Encoding:
+        """Encode ``prompt`` as ``states`` of the last layer but one, (512, D), and the ``mask`` of tokens, (512,)."""
+        ids, mask = network.tokens("tokenizer", prompt or "")
+        encoder = network.component("text_encoder")
+        output = getattr(encoder, "model", encoder)(
+            ids, attention_mask=mask.bool(), output_hidden_states=True, use_cache=False
+        )
+        return {"states": output.hidden_states[-2][0].float(), "mask": mask[0]}
+
+    def encoding_shapes(self, network: PipelineNetwork) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all states and of their mask."""
+        return {"states": (self.text_length, int(self.denoiser.config["cap_feat_dim"])), "mask": (self.text_length,)}
+
+    def predict(
+        self, network: PipelineNetwork, x: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Predict the velocity of latents ``x``, (N, C, h, w), at ``timestep``, (N,), of 1,000.
+
+        The transformer's time goes from noise to images, and with it its velocity.
+        """
+        import torch
+
+        # Its list of states has no padding, so that how many there are is waited for.
+        states = [each[mask.bool()] for each, mask in zip(conditioning["states"], conditioning["mask"], strict=True)]
+        images = list(x.unsqueeze(2).unbind())
+        velocities = network.component("transformer")(images, (1000 - timestep) / 1000, states, return_dict=False)[0]
+        return -torch.stack(velocities).squeeze(2)
