@@ -23,6 +23,7 @@ from diffusion.common.model_files import METADATA_KEY, read_header, tensor_bytes
 from diffusion.families import family_of
 from diffusion.families.config import classes_of
 from diffusion.families.header import GUIDANCE_OPTIONS, Base, ModelHeader
+from diffusion.families.layers import use_channels_last
 from diffusion.families.model import Model
 from diffusion.families.vae.network import Latents
 from diffusion.process.samplers import SamplingConfig
@@ -242,7 +243,7 @@ def load_model(path: Path) -> Model:
             module.load_state_dict(tensors, strict=False)
         except RuntimeError as error:  # torch's message is a page long; the cause is always the same
             raise mismatch from error
-        module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        use_channels_last(module.eval().requires_grad_(False))
     files = read_pipeline_files(path, header) if header.origin else {}
     model: Model = family_of(header.model).make_model(header, modules[AVERAGED], modules.get(AUTOENCODER))
     return replace(model.with_files(files), guide=modules.get(GUIDE))

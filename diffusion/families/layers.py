@@ -1,5 +1,6 @@
 """Parts of networks that families share."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -20,6 +21,13 @@ class Upsample(nn.Module):
         """(N, C, H, W) to (N, C, 2H, 2W)."""
         out: Tensor = self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
         return out
+
+
+def use_channels_last(module: nn.Module) -> None:
+    """Arrange the weights of 2-D convolutions with channels last, in place; ``Module.to`` would fail for 3-D ones."""
+    for weight in module.parameters():
+        if weight.ndim == 4:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def pixels_per_position(patch: int, resolutions: int, size: int) -> int:

@@ -24,6 +24,7 @@ from diffusion.families import family_of
 from diffusion.families.config import FamilyConfig, classes_of, shape_conflict, training_conflict
 from diffusion.families.fine_tuning import share
 from diffusion.families.header import Base, ModelHeader
+from diffusion.families.layers import use_channels_last
 from diffusion.families.model import Conditioning, Model, TrainingBatch, to_float
 from diffusion.families.text_encoder import MINI_LM, Encoding
 from diffusion.families.vae.network import Latents
@@ -233,7 +234,7 @@ class TrainingSetup:
             with torch.device("meta"):
                 network = replace(self, initial=None).make_network()
             network.load_state_dict(weights, assign=True)
-        network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        use_channels_last(network.eval().requires_grad_(False))
         return network
 
     def model_header(self, images: int, total: int = 0) -> ModelHeader:

@@ -12,6 +12,7 @@ from diffusion.common.files import sha256_file
 from diffusion.data.dataset import Dataset
 from diffusion.families.config import FamilyConfig
 from diffusion.families.header import Base
+from diffusion.families.layers import use_channels_last
 from diffusion.families.model import Model, to_float
 from diffusion.families.vae.network import Latents
 from diffusion.training.config import TrainingConfig
@@ -92,7 +93,7 @@ def load_autoencoder(path: str, dataset: Dataset, window: int | None) -> Latents
             f"model.autoencoder {path} is a model of the family {model.header.model.family}, which is not an "
             "autoencoder: train one with model.family=vae"
         )
-    latents.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    use_channels_last(latents.eval().requires_grad_(False))
     rows = dataset.rows("train")
     if window is not None:
         rows = rows[np.argsort(dataset.shards(rows), kind="stable")]

@@ -21,6 +21,7 @@ from diffusion.common.errors import DarkroomError
 from diffusion.common.fingerprint import autocast
 from diffusion.data.loader import Batch, Loader, make_order
 from diffusion.families import family_of
+from diffusion.families.layers import use_channels_last
 from diffusion.families.model import OptimizerStep, TrainingBatch, TrainingObjective
 from diffusion.training.checkpointing import write_together
 from diffusion.training.config import TrainingConfig
@@ -181,7 +182,7 @@ class Trainer:
                 self.objective = setup.initial.make_student_objective(
                     self.config, header, setup.autoencoder, self.config.images, self.device
                 )
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        use_channels_last(network)
         mesh = make_mesh(self.device, setup.shard) if setup.shard > 1 else None
         frozen = setup.autoencoder.to(self.device).state_dict() if setup.autoencoder else {}
         if setup.base is not None:

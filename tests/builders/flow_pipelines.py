@@ -54,7 +54,7 @@ def qwen_tokenizer() -> Any:
     return made
 
 
-def qwen3_config(tokenizer: Any, layers: int) -> Any:
+def qwen3_config(tokenizer: Any, layers: int, **options: Any) -> Any:
     return transformers.Qwen3Config(
         vocab_size=len(tokenizer) + 8,
         hidden_size=16,
@@ -65,6 +65,7 @@ def qwen3_config(tokenizer: Any, layers: int) -> Any:
         head_dim=8,
         max_position_embeddings=40960,
         rope_theta=1000000,
+        **options,
     )
 
 
@@ -156,7 +157,7 @@ def flux_2_klein(folder: Path, distilled: bool = False) -> Path:
         transformer=randomize(transformer),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=vae,
-        text_encoder=transformers.Qwen3ForCausalLM(qwen3_config(tokenizer, 28)),
+        text_encoder=transformers.Qwen3ForCausalLM(qwen3_config(tokenizer, 28, tie_word_embeddings=True)),
         tokenizer=tokenizer,
         is_distilled=distilled,
     )

@@ -14,6 +14,7 @@ from diffusion.families.base import classes_of
 from diffusion.families.gan.config import GANConfig
 from diffusion.families.gan.network import AUGMENTING, Discriminator, Generator, augment
 from diffusion.families.header import ModelHeader
+from diffusion.families.layers import use_channels_last
 from diffusion.families.model import (
     Conditioning,
     ConditioningBatch,
@@ -55,7 +56,8 @@ class GANModel(Model):
         assert isinstance(header.model, GANConfig)
         classes = len(classes_of(header.model, header.class_histogram))
         discriminator = Discriminator(header.model, header.channels, header.size, classes)
-        return RelativisticObjective(header.model, training.seed, discriminator.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+        use_channels_last(discriminator)
+        return RelativisticObjective(header.model, training.seed, discriminator)
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:

@@ -149,8 +149,9 @@ def tensor_names(network: nn.Module, names: Iterable[str]) -> dict[str, str]:
         component, _, key = name.partition(".")
         *path, leaf = key.split(".")
         new_key = ".".join([*path[:-1], OLD_ATTENTION.get(path[-1], path[-1]), leaf]) if path else key
-        # The text encoder of transformers 5 has no model within the model.
-        for candidate in (key, new_key, key.removeprefix("text_model."), f"text_model.{key}"):
+        # In transformers 5 CLIP's text encoder has no model within the model, and that of Qwen2.5-VL has two.
+        own = (key.removeprefix("text_model."), f"text_model.{key}")
+        for candidate in (key, new_key, *own, f"model.{key}", re.sub(r"^model\.", "model.language_model.", key)):
             if f"{component}.{candidate}" in tensors:
                 mapping[name] = f"{component}.{candidate}"
                 break
