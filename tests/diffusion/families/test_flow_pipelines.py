@@ -11,17 +11,20 @@ import torch
 from torch import Tensor
 
 from diffusion.checkpoints import load_model
+from diffusion.common.errors import UserError
 from diffusion.common.fingerprint import CPU
 from diffusion.diffusers_format.import_pipeline import import_pipeline
 from diffusion.families.header import Origin
 from diffusion.families.model import ConditioningBatch
 from diffusion.families.pretrained.model import PretrainedModel
 from diffusion.generation.config import Conditions
-from diffusion.generation.generate import encode_prompts, make_conditioning
+from diffusion.generation.generate import check_prompts, check_sampling, encode_prompts, make_conditioning, sample
+from diffusion.process.editing import Edit
 from diffusion.process.samplers import sampling_config
 from tests.builders.flow_pipelines import FLOW_MAKERS
 
 Make = Callable[..., tuple[Path, PretrainedModel]]
+ONE = Conditions(prompts=("a red circle",))
 PROMPTS = ("a red circle", "blue square on the grey photo", "green")
 NAMES = {
     "stable_diffusion_xl": "StableDiffusionXLPipeline",
@@ -149,3 +152,74 @@ def test_negative_prompts_are_those_of_diffusers(
     call = {name: scale, "negative_prompt": ["grey photo"] * 2}
     expected = torch.from_numpy(generate_by_diffusers(folder, kind, 2, (32, 32), **call))
     assert (images - expected).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("kind", FLOW_MAKERS)
+@pytest.mark.parametrize("sampler", ["scheduler", "dpmpp_2m_sde"])
+def test_the_bits_of_an_image_depend_on_no_other(make: Make, kind: str, sampler: str) -> None:
+    model = make(kind)[1].with_size((16, 32))
+    prompts = Conditions(prompts=("a red circle", "grey", None, "blue"))
+    config = sampling_config(sampler=sampler, steps=3, compute_batch=2, guidance=3.0)
+    images = sample(model, range(4), 0, config, conditions=prompts)
+    assert torch.equal(sample(model, [3], 0, config, conditions=prompts)[0], images[3])
+    assert not torch.equal(images[0], images[1])
+
+
+@pytest.mark.parametrize("kind", FLOW_MAKERS)
+@pytest.mark.parametrize("sampler", ["scheduler", "euler"])
+def test_inpainting_keeps_what_is_kept_and_changes_the_rest(make: Make, kind: str, sampler: str) -> None:
+    model = make(kind)[1].with_size((16, 32))
+    image, mask = torch.full(model.shape, 200, dtype=torch.uint8), torch.zeros(model.shape[1:], dtype=torch.bool)
+    mask[:, :16] = True
+    config = sampling_config(sampler=sampler, steps=3)
+    edit = Edit(image, mask, strength=0.8)
+    images = sample(model, range(2), 0, config, conditions=ONE, edit=edit)
+    assert torch.equal(images[..., mask], image[..., mask].expand(2, -1, -1))
+    assert (images[..., ~mask] != 200).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("kind", FLOW_MAKERS)
+def test_autoencoders_give_latents_of_noise_s_shape_and_distribution(make: Make, kind: str) -> None:
+    model = make(kind)[1].with_size((16, 32))
+    images = torch.rand(2, 3, 16, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.inference_mode():
+        z = model.encode(images)
+        assert z.shape[1:] == model.noise_shape
+        again = model.encode(model.decode(z))
+    assert again.shape == z.shape
+
+
+def test_shown_guidance_changes_images_without_a_second_evaluation(make: Make) -> None:
+    model = make("flux")[1].with_size((16, 16))
+    low, high = (
+        sample(model, [0], 0, sampling_config(sampler="euler", steps=2, guidance=scale), conditions=ONE)
+        for scale in (1.0, 9.0)
+    )
+    assert not torch.equal(low, high)
+    assert model.evaluations(sampling_config(sampler="scheduler", steps=4, guidance=3.5)) == 4
+    assert make("z_image")[1].evaluations(sampling_config(sampler="scheduler", steps=4, guidance=3.5)) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "conditions"),
+    [
+        ({"guidance": 3.5}, Conditions(prompts=("green",), negative_prompt="red")),
+        ({"guidance": 3.5, "guidance_interval": (0.2, 5.0)}, Conditions(prompts=("green",))),
+        ({"guidance": 3.5, "guidance_rescale": 0.7}, Conditions(prompts=("green",))),
+    ],
+)
+def test_options_without_effect_on_shown_guidance_are_refused(
+    make: Make, options: dict[str, Any], conditions: Conditions
+) -> None:
+    with pytest.raises(UserError, match="guidance"):
+        check_sampling(make("flux")[1], sampling_config(**options), conditions)
+
+
+def test_the_template_of_a_message_counts_for_the_limit_of_prompts(make: Make) -> None:
+    _, model = make("flux_2_klein")
+    length, empty, limit = model.prompt_length("a red circle")
+    assert limit == 512
+    assert 0 < empty < length
+    check_prompts(Conditions(prompts=("x" * (512 - empty),)), model.prompt_length)
+    with pytest.raises(UserError, match="512"):
+        check_prompts(Conditions(prompts=("x" * (513 - empty),)), model.prompt_length)
