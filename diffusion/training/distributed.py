@@ -191,8 +191,11 @@ class GradientReducer:
             earlier: Sums over the part's other passes, one for each parameter; None: it has no other.
         """
         self._thread.part, self._thread.earlier = part, earlier
+        self._thread.unused = set(range(len(self._parameters)))
         try:
             yield
+            for index in sorted(self._thread.unused):
+                self._add(index, torch.zeros_like(self._parameters[index]))
         finally:
             self._thread.part = None
 
@@ -201,6 +204,7 @@ class GradientReducer:
         part = getattr(self._thread, "part", None)
         if part is None:
             return
+        self._thread.unused.discard(index)
         if self._thread.earlier is not None:
             gradient = self._thread.earlier[index] + gradient
         with self._lock:

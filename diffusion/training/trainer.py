@@ -336,7 +336,8 @@ class Trainer:
                 loss, value = forward(images)
                 is_last = images is passes[-1]
                 with reducer.last_pass(number, total and total[1]) if reducer and is_last else nullcontext():
-                    grads = torch.autograd.grad(value, step.parameters)
+                    # Zeros for weights without effect, such as those of words in the last block of some transformers.
+                    grads = torch.autograd.grad(value, step.parameters, materialize_grads=True)
                 total = (loss, grads) if total is None else (total[0] + loss, torch._foreach_add(total[1], grads))
             assert total is not None
             return total

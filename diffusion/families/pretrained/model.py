@@ -66,8 +66,10 @@ class PretrainedModel(DiffusionModel):
 
     @staticmethod
     def forward(network: PipelineNetwork, shape: tuple[int, int, int]) -> Tensor:
-        """Predict at time 0 and sum; the ``shape`` is the network's own."""
-        return _forward(network, network.pipeline.noise_shape).sum()
+        """Predict at time 0 for images of ``shape`` and sum."""
+        pipeline = network.pipeline
+        height, width = (side // pipeline.factor for side in shape[1:])
+        return _forward(network, (pipeline.noise_shape[0], height, width)).sum()
 
     @staticmethod
     def make_objective(header: ModelHeader, training: ObjectiveConfig, latents: Latents | None) -> TrainingObjective:
@@ -75,7 +77,8 @@ class PretrainedModel(DiffusionModel):
         assert isinstance(header.model, DiffusersConfig)
         pipeline = header.model.imported
         if training.timestep_sampling == "scheduler":
-            training = training.model_copy(update=pipeline.training_times())
+            shape = pipeline.noise_shape[0], *(header.size // pipeline.factor,) * 2
+            training = training.model_copy(update=pipeline.training_times(shape))
         assert pipeline.prediction is not None
         parametrization = Parametrization(pipeline.prediction, header.sigma_data)
         objective = Objective(make_pipeline_schedule(pipeline), parametrization, make_weight(training, parametrization))
@@ -297,7 +300,8 @@ class PretrainedModel(DiffusionModel):
 def _forward(network: PipelineNetwork, shape: tuple[int, int, int]) -> Tensor:
     """Predict at time 0 from zeros of ``shape``, and of all that the denoiser is conditioned on."""
     shapes = network.pipeline.encoding_shapes(network)
-    inputs = {name: torch.zeros(1, *sizes) for name, sizes in shapes.items()}
+    # Without a mask, as if prompts were as long as they can be.
+    inputs = {name: torch.zeros(1, *sizes) for name, sizes in shapes.items() if name != "mask"}
     if network.pipeline.network_classes is not None:
         inputs["label"] = torch.zeros(1, dtype=torch.long)
     out: Tensor = network(torch.zeros(1, *shape), torch.zeros(1), **inputs)

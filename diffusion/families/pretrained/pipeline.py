@@ -373,16 +373,16 @@ class Pipeline:
         patch = int(self.denoiser.config.get("patch_size", 1))
         return (height // patch) * (width // patch)
 
-    def training_times(self) -> dict[str, Any]:
+    def training_times(self, shape: tuple[int, int, int]) -> dict[str, Any]:
         """Choose the distribution of times in training that the scheduler implies, as fields of the objective.
 
-        Flow matching has normal logits of t, shifted as the scheduler shifts its times for square images (arXiv
+        Flow matching has normal logits of t, shifted as the scheduler shifts its times for noise of ``shape`` (arXiv
         2403.03206, sections 3.1 and 5.3.2), and logit t is ln σ; all others have uniform times.
         """
         if self.prediction != "flow_prediction":
             return {"timestep_sampling": "uniform"}
         if self.scheduler.config.get("use_dynamic_shifting"):
-            mean = self.time_shift(DEFAULT_STEPS, self.noise_shape)
+            mean = self.time_shift(DEFAULT_STEPS, shape)
             if self.scheduler.config.get("time_shift_type") == "linear":
                 mean = math.log(mean)
         else:

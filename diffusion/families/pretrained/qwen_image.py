@@ -77,7 +77,7 @@ class QwenImagePipeline(FlowTransformer):
             timestep=timestep / 1000,
             guidance=self.shown_guidance(x, conditioning),
             encoder_hidden_states=conditioning["states"],
-            encoder_hidden_states_mask=conditioning["mask"],
+            encoder_hidden_states_mask=conditioning.get("mask"),
             img_shapes=[[(1, height // 2, width // 2)]] * len(x),
             return_dict=False,
         )[0]

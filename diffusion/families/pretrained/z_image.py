@@ -59,8 +59,10 @@ class ZImagePipeline(FlowTransformer):
         """
         import torch
 
-        # Its list of states has no padding, so that how many there are is waited for.
-        states = [each[mask.bool()] for each, mask in zip(conditioning["states"], conditioning["mask"], strict=True)]
+        states = list(conditioning["states"].unbind())
+        if (mask := conditioning.get("mask")) is not None:
+            # Their list has no padding, so that how many there are is waited for.
+            states = [each[:length] for each, length in zip(states, mask.sum(1).tolist(), strict=True)]
         images = list(x.unsqueeze(2).unbind())
         velocities = network.component("transformer")(images, (1000 - timestep) / 1000, states, return_dict=False)[0]
         return -torch.stack(velocities).squeeze(2)

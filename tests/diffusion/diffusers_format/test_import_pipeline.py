@@ -36,6 +36,7 @@ transformers = pytest.importorskip("transformers")
 from diffusion.diffusers_format.export import export_to_diffusers  # noqa: E402
 from diffusion.diffusers_format.import_pipeline import import_pipeline  # noqa: E402
 from tests.builders import pipelines  # noqa: E402
+from tests.builders.flow_pipelines import FLOW_MAKERS  # noqa: E402
 
 ORIGIN = Origin(source="hf://someone/tiny@main", revision="0" * 40)
 SCHEDULER = sampling_config(sampler="scheduler", steps=3)
@@ -50,6 +51,9 @@ def change(file: Path, **fields: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
+MAKERS = {**pipelines.MAKERS, **FLOW_MAKERS}
+
+
 @pytest.fixture
 def stable(tmp_path: Path) -> Path:
     return pipelines.stable_diffusion(tmp_path / "stable")
@@ -60,9 +64,9 @@ def ddpm(tmp_path: Path) -> Path:
     return pipelines.ddpm(tmp_path / "ddpm")
 
 
-@pytest.mark.parametrize("kind", pipelines.MAKERS)
+@pytest.mark.parametrize("kind", MAKERS)
 def test_an_export_is_what_came_in_to_the_byte(tmp_path: Path, kind: str) -> None:
-    folder = pipelines.MAKERS[kind](tmp_path / "pipeline")
+    folder = MAKERS[kind](tmp_path / "pipeline")
     digest = import_pipeline(folder, path := tmp_path / "model.safetensors", ORIGIN)
     assert digest == sha256_file(path)
     header = read_model_header(path)
