@@ -141,7 +141,9 @@ def _match(
     names: dict[str, str] = {}
     for layer_name in shapes:
         component, _, name = layer_name.partition(".")
-        for variant in {name, with_text_model(name), name.removeprefix("text_model.")}:
+        # Older files call the last layer of attention to_out.
+        old_name = name.removesuffix(".0") if name.endswith(".to_out.0") else name
+        for variant in {name, old_name, with_text_model(name), name.removeprefix("text_model.")}:
             for prefix in prefixes[component]:
                 names.setdefault(prefix + variant.replace(".", "_"), layer_name)
     layers: dict[str, _Layer] = {}
@@ -183,8 +185,6 @@ def _parse(key: str) -> tuple[str, str] | None:
     for role, pattern in ROLES:
         if (match := re.search(f"{pattern.pattern}$", key)) is not None:
             layer = key[: match.start()].removeprefix("base_model.model.").replace(".processor.", ".")
-            # Old names of the last layer of attention.
-            layer = re.sub(r"\.to_out$", ".to_out.0", layer)
             return layer.replace(".", "_"), role
     return None
 
