@@ -231,11 +231,36 @@ def qwen_image(folder: Path) -> Path:
     return write_pipeline(folder, pipeline)
 
 
+def pixart_sigma(folder: Path) -> Path:
+    torch.manual_seed(12)
+    transformer = diffusers.PixArtTransformer2DModel(
+        sample_size=16,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        cross_attention_dim=16,
+        caption_channels=32,
+        norm_num_groups=4,
+    )
+    config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    pipeline = diffusers.PixArtSigmaPipeline(
+        transformer=randomize(transformer),
+        scheduler=diffusers.DPMSolverMultistepScheduler(num_train_timesteps=1000),
+        vae=autoencoder(scaling_factor=0.13025),
+        text_encoder=transformers.T5EncoderModel(config),
+        tokenizer=t5_tokenizer(),
+    )
+    return write_pipeline(folder, pipeline)
+
+
 FLOW_MAKERS: Mapping[str, Callable[..., Path]] = {
     "stable_diffusion_xl": stable_diffusion_xl,
     "flux": flux,
     "flux_2_klein": flux_2_klein,
     "z_image": z_image,
     "qwen_image": qwen_image,
+    "pixart_sigma": pixart_sigma,
 }
 """Maker of each kind."""

@@ -16,6 +16,7 @@ from diffusion.families.pretrained.dit import DiTPipeline as DiTPipeline
 from diffusion.families.pretrained.stable_diffusion import StableDiffusionPipeline as StableDiffusionPipeline
 from diffusion.families.pretrained.stable_diffusion_xl import StableDiffusionXLPipeline as StableDiffusionXLPipeline
 from diffusion.families.pretrained.stable_diffusion_3 import StableDiffusion3Pipeline as StableDiffusion3Pipeline
+from diffusion.families.pretrained.pixart import PixArtSigmaPipeline as PixArtSigmaPipeline
 from diffusion.families.pretrained.flux import FluxPipeline as FluxPipeline
 from diffusion.families.pretrained.flux_2 import Flux2KleinPipeline as Flux2KleinPipeline
 from diffusion.families.pretrained.z_image import ZImagePipeline as ZImagePipeline

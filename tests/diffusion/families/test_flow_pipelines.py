@@ -32,6 +32,7 @@ NAMES = {
     "flux_2_klein": "Flux2KleinPipeline",
     "z_image": "ZImagePipeline",
     "qwen_image": "QwenImagePipeline",
+    "pixart_sigma": "PixArtSigmaPipeline",
 }
 
 
@@ -112,6 +113,8 @@ CASES: tuple[tuple[str, dict[str, Any], float | None, dict[str, Any]], ...] = (
     ("z_image", {"dynamic": True}, None, {"guidance_scale": 0.0}),
     ("qwen_image", {}, 4.0, {"true_cfg_scale": 4.0, "negative_prompt": ""}),
     ("qwen_image", {}, None, {"true_cfg_scale": 1.0}),
+    ("pixart_sigma", {}, 4.5, {"guidance_scale": 4.5, "use_resolution_binning": False}),
+    ("pixart_sigma", {}, None, {"guidance_scale": 1.0, "use_resolution_binning": False}),
 )
 
 
