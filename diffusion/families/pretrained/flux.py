@@ -29,6 +29,7 @@ class FluxPipeline(FlowTransformer):
         "text_encoder_2": ("T5EncoderModel",),
         "tokenizer_2": T5_TOKENIZERS,
     }
+    widths = ("joint_attention_dim", "pooled_projection_dim")
     adapter_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     kohya_version = "flux1"
 

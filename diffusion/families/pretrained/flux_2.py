@@ -30,6 +30,7 @@ class Flux2KleinPipeline(FlowTransformer):
         "text_encoder": ("Qwen3ForCausalLM",),
         "tokenizer": QWEN_TOKENIZERS,
     }
+    widths = ("joint_attention_dim",)
     default_settings: ClassVar = {"is_distilled": False}
     # Blocks of both streams, then those of one, whose layers are fused.
     adapter_targets = (

@@ -53,7 +53,7 @@ DEFAULT_STEPS = 50
 """Steps for which times of training are shifted, where the shift depends on them: those of most pipelines."""
 MAX_INTEGER, MAX_LIST, MAX_STRING = 2**18, 2**14, 4096
 """Limits of a component's configuration; files that exceed them are rejected before a network is built."""
-LIMITS = {"sample_size": MAX_SIZE, "pos_embed_max_size": MAX_SIZE, "rope_theta": 2**40}
+LIMITS = {"sample_size": MAX_SIZE, "pos_embed_max_size": MAX_SIZE, "depth": MAX_BLOCKS * 4, "rope_theta": 2**40}
 """Other limits: lower ones of sizes of whose squares tables are made, and that of a base of rotary embeddings."""
 
 
@@ -145,6 +145,8 @@ class Pipeline:
         "auto_map",
     )
     """Fields of components that have to be missing, null or false."""
+    widths: ClassVar[Collection[str]] = ()
+    """Fields of the denoiser that have to be whole numbers, of which the shapes of encoded prompts are made."""
     classes_field: ClassVar[str] = "num_class_embeds"
     """Field of the denoiser with the number of classes that it has embeddings of."""
     has_null_class: ClassVar[bool] = False
@@ -267,6 +269,9 @@ class Pipeline:
             for part, component in self.components.items():
                 if component.config.get(field_name) not in (None, False):
                     raise ValueError(f"{part} has {field_name}, which is not supported")
+        for field_name in self.widths:
+            if not isinstance(value := self.denoiser.config.get(field_name), int) or value < 1:
+                raise ValueError(f"{field_name} of its network is no whole number")
         self.check_channels()
 
     def check_channels(self) -> None:

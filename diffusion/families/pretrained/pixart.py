@@ -26,6 +26,7 @@ class PixArtSigmaPipeline(Pipeline):
         "text_encoder": ("T5EncoderModel",),
         "tokenizer": T5_TOKENIZERS,
     }
+    widths = ("caption_channels",)
     renamed: ClassVar = {"Transformer2DModel": "PixArtTransformer2DModel"}
     denoiser_name = "transformer"
     classes_field = "no classes"  # num_embeds_ada_norm is a number of times here

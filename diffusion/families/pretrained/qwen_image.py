@@ -31,6 +31,7 @@ class QwenImagePipeline(FlowTransformer):
         "text_encoder": ("Qwen2_5_VLForConditionalGeneration",),
         "tokenizer": QWEN_TOKENIZERS,
     }
+    widths = ("joint_attention_dim",)
     # Those of Qwen-Image-Edit and -Layered, which are shown other images.
     unsupported = (*FlowTransformer.unsupported, "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
     latents_field = "z_dim"
@@ -38,6 +39,17 @@ class QwenImagePipeline(FlowTransformer):
     adapter_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     architecture = "qwen-image"
     kohya_version = "qwen_image"
+
+    def check_channels(self) -> None:
+        """Raise ValueError unless denoiser and autoencoder fit, and each channel of latents has its moments."""
+        super().check_channels()
+        assert self.autoencoder is not None
+        config = self.autoencoder.config
+        for name in ("temperal_downsample", "latents_mean", "latents_std"):
+            if not isinstance(value := config.get(name), list | tuple):
+                raise ValueError(f"{name} of its autoencoder is no list")
+            if name != "temperal_downsample" and len(value) != config["z_dim"]:
+                raise ValueError(f"{name} of its autoencoder has {len(value)} numbers for {config['z_dim']} channels")
 
     @property
     def factor(self) -> int:

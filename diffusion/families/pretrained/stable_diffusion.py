@@ -27,6 +27,7 @@ class StableDiffusionPipeline(Pipeline):
         "text_encoder": ("CLIPTextModel",),
         "tokenizer": CLIP_TOKENIZERS,
     }
+    widths = ("cross_attention_dim",)
     guidance = 7.5
     scheduler_settings: ClassVar = {"steps_offset": 1, "clip_sample": False}
     text_adapter_targets = ("q_proj", "k_proj", "v_proj", "out_proj")

@@ -31,6 +31,7 @@ class StableDiffusion3Pipeline(Pipeline):
         "text_encoder_3": ("T5EncoderModel",),
         "tokenizer_3": T5_TOKENIZERS,
     }
+    widths = ("joint_attention_dim", "pooled_projection_dim")
     optional = ("text_encoder_3", "tokenizer_3")
     denoiser_name = "transformer"
     guidance = 7.0

@@ -31,6 +31,11 @@ class StableDiffusionXLPipeline(Pipeline):
         "text_encoder_2": ("CLIPTextModelWithProjection",),
         "tokenizer_2": CLIP_TOKENIZERS,
     }
+    widths = (
+        "cross_attention_dim",
+        "addition_time_embed_dim",
+        "projection_class_embeddings_input_dim",
+    )
     default_settings: ClassVar = {"force_zeros_for_empty_prompt": True}
     unsupported = tuple(name for name in Pipeline.unsupported if name != "addition_embed_type")
     guidance = 5.0

@@ -28,6 +28,7 @@ class ZImagePipeline(FlowTransformer):
         "text_encoder": ("Qwen3Model", "Qwen3ForCausalLM"),
         "tokenizer": QWEN_TOKENIZERS,
     }
+    widths = ("cap_feat_dim",)
     packs = False
     guidance = 6.0
     architecture = "z-image"

@@ -1,5 +1,7 @@
 """Pipelines of today, as tiny ones with random weights: images are those of diffusers' own pipelines."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -226,3 +228,45 @@ def test_the_template_of_a_message_counts_for_the_limit_of_prompts(make: Make) -
     check_prompts(Conditions(prompts=("x" * (512 - empty),)), model.prompt_length)
     with pytest.raises(UserError, match="512"):
         check_prompts(Conditions(prompts=("x" * (513 - empty),)), model.prompt_length)
+
+
+def test_the_template_in_the_files_is_not_run(make: Make, tmp_path: Path) -> None:
+    folder, model = make("z_image")
+    hostile = Path(shutil.copytree(folder, tmp_path / "hostile"))
+    template = "{{ 1 / 0 }}"
+    for path in (hostile / "tokenizer").iterdir():
+        if path.name == "chat_template.jinja":
+            path.write_text(template)
+        elif path.name == "tokenizer_config.json" and "chat_template" in (settings := json.loads(path.read_text())):
+            path.write_text(json.dumps(settings | {"chat_template": template}))
+    import_pipeline(hostile, tmp_path / "model.safetensors", Origin(source="tiny"))
+    encoded = load_model(tmp_path / "model.safetensors").encode_prompt("a red circle")
+    assert all(torch.equal(value, encoded[name]) for name, value in model.encode_prompt("a red circle").items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "component", "change"),
+    [
+        ("stable_diffusion_xl", "unet", {"addition_embed_type": "text_image"}),
+        ("stable_diffusion_xl", "unet", {"projection_class_embeddings_input_dim": None}),
+        ("flux", "transformer", {"in_channels": 64}),
+        ("flux", "transformer", {"in_channels": "many"}),
+        ("flux", "transformer", {"num_single_layers": 10**4}),
+        ("flux_2_klein", "text_encoder", {"num_hidden_layers": 10**5}),
+        ("z_image", "transformer", {"cap_feat_dim": 2.5}),
+        ("qwen_image", "vae", {"latents_mean": [0.0]}),
+        ("qwen_image", "vae", {"temperal_downsample": 3}),
+        ("qwen_image", "transformer", {"use_layer3d_rope": True}),
+        ("qwen_image", "text_encoder", {"vision_config": {"depth": 10**5}}),
+        ("pixart_sigma", "transformer", {"use_additional_conditions": True}),
+    ],
+)
+def test_configurations_that_do_not_fit_are_refused(
+    make: Make, tmp_path: Path, kind: str, component: str, change: dict[str, Any]
+) -> None:
+    folder = Path(shutil.copytree(make(kind)[0], tmp_path / "changed"))
+    path = folder / component / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError):
+        import_pipeline(folder, tmp_path / "model.safetensors", Origin(source="tiny"))
+    assert not (tmp_path / "model.safetensors").exists()
