@@ -253,8 +253,9 @@ def _load_on_base(path: Path, header: ModelHeader, base: Model) -> Model:
     """Change the weights of ``base`` as the file at ``path`` says."""
     classes = classes_of(header.model, header.class_histogram)
     try:
-        is_free = base.has_frozen_parts and base.config.one_shape is None
-        if header.latents != base.header.latents or (header.square != base.header.square and not is_free):
+        if header.latents != base.header.latents:
+            raise ValueError
+        if header.square != base.header.square and not base.header.takes_other_sizes(header.square):
             raise ValueError
         # Training may use some of the classes of a pipeline.
         model = base.select_classes(classes) if set(classes) <= set(base.classes) else base

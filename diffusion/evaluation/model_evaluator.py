@@ -95,8 +95,9 @@ class ModelEvaluator:
 
     @cached_property
     def model(self) -> Model:
-        """Return the model."""
-        return load_model(self.path)
+        """Return the model, a pipeline for images of the data set's size."""
+        model, shape = load_model(self.path), self.real.dataset.shape
+        return model if self.header.square == shape else model.with_size(shape[1:])
 
     @cached_property
     def conditions(self) -> Conditions:

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffusion.common.config import MAX_SIZE, Config, PlainName, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.shapes import Size
-from diffusion.families.config import FamilyConfig
+from diffusion.families.config import DiffusersConfig, FamilyConfig
 from diffusion.families.lora import LoRAConfig
 from diffusion.families.text_encoder import TextEncoder
 from diffusion.families.vae.config import LatentSpace
@@ -95,6 +95,11 @@ class ModelHeader(Config):
     """Images that the weights of the guide have seen, away from which autoguidance leads. None: there is no guide."""
     origin: Origin | None = Field(None, exclude_if=is_unset)
     """Origin of an imported pipeline; None: the model was trained here."""
+
+    def takes_other_sizes(self, shape: tuple[int, int, int]) -> bool:
+        """Whether it is a pipeline, or was trained from one, that can generate images of ``shape``, (C, H, W)."""
+        is_pipeline = isinstance(self.model, DiffusersConfig)
+        return is_pipeline and self.model.one_shape is None and self.channels == shape[0]
 
     @property
     def square(self) -> tuple[int, int, int]:

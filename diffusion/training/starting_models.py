@@ -46,7 +46,7 @@ def load_initial(model: FamilyConfig, config: TrainingConfig, dataset: Dataset) 
     classes = sorted(histogram) if len(histogram) > 1 else []
     if initial.header.model.family != model.family:
         words: str | None = f"is a model of the family {initial.header.model.family}, and this is {model.family}:"
-    elif initial.header.square != dataset.shape and not _takes_other_sizes(initial, dataset):
+    elif initial.header.square != dataset.shape and not initial.header.takes_other_sizes(dataset.shape):
         actual, expected = ("×".join(map(str, shape)) for shape in (initial.header.square, dataset.shape))
         words = (
             f"generates images of {actual} (channels × height × width), and data set {dataset.manifest.name} has "
@@ -61,12 +61,6 @@ def load_initial(model: FamilyConfig, config: TrainingConfig, dataset: Dataset) 
     for shape in dataset.shapes if initial.has_frozen_parts else ():
         initial.with_size(shape)  # raises if its network does not take it
     return initial.select_classes(classes)
-
-
-def _takes_other_sizes(initial: Model, dataset: Dataset) -> bool:
-    """Whether ``initial`` is a pipeline that can be trained on other sizes of images than it generates by default."""
-    is_free = initial.has_frozen_parts and initial.config.one_shape is None
-    return is_free and initial.header.channels == dataset.manifest.channels
 
 
 def identify_base(initial: Model, config: TrainingConfig, version: str | None) -> tuple[Base | None, TrainingConfig]:
