@@ -24,10 +24,11 @@ class Upsample(nn.Module):
 
 
 def use_channels_last(module: nn.Module) -> None:
-    """Arrange the weights of 2-D convolutions with channels last, in place; ``Module.to`` would fail for 3-D ones."""
-    for weight in module.parameters():
-        if weight.ndim == 4:
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    """Arrange the weights of 2-D convolutions with channels last, in place; ``Module.to`` fails for 3-D ones."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.ndim == 4:
+            # Not by contiguous, which leaves the strides of kernels of one pixel, on which last bits depend.
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)
 
 
 def pixels_per_position(patch: int, resolutions: int, size: int) -> int:
