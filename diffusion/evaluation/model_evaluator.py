@@ -274,6 +274,8 @@ class ModelEvaluator:
             key |= {"content_digest": digest, "reference": self.config.reference}
         if self.header.model.text and self.captioned is not None:
             key |= {"captioned": self.real.key(self.captioned)}
+        if self.header.square != self.real.dataset.shape:
+            key |= {"square": self.real.dataset.manifest.size}
         if len(self.real.dataset.shapes) > 1 or self.header.shapes is not None:
             digest = self.real.dataset.manifest.content_digest
             key |= {"content_digest": digest, "shapes": [shape_name(shape) for shape in self.real.dataset.shapes]}

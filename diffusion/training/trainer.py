@@ -336,8 +336,8 @@ class Trainer:
                 loss, value = forward(images)
                 is_last = images is passes[-1]
                 with reducer.last_pass(number, total and total[1]) if reducer and is_last else nullcontext():
-                    # Zeros for weights without effect, such as those of words in the last block of some transformers.
-                    grads = torch.autograd.grad(value, step.parameters, materialize_grads=True)
+                    # In some pipelines the last block's weights for words have no effect; elsewhere all have to.
+                    grads = torch.autograd.grad(value, step.parameters, materialize_grads=self.setup.base is not None)
                 total = (loss, grads) if total is None else (total[0] + loss, torch._foreach_add(total[1], grads))
             assert total is not None
             return total

@@ -118,4 +118,4 @@ class DiffusersConfig(BaseFamilyConfig):
 
     def identity(self) -> dict[str, Any]:
         """List nothing: a pipeline is what the digest of training.init_from stands for."""
-        return DiffusersConfig().model_dump(mode="json")
+        return DiffusersConfig().model_dump(mode="json", exclude={"settings"})

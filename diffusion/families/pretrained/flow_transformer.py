@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffusion.families.pretrained.network import PipelineNetwork
+    from diffusion.families.text_encoder import Encoding
 
 PATCH = 2
 """Positions of the latents along each side that are one token."""
@@ -56,8 +57,19 @@ class FlowTransformer(Pipeline):
             )
         if channels != latents * (PATCH**2 if self.packs else 1):
             raise ValueError(f"its network has {channels} channels, which do not fit the {latents} of its autoencoder")
+        head, axes = self.head_size()
+        if axes is None:
+            pass  # as in files from before it could be configured
+        elif not isinstance(axes, list | tuple) or not all(isinstance(axis, int) and axis > 0 for axis in axes):
+            raise ValueError("the axes of its rotary embeddings are no whole numbers")
+        elif sum(axes) != head or any(axis % 2 for axis in axes):
+            raise ValueError(f"the axes {axes} of its rotary embeddings do not make up the {head} numbers of a head")
         if self.scheduler.kind != "FlowMatchEulerDiscreteScheduler":
             raise ValueError(f"its scheduler is a {self.scheduler.kind}, and only FlowMatchEulerDiscreteScheduler fits")
+
+    def head_size(self) -> tuple[Any, Any]:
+        """Return the numbers of an attention head, and their axes of rotary embedding, as configured."""
+        return self.denoiser.config.get("attention_head_dim"), self.denoiser.config.get("axes_dims_rope")
 
     def tokenizer_length(self, network: PipelineNetwork, name: str) -> int:
         """Count the tokens of a padded prompt for the tokenizer ``name``."""
@@ -72,12 +84,25 @@ class FlowTransformer(Pipeline):
         """Choose equally spaced noise levels from 1 to 1/steps, which the scheduler shifts."""
         return {"sigmas": [1 - step / steps for step in range(steps)], "mu": self.time_shift(steps, shape)}
 
+    def first_step(self, steps: int, strength: float) -> int:
+        """Choose which of ``steps`` an edit of ``strength``, above 0 to 1, begins with, as diffusers does."""
+        return min(int(steps - steps * strength), steps - 1)
+
     def shown_guidance(self, x: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor | None:
         """Return the scale of guidance that the denoiser is shown, (N,), if it is shown one.
 
         In training it is 1, the scale at which a prediction is what images of a prompt have in common.
         """
         return conditioning.get("guidance", x.new_ones(len(x))) if self.embeds_guidance else None
+
+
+def tokens_first(states: Tensor, mask: Tensor, length: int) -> Encoding:
+    """Arrange states of tokens, (L, D), where ``mask`` (L,) is 1, before zeros: ``states`` (length, D), ``mask``."""
+    import torch
+
+    kept = states[mask.bool()][:length].float()
+    padding = kept.new_zeros(length - len(kept), kept.shape[1])
+    return {"states": torch.cat([kept, padding]), "mask": (torch.arange(length, device=mask.device) < len(kept)).long()}
 
 
 def pack(x: Tensor) -> Tensor:

@@ -43,6 +43,12 @@ class FluxPipeline(FlowTransformer):
         """Scale of guidance of diffusers' pipeline; schnell has none."""
         return 3.5 if self.embeds_guidance else None
 
+    def check_channels(self) -> None:
+        """Raise ValueError unless denoiser, autoencoder and text encoders fit."""
+        super().check_channels()
+        states, pooled = self.text_width("text_encoder_2", "d_model"), self.text_width()
+        self.check_text_width(joint_attention_dim=states, pooled_projection_dim=pooled)
+
     def tokenizer_length(self, network: PipelineNetwork, name: str) -> int:
         """Count the tokens of a padded prompt for the tokenizer ``name``: all that CLIP reads, or those of T5."""
         if name == "tokenizer":

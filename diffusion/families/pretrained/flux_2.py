@@ -45,6 +45,13 @@ class Flux2KleinPipeline(FlowTransformer):
         """Scale of guidance of diffusers' pipeline; the distilled model has none."""
         return None if self.setting("is_distilled") else 4.0
 
+    def check_channels(self) -> None:
+        """Raise ValueError unless denoiser, autoencoder and text encoder fit."""
+        super().check_channels()
+        self.check_text_width(joint_attention_dim=len(LAYERS) * self.text_width())
+        if self.text_width(field_name="num_hidden_layers") < LAYERS[-1]:
+            raise ValueError(f"its text encoder has fewer than {LAYERS[-1]} layers")
+
     @property
     def noise_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the noise of square images, whose positions are patches."""

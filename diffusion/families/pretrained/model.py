@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from diffusion.common.config import MAX_SIDE
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.common.fingerprint import CPU
@@ -55,9 +54,7 @@ class PretrainedModel(DiffusionModel):
 
     def check_size(self) -> None:
         """Raise UserError if the network's fold divides no such images, or it has no positions for so large ones."""
-        shape, fold = self.shape[1:], self.pipeline.fold
-        max_positions = self.pipeline.denoiser.config.get("pos_embed_max_size")
-        limit = MAX_SIDE if max_positions is None else int(max_positions) * fold
+        shape, fold, limit = self.shape[1:], self.pipeline.fold, self.pipeline.max_side
         if any(side % fold or side > limit for side in shape):
             raise UserError(
                 f"the pipeline's network takes images whose height and width are multiples of {fold} up to {limit}, "
@@ -144,8 +141,8 @@ class PretrainedModel(DiffusionModel):
         if lora is not None and lora.text_encoder:
             if not self.pipeline.text_adapter_targets:
                 raise UserError(
-                    f"training.lora.text_encoder adapts the one text encoder of Stable Diffusion, and a "
-                    f"{self.config.pipeline} has several: leave it out"
+                    f"training.lora.text_encoder adapts that of Stable Diffusion, and not those of a "
+                    f"{self.config.pipeline}: leave it out"
                 )
 
             def tokenize(prompt: str) -> Encoding:
@@ -238,7 +235,7 @@ class PretrainedModel(DiffusionModel):
                     "sampling.sampler"
                 )
             content, mask = encode_known_part(self, edit, x.device)
-            offset = (config.steps - max(1, int(config.steps * edit.strength))) * scheduler.order
+            offset = self.pipeline.first_step(config.steps, edit.strength) * scheduler.order
             timesteps = timesteps[offset:]
             if hasattr(scheduler, "set_begin_index"):
                 scheduler.set_begin_index(offset)

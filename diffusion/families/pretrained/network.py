@@ -26,6 +26,8 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 """Names that diffusers had for the layers of an autoencoder's attention, in files from before its version 0.18."""
 UNUSED = re.compile(r"(^|\.)position_ids$")
 """Tensors in files of older versions of transformers that are no weights."""
+HEAD = "lm_head.weight"
+"""Weights by which a language model chooses words, in files of text encoders that are loaded without."""
 _TOKENIZING = Lock()
 
 
@@ -150,13 +152,13 @@ def tensor_names(network: nn.Module, names: Iterable[str]) -> dict[str, str]:
         *path, leaf = key.split(".")
         new_key = ".".join([*path[:-1], OLD_ATTENTION.get(path[-1], path[-1]), leaf]) if path else key
         # In transformers 5 CLIP's text encoder has no model within the model, and that of Qwen2.5-VL has two.
-        own = (key.removeprefix("text_model."), f"text_model.{key}")
-        for candidate in (key, new_key, *own, f"model.{key}", re.sub(r"^model\.", "model.language_model.", key)):
+        own = (key.removeprefix("text_model."), f"text_model.{key}", key.removeprefix("model."), f"model.{key}")
+        for candidate in (key, new_key, *own, re.sub(r"^model\.", "model.language_model.", key)):
             if f"{component}.{candidate}" in tensors:
                 mapping[name] = f"{component}.{candidate}"
                 break
         else:
-            if not UNUSED.search(key):
+            if not UNUSED.search(key) and key != HEAD:
                 mapping[name] = name
     return mapping
 

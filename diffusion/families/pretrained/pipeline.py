@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
 
 from pydantic import AfterValidator, Field
 
-from diffusion.common.config import MAX_SIZE, Config
+from diffusion.common.config import MAX_SIDE, MAX_SIZE, Config
 from diffusion.common.errors import UserError, install_hint
 from diffusion.families.base import MAX_BLOCKS, MAX_RESOLUTIONS
 from diffusion.process.config import SchedulerPrediction
@@ -110,7 +110,10 @@ def build(component: Component) -> Any:
         config = kind.config_class.from_dict(dict(component.config))
         config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
         return kind(config)
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+    except (
+        *(TypeError, ValueError, KeyError, IndexError, AttributeError),
+        *(AssertionError, RuntimeError, ZeroDivisionError),
+    ) as error:
         words = str(error).partition("\n")[0]
         raise UserError(
             f"no {component.kind} can be built from its configuration ({words}): is it of another version of diffusers?"
@@ -238,6 +241,12 @@ class Pipeline:
         return self.factor * int(levels * config.get("patch_size", 1))
 
     @property
+    def max_side(self) -> int:
+        """Pixels that images have at most along each side, as far as the denoiser has positions."""
+        positions = self.denoiser.config.get("pos_embed_max_size")
+        return MAX_SIDE if positions is None else int(positions) * self.fold
+
+    @property
     def prediction(self) -> SchedulerPrediction | None:
         """Prediction of the denoiser; None: it is one that only its own scheduler knows."""
         if self.scheduler.kind == "FlowMatchEulerDiscreteScheduler":
@@ -287,6 +296,18 @@ class Pipeline:
                 f"its network has {channels} channels and its autoencoder {latent_channels}: "
                 "networks that are shown more than the latents are not supported"
             )
+
+    def check_text_width(self, **widths: int) -> None:
+        """Raise ValueError unless fields of the denoiser have these ``widths``, those of the text encoders."""
+        for name, width in widths.items():
+            if (actual := self.denoiser.config.get(name)) != width:
+                raise ValueError(f"{name} of its network is {actual}, and its text encoders give {width}")
+
+    def text_width(self, name: str = "text_encoder", field_name: str = "hidden_size") -> int:
+        """Return the width of a text encoder's states, or another of its widths; 0 if its configuration has none."""
+        config = self.components[name].config
+        width = config.get(field_name) or config.get("text_config", {}).get(field_name)
+        return width if isinstance(width, int) else 0
 
     def _allows_outputs(self) -> bool:
         """Whether the denoiser may have other outputs than inputs, which ``predict`` leaves out."""
@@ -343,7 +364,8 @@ class Pipeline:
         images: Tensor = network.component(self.autoencoder_name).decode(z / scale + shift).sample
         return images.float()
 
-    def _latent_scale(self, network: PipelineNetwork) -> tuple[float, float]:
+    def _latent_scale(self, network: PipelineNetwork) -> tuple[float | Tensor, float | Tensor]:
+        """Return scale and shift of latents, numbers or for each channel (C, 1, 1)."""
         config = network.component(self.autoencoder_name).config
         return config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
 
@@ -362,6 +384,10 @@ class Pipeline:
         """Choose the arguments of ``set_timesteps`` for ``steps`` and noise of ``shape`` (C, H, W)."""
         is_shifted = scheduler.config.get("use_dynamic_shifting")
         return {"num_inference_steps": steps} | ({"mu": self.time_shift(steps, shape)} if is_shifted else {})
+
+    def first_step(self, steps: int, strength: float) -> int:
+        """Choose which of ``steps`` an edit of ``strength``, above 0 to 1, begins with, as diffusers does."""
+        return steps - max(1, int(steps * strength))
 
     def time_shift(self, steps: int, shape: tuple[int, int, int]) -> float:
         """Compute μ, by which a scheduler shifts the logits of its times: linear in the number of tokens of ``shape``.

@@ -34,6 +34,11 @@ class PixArtSigmaPipeline(Pipeline):
     unsupported = (*Pipeline.unsupported, "use_additional_conditions")
     guidance = 4.5
 
+    def check_channels(self) -> None:
+        """Raise ValueError unless denoiser, autoencoder and text encoder fit."""
+        super().check_channels()
+        self.check_text_width(caption_channels=self.text_width(field_name="d_model"))
+
     def _allows_outputs(self) -> bool:
         config = self.denoiser.config
         return bool(config["out_channels"] == 2 * config["in_channels"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from threading import Lock
 from typing import TYPE_CHECKING, ClassVar
 
-from diffusion.families.pretrained.flow_transformer import FlowTransformer, pack, unpack
+from diffusion.families.pretrained.flow_transformer import FlowTransformer, pack, tokens_first, unpack
 from diffusion.families.pretrained.pipeline import QWEN_TOKENIZERS
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from diffusion.families.pretrained.network import PipelineNetwork
     from diffusion.families.text_encoder import Encoding
 
+_AUTOENCODING = Lock()
+"""Held while an autoencoder works, as it keeps frames in the module, which other threads use as well."""
 TASK = (
     "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
     "objects and background:"
@@ -43,6 +46,7 @@ class QwenImagePipeline(FlowTransformer):
     def check_channels(self) -> None:
         """Raise ValueError unless denoiser and autoencoder fit, and each channel of latents has its moments."""
         super().check_channels()
+        self.check_text_width(joint_attention_dim=self.text_width())
         assert self.autoencoder is not None
         config = self.autoencoder.config
         for name in ("temperal_downsample", "latents_mean", "latents_std"):
@@ -71,8 +75,9 @@ class QwenImagePipeline(FlowTransformer):
         output = network.component("text_encoder").model(
             input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
         )
-        states, mask = output.hidden_states[-1][0, TASK_TOKENS:], mask[0, TASK_TOKENS:]
-        return {"states": (states * mask[:, None]).float(), "mask": mask}
+        # As many tokens of the task come first, wherever padding is.
+        is_task = mask[0].cumsum(0) <= TASK_TOKENS
+        return tokens_first(output.hidden_states[-1][0], mask[0].masked_fill(is_task, 0), self.text_length)
 
     def encoding_shapes(self, network: PipelineNetwork) -> dict[str, tuple[int, ...]]:
         """Return the shapes of all states and of their mask."""
@@ -103,14 +108,16 @@ class QwenImagePipeline(FlowTransformer):
 
     def encode(self, network: PipelineNetwork, images: Tensor) -> Tensor:
         """Encode images (N, C, H, W) in [−1, 1] as means of normalised latents, (N, *noise_shape)."""
-        z: Tensor = network.component("vae").encode(images.unsqueeze(2)).latent_dist.mode().squeeze(2)
+        with _AUTOENCODING:
+            z: Tensor = network.component("vae").encode(images.unsqueeze(2)).latent_dist.mode().squeeze(2)
         mean, deviation = self._moments(z)
         return (z - mean) / deviation
 
     def decode(self, network: PipelineNetwork, z: Tensor) -> Tensor:
         """Decode normalised latents (N, *noise_shape) to images (N, C, H, W), nominally in [−1, 1]."""
         mean, deviation = self._moments(z)
-        images: Tensor = network.component("vae").decode((z * deviation + mean).unsqueeze(2)).sample
+        with _AUTOENCODING:
+            images: Tensor = network.component("vae").decode((z * deviation + mean).unsqueeze(2)).sample
         return images.squeeze(2).float()
 
     def _moments(self, z: Tensor) -> tuple[Tensor, Tensor]:

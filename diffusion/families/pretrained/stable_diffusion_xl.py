@@ -48,6 +48,21 @@ class StableDiffusionXLPipeline(Pipeline):
         super().check_channels()
         if self.denoiser.config.get("addition_embed_type") != "text_time":
             raise ValueError("addition_embed_type of its network is not text_time, which that of SDXL is")
+        self.check_text_width(
+            cross_attention_dim=self.text_width() + self.text_width("text_encoder_2"),
+            projection_class_embeddings_input_dim=self.text_width("text_encoder_2", "projection_dim")
+            + TIME_IDS * int(self.denoiser.config["addition_time_embed_dim"]),
+        )
+
+    def _latent_scale(self, network: PipelineNetwork) -> tuple[float | Tensor, float | Tensor]:
+        """Return scale and shift of latents, of each channel where the autoencoder has its moments."""
+        scale, shift = super()._latent_scale(network)
+        autoencoder = network.component(self.autoencoder_name)
+        mean, deviation = autoencoder.config.get("latents_mean"), autoencoder.config.get("latents_std")
+        if mean is None or deviation is None:
+            return scale, shift
+        like = next(autoencoder.parameters())
+        return scale / like.new_tensor(deviation)[:, None, None], like.new_tensor(mean)[:, None, None]
 
     def encode_prompt(self, network: PipelineNetwork, prompt: str | None) -> Encoding:
         """Encode ``prompt`` as the ``states`` of both CLIPs, (L, D), and the ``pooled`` one of the second, (P,).

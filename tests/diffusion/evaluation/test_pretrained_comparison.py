@@ -17,7 +17,7 @@ from diffusion.process.samplers import SamplingConfig, sampling_config
 from tests.builders import flow_pipelines, pipelines
 from tests.builders.captioned import COLOURS
 from tests.builders.comparisons import CONFIG, SAMPLING, Watcher
-from tests.builders.small_datasets import write_dataset
+from tests.builders.small_datasets import random_images, write_dataset
 from tests.builders.small_models import CONFIG as NETWORK
 from tests.builders.small_models import write_model
 from tests.builders.text_image_encoders import write_clip
@@ -151,3 +151,12 @@ def test_a_pipeline_of_another_size_is_compared_at_that_of_the_data(
     cost = comparison.compared.cost
     assert cost is not None
     assert cost.candidate < 100 * cost.champion  # of 256 times the pixels it would be more
+
+
+def test_images_of_one_size_are_not_taken_for_those_of_another(model_folder: Path, tmp_path: Path) -> None:
+    images = []
+    for size in (16, 32):
+        write_dataset(tmp_path / str(size), random_images(48, 3, size), 24)
+        evaluator = Evaluator(tmp_path / str(size), FEW, SAMPLING, tmp_path / "cache")
+        images.append(evaluator.model(model_folder / "ddpm.safetensors").images)
+    assert [image.shape[-1] for each in images for image in each[:1]] == [16, 32]

@@ -10,6 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from diffusion.checkpoints import load_model
@@ -259,6 +260,13 @@ def test_the_template_in_the_files_is_not_run(make: Make, tmp_path: Path) -> Non
         ("qwen_image", "transformer", {"use_layer3d_rope": True}),
         ("qwen_image", "text_encoder", {"vision_config": {"depth": 10**5}}),
         ("pixart_sigma", "transformer", {"use_additional_conditions": True}),
+        ("pixart_sigma", "transformer", {"caption_channels": 64}),
+        ("qwen_image", "transformer", {"axes_dims_rope": [8000, 8000, 8000]}),
+        ("flux", "transformer", {"axes_dims_rope": [3, 5, 8]}),
+        ("z_image", "transformer", {"axes_lens": [10**5, 512, 512]}),
+        ("z_image", "transformer", {"axes_lens": [64, 64, 64]}),
+        ("flux_2_klein", "text_encoder", {"num_hidden_layers": 3}),
+        ("stable_diffusion_xl", "unet", {"addition_time_embed_dim": 256}),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(
@@ -270,3 +278,79 @@ def test_configurations_that_do_not_fit_are_refused(
     with pytest.raises(UserError):
         import_pipeline(folder, tmp_path / "model.safetensors", Origin(source="tiny"))
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def changed(folder: Path, copy: Path, changes: dict[str, dict[str, Any]]) -> Path:
+    """Copy a pipeline with other values in its JSON files."""
+    shutil.copytree(folder, copy)
+    for name, values in changes.items():
+        (copy / name).write_text(json.dumps(json.loads((copy / name).read_text()) | values))
+    return copy
+
+
+def imported(folder: Path) -> PretrainedModel:
+    import_pipeline(folder, folder / "model.safetensors", Origin(source="tiny"))
+    model = load_model(folder / "model.safetensors")
+    assert isinstance(model, PretrainedModel)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "guidance", "call"),
+    [
+        (
+            "stable_diffusion_xl",
+            {"vae/config.json": {"latents_mean": [0.3, -0.2, 0.1, 0.5], "latents_std": [1.5, 2.0, 0.8, 1.1]}},
+            5.0,
+            {"guidance_scale": 5.0},
+        ),
+        ("z_image", {"tokenizer/tokenizer_config.json": {"padding_side": "left"}}, 6.0, {"guidance_scale": 5.0}),
+        (
+            "qwen_image",
+            {"tokenizer/tokenizer_config.json": {"padding_side": "left"}},
+            4.0,
+            {"true_cfg_scale": 4.0, "negative_prompt": ["", ""]},
+        ),
+        (
+            "flux",
+            {"scheduler/scheduler_config.json": {"use_beta_sigmas": True, "time_shift_type": "linear"}},
+            3.5,
+            {"guidance_scale": 3.5},
+        ),
+    ],
+)
+def test_images_of_other_settings_are_those_of_diffusers(
+    make: Make,
+    tmp_path: Path,
+    kind: str,
+    changes: dict[str, dict[str, Any]],
+    guidance: float,
+    call: dict[str, Any],
+) -> None:
+    folder = changed(make(kind)[0], tmp_path / "changed", changes)
+    images = generate(imported(folder), 2, (32, 48), Conditions(prompts=PROMPTS[:2]), guidance)
+    expected = torch.from_numpy(generate_by_diffusers(folder, kind, 2, (32, 48), **call))
+    assert (images - expected).abs().max() < 5e-6
+
+
+def test_a_text_encoder_saved_with_its_head_is_loaded_without(make: Make, tmp_path: Path) -> None:
+    folder, model = make("z_image")
+    saved = transformers.Qwen3Model.from_pretrained(folder / "text_encoder")
+    whole = transformers.Qwen3ForCausalLM(saved.config)
+    whole.model.load_state_dict(saved.state_dict())
+    copy = changed(folder, tmp_path / "changed", {})
+    shutil.rmtree(copy / "text_encoder")
+    whole.save_pretrained(copy / "text_encoder")
+    again = imported(copy).encode_prompt("a red circle")
+    assert all(torch.equal(value, again[name]) for name, value in model.encode_prompt("a red circle").items())
+
+
+@pytest.mark.parametrize("kind", ["stable_diffusion_xl", "flux", "qwen_image"])
+def test_an_edit_begins_where_that_of_diffusers_does(make: Make, kind: str) -> None:
+    folder, model = make(kind)
+    name = NAMES[kind].replace("Pipeline", "Img2ImgPipeline")
+    pipeline = getattr(diffusers, name).from_pipe(getattr(diffusers, NAMES[kind]).from_pretrained(folder))
+    for steps, strength in ((28, 0.6), (10, 0.35), (4, 1.0), (5, 0.05)):
+        pipeline.scheduler.set_timesteps(**model.pipeline.timesteps(pipeline.scheduler, steps, (4, 16, 16)))
+        begun, _ = pipeline.get_timesteps(steps, strength, "cpu")
+        assert model.pipeline.first_step(steps, strength) == steps - max(len(begun), 1)
