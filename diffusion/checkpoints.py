@@ -129,8 +129,8 @@ def weights_digest(path: Path) -> str:
     header = read_model_header(path)
     digest = hashlib.sha256(header.model.model_dump_json().encode())
     if header.base is not None:
-        lora = header.lora and header.lora.model_dump(mode="json")
-        digest.update(canonical_json({"base": header.base.sha256, "lora": lora}).encode())
+        adapter = header.adapter and header.adapter.model_dump(mode="json")
+        digest.update(canonical_json({"base": header.base.sha256, "adapter": adapter}).encode())
     for name, value in sorted(read_tensors(path, AVERAGED).items()):
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(tensor_bytes(value))
@@ -258,7 +258,7 @@ def _load_on_base(path: Path, header: ModelHeader, base: Model) -> Model:
         model = base.select_classes(classes) if set(classes) <= set(base.classes) else base
         if model.config != header.model or (model is base and classes != base.classes):
             raise ValueError
-        weights = base.tuned_weights(header.lora, read_tensors(path, AVERAGED))
+        weights = base.tuned_weights(header.adapter, read_tensors(path, AVERAGED))
     except ValueError as error:
         raise UserError(
             f"{path} does not fit the model that it names as its base: load it with the code that its version ships"

@@ -14,8 +14,8 @@ SchedulerPrediction = Literal["epsilon", "v_prediction", "sample", "flow_predict
 
 NOISE_LEVELS = needs("noise_levels")
 """The rule of options that have an effect only for diffusion models."""
-NOT_WITH_LORA = replace(unless("training.lora"), waits_for="model")
-"""The rule of options that have no effect with low-rank matrices."""
+NOT_WITH_ADAPTER = replace(unless("training.adapter"), waits_for="model")
+"""The rule of options that have no effect with an adapter."""
 _LOGNORMAL = only("training.timestep_sampling", "lognormal")
 
 
@@ -101,7 +101,7 @@ class ObjectiveConfig(Config):
     values, by the logarithm of the root of their ratio (2301.11093)."""
     log_sigma_std: Annotated[float | None, NOISE_LEVELS, _LOGNORMAL] = Field(None, gt=0)
     """Standard deviation of ln σ for timestep_sampling = lognormal; null: 1.2, EDM's."""
-    student: Annotated[StudentConfig | None, needs("distillation"), NOT_WITH_LORA] = Field(None, exclude_if=is_unset)
+    student: Annotated[StudentConfig | None, needs("distillation"), NOT_WITH_ADAPTER] = Field(None, exclude_if=is_unset)
     """Distil training.init_from into a student of few evaluations, as `darkroom distill` does. Null: train to
     denoise."""
     stratified_timesteps: Annotated[bool, NOISE_LEVELS] = True

@@ -66,7 +66,7 @@ class TrainingSetup:
     initial: Model | None
     """Model with the initial weights; None: they are random."""
     base: Base | None = None
-    """The file of ``initial``, of whose weights a part is trained, or low-rank matrices; None: all weights are."""
+    """The file of ``initial``, of whose weights a part is trained, or an adapter; None: all weights are."""
     latents: Callable[..., Tensor] | None = None
     """Latents of the images in rows, mirrored or not, as ``LatentCache.select_rows``; None: training is on images."""
 
@@ -128,11 +128,11 @@ class TrainingSetup:
     def make_network(self, gradient_checkpointing: bool = False) -> nn.Module:
         """Build the network with its first weights; ``gradient_checkpointing`` as in TrainingConfig.
 
-        Low-rank matrices are random, as are all weights without initial ones.
+        An adapter is random, as are all weights without initial ones.
         """
         family = family_of(self.model)
         if self.base is not None and self.initial is not None:
-            partly_trained = self.initial.make_trainable(self.config.lora)
+            partly_trained = self.initial.make_trainable(self.config.adapter)
             if gradient_checkpointing:
                 family.checkpoint_gradients(partly_trained.network)
             return partly_trained.train(not family.trains_in_evaluation_mode)
@@ -227,7 +227,7 @@ class TrainingSetup:
         if self.base is not None and self.initial is not None:
             network = share(self.initial.network)
             weights = {name: value.to(CPU) for name, value in weights.items()}
-            update = self.initial.tuned_weights(self.config.lora, weights)
+            update = self.initial.tuned_weights(self.config.adapter, weights)
             network.load_state_dict(update, strict=False, assign=True)
         else:
             with torch.device("meta"):
@@ -258,7 +258,7 @@ class TrainingSetup:
             encoder=family.text_encoder(self.model),
             latents=self.autoencoder.space if self.autoencoder else None,
             base=self.base,
-            lora=self.config.lora,
+            adapter=self.config.adapter,
             images=images,
             training=identity_fields(self.config, self.model),
             **fields,
@@ -338,11 +338,11 @@ def make_setup(
         base, config = identify_base(initial, config, start)
         if initial.has_frozen_parts:
             model = initial.config
-        if config.lora is not None and autoencoder is not None:
+        if config.adapter is not None and autoencoder is not None:
             # With the moments that its frozen weights were trained with.
             assert isinstance(initial.autoencoder, Latents)
             autoencoder = initial.autoencoder
-        encoding = initial.caption_encoder(config.lora) if model.text else encoding
+        encoding = initial.caption_encoder(config.adapter) if model.text else encoding
         if (digest := initial.latents_digest) is not None:
             latents = encode_latents(initial, digest, dataset, config, readers, progress)
     captions = encode_captions(dataset, config, encoding, ranks, readers, progress) if model.text else None

@@ -43,12 +43,32 @@ def attribute(name: str, kind: type = float) -> Handler:
 
 
 def adapter(name: str, kind: type = float) -> Handler:
-    """Make the handler of a field of low-rank adaptation."""
+    """Make the handler of a field of an adapter."""
 
     def take(result: TrainerConfig, value: Any) -> None:
         result.adapter[name] = _to(kind, value)
 
     return take
+
+
+def take_adapter_kind(result: TrainerConfig, value: Any) -> None:
+    """Take the kind of an adapter by its name in ai-toolkit, LyCORIS or OneTrainer."""
+    if (kind := ADAPTERS[_to(str, value).lower()]) != "lora":
+        result.adapter["kind"] = kind
+
+
+def take_decomposition(result: TrainerConfig, value: Any) -> None:
+    """Take whether magnitudes are adapted apart, which is DoRA."""
+    if value in (True, "True", "true"):
+        if result.adapter.get("kind", "lora") not in ("lora", "dora"):
+            raise ValueError("DoRA of another kind")
+        result.adapter["kind"] = "dora"
+
+
+def take_factor(result: TrainerConfig, value: Any) -> None:
+    """Take the factor of LoKr; −1 is none."""
+    if (factor := _to(int, value)) > 1:
+        result.adapter["factor"] = factor
 
 
 def take_max_epochs(result: TrainerConfig, value: Any) -> None:
@@ -96,11 +116,21 @@ def skip(result: TrainerConfig, value: Any) -> None:
     """Take nothing: it is of no meaning elsewhere, such as the name of the job, or another setting covers it."""
 
 
+def take_module(result: TrainerConfig, value: Any) -> None:
+    """Take networks of sd-scripts, and of LyCORIS, whose kind is one of its arguments."""
+    if _to(str, value) not in ("networks.lora", "lycoris.kohya"):
+        raise ValueError("another module")
+
+
 TAGS: dict[str, Handler] = {
     "shuffle": setting("training.tags.shuffle", bool),
     "keep": setting("training.tags.keep", int),
     "dropout": setting("training.tags.dropout"),
 }
+
+
+ADAPTERS = {**dict.fromkeys(("lora", "locon"), "lora"), "dora": "dora", "lokr": "lokr"}
+"""Our kinds of adapters by the names of others. OFT of others rotates what layers put out, ours what they take in."""
 
 
 class Trainer(ABC):
@@ -153,6 +183,8 @@ class Kohya(Trainer):
         "unet_lr": setting("training.learning_rate"),
         "max_grad_norm": setting("training.max_grad_norm"),
         "seed": setting("training.seed", int),
+        "network_module": take_module,
+        "network_args": skip,
         "network_dim": adapter("rank", int),
         "network_alpha": adapter("alpha"),
         "pretrained_model_name_or_path": attribute("base", str),
@@ -182,6 +214,7 @@ class Kohya(Trainer):
         if isinstance(folder, str) and folder:
             result.folders[folder], result.repeats_in_names = 1, True
         self.take(result, arguments)
+        self._take_network(result, arguments.get("network_args"))
         several = len(sets) > 1 and len({json.dumps(each.get("resolution"), default=str) for each in sets}) > 1
         for number, each in enumerate(sets):
             options = general | {key: value for key, value in each.items() if key != "subsets"}
@@ -210,6 +243,20 @@ class Kohya(Trainer):
                 self.take(result, subset, where)
         result.left.pop("num_repeats", None)
 
+    def _take_network(self, result: TrainerConfig, arguments: Any) -> None:
+        """Take the arguments of the network, texts such as algo=lokr, as a list or as the text of a command line."""
+        words = arguments.split() if isinstance(arguments, str) else arguments
+        pairs = (word.partition("=") for word in words if isinstance(word, str)) if isinstance(words, list) else ()
+        values = {name: value.strip("\"'") for name, _, value in pairs}
+        handlers = {"algo": take_adapter_kind, "factor": take_factor, "dora_wd": take_decomposition}
+        for name, value in sorted(values.items()):  # the algorithm is known before what is of it
+            try:
+                if name not in handlers:
+                    raise ValueError("unknown")
+                handlers[name](result, value)
+            except (ValueError, KeyError):
+                result.leave(f"network_args.{name}", value)
+
 
 class AiToolkit(Trainer):
     """ai-toolkit of Ostris: a job in YAML or JSON."""
@@ -220,6 +267,7 @@ class AiToolkit(Trainer):
         "trigger_word": take_prefix,
         "linear": adapter("rank", int),
         "linear_alpha": adapter("alpha"),
+        "lokr_factor": take_factor,
         "batch_size": attribute("micro_batch", int),
         "steps": attribute("steps", int),
         "gradient_accumulation_steps": attribute("accumulation", int),
@@ -269,8 +317,16 @@ class AiToolkit(Trainer):
             if name in ("save", "sample"):
                 result.leave(name, "when to save, and what to sample")
             else:
+                if name == "network":
+                    self._take_kind(result, _section(section))
                 self.take(result, _section(section), f"{name}.")
         self.take(result, process)
+
+    def _take_kind(self, result: TrainerConfig, network: Mapping[str, Any]) -> None:
+        try:
+            take_adapter_kind(result, network.get("type") or "lora")
+        except (ValueError, KeyError):
+            result.leave("network.type", network["type"])
 
 
 class OneTrainer(Trainer):
@@ -287,6 +343,8 @@ class OneTrainer(Trainer):
         "learning_rate_warmup_steps": attribute("warmup_steps", int),
         "clip_grad_norm": setting("training.max_grad_norm"),
         "weight_decay": setting("training.weight_decay"),
+        "peft_type": take_adapter_kind,
+        "lora_decompose": take_decomposition,
         "lora_rank": adapter("rank", int),
         "lora_alpha": adapter("alpha"),
         "base_model_name": attribute("base", str),
@@ -315,7 +373,7 @@ class OneTrainer(Trainer):
             else:
                 concepts = _sections(_parse(found))
         if options.pop("training_method", "LORA") != "LORA":
-            for name in ("lora_rank", "lora_alpha"):
+            for name in ("lora_rank", "lora_alpha", "lora_decompose", "peft_type"):
                 options.pop(name, None)
         self.take(result, options)
         for number, concept in enumerate(concepts):

@@ -202,6 +202,52 @@ def test_job_of_ai_toolkit(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "adapter", "left"),
+    [
+        (
+            "c.toml",
+            'network_module = "lycoris.kohya"\nnetwork_dim = 4\nnetwork_args = ["algo=lokr", "factor=8", "conv_dim=4"]',
+            {"kind": "lokr", "rank": 4, "factor": 8},
+            {"network_args.conv_dim"},
+        ),
+        (
+            "c.toml",
+            'network_module = "lycoris.kohya"\nnetwork_args = "algo=locon dora_wd=True"',
+            {"kind": "dora"},
+            set(),
+        ),
+        (
+            "c.toml",
+            'network_module = "lycoris.kohya"\nnetwork_args = ["algo=diag-oft", "factor=-1"]',
+            {},
+            {"network_args.algo"},
+        ),
+        ("c.toml", 'network_module = "networks.dylora"\nnetwork_dim = 4', {"rank": 4}, {"network_module"}),
+        (
+            "j.yaml",
+            "config: {process: [{network: {type: lokr, linear: 8, lokr_full_rank: true, lokr_factor: 16}}]}",
+            {"kind": "lokr", "rank": 8, "factor": 16},
+            {"network.lokr_full_rank"},
+        ),
+        ("j.yaml", "config: {process: [{network: {type: lorm, linear: 8}}]}", {"rank": 8}, {"network.type"}),
+        (
+            "o.json",
+            '{"training_method": "LORA", "peft_type": "LORA", "lora_decompose": true, "lora_rank": 8}',
+            {"kind": "dora", "rank": 8},
+            set(),
+        ),
+        ("o.json", '{"training_method": "LORA", "peft_type": "LOHA"}', {}, {"peft_type"}),
+    ],
+)
+def test_kinds_of_adapters_are_taken_over(
+    tmp_path: Path, name: str, text: str, adapter: dict[str, object], left: set[str]
+) -> None:
+    taken = read(tmp_path, name, text)
+    assert taken.adapter == adapter
+    assert taken.left.keys() == left
+
+
 def test_configuration_and_concepts_of_one_trainer(tmp_path: Path) -> None:
     (tmp_path / "concepts.json").write_text(json.dumps(CONCEPTS))
     taken = read(tmp_path, "config.json", json.dumps(ONE_TRAINER))

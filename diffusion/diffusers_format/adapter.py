@@ -1,9 +1,10 @@
-"""Low-rank matrices (LoRA) as other tools have them: names of layers, and the export.
+"""Adapters as other tools have them: names of layers, and the export.
 
-diffusers has the names of its own layers, and no α: it is part of B. kohya's sd-scripts have names without dots, and α
-beside the matrices: ComfyUI, AUTOMATIC1111 and Forge read them. diffusers' own converter to that format writes the rank
-as α, which changes the images of a model with another one. For layers of a transformer, ComfyUI knows the names of
-OneTrainer, ``lora_transformer_…``.
+diffusers has the names of its own layers, and no α: it is part of the tensors. kohya's sd-scripts, and LyCORIS for
+LoKr, have names without dots, and α beside the tensors: ComfyUI, AUTOMATIC1111 and Forge read them. diffusers' own
+converter to that format writes the rank as α, which changes the images of a model with another one. For layers of a
+transformer, ComfyUI knows the names of OneTrainer, ``lora_transformer_…``. peft has a folder for each component, with
+its settings.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +24,13 @@ from diffusion.common.escaping import python_literal
 from diffusion.common.files import sha256_file
 from diffusion.common.model_files import tensor_bytes
 from diffusion.diffusers_format.export import ExportResult, describe_pipeline, publish
-from diffusion.families.fine_tuning import FACTORS
+from diffusion.families.adapters import AdapterConfig, LoRAConfig
+from diffusion.families.adapters.base import AdapterFormat, RankedAdapterConfig
+from diffusion.families.fine_tuning import split_parts
 from diffusion.families.header import ModelHeader, Origin
-from diffusion.families.pretrained.config import PIPELINES, DiffusersConfig
+from diffusion.families.pretrained.config import DiffusersConfig
 from diffusion.families.pretrained.pipeline import Pipeline
 
-LoRAFormat = Literal["diffusers", "kohya"]
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 """Name by which ``load_lora_weights`` finds the file in a folder."""
 MODELSPEC_VERSION = "1.0.0"
@@ -52,76 +54,117 @@ def export_adapter(
     folder: Path,
     version: str | None = None,
     run_id: str | None = None,
-    file_format: LoRAFormat = "diffusers",
+    file_format: AdapterFormat | None = None,
     details: AdapterDetails | None = None,
 ) -> ExportResult:
-    """Write the low-rank matrices in the file ``weights`` to ``folder``, whole or not at all.
+    """Write the adapter in the file ``weights`` to ``folder``, whole or not at all; by default in its first format.
 
-    Equal arguments give equal bytes. Raises UserError if the model has no matrices, its pipeline takes none, or the
-    folder holds something else.
+    Equal arguments give equal bytes. Raises UserError if the model has no adapter, its pipeline takes none, there is no
+    such format of it, or the folder holds something else.
     """
     header, details = read_model_header(weights), details or AdapterDetails()
-    if header.lora is None or header.base is None:
+    if header.adapter is None or header.base is None:
+        raise UserError(f"{weights} has no adapter, as it was not trained with training.adapter: use --to diffusers")
+    adapter, model = header.adapter, header.model
+    if not isinstance(model, DiffusersConfig):
+        raise UserError(f"{weights} is not a pipeline of diffusers, and no tool knows its layers: use --to diffusers")
+    formats = [name for name in adapter.formats if name == "peft" or model.imported.loads_adapters]
+    file_format = file_format or formats[0]
+    if file_format not in formats:
         raise UserError(
-            f"{weights} has no low-rank matrices, as it was not trained with training.lora: use --to diffusers"
+            f"{adapter.kind} adapters of a {model.pipeline} are exported as {' or '.join(formats)}, as others do not "
+            f"read them as {file_format}: use --format {formats[0]}, or --to diffusers, which merges it"
         )
-    if not isinstance(header.model, DiffusersConfig) or not header.model.imported.loads_adapters:
-        names = [name for name, pipeline in PIPELINES.items() if pipeline.loads_adapters]
-        raise UserError(
-            f"only the pipelines {', '.join(names)} of diffusers load low-rank matrices: use --to diffusers, "
-            "which merges them"
-        )
-    name, rank, pipeline = folder.absolute().name, header.lora.rank, header.model.imported
-    factors, alpha = read_tensors(weights, AVERAGED), header.lora.scale * rank
-    if file_format == "kohya":
-        file, tensors = f"{name}.safetensors", kohya_tensors(pipeline, factors, alpha)
-    else:
-        file, tensors, alpha = DIFFUSERS_FILE, diffusers_tensors(factors, header.lora.scale), float(rank)
-    metadata = _metadata(
-        header, _find_base_origin(weights), details.model_copy(update={"title": details.title or name})
-    )
-    metadata |= {"ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
-    partial = folder.absolute().with_name(f".{name}.partial")
+    title = details.title or folder.absolute().name
+    metadata = _metadata(header, _find_base_origin(weights), details.model_copy(update={"title": title}))
+    if file_format == "diffusers" and isinstance(adapter, RankedAdapterConfig):
+        metadata["ss_network_alpha"] = str(float(adapter.rank))
+    layers = split_parts(adapter, read_tensors(weights, AVERAGED))
+    partial = folder.absolute().with_name(f".{folder.absolute().name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write_safetensors(partial / file, tensors, metadata)
+    file = DIFFUSERS_FILE
+    match file_format:
+        case "diffusers":
+            write_safetensors(partial / file, diffusers_tensors(adapter, layers), metadata)
+        case "kohya":
+            file = f"{folder.absolute().name}.safetensors"
+            write_safetensors(partial / file, kohya_tensors(model.imported, adapter, layers), metadata)
+        case "peft":
+            write_peft_folders(partial, adapter, layers, metadata)
     result = ExportResult(
-        pipeline=str(header.model.pipeline),
+        pipeline=str(model.pipeline),
         files={},
         folder=folder,
         weights_sha256=sha256_file(weights),
         version=version,
         run_id=run_id,
     )
-    usage = f"# Copy {file} to ComfyUI/models/loras"
-    if file_format == "diffusers" or pipeline.denoiser_name == "unet":
-        usage = (
-            f"import diffusers\npipe = diffusers.{result.pipeline}.from_pretrained(…)  # what it was fine-tuned from\n"
-            f"pipe.load_lora_weights({python_literal(name)}, weight_name={python_literal(file)})"
-        )
-    title = f"Low-rank matrices (LoRA) for a {result.pipeline}"
-    (partial / "README.md").write_text(describe_pipeline(header, result, name, title, usage))
+    usage = _usage(file_format, model.imported, adapter, folder.absolute().name, file)
+    readme = describe_pipeline(header, result, folder.absolute().name, f"An adapter for a {result.pipeline}", usage)
+    (partial / "README.md").write_text(readme)
     return result.model_copy(update={"files": publish(partial, folder.absolute())})
 
 
-def diffusers_tensors(factors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Name ``factors``, A and B by ``FACTORS``, as diffusers does; readers take α for the rank, so B is scaled."""
+def _usage(file_format: AdapterFormat, pipeline: Pipeline, adapter: AdapterConfig, name: str, file: str) -> str:
+    """Write the lines of code that use an export, whose folder is ``name``."""
+    load = f"pipe = diffusers.{type(pipeline).__name__}.from_pretrained(…)  # what it was fine-tuned from"
+    folder, denoiser = python_literal(name), pipeline.denoiser_name
+    if file_format == "peft":
+        part = python_literal(f"{name}/{denoiser}")
+        return (
+            f"import diffusers, peft\n{load}\npipe.{denoiser} = peft.PeftModel.from_pretrained(pipe.{denoiser}, {part})"
+        )
+    if file_format == "kohya" and (denoiser != "unet" or not isinstance(adapter, LoRAConfig)):
+        return f"# Copy {file} to ComfyUI/models/loras"
+    weights = f"{folder}, weight_name={python_literal(file)}"
+    if isinstance(adapter, LoRAConfig):
+        return f"import diffusers\n{load}\npipe.load_lora_weights({weights})"
+    return f"import diffusers\n{load}\npipe.{denoiser}.load_lora_adapter({weights}, prefix={python_literal(denoiser)})"
+
+
+def diffusers_tensors(adapter: AdapterConfig, layers: Mapping[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Name the tensors of ``layers``, by layer and part, as diffusers does; readers take α for the rank."""
     tensors = {}
-    for name, value in factors.items():
+    for name, parts in layers.items():
         component, _, layer = name.partition(".")
-        tensors[f"{component}.{with_text_model(layer)}"] = value * scale if name.endswith(FACTORS[1]) else value
+        for part, value in adapter.without_scale(name, parts).items():
+            tensors[f"{component}.{with_text_model(layer)}.{part}"] = value
     return tensors
 
 
-def kohya_tensors(pipeline: Pipeline, factors: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """Name ``factors``, A and B by ``FACTORS``, as kohya's sd-scripts do, with ``alpha`` for each layer."""
-    tensors = {}
-    for name, value in factors.items():
-        suffix = next(suffix for suffix in FACTORS if name.endswith(suffix))
-        layer = kohya_name(pipeline, name.removesuffix(suffix))
-        tensors[f"{layer}.{'lora_down' if suffix == FACTORS[0] else 'lora_up'}.weight"] = value
-        tensors[f"{layer}.alpha"] = torch.tensor(alpha)
-    return tensors
+def kohya_tensors(
+    pipeline: Pipeline, adapter: AdapterConfig, layers: Mapping[str, dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Name the tensors of ``layers``, by layer and part, as sd-scripts and LyCORIS do, with α for each layer."""
+    return {
+        f"{kohya_name(pipeline, name)}.{part}": value
+        for name, parts in layers.items()
+        for part, value in adapter.kohya_parts(name, parts).items()
+    }
+
+
+def write_peft_folders(
+    folder: Path, adapter: AdapterConfig, layers: Mapping[str, dict[str, Tensor]], metadata: Mapping[str, str]
+) -> None:
+    """Write the tensors of ``layers``, by layer and part, and the settings of peft, for each component of the pipeline.
+
+    Names of layers are those of the installed diffusers and transformers, by which ``PeftModel`` finds them.
+    """
+    for component in sorted({name.partition(".")[0] for name in layers}):
+        names = {name: name.removeprefix(f"{component}.") for name in layers if name.startswith(f"{component}.")}
+        (folder / component).mkdir()
+        tensors = {
+            f"base_model.model.{names[name]}.{part}": value for name in names for part, value in layers[name].items()
+        }
+        write_safetensors(folder / component / "adapter_model.safetensors", tensors, metadata)
+        settings = adapter.peft_config({*names.values()}).to_dict() | {"inference_mode": True}
+        text = json.dumps(settings, indent=2, sort_keys=True, default=_json_value)
+        (folder / component / "adapter_config.json").write_text(f"{text}\n")
+
+
+def _json_value(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else value.value
 
 
 def kohya_name(pipeline: Pipeline, layer: str) -> str:
@@ -156,6 +199,7 @@ def _metadata(header: ModelHeader, base_origin: Origin | None, details: AdapterD
     """Describe an adapter by the keys of sd-scripts and of ModelSpec, without what depends on the tensors."""
     assert isinstance(header.model, DiffusersConfig)
     assert header.base is not None
+    assert header.adapter is not None
     pipeline, (height, width) = header.model.imported, next(iter(header.trained_shapes))
     base = header.base.version or (base_origin.source if base_origin else header.base.sha256[:16])
     licences = [origin.licence for origin in (header.origin, base_origin) if origin is not None and origin.licence]
@@ -169,13 +213,13 @@ def _metadata(header: ModelHeader, base_origin: Origin | None, details: AdapterD
         "modelspec.architecture": f"{pipeline.architecture}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": details.title,
-        "modelspec.description": f"LoRA on {base}, {history}",
+        "modelspec.description": f"Adapter ({header.adapter.kind}) on {base}, {history}",
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.license": details.licence or next(iter(licences), None),
         "modelspec.trigger_phrase": details.trigger,
         "modelspec.usage_hint": details.trigger and f"Trigger word: {details.trigger}",
         "modelspec.prediction_type": prediction,
-        "ss_network_module": "networks.lora",
+        **header.adapter.kohya_metadata,
         "ss_base_model_version": pipeline.kohya_version,
         "ss_v2": str(pipeline.kohya_version == "sd_v2"),
         "ss_sd_model_name": base,
