@@ -7,6 +7,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -40,6 +41,17 @@ class TrainableSubset(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what ``network`` computes."""
         return self.network(*args, **kwargs)
+
+    @cached_property
+    def base(self) -> nn.Module:
+        """``network`` without its adapter, in its mode for evaluation, with the same frozen weights in memory.
+
+        It stays on the device that ``network`` is on now.
+        """
+        network = share(self.network)
+        for name, module in adapted_layers(network).items():
+            network.set_submodule(name, module.base_layer)  # type: ignore[arg-type]
+        return network.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of ``network`` as well, except of the adapted layers themselves."""

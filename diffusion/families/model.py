@@ -313,6 +313,8 @@ class TrainingBatch:
     int64."""
     pixel_weights: Tensor | None = None
     """Weights of the pixels of the images in the loss, (N, 1, H, W) float32, 0 or more; None: all are 1."""
+    prior: Conditioning | None = None
+    """Conditioning for which an adapted network is to predict what its base does; None: for none."""
 
     def to(self, device: torch.device) -> "TrainingBatch":
         """Copy the batch to ``device``, asynchronously on a GPU."""
@@ -326,11 +328,12 @@ class TrainingBatch:
         return [self._map(lambda values, n=n: values.tensor_split(count)[n]) for n in range(count)]  # type: ignore[misc]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "TrainingBatch":
-        conditioning, random = (
-            {name: change(values) for name, values in tensors.items()} for tensors in (self.conditioning, self.random)
+        conditioning, random, prior = (
+            {name: change(values) for name, values in tensors.items()}
+            for tensors in (self.conditioning, self.random, self.prior or {})
         )
         weights = None if self.pixel_weights is None else change(self.pixel_weights)
-        return TrainingBatch(change(self.x0), conditioning, random, weights)
+        return TrainingBatch(change(self.x0), conditioning, random, weights, prior or None)
 
 
 @runtime_checkable

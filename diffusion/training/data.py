@@ -91,6 +91,22 @@ def encode_captions(
     return Captions(ranks.broadcast_tensors(data)["embeddings"], numbers, encoding, texts)
 
 
+def encode_prior(config: TrainingConfig, captions: Captions | None, readers: Executor | None) -> Tensor | None:
+    """Embed the prompt of ``config.prior``, without ``readers`` as none; None: there is no prior.
+
+    Raises UserError if the network has no captions.
+    """
+    if config.prior is None:
+        return None
+    if captions is None:
+        raise UserError(
+            "training.prior keeps what the base predicts for a prompt, and the network has none: leave it out"
+        )
+    if config.prior.prompt is None or readers is None:
+        return captions.encoding.none
+    return captions.encoding.load()(config.prior.prompt)
+
+
 def encode_latents(
     model: Model, digest: str, dataset: Dataset, config: TrainingConfig, readers: Executor | None, progress: Progress
 ) -> Callable[..., Tensor]:

@@ -299,6 +299,7 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
     extra_files = config.keep_best + (checkpoints // config.keep_every if config.keep_every else 0)
     files = min(config.keep + extra_files, checkpoints) + 3 + snapshots
     latents = setup.autoencoder.space if setup.autoencoder else None
+    passes = 1 if config.prior is None else 2  # and one of the base, without gradients
     return Preflight(
         dataset=dataset.manifest.name,
         content_digest=dataset.manifest.content_digest,
@@ -312,9 +313,9 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
         arithmetic=describe_precision(config.precision, setup.device),
         parameters=parameters,
         frozen=frozen,
-        flops=count_flops(setup.model, dataset.shape, len(setup.classes), latents, network),
+        flops=passes * count_flops(setup.model, dataset.shape, len(setup.classes), latents, network),
         state_bytes=memory,
-        activation_bytes=images_at_once * activation_size(setup, network) // (2 if half else 1),
+        activation_bytes=images_at_once * passes * activation_size(setup, network) // (2 if half else 1),
         images_at_once=images_at_once,
         optimizer_bytes=max(muon_size(step.matrices, threads) for step in state.steps) if muon else 0,
         disk_bytes=checkpoint * files,

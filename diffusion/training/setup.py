@@ -32,7 +32,7 @@ from diffusion.generation.generate import check_sampling_options, conditions_of
 from diffusion.generation.super_resolution import GenerationTask, add_conditioning_noise, task_of
 from diffusion.process.samplers import SamplingConfig
 from diffusion.training.config import TrainingConfig
-from diffusion.training.data import encode_captions, encode_latents
+from diffusion.training.data import encode_captions, encode_latents, encode_prior
 from diffusion.training.distributed import Ranks
 from diffusion.training.identity import data_digest, identity_fields, train_key
 from diffusion.training.starting_models import MEASURED, identify_base, load_autoencoder, load_initial
@@ -69,6 +69,8 @@ class TrainingSetup:
     """The file of ``initial``, of whose weights a part is trained, or an adapter; None: all weights are."""
     latents: Callable[..., Tensor] | None = None
     """Latents of the images in rows, mirrored or not, as ``LatentCache.select_rows``; None: training is on images."""
+    prior_prompt: Tensor | None = None
+    """Embedding of the prompt of ``training.prior``, or of none; None: there is no prior."""
 
     @cached_property
     def device(self) -> torch.device:
@@ -183,6 +185,15 @@ class TrainingSetup:
         no_text = None if self.captions is None else self.captions.encoding.none
         share = self.config.condition_dropout if self.model.has_null_class else 0.0
         return drop_conditioning(conditioning, u, share, len(self.classes), no_text)
+
+    def with_prior(self, inputs: TrainingBatch) -> TrainingBatch:
+        """Add the conditioning of ``training.prior``, its prompt without a class, if there is one."""
+        if self.prior_prompt is None:
+            return inputs
+        u = torch.zeros(len(inputs.x0), dtype=torch.float64)
+        return replace(
+            inputs, prior=drop_conditioning(inputs.conditioning, u, 1.0, len(self.classes), self.prior_prompt)
+        )
 
     def sample_grid_conditions(self) -> Conditions:
         """The conditions of a sample grid: captions of held-out images if the model uses captions."""
@@ -346,7 +357,8 @@ def make_setup(
         if (digest := initial.latents_digest) is not None:
             latents = encode_latents(initial, digest, dataset, config, readers, progress)
     captions = encode_captions(dataset, config, encoding, ranks, readers, progress) if model.text else None
-    setup = TrainingSetup(dataset, model, config, ranks, captions, autoencoder, initial, base, latents)
+    prior_prompt = encode_prior(config, captions, readers)
+    setup = TrainingSetup(dataset, model, config, ranks, captions, autoencoder, initial, base, latents, prior_prompt)
     check_conditions(setup.classes, model.text, sampling, setup.sample_grid_conditions())
     autoguides, has_guide = sampling.autoguides, setup.has_guide
     if config.student is not None:

@@ -288,7 +288,7 @@ class Trainer:
         batch = self.loader.batch(state.images, self.total)
         conditioning = self.setup.training_conditioning(batch)
         inputs = self.objective.make_batch(self.setup.x0(batch), batch.indices, conditioning)
-        inputs = self.setup.with_masks(inputs, batch)
+        inputs = self.setup.with_prior(self.setup.with_masks(inputs, batch))
         t, inputs = inputs.random.get("t"), inputs.to(self.device)
         finite, norms = torch.ones((), dtype=torch.bool, device=self.device), []
         for step, optimizers, reducer in zip(state.steps, state.optimizers, self.reducers, strict=True):
