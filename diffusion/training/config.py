@@ -38,6 +38,10 @@ def _check_folder(path: Path) -> Path:
     return path
 
 
+def _is_cosine(value: str) -> bool:
+    return value == "cosine"
+
+
 class TrainingConfig(ObjectiveConfig):
     """Data set, duration, optimizer, precision and checkpoints of a training run."""
 
@@ -78,13 +82,21 @@ class TrainingConfig(ObjectiveConfig):
     cpu_threads: int = Field(2, ge=1)
     """CPU threads that each compute a part of a batch, ideally one per free core. The number of threads decides the
     last bits of the weights, the number of cores does not."""
-    optimizer: Annotated[Literal["muon", "adamw"], needs("muon"), NOT_WITH_ADAPTER] = "muon"
+    optimizer: Annotated[
+        Literal["muon", "adamw", "prodigy"],
+        replace(needs("muon"), values=("muon", "adamw")),
+        replace(NOT_WITH_ADAPTER, values=("muon", "adamw")),
+    ] = "muon"
     """Optimizer of diffusion models: Muon (arXiv 2510.19376) for the matrices of hidden layers, and AdamW for all other
-    weights, or AdamW for all. Other families are trained with AdamW."""
+    weights, or AdamW for all. Other families and adapters are trained with AdamW. Of all: prodigy, which finds the
+    learning rate (2306.06101), with two moments more."""
     learning_rate: float = Field(4e-3, gt=0)
-    """Peak learning rate; Muon's updates are scaled so that one rate fits both optimizers."""
+    """Peak learning rate; Muon's updates are scaled so that one rate fits both optimizers. For prodigy the factor of
+    the rate that it finds: 1."""
+    learning_rate_decay: Literal["cosine", "linear", "constant"] = Field("cosine", exclude_if=_is_cosine)
+    """How the learning rate falls to zero by the last image: as half a cosine, in a line, or not at all."""
     warmup_images: int = Field(4_000, ge=0)
-    """Images over which the learning rate rises from zero; it then decays to zero by a cosine."""
+    """Images over which the learning rate rises from zero."""
     weight_decay: float = Field(0.01, ge=0)
     """Decoupled weight decay."""
     max_grad_norm: float = Field(1.0, gt=0)
@@ -194,6 +206,11 @@ class TrainingConfig(ObjectiveConfig):
             )
         if words := self._micro_batch_conflict():
             raise ValueError(words)
+        if self.optimizer == "prodigy" and not 0.1 <= self.learning_rate <= 10:
+            raise ValueError(
+                f"training.optimizer = prodigy finds the learning rate, and training.learning_rate = "
+                f"{self.learning_rate:g} multiplies it: set that to 1"
+            )
         if self.shard is not True and self.shard is not False and self.shard < 2:
             raise ValueError(
                 f"training.shard = {self.shard} is not a group of processes: use true, false, or the number in a group"
@@ -211,6 +228,11 @@ class TrainingConfig(ObjectiveConfig):
                 "would have none: raise training.prefetch, or lower training.workers"
             )
         return self
+
+    @property
+    def moments(self) -> int:
+        """Number of tensors of a weight's size that AdamW or Prodigy keeps of it."""
+        return 4 if self.optimizer == "prodigy" else 2
 
     def _micro_batch_conflict(self) -> str | None:
         """Describe why ``micro_batch`` has no effect; None if it has one, is null, or the batch is not known yet."""

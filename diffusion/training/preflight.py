@@ -241,15 +241,15 @@ def muon_size(matrices: Iterable[nn.Parameter], threads: int) -> int:
 
 
 def state_size(
-    parameters: int, averages: int, threads: int, others: int = 0, matrices: int = 0, frozen: int = 0
+    parameters: int, averages: int, threads: int, others: int = 0, matrices: int = 0, frozen: int = 0, moments: int = 2
 ) -> tuple[int, int]:
-    """Compute the bytes of memory of a run without a batch, and of its checkpoint: weights, two moments, averages.
+    """Compute the bytes of memory of a run without a batch, and of its checkpoint: weights, ``moments`` and averages.
 
     Memory also holds gradients, per thread and in total, and a copy of the checkpoint while it is written. ``others``:
     trained parameters outside the network, which have no average; ``matrices``: weights of Muon, which has one moment;
     ``frozen``: weights that are not trained, which are in no checkpoint.
     """
-    checkpoint = parameters * (3 + averages) + others * 3 - matrices
+    checkpoint = parameters * (1 + moments + averages) + others * (1 + moments) - matrices
     return FLOAT * (2 * checkpoint + (parameters + others) * (1 + threads) + frozen), FLOAT * checkpoint
 
 
@@ -287,7 +287,7 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
         frozen += sum(weight.numel() for weight in state.network.network.parameters() if not weight.requires_grad)
     network, threads = meta_network(setup), thread_count(config, setup.ranks)
     averages = len(state.averages) + bool(state.guide)
-    memory, checkpoint = state_size(parameters, averages, threads, others, matrices, frozen)
+    memory, checkpoint = state_size(parameters, averages, threads, others, matrices, frozen, config.moments)
     if setup.captions is not None:
         memory += setup.captions.embeddings.nbytes
     part = math.ceil(config.images_per_step / setup.ranks.count / threads)
@@ -295,7 +295,9 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
     half = resolve_precision(config.precision, setup.device) == "bf16"
     # One checkpoint is written before another is removed, and there may be one from a signal. A snapshot holds averages
     # and guide alone.
-    snapshots = math.ceil(checkpoints * averages / (3 + averages)) if config.ema_stds is not None else 0
+    snapshots = (
+        math.ceil(checkpoints * averages / (1 + config.moments + averages)) if config.ema_stds is not None else 0
+    )
     extra_files = config.keep_best + (checkpoints // config.keep_every if config.keep_every else 0)
     files = min(config.keep + extra_files, checkpoints) + 3 + snapshots
     latents = setup.autoencoder.space if setup.autoencoder else None

@@ -191,6 +191,7 @@ def test_post_hoc_averages_are_adapters_with_their_base(dataset: Path, tmp_path:
     [
         ({"init_from": None}, "training.init_from"),
         ({"optimizer": "adamw"}, "training.optimizer"),
+        ({"weighting": "plain", "shard": True, "optimizer": "prodigy", "learning_rate": 1.0}, "training.shard"),
         ({"shard": True}, "training.shard"),
         ({"adapter": {"text_encoder": True}}, "text_encoder"),
         ({"adapter": {"ranks": {"to_q": 4}}}, "ranks has the pattern to_q"),

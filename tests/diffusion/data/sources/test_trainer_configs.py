@@ -248,6 +248,44 @@ def test_kinds_of_adapters_are_taken_over(
     assert taken.left.keys() == left
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "settings", "left"),
+    [
+        (
+            "c.toml",
+            'optimizer_type = "Prodigy"\nlr_scheduler = "constant_with_warmup"\nlearning_rate = 1',
+            {"optimizer": "prodigy", "learning_rate_decay": "constant", "learning_rate": 1.0},
+            set(),
+        ),
+        ("c.toml", 'optimizer_type = "AdamW"\nlr_scheduler = "cosine"', {}, set()),
+        (
+            "c.toml",
+            'optimizer_type = "Lion"\nlr_scheduler = "cosine_with_restarts"',
+            {},
+            {"optimizer_type", "lr_scheduler"},
+        ),
+        (
+            "j.yaml",
+            "config: {process: [{train: {optimizer: prodigy, lr_scheduler: linear}}]}",
+            {"optimizer": "prodigy", "learning_rate_decay": "linear"},
+            set(),
+        ),
+        (
+            "o.json",
+            '{"training_method": "LORA", "learning_rate_scheduler": "CONSTANT"}',
+            {"learning_rate_decay": "constant"},
+            set(),
+        ),
+    ],
+)
+def test_optimizers_and_schedules_are_taken_over(
+    tmp_path: Path, name: str, text: str, settings: dict[str, object], left: set[str]
+) -> None:
+    taken = read(tmp_path, name, text)
+    assert taken.settings == {f"training.{key}": value for key, value in settings.items()}
+    assert taken.left.keys() == left
+
+
 def test_configuration_and_concepts_of_one_trainer(tmp_path: Path) -> None:
     (tmp_path / "concepts.json").write_text(json.dumps(CONCEPTS))
     taken = read(tmp_path, "config.json", json.dumps(ONE_TRAINER))
