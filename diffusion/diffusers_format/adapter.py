@@ -9,6 +9,7 @@ its settings.
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,6 +70,9 @@ def export_adapter(
     if not isinstance(model, DiffusersConfig):
         raise UserError(f"{weights} is not a pipeline of diffusers, and no tool knows its layers: use --to diffusers")
     formats = [name for name in adapter.formats if name == "peft" or model.imported.loads_adapters]
+    if adapter.text_encoder and not isinstance(adapter, LoRAConfig):
+        # diffusers loads it into denoisers alone.
+        formats = [name for name in formats if name != "diffusers"]
     file_format = file_format or formats[0]
     if file_format not in formats:
         raise UserError(
@@ -151,14 +155,23 @@ def write_peft_folders(
 
     Names of layers are those of the installed diffusers and transformers, by which ``PeftModel`` finds them.
     """
+    config = adapter.peft_config(layers.keys()).to_dict() | {"inference_mode": True}
     for component in sorted({name.partition(".")[0] for name in layers}):
-        names = {name: name.removeprefix(f"{component}.") for name in layers if name.startswith(f"{component}.")}
-        (folder / component).mkdir()
+        prefix, escaped = f"{component}.", f"^{re.escape(f'{component}.')}"
         tensors = {
-            f"base_model.model.{names[name]}.{part}": value for name in names for part, value in layers[name].items()
+            f"base_model.model.{name.removeprefix(prefix)}.{part}": value
+            for name, parts in layers.items()
+            if name.startswith(prefix)
+            for part, value in parts.items()
         }
+        settings = config | {
+            "target_modules": sorted(name.removeprefix(prefix) for name in layers if name.startswith(prefix))
+        }
+        for field in {"rank_pattern", "alpha_pattern"} & config.keys():
+            patterns = {key: value for key, value in config[field].items() if key.startswith(escaped)}
+            settings[field] = {f"^{key.removeprefix(escaped)}": value for key, value in patterns.items()}
+        (folder / component).mkdir()
         write_safetensors(folder / component / "adapter_model.safetensors", tensors, metadata)
-        settings = adapter.peft_config({*names.values()}).to_dict() | {"inference_mode": True}
         text = json.dumps(settings, indent=2, sort_keys=True, default=_json_value)
         (folder / component / "adapter_config.json").write_text(f"{text}\n")
 
