@@ -4,16 +4,20 @@ Adapters are trained through peft, and merged into the weights to generate.
 """
 
 import copy
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from diffusion.common.errors import UserError, install_hint
-from diffusion.families.adapters import AdapterConfig
+from diffusion.common.files import sha256_bytes
+from diffusion.families.adapters import AdapterConfig, LoRAConfig
+from diffusion.families.ddpm.network import seeded_dropout
 
 
 class TrainableSubset(nn.Module):
@@ -24,6 +28,8 @@ class TrainableSubset(nn.Module):
     """
 
     network: nn.Module
+    seeds: "DropoutSeeds | None" = None
+    """Where the adapter's dropout finds its seeds, the keyword ``draws`` of a call; None: it drops nothing."""
 
     def __init__(self, network: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
@@ -40,6 +46,8 @@ class TrainableSubset(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what ``network`` computes."""
+        if self.seeds is not None:
+            self.seeds.set(kwargs.get("draws"))
         return self.network(*args, **kwargs)
 
     @cached_property
@@ -57,8 +65,8 @@ class TrainableSubset(nn.Module):
         """Set the mode of ``network`` as well, except of the adapted layers themselves."""
         self.network.train(mode)
         for module in adapted_layers(self.network).values():
-            # There peft's LoKr consumes torch's random numbers, although it drops nothing.
-            module.training = False
+            # In training peft's LoKr consumes torch's random numbers in vain, and only there has its DoRA a dropout.
+            module.training = not hasattr(module, "lokr_w1")
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -70,6 +78,45 @@ class TrainableSubset(nn.Module):
                 for parameter in (*module.lora_A.parameters(), *module.lora_B.parameters()):  # type: ignore[union-attr]
                     parameter.data = parameter.data.contiguous()
         return self
+
+
+class DropoutSeeds:
+    """Seeds of the images, (N,) int64, that a thread computes."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._latest: Tensor | None = None
+
+    def set(self, seeds: Tensor | None) -> None:
+        """Set the seeds of the calling thread."""
+        self._local.seeds = self._latest = seeds
+
+    def get(self) -> Tensor | None:
+        """Return the seeds of the calling thread, or the latest of all.
+
+        On a GPU, where one thread computes, another thread of autograd's recomputes activations.
+        """
+        seeds: Tensor | None = getattr(self._local, "seeds", self._latest)
+        return seeds
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+
+class SeededDropout(nn.Module):
+    """Dropout of the inputs of the adapted ``layer``, (N, …), by the seeds of their images; without any, none."""
+
+    def __init__(self, layer: str, rate: float, seeds: DropoutSeeds) -> None:
+        super().__init__()
+        # Other values in each layer.
+        self.offset = int(sha256_bytes(layer.encode())[:15], 16)
+        self.rate, self.seeds = rate, seeds
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # seeds are of a thread, and other ones at each call
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop values of ``x``, in an order that its layout in memory does not change."""
+        seeds = self.seeds.get()
+        return x if seeds is None else seeded_dropout(x, seeds + self.offset, self.rate)
 
 
 def train_parameters(network: nn.Module, names: Iterable[str]) -> TrainableSubset:
@@ -98,9 +145,15 @@ def train_adapters(network: nn.Module, adapter: AdapterConfig, layers: Iterable[
         warnings.simplefilter("ignore")
         peft.inject_adapter_in_model(adapter.peft_config({*layers}), clone := share(network))
     trained = {name: parameter for name, parameter in clone.named_parameters() if parameter.requires_grad}
-    return TrainableSubset(
+    subset = TrainableSubset(
         clone, {name.removesuffix(".default").replace(".default.", "."): value for name, value in trained.items()}
     )
+    if isinstance(adapter, LoRAConfig) and adapter.dropout is not None:
+        # peft's own takes random numbers from a state that resuming lacks.
+        subset.seeds = seeds = DropoutSeeds()
+        for name, module in adapted_layers(clone).items():
+            module.lora_dropout["default"] = SeededDropout(name, adapter.dropout, seeds)  # type: ignore
+    return subset
 
 
 def adapted_layers(network: nn.Module) -> dict[str, nn.Module]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from pydantic import Field
+
+from diffusion.common.config import is_unset
 from diffusion.families.adapters.base import AdapterFormat, RankedAdapterConfig
 
 if TYPE_CHECKING:
@@ -20,6 +23,8 @@ class LoRAConfig(RankedAdapterConfig):
     parts: ClassVar[tuple[frozenset[str], ...]] = (frozenset({DOWN, UP}),)
     formats: ClassVar[tuple[AdapterFormat, ...]] = ("diffusers", "kohya", "peft")
     kind: Literal["lora"] = "lora"
+    dropout: float | None = Field(None, gt=0, lt=1, exclude_if=is_unset)
+    """Share of the inputs of A that are set to 0 at each step, in each image its own. Null: none."""
 
     def peft_config(self, layers: Collection[str]) -> Any:
         """Configure peft's LoRA."""

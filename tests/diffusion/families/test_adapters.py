@@ -155,6 +155,46 @@ def test_tensors_that_do_not_fit_are_errors(fields: dict[str, Any], shapes: dict
         merged_layer(adapter_of(**fields), nn.Linear(6, 4), random_tensors(**shapes))
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_dropout_depends_on_the_image_alone(network: UNet, kind: str) -> None:
+    adapter = adapter_of(kind=kind, dropout=0.5)
+    adapted = train_adapters(network, adapter, hidden_layers(network, adapter)).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    x, t, draws = torch.randn(4, 3, 16, 16), torch.ones(4), torch.tensor([5, 7, 5, 9])
+    whole = adapted(x, t, draws=draws)
+    parts = [adapted(x[part], t[part], draws=draws[part]) for part in (slice(0, 1), slice(1, 4))]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(adapted(x, t, draws=draws + 1), whole, atol=1e-3)
+    same = adapted(x[:1].expand(4, -1, -1, -1), t, draws=draws)
+    assert torch.allclose(same[0], same[2], atol=1e-5)
+    assert not torch.allclose(same[0], same[1], atol=1e-3)
+    assert torch.equal(adapted(x, t), adapted(x, t))
+    assert not torch.allclose(adapted(x, t), whole, atol=1e-3)
+
+
+def test_dropout_is_of_the_inputs_of_the_first_matrix() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(400, 2), nn.Linear(400, 2)
+
+        def forward(self, x: Tensor, draws: Tensor | None = None) -> Tensor:
+            return torch.stack([self.first(x), self.second(x)])
+
+    net = Net()
+    adapted = train_adapters(net, adapter_of(rank=400, alpha=800, dropout=0.25), ("first", "second"))
+    for name, parameter in adapted.named_parameters():
+        nn.init.eye_(parameter) if "lora_A" in name else nn.init.ones_(parameter)
+    x = torch.ones(3, 5, 400)
+    added = (adapted(x, draws=torch.tensor([1, 2, 3])) - net(x)) * 0.75 / 2
+    # Of 400 ones, those that are left: three quarters, others in each layer, image and position.
+    torch.testing.assert_close(added, added.round(), rtol=0, atol=2e-3)
+    assert 285 < added.mean() < 315
+    assert len(set(added[..., 0].round().flatten().tolist())) > 8
+
+
 def test_first_fitting_pattern_decides_on_the_rank() -> None:
     adapter = adapter_of(rank=2, alpha=4, ranks={"attn2.*": 16, "to_q": 4, "unet.up.0.*": 1})
     names = ("unet.down.attn2.to_q", "unet.down.attn1.to_q", "unet.up.0.to_k", "unet.to_k", "unet.cross_attn2.to_k")
