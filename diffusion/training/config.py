@@ -119,9 +119,14 @@ class TrainingConfig(ObjectiveConfig):
     generation. With both class and caption, one of the two is dropped for an equal share again (arXiv 2211.09800)."""
     tags: Annotated[
         TagsConfig | None,
-        given(
-            "model.text",
-            because="training.tags changes captions, and the network has none: set model.text to true, or leave it out",
+        replace(
+            given(
+                "model",
+                because="training.tags changes captions, and the network has none: set model.text to true, or leave it "
+                "out",
+            ),
+            # Whether a pipeline has captions is known once it is read.
+            allows=lambda model: model.text or model.needs_initial_model,
         ),
     ] = Field(None, exclude_if=is_unset)
     """Captions as tags that are shuffled or dropped at each step. Null: captions as they are. Of a caption of several

@@ -94,14 +94,14 @@ def encode_captions(
 def encode_prior(config: TrainingConfig, captions: Captions | None, readers: Executor | None) -> Tensor | None:
     """Embed the prompt of ``config.prior``, without ``readers`` as none; None: there is no prior.
 
-    Raises UserError if the network has no captions.
+    Raises UserError if an option is about captions, and the network has none.
     """
-    if config.prior is None:
-        return None
     if captions is None:
-        raise UserError(
-            "training.prior keeps what the base predicts for a prompt, and the network has none: leave it out"
-        )
+        for name in ("prior", "tags"):
+            if getattr(config, name) is not None:
+                raise UserError(f"training.{name} is about captions, and the network has none: leave it out")
+    if captions is None or config.prior is None:
+        return None
     if config.prior.prompt is None or readers is None:
         return captions.encoding.none
     return captions.encoding.load()(config.prior.prompt)

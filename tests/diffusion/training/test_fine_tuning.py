@@ -369,6 +369,7 @@ def test_adapter_in_diffusers_generates_the_same_images(
     [
         ("ddpm", {"optimizer": "adamw"}, "training.optimizer"),
         ("ddpm", {"shard": True}, "training.shard"),
+        ("ddpm", {"tags": {"shuffle": True}}, "training.tags"),
         ("stable_diffusion_3", {"adapter": {"text_encoder": True}}, "text_encoder"),
         ("dit", {"adapter": {"target_modules": ["qkv"]}}, "to_q"),
         ("dit", {"data": "ddpm"}, "knows the classes"),
@@ -391,6 +392,15 @@ def test_what_makes_no_sense_is_named(
     config = TrainingConfig.model_validate(SHORT | {"init_from": str(base)} | arguments)
     with pytest.raises(UserError, match=words):
         preflight(dataset, DiffusersConfig(), config, SAMPLING)
+
+
+def test_tags_of_a_pipeline_s_captions_vary(make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    _, base = make_pipeline("stable_diffusion")
+    write_dataset(dataset := tmp_path / "tags", random_images(8, 3, 16), 8, captions=["red, circle, grey"] * 8)
+    with worker_threads(1) as pool:
+        trainer = trainer_of(dataset, base, pool, **LORA, condition_dropout=0, tags={"shuffle": True})
+        text = trainer.setup.training_conditioning(trainer.loader.batch(0))["text"]
+    assert len(text.unique(dim=0)) > 1
 
 
 def test_dry_run_estimates_and_writes_nothing(
