@@ -217,7 +217,7 @@ def load_model(path: Path) -> Model:
 
     It also raises UserError for a file that is damaged, and for weights that are not finite.
 
-    A fine-tuned model is loaded with the one that it is based on, into whose weights low-rank matrices are merged.
+    A fine-tuned model is loaded with the one that it is based on, into whose weights its adapter is merged.
     """
     header = read_model_header(path)
     if header.base is not None:

@@ -70,7 +70,7 @@ class Preflight(Config):
     """Number format of matrix products, and why."""
     parameters: int
     frozen: int
-    """Parameters that training does not change: those below low-rank matrices, and an autoencoder's."""
+    """Parameters that training does not change: those below an adapter, and an autoencoder's."""
     flops: int
     """Floating-point operations per image of a training step, forward and backward."""
     state_bytes: int
