@@ -294,6 +294,8 @@ def student_training(
         "images": config.images,
         "minutes": None,
         "learning_rate": config.learning_rate,
+        # Prodigy would need a rate of 1.
+        "optimizer": "muon" if training.optimizer == "prodigy" else training.optimizer,
         "warmup_images": min(training.warmup_images, config.images // 10),
         "student": {"steps": config.steps} | {name: getattr(sampling, name) for name in names},
         "guide": None,

@@ -10,11 +10,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from diffusion.checkpoints import read_model_header
 from diffusion.common.threads import worker_threads
-from diffusion.training.config import TrainingConfig
+from diffusion.training.config import DistillationConfig, TrainingConfig, student_training
 from diffusion.training.prodigy import Prodigy
 from diffusion.training.train import train
 from diffusion.training.trainer import scheduled_learning_rate
+from tests.builders.small_models import write_model
 from tests.builders.small_trainers import make_trainer, take_step
 from tests.builders.training_runs import CONFIG, MODEL, SAMPLING, Stop, StopAt
 
@@ -140,3 +142,10 @@ def test_rate_decays_as_configured(decay: Any, expected: float) -> None:
 def test_rate_of_other_optimizers_is_an_error() -> None:
     with pytest.raises(ValidationError, match="set that to 1"):
         TrainingConfig(optimizer="prodigy", learning_rate=4e-3)
+
+
+def test_students_of_such_a_configuration_are_trained_at_their_own_rate(tmp_path: Path) -> None:
+    header = read_model_header(write_model(tmp_path / "teacher.safetensors", 0, images=9, config=MODEL))
+    config = TrainingConfig(optimizer="prodigy", learning_rate=1.0)
+    student = student_training(config, DistillationConfig(learning_rate=2e-3), SAMPLING, "teacher.safetensors", header)
+    assert (student.optimizer, student.learning_rate) == ("muon", 2e-3)
