@@ -130,8 +130,8 @@ def weights_digest(path: Path) -> str:
     header = read_model_header(path)
     digest = hashlib.sha256(header.model.model_dump_json().encode())
     if header.base is not None:
-        lora = header.lora and header.lora.model_dump(mode="json")
-        digest.update(canonical_json({"base": header.base.sha256, "lora": lora}).encode())
+        adapter = header.adapter and header.adapter.model_dump(mode="json")
+        digest.update(canonical_json({"base": header.base.sha256, "adapter": adapter}).encode())
     for name, value in sorted(read_tensors(path, AVERAGED).items()):
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(tensor_bytes(value))
@@ -218,7 +218,7 @@ def load_model(path: Path) -> Model:
 
     It also raises UserError for a file that is damaged, and for weights that are not finite.
 
-    A fine-tuned model is loaded with the one that it is based on, into whose weights low-rank matrices are merged.
+    A fine-tuned model is loaded with the one that it is based on, into whose weights its adapter is merged.
     """
     header = read_model_header(path)
     if header.base is not None:
@@ -261,7 +261,7 @@ def _load_on_base(path: Path, header: ModelHeader, base: Model) -> Model:
         model = base.select_classes(classes) if set(classes) <= set(base.classes) else base
         if model.config != header.model or (model is base and classes != base.classes):
             raise ValueError
-        weights = base.tuned_weights(header.lora, read_tensors(path, AVERAGED))
+        weights = base.tuned_weights(header.adapter, read_tensors(path, AVERAGED))
     except ValueError as error:
         raise UserError(
             f"{path} does not fit the model that it names as its base: load it with the code that its version ships"

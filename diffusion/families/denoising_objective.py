@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffusion.common.random import GaussianNoise, uniform
 from diffusion.families.ddpm.network import TIMES, sinusoidal
+from diffusion.families.fine_tuning import TrainableSubset
 from diffusion.families.model import Conditioning, OptimizerStep, TrainingBatch, TrainingObjective
 from diffusion.families.vae.network import Latents, latent_shape
 from diffusion.process.config import ObjectiveConfig
@@ -63,7 +64,7 @@ class DenoisingObjective(TrainingObjective):
         return TrainingBatch(x0, conditioning, {"noise": noise, "t": t, "dropout_seeds": seeds})
 
     def losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
-        """Compute the weighted error of each image."""
+        """Compute the weighted error of each image, with that of the prior in training."""
         x0, random, center = batch.x0, batch.random, batch.conditioning.get("low")
         if center is None and self.center is not None:
             if x0.device not in self._centers:  # each copy would wait for the device
@@ -74,8 +75,17 @@ class DenoisingObjective(TrainingObjective):
                 # Not cached: encoding takes 5 to 20 % of a step, while cached latents could go stale, would be needed
                 # twice for mirrored images, and would have to be deleted when images are taken down.
                 x0 = self.autoencoder.encode(x0)
-        predict = partial(network, draws=random.get("dropout_seeds"), **batch.conditioning)
-        return self.objective.loss(predict, x0, random["t"], random["noise"], center, batch.pixel_weights)
+        times, noise, draws = random["t"], random["noise"], random.get("dropout_seeds")
+        predict = partial(network, draws=draws, **batch.conditioning)
+        losses = self.objective.loss(predict, x0, times, noise, center, batch.pixel_weights)
+        if batch.prior is None:
+            return losses
+        assert isinstance(network, TrainableSubset)
+        assert self.config.prior is not None
+        teacher = partial(network.base, **batch.prior)
+        predict = partial(network, draws=draws, **batch.prior)
+        prior_losses = self.objective.loss(predict, x0, times, noise, center, teacher=teacher)
+        return losses + self.config.prior.weight * prior_losses
 
     def validation_metrics(self, network: nn.Module, batch: TrainingBatch, losses: Tensor) -> dict[str, float]:
         """Compute the mean loss at each of ``LEVELS`` parts of the distribution of noise levels."""

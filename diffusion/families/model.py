@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from diffusion.common.errors import UserError
 from diffusion.common.fingerprint import autocast
 from diffusion.common.shapes import shape_name
+from diffusion.families.adapters import AdapterConfig
 from diffusion.families.base import BaseFamilyConfig, classes_of
 from diffusion.families.fine_tuning import (
     TrainableSubset,
@@ -24,7 +25,6 @@ from diffusion.families.fine_tuning import (
     train_parameters,
 )
 from diffusion.families.header import ModelHeader
-from diffusion.families.lora import LoRAConfig
 from diffusion.families.text_encoder import (
     MINI_LM,
     CaptionEncoder,
@@ -211,42 +211,43 @@ class Model(ABC):
         """Return the model for a training on ``classes``, which may be some of its own."""
         return self
 
-    def caption_encoder(self, lora: LoRAConfig | None) -> CaptionEncoder:
-        """Choose the encoder of captions in training; UserError if ``lora`` adapts a text encoder that cannot be."""
+    def caption_encoder(self, adapter: AdapterConfig | None) -> CaptionEncoder:
+        """Choose the encoder of captions in training; UserError if ``adapter`` adapts a text encoder that cannot be."""
         return MINI_LM
 
     def adapter_layers(self, layers: set[str], targets: Sequence[str] | None, text_encoder: bool) -> set[str]:
-        """Choose the linear and convolutional ``layers`` of the network that low-rank matrices adapt.
+        """Choose the linear and convolutional ``layers`` of the network that an adapter changes.
 
         Args:
             layers: Their names.
-            targets: ``LoRAConfig.target_modules``.
+            targets: ``AdapterConfig.target_modules``.
             text_encoder: Whether layers of its text encoder are adapted as well.
         """
         return select_layers(layers, targets, layers)
 
     def trained_names(self) -> set[str]:
-        """Name the parameters that training changes without low-rank matrices."""
+        """Name the parameters that training changes without an adapter."""
         return {name for name, _ in self.network.named_parameters()}
 
-    def make_trainable(self, lora: LoRAConfig | None) -> TrainableSubset:
-        """Freeze a copy of the network except low-rank matrices, or without ``lora`` what training changes.
+    def make_trainable(self, adapter: AdapterConfig | None) -> TrainableSubset:
+        """Freeze a copy of the network except an adapter, or without one what training changes.
 
         The copy shares its frozen weights. Raises UserError if peft is not installed or a target is not a linear or
         convolutional layer.
         """
-        if lora is None:
+        if adapter is None:
             return train_parameters(self.network, self.trained_names())
-        layers = {name for name, module in self.network.named_modules() if is_adaptable(module)}
-        return train_adapters(self.network, lora, self.adapter_layers(layers, lora.target_modules, lora.text_encoder))
+        layers = {name for name, module in self.network.named_modules() if is_adaptable(module, adapter)}
+        layers = self.adapter_layers(layers, adapter.target_modules, adapter.text_encoder)
+        return train_adapters(self.network, adapter, layers)
 
-    def tuned_weights(self, lora: LoRAConfig | None, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def tuned_weights(self, adapter: AdapterConfig | None, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute the weights that differ after training, by name, from the ``trained`` tensors.
 
         Raises ValueError for tensors that do not fit.
         """
-        if lora is not None:
-            return merge_adapters(self.network, lora, trained)
+        if adapter is not None:
+            return merge_adapters(self.network, adapter, trained)
         names = self.trained_names() if self.has_frozen_parts else set()
         if names != set(trained) or any(trained[n].shape != self.network.get_parameter(n).shape for n in names):
             raise ValueError("tensors of another network")
@@ -311,6 +312,8 @@ class TrainingBatch:
     int64."""
     pixel_weights: Tensor | None = None
     """Weights of the pixels of the images in the loss, (N, 1, H, W) float32, 0 or more; None: all are 1."""
+    prior: Conditioning | None = None
+    """Conditioning for which an adapted network is to predict what its base does; None: for none."""
 
     def to(self, device: torch.device) -> "TrainingBatch":
         """Copy the batch to ``device``, asynchronously on a GPU."""
@@ -324,11 +327,12 @@ class TrainingBatch:
         return [self._map(lambda values, n=n: values.tensor_split(count)[n]) for n in range(count)]  # type: ignore[misc]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "TrainingBatch":
-        conditioning, random = (
-            {name: change(values) for name, values in tensors.items()} for tensors in (self.conditioning, self.random)
+        conditioning, random, prior = (
+            {name: change(values) for name, values in tensors.items()}
+            for tensors in (self.conditioning, self.random, self.prior or {})
         )
         weights = None if self.pixel_weights is None else change(self.pixel_weights)
-        return TrainingBatch(change(self.x0), conditioning, random, weights)
+        return TrainingBatch(change(self.x0), conditioning, random, weights, prior or None)
 
 
 @runtime_checkable

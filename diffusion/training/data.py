@@ -21,7 +21,7 @@ from diffusion.data.latents import LatentCache
 from diffusion.data.manifest import read_manifest
 from diffusion.data.shards import ShardCache, ShardStore
 from diffusion.families.model import Model
-from diffusion.families.text_encoder import CaptionEncoder
+from diffusion.families.text_encoder import CaptionEncoder, Encoding
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import Ranks
 
@@ -90,6 +90,22 @@ def encode_captions(
         return Captions(none, numbers, encoding, texts)
     encodings = encode_texts(dataset, texts.texts, readers, progress, encoding) if ranks.is_main else {}
     return Captions(ranks.broadcast_tensors(encodings), numbers, encoding, texts)
+
+
+def encode_prior(config: TrainingConfig, captions: Captions | None, readers: Executor | None) -> Encoding | None:
+    """Encode the prompt of ``config.prior``, without ``readers`` as none; None: there is no prior.
+
+    Raises UserError if an option is about captions, and the network has none.
+    """
+    if captions is None:
+        for name in ("prior", "tags"):
+            if getattr(config, name) is not None:
+                raise UserError(f"training.{name} is about captions, and the network has none: leave it out")
+    if captions is None or config.prior is None:
+        return None
+    if config.prior.prompt is None or readers is None:
+        return captions.encoding.none
+    return captions.encoding.load()(config.prior.prompt)
 
 
 def encode_latents(

@@ -70,7 +70,7 @@ class Preflight(Config):
     """Number format of matrix products, and why."""
     parameters: int
     frozen: int
-    """Parameters that training does not change: those below low-rank matrices, and an autoencoder's."""
+    """Parameters that training does not change: those below an adapter, and an autoencoder's."""
     flops: int
     """Floating-point operations per image of a training step, forward and backward."""
     state_bytes: int
@@ -241,15 +241,15 @@ def muon_size(matrices: Iterable[nn.Parameter], threads: int) -> int:
 
 
 def state_size(
-    parameters: int, averages: int, threads: int, others: int = 0, matrices: int = 0, frozen: int = 0
+    parameters: int, averages: int, threads: int, others: int = 0, matrices: int = 0, frozen: int = 0, moments: int = 2
 ) -> tuple[int, int]:
-    """Compute the bytes of memory of a run without a batch, and of its checkpoint: weights, two moments, averages.
+    """Compute the bytes of memory of a run without a batch, and of its checkpoint: weights, ``moments`` and averages.
 
     Memory also holds gradients, per thread and in total, and a copy of the checkpoint while it is written. ``others``:
     trained parameters outside the network, which have no average; ``matrices``: weights of Muon, which has one moment;
     ``frozen``: weights that are not trained, which are in no checkpoint.
     """
-    checkpoint = parameters * (3 + averages) + others * 3 - matrices
+    checkpoint = parameters * (1 + moments + averages) + others * (1 + moments) - matrices
     return FLOAT * (2 * checkpoint + (parameters + others) * (1 + threads) + frozen), FLOAT * checkpoint
 
 
@@ -287,7 +287,7 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
         frozen += sum(weight.numel() for weight in state.network.network.parameters() if not weight.requires_grad)
     network, threads = meta_network(setup), thread_count(config, setup.ranks)
     averages = len(state.averages) + bool(state.guide)
-    memory, checkpoint = state_size(parameters, averages, threads, others, matrices, frozen)
+    memory, checkpoint = state_size(parameters, averages, threads, others, matrices, frozen, config.moments)
     if setup.captions is not None:
         memory += setup.captions.nbytes
     part = math.ceil(config.images_per_step / setup.ranks.count / threads)
@@ -295,10 +295,13 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
     half = resolve_precision(config.precision, setup.device) == "bf16"
     # One checkpoint is written before another is removed, and there may be one from a signal. A snapshot holds averages
     # and guide alone.
-    snapshots = math.ceil(checkpoints * averages / (3 + averages)) if config.ema_stds is not None else 0
+    snapshots = (
+        math.ceil(checkpoints * averages / (1 + config.moments + averages)) if config.ema_stds is not None else 0
+    )
     extra_files = config.keep_best + (checkpoints // config.keep_every if config.keep_every else 0)
     files = min(config.keep + extra_files, checkpoints) + 3 + snapshots
     latents = setup.autoencoder.space if setup.autoencoder else None
+    passes = 1 if config.prior is None else 2  # and one of the base, without gradients
     return Preflight(
         dataset=dataset.manifest.name,
         content_digest=dataset.manifest.content_digest,
@@ -312,9 +315,9 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
         arithmetic=describe_precision(config.precision, setup.device),
         parameters=parameters,
         frozen=frozen,
-        flops=count_flops(setup.model, dataset.shape, len(setup.classes), latents, network),
+        flops=passes * count_flops(setup.model, dataset.shape, len(setup.classes), latents, network),
         state_bytes=memory,
-        activation_bytes=images_at_once * activation_size(setup, network) // (2 if half else 1),
+        activation_bytes=images_at_once * passes * activation_size(setup, network) // (2 if half else 1),
         images_at_once=images_at_once,
         optimizer_bytes=max(muon_size(step.matrices, threads) for step in state.steps) if muon else 0,
         disk_bytes=checkpoint * files,

@@ -170,7 +170,7 @@ def _rank_cost(setup: TrainingSetup, activations: int) -> RankCost:
             weights=size + _size(frozen) + (setup.captions.nbytes if setup.captions else 0),
             # Gradients of each thread and their sum, or of the own shards.
             gradients=size * (1 + threads if group == 1 else 1),
-            optimizer=2 * size - (_size(matrices) if has_muon else 0),
+            optimizer=config.moments * size - (_size(matrices) if has_muon else 0),
             averages=average_bytes * ((1 if config.ema_stds is None else len(config.ema_stds)) + setup.has_guide),
             gathered=gathered_bytes,
             activations=images_at_once * activations // (2 if half else 1),

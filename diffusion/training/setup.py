@@ -33,7 +33,7 @@ from diffusion.generation.generate import check_sampling_options, conditions_of
 from diffusion.generation.super_resolution import GenerationTask, add_conditioning_noise, task_of
 from diffusion.process.samplers import SamplingConfig
 from diffusion.training.config import TrainingConfig
-from diffusion.training.data import encode_captions, encode_latents
+from diffusion.training.data import encode_captions, encode_latents, encode_prior
 from diffusion.training.distributed import Ranks
 from diffusion.training.identity import data_digest, identity_fields, train_key
 from diffusion.training.starting_models import MEASURED, identify_base, load_autoencoder, load_initial
@@ -67,9 +67,11 @@ class TrainingSetup:
     initial: Model | None
     """Model with the initial weights; None: they are random."""
     base: Base | None = None
-    """The file of ``initial``, of whose weights a part is trained, or low-rank matrices; None: all weights are."""
+    """The file of ``initial``, of whose weights a part is trained, or an adapter; None: all weights are."""
     latents: Callable[..., Tensor] | None = None
     """Latents of the images in rows, mirrored or not, as ``LatentCache.select_rows``; None: training is on images."""
+    prior_prompt: Encoding | None = None
+    """The prompt of ``training.prior``, or of none; None: there is no prior."""
 
     @cached_property
     def device(self) -> torch.device:
@@ -129,11 +131,11 @@ class TrainingSetup:
     def make_network(self, gradient_checkpointing: bool = False) -> nn.Module:
         """Build the network with its first weights; ``gradient_checkpointing`` as in TrainingConfig.
 
-        Low-rank matrices are random, as are all weights without initial ones.
+        An adapter is random, as are all weights without initial ones.
         """
         family = family_of(self.model)
         if self.base is not None and self.initial is not None:
-            partly_trained = self.initial.make_trainable(self.config.lora)
+            partly_trained = self.initial.make_trainable(self.config.adapter)
             if gradient_checkpointing:
                 family.checkpoint_gradients(partly_trained.network)
             return partly_trained.train(not family.trains_in_evaluation_mode)
@@ -185,6 +187,15 @@ class TrainingSetup:
         share = self.config.condition_dropout if self.model.has_null_class else 0.0
         return drop_conditioning(conditioning, u, share, len(self.classes), no_text)
 
+    def with_prior(self, inputs: TrainingBatch) -> TrainingBatch:
+        """Add the conditioning of ``training.prior``, its prompt without a class, if there is one."""
+        if self.prior_prompt is None:
+            return inputs
+        u = torch.zeros(len(inputs.x0), dtype=torch.float64)
+        return replace(
+            inputs, prior=drop_conditioning(inputs.conditioning, u, 1.0, len(self.classes), self.prior_prompt)
+        )
+
     def sample_grid_conditions(self) -> Conditions:
         """The conditions of a sample grid: captions of held-out images if the model uses captions."""
         if self.captions is None:
@@ -228,7 +239,7 @@ class TrainingSetup:
         if self.base is not None and self.initial is not None:
             network = share(self.initial.network)
             weights = {name: value.to(CPU) for name, value in weights.items()}
-            update = self.initial.tuned_weights(self.config.lora, weights)
+            update = self.initial.tuned_weights(self.config.adapter, weights)
             network.load_state_dict(update, strict=False, assign=True)
         else:
             with torch.device("meta"):
@@ -259,7 +270,7 @@ class TrainingSetup:
             encoder=family.text_encoder(self.model),
             latents=self.autoencoder.space if self.autoencoder else None,
             base=self.base,
-            lora=self.config.lora,
+            adapter=self.config.adapter,
             images=images,
             training=identity_fields(self.config, self.model),
             **fields,
@@ -339,15 +350,16 @@ def make_setup(
         base, config = identify_base(initial, config, start)
         if initial.has_frozen_parts:
             model = initial.config
-        if config.lora is not None and autoencoder is not None:
+        if config.adapter is not None and autoencoder is not None:
             # With the moments that its frozen weights were trained with.
             assert isinstance(initial.autoencoder, Latents)
             autoencoder = initial.autoencoder
-        encoding = initial.caption_encoder(config.lora) if model.text else encoding
+        encoding = initial.caption_encoder(config.adapter) if model.text else encoding
         if (digest := initial.latents_digest) is not None:
             latents = encode_latents(initial, digest, dataset, config, readers, progress)
     captions = encode_captions(dataset, config, encoding, ranks, readers, progress) if model.text else None
-    setup = TrainingSetup(dataset, model, config, ranks, captions, autoencoder, initial, base, latents)
+    prior_prompt = encode_prior(config, captions, readers)
+    setup = TrainingSetup(dataset, model, config, ranks, captions, autoencoder, initial, base, latents, prior_prompt)
     check_conditions(setup.classes, model.text, sampling, setup.sample_grid_conditions())
     autoguides, has_guide = sampling.autoguides, setup.has_guide
     if config.student is not None:

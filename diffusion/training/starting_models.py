@@ -69,7 +69,7 @@ def identify_base(initial: Model, config: TrainingConfig, version: str | None) -
     Also returns the configuration with the digest of its weights in place of its path.
     """
     file = Path(config.init_from or "")
-    is_base = config.lora is not None or initial.has_frozen_parts
+    is_base = config.adapter is not None or initial.has_frozen_parts
     base = Base(sha256=sha256_file(file), version=version) if is_base else None
     return base, config.model_copy(update={"init_from": weights_digest(file)})
 

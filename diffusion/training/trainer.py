@@ -38,6 +38,7 @@ from diffusion.training.distributed import (
 from diffusion.training.ema import EMA, PREFIXES, exponential_decay, power_decay
 from diffusion.training.logging import TrainingLog
 from diffusion.training.muon import Muon
+from diffusion.training.prodigy import Prodigy
 from diffusion.training.setup import COUNTS, FINGERPRINT, TrainingSetup
 
 LOGS_PER_CHECKPOINT = 20
@@ -289,7 +290,7 @@ class Trainer:
         batch = self.loader.batch(state.images, self.total)
         conditioning = self.setup.training_conditioning(batch)
         inputs = self.objective.make_batch(self.setup.x0(batch), batch.indices, conditioning)
-        inputs = self.setup.with_masks(inputs, batch)
+        inputs = self.setup.with_prior(self.setup.with_masks(inputs, batch))
         t, inputs = inputs.random.get("t"), inputs.to(self.device)
         finite, norms = torch.ones((), dtype=torch.bool, device=self.device), []
         for step, optimizers, reducer in zip(state.steps, state.optimizers, self.reducers, strict=True):
@@ -407,9 +408,15 @@ class Trainer:
 
 
 def scheduled_learning_rate(config: TrainingConfig, images: int, total: int) -> float:
-    """Compute the learning rate after ``images`` of ``total``: a linear warm-up, then a cosine to zero."""
-    warmup = min(1.0, (images + config.images_per_step) / max(config.warmup_images, 1))
-    return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(images / total, 1.0)))
+    """Compute the learning rate after ``images`` of ``total``: a linear warm-up, then the configured decay."""
+    warmup, share = min(1.0, (images + config.images_per_step) / max(config.warmup_images, 1)), min(images / total, 1.0)
+    match config.learning_rate_decay:
+        case "cosine":
+            return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * share))
+        case "linear":
+            return config.learning_rate * warmup * (1 - share)
+        case "constant":
+            return config.learning_rate * warmup
 
 
 def thread_count(config: TrainingConfig, ranks: Ranks) -> int:
@@ -422,8 +429,10 @@ def thread_count(config: TrainingConfig, ranks: Ranks) -> int:
 def make_optimizers(
     step: OptimizerStep, config: TrainingConfig, betas: tuple[float, float]
 ) -> dict[str, torch.optim.Optimizer]:
-    """Make AdamW for the parameters of ``step``, and Muon for its matrices if configured."""
+    """Make AdamW for the parameters of ``step``, and Muon for its matrices if configured, or Prodigy for all."""
     name, muon = next(iter(step.modules)), {id(matrix) for matrix in step.matrices if config.optimizer == "muon"}
+    if config.optimizer == "prodigy":
+        return {f"prodigy.{name}.": Prodigy(step.parameters, config.learning_rate, betas, config.weight_decay)}
     adamw_parameters = [parameter for parameter in step.parameters if id(parameter) not in muon]
     optimizers: dict[str, torch.optim.Optimizer] = {
         f"adamw.{name}.": torch.optim.AdamW(

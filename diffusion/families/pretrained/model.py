@@ -16,12 +16,12 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.common.fingerprint import CPU
 from diffusion.common.shapes import shape_name
+from diffusion.families.adapters import AdapterConfig
 from diffusion.families.base import BaseFamilyConfig
 from diffusion.families.denoising_objective import DenoisingObjective
 from diffusion.families.diffusion_model import DiffusionModel, encode_known_part, make_unconditional, paste_kept
 from diffusion.families.fine_tuning import select_layers
 from diffusion.families.header import ModelHeader
-from diffusion.families.lora import LoRAConfig
 from diffusion.families.model import Conditioning, ConditioningBatch, TrainingObjective, to_uint8
 from diffusion.families.pretrained.config import DiffusersConfig
 from diffusion.families.pretrained.network import PipelineNetwork, parts_digest, tensor_names
@@ -135,13 +135,13 @@ class PretrainedModel(DiffusionModel):
         self.network.set_classes(config)
         return replace(self, header=self.header.model_copy(update={"model": config}))
 
-    def caption_encoder(self, lora: LoRAConfig | None) -> CaptionEncoder:
+    def caption_encoder(self, adapter: AdapterConfig | None) -> CaptionEncoder:
         """Choose tokens where the pipeline's text encoder is trained, else what the denoiser is shown."""
         network = self.network
-        if lora is not None and lora.text_encoder:
+        if adapter is not None and adapter.text_encoder:
             if not self.pipeline.text_adapter_targets:
                 raise UserError(
-                    f"training.lora.text_encoder adapts that of Stable Diffusion, and not those of a "
+                    f"training.adapter.text_encoder adapts that of Stable Diffusion, and not those of a "
                     f"{self.config.pipeline}: leave it out"
                 )
 

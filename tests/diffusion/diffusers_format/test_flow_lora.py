@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusion.diffusers_format.adapter import export_adapter
 from diffusion.diffusers_format.export import export_to_diffusers
 from diffusion.diffusers_format.import_model import ImportParts, import_file
 from diffusion.diffusers_format.import_pipeline import import_pipeline
-from diffusion.diffusers_format.lora import LoRAFormat, export_adapter
+from diffusion.families.adapters.base import AdapterFormat
 from diffusion.families.header import Origin
 from diffusion.process.samplers import sampling_config
 from tests.builders.adapters import write_adapter
@@ -37,7 +38,7 @@ def images(folder: Path, lora: Path | None = None) -> Tensor:
 @pytest.mark.parametrize("file_format", ["diffusers", "kohya"])
 @pytest.mark.parametrize("kind", [kind for kind in FLOW_MAKERS if kind != "pixart_sigma"])  # diffusers loads none
 def test_diffusers_generates_the_images_of_the_merged_pipeline(
-    tmp_path: Path, kind: str, file_format: LoRAFormat
+    tmp_path: Path, kind: str, file_format: AdapterFormat
 ) -> None:
     folder, base = FLOW_MAKERS[kind](tmp_path / "pipeline"), tmp_path / "base.safetensors"
     import_pipeline(folder, base, Origin(source="tiny", licence="openrail"))

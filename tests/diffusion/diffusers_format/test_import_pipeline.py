@@ -24,9 +24,9 @@ from diffusion.checkpoints import (
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_file
 from diffusion.common.model_files import read_header
+from diffusion.families.adapters import LoRAConfig
 from diffusion.families.config import DiffusersConfig
 from diffusion.families.header import Base, Origin
-from diffusion.families.lora import LoRAConfig
 from diffusion.generation.generate import sample
 from diffusion.process.samplers import sampling_config
 
@@ -171,7 +171,7 @@ def test_a_pipeline_that_was_adapted_is_exported_with_other_weights_in_that_comp
     before = load_file(folder / UNET)[f"{layer}.weight"]
     a, b = torch.randn(2, before.shape[1]), torch.randn(before.shape[0], 2)
     about = read_model_header(base).model_copy(
-        update={"base": Base(sha256=link_base(base, tmp_path)), "lora": LoRAConfig(rank=2, alpha=1), "origin": None}
+        update={"base": Base(sha256=link_base(base, tmp_path)), "adapter": LoRAConfig(rank=2, alpha=1), "origin": None}
     )
     factors = {f"ema.unet.{layer}.lora_A.weight": a, f"ema.unet.{layer}.lora_B.weight": b}
     save_tensors(path := tmp_path / "adapter.safetensors", factors, {"model_header": about.model_dump(mode="json")})

@@ -46,9 +46,9 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from diffusion.diffusers_format.adapter import export_adapter  # noqa: E402
 from diffusion.diffusers_format.export import export_to_diffusers  # noqa: E402
 from diffusion.diffusers_format.import_pipeline import import_pipeline  # noqa: E402
-from diffusion.diffusers_format.lora import export_adapter  # noqa: E402
 from tests.builders import pipelines  # noqa: E402
 from tests.builders.flow_pipelines import FLOW_MAKERS  # noqa: E402
 
@@ -64,7 +64,7 @@ SHORT: dict[str, Any] = {
     "precision": "fp32",
 }
 MAKERS = {**pipelines.MAKERS, **FLOW_MAKERS}
-LORA: dict[str, Any] = {"lora": {"rank": 2, "alpha": 4}}
+LORA: dict[str, Any] = {"adapter": {"rank": 2, "alpha": 4}}
 LABELS = {"class_conditional": ("0", "1", "2"), "dit": ("ape", "goldfish")}
 FAST = {
     "ddpm": "whole",
@@ -315,7 +315,7 @@ def test_latents_are_of_each_image_and_its_mirror_image(
 @pytest.mark.slow
 def test_text_encoder_is_adapted_too(make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
     _, base = make_pipeline("stable_diffusion")
-    dataset, options = data(tmp_path, "stable_diffusion"), {"lora": LORA["lora"] | {"text_encoder": True}}
+    dataset, options = data(tmp_path, "stable_diffusion"), {"adapter": LORA["adapter"] | {"text_encoder": True}}
     whole = run(dataset, tmp_path / "whole", base, **options)
     begun, model = load_model(base), load_model(whole.final)
     before = begun.network.state_dict()
@@ -335,7 +335,7 @@ def test_adapter_in_diffusers_generates_the_same_images(
     if text_encoder and kind == "stable_diffusion_3":
         pytest.skip("one text encoder alone is adapted")
     folder, base = make_pipeline(kind)
-    lora = {"lora": {"rank": 2, "alpha": 3, "text_encoder": text_encoder}}
+    lora = {"adapter": {"rank": 2, "alpha": 3, "text_encoder": text_encoder}}
     final = run(data(tmp_path, kind), tmp_path / "run", base, **lora).final
     # A few steps change little: matrices as after many.
     generator = torch.Generator().manual_seed(0)
@@ -373,8 +373,9 @@ def test_adapter_in_diffusers_generates_the_same_images(
     [
         ("ddpm", {"optimizer": "adamw"}, "training.optimizer"),
         ("ddpm", {"shard": True}, "training.shard"),
-        ("stable_diffusion_3", {"lora": {"text_encoder": True}}, "text_encoder"),
-        ("dit", {"lora": {"target_modules": ["qkv"]}}, "to_q"),
+        ("ddpm", {"tags": {"shuffle": True}}, "training.tags"),
+        ("stable_diffusion_3", {"adapter": {"text_encoder": True}}, "text_encoder"),
+        ("dit", {"adapter": {"target_modules": ["qkv"]}}, "to_q"),
         ("dit", {"data": "ddpm"}, "knows the classes"),
         ("stable_diffusion", {"data": "without captions"}, "no captions"),
         ("ddpm", {"data": "grey"}, "generates images of 3×16×16"),
@@ -395,6 +396,15 @@ def test_what_makes_no_sense_is_named(
     config = TrainingConfig.model_validate(SHORT | {"init_from": str(base)} | arguments)
     with pytest.raises(UserError, match=words):
         preflight(dataset, DiffusersConfig(), config, SAMPLING)
+
+
+def test_tags_of_a_pipeline_s_captions_vary(make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    _, base = make_pipeline("stable_diffusion")
+    write_dataset(dataset := tmp_path / "tags", random_images(8, 3, 16), 8, captions=["red, circle, grey"] * 8)
+    with worker_threads(1) as pool:
+        trainer = trainer_of(dataset, base, pool, **LORA, condition_dropout=0, tags={"shuffle": True})
+        text = trainer.setup.training_conditioning(trainer.loader.batch(0))["states"]
+    assert len(text.unique(dim=0)) > 1
 
 
 def test_dry_run_estimates_and_writes_nothing(
@@ -427,7 +437,7 @@ def test_exported_pipeline_has_what_was_trained(
     theirs = getattr(pipe, model.config.imported.denoiser_name).state_dict()
     assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
     with pytest.raises(UserError, match="--to diffusers"):
-        export_adapter(final, tmp_path / "adapter")
+        export_adapter(final, tmp_path / "adapter", file_format="diffusers")
 
 
 SCRIPT = """

@@ -257,7 +257,7 @@ config:
     assert {"train.optimizer", "datasets[0].cache_latents_to_disk"} <= about["left"].keys()
     text = Path("params.yaml").read_text()
     assert "FLUX.1-dev" in text
-    assert '# lora: {"rank": 16, "alpha": 8' in text
+    assert '# adapter: {"rank": 16, "alpha": 8' in text
     assert run.json("ingest", "--local")["captions_found"]["captions"] == 0
     Path("params.yaml").unlink()
     # What is not valid here is left out with the reason, instead of a configuration that is not.
@@ -318,7 +318,7 @@ def test_status_says_that_nothing_runs(run: CommandLine) -> None:
             "data curate",
             "data compact",
         ),
-        *("model history", "model rollback", "model card", "model explain", "model export --to lora --out new"),
+        *("model history", "model rollback", "model card", "model explain", "model export --to adapter --out new"),
         *("model serve", "config validate"),
     ],
 )
