@@ -257,7 +257,7 @@ def _links(run: Retraining) -> dict[str, str]:
         written = datetime.fromtimestamp((folder / "report.html").stat().st_mtime, UTC)
         # A later retraining writes its own there.
         if run.begun is not None and run.ended is not None and run.begun <= written <= run.ended:
-            links["Report"] = f"reports/{folder.name}"
+            links["Report"] = folder.as_posix()
     with suppress(UserError):  # it ended before its first checkpoint
         links["In MLflow"] = run_page(MlflowClient(), find_tracker(run.params).run_id)
     return links
