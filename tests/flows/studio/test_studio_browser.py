@@ -406,7 +406,7 @@ def test_a_person_votes_browses_batches_and_rolls_back(
         expect(page.get_by_text("30 images of seed 7")).to_be_visible(timeout=30_000)
         expect(thumbnails).to_have_count(24)
         press(page, "Next page")
-        expect(page.get_by_text("images 25 to 30")).to_be_visible(timeout=30_000)
+        expect(page.get_by_text("images 24 to 29")).to_be_visible(timeout=30_000)
         expect(thumbnails).to_have_count(6)
         press(page, "Previous page")
         expect(thumbnails).to_have_count(24, timeout=30_000)
