@@ -331,9 +331,8 @@ def describe_page(model: str, batches: Sequence[ListedBatch], query: str, shown:
     where = "no image"
     if shown:
         # A whole batch shows its images by their numbers, which begin at 0.
-        numbered = not batches[1:] and not query.strip()
-        where = (
-            f"images {shown.start} to {shown.stop - 1}" if numbered else f"{shown.start + 1} to {shown.stop} of those"
-        )
+        is_numbered = not batches[1:] and not query.strip()
+        first, last = shown.start, shown.stop - 1
+        where = f"images {first} to {last}" if is_numbered else f"{first + 1} to {last + 1} of those"
     page = f"{where} with {query.strip()!r}" if query.strip() else where
     return f"<h2>{escape(title)}</h2><p>{escape(count)}: {escape(page)}</p>"
