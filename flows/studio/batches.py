@@ -332,7 +332,7 @@ def describe_page(model: str, batches: Sequence[ListedBatch], query: str, shown:
     if shown:
         # A whole batch shows its images by their numbers, which begin at 0.
         is_numbered = not batches[1:] and not query.strip()
-        first, last = shown.start, shown.stop - 1
-        where = f"images {first} to {last}" if is_numbered else f"{first + 1} to {last + 1} of those"
+        low, high = shown.start, shown.stop - 1
+        where = f"images {low} to {high}" if is_numbered else f"{low + 1} to {high + 1} of those"
     page = f"{where} with {query.strip()!r}" if query.strip() else where
     return f"<h2>{escape(title)}</h2><p>{escape(count)}: {escape(page)}</p>"

@@ -67,8 +67,15 @@ def send(client: httpx.Client, task: str, payload: bytes, name: str = "image.png
     """Send a file to the input of ``task``; to the editor's as image and as layer."""
     file = upload(client, payload, name)
     values: dict[str, object] = {"image": file, "imageeditor": canvas(file, file)}
-    if task == "canvas":
-        return trigger(client, lambda event: any(target[1] == "upload" for target in event["targets"]), values)
+    if task in ("canvas", "upload"):  # what comes into the editor is put on a canvas, another image is checked alone
+        return trigger(
+            client,
+            lambda event: (
+                any(target[1] == "upload" for target in event["targets"])
+                and bool(event["outputs"]) == (task == "canvas")
+            ),
+            values,
+        )
     return trigger(client, named(task), values)
 
 
@@ -103,7 +110,7 @@ def test_bombs_are_refused_in_one_line_without_memory(client: httpx.Client, bomb
 def test_other_formats_are_refused_under_any_name(client: httpx.Client, kind: str) -> None:
     payload = b"<svg xmlns='http://www.w3.org/2000/svg'/>" if kind == "text" else saved(Image.new("RGB", (8, 8)), kind)
     for name in ("image.png", "image.svg"):
-        for task in ("canvas", "inpaint", "img2img"):
+        for task in ("canvas", "upload", "inpaint", "img2img"):
             assert "not a PNG, JPEG or WebP file" in send(client, task, payload, name)["error"]
 
 
