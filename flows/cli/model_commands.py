@@ -457,6 +457,9 @@ def _table(ledger: "History") -> Iterator[str]:
     if ledger.head is None:
         yield f"the ledger of {ledger.model} is empty: the first verdict of `darkroom promote` starts it"
         return
+    reasons = [" ".join(entry.why.split()) for entry in ledger.entries]
+    longest = max(map(len, reasons))
+    length = longest if VERBOSITY.get() == "verbose" else MAX_REASON
     rows = [
         (
             str(entry.number),
@@ -464,13 +467,13 @@ def _table(ledger: "History") -> Iterator[str]:
             entry.who,
             entry.what,
             f"{entry.from_version or '–'} → {entry.to_version}" if entry.changes_champion else f"({entry.version})",
-            text
-            if VERBOSITY.get() == "verbose" or len(text := " ".join(entry.why.split())) <= MAX_REASON
-            else f"{text[:MAX_REASON]}…",
+            reason if len(reason) <= length else f"{reason[:length]}…",
         )
-        for entry in ledger.entries
+        for entry, reason in zip(ledger.entries, reasons, strict=True)
     ]
     yield from align_columns(rows)
     yield ", ".join(f"{title} {number or 'none'}" for title, number in ledger.alias_numbers.model_dump().items())
     count = "1 entry" if len(ledger.entries) == 1 else f"{len(ledger.entries)} entries"
     yield f"{count}, each verified against the one before; the last is sha256 {ledger.head.digest}"
+    if longest > length:
+        yield "`darkroom model history -v` shows the reasons whole"
