@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from diffusion.common.config import MAX_SIDE
+from diffusion.common.device import CPU
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
-from diffusion.common.fingerprint import CPU
 from diffusion.common.shapes import shape_name
 from diffusion.families.base import BaseFamilyConfig
 from diffusion.families.denoising_objective import DenoisingObjective
