@@ -61,9 +61,9 @@ def free_memory(device: torch.device) -> int:
 
 
 def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a ``tensor`` of the CPU to ``device``, which goes on while a GPU still computes; on the CPU it is itself."""
-    # Copies from pinned memory alone are asynchronous.
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    """Copy a ``tensor`` of the CPU to ``device`` without waiting for it; returns one that is there already."""
+    # Copies from pinned memory alone do not wait for all that a GPU has yet to do.
+    return tensor if tensor.device == device else tensor.pin_memory().to(device, non_blocking=True)
 
 
 class CopyToCPU:
