@@ -4,12 +4,12 @@ A workload is a function of a folder, shared by all of them, and the name of a d
 computed. Models that it starts from were trained on the CPU.
 """
 
-import hashlib
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+import diffusion
 from diffusion.checkpoints import load_model, read_model_header
 from diffusion.common.config import DeviceName
 from diffusion.common.device import resolve_device
@@ -27,22 +28,31 @@ from diffusion.evaluation.comparison import compare_with_champion
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.gate import GateConfig
-from diffusion.families.config import (
-    AutoregressiveConfig,
-    DiffusersConfig,
-    FamilyConfig,
-    GANConfig,
-    ModelConfig,
-    VAEConfig,
-)
-from diffusion.families.header import Origin
+from diffusion.families import family_of
+from diffusion.families.config import AutoregressiveConfig, DiffusersConfig, GANConfig, ModelConfig
 from diffusion.generation.config import Conditions, make_request
 from diffusion.generation.generate import reconstruct_images, sample
 from diffusion.generation.requests import answer
-from diffusion.process.samplers import SAMPLERS, SamplingConfig, sampling_config, with_sampler
+from diffusion.process.samplers import SAMPLERS, sampling_config, with_sampler
 from diffusion.training.config import DistillationConfig, TrainingConfig, student_training
 from diffusion.training.logging import read_metrics
 from diffusion.training.train import preflight, train
+from tests.builders.device_models import (
+    FEW,
+    SHAPE,
+    TRAINING,
+    TRAININGS,
+    TUNED,
+    UNET,
+    digest,
+    imported,
+    png,
+    sampling_of,
+    settings,
+    to_tensor,
+    trained,
+    write_data,
+)
 from tests.builders.masked import read_masked, write_masked
 from tests.builders.shapes import blob
 from tests.builders.simulated_device import STATE
@@ -51,102 +61,8 @@ from tests.builders.training_runs import Stop, StopAt
 
 Workload = Callable[[Path, DeviceName], dict[str, str]]
 
-SHAPE: dict[str, Any] = {"width": 16, "channel_mult": (1, 2), "blocks": 1, "attention": (1,), "heads": 1, "patch": 1}
-UNET = ModelConfig(**SHAPE)
-TRAINING = {
-    "images": 48,
-    "batch_size": 8,
-    "warmup_images": 8,
-    "checkpoints": 2,
-    "cpu_threads": 1,
-    "workers": 1,
-    "precision": "fp32",
-}
-TRAININGS: Mapping[str, tuple[str, FamilyConfig, dict[str, Any]]] = {
-    "ddpm": ("colours", UNET, {"flip": True}),
-    "ddpm dropout": ("colours", ModelConfig(**SHAPE, dropout=0.1), {"optimizer": "adamw", "micro_batch": 3}),
-    "learned variance": (
-        "grey",
-        ModelConfig(**SHAPE, schedule="cosine", prediction="epsilon", variance="learned_range"),
-        {"timestep_sampling": "uniform", "weighting": "min_snr", "ema_stds": (0.05, 0.1)},
-    ),
-    "zero snr": (
-        "grey",
-        ModelConfig(**SHAPE, schedule="linear", prediction="v_prediction", zero_terminal_snr=True),
-        {"weighting": "plain", "timestep_sampling": "uniform", "gradient_checkpointing": True},
-    ),
-    "text": ("captions", ModelConfig(**SHAPE, text=True), {"learned_uncertainty": True}),
-    "low resolution": ("colours", ModelConfig(**SHAPE, low_resolution=4), {}),
-    "vae": ("colours", VAEConfig(width=16, channel_mult=(1, 1), latent_channels=2), {}),
-    "gan": ("colours", GANConfig(width=8, channel_mult=(1, 2)), {}),
-    "autoregressive": ("grey", AutoregressiveConfig(width=8, layers=2), {}),
-}
-"""Data set, network and options of each training from random weights."""
-TUNED: Mapping[str, tuple[str, str, dict[str, Any]]] = {
-    "warm start": ("ddpm", "", {}),
-    "lora": ("ddpm", "", {"lora": {"rank": 2, "alpha": 4}, "learning_rate": 1e-2}),
-    "latent lora": ("latent", "", {"lora": {"rank": 2, "alpha": 4}, "learning_rate": 1e-2}),
-}
 EVALUATED = ("ddpm", "learned variance", "latent", "vae", "autoregressive")
 PIPELINES = ("ddpm", "class_conditional", "latent", "dit", "stable_diffusion", "stable_diffusion_3")
-FEW = {"steps": 3, "compute_batch": 4, "precision": "fp32"}
-
-
-def digest(*tensors: Tensor) -> str:
-    """SHA-256 of shapes, types and bytes."""
-    result = hashlib.sha256()
-    for tensor in tensors:
-        result.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.contiguous().numpy().tobytes())
-    return result.hexdigest()
-
-
-def write_data(folder: Path) -> None:
-    """Write the data sets that workloads use: of 8×8 pixels, grey or in colour, two classes, some captions."""
-    for name, mode in (("grey", "L"), ("colours", "RGB"), ("captions", "RGB"), ("large", "RGB")):
-        size = 16 if name == "large" else 8
-        if (folder / "data" / name).is_dir():
-            continue
-        pixels = [np.asarray(blob(number, size, mode)) for number in range(48)]
-        images = np.stack([each[None] if each.ndim == 2 else each.transpose(2, 0, 1) for each in pixels])
-        labels = [("even", "odd")[number % 2] for number in range(48)]
-        captions = [f"a {label} blob" if number % 5 else None for number, label in enumerate(labels)]
-        write_dataset(
-            folder / "data" / name,
-            images,
-            24,
-            labels=None if name == "grey" else labels,
-            captions=captions if name in ("captions", "large") else None,
-        )
-
-
-def trained(folder: Path, name: str, device: DeviceName) -> Path:
-    """Train the model ``name`` on ``device``, unless it is there; its file."""
-    output = folder / "runs" / device / name
-    if (final := output / "final.safetensors").is_file():
-        return final
-    data, network, options = settings(folder, name)
-    config = TrainingConfig.model_validate(TRAINING | options | {"dataset": data, "device": device})
-    return train(folder / "data" / data, output, network, config, sampling_of(network, device)).final
-
-
-def sampling_of(network: FamilyConfig, device: DeviceName) -> SamplingConfig:
-    """How few images are sampled in a few steps, if the family has any."""
-    return sampling_config(
-        **{key: value for key, value in FEW.items() if key != "steps" or "noise_levels" in network.abilities},
-        device=device,
-    )
-
-
-def settings(folder: Path, name: str) -> tuple[str, FamilyConfig, dict[str, Any]]:
-    """Data set, network and options of a training, whose initial weights are from the CPU."""
-    if name in TRAININGS:
-        return TRAININGS[name]
-    if name == "latent":
-        shape = SHAPE | {"channel_mult": (1,), "attention": ()}
-        return "colours", ModelConfig(**shape, autoencoder=str(trained(folder, "vae", "cpu"))), {}
-    start, _, options = TUNED[name]
-    data, network, _ = settings(folder, start)
-    return data, network, options | {"init_from": str(trained(folder, start, "cpu"))}
 
 
 def training(name: str) -> Workload:
@@ -289,12 +205,6 @@ def edits(folder: Path, device: DeviceName) -> dict[str, str]:
     return images
 
 
-def png(image: Image.Image) -> bytes:
-    """The file of an image."""
-    image.save(buffer := BytesIO(), "PNG")
-    return buffer.getvalue()
-
-
 def evaluation(name: str) -> Workload:
     """The workload of evaluating a model beside itself as the champion: each metric of the comparison."""
 
@@ -310,18 +220,6 @@ def evaluation(name: str) -> Workload:
         return {key: repr(value) for key, value in (evaluated.checkpoints[0].metrics() | compared.metrics()).items()}
 
     return work
-
-
-def imported(folder: Path, kind: str) -> Path:
-    """Import a pipeline of diffusers of this kind, unless it is there; its file."""
-    from diffusion.diffusers_format.import_pipeline import import_pipeline
-    from tests.builders import pipelines
-
-    path = folder / "pipelines" / kind / "model.safetensors"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        import_pipeline(pipelines.MAKERS[kind](path.parent / "pipeline"), path, Origin(source=kind))
-    return path
 
 
 def pipeline(kind: str) -> Workload:
@@ -391,7 +289,7 @@ def exported(folder: Path, device: DeviceName) -> dict[str, str]:
     images = {}
     for name, sampler, options in (
         ("ddpm", "dpmpp_2m_sde", {"labels": "even"}),
-        ("text", "ddim", {"prompts": "a blob", "guidance_scale": 2.0}),
+        ("text", "ddim", {"prompts": "a blob", "guidance_scale": 2.0, "eta": 0.5}),
         ("learned variance", "ddpm", {}),
     ):
         target = folder / "exported" / name
@@ -405,7 +303,60 @@ def exported(folder: Path, device: DeviceName) -> dict[str, str]:
         for source in ({}, {"generator": generator}) if sampler != "ddpm" else ({"generator": generator},):
             output = pipe(batch_size=2, output_type="np", **options, **source).images
             images[f"{name} {list(source)}"] = digest(torch.from_numpy(output))
+    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2)).to(resolve_device(device))
+    pipe = DarkroomPipeline.from_pretrained(folder / "exported" / "ddpm").to(resolve_device(device))
+    with torch.no_grad():
+        images["network"] = digest(pipe.unet(noise, 500, torch.full((2,), 1, device=noise.device)).sample.cpu())
     return images
+
+
+class Interrupt:
+    """Tracker that has a signal stop the training at the first log, unless it was stopped before."""
+
+    def __init__(self) -> None:
+        self.is_done = False
+
+    def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
+        if not self.is_done:
+            self.is_done = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def log_image(self, name: str, image: Image.Image, images: int) -> None:
+        assert image.width > 0
+
+    def sync(self) -> None:
+        pass
+
+
+def interruption(folder: Path, device: DeviceName) -> dict[str, str]:
+    """A training that a signal stops between two logs, and that goes on."""
+    changes = {"dataset": "colours", "device": device, "images": 160, "batch_size": 4, "checkpoints": 1}
+    network, tracker = ModelConfig(**SHAPE | {"channel_mult": (1,), "attention": ()}), Interrupt()
+    config, output = TrainingConfig.model_validate(TRAINING | changes), folder / "runs" / device / "interrupted"
+    arguments = folder / "data" / "colours", output, network, config, sampling_config(**FEW, device=device)
+    with suppress(SystemExit):
+        train(*arguments, track=lambda _: tracker)
+        raise AssertionError("it was not stopped")
+    final = train(*arguments, track=lambda _: tracker).final
+    losses = [row["loss"] for row in read_metrics(output / "history.csv") if "loss" in row]
+    return {name: digest(value) for name, value in load_file(final).items()} | {"losses": repr(losses)}
+
+
+def parts(folder: Path, device: DeviceName) -> dict[str, str]:
+    """Networks and the Python API, called without what the program always gives them."""
+    place, results = resolve_device(device), dict[str, Tensor]()
+    torch.manual_seed(0)
+    x, z, t = torch.randn(2, 1, 8, 8), torch.randn(2, 512), torch.tensor([3, 700])
+    for config in (GANConfig(width=8, channel_mult=(1, 2)), AutoregressiveConfig(width=8, layers=2)):
+        network = family_of(config).make_network(config, (1, 8, 8), 2).to(place)
+        with torch.no_grad():
+            inputs = x if config.family == "autoregressive" else z[:, : config.latent]
+            results[config.family] = network(inputs.to(place)).cpu()
+    model = load_model(trained(folder, "ddpm", "cpu"))
+    results["forward process"] = model.schedule.q_sample(x.to(place), t.to(place), x.to(place)).cpu()
+    generator = diffusion.load(trained(folder, "ddpm", "cpu"), **FEW).to(device)
+    images = [*generator.generate(count=2), *generator.generate(seed=1)]
+    return {name: digest(value) for name, value in results.items()} | {"API": digest(*map(to_tensor, images))}
 
 
 class WaitsBetweenLogs:
@@ -438,20 +389,21 @@ def waits_between_logs(folder: Path, name: str) -> list[list[str]]:
 
 
 WORKLOADS: Mapping[str, Workload] = {
+    "parts": parts,
+    "export": exported,
+    **{f"pipeline {kind}": pipeline(kind) for kind in PIPELINES},
+    "families": families,
+    "edits": edits,
     **{f"train {name}": training(name) for name in (*TRAININGS, "latent", *TUNED)},
+    "samplers": samplers,
+    **{f"evaluate {name}": evaluation(name) for name in EVALUATED},
+    "interrupt": interruption,
     "resume": resumption,
     "masks": masked,
     "dry run": planned,
     "distil": distillation({}),
     "distil guided": distillation({"guidance": 2.0}),
     "distil autoguided": distillation({"autoguidance": 2.0}),
-    "samplers": samplers,
-    "families": families,
-    "edits": edits,
-    **{
-        f"evaluate {name}": evaluation(name) for name in ("ddpm", "learned variance", "latent", "vae", "autoregressive")
-    },
-    **{f"pipeline {kind}": pipeline(kind) for kind in PIPELINES},
     "fine-tune ddpm": fine_tuning("ddpm"),
     "fine-tune dit": fine_tuning("dit", lora={"rank": 2, "alpha": 4}),
     "fine-tune latent": fine_tuning("latent"),
@@ -459,8 +411,8 @@ WORKLOADS: Mapping[str, Workload] = {
         "stable_diffusion", lora={"rank": 2, "alpha": 4, "text_encoder": True}, weighting="min_snr"
     ),
     "fine-tune stable_diffusion_3": fine_tuning("stable_diffusion_3", lora={"rank": 2, "alpha": 4}),
-    "export": exported,
 }
+"""All of them, the short ones first."""
 
 
 def main() -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from tests.builders import ROOT
-from tests.builders.device_workloads import TRAININGS, WORKLOADS
+from tests.builders.device_models import TRAININGS
+from tests.builders.device_workloads import WORKLOADS
 
 COMPUTE = """
 from tests.builders.simulated_device import register
@@ -122,6 +123,7 @@ def test_training_waits_for_the_log_alone(tmp_path: Path, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.long
 def test_each_workload_has_the_bits_of_the_cpu(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
     names = [name for name in WORKLOADS if name not in FAST]
     assert compute(tmp_path, *names) == {name: [] for name in names}
 
@@ -130,6 +132,7 @@ def test_each_workload_has_the_bits_of_the_cpu(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 def test_each_place_that_moves_a_tensor_is_needed_or_explained(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
     drill = [sys.executable, "-m", "tests.drills.device_places", str(tmp_path)]
     process = subprocess.run(drill, capture_output=True, text=True, cwd=ROOT)
     assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-3000:]
