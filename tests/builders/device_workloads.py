@@ -338,8 +338,9 @@ def interruption(folder: Path, device: DeviceName) -> dict[str, str]:
         train(*arguments, track=lambda _: tracker)
         raise AssertionError("it was not stopped")
     final = train(*arguments, track=lambda _: tracker).final
-    losses = [row["loss"] for row in read_metrics(output / "history.csv") if "loss" in row]
-    return {name: digest(value) for name, value in load_file(final).items()} | {"losses": repr(losses)}
+    # Steps without a finite loss are known after a copy that does not wait.
+    curve = [(row["loss"], row["skipped"]) for row in read_metrics(output / "history.csv") if "loss" in row]
+    return {name: digest(value) for name, value in load_file(final).items()} | {"curve": repr(curve)}
 
 
 def parts(folder: Path, device: DeviceName) -> dict[str, str]:
@@ -394,10 +395,10 @@ WORKLOADS: Mapping[str, Workload] = {
     **{f"pipeline {kind}": pipeline(kind) for kind in PIPELINES},
     "families": families,
     "edits": edits,
-    **{f"train {name}": training(name) for name in (*TRAININGS, "latent", *TUNED)},
     "samplers": samplers,
-    **{f"evaluate {name}": evaluation(name) for name in EVALUATED},
     "interrupt": interruption,
+    **{f"train {name}": training(name) for name in (*TRAININGS, "latent", *TUNED)},
+    **{f"evaluate {name}": evaluation(name) for name in EVALUATED},
     "resume": resumption,
     "masks": masked,
     "dry run": planned,
