@@ -5,7 +5,8 @@ python -m tests.drills.device_places FOLDER [PART OF A PLACE …]
 Each place in diffusion/ that moves a tensor, or makes one on a device, is left out in a process of its own, which then
 computes the workloads that get there (``tests.builders.device_workloads``) on the simulated device. The place is caught
 if one raises, gives other bits than the CPU, or waits for the device more often than before. All places are compiled
-in, and one is switched on, so that nothing is imported twice. FOLDER keeps what was found: the check resumes.
+in, and one is switched on, so that nothing is imported twice. FOLDER keeps what was found, and the check resumes: give
+it a new one when code has changed.
 """
 
 import ast
