@@ -5,9 +5,9 @@ computed. Models that it starts from were trained on the CPU.
 """
 
 import json
-import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -319,7 +319,8 @@ class Interrupt:
     def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
         if not self.is_done:
             self.is_done = True
-            os.kill(os.getpid(), signal.SIGTERM)
+            # To the thread that waits for signals, so that it wakes before the next log.
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     def log_image(self, name: str, image: Image.Image, images: int) -> None:
         assert image.width > 0

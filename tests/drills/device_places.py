@@ -41,6 +41,7 @@ EXPLAINED = {
     "diffusion/diffusers_format/pipeline.py: scheduler.alphas_cumprod": "diffusers makes the levels on the CPU",
     "diffusion/families/pretrained/model.py: scheduler.alphas_cumprod": "diffusers makes the levels on the CPU",
     "diffusion/families/pretrained/network.py: tokens.attention_mask": "only encoders that are told so read the mask",
+    "diffusion/families/gan/network.py: ((places": "made of what is on the device, and changes its type alone",
     "diffusion/families/fine_tuning.py": "adapters are merged on the CPU, and weights keep their type",
     "diffusion/process/objective.py: around.to(x0)": "the objective of the family has moved it, and it keeps the type",
     "diffusion/training/trainer.py: torch.ones(": "a CPU tensor without dimensions is an argument of the kernel",
