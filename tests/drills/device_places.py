@@ -39,6 +39,7 @@ SHARDED = "of networks that processes share, whose collectives the device lacks"
 EXPLAINED = {
     "diffusion/common/image_grids.py": "what the program shows is on the CPU already",
     "diffusion/diffusers_format/pipeline.py: scheduler.alphas_cumprod": "diffusers makes the levels on the CPU",
+    "diffusion/evaluation/metrics/held_out_loss.py: result.": "means of what stays on the device are the same",
     "diffusion/families/pretrained/model.py: scheduler.alphas_cumprod": "diffusers makes the levels on the CPU",
     "diffusion/families/pretrained/network.py: tokens.attention_mask": "only encoders that are told so read the mask",
     "diffusion/families/gan/network.py: ((places": "made of what is on the device, and changes its type alone",
