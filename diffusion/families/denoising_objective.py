@@ -1,12 +1,13 @@
 """The denoising objective of diffusion models, of images or of their latents."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from diffusion.common.device import copy_to_device
 from diffusion.common.random import GaussianNoise, uniform
 from diffusion.families.ddpm.network import TIMES, sinusoidal
 from diffusion.families.fine_tuning import TrainableSubset
@@ -43,7 +44,6 @@ class DenoisingObjective(TrainingObjective):
     """Encodes images into latents; None: noise is added to pixels."""
     center: Tensor | None
     """Mean of the images, (1, C, 1, 1), from which the network predicts the difference; None: 0."""
-    _centers: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     def make_batch(
         self, x0: Tensor, indices: Sequence[int], conditioning: Conditioning, probe: str | None = None
@@ -67,9 +67,7 @@ class DenoisingObjective(TrainingObjective):
         """Compute the weighted error of each image, with that of the prior in training."""
         x0, random, center = batch.x0, batch.random, batch.conditioning.get("low")
         if center is None and self.center is not None:
-            if x0.device not in self._centers:  # each copy would wait for the device
-                self._centers[x0.device] = self.center.to(x0.device)
-            center = self._centers[x0.device]
+            center = copy_to_device(self.center, x0.device)
         if self.autoencoder is not None:
             with torch.no_grad():
                 # Not cached: encoding takes 5 to 20 % of a step, while cached latents could go stale, would be needed

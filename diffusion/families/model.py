@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from diffusion.common.device import copy_to_device
 from diffusion.common.errors import UserError
 from diffusion.common.fingerprint import autocast
 from diffusion.common.shapes import shape_name
@@ -317,10 +318,7 @@ class TrainingBatch:
 
     def to(self, device: torch.device) -> "TrainingBatch":
         """Copy the batch to ``device``, asynchronously on a GPU."""
-        if device.type == "cpu":
-            return self
-        # Copies from pinned memory are asynchronous.
-        return self._map(lambda values: values.pin_memory().to(device, non_blocking=True))
+        return self._map(lambda values: copy_to_device(values, device))
 
     def split(self, count: int) -> list["TrainingBatch"]:
         """Split the batch into ``count`` parts of nearly equal size."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from humanize import naturalsize, precisedelta
 from pydantic import Field
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.common.config import Config, is_unset
+from diffusion.common.device import free_memory
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
 from diffusion.common.files import make_folder
@@ -364,8 +364,7 @@ def measure_pace(
 
 def warn_of_memory(preflight: Preflight, device: torch.device) -> None:
     """Warn if a run needs about as much memory as is free, or more."""
-    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-    if preflight.memory > free:
+    if preflight.memory > (free := free_memory(device)):
         advice = "lower training.micro_batch, or set training.gradient_checkpointing=true"
         if preflight.optimizer_bytes > preflight.activation_bytes:
             advice = "set training.optimizer=adamw, which needs no temporary tensors"

@@ -20,8 +20,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion.common.config import Config
+from diffusion.common.device import CPU
 from diffusion.common.errors import UserError
-from diffusion.common.fingerprint import CPU, resolve_precision
+from diffusion.common.fingerprint import resolve_precision
 from diffusion.families import family_of
 from diffusion.families.model import OptimizerStep, TrainingBatch
 from diffusion.training.distributed import (

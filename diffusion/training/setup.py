@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion.common.device import resolve_device
+from diffusion.common.device import CPU, compiles_by_default, resolve_device
 from diffusion.common.errors import UserError
-from diffusion.common.fingerprint import CPU, Fingerprint, fingerprint
+from diffusion.common.fingerprint import Fingerprint, fingerprint
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.random import uniform
 from diffusion.common.shapes import Shape
@@ -81,7 +81,7 @@ class TrainingSetup:
     @cached_property
     def compiled(self) -> bool:
         """Whether the network is compiled."""
-        return self.config.compile if self.config.compile is not None else self.device.type == "cuda"
+        return compiles_by_default(self.device) if self.config.compile is None else self.config.compile
 
     @cached_property
     def task(self) -> GenerationTask:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from diffusion.checkpoints import AUTOENCODER, GUIDE
-from diffusion.common.device import resolve_device
+from diffusion.common.device import CopyToCPU, resolve_device
 from diffusion.common.errors import DarkroomError
 from diffusion.common.fingerprint import autocast
 from diffusion.data.loader import Batch, Loader, make_order
@@ -157,9 +157,8 @@ class PendingStep(NamedTuple):
     images: int
     batch: Batch
     t: Tensor | None
-    finite: Tensor
-    """Whether loss and gradient are finite, on the CPU after ``copied``."""
-    copied: torch.cuda.Event | None
+    finite: CopyToCPU
+    """Whether loss and gradient are finite."""
 
 
 class Trainer:
@@ -222,7 +221,7 @@ class Trainer:
         self.window: list[Tensor] = []
         """Loss and gradient norm, (2,), of each step since the last ones were logged."""
         self.pending: deque[PendingStep] = deque()
-        self.lag = 1 if self.device.type == "cuda" else 0
+        self.lag = 0 if self.device.type == "cpu" else 1
         """Steps after which a step is checked for finiteness: checking at once would stall a GPU."""
 
     def train(self, log: TrainingLog | None, stop: Callable[[], bool], is_unlogged: bool = False) -> bool:
@@ -310,9 +309,7 @@ class Trainer:
             average.update(state.network, state.images // config.images_per_step)
         if state.guide and state.images <= self.setup.guide_images(self.total):
             state.update_guide()
-        finite_copy = finite.to("cpu", non_blocking=True)
-        event = torch.cuda.current_stream(self.device).record_event() if finite.is_cuda else None
-        self.pending.append(PendingStep(state.images, batch, t, finite_copy, event))
+        self.pending.append(PendingStep(state.images, batch, t, CopyToCPU(finite)))
         self.check_finite(self.lag)
         return loss, torch.stack(norms).amax()
 
@@ -373,9 +370,7 @@ class Trainer:
         state, config = self.state, self.config
         while len(self.pending) > lag:
             step = self.pending.popleft()
-            if step.copied is not None:
-                step.copied.synchronize()
-            if step.finite:
+            if step.finite.wait():
                 state.skipped_in_a_row = 0
                 continue
             state.skipped += 1

@@ -268,7 +268,7 @@ def plan(
         raise UserError(f"{requests} says how many images there are, one for each row: leave the count out")
     if requests is not None and (conditions.labels or conditions.prompts):
         raise UserError(f"{requests} says what each image is to show: leave labels and prompts out, or the table")
-    if config.runner == "threads" and config.workers > 1 and resolve_device(sampling.device).type == "cuda":
+    if config.runner == "threads" and config.workers > 1 and resolve_device(sampling.device).type != "cpu":
         raise UserError(
             f"batch_format.workers = {config.workers} does nothing on a GPU with runner = threads, as one chunk "
             "keeps it busy: set it to 1, or use processes"

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from diffusion.common.device import CPU
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
-from diffusion.common.fingerprint import CPU
 from diffusion.common.shapes import shape_name
 from diffusion.families.adapters import AdapterConfig
 from diffusion.families.base import BaseFamilyConfig

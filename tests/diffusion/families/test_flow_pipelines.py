@@ -14,8 +14,8 @@ import transformers
 from torch import Tensor
 
 from diffusion.checkpoints import load_model
+from diffusion.common.device import CPU
 from diffusion.common.errors import UserError
-from diffusion.common.fingerprint import CPU
 from diffusion.diffusers_format.import_pipeline import import_pipeline
 from diffusion.families.header import Origin
 from diffusion.families.model import ConditioningBatch
