@@ -23,8 +23,7 @@ from diffusion.common.model_files import METADATA_KEY, read_header, tensor_bytes
 from diffusion.families import family_of
 from diffusion.families.config import classes_of
 from diffusion.families.header import GUIDANCE_OPTIONS, Base, ModelHeader
-from diffusion.families.layers import use_channels_last
-from diffusion.families.model import Model
+from diffusion.families.model import Model, use_channels_last
 from diffusion.families.vae.network import Latents
 from diffusion.process.samplers import SamplingConfig
 

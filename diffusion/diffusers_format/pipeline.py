@@ -116,8 +116,7 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
         # The last step of Darkroom's samplers goes to the last estimate; schedulers end there too, or not quite.
         samples = (x0 / 2 + 0.5).clamp(0, 1)
         images: Any = samples if output_type == "pt" else samples.cpu().permute(0, 2, 3, 1).numpy()
-        if output_type == "pil":
-            images = self.numpy_to_pil(images)
+        images = self.numpy_to_pil(images) if output_type == "pil" else images
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

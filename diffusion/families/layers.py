@@ -1,6 +1,5 @@
 """Parts of networks that families share."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -21,14 +20,6 @@ class Upsample(nn.Module):
         """(N, C, H, W) to (N, C, 2H, 2W)."""
         out: Tensor = self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
         return out
-
-
-def use_channels_last(module: nn.Module) -> None:
-    """Arrange the weights of 2-D convolutions with channels last, in place; ``Module.to`` fails for 3-D ones."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.ndim == 4:
-            # Not by contiguous, which leaves the strides of kernels of one pixel, on which last bits depend.
-            tensor.data = tensor.data.to(memory_format=torch.channels_last)
 
 
 def pixels_per_position(patch: int, resolutions: int, size: int) -> int:

@@ -398,6 +398,14 @@ class TrainingObjective(ABC):
         return [OptimizerStep({"network": network}, partial(self.losses, network))]
 
 
+def use_channels_last(module: nn.Module) -> None:
+    """Arrange the weights of 2-D convolutions with channels last, in place; ``Module.to`` fails for 3-D ones."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.ndim == 4:
+            # Not by contiguous, which leaves the strides of kernels of one pixel, on which last bits depend.
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)
+
+
 def to_float(images: Tensor) -> Tensor:
     """Convert stored images, uint8, to float32 in [−1, 1]."""
     return images.float() / 127.5 - 1

@@ -24,8 +24,7 @@ from diffusion.families import family_of
 from diffusion.families.config import FamilyConfig, classes_of, shape_conflict, training_conflict
 from diffusion.families.fine_tuning import share
 from diffusion.families.header import Base, ModelHeader
-from diffusion.families.layers import use_channels_last
-from diffusion.families.model import Conditioning, Model, TrainingBatch, to_float
+from diffusion.families.model import Conditioning, Model, TrainingBatch, to_float, use_channels_last
 from diffusion.families.text_encoder import MINI_LM, Encoding
 from diffusion.families.vae.network import Latents
 from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions

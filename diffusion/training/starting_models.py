@@ -12,8 +12,7 @@ from diffusion.common.files import sha256_file
 from diffusion.data.dataset import Dataset
 from diffusion.families.config import FamilyConfig
 from diffusion.families.header import Base
-from diffusion.families.layers import use_channels_last
-from diffusion.families.model import Model, to_float
+from diffusion.families.model import Model, to_float, use_channels_last
 from diffusion.families.vae.network import Latents
 from diffusion.training.config import TrainingConfig
 from diffusion.training.identity import local_file

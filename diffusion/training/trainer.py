@@ -21,8 +21,7 @@ from diffusion.common.errors import DarkroomError
 from diffusion.common.fingerprint import autocast
 from diffusion.data.loader import Batch, Loader, make_order
 from diffusion.families import family_of
-from diffusion.families.layers import use_channels_last
-from diffusion.families.model import OptimizerStep, TrainingBatch, TrainingObjective
+from diffusion.families.model import OptimizerStep, TrainingBatch, TrainingObjective, use_channels_last
 from diffusion.training.checkpointing import write_together
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import (

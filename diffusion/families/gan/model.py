@@ -14,7 +14,6 @@ from diffusion.families.base import classes_of
 from diffusion.families.gan.config import GANConfig
 from diffusion.families.gan.network import AUGMENTING, Discriminator, Generator, augment
 from diffusion.families.header import ModelHeader
-from diffusion.families.layers import use_channels_last
 from diffusion.families.model import (
     Conditioning,
     ConditioningBatch,
@@ -23,6 +22,7 @@ from diffusion.families.model import (
     TrainingBatch,
     TrainingObjective,
     to_uint8,
+    use_channels_last,
 )
 from diffusion.families.vae.network import Latents
 from diffusion.process.config import ObjectiveConfig
