@@ -4,6 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from diffusion.checkpoints import read_model_header
@@ -15,6 +16,7 @@ from tests.docs.pages import blocks, of_program
 MODEL = ROOT / "examples" / "emoji.safetensors"
 
 
+@pytest.mark.slow
 def test_a_prompt_gives_an_image_of_its_colour_with_the_chosen_guidance(tmp_path: Path) -> None:
     assert MODEL.stat().st_size <= 10e6
     header = read_model_header(MODEL)

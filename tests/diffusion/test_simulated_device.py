@@ -108,6 +108,7 @@ def test_the_device_has_the_rules_of_cuda() -> None:
     assert set(answer["silent"].values()) == {0}, answer["silent"]
 
 
+@pytest.mark.slow
 def test_training_has_the_bits_of_the_cpu_and_waits_for_the_log_alone(tmp_path: Path) -> None:
     answer = compute(tmp_path, *FAST)
     assert_one_wait_per_log(answer.pop("waits ddpm"))

@@ -139,6 +139,7 @@ def test_a_pipeline_with_its_own_scheduler_meets_a_network(data: Path, model_fol
     assert "the candidate is sampled by scheduler, 4 steps" in reason
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_another_size_is_compared_at_that_of_the_data(
     data: Path, model_folder: Path, tmp_path: Path
 ) -> None:

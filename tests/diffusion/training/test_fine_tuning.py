@@ -66,7 +66,7 @@ SHORT: dict[str, Any] = {
 MAKERS = {**pipelines.MAKERS, **FLOW_MAKERS}
 LORA: dict[str, Any] = {"adapter": {"rank": 2, "alpha": 4}}
 LABELS = {"class_conditional": ("0", "1", "2"), "dit": ("ape", "goldfish")}
-FAST = {
+TRAINED = {
     "ddpm": "whole",
     "class_conditional": "lora",
     "latent": "whole",
@@ -75,7 +75,8 @@ FAST = {
     "stable_diffusion_3": "whole",
     **dict.fromkeys(FLOW_MAKERS, "lora"),
 }
-"""What of each kind is trained in the fast tests."""
+"""What of each kind is trained in all but the longest tests."""
+FAST = ("ddpm", "class_conditional", "stable_diffusion", "z_image")
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +124,12 @@ def conditions(kind: str) -> Conditions:
     ("kind", "lora"),
     [
         pytest.param(
-            kind, lora, id=f"{kind}-{name}", marks=[] if name == FAST[kind] else [pytest.mark.slow, pytest.mark.long]
+            kind,
+            lora,
+            id=f"{kind}-{name}",
+            marks=[pytest.mark.slow] * (kind not in FAST or name != trained) + [pytest.mark.long] * (name != trained),
         )
-        for kind in FAST
+        for kind, trained in TRAINED.items()
         for name, lora in (("lora", LORA), ("whole", {}))
     ],
 )

@@ -159,6 +159,7 @@ def test_predictions_for_the_class_stay_nearer_to_the_base(dataset: Path, base: 
     assert distances[1] < distances[0] / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [2])
 def test_prior_resumes_bit_for_bit(dataset: Path, base: Path, tmp_path: Path, threads: int) -> None:
     options: dict[str, Any] = {"cpu_threads": threads, "prior": {"prompt": PROMPT}}
