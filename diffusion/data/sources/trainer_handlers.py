@@ -152,4 +152,4 @@ TAGS: dict[str, Handler] = {
 
 
 ADAPTERS = {**dict.fromkeys(("lora", "locon"), "lora"), "dora": "dora", "lokr": "lokr"}
-"""Our kinds of adapters by the names of others. OFT of others rotates what layers put out, ours what they take in."""
+"""Kinds of adapters by the names of other trainers, whose OFT rotates what layers put out and not what they take in."""
