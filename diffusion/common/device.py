@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -54,6 +53,8 @@ def set_current_device(device: torch.device) -> None:
 
 def free_memory(device: torch.device) -> int:
     """Measure the bytes of memory that are free on ``device``."""
+    import psutil  # which a served version does without
+
     if device.type == "cpu":
         return psutil.virtual_memory().available
     free: int = torch.get_device_module(device).mem_get_info(device)[0]
