@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from diffusion.families.pretrained.flow_transformer import FlowTransformer, pack, unpack
+from diffusion.families.pretrained.flow_transformer import JOINT_ATTENTION, FlowTransformer, pack, unpack
 from diffusion.families.pretrained.pipeline import CLIP_TOKENIZERS, T5_TOKENIZERS
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class FluxPipeline(FlowTransformer):
         "tokenizer_2": T5_TOKENIZERS,
     }
     widths = ("joint_attention_dim", "pooled_projection_dim")
-    adapter_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    adapter_targets = JOINT_ATTENTION
     kohya_version = "flux1"
 
     @property

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from diffusion.families.pretrained.flow_transformer import LATENT_SIDE, PATCH, FlowTransformer, pack, unpack
+from diffusion.families.pretrained.flow_transformer import (
+    JOINT_ATTENTION,
+    LATENT_SIDE,
+    PATCH,
+    FlowTransformer,
+    pack,
+    unpack,
+)
 from diffusion.families.pretrained.pipeline import QWEN_TOKENIZERS
 
 if TYPE_CHECKING:
@@ -33,10 +40,7 @@ class Flux2KleinPipeline(FlowTransformer):
     widths = ("joint_attention_dim",)
     default_settings: ClassVar = {"is_distilled": False}
     # Blocks of both streams, then those of one, whose layers are fused.
-    adapter_targets = (
-        *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-        *("to_qkv_mlp_proj", "attn.to_out"),
-    )
+    adapter_targets = (*JOINT_ATTENTION, "to_qkv_mlp_proj", "attn.to_out")
     architecture = "flux-2-klein"
     kohya_version = "flux2"
 

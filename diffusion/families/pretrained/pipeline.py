@@ -110,10 +110,7 @@ def build(component: Component) -> Any:
         config = kind.config_class.from_dict(dict(component.config))
         config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
         return kind(config)
-    except (
-        *(TypeError, ValueError, KeyError, IndexError, AttributeError),
-        *(AssertionError, RuntimeError, ZeroDivisionError),
-    ) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         words = str(error).partition("\n")[0]
         raise UserError(
             f"no {component.kind} can be built from its configuration ({words}): is it of another version of diffusers?"
@@ -280,7 +277,7 @@ class Pipeline:
                     raise ValueError(f"{part} has {field_name}, which is not supported")
         for field_name in self.widths:
             if not isinstance(value := self.denoiser.config.get(field_name), int) or value < 1:
-                raise ValueError(f"{field_name} of its network is no whole number")
+                raise ValueError(f"{field_name} of its network is not a whole number")
         self.check_channels()
 
     def check_channels(self) -> None:
@@ -387,6 +384,8 @@ class Pipeline:
 
     def first_step(self, steps: int, strength: float) -> int:
         """Choose which of ``steps`` an edit of ``strength``, above 0 to 1, begins with, as diffusers does."""
+        if self.prediction == "flow_prediction":
+            return min(int(steps - steps * strength), steps - 1)
         return steps - max(1, int(steps * strength))
 
     def time_shift(self, steps: int, shape: tuple[int, int, int]) -> float:

@@ -29,10 +29,14 @@ class PixArtSigmaPipeline(Pipeline):
     widths = ("caption_channels",)
     renamed: ClassVar = {"Transformer2DModel": "PixArtTransformer2DModel"}
     denoiser_name = "transformer"
-    classes_field = "no classes"  # num_embeds_ada_norm is a number of times here
     # Of PixArt-α of 1,024 pixels, which is shown the size of its images.
     unsupported = (*Pipeline.unsupported, "use_additional_conditions")
     guidance = 4.5
+
+    @property
+    def network_classes(self) -> int | None:
+        """None, as it is conditioned on captions alone."""
+        return None
 
     def check_channels(self) -> None:
         """Raise ValueError unless denoiser, autoencoder and text encoder fit."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from threading import Lock
 from typing import TYPE_CHECKING, ClassVar
 
-from diffusion.families.pretrained.flow_transformer import FlowTransformer, pack, tokens_first, unpack
+from diffusion.families.pretrained.flow_transformer import JOINT_ATTENTION, FlowTransformer, pack, tokens_first, unpack
 from diffusion.families.pretrained.pipeline import QWEN_TOKENIZERS
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class QwenImagePipeline(FlowTransformer):
     unsupported = (*FlowTransformer.unsupported, "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
     latents_field = "z_dim"
     guidance = 4.0
-    adapter_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    adapter_targets = JOINT_ATTENTION
     architecture = "qwen-image"
     kohya_version = "qwen_image"
 
@@ -51,7 +51,7 @@ class QwenImagePipeline(FlowTransformer):
         config = self.autoencoder.config
         for name in ("temperal_downsample", "latents_mean", "latents_std"):
             if not isinstance(value := config.get(name), list | tuple):
-                raise ValueError(f"{name} of its autoencoder is no list")
+                raise ValueError(f"{name} of its autoencoder is not a list")
             if name != "temperal_downsample" and len(value) != config["z_dim"]:
                 raise ValueError(f"{name} of its autoencoder has {len(value)} numbers for {config['z_dim']} channels")
 

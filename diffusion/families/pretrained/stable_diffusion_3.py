@@ -43,10 +43,6 @@ class StableDiffusion3Pipeline(Pipeline):
         """Count the tokens of a padded prompt for the tokenizer ``name``."""
         return T5_LENGTH if name == "tokenizer_3" else super().tokenizer_length(network, name)
 
-    def first_step(self, steps: int, strength: float) -> int:
-        """Choose which of ``steps`` an edit of ``strength``, above 0 to 1, begins with, as diffusers does."""
-        return min(int(steps - steps * strength), steps - 1)
-
     @property
     def limiting_tokenizer(self) -> str:
         """Tokenizer that reads most of a prompt."""

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from diffusion.families.text_encoder import Encoding
 
 TIME_IDS = 6
-"""Numbers that say how an image was made: its height and width, the corner of its crop, and the size asked for."""
+"""Numbers that say how an image was made: its height and width, the corner of its crop, and the requested size."""
 
 
 class StableDiffusionXLPipeline(Pipeline):
     """Stable Diffusion XL (arXiv 2307.01952): a U-Net that is shown two CLIPs, and the size of its images.
 
-    It is told that images are as large as they are, and not cropped.
+    These numbers say that images are as large as they are, and not cropped.
     """
 
     kinds: ClassVar = {

@@ -24,7 +24,7 @@ class ZImagePipeline(FlowTransformer):
     """Z-Image (arXiv 2511.22699): one stream of tokens, of an image and of the states of its prompt by Qwen3.
 
     diffusers adds its ``guidance_scale`` times the difference to the guided prediction; as everywhere in Darkroom the
-    scale is one more, and 1 is no guidance.
+    scale is one more, and 1 does not guide.
     """
 
     kinds: ClassVar = {
@@ -51,7 +51,7 @@ class ZImagePipeline(FlowTransformer):
         self.check_text_width(cap_feat_dim=self.text_width())
         lengths = self.denoiser.config.get("axes_lens")
         if not isinstance(lengths, list | tuple) or not all(isinstance(n, int) and n <= MAX_POSITIONS for n in lengths):
-            raise ValueError(f"axes_lens of its network are no three numbers up to {MAX_POSITIONS}")
+            raise ValueError(f"axes_lens of its network are not three numbers up to {MAX_POSITIONS}")
         if len(lengths) != 3 or lengths[0] < 2 * self.text_length or min(lengths) < 1:
             raise ValueError(f"axes_lens of its network, {lengths}, are too few for a prompt of {self.text_length}")
 
