@@ -318,13 +318,14 @@ class TrainingBatch:
         if device.type == "cpu":
             return self
         # Copies from pinned memory are asynchronous.
-        return self._map(lambda values: values.pin_memory().to(device, non_blocking=True))
+        return self.map(lambda values: values.pin_memory().to(device, non_blocking=True))
 
     def split(self, count: int) -> list["TrainingBatch"]:
         """Split the batch into ``count`` parts of nearly equal size."""
-        return [self._map(lambda values, n=n: values.tensor_split(count)[n]) for n in range(count)]  # type: ignore[misc]
+        return [self.map(lambda values, n=n: values.tensor_split(count)[n]) for n in range(count)]  # type: ignore[misc]
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "TrainingBatch":
+    def map(self, change: Callable[[Tensor], Tensor]) -> "TrainingBatch":
+        """``change`` each tensor."""
         conditioning, random = (
             {name: change(values) for name, values in tensors.items()} for tensors in (self.conditioning, self.random)
         )

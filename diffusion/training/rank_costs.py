@@ -32,8 +32,9 @@ from diffusion.training.distributed import (
     shard_module,
     sum_over_replicas,
 )
-from diffusion.training.preflight import FLOAT, activation_size, meta_network, muon_size
+from diffusion.training.preflight import FLOAT, meta_network
 from diffusion.training.setup import TrainingSetup
+from diffusion.training.step_memory import StepMemory, measure_step, muon_size
 from diffusion.training.trainer import thread_count
 
 
@@ -130,21 +131,20 @@ def rank_costs(setup: TrainingSetup, world_size: int) -> RankCosts:
             f"training.batch_size = {batch} cannot be shared equally by {world_size} ranks: make it a multiple of "
             f"{world_size}"
         )
-    activations = activation_size(setup, meta_network(setup))
+    precision = {"precision": resolve_precision(setup.config.precision, setup.device)}
+    memory = measure_step(replace(setup, config=setup.config.model_copy(update=precision)))
     _ = replace(setup, ranks=Ranks(0, world_size)).shard  # raises
     sizes = [2**power for power in range(3, 13) if 2**power < world_size and batch % 2**power == 0]
     if setup.config.shard not in (True, False):
         sizes = [size for size in sizes if size % setup.config.shard == 0]
     setups = (replace(setup, ranks=Ranks(0, size)) for size in (*sizes, world_size))
-    return RankCosts(world_sizes=[_rank_cost(variant, activations) for variant in setups])
+    return RankCosts(world_sizes=[_rank_cost(variant, memory) for variant in setups])
 
 
-def _rank_cost(setup: TrainingSetup, activations: int) -> RankCost:
+def _rank_cost(setup: TrainingSetup, memory: StepMemory) -> RankCost:
     config, ranks = setup.config, setup.ranks
     images, threads = config.images_per_step // ranks.count, thread_count(config, ranks)
     part = math.ceil(images / threads)
-    images_at_once = threads * min(part, config.micro_batch or part)
-    half = resolve_precision(config.precision, setup.device) == "bf16"
     network = meta_network(setup)
     objective = family_of(setup.model).make_objective(setup.model_header(0), config, setup.autoencoder)
     steps, messages, gathered_bytes = objective.optimizer_steps(network), Counter[str](), 0
@@ -173,7 +173,7 @@ def _rank_cost(setup: TrainingSetup, activations: int) -> RankCost:
             optimizer=2 * size - (_size(matrices) if has_muon else 0),
             averages=average_bytes * ((1 if config.ema_stds is None else len(config.ema_stds)) + setup.has_guide),
             gathered=gathered_bytes,
-            activations=images_at_once * activations // (2 if half else 1),
+            activations=threads * memory.activations(min(part, config.micro_batch or part)),
             muon=max(muon_size(step.matrices, threads) for step in steps) if has_muon else 0,
             all_reduce=2 * messages["all_reduce"] * (replicas - 1) // replicas,
             all_gather=messages["all_gather"] * (group - 1),

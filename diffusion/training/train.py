@@ -30,6 +30,7 @@ from diffusion.training.data import open_dataset
 from diffusion.training.distributed import SINGLE_PROCESS, process_group
 from diffusion.training.interruption import interruptible
 from diffusion.training.logging import Tracker, TrainingLog, Validation
+from diffusion.training.memory_plan import MemoryPlan, MemoryPlans, make_plans, outline_setup
 from diffusion.training.preflight import (
     PREFLIGHT,
     Preflight,
@@ -208,7 +209,8 @@ def _begin_or_resume(trainer: Trainer, output: Path, sampling: SamplingConfig) -
             logger.warning("training.minutes = %g: %s", config.minutes, preflight.fewer_checkpoints)
         summary = dict(preflight.lines())
         logger.info("training on %s; %s, %s", *(summary[name] for name in ("images", "network", "length")))
-        warn_of_memory(preflight, setup.device)
+        if preflight.memory is not None:
+            warn_of_memory(preflight.memory, setup.device)
         require_disk(output, preflight.disk_bytes)
         shutil.rmtree(output / TRACKERS, ignore_errors=True)  # of another run whose checkpoints were deleted
         write_json(output / PREFLIGHT, preflight.model_dump(mode="json"))
@@ -220,9 +222,17 @@ def _begin_or_resume(trainer: Trainer, output: Path, sampling: SamplingConfig) -
 
 
 def preflight(
-    data: Path, model: FamilyConfig, config: TrainingConfig, sampling: SamplingConfig, store: ShardStore | None = None
+    data: Path,
+    model: FamilyConfig,
+    config: TrainingConfig,
+    sampling: SamplingConfig,
+    store: ShardStore | None = None,
+    memory: MemoryPlan | None = None,
 ) -> Preflight:
-    """Measure in a few seconds what ``train`` would do with the same arguments; writes nothing, and raises as it."""
+    """Measure in a few seconds what ``train`` would do with the same arguments; writes nothing, and raises as it.
+
+    ``memory`` is the plan of its memory, if it has been made.
+    """
     device, threads = resolve_device(config.device), thread_count(config, SINGLE_PROCESS)
     with (
         open_dataset(data, config, store) as dataset,
@@ -236,7 +246,18 @@ def preflight(
             reading = seconds_to_read(dataset, setup.captions.texts.texts, cores(), setup.captions.encoding)
         trainer = Trainer(setup, pool)
         with trainer.loader:
-            return make_preflight(trainer, measure_pace(setup, pool, sampling), reading)
+            return make_preflight(trainer, measure_pace(setup, pool, sampling), reading, memory)
+
+
+def estimate_memory(
+    data: Path, model: FamilyConfig, config: TrainingConfig, store: ShardStore | None = None
+) -> MemoryPlans:
+    """Compute what memory ``train`` with the same arguments takes here and on a GPU, and what fits into which.
+
+    Reads no weights, measures and writes nothing. Raises UserError as ``train`` for what it reads.
+    """
+    with open_dataset(data, config, store) as dataset:
+        return make_plans(outline_setup(dataset, model, config))
 
 
 def estimate_ranks(

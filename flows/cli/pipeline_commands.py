@@ -198,7 +198,7 @@ def _preflight(config: "Params", world_size: int | None) -> CommandOutput:
     from diffusion.data.manifest import read_manifest
 
     read_manifest(config.dataset_folder)
-    from diffusion.training.train import estimate_ranks, preflight
+    from diffusion.training.train import estimate_memory, estimate_ranks, preflight
     from flows.cli.dry_run import prepare_inputs
 
     with prepare_inputs(config, dry_run=True) as (config, store):
@@ -206,8 +206,14 @@ def _preflight(config: "Params", world_size: int | None) -> CommandOutput:
         if world_size is not None:
             costs = estimate_ranks(*sections, world_size, store)
             return CommandOutput(costs, costs.lines())
-        estimate = preflight(*sections, store)
-    return CommandOutput(estimate, [f"{name:10} {text}" for name, text in estimate.lines()])
+        memory = estimate_memory(*sections[:3], store)
+        if memory.here.peak > memory.free:
+            lines = [f"memory     {memory.here.summary}", "time       not measured, as it does not fit here"]
+            return CommandOutput({"memory_plans": memory.model_dump(mode="json")}, [*lines, *memory.lines()])
+        estimate = preflight(*sections, store, memory.here)
+    lines = [f"{name:10} {text}" for name, text in estimate.lines()]
+    value = estimate.model_dump(mode="json") | {"memory_plans": memory.model_dump(mode="json")}
+    return CommandOutput(value, [*lines, *memory.lines()])
 
 
 def _train_here(config: "Params", local: bool, restart: bool, mode: "Restart") -> CommandOutput | None:
