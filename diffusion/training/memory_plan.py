@@ -4,6 +4,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -18,10 +19,12 @@ from diffusion.common.fingerprint import resolve_precision
 from diffusion.data.caption_texts import list_texts
 from diffusion.data.dataset import Dataset
 from diffusion.data.latents import AT_ONCE
+from diffusion.data.shards import ShardStore
 from diffusion.families.config import FamilyConfig, shape_conflict, training_conflict
 from diffusion.families.header import Base
 from diffusion.families.lora import LoRAConfig
 from diffusion.training.config import TrainingConfig
+from diffusion.training.data import open_dataset
 from diffusion.training.distributed import SINGLE_PROCESS
 from diffusion.training.logging import VALIDATION_IMAGES
 from diffusion.training.setup import TrainingSetup
@@ -194,6 +197,17 @@ class MemoryPlans(Config):
             f"memory of a GPU in GiB, with {self.precision}; then how many images of a batch of {self.batch_size} fit"
         )
         return [f"{title} at once (training.micro_batch)", *table]
+
+
+def estimate_memory(
+    data: Path, model: FamilyConfig, config: TrainingConfig, store: ShardStore | None = None
+) -> MemoryPlans:
+    """Compute what memory ``train`` with the same arguments takes here and on a GPU, and what fits into which.
+
+    Reads no weights, measures and writes nothing. Raises UserError as ``train`` for what it reads.
+    """
+    with open_dataset(data, config, store) as dataset:
+        return make_plans(outline_setup(dataset, model, config))
 
 
 def make_plans(setup: TrainingSetup) -> MemoryPlans:

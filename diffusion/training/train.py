@@ -30,7 +30,7 @@ from diffusion.training.data import open_dataset
 from diffusion.training.distributed import SINGLE_PROCESS, process_group
 from diffusion.training.interruption import interruptible
 from diffusion.training.logging import Tracker, TrainingLog, Validation
-from diffusion.training.memory_plan import MemoryPlan, MemoryPlans, make_plans, outline_setup
+from diffusion.training.memory_plan import MemoryPlan
 from diffusion.training.preflight import (
     PREFLIGHT,
     Preflight,
@@ -40,7 +40,6 @@ from diffusion.training.preflight import (
     require_disk,
     warn_of_memory,
 )
-from diffusion.training.rank_costs import RankCosts, rank_costs
 from diffusion.training.run_folder import DISCARD_OR_MOVE, Restart, lock_folder, make_way, require_same_run
 from diffusion.training.setup import COUNTS, FINGERPRINT, make_setup
 from diffusion.training.trackers import TRACKERS, open_trackers, require_trackers
@@ -247,33 +246,6 @@ def preflight(
         trainer = Trainer(setup, pool)
         with trainer.loader:
             return make_preflight(trainer, measure_pace(setup, pool, sampling), reading, memory)
-
-
-def estimate_memory(
-    data: Path, model: FamilyConfig, config: TrainingConfig, store: ShardStore | None = None
-) -> MemoryPlans:
-    """Compute what memory ``train`` with the same arguments takes here and on a GPU, and what fits into which.
-
-    Reads no weights, measures and writes nothing. Raises UserError as ``train`` for what it reads.
-    """
-    with open_dataset(data, config, store) as dataset:
-        return make_plans(outline_setup(dataset, model, config))
-
-
-def estimate_ranks(
-    data: Path,
-    model: FamilyConfig,
-    config: TrainingConfig,
-    sampling: SamplingConfig,
-    world_size: int,
-    store: ShardStore | None = None,
-) -> RankCosts:
-    """Compute memory and messages of each of ``world_size`` processes that ``train`` with the same arguments.
-
-    Measures and writes nothing. Raises UserError as ``train``, and as ``rank_costs``.
-    """
-    with open_dataset(data, config, store) as dataset:
-        return rank_costs(make_setup(dataset, model, config, sampling, SINGLE_PROCESS), world_size)
 
 
 def check(

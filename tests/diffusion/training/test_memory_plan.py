@@ -14,9 +14,9 @@ from diffusion.data.dataset import Dataset
 from diffusion.families.config import DiffusersConfig, FamilyConfig, ModelConfig
 from diffusion.families.header import Origin
 from diffusion.training.config import TrainingConfig
-from diffusion.training.memory_plan import GIB, GPU_SIZES, MemoryPlans, outline_setup, plan_here
+from diffusion.training.memory_plan import GIB, GPU_SIZES, MemoryPlans, estimate_memory, outline_setup, plan_here
 from diffusion.training.preflight import warn_of_memory
-from diffusion.training.train import estimate_memory, preflight
+from diffusion.training.train import preflight
 from tests.builders.small_datasets import random_images, write_dataset
 from tests.builders.small_models import write_model
 from tests.builders.training_runs import CONFIG, MODEL, SAMPLING
