@@ -14,7 +14,16 @@ from diffusion.data.dataset import Dataset
 from diffusion.families.config import DiffusersConfig, FamilyConfig, ModelConfig
 from diffusion.families.header import Origin
 from diffusion.training.config import TrainingConfig
-from diffusion.training.memory_plan import GIB, GPU_SIZES, MemoryPlans, estimate_memory, outline_setup, plan_here
+from diffusion.training.memory_plan import (
+    GIB,
+    GPU_SIZES,
+    GPUPlan,
+    MemoryPlan,
+    MemoryPlans,
+    estimate_memory,
+    outline_setup,
+    plan_here,
+)
 from diffusion.training.preflight import warn_of_memory
 from diffusion.training.train import preflight
 from tests.builders.small_datasets import random_images, write_dataset
@@ -65,6 +74,7 @@ def test_no_weights_are_read(dataset: Path, base: Path) -> None:
     assert plan_here(outline_setup(Dataset.open(dataset), MODEL, config)) == whole
 
 
+@pytest.mark.slow
 def test_low_rank_matrices_and_all_weights_are_planned(dataset: Path, base: Path) -> None:
     adapted, _, whole, _ = plans(dataset, init_from=str(base), **LORA).gpus
     assert [adapted.name, whole.name] == ["LoRA 2", "all weights"]
@@ -142,9 +152,18 @@ def test_run_of_little_work_plans_nothing(
     assert "training.optimizer=adamw" in caplog.messages[-1]
 
 
-def test_table_has_a_row_for_each_gpu(dataset: Path) -> None:
-    title, kinds, *rows = plans(dataset).lines()
+def test_table_has_a_row_for_each_gpu() -> None:
+    image = MemoryPlan.model_validate(dict.fromkeys(MemoryPlan.model_fields, 3 * GIB) | {"encoders": 0})
+    gpus = [
+        GPUPlan(lora=rank, gradient_checkpointing=rank is None, image=image, images={size: size for size in GPU_SIZES})
+        for rank in (4, None)
+    ]
+    plans = MemoryPlans(here=image, free=0, precision="bf16", batch_size=16, gpus=gpus)
+    title, kinds, *rows = plans.lines()
     assert "GiB" in title
-    assert kinds.split() == ["all", "weights", "all", "weights,", "checkpointing"]
-    assert [row.split()[2] for row in rows if row.startswith("images on")] == [str(size) for size in GPU_SIZES]
+    assert kinds.split() == ["LoRA", "4", "all", "weights,", "checkpointing"]
+    assert [row.split()[2:] for row in rows if row.startswith("images on")] == [
+        [str(size), "GB", str(size), str(size)] for size in GPU_SIZES
+    ]
+    assert not any("encoders" in row for row in rows)
     assert len({len(row) for row in (kinds, *rows)}) == 1
