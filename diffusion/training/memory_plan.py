@@ -4,6 +4,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -218,7 +219,8 @@ def make_plans(setup: TrainingSetup) -> MemoryPlans:
     config, gpus, measured = setup.config, [], {}
     precision: Literal["bf16", "fp32"] = "fp32" if config.precision == "fp32" else "bf16"
     kinds = [config.lora]
-    if setup.initial is not None and "adapters" in setup.model.abilities and config.student is None:
+    has_adapters = "adapters" in setup.model.abilities and find_spec("peft") is not None
+    if setup.initial is not None and has_adapters and config.student is None:
         kinds = [config.lora or LoRAConfig(), None]
     for lora in kinds:
         for recomputes in (False, True) if "gradient_checkpointing" in setup.model.abilities else (False,):

@@ -82,6 +82,20 @@ def test_low_rank_matrices_and_all_weights_are_planned(dataset: Path, base: Path
     assert adapted.image.weights > whole.image.weights
 
 
+def test_student_has_its_teacher_beside_it(dataset: Path, base: Path) -> None:
+    options = {"init_from": str(base), "guide": None, "precision": "fp32"}
+    started, student = (
+        plan_here(
+            outline_setup(
+                Dataset.open(dataset), MODEL, TrainingConfig.model_validate(CONFIG.model_dump() | options | more)
+            )
+        )
+        for more in ({}, {"student": {"steps": 2, "guidance": 2.0}})
+    )
+    assert student.weights == started.weights  # the initial model of either
+    assert student.activations >= started.activations
+
+
 def test_half_precision_halves_most_activations(dataset: Path) -> None:
     full, half = (
         plan_here(outline_setup(Dataset.open(dataset), MODEL, CONFIG.model_copy(update={"precision": precision})))
