@@ -83,15 +83,11 @@ def test_low_rank_matrices_and_all_weights_are_planned(dataset: Path, base: Path
 
 
 def test_student_has_its_teacher_beside_it(dataset: Path, base: Path) -> None:
-    options = {"init_from": str(base), "guide": None, "precision": "fp32"}
-    started, student = (
-        plan_here(
-            outline_setup(
-                Dataset.open(dataset), MODEL, TrainingConfig.model_validate(CONFIG.model_dump() | options | more)
-            )
-        )
-        for more in ({}, {"student": {"steps": 2, "guidance": 2.0}})
+    fields = CONFIG.model_dump() | {"init_from": str(base), "guide": None, "precision": "fp32"}
+    configs = (
+        TrainingConfig.model_validate(fields | more) for more in ({}, {"student": {"steps": 2, "guidance": 2.0}})
     )
+    started, student = (plan_here(outline_setup(Dataset.open(dataset), MODEL, config)) for config in configs)
     assert student.weights == started.weights  # the initial model of either
     assert student.activations >= started.activations
 
