@@ -45,7 +45,7 @@ def main() -> None:
     model = load_model(args.base)
     network = model.config.model_dump(mode="json", exclude_defaults=True)
     shared = [f"model.{name}={json.dumps(value)}" for name, value in network.items()] + ["training.batch_size=64"]
-    adapted = [f"training.init_from={args.base.resolve()}", f"training.lora.rank={args.rank}"]
+    adapted = [f"training.init_from={args.base.resolve()}", f"training.adapter.rank={args.rank}"]
     settings_by_way = {
         "from scratch": shared,
         "LoRA": [*shared, *adapted, f"training.learning_rate={args.learning_rate}"],

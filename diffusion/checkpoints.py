@@ -23,7 +23,7 @@ from diffusion.common.model_files import METADATA_KEY, read_header, tensor_bytes
 from diffusion.families import family_of
 from diffusion.families.config import classes_of
 from diffusion.families.header import GUIDANCE_OPTIONS, Base, ModelHeader
-from diffusion.families.model import Model
+from diffusion.families.model import Model, use_channels_last
 from diffusion.families.vae.network import Latents
 from diffusion.process.samplers import SamplingConfig
 
@@ -129,8 +129,8 @@ def weights_digest(path: Path) -> str:
     header = read_model_header(path)
     digest = hashlib.sha256(header.model.model_dump_json().encode())
     if header.base is not None:
-        lora = header.lora and header.lora.model_dump(mode="json")
-        digest.update(canonical_json({"base": header.base.sha256, "lora": lora}).encode())
+        adapter = header.adapter and header.adapter.model_dump(mode="json")
+        digest.update(canonical_json({"base": header.base.sha256, "adapter": adapter}).encode())
     for name, value in sorted(read_tensors(path, AVERAGED).items()):
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(tensor_bytes(value))
@@ -223,7 +223,7 @@ def load_model(path: Path) -> Model:
 
     It also raises UserError for a file that is damaged, and for weights that are not finite.
 
-    A fine-tuned model is loaded with the one that it is based on, into whose weights low-rank matrices are merged.
+    A fine-tuned model is loaded with the one that it is based on, into whose weights its adapter is merged.
     """
     header = read_model_header(path)
     if header.base is not None:
@@ -248,7 +248,7 @@ def load_model(path: Path) -> Model:
             module.load_state_dict(tensors, strict=False)
         except RuntimeError as error:  # torch's message is a page long; the cause is always the same
             raise mismatch from error
-        module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        use_channels_last(module.eval().requires_grad_(False))
     files = read_pipeline_files(path, header) if header.origin else {}
     model: Model = family_of(header.model).make_model(header, modules[AVERAGED], modules.get(AUTOENCODER))
     return replace(model.with_files(files), guide=modules.get(GUIDE))
@@ -266,7 +266,7 @@ def outline_model(path: Path) -> Model:
     with torch.device("meta"), _SkipInitialization():
         modules = _modules(header)
     for module in modules.values():
-        module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        use_channels_last(module.eval().requires_grad_(False))
     files = read_pipeline_files(path, header) if header.origin else {}
     model: Model = family_of(header.model).make_model(header, modules[AVERAGED], modules.get(AUTOENCODER))
     return replace(model.with_files(files), guide=modules.get(GUIDE))
@@ -276,13 +276,15 @@ def _load_on_base(path: Path, header: ModelHeader, base: Model) -> Model:
     """Change the weights of ``base`` as the file at ``path`` says."""
     classes = classes_of(header.model, header.class_histogram)
     try:
-        if header.latents != base.header.latents or header.square != base.header.square:
+        if header.latents != base.header.latents:
+            raise ValueError
+        if header.square != base.header.square and not base.header.takes_other_sizes(header.square):
             raise ValueError
         # Training may use some of the classes of a pipeline.
         model = base.select_classes(classes) if set(classes) <= set(base.classes) else base
         if model.config != header.model or (model is base and classes != base.classes):
             raise ValueError
-        weights = base.tuned_weights(header.lora, read_tensors(path, AVERAGED))
+        weights = base.tuned_weights(header.adapter, read_tensors(path, AVERAGED))
     except ValueError as error:
         raise UserError(
             f"{path} does not fit the model that it names as its base: load it with the code that its version ships"

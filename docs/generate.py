@@ -145,8 +145,19 @@ def _fields(section: Schema, root: Schema, path: str) -> Iterator[str]:
         about = _prose(field.get("description", ""))
         yield _rows([f"`{path}.{name}`", values, default, about])[0]
         for part in parts:
-            if part.get("properties"):
-                yield from _fields(part, root, f"{path}.{name}")
+            # What several kinds of a section share is listed once.
+            kinds = [_named(_resolved(kind, root)) for kind in part.get("anyOf", [part])]
+            sections = [kind for kind in kinds if kind.get("properties")]
+            yield from dict.fromkeys(row for kind in sections for row in _fields(kind, root, f"{path}.{name}"))
+
+
+def _named(kind: Schema) -> Schema:
+    """Describe the field with the name of a kind, which has no text of its own, as the kind."""
+    properties = {
+        name: {"description": kind.get("description", ""), **field} if "const" in field else field
+        for name, field in kind.get("properties", {}).items()
+    }
+    return {**kind, "properties": properties}
 
 
 def _type(field: Schema) -> str:
@@ -154,6 +165,8 @@ def _type(field: Schema) -> str:
         return _code(field["const"])
     if "enum" in field:
         return ", ".join(map(_code, field["enum"]))
+    if "anyOf" in field:
+        return "section"
     if field.get("type") == "array":
         items = field.get("items") or field.get("prefixItems", [{}])[0]
         return "list of " + " or ".join(

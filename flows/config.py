@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
-from diffusion.api.config import MODELS, STUDENT, ExperimentConfig
+from diffusion.api.config import MODELS, RUNS, STUDENT, ExperimentConfig
 from diffusion.common.config import Config, is_unset
 from diffusion.common.errors import MAX_QUOTED, UserError
 from diffusion.common.files import digest_of
@@ -120,8 +120,9 @@ class Params(ExperimentConfig):
 
     @property
     def report_folders(self) -> list[Path]:
-        """Report folders of the data set: of families, their students, combinations of sweeps, and single models."""
+        """Report folders of the data set: of families, students, other runs, combinations of sweeps, single models."""
         folders = [Path("reports", name) for name in self._run_names]
+        folders += [path for folder in folders for path in sorted((folder / RUNS).glob("*/"))]
         return folders + [
             path for folder in folders for kind in (MODELS, SWEEPS) for path in sorted((folder / kind).glob("*/"))
         ]

@@ -153,7 +153,7 @@ def find_page(params: Params) -> "tuple[Path, DatasetSummary | None]":
     """Path of the report page of the current version, and its summary; None without a page of this Darkroom."""
     from diffusion.evaluation.reports.dataset_summary import DatasetSummary
 
-    page = params.report_folder / "dataset" / f"{read_manifest(params.dataset_folder).digest[:16]}.html"
+    page = params.dataset_report_folder / "dataset" / f"{read_manifest(params.dataset_folder).digest[:16]}.html"
     if page.is_file():
         with suppress(FileNotFoundError, ValidationError):
             return page, DatasetSummary.model_validate_json(page.with_suffix(".json").read_bytes())

@@ -85,6 +85,8 @@ class PromotionResult(Config):
     reason: str
     champion: int | None
     entry: int
+    comparison_page: Path | None = None
+    """Page that shows both sides, each rule and its figures, on this machine; None without a comparison."""
 
     @property
     def title(self) -> str:
@@ -117,7 +119,7 @@ def promote(params: Params, model: str | None = None) -> PromotionResult:
             f"{version.uri}` first, with the same settings as promote"
         )
     version = require_promotable(version)
-    result = apply_gate(params, evaluation, version)
+    result = apply_gate(params, evaluation, version, folder)
     approval = request_approval(version, result) if params.registry.approval else None
     return record(params, evaluation, version, result, approval, folder)
 
@@ -175,8 +177,11 @@ def require_promotable(version: Version) -> Version:
 
 
 @retryable_task
-def apply_gate(params: Params, evaluation: Evaluation, version: Version) -> GateResult:
-    """Apply the gate to ``version`` and the champion; a first version must still pass the memorization check."""
+def apply_gate(params: Params, evaluation: Evaluation, version: Version, folder: Path) -> GateResult:
+    """Apply the gate to ``version`` and the champion; a first version must still pass the memorization check.
+
+    The page on the comparison lies in ``folder``, beside the report on the version.
+    """
     client = MlflowClient()
     history = read_verified_history(client, Ledger.of(version.model))
     history.require_same(version.number, version.weights_sha256)
@@ -194,14 +199,14 @@ def apply_gate(params: Params, evaluation: Evaluation, version: Version) -> Gate
     champion_weights = None
     if champion is not None:
         champion_weights = model_versions.cached_weights(model_versions.get_version(client, version.model, champion))
-    data, folder = params.dataset_folder, params.report_folder
+    data, cache = params.dataset_folder, params.report_folder
     settings = params.evaluation, params.sampling, params.gate
     comparison, grids = compare_with_champion(
-        model_versions.cached_weights(version), champion_weights, data, *settings, folder, reporter()
+        model_versions.cached_weights(version), champion_weights, data, *settings, cache, reporter()
     )
     names = f"version {version.number}", None if champion is None else f"version {champion}"
     ComparisonPage(comparison, grids, version.model, params.training.dataset, *names).write(folder / COMPARISON_PAGE)
-    for path in (folder / COMPARISON, folder / COMPARISON_PAGE):
+    for path in (cache / COMPARISON, folder / COMPARISON_PAGE):
         RunTracker(client, version.run_id).log_file(path, "evaluation")
     evidence = Evidence(
         verdict=comparison.decision.verdict.value,
@@ -227,7 +232,7 @@ def request_approval(version: Version, result: GateResult) -> Approval | None:
     if (evidence := result.evidence) is None or evidence.verdict != "promote":
         return None
     waiting = f"{version.uri} waits for approval: {flow_run.ui_url}"
-    logging.getLogger(__name__).info("%s", waiting)
+    logging.getLogger(__name__).info("%s (log in first: `darkroom open prefect` says where the password is)", waiting)
     with get_client(sync_client=True) as client:
         root = client.read_flow_run(flow_run.root_flow_run_id)
     if root.deployment_id is not None:
@@ -293,6 +298,7 @@ def record(
         reason="it is the champion already" if result.evidence is None else entry.why,
         champion=champion,
         entry=entry.number,
+        comparison_page=folder / COMPARISON_PAGE if result.comparison else None,
     )
     page, title = folder / "report.html", f"{version.uri} is {verdict.title}"
     if page.is_file():  # an evaluation that was killed writes it the next time

@@ -168,7 +168,7 @@ def generate_chunks(params: Params, batch: SamplingBatch, place: Location, versi
         )
         for chunk in missing_chunks
     )
-    with ray_resources(config, gpu=resolve_device(batch.sampling.device).type == "cuda"):
+    with ray_resources(config, gpu=resolve_device(batch.sampling.device).type != "cpu"):
         for chunk, work in zip(missing_chunks, yield_in_order(futures, 2 * config.workers), strict=True):
             works.append(work)
             image_count += len(chunks[chunk])

@@ -179,7 +179,8 @@ def evaluate(
         dataset: Name of the data set.
         run: Folder of the run, by default ``runs/DATASET``, or the file of a model.
         output: Folder of the report; by default the one of the command line: ``reports/DATASET``, with the family as
-            suffix unless it is ddpm, and below it ``models/DIGEST`` for the file of a model.
+            suffix unless it is ddpm, and below it ``runs/NAME`` for a run in a folder of another name, and
+            ``models/DIGEST`` for the file of a model.
         sampling: Fields of the section ``sampling``.
         progress: Called with what is done, how much, of how much, and a note.
         **evaluation: Fields of the section ``evaluation``: ``samples=1000``, ``extractor="inception"``.

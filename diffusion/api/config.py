@@ -29,6 +29,8 @@ from diffusion.training.config import DistillationConfig, TrainingConfig
 
 MODELS = "models"
 """Folder in a report folder, with a folder for each model file that was evaluated by itself."""
+RUNS = "runs"
+"""Folder in the data set's report folder, with a folder for each training in a run folder of another name."""
 STUDENT = "-student"
 """Suffix of the folders of a student, which has its own beside its teacher's."""
 
@@ -104,9 +106,19 @@ class ExperimentConfig(Config):
         return folder.with_name(folder.name + self._student)
 
     @property
+    def dataset_report_folder(self) -> Path:
+        """Folder of the reports on the data set's versions and its usual training; all others lie below it."""
+        return Path("reports", self.run_name() + self._student)
+
+    @property
     def report_folder(self) -> Path:
         """Folder that evaluation writes to."""
-        return Path("reports", self.run_name() + self._student)
+        return self.run_report_folder(self.run_folder)
+
+    def run_report_folder(self, run: Path) -> Path:
+        """Folder for the evaluation of the training in the folder ``run``: no other replaces its report."""
+        usual = self.dataset_report_folder
+        return usual if run.name == usual.name else usual / RUNS / run.name
 
     def model_report_folder(self, sha256: str) -> Path:
         """Folder for the evaluation of one model file with this digest, below the training's."""

@@ -198,7 +198,7 @@ def evaluate(
     Args:
         config: Sections evaluation, sampling and gate; for a single model see ``ExperimentConfig.adapt_to_model``.
         source: Folder of a run, whose checkpoints are evaluated, or file of a model; None: ``run_folder``.
-        output: Folder of the report; None: ``report_folder``, or ``model_report_folder`` of a single model.
+        output: Folder of the report; None: ``run_report_folder``, or ``model_report_folder`` of a single model.
         progress: Called with what is done, how much, of how much, and a note.
 
     Raises:
@@ -216,7 +216,7 @@ def evaluate(
         models, losses, cache = [source], None, config.report_folder / CACHE
         output = output or config.model_report_folder(sha256_file(source))
     else:
-        output = output or config.report_folder
+        output = output or config.run_report_folder(source)
         cache = output / CACHE
         losses = path if (path := source / "losses.csv").is_file() else None
         models = models_to_evaluate(source, output, config.evaluation.ema_stds)

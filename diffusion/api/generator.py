@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
@@ -299,10 +300,14 @@ def _fetch_registered(uri: str) -> Path:
 
     The registry belongs to the flows, which stand on this package.
     """
-    try:
-        [fetch] = (entry.load() for entry in entry_points(group="darkroom.registry"))
-    except (ValueError, ModuleNotFoundError) as error:
-        raise UserError(
-            f"{uri} is a registered version, and no registry is installed: {install_hint('pipeline')}, or give a file"
-        ) from error
-    return Path(fetch(uri))
+    with warnings.catch_warnings():
+        # Libraries of the registry have tqdm's bars, which in a notebook ask for a widget that nothing here needs.
+        warnings.filterwarnings("ignore", "IProgress not found")
+        try:
+            [fetch] = (entry.load() for entry in entry_points(group="darkroom.registry"))
+        except (ValueError, ModuleNotFoundError) as error:
+            raise UserError(
+                f"{uri} is a registered version, and no registry is installed: {install_hint('pipeline')}, or give a "
+                "file"
+            ) from error
+        return Path(fetch(uri))

@@ -1,4 +1,4 @@
-"""Selection of the compute device, CPU or GPU, and bit-for-bit reproducible computation on it."""
+"""All that depends on the kind of compute device, CPU or GPU: its choice, copies, memory, bit-for-bit results."""
 
 import os
 import platform
@@ -8,41 +8,102 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+import psutil
 import torch
+from torch import Tensor
 
 from diffusion.common.config import DeviceName
 from diffusion.common.errors import UserError
 from diffusion.common.threads import SharedSettings
 
+CPU = torch.device("cpu")
 CPU_INFO = Path("/proc/cpuinfo")
 ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 """Environment variables that change which instructions torch's libraries use."""
 
 
 def resolve_device(name: DeviceName) -> torch.device:
-    """Resolve a device name; ``LOCAL_RANK`` selects among several GPUs. Raises UserError for cuda without a GPU."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "cuda" and not count:
+    """Resolve a device name; ``LOCAL_RANK`` selects among several GPUs. Raises UserError for cuda without a GPU.
+
+    Without CUDA, auto is also the accelerator of a backend that another package has added to torch (PrivateUse1).
+    """
+    kinds = {"cpu": (), "cuda": ("cuda",), "auto": ("cuda", torch._C._get_privateuse1_backend_name())}
+    for kind in kinds[name]:
+        backend = getattr(torch, kind, None)
+        if backend is not None and backend.is_available() and (count := backend.device_count()):
+            return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")) % count)
+    if name == "cuda":
         raise UserError(
             "training.device or sampling.device is cuda, and torch sees no GPU: use auto, or install torch for CUDA"
         )
-    if name == "cpu" or not count:
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count)
+    return CPU
 
 
 def device_name(device: torch.device) -> str:
     """Name the hardware that determines results bit for bit: GPU model, CPU vendor and instruction set."""
     # With a GPU, prompts are still encoded on the CPU.
-    return f"{torch.cuda.get_device_name(device)}, {_processor()}" if device.type == "cuda" else _processor()
+    names = [] if device.type == "cpu" else [torch.get_device_module(device).get_device_name(device)]
+    return ", ".join([*names, _processor()])
 
 
-def has_fast_bf16() -> bool:
-    """Return whether oneDNN is faster in bf16 than in fp32: with AMX tiles, or AVX-512's bf16 instructions on AMD.
+def set_current_device(device: torch.device) -> None:
+    """Make ``device`` the current one of this thread, among several GPUs."""
+    if device.type != "cpu":
+        torch.get_device_module(device).set_device(device)
 
-    In training, fp32 took 1.4 to 1.75 times as long as bf16 on AMD's Zen 5. Other processors run bf16 at half the rate
-    of fp32: 158 against 317 GFLOP/s in the largest matrix product (torch 2.13).
+
+def free_memory(device: torch.device) -> int:
+    """Measure the bytes of memory that are free on ``device``."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    free: int = torch.get_device_module(device).mem_get_info(device)[0]
+    return free
+
+
+def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a ``tensor`` of the CPU to ``device`` without waiting for it; returns one that is there already."""
+    # Copies from pinned memory alone do not wait for all that a GPU has yet to do.
+    return tensor if tensor.device == device else tensor.pin_memory().to(device, non_blocking=True)
+
+
+class CopyToCPU:
+    """Copy of a tensor to the CPU, which a GPU makes when it gets there, while this process goes on."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._copy = tensor.to(CPU, non_blocking=True)
+        self._made = None
+        if tensor.device.type != "cpu":
+            self._made = torch.get_device_module(tensor.device).current_stream(tensor.device).record_event()
+
+    def wait(self) -> Tensor:
+        """Return the copy once it is made."""
+        if self._made is not None:
+            self._made.synchronize()
+        return self._copy
+
+
+def collective_backends() -> str:
+    """Name the backends of collectives between processes, for each kind of device."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def compiles_by_default(device: torch.device) -> bool:
+    """Whether a compiled network is worth the time that compilation takes: on GPUs with CUDA."""
+    return device.type == "cuda"
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Return whether ``device`` is faster in bf16 than in fp32.
+
+    On a CPU whether oneDNN is: with AMX tiles, or AVX-512's bf16 instructions on AMD. In training, fp32 took 1.4 to
+    1.75 times as long as bf16 on AMD's Zen 5. Other processors run bf16 at half the rate of fp32: 158 against
+    317 GFLOP/s in the largest matrix product (torch 2.13).
     """
+    if device.type == "cuda":
+        is_supported: bool = torch.cuda.is_bf16_supported(including_emulation=False)
+        return is_supported
+    if device.type != "cpu":
+        return False
     limits = [os.environ[name].upper() for name in ISA_VARIABLES[:2] if name in os.environ]
     amx, avx512 = ("AMX", "DEFAULT"), ("AMX", "AVX10", "FP16", "BF16", "DEFAULT")
     amx_allowed, avx512_allowed = (all(any(isa in limit for isa in isas) for limit in limits) for isas in (amx, avx512))

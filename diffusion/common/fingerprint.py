@@ -7,10 +7,9 @@ import torch
 from pydantic import Field
 
 from diffusion.common.config import Config, DeviceName
-from diffusion.common.device import device_name, has_fast_bf16, resolve_device
+from diffusion.common.device import CPU, device_name, has_fast_bf16, resolve_device
 
 Precision = Literal["auto", "bf16", "fp32"]
-CPU = torch.device("cpu")
 
 
 class Fingerprint(Config):
@@ -43,9 +42,7 @@ def resolve_precision(precision: Precision, device: torch.device = CPU) -> Liter
     """Resolve a precision: ``auto`` is bf16 on GPUs that support it and on CPUs that are faster in it, else fp32."""
     if precision != "auto":
         return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if has_fast_bf16() else "fp32"
+    return "bf16" if has_fast_bf16(device) else "fp32"
 
 
 def describe_precision(precision: Precision, device: torch.device = CPU) -> str:
@@ -54,7 +51,7 @@ def describe_precision(precision: Precision, device: torch.device = CPU) -> str:
     if precision != "auto":
         return f"{number_format}, as configured"
     reasons = {"bf16": "the CPU has fast bf16 instructions", "fp32": "the CPU has no fast bf16 instructions"}
-    if device.type == "cuda":
+    if device.type != "cpu":
         reasons = {"bf16": "the GPU supports it", "fp32": "the GPU has no bf16"}
     return f"{number_format}, as {reasons[number_format]}"
 

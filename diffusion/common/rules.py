@@ -30,8 +30,8 @@ class FieldRule:
     """Why two values contradict each other, and what to do; empty: this one has no effect."""
     hint: str = "leave it out"
     """What to do about a value without effect."""
-    value: object = None
-    """The value that the rule is about; None: all but the default."""
+    values: tuple[object, ...] = ()
+    """The values that the rule is about; empty: all but the default."""
     harmless: tuple[object, ...] = ()
     """Other values that are as the default."""
     waits_for: str = ""
@@ -45,7 +45,7 @@ def is_set(value: object) -> bool:
 
 def needs(ability: str, value: object = None, because: str = "") -> FieldRule:
     """Make the rule that a family of models has this ``ability``, for any value or for a single one."""
-    return FieldRule(ABILITIES, lambda abilities: ability in abilities, because, value=value)
+    return FieldRule(ABILITIES, lambda abilities: ability in abilities, because, values=_only_value(value))
 
 
 def only(path: str, *values: object, because: str = "") -> FieldRule:
@@ -57,7 +57,9 @@ def only(path: str, *values: object, because: str = "") -> FieldRule:
 
 def unless(path: str, *values: object, because: str = "", value: object = None) -> FieldRule:
     """Make the rule that the field at ``path`` has none of these ``values``; without any: that it is not set."""
-    return FieldRule(path, lambda other: other not in values if values else not is_set(other), because, value=value)
+    return FieldRule(
+        path, lambda other: other not in values if values else not is_set(other), because, values=_only_value(value)
+    )
 
 
 def given(path: str, because: str = "") -> FieldRule:
@@ -70,7 +72,7 @@ def find_conflict(**sections: Config) -> str | None:
     for name, value, info, rule in _broken_rules(sections):
         if info.get_default(call_default_factory=True) == value or value in rule.harmless:
             continue
-        if rule.value not in (None, value):
+        if rule.values and value not in rule.values:
             continue
         if rule.because:
             return rule.because
@@ -84,12 +86,17 @@ def find_conflict(**sections: Config) -> str | None:
 
 
 def names_without_effect(section: str, paths: Collection[str], **sections: Config) -> set[str]:
-    """Name the fields of ``section`` that have no effect, whatever their values, by the rules about ``paths``."""
+    """Name the fields of ``section`` whose values have no effect, by the rules about ``paths``."""
     return {
         name.partition(".")[2]
-        for name, _, _, rule in _broken_rules(sections)
-        if rule.path in paths and name.startswith(f"{section}.") and rule.value is None and not rule.because
+        for name, value, _, rule in _broken_rules(sections)
+        if rule.path in paths and name.startswith(f"{section}.") and not rule.because
+        if not rule.values or value in rule.values
     }
+
+
+def _only_value(value: object) -> tuple[object, ...]:
+    return () if value is None else (value,)
 
 
 def _broken_rules(sections: Mapping[str, Config]) -> Iterator[tuple[str, object, FieldInfo, FieldRule]]:

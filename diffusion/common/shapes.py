@@ -22,7 +22,7 @@ Images: TypeAlias = Union["Tensor", "list[Tensor]"]
 
 def parse_shape(text: str) -> Shape:
     """Parse a shape as people write it, 96x64, to height and width; raises ValueError for anything else."""
-    if not (match := re.fullmatch(r"([1-9]\d{0,4})[x×]([1-9]\d{0,4})", text)):
+    if not (match := re.fullmatch(r"([1-9]\d{0,8})[x×]([1-9]\d{0,8})", text)):
         raise ValueError(f"{text[:30]!r} is not a size: write WIDTHxHEIGHT in pixels, as 96x64")
     return int(match[2]), int(match[1])
 

@@ -62,7 +62,7 @@ class LatentCache:
             done += len(shard_rows)
             progress("images encoded", done, len(rows))
         if read_manifest(dataset.folder).content_digest != dataset.manifest.content_digest:
-            # Images may have been taken down meanwhile: see ``embeddings_of``.
+            # Images may have been taken down meanwhile: see ``encode_texts``.
             forget_encodings(dataset.folder)
 
     @staticmethod

@@ -20,11 +20,11 @@ from diffusion.common.config import MAX_NAME_LENGTH
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_file
 from diffusion.common.parsing import parse_json
-from diffusion.diffusers_format.lora import with_text_model
+from diffusion.diffusers_format.adapter import with_text_model
 from diffusion.diffusers_format.safetensors_file import SafetensorsFile
-from diffusion.families.fine_tuning import FACTORS, is_adaptable
+from diffusion.families.adapters.lora import DOWN, UP, LoRAConfig
+from diffusion.families.fine_tuning import is_adaptable
 from diffusion.families.header import Base, ModelHeader, Origin
-from diffusion.families.lora import LoRAConfig
 from diffusion.families.pretrained.config import DiffusersConfig
 from diffusion.families.pretrained.network import PipelineNetwork
 
@@ -99,7 +99,7 @@ def import_lora(file: SafetensorsFile, base: Path, path: Path, licence: str, ver
     adapted_header = header.model_copy(
         update={
             "base": Base(sha256=link_base(base, path.parent), version=version),
-            "lora": lora,
+            "adapter": lora,
             "dataset": name,
             "content_digest": digest,
             "images": 0,
@@ -119,7 +119,7 @@ def _adaptable_layers(header: ModelHeader) -> dict[str, torch.Size]:
     return {
         name: module.weight.shape
         for name, module in network.named_modules()
-        if is_adaptable(module) and name.startswith(tuple(f"{part}." for part in parts))
+        if is_adaptable(module, LoRAConfig()) and name.startswith(tuple(f"{part}." for part in parts))
     }
 
 
@@ -141,7 +141,9 @@ def _match(
     names: dict[str, str] = {}
     for layer_name in shapes:
         component, _, name = layer_name.partition(".")
-        for variant in {name, with_text_model(name), name.removeprefix("text_model.")}:
+        # Older files call the last layer of attention to_out.
+        old_name = name.removesuffix(".0") if name.endswith(".to_out.0") else name
+        for variant in {name, old_name, with_text_model(name), name.removeprefix("text_model.")}:
             for prefix in prefixes[component]:
                 names.setdefault(prefix + variant.replace(".", "_"), layer_name)
     layers: dict[str, _Layer] = {}
@@ -183,8 +185,6 @@ def _parse(key: str) -> tuple[str, str] | None:
     for role, pattern in ROLES:
         if (match := re.search(f"{pattern.pattern}$", key)) is not None:
             layer = key[: match.start()].removeprefix("base_model.model.").replace(".processor.", ".")
-            # Old names of the last layer of attention.
-            layer = re.sub(r"\.to_out$", ".to_out.0", layer)
             return layer.replace(".", "_"), role
     return None
 
@@ -256,5 +256,5 @@ def _unify(
             missing = rank - ranks[name]
             a = torch.cat([a, a.new_zeros(missing, *a.shape[1:])])
             b = torch.cat([b, b.new_zeros(len(b), missing, *b.shape[2:])], dim=1)
-        factors |= {f"{AVERAGED}{name}{FACTORS[0]}": a, f"{AVERAGED}{name}{FACTORS[1]}": b}
+        factors |= {f"{AVERAGED}{name}.{DOWN}": a, f"{AVERAGED}{name}.{UP}": b}
     return lora, factors

@@ -203,7 +203,9 @@ def _components(folder: Path, index: dict[str, Any], files: dict[str, Path]) -> 
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
         config = _read_json(folder, f"{name}/{file}", files)
         own_kind = config.get("_class_name", kind)
-        if spec.renamed.get(own_kind, own_kind) != kind or kind not in (config.get("architectures") or [kind]):
+        architectures = config.get("architectures") or [kind]
+        # A language model may be saved with its head and named without, as that of Z-Image is.
+        if spec.renamed.get(own_kind, own_kind) != kind or not {*architectures} & {*components[name]}:
             raise UserError(f"{folder / name / file} is of another class than {kind}, which {INDEX} names")
         # Defaults of some schedulers are infinite, which JSON has no number for.
         settings = {key: setting for key, setting in config.items() if not key.startswith("_") and setting != -math.inf}
@@ -274,14 +276,12 @@ def _header(
         ) from error
     full_origin = origin.model_copy(update={"licence": licence, "files": digests, "libraries": libraries})
     name = re.sub(r"[/\\:'\"`\s]+", "-", origin.source.removeprefix("hf://").partition("@")[0]).strip(".-")
+    defaults = PIPELINES[index["_class_name"]].default_settings
+    settings = {key: value for key, default in defaults.items() if (value := index.get(key)) not in (None, default)}
     try:
-        config = DiffusersConfig(pipeline=index["_class_name"], components=components)
+        config = DiffusersConfig(pipeline=index["_class_name"], components=components, settings=settings)
         classes = _classes(config, index.get("id2label"))
-        config = DiffusersConfig(
-            pipeline=config.pipeline,
-            components=components,
-            class_ids=tuple(classes[label] for label in sorted(classes)),
-        )
+        config = config.model_copy(update={"class_ids": tuple(classes[label] for label in sorted(classes))})
         (channels, size, _), pipeline = config.image_shape, config.imported
         if not 1 <= size <= MAX_SIZE:
             raise UserError(f"{folder} makes images of {size} pixels, and {MAX_SIZE} are the most")

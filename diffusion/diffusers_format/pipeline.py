@@ -26,7 +26,7 @@ from diffusion.diffusers_format.network import DarkroomUNet, samples_with_learne
 from diffusion.families.ddpm.model import DDPMModel
 from diffusion.families.diffusion_model import denoiser_of
 from diffusion.generation.config import Conditions, is_conditional
-from diffusion.generation.generate import check_prompts, check_sampling, make_conditioning, prompt_embeddings
+from diffusion.generation.generate import check_prompts, check_sampling, encode_prompts, make_conditioning
 from diffusion.process.samplers import (
     ZERO_SNR,
     DDIMSampling,
@@ -106,17 +106,17 @@ class DarkroomPipeline(DiffusionPipeline):  # type: ignore[misc]
             autoguidance=autoguidance_scale,
         )
         device = self._execution_device
-        embeddings = prompt_embeddings(model, conditions)
-        conditioning = make_conditioning(model, indices, seed, conditions, embeddings)
+        encodings = encode_prompts(model, conditions)
+        conditioning = make_conditioning(model, indices, seed, conditions, encodings)
         conditioning = {name: tensor.to(device) for name, tensor in conditioning.items()}
-        denoise = denoiser_of(model, conditioning, config, embeddings[conditions.negative_prompt].to(device))
+        negative = {name: value.to(device) for name, value in encodings[conditions.negative_prompt].items()}
+        denoise = denoiser_of(model, conditioning, config, negative)
         start, options = self._noise(model, batch_size, seed, generator, eta)
         x0 = self._run_scheduler(model, denoise, conditioning, config, start, options)
         # The last step of Darkroom's samplers goes to the last estimate; schedulers end there too, or not quite.
         samples = (x0 / 2 + 0.5).clamp(0, 1)
         images: Any = samples if output_type == "pt" else samples.cpu().permute(0, 2, 3, 1).numpy()
-        if output_type == "pil":
-            images = self.numpy_to_pil(images)
+        images = self.numpy_to_pil(images) if output_type == "pil" else images
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

@@ -99,7 +99,7 @@ class Evaluator:
         model = ModelEvaluator(path, self.real, config, samples, sampling, name, captioned, self.generated)
         model.encoder = self.encoder
         header, dataset = model.header, self.real.dataset
-        if header.square != dataset.shape:
+        if header.square != dataset.shape and not header.takes_other_sizes(dataset.shape):
             raise UserError(
                 f"{path} generates images of {'×'.join(map(str, header.square))} and {dataset.folder} holds "
                 f"{'×'.join(map(str, dataset.shape))} (channels × height × width): "

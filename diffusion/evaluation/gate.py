@@ -180,7 +180,7 @@ class _Case:
         """Reject a loss that is surely beyond the limit; hold one that is sure and may be beyond it."""
         # A loss that chance explains does not count: few samples would otherwise hold models that are as good.
         if loss.lower_bound(self.confidence) <= 0 or excess.upper_bound(self.promotion) <= 0:
-            return _promote(rule, words)
+            return _promote(rule, f"beyond the limit, but not surely a loss: {words}" if excess.value > 0 else words)
         if excess.lower_bound(self.confidence) > 0:
             return _reject(rule, f"beyond the limit with confidence {self.confidence:g}: {words}")
         images, advice = self.advise("that", excess, abs(excess.value), self.last)
@@ -245,9 +245,9 @@ def _describe_headline(case: _Case, headline: Headline) -> str:
     low, high = lead.lower_bound(case.promotion), lead.upper_bound(case.confidence)
     return (
         f"{headline.name} {_figure(headline.candidate)}{unit}, the champion's {_figure(headline.champion)}{unit}, on "
-        f"{case.images}: better by {_figure(lead)}{unit}, at least {format_signed(low)} with "
-        f"confidence {case.promotion:.4g} and at most {format_signed(high)} with {config.confidence:g}; "
-        f"δ = {config.delta:g} is {format_signed(headline.required_lead(config.delta))}{unit}"
+        f"{case.images}: {'worse' if lead.value < 0 else 'better'} by {_size(lead)}{unit}, a lead of at least "
+        f"{format_signed(low)} with confidence {case.promotion:.4g} and at most {format_signed(high)} with "
+        f"{config.confidence:g}; δ = {config.delta:g} is {format_signed(headline.required_lead(config.delta))}{unit}"
     )
 
 
@@ -339,7 +339,7 @@ def _own_metric(case: _Case, name: OwnMetric, share: float) -> Finding:
     words = f"{name} {_figure(value)} (required {share * real.value:.3g}, {share:g} of what real images reach)"
     if excess.lower_bound(confidence) > 0:
         return _promote(name, words)
-    size = _figure(excess.multiply(1 if excess.value > 0 else -1))
+    size = _size(excess)
     if excess.upper_bound(confidence) < 0:
         return _hold(name, f"surely too low by {size} on {case.images}: {words}; {LOOK_AT_THEM}")
     side = "above" if excess.value > 0 else "below"
@@ -384,7 +384,8 @@ def _recall(case: _Case) -> Iterator[Finding]:
     if recall is None:
         yield _hold("recall", "not measured: its difference from the champion's")
         return
-    words = f"recall {_figure(recall)} higher than the champion's on {case.images}, allowed is a loss of {limit:g}"
+    relation = "lower" if recall.value < 0 else "higher"
+    words = f"recall {_size(recall)} {relation} than the champion's on {case.images}, allowed is a loss of {limit:g}"
     loss = recall.multiply(-1)
     yield case.compare_with_limit("recall", loss, loss.subtract(limit), words)
 
@@ -477,4 +478,9 @@ def _describe_needed(images: int, metrics: ComparisonMetrics) -> str:
 
 
 def _figure(estimate: Estimate) -> str:
-    return format_with_error(estimate.value, estimate.error).replace("-", "−")
+    return format_with_error(estimate.value, estimate.error)
+
+
+def _size(estimate: Estimate) -> str:
+    """Word the size of a difference whose sign stands in words beside it."""
+    return format_with_error(abs(estimate.value), estimate.error)

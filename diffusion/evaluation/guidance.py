@@ -30,7 +30,7 @@ from diffusion.evaluation.metrics.metric import SPLITS
 from diffusion.evaluation.metrics.precision_recall import compute_overlap, nearest_distances, shares_of_halves
 from diffusion.evaluation.metrics.scores import MIN_FOR_ERRORS
 from diffusion.evaluation.model_evaluator import ModelEvaluator
-from diffusion.evaluation.reports.html import format_signed, format_with_error
+from diffusion.evaluation.reports.html import format_p_value, format_signed, format_with_error
 from diffusion.evaluation.results import GuidanceChoice, GuidanceScore, GuidanceVerdict
 from diffusion.process.samplers import SamplingConfig
 from diffusion.process.schedules import resolution_scale
@@ -186,19 +186,25 @@ def describe_guidance(choice: GuidanceChoice) -> str:
         )
     best = choice.chosen if choice.chosen.gain else min(finalists, key=lambda score: (score.p_value, score.kid))
     assert best.gain is not None
-    gain = format_with_error(best.gain.value, best.gain.error)
+    assert best.p_value is not None
+    gain = format_with_error(abs(best.gain.value), best.gain.error)
     kids = (
-        f"guidance {best.sampling.guidance_text} lowers its KID against training images, {format_signed(unguided.kid)},"
-        f" by {gain} (p = {best.p_value:.2g} by Holm's correction)"
+        f"guidance {best.sampling.guidance_text} {_direction(best.gain)} its KID against training images, "
+        f"{format_signed(unguided.kid)}, by {gain} (p by Holm's correction: {format_p_value(best.p_value)})"
     )
-    loss = "by an unknown share, as images are too few"
-    if best.recall_loss is not None:
-        loss = f"by {format_with_error(best.recall_loss.value, best.recall_loss.error)}"
+    loss = "its loss of recall is unknown, as images are too few"
+    if (lost := best.recall_loss) is not None:
+        loss = f"{_direction(lost)} its recall by {format_with_error(abs(lost.value), lost.error)}"
     if best.verdict == "chosen":
-        recall = "" if best.recall_loss is None else f" and its recall {loss}"
+        recall = "" if lost is None else f" and {loss}"
         options = best.sampling.guidance_options
         return f"{kids[0].upper()}{kids[1:]}{recall}: a registered model samples with it, a file with {options}."
     if best.verdict == "may lose too much recall":
         limit = f"gate.recall_loss = {choice.max_recall_loss:g} must hold with confidence {choice.confidence:g}"
-        return f"It samples without guidance: {kids}, but recall {loss}, and {limit}."
+        return f"It samples without guidance: {kids}, but {loss}, and {limit}."
     return f"It samples without guidance: no kind of {len(tried)} is significantly better; {kids}."
+
+
+def _direction(decrease: Estimate) -> str:
+    """Verb for a metric that falls by ``decrease``."""
+    return "raises" if decrease.value < 0 else "lowers"

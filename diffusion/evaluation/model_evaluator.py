@@ -95,8 +95,9 @@ class ModelEvaluator:
 
     @cached_property
     def model(self) -> Model:
-        """Return the model."""
-        return load_model(self.path)
+        """Return the model, a pipeline for images of the data set's size."""
+        model, shape = load_model(self.path), self.real.dataset.shape
+        return model if self.header.square == shape else model.with_size(shape[1:])
 
     @cached_property
     def conditions(self) -> Conditions:
@@ -273,6 +274,8 @@ class ModelEvaluator:
             key |= {"content_digest": digest, "reference": self.config.reference}
         if self.header.model.text and self.captioned is not None:
             key |= {"captioned": self.real.key(self.captioned)}
+        if self.header.square != self.real.dataset.shape:
+            key |= {"square": self.real.dataset.manifest.size}
         if len(self.real.dataset.shapes) > 1 or self.header.shapes is not None:
             digest = self.real.dataset.manifest.content_digest
             key |= {"content_digest": digest, "shapes": [shape_name(shape) for shape in self.real.dataset.shapes]}

@@ -93,6 +93,11 @@ class BaseFamilyConfig(Config):
         return True
 
     @property
+    def embeds_guidance(self) -> bool:
+        """Whether the network is shown the scale of guidance, instead of being evaluated twice."""
+        return False
+
+    @property
     def needs_own_scheduler(self) -> bool:
         """Whether only a scheduler of its own knows what the network predicts."""
         return False

@@ -1,14 +1,16 @@
 """The denoising objective of diffusion models, of images or of their latents."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from diffusion.common.device import copy_to_device
 from diffusion.common.random import GaussianNoise, uniform
 from diffusion.families.ddpm.network import TIMES, sinusoidal
+from diffusion.families.fine_tuning import TrainableSubset
 from diffusion.families.model import Conditioning, OptimizerStep, TrainingBatch, TrainingObjective
 from diffusion.families.vae.network import Latents, latent_shape
 from diffusion.process.config import ObjectiveConfig
@@ -42,7 +44,6 @@ class DenoisingObjective(TrainingObjective):
     """Encodes images into latents; None: noise is added to pixels."""
     center: Tensor | None
     """Mean of the images, (1, C, 1, 1), from which the network predicts the difference; None: 0."""
-    _centers: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     def make_batch(
         self, x0: Tensor, indices: Sequence[int], conditioning: Conditioning, probe: str | None = None
@@ -63,19 +64,26 @@ class DenoisingObjective(TrainingObjective):
         return TrainingBatch(x0, conditioning, {"noise": noise, "t": t, "dropout_seeds": seeds})
 
     def losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
-        """Compute the weighted error of each image."""
+        """Compute the weighted error of each image, with that of the prior in training."""
         x0, random, center = batch.x0, batch.random, batch.conditioning.get("low")
         if center is None and self.center is not None:
-            if x0.device not in self._centers:  # each copy would wait for the device
-                self._centers[x0.device] = self.center.to(x0.device)
-            center = self._centers[x0.device]
+            center = copy_to_device(self.center, x0.device)
         if self.autoencoder is not None:
             with torch.no_grad():
                 # Not cached: encoding takes 5 to 20 % of a step, while cached latents could go stale, would be needed
                 # twice for mirrored images, and would have to be deleted when images are taken down.
                 x0 = self.autoencoder.encode(x0)
-        predict = partial(network, draws=random.get("dropout_seeds"), **batch.conditioning)
-        return self.objective.loss(predict, x0, random["t"], random["noise"], center, batch.pixel_weights)
+        times, noise, draws = random["t"], random["noise"], random.get("dropout_seeds")
+        predict = partial(network, draws=draws, **batch.conditioning)
+        losses = self.objective.loss(predict, x0, times, noise, center, batch.pixel_weights)
+        if batch.prior is None:
+            return losses
+        assert isinstance(network, TrainableSubset)
+        assert self.config.prior is not None
+        teacher = partial(network.base, **batch.prior)
+        predict = partial(network, draws=draws, **batch.prior)
+        prior_losses = self.objective.loss(predict, x0, times, noise, center, teacher=teacher)
+        return losses + self.config.prior.weight * prior_losses
 
     def validation_metrics(self, network: nn.Module, batch: TrainingBatch, losses: Tensor) -> dict[str, float]:
         """Compute the mean loss at each of ``LEVELS`` parts of the distribution of noise levels."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusion.common.shapes import height_and_width
 from diffusion.families.model import Conditioning, ConditioningBatch, Model, to_float, to_uint8
+from diffusion.families.text_encoder import Encoding
 from diffusion.families.vae.network import Latents
 from diffusion.process.denoiser import Denoiser, ReportingDenoiser, apply_guidance, clip_estimates
 from diffusion.process.editing import Edit, downsample_mask, fill_hole, pigdm, repaint, replace_known, select_levels
@@ -96,15 +97,17 @@ class DiffusionModel(Model):
         return denoising_terms(denoiser, self.encode(x0), sigma_data, indices, self.latents is None)
 
 
-def make_unconditional(model: DiffusionModel, conditioning: Conditioning, negative: Tensor) -> Conditioning:
-    """Replace ``conditioning`` by no class and the embedding of the negative prompt, (E,)."""
+def make_unconditional(model: DiffusionModel, conditioning: Conditioning, negative: Encoding) -> Conditioning:
+    """Replace ``conditioning`` by no class and the ``negative`` prompt."""
     return {
-        name: torch.full_like(value, len(model.classes)) if name == "label" else negative.expand_as(value)
+        name: torch.full_like(value, len(model.classes)) if name == "label" else negative[name].expand_as(value)
         for name, value in conditioning.items()
     }
 
 
-def denoiser_of(model: DiffusionModel, conditioning: Conditioning, config: SamplingConfig, negative: Tensor) -> Denoise:
+def denoiser_of(
+    model: DiffusionModel, conditioning: Conditioning, config: SamplingConfig, negative: Encoding
+) -> Denoise:
     """Build the conditional denoiser, guided as configured.
 
     Away from the one with no class and the caption ``negative``, or by autoguidance away from the model's guide.

@@ -1,20 +1,23 @@
-"""Networks of which training changes a part: low-rank matrices (LoRA, arXiv 2106.09685), or a pipeline's denoiser.
+"""Networks of which training changes a part: an adapter, or a pipeline's denoiser.
 
-Low-rank matrices are trained through peft, and merged into the weights to generate.
+Adapters are trained through peft, and merged into the weights to generate.
 """
 
 import copy
+import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from diffusion.common.errors import UserError, install_hint
-from diffusion.families.lora import LoRAConfig
-
-FACTORS = (".lora_A.weight", ".lora_B.weight")
-"""Ends of the names of A and B, behind the name of the adapted layer, as in peft's files."""
+from diffusion.common.files import sha256_bytes
+from diffusion.families.adapters import AdapterConfig, LoRAConfig
+from diffusion.families.ddpm.network import seeded_dropout
 
 
 class TrainableSubset(nn.Module):
@@ -25,6 +28,8 @@ class TrainableSubset(nn.Module):
     """
 
     network: nn.Module
+    seeds: "DropoutSeeds | None" = None
+    """Where the adapter's dropout finds its seeds, the keyword ``draws`` of a call; None: it drops nothing."""
 
     def __init__(self, network: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
@@ -41,17 +46,77 @@ class TrainableSubset(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what ``network`` computes."""
+        if self.seeds is not None:
+            self.seeds.set(kwargs.get("draws"))
         return self.network(*args, **kwargs)
 
+    @cached_property
+    def base(self) -> nn.Module:
+        """``network`` without its adapter, in its mode for evaluation, with the same frozen weights in memory.
+
+        It stays on the device that ``network`` is on now.
+        """
+        network = share(self.network)
+        for name, module in adapted_layers(network).items():
+            network.set_submodule(name, module.base_layer)  # type: ignore[arg-type]
+        return network.eval().requires_grad_(False)
+
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of ``network`` as well."""
+        """Set the mode of ``network`` as well, except of the adapted layers themselves."""
         self.network.train(mode)
+        for module in adapted_layers(self.network).values():
+            # In training peft's LoKr consumes torch's random numbers in vain, and only there has its DoRA a dropout.
+            module.training = not hasattr(module, "lokr_w1")
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         # In place: the parameters stay the objects that are registered here.
         self.network._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for module in adapted_layers(self.network).values():
+            if getattr(module, "lora_magnitude_vector", None):
+                # peft's DoRA takes views of these, which channels last has not.
+                for parameter in (*module.lora_A.parameters(), *module.lora_B.parameters()):  # type: ignore[union-attr]
+                    parameter.data = parameter.data.contiguous()
         return self
+
+
+class DropoutSeeds:
+    """Seeds of the images, (N,) int64, that a thread computes."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._latest: Tensor | None = None
+
+    def set(self, seeds: Tensor | None) -> None:
+        """Set the seeds of the calling thread."""
+        self._local.seeds = self._latest = seeds
+
+    def get(self) -> Tensor | None:
+        """Return the seeds of the calling thread, or the latest of all.
+
+        On a GPU, where one thread computes, another thread of autograd's recomputes activations.
+        """
+        seeds: Tensor | None = getattr(self._local, "seeds", self._latest)
+        return seeds
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+
+class SeededDropout(nn.Module):
+    """Dropout of the inputs of the adapted ``layer``, (N, …), by the seeds of their images; without any, none."""
+
+    def __init__(self, layer: str, rate: float, seeds: DropoutSeeds) -> None:
+        super().__init__()
+        # Other values in each layer.
+        self.offset = int(sha256_bytes(layer.encode())[:15], 16)
+        self.rate, self.seeds = rate, seeds
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # seeds are of a thread, and other ones at each call
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop values of ``x``, in an order that its layout in memory does not change."""
+        seeds = self.seeds.get()
+        return x if seeds is None else seeded_dropout(x, seeds + self.offset, self.rate)
 
 
 def train_parameters(network: nn.Module, names: Iterable[str]) -> TrainableSubset:
@@ -65,23 +130,35 @@ def train_parameters(network: nn.Module, names: Iterable[str]) -> TrainableSubse
     return TrainableSubset(clone, trained)
 
 
-def train_adapters(network: nn.Module, lora: LoRAConfig, layers: Iterable[str]) -> TrainableSubset:
-    """Freeze a copy of ``network``, which shares its weights, and add low-rank matrices to its ``layers``.
+def train_adapters(network: nn.Module, adapter: AdapterConfig, layers: Iterable[str]) -> TrainableSubset:
+    """Freeze a copy of ``network``, which shares its weights, and add an adapter to its ``layers``.
 
-    A is from torch's random numbers, B of zeros. Raises UserError if peft is not installed.
+    What is random of it is from torch's random numbers. Raises UserError if peft is not installed, or an option of the
+    adapter fits none of the layers.
     """
     try:
         import peft
     except ModuleNotFoundError as error:
-        raise UserError(f"training.lora needs peft, which is not installed: {install_hint('diffusers')}") from error
-    adapter_config = peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.scale * lora.rank,  # type: ignore[arg-type]  # only divided by r
-        target_modules=sorted(layers),
+        raise UserError(f"training.adapter needs peft, which is not installed: {install_hint('diffusers')}") from error
+    with warnings.catch_warnings():
+        # Of blocks of rotations that it fits to the layer.
+        warnings.simplefilter("ignore")
+        peft.inject_adapter_in_model(adapter.peft_config({*layers}), clone := share(network))
+    trained = {name: parameter for name, parameter in clone.named_parameters() if parameter.requires_grad}
+    subset = TrainableSubset(
+        clone, {name.removesuffix(".default").replace(".default.", "."): value for name, value in trained.items()}
     )
-    peft.inject_adapter_in_model(adapter_config, clone := share(network))
-    factors = {name: parameter for name, parameter in clone.named_parameters() if parameter.requires_grad}
-    return TrainableSubset(clone, {name.replace(".default.", "."): parameter for name, parameter in factors.items()})
+    if isinstance(adapter, LoRAConfig) and adapter.dropout is not None:
+        # peft's own takes random numbers from a state that resuming lacks.
+        subset.seeds = seeds = DropoutSeeds()
+        for name, module in adapted_layers(clone).items():
+            module.lora_dropout["default"] = SeededDropout(name, adapter.dropout, seeds)  # type: ignore
+    return subset
+
+
+def adapted_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """Find peft's layers in ``network``, by name."""
+    return {name: module for name, module in network.named_modules() if hasattr(module, "base_layer")}
 
 
 def select_layers(layers: Iterable[str], targets: Iterable[str] | None, default: Iterable[str]) -> set[str]:
@@ -93,7 +170,7 @@ def select_layers(layers: Iterable[str], targets: Iterable[str] | None, default:
             counts = Counter(end for name in layers if not (end := name.rpartition(".")[2]).isdigit())
             ends = sorted(counts, key=lambda end: (-counts[end], end))
             raise UserError(
-                f"training.lora.target_modules names {target}, and the network has no such linear or convolutional "
+                f"training.adapter.target_modules names {target}, and the network has no such linear or convolutional "
                 f"layer: use names such as {', '.join(ends[:12])}"
             )
         names |= matches
@@ -107,31 +184,41 @@ def share(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, memo)
 
 
-def merge_adapters(network: nn.Module, lora: LoRAConfig, factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Compute the adapted weights of ``network``, W + α/r · B A, by name.
+def merge_adapters(network: nn.Module, adapter: AdapterConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Compute the adapted weights of ``network`` by name from the adapter's ``tensors``, LAYER.PART each.
 
-    ``factors`` are A and B by ``FACTORS``: (r, in) and (out, r) of linear layers, (r, in, k, k) and (out, r, 1, 1) of
-    convolutions. Raises ValueError for tensors that do not fit.
+    Raises ValueError for tensors that do not fit.
     """
     layers, weights = dict(network.named_modules()), {}
-    names = {name.removesuffix(suffix) for suffix in FACTORS for name in factors if name.endswith(suffix)}
-    if set(factors) != {name + suffix for name in names for suffix in FACTORS}:
-        raise ValueError("tensors of no layer")
-    for name in sorted(names):
-        layer, (a, b) = layers.get(name), (factors[name + suffix] for suffix in FACTORS)
-        if layer is None or not is_adaptable(layer):
+    parts_by_layer = split_parts(adapter, tensors)
+    for name, parts in sorted(parts_by_layer.items()):
+        layer = layers.get(name)
+        if layer is None or not is_adaptable(layer, adapter):
             raise ValueError(f"no layer {name}")
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        kernel = (1,) * (weight.ndim - 2)
-        if a.shape != (lora.rank, *weight.shape[1:]) or b.shape != (len(weight), lora.rank, *kernel):
-            raise ValueError(f"shape of {name}")
         # In float64: the merged weights depend little on the machine that merged them.
-        product = b.flatten(1).double() @ a.flatten(1).double()
-        weights[f"{name}.weight"] = (weight.detach().double() + lora.scale * product.view(weight.shape)).to(weight)
+        merged = adapter.merge(name, weight.detach().double(), {part: value.double() for part, value in parts.items()})
+        weights[f"{name}.weight"] = merged.to(weight)
     return weights
 
 
-def is_adaptable(module: nn.Module | None) -> bool:
-    """Whether low-rank matrices can adapt a layer."""
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+def split_parts(adapter: AdapterConfig, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Sort an adapter's ``tensors``, LAYER.PART each, by layer and part; ValueError for others, or missing ones."""
+    known, layers = frozenset().union(*adapter.parts), dict[str, dict[str, Tensor]]()
+    for name, value in tensors.items():
+        part = next((part for part in known if name.endswith(f".{part}")), None)
+        if part is None:
+            raise ValueError(f"{name} is not of an adapter of the kind {adapter.kind}")
+        layers.setdefault(name.removesuffix(f".{part}"), {})[part] = value
+    for name, parts in layers.items():
+        if frozenset(parts) not in adapter.parts:
+            raise ValueError(f"tensors of {name}")
+    return layers
+
+
+def is_adaptable(module: nn.Module | None, adapter: AdapterConfig) -> bool:
+    """Whether ``adapter`` can adapt a layer."""
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and (adapter.adapts_kernels or module.kernel_size == (1, 1))
+    return isinstance(module, nn.Linear)

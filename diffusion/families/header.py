@@ -10,8 +10,8 @@ from torch import Tensor
 from diffusion.common.config import MAX_SIZE, Config, PlainName, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.shapes import Size
-from diffusion.families.config import FamilyConfig
-from diffusion.families.lora import LoRAConfig
+from diffusion.families.adapters import AdapterConfig
+from diffusion.families.config import DiffusersConfig, FamilyConfig
 from diffusion.families.text_encoder import TextEncoder
 from diffusion.families.vae.config import LatentSpace
 from diffusion.process.samplers import COMPUTING, SamplingConfig, sampling_config, with_sampler
@@ -79,8 +79,8 @@ class ModelHeader(Config):
     """Latent space of the network; None: it works on pixels."""
     base: Base | None = Field(None, exclude_if=is_unset)
     """The fine-tuned model, whose weights this file lacks; None: it has all weights."""
-    lora: LoRAConfig | None = Field(None, exclude_if=is_unset)
-    """Low-rank adaptation of ``base``; None: none."""
+    adapter: AdapterConfig | None = Field(None, exclude_if=is_unset)
+    """Adapter of ``base``; None: none."""
     images: int = Field(ge=0, lt=2**63)
     """Images seen in training."""
     training: dict[str, Any]
@@ -95,6 +95,11 @@ class ModelHeader(Config):
     """Images that the weights of the guide have seen, away from which autoguidance leads. None: there is no guide."""
     origin: Origin | None = Field(None, exclude_if=is_unset)
     """Origin of an imported pipeline; None: the model was trained here."""
+
+    def takes_other_sizes(self, shape: tuple[int, int, int]) -> bool:
+        """Whether it is a pipeline, or was trained from one, that can generate images of ``shape``, (C, H, W)."""
+        is_pipeline = isinstance(self.model, DiffusersConfig)
+        return is_pipeline and self.model.one_shape is None and self.channels == shape[0]
 
     @property
     def square(self) -> tuple[int, int, int]:

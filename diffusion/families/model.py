@@ -11,9 +11,11 @@ from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from diffusion.common.device import copy_to_device
 from diffusion.common.errors import UserError
 from diffusion.common.fingerprint import autocast
 from diffusion.common.shapes import shape_name
+from diffusion.families.adapters import AdapterConfig
 from diffusion.families.base import BaseFamilyConfig, classes_of
 from diffusion.families.fine_tuning import (
     TrainableSubset,
@@ -24,14 +26,12 @@ from diffusion.families.fine_tuning import (
     train_parameters,
 )
 from diffusion.families.header import ModelHeader
-from diffusion.families.lora import LoRAConfig
 from diffusion.families.text_encoder import (
     MINI_LM,
-    WIDTH,
     CaptionEncoder,
+    Encoding,
     TextEncoder,
     check_encoder,
-    encoder,
     prompt_length,
 )
 from diffusion.families.vae.network import Autoencoder, Latents
@@ -41,8 +41,8 @@ from diffusion.process.likelihood import Terms
 from diffusion.process.samplers import Noise, SamplingConfig
 
 Conditioning = dict[str, Tensor]
-"""Conditioning of N images, as keywords of ``UNet.forward``: ``label`` and ``text``, or ``low`` and ``level``; empty:
-unconditional."""
+"""Conditioning of N images, as keywords of the network's ``forward``: ``label`` and the tensors of encoded texts, or
+``low`` and ``level``; empty: unconditional."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class ConditioningBatch:
     conditioning: Conditioning
     noise: Noise
     """Noise of the model's ``noise_shape``, on the model's device."""
-    negative: Tensor
-    """Embedding of the negative prompt, (E,), or of none: see ``Model.embed``."""
+    negative: Encoding
+    """The negative prompt, or none: see ``Model.encode_prompt``."""
     edit: Edit | None
     """The image to edit; None: generate from noise alone."""
     report_steps: Callable[[int, int], None] = lambda done, steps: None
@@ -154,15 +154,19 @@ class Model(ABC):
         """Classes that it is conditioned on; empty: none."""
         return classes_of(self.config, self.header.class_histogram)
 
-    def embed(self, prompt: str | None) -> Tensor:
-        """Embed ``prompt`` as a vector (E,) float32, or None for none: (384,), zeros for none.
+    def encode_prompt(self, prompt: str | None) -> Encoding:
+        """Encode ``prompt``, or None for none, as all that the network is shown of it.
 
         Raises UserError if the model was trained with another encoder than this version's.
         """
         if prompt is None:
-            return torch.zeros(WIDTH)
+            return MINI_LM.none
         check_encoder(self.header.encoder)
-        return encoder()(prompt)
+        return MINI_LM.load()(prompt)
+
+    def encoding_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors of ``encode_prompt``, which are those of all prompts."""
+        return {name: tuple(value.shape) for name, value in MINI_LM.none.items()}
 
     def prompt_length(self, prompt: str) -> tuple[int, int, int]:
         """Count the tokens of ``prompt`` and of an empty one, and the most that the model's text encoder reads."""
@@ -212,42 +216,43 @@ class Model(ABC):
         """Return the model for a training on ``classes``, which may be some of its own."""
         return self
 
-    def caption_encoder(self, lora: LoRAConfig | None) -> CaptionEncoder:
-        """Choose the encoder of captions in training; UserError if ``lora`` adapts a text encoder that cannot be."""
+    def caption_encoder(self, adapter: AdapterConfig | None) -> CaptionEncoder:
+        """Choose the encoder of captions in training; UserError if ``adapter`` adapts a text encoder that cannot be."""
         return MINI_LM
 
     def adapter_layers(self, layers: set[str], targets: Sequence[str] | None, text_encoder: bool) -> set[str]:
-        """Choose the linear and convolutional ``layers`` of the network that low-rank matrices adapt.
+        """Choose the linear and convolutional ``layers`` of the network that an adapter changes.
 
         Args:
             layers: Their names.
-            targets: ``LoRAConfig.target_modules``.
+            targets: ``AdapterConfig.target_modules``.
             text_encoder: Whether layers of its text encoder are adapted as well.
         """
         return select_layers(layers, targets, layers)
 
     def trained_names(self) -> set[str]:
-        """Name the parameters that training changes without low-rank matrices."""
+        """Name the parameters that training changes without an adapter."""
         return {name for name, _ in self.network.named_parameters()}
 
-    def make_trainable(self, lora: LoRAConfig | None) -> TrainableSubset:
-        """Freeze a copy of the network except low-rank matrices, or without ``lora`` what training changes.
+    def make_trainable(self, adapter: AdapterConfig | None) -> TrainableSubset:
+        """Freeze a copy of the network except an adapter, or without one what training changes.
 
         The copy shares its frozen weights. Raises UserError if peft is not installed or a target is not a linear or
         convolutional layer.
         """
-        if lora is None:
+        if adapter is None:
             return train_parameters(self.network, self.trained_names())
-        layers = {name for name, module in self.network.named_modules() if is_adaptable(module)}
-        return train_adapters(self.network, lora, self.adapter_layers(layers, lora.target_modules, lora.text_encoder))
+        layers = {name for name, module in self.network.named_modules() if is_adaptable(module, adapter)}
+        layers = self.adapter_layers(layers, adapter.target_modules, adapter.text_encoder)
+        return train_adapters(self.network, adapter, layers)
 
-    def tuned_weights(self, lora: LoRAConfig | None, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def tuned_weights(self, adapter: AdapterConfig | None, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute the weights that differ after training, by name, from the ``trained`` tensors.
 
         Raises ValueError for tensors that do not fit.
         """
-        if lora is not None:
-            return merge_adapters(self.network, lora, trained)
+        if adapter is not None:
+            return merge_adapters(self.network, adapter, trained)
         names = self.trained_names() if self.has_frozen_parts else set()
         if names != set(trained) or any(trained[n].shape != self.network.get_parameter(n).shape for n in names):
             raise ValueError("tensors of another network")
@@ -312,13 +317,12 @@ class TrainingBatch:
     int64."""
     pixel_weights: Tensor | None = None
     """Weights of the pixels of the images in the loss, (N, 1, H, W) float32, 0 or more; None: all are 1."""
+    prior: Conditioning | None = None
+    """Conditioning for which an adapted network is to predict what its base does; None: for none."""
 
     def to(self, device: torch.device) -> "TrainingBatch":
         """Copy the batch to ``device``, asynchronously on a GPU."""
-        if device.type == "cpu":
-            return self
-        # Copies from pinned memory are asynchronous.
-        return self.map(lambda values: values.pin_memory().to(device, non_blocking=True))
+        return self.map(lambda values: copy_to_device(values, device))
 
     def split(self, count: int) -> list["TrainingBatch"]:
         """Split the batch into ``count`` parts of nearly equal size."""
@@ -326,11 +330,12 @@ class TrainingBatch:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "TrainingBatch":
         """``change`` each tensor."""
-        conditioning, random = (
-            {name: change(values) for name, values in tensors.items()} for tensors in (self.conditioning, self.random)
+        conditioning, random, prior = (
+            {name: change(values) for name, values in tensors.items()}
+            for tensors in (self.conditioning, self.random, self.prior or {})
         )
         weights = None if self.pixel_weights is None else change(self.pixel_weights)
-        return TrainingBatch(change(self.x0), conditioning, random, weights)
+        return TrainingBatch(change(self.x0), conditioning, random, weights, prior or None)
 
 
 @runtime_checkable
@@ -396,6 +401,14 @@ class TrainingObjective(ABC):
     def optimizer_steps(self, network: nn.Module) -> list[OptimizerStep]:
         """List the optimizer steps that make up a training step of ``network``, in their order."""
         return [OptimizerStep({"network": network}, partial(self.losses, network))]
+
+
+def use_channels_last(module: nn.Module) -> None:
+    """Arrange the weights of 2-D convolutions with channels last, in place; ``Module.to`` fails for 3-D ones."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.ndim == 4:
+            # Not by contiguous, which leaves the strides of kernels of one pixel, on which last bits depend.
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)
 
 
 def to_float(images: Tensor) -> Tensor:

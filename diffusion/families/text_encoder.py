@@ -4,7 +4,7 @@ Its weights come with a package and are never downloaded; its forward pass is im
 not depend on another library's version.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -45,16 +45,29 @@ class TextEncoder(Config):
     """SHA-256 over the digests of its files."""
 
 
+Encoding = Mapping[str, Tensor]
+"""An encoded text: tensors by name, such as the states of its tokens and their mask.
+
+Those of all texts have the same shapes, as shorter texts are padded, and are stacked to a network's conditioning.
+"""
+
+
+def stack_encodings(encodings: Iterable[Encoding]) -> dict[str, Tensor]:
+    """Stack the ``encodings`` of N texts, tensor by tensor: (N, …) each."""
+    encodings = list(encodings)
+    return {name: torch.stack([encoding[name] for encoding in encodings]) for name in encodings[0]}
+
+
 @dataclass(frozen=True)
 class CaptionEncoder:
-    """Encoder of captions as vectors of E numbers."""
+    """Encoder of captions."""
 
     digest: str
-    """SHA-256 of all that the vectors depend on."""
-    load: Callable[[], Callable[[str], Tensor]]
-    """Load the function from a caption to its vector, (E,); raises UserError if the encoder is unavailable."""
-    none: Tensor
-    """Vector of no caption, (E,)."""
+    """SHA-256 of all that the encodings depend on."""
+    load: Callable[[], Callable[[str], Encoding]]
+    """Load the function from a caption to its encoding; raises UserError if the encoder is unavailable."""
+    none: Encoding
+    """Encoding of no caption."""
 
 
 ENCODER = TextEncoder(name="all-MiniLM-L6-v2", digest=digest_of(FILES))
@@ -141,5 +154,10 @@ def encoder() -> MiniLM:
     return MiniLM(folder, Tokenizer.from_file(str(folder / "tokenizer.json")))
 
 
-MINI_LM = CaptionEncoder(ENCODER.digest, lambda: encoder(), torch.zeros(WIDTH))
+def _load() -> Callable[[str], Encoding]:
+    minilm = encoder()
+    return lambda text: {"text": minilm(text)}
+
+
+MINI_LM = CaptionEncoder(ENCODER.digest, _load, {"text": torch.zeros(WIDTH)})
 """The encoder of captions of models that are trained here."""

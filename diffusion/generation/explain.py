@@ -67,6 +67,9 @@ def explain(model: Model, image: Tensor, output: Path, seed: int = 0) -> list[Pa
             x0 = model.encode(to_float(image)[None])[0]
             noise = GaussianNoise(seed, "explain", [0], model.noise_shape)()[0]
             conditioning = task_of(model.config, model.header.size).conditioning(image[None]) or None
+            if model.has_frozen_parts:
+                # A pipeline's network is always conditioned: on no prompt, or on a class.
+                conditioning = make_conditioning(model, [0], seed) or None
             figures = {
                 output / "forward.png": draw_forward(model, x0, noise),
                 output / "training_step.png": draw_training_step(model, x0, noise, conditioning),

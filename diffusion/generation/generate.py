@@ -17,13 +17,13 @@ from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.families.config import FamilyConfig, sampling_conflict
 from diffusion.families.model import Conditioning, ConditioningBatch, Model, to_float, to_uint8
-from diffusion.families.text_encoder import prompt_length
+from diffusion.families.text_encoder import Encoding, prompt_length, stack_encodings
 from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions
 from diffusion.process.editing import Edit, downsample_mask, slerp
 from diffusion.process.samplers import Noise, SamplingConfig
 
-Embeddings = Mapping[str | None, Tensor]
-"""Embedding of each prompt, and of none, (E,): see ``Model.embed``."""
+Encodings = Mapping[str | None, Encoding]
+"""Encoding of each prompt, and of none: see ``Model.encode_prompt``."""
 
 
 def sample(
@@ -59,16 +59,16 @@ def sample(
 
     # A GPU computes a batch in parallel by itself.
     with compute_deterministically(device), worker_threads(at_once if device.type == "cpu" else 1) as pool:
-        # Inside, as the bits of embeddings depend on the number of threads.
-        embeddings = prompt_embeddings(model, conditions)
+        # Inside, as the bits of encodings depend on the number of threads.
+        encodings = encode_prompts(model, conditions)
 
         steps = StepProgress(progress if by_step else ignore_progress, len(batches))
 
         def generate(members: range) -> Tensor:
             source = noise(members) if noise else GaussianNoise(seed, "sampling", members, model.noise_shape)
-            conditioning = make_conditioning(model, members, seed, conditions, embeddings)
+            conditioning = make_conditioning(model, members, seed, conditions, encodings)
             conditioning = {name: value.to(device) for name, value in conditioning.items()}
-            negative = embeddings[conditions.negative_prompt].to(device)
+            negative = {name: value.to(device) for name, value in encodings[conditions.negative_prompt].items()}
             report_steps = partial(steps.report, members.start)
             batch = ConditioningBatch(conditioning, lambda: source().to(device), negative, edit, report_steps)
             return model.sample(batch, config, device)
@@ -182,6 +182,17 @@ def check_sampling(model: Model, config: SamplingConfig, conditions: Conditions)
             f"sampling.autoguidance = {config.autoguidance:g} leads away from the guide of a model (training.guide), "
             f"and this one has none: {'train one that has one, or ' if can_have_guide else ''}leave it out (null)"
         )
+    if model.config.embeds_guidance:
+        if conditions.negative_prompt is not None:
+            raise UserError(
+                "the pipeline's network is shown sampling.guidance, and is not led away from anything: leave the "
+                "negative prompt out"
+            )
+        if config.guidance_interval is not None or config.guidance_rescale is not None:
+            raise UserError(
+                "the pipeline's network is shown sampling.guidance, which has no interval and is not rescaled: leave "
+                "sampling.guidance_interval and sampling.guidance_rescale out"
+            )
     if not model.config.has_null_class:
         if config.guides:
             raise UserError(
@@ -257,9 +268,9 @@ def check_interpolation(model: Model, seed: int, to_seed: int, count: int, condi
         raise UserError("several labels or prompts alternate, which is not a path from one image to another: give one")
 
 
-def prompt_embeddings(model: Model, conditions: Conditions) -> Embeddings:
-    """Embed each prompt, and none; raises UserError if ``model`` was trained with another encoder."""
-    return {text: model.embed(text) for text in (None, *sorted(set(conditions.texts)))}
+def encode_prompts(model: Model, conditions: Conditions) -> Encodings:
+    """Encode each prompt, and none; raises UserError if ``model`` was trained with another encoder."""
+    return {text: model.encode_prompt(text) for text in (None, *sorted(set(conditions.texts)))}
 
 
 def labels_of(model: Model, indices: Sequence[int], seed: int, conditions: Conditions = UNCONDITIONAL) -> Tensor | None:
@@ -312,15 +323,15 @@ def make_conditioning(
     indices: Sequence[int],
     seed: int,
     conditions: Conditions = UNCONDITIONAL,
-    embeddings: Embeddings | None = None,
+    encodings: Encodings | None = None,
 ) -> Conditioning:
-    """Make the network's conditioning for the images ``indices``; ``embeddings`` are the prompts', if they are made."""
+    """Make the network's conditioning for the images ``indices``; ``encodings`` are the prompts', if they are made."""
     conditioning = {}
     if (labels := labels_of(model, indices, seed, conditions)) is not None:
         conditioning["label"] = labels
     if model.config.text:
-        embeddings = prompt_embeddings(model, conditions) if embeddings is None else embeddings
-        conditioning["text"] = torch.stack([embeddings[conditions.prompt(index)] for index in indices])
+        encodings = encode_prompts(model, conditions) if encodings is None else encodings
+        conditioning |= stack_encodings(encodings[conditions.prompt(index)] for index in indices)
     return conditioning
 
 

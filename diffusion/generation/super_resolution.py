@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from diffusion.common.device import compute_deterministically, resolve_device
+from diffusion.common.device import CPU, compute_deterministically, resolve_device
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
-from diffusion.common.fingerprint import CPU, autocast
+from diffusion.common.fingerprint import autocast
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.random import GaussianNoise, uniform
 from diffusion.common.shapes import Shape, height_and_width

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Protocol
 from pydantic import Field, model_validator
 
 from diffusion.common.config import Config, is_unset
-from diffusion.common.rules import find_conflict, needs, only, unless
+from diffusion.common.rules import find_conflict, given, needs, only, unless
 
 Prediction = Literal["epsilon", "v_prediction", "sample", "edm"]
 SchedulerPrediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
@@ -14,8 +14,8 @@ SchedulerPrediction = Literal["epsilon", "v_prediction", "sample", "flow_predict
 
 NOISE_LEVELS = needs("noise_levels")
 """The rule of options that have an effect only for diffusion models."""
-NOT_WITH_LORA = replace(unless("training.lora"), waits_for="model")
-"""The rule of options that have no effect with low-rank matrices."""
+NOT_WITH_ADAPTER = replace(unless("training.adapter"), waits_for="model")
+"""The rule of options that have no effect with an adapter."""
 _LOGNORMAL = only("training.timestep_sampling", "lognormal")
 
 
@@ -68,6 +68,19 @@ class MaskConfig(Config):
     ones."""
 
 
+class PriorConfig(Config):
+    """What an adapter leaves as it was: what the base predicts for a prompt (DreamBooth, arXiv 2208.12242).
+
+    Without images of the class: base and adapted network see the same noisy training images with this prompt, and the
+    squared error between their predictions is added to the loss.
+    """
+
+    weight: float = Field(1.0, gt=0, le=1000)
+    """Weight of that error, beside a loss of weight 1."""
+    prompt: str | None = Field(None, min_length=1, max_length=1000)
+    """Prompt of the class, such as "a photo of a dog", without the trigger. Null: no prompt."""
+
+
 class ObjectiveConfig(Config):
     """The part of the section ``training`` that defines the objective: noise levels, their weights, and the seed."""
 
@@ -101,12 +114,24 @@ class ObjectiveConfig(Config):
     values, by the logarithm of the root of their ratio (2301.11093)."""
     log_sigma_std: Annotated[float | None, NOISE_LEVELS, _LOGNORMAL] = Field(None, gt=0)
     """Standard deviation of ln σ for timestep_sampling = lognormal; null: 1.2, EDM's."""
-    student: Annotated[StudentConfig | None, needs("distillation"), NOT_WITH_LORA] = Field(None, exclude_if=is_unset)
+    student: Annotated[StudentConfig | None, needs("distillation"), NOT_WITH_ADAPTER] = Field(None, exclude_if=is_unset)
     """Distil training.init_from into a student of few evaluations, as `darkroom distill` does. Null: train to
     denoise."""
     stratified_timesteps: Annotated[bool, NOISE_LEVELS] = True
     """Whether the times of a batch's N images are stratified: one in each N-th of the distribution."""
 
+    prior: Annotated[
+        PriorConfig | None,
+        NOISE_LEVELS,
+        replace(
+            given("training.adapter"),
+            because="training.prior keeps what the base predicts, which an adapter leaves aside: set training.adapter, "
+            "or leave it out",
+            waits_for="model",
+        ),
+    ] = Field(None, exclude_if=is_unset)
+    """Prior preservation: hold an adapter to what its base predicts for a prompt; twice the work, and the work of the
+    base. Null: none."""
     mask: Annotated[MaskConfig | None, NOISE_LEVELS, unless("training.student")] = Field(None, exclude_if=is_unset)
     """Weight the error of each pixel by the masks of the data set (masked loss), for pixels of latents by the mean of
     the pixels that they stand for. Null: all pixels count equally, also with masks."""

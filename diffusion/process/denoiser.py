@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffusion.common.device import copy_to_device
 from diffusion.process.likelihood import broadcast_to_images, interpolate_deviation
 from diffusion.process.parametrization import Parametrization
 from diffusion.process.samplers import Denoise, fixed_large, fixed_small
@@ -40,8 +41,8 @@ class Denoiser:
 
     def estimate(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Estimate x_0; also returns v (N, C, H, W) of a learned variance, or a tensor without channels."""
-        sigma = sigma.to(x.device).double().expand(len(x))
-        center = None if self.around is None else self.around.to(x)
+        sigma = copy_to_device(sigma, x.device).double().expand(len(x))
+        center = None if self.around is None else copy_to_device(self.around, x.device).to(x.dtype)
         if center is not None:
             x = x - center
         inputs = broadcast_to_images(x, self.parametrization.c_in(sigma)) * x
@@ -102,16 +103,17 @@ def apply_guidance(
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         # One batch for both would be no faster on a CPU.
         x0 = conditional(x, sigma)
-        mask = torch.ones_like(sigma, dtype=torch.bool)
-        if interval is not None:
-            mask = (sigma > interval[0]) & (sigma <= interval[1])
-        if not mask.any():
+        mask = None if interval is None else (sigma > interval[0]) & (sigma <= interval[1])
+        # Levels of samplers are on the CPU. To look at those of a training would wait for the device.
+        if mask is not None and mask.is_cpu and not mask.any():
             return x0
         # lerp is exact at either end.
         estimate = torch.lerp(unconditional(x, sigma), x0, scale)
         if rescale is not None:
             estimate = rescale_guidance(estimate, x0, rescale)
-        return torch.where(mask.to(x.device).expand(len(x))[:, None, None, None], estimate, x0)
+        if mask is None:
+            return estimate
+        return torch.where(copy_to_device(mask, x.device).expand(len(x))[:, None, None, None], estimate, x0)
 
     return denoise
 

@@ -103,7 +103,7 @@ def compute_bound(schedule: NoiseSchedule, t: Tensor, x0: Tensor, error: Tensor,
     ``error`` is estimate minus truth for the images ``x0`` (N, C, H, W), which have values as from ``to_float``. The
     term is KL(q(x_s | x_σ, x_0) ‖ p(x_s | x_σ)) at t > 0, and −log p(x_0 | x_σ) at 0 (equations 4 to 6).
     """
-    sigmas = schedule.sigmas.to(t.device)
+    sigmas = schedule.sigmas_on(t.device)
     first = t == 0
     sigma, next_sigma = sigmas[t], sigmas[(t - 1).clamp(min=0)].masked_fill(first, 0)
     # The lower variance of the last step is 0, so the variance of the step before it is used, with ᾱ = 1.
@@ -111,12 +111,15 @@ def compute_bound(schedule: NoiseSchedule, t: Tensor, x0: Tensor, error: Tensor,
     low, high = fixed_small(sigma, next_sigma).where(~first, min_variance), fixed_large(sigma, next_sigma)
     deviation = interpolate_deviation(v, broadcast_to_images(v, low), broadcast_to_images(v, high))
     mean_error = broadcast_to_images(v, 1 - (next_sigma / sigma) ** 2) * error
-    nats = torch.empty_like(v)
-    # Each term only on its own images: on the others its gradient may be NaN.
-    nats[first] = -log_likelihood(x0[first], x0[first] + error[first], deviation[first])
+    # With the other images' numbers the gradient of a term may be NaN. To select images would wait for their count.
+    is_first = first[:, None, None, None]
+    last_error, last_deviation = error.masked_fill(~is_first, 0), deviation.masked_fill(~is_first, 1)
+    last_term = -log_likelihood(x0, x0 + last_error, last_deviation)
     # KL divergence of Gaussians.
-    ratio = broadcast_to_images(v, low.sqrt())[~first] / deviation[~first]
-    nats[~first] = ((mean_error[~first] / deviation[~first]) ** 2 + ratio**2 - 1) / 2 - ratio.log()
+    deviation = deviation.masked_fill(is_first, 1)
+    ratio = broadcast_to_images(v, low.sqrt()) / deviation
+    divergence = ((mean_error / deviation) ** 2 + ratio**2 - 1) / 2 - ratio.log()
+    nats = torch.where(is_first, last_term, divergence)
     return nats.mean((1, 2, 3)) / math.log(2)
 
 

@@ -44,26 +44,33 @@ class Objective:
         noise: Tensor,
         around: Tensor | None = None,
         pixel_weights: Tensor | None = None,
+        teacher: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Compute the weighted mean squared error of images ``x0`` (N, C, H, W), (N,), in float32 at any precision.
 
         ``network`` maps noisy images and times to predictions; if these have 2C channels, it learns its variance, and
         the variational bound is added. ``t`` are times (N,), integral with a learned variance, ``noise`` is standard
         Gaussian, ``around`` as in ``Denoiser``. ``pixel_weights`` (N, 1, H', W') weight the squared errors; a larger
-        grid is averaged over the pixels that each of ``x0`` stands for.
+        grid is averaged over the pixels that each of ``x0`` stands for. What ``teacher`` predicts is to be predicted;
+        None: the image and the noise.
         """
         sigma = self.schedule.sigma(t)
         clean = x0 if around is None else x0 - around.to(x0)
-        output = network(self.parametrization.make_noisy_input(clean, noise, sigma), t.float()).float()
-        prediction, v = output.tensor_split([x0.shape[1]], dim=1)
-        difference = prediction - self.parametrization.target(clean, noise, sigma)
+        noisy = self.parametrization.make_noisy_input(clean, noise, sigma)
+        prediction, v = network(noisy, t.float()).float().tensor_split([x0.shape[1]], dim=1)
+        if teacher is None:
+            target = self.parametrization.target(clean, noise, sigma)
+        else:
+            with torch.no_grad():
+                target = teacher(noisy, t.float()).float()[:, : x0.shape[1]]
+        difference = prediction - target
         squares = difference.square()
         if pixel_weights is not None:
             squares = squares * functional.adaptive_avg_pool2d(pixel_weights, (squares.shape[2], squares.shape[3]))
         error = squares.mean((1, 2, 3))
         # The error of the output is the image's error divided by c_out.
         loss = (self.weight(sigma) * self.parametrization.c_out(sigma) ** 2).to(error.dtype) * error
-        if not v.shape[1]:
+        if not v.shape[1] or teacher is not None:
             return loss
         # L_hybrid = L_simple + λ L_vlb with λ = 0.001, where L_vlb is the sum of T terms, in bits per value, one of
         # which is sampled; it has no gradient by the mean (arXiv 2102.09672, equation 16 and section 3.1).

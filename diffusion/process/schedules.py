@@ -42,15 +42,15 @@ class NoiseSchedule:
         """σ_t = √((1 − ᾱ_t) / ᾱ_t), noise over signal: (T,) float64."""
         return ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
 
-    def _copy_to(self, device: torch.device) -> Tensor:
-        """Copy ``sigmas`` to ``device``, once, since each copy waits for the device."""
+    def sigmas_on(self, device: torch.device) -> Tensor:
+        """Return ``sigmas`` on ``device``, where they are copied once, since each copy waits for the device."""
         if device not in self._copies:
             self._copies[device] = self.sigmas.to(device)
         return self._copies[device]
 
     def sigma(self, t: Tensor) -> Tensor:
         """Interpolate σ at times ``t`` (N,) from 0 to T−1, as (N,) float64: the inverse of ``time``."""
-        table = self._copy_to(t.device)
+        table = self.sigmas_on(t.device)
         low = t.long().clamp(0, self.steps - 2)
         fraction = t.double() - low
         # At integral times this is the table's value, to the last bit.
@@ -58,7 +58,7 @@ class NoiseSchedule:
 
     def time(self, sigma: Tensor) -> Tensor:
         """Find the time t with the noise level ``sigma`` (N,), as (N,) float32, clamped to the schedule."""
-        table = self._copy_to(sigma.device).log()
+        table = self.sigmas_on(sigma.device).log()
         value = sigma.double().log().clamp(table[0], table[-1])
         high = torch.searchsorted(table, value).clamp(1, len(table) - 1)
         low = high - 1

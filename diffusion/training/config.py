@@ -10,9 +10,9 @@ from diffusion.common.config import MAX_EMA_STD, Config, DeviceName, PlainName, 
 from diffusion.common.errors import UserError
 from diffusion.common.rules import given, needs, only, unless
 from diffusion.data.caption_texts import TagsConfig
+from diffusion.families.adapters import AdapterConfig
 from diffusion.families.base import BaseFamilyConfig
-from diffusion.families.lora import LoRAConfig
-from diffusion.process.config import NOT_WITH_LORA, ObjectiveConfig
+from diffusion.process.config import NOT_WITH_ADAPTER, ObjectiveConfig
 from diffusion.process.samplers import SamplingConfig
 
 if TYPE_CHECKING:
@@ -38,6 +38,10 @@ def _check_folder(path: Path) -> Path:
     return path
 
 
+def _is_cosine(value: str) -> bool:
+    return value == "cosine"
+
+
 class TrainingConfig(ObjectiveConfig):
     """Data set, duration, optimizer, precision and checkpoints of a training run."""
 
@@ -55,17 +59,17 @@ class TrainingConfig(ObjectiveConfig):
     """Initial weights. Null: random. Otherwise a model of the same family: the path of its final.safetensors, a
     registered version (models:/NAME@ALIAS, models:/NAME/NUMBER), or champion. The champion is resolved when data and
     configuration are first trained on; while there is none, weights are random."""
-    lora: Annotated[
-        LoRAConfig | None,
+    adapter: Annotated[
+        AdapterConfig | None,
         needs("adapters"),
         replace(
             given("training.init_from"),
-            because="training.lora adapts the weights of training.init_from, and there are none: name a model there",
+            because="training.adapter adapts the weights of training.init_from, and there are none: name a model there",
             waits_for="model",
         ),
     ] = Field(None, exclude_if=is_unset)
-    """Train low-rank matrices on top of training.init_from instead of its weights (extra ``diffusers``, for peft): the
-    model is then megabytes of them and a reference to the file of training.init_from. Null: all weights."""
+    """Train an adapter on top of training.init_from instead of its weights (extra ``diffusers``, for peft): the model
+    is then megabytes, and a reference to the file of training.init_from. Null: all weights."""
     micro_batch: int | None = Field(None, ge=1, exclude_if=is_unset)
     """Most images that a thread or process takes through the network at once: the rest of its part of a batch follows,
     and gradients are added in this order, for batches that do not fit into memory. Null: all of its part. Decides the
@@ -78,13 +82,21 @@ class TrainingConfig(ObjectiveConfig):
     cpu_threads: int = Field(2, ge=1)
     """CPU threads that each compute a part of a batch, ideally one per free core. The number of threads decides the
     last bits of the weights, the number of cores does not."""
-    optimizer: Annotated[Literal["muon", "adamw"], needs("muon"), NOT_WITH_LORA] = "muon"
+    optimizer: Annotated[
+        Literal["muon", "adamw", "prodigy"],
+        replace(needs("muon"), values=("muon", "adamw")),
+        replace(NOT_WITH_ADAPTER, values=("muon", "adamw")),
+    ] = "muon"
     """Optimizer of diffusion models: Muon (arXiv 2510.19376) for the matrices of hidden layers, and AdamW for all other
-    weights, or AdamW for all. Other families are trained with AdamW."""
+    weights, or AdamW for all. Other families and adapters are trained with AdamW. Of all: prodigy, which finds the
+    learning rate (2306.06101), with two moments more."""
     learning_rate: float = Field(4e-3, gt=0)
-    """Peak learning rate; Muon's updates are scaled so that one rate fits both optimizers."""
+    """Peak learning rate; Muon's updates are scaled so that one rate fits both optimizers. For prodigy the factor of
+    the rate that it finds: 1."""
+    learning_rate_decay: Literal["cosine", "linear", "constant"] = Field("cosine", exclude_if=_is_cosine)
+    """How the learning rate falls to zero by the last image: as half a cosine, in a line, or not at all."""
     warmup_images: int = Field(4_000, ge=0)
-    """Images over which the learning rate rises from zero; it then decays to zero by a cosine."""
+    """Images over which the learning rate rises from zero."""
     weight_decay: float = Field(0.01, ge=0)
     """Decoupled weight decay."""
     max_grad_norm: float = Field(1.0, gt=0)
@@ -97,19 +109,24 @@ class TrainingConfig(ObjectiveConfig):
     """Null: one exponential average. Two numbers, such as [0.05, 0.1]: two power-function averages with these relative
     standard deviations, whose memory grows in proportion to training time (arXiv 2312.02696). The first is the model;
     evaluation.ema_stds reconstructs other standard deviations after training from snapshots of both."""
-    guide: Annotated[float | None, needs("guide"), NOT_WITH_LORA] = Field(0.25, gt=0, lt=1)
+    guide: Annotated[float | None, needs("guide"), NOT_WITH_ADAPTER] = Field(0.25, gt=0, lt=1)
     """Share of the training after which the averaged weights are kept in the model's file as its guide, away from which
     sampling.autoguidance leads (arXiv 2406.02507): that file is then twice as large. A training that begins with a
-    model that has a guide keeps that one; with one that has none, the new model gets one of its own. Low-rank matrices
-    (training.lora), students and models for super-resolution have none. Null: none."""
+    model that has a guide keeps that one; with one that has none, the new model gets one of its own. Adapters
+    (training.adapter), students and models for super-resolution have none. Null: none."""
     condition_dropout: Annotated[float, needs("dropped_conditions")] = Field(0.1, ge=0, lt=1)
     """Conditioning dropout: share of the images for which class and caption are both dropped, for unconditional
     generation. With both class and caption, one of the two is dropped for an equal share again (arXiv 2211.09800)."""
     tags: Annotated[
         TagsConfig | None,
-        given(
-            "model.text",
-            because="training.tags changes captions, and the network has none: set model.text to true, or leave it out",
+        replace(
+            given(
+                "model",
+                because="training.tags changes captions, and the network has none: set model.text to true, or leave it "
+                "out",
+            ),
+            # Whether a pipeline has captions is known once it is read.
+            allows=lambda model: model.text or model.needs_initial_model,
         ),
     ] = Field(None, exclude_if=is_unset)
     """Captions as tags that are shuffled or dropped at each step. Null: captions as they are. Of a caption of several
@@ -142,7 +159,7 @@ class TrainingConfig(ObjectiveConfig):
     shard: Annotated[
         StrictBool | StrictInt,
         needs("sharding"),
-        NOT_WITH_LORA,
+        NOT_WITH_ADAPTER,
         replace(
             only("training.optimizer", "adamw"),
             because="training.shard gives each process a part of each matrix, and Muon needs whole ones: set "
@@ -194,6 +211,11 @@ class TrainingConfig(ObjectiveConfig):
             )
         if words := self._micro_batch_conflict():
             raise ValueError(words)
+        if self.optimizer == "prodigy" and not 0.1 <= self.learning_rate <= 10:
+            raise ValueError(
+                f"training.optimizer = prodigy finds the learning rate, and training.learning_rate = "
+                f"{self.learning_rate:g} multiplies it: set that to 1"
+            )
         if self.shard is not True and self.shard is not False and self.shard < 2:
             raise ValueError(
                 f"training.shard = {self.shard} is not a group of processes: use true, false, or the number in a group"
@@ -211,6 +233,11 @@ class TrainingConfig(ObjectiveConfig):
                 "would have none: raise training.prefetch, or lower training.workers"
             )
         return self
+
+    @property
+    def moments(self) -> int:
+        """Number of tensors of a weight's size that AdamW or Prodigy keeps of it."""
+        return 4 if self.optimizer == "prodigy" else 2
 
     def _micro_batch_conflict(self) -> str | None:
         """Describe why ``micro_batch`` has no effect; None if it has one, is null, or the batch is not known yet."""
@@ -267,6 +294,8 @@ def student_training(
         "images": config.images,
         "minutes": None,
         "learning_rate": config.learning_rate,
+        # Prodigy would need a rate of 1.
+        "optimizer": "muon" if training.optimizer == "prodigy" else training.optimizer,
         "warmup_images": min(training.warmup_images, config.images // 10),
         "student": {"steps": config.steps} | {name: getattr(sampling, name) for name in names},
         "guide": None,

@@ -14,14 +14,14 @@ from diffusion.common.device import device_name, resolve_device
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.common.progress import Progress
-from diffusion.data.caption_embeddings import Captions, embeddings_of
+from diffusion.data.caption_embeddings import Captions, encode_texts
 from diffusion.data.caption_texts import list_texts
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.data.latents import LatentCache
 from diffusion.data.manifest import read_manifest
 from diffusion.data.shards import ShardCache, ShardStore
 from diffusion.families.model import Model
-from diffusion.families.text_encoder import CaptionEncoder
+from diffusion.families.text_encoder import CaptionEncoder, Encoding
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import Ranks
 
@@ -73,9 +73,9 @@ def encode_captions(
     readers: Executor | None,
     progress: Progress,
 ) -> Captions:
-    """Embed the captions of ``dataset`` by ``encoding``, as far as they are not in the cache; UserError for none.
+    """Encode the captions of ``dataset`` by ``encoding``, as far as they are not in the cache; UserError for none.
 
-    The main process embeds them for all, in the threads of ``readers``; without any, all are as none.
+    The main process encodes them for all, in the threads of ``readers``; without any, all are as none.
     """
     captions, numbers = dataset.different_captions()
     if not captions:
@@ -86,9 +86,26 @@ def encode_captions(
         )
     texts = list_texts(captions, config.tags, config.seed)
     if readers is None:
-        return Captions(encoding.none.expand(len(texts.texts), -1), numbers, encoding, texts)
-    data = {"embeddings": embeddings_of(dataset, texts.texts, readers, progress, encoding)} if ranks.is_main else {}
-    return Captions(ranks.broadcast_tensors(data)["embeddings"], numbers, encoding, texts)
+        none = {name: value.expand(len(texts.texts), *value.shape) for name, value in encoding.none.items()}
+        return Captions(none, numbers, encoding, texts)
+    encodings = encode_texts(dataset, texts.texts, readers, progress, encoding) if ranks.is_main else {}
+    return Captions(ranks.broadcast_tensors(encodings), numbers, encoding, texts)
+
+
+def encode_prior(config: TrainingConfig, captions: Captions | None, readers: Executor | None) -> Encoding | None:
+    """Encode the prompt of ``config.prior``, without ``readers`` as none; None: there is no prior.
+
+    Raises UserError if an option is about captions, and the network has none.
+    """
+    if captions is None:
+        for name in ("prior", "tags"):
+            if getattr(config, name) is not None:
+                raise UserError(f"training.{name} is about captions, and the network has none: leave it out")
+    if captions is None or config.prior is None:
+        return None
+    if config.prior.prompt is None or readers is None:
+        return captions.encoding.none
+    return captions.encoding.load()(config.prior.prompt)
 
 
 def encode_latents(

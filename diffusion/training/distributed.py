@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from diffusion.common.device import resolve_device
+from diffusion.common.device import collective_backends, resolve_device, set_current_device
 from diffusion.families.model import LayeredNetwork
 
 if TYPE_CHECKING:
@@ -141,11 +141,13 @@ def process_group() -> Iterator[Ranks]:
     # A new key prefix per restart: addresses left in torchrun's store by earlier processes must not be used.
     store, rank, _ = next(rendezvous("env://"))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(resolve_device("auto"))
+    set_current_device(resolve_device("auto"))
     dist.init_process_group(
-        backends, store=PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=count, timeout=TIMEOUT
+        collective_backends(),
+        store=PrefixStore(f"attempt {attempt}", store),
+        rank=rank,
+        world_size=count,
+        timeout=TIMEOUT,
     )
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
@@ -191,8 +193,11 @@ class GradientReducer:
             earlier: Sums over the part's other passes, one for each parameter; None: it has no other.
         """
         self._thread.part, self._thread.earlier = part, earlier
+        self._thread.unused = set(range(len(self._parameters)))
         try:
             yield
+            for index in sorted(self._thread.unused):
+                self._add(index, torch.zeros_like(self._parameters[index]))
         finally:
             self._thread.part = None
 
@@ -201,6 +206,7 @@ class GradientReducer:
         part = getattr(self._thread, "part", None)
         if part is None:
             return
+        self._thread.unused.discard(index)
         if self._thread.earlier is not None:
             gradient = self._thread.earlier[index] + gradient
         with self._lock:

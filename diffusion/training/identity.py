@@ -23,7 +23,7 @@ def identity_fields(config: TrainingConfig, model: FamilyConfig) -> dict[str, An
     """Return the resolved configuration without fields that cannot change the weights of ``model``."""
     harmless = {name for name, info in TrainingConfig.model_fields.items() if KEEPS_WEIGHTS in info.metadata}
     harmless.update(name for name in ("window", "guide") if getattr(config, name) is None)
-    harmless.update(names_without_effect("training", (ABILITIES, "training.lora"), model=model, training=config))
+    harmless.update(names_without_effect("training", (ABILITIES, "training.adapter"), model=model, training=config))
     return config.model_dump(mode="json", exclude=harmless) | {
         "precision": resolve_precision(config.precision, resolve_device(config.device))
     }

@@ -13,6 +13,8 @@ from queue import Empty, SimpleQueue
 
 import torch
 
+from diffusion.common.device import set_current_device
+
 LOOK_SECONDS = 0.5
 """Seconds between looks at signals and at the end of a training."""
 PATIENCE = 5.0
@@ -112,8 +114,7 @@ class _InterruptibleWork:
             return
         try:
             torch.set_num_threads(1)  # see worker_threads
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
+            set_current_device(self.device)
             self.outcome.append(self.context.run(self.work, self._must_stop))
         except BaseException as error:  # noqa: BLE001 (raised by ``run``)
             self.outcome.append(error)

@@ -21,8 +21,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffusion.checkpoints import AUTOENCODER, AVERAGED, GUIDE
+from diffusion.common.device import CPU
 from diffusion.common.files import sync_file, write_bytes
-from diffusion.common.fingerprint import CPU, autocast
+from diffusion.common.fingerprint import autocast
 from diffusion.common.image_grids import interleave_images, make_captioned_grid, make_grid, repeat_pixels, save_png
 from diffusion.common.progress import Progress
 from diffusion.common.shapes import Images, apportion, height_and_width, interleave, stack_images

@@ -8,12 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import torch
 from humanize import naturalsize
 
 from diffusion.checkpoints import outline_model
 from diffusion.common.config import Config
+from diffusion.common.device import free_memory
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
 from diffusion.common.fingerprint import resolve_precision
@@ -21,9 +21,9 @@ from diffusion.data.caption_texts import list_texts
 from diffusion.data.dataset import Dataset
 from diffusion.data.latents import AT_ONCE
 from diffusion.data.shards import ShardStore
+from diffusion.families.adapters import AdapterConfig, LoRAConfig
 from diffusion.families.config import FamilyConfig, shape_conflict, training_conflict
 from diffusion.families.header import Base
-from diffusion.families.lora import LoRAConfig
 from diffusion.training.config import TrainingConfig
 from diffusion.training.data import open_dataset
 from diffusion.training.distributed import SINGLE_PROCESS
@@ -116,10 +116,10 @@ def plan_memory(setup: TrainingSetup, memory: StepMemory, images: int, is_gpu: b
     state = memory.checkpoint + memory.frozen + memory.encoders + captions * memory.prompt
     state += 0 if is_gpu else memory.initial
     # Networks with raw and averaged weights, and the guide; with a base, a GPU holds one whole copy at a time, and on a
-    # CPU they share what is frozen, of which matrices adapt up to a half.
+    # CPU they share what is frozen, of which an adapter changes up to a half.
     copies = memory.trained * (2 + setup.has_guide)
     if setup.base is not None:
-        copies = memory.network if is_gpu else copies if config.lora is None else memory.frozen
+        copies = memory.network if is_gpu else copies if config.adapter is None else memory.frozen
     held_out = min(VALIDATION_IMAGES, max(len(setup.dataset.rows(split)) for split in ("train", "held_out")))
     validation = copies + min(threads, 4) * memory.validation(held_out)
     encoding = memory.network + memory.encoding(AT_ONCE) if memory.encodings else 0
@@ -157,8 +157,8 @@ def plan_here(setup: TrainingSetup, measured: Mapping[str, StepMemory] | None = 
 class GPUPlan(Config):
     """What of a training fits into GPUs with one kind of training."""
 
-    lora: int | None
-    """Rank of the low-rank matrices; None: all weights are trained."""
+    adapter: AdapterConfig | None
+    """The adapter that is trained; None: all weights are."""
     gradient_checkpointing: bool
     image: MemoryPlan
     """Memory with one image at once."""
@@ -168,7 +168,10 @@ class GPUPlan(Config):
     @property
     def name(self) -> str:
         """Return the kind of training in words."""
-        kind = "all weights" if self.lora is None else f"LoRA {self.lora}"
+        kind = "all weights"
+        if self.adapter is not None:
+            kind = type(self.adapter).__name__.removesuffix("Config")
+            kind += f" {rank}" if (rank := getattr(self.adapter, "rank", None)) else ""
         return f"{kind}, checkpointing" if self.gradient_checkpointing else kind
 
 
@@ -212,28 +215,31 @@ def estimate_memory(
 
 
 def make_plans(setup: TrainingSetup) -> MemoryPlans:
-    """Plan a training here, and on one GPU as configured, with and without checkpointing and low-rank matrices.
+    """Plan a training here, and on one GPU as configured, with and without checkpointing and an adapter.
 
     On GPUs precision is bf16 unless the configuration says fp32.
     """
     config, gpus, measured = setup.config, [], {}
     precision: Literal["bf16", "fp32"] = "fp32" if config.precision == "fp32" else "bf16"
-    kinds = [config.lora]
+    kinds: list[AdapterConfig | None] = [config.adapter]
     has_adapters = "adapters" in setup.model.abilities and find_spec("peft") is not None
     if setup.initial is not None and has_adapters and config.student is None:
-        kinds = [config.lora or LoRAConfig(), None]
-    for lora in kinds:
+        kinds = [config.adapter or LoRAConfig(), None]
+    for adapter in kinds:
         for recomputes in (False, True) if "gradient_checkpointing" in setup.model.abilities else (False,):
-            changes = {"lora": lora, "gradient_checkpointing": recomputes, "precision": precision}
-            has_base = setup.initial is not None and (lora is not None or setup.initial.has_frozen_parts)
+            changes = {
+                "adapter": adapter,
+                "prior": adapter and config.prior,
+                "gradient_checkpointing": recomputes,
+                "precision": precision,
+            }
+            has_base = setup.initial is not None and (adapter is not None or setup.initial.has_frozen_parts)
             base = setup.base or Base(sha256="0" * 64) if has_base else None
             variant = replace(setup, config=config.model_copy(update=changes), base=base)
             measured[variant.config.model_dump_json()] = memory = measure_step(variant)
             gpus.append(_fit_gpus(variant, memory))
-    is_cpu = setup.device.type == "cpu"
-    free = psutil.virtual_memory().available if is_cpu else torch.cuda.mem_get_info(setup.device)[0]
     here, batch_size = plan_here(setup, measured), config.images_per_step
-    return MemoryPlans(here=here, free=free, precision=precision, batch_size=batch_size, gpus=gpus)
+    return MemoryPlans(here=here, free=free_memory(setup.device), precision=precision, batch_size=batch_size, gpus=gpus)
 
 
 def _fit_gpus(setup: TrainingSetup, memory: StepMemory) -> GPUPlan:
@@ -244,7 +250,7 @@ def _fit_gpus(setup: TrainingSetup, memory: StepMemory) -> GPUPlan:
 
     counts = range(1, config.images_per_step + 1)
     return GPUPlan(
-        lora=config.lora and config.lora.rank,
+        adapter=config.adapter,
         gradient_checkpointing=config.gradient_checkpointing,
         image=plan_memory(setup, memory, 1, is_gpu=True),
         images={size: bisect_right(counts, size * GIB, key=peak) for size in GPU_SIZES},
@@ -266,7 +272,7 @@ def outline_setup(dataset: Dataset, model: FamilyConfig, config: TrainingConfig)
         model = model.model_copy(update={"autoencoder": f"sha256:{'0' * 64}"})
     resolved = model.resolve(autoencoder.space.size if autoencoder else size)
     if (initial := load_initial(resolved, config, dataset, outline_model)) is not None:
-        if config.lora is not None or initial.has_frozen_parts:
+        if config.adapter is not None or initial.has_frozen_parts:
             base = Base(sha256="0" * 64)
         model = initial.config if initial.has_frozen_parts else model
     return TrainingSetup(dataset, model, config, SINGLE_PROCESS, None, autoencoder, initial, base)

@@ -85,7 +85,7 @@ def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
     wide = [matrix if len(matrix) <= matrix.shape[1] else matrix.mT for matrix in matrices]
     gram = torch.stack([matrix @ matrix.mT for matrix in wide])
     norms = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp(min=1e-14)
-    gram, product = gram / norms, norms.rsqrt() * torch.eye(gram.shape[1]).to(gram)
+    gram, product = gram / norms, norms.rsqrt() * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     for _ in range(ITERATIONS):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         factor.diagonal(dim1=1, dim2=2).add_(a)

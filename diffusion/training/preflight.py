@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from humanize import naturalsize, precisedelta
 from pydantic import Field
@@ -17,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.common.config import Config, is_unset
+from diffusion.common.device import free_memory
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
 from diffusion.common.files import make_folder
@@ -67,7 +67,7 @@ class Preflight(Config):
     """Number format of matrix products, and why."""
     parameters: int
     frozen: int
-    """Parameters that training does not change: those below low-rank matrices, and an autoencoder's."""
+    """Parameters that training does not change: those below an adapter, and an autoencoder's."""
     flops: int
     """Floating-point operations per image of a training step, forward and backward."""
     memory: MemoryPlan | None
@@ -202,14 +202,17 @@ def make_preflight(
     if isinstance(state.network, TrainableSubset):
         frozen += sum(weight.numel() for weight in state.network.network.parameters() if not weight.requires_grad)
     averages = len(state.averages) + bool(state.guide)
-    checkpoint = FLOAT * (parameters * (3 + averages) + others * 3 - matrices)
+    checkpoint = FLOAT * ((parameters + others) * (1 + config.moments) + parameters * averages - matrices)
     latents = setup.autoencoder.space if setup.autoencoder else None
-    flops = count_flops(setup.model, dataset.shape, len(setup.classes), latents, meta_network(setup))
+    passes = 1 if config.prior is None else 2  # and one of the base, without gradients
+    flops = passes * count_flops(setup.model, dataset.shape, len(setup.classes), latents, meta_network(setup))
     if memory is None and flops * config.images_per_step >= PLANNED_FLOPS:
         memory = plan_here(setup)
     # One checkpoint is written before another is removed, and there may be one from a signal. A snapshot holds averages
     # and guide alone.
-    snapshots = math.ceil(checkpoints * averages / (3 + averages)) if config.ema_stds is not None else 0
+    snapshots = (
+        math.ceil(checkpoints * averages / (1 + config.moments + averages)) if config.ema_stds is not None else 0
+    )
     extra_files = config.keep_best + (checkpoints // config.keep_every if config.keep_every else 0)
     files = min(config.keep + extra_files, checkpoints) + 3 + snapshots
     return Preflight(
@@ -271,8 +274,7 @@ def measure_pace(
 
 def warn_of_memory(memory: MemoryPlan, device: torch.device) -> None:
     """Warn if a run needs about as much memory as is free, or more."""
-    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-    if memory.peak > free:
+    if memory.peak > (free := free_memory(device)):
         advice = "lower training.micro_batch, or set training.gradient_checkpointing=true"
         if memory.muon > memory.activations:
             advice = "set training.optimizer=adamw, which needs no temporary tensors"

@@ -21,8 +21,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion.common.config import Config
+from diffusion.common.device import CPU
 from diffusion.common.errors import UserError
-from diffusion.common.fingerprint import CPU, resolve_precision
+from diffusion.common.fingerprint import resolve_precision
 from diffusion.data.shards import ShardStore
 from diffusion.families import family_of
 from diffusion.families.config import FamilyConfig
@@ -52,7 +53,7 @@ class RankCost(Config):
     images: int
     """Images of each batch that the rank computes."""
     weights: int
-    """Weights, frozen ones and embeddings of captions included."""
+    """Weights, frozen ones and encoded captions included."""
     gradients: int
     optimizer: int
     """Moments."""
@@ -184,10 +185,10 @@ def _rank_cost(setup: TrainingSetup, memory: StepMemory) -> RankCost:
         return RankCost(
             ranks=ranks.count,
             images=images,
-            weights=size + _size(frozen) + (setup.captions.embeddings.nbytes if setup.captions else 0),
+            weights=size + _size(frozen) + (setup.captions.nbytes if setup.captions else 0),
             # Gradients of each thread and their sum, or of the own shards.
             gradients=size * (1 + threads if group == 1 else 1),
-            optimizer=2 * size - (_size(matrices) if has_muon else 0),
+            optimizer=config.moments * size - (_size(matrices) if has_muon else 0),
             averages=average_bytes * ((1 if config.ema_stds is None else len(config.ema_stds)) + setup.has_guide),
             gathered=gathered_bytes,
             activations=threads * memory.activations(min(part, config.micro_batch or part)),

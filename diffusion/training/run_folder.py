@@ -78,7 +78,7 @@ def _discard(output: Path) -> None:
     if output.is_dir():
         write_bytes(output / METRICS_BUFFER / RESTARTED, b"")
     names = ("final.safetensors", "weights.safetensors", "history.csv", "losses.csv", PREFLIGHT)
-    bases = [path for path in output.glob("*.safetensors") if len(path.stem) == 64]  # what a LoRA is based on
+    bases = [path for path in output.glob("*.safetensors") if len(path.stem) == 64]  # what an adapter is based on
     for path in (*output.glob("not_finite*.safetensors"), *bases, *(output / name for name in names)):
         path.unlink(missing_ok=True)
     for folder in (output / "samples", output / SNAPSHOTS, output / INTERRUPTED, output / "checkpoints"):

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusion.common.device import resolve_device
+from diffusion.common.device import CPU, compiles_by_default, resolve_device
 from diffusion.common.errors import UserError
-from diffusion.common.fingerprint import CPU, Fingerprint, fingerprint
+from diffusion.common.fingerprint import Fingerprint, fingerprint
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.random import uniform
 from diffusion.common.shapes import Shape
@@ -24,15 +24,22 @@ from diffusion.families import family_of
 from diffusion.families.config import FamilyConfig, classes_of, shape_conflict, training_conflict
 from diffusion.families.fine_tuning import share
 from diffusion.families.header import Base, ModelHeader
-from diffusion.families.model import Conditioning, Model, TrainingBatch, TrainingObjective, to_float
-from diffusion.families.text_encoder import MINI_LM
+from diffusion.families.model import (
+    Conditioning,
+    Model,
+    TrainingBatch,
+    TrainingObjective,
+    to_float,
+    use_channels_last,
+)
+from diffusion.families.text_encoder import MINI_LM, Encoding
 from diffusion.families.vae.network import Latents
 from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions
 from diffusion.generation.generate import check_sampling_options, conditions_of
 from diffusion.generation.super_resolution import GenerationTask, add_conditioning_noise, task_of
 from diffusion.process.samplers import SamplingConfig
 from diffusion.training.config import TrainingConfig
-from diffusion.training.data import encode_captions, encode_latents
+from diffusion.training.data import encode_captions, encode_latents, encode_prior
 from diffusion.training.distributed import Ranks
 from diffusion.training.identity import data_digest, identity_fields, train_key
 from diffusion.training.starting_models import MEASURED, identify_base, load_autoencoder, load_initial
@@ -66,9 +73,11 @@ class TrainingSetup:
     initial: Model | None
     """Model with the initial weights; None: they are random."""
     base: Base | None = None
-    """The file of ``initial``, of whose weights a part is trained, or low-rank matrices; None: all weights are."""
+    """The file of ``initial``, of whose weights a part is trained, or an adapter; None: all weights are."""
     latents: Callable[..., Tensor] | None = None
     """Latents of the images in rows, mirrored or not, as ``LatentCache.select_rows``; None: training is on images."""
+    prior_prompt: Encoding | None = None
+    """The prompt of ``training.prior``, or of none; None: there is no prior."""
 
     @cached_property
     def device(self) -> torch.device:
@@ -78,7 +87,7 @@ class TrainingSetup:
     @cached_property
     def compiled(self) -> bool:
         """Whether the network is compiled."""
-        return self.config.compile if self.config.compile is not None else self.device.type == "cuda"
+        return compiles_by_default(self.device) if self.config.compile is None else self.config.compile
 
     @cached_property
     def task(self) -> GenerationTask:
@@ -128,11 +137,11 @@ class TrainingSetup:
     def make_network(self, gradient_checkpointing: bool = False) -> nn.Module:
         """Build the network with its first weights; ``gradient_checkpointing`` as in TrainingConfig.
 
-        Low-rank matrices are random, as are all weights without initial ones.
+        An adapter is random, as are all weights without initial ones.
         """
         family = family_of(self.model)
         if self.base is not None and self.initial is not None:
-            partly_trained = self.initial.make_trainable(self.config.lora)
+            partly_trained = self.initial.make_trainable(self.config.adapter)
             if gradient_checkpointing:
                 family.checkpoint_gradients(partly_trained.network)
             return partly_trained.train(not family.trains_in_evaluation_mode)
@@ -169,7 +178,7 @@ class TrainingSetup:
         if self.classes:
             conditioning["label"] = self.dataset.classes(batch.rows, self.classes)
         if self.captions is not None:
-            conditioning["text"] = self.captions.select_rows(batch.rows, u)
+            conditioning |= self.captions.select_rows(batch.rows, u)
         return conditioning
 
     def with_masks(self, inputs: TrainingBatch, batch: Batch) -> TrainingBatch:
@@ -194,6 +203,15 @@ class TrainingSetup:
         no_text = None if self.captions is None else self.captions.encoding.none
         share = self.config.condition_dropout if self.model.has_null_class else 0.0
         return drop_conditioning(conditioning, u, share, len(self.classes), no_text)
+
+    def with_prior(self, inputs: TrainingBatch) -> TrainingBatch:
+        """Add the conditioning of ``training.prior``, its prompt without a class, if there is one."""
+        if self.prior_prompt is None:
+            return inputs
+        u = torch.zeros(len(inputs.x0), dtype=torch.float64)
+        return replace(
+            inputs, prior=drop_conditioning(inputs.conditioning, u, 1.0, len(self.classes), self.prior_prompt)
+        )
 
     def sample_grid_conditions(self) -> Conditions:
         """The conditions of a sample grid: captions of held-out images if the model uses captions."""
@@ -238,13 +256,13 @@ class TrainingSetup:
         if self.base is not None and self.initial is not None:
             network = share(self.initial.network)
             weights = {name: value.to(CPU) for name, value in weights.items()}
-            update = self.initial.tuned_weights(self.config.lora, weights)
+            update = self.initial.tuned_weights(self.config.adapter, weights)
             network.load_state_dict(update, strict=False, assign=True)
         else:
             with torch.device("meta"):
                 network = replace(self, initial=None).make_network()
             network.load_state_dict(weights, assign=True)
-        network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        use_channels_last(network.eval().requires_grad_(False))
         return network
 
     def model_header(self, images: int, total: int = 0) -> ModelHeader:
@@ -269,7 +287,7 @@ class TrainingSetup:
             encoder=family.text_encoder(self.model),
             latents=self.autoencoder.space if self.autoencoder else None,
             base=self.base,
-            lora=self.config.lora,
+            adapter=self.config.adapter,
             images=images,
             training=identity_fields(self.config, self.model),
             **fields,
@@ -349,15 +367,16 @@ def make_setup(
         base, config = identify_base(initial, config, start)
         if initial.has_frozen_parts:
             model = initial.config
-        if config.lora is not None and autoencoder is not None:
+        if config.adapter is not None and autoencoder is not None:
             # With the moments that its frozen weights were trained with.
             assert isinstance(initial.autoencoder, Latents)
             autoencoder = initial.autoencoder
-        encoding = initial.caption_encoder(config.lora) if model.text else encoding
+        encoding = initial.caption_encoder(config.adapter) if model.text else encoding
         if (digest := initial.latents_digest) is not None:
             latents = encode_latents(initial, digest, dataset, config, readers, progress)
     captions = encode_captions(dataset, config, encoding, ranks, readers, progress) if model.text else None
-    setup = TrainingSetup(dataset, model, config, ranks, captions, autoencoder, initial, base, latents)
+    prior_prompt = encode_prior(config, captions, readers)
+    setup = TrainingSetup(dataset, model, config, ranks, captions, autoencoder, initial, base, latents, prior_prompt)
     check_conditions(setup.classes, model.text, sampling, setup.sample_grid_conditions())
     autoguides, has_guide = sampling.autoguides, setup.has_guide
     if config.student is not None:
@@ -372,21 +391,22 @@ def make_setup(
 
 
 def drop_conditioning(
-    conditioning: Conditioning, u: Tensor, share: float, no_class: int, no_text: Tensor | None = None
+    conditioning: Conditioning, u: Tensor, share: float, no_class: int, no_text: Encoding | None = None
 ) -> Conditioning:
     """Drop conditioning where the random numbers ``u`` (N,), in [0, 1), are below ``share`` (arXiv 2207.12598).
 
-    A dropped class is ``no_class``, a dropped caption the embedding ``no_text``, (E,); None: there are no captions.
+    A dropped class is ``no_class``, a dropped caption ``no_text``; None: there are no captions.
 
     With both class and caption, one of them is dropped for an equal share again, so that the model can be conditioned
     on either alone (arXiv 2211.09800, section 3.2.1).
     """
-    single_share = share / 2 if len(conditioning) == 2 else 0
+    texts = {name: value for name, value in (no_text or {}).items() if name in conditioning}
+    single_share = share / 2 if texts and "label" in conditioning else 0
     label_mask = (u < share) | ((u >= share + single_share) & (u < share + 2 * single_share))
     result = {}
     if "label" in conditioning:
         result["label"] = conditioning["label"].masked_fill(label_mask, no_class)
-    if "text" in conditioning:
-        assert no_text is not None
-        result["text"] = torch.where((u < share + single_share)[:, None], no_text, conditioning["text"])
+    text_mask = u < share + single_share
+    for name, dropped in texts.items():
+        result[name] = torch.where(text_mask.view(-1, *[1] * dropped.ndim), dropped, conditioning[name])
     return result

@@ -13,7 +13,7 @@ from diffusion.common.files import sha256_file
 from diffusion.data.dataset import Dataset
 from diffusion.families.config import FamilyConfig
 from diffusion.families.header import Base
-from diffusion.families.model import Model, to_float
+from diffusion.families.model import Model, to_float, use_channels_last
 from diffusion.families.vae.network import Latents
 from diffusion.training.config import TrainingConfig
 from diffusion.training.identity import local_file
@@ -48,7 +48,7 @@ def load_initial(
     classes = sorted(histogram) if len(histogram) > 1 else []
     if initial.header.model.family != model.family:
         words: str | None = f"is a model of the family {initial.header.model.family}, and this is {model.family}:"
-    elif initial.header.square != dataset.shape:
+    elif initial.header.square != dataset.shape and not initial.header.takes_other_sizes(dataset.shape):
         actual, expected = ("×".join(map(str, shape)) for shape in (initial.header.square, dataset.shape))
         words = (
             f"generates images of {actual} (channels × height × width), and data set {dataset.manifest.name} has "
@@ -71,7 +71,7 @@ def identify_base(initial: Model, config: TrainingConfig, version: str | None) -
     Also returns the configuration with the digest of its weights in place of its path.
     """
     file = Path(config.init_from or "")
-    is_base = config.lora is not None or initial.has_frozen_parts
+    is_base = config.adapter is not None or initial.has_frozen_parts
     base = Base(sha256=sha256_file(file), version=version) if is_base else None
     return base, config.model_copy(update={"init_from": weights_digest(file)})
 
@@ -105,7 +105,7 @@ def load_autoencoder(path: str, dataset: Dataset, window: int | None) -> Latents
     """
     digest = weights_digest(local_file("model.autoencoder", path)).removeprefix("sha256:")
     latents = make_latents(path, dataset, digest)
-    latents.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    use_channels_last(latents.eval().requires_grad_(False))
     rows = dataset.rows("train")
     if window is not None:
         rows = rows[np.argsort(dataset.shards(rows), kind="stable")]

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from diffusion.common.fingerprint import CPU, autocast
+from diffusion.common.device import CPU
+from diffusion.common.fingerprint import autocast
 from diffusion.families.fine_tuning import TrainableSubset
-from diffusion.families.model import TrainingBatch, TrainingObjective
-from diffusion.families.text_encoder import MINI_LM
+from diffusion.families.model import TrainingBatch, TrainingObjective, use_channels_last
+from diffusion.families.text_encoder import MINI_LM, Encoding
 from diffusion.training.distributed import SINGLE_PROCESS
 from diffusion.training.muon import Muon, group_by_side
 from diffusion.training.setup import TrainingSetup
@@ -121,8 +122,8 @@ class StepMemory:
     """Bytes beyond ``network`` after each operation that encodes images as latents; empty: none are."""
     steps: list[np.ndarray]
     """Bytes beyond the above after each operation of a step, for the numbers of images in ``MEASURED``."""
-    forward: int
-    """Number of operations before the backward pass."""
+    forwards: list[int]
+    """Numbers of operations before the backward passes of ``steps``."""
     validations: list[np.ndarray]
     """Bytes after each operation that computes the losses of held-out images."""
 
@@ -138,7 +139,7 @@ class StepMemory:
 
     def activations(self, images: int) -> int:
         """Compute what the forward pass of ``images`` at once takes, most of which it leaves for the backward pass."""
-        return _peak([step[: self.forward] for step in self.steps], images)
+        return _peak([step[:count] for step, count in zip(self.steps, self.forwards, strict=True)], images)
 
     def step(self, images: int) -> int:
         """Compute the peak of a step of ``images`` beyond the state: activations, gradients, temporary tensors."""
@@ -156,6 +157,9 @@ class StepMemory:
 def _peak(histories: list[np.ndarray], images: int) -> int:
     """Extrapolate the bytes after each operation from the numbers of images in ``MEASURED``; returns the largest."""
     first, second = histories
+    if len(first) != len(second):
+        # Some networks take one image after another.
+        first, second = first.max(keepdims=True), second.max(keepdims=True)
     return max(0, int((first + (images - MEASURED[0]) * (second - first)).max(initial=0)))
 
 
@@ -164,14 +168,14 @@ def measure_step(setup: TrainingSetup) -> StepMemory:
     memory = LiveMemory()
     setup = _outline(setup, memory)
     config, initial = setup.config, setup.initial
-    objective, prompt = setup.make_objective(), _encode_prompt(setup, memory)
+    objective, prompt = setup.make_objective(), _make_prompt(setup)
     batches = [_make_batch(setup, objective, images, prompt) for images in MEASURED]
     with memory, warnings.catch_warnings():
         # Copies of buffers ask for their addresses, which are not used.
         warnings.filterwarnings("ignore", message="Accessing the data pointer")
         objective = _with_fakes(objective)
         network = setup.make_network(config.gradient_checkpointing)
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        use_channels_last(network)
         state = TrainingState(network, objective, config, CPU, {}, None, setup.has_guide)
         before = memory.live
         for step, optimizers in zip(state.steps, state.optimizers, strict=True):
@@ -193,9 +197,11 @@ def measure_step(setup: TrainingSetup) -> StepMemory:
 
     memory.record(partial(validate, batches[0]))  # fills caches
     validations = [memory.record(partial(validate, batch)) for batch in batches]
-    steps = [memory.record(partial(update, batch)) for batch in batches]
-    forward = memory.forward
-    assert forward is not None
+    steps, forwards = [], []
+    for batch in batches:
+        steps.append(memory.record(partial(update, batch)))
+        assert memory.forward is not None
+        forwards.append(memory.forward)
     averages = [*state.guide.values(), *(value for average in state.averages for value in average.averages.values())]
     trained = _storages(parameter for step in state.steps for parameter in step.parameters)
     return StepMemory(
@@ -203,12 +209,12 @@ def measure_step(setup: TrainingSetup) -> StepMemory:
         **_untrained_sizes(setup, network, trained.keys()),
         optimizer=optimizer_bytes,
         averages=sum(_storages(averages).values()),
-        prompt=sum(value.nbytes for value in tree_leaves(prompt)),
+        prompt=sum(value.nbytes for value in prompt.values()),
         network=0 if initial is None else sum(_storages(initial.network.parameters()).values()),
         matrices=[matrix for step in state.steps for matrix in step.matrices],
         encodings=_encode_images(setup, memory),
         steps=steps,
-        forward=forward,
+        forwards=forwards,
         validations=validations,
     )
 
@@ -258,24 +264,27 @@ def _with_fakes(holder: Any) -> Any:
     fakes: dict[int, nn.Module] = {}
     for module in vars(holder).values():
         if isinstance(module, nn.Module) and not any(isinstance(each, FakeTensor) for each in module.parameters()):
-            # Copies of what is in the memo are its values.
-            memo: dict[int, Any] = {id(each): torch.empty_like(each, device=CPU) for each in module.buffers()}
+            # Some tensors are neither weights nor buffers. Copies of what is in the memo are its values.
+            others = [each for part in module.modules() for each in vars(part).values() if isinstance(each, Tensor)]
+            memo: dict[int, Any] = {
+                id(each): torch.empty_like(each, device=CPU) for each in (*module.buffers(), *others)
+            }
             for weight in module.parameters():
                 memo[id(weight)] = nn.Parameter(torch.empty_like(weight, device=CPU), weight.requires_grad)
             fakes[id(module)] = copy.deepcopy(module, memo)
     return replace(holder, **{name: fakes[id(value)] for name, value in vars(holder).items() if id(value) in fakes})
 
 
-def _encode_prompt(setup: TrainingSetup, memory: LiveMemory) -> Any:
-    """Make what a training knows of an empty prompt, a tensor or several; empty: nothing."""
+def _make_prompt(setup: TrainingSetup) -> Encoding:
+    """Make an encoded prompt of the size of all; empty: there are no prompts."""
+    adapter = setup.config.adapter
     if not setup.model.text:
-        return ()
-    if setup.initial is None or not setup.initial.has_frozen_parts:
+        return {}
+    if setup.initial is None:
         return MINI_LM.none
-    if setup.config.lora is not None and setup.config.lora.text_encoder:
-        return setup.initial.caption_encoder(setup.config.lora).none
-    with memory:
-        return setup.initial.embed(None)
+    if adapter is not None and adapter.text_encoder:
+        return setup.initial.caption_encoder(adapter).none
+    return {name: torch.zeros(shape) for name, shape in setup.initial.encoding_shapes().items()}
 
 
 def _encode_images(setup: TrainingSetup, memory: LiveMemory) -> list[np.ndarray]:
@@ -293,21 +302,22 @@ def _encode_images(setup: TrainingSetup, memory: LiveMemory) -> list[np.ndarray]
     return [memory.record(partial(encode, batch)) for batch in images]
 
 
-def _make_batch(setup: TrainingSetup, objective: TrainingObjective, images: int, prompt: Any) -> TrainingBatch:
+def _make_batch(setup: TrainingSetup, objective: TrainingObjective, images: int, prompt: Encoding) -> TrainingBatch:
     """Make a batch of ``images`` of the largest shape, with all that a training conditions on."""
     manifest, (height, width) = setup.dataset.manifest, max(setup.dataset.shapes, key=math.prod)
     shape: tuple[int, ...] = (manifest.channels, height, width)
     conditioning = setup.task.conditioning(torch.zeros(images, *shape, dtype=torch.uint8))
     if setup.classes:
         conditioning["label"] = torch.zeros(images, dtype=torch.long)
-    if setup.model.text:
-        conditioning["text"] = tree_map(lambda value: value.expand(images, *value.shape), prompt)
+    # Without a mask, as if prompts were as long as they can be.
+    conditioning |= {name: value.expand(images, *value.shape) for name, value in prompt.items() if name != "mask"}
     if setup.initial is not None and setup.initial.has_frozen_parts:
         shape = setup.initial.with_size((height, width)).noise_shape
     x0 = torch.zeros(images, *shape).contiguous(memory_format=torch.channels_last)
     batch = replace(objective.make_batch(x0, range(images), {}), conditioning=conditioning)
     weights = None if setup.config.mask is None else torch.zeros(images, 1, height, width)
-    return replace(batch, pixel_weights=weights)
+    setup = replace(setup, prior_prompt=None if setup.config.prior is None else prompt)
+    return setup.with_prior(replace(batch, pixel_weights=weights))
 
 
 def muon_size(matrices: Iterable[nn.Parameter], threads: int) -> int:

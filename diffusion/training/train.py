@@ -238,7 +238,7 @@ def preflight(
         compute_deterministically(device),
         worker_threads(threads) as pool,
     ):
-        # Other embeddings and latents cost a step the same, so they need not be computed.
+        # Other encodings and latents cost a step the same, so they need not be computed.
         setup = make_setup(dataset, model, config, sampling, SINGLE_PROCESS)
         reading = 0.0
         if setup.captions is not None:

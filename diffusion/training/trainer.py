@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from diffusion.checkpoints import AUTOENCODER, GUIDE
-from diffusion.common.device import resolve_device
+from diffusion.common.device import CopyToCPU, resolve_device
 from diffusion.common.errors import DarkroomError
 from diffusion.common.fingerprint import autocast
 from diffusion.data.loader import Batch, Loader, make_order
-from diffusion.families.model import OptimizerStep, TrainingBatch, TrainingObjective
+from diffusion.families.model import OptimizerStep, TrainingBatch, TrainingObjective, use_channels_last
 from diffusion.training.checkpointing import write_together
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import (
@@ -36,6 +36,7 @@ from diffusion.training.distributed import (
 from diffusion.training.ema import EMA, PREFIXES, exponential_decay, power_decay
 from diffusion.training.logging import TrainingLog
 from diffusion.training.muon import Muon
+from diffusion.training.prodigy import Prodigy
 from diffusion.training.setup import COUNTS, FINGERPRINT, TrainingSetup
 
 LOGS_PER_CHECKPOINT = 20
@@ -154,9 +155,8 @@ class PendingStep(NamedTuple):
     images: int
     batch: Batch
     t: Tensor | None
-    finite: Tensor
-    """Whether loss and gradient are finite, on the CPU after ``copied``."""
-    copied: torch.cuda.Event | None
+    finite: CopyToCPU
+    """Whether loss and gradient are finite."""
 
 
 class TrainingStep:
@@ -220,7 +220,8 @@ class TrainingStep:
                 loss, value = forward(images)
                 is_last = images is passes[-1]
                 with reducer.last_pass(number, total and total[1]) if reducer and is_last else nullcontext():
-                    grads = torch.autograd.grad(value, step.parameters)
+                    # In some pipelines the last block's weights for words have no effect; elsewhere all have to.
+                    grads = torch.autograd.grad(value, step.parameters, materialize_grads=self.setup.base is not None)
                 total = (loss, grads) if total is None else (total[0] + loss, torch._foreach_add(total[1], grads))
             assert total is not None
             return total
@@ -265,7 +266,7 @@ class Trainer(TrainingStep):
             torch.manual_seed(config.seed)
             network = setup.make_network(config.gradient_checkpointing)
             self.objective = setup.make_objective()
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        use_channels_last(network)
         mesh = make_mesh(device, setup.shard) if setup.shard > 1 else None
         frozen = setup.autoencoder.to(device).state_dict() if setup.autoencoder else {}
         if setup.base is not None:
@@ -297,7 +298,7 @@ class Trainer(TrainingStep):
         self.window: list[Tensor] = []
         """Loss and gradient norm, (2,), of each step since the last ones were logged."""
         self.pending: deque[PendingStep] = deque()
-        self.lag = 1 if self.device.type == "cuda" else 0
+        self.lag = 0 if self.device.type == "cpu" else 1
         """Steps after which a step is checked for finiteness: checking at once would stall a GPU."""
 
     def train(self, log: TrainingLog | None, stop: Callable[[], bool], is_unlogged: bool = False) -> bool:
@@ -364,12 +365,10 @@ class Trainer(TrainingStep):
         batch = self.loader.batch(self.state.images, self.total)
         conditioning = self.setup.training_conditioning(batch)
         inputs = self.objective.make_batch(self.setup.x0(batch), batch.indices, conditioning)
-        inputs = self.setup.with_masks(inputs, batch)
+        inputs = self.setup.with_prior(self.setup.with_masks(inputs, batch))
         t, inputs = inputs.random.get("t"), inputs.to(self.device)
         loss, norm, finite = self.update(inputs, learning_rate)
-        finite_copy = finite.to("cpu", non_blocking=True)
-        event = torch.cuda.current_stream(self.device).record_event() if finite.is_cuda else None
-        self.pending.append(PendingStep(self.state.images, batch, t, finite_copy, event))
+        self.pending.append(PendingStep(self.state.images, batch, t, CopyToCPU(finite)))
         self.check_finite(self.lag)
         return loss, norm
 
@@ -378,9 +377,7 @@ class Trainer(TrainingStep):
         state, config = self.state, self.config
         while len(self.pending) > lag:
             step = self.pending.popleft()
-            if step.copied is not None:
-                step.copied.synchronize()
-            if step.finite:
+            if step.finite.wait():
                 state.skipped_in_a_row = 0
                 continue
             state.skipped += 1
@@ -413,9 +410,15 @@ class Trainer(TrainingStep):
 
 
 def scheduled_learning_rate(config: TrainingConfig, images: int, total: int) -> float:
-    """Compute the learning rate after ``images`` of ``total``: a linear warm-up, then a cosine to zero."""
-    warmup = min(1.0, (images + config.images_per_step) / max(config.warmup_images, 1))
-    return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * min(images / total, 1.0)))
+    """Compute the learning rate after ``images`` of ``total``: a linear warm-up, then the configured decay."""
+    warmup, share = min(1.0, (images + config.images_per_step) / max(config.warmup_images, 1)), min(images / total, 1.0)
+    match config.learning_rate_decay:
+        case "cosine":
+            return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * share))
+        case "linear":
+            return config.learning_rate * warmup * (1 - share)
+        case "constant":
+            return config.learning_rate * warmup
 
 
 def thread_count(config: TrainingConfig, ranks: Ranks) -> int:
@@ -428,8 +431,10 @@ def thread_count(config: TrainingConfig, ranks: Ranks) -> int:
 def make_optimizers(
     step: OptimizerStep, config: TrainingConfig, betas: tuple[float, float]
 ) -> dict[str, torch.optim.Optimizer]:
-    """Make AdamW for the parameters of ``step``, and Muon for its matrices if configured."""
+    """Make AdamW for the parameters of ``step``, and Muon for its matrices if configured, or Prodigy for all."""
     name, muon = next(iter(step.modules)), {id(matrix) for matrix in step.matrices if config.optimizer == "muon"}
+    if config.optimizer == "prodigy":
+        return {f"prodigy.{name}.": Prodigy(step.parameters, config.learning_rate, betas, config.weight_decay)}
     adamw_parameters = [parameter for parameter in step.parameters if id(parameter) not in muon]
     optimizers: dict[str, torch.optim.Optimizer] = {
         f"adamw.{name}.": torch.optim.AdamW(

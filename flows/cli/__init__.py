@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Annotated, Any, NoReturn
 
@@ -104,6 +105,9 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # That its cache of fonts cannot be written is not worth a line.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    # Nor that a pipeline's version has no example, or that torch normalises in two steps under autocast.
+    warnings.filterwarnings("ignore", "An input example was not provided")
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
     # At its end the interpreter would look for cycles in all that the libraries hold, for two seconds.
     atexit.register(gc.freeze)
     sys.unraisablehook = _repeat_signal

@@ -238,7 +238,7 @@ def _describe_proposals(proposals: dict[str, Any], taken: "TrainerConfig | None"
     names = [f"{key} {json.dumps(value, ensure_ascii=False)}" for key, value in taken.settings.items()]
     lines.append(f"from       {taken.trainer}: {', '.join(names) or 'nothing'}")
     if taken.adapter:
-        lines.append("           its LoRA needs its base model: see the lines on it in the section training")
+        lines.append("           its adapter needs its base model: see the lines on it in the section training")
     left = [*taken.left]
     more = f" and {len(left) - MAX_LISTED:,} more, which --json lists" if len(left) > MAX_LISTED else ""
     lines += [f"left out   {', '.join(left[:MAX_LISTED])}{more}"] if left else []
@@ -333,7 +333,7 @@ def _setting_lines(section: str, settings: dict[str, Any], shown: set[str]) -> l
 
 
 def _adapter_lines(taken: "TrainerConfig | None") -> list[str]:
-    """Comments on the base model of another trainer, and its low-rank adaptation."""
+    """Comments on the base model of another trainer, and its adapter."""
     if taken is None or not (taken.base or taken.adapter):
         return []
     base = escape_controls(json.dumps(taken.base or "its base model", ensure_ascii=False))
@@ -342,4 +342,4 @@ def _adapter_lines(taken: "TrainerConfig | None") -> list[str]:
         "  # model by `model: {family: diffusers}`, and take these lines in:",
         "  # init_from: models:/NAME/1",
     ]
-    return lines + ([f"  # lora: {json.dumps(taken.adapter)}"] if taken.adapter else [])
+    return lines + ([f"  # adapter: {json.dumps(taken.adapter)}"] if taken.adapter else [])

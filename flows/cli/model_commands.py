@@ -50,15 +50,15 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 Exported = Annotated[
-    Literal["diffusers", "lora"],
-    Option(help="A pipeline of diffusers; or lora, the adapter of a fine-tuned one for its load_lora_weights."),
+    Literal["diffusers", "adapter"],
+    Option(help="A pipeline of diffusers; or adapter, that of a fine-tuned one for other tools."),
 ]
 AdapterFormat = Annotated[
-    Literal["diffusers", "kohya"] | None,
-    Option("--format", help="Names in --to lora: diffusers' (default), or kohya's: ComfyUI, AUTOMATIC1111, Forge."),
+    Literal["diffusers", "kohya", "peft"] | None,
+    Option("--format", help="Names in --to adapter: diffusers', kohya's (ComfyUI, Forge), or peft's, by its kind."),
 ]
-Title = Annotated[str | None, Option(help="Title of --to lora in its metadata; default: the folder's name.")]
-Trigger = Annotated[str | None, Option(help="Trigger word of --to lora, which its metadata names.")]
+Title = Annotated[str | None, Option(help="Title of --to adapter in its metadata; default: the folder's name.")]
+Trigger = Annotated[str | None, Option(help="Trigger word of --to adapter, which its metadata names.")]
 ExportFolder = Annotated[
     Path, Option("--out", metavar="FOLDER", help="Output folder, which must not exist yet.", callback=check_export)
 ]
@@ -348,7 +348,7 @@ def export(
 
     Example:  darkroom model export --to diffusers --model runs/faces/final.safetensors --out exports/faces
 
-    Example:  darkroom model export --to lora --format kohya --model models:/faces@champion --out exports/faces-lora
+    Example:  darkroom model export --to adapter --format kohya --model models:/faces@champion --out exports/faces-lora
 
     Example:  darkroom model export --to diffusers --out exports/faces --push hf://me/faces
 
@@ -358,18 +358,20 @@ def export(
         raise UserError("--public and --prompt are of --push: give that as well, or leave them out")
     if not sign and (key or certificates):
         raise UserError("--key and --certificates are of --sign: give that as well, or leave them out")
-    if to != "lora" and (file_format or title or trigger):
-        raise UserError("--format, --title and --trigger are of --to lora: use it, or leave them out")
+    if to != "adapter" and (file_format or title or trigger):
+        raise UserError("--format, --title and --trigger are of --to adapter: use it, or leave them out")
     _require_pushable(push, to)
     signer = _signing_key(key, certificates) if sign else None
     with nullcontext() if is_model_file(model) else connect("mlflow", "s3"):
-        from diffusion.diffusers_format.lora import AdapterDetails
+        from diffusion.diffusers_format.adapter import AdapterDetails
         from flows.provenance.export_model import Push, export_model
 
         pushed = Push(uri=push, prompts=tuple(prompt), public=public) if push else None
         exported = _exported_model(config, model)
-        names, details = file_format or "diffusers", AdapterDetails(title=title, trigger=trigger)
-        return _describe_export(export_model(config, exported, to, folder, licence, signer, pushed, names, details), to)
+        details = AdapterDetails(title=title, trigger=trigger)
+        return _describe_export(
+            export_model(config, exported, to, folder, licence, signer, pushed, file_format, details), to
+        )
 
 
 @command(app, "training-content")
@@ -415,7 +417,7 @@ def _require_pushable(push: str | None, to: str) -> None:
         from diffusion.common.hub_push import check_push
 
         check_push(push, "model")
-        if to == "lora":
+        if to == "adapter":
             raise UserError("--push is of whole pipelines: use --to diffusers, or leave it out")
 
 
@@ -455,6 +457,9 @@ def _table(ledger: "History") -> Iterator[str]:
     if ledger.head is None:
         yield f"the ledger of {ledger.model} is empty: the first verdict of `darkroom promote` starts it"
         return
+    reasons = [" ".join(entry.why.split()) for entry in ledger.entries]
+    longest = max(map(len, reasons))
+    length = longest if VERBOSITY.get() == "verbose" else MAX_REASON
     rows = [
         (
             str(entry.number),
@@ -462,13 +467,13 @@ def _table(ledger: "History") -> Iterator[str]:
             entry.who,
             entry.what,
             f"{entry.from_version or '–'} → {entry.to_version}" if entry.changes_champion else f"({entry.version})",
-            text
-            if VERBOSITY.get() == "verbose" or len(text := " ".join(entry.why.split())) <= MAX_REASON
-            else f"{text[:MAX_REASON]}…",
+            reason if len(reason) <= length else f"{reason[:length]}…",
         )
-        for entry in ledger.entries
+        for entry, reason in zip(ledger.entries, reasons, strict=True)
     ]
     yield from align_columns(rows)
     yield ", ".join(f"{title} {number or 'none'}" for title, number in ledger.alias_numbers.model_dump().items())
     count = "1 entry" if len(ledger.entries) == 1 else f"{len(ledger.entries)} entries"
     yield f"{count}, each verified against the one before; the last is sha256 {ledger.head.digest}"
+    if longest > length:
+        yield "`darkroom model history -v` shows the reasons whole"

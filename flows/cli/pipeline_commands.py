@@ -312,8 +312,16 @@ def _promote_by_hand(config: "Params", version: int, reason: str | None, taken_d
 
 def describe_promotion(result: "PromotionResult") -> CommandOutput:
     """Output of a verdict, with exit code 3 unless it is a promotion."""
-    error = None if result.promoted else typer.Exit(3)
-    return CommandOutput(result, [f"{result.version.uri} is {result.title}: {result.reason}"], error)
+    lines = [f"{result.version.uri} is {result.title}: {result.reason}"]
+    if result.promoted:
+        return CommandOutput(result, lines)
+    return CommandOutput(result, [*lines, describe_held(result.comparison_page)], typer.Exit(3))
+
+
+def describe_held(page: Path | str | None) -> str:
+    """Say where to look after a version was held or rejected: the ``page`` of the comparison, if there is one."""
+    figures = "" if page is None else f"both sides and each rule: {page}; "
+    return f"{figures}what each reason means, and what to do: docs/how-to/why-held.md"
 
 
 @pipeline

@@ -12,7 +12,7 @@ from diffusion.common.escaping import pluralize
 from flows.cli import command as options
 from flows.cli.arguments import require_known_key
 from flows.cli.command import CommandOutput, command, connect, display_progress
-from flows.cli.pipeline_commands import describe_promotion, describe_training
+from flows.cli.pipeline_commands import describe_held, describe_promotion, describe_training
 
 if TYPE_CHECKING:
     from flows.config import Params
@@ -88,6 +88,8 @@ def _describe_retraining(result: dict[str, Any]) -> Iterator[str]:
     if result["quality"]:
         yield f"quality    {result['quality']} (95 % interval; lower is better)"
     yield f"model      models:/{version['model']}/{version['number']} is {title}: {verdict['reason']}"
+    if not verdict["promoted"]:
+        yield f"look at    {describe_held(verdict.get('comparison_page'))}"
     if samples is not None:
         yield f"samples    {samples['contact_sheet']}, all in {samples['uri']}"
     elif verdict["champion"] is not None:

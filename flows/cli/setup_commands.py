@@ -236,7 +236,7 @@ def open_page(
 
 
 def _report(config: "Params") -> dict[str, str]:
-    pages = [config.report_folder / "report.html", *(config.report_folder / "dataset").glob("*.html")]
+    pages = [config.report_folder / "report.html", *(config.dataset_report_folder / "dataset").glob("*.html")]
     if not (reports := [page for page in pages if page.is_file()]):
         raise UserError(f"no report in {config.report_folder}: run `darkroom evaluate` or `darkroom ingest` first")
     # The evaluation, if there is one.

@@ -230,9 +230,10 @@ def join_servers(*servers: Server) -> None:
     local = LocalStack.read(settings().folder)
     for server in (name for name in servers if name not in external_servers):
         if local is None or not local.runs(server):
+            elsewhere = ", or where it runs already work in that folder, or set DARKROOM_HOME to its .darkroom"
             raise UserError(
                 f"no {environment.SERVER_TITLES[server]} server: {SERVER_VARIABLES[server][0]} is not set and no local "
-                f"one runs (in {settings().home}): run `darkroom up`"
+                f"one runs (in {settings().folder}): run `darkroom up`{elsewhere if local is None else ''}"
             )
         _require_own_login(local, server)
         os.environ.update(local.variables(server) | environment.loopback_no_proxy())

@@ -15,9 +15,10 @@ from diffusion.common.files import digest_of
 from diffusion.common.hub_push import PushResult, check_push
 from diffusion.common.image_grids import encode_png_with_metadata
 from diffusion.data.manifest import Manifest, versions
+from diffusion.diffusers_format.adapter import AdapterDetails, export_adapter
 from diffusion.diffusers_format.export import ExportResult, export_to_diffusers, readme
 from diffusion.diffusers_format.hub import SAMPLES, hub_card, push_to_hub
-from diffusion.diffusers_format.lora import AdapterDetails, LoRAFormat, export_adapter
+from diffusion.families.adapters.base import AdapterFormat
 from diffusion.families.diffusion_model import DiffusionModel
 from flows.config import Params
 from flows.provenance.bill_of_materials import write_bom
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 SAMPLE_COUNT = 8
 """Number of sample images of a push."""
-ExportFormat = Literal["diffusers", "lora"]
+ExportFormat = Literal["diffusers", "adapter"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def export_model(
     licence: str | None = None,
     signer: "SigningKey | None" = None,
     push: Push | None = None,
-    lora_format: LoRAFormat = "diffusers",
+    adapter_format: AdapterFormat | None = None,
     details: AdapterDetails | None = None,
 ) -> ModelExport:
     """Export ``model`` into ``folder``, write its bill of materials beside it, sign both and push the pipeline.
@@ -117,7 +118,7 @@ def export_model(
         licence: Licence of the weights; None: that of an imported pipeline; on the Hub, that of the data set.
         signer: Key to sign with; None: nothing is signed.
         push: Where to push it; None: nowhere.
-        lora_format: Whose names the tensors of an adapter have.
+        adapter_format: Whose names the tensors of an adapter have; None: the first of its kind's.
         details: What the metadata of an adapter says for people.
 
     Raises:
@@ -125,10 +126,10 @@ def export_model(
     """
     import_module("cyclonedx")  # what is missing is said before anything is written
     weights, header = model.weights, read_model_header(model.weights)
-    if to == "lora":
+    if to == "adapter":
         details = (details or AdapterDetails()).model_copy(update={"licence": licence})
         version, run_id = model.origin or (None, None)
-        export = export_adapter(weights, folder, version, run_id, lora_format, details)
+        export = export_adapter(weights, folder, version, run_id, adapter_format, details)
     else:
         export = export_to_diffusers(weights, folder, config.sampling, *model.origin)
     data = model.find_manifest(config)

@@ -167,7 +167,7 @@ def _list_comparison(comparison: ChampionComparison) -> Iterator[tuple[str, ...]
 
 def _figure(value: float, error: float | None) -> str:
     # A share of 0 or 1 has no error that was measured.
-    return format_with_error(value, error).replace("-", "−") if error else format_signed(value)
+    return format_with_error(value, error) if error else format_signed(value)
 
 
 def _join_names(names: Iterable[str]) -> str:

@@ -31,7 +31,7 @@ from diffusion.common.errors import UserError, describe_validation_error
 from diffusion.common.files import digest_of, sha256_file
 from diffusion.common.image_grids import png_bytes, to_pil_image
 from diffusion.data.manifest import Sha256
-from diffusion.families.config import FAMILIES, ModelConfig
+from diffusion.families.config import FAMILIES, DiffusersConfig, ModelConfig
 from diffusion.families.model import Model
 from diffusion.generation.super_resolution import scale_of
 from diffusion.process.samplers import SamplingConfig
@@ -385,7 +385,9 @@ def generation_code(package: Path) -> list[Path]:
     return sorted(Path(module.__file__) for module in modules)  # type: ignore[attr-defined]
 
 
-def _example(model: Model) -> pd.DataFrame:
+def _example(model: Model) -> pd.DataFrame | None:
+    if isinstance(model.config, DiffusersConfig):
+        return None  # MLflow answers the example, which a large pipeline would take hours for on a CPU
     if model.config.low_resolution is None:
         example: dict[str, list[Any]] = {"task": ["sample"], "seed": [0], "count": [2]}
         return pd.DataFrame(example | ({"steps": [8]} if isinstance(model.config, ModelConfig) else {}))

@@ -268,7 +268,7 @@ def plan(
         raise UserError(f"{requests} says how many images there are, one for each row: leave the count out")
     if requests is not None and (conditions.labels or conditions.prompts):
         raise UserError(f"{requests} says what each image is to show: leave labels and prompts out, or the table")
-    if config.runner == "threads" and config.workers > 1 and resolve_device(sampling.device).type == "cuda":
+    if config.runner == "threads" and config.workers > 1 and resolve_device(sampling.device).type != "cpu":
         raise UserError(
             f"batch_format.workers = {config.workers} does nothing on a GPU with runner = threads, as one chunk "
             "keeps it busy: set it to 1, or use processes"
@@ -287,7 +287,7 @@ def plan(
     if table is None:
         generate.check_sampling(model, sampling, conditions)
         generate.check_prompts(conditions, model.prompt_length)
-    generate.prompt_embeddings(model, conditions)
+    generate.encode_prompts(model, conditions)
     number = table.count if table else 64 if count is None else count
     size = config.chunk or batch_format.chunk_size(number, sampling.compute_batch)
     if number > (limit := min(batch_format.MAX_BATCH_IMAGES, batch_format.MAX_BATCH_CHUNKS * size)):

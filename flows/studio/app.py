@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -81,7 +82,8 @@ def masthead(source: StudioSource, name: str) -> str:
     header = source.model.header
     size = "×".join(map(str, reversed(source.model.shape[1:])))
     facts = f"{header.model.family} · {size} pixels · trained on {header.dataset}"
-    return f"<h1><b>Darkroom</b> {escape(name)}</h1><p>{escape(facts)}</p>"
+    title = re.sub("(?<=/)|(?=@)", "<wbr>", escape(name))
+    return f"<h1><b>Darkroom</b> {title}</h1><p>{escape(facts)}</p>"
 
 
 def launch(

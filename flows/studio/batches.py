@@ -328,6 +328,11 @@ def describe_page(model: str, batches: Sequence[ListedBatch], query: str, shown:
     title = f"{len(batches)} batches" if batches[1:] else first.title
     made = "" if batches[1:] else f" of seed {first.batch.seed}, {first.written:%Y-%m-%d %H:%M} UTC"
     count = f"{sum(entry.batch.count for entry in batches):,} images{made}"
-    where = f"images {shown.start + 1} to {shown.stop}" if shown else "no image"
+    where = "no image"
+    if shown:
+        # A whole batch shows its images by their numbers, which begin at 0.
+        is_numbered = not batches[1:] and not query.strip()
+        low, high = shown.start, shown.stop - 1
+        where = f"images {low} to {high}" if is_numbered else f"{low + 1} to {high + 1} of those"
     page = f"{where} with {query.strip()!r}" if query.strip() else where
     return f"<h2>{escape(title)}</h2><p>{escape(count)}: {escape(page)}</p>"

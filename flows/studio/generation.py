@@ -23,7 +23,15 @@ from diffusion.process.samplers import SAMPLERS
 from flows.studio.errors import show_errors
 from flows.studio.results import BAR, INSTANT, ONE_AT_A_TIME, PRIVATE, PageGenerator, Results, StartButton, pixels_class
 from flows.studio.source import MAX_IMAGES, GeneratedImages, StudioSource, default_guidance, make_progress_callback
-from flows.studio.uploads import Canvas, ImageUpload, PaintableImage, check_upload, decode_upload, memory_returned
+from flows.studio.uploads import (
+    Canvas,
+    ImageUpload,
+    PaintableImage,
+    WholeNumber,
+    check_upload,
+    decode_upload,
+    memory_returned,
+)
 
 MAX_SEED = 2**53 - 1
 """Largest seed that a number in JavaScript can hold exactly."""
@@ -133,7 +141,7 @@ def option_controls(source: StudioSource, task: Task, count: int) -> dict[str, A
 
 
 def _seed(label: str, value: int) -> Any:
-    return gr.Number(value, label=label, precision=0, minimum=0, maximum=MAX_SEED, min_width=110)
+    return WholeNumber(value, label=label, precision=0, minimum=0, maximum=MAX_SEED, min_width=110)
 
 
 def editor_files(canvas: Canvas | None, shapes: Iterable[Shape]) -> dict[str, bytes | None]:
@@ -177,13 +185,16 @@ def tabs(source: StudioSource, page: gr.Blocks, container: Any, current: Callabl
     for task in tasks_of(source.model):
         with gr.Tab(TITLES[task], id=task), gr.Row(elem_classes="workbench"):
             with gr.Column(scale=4, min_width=300, elem_classes="controls"):
-                controls = _image_controls(source, task)
-                if task != "upscale":
-                    controls |= condition_controls(source.model, task)
-                start = StartButton(TITLES[task], generate)
-                if task in ("inpaint", "img2img"):
-                    controls |= _edit_controls(task)
-                controls |= option_controls(source, task, 1 if task == "upscale" else 8)
+                # On a phone the results come between the two.
+                with gr.Column(elem_classes="request"):
+                    controls = _image_controls(source, task)
+                    if task != "upscale":
+                        controls |= condition_controls(source.model, task)
+                    start = StartButton(TITLES[task], generate)
+                with gr.Column(elem_classes="options"):
+                    if task in ("inpaint", "img2img"):
+                        controls |= _edit_controls(task)
+                    controls |= option_controls(source, task, 1 if task == "upscale" else 8)
             with gr.Column(scale=6, min_width=300, elem_classes="results"):
                 results = Results(source, task, HINTS[task])
         forms[task], all_results[task] = controls, results
@@ -213,7 +224,8 @@ def _image_controls(source: StudioSource, task: Task) -> dict[str, Any]:
             height=420,
             buttons=[],
         )
-        editor.upload(_put_on_canvas, editor, editor, api_visibility="private", queue=False)
+        put = editor.upload(_put_on_canvas, editor, editor, api_visibility="private", queue=False)
+        put.failure(lambda: None, None, editor, **INSTANT)
         return {"image": editor}
     if task in ("img2img", "upscale"):
         image = ImageUpload(
@@ -224,6 +236,9 @@ def _image_controls(source: StudioSource, task: Task) -> dict[str, Any]:
             elem_classes=pixels_class(source),
             buttons=[],
         )
+        # It is checked as it comes, and one that cannot be used goes.
+        checked = image.upload(lambda file: None, image, None, **PRIVATE)
+        checked.failure(lambda: None, None, image, **INSTANT)
         return {"image": image}
     return {}
 
@@ -247,6 +262,8 @@ def _run(generate: PageGenerator, results: Results, controls: Mapping[str, Any])
             source = generate.current()
             if results.task == "inpaint":
                 fields |= editor_files(fields["image"], source.model.header.trained_shapes)
+            if "image" in fields and fields["image"] is None:
+                raise UserError("there is no image: upload one, or paste it from the clipboard")
             batch = generate({"task": results.task} | fields, request, bar, source)
         return results.show([batch, *values[results.history]])
 

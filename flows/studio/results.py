@@ -29,10 +29,11 @@ PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 INSTANT: dict[str, Any] = {**PRIVATE, "queue": False, "show_progress": "hidden"}
 TO_RESULTS = """() => {
   const results = [...document.querySelectorAll('.results')].find(each => each.offsetParent);
-  if (results && results.getBoundingClientRect().top < 0) results.scrollIntoView({behavior: 'smooth'});
+  const top = results ? results.getBoundingClientRect().top : 0;
+  if (top < 0 || top > innerHeight * 0.6) results.scrollIntoView({behavior: 'smooth'});
   return [];
 }"""
-"""On a phone, where the results are above the controls, what starts them is often below the screen."""
+"""On a phone, where the results stand between prompt and options, they are often outside of the screen."""
 
 GalleryItem = tuple[Path | Image.Image, str]
 

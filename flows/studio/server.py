@@ -51,7 +51,7 @@ class StudioApp(App):  # type: ignore[misc]
         """
         super().__init__(default_response_class=ORJSONResponse, openapi_url=None)
         self.max_file_bytes = max_file_bytes
-        self.add_api_route("/reports/{name}", self._report, methods=["GET"])
+        self.add_api_route("/reports/{name:path}", self._report, methods=["GET"])
         address = urlsplit(url or "")
         self.origin = f"{address.scheme}://{address.netloc}".lower() if url else None
 
@@ -95,7 +95,7 @@ class StudioApp(App):  # type: ignore[misc]
         if not any(cookie is not None and cookie in self.tokens for cookie in cookies):
             return PlainTextResponse("log in first\n", 401)
         try:
-            path = Path("reports", plain_name(name), "report.html")
+            path = Path("reports", *map(plain_name, name.split("/")), "report.html")
         except ValueError:
             path = Path()
         return FileResponse(path) if path.is_file() else PlainTextResponse("there is no such report\n", 404)

@@ -214,7 +214,7 @@ def describe(run: Retraining, steps: Sequence[RetrainingStep], line: str, progre
     minutes = params.training.minutes
     budget = f", {minutes:g} {'minute' if minutes == 1 else 'minutes'} of training" if minutes else ""
     parts.append(
-        f"<p><b>{escape(params.training.dataset)}</b>: {escape(run.state)}. {params.ingest.size}×{params.ingest.size} "
+        f"<p><b>{escape(params.model_name)}</b>: {escape(run.state)}. {params.ingest.size}×{params.ingest.size} "
         f"pixels{budget}</p>"
     )
     if run.is_final:
@@ -257,7 +257,7 @@ def _links(run: Retraining) -> dict[str, str]:
         written = datetime.fromtimestamp((folder / "report.html").stat().st_mtime, UTC)
         # A later retraining writes its own there.
         if run.begun is not None and run.ended is not None and run.begun <= written <= run.ended:
-            links["Report"] = f"reports/{folder.name}"
+            links["Report"] = folder.as_posix()
     with suppress(UserError):  # it ended before its first checkpoint
         links["In MLflow"] = run_page(MlflowClient(), find_tracker(run.params).run_id)
     return links
@@ -273,8 +273,7 @@ def follow(run_id: str) -> tuple[str, TrainingProgress | None, bool]:
 def _choices() -> list[tuple[str, str]]:
     return [
         (
-            f"{run.params.training.dataset}, {f'{run.begun:%Y-%m-%d %H:%M} UTC' if run.begun else 'not begun'}, "
-            f"{run.state}",
+            f"{run.params.model_name}, {f'{run.begun:%Y-%m-%d %H:%M} UTC' if run.begun else 'not begun'}, {run.state}",
             str(run.id),
         )
         for run in retrainings.list_retrainings()

@@ -99,6 +99,19 @@ class ImageUpload(gr.Image, metaclass=_Meta):  # type: ignore[misc]
             return None if payload is None else _read(payload)
 
 
+class WholeNumber(gr.Number, metaclass=_Meta):  # type: ignore[misc]
+    """Number whose range an error names together with its label."""
+
+    is_template = True
+
+    def preprocess(self, payload: float | None) -> float | int | None:
+        """Check that the number is in its range."""
+        with show_errors():
+            if payload is not None and not self.minimum <= payload <= self.maximum:
+                raise UserError(f"{self.label} {payload:g}: give a whole number from {self.minimum} to {self.maximum}")
+        return super().preprocess(payload)  # type: ignore[no-any-return]
+
+
 class PaintableImage(gr.ImageEditor, metaclass=_Meta):  # type: ignore[misc]
     """Image editor whose value is a ``Canvas``."""
 

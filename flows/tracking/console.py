@@ -139,7 +139,7 @@ class Lines:
         )
         if not self.later or (seconds is None and not own_seconds):
             return pace.words(total)
-        total_text = f"about {clock(max(seconds or 0, own_seconds) + self.later)} in all"
+        total_text = f"about {clock(max(seconds or 0, own_seconds) + self.later)} left in all"
         return ", ".join(filter(None, (pace.words(total), total_text)))
 
     def begin(self, phase: str, own: float = 0, later: float = 0) -> None:

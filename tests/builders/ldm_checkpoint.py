@@ -1,9 +1,10 @@
-"""Single-file checkpoints of Stable Diffusion 1 under the names of the latent diffusion code that it came from.
+"""Single-file checkpoints of Stable Diffusion 1 and XL under the names of the code that they came from.
 
 The names are those of CompVis' modules, of which Stability AI, A1111 and ComfyUI load files.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,28 @@ ENDS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
     "conv_in": "input_blocks.0.0",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
+}
+OPEN_CLIP = {
+    "encoder.layers": "transformer.resblocks",
+    "layer_norm": "ln_",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "embeddings.token_embedding": "token_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_ln_.": "ln_final.",
+    "final_layer_norm": "ln_final",
+    "text_projection.weight": "text_projection",
 }
 ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
 def write_checkpoint(path: Path, pipe: Any) -> Path:
     """Write the weights of ``pipe``, a StableDiffusionPipeline, as one file."""
-    layers, levels = pipe.unet.config["layers_per_block"], len(pipe.vae.config["block_out_channels"])
-    tensors = {
-        f"model.diffusion_model.{unet_name(name, layers)}": value for name, value in pipe.unet.state_dict().items()
-    }
-    for name, value in pipe.vae.state_dict().items():
-        is_attention = ".attentions." in name and value.ndim == 2
-        # Attention is convolutions of one pixel there.
-        tensors[f"first_stage_model.{vae_name(name, levels)}"] = value[:, :, None, None] if is_attention else value
+    tensors = _denoiser_and_autoencoder(pipe, {"0": 1})
     for name, value in pipe.text_encoder.state_dict().items():
         tensors[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = value
     tensors["alphas_cumprod"] = torch.linspace(1, 0, 10)
@@ -45,7 +52,43 @@ def write_checkpoint(path: Path, pipe: Any) -> Path:
     return path
 
 
-def unet_name(name: str, layers: int) -> str:
+def write_checkpoint_xl(path: Path, pipe: Any) -> Path:
+    """Write the weights of ``pipe``, a StableDiffusionXLPipeline, as one file."""
+    tensors = _denoiser_and_autoencoder(pipe, {"0": 2})
+    for name, value in pipe.text_encoder.state_dict().items():
+        tensors[f"conditioner.embedders.0.transformer.text_model.{name.removeprefix('text_model.')}"] = value
+    second = {name.removeprefix("text_model."): value for name, value in pipe.text_encoder_2.state_dict().items()}
+    for name, value in second.items():
+        if ".k_proj." in name or ".v_proj." in name:
+            continue
+        if ".q_proj." in name:
+            parts = [second[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
+            new_name, tensor = name.replace("self_attn.q_proj.", "attn.in_proj_"), torch.cat(parts)
+        else:
+            new_name, tensor = name.replace("self_attn.", "attn."), value
+        for new, old in OPEN_CLIP.items():
+            new_name = new_name.replace(new, old)
+        is_projection = name == "text_projection.weight"
+        tensors[f"conditioner.embedders.1.model.{new_name}"] = tensor.T if is_projection else tensor
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    return path
+
+
+def _denoiser_and_autoencoder(pipe: Any, upsampler_places: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    layers, levels = pipe.unet.config["layers_per_block"], len(pipe.vae.config["block_out_channels"])
+    tensors = {
+        f"model.diffusion_model.{unet_name(name, layers, upsampler_places)}": value
+        for name, value in pipe.unet.state_dict().items()
+    }
+    for name, value in pipe.vae.state_dict().items():
+        is_attention = ".attentions." in name and value.ndim == 2
+        # Attention is convolutions of one pixel there.
+        tensors[f"first_stage_model.{vae_name(name, levels)}"] = value[:, :, None, None] if is_attention else value
+    return tensors
+
+
+def unet_name(name: str, layers: int, upsampler_places: Mapping[str, int]) -> str:
+    """Name a tensor of the U-Net; an upsampler is after the attention of its block, if it has any."""
     for new, old in ENDS.items():
         if name.startswith(f"{new}."):
             return name.replace(new, old, 1)
@@ -58,14 +101,9 @@ def unet_name(name: str, layers: int) -> str:
     if kind == "downsamplers":
         return f"input_blocks.{(int(block) + 1) * (layers + 1)}.0.{rest.replace('conv', 'op')}"
     if kind == "upsamplers":
-        # After the attention, if its block has any.
-        return f"output_blocks.{(int(block) + 1) * (layers + 1) - 1}.{UPSAMPLER_PLACE[block]}.{rest}"
+        return f"output_blocks.{(int(block) + 1) * (layers + 1) - 1}.{upsampler_places[block]}.{rest}"
     place = int(block) * (layers + 1) + int(number) + (way == "down")
     return f"{'in' if way == 'down' else 'out'}put_blocks.{place}.{int(kind == 'attentions')}.{_inner(kind, rest)}"
-
-
-UPSAMPLER_PLACE = {"0": 1}
-"""Of the tiny pipeline, whose first block that leads up has no attention."""
 
 
 def _inner(kind: str, rest: str) -> str:

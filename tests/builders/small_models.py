@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 
 from diffusion.checkpoints import AVERAGED, GUIDE, link_base, load_model, read_model_header, save_tensors
+from diffusion.families.adapters import LoRAConfig
 from diffusion.families.config import ModelConfig
 from diffusion.families.ddpm.network import UNet
 from diffusion.families.header import Base, ModelHeader
-from diffusion.families.lora import LoRAConfig
 
 CONFIG = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), heads=1, patch=2)
 
@@ -67,7 +67,7 @@ def write_lora(path: Path, base: Path, seed: int, rank: int = 2) -> Path:
     trained = load_model(base).make_trainable(lora).state_dict()
     tensors = {AVERAGED + name: torch.randn(each.shape, generator=generator) / 10 for name, each in trained.items()}
     about = read_model_header(base).model_copy(
-        update={"base": Base(sha256=link_base(base, path.parent)), "lora": lora, "images": 5}
+        update={"base": Base(sha256=link_base(base, path.parent)), "adapter": lora, "images": 5}
     )
     save_tensors(path, tensors, {"model_header": about.model_dump(mode="json")})
     return path

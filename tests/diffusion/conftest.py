@@ -9,6 +9,5 @@ from tests.builders.captioned import FakeEncoder
 def fake_encoder(monkeypatch: pytest.MonkeyPatch) -> FakeEncoder:
     """Reads captions and prompts instead of the real encoder."""
     encoder = FakeEncoder()
-    for module in ("diffusion.families.text_encoder", "diffusion.families.model"):
-        monkeypatch.setattr(f"{module}.encoder", lambda: encoder)
+    monkeypatch.setattr("diffusion.families.text_encoder.encoder", lambda: encoder)
     return encoder

@@ -271,6 +271,19 @@ def test_each_family_has_its_own_runs_reports_and_champion(params: Path) -> None
     assert (str(explicit.run_folder), explicit.model_name) == ("elsewhere", "mine")
 
 
+def test_each_run_folder_has_a_report_of_its_own(params: Path) -> None:
+    usual = load_params(params, ["training.dataset=faces", "registry.model=faces-tuned"])
+    tuned = load_params(params, ["training.dataset=faces", "training.output=runs/faces-tuned"])
+    elsewhere = load_params(params, ["training.dataset=faces", "training.output=/shared/runs/faces"])
+    assert str(usual.report_folder) == str(elsewhere.report_folder) == "reports/faces"
+    assert str(tuned.report_folder) == "reports/faces/runs/faces-tuned"
+    assert tuned.dataset_report_folder == usual.dataset_report_folder
+    student = tuned.model_copy(
+        update={"training": tuned.training.model_copy(update={"student": DistillationConfig(steps=2)})}
+    )
+    assert student.report_folder not in (tuned.report_folder, usual.report_folder)
+
+
 def test_takedown_searches_folders_of_models_sweeps_and_students(
     params: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,7 +293,12 @@ def test_takedown_searches_folders_of_models_sweeps_and_students(
     student = config.model_copy(
         update={"training": config.training.model_copy(update={"student": DistillationConfig(steps=2)})}
     )
+    other = config.model_copy(
+        update={"training": config.training.model_copy(update={"output": Path("runs", "faces-tuned")})}
+    )
+    [other_combination] = combinations(other, {"model.width": [32]})
     folders = [config.model_report_folder("0123456789" * 6), combination.folder, student.report_folder]
+    folders += [other.report_folder, other.model_report_folder("0123456789" * 6), other_combination.folder]
     runs = [combination.params.run_folder, student.run_folder]
     for folder in (*folders, *runs):
         folder.mkdir(parents=True)

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 LICENCE = ("--licence", "CC-BY-4.0")
 LORA = (
-    *("--set", "training.lora={rank: 2, alpha: 4}", "--set", "training.init_from=models:/bases/1"),
+    *("--set", "training.adapter={rank: 2, alpha: 4}", "--set", "training.init_from=models:/bases/1"),
     *("--set", "training.images=480", "--set", "training.checkpoints=2"),
 )
 ADAPTER = {
@@ -36,7 +36,7 @@ ADAPTER = {
         "timestep_sampling": "scheduler",
         "precision": "fp32",
         "init_from": "models:/painter/1",
-        "lora": {"rank": 2, "alpha": 4},
+        "adapter": {"rank": 2, "alpha": 4},
     },
     "sampling": PARAMS["sampling"],
     "evaluation": PARAMS["evaluation"],

@@ -280,7 +280,9 @@ def test_best_of_the_post_hoc_ema_models_is_promoted(workspace: Workspace, serve
     result = workspace.json("retrain", "images", "--count", "8", *words)
     version = server.get_model_version_by_alias("averages", "champion")
     assert version.run_id == result["run_id"]
-    evaluation = json.loads((workspace.folder / "reports" / "blobs" / "evaluation.json").read_text())
+    evaluation = json.loads(
+        (workspace.folder / "reports" / "blobs" / "runs" / "averages" / "evaluation.json").read_text()
+    )
     names = {Path(each["file"]).name for each in evaluation["checkpoints"]}
     assert names == {"0000001600.safetensors", *(f"std-{each:g}.safetensors" for each in (0.03, 0.12, 0.18, 0.24))}
     assert not list((workspace.folder / "runs" / "averages" / "averages").glob("std*"))

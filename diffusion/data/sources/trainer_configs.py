@@ -4,103 +4,39 @@ A class for each trainer, listed in ``TRAINERS``. Files are parsed as data and n
 """
 
 import json
-import math
 import tomllib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from diffusion.common.errors import UserError
 from diffusion.common.parsing import parse_json, parse_yaml
+from diffusion.data.sources.trainer_handlers import (
+    TAGS,
+    Handler,
+    adapter,
+    attribute,
+    convert,
+    setting,
+    skip,
+    take_adapter_kind,
+    take_buckets,
+    take_decay,
+    take_decomposition,
+    take_epochs,
+    take_extension,
+    take_factor,
+    take_max_epochs,
+    take_module,
+    take_optimizer,
+    take_prefix,
+    take_resolution,
+)
 from diffusion.data.sources.trainer_settings import TrainerConfig
 
 MAX_BYTES = 2**20
 """Maximum size of a configuration file."""
-EXTENSIONS = {".txt": "txt", ".caption": "caption", ".json": "json"}
-Handler = Callable[[TrainerConfig, Any], None]
-
-
-def setting(name: str, kind: type = float) -> Handler:
-    """Make the handler of a value that a setting of this name takes as it is."""
-
-    def take(result: TrainerConfig, value: Any) -> None:
-        result.set(name, _to(kind, value))
-
-    return take
-
-
-def attribute(name: str, kind: type = float) -> Handler:
-    """Make the handler of a value that is kept until more is known."""
-
-    def take(result: TrainerConfig, value: Any) -> None:
-        number = _to(kind, value)
-        if getattr(result, name) not in (None, number, getattr(TrainerConfig, name, None)):
-            raise ValueError("given twice")
-        setattr(result, name, number)
-
-    return take
-
-
-def adapter(name: str, kind: type = float) -> Handler:
-    """Make the handler of a field of low-rank adaptation."""
-
-    def take(result: TrainerConfig, value: Any) -> None:
-        result.adapter[name] = _to(kind, value)
-
-    return take
-
-
-def take_max_epochs(result: TrainerConfig, value: Any) -> None:
-    """Take a number of epochs that counts more than steps and other epochs, unless it is 0."""
-    if (epochs := _to(float, value)) < 0:
-        raise ValueError("negative")
-    if epochs > 0:
-        result.epochs, result.prefers_epochs = epochs, True
-
-
-def take_epochs(result: TrainerConfig, value: Any) -> None:
-    """Take a number of epochs where no steps are given."""
-    epochs = _to(float, value)
-    if not result.prefers_epochs:
-        result.epochs = epochs
-
-
-def take_resolution(result: TrainerConfig, value: Any) -> None:
-    """Take a resolution: a number, a list of the sides of a rectangle, or text of either."""
-    sides = value.replace("x", ",").split(",") if isinstance(value, str) else value
-    numbers = [_to(int, side) for side in sides] if isinstance(sides, list) else [_to(int, sides)]
-    if not numbers or min(numbers) <= 0:
-        raise ValueError("not a size")
-    result.set("ingest.size", round(math.prod(numbers) ** (1 / len(numbers))))
-
-
-def take_buckets(result: TrainerConfig, value: Any) -> None:
-    """Take whether images keep their shapes."""
-    result.set("ingest.fit", "bucket" if _to(bool, value) else "crop")
-
-
-def take_extension(result: TrainerConfig, value: Any) -> None:
-    """Take the extension of captions."""
-    name = _to(str, value).lower()
-    result.set("ingest.captions", EXTENSIONS[name if name.startswith(".") else f".{name}"])
-
-
-def take_prefix(result: TrainerConfig, value: Any) -> None:
-    """Take words before each caption as the trigger."""
-    if text := _to(str, value).strip(" ,"):
-        result.set("ingest.trigger", text)
-
-
-def skip(result: TrainerConfig, value: Any) -> None:
-    """Take nothing: it is of no meaning elsewhere, such as the name of the job, or another setting covers it."""
-
-
-TAGS: dict[str, Handler] = {
-    "shuffle": setting("training.tags.shuffle", bool),
-    "keep": setting("training.tags.keep", int),
-    "dropout": setting("training.tags.dropout"),
-}
 
 
 class Trainer(ABC):
@@ -153,6 +89,10 @@ class Kohya(Trainer):
         "unet_lr": setting("training.learning_rate"),
         "max_grad_norm": setting("training.max_grad_norm"),
         "seed": setting("training.seed", int),
+        "optimizer_type": take_optimizer,
+        "lr_scheduler": take_decay,
+        "network_module": take_module,
+        "network_args": skip,
         "network_dim": adapter("rank", int),
         "network_alpha": adapter("alpha"),
         "pretrained_model_name_or_path": attribute("base", str),
@@ -182,6 +122,7 @@ class Kohya(Trainer):
         if isinstance(folder, str) and folder:
             result.folders[folder], result.repeats_in_names = 1, True
         self.take(result, arguments)
+        self._take_network(result, arguments.get("network_args"))
         several = len(sets) > 1 and len({json.dumps(each.get("resolution"), default=str) for each in sets}) > 1
         for number, each in enumerate(sets):
             options = general | {key: value for key, value in each.items() if key != "subsets"}
@@ -210,6 +151,20 @@ class Kohya(Trainer):
                 self.take(result, subset, where)
         result.left.pop("num_repeats", None)
 
+    def _take_network(self, result: TrainerConfig, arguments: Any) -> None:
+        """Take the arguments of the network, texts such as algo=lokr, as a list or as the text of a command line."""
+        words = arguments.split() if isinstance(arguments, str) else arguments
+        pairs = (word.partition("=") for word in words if isinstance(word, str)) if isinstance(words, list) else ()
+        values = {name: value.strip("\"'") for name, _, value in pairs}
+        handlers = {"algo": take_adapter_kind, "factor": take_factor, "dora_wd": take_decomposition}
+        for name, value in sorted(values.items()):  # the algorithm is known before what is of it
+            try:
+                if name not in handlers:
+                    raise ValueError("unknown")
+                handlers[name](result, value)
+            except (ValueError, KeyError):
+                result.leave(f"network_args.{name}", value)
+
 
 class AiToolkit(Trainer):
     """ai-toolkit of Ostris: a job in YAML or JSON."""
@@ -220,6 +175,9 @@ class AiToolkit(Trainer):
         "trigger_word": take_prefix,
         "linear": adapter("rank", int),
         "linear_alpha": adapter("alpha"),
+        "lokr_factor": take_factor,
+        "optimizer": take_optimizer,
+        "lr_scheduler": take_decay,
         "batch_size": attribute("micro_batch", int),
         "steps": attribute("steps", int),
         "gradient_accumulation_steps": attribute("accumulation", int),
@@ -269,8 +227,16 @@ class AiToolkit(Trainer):
             if name in ("save", "sample"):
                 result.leave(name, "when to save, and what to sample")
             else:
+                if name == "network":
+                    self._take_kind(result, _section(section))
                 self.take(result, _section(section), f"{name}.")
         self.take(result, process)
+
+    def _take_kind(self, result: TrainerConfig, network: Mapping[str, Any]) -> None:
+        try:
+            take_adapter_kind(result, network.get("type") or "lora")
+        except (ValueError, KeyError):
+            result.leave("network.type", network["type"])
 
 
 class OneTrainer(Trainer):
@@ -287,6 +253,9 @@ class OneTrainer(Trainer):
         "learning_rate_warmup_steps": attribute("warmup_steps", int),
         "clip_grad_norm": setting("training.max_grad_norm"),
         "weight_decay": setting("training.weight_decay"),
+        "learning_rate_scheduler": take_decay,
+        "peft_type": take_adapter_kind,
+        "lora_decompose": take_decomposition,
         "lora_rank": adapter("rank", int),
         "lora_alpha": adapter("alpha"),
         "base_model_name": attribute("base", str),
@@ -315,7 +284,7 @@ class OneTrainer(Trainer):
             else:
                 concepts = _sections(_parse(found))
         if options.pop("training_method", "LORA") != "LORA":
-            for name in ("lora_rank", "lora_alpha"):
+            for name in ("lora_rank", "lora_alpha", "lora_decompose", "peft_type"):
                 options.pop(name, None)
         self.take(result, options)
         for number, concept in enumerate(concepts):
@@ -399,7 +368,7 @@ def _add_folder(result: TrainerConfig, folder: Any, repeats: Any, where: str) ->
         result.leave(f"{where}folder", "it names no folder of images")
         return
     try:
-        number = _to(float, repeats)
+        number = convert(float, repeats)
         if not 0.01 <= number <= 10_000:
             raise ValueError("out of range")
     except (ValueError, TypeError):
@@ -407,22 +376,6 @@ def _add_folder(result: TrainerConfig, folder: Any, repeats: Any, where: str) ->
         number = 1.0
     number += result.folders.get(folder, 0)  # of several data sets each is trained on
     result.folders[folder] = int(number) if number.is_integer() else number
-
-
-def _to(kind: type, value: Any) -> Any:
-    """Convert a value, which may be a number in a text; raises ValueError if it is of another kind."""
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise ValueError("neither true nor false")
-        return value
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError("another kind of value")
-    if kind is int and isinstance(value, float) and not value.is_integer():
-        raise ValueError("not a whole number")
-    result = kind(value)
-    if isinstance(result, float) and not math.isfinite(result):
-        raise ValueError("not finite")
-    return result
 
 
 def _section(value: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class TrainerConfig:
     settings: dict[str, Any] = field(default_factory=dict)
     """Values of our settings, by dotted name."""
     adapter: dict[str, Any] = field(default_factory=dict)
-    """Fields of training.lora, which needs the base model."""
+    """Fields of training.adapter, which needs the base model."""
     base: str | None = None
     """The model that it trains."""
     steps: int | None = None

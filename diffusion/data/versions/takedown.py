@@ -73,7 +73,7 @@ def remove(folder: Path, selection: Selection, reason: str, progress: Progress =
     """Make a version of the data set in ``folder`` without the images that ``selection`` matches.
 
     It has the content digest of a set that never held them. Parts that held none are shared; the files of the others
-    are deleted last, with the caption embeddings. Locks out ingests. Repeated after a kill it gives the same result;
+    are deleted last, with the encoded captions. Locks out ingests. Repeated after a kill it gives the same result;
     once done, it only reports that.
 
     Raises UserError as ``choose_images`` does, if no image would be left, or if a required file is damaged.

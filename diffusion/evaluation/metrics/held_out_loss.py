@@ -15,8 +15,9 @@ from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.families.model import Conditioning, Model, to_float
+from diffusion.families.text_encoder import stack_encodings
 from diffusion.generation.config import Conditions
-from diffusion.generation.generate import prompt_embeddings
+from diffusion.generation.generate import encode_prompts
 from diffusion.generation.super_resolution import task_of
 from diffusion.process.likelihood import Terms
 from diffusion.process.samplers import SamplingConfig
@@ -113,8 +114,8 @@ def conditioning_of_rows(model: Model, dataset: Dataset, rows: Rows) -> Conditio
         conditioning["label"] = dataset.classes(rows, model.classes)
     if model.config.text:
         captions = dataset.captions(rows)
-        meanings = prompt_embeddings(model, Conditions(prompts=tuple(captions)))
-        conditioning["text"] = torch.stack([meanings[caption] for caption in captions])
+        encodings = encode_prompts(model, Conditions(prompts=tuple(captions)))
+        conditioning |= stack_encodings(encodings[caption] for caption in captions)
     return conditioning
 
 

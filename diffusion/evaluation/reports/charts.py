@@ -16,6 +16,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from diffusion.common.image_grids import figure_png
 from diffusion.evaluation.gate_metrics import Headline
 from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss
+from diffusion.evaluation.reports.html import format_signed
 from diffusion.evaluation.results import CheckpointEvaluation, Evaluation
 
 
@@ -167,21 +168,27 @@ def legend(axes: Axes, paper: Paper) -> None:
     axes.legend(frameon=False, fontsize=10, labelcolor=paper.ink)
 
 
-def lead_chart(headline: Headline, delta: float, confidence: float) -> Chart:
-    """Plot the interval of the candidate's lead beside 0 and the smallest lead that counts."""
+def lead_chart(headline: Headline, delta: float, promotion: float, confidence: float) -> Chart:
+    """Plot the candidate's lead beside 0 and the smallest lead that counts, between the bounds of the gate's verdict.
+
+    Each is one-sided: the lower one, which promotes, has the confidence ``promotion``, and the upper one, which holds
+    or rejects, ``confidence``.
+    """
     lead, smallest = headline.lead, headline.required_lead(delta)
-    reach = lead.error_bound(confidence)
+    reach = [[lead.error_bound(promotion)], [lead.error_bound(confidence)]]
+    low, high = (format_signed(bound) for bound in (lead.lower_bound(promotion), lead.upper_bound(confidence)))
 
     def draw(axes: Axes, paper: Paper) -> None:
         axes.axvline(0, color=paper.muted, linewidth=1.2, label="as good as the champion")
         axes.axvline(smallest, color=paper.series[1], linewidth=1.4, linestyle=DASHED, label="better by δ")
         axes.errorbar(
-            [lead.value], [0], xerr=[reach], color=paper.series[0], marker="o", markersize=8, linewidth=2.4, capsize=6
+            [lead.value], [0], xerr=reach, color=paper.series[0], marker="o", markersize=8, linewidth=2.4, capsize=6
         )
         axes.set(ylim=(-1, 1), yticks=[], xlabel=f"how much better in {headline.name}")
         legend(axes, paper)
 
-    return chart(f"The lead, and where it lies with confidence {confidence:g} to either side", draw, (7.4, 1.9))
+    bounds = f"at least {low} with confidence {promotion:.4g}, at most {high} with {confidence:g}"
+    return chart(f"The lead: {bounds}", draw, (7.4, 1.9))
 
 
 def held_out_loss_chart(losses: Mapping[str, HeldOutLoss]) -> Chart | None:

@@ -69,8 +69,8 @@ def _images(page: ComparisonPage) -> dict[str, object]:
 
 
 def _metrics(page: ComparisonPage) -> dict[str, object] | None:
-    comparison, headline = page.comparison, page.comparison.compared.headline
-    lead = headline and lead_chart(headline, comparison.gate.delta, comparison.confidence)
+    comparison, headline, gate = page.comparison, page.comparison.compared.headline, page.comparison.gate
+    lead = headline and lead_chart(headline, gate.delta, comparison.confidence, gate.confidence)
     metrics = dict.fromkeys(name for side in page.sides.values() for name in side.estimates)
     return {"lead": lead, "metrics": metrics} if metrics or lead else None
 

@@ -112,9 +112,9 @@ def format_fixed(value: float, digits: int) -> str:
 
 
 def format_with_error(value: float, error: float) -> str:
-    """Format ``value`` ± ``error``, both to the error's second significant digit."""
+    """Format ``value`` ± ``error``, both to the error's second significant digit, with a typographic minus."""
     digits = count_decimals(error)
-    return f"{value:,.{digits}f} ± {error:,.{digits}f}"
+    return f"{format_fixed(value, digits)} ± {error:,.{digits}f}"
 
 
 def format_plain(value: float) -> str:

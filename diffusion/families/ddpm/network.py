@@ -234,12 +234,12 @@ class UNet(nn.Module):
 
 
 def seeded_dropout(h: Tensor, draws: Tensor, rate: float) -> Tensor:
-    """Dropout: set a share ``rate`` of the values of ``h`` (N, C, H, W) to 0 and scale up the rest (arXiv 1207.0580).
+    """Dropout: set a share ``rate`` of the values of ``h`` (N, …) to 0 and scale up the rest (arXiv 1207.0580).
 
     The choice depends on ``draws`` (N,) int64 alone: each value's index is hashed with it (SplitMix64's finalizer).
     """
     numbers = torch.arange(h[0].numel(), device=h.device).view(1, *h.shape[1:])
-    hashes = (numbers + 1) * GOLDEN + draws[:, None, None, None]
+    hashes = (numbers + 1) * GOLDEN + draws.view(-1, *(1,) * (h.ndim - 1))
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         hashes = (hashes ^ (hashes >> shift & (1 << (64 - shift)) - 1)) * factor
     mask = (hashes >> 33 & 2**31 - 1) >= rate * 2**31

@@ -22,6 +22,7 @@ from diffusion.families.model import (
     TrainingBatch,
     TrainingObjective,
     to_uint8,
+    use_channels_last,
 )
 from diffusion.families.vae.network import Latents
 from diffusion.process.config import ObjectiveConfig
@@ -55,7 +56,8 @@ class GANModel(Model):
         assert isinstance(header.model, GANConfig)
         classes = len(classes_of(header.model, header.class_histogram))
         discriminator = Discriminator(header.model, header.channels, header.size, classes)
-        return RelativisticObjective(header.model, training.seed, discriminator.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+        use_channels_last(discriminator)
+        return RelativisticObjective(header.model, training.seed, discriminator)
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:

@@ -14,7 +14,13 @@ from diffusion.families.pretrained.ddpm import DDIMPipeline as DDIMPipeline
 from diffusion.families.pretrained.ldm import LDMPipeline as LDMPipeline
 from diffusion.families.pretrained.dit import DiTPipeline as DiTPipeline
 from diffusion.families.pretrained.stable_diffusion import StableDiffusionPipeline as StableDiffusionPipeline
+from diffusion.families.pretrained.stable_diffusion_xl import StableDiffusionXLPipeline as StableDiffusionXLPipeline
 from diffusion.families.pretrained.stable_diffusion_3 import StableDiffusion3Pipeline as StableDiffusion3Pipeline
+from diffusion.families.pretrained.pixart import PixArtSigmaPipeline as PixArtSigmaPipeline
+from diffusion.families.pretrained.flux import FluxPipeline as FluxPipeline
+from diffusion.families.pretrained.flux_2 import Flux2KleinPipeline as Flux2KleinPipeline
+from diffusion.families.pretrained.z_image import ZImagePipeline as ZImagePipeline
+from diffusion.families.pretrained.qwen_image import QwenImagePipeline as QwenImagePipeline
 # isort: on
 
 PIPELINES = {kind.__name__: kind for kind in classes_in(globals(), Pipeline)}
@@ -49,11 +55,13 @@ class DiffusersConfig(BaseFamilyConfig):
     """Its components by name. Empty: those of training.init_from."""
     class_ids: tuple[int, ...] = Field((), max_length=MAX_INTEGER)
     """The network's number of each class, in the sorted order of the classes' names. Empty: no classes."""
+    settings: dict[str, bool] = Field(default_factory=dict)
+    """What the pipeline's model_index.json says besides components, where it differs from diffusers' defaults."""
 
     @model_validator(mode="after")
     def _is_on_the_allow_list(self) -> "DiffusersConfig":
         if self.pipeline is None:
-            if self.components or self.class_ids:
+            if self.components or self.class_ids or self.settings:
                 raise ValueError("components belong to a pipeline, which model.pipeline names: leave all of it out")
             return self
         if self.pipeline not in PIPELINES:
@@ -67,7 +75,7 @@ class DiffusersConfig(BaseFamilyConfig):
     def imported(self) -> Pipeline:
         """The pipeline; only if it is named."""
         assert self.pipeline is not None, "it is that of training.init_from"
-        return PIPELINES[self.pipeline](self.components)
+        return PIPELINES[self.pipeline](self.components, self.settings)
 
     @property
     def one_shape(self) -> str | None:
@@ -89,6 +97,11 @@ class DiffusersConfig(BaseFamilyConfig):
         return self.text or not self.conditional or self.imported.has_null_class
 
     @property
+    def embeds_guidance(self) -> bool:
+        """Whether the network is shown the scale of guidance, instead of being evaluated twice."""
+        return self.pipeline is not None and self.imported.embeds_guidance
+
+    @property
     def needs_own_scheduler(self) -> bool:
         """Whether only the pipeline's own scheduler knows what the network predicts."""
         return self.pipeline is not None and self.imported.prediction is None
@@ -105,4 +118,4 @@ class DiffusersConfig(BaseFamilyConfig):
 
     def identity(self) -> dict[str, Any]:
         """List nothing: a pipeline is what the digest of training.init_from stands for."""
-        return DiffusersConfig().model_dump(mode="json")
+        return DiffusersConfig().model_dump(mode="json", exclude={"settings"})

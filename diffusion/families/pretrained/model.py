@@ -12,22 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from diffusion.common.config import MAX_SIDE
+from diffusion.common.device import CPU
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
-from diffusion.common.fingerprint import CPU
 from diffusion.common.shapes import shape_name
+from diffusion.families.adapters import AdapterConfig
 from diffusion.families.base import BaseFamilyConfig
 from diffusion.families.denoising_objective import DenoisingObjective
 from diffusion.families.diffusion_model import DiffusionModel, encode_known_part, make_unconditional, paste_kept
 from diffusion.families.fine_tuning import select_layers
 from diffusion.families.header import ModelHeader
-from diffusion.families.lora import LoRAConfig
 from diffusion.families.model import Conditioning, ConditioningBatch, TrainingObjective, to_uint8
 from diffusion.families.pretrained.config import DiffusersConfig
 from diffusion.families.pretrained.network import PipelineNetwork, parts_digest, tensor_names
 from diffusion.families.pretrained.pipeline import Pipeline, build
-from diffusion.families.text_encoder import CaptionEncoder
+from diffusion.families.text_encoder import CaptionEncoder, Encoding
 from diffusion.families.vae.network import Latents
 from diffusion.process.config import ObjectiveConfig
 from diffusion.process.denoiser import Denoiser, rescale_guidance
@@ -55,9 +54,7 @@ class PretrainedModel(DiffusionModel):
 
     def check_size(self) -> None:
         """Raise UserError if the network's fold divides no such images, or it has no positions for so large ones."""
-        shape, fold = self.shape[1:], self.pipeline.fold
-        max_positions = self.pipeline.denoiser.config.get("pos_embed_max_size")
-        limit = MAX_SIDE if max_positions is None else int(max_positions) * fold
+        shape, fold, limit = self.shape[1:], self.pipeline.fold, self.pipeline.max_side
         if any(side % fold or side > limit for side in shape):
             raise UserError(
                 f"the pipeline's network takes images whose height and width are multiples of {fold} up to {limit}, "
@@ -66,8 +63,10 @@ class PretrainedModel(DiffusionModel):
 
     @staticmethod
     def forward(network: PipelineNetwork, shape: tuple[int, int, int]) -> Tensor:
-        """Predict at time 0 and sum; the ``shape`` is the network's own."""
-        return _forward(network, network.pipeline.noise_shape).sum()
+        """Predict at time 0 for images of ``shape`` and sum."""
+        pipeline = network.pipeline
+        height, width = (side // pipeline.factor for side in shape[1:])
+        return _forward(network, (pipeline.noise_shape[0], height, width)).sum()
 
     @staticmethod
     def make_objective(header: ModelHeader, training: ObjectiveConfig, latents: Latents | None) -> TrainingObjective:
@@ -75,7 +74,8 @@ class PretrainedModel(DiffusionModel):
         assert isinstance(header.model, DiffusersConfig)
         pipeline = header.model.imported
         if training.timestep_sampling == "scheduler":
-            training = training.model_copy(update=pipeline.training_times())
+            shape = pipeline.noise_shape[0], *(header.size // pipeline.factor,) * 2
+            training = training.model_copy(update=pipeline.training_times(shape))
         assert pipeline.prediction is not None
         parametrization = Parametrization(pipeline.prediction, header.sigma_data)
         objective = Objective(make_pipeline_schedule(pipeline), parametrization, make_weight(training, parametrization))
@@ -135,24 +135,25 @@ class PretrainedModel(DiffusionModel):
         self.network.set_classes(config)
         return replace(self, header=self.header.model_copy(update={"model": config}))
 
-    def caption_encoder(self, lora: LoRAConfig | None) -> CaptionEncoder:
-        """Choose tokens where the pipeline's text encoder is trained, else embeddings."""
+    def caption_encoder(self, adapter: AdapterConfig | None) -> CaptionEncoder:
+        """Choose tokens where the pipeline's text encoder is trained, else what the denoiser is shown."""
         network = self.network
-        if lora is not None and lora.text_encoder:
+        if adapter is not None and adapter.text_encoder:
             if not self.pipeline.text_adapter_targets:
                 raise UserError(
-                    f"training.lora.text_encoder adapts the one text encoder of Stable Diffusion, and a "
-                    f"{self.config.pipeline} has several: leave it out"
+                    f"training.adapter.text_encoder adapts that of Stable Diffusion, and not those of a "
+                    f"{self.config.pipeline}: leave it out"
                 )
 
-            def tokenize(prompt: str) -> Tensor:
-                return network.tokens("tokenizer", prompt)[0][0]
+            def tokenize(prompt: str) -> Encoding:
+                return {"tokens": network.tokens("tokenizer", prompt)[0][0]}
 
             return CaptionEncoder(parts_digest(network, "tokenizer"), lambda: tokenize, tokenize(""))
         parts = parts_digest(network, "tokenizer", "text_encoder")
-        # The denoiser decides how wide embeddings are, and libraries their last bits.
-        key = [parts, self.config.pipeline, network.embedding_size, torch.__version__, version("transformers")]
-        return CaptionEncoder(digest_of(key), lambda: network.embed, network.embed(""))
+        # The denoiser decides how wide encodings are, and libraries their last bits.
+        shapes = self.pipeline.encoding_shapes(network)
+        key = [parts, self.config.pipeline, shapes, torch.__version__, version("transformers")]
+        return CaptionEncoder(digest_of(key), lambda: network.encode_prompt, network.encode_prompt(None))
 
     def adapter_layers(self, layers: set[str], targets: Sequence[str] | None, text_encoder: bool) -> set[str]:
         """Choose layers of the denoiser, and of the text encoder its attention."""
@@ -188,9 +189,13 @@ class PretrainedModel(DiffusionModel):
         factor = self.pipeline.factor
         return self.pipeline.noise_shape[0], height // factor, width // factor
 
-    def embed(self, prompt: str | None) -> Tensor:
-        """Embed ``prompt`` by the pipeline's text encoders, flat: (E,) float32; None as an empty one."""
-        return self.network.embed(prompt or "") if self.config.text else super().embed(prompt)
+    def encode_prompt(self, prompt: str | None) -> Encoding:
+        """Encode ``prompt`` by the pipeline's text encoders."""
+        return self.network.encode_prompt(prompt) if self.config.text else super().encode_prompt(prompt)
+
+    def encoding_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors of ``encode_prompt``."""
+        return self.pipeline.encoding_shapes(self.network) if self.config.text else super().encoding_shapes()
 
     def prompt_length(self, prompt: str) -> tuple[int, int, int]:
         """Count the tokens of ``prompt``, those of an empty one, and the most that the text encoder reads."""
@@ -210,6 +215,11 @@ class PretrainedModel(DiffusionModel):
 
     def generate(self, batch: ConditioningBatch, config: SamplingConfig) -> Tensor:
         """Run the reverse process, by the pipeline's own scheduler if ``config`` says so."""
+        if self.pipeline.embeds_guidance:
+            scale = 1.0 if config.guidance is None else config.guidance
+            states = batch.conditioning["states"]
+            shown = {"guidance": states.new_full((len(states),), scale)}
+            batch, config = replace(batch, conditioning=batch.conditioning | shown), config.without_guidance()
         if not isinstance(config, SchedulerSampling):
             return super().generate(batch, config)
         config.sigma_grid(self.schedule)  # raises for more steps than there are
@@ -229,7 +239,7 @@ class PretrainedModel(DiffusionModel):
                     "sampling.sampler"
                 )
             content, mask = encode_known_part(self, edit, x.device)
-            offset = (config.steps - max(1, int(config.steps * edit.strength))) * scheduler.order
+            offset = self.pipeline.first_step(config.steps, edit.strength) * scheduler.order
             timesteps = timesteps[offset:]
             if hasattr(scheduler, "set_begin_index"):
                 scheduler.set_begin_index(offset)
@@ -262,7 +272,7 @@ class PretrainedModel(DiffusionModel):
                 if not config.guidance_interval[0] < sigma <= config.guidance_interval[1]:
                     return self.network.predict(x, t, **conditioning)
             unconditional, conditional = self.network.predict(torch.cat([x, x]), t, **joint).chunk(2)
-            prediction = unconditional + scale * (conditional - unconditional)
+            prediction = self.pipeline.guide(conditional, unconditional, scale)
             share = config.guidance_rescale
             return prediction if share is None else rescale_guidance(prediction, conditional, share)
 
@@ -274,6 +284,8 @@ class PretrainedModel(DiffusionModel):
 
     def evaluations(self, config: SamplingConfig) -> int:
         """Count the evaluations of the denoiser for one image."""
+        if self.pipeline.embeds_guidance:
+            config = config.without_guidance()
         if not isinstance(config, SchedulerSampling):
             return super().evaluations(config)
         scheduler = self.pipeline.make_scheduler(config.steps, self.noise_shape, CPU)
@@ -288,11 +300,11 @@ class PretrainedModel(DiffusionModel):
 
 def _forward(network: PipelineNetwork, shape: tuple[int, int, int]) -> Tensor:
     """Predict at time 0 from zeros of ``shape``, and of all that the denoiser is conditioned on."""
-    inputs = {}
+    shapes = network.pipeline.encoding_shapes(network)
+    # Without a mask, as if prompts were as long as they can be.
+    inputs = {name: torch.zeros(1, *sizes) for name, sizes in shapes.items() if name != "mask"}
     if network.pipeline.network_classes is not None:
         inputs["label"] = torch.zeros(1, dtype=torch.long)
-    if network.pipeline.text:
-        inputs["text"] = torch.zeros(1, network.embedding_size)
     out: Tensor = network(torch.zeros(1, *shape), torch.zeros(1), **inputs)
     return out
 

@@ -20,11 +20,14 @@ from diffusion.common.files import canonical_json, sha256_bytes
 from diffusion.common.model_files import tensor_bytes
 from diffusion.families.pretrained.config import DiffusersConfig
 from diffusion.families.pretrained.pipeline import WITHOUT_WEIGHTS, build
+from diffusion.families.text_encoder import Encoding
 
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Names that diffusers had for the layers of an autoencoder's attention, in files from before its version 0.18."""
 UNUSED = re.compile(r"(^|\.)position_ids$")
 """Tensors in files of older versions of transformers that are no weights."""
+HEAD = "lm_head.weight"
+"""Weights by which a language model chooses words, in files of text encoders that are loaded without."""
 _TOKENIZING = Lock()
 
 
@@ -68,24 +71,23 @@ class PipelineNetwork(nn.Module):
         self,
         x: Tensor,
         time: Tensor,
-        label: Tensor | None = None,
-        text: Tensor | None = None,
         draws: Tensor | None = None,
+        **conditioning: Tensor,
     ) -> Tensor:
         """Predict at times from 0 to T−1, as a Darkroom network does; ``draws`` has no effect.
 
         Args:
             x: Noisy images or latents at unit variance, or (1 − t) x_0 + t ε of flow matching: (N, C, H, W).
             time: (N,) float32.
-            label: Numbers in the sorted classes, one more for no class: (N,).
-            text: Encoded prompts, (N, E), or for Stable Diffusion their tokens, (N, L) int64.
             draws: Seeds of dropout, which these networks have none of at inference.
+            conditioning: ``label``, numbers in the sorted classes, one more for no class, (N,), or the tensors that
+                ``Pipeline.encode_prompt`` names, of N prompts.
         """
-        return self.predict(x, time + self.time_offset, label, text)
+        return self.predict(x, time + self.time_offset, **conditioning)
 
-    def predict(self, x: Tensor, timestep: Tensor, label: Tensor | None = None, text: Tensor | None = None) -> Tensor:
+    def predict(self, x: Tensor, timestep: Tensor, **conditioning: Tensor) -> Tensor:
         """Predict at ``timestep`` of the pipeline's scheduler, a number or (N,); otherwise as ``forward``."""
-        return self.pipeline.predict(self, x, timestep.expand(len(x)), label, text)
+        return self.pipeline.predict(self, x, timestep.expand(len(x)), conditioning)
 
     def encode(self, images: Tensor) -> Tensor:
         """Encode images (N, C, H, W) in [−1, 1] as means of scaled latents, (N, c, h, w)."""
@@ -96,20 +98,16 @@ class PipelineNetwork(nn.Module):
         return self.pipeline.decode(self, z)
 
     @torch.no_grad()
-    def embed(self, prompt: str) -> Tensor:
-        """Embed ``prompt`` as all that the denoiser is shown of it, flat: (E,) float32. An empty one is none."""
+    def encode_prompt(self, prompt: str | None) -> Encoding:
+        """Encode ``prompt``, or None for none, as all that the denoiser is shown of it."""
         return self.pipeline.encode_prompt(self, prompt)
-
-    @property
-    def embedding_size(self) -> int:
-        """Numbers E of an embedded prompt."""
-        return self.pipeline.embedding_size(self)
 
     def prompt_length(self, prompt: str) -> tuple[int, int]:
         """Count the tokens of ``prompt`` with those at its ends, and the most that are read."""
         name = self.pipeline.limiting_tokenizer
         with _TOKENIZING:
-            count = len(self.tokenizer(name)(prompt, verbose=False).input_ids)
+            text = self.pipeline.prompt_text(prompt)
+            count = len(self.tokenizer(name)(text, verbose=False).input_ids)
             return count, self.pipeline.tokenizer_length(self, name)
 
     def tokenizer(self, name: str) -> Any:
@@ -133,7 +131,11 @@ class PipelineNetwork(nn.Module):
         with _TOKENIZING:
             length = self.pipeline.tokenizer_length(self, name)
             tokens = self.tokenizer(name)(
-                prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+                self.pipeline.prompt_text(prompt),
+                padding="max_length",
+                max_length=length,
+                truncation=True,
+                return_tensors="pt",
             )
         return tokens.input_ids.to(device), tokens.attention_mask.to(device)
 
@@ -149,13 +151,14 @@ def tensor_names(network: nn.Module, names: Iterable[str]) -> dict[str, str]:
         component, _, key = name.partition(".")
         *path, leaf = key.split(".")
         new_key = ".".join([*path[:-1], OLD_ATTENTION.get(path[-1], path[-1]), leaf]) if path else key
-        # The text encoder of transformers 5 has no model within the model.
-        for candidate in (key, new_key, key.removeprefix("text_model."), f"text_model.{key}"):
+        # In transformers 5 CLIP's text encoder has no model within the model, and that of Qwen2.5-VL has two.
+        own = (key.removeprefix("text_model."), f"text_model.{key}", key.removeprefix("model."), f"model.{key}")
+        for candidate in (key, new_key, *own, re.sub(r"^model\.", "model.language_model.", key)):
             if f"{component}.{candidate}" in tensors:
                 mapping[name] = f"{component}.{candidate}"
                 break
         else:
-            if not UNUSED.search(key):
+            if not UNUSED.search(key) and key != HEAD:
                 mapping[name] = name
     return mapping
 

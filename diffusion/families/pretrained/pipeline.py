@@ -2,20 +2,21 @@
 
 A pipeline is a file beside this module with a class of the name that diffusers has for it, and a line in
 ``diffusion.families.pretrained.config``. The defaults below are of a U-Net that works on pixels or on the latents of an
-autoencoder. Others override what differs: text encoders and what comes of them (``encode_prompt``, ``inputs``), latents
-that are packed into tokens and embedded guidance (``noise_shape``, ``predict``), or time shifts (``make_scheduler``).
+autoencoder. Others override what differs: text encoders and what comes of them (``encode_prompt``, ``inputs``), what
+the denoiser takes and gives (``predict``), guidance (``guide``), latents (``encode``, ``decode``), and times
+(``timesteps``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
 
 from pydantic import AfterValidator, Field
 
-from diffusion.common.config import MAX_SIZE, Config
+from diffusion.common.config import MAX_SIDE, MAX_SIZE, Config
 from diffusion.common.errors import UserError, install_hint
 from diffusion.families.base import MAX_BLOCKS, MAX_RESOLUTIONS
 from diffusion.process.config import SchedulerPrediction
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffusion.families.pretrained.network import PipelineNetwork
+    from diffusion.families.text_encoder import Encoding
 
 SCHEDULERS = (
     "DDIMScheduler",
@@ -44,12 +46,15 @@ SCHEDULERS = (
     "UniPCMultistepScheduler",
 )
 CLIP_TOKENIZERS, T5_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast"), ("T5Tokenizer", "T5TokenizerFast")
-WITHOUT_WEIGHTS = (*SCHEDULERS, *CLIP_TOKENIZERS, *T5_TOKENIZERS)
+QWEN_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+WITHOUT_WEIGHTS = (*SCHEDULERS, *CLIP_TOKENIZERS, *T5_TOKENIZERS, *QWEN_TOKENIZERS)
 """Classes of components that are no networks."""
+DEFAULT_STEPS = 50
+"""Steps for which times of training are shifted, where the shift depends on them: those of most pipelines."""
 MAX_INTEGER, MAX_LIST, MAX_STRING = 2**18, 2**14, 4096
 """Limits of a component's configuration; files that exceed them are rejected before a network is built."""
-MAX_SIDES = {"sample_size": MAX_SIZE, "pos_embed_max_size": MAX_SIZE, "max_position_embeddings": 2**14}
-"""Lower limits of sizes of which tables are made, some of their squares."""
+LIMITS = {"sample_size": MAX_SIZE, "pos_embed_max_size": MAX_SIZE, "depth": MAX_BLOCKS * 4, "rope_theta": 2**40}
+"""Other limits: lower ones of sizes of whose squares tables are made, and that of a base of rotary embeddings."""
 
 
 def _within_limits(config: Any, name: str = "", depth: int = 0) -> Any:
@@ -57,7 +62,7 @@ def _within_limits(config: Any, name: str = "", depth: int = 0) -> Any:
     if depth > 4:
         raise ValueError(f"{name} is nested too deeply")
     is_depth = "layers" in name or "blocks" in name
-    limit = MAX_SIDES.get(name, MAX_BLOCKS * 4 if is_depth else MAX_INTEGER)
+    limit = LIMITS.get(name, MAX_BLOCKS * 4 if is_depth else MAX_INTEGER)
     match config:
         case dict():
             if len(config) > 1000:
@@ -105,7 +110,10 @@ def build(component: Component) -> Any:
         config = kind.config_class.from_dict(dict(component.config))
         config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
         return kind(config)
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+    except (
+        *(TypeError, ValueError, KeyError, IndexError, AttributeError),
+        *(AssertionError, RuntimeError, ZeroDivisionError),
+    ) as error:
         words = str(error).partition("\n")[0]
         raise UserError(
             f"no {component.kind} can be built from its configuration ({words}): is it of another version of diffusers?"
@@ -117,11 +125,15 @@ class Pipeline:
     """A pipeline of diffusers with these ``components``; the class has the name of diffusers' own."""
 
     components: Mapping[str, Component]
+    settings: Mapping[str, bool] = field(default_factory=dict)
+    """Settings of ``default_settings`` that model_index.json changes."""
 
     kinds: ClassVar[Mapping[str, Collection[str]]]
     """The allow-list: the classes of each component but the scheduler, which is one of ``SCHEDULERS``."""
     optional: ClassVar[Collection[str]] = ()
     """Components that it may do without."""
+    default_settings: ClassVar[Mapping[str, bool]] = {}
+    """What model_index.json says besides its components, and the values where it says nothing."""
     renamed: ClassVar[Mapping[str, str]] = {}
     """Classes by the names that they had in older versions of diffusers."""
     denoiser_name: ClassVar[str] = "unet"
@@ -135,15 +147,15 @@ class Pipeline:
         "quantization_config",
         "auto_map",
     )
-    """Fields of components that have to be missing or null."""
+    """Fields of components that have to be missing, null or false."""
+    widths: ClassVar[Collection[str]] = ()
+    """Fields of the denoiser that have to be whole numbers, of which the shapes of encoded prompts are made."""
     classes_field: ClassVar[str] = "num_class_embeds"
     """Field of the denoiser with the number of classes that it has embeddings of."""
     has_null_class: ClassVar[bool] = False
     """Whether the denoiser was trained without a class, too, as guidance needs."""
     one_shape: ClassVar[str | None] = None
     """Why the denoiser takes images of one square shape alone; None: it takes any height and width."""
-    guidance: ClassVar[float | None] = None
-    """Scale of guidance by which diffusers samples unless another one is given; None: it does not guide."""
     scheduler_kind: ClassVar[str | None] = None
     scheduler_settings: ClassVar[Mapping[str, Any]] = {}
     """Class and settings of the scheduler that the pipeline uses whatever its configuration says."""
@@ -153,6 +165,20 @@ class Pipeline:
     """Layers of the text encoder that they can adapt; empty: only the denoiser can be adapted."""
     loads_adapters: ClassVar[bool] = False
     """Whether diffusers' pipeline has ``load_lora_weights``."""
+
+    def setting(self, name: str) -> bool:
+        """Return a setting of ``default_settings``."""
+        return self.settings.get(name, self.default_settings[name])
+
+    @property
+    def guidance(self) -> float | None:
+        """Scale of guidance by which diffusers samples unless another one is given; None: it does not guide."""
+        return None
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the denoiser is shown the scale of guidance, so that one evaluation is guided (arXiv 2210.03142)."""
+        return False
 
     @property
     def denoiser(self) -> Component:
@@ -215,6 +241,12 @@ class Pipeline:
         return self.factor * int(levels * config.get("patch_size", 1))
 
     @property
+    def max_side(self) -> int:
+        """Pixels that images have at most along each side, as far as the denoiser has positions."""
+        positions = self.denoiser.config.get("pos_embed_max_size")
+        return MAX_SIDE if positions is None else int(positions) * self.fold
+
+    @property
     def prediction(self) -> SchedulerPrediction | None:
         """Prediction of the denoiser; None: it is one that only its own scheduler knows."""
         if self.scheduler.kind == "FlowMatchEulerDiscreteScheduler":
@@ -234,26 +266,48 @@ class Pipeline:
                 )
         if missing_names := sorted(kinds.keys() - self.components.keys() - {*self.optional}):
             raise ValueError(f"a {name} needs {missing_names[0]}, and there is none")
-        size, channels = (self.denoiser.config.get(field) for field in ("sample_size", "in_channels"))
-        if not isinstance(size, int) or not isinstance(channels, int) or size < 1 or channels < 1:
-            raise ValueError("sample_size and in_channels of its network are no whole numbers: one square is supported")
+        if unknown := sorted(self.settings.keys() - self.default_settings.keys()):
+            raise ValueError(f"a {name} has no setting {unknown[0]}")
         classes, latents = self.network_classes, self.autoencoder
         widths = latents and latents.config.get("block_out_channels", ())
         if not isinstance(classes, int | None) or not isinstance(widths, list | tuple | None):
             raise ValueError("its classes are no number, or block_out_channels of its autoencoder no list")
         if self.text and classes is not None:
             raise ValueError("its network is conditioned on classes beside captions, which is not supported")
+        for field_name in self.unsupported:
+            for part, component in self.components.items():
+                if component.config.get(field_name) not in (None, False):
+                    raise ValueError(f"{part} has {field_name}, which is not supported")
+        for field_name in self.widths:
+            if not isinstance(value := self.denoiser.config.get(field_name), int) or value < 1:
+                raise ValueError(f"{field_name} of its network is no whole number")
+        self.check_channels()
+
+    def check_channels(self) -> None:
+        """Raise ValueError unless the denoiser takes and gives what the autoencoder, if any, makes of images."""
+        size, channels = (self.denoiser.config.get(name) for name in ("sample_size", "in_channels"))
+        if not isinstance(size, int) or not isinstance(channels, int) or size < 1 or channels < 1:
+            raise ValueError("sample_size and in_channels of its network are no whole numbers: one square is supported")
         if (out := self.denoiser.config.get("out_channels")) not in (None, channels) and not self._allows_outputs():
             raise ValueError(f"its network has {channels} channels in and {out} out, and only as many are supported")
-        for field in self.unsupported:
-            for part, component in self.components.items():
-                if component.config.get(field) is not None:
-                    raise ValueError(f"{part} has {field}, which is not supported")
-        if latents is not None and latents.config.get("latent_channels", channels) != channels:
+        latent_channels = channels if self.autoencoder is None else self.autoencoder.config.get("latent_channels")
+        if latent_channels not in (None, channels):
             raise ValueError(
-                f"its network has {channels} channels and its autoencoder {latents.config['latent_channels']}: "
+                f"its network has {channels} channels and its autoencoder {latent_channels}: "
                 "networks that are shown more than the latents are not supported"
             )
+
+    def check_text_width(self, **widths: int) -> None:
+        """Raise ValueError unless fields of the denoiser have these ``widths``, those of the text encoders."""
+        for name, width in widths.items():
+            if (actual := self.denoiser.config.get(name)) != width:
+                raise ValueError(f"{name} of its network is {actual}, and its text encoders give {width}")
+
+    def text_width(self, name: str = "text_encoder", field_name: str = "hidden_size") -> int:
+        """Return the width of a text encoder's states, or another of its widths; 0 if its configuration has none."""
+        config = self.components[name].config
+        width = config.get(field_name) or config.get("text_config", {}).get(field_name)
+        return width if isinstance(width, int) else 0
 
     def _allows_outputs(self) -> bool:
         """Whether the denoiser may have other outputs than inputs, which ``predict`` leaves out."""
@@ -269,25 +323,33 @@ class Pipeline:
         """Tokenizer that reads most of a prompt."""
         return "tokenizer"
 
-    def encode_prompt(self, network: PipelineNetwork, prompt: str) -> Tensor:
-        """Encode ``prompt`` as all that the denoiser is shown of it, flat, from all text encoders: (E,) float32."""
+    def prompt_text(self, prompt: str) -> str:
+        """Write ``prompt`` as the text encoders are to read it, such as a message to a language model."""
+        return prompt
+
+    def encode_prompt(self, network: PipelineNetwork, prompt: str | None) -> Encoding:
+        """Encode ``prompt``, or None for none, as all that the denoiser is shown of it, from all text encoders."""
         raise NotImplementedError(f"{type(self).__name__} is not conditioned on captions")
 
-    def embedding_size(self, network: PipelineNetwork) -> int:
-        """Count the numbers E of an encoded prompt."""
-        raise NotImplementedError(f"{type(self).__name__} is not conditioned on captions")
+    def encoding_shapes(self, network: PipelineNetwork) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors of ``encode_prompt``, which are those of all prompts."""
+        return {}
 
-    def inputs(self, network: PipelineNetwork, label: Tensor | None, text: Tensor | None) -> dict[str, Any]:
-        """Make the denoiser's further arguments from classes, (N,), or from what ``encode_prompt`` makes, (N, E)."""
-        return {} if label is None else {"class_labels": network.class_ids[label]}
+    def inputs(self, network: PipelineNetwork, x: Tensor, conditioning: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Make the denoiser's further arguments from ``label``, (N,), or from the tensors of ``encode_prompt``."""
+        return {"class_labels": network.class_ids[conditioning["label"]]} if "label" in conditioning else {}
 
     def predict(
-        self, network: PipelineNetwork, x: Tensor, timestep: Tensor, label: Tensor | None, text: Tensor | None
+        self, network: PipelineNetwork, x: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]
     ) -> Tensor:
         """Predict from noisy images or latents ``x``, (N, *noise_shape), at the scheduler's ``timestep``, (N,)."""
-        inputs = self.inputs(network, label, text)
+        inputs = self.inputs(network, x, conditioning)
         output: Tensor = network.component(self.denoiser_name)(x, timestep=timestep, **inputs, return_dict=False)[0]
         return output[:, : x.shape[1]]
+
+    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+        """Combine two predictions, (N, *noise_shape), as the pipeline does (arXiv 2207.12598, eq. 6)."""
+        return unconditional + scale * (conditional - unconditional)
 
     def encode(self, network: PipelineNetwork, images: Tensor) -> Tensor:
         """Encode images (N, C, H, W) in [−1, 1] as means of scaled latents, (N, *noise_shape)."""
@@ -302,7 +364,8 @@ class Pipeline:
         images: Tensor = network.component(self.autoencoder_name).decode(z / scale + shift).sample
         return images.float()
 
-    def _latent_scale(self, network: PipelineNetwork) -> tuple[float, float]:
+    def _latent_scale(self, network: PipelineNetwork) -> tuple[float | Tensor, float | Tensor]:
+        """Return scale and shift of latents, numbers or for each channel (C, 1, 1)."""
         config = network.component(self.autoencoder_name).config
         return config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
 
@@ -311,26 +374,48 @@ class Pipeline:
         component = self.scheduler
         if self.scheduler_kind is not None:
             component = component.model_copy(update={"kind": self.scheduler_kind})
-        scheduler, options = build(component), {}
+        scheduler = build(component)
         settings = {name: value for name, value in self.scheduler_settings.items() if name in scheduler.config}
         scheduler.register_to_config(**settings)
-        if scheduler.config.get("use_dynamic_shifting"):
-            _, height, width = shape
-            patch = self.denoiser.config.get("patch_size", 1)
-            defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.16}
-            min_length, max_length, low, high = (scheduler.config.get(name, value) for name, value in defaults.items())
-            share = ((height // patch) * (width // patch) - min_length) / (max_length - min_length)
-            options["mu"] = low + share * (high - low)
-        scheduler.set_timesteps(steps, device=device, **options)
+        scheduler.set_timesteps(**self.timesteps(scheduler, steps, shape), device=device)
         return scheduler
 
-    def training_times(self) -> dict[str, Any]:
+    def timesteps(self, scheduler: Any, steps: int, shape: tuple[int, int, int]) -> dict[str, Any]:
+        """Choose the arguments of ``set_timesteps`` for ``steps`` and noise of ``shape`` (C, H, W)."""
+        is_shifted = scheduler.config.get("use_dynamic_shifting")
+        return {"num_inference_steps": steps} | ({"mu": self.time_shift(steps, shape)} if is_shifted else {})
+
+    def first_step(self, steps: int, strength: float) -> int:
+        """Choose which of ``steps`` an edit of ``strength``, above 0 to 1, begins with, as diffusers does."""
+        return steps - max(1, int(steps * strength))
+
+    def time_shift(self, steps: int, shape: tuple[int, int, int]) -> float:
+        """Compute μ, by which a scheduler shifts the logits of its times: linear in the number of tokens of ``shape``.
+
+        As in arXiv 2403.03206, section 5.3.2, and ``calculate_shift`` of diffusers.
+        """
+        defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+        least, most, low, high = (self.scheduler.config.get(name, value) for name, value in defaults.items())
+        return float(low + (self.count_tokens(shape) - least) / (most - least) * (high - low))
+
+    def count_tokens(self, shape: tuple[int, int, int]) -> int:
+        """Count the tokens of a transformer for noise of ``shape``, (C, H, W)."""
+        _, height, width = shape
+        patch = int(self.denoiser.config.get("patch_size", 1))
+        return (height // patch) * (width // patch)
+
+    def training_times(self, shape: tuple[int, int, int]) -> dict[str, Any]:
         """Choose the distribution of times in training that the scheduler implies, as fields of the objective.
 
-        Flow matching has normal logits of t, shifted as the scheduler shifts its times (arXiv 2403.03206, sections 3.1
-        and 5.3.2), and logit t is ln σ; all others have uniform times.
+        Flow matching has normal logits of t, shifted as the scheduler shifts its times for noise of ``shape`` (arXiv
+        2403.03206, sections 3.1 and 5.3.2), and logit t is ln σ; all others have uniform times.
         """
         if self.prediction != "flow_prediction":
             return {"timestep_sampling": "uniform"}
-        shift = float(self.scheduler.config.get("shift") or 1.0)
-        return {"timestep_sampling": "lognormal", "log_sigma_mean": math.log(shift), "log_sigma_std": 1.0}
+        if self.scheduler.config.get("use_dynamic_shifting"):
+            mean = self.time_shift(DEFAULT_STEPS, shape)
+            if self.scheduler.config.get("time_shift_type") == "linear":
+                mean = math.log(mean)
+        else:
+            mean = math.log(self.scheduler.config.get("shift") or 1.0)
+        return {"timestep_sampling": "lognormal", "log_sigma_mean": mean, "log_sigma_std": 1.0}

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from diffusion.families.pretrained.pipeline import CLIP_TOKENIZERS, Pipeline
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from diffusion.families.pretrained.network import PipelineNetwork
+    from diffusion.families.text_encoder import Encoding
 
 V2_WIDTH = 1024
 """Numbers per token that the text encoder of version 2 has; that of version 1 has 768."""
@@ -24,6 +27,7 @@ class StableDiffusionPipeline(Pipeline):
         "text_encoder": ("CLIPTextModel",),
         "tokenizer": CLIP_TOKENIZERS,
     }
+    widths = ("cross_attention_dim",)
     guidance = 7.5
     scheduler_settings: ClassVar = {"steps_offset": 1, "clip_sample": False}
     text_adapter_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -41,22 +45,20 @@ class StableDiffusionPipeline(Pipeline):
         """Version 1 or 2."""
         return "sd_v1" if self.architecture.endswith("v1") else "sd_v2"
 
-    def encode_prompt(self, network: PipelineNetwork, prompt: str) -> Tensor:
-        """Encode ``prompt`` as the last hidden states, (E,)."""
-        ids, mask = network.tokens("tokenizer", prompt)
+    def encode_prompt(self, network: PipelineNetwork, prompt: str | None) -> Encoding:
+        """Encode ``prompt`` as the last hidden ``states``, (L, D)."""
+        ids, mask = network.tokens("tokenizer", prompt or "")
         encoder = network.component("text_encoder")
         uses_mask = getattr(encoder.config, "use_attention_mask", False)
-        hidden: Tensor = encoder(ids, attention_mask=mask if uses_mask else None)[0]
-        return hidden.flatten().float()
+        return {"states": encoder(ids, attention_mask=mask if uses_mask else None)[0][0].float()}
 
-    def embedding_size(self, network: PipelineNetwork) -> int:
-        """Count the numbers of all hidden states."""
-        return self.tokenizer_length(network, "tokenizer") * int(self.denoiser.config["cross_attention_dim"])
+    def encoding_shapes(self, network: PipelineNetwork) -> dict[str, tuple[int, ...]]:
+        """Return the shape of all hidden states."""
+        length = self.tokenizer_length(network, "tokenizer")
+        return {"states": (length, int(self.denoiser.config["cross_attention_dim"]))}
 
-    def inputs(self, network: PipelineNetwork, label: Tensor | None, text: Tensor | None) -> dict[str, Any]:
-        """Make the states that the U-Net attends to; of tokens, (N, L) int64, where the text encoder is trained."""
-        assert text is not None
-        if not text.is_floating_point():
-            text = network.component("text_encoder")(text)[0].flatten(1)
-        assert text is not None
-        return {"encoder_hidden_states": text.unflatten(1, (-1, self.denoiser.config["cross_attention_dim"]))}
+    def inputs(self, network: PipelineNetwork, x: Tensor, conditioning: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Make the states that the U-Net attends to; of ``tokens``, (N, L) int64, where the text encoder is trained."""
+        if "tokens" in conditioning:
+            return {"encoder_hidden_states": network.component("text_encoder")(conditioning["tokens"])[0]}
+        return {"encoder_hidden_states": conditioning["states"]}

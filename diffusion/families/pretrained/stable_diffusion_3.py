@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from diffusion.families.pretrained.pipeline import CLIP_TOKENIZERS, T5_TOKENIZERS, Pipeline
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
     from diffusion.families.pretrained.network import PipelineNetwork
+    from diffusion.families.text_encoder import Encoding
 
 T5_LENGTH = 256
 """Tokens of a prompt that the third text encoder is shown."""
@@ -28,6 +31,7 @@ class StableDiffusion3Pipeline(Pipeline):
         "text_encoder_3": ("T5EncoderModel",),
         "tokenizer_3": T5_TOKENIZERS,
     }
+    widths = ("joint_attention_dim", "pooled_projection_dim")
     optional = ("text_encoder_3", "tokenizer_3")
     denoiser_name = "transformer"
     guidance = 7.0
@@ -39,45 +43,44 @@ class StableDiffusion3Pipeline(Pipeline):
         """Count the tokens of a padded prompt for the tokenizer ``name``."""
         return T5_LENGTH if name == "tokenizer_3" else super().tokenizer_length(network, name)
 
+    def first_step(self, steps: int, strength: float) -> int:
+        """Choose which of ``steps`` an edit of ``strength``, above 0 to 1, begins with, as diffusers does."""
+        return min(int(steps - steps * strength), steps - 1)
+
     @property
     def limiting_tokenizer(self) -> str:
         """Tokenizer that reads most of a prompt."""
         return "tokenizer_3" if "tokenizer_3" in self.components else "tokenizer"
 
-    def encode_prompt(self, network: PipelineNetwork, prompt: str) -> Tensor:
-        """Encode ``prompt`` as the states of all text encoders, and behind them the pooled ones of CLIP, (E,)."""
+    def encode_prompt(self, network: PipelineNetwork, prompt: str | None) -> Encoding:
+        """Encode ``prompt`` as the ``states`` of all text encoders, (L, D), and the ``pooled`` ones of CLIP, (P,)."""
         import torch
         from torch.nn.functional import pad
 
-        states, pooled = [], []
+        clip_states, pooled = [], []
         for number in ("", "_2"):
-            ids, _ = network.tokens(f"tokenizer{number}", prompt)
+            ids, _ = network.tokens(f"tokenizer{number}", prompt or "")
             output = network.component(f"text_encoder{number}")(ids, output_hidden_states=True)
-            states.append(output.hidden_states[-2])
+            clip_states.append(output.hidden_states[-2])
             pooled.append(output[0])
-        joint = torch.cat(states, dim=-1)
+        joint = torch.cat(clip_states, dim=-1)
         width = self.denoiser.config["joint_attention_dim"]
         if "text_encoder_3" in self.components:
-            ids, _ = network.tokens("tokenizer_3", prompt)
+            ids, _ = network.tokens("tokenizer_3", prompt or "")
             t5_states = network.component("text_encoder_3")(ids)[0]
         else:
             t5_states = joint.new_zeros(1, T5_LENGTH, width)
-        context = torch.cat([pad(joint, (0, width - joint.shape[-1])), t5_states], dim=1)
-        return torch.cat([context.flatten(), *(vector.flatten() for vector in pooled)]).float()
+        states = torch.cat([pad(joint, (0, width - joint.shape[-1])), t5_states], dim=1)
+        return {"states": states[0].float(), "pooled": torch.cat(pooled, dim=1)[0].float()}
 
-    def embedding_size(self, network: PipelineNetwork) -> int:
-        """Count the numbers of all states and of the pooled ones."""
-        config = self.denoiser.config
-        tokens = self.tokenizer_length(network, "tokenizer") + T5_LENGTH
-        return tokens * int(config["joint_attention_dim"]) + int(config["pooled_projection_dim"])
-
-    def inputs(self, network: PipelineNetwork, label: Tensor | None, text: Tensor | None) -> dict[str, Any]:
-        """Make the states that the transformer attends to, and the pooled ones that modulate it."""
-        import torch
-
-        assert text is not None
-        pooled, width = (self.denoiser.config[name] for name in ("pooled_projection_dim", "joint_attention_dim"))
+    def encoding_shapes(self, network: PipelineNetwork) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of all states, and of the pooled ones."""
+        config, length = self.denoiser.config, self.tokenizer_length(network, "tokenizer") + T5_LENGTH
         return {
-            "encoder_hidden_states": torch.unflatten(text[:, :-pooled], 1, (-1, width)),
-            "pooled_projections": text[:, -pooled:],
+            "states": (length, int(config["joint_attention_dim"])),
+            "pooled": (int(config["pooled_projection_dim"]),),
         }
+
+    def inputs(self, network: PipelineNetwork, x: Tensor, conditioning: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Make the states that the transformer attends to, and the pooled ones that modulate it."""
+        return {"encoder_hidden_states": conditioning["states"], "pooled_projections": conditioning["pooled"]}

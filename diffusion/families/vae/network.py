@@ -125,9 +125,11 @@ class VAE(nn.Module):
     def generate(self, noise: Tensor) -> Tensor:
         """Generate images (N, C, H, W), nominally in [−1, 1], from Gaussian ``noise`` (N, G + c·h·w, 1, 1)."""
         g, latent_noise = self.prior.split(noise)
-        _, _, z = self.prior(
-            g, lambda number, mean, log_variance: reparameterize(mean, log_variance, latent_noise[:, [number]])
-        )
+
+        def sample_channel(number: int, mean: Tensor, log_variance: Tensor) -> Tensor:
+            return reparameterize(mean, log_variance, latent_noise[:, number : number + 1])
+
+        _, _, z = self.prior(g, sample_channel)
         return self.autoencoder.decode(z)
 
     def forward(self, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,7 +142,8 @@ class VAE(nn.Module):
         posterior = self.autoencoder.posterior(x)
         z = reparameterize(*posterior, latent_noise)
         moments = self.prior.posterior(z)
-        mean, log_variance, _ = self.prior(reparameterize(*moments, global_noise), lambda number, *_: z[:, [number]])
+        g = reparameterize(*moments, global_noise)
+        mean, log_variance, _ = self.prior(g, lambda number, *_: z[:, number : number + 1])
         reconstruction = self.autoencoder.decode(z)
         misfit = -log_logistic(x, reconstruction, self.autoencoder.log_scale).flatten(1).sum(1)
         divergence = kl_divergence(*posterior, mean, log_variance)

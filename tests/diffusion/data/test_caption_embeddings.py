@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion.common.progress import Progress, ignore_progress
-from diffusion.data.caption_embeddings import MINI_LM, Captions, embeddings_of, seconds_to_read
+from diffusion.data.caption_embeddings import MINI_LM, Captions, encode_texts, seconds_to_read
 from diffusion.data.caption_texts import list_texts
 from diffusion.data.dataset import Dataset
 from diffusion.data.ingest.config import IngestConfig
@@ -54,7 +54,7 @@ def ingested(source: Path, folder: Path) -> Dataset:
 def read(dataset: Dataset, pool: ThreadPoolExecutor, progress: Progress = ignore_progress) -> Captions:
     captions, numbers = dataset.different_captions()
     texts = list_texts(captions, None, 0)
-    return Captions(embeddings_of(dataset, texts.texts, pool, progress), numbers, MINI_LM, texts)
+    return Captions(encode_texts(dataset, texts.texts, pool, progress), numbers, MINI_LM, texts)
 
 
 def embedding_files(folder: Path) -> dict[str, bytes]:
@@ -69,10 +69,10 @@ def test_rows_have_embeddings_of_captions_or_zeros(
     captions = read(dataset, pool)
     rows = list(range(len(dataset)))
     reference = FakeEncoder()
-    for row, caption, embedding in zip(rows, dataset.captions(rows), captions.select_rows(rows), strict=True):
+    for row, caption, embedding in zip(rows, dataset.captions(rows), captions.select_rows(rows)["text"], strict=True):
         assert (captions.numbers[row] < 0) == (caption is None)
         assert torch.equal(embedding, torch.zeros(384) if caption is None else reference(caption))
-    assert torch.equal(captions.select_rows(rows[::-1]), captions.select_rows(rows).flip(0))
+    assert torch.equal(captions.select_rows(rows[::-1])["text"], captions.select_rows(rows)["text"].flip(0))
 
 
 def test_each_caption_is_embedded_once_for_all_images_and_trainings(
@@ -83,7 +83,7 @@ def test_each_caption_is_embedded_once_for_all_images_and_trainings(
     assert sorted(fake_encoder.read) == ["a blob", "blob number 10", "blob number 11"]
     files = embedding_files(dataset.folder)
     assert {Path(name).suffix for name in files} == {".safetensors", ".sha256"}
-    assert torch.equal(read(dataset, pool).embeddings, first.embeddings)
+    assert torch.equal(read(dataset, pool).encodings["text"], first.encodings["text"])
     assert len(fake_encoder.read) == 3
     assert embedding_files(dataset.folder) == files
     assert not any("encodings" in path.name for path in dataset.folder.rglob("*"))
@@ -105,7 +105,7 @@ def test_damaged_caption_embeddings_are_recomputed_identically(
     source: Path, tmp_path: Path, pool: ThreadPoolExecutor, fake_encoder: FakeEncoder, damage: str
 ) -> None:
     dataset = ingested(source, tmp_path / "data" / "blobs")
-    expected, files = read(dataset, pool).embeddings, embedding_files(dataset.folder)
+    expected, files = read(dataset, pool).encodings["text"], embedding_files(dataset.folder)
     path = next(encodings_folder(dataset.folder).glob("*.safetensors"))
     match damage:
         case "changed":
@@ -116,7 +116,7 @@ def test_damaged_caption_embeddings_are_recomputed_identically(
             path.with_suffix(".sha256").unlink()
         case "gone":
             path.unlink()
-    assert torch.equal(read(dataset, pool).embeddings, expected)
+    assert torch.equal(read(dataset, pool).encodings["text"], expected)
     assert len(fake_encoder.read) == 6
     assert embedding_files(dataset.folder) == files
 
@@ -134,7 +134,7 @@ def test_one_of_several_captions_is_drawn_and_the_first_without_a_draw(
     captions = read(dataset, pool)
     u = np.linspace(0, 1, 12, endpoint=False)
     for draws in (None, u):
-        for row, embedding in zip(rows, captions.select_rows(rows, draws), strict=True):
+        for row, embedding in zip(rows, captions.select_rows(rows, draws)["text"], strict=True):
             text = "two" if draws is not None and u[row] >= 0.5 else "one"
             assert torch.equal(embedding, reference(text) if has_caption[row] else torch.zeros(384))
 
@@ -150,7 +150,7 @@ def test_grown_data_set_encodes_only_new_captions(
     assert fake_encoder.read[3:] == ["blob number 12", "blob number 13"]
     assert len(list(encodings_folder(folder).glob("*.safetensors"))) == 1
     fresh = read(ingested(source, tmp_path / "data" / "fresh"), pool)
-    assert torch.equal(again.embeddings, fresh.embeddings)
+    assert torch.equal(again.encodings["text"], fresh.encodings["text"])
 
 
 def traces(folder: Path, caption: str, embedding: Tensor) -> list[Path]:
@@ -170,7 +170,7 @@ def test_caption_embedding_is_deleted_with_its_image(
     remove(dataset.folder, Selection(sources=["11.png"]), "consent withdrawn")
     assert not traces(dataset.folder, *about)
     remaining_set = Dataset.open(dataset.folder)
-    assert len(read(remaining_set, pool).embeddings) == 2
+    assert len(read(remaining_set, pool).encodings["text"]) == 2
     assert not traces(dataset.folder, *about)
     assert embedding_files(dataset.folder)
     # A takedown that was cut off after the manifest is finished by the same words.
@@ -188,7 +188,7 @@ def test_takedown_during_encoding_leaves_no_embedding(
     def meanwhile(what: str, done: int, total: int | None, note: str = "") -> None:
         remove(dataset.folder, Selection(sources=["11.png"]), "consent withdrawn")
 
-    assert len(read(dataset, pool, meanwhile).embeddings) == 3
+    assert len(read(dataset, pool, meanwhile).encodings["text"]) == 3
     assert not embedding_files(dataset.folder)
 
 

@@ -26,7 +26,7 @@ from diffusion.families.ddpm.network import UNet
 from diffusion.families.diffusion_model import DiffusionModel, denoiser_of
 from diffusion.families.text_encoder import ENCODER
 from diffusion.generation.config import UNCONDITIONAL, Conditions
-from diffusion.generation.generate import make_conditioning, prompt_embeddings, sample
+from diffusion.generation.generate import encode_prompts, make_conditioning, sample
 from diffusion.process.samplers import SAMPLING_ADAPTER, SamplingConfig, sampling_config
 from tests.builders import ROOT, small_models
 from tests.builders.captioned import FakeEncoder
@@ -101,7 +101,7 @@ def ours(
 ) -> Tensor:
     """In [0, 1], as diffusers gives images."""
     levels = config.sigma_grid(model.schedule) if levels is None else levels
-    meanings = prompt_embeddings(model, conditions)
+    meanings = encode_prompts(model, conditions)
     conditioning = make_conditioning(model, range(COUNT), SEED, conditions, meanings)
     denoise = denoiser_of(model, conditioning, config, meanings[conditions.negative_prompt])
     return (config.run(denoise, levels, noise or from_seed(model), model.start(conditioning)) / 2 + 0.5).clamp(0, 1)

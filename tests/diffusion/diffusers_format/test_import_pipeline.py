@@ -24,9 +24,9 @@ from diffusion.checkpoints import (
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_file
 from diffusion.common.model_files import read_header
+from diffusion.families.adapters import LoRAConfig
 from diffusion.families.config import DiffusersConfig
 from diffusion.families.header import Base, Origin
-from diffusion.families.lora import LoRAConfig
 from diffusion.generation.generate import sample
 from diffusion.process.samplers import sampling_config
 
@@ -36,6 +36,7 @@ transformers = pytest.importorskip("transformers")
 from diffusion.diffusers_format.export import export_to_diffusers  # noqa: E402
 from diffusion.diffusers_format.import_pipeline import import_pipeline  # noqa: E402
 from tests.builders import pipelines  # noqa: E402
+from tests.builders.flow_pipelines import FLOW_MAKERS  # noqa: E402
 
 ORIGIN = Origin(source="hf://someone/tiny@main", revision="0" * 40)
 SCHEDULER = sampling_config(sampler="scheduler", steps=3)
@@ -50,6 +51,9 @@ def change(file: Path, **fields: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
+MAKERS = {**pipelines.MAKERS, **FLOW_MAKERS}
+
+
 @pytest.fixture
 def stable(tmp_path: Path) -> Path:
     return pipelines.stable_diffusion(tmp_path / "stable")
@@ -60,9 +64,9 @@ def ddpm(tmp_path: Path) -> Path:
     return pipelines.ddpm(tmp_path / "ddpm")
 
 
-@pytest.mark.parametrize("kind", pipelines.MAKERS)
+@pytest.mark.parametrize("kind", MAKERS)
 def test_an_export_is_what_came_in_to_the_byte(tmp_path: Path, kind: str) -> None:
-    folder = pipelines.MAKERS[kind](tmp_path / "pipeline")
+    folder = MAKERS[kind](tmp_path / "pipeline")
     digest = import_pipeline(folder, path := tmp_path / "model.safetensors", ORIGIN)
     assert digest == sha256_file(path)
     header = read_model_header(path)
@@ -167,7 +171,7 @@ def test_a_pipeline_that_was_adapted_is_exported_with_other_weights_in_that_comp
     before = load_file(folder / UNET)[f"{layer}.weight"]
     a, b = torch.randn(2, before.shape[1]), torch.randn(before.shape[0], 2)
     about = read_model_header(base).model_copy(
-        update={"base": Base(sha256=link_base(base, tmp_path)), "lora": LoRAConfig(rank=2, alpha=1), "origin": None}
+        update={"base": Base(sha256=link_base(base, tmp_path)), "adapter": LoRAConfig(rank=2, alpha=1), "origin": None}
     )
     factors = {f"ema.unet.{layer}.lora_A.weight": a, f"ema.unet.{layer}.lora_B.weight": b}
     save_tensors(path := tmp_path / "adapter.safetensors", factors, {"model_header": about.model_dump(mode="json")})
@@ -430,7 +434,7 @@ def test_nothing_is_loaded_from_a_cache_or_from_a_network(
     import_pipeline(stable, path := tmp_path / "model.safetensors", ORIGIN)
     shutil.rmtree(stable)
     model = load_model(path)
-    assert model.embed("a red circle").shape == (16 * 16,)
+    assert model.encode_prompt("a red circle")["states"].shape == (16, 16)
 
 
 def test_the_configuration_of_a_pipeline_is_complete() -> None:

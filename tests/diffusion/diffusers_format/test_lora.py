@@ -24,10 +24,11 @@ from diffusion.checkpoints import AVERAGED, load_model, read_model_header, read_
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_file
 from diffusion.common.model_files import MAX_HEADER_BYTES
+from diffusion.diffusers_format.adapter import AdapterDetails, export_adapter
 from diffusion.diffusers_format.export import export_to_diffusers
 from diffusion.diffusers_format.import_model import ImportParts, import_file
 from diffusion.diffusers_format.import_pipeline import import_pipeline
-from diffusion.diffusers_format.lora import AdapterDetails, LoRAFormat, export_adapter
+from diffusion.families.adapters.base import AdapterFormat
 from diffusion.families.header import Origin
 from diffusion.process.samplers import sampling_config
 from tests.builders import pipelines
@@ -70,7 +71,7 @@ def images(folder: Path, lora: Path | None = None) -> Tensor:
     return result
 
 
-def exported(final: Path, folder: Path, file_format: LoRAFormat, **details: Any) -> Path:
+def exported(final: Path, folder: Path, file_format: AdapterFormat, **details: Any) -> Path:
     result = export_adapter(final, folder, file_format=file_format, details=AdapterDetails(**details))
     return folder / next(name for name in result.files if name.endswith(".safetensors"))
 
@@ -90,7 +91,7 @@ def assert_equal_weights(actual: Path, expected: Path, tolerance: float = 0.0) -
     [("stable_diffusion", "diffusers"), ("stable_diffusion", "kohya"), ("stable_diffusion_3", "diffusers")],
 )
 def test_diffusers_draws_the_images_of_the_merged_pipeline(
-    bases: Callable[[str], tuple[Path, Path]], tmp_path: Path, kind: str, file_format: LoRAFormat
+    bases: Callable[[str], tuple[Path, Path]], tmp_path: Path, kind: str, file_format: AdapterFormat
 ) -> None:
     folder, base = bases(kind)
     is_sd = kind == "stable_diffusion"
@@ -146,7 +147,7 @@ def test_text_encoders_of_several_are_numbered(bases: Callable[[str], tuple[Path
 
 
 @pytest.mark.parametrize("file_format", ["diffusers", "kohya"])
-def test_metadata_names_what_tools_show(base: Path, tmp_path: Path, file_format: LoRAFormat) -> None:
+def test_metadata_names_what_tools_show(base: Path, tmp_path: Path, file_format: AdapterFormat) -> None:
     final = write_adapter(tmp_path / "final.safetensors", base, version="models:/painter/1")
     details = {"title": "Circles, drawn", "trigger": "zwx", "licence": "CC-BY-4.0"}
     file = exported(final, tmp_path / "out", file_format, **details)
@@ -176,15 +177,15 @@ def test_metadata_names_what_tools_show(base: Path, tmp_path: Path, file_format:
 
 
 @pytest.mark.parametrize("file_format", ["diffusers", "kohya"])
-def test_an_exported_adapter_comes_back(base: Path, tmp_path: Path, file_format: LoRAFormat) -> None:
+def test_an_exported_adapter_comes_back(base: Path, tmp_path: Path, file_format: AdapterFormat) -> None:
     final = write_adapter(tmp_path / "final.safetensors", base, text_encoder=True)
     file = exported(final, tmp_path / "zwx", file_format)
     back = imported(file, base, tmp_path / "back" / "final.safetensors", None)
     before, after = read_model_header(final), read_model_header(back)
-    assert before.lora is not None
-    assert after.lora is not None
+    assert before.adapter is not None
+    assert after.adapter is not None
     if file_format == "kohya":
-        assert (after.lora.rank, after.lora.alpha, after.lora.text_encoder) == (2, 3, True)
+        assert (after.adapter.rank, after.adapter.alpha, after.adapter.text_encoder) == (2, 3, True)
         assert_equal_weights(back, final)
     assert_equal_weights(back, final, 1e-7)
     assert after.base == before.base
@@ -210,7 +211,7 @@ def test_an_adapter_that_diffusers_saved_keeps_its_alpha(
     )
     [file] = (tmp_path / "lora").glob("*.safetensors")
     final = imported(file, base, tmp_path / "model" / "final.safetensors")
-    lora = read_model_header(final).lora
+    lora = read_model_header(final).adapter
     assert lora is not None
     assert (lora.rank, lora.alpha) == (4, 6)
     export_to_diffusers(final, tmp_path / "merged", sampling_config(steps=2))
@@ -373,6 +374,6 @@ def test_peft_settings_of_other_adapters_are_errors(base: Path, tmp_path: Path) 
             imported(tmp_path / "peft.safetensors", base, tmp_path / "back" / "final.safetensors")
     settings = _pack_dict_with_prefix({"use_rslora": True, "lora_alpha": 3.0}, "unet")
     save_file(tensors, tmp_path / "peft.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
-    lora = read_model_header(imported(tmp_path / "peft.safetensors", base, tmp_path / "b" / "f.safetensors")).lora
+    lora = read_model_header(imported(tmp_path / "peft.safetensors", base, tmp_path / "b" / "f.safetensors")).adapter
     assert lora is not None
-    assert lora.scale == pytest.approx(3 / 2**0.5)
+    assert lora.scale_of("") == pytest.approx(3 / 2**0.5)

@@ -16,7 +16,8 @@ from diffusion.diffusers_format.import_model import ImportParts, import_file
 from diffusion.diffusers_format.import_pipeline import import_pipeline
 from diffusion.families.header import Origin
 from tests.builders import pipelines
-from tests.builders.ldm_checkpoint import write_checkpoint
+from tests.builders.flow_pipelines import stable_diffusion_xl
+from tests.builders.ldm_checkpoint import write_checkpoint, write_checkpoint_xl
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +50,26 @@ def test_checkpoint_has_the_weights_of_its_pipeline(
     actual, expected = load_model(path), load_model(expected_path)
     for name, value in expected.network.state_dict().items():
         assert torch.equal(actual.network.state_dict()[name], value), name
-    assert torch.equal(actual.embed("a red circle"), expected.embed("a red circle"))
+    assert torch.equal(actual.encode_prompt("a red circle")["states"], expected.encode_prompt("a red circle")["states"])
     assert actual.config == expected.config
     origin = read_model_header(path).origin
     assert origin is not None
     assert (origin.source, origin.revision) == ("sd.safetensors", f"sha256:{sha256_file(checkpoint)}")
     assert not [name for name in (tmp_path / "out").iterdir() if name != path]
+
+
+def test_checkpoint_of_sdxl_has_the_weights_of_its_pipeline(tmp_path: Path) -> None:
+    folder = stable_diffusion_xl(tmp_path / "xl")
+    checkpoint = write_checkpoint_xl(
+        tmp_path / "xl.safetensors", diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
+    )
+    config = shutil.copytree(folder, tmp_path / "config", ignore=shutil.ignore_patterns("*.safetensors"))
+    path, expected_path = run(checkpoint, Path(config), tmp_path / "out"), tmp_path / "expected.safetensors"
+    import_pipeline(folder, expected_path, Origin(source="tiny", licence="openrail"))
+    actual, expected = load_model(path), load_model(expected_path)
+    for name, value in expected.network.state_dict().items():
+        assert torch.equal(actual.network.state_dict()[name], value), name
+    assert actual.config == expected.config
 
 
 def test_half_precision_stays_so(checkpoint: Path, config: Path, tmp_path: Path) -> None:

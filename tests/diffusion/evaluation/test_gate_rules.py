@@ -63,8 +63,8 @@ def test_a_better_model_within_all_limits_is_promoted() -> None:
     assert [each.rule for each in decision.findings] == ["headline", "memorized", "recall", "cost"]
     assert decision.reasons[0] == (
         "better by more than δ: kid_efflite0 0.0130 ± 0.0015, the champion's 0.0210 ± 0.0015, on 500 generated images "
-        "and 1,000 held-out: better by 0.0080 ± 0.0010, at least 0.00634 with confidence 0.95 and at most 0.00966 with "
-        "0.95; δ = 0.05 is 0.00100"
+        "and 1,000 held-out: better by 0.0080 ± 0.0010, a lead of at least 0.00634 with confidence 0.95 and at most "
+        "0.00966 with 0.95; δ = 0.05 is 0.00100"
     )
     assert GateDecision.model_validate_json(decision.model_dump_json()) == decision
 
@@ -117,7 +117,11 @@ def test_several_looks_make_no_objection_weaker(look: int, looks: int) -> None:
             "reject",
             "copies of training images: 6.00% of 500 generated",
         ),
-        ({"recall": Estimate(value=-0.2, error=0.02)}, "hold", "not surely within the limit: recall −0.200 ± 0.020"),
+        (
+            {"recall": Estimate(value=-0.2, error=0.02)},
+            "hold",
+            "not surely within the limit: recall 0.200 ± 0.020 lower",
+        ),
         ({"recall": Estimate(value=-0.2, error=0.02, freedom=99)}, "reject", "beyond the limit with confidence 0.95"),
         ({"recall": Estimate(value=-0.08, error=0.02, freedom=99)}, "hold", "about"),
         ({"recall": Estimate(value=-0.06, error=0.02, freedom=99)}, "promote", "recall"),
@@ -131,6 +135,22 @@ def test_each_rule_promotes_holds_or_rejects_with_a_reason(changes: dict[str, An
     assert any(words in reason for reason in decision.reasons)
     if verdict == "reject":
         assert len(decision.reasons) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"headline": headline(0.0020)}, "worse by 0.0020 ± 0.0010, a lead of at least −0.00366"),
+        ({"recall": Estimate(value=-0.06, error=0.02, freedom=99)}, "recall 0.060 ± 0.020 lower than the champion's"),
+        ({"recall": Estimate(value=0.06, error=0.02, freedom=99)}, "recall 0.060 ± 0.020 higher than the champion's"),
+        (
+            {"recall": Estimate(value=-0.16, error=0.11, freedom=99)},
+            "beyond the limit, but not surely a loss: recall 0.16 ± 0.11 lower",
+        ),
+    ],
+)
+def test_differences_say_their_direction_in_words(changes: dict[str, Any], words: str) -> None:
+    assert any(words in finding.reason for finding in decided(**changes).findings)
 
 
 @pytest.mark.parametrize(

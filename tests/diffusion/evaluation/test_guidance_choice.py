@@ -13,12 +13,13 @@ from diffusion.checkpoints import export, load_model
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.cache import load_or_compute
 from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.estimate import Estimate
 from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
 from diffusion.evaluation.metrics.kid import compute_kid
-from diffusion.evaluation.reports.evaluation_report import findings
-from diffusion.evaluation.results import Evaluation, GuidanceScore
+from diffusion.evaluation.reports.evaluation_report import EvaluationPage, findings
+from diffusion.evaluation.results import Evaluation, GuidanceChoice, GuidanceScore, GuidanceVerdict
 from diffusion.generation.config import make_request
 from diffusion.generation.generate import sample
 from diffusion.generation.requests import answer
@@ -26,6 +27,7 @@ from diffusion.process.samplers import SamplingConfig, sampling_config
 from tests.builders.captioned import squares
 from tests.builders.comparisons import CONFIG, SAMPLING, Watcher, discs, training_images
 from tests.builders.evaluations import an_evaluation
+from tests.builders.evaluations import images as shown_images
 from tests.builders.html_pages import Page
 from tests.builders.small_datasets import random_images, write_dataset
 from tests.builders.small_models import CONFIG as NETWORK
@@ -233,3 +235,55 @@ def test_captions_of_the_choice_are_those_of_training_images(tmp_path: Path) -> 
     assert list(evaluation.conditions.prompts) == dataset.captions(rows)
     assert list(usual.conditions.prompts) == dataset.captions(dataset.rows("held_out"))
     assert evaluation.generated_key != usual.generated_key
+
+
+def chosen_evaluation(recall_loss: float, verdict: GuidanceVerdict = "chosen") -> Evaluation:
+    """An evaluation in which one kind of guidance reached the last look, and another did not."""
+    names = list(CANDIDATES)
+    unguided = GuidanceScore(
+        sampling=SAMPLING, images=300, kid=0.392, verdict=None if verdict == "chosen" else "chosen"
+    )
+    finalist = GuidanceScore(
+        sampling=CANDIDATES[names[1]],
+        images=300,
+        kid=0.2,
+        gain=Estimate(value=0.192, error=0.02, freedom=99),
+        p_value=1.2e-9,
+        recall_loss=Estimate(value=recall_loss, error=0.02, freedom=99),
+        verdict=verdict,
+    )
+    other = GuidanceScore(
+        sampling=CANDIDATES[names[2]],
+        images=100,
+        kid=0.390,
+        gain=Estimate(value=0.144, error=0.03, freedom=99),
+        verdict="not a finalist",
+    )
+    choice = GuidanceChoice(scores=[unguided, finalist, other], confidence=0.95, max_recall_loss=0.1)
+    return an_evaluation([0.5, 0.2]).model_copy(update={"guidance": choice})
+
+
+@pytest.mark.parametrize(
+    ("recall_loss", "verdict", "words"),
+    [
+        (0.09, "chosen", "and lowers its recall by 0.090 ± 0.020: a registered model samples with it"),
+        (-0.09, "chosen", "and raises its recall by 0.090 ± 0.020: a registered model samples with it"),
+        (0.2, "may lose too much recall", ", but lowers its recall by 0.200 ± 0.020, and gate.recall_loss = 0.1"),
+    ],
+)
+def test_findings_say_whether_guidance_raises_or_lowers(
+    recall_loss: float, verdict: GuidanceVerdict, words: str
+) -> None:
+    [statement] = [each for each in findings(chosen_evaluation(recall_loss, verdict)) if "Holm" in each]
+    assert words in statement
+    assert "lowers its KID against training images, 0.392, by 0.192 ± 0.020" in statement
+    assert "(p by Holm's correction: under 0.001)" in statement
+
+
+def test_report_compares_guidance_on_the_images_of_its_look(tmp_path: Path) -> None:
+    evaluation = chosen_evaluation(-0.09)
+    generated = {each.sha256: shown_images(number) for number, each in enumerate(evaluation.checkpoints)}
+    EvaluationPage(evaluation, real=shown_images(99), generated=generated).write(tmp_path / "report.html")
+    text = " ".join(Page((tmp_path / "report.html").read_text()).text.split())
+    assert "300 0.200 0.192 ± 0.020 from 0.392 under 0.001 −0.090 ± 0.020" in text
+    assert "100 first look 0.390 0.144 ± 0.030 from 0.534" in text

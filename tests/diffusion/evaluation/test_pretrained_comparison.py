@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diffusion.checkpoints import load_model
 from diffusion.data.dataset import Dataset
 from diffusion.diffusers_format.import_pipeline import import_pipeline
 from diffusion.evaluation.comparison import ChampionComparison, compare_with_champion
@@ -13,10 +14,10 @@ from diffusion.evaluation.gate import GateConfig
 from diffusion.evaluation.metrics.text_image_agreement import TextImageAgreement
 from diffusion.families.header import Origin
 from diffusion.process.samplers import SamplingConfig, sampling_config
-from tests.builders import pipelines
+from tests.builders import flow_pipelines, pipelines
 from tests.builders.captioned import COLOURS
 from tests.builders.comparisons import CONFIG, SAMPLING, Watcher
-from tests.builders.small_datasets import write_dataset
+from tests.builders.small_datasets import random_images, write_dataset
 from tests.builders.small_models import CONFIG as NETWORK
 from tests.builders.small_models import write_model
 from tests.builders.text_image_encoders import write_clip
@@ -136,3 +137,26 @@ def test_a_pipeline_with_its_own_scheduler_meets_a_network(data: Path, model_fol
     assert comparison.compared.headline is not None
     [reason] = [each.reason for each in comparison.decision.findings if each.rule == "conditions"]
     assert "the candidate is sampled by scheduler, 4 steps" in reason
+
+
+def test_a_pipeline_of_another_size_is_compared_at_that_of_the_data(
+    data: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    source = flow_pipelines.flux(tmp_path / "flux")
+    import_pipeline(source, base := tmp_path / "flux.safetensors", Origin(source="tiny"))
+    assert load_model(base).shape == (3, 256, 256)
+    comparison, watcher = compared([base, model_folder / "stable_diffusion.safetensors"], data, tmp_path)
+    assert comparison.compared.headline is not None
+    assert len(watcher.sampled_models) == 2
+    cost = comparison.compared.cost
+    assert cost is not None
+    assert cost.candidate < 100 * cost.champion  # of 256 times the pixels it would be more
+
+
+def test_images_of_one_size_are_not_taken_for_those_of_another(model_folder: Path, tmp_path: Path) -> None:
+    images = []
+    for size in (16, 32):
+        write_dataset(tmp_path / str(size), random_images(48, 3, size), 24)
+        evaluator = Evaluator(tmp_path / str(size), FEW, SAMPLING, tmp_path / "cache")
+        images.append(evaluator.model(model_folder / "ddpm.safetensors").images)
+    assert [image.shape[-1] for each in images for image in each[:1]] == [16, 32]

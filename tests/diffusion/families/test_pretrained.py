@@ -16,7 +16,7 @@ from diffusion.families.model import ConditioningBatch
 from diffusion.families.pretrained.model import PretrainedModel
 from diffusion.families.pretrained.stable_diffusion_3 import StableDiffusion3Pipeline
 from diffusion.generation.config import UNCONDITIONAL, Conditions, make_request
-from diffusion.generation.generate import check_prompts, make_conditioning, prompt_embeddings, sample
+from diffusion.generation.generate import check_prompts, encode_prompts, make_conditioning, sample
 from diffusion.generation.requests import answer
 from diffusion.process.editing import Edit
 from diffusion.process.samplers import sampling_config
@@ -60,7 +60,7 @@ def ours(
     """Generate with noise from a generator, as diffusers' pipelines take it, or with the first one given."""
     generator = torch.Generator().manual_seed(3)
     config = sampling_config(**{"sampler": "scheduler", "steps": 5, "precision": "fp32", **options})
-    embeddings = prompt_embeddings(model, conditions)
+    embeddings = encode_prompts(model, conditions)
     conditioning = make_conditioning(model, range(COUNT), 0, conditions, embeddings)
     initial_noise = [] if noise is None else [noise]
     batch = ConditioningBatch(
@@ -300,7 +300,7 @@ def test_a_network_of_classes_alone_is_not_guided(make_pipeline: Callable[..., t
     x = torch.randn(COUNT, *model.noise_shape, generator=torch.Generator().manual_seed(0))
     expected = unet(x, 7, class_labels=torch.tensor([0, 2])).sample
     with torch.inference_mode():
-        prediction = model.network.predict(x, torch.tensor(7), torch.tensor([0, 2]))
+        prediction = model.network.predict(x, torch.tensor(7), label=torch.tensor([0, 2]))
     assert torch.allclose(prediction, expected, atol=1e-5)
     assert not torch.equal(images[0], images[1])
 

@@ -128,7 +128,7 @@ def test_class_and_caption_dropout_share_one_random_number(share: float, seed: i
     u = torch.rand(400, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     label, text = torch.arange(400) % 3, torch.ones(400, 384)
     both, classes, captions = (
-        drop_conditioning(conditioning, u, share, 3, torch.zeros(WIDTH))
+        drop_conditioning(conditioning, u, share, 3, {"text": torch.zeros(WIDTH)})
         for conditioning in ({"label": label, "text": text}, {"label": label}, {"text": text})
     )
     unlabelled, unread = both["label"] == 3, ~both["text"].any(1)

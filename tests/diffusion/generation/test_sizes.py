@@ -184,6 +184,12 @@ def test_a_side_below_the_fold_is_an_error(model: Model) -> None:
         model.with_size((3, 30))
 
 
+@pytest.mark.parametrize("text", ["100000x3", "64x100000"])
+def test_a_too_large_size_is_told_the_range(text: str) -> None:
+    with pytest.raises(UserError, match="from 8 to"):
+        parse_size(text)
+
+
 @pytest.mark.parametrize("text", ["96", "96x", "x64", "0x64", "96x4", "96x64x3", "9999x64", "a×b", ""])
 def test_what_is_no_size_is_an_error_in_one_line(text: str) -> None:
     with pytest.raises(UserError, match=r"WIDTHxHEIGHT"):

@@ -29,7 +29,7 @@ from diffusion.families.header import Origin
 from diffusion.families.model import ConditioningBatch, to_float
 from diffusion.families.pretrained.model import PretrainedModel
 from diffusion.generation.config import Conditions
-from diffusion.generation.generate import make_conditioning, prompt_embeddings, sample
+from diffusion.generation.generate import encode_prompts, make_conditioning, sample
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import SINGLE_PROCESS
@@ -46,10 +46,11 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from diffusion.diffusers_format.adapter import export_adapter  # noqa: E402
 from diffusion.diffusers_format.export import export_to_diffusers  # noqa: E402
 from diffusion.diffusers_format.import_pipeline import import_pipeline  # noqa: E402
-from diffusion.diffusers_format.lora import export_adapter  # noqa: E402
 from tests.builders import pipelines  # noqa: E402
+from tests.builders.flow_pipelines import FLOW_MAKERS  # noqa: E402
 
 SAMPLING = sampling_config(steps=2, compute_batch=36)
 SHORT: dict[str, Any] = {
@@ -62,7 +63,8 @@ SHORT: dict[str, Any] = {
     "timestep_sampling": "scheduler",
     "precision": "fp32",
 }
-LORA: dict[str, Any] = {"lora": {"rank": 2, "alpha": 4}}
+MAKERS = {**pipelines.MAKERS, **FLOW_MAKERS}
+LORA: dict[str, Any] = {"adapter": {"rank": 2, "alpha": 4}}
 LABELS = {"class_conditional": ("0", "1", "2"), "dit": ("ape", "goldfish")}
 FAST = {
     "ddpm": "whole",
@@ -71,6 +73,7 @@ FAST = {
     "dit": "lora",
     "stable_diffusion": "lora",
     "stable_diffusion_3": "whole",
+    **dict.fromkeys(FLOW_MAKERS, "lora"),
 }
 """What of each kind is trained in the fast tests."""
 
@@ -82,7 +85,7 @@ def make_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], t
 
     def make(kind: str) -> tuple[Path, Path]:
         if kind not in pipelines_by_kind:
-            folder = pipelines.MAKERS[kind](tmp_path_factory.mktemp(kind) / "pipeline")
+            folder = MAKERS[kind](tmp_path_factory.mktemp(kind) / "pipeline")
             import_pipeline(folder, path := folder.with_name("model.safetensors"), Origin(source=kind))
             pipelines_by_kind[kind] = folder, path
         return pipelines_by_kind[kind]
@@ -111,7 +114,7 @@ def run(
 
 
 def conditions(kind: str) -> Conditions:
-    if kind.startswith("stable"):
+    if kind in FLOW_MAKERS or kind.startswith("stable"):
         return Conditions(prompts=("a red circle",))
     return Conditions(labels=("ape",)) if kind == "dit" else Conditions()
 
@@ -146,7 +149,8 @@ def test_denoiser_alone_is_trained_and_resumes_bit_for_bit(
     assert changed_names
     assert {name.split(".")[0] + "." for name in changed_names} == {denoiser}
     if lora:
-        assert {name.rpartition(".")[0].rpartition(".")[2] for name in changed_names} <= {"to_q", "to_k", "to_v", "0"}
+        targets = begun.config.imported.adapter_targets
+        assert all(name.removesuffix(".weight").endswith(tuple(targets)) for name in changed_names)
     images = sample(model, range(2), 0, SAMPLING, conditions=conditions(kind))
     assert images.shape == (2, 3, 16, 16)
     with pytest.raises(Stop):
@@ -255,13 +259,13 @@ def test_dropped_and_missing_captions_are_the_empty_prompt(
     make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
     _, base = make_pipeline("stable_diffusion")
-    empty = load_model(base).embed("")
+    empty = load_model(base).encode_prompt("")["states"]
     dataset = data(tmp_path, "stable_diffusion")
     with worker_threads(1) as pool:
         for dropout in (0.0, 0.5):
             trainer = trainer_of(dataset, base, pool, condition_dropout=dropout)
             batch = trainer.loader.batch(0)
-            text = trainer.setup.training_conditioning(batch)["text"]
+            text = trainer.setup.training_conditioning(batch)["states"]
             untold = [torch.equal(each, empty) for each in text]
             missing = [caption is None for caption in trainer.setup.dataset.captions(batch.rows)]
             assert any(missing)
@@ -311,13 +315,13 @@ def test_latents_are_of_each_image_and_its_mirror_image(
 @pytest.mark.slow
 def test_text_encoder_is_adapted_too(make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
     _, base = make_pipeline("stable_diffusion")
-    dataset, options = data(tmp_path, "stable_diffusion"), {"lora": LORA["lora"] | {"text_encoder": True}}
+    dataset, options = data(tmp_path, "stable_diffusion"), {"adapter": LORA["adapter"] | {"text_encoder": True}}
     whole = run(dataset, tmp_path / "whole", base, **options)
     begun, model = load_model(base), load_model(whole.final)
     before = begun.network.state_dict()
     changed_names = {name for name, value in model.network.state_dict().items() if not torch.equal(value, before[name])}
     assert {name.split(".")[0] for name in changed_names} == {"unet", "text_encoder"}
-    assert not torch.equal(model.embed("a red circle"), begun.embed("a red circle"))
+    assert not torch.equal(model.encode_prompt("a red circle")["states"], begun.encode_prompt("a red circle")["states"])
     with pytest.raises(Stop):
         run(dataset, tmp_path / "cut", base, lambda _: StopAt(16), **options)
     assert run(dataset, tmp_path / "cut", base, **options).final.read_bytes() == whole.final.read_bytes()
@@ -331,7 +335,7 @@ def test_adapter_in_diffusers_generates_the_same_images(
     if text_encoder and kind == "stable_diffusion_3":
         pytest.skip("one text encoder alone is adapted")
     folder, base = make_pipeline(kind)
-    lora = {"lora": {"rank": 2, "alpha": 3, "text_encoder": text_encoder}}
+    lora = {"adapter": {"rank": 2, "alpha": 3, "text_encoder": text_encoder}}
     final = run(data(tmp_path, kind), tmp_path / "run", base, **lora).final
     # A few steps change little: matrices as after many.
     generator = torch.Generator().manual_seed(0)
@@ -354,7 +358,7 @@ def test_adapter_in_diffusers_generates_the_same_images(
     model = load_model(final)
     assert isinstance(model, PretrainedModel)
     prompts = Conditions(prompts=("a red circle",))
-    embeddings = prompt_embeddings(model, prompts)
+    embeddings = encode_prompts(model, prompts)
     conditioning = make_conditioning(model, [0], 0, prompts, embeddings)
     noise = torch.randn(1, *model.noise_shape, generator=torch.Generator().manual_seed(3))
     batch = ConditioningBatch(conditioning, lambda: noise, embeddings[None], None)
@@ -369,8 +373,9 @@ def test_adapter_in_diffusers_generates_the_same_images(
     [
         ("ddpm", {"optimizer": "adamw"}, "training.optimizer"),
         ("ddpm", {"shard": True}, "training.shard"),
-        ("stable_diffusion_3", {"lora": {"text_encoder": True}}, "text_encoder"),
-        ("dit", {"lora": {"target_modules": ["qkv"]}}, "to_q"),
+        ("ddpm", {"tags": {"shuffle": True}}, "training.tags"),
+        ("stable_diffusion_3", {"adapter": {"text_encoder": True}}, "text_encoder"),
+        ("dit", {"adapter": {"target_modules": ["qkv"]}}, "to_q"),
         ("dit", {"data": "ddpm"}, "knows the classes"),
         ("stable_diffusion", {"data": "without captions"}, "no captions"),
         ("ddpm", {"data": "grey"}, "generates images of 3×16×16"),
@@ -391,6 +396,15 @@ def test_what_makes_no_sense_is_named(
     config = TrainingConfig.model_validate(SHORT | {"init_from": str(base)} | arguments)
     with pytest.raises(UserError, match=words):
         preflight(dataset, DiffusersConfig(), config, SAMPLING)
+
+
+def test_tags_of_a_pipeline_s_captions_vary(make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    _, base = make_pipeline("stable_diffusion")
+    write_dataset(dataset := tmp_path / "tags", random_images(8, 3, 16), 8, captions=["red, circle, grey"] * 8)
+    with worker_threads(1) as pool:
+        trainer = trainer_of(dataset, base, pool, **LORA, condition_dropout=0, tags={"shuffle": True})
+        text = trainer.setup.training_conditioning(trainer.loader.batch(0))["states"]
+    assert len(text.unique(dim=0)) > 1
 
 
 def test_dry_run_estimates_and_writes_nothing(
@@ -421,7 +435,7 @@ def test_exported_pipeline_has_what_was_trained(
     theirs = getattr(pipe, model.config.imported.denoiser_name).state_dict()
     assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
     with pytest.raises(UserError, match="--to diffusers"):
-        export_adapter(final, tmp_path / "adapter")
+        export_adapter(final, tmp_path / "adapter", file_format="diffusers")
 
 
 SCRIPT = """

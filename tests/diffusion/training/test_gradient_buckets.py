@@ -78,17 +78,20 @@ def test_incomplete_pass_is_an_error_that_leaves_the_reducer_usable(tmp_path: Pa
     try:
         parameters = [nn.Parameter(torch.ones(3)) for _ in range(2)]
         reducer = GradientReducer(parameters, 1, bucket_bytes=1)
-        with reducer.last_pass(0, None):
-            parameters[1].sum().backward()
-        with pytest.raises(RuntimeError):
-            reducer.wait()
         with pytest.raises(ZeroDivisionError), reducer.last_pass(0, None):
             raise ZeroDivisionError
+        with pytest.raises(RuntimeError):
+            reducer.wait()
         # Outside of a last pass nothing is taken.
         torch.autograd.grad(parameters[0].sum() + parameters[1].sum(), parameters)
         with reducer.last_pass(0, None):
             torch.autograd.grad(parameters[0].sum() + 2 * parameters[1].sum(), parameters)
         reducer.wait()
         assert [parameter.grad.tolist() for parameter in parameters] == [[1.0] * 3, [2.0] * 3]
+        # A weight without effect has no gradient, which is a sum of zeros.
+        with reducer.last_pass(0, None):
+            torch.autograd.grad(parameters[1].sum(), parameters, materialize_grads=True)
+        reducer.wait()
+        assert [parameter.grad.tolist() for parameter in parameters] == [[0.0] * 3, [1.0] * 3]
     finally:
         dist.destroy_process_group()

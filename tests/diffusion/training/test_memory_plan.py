@@ -11,6 +11,7 @@ import torch
 from diffusion.checkpoints import load_model
 from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset
+from diffusion.families.adapters import LoRAConfig, OFTConfig
 from diffusion.families.config import DiffusersConfig, FamilyConfig, ModelConfig
 from diffusion.families.header import Origin
 from diffusion.training.config import TrainingConfig
@@ -30,7 +31,7 @@ from tests.builders.small_datasets import random_images, write_dataset
 from tests.builders.small_models import write_model
 from tests.builders.training_runs import CONFIG, MODEL, SAMPLING
 
-LORA: dict[str, Any] = {"lora": {"rank": 2}}
+LORA: dict[str, Any] = {"adapter": {"rank": 2}}
 WIDE = ModelConfig(width=512, channel_mult=(1, 2, 4), blocks=2, attention=(2,), patch=1)
 
 
@@ -112,8 +113,8 @@ def test_network_that_the_file_does_not_have_is_an_error(dataset: Path, base: Pa
         plans(dataset, MODEL.model_copy(update={"width": 32}), init_from=str(base))
 
 
-@pytest.mark.parametrize("lora", [{"rank": 2}, {"rank": 2, "text_encoder": True}, None])
-def test_pipeline_is_planned_with_its_encoders(tmp_path: Path, lora: dict[str, Any] | None) -> None:
+@pytest.mark.parametrize("adapter", [{"rank": 2}, {"rank": 2, "text_encoder": True}, None])
+def test_pipeline_is_planned_with_its_encoders(tmp_path: Path, adapter: dict[str, Any] | None) -> None:
     pytest.importorskip("diffusers")
     pytest.importorskip("peft")
     from diffusion.diffusers_format.import_pipeline import import_pipeline
@@ -122,7 +123,7 @@ def test_pipeline_is_planned_with_its_encoders(tmp_path: Path, lora: dict[str, A
     folder, path = pipelines.stable_diffusion(tmp_path / "pipeline"), tmp_path / "model.safetensors"
     import_pipeline(folder, path, Origin(source="x"))
     write_dataset(tmp_path / "data", random_images(8, 3, 16), 10, captions=["a red circle"] * 8)
-    fields = {"init_from": str(path), "lora": lora, "images": 8, "batch_size": 4, "weighting": "plain"}
+    fields = {"init_from": str(path), "adapter": adapter, "images": 8, "batch_size": 4, "weighting": "plain"}
     config = TrainingConfig.model_validate(fields | {"timestep_sampling": "scheduler", "precision": "fp32"})
     memory = plan_here(outline_setup(Dataset.open(tmp_path / "data"), DiffusersConfig(), config))
     network = load_model(path).network
@@ -133,7 +134,7 @@ def test_pipeline_is_planned_with_its_encoders(tmp_path: Path, lora: dict[str, A
     encoders = size("vae.", "text_encoder.")
     assert memory.encoding > size("") + 4 * 16 * 3 * 16 * 16
     assert memory.captions > 0
-    if lora is None:
+    if adapter is None:
         assert (memory.encoders, memory.averages) == (encoders, size("unet."))
         # Beside the pipeline as it was.
         assert memory.weights == 2 * size("unet.")
@@ -165,15 +166,20 @@ def test_run_of_little_work_plans_nothing(
 def test_table_has_a_row_for_each_gpu() -> None:
     image = MemoryPlan.model_validate(dict.fromkeys(MemoryPlan.model_fields, 3 * GIB) | {"encoders": 0})
     gpus = [
-        GPUPlan(lora=rank, gradient_checkpointing=rank is None, image=image, images={size: size for size in GPU_SIZES})
-        for rank in (4, None)
+        GPUPlan(
+            adapter=adapter,
+            gradient_checkpointing=adapter is None,
+            image=image,
+            images={size: size for size in GPU_SIZES},
+        )
+        for adapter in (LoRAConfig(rank=4), OFTConfig(), None)
     ]
     plans = MemoryPlans(here=image, free=0, precision="bf16", batch_size=16, gpus=gpus)
     title, kinds, *rows = plans.lines()
     assert "GiB" in title
-    assert kinds.split() == ["LoRA", "4", "all", "weights,", "checkpointing"]
+    assert kinds.split() == ["LoRA", "4", "OFT", "all", "weights,", "checkpointing"]
     assert [row.split()[2:] for row in rows if row.startswith("images on")] == [
-        [str(size), "GB", str(size), str(size)] for size in GPU_SIZES
+        [str(size), "GB", str(size), str(size), str(size)] for size in GPU_SIZES
     ]
     assert not any("encoders" in row for row in rows)
     assert len({len(row) for row in (kinds, *rows)}) == 1

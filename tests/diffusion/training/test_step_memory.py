@@ -13,8 +13,16 @@ from torch.profiler import ProfilerActivity, profile
 
 from diffusion.data.dataset import Dataset
 from diffusion.data.ingest.ingest import ingest
-from diffusion.families.config import AutoregressiveConfig, FamilyConfig, GANConfig, ModelConfig, VAEConfig
+from diffusion.families.config import (
+    AutoregressiveConfig,
+    DiffusersConfig,
+    FamilyConfig,
+    GANConfig,
+    ModelConfig,
+    VAEConfig,
+)
 from diffusion.families.gan.network import Discriminator, Generator
+from diffusion.families.header import Origin
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import SINGLE_PROCESS
@@ -46,6 +54,18 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "data"
 
 
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for name in ("diffusers", "transformers", "peft"):
+        pytest.importorskip(name)
+    from diffusion.diffusers_format.import_pipeline import import_pipeline
+    from tests.builders import pipelines
+
+    root = tmp_path_factory.mktemp("pipeline")
+    import_pipeline(pipelines.stable_diffusion(root / "pipeline"), root / "model.safetensors", Origin(source="x"))
+    return root / "model.safetensors"
+
+
 def make(data: Path, model: FamilyConfig, **options: object) -> TrainingSetup:
     fields: dict[str, Any] = {"images": 96, "batch_size": 5, "precision": "fp32", "cpu_threads": 1}
     config = TrainingConfig.model_validate(fields | options)
@@ -73,7 +93,9 @@ def really_allocated(setup: TrainingSetup, trace: Path) -> int:
         trainer.train_step(1e-3)
         batch = trainer.loader.batch(trainer.state.images, trainer.total)
         inputs = trainer.objective.make_batch(setup.x0(batch), batch.indices, setup.training_conditioning(batch))
-        tensors: list[Tensor] = [inputs.x0, *inputs.random.values(), *inputs.conditioning.values()]
+        inputs = setup.with_prior(inputs)
+        sources = (inputs.random, inputs.conditioning, inputs.prior or {})
+        tensors: list[Tensor] = [inputs.x0, *(value for values in sources for value in values.values())]
         return sum(value.nbytes for value in tensors) + allocated(lambda: trainer.update(inputs, 1e-3), trace)
 
 
@@ -84,6 +106,7 @@ def really_allocated(setup: TrainingSetup, trace: Path) -> int:
         ("wide", UNET, {"precision": "bf16", "batch_size": 3}),
         ("wide", UNET, {"optimizer": "adamw", "gradient_checkpointing": True}),
         ("square", UNET, {"learned_uncertainty": True, "ema_stds": [0.05, 0.1]}),
+        ("square", UNET, {"optimizer": "prodigy", "learning_rate": 1}),
         ("square", VAE, {}),
         ("wide", PIXELS, {}),
     ],
@@ -94,6 +117,30 @@ def test_step_takes_what_torch_allocates(
     setup = make(request.getfixturevalue(shape), model, **options)
     expected = really_allocated(setup, tmp_path / "trace.json")
     assert measure_step(setup).step(setup.config.images_per_step) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"adapter": {"rank": 2}, "prior": {}, "optimizer": "prodigy", "learning_rate": 1},
+        pytest.param({"adapter": {"kind": "lora", "rank": 2, "dropout": 0.1}}, marks=pytest.mark.slow),
+        pytest.param({"adapter": {"kind": "dora", "rank": 2}}, marks=pytest.mark.slow),
+        pytest.param({"adapter": {"kind": "lokr", "rank": 2}}, marks=pytest.mark.slow),
+        pytest.param({"adapter": {"kind": "oft", "block_size": 4}}, marks=pytest.mark.slow),
+        pytest.param(
+            {"adapter": {"rank": 2, "text_encoder": True}, "prior": {}, "gradient_checkpointing": True},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["prior", "lora", "dora", "lokr", "oft", "text_encoder"],
+)
+def test_step_of_an_adapter_takes_what_torch_allocates(pipeline: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    write_dataset(tmp_path / "data", random_images(8, 3, 32), 10, captions=["a red circle"] * 8)
+    more: dict[str, Any] = {"init_from": str(pipeline), "weighting": "plain", "timestep_sampling": "scheduler"}
+    setup = make(tmp_path / "data", DiffusersConfig(), **more, **options)
+    expected = really_allocated(setup, tmp_path / "trace.json")
+    # Text encoders have temporary tensors that are not of torch's operations.
+    assert measure_step(setup).step(setup.config.images_per_step) == pytest.approx(expected, rel=0.03)
 
 
 def test_step_of_two_networks_takes_about_what_torch_allocates(square: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ WRITERS = (
     "edit interpolate 3 --out {}",
     f"model export --to diffusers {MODEL} --out {{}}",
     "model export --to diffusers --out {}",
-    "model export --to lora --out {}",
+    "model export --to adapter --out {}",
     "model explain --out {}",
     "model import pets --licence CC0-1.0 --out {}/m.safetensors",
     "reproduce s3://bucket/samples/faces/1/batch --out {}",
@@ -39,7 +39,7 @@ WRITERS = (
 )
 MISTAKES = (
     *(verb.format(place) for verb in WRITERS for place in ("one.png/deeper", "/proc/darkroom")),
-    *(f"model export --to {kind} {model} --out pets" for kind in ("diffusers", "lora") for model in ("", MODEL)),
+    *(f"model export --to {kind} {model} --out pets" for kind in ("diffusers", "adapter") for model in ("", MODEL)),
     *(f"sample --requests {name}" for name in (*REQUESTS, "nosuch.csv")),
     *(
         f"{verb} --to {place}"

@@ -125,7 +125,7 @@ def test_a_lora_goes_out_and_comes_in_again(
     pipelines.stable_diffusion(tmp_path / "made")
     run("model", "import", "made", "--out", "base.safetensors")
     write_adapter(tmp_path / "final.safetensors", tmp_path / "base.safetensors")
-    lora = ("model", "export", "--to", "lora", "--model", "final.safetensors")
+    lora = ("model", "export", "--to", "adapter", "--model", "final.safetensors")
     about = run.json(*lora, "--format", "kohya", "--trigger", "zwx", "--licence", "CC0-1.0", "--out", "exports/zwx")
     assert set(about["files"]) == {"zwx.safetensors", "README.md"}
     assert "zwx.safetensors" in (tmp_path / "exports" / "zwx" / "README.md").read_text()
@@ -133,14 +133,14 @@ def test_a_lora_goes_out_and_comes_in_again(
     about = run.json(*back, "--base", "base.safetensors")
     assert about["origin"]["licence"] == "CC0-1.0"  # the file's own
     header = read_model_header(tmp_path / "back" / "zwx.safetensors")
-    assert header.lora == read_model_header(tmp_path / "final.safetensors").lora
+    assert header.adapter == read_model_header(tmp_path / "final.safetensors").adapter
     for words, message in (
         ((*back,), "--base"),
         ((*back, "--base", "models:/painter/1"), "registered"),
         ((*back, "--base", "final.txt"), "models:/"),
         ((*back, "--base", "base.safetensors", "--config", "made"), "--config"),
         (("model", "import", "made", "--out", "x.safetensors", "--config", "nowhere"), "does not exist"),
-        ((*lora[:3], "diffusers", *lora[4:], "--format", "kohya", "--out", "x"), "--to lora"),
+        ((*lora[:3], "diffusers", *lora[4:], "--format", "kohya", "--out", "x"), "--to adapter"),
         ((*lora, "--format", "onnx", "--out", "x"), "onnx"),
     ):
         assert message in run.mistake(*words), words

@@ -7,6 +7,7 @@ import struct
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -257,7 +258,7 @@ config:
     assert {"train.optimizer", "datasets[0].cache_latents_to_disk"} <= about["left"].keys()
     text = Path("params.yaml").read_text()
     assert "FLUX.1-dev" in text
-    assert '# lora: {"rank": 16, "alpha": 8' in text
+    assert '# adapter: {"rank": 16, "alpha": 8' in text
     assert run.json("ingest", "--local")["captions_found"]["captions"] == 0
     Path("params.yaml").unlink()
     # What is not valid here is left out with the reason, instead of a configuration that is not.
@@ -318,7 +319,7 @@ def test_status_says_that_nothing_runs(run: CommandLine) -> None:
             "data curate",
             "data compact",
         ),
-        *("model history", "model rollback", "model card", "model explain", "model export --to lora --out new"),
+        *("model history", "model rollback", "model card", "model explain", "model export --to adapter --out new"),
         *("model serve", "config validate"),
     ],
 )
@@ -386,6 +387,29 @@ def test_ls_lists_damaged_runs_but_no_deleted_batches(
     assert [each.get("images") for each in run.json("ls", "batches")["batches"]] == [None, None, None, 4]
 
 
+def retraining(verdict: dict[str, Any]) -> dict[str, Any]:
+    """Result of a retraining that ended in this ``verdict``."""
+    version = {"model": "blobs", "number": 1}
+    return {
+        "data": {"kept": 48, "content_digest": "0" * 64},
+        "verdict": {"reason": "first", "champion": 1, "version": version} | verdict,
+        "explained": {"files": []},
+        "advice": None,
+        **dict.fromkeys(("samples", "skipped", "seconds", "quality", "set_aside", "report", "mlflow_page"), None),
+        **{"run_id": "1", "prefect_page": None},
+    }
+
+
+@pytest.mark.usefixtures("no_servers")
+def test_a_held_version_names_where_to_look(tmp_path: Path) -> None:
+    page = "reports/blobs/champion_comparison.html"
+    held = list(_describe_retraining(retraining({"promoted": False, "verdict": "hold", "comparison_page": page})))
+    [line] = [line for line in held if page in line]
+    assert "docs/how-to/why-held.md" in line
+    promoted = list(_describe_retraining(retraining({"promoted": True, "verdict": "promote", "comparison_page": page})))
+    assert not [line for line in promoted if "why-held" in line]
+
+
 @pytest.mark.parametrize(
     ("variables", "named"),
     [
@@ -402,16 +426,7 @@ def test_passwords_are_named_for_servers_of_the_local_stack(
     Path(".darkroom/credentials.json").write_text("{}")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    verdict = {"promoted": True, "verdict": "promote", "reason": "first", "champion": 1}
-    result = {
-        "data": {"kept": 48, "content_digest": "0" * 64},
-        "verdict": {**verdict, "version": {"model": "blobs", "number": 1}},
-        "explained": {"files": []},
-        "advice": None,
-        **dict.fromkeys(("samples", "skipped", "seconds", "quality", "set_aside", "report", "mlflow_page"), None),
-        **{"run_id": "1", "prefect_page": None},
-    }
-    text = "\n".join(_describe_retraining(result))
+    text = "\n".join(_describe_retraining(retraining({"promoted": True, "verdict": "promote"})))
     assert {field for field in ("mlflow_password", "prefect_auth_string") if field in text} == named
 
 

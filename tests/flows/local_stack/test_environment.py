@@ -44,6 +44,9 @@ def local() -> Iterator[LocalStack]:
 def test_missing_server_error_says_how_to_start_one(server: Server, variable: str) -> None:
     with pytest.raises(UserError, match=rf"{variable} is not set .*\.darkroom.*run `darkroom up`") as refusal:
         join_servers(server)
+    # A stack of another folder would be a second one here.
+    assert str(Path(".darkroom").resolve()) in str(refusal.value)
+    assert "DARKROOM_HOME" in str(refusal.value)
     assert refusal.value.exit_code == 2
     assert not Path(".darkroom").exists()
 

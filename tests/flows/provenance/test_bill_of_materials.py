@@ -11,9 +11,9 @@ from cyclonedx.validation.json import JsonStrictValidator
 
 from diffusion.checkpoints import read_model_header
 from diffusion.data.manifest import read_manifest
+from diffusion.diffusers_format.adapter import export_adapter
 from diffusion.diffusers_format.export import export_to_diffusers
 from diffusion.diffusers_format.import_model import import_file
-from diffusion.diffusers_format.lora import export_adapter
 from diffusion.process.samplers import SAMPLING_ADAPTER
 from flows.provenance.bill_of_materials import write_bom
 from flows.signing.keys import signature_path

@@ -18,6 +18,7 @@ from flows.registry.aliases import append, list_aliases, project, read_verified_
 from flows.registry.ledger import Approval, Evidence, History, Ledger, LedgerEntry, LedgerEvent
 from flows.registry.model_versions import Version, resolve
 from flows.retention.sweeps import find_references
+from tests.builders.command_line import CommandLine
 from tests.builders.model_versions import CrashingClient, Killed, add_version
 
 HOLD = Evidence(verdict="hold", reason="kid 0.02 ± 0.01, not lower")
@@ -398,3 +399,19 @@ def test_manual_promotion_on_outdated_state_is_held(registry: Registry, monkeypa
     with pytest.raises(ConflictError, match=r"another process was first: promote 2 → 3.*darkroom model history"):
         champion.roll_back(registry.model)
     assert registry.ledger.read().alias_numbers.champion == 3
+
+
+def test_history_cuts_long_reasons_unless_verbose(
+    registry: Registry, command_line: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.add("promote", 1, Evidence(verdict="promote", reason=f"better {'and ' * 40}better still"))
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(f"registry:\n  model: {registry.model}\n")
+    history = ("model", "history", "--dataset", "blobs")
+    brief = command_line(*history)
+    assert "better still" not in brief
+    assert "`darkroom model history -v`" in brief
+    for words in ((*history, "-v"), ("-v", *history)):
+        whole = command_line(*words)
+        assert "better still" in whole
+        assert "history -v" not in whole

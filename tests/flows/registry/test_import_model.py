@@ -15,8 +15,8 @@ from diffusion.checkpoints import read_model_header, save_tensors
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_file, write_bytes
 from diffusion.common.model_files import read_header
+from diffusion.diffusers_format.adapter import export_adapter
 from diffusion.diffusers_format.import_model import import_file
-from diffusion.diffusers_format.lora import export_adapter
 from diffusion.generation.config import UNCONDITIONAL
 from diffusion.process.samplers import sampling_config
 from flows import sample

@@ -63,7 +63,12 @@ class Candidate:
         self.evaluation = an_evaluation([0.02])
 
     def decided(self) -> GateResult:
-        return apply_gate.fn(self.params, self.evaluation, self.version)
+        return apply_gate.fn(self.params, self.evaluation, self.version, self.folder)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the report on it."""
+        return self.params.model_report_folder(self.version.weights_sha256)
 
     def committed(self) -> GateResult:
         judgement = self.decided()
@@ -115,6 +120,9 @@ def test_the_ledger_has_the_figures_and_gate_of_each_verdict(mlflow_client: Mlfl
     assert figures["champion_kid_efflite0"] == pytest.approx(first.evidence.figures["kid_efflite0"])
     logged = load_text(f"runs:/{second.version.run_id}/evaluation/champion_comparison.json")
     assert ChampionComparison.model_validate_json(logged) == better.comparison
+    # Neither replaces the page of the other.
+    assert (second.folder / "champion_comparison.html").is_file()
+    assert not (params.report_folder / "champion_comparison.html").exists()
     again = second.decided()
     assert (again.champion, again.evidence, again.comparison) == (2, None, better.comparison)
     path = params.report_folder / "champion_comparison.json"

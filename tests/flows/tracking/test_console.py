@@ -116,8 +116,8 @@ def test_time_left_covers_expected_later_phases(hands: Clock) -> None:
     finally:
         CONSOLE.reset(token)
     assert [line for line in messages if "done in" not in line] == [
-        "train: images trained on: 290 of 400, 10/s, 0:11 left, about 1:31 in all",
-        "evaluate: images sampled: 290 of 400, 10/s, 0:11 left, about 0:50 in all",
+        "train: images trained on: 290 of 400, 10/s, 0:11 left, about 1:31 left in all",
+        "evaluate: images sampled: 290 of 400, 10/s, 0:11 left, about 0:50 left in all",
         "promote: images sampled: 290 of 400, 10/s, 0:11 left",
     ]
 

@@ -202,6 +202,90 @@ def test_job_of_ai_toolkit(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "adapter", "left"),
+    [
+        (
+            "c.toml",
+            'network_module = "lycoris.kohya"\nnetwork_dim = 4\nnetwork_args = ["algo=lokr", "factor=8", "conv_dim=4"]',
+            {"kind": "lokr", "rank": 4, "factor": 8},
+            {"network_args.conv_dim"},
+        ),
+        (
+            "c.toml",
+            'network_module = "lycoris.kohya"\nnetwork_args = "algo=locon dora_wd=True"',
+            {"kind": "dora"},
+            set(),
+        ),
+        (
+            "c.toml",
+            'network_module = "lycoris.kohya"\nnetwork_args = ["algo=diag-oft", "factor=-1"]',
+            {},
+            {"network_args.algo"},
+        ),
+        ("c.toml", 'network_module = "networks.dylora"\nnetwork_dim = 4', {"rank": 4}, {"network_module"}),
+        (
+            "j.yaml",
+            "config: {process: [{network: {type: lokr, linear: 8, lokr_full_rank: true, lokr_factor: 16}}]}",
+            {"kind": "lokr", "rank": 8, "factor": 16},
+            {"network.lokr_full_rank"},
+        ),
+        ("j.yaml", "config: {process: [{network: {type: lorm, linear: 8}}]}", {"rank": 8}, {"network.type"}),
+        (
+            "o.json",
+            '{"training_method": "LORA", "peft_type": "LORA", "lora_decompose": true, "lora_rank": 8}',
+            {"kind": "dora", "rank": 8},
+            set(),
+        ),
+        ("o.json", '{"training_method": "LORA", "peft_type": "LOHA"}', {}, {"peft_type"}),
+    ],
+)
+def test_kinds_of_adapters_are_taken_over(
+    tmp_path: Path, name: str, text: str, adapter: dict[str, object], left: set[str]
+) -> None:
+    taken = read(tmp_path, name, text)
+    assert taken.adapter == adapter
+    assert taken.left.keys() == left
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "settings", "left"),
+    [
+        (
+            "c.toml",
+            'optimizer_type = "Prodigy"\nlr_scheduler = "constant_with_warmup"\nlearning_rate = 1',
+            {"optimizer": "prodigy", "learning_rate_decay": "constant", "learning_rate": 1.0},
+            set(),
+        ),
+        ("c.toml", 'optimizer_type = "AdamW"\nlr_scheduler = "cosine"', {}, set()),
+        (
+            "c.toml",
+            'optimizer_type = "Lion"\nlr_scheduler = "cosine_with_restarts"',
+            {},
+            {"optimizer_type", "lr_scheduler"},
+        ),
+        (
+            "j.yaml",
+            "config: {process: [{train: {optimizer: prodigy, lr_scheduler: linear}}]}",
+            {"optimizer": "prodigy", "learning_rate_decay": "linear"},
+            set(),
+        ),
+        (
+            "o.json",
+            '{"training_method": "LORA", "learning_rate_scheduler": "CONSTANT"}',
+            {"learning_rate_decay": "constant"},
+            set(),
+        ),
+    ],
+)
+def test_optimizers_and_schedules_are_taken_over(
+    tmp_path: Path, name: str, text: str, settings: dict[str, object], left: set[str]
+) -> None:
+    taken = read(tmp_path, name, text)
+    assert taken.settings == {f"training.{key}": value for key, value in settings.items()}
+    assert taken.left.keys() == left
+
+
 def test_configuration_and_concepts_of_one_trainer(tmp_path: Path) -> None:
     (tmp_path / "concepts.json").write_text(json.dumps(CONCEPTS))
     taken = read(tmp_path, "config.json", json.dumps(ONE_TRAINER))

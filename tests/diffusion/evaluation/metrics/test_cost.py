@@ -12,7 +12,6 @@ from diffusion.evaluation.model_evaluator import count_gflop
 from diffusion.families.config import ModelConfig
 from diffusion.families.diffusion_model import count_evaluations
 from diffusion.families.model import ConditioningBatch
-from diffusion.families.text_encoder import WIDTH
 from diffusion.generation.generate import make_conditioning
 from diffusion.process.samplers import SAMPLING_ADAPTER, sampling_config
 from diffusion.process.schedules import make_schedule
@@ -50,7 +49,7 @@ def test_image_cost_equals_the_flops_of_sampling_it(guidance: float | None, tmp_
     model = load_model(path)
     sampling = sampling_config(sampler="heun", steps=3, guidance=guidance, precision="fp32")
     batch = ConditioningBatch(
-        make_conditioning(model, [0], 0), GaussianNoise(0, "sampling", [0], model.noise_shape), torch.zeros(WIDTH), None
+        make_conditioning(model, [0], 0), GaussianNoise(0, "sampling", [0], model.noise_shape), {}, None
     )
     with FlopCounterMode(display=False) as counter:
         model.sample(batch, sampling, torch.device("cpu"))

@@ -13,7 +13,7 @@ import torch
 from diffusion.common.image_grids import make_grid
 from diffusion.evaluation.reports.comparison_report import ComparisonPage, write_verdict
 from diffusion.evaluation.reports.evaluation_report import EvaluationPage
-from diffusion.evaluation.reports.html import format_p_value
+from diffusion.evaluation.reports.html import format_p_value, format_signed
 from tests.builders.browser import chromium, look
 from tests.builders.comparison_results import Shown, example_comparison
 from tests.builders.evaluations import an_evaluation
@@ -52,6 +52,17 @@ def write_page(context: Shown, folder: Path) -> Page:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
     """The page on ``whole``, which most tests look at."""
     return write_page(whole(), tmp_path_factory.mktemp("comparison"))
+
+
+def test_the_lead_is_shown_between_the_bounds_that_decide(page: Page) -> None:
+    comparison = whole().comparison
+    headline = comparison.compared.headline
+    assert headline is not None
+    low, high = headline.lead.lower_bound(comparison.confidence), headline.lead.upper_bound(comparison.gate.confidence)
+    words = [f"at least {format_signed(low)} with", f"at most {format_signed(high)} with"]
+    assert f"The lead: {words[0]}" in page.text
+    reason = comparison.decision.findings[0].reason
+    assert all(each in reason and each in page.text for each in words)
 
 
 def test_comparison_report_has_verdict_reasons_and_rule_results(page: Page) -> None:

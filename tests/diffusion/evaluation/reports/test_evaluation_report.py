@@ -144,7 +144,7 @@ def test_eliminated_checkpoints_are_marked_with_comparable_scores_only(whole_pag
     assert "Best of 4: the checkpoint that has seen 2,000 images" in text
     assert "2 more checkpoints fell behind on fewer images, from 125 on, and were not evaluated in full." in text
     # However lucky it was on few images.
-    assert "2,500 not evaluated in full -0.400 ± 0.020 125 images" in text
+    assert "2,500 not evaluated in full −0.400 ± 0.020 125 images" in text
     assert "1,500 not evaluated in full 0.700 ± 0.020 125 images" in text
     assert "2,000 best" in text
     assert not [words for words in ("1,500 best", "2,500 best", "988") if words in text]
@@ -249,7 +249,7 @@ def test_figures_have_three_digits_and_no_powers_of_ten(value: float, text: str)
         (1.23456, 0.0123, "1.235 ± 0.012"),
         (1234.5, 67.8, "1,234 ± 68"),
         (0.5, 0.0, "0.500 ± 0.000"),
-        (-0.001, 0.002, "-0.0010 ± 0.0020"),
+        (-0.001, 0.002, "−0.0010 ± 0.0020"),
     ],
 )
 def test_a_figure_has_the_digits_that_its_error_leaves(value: float, error: float, text: str) -> None:
