@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from diffusion.checkpoints import load_model
 from diffusion.data.dataset import Dataset
 from diffusion.data.ingest.ingest import ingest
 from diffusion.families.config import (
@@ -56,14 +57,18 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.builders import pipelines
+
+    return import_pipeline_of(pipelines.stable_diffusion, tmp_path_factory.mktemp("pipeline"))
+
+
+def import_pipeline_of(make: Callable[[Path], Path], folder: Path) -> Path:
     for name in ("diffusers", "transformers", "peft"):
         pytest.importorskip(name)
     from diffusion.diffusers_format.import_pipeline import import_pipeline
-    from tests.builders import pipelines
 
-    root = tmp_path_factory.mktemp("pipeline")
-    import_pipeline(pipelines.stable_diffusion(root / "pipeline"), root / "model.safetensors", Origin(source="x"))
-    return root / "model.safetensors"
+    import_pipeline(make(folder / "pipeline"), path := folder / "model.safetensors", Origin(source="x"))
+    return path
 
 
 def make(data: Path, model: FamilyConfig, **options: object) -> TrainingSetup:
@@ -141,6 +146,22 @@ def test_step_of_an_adapter_takes_what_torch_allocates(pipeline: Path, tmp_path:
     expected = really_allocated(setup, tmp_path / "trace.json")
     # Text encoders have temporary tensors that are not of torch's operations.
     assert measure_step(setup).step(setup.config.images_per_step) == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["z_image", "qwen_image"])
+def test_step_of_a_prompt_of_any_length_is_planned(tmp_path: Path, name: str) -> None:
+    """Transformers that leave padding out, take one image after another, or keep tensors that are not buffers."""
+    pytest.importorskip("diffusers")
+    from tests.builders.flow_pipelines import FLOW_MAKERS
+
+    data, model = tmp_path / "data", import_pipeline_of(FLOW_MAKERS[name], tmp_path)
+    header = load_model(model).header
+    write_dataset(data, random_images(8, header.channels, header.size), 10, captions=["a red circle"] * 8)
+    more: dict[str, Any] = {"init_from": str(model), "weighting": "plain", "timestep_sampling": "scheduler"}
+    setup = make(data, DiffusersConfig(), adapter={"rank": 2}, **more)
+    expected = really_allocated(setup, tmp_path / "trace.json")
+    assert 0.98 * expected < measure_step(setup).step(setup.config.images_per_step) < 3 * expected
 
 
 def test_step_of_two_networks_takes_about_what_torch_allocates(square: Path, tmp_path: Path) -> None:
