@@ -155,8 +155,8 @@ def export(checkpoint: Path, path: Path, sampling: SamplingConfig | None = None)
     return save_tensors(path, tensors, header)
 
 
-def find_base(path: Path, base: Base) -> Path:
-    """Find the file of the model that the one at ``path`` is based on; raises UserError if it is missing or damaged."""
+def locate_base(path: Path, base: Base) -> Path:
+    """Find the file of the model that the one at ``path`` is based on; raises UserError if it is missing."""
     name = f"{base.sha256}.safetensors"
     file = next((candidate for folder in path.absolute().parents[:2] if (candidate := folder / name).is_file()), None)
     if file is None:
@@ -164,6 +164,12 @@ def find_base(path: Path, base: Base) -> Path:
         raise UserError(
             f"{path} holds what was changed in {base_name}, whose file is not there: put it beside it as {name}"
         )
+    return file
+
+
+def find_base(path: Path, base: Base) -> Path:
+    """Find the file of the model that the one at ``path`` is based on; raises UserError if it is missing or damaged."""
+    file = locate_base(path, base)
     stat = file.stat()
     if _sha256(file, stat.st_size, stat.st_mtime_ns) != base.sha256:
         raise UserError(f"{file} is damaged, as its SHA-256 is not that of its name: fetch it again")
@@ -242,6 +248,24 @@ def load_model(path: Path) -> Model:
             module.load_state_dict(tensors, strict=False)
         except RuntimeError as error:  # torch's message is a page long; the cause is always the same
             raise mismatch from error
+        use_channels_last(module.eval().requires_grad_(False))
+    files = read_pipeline_files(path, header) if header.origin else {}
+    model: Model = family_of(header.model).make_model(header, modules[AVERAGED], modules.get(AUTOENCODER))
+    return replace(model.with_files(files), guide=modules.get(GUIDE))
+
+
+def outline_model(path: Path) -> Model:
+    """Build the model of a file on the meta device, without reading weights; that of a fine-tuned model is its base's.
+
+    Raises UserError for a file that is not a model, or whose base is missing.
+    """
+    header = read_model_header(path)
+    if header.base is not None:
+        base = outline_model(locate_base(path, header.base))
+        return replace(base, header=header, guide=None).with_size(None)
+    with torch.device("meta"), _SkipInitialization():
+        modules = _modules(header)
+    for module in modules.values():
         use_channels_last(module.eval().requires_grad_(False))
     files = read_pipeline_files(path, header) if header.origin else {}
     model: Model = family_of(header.model).make_model(header, modules[AVERAGED], modules.get(AUTOENCODER))

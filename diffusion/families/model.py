@@ -164,6 +164,10 @@ class Model(ABC):
         check_encoder(self.header.encoder)
         return MINI_LM.load()(prompt)
 
+    def encoding_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors of ``encode_prompt``, which are those of all prompts."""
+        return {name: tuple(value.shape) for name, value in MINI_LM.none.items()}
+
     def prompt_length(self, prompt: str) -> tuple[int, int, int]:
         """Count the tokens of ``prompt`` and of an empty one, and the most that the model's text encoder reads."""
         return prompt_length(prompt)
@@ -318,13 +322,14 @@ class TrainingBatch:
 
     def to(self, device: torch.device) -> "TrainingBatch":
         """Copy the batch to ``device``, asynchronously on a GPU."""
-        return self._map(lambda values: copy_to_device(values, device))
+        return self.map(lambda values: copy_to_device(values, device))
 
     def split(self, count: int) -> list["TrainingBatch"]:
         """Split the batch into ``count`` parts of nearly equal size."""
-        return [self._map(lambda values, n=n: values.tensor_split(count)[n]) for n in range(count)]  # type: ignore[misc]
+        return [self.map(lambda values, n=n: values.tensor_split(count)[n]) for n in range(count)]  # type: ignore[misc]
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "TrainingBatch":
+    def map(self, change: Callable[[Tensor], Tensor]) -> "TrainingBatch":
+        """``change`` each tensor."""
         conditioning, random, prior = (
             {name: change(values) for name, values in tensors.items()}
             for tensors in (self.conditioning, self.random, self.prior or {})

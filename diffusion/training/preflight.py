@@ -4,20 +4,15 @@ import logging
 import math
 import shutil
 import time
-import weakref
-from collections.abc import Iterable
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from humanize import naturalsize, precisedelta
 from pydantic import Field
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.common.config import Config, is_unset
@@ -25,26 +20,28 @@ from diffusion.common.device import free_memory
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
 from diffusion.common.files import make_folder
-from diffusion.common.fingerprint import describe_precision, resolve_precision
+from diffusion.common.fingerprint import describe_precision
 from diffusion.common.shapes import Shape, shape_name
 from diffusion.families import family_of
 from diffusion.families.config import FamilyConfig
 from diffusion.families.fine_tuning import TrainableSubset, share
 from diffusion.families.vae.config import LatentSpace
-from diffusion.families.vae.network import Autoencoder, latent_shape
+from diffusion.families.vae.network import Autoencoder
 from diffusion.process.samplers import SamplingConfig
 from diffusion.training.checkpointing import WrittenTensors
 from diffusion.training.config import TrainingConfig
 from diffusion.training.logging import Validation
-from diffusion.training.muon import Muon, group_by_side
+from diffusion.training.memory_plan import MemoryPlan, plan_here
 from diffusion.training.setup import TrainingSetup
-from diffusion.training.trainer import Trainer, scheduled_learning_rate, thread_count
+from diffusion.training.trainer import Trainer, scheduled_learning_rate
 
 PREFLIGHT = "preflight.json"
 """File name of the preflight in a run's folder."""
 MEASURED_SECONDS = 4.0
 FLOAT = 4
-"""Bytes of a weight, a gradient or an optimizer moment."""
+"""Bytes of a weight or a moment."""
+PLANNED_FLOPS = 10**11
+"""Work of a step from which a run plans its memory; below, it takes about a gigabyte, and steps less than the plan."""
 
 logger = logging.getLogger(__name__)
 
@@ -73,14 +70,8 @@ class Preflight(Config):
     """Parameters that training does not change: those below an adapter, and an autoencoder's."""
     flops: int
     """Floating-point operations per image of a training step, forward and backward."""
-    state_bytes: int
-    """Bytes of memory for weights, gradients, moments, averages and captions, without the activations of a batch."""
-    activation_bytes: int
-    """Estimated bytes of memory for what the images that are in the network at once leave for the backward pass."""
-    images_at_once: int
-    """Number of these images, of all threads."""
-    optimizer_bytes: int
-    """Bytes of memory for the temporary tensors of a step of Muon, when activations are gone; 0: AdamW."""
+    memory: MemoryPlan | None
+    """Memory on this machine; None: so little that a run does not compute it."""
     disk_bytes: int
     """Bytes of disk for the checkpoints that exist at the same time."""
     checkpoint_bytes: int
@@ -109,11 +100,6 @@ class Preflight(Config):
             f"{self.checkpoint_seconds:.2g} s for its sample grid"
         )
 
-    @property
-    def memory(self) -> int:
-        """Return the bytes of memory that training takes at most, an estimate."""
-        return self.state_bytes + max(self.activation_bytes, self.optimizer_bytes)
-
     def lines(self) -> list[tuple[str, str]]:
         """Format the preflight for display as pairs of name and value."""
         channels, height, width = self.shape
@@ -131,18 +117,14 @@ class Preflight(Config):
             time += f"; {self.fewer_checkpoints}" if self.fewer_checkpoints else ""
             steps = f" ({self.batch_size / self.images_per_second:.2g} s each)"
         checkpoint = naturalsize(self.checkpoint_bytes, binary=True)
-        muon = f", then {naturalsize(self.optimizer_bytes, binary=True)} for Muon" if self.optimizer_bytes else ""
+        memory = [] if self.memory is None else [("memory", self.memory.summary)]
         return [
             ("data", f"{self.dataset}, content {self.content_digest[:12]}"),
             ("images", f"{self.train:,} of {size}{conditioning}; {self.held_out:,} held out"),
             ("network", f"{self.parameters / 1e6:.2f} million parameters{frozen}"),
             ("arithmetic", self.arithmetic),
             ("work", f"{self.flops / 1e9:.2f} GFLOP for an image, forward and backward"),
-            (
-                "memory",
-                f"{naturalsize(self.state_bytes, binary=True)}, and about "
-                f"{naturalsize(self.activation_bytes, binary=True)} for {self.images_at_once} images at once{muon}",
-            ),
+            *memory,
             ("disk", f"{naturalsize(self.disk_bytes, binary=True)} of checkpoints"),
             ("length", f"{self.images:,} images, {self.images / self.train:.1f} epochs"),
             ("time", time),
@@ -170,27 +152,6 @@ def count_flops(
     return int(counter.get_total_flops())
 
 
-class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Mode that adds up the bytes of the tensors made inside, as long as each exists; works with meta tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live: int = 0
-        self.peak: int = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        inputs = {tensor.untyped_storage() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
-        for storage in {tensor.untyped_storage() for tensor in tree_leaves(out) if isinstance(tensor, Tensor)} - inputs:
-            self.live += storage.nbytes()
-            weakref.finalize(storage, self._free, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return out
-
-    def _free(self, size: int) -> None:
-        self.live -= size
-
-
 def meta_network(setup: TrainingSetup) -> nn.Module:
     """Build the network that a run trains, without memory."""
     checkpointing = setup.config.gradient_checkpointing
@@ -201,56 +162,6 @@ def meta_network(setup: TrainingSetup) -> nn.Module:
         return network.network
     with torch.device("meta"):
         return replace(setup, initial=None).make_network(checkpointing).train()
-
-
-def activation_size(setup: TrainingSetup, network: nn.Module) -> int:
-    """Estimate the bytes of float32 that an image leaves for the backward pass in a meta ``network``, or takes.
-
-    It is one of the largest shape.
-    """
-    dataset = setup.dataset
-    height, width = max(dataset.shapes, key=math.prod)
-    shape: tuple[int, int, int] = (dataset.manifest.channels, height, width)
-    if setup.autoencoder is not None:
-        shape = latent_shape(setup.autoencoder.space.autoencoder, height, width)
-    with torch.device("meta"), PeakMemory() as memory:
-        loss = family_of(setup.model).forward(network, shape)
-        forward = memory.peak
-        loss.backward()  # type: ignore[no-untyped-call]
-    # Gradients are not of an image.
-    gradients = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
-    return int(max(forward, memory.peak - FLOAT * gradients))
-
-
-def muon_size(matrices: Iterable[nn.Parameter], threads: int) -> int:
-    """Compute the bytes of the temporary tensors of a step of Muon on ``matrices``, at most; takes no memory.
-
-    Each of ``threads`` threads updates the matrices with shorter sides of one length at a time.
-    """
-    peaks = []
-    for group in group_by_side(matrices):
-        parameters = [nn.Parameter(torch.empty_like(matrix, device="meta")) for matrix in group]
-        for parameter in parameters:
-            parameter.grad = torch.empty_like(parameter)
-        optimizer = Muon(parameters, lr=1.0, weight_decay=0.0)
-        optimizer.step()  # makes the momentum, which is not temporary
-        with PeakMemory() as memory:
-            optimizer.step()
-        peaks.append(memory.peak)
-    return sum(sorted(peaks)[-threads:])
-
-
-def state_size(
-    parameters: int, averages: int, threads: int, others: int = 0, matrices: int = 0, frozen: int = 0, moments: int = 2
-) -> tuple[int, int]:
-    """Compute the bytes of memory of a run without a batch, and of its checkpoint: weights, ``moments`` and averages.
-
-    Memory also holds gradients, per thread and in total, and a copy of the checkpoint while it is written. ``others``:
-    trained parameters outside the network, which have no average; ``matrices``: weights of Muon, which has one moment;
-    ``frozen``: weights that are not trained, which are in no checkpoint.
-    """
-    checkpoint = parameters * (1 + moments + averages) + others * (1 + moments) - matrices
-    return FLOAT * (2 * checkpoint + (parameters + others) * (1 + threads) + frozen), FLOAT * checkpoint
 
 
 def count_captions(setup: TrainingSetup) -> int:
@@ -274,8 +185,13 @@ def plan_length(config: TrainingConfig, pace: tuple[float, float] | None) -> tup
     return max(config.images_per_step, int(training_seconds / pace[0])), checkpoints
 
 
-def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: float = 0) -> Preflight:
-    """Compute the preflight of a run at the ``pace`` of ``measure_pace``; ``reading`` is the time to embed captions."""
+def make_preflight(
+    trainer: Trainer, pace: tuple[float, float] | None, reading: float = 0, memory: MemoryPlan | None = None
+) -> Preflight:
+    """Compute the preflight of a run at the ``pace`` of ``measure_pace``.
+
+    ``reading`` is the time to embed captions. Without its plan, ``memory`` is planned for steps of much work alone.
+    """
     setup, config, state = trainer.setup, trainer.config, trainer.state
     dataset, (images, checkpoints) = setup.dataset, plan_length(config, pace)
     parameters = sum(parameter.numel() for parameter in state.network.parameters())
@@ -285,14 +201,13 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
     frozen = sum(parameter.numel() for parameter in setup.autoencoder.parameters()) if setup.autoencoder else 0
     if isinstance(state.network, TrainableSubset):
         frozen += sum(weight.numel() for weight in state.network.network.parameters() if not weight.requires_grad)
-    network, threads = meta_network(setup), thread_count(config, setup.ranks)
     averages = len(state.averages) + bool(state.guide)
-    memory, checkpoint = state_size(parameters, averages, threads, others, matrices, frozen, config.moments)
-    if setup.captions is not None:
-        memory += setup.captions.nbytes
-    part = math.ceil(config.images_per_step / setup.ranks.count / threads)
-    images_at_once = threads * min(part, config.micro_batch or part)
-    half = resolve_precision(config.precision, setup.device) == "bf16"
+    checkpoint = FLOAT * ((parameters + others) * (1 + config.moments) + parameters * averages - matrices)
+    latents = setup.autoencoder.space if setup.autoencoder else None
+    passes = 1 if config.prior is None else 2  # and one of the base, without gradients
+    flops = passes * count_flops(setup.model, dataset.shape, len(setup.classes), latents, meta_network(setup))
+    if memory is None and flops * config.images_per_step >= PLANNED_FLOPS:
+        memory = plan_here(setup)
     # One checkpoint is written before another is removed, and there may be one from a signal. A snapshot holds averages
     # and guide alone.
     snapshots = (
@@ -300,8 +215,6 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
     )
     extra_files = config.keep_best + (checkpoints // config.keep_every if config.keep_every else 0)
     files = min(config.keep + extra_files, checkpoints) + 3 + snapshots
-    latents = setup.autoencoder.space if setup.autoencoder else None
-    passes = 1 if config.prior is None else 2  # and one of the base, without gradients
     return Preflight(
         dataset=dataset.manifest.name,
         content_digest=dataset.manifest.content_digest,
@@ -315,11 +228,8 @@ def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: 
         arithmetic=describe_precision(config.precision, setup.device),
         parameters=parameters,
         frozen=frozen,
-        flops=passes * count_flops(setup.model, dataset.shape, len(setup.classes), latents, network),
-        state_bytes=memory,
-        activation_bytes=images_at_once * passes * activation_size(setup, network) // (2 if half else 1),
-        images_at_once=images_at_once,
-        optimizer_bytes=max(muon_size(step.matrices, threads) for step in state.steps) if muon else 0,
+        flops=flops,
+        memory=memory,
         disk_bytes=checkpoint * files,
         checkpoint_bytes=checkpoint,
         batch_size=config.images_per_step,
@@ -362,15 +272,15 @@ def measure_pace(
     return pace
 
 
-def warn_of_memory(preflight: Preflight, device: torch.device) -> None:
+def warn_of_memory(memory: MemoryPlan, device: torch.device) -> None:
     """Warn if a run needs about as much memory as is free, or more."""
-    if preflight.memory > (free := free_memory(device)):
+    if memory.peak > (free := free_memory(device)):
         advice = "lower training.micro_batch, or set training.gradient_checkpointing=true"
-        if preflight.optimizer_bytes > preflight.activation_bytes:
+        if memory.muon > memory.activations:
             advice = "set training.optimizer=adamw, which needs no temporary tensors"
         logger.warning(
             "training takes about %s of memory, and %s are free: %s",
-            *(naturalsize(size, binary=True) for size in (preflight.memory, free)),
+            *(naturalsize(size, binary=True) for size in (memory.peak, free)),
             advice,
         )
 

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +24,15 @@ from diffusion.common.config import Config
 from diffusion.common.device import CPU
 from diffusion.common.errors import UserError
 from diffusion.common.fingerprint import resolve_precision
+from diffusion.data.shards import ShardStore
 from diffusion.families import family_of
+from diffusion.families.config import FamilyConfig
 from diffusion.families.model import OptimizerStep, TrainingBatch
+from diffusion.process.samplers import SamplingConfig
+from diffusion.training.config import TrainingConfig
+from diffusion.training.data import open_dataset
 from diffusion.training.distributed import (
+    SINGLE_PROCESS,
     GradientReducer,
     Ranks,
     local_part,
@@ -33,8 +40,9 @@ from diffusion.training.distributed import (
     shard_module,
     sum_over_replicas,
 )
-from diffusion.training.preflight import FLOAT, activation_size, meta_network, muon_size
-from diffusion.training.setup import TrainingSetup
+from diffusion.training.preflight import FLOAT, meta_network
+from diffusion.training.setup import TrainingSetup, make_setup
+from diffusion.training.step_memory import StepMemory, measure_step, muon_size
 from diffusion.training.trainer import thread_count
 
 
@@ -120,32 +128,41 @@ def _fake_process_group(count: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def rank_costs(setup: TrainingSetup, world_size: int) -> RankCosts:
-    """Compute the costs of a rank of ``world_size``, and of fewer: powers of two from 8 on that divide the batch.
+def estimate_ranks(
+    data: Path,
+    model: FamilyConfig,
+    config: TrainingConfig,
+    sampling: SamplingConfig,
+    world_size: int,
+    store: ShardStore | None = None,
+) -> RankCosts:
+    """Compute memory and messages of each of ``world_size`` processes that ``train`` with the same arguments.
 
-    Raises UserError if ``world_size`` does not divide the batch, or training.shard does not divide it.
+    Also of fewer processes: powers of two from 8 on that divide the batch. Measures and writes nothing. Raises
+    UserError as ``train``, and if ``world_size`` does not divide the batch, or training.shard does not divide it.
     """
-    batch = setup.config.images_per_step
-    if batch % world_size:
-        raise UserError(
-            f"training.batch_size = {batch} cannot be shared equally by {world_size} ranks: make it a multiple of "
-            f"{world_size}"
-        )
-    activations = activation_size(setup, meta_network(setup))
-    _ = replace(setup, ranks=Ranks(0, world_size)).shard  # raises
-    sizes = [2**power for power in range(3, 13) if 2**power < world_size and batch % 2**power == 0]
-    if setup.config.shard not in (True, False):
-        sizes = [size for size in sizes if size % setup.config.shard == 0]
-    setups = (replace(setup, ranks=Ranks(0, size)) for size in (*sizes, world_size))
-    return RankCosts(world_sizes=[_rank_cost(variant, activations) for variant in setups])
+    with open_dataset(data, config, store) as dataset:
+        setup = make_setup(dataset, model, config, sampling, SINGLE_PROCESS)
+        batch = setup.config.images_per_step
+        if batch % world_size:
+            raise UserError(
+                f"training.batch_size = {batch} cannot be shared equally by {world_size} ranks: make it a multiple of "
+                f"{world_size}"
+            )
+        _ = replace(setup, ranks=Ranks(0, world_size)).shard  # raises
+        sizes = [2**power for power in range(3, 13) if 2**power < world_size and batch % 2**power == 0]
+        if setup.config.shard not in (True, False):
+            sizes = [size for size in sizes if size % setup.config.shard == 0]
+        precision = {"precision": resolve_precision(setup.config.precision, setup.device)}
+        memory = measure_step(replace(setup, config=setup.config.model_copy(update=precision)))
+        setups = (replace(setup, ranks=Ranks(0, size)) for size in (*sizes, world_size))
+        return RankCosts(world_sizes=[_rank_cost(variant, memory) for variant in setups])
 
 
-def _rank_cost(setup: TrainingSetup, activations: int) -> RankCost:
+def _rank_cost(setup: TrainingSetup, memory: StepMemory) -> RankCost:
     config, ranks = setup.config, setup.ranks
     images, threads = config.images_per_step // ranks.count, thread_count(config, ranks)
     part = math.ceil(images / threads)
-    images_at_once = threads * min(part, config.micro_batch or part)
-    half = resolve_precision(config.precision, setup.device) == "bf16"
     network = meta_network(setup)
     objective = family_of(setup.model).make_objective(setup.model_header(0), config, setup.autoencoder)
     steps, messages, gathered_bytes = objective.optimizer_steps(network), Counter[str](), 0
@@ -174,7 +191,7 @@ def _rank_cost(setup: TrainingSetup, activations: int) -> RankCost:
             optimizer=config.moments * size - (_size(matrices) if has_muon else 0),
             averages=average_bytes * ((1 if config.ema_stds is None else len(config.ema_stds)) + setup.has_guide),
             gathered=gathered_bytes,
-            activations=images_at_once * activations // (2 if half else 1),
+            activations=threads * memory.activations(min(part, config.micro_batch or part)),
             muon=max(muon_size(step.matrices, threads) for step in steps) if has_muon else 0,
             all_reduce=2 * messages["all_reduce"] * (replicas - 1) // replicas,
             all_gather=messages["all_gather"] * (group - 1),

@@ -24,7 +24,14 @@ from diffusion.families import family_of
 from diffusion.families.config import FamilyConfig, classes_of, shape_conflict, training_conflict
 from diffusion.families.fine_tuning import share
 from diffusion.families.header import Base, ModelHeader
-from diffusion.families.model import Conditioning, Model, TrainingBatch, to_float, use_channels_last
+from diffusion.families.model import (
+    Conditioning,
+    Model,
+    TrainingBatch,
+    TrainingObjective,
+    to_float,
+    use_channels_last,
+)
 from diffusion.families.text_encoder import MINI_LM, Encoding
 from diffusion.families.vae.network import Latents
 from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions
@@ -145,6 +152,17 @@ class TrainingSetup:
         if self.initial is not None:
             network.load_state_dict(self.initial.network.state_dict())
         return network
+
+    def make_objective(self) -> TrainingObjective:
+        """Build the training objective, for a student that of its distillation."""
+        header = self.model_header(0)
+        if self.config.student is None:
+            return family_of(self.model).make_objective(header, self.config, self.autoencoder)
+        assert self.initial is not None
+        assert self.config.images is not None
+        return self.initial.make_student_objective(
+            self.config, header, self.autoencoder, self.config.images, self.device
+        )
 
     def x0(self, batch: Batch) -> Tensor:
         """The clean images of a batch in [−1, 1], or their latents: (N, *noise_shape), channels last."""

@@ -1,5 +1,6 @@
 """Models that a training begins with: initial weights, a pipeline or a teacher, and the autoencoder of its latents."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,10 @@ ENCODED = 32
 """Images encoded at a time."""
 
 
-def load_initial(model: FamilyConfig, config: TrainingConfig, dataset: Dataset) -> Model | None:
-    """Load the model in ``config.init_from``, whose averaged weights initialize a network of ``model``, if any.
+def load_initial(
+    model: FamilyConfig, config: TrainingConfig, dataset: Dataset, load: Callable[[Path], Model] = load_model
+) -> Model | None:
+    """``load`` the model in ``config.init_from``, whose averaged weights initialize a network of ``model``, if any.
 
     Optimizer, averages and learning rate start from scratch. Raises UserError if the file does not exist or fit, or if
     there is none and ``model`` has no network of its own.
@@ -40,7 +43,7 @@ def load_initial(model: FamilyConfig, config: TrainingConfig, dataset: Dataset) 
     if config.student is None:
         option = "training.init_from"
         alternative = "begin with a model of the same kind, or at random (training.init_from=null)"
-    initial = load_model(local_file(option, config.init_from))
+    initial = load(local_file(option, config.init_from))
     histogram = dataset.manifest.class_histogram
     classes = sorted(histogram) if len(histogram) > 1 else []
     if initial.header.model.family != model.family:
@@ -73,25 +76,35 @@ def identify_base(initial: Model, config: TrainingConfig, version: str | None) -
     return base, config.model_copy(update={"init_from": weights_digest(file)})
 
 
-def load_autoencoder(path: str, dataset: Dataset, window: int | None) -> Latents:
-    """Load the autoencoder in the file ``path`` and measure its latents' moments on training images of ``dataset``.
+def make_latents(path: str, dataset: Dataset, digest: str, load: Callable[[Path], Model] = load_model) -> Latents:
+    """``load`` the autoencoder in the file ``path``, whose weights ``digest`` identifies, without moments of latents.
 
-    Uses the first images by key; with a ``window``, images from as few shards as possible. Raises UserError if the file
-    is not an autoencoder, has other channels than the images, or its factor does not divide the image size.
+    Raises UserError if the file is not an autoencoder, has other channels than the images, or its factor does not
+    divide the image size.
     """
-    model = load_model(local_file("model.autoencoder", path))
+    model = load(local_file("model.autoencoder", path))
     channels, _, size = dataset.shape
     if model.header.channels != channels:
         raise UserError(
             f"model.autoencoder {path} was trained on images of {pluralize(model.header.channels, 'channel')} and data "
             f"set {dataset.manifest.name} has {channels}: train an autoencoder on images like these"
         )
-    digest = weights_digest(Path(path)).removeprefix("sha256:")
     if (latents := model.make_latents(digest, size, dataset.shapes)) is None:
         raise UserError(
             f"model.autoencoder {path} is a model of the family {model.header.model.family}, which is not an "
             "autoencoder: train one with model.family=vae"
         )
+    return latents
+
+
+def load_autoencoder(path: str, dataset: Dataset, window: int | None) -> Latents:
+    """Load the autoencoder in the file ``path`` and measure its latents' moments on training images of ``dataset``.
+
+    Uses the first images by key; with a ``window``, images from as few shards as possible. Raises UserError as
+    ``make_latents``.
+    """
+    digest = weights_digest(local_file("model.autoencoder", path)).removeprefix("sha256:")
+    latents = make_latents(path, dataset, digest)
     use_channels_last(latents.eval().requires_grad_(False))
     rows = dataset.rows("train")
     if window is not None:

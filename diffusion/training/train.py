@@ -30,6 +30,7 @@ from diffusion.training.data import open_dataset
 from diffusion.training.distributed import SINGLE_PROCESS, process_group
 from diffusion.training.interruption import interruptible
 from diffusion.training.logging import Tracker, TrainingLog, Validation
+from diffusion.training.memory_plan import MemoryPlan
 from diffusion.training.preflight import (
     PREFLIGHT,
     Preflight,
@@ -39,7 +40,6 @@ from diffusion.training.preflight import (
     require_disk,
     warn_of_memory,
 )
-from diffusion.training.rank_costs import RankCosts, rank_costs
 from diffusion.training.run_folder import DISCARD_OR_MOVE, Restart, lock_folder, make_way, require_same_run
 from diffusion.training.setup import COUNTS, FINGERPRINT, make_setup
 from diffusion.training.trackers import TRACKERS, open_trackers, require_trackers
@@ -208,7 +208,8 @@ def _begin_or_resume(trainer: Trainer, output: Path, sampling: SamplingConfig) -
             logger.warning("training.minutes = %g: %s", config.minutes, preflight.fewer_checkpoints)
         summary = dict(preflight.lines())
         logger.info("training on %s; %s, %s", *(summary[name] for name in ("images", "network", "length")))
-        warn_of_memory(preflight, setup.device)
+        if preflight.memory is not None:
+            warn_of_memory(preflight.memory, setup.device)
         require_disk(output, preflight.disk_bytes)
         shutil.rmtree(output / TRACKERS, ignore_errors=True)  # of another run whose checkpoints were deleted
         write_json(output / PREFLIGHT, preflight.model_dump(mode="json"))
@@ -220,9 +221,17 @@ def _begin_or_resume(trainer: Trainer, output: Path, sampling: SamplingConfig) -
 
 
 def preflight(
-    data: Path, model: FamilyConfig, config: TrainingConfig, sampling: SamplingConfig, store: ShardStore | None = None
+    data: Path,
+    model: FamilyConfig,
+    config: TrainingConfig,
+    sampling: SamplingConfig,
+    store: ShardStore | None = None,
+    memory: MemoryPlan | None = None,
 ) -> Preflight:
-    """Measure in a few seconds what ``train`` would do with the same arguments; writes nothing, and raises as it."""
+    """Measure in a few seconds what ``train`` would do with the same arguments; writes nothing, and raises as it.
+
+    ``memory`` is the plan of its memory, if it has been made.
+    """
     device, threads = resolve_device(config.device), thread_count(config, SINGLE_PROCESS)
     with (
         open_dataset(data, config, store) as dataset,
@@ -236,23 +245,7 @@ def preflight(
             reading = seconds_to_read(dataset, setup.captions.texts.texts, cores(), setup.captions.encoding)
         trainer = Trainer(setup, pool)
         with trainer.loader:
-            return make_preflight(trainer, measure_pace(setup, pool, sampling), reading)
-
-
-def estimate_ranks(
-    data: Path,
-    model: FamilyConfig,
-    config: TrainingConfig,
-    sampling: SamplingConfig,
-    world_size: int,
-    store: ShardStore | None = None,
-) -> RankCosts:
-    """Compute memory and messages of each of ``world_size`` processes that ``train`` with the same arguments.
-
-    Measures and writes nothing. Raises UserError as ``train``, and as ``rank_costs``.
-    """
-    with open_dataset(data, config, store) as dataset:
-        return rank_costs(make_setup(dataset, model, config, sampling, SINGLE_PROCESS), world_size)
+            return make_preflight(trainer, measure_pace(setup, pool, sampling), reading, memory)
 
 
 def check(

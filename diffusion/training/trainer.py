@@ -20,7 +20,6 @@ from diffusion.common.device import CopyToCPU, resolve_device
 from diffusion.common.errors import DarkroomError
 from diffusion.common.fingerprint import autocast
 from diffusion.data.loader import Batch, Loader, make_order
-from diffusion.families import family_of
 from diffusion.families.model import OptimizerStep, TrainingBatch, TrainingObjective, use_channels_last
 from diffusion.training.checkpointing import write_together
 from diffusion.training.config import TrainingConfig
@@ -160,61 +159,140 @@ class PendingStep(NamedTuple):
     """Whether loss and gradient are finite."""
 
 
-class Trainer:
+class TrainingStep:
+    """The computation of a training step, which knows no data; on a CPU ``threads`` compute the parts of a batch."""
+
+    def __init__(self, setup: TrainingSetup, state: TrainingState, threads: Executor) -> None:
+        self.setup, self.config, self.state, self.threads = setup, setup.config, state, threads
+        self.device = setup.device
+        self.reducers: list[GradientReducer | None] = [None for _ in state.steps]
+        """Sums of the gradients of each step over the processes; None: there is one, or the network is sharded."""
+        if setup.ranks.count > 1 and setup.shard == 1:
+            parts = thread_count(self.config, setup.ranks)
+            self.reducers = [GradientReducer(step.parameters, parts) for step in state.steps]
+        self.total = 0
+        """Total number of images to see, a whole number of batches."""
+
+    def update(self, inputs: TrainingBatch, learning_rate: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Update weights and averages; returns loss and gradient norm, both (), and whether they are finite, () bool.
+
+        If they are not, no weights change.
+        """
+        config, state = self.config, self.state
+        finite, norms = torch.ones((), dtype=torch.bool, device=self.device), []
+        for step, optimizers, reducer in zip(state.steps, state.optimizers, self.reducers, strict=True):
+            loss = self.backward(step, inputs, reducer)
+            norm = full_tensor(torch.nn.utils.clip_grad_norm_(step.parameters, config.max_grad_norm))
+            norms.append(norm)
+            finite = finite & loss.isfinite() & norm.isfinite()
+            for optimizer in optimizers.values():
+                optimizer.param_groups[0]["lr"] = learning_rate
+                # The optimizer skips the step on the device, without synchronization.
+                optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+                optimizer.threads = self.threads  # type: ignore[attr-defined]
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        state.images += config.images_per_step
+        for average in state.averages:
+            average.update(state.network, state.images // config.images_per_step)
+        if state.guide and state.images <= self.setup.guide_images(self.total):
+            state.update_guide()
+        return loss, torch.stack(norms).amax(), finite
+
+    def backward(self, step: OptimizerStep, batch: TrainingBatch, reducer: GradientReducer | None) -> Tensor:
+        """Compute the loss () of the batch of all processes, and set the gradients of the parameters of ``step``."""
+        config, ranks = self.config, self.setup.ranks
+
+        def forward(part: TrainingBatch) -> tuple[Tensor, Tensor]:
+            """Compute the share of these images in the loss of the batch and in the minimized value."""
+            with autocast(config.precision, self.device):
+                losses = step.losses(part)
+            value = step.compute_objective(losses, part).sum() / config.images_per_step
+            return losses.detach().sum() / config.images_per_step, value
+
+        def micro_batches(part: TrainingBatch) -> list[TrainingBatch]:
+            return part.split(math.ceil(len(part.x0) / (config.micro_batch or len(part.x0))))
+
+        def compute_gradients(number: int, part: TrainingBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
+            total: tuple[Tensor, tuple[Tensor, ...]] | None = None
+            passes = micro_batches(part)
+            for images in passes:
+                loss, value = forward(images)
+                is_last = images is passes[-1]
+                with reducer.last_pass(number, total and total[1]) if reducer and is_last else nullcontext():
+                    # In some pipelines the last block's weights for words have no effect; elsewhere all have to.
+                    grads = torch.autograd.grad(value, step.parameters, materialize_grads=self.setup.base is not None)
+                total = (loss, grads) if total is None else (total[0] + loss, torch._foreach_add(total[1], grads))
+            assert total is not None
+            return total
+
+        if config.shard:
+            # Each process gets the gradients of its shard of the weights.
+            loss, passes = torch.zeros((), device=self.device), micro_batches(batch)
+            for images in passes:
+                # Gradients are summed within each group at once, as the sums need a share of the memory alone.
+                sum_over_replicas(step.modules.values(), images is passes[-1])
+                share, value = forward(images)
+                value.backward()  # type: ignore[no-untyped-call]
+                loss = loss + share
+            ranks.sum(loss)
+            return loss
+        split = batch.split(thread_count(config, ranks))
+        parts = list(self.threads.map(compute_gradients, range(len(split)), split))
+        loss = torch.stack([part_loss for part_loss, _ in parts]).sum()
+        ranks.sum(loss)
+        if reducer is not None:
+            reducer.wait()
+            return loss
+        for parameter, *grads in zip(step.parameters, *(part for _, part in parts), strict=True):
+            # In the parameter's own memory format, which autograd.grad does not promise and the optimizer relies on.
+            parameter.grad = torch.zeros_like(parameter)
+            for gradient in grads:
+                parameter.grad.add_(gradient)
+        return loss
+
+
+class Trainer(TrainingStep):
     """Trainer of one network, of which each process has one; on a CPU ``threads`` compute the parts of a batch.
 
     ``output`` is the folder of the run, where processes that share a network write its checkpoints.
     """
 
     def __init__(self, setup: TrainingSetup, threads: Executor, output: Path | None = None) -> None:
-        self.setup, self.config, self.threads, self.device = setup, setup.config, threads, setup.device
+        config, device = setup.config, setup.device
         self.output = output
         with torch.random.fork_rng(devices=[]):
             # Initial weights are a function of the seed.
-            torch.manual_seed(self.config.seed)
-            network = setup.make_network(self.config.gradient_checkpointing)
-            family, header = family_of(setup.model), setup.model_header(0)
-            self.objective = family.make_objective(header, self.config, setup.autoencoder)
-            if self.config.student is not None:
-                assert setup.initial is not None
-                assert self.config.images is not None
-                self.objective = setup.initial.make_student_objective(
-                    self.config, header, setup.autoencoder, self.config.images, self.device
-                )
+            torch.manual_seed(config.seed)
+            network = setup.make_network(config.gradient_checkpointing)
+            self.objective = setup.make_objective()
         use_channels_last(network)
-        mesh = make_mesh(self.device, setup.shard) if setup.shard > 1 else None
-        frozen = setup.autoencoder.to(self.device).state_dict() if setup.autoencoder else {}
+        mesh = make_mesh(device, setup.shard) if setup.shard > 1 else None
+        frozen = setup.autoencoder.to(device).state_dict() if setup.autoencoder else {}
         if setup.base is not None:
             frozen = {}
-        self.state = TrainingState(network, self.objective, self.config, self.device, frozen, mesh, setup.has_guide)
+        state = TrainingState(network, self.objective, config, device, frozen, mesh, setup.has_guide)
         if setup.given_guide is not None:
-            self.state.load_guide(dict(setup.given_guide[0].named_parameters()))
-        self.reducers: list[GradientReducer | None] = [None for _ in self.state.steps]
-        """Sums of the gradients of each step over the processes; None: there is one, or the network is sharded."""
-        if setup.ranks.count > 1 and mesh is None:
-            parts = thread_count(self.config, setup.ranks)
-            self.reducers = [GradientReducer(step.parameters, parts) for step in self.state.steps]
+            state.load_guide(dict(setup.given_guide[0].named_parameters()))
+        super().__init__(setup, state, threads)
         if setup.compiled:
             # A program per shape of the images.
             dynamo = torch._dynamo.config
             dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(setup.dataset.shapes))
             network.compile(dynamic=False)
-        config = self.config
         self.loader = Loader(
             setup.dataset,
             setup.dataset.rows("train"),
             make_order(setup.dataset, config.seed, config.images_per_step, config.window, config.weights, config.mix),
-            self.config.images_per_step,
+            config.images_per_step,
             rank=setup.ranks.rank,
             ranks=setup.ranks.count,
-            flip_seed=self.config.seed if self.config.flip else None,
-            prefetch=self.config.prefetch,
-            workers=self.config.workers,
+            flip_seed=config.seed if config.flip else None,
+            prefetch=config.prefetch,
+            workers=config.workers,
             latents=setup.latents,
-            masks=self.config.mask is not None,
+            masks=config.mask is not None,
         )
-        self.total = 0
-        """Total number of images to see, a whole number of batches."""
         self.checkpoints = self.config.checkpoints
         """Number of checkpoints: fewer than configured on a machine that is too slow for them."""
         self.window: list[Tensor] = []
@@ -284,85 +362,15 @@ class Trainer:
 
         A non-finite step changes no weights and is counted. Raises NotFiniteError after too many in a row.
         """
-        config, state = self.config, self.state
-        batch = self.loader.batch(state.images, self.total)
+        batch = self.loader.batch(self.state.images, self.total)
         conditioning = self.setup.training_conditioning(batch)
         inputs = self.objective.make_batch(self.setup.x0(batch), batch.indices, conditioning)
         inputs = self.setup.with_prior(self.setup.with_masks(inputs, batch))
         t, inputs = inputs.random.get("t"), inputs.to(self.device)
-        finite, norms = torch.ones((), dtype=torch.bool, device=self.device), []
-        for step, optimizers, reducer in zip(state.steps, state.optimizers, self.reducers, strict=True):
-            loss = self.backward(step, inputs, reducer)
-            norm = full_tensor(torch.nn.utils.clip_grad_norm_(step.parameters, config.max_grad_norm))
-            norms.append(norm)
-            finite = finite & loss.isfinite() & norm.isfinite()
-            for optimizer in optimizers.values():
-                optimizer.param_groups[0]["lr"] = learning_rate
-                # The optimizer skips the step on the device, without synchronization.
-                optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-                optimizer.threads = self.threads  # type: ignore[attr-defined]
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-        state.images += config.images_per_step
-        for average in state.averages:
-            average.update(state.network, state.images // config.images_per_step)
-        if state.guide and state.images <= self.setup.guide_images(self.total):
-            state.update_guide()
-        self.pending.append(PendingStep(state.images, batch, t, CopyToCPU(finite)))
+        loss, norm, finite = self.update(inputs, learning_rate)
+        self.pending.append(PendingStep(self.state.images, batch, t, CopyToCPU(finite)))
         self.check_finite(self.lag)
-        return loss, torch.stack(norms).amax()
-
-    def backward(self, step: OptimizerStep, batch: TrainingBatch, reducer: GradientReducer | None) -> Tensor:
-        """Compute the loss () of the batch of all processes, and set the gradients of the parameters of ``step``."""
-        config, ranks = self.config, self.setup.ranks
-
-        def forward(part: TrainingBatch) -> tuple[Tensor, Tensor]:
-            """Compute the share of these images in the loss of the batch and in the minimized value."""
-            with autocast(config.precision, self.device):
-                losses = step.losses(part)
-            value = step.compute_objective(losses, part).sum() / config.images_per_step
-            return losses.detach().sum() / config.images_per_step, value
-
-        def micro_batches(part: TrainingBatch) -> list[TrainingBatch]:
-            return part.split(math.ceil(len(part.x0) / (config.micro_batch or len(part.x0))))
-
-        def compute_gradients(number: int, part: TrainingBatch) -> tuple[Tensor, tuple[Tensor, ...]]:
-            total: tuple[Tensor, tuple[Tensor, ...]] | None = None
-            passes = micro_batches(part)
-            for images in passes:
-                loss, value = forward(images)
-                is_last = images is passes[-1]
-                with reducer.last_pass(number, total and total[1]) if reducer and is_last else nullcontext():
-                    # In some pipelines the last block's weights for words have no effect; elsewhere all have to.
-                    grads = torch.autograd.grad(value, step.parameters, materialize_grads=self.setup.base is not None)
-                total = (loss, grads) if total is None else (total[0] + loss, torch._foreach_add(total[1], grads))
-            assert total is not None
-            return total
-
-        if config.shard:
-            # Each process gets the gradients of its shard of the weights.
-            loss, passes = torch.zeros((), device=self.device), micro_batches(batch)
-            for images in passes:
-                # Gradients are summed within each group at once, as the sums need a share of the memory alone.
-                sum_over_replicas(step.modules.values(), images is passes[-1])
-                share, value = forward(images)
-                value.backward()  # type: ignore[no-untyped-call]
-                loss = loss + share
-            ranks.sum(loss)
-            return loss
-        split = batch.split(thread_count(config, ranks))
-        parts = list(self.threads.map(compute_gradients, range(len(split)), split))
-        loss = torch.stack([part_loss for part_loss, _ in parts]).sum()
-        ranks.sum(loss)
-        if reducer is not None:
-            reducer.wait()
-            return loss
-        for parameter, *grads in zip(step.parameters, *(part for _, part in parts), strict=True):
-            # In the parameter's own memory format, which autograd.grad does not promise and the optimizer relies on.
-            parameter.grad = torch.zeros_like(parameter)
-            for gradient in grads:
-                parameter.grad.add_(gradient)
-        return loss
+        return loss, norm
 
     def check_finite(self, lag: int = 0) -> None:
         """Count skipped steps among all but the last ``lag``; raises NotFiniteError after too many in a row."""

@@ -178,7 +178,9 @@ def train(
     if world_size is not None and not dry_run:
         raise UserError("--world-size computes what N processes would need: give --dry-run, or start them by torchrun")
     if dry_run:
-        return _preflight(config, world_size)
+        from flows.cli.dry_run import preflight_training
+
+        return preflight_training(config, world_size)
     mode: Restart = "if_different" if restart_if_different else "never"
     if local or is_follower():
         return _train_here(config, local, restart, mode)
@@ -192,22 +194,6 @@ def train(
 
         training = train(config, request.restart)
     return CommandOutput(training, [f"{describe_training(training.result)}; MLflow run {training.run_id}"])
-
-
-def _preflight(config: "Params", world_size: int | None) -> CommandOutput:
-    from diffusion.data.manifest import read_manifest
-
-    read_manifest(config.dataset_folder)
-    from diffusion.training.train import estimate_ranks, preflight
-    from flows.cli.dry_run import prepare_inputs
-
-    with prepare_inputs(config, dry_run=True) as (config, store):
-        sections = config.dataset_folder, config.model, config.training, config.sampling
-        if world_size is not None:
-            costs = estimate_ranks(*sections, world_size, store)
-            return CommandOutput(costs, costs.lines())
-        estimate = preflight(*sections, store)
-    return CommandOutput(estimate, [f"{name:10} {text}" for name, text in estimate.lines()])
 
 
 def _train_here(config: "Params", local: bool, restart: bool, mode: "Restart") -> CommandOutput | None:

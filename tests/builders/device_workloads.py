@@ -125,7 +125,7 @@ def planned(folder: Path, device: DeviceName) -> dict[str, str]:
     """What a dry run measures; times are left out."""
     config = TrainingConfig.model_validate(TRAINING | {"dataset": "colours", "device": device, "images": 16})
     result = preflight(folder / "data" / "colours", UNET, config, sampling_config(**FEW, device=device))
-    return {"parameters": str(result.parameters), "images_at_once": str(result.images_at_once)}
+    return {"parameters": str(result.parameters), "flops": str(result.flops)}
 
 
 def samplers(folder: Path, device: DeviceName) -> dict[str, str]:

@@ -193,6 +193,10 @@ class PretrainedModel(DiffusionModel):
         """Encode ``prompt`` by the pipeline's text encoders."""
         return self.network.encode_prompt(prompt) if self.config.text else super().encode_prompt(prompt)
 
+    def encoding_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors of ``encode_prompt``."""
+        return self.pipeline.encoding_shapes(self.network) if self.config.text else super().encoding_shapes()
+
     def prompt_length(self, prompt: str) -> tuple[int, int, int]:
         """Count the tokens of ``prompt``, those of an empty one, and the most that the text encoder reads."""
         length, limit = self.network.prompt_length(prompt)

@@ -22,7 +22,8 @@ from diffusion.families.config import ModelConfig, VAEConfig
 from diffusion.process.samplers import sampling_config
 from diffusion.training.data import open_dataset
 from diffusion.training.logging import Validation, read_metrics
-from diffusion.training.preflight import activation_size, make_preflight, meta_network
+from diffusion.training.preflight import make_preflight
+from diffusion.training.step_memory import measure_step
 from diffusion.training.train import train
 from tests.builders.bucketed import bucketed_set
 from tests.builders.bucketed import config as ingest_config
@@ -137,6 +138,6 @@ def test_preflight_counts_the_memory_of_the_largest_shape(data: Path) -> None:
         trainer = make_trainer(data, MODEL, CONFIG, pool)
     setup, lines = trainer.setup, dict(make_preflight(trainer, None).lines())
     assert "3 shapes of about 16×16×3, 12x24, 16x16, 24x12" in lines["images"]
-    whole = activation_size(setup, meta_network(setup))
+    whole = measure_step(setup).step(1)
     setup.dataset.shapes = [(16, 16)]
-    assert whole > activation_size(setup, meta_network(setup))
+    assert whole > measure_step(setup).step(1)

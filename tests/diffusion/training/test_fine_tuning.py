@@ -422,8 +422,6 @@ def test_dry_run_estimates_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
     weights = sum(value.numel() for name, value in load_file(base).items() if name.startswith("ema."))
     assert about.parameters < weights / 10
-    assert about.state_bytes > 4 * weights
-    assert about.activation_bytes > 0
     assert about.flops > 0
 
 
@@ -502,4 +500,4 @@ def test_latents_of_several_shapes_are_cached_and_resumed(
     assert run(folder, tmp_path / "cut", base, flip=True).final.read_bytes() == whole.final.read_bytes()
     assert set(load_model(whole.final).header.trained_shapes) == {(24, 12), (16, 16), (12, 24)}
     config = TrainingConfig.model_validate(SHORT | {"init_from": str(base)})
-    assert preflight(folder, DiffusersConfig(), config, SAMPLING).activation_bytes > 0
+    assert preflight(folder, DiffusersConfig(), config, SAMPLING).flops > 0

@@ -12,8 +12,7 @@ from diffusion.families.config import ModelConfig
 from diffusion.families.ddpm.network import ResidualBlock, UNet
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
-from diffusion.training.rank_costs import RankCost
-from diffusion.training.train import estimate_ranks
+from diffusion.training.rank_costs import RankCost, estimate_ranks
 
 MODEL = ModelConfig(width=16, channel_mult=(1, 2), blocks=1, attention=(1,), patch=1)
 UNCERTAINTY = 128
