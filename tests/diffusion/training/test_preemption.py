@@ -262,8 +262,9 @@ def test_second_ctrl_c_leaves_a_hanging_training_without_writing(
     monkeypatch.setattr(Trainer, "train", hang)
     monkeypatch.setattr("diffusion.training.interruption.PATIENCE", 0.1)
     threading.Thread(target=strike).start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as interrupt:
         run(dataset, tmp_path / "run", LONG)
+    assert hung.is_set(), str(interrupt.getrepr())  # else what it interrupted
     assert not gone.is_set()
     before = sorted(tmp_path.rglob("*"))
     going.set()
