@@ -16,13 +16,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffusion.data.loader import Batch, Loader
 from diffusion.families.model import Model
 from diffusion.training.checkpointing import Checkpoints
 from diffusion.training.interruption import interruptible
 from diffusion.training.logging import Validation, read_metrics
 from diffusion.training.setup import COUNTS
-from diffusion.training.trainer import WINDOW, Trainer
+from diffusion.training.trainer import WINDOW
 from tests.builders import ROOT
 from tests.builders.small_datasets import random_images, write_dataset
 from tests.builders.training_runs import CONFIG, Stop, StopAt, run
@@ -227,51 +226,6 @@ def test_failure_after_a_signal_is_logged_as_the_cause(caplog: pytest.LogCapture
     assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [ValueError]
 
 
-@pytest.mark.timeout(60)
-def test_second_ctrl_c_leaves_a_hanging_training_without_writing(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hung, going, gone = threading.Event(), threading.Event(), threading.Event()
-    make, batch, train = Loader._make, Loader.batch, Trainer.train
-
-    def hanging(self: Loader, position: int) -> Batch:
-        if position == 160:
-            going.wait()
-        return make(self, position)
-
-    def awaited(self: Loader, position: int, end: int) -> Batch:
-        # Batches are made ahead: until this one is due, training goes on and could end.
-        if position == 160:
-            hung.set()
-        return batch(self, position, end)
-
-    def hang(*each: object) -> bool:
-        try:
-            return train(*each)
-        finally:
-            gone.set()
-
-    def strike() -> None:
-        hung.wait()
-        for _ in range(2):
-            time.sleep(0.3)
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Loader, "_make", hanging)
-    monkeypatch.setattr(Loader, "batch", awaited)
-    monkeypatch.setattr(Trainer, "train", hang)
-    monkeypatch.setattr("diffusion.training.interruption.PATIENCE", 0.1)
-    threading.Thread(target=strike).start()
-    with pytest.raises(KeyboardInterrupt) as interrupt:
-        run(dataset, tmp_path / "run", LONG)
-    assert hung.is_set(), str(interrupt.getrepr())  # else what it interrupted
-    assert not gone.is_set()
-    before = sorted(tmp_path.rglob("*"))
-    going.set()
-    gone.wait()  # without a limit of its own, so that the test's shows where all threads are
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 def test_training_outside_of_the_main_thread_leaves_signals_alone(dataset: Path, tmp_path: Path) -> None:
     results = []
     thread = threading.Thread(target=lambda: results.append(run(dataset, tmp_path / "run")))
@@ -296,6 +250,37 @@ if "validation" in sys.argv:
                 time.sleep(0.01)
         return evaluate(self, tensors, images, stop)
     Validation.evaluate = struck
+if "hanging" in sys.argv:
+    import threading
+    import diffusion.training.interruption as interruption
+    from diffusion.data.loader import Loader
+    from diffusion.training.trainer import Trainer
+    make, batch, train = Loader._make, Loader.batch, Trainer.train
+    going, gone, files = threading.Event(), threading.Event(), Path(sys.argv[2]).parent
+    def hanging(self, position):
+        if position == 160:
+            going.wait()
+        return make(self, position)
+    def awaited(self, position, end):
+        # Batches are made ahead: until this one is due, training goes on and could end.
+        if position == 160:
+            (files / "hung").touch()
+        return batch(self, position, end)
+    def left(*each):
+        try:
+            return train(*each)
+        finally:
+            gone.set()
+    Loader._make, Loader.batch, Trainer.train, interruption.PATIENCE = hanging, awaited, left, 0.1
+    try:
+        run(Path(sys.argv[1]), Path(sys.argv[2]), CONFIG.model_copy(update={{"images": 1280, "checkpoints": 2}}))
+    except KeyboardInterrupt:
+        assert not gone.is_set()
+        before = sorted(files.rglob("*"))
+        going.set()
+        gone.wait()
+        assert sorted(files.rglob("*")) == before
+        sys.exit(130)
 shared = {{"shard": True, "optimizer": "adamw"}} if "shard" in sys.argv else {{}}
 run(Path(sys.argv[1]), Path(sys.argv[2]), CONFIG.model_copy(update={{"images": 3200, "checkpoints": 4}} | shared))
 """
@@ -324,6 +309,19 @@ def after_the_first_checkpoint(process: "subprocess.Popen[bytes]", output: Path)
         assert process.poll() is None
         time.sleep(0.01)
     return time.monotonic()
+
+
+@pytest.mark.timeout(120)
+def test_second_ctrl_c_leaves_a_hanging_training_without_writing(dataset: Path, tmp_path: Path) -> None:
+    # In a process of its own, as a signal to the tests' may be for whatever else runs there.
+    process = start(dataset, tmp_path / "run", 1, 0, "hanging")
+    while not (tmp_path / "hung").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    for _ in range(2):
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+    assert process.wait() == 130, (tmp_path / "errors").read_text()
 
 
 def require_same_weights(output: Path, whole: Path) -> None:
