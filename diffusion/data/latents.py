@@ -1,7 +1,9 @@
 """Latents of a data set's images, encoded at the first training on them and cached until a takedown."""
 
+import math
 from collections.abc import Callable
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,8 @@ from diffusion.data.ingest.ingest import encodings_folder, forget_encodings
 from diffusion.data.manifest import read_manifest
 from diffusion.families.model import to_float
 
-AT_ONCE = 16
-"""Images encoded at once: fixed, since the last bits of each depend on the others."""
+AT_ONCE, PIXELS_AT_ONCE = 16, 2**18
+"""Images encoded at once, and their pixels: autoencoders of today take 3.5 KiB for a pixel."""
 VARIANTS = ("plain", "mirrored")
 
 
@@ -51,11 +53,17 @@ class LatentCache:
         for shard in np.unique(self._shards).tolist():
             shard_rows = rows[self._shards == shard]
             self._places[shard_rows] = np.arange(len(shard_rows))
-            path = folder / f"latents-{digest_of([digest, variants, dataset.keys(shard_rows)])[:32]}.safetensors"
+            at_once = images_at_once(dataset.shapes[int(dataset.shard_buckets[shard])])
+            key = [digest, variants, dataset.keys(shard_rows), *([at_once] if at_once < AT_ONCE else [])]
+            path = folder / f"latents-{digest_of(key)[:32]}.safetensors"
+            parts = [shard_rows[start : start + at_once] for start in range(0, len(shard_rows), at_once)]
             # Concurrent trainings wait for one another.
             with FileLock(folder.with_suffix(".lock")):
                 if not _is_whole(path):
-                    tensors = {name: self._encode(dataset, shard_rows, encode, name, pool) for name in variants}
+                    tensors = {
+                        name: torch.cat([*pool.map(partial(_encode, dataset, encode, name), parts)])
+                        for name in variants
+                    }
                     file_digest = save_tensors(path, tensors, {"latents": digest})
                     write_bytes(path.with_suffix(".sha256"), f"{file_digest}\n".encode())
                 self._files[shard] = safe_open(path, framework="pt")
@@ -65,18 +73,6 @@ class LatentCache:
             # Images may have been taken down meanwhile: see ``encode_texts``.
             forget_encodings(dataset.folder)
 
-    @staticmethod
-    def _encode(
-        dataset: Dataset, rows: Rows, encode: Callable[[Tensor], Tensor], variant: str, pool: Executor
-    ) -> Tensor:
-        def encode_part(part: np.ndarray) -> Tensor:
-            images = to_float(dataset.images(part))
-            with torch.inference_mode():
-                return encode(images.flip(-1) if variant == "mirrored" else images).float().cpu()
-
-        parts = [np.asarray(rows)[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE)]
-        return torch.cat(list(pool.map(encode_part, parts)))
-
     def select_rows(self, rows: Rows, mirrored: np.ndarray | None = None) -> Tensor:
         """Return the latents of the images in ``rows``, of their mirror images where ``mirrored``: (N, c, h, w)."""
         latents = []
@@ -85,6 +81,17 @@ class LatentCache:
             place = int(self._places[row])
             latents.append(self._files[int(self._shards[row])].get_slice(variant)[place : place + 1])
         return torch.cat(latents)
+
+
+def images_at_once(shape: tuple[int, int]) -> int:
+    """Choose how many images of ``shape`` (H, W) are encoded at once: the last bits of each depend on the others."""
+    return max(1, min(AT_ONCE, PIXELS_AT_ONCE // math.prod(shape)))
+
+
+def _encode(dataset: Dataset, encode: Callable[[Tensor], Tensor], variant: str, rows: Rows) -> Tensor:
+    images = to_float(dataset.images(rows))
+    with torch.inference_mode():
+        return encode(images.flip(-1) if variant == "mirrored" else images).float().cpu()
 
 
 def _is_whole(path: Path) -> bool:

@@ -1,6 +1,6 @@
 """The denoising objective of diffusion models, of images or of their latents."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -85,12 +85,14 @@ class DenoisingObjective(TrainingObjective):
         prior_losses = self.objective.loss(predict, x0, times, noise, center, teacher=teacher)
         return losses + self.config.prior.weight * prior_losses
 
-    def validation_metrics(self, network: nn.Module, batch: TrainingBatch, losses: Tensor) -> dict[str, float]:
+    def validation_metrics(
+        self, network: nn.Module, parts: Iterable[TrainingBatch], losses: Tensor
+    ) -> dict[str, float]:
         """Compute the mean loss at each of ``LEVELS`` parts of the distribution of noise levels."""
         if len(losses) < LEVELS:
             return {}
-        parts = losses.tensor_split(LEVELS)
-        return {f"held_out_loss_ema_level_{number}": part.mean().item() for number, part in enumerate(parts, start=1)}
+        levels = losses.tensor_split(LEVELS)
+        return {f"held_out_loss_ema_level_{number}": part.mean().item() for number, part in enumerate(levels, start=1)}
 
     def optimizer_steps(self, network: nn.Module) -> list[OptimizerStep]:
         """Train the network, together with the uncertainty of each noise level if configured."""

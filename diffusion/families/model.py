@@ -394,8 +394,10 @@ class TrainingObjective(ABC):
     def losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
         """Compute the loss of each image, (N,) float32."""
 
-    def validation_metrics(self, network: nn.Module, batch: TrainingBatch, losses: Tensor) -> dict[str, float]:
-        """Compute further metrics of the averaged weights on held-out images."""
+    def validation_metrics(
+        self, network: nn.Module, parts: Iterable[TrainingBatch], losses: Tensor
+    ) -> dict[str, float]:
+        """Compute further metrics of the averaged weights on held-out images, in ``parts``, with ``losses`` (N,)."""
         return {}
 
     def optimizer_steps(self, network: nn.Module) -> list[OptimizerStep]:

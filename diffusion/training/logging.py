@@ -221,16 +221,19 @@ class Validation:
 
     def _metrics(self, split: Split, batches: list[Batch], suffix: str, network: nn.Module) -> dict[str, float]:
         device, losses, measurements = self.setup.device, list[Tensor](), list[tuple[dict[str, float], int]]()
+        # As in training, so that what can be trained can be validated.
+        images_at_once = self.setup.config.micro_batch or self.setup.config.images_per_step
         with torch.inference_mode(), autocast(self.setup.config.precision, device):
             if next(network.parameters()).device != device:
                 network = copy.deepcopy(network).to(device)
             for batch in batches:
                 conditioning = self.setup.conditioning(batch)
                 inputs = self.objective.make_batch(self.setup.x0(batch), batch.indices, conditioning, split)
-                inputs = self.setup.with_masks(inputs, batch).to(device)
-                losses.append(self.objective.losses(network, inputs).cpu())
+                passes = self.setup.with_masks(inputs, batch).split(math.ceil(len(batch.rows) / images_at_once))
+                losses.append(torch.cat([self.objective.losses(network, each.to(device)).cpu() for each in passes]))
                 if (split, suffix) == ("held_out", "_ema"):
-                    batch_metrics = self.objective.validation_metrics(network, inputs, losses[-1])
+                    on_device = (each.to(device) for each in passes)
+                    batch_metrics = self.objective.validation_metrics(network, on_device, losses[-1])
                     measurements.append((batch_metrics, len(batch.rows)))
         metrics = {f"{split}_loss{suffix}": torch.cat(losses).mean().item()}
         for name in sorted({name for batch_metrics, _ in measurements for name in batch_metrics}):

@@ -19,7 +19,7 @@ from diffusion.common.escaping import pluralize
 from diffusion.common.fingerprint import resolve_precision
 from diffusion.data.caption_texts import list_texts
 from diffusion.data.dataset import Dataset
-from diffusion.data.latents import AT_ONCE
+from diffusion.data.latents import images_at_once
 from diffusion.data.shards import ShardStore
 from diffusion.families.adapters import AdapterConfig, LoRAConfig
 from diffusion.families.config import FamilyConfig, shape_conflict, training_conflict
@@ -121,8 +121,10 @@ def plan_memory(setup: TrainingSetup, memory: StepMemory, images: int, is_gpu: b
     if setup.base is not None:
         copies = memory.network if is_gpu else copies if config.adapter is None else memory.frozen
     held_out = min(VALIDATION_IMAGES, max(len(setup.dataset.rows(split)) for split in ("train", "held_out")))
-    validation = copies + min(threads, 4) * memory.validation(held_out)
-    encoding = memory.network + memory.encoding(AT_ONCE) if memory.encodings else 0
+    at_once = min(held_out, config.micro_batch or config.images_per_step)
+    validation = copies + min(threads, 4) * memory.validation(at_once)
+    largest = max(setup.dataset.shapes, key=math.prod)
+    encoding = memory.network + memory.encoding(images_at_once(largest)) if memory.encodings else 0
     peak = max(state + max(step + memory.checkpoint, muon + memory.checkpoint, validation), encoding)
     allowance = CUDA_CONTEXT + int(FRAGMENTATION * peak) if is_gpu else 0
     return MemoryPlan(

@@ -1,7 +1,7 @@
 """The family vae: variational autoencoders (arXiv 1312.6114), whose loss is the evidence lower bound."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,13 +105,18 @@ class EvidenceObjective(TrainingObjective):
         bits: Tensor = (misfit + self.config.kl_weight * divergence) / batch.x0[0].numel() / math.log(2)
         return bits
 
-    def validation_metrics(self, network: nn.Module, batch: TrainingBatch, losses: Tensor) -> dict[str, float]:
+    def validation_metrics(
+        self, network: nn.Module, parts: Iterable[TrainingBatch], losses: Tensor
+    ) -> dict[str, float]:
         """Compute the PSNR of reconstructions and the bits per value in the latents."""
         assert isinstance(network, VAE)
-        _, divergence, reconstruction = network(batch.x0, batch.random["noise"])
-        # 4 is the square of the range of values.
-        ratio = 4 / (batch.x0 - reconstruction.clamp(-1, 1)).square().mean((1, 2, 3))
+        psnr, bits = list[Tensor](), list[Tensor]()
+        for part in parts:
+            _, divergence, reconstruction = network(part.x0, part.random["noise"])
+            # 4 is the square of the range of values.
+            psnr.append(10 * (4 / (part.x0 - reconstruction.clamp(-1, 1)).square().mean((1, 2, 3))).log10())
+            bits.append(divergence / part.x0[0].numel() / math.log(2))
         return {
-            "held_out_psnr_ema": (10 * ratio.log10()).mean().item(),
-            "held_out_kl_ema": divergence.mean().item() / batch.x0[0].numel() / math.log(2),
+            "held_out_psnr_ema": torch.cat(psnr).mean().item(),
+            "held_out_kl_ema": torch.cat(bits).mean().item(),
         }

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from diffusion.checkpoints import (
     export,
@@ -30,11 +31,13 @@ from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.gate import GateConfig
 from diffusion.families.adapters import LoRAConfig
 from diffusion.families.ddpm.model import DDPMModel
+from diffusion.families.ddpm.network import UNet
 from diffusion.families.fine_tuning import merge_adapters
 from diffusion.generation.generate import sample
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import SINGLE_PROCESS
 from diffusion.training.ema import reconstruct_average
+from diffusion.training.logging import Validation
 from diffusion.training.memory_plan import MemoryPlan, plan_here
 from diffusion.training.preflight import make_preflight
 from diffusion.training.setup import make_setup
@@ -247,6 +250,27 @@ def test_micro_batches_add_up_to_the_batch(dataset: Path) -> None:
         assert not all(map(torch.equal, gradients[size], gradients[None]))
         for mine, whole in zip(gradients[size], gradients[None], strict=True):
             assert (mine - whole).abs().quantile(0.9) < 1e-4
+
+
+def test_held_out_images_pass_no_more_at_once_than_in_training(dataset: Path) -> None:
+    losses, sizes = {}, set[int]()
+    for size in (None, 3):
+        config = TrainingConfig(images=64, batch_size=16, cpu_threads=1, precision="fp32", micro_batch=size)
+        with worker_threads(1) as pool:
+            trainer = make_trainer(dataset, MODEL, config, pool, 64)
+            validation = Validation(trainer.setup, trainer.objective, pool)
+            tensors = trainer.checkpoint_tensors(trainer.checkpoint_header())
+            hook = register_module_forward_pre_hook(
+                lambda module, inputs: sizes.add(len(inputs[0])) if isinstance(module, UNet) else None
+            )
+            sizes.clear()
+            try:
+                losses[size] = validation.evaluate(tensors, 0)[1]
+            finally:
+                hook.remove()
+        assert (size or 4) <= max(sizes) <= (size or 16)
+    assert losses[3] == pytest.approx(losses[None], rel=1e-4)
+    assert losses[3].keys() == losses[None].keys()
 
 
 def test_memory_falls_with_micro_batches_checkpointing_and_frozen_weights(dataset: Path, base: Path) -> None:

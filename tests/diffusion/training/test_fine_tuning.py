@@ -277,6 +277,22 @@ def test_dropped_and_missing_captions_are_the_empty_prompt(
             assert (sum(untold) > sum(missing)) == (dropout > 0)
 
 
+def test_fewer_images_are_encoded_at_once_the_larger_they_are(tmp_path: Path) -> None:
+    counts = {}
+    for size in (64, 256, 512):
+        write_dataset(tmp_path / f"{size}", random_images(18, size=size), 40)
+        calls = list[int]()
+
+        def encode(images: torch.Tensor, calls: list[int] = calls) -> torch.Tensor:
+            calls.append(len(images))
+            return images[..., ::16, ::16]
+
+        with ThreadPoolExecutor(1) as pool:
+            LatentCache(Dataset.open(tmp_path / f"{size}"), "digest", encode, False, pool)
+        counts[size] = calls
+    assert counts == {64: [16, 2], 256: [4, 4, 4, 4, 2], 512: [1] * 18}
+
+
 def test_latents_are_of_each_image_and_its_mirror_image(
     make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
