@@ -1,6 +1,7 @@
 """Images and small data sets that many tests start from."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +24,12 @@ settings.load_profile("darkroom")
 def _one_thread() -> None:
     """Networks this small gain nothing from a second thread, and lose much to waiting for it on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line in this process would send signals again for all later tests."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
 
 
 @pytest.fixture

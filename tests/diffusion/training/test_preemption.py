@@ -313,7 +313,7 @@ def after_the_first_checkpoint(process: "subprocess.Popen[bytes]", output: Path)
 
 @pytest.mark.timeout(120)
 def test_second_ctrl_c_leaves_a_hanging_training_without_writing(dataset: Path, tmp_path: Path) -> None:
-    # In a process of its own, as a signal to the tests' may be for whatever else runs there.
+    # In a process of its own, whose main thread may be left behind.
     process = start(dataset, tmp_path / "run", 1, 0, "hanging")
     while not (tmp_path / "hung").exists():
         assert process.poll() is None
