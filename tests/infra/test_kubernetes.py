@@ -28,7 +28,7 @@ from tests.builders.installation import INFRA, new_environment
 
 KUBERNETES = INFRA / "kubernetes"
 POOLS = ("cpu", "gpu")
-COMPONENTS = ("ray", "training", "internet")
+COMPONENTS = ("ray", "training", "kueue", "internet")
 OVERLAYS = ("dev", "prod", "prod with components")
 Object = dict[str, Any]
 
@@ -323,6 +323,12 @@ def test_torchrun_and_darkroom_take_the_job_set_command() -> None:
         name, train, rest = command.resolve_command(context, [*context._protected_args, *context.args])
     assert name == "train"
     assert train.make_context("train", rest, parent=context).params["settings"] == ["training.device=cuda"]
+
+
+def test_training_waits_in_a_queue_of_kueue() -> None:
+    training = named("prod with components", "JobSet", "train")
+    assert training["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "darkroom"
+    assert training["spec"]["suspend"] is True
 
 
 def test_ray_reads_the_cluster_with_its_resources() -> None:
