@@ -49,6 +49,7 @@ rules = {
     "numbers of the CPU in a matrix product": refuses(lambda: there @ matrix.T),
     "a CPU tensor as a target": refuses(lambda: matrix.add_(there)),
     "CPU tensors indexed by the device's": refuses(lambda: matrix[torch.tensor([1], device=device)]),
+    "a pinned copy of repeated elements": refuses(matrix[:, :1].expand(2, 3).pin_memory),
     "NumPy": refuses(there.numpy),
     "the CPU's generator": refuses(lambda: torch.randn(2, device=device, generator=torch.Generator())),
     "no CPU scalar": not refuses(lambda: there * matrix[1, 1] + 1),
