@@ -67,16 +67,16 @@ class Part(NamedTuple):
 
 
 PARTS: Mapping[str, Part] = {
-    "products": Part(matrix_products, 10),
-    "resume": Part(resume, 120),
-    "sampling": Part(sampling, 60),
-    "evaluation": Part(evaluation, 40),
-    "adapters": Part(adapters, 70),
-    "unet-small": Part(unet_part(0), 90),
-    "unet-large": Part(unet_part(1), 90),
-    "transformer": Part(transformer, 90),
-    "sdxl": Part(sdxl, 150),
-    "diffusers": Part(beside_diffusers, 100),
+    "products": Part(matrix_products, 8),
+    "resume": Part(resume, 90),
+    "sampling": Part(sampling, 30),
+    "evaluation": Part(evaluation, 30),
+    "adapters": Part(adapters, 50),
+    "unet-small": Part(unet_part(0), 70),
+    "unet-large": Part(unet_part(1), 70),
+    "transformer": Part(transformer, 70),
+    "sdxl": Part(sdxl, 120),
+    "diffusers": Part(beside_diffusers, 80),
 }
 
 
