@@ -52,7 +52,7 @@ class Sizes:
     pipelines: Sequence[str]
     """Kinds of tiny pipelines that are adapted."""
     sdxl: int
-    """Height and width of images of Stable Diffusion XL, with the published network where they are 1024."""
+    """Height and width of images of Stable Diffusion XL; below 1024 its network is small, too."""
 
 
 UNET = ModelConfig(

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -27,6 +26,23 @@ WARM_UP = 3
 """Steps before a rate is measured: the first compiles, the next two record CUDA graphs."""
 TOLERANCE = 0.05
 """Relative difference up to which first losses in bf16, or compiled, are those of fp32."""
+SMALL_CLIP = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SMALL_SDXL: Mapping[str, dict[str, Any]] = {
+    "unet": {
+        "sample_size": 8,
+        "block_out_channels": [8, 16, 16],
+        "transformer_layers_per_block": [1, 1, 1],
+        "attention_head_dim": [2, 2, 2],
+        "cross_attention_dim": 16 + 32,
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 32,
+        "norm_num_groups": 4,
+    },
+    "vae": {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4},
+    "text_encoder": SMALL_CLIP | {"hidden_size": 16, "projection_dim": 16},
+    "text_encoder_2": SMALL_CLIP | {"hidden_size": 32, "projection_dim": 32},
+}
+"""Fields of the components of Stable Diffusion XL that are others in the rehearsal."""
 WORKSPACES = 64 * 2**20
 """Bytes of cuBLAS's workspaces, which torch's allocator counts and the plan of a step does not."""
 
@@ -130,7 +146,9 @@ def unet_part(number: int) -> Callable[[Bench], Iterator[Measurement]]:
 
     def part(bench: Bench) -> Iterator[Measurement]:
         size, model = [*bench.sizes.unets.items()][number]
-        for name, work in training(bench, bench.dataset(size), model, batch_size=bench.sizes.batches[size]):
+        # At higher rates losses of other precisions soon go ways of their own.
+        fields = {"batch_size": bench.sizes.batches[size], "learning_rate": 1e-4}
+        for name, work in training(bench, bench.dataset(size), model, **fields):
             yield f"U-Net, {size} px, {name}", work
 
     return part
@@ -173,7 +191,7 @@ def write_dit(sizes: Sizes, folder: Path) -> None:
 
 def sdxl(bench: Bench) -> Iterator[Measurement]:
     """Adapt a base of Stable Diffusion XL's size, with checkpointing, an image at a time."""
-    size, held = bench.sizes.sdxl, ExitStack()
+    size = bench.sizes.sdxl
     name = f"LoRA 16 on Stable Diffusion XL, {size} px"
     fields: dict[str, Any] = {"adapter": {"rank": 16, "alpha": 16}, "weighting": "plain", "batch_size": 1}
     fields |= {"timestep_sampling": "scheduler", "gradient_checkpointing": True, "precision": "bf16", "cpu_threads": 1}
@@ -191,9 +209,8 @@ def sdxl(bench: Bench) -> Iterator[Measurement]:
     start = time.perf_counter()
     base = bench.imported("sdxl", partial(write_sdxl, bench))
     written, start = time.perf_counter() - start, time.perf_counter()
-    with held:
-        options = {"init_from": str(base), "learning_rate": 1e-4} | fields
-        trainer = held.enter_context(bench.trainer(bench.dataset(size, 4), DiffusersConfig(), **options))
+    options = {"init_from": str(base), "learning_rate": 1e-4} | fields
+    with bench.trainer(bench.dataset(size, 4), DiffusersConfig(), **options) as trainer:
         words = f"{written:.0f} s to write and import it, {time.perf_counter() - start:.0f} s to load and encode images"
         yield f"{name}, set up", lambda: (words, None)
         yield name, partial(steps, trainer)
@@ -205,26 +222,22 @@ def write_sdxl(bench: Bench, folder: Path) -> None:
     import diffusers
     import transformers
 
-    from tests.builders.flow_pipelines import stable_diffusion_xl
     from tests.builders.pipelines import clip_tokenizer, write_pipeline
     from tests.builders.published_configs import PUBLISHED
 
-    if bench.sizes.sdxl < 1024:
-        stable_diffusion_xl(folder)
-        return
-    published = PUBLISHED["StableDiffusionXLPipeline"]
     tokenizer = clip_tokenizer(folder.with_name("tokenizer"))
     tokenizer.model_max_length = 77
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     parts: dict[str, Any] = {}
     with bench.place:
-        for name in ("unet", "vae"):
-            kind, config = published[name]
-            parts[name] = getattr(diffusers, kind).from_config(config)
-        for name in ("text_encoder", "text_encoder_2"):
-            kind, config = published[name]
-            text_config = transformers.CLIPTextConfig(**config, **ends, pad_token_id=ends["eos_token_id"])
-            parts[name] = getattr(transformers, kind)(text_config)
+        for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+            kind, config = PUBLISHED["StableDiffusionXLPipeline"][name]
+            config = config | (SMALL_SDXL[name] if bench.sizes.sdxl < 1024 else {})
+            if hasattr(diffusers, kind):
+                parts[name] = getattr(diffusers, kind).from_config(config)
+            else:
+                text_config = transformers.CLIPTextConfig(**config | ends, pad_token_id=tokenizer.eos_token_id)
+                parts[name] = getattr(transformers, kind)(text_config)
     options = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
     scheduler = diffusers.EulerDiscreteScheduler(**options)
     pipeline = diffusers.StableDiffusionXLPipeline(

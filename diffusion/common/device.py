@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,15 +146,16 @@ def _processor() -> str:
 @contextmanager
 def _deterministic() -> Iterator[None]:
     precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-    fills = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    fills = settings.fill_uninitialized_memory
     torch.set_float32_matmul_precision("high")
     torch.use_deterministic_algorithms(True)
     # It would launch a kernel for each new tensor.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    settings.fill_uninitialized_memory = False
     # Kernels selected by benchmarking differ from run to run.
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
         yield
-    torch.utils.deterministic.fill_uninitialized_memory = fills
+    settings.fill_uninitialized_memory = fills
     torch.use_deterministic_algorithms(deterministic)
     torch.set_float32_matmul_precision(precision)
 
