@@ -151,7 +151,7 @@ def describe_machine(device: torch.device) -> dict[str, str]:
     facts["memory"] = f"{properties.total_memory / 2**30:.1f} GiB"
     facts["compute capability"] = f"{properties.major}.{properties.minor}"
     facts["CUDA"] = str(torch.version.cuda)
-    facts["cuDNN"] = str(torch.backends.cudnn.version())
+    facts["cuDNN"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
     with suppress(OSError, subprocess.CalledProcessError):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         facts["driver"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]

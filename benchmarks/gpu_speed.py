@@ -63,7 +63,7 @@ def steps_of(bench: Bench, trainer: Trainer) -> Callable[[], Tensor]:
 
     def step() -> Tensor:
         if graphs:
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         return trainer.train_step(trainer.config.learning_rate)[0]
 
     return step
@@ -293,7 +293,7 @@ def beside_diffusers(bench: Bench) -> Iterator[Measurement]:
         return words, images / known[precision] if precision in known else None
 
     for precision in ("fp32", "bf16"):
-        yield f"diffusers' script, {size} px, {precision}", partial(script, precision)  # type: ignore[arg-type]
+        yield f"diffusers' script, {size} px, {precision}", partial(script, precision)
     for name, (precision, options) in variants(bench).items():
         yield f"Darkroom, the same network, {name}", partial(darkroom, precision, options)
 
