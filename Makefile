@@ -1,6 +1,6 @@
 # `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help install demo images test test-slow test-long chaos drill-upgrade drill-ceph check docs screenshots reference audit lock format clean
+.PHONY: help install demo images test test-slow test-long gpu chaos drill-upgrade drill-ceph check docs screenshots reference audit lock format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -62,6 +62,11 @@ test-slow: $(READY)  ## Run tests of servers, kills and browser (half an hour); 
 
 test-long: $(READY)  ## Run the slow tests that take longest, and the longest drills
 	$(BIN)/pytest --numprocesses $(or $(WORKERS),3) --dist loadfile -m long --ignore tests/chaos
+
+# make gpu DEVICE=cpu               a rehearsal at reduced size
+# make gpu PARTS="resume sampling"  some of it
+gpu: $(READY)  ## Measure what only a GPU shows, in ten minutes: speed, equal bits, memory; writes benchmarks/gpu.md
+	$(BIN)/python benchmarks/gpu.py --device $(or $(DEVICE),cuda) $(if $(PARTS),--parts $(PARTS))
 
 # .chaos/ records which drills passed on this code, and they are not run again. `make chaos RESTART=1` discards the record.
 chaos: $(READY)  ## Run all failure drills, with KILLS=20 kills each (two hours); resumes

@@ -34,13 +34,13 @@ Generate = Callable[[int], Tensor]
 """So many images in [0, 1], generated with the average of the weights."""
 
 
-def diffusers(channels: int, size: int) -> tuple[nn.Module, Step, Generate]:
-    """``examples/unconditional_image_generation/train_unconditional.py`` with 1.6 million parameters."""
+def diffusers(channels: int, size: int, network: nn.Module | None = None) -> tuple[nn.Module, Step, Generate]:
+    """``examples/unconditional_image_generation/train_unconditional.py``, by default with 1.6 million parameters."""
     from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
     from diffusers.training_utils import EMAModel
 
     rate, warmup = 1e-3, 500
-    network = UNet2DModel(
+    network = network or UNet2DModel(
         sample_size=size,
         in_channels=channels,
         out_channels=channels,

@@ -1,20 +1,26 @@
 """All that depends on the kind of compute device, CPU or GPU: its choice, copies, memory, bit-for-bit results."""
 
+import logging
 import os
 import platform
 import re
+import shutil
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton
 
 from diffusion.common.config import DeviceName
 from diffusion.common.errors import UserError
 from diffusion.common.threads import SharedSettings
 
+logger = logging.getLogger(__name__)
 CPU = torch.device("cpu")
 CPU_INFO = Path("/proc/cpuinfo")
 ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
@@ -89,8 +95,20 @@ def collective_backends() -> str:
 
 
 def compiles_by_default(device: torch.device) -> bool:
-    """Whether a compiled network is worth the time that compilation takes: on GPUs with CUDA."""
-    return device.type == "cuda"
+    """Whether a compiled network is worth the time that compilation takes: on GPUs with CUDA that Triton supports.
+
+    Triton compiles a launcher in C for each kernel; where it cannot, a warning says what is missing.
+    """
+    if device.type != "cuda":
+        return False
+    missing = [] if has_triton() else ["Triton"]
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        missing.append("a C compiler")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        missing.append("the headers of Python (python3-dev)")
+    if missing:
+        logger.warning("the network is not compiled, which takes longer: install %s", " and ".join(missing))
+    return not missing
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -128,11 +146,16 @@ def _processor() -> str:
 @contextmanager
 def _deterministic() -> Iterator[None]:
     precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    settings: Any = torch.utils.deterministic
+    fills = settings.fill_uninitialized_memory
     torch.set_float32_matmul_precision("high")
     torch.use_deterministic_algorithms(True)
+    # It would launch a kernel for each new tensor.
+    settings.fill_uninitialized_memory = False
     # Kernels selected by benchmarking differ from run to run.
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=True):
         yield
+    settings.fill_uninitialized_memory = fills
     torch.use_deterministic_algorithms(deterministic)
     torch.set_float32_matmul_precision(precision)
 
@@ -146,7 +169,7 @@ def compute_deterministically(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    # cuBLAS reads this variable on first use.
+    # Read at the first product of matrices on CUDA in a process, which is too late if it was made before.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with _DETERMINISTIC:
         yield

@@ -24,6 +24,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from diffusion.checkpoints import CONTENT_SHA256, content_digest, save_tensors
+from diffusion.common.device import CPU
 from diffusion.common.files import canonical_json, make_folder, sha256_file, sync_folder, write_bytes
 from diffusion.common.model_files import METADATA_KEY, read_header, tensor_bytes
 from diffusion.training.distributed import Ranks, full_tensor, is_sharded
@@ -211,7 +212,8 @@ class CheckpointWriter:
         self.wait()
         copies = tensors
         if not isinstance(tensors, WrittenTensors):
-            copies = {name: value.clone() for name, value in tensors.items()}
+            # Of a GPU's memory, which is scarcer than the seconds that this takes, a checkpoint gets none.
+            copies = {name: value.to(CPU, copy=True) for name, value in tensors.items()}
 
         def write() -> None:
             self.checkpoints.save(copies, header)

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -121,9 +122,12 @@ def encode_latents(
         return partial(_zero_latents, dataset, model.with_size((height, width)).noise_shape)
     device = resolve_device(config.device)
     on_device = model.to(device)
+    # Threads that read images would each have activations in a GPU's memory, which is in parallel by itself.
+    turn = nullcontext() if device.type == "cpu" else Lock()
 
     def encode(images: Tensor) -> Tensor:
-        return on_device.encode(images.to(device))
+        with turn:
+            return on_device.encode(images.to(device))
 
     key = digest_of([digest, device_name(device), torch.__version__])
     return LatentCache(dataset, key, encode, config.flip, readers, progress).select_rows

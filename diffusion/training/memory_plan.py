@@ -48,7 +48,6 @@ ROWS = {
     "optimizer": "optimizer",
     "averages": "averages",
     "activations": "activations of an image",
-    "written": "checkpoint as it is written",
     "validation": "held-out losses",
     "encoding": "encoding before training",
     "allowance": "CUDA",
@@ -81,7 +80,7 @@ class MemoryPlan(Config):
     muon: int
     """Temporary tensors of Muon, a part of ``step``; 0: the optimizer is AdamW."""
     written: int
-    """Copy of a checkpoint, which is written during the next steps."""
+    """Copy of a checkpoint, which is written during the next steps; 0 on a GPU, whose copy is in the CPU's memory."""
     validation: int
     """Copies of networks and peak of the losses of held-out images, before a checkpoint is written."""
     encoding: int
@@ -96,10 +95,8 @@ class MemoryPlan(Config):
         """Describe the plan in a line."""
         peak, step, copy = (naturalsize(size, binary=True) for size in (self.peak, self.step, self.written))
         muon = f", with {naturalsize(self.muon, binary=True)} for Muon" if self.muon else ""
-        return (
-            f"{peak} at most: {step} for a step with {pluralize(self.images_at_once, 'image')} at once{muon}, {copy} "
-            "for the copy of a checkpoint while it is written"
-        )
+        copied = f", {copy} for the copy of a checkpoint while it is written" if self.written else ""
+        return f"{peak} at most: {step} for a step with {pluralize(self.images_at_once, 'image')} at once{muon}{copied}"
 
 
 def plan_memory(setup: TrainingSetup, memory: StepMemory, images: int, is_gpu: bool) -> MemoryPlan:
@@ -125,7 +122,8 @@ def plan_memory(setup: TrainingSetup, memory: StepMemory, images: int, is_gpu: b
     validation = copies + min(threads, 4) * memory.validation(at_once)
     largest = max(setup.dataset.shapes, key=math.prod)
     encoding = memory.network + memory.encoding(images_at_once(largest)) if memory.encodings else 0
-    peak = max(state + max(step + memory.checkpoint, muon + memory.checkpoint, validation), encoding)
+    written = 0 if is_gpu else memory.checkpoint
+    peak = max(state + max(step + written, muon + written, validation), encoding)
     allowance = CUDA_CONTEXT + int(FRAGMENTATION * peak) if is_gpu else 0
     return MemoryPlan(
         weights=memory.trained + memory.frozen + (0 if is_gpu else memory.initial),
@@ -138,7 +136,7 @@ def plan_memory(setup: TrainingSetup, memory: StepMemory, images: int, is_gpu: b
         images_at_once=threads * images,
         step=max(step, muon),
         muon=muon,
-        written=memory.checkpoint,
+        written=written,
         validation=validation,
         encoding=encoding,
         allowance=allowance,

@@ -379,6 +379,7 @@ def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Te
 
 
 def _pin_memory(tensor: Tensor, device: Any = None) -> Tensor:
-    pinned = tensor.clone()
+    # Of the same strides, so that one that repeats elements fails, as on CUDA.
+    pinned = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)
     pinned.in_pinned_memory = True  # type: ignore[attr-defined]
     return pinned

@@ -49,6 +49,7 @@ rules = {
     "numbers of the CPU in a matrix product": refuses(lambda: there @ matrix.T),
     "a CPU tensor as a target": refuses(lambda: matrix.add_(there)),
     "CPU tensors indexed by the device's": refuses(lambda: matrix[torch.tensor([1], device=device)]),
+    "a pinned copy of repeated elements": refuses(matrix[:, :1].expand(2, 3).pin_memory),
     "NumPy": refuses(there.numpy),
     "the CPU's generator": refuses(lambda: torch.randn(2, device=device, generator=torch.Generator())),
     "no CPU scalar": not refuses(lambda: there * matrix[1, 1] + 1),
@@ -83,6 +84,39 @@ silent = {
 print(json.dumps({"refused": rules, "waits": counts, "silent": silent}))
 """
 
+ENCODE = """
+import sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import json, torch
+from tests.builders.simulated_device import register
+register()
+from diffusion.common.progress import ignore_progress
+from diffusion.data.dataset import Dataset
+from diffusion.training.config import TrainingConfig
+from diffusion.training.data import encode_latents
+from tests.builders.small_datasets import random_images, write_dataset
+
+class Autoencoder:
+    inside = most = 0
+    def to(self, device):
+        return self
+    def encode(self, images):
+        assert images.device.type == "simulated"
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        time.sleep(0.1)
+        self.inside -= 1
+        return images * 2
+
+model, folder = Autoencoder(), Path(sys.argv[1]) / "data"
+write_dataset(folder, random_images(48, 3, 8), 48)
+dataset, config = Dataset.open(folder), TrainingConfig(images=8)
+with ThreadPoolExecutor(3) as readers:
+    select = encode_latents(model, "0" * 64, dataset, config, readers, ignore_progress)
+print(json.dumps([model.most, list(select(dataset.rows("train")[:2]).shape)]))
+"""
+
 
 def run(*arguments: str) -> Any:
     """The JSON that a process of its own prints."""
@@ -106,6 +140,11 @@ def test_the_device_has_the_rules_of_cuda() -> None:
     assert all(answer["refused"].values()), answer["refused"]
     assert set(answer["waits"].values()) == {1}, answer["waits"]
     assert set(answer["silent"].values()) == {0}, answer["silent"]
+
+
+@pytest.mark.slow
+def test_threads_take_turns_to_encode_latents(tmp_path: Path) -> None:
+    assert run("-c", ENCODE, str(tmp_path)) == [1, [2, 3, 8, 8]]
 
 
 @pytest.mark.slow

@@ -47,6 +47,7 @@ EXPLAINED = {
     "diffusion/process/objective.py: around.to(x0)": "the objective of the family has moved it, and it keeps the type",
     "diffusion/training/trainer.py: torch.ones(": "a CPU tensor without dimensions is an argument of the kernel",
     "diffusion/training/trainer.py: torch.zeros(": SHARDED,
+    "diffusion/training/checkpointing.py: value.to(": "which step the thread that writes would see depends on time",
     "diffusion/training/checkpointing.py: part.detach().cpu()": SHARDED,
     "diffusion/training/distributed.py: tensor.to(like.device)": SHARDED,
 }

@@ -107,7 +107,7 @@ def build(component: Component) -> Any:
         if hasattr(diffusers, component.kind):
             return getattr(diffusers, component.kind).from_config(dict(component.config))
         kind = getattr(transformers, component.kind)
-        config = kind.config_class.from_dict(dict(component.config))
+        config = kind.config_class.from_dict(_without_types(component.config))
         config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
         return kind(config)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -115,6 +115,15 @@ def build(component: Component) -> Any:
         raise UserError(
             f"no {component.kind} can be built from its configuration ({words}): is it of another version of diffusers?"
         ) from error
+
+
+def _without_types(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave the number formats of weights out, by which some networks would be built in parts."""
+    return {
+        name: _without_types(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in ("dtype", "torch_dtype")
+    }
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,18 @@ def test_negative_prompts_are_those_of_diffusers(
 
 
 @pytest.mark.parametrize("kind", FLOW_MAKERS)
+def test_pipelines_in_half_precision_are_computed_with_in_float32(make: Make, tmp_path: Path, kind: str) -> None:
+    folder, whole = make(kind)
+    pipeline = getattr(diffusers, NAMES[kind]).from_pretrained(folder, dtype=torch.bfloat16)
+    pipeline.save_pretrained(tmp_path / "half")
+    import_pipeline(tmp_path / "half", tmp_path / "model.safetensors", Origin(source="tiny", licence="mit"))
+    half = load_model(tmp_path / "model.safetensors")
+    assert {weight.dtype for weight in half.network.parameters()} == {torch.float32}
+    for name, value in half.encode_prompt("a red circle").items():
+        torch.testing.assert_close(value, whole.encode_prompt("a red circle")[name], rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", FLOW_MAKERS)
 @pytest.mark.parametrize("sampler", ["scheduler", "dpmpp_2m_sde"])
 def test_the_bits_of_an_image_depend_on_no_other(make: Make, kind: str, sampler: str) -> None:
     model = make(kind)[1].with_size((16, 32))

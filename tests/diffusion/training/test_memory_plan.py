@@ -102,6 +102,15 @@ def test_half_precision_halves_most_activations(dataset: Path) -> None:
     assert (half.weights, half.optimizer) == (full.weights, full.optimizer)
 
 
+@pytest.mark.slow
+def test_gpu_holds_no_copy_of_a_checkpoint(dataset: Path) -> None:
+    memory = plans(dataset)
+    assert memory.here.written == memory.here.weights + memory.here.optimizer + memory.here.averages
+    for gpu in memory.gpus:
+        assert gpu.image.written == 0
+        assert "copy of a checkpoint" not in gpu.image.summary
+
+
 @pytest.mark.parametrize("start", ["missing.safetensors", "models:/faces/1"])
 def test_a_start_that_is_not_there_is_an_error(dataset: Path, tmp_path: Path, start: str) -> None:
     with pytest.raises(UserError):
