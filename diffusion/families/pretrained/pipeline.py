@@ -46,13 +46,28 @@ SCHEDULERS = (
     "UniPCMultistepScheduler",
 )
 CLIP_TOKENIZERS, T5_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast"), ("T5Tokenizer", "T5TokenizerFast")
+CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""Layers of the attention of CLIP's text encoder."""
 QWEN_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 WITHOUT_WEIGHTS = (*SCHEDULERS, *CLIP_TOKENIZERS, *T5_TOKENIZERS, *QWEN_TOKENIZERS)
 """Classes of components that are no networks."""
 DEFAULT_STEPS = 50
 """Steps for which times of training are shifted, where the shift depends on them: those of most pipelines."""
+TRIAL_STEPS = 8
+"""Steps that a scheduler has to take when its pipeline is imported."""
 MAX_INTEGER, MAX_LIST, MAX_STRING = 2**18, 2**14, 4096
 """Limits of a component's configuration; files that exceed them are rejected before a network is built."""
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What libraries raise for values of configurations that they do not check."""
 LIMITS = {"sample_size": MAX_SIZE, "pos_embed_max_size": MAX_SIZE, "depth": MAX_BLOCKS * 4, "rope_theta": 2**40}
 """Other limits: lower ones of sizes of whose squares tables are made, and that of a base of rotary embeddings."""
 
@@ -110,7 +125,7 @@ def build(component: Component) -> Any:
         config = kind.config_class.from_dict(dict(component.config))
         config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
         return kind(config)
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except FAILURES as error:
         words = str(error).partition("\n")[0]
         raise UserError(
             f"no {component.kind} can be built from its configuration ({words}): is it of another version of diffusers?"
@@ -159,7 +174,7 @@ class Pipeline:
     adapter_targets: ClassVar[Collection[str]] = ("to_q", "to_k", "to_v", "to_out.0")
     """Layers of the denoiser that low-rank matrices adapt by default: its attention."""
     text_adapter_targets: ClassVar[Collection[str]] = ()
-    """Layers of the text encoder that they can adapt; empty: only the denoiser can be adapted."""
+    """Layers of the text encoders that they can adapt; empty: only the denoiser can be adapted."""
     loads_adapters: ClassVar[bool] = False
     """Whether diffusers' pipeline has ``load_lora_weights``."""
 
@@ -176,6 +191,11 @@ class Pipeline:
     def embeds_guidance(self) -> bool:
         """Whether the denoiser is shown the scale of guidance, so that one evaluation is guided (arXiv 2210.03142)."""
         return False
+
+    @property
+    def idle_layers(self) -> Collection[str]:
+        """Layers of components without effect on what is predicted, which are not trained."""
+        return ()
 
     @property
     def denoiser(self) -> Component:
@@ -324,6 +344,11 @@ class Pipeline:
         """Write ``prompt`` as the text encoders are to read it, such as a message to a language model."""
         return prompt
 
+    def tokenize(self, network: PipelineNetwork, prompt: str | None) -> Encoding:
+        """Tokenize ``prompt``, or None for none, for text encoders that are trained: ``tokens``, (L,), of each."""
+        names = sorted(name for name in self.components if name.startswith("tokenizer"))
+        return {name.replace("tokenizer", "tokens"): network.tokens(name, prompt or "")[0][0] for name in names}
+
     def encode_prompt(self, network: PipelineNetwork, prompt: str | None) -> Encoding:
         """Encode ``prompt``, or None for none, as all that the denoiser is shown of it, from all text encoders."""
         raise NotImplementedError(f"{type(self).__name__} is not conditioned on captions")
@@ -374,8 +399,38 @@ class Pipeline:
         scheduler = build(component)
         settings = {name: value for name, value in self.scheduler_settings.items() if name in scheduler.config}
         scheduler.register_to_config(**settings)
-        scheduler.set_timesteps(**self.timesteps(scheduler, steps, shape), device=device)
+        try:
+            scheduler.set_timesteps(**self.timesteps(scheduler, steps, shape), device=device)
+        except FAILURES as error:
+            raise UserError(
+                f"the {component.kind} has no {steps} noise levels by its configuration ({str(error).partition(chr(10))[0]}): "
+                "import a pipeline with another scheduler, or choose another sampling.steps"
+            ) from error
         return scheduler
+
+    def check_scheduler(self) -> None:
+        """Raise UserError unless the scheduler goes from noise to images by finite numbers, small images and large."""
+        import torch
+
+        channels, height, width = self.noise_shape
+        least = self.fold // self.factor
+        try:
+            steps = min(TRIAL_STEPS, self.scheduler.config.get("num_train_timesteps", TRIAL_STEPS))
+            for shape in ((channels, least, least), (channels, height, width)):
+                scheduler, x = self.make_scheduler(steps, shape, torch.device("cpu")), torch.ones(1, channels, 1, 1)
+                # The states of random numbers stay as they are.
+                with torch.random.fork_rng(devices=[]):
+                    for time in scheduler.timesteps:
+                        model_input = scheduler.scale_model_input(x, time) if hasattr(scheduler, "scale_model_input") else x
+                        x = scheduler.step(model_input / 2, time, x, return_dict=False)[0]
+                numbers = [*self.training_times(shape).values(), x.sum()]
+                if not all(math.isfinite(number) for number in numbers if not isinstance(number, str)):
+                    raise ValueError("numbers are not finite")
+        except FAILURES as error:
+            raise UserError(
+                f"its {self.scheduler.kind} cannot generate by its configuration "
+                f"({str(error).partition(chr(10))[0]}): import a pipeline with another scheduler"
+            ) from error
 
     def timesteps(self, scheduler: Any, steps: int, shape: tuple[int, int, int]) -> dict[str, Any]:
         """Choose the arguments of ``set_timesteps`` for ``steps`` and noise of ``shape`` (C, H, W)."""

@@ -22,6 +22,7 @@ from diffusion.families.model import ConditioningBatch
 from diffusion.families.pretrained.model import PretrainedModel
 from diffusion.generation.config import Conditions
 from diffusion.generation.generate import check_prompts, check_sampling, encode_prompts, make_conditioning, sample
+from diffusion.families.text_encoder import stack_encodings
 from diffusion.process.editing import Edit
 from diffusion.process.samplers import sampling_config
 from tests.builders.flow_pipelines import FLOW_MAKERS
@@ -278,6 +279,57 @@ def test_configurations_that_do_not_fit_are_refused(
     with pytest.raises(UserError):
         import_pipeline(folder, tmp_path / "model.safetensors", Origin(source="tiny"))
     assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("flux", {"base_shift": None}),
+        ("flux", {"base_image_seq_len": 4096}),
+        ("flux", {"max_shift": "1.15"}),
+        ("flux", {"base_shift": 1e29}),
+        ("flux", {"max_shift": -1e29}),
+        ("flux", {"num_train_timesteps": 0}),
+        ("flux", {"time_shift_type": "linear", "base_shift": -1, "max_shift": -1}),
+        ("z_image", {"shift": -1}),
+        ("z_image", {"shift": 0}),
+        ("z_image", {"num_train_timesteps": None}),
+        ("stable_diffusion_xl", {"num_train_timesteps": 0}),
+        ("stable_diffusion_xl", {"trained_betas": 0.5}),
+        ("stable_diffusion_xl", {"timestep_spacing": "none"}),
+        ("pixart_sigma", {"solver_order": "many"}),
+        ("pixart_sigma", {"beta_end": -1}),
+    ],
+)
+def test_schedulers_that_cannot_generate_are_refused(
+    make: Make, tmp_path: Path, kind: str, change: dict[str, Any]
+) -> None:
+    folder = changed(make(kind)[0], tmp_path / "changed", {"scheduler/scheduler_config.json": change})
+    with pytest.raises(UserError) as raised:
+        import_pipeline(folder, tmp_path / "model.safetensors", Origin(source="tiny"))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("kind", "name"), [("flux", "tokenizer"), ("flux", "tokenizer_2"), ("z_image", "tokenizer")])
+def test_tokenizers_without_vocabulary_are_refused(make: Make, tmp_path: Path, kind: str, name: str) -> None:
+    folder = changed(make(kind)[0], tmp_path / "changed", {})
+    for file in ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model"):
+        (folder / name / file).unlink(missing_ok=True)
+    with pytest.raises(UserError, match=name):
+        import_pipeline(folder, tmp_path / "model.safetensors", Origin(source="tiny"))
+
+
+@pytest.mark.parametrize("kind", FLOW_MAKERS)
+def test_all_that_is_trained_has_an_effect(make: Make, kind: str) -> None:
+    model = make(kind)[1].with_size((16, 24))
+    subset = model.make_trainable(None)
+    generator = torch.Generator().manual_seed(2)
+    encodings = stack_encodings(model.encode_prompt(prompt) for prompt in PROMPTS[:2])
+    x = torch.randn(2, *model.noise_shape, generator=generator)
+    subset(x, torch.tensor([10.0, 50.0]), **encodings).square().sum().backward()
+    idle = {name for name, weight in subset.named_parameters() if weight.grad is None or not weight.grad.any()}
+    assert not idle
 
 
 def changed(folder: Path, copy: Path, changes: dict[str, dict[str, Any]]) -> Path:
