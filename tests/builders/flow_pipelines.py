@@ -255,6 +255,76 @@ def pixart_sigma(folder: Path) -> Path:
     return write_pipeline(folder, pipeline)
 
 
+def gemma_tokenizer() -> Any:
+    """Letters and a few whole words, after the mark of a beginning."""
+    special = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+    pieces = [*special, "▁", *map(chr, range(33, 127))]
+    merges = []
+    for word in (f"▁{word}" for word in WORDS):
+        parts = list(word)
+        while len(parts) > 1:
+            if (pair := (parts[0], parts[1])) not in merges:
+                merges.append(pair)
+                pieces.append(parts[0] + parts[1])
+            parts = [parts[0] + parts[1], *parts[2:]]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    return transformers.GemmaTokenizer(vocab=vocabulary, merges=merges)
+
+
+def sana(folder: Path, euler: bool = False) -> Path:
+    torch.manual_seed(13)
+    tokenizer = gemma_tokenizer()
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=16,
+        timestep_scale=1.0,
+    )
+    vae = diffusers.AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        scaling_factor=0.41407,
+    )
+    config = transformers.Gemma2Config(
+        vocab_size=len(tokenizer) + 4,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    pipeline = diffusers.SanaPipeline(
+        transformer=randomize(transformer),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        if euler
+        else diffusers.DPMSolverMultistepScheduler(**flow),
+        vae=vae,
+        text_encoder=transformers.Gemma2Model(config),
+        tokenizer=tokenizer,
+    )
+    return write_pipeline(folder, pipeline)
+
+
 FLOW_MAKERS: Mapping[str, Callable[..., Path]] = {
     "stable_diffusion_xl": stable_diffusion_xl,
     "flux": flux,
@@ -262,5 +332,6 @@ FLOW_MAKERS: Mapping[str, Callable[..., Path]] = {
     "z_image": z_image,
     "qwen_image": qwen_image,
     "pixart_sigma": pixart_sigma,
+    "sana": sana,
 }
 """Maker of each kind."""

@@ -193,6 +193,10 @@ class PretrainedModel(DiffusionModel):
         """Encode ``prompt`` by the pipeline's text encoders."""
         return self.network.encode_prompt(prompt) if self.config.text else super().encode_prompt(prompt)
 
+    def encode_negative(self, prompt: str | None) -> Encoding:
+        """Encode a negative ``prompt`` by the pipeline's text encoders."""
+        return self.network.encode_negative(prompt) if self.config.text else super().encode_negative(prompt)
+
     def encoding_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors of ``encode_prompt``."""
         return self.pipeline.encoding_shapes(self.network) if self.config.text else super().encoding_shapes()

@@ -102,6 +102,11 @@ class PipelineNetwork(nn.Module):
         """Encode ``prompt``, or None for none, as all that the denoiser is shown of it."""
         return self.pipeline.encode_prompt(self, prompt)
 
+    @torch.no_grad()
+    def encode_negative(self, prompt: str | None) -> Encoding:
+        """Encode a negative ``prompt``, or None for none, as all that the denoiser is shown of it."""
+        return self.pipeline.encode_negative(self, prompt)
+
     def prompt_length(self, prompt: str) -> tuple[int, int]:
         """Count the tokens of ``prompt`` with those at its ends, and the most that are read."""
         name = self.pipeline.limiting_tokenizer
@@ -123,15 +128,21 @@ class PipelineNetwork(nn.Module):
                         Path(scratch, file).write_bytes(content)
                 kind = getattr(transformers, self.config.components[name].kind)
                 tokenizers[name] = kind.from_pretrained(scratch, local_files_only=True)
+            if self.pipeline.padding_side is not None:
+                tokenizers[name].padding_side = self.pipeline.padding_side
         return tokenizers[name]
 
-    def tokens(self, name: str, prompt: str) -> tuple[Tensor, Tensor]:
-        """Tokenize ``prompt`` by the tokenizer ``name``, padded: numbers and mask, (1, L) int64 each."""
+    def tokens(self, name: str, prompt: str, length: int | None = None) -> tuple[Tensor, Tensor]:
+        """Tokenize ``prompt`` by the tokenizer ``name``, padded: numbers and mask, (1, L) int64 each.
+
+        With ``length`` L, it is text as the text encoder is to read it.
+        """
         device = self.class_ids.device
         with _TOKENIZING:
-            length = self.pipeline.tokenizer_length(self, name)
+            text = self.pipeline.prompt_text(prompt) if length is None else prompt
+            length = self.pipeline.tokenizer_length(self, name) if length is None else length
             tokens = self.tokenizer(name)(
-                self.pipeline.prompt_text(prompt),
+                text,
                 padding="max_length",
                 max_length=length,
                 truncation=True,

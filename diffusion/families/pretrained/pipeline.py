@@ -49,7 +49,8 @@ CLIP_TOKENIZERS, T5_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast"), ("T5Tok
 CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 """Layers of the attention of CLIP's text encoder."""
 QWEN_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
-WITHOUT_WEIGHTS = (*SCHEDULERS, *CLIP_TOKENIZERS, *T5_TOKENIZERS, *QWEN_TOKENIZERS)
+GEMMA_TOKENIZERS = ("GemmaTokenizer", "GemmaTokenizerFast")
+WITHOUT_WEIGHTS = (*SCHEDULERS, *CLIP_TOKENIZERS, *T5_TOKENIZERS, *QWEN_TOKENIZERS, *GEMMA_TOKENIZERS)
 """Classes of components that are no networks."""
 DEFAULT_STEPS = 50
 """Steps for which times of training are shifted, where the shift depends on them: those of most pipelines."""
@@ -175,6 +176,8 @@ class Pipeline:
     """Layers of the denoiser that low-rank matrices adapt by default: its attention."""
     text_adapter_targets: ClassVar[Collection[str]] = ()
     """Layers of the text encoders that they can adapt; empty: only the denoiser can be adapted."""
+    padding_side: ClassVar[str | None] = None
+    """Where prompts are padded, whatever tokenizers say; None: where they say."""
     loads_adapters: ClassVar[bool] = False
     """Whether diffusers' pipeline has ``load_lora_weights``."""
 
@@ -353,6 +356,10 @@ class Pipeline:
         """Encode ``prompt``, or None for none, as all that the denoiser is shown of it, from all text encoders."""
         raise NotImplementedError(f"{type(self).__name__} is not conditioned on captions")
 
+    def encode_negative(self, network: PipelineNetwork, prompt: str | None) -> Encoding:
+        """Encode a negative ``prompt``, which guidance leads away from, as all that the denoiser is shown of it."""
+        return self.encode_prompt(network, prompt)
+
     def encoding_shapes(self, network: PipelineNetwork) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors of ``encode_prompt``, which are those of all prompts."""
         return {}
@@ -471,5 +478,6 @@ class Pipeline:
             if self.scheduler.config.get("time_shift_type") == "linear":
                 mean = math.log(mean)
         else:
-            mean = math.log(self.scheduler.config.get("shift") or 1.0)
+            config = self.scheduler.config
+            mean = math.log(config.get("flow_shift") or config.get("shift") or 1.0)
         return {"timestep_sampling": "lognormal", "log_sigma_mean": mean, "log_sigma_std": 1.0}

@@ -37,6 +37,7 @@ NAMES = {
     "z_image": "ZImagePipeline",
     "qwen_image": "QwenImagePipeline",
     "pixart_sigma": "PixArtSigmaPipeline",
+    "sana": "SanaPipeline",
 }
 
 
@@ -119,6 +120,9 @@ CASES: tuple[tuple[str, dict[str, Any], float | None, dict[str, Any]], ...] = (
     ("qwen_image", {}, None, {"true_cfg_scale": 1.0}),
     ("pixart_sigma", {}, 4.5, {"guidance_scale": 4.5, "use_resolution_binning": False}),
     ("pixart_sigma", {}, None, {"guidance_scale": 1.0, "use_resolution_binning": False}),
+    ("sana", {}, 4.5, {"guidance_scale": 4.5, "use_resolution_binning": False}),
+    ("sana", {}, None, {"guidance_scale": 1.0, "use_resolution_binning": False}),
+    ("sana", {"euler": True}, 4.5, {"guidance_scale": 4.5, "use_resolution_binning": False}),
 )
 
 
@@ -143,20 +147,21 @@ def test_images_are_those_of_diffusers(
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "guidance", "scale"),
+    ("kind", "guidance", "call"),
     [
-        ("stable_diffusion_xl", "guidance_scale", 5.0, 5.0),
-        ("z_image", "guidance_scale", 6.0, 5.0),
-        ("qwen_image", "true_cfg_scale", 4.0, 4.0),
+        ("stable_diffusion_xl", 5.0, {"guidance_scale": 5.0}),
+        ("z_image", 6.0, {"guidance_scale": 5.0}),
+        ("qwen_image", 4.0, {"true_cfg_scale": 4.0}),
+        ("sana", 4.5, {"guidance_scale": 4.5, "use_resolution_binning": False}),
     ],
 )
 def test_negative_prompts_are_those_of_diffusers(
-    make: Make, kind: str, name: str, guidance: float, scale: float
+    make: Make, kind: str, guidance: float, call: dict[str, Any]
 ) -> None:
     folder, model = make(kind)
     conditions = Conditions(prompts=PROMPTS[:2], negative_prompt="grey photo")
     images = generate(model, 2, (32, 32), conditions, guidance)
-    call = {name: scale, "negative_prompt": ["grey photo"] * 2}
+    call = call | {"negative_prompt": ["grey photo"] * 2}
     expected = torch.from_numpy(generate_by_diffusers(folder, kind, 2, (32, 32), **call))
     assert (images - expected).abs().max() < 2e-6
 
