@@ -28,7 +28,7 @@ from diffusion.families.config import DiffusersConfig
 from diffusion.families.header import ModelHeader, Origin
 from diffusion.families.pretrained.config import PIPELINES
 from diffusion.families.pretrained.model import make_pipeline_schedule
-from diffusion.families.pretrained.pipeline import FAILURES, SCHEDULERS, Component
+from diffusion.families.pretrained.pipeline import FAILURES, SCHEDULERS, Component, load_tokenizer
 
 INDEX = "model_index.json"
 OWN_NETWORK = "DarkroomUNet"
@@ -324,10 +324,8 @@ def _classes(config: DiffusersConfig, labels: Any) -> dict[str, int]:
 
 def _check_tokenizer(folder: Path, kind: str) -> None:
     """Raise UserError unless the tokenizer in ``folder`` tells texts apart, which it does not without a vocabulary."""
-    import transformers
-
     try:
-        tokenizer = getattr(transformers, kind).from_pretrained(folder, local_files_only=True)
+        tokenizer = load_tokenizer(kind, folder)
         one, other = (tokenizer(text).input_ids for text in ("cat", "dog"))
     except (*FAILURES, OSError) as error:
         words = str(error).partition("\n")[0]

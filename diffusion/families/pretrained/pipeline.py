@@ -22,6 +22,8 @@ from diffusion.families.base import MAX_BLOCKS, MAX_RESOLUTIONS
 from diffusion.process.config import SchedulerPrediction
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor
 
@@ -50,7 +52,10 @@ CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 """Layers of the attention of CLIP's text encoder."""
 QWEN_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 GEMMA_TOKENIZERS = ("GemmaTokenizer", "GemmaTokenizerFast")
-WITHOUT_WEIGHTS = (*SCHEDULERS, *CLIP_TOKENIZERS, *T5_TOKENIZERS, *QWEN_TOKENIZERS, *GEMMA_TOKENIZERS)
+PROCESSORS = ("PixtralProcessor",)
+"""Classes that prepare texts and images, of whose files the tokenizer alone is used."""
+TOKENIZERS = (*CLIP_TOKENIZERS, *T5_TOKENIZERS, *QWEN_TOKENIZERS, *GEMMA_TOKENIZERS, *PROCESSORS)
+WITHOUT_WEIGHTS = (*SCHEDULERS, *TOKENIZERS)
 """Classes of components that are no networks."""
 DEFAULT_STEPS = 50
 """Steps for which times of training are shifted, where the shift depends on them: those of most pipelines."""
@@ -133,6 +138,14 @@ def build(component: Component) -> Any:
         ) from error
 
 
+def load_tokenizer(kind: str, folder: Path) -> Any:
+    """Load the tokenizer of the class ``kind`` from the files in ``folder``, none of which is run."""
+    import transformers
+
+    name = "PreTrainedTokenizerFast" if kind in PROCESSORS else kind
+    return getattr(transformers, name).from_pretrained(folder, local_files_only=True)
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """A pipeline of diffusers with these ``components``; the class has the name of diffusers' own."""
@@ -176,6 +189,8 @@ class Pipeline:
     """Layers of the denoiser that low-rank matrices adapt by default: its attention."""
     text_adapter_targets: ClassVar[Collection[str]] = ()
     """Layers of the text encoders that they can adapt; empty: only the denoiser can be adapted."""
+    adds_special_tokens: ClassVar[bool] = True
+    """Whether tokenizers add the marks of beginnings and ends, which ``prompt_text`` does not write."""
     padding_side: ClassVar[str | None] = None
     """Where prompts are padded, whatever tokenizers say; None: where they say."""
     loads_adapters: ClassVar[bool] = False

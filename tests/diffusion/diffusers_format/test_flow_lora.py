@@ -25,13 +25,15 @@ def images(folder: Path, lora: Path | None = None) -> Tensor:
     pipe.set_progress_bar_config(disable=True)
     if lora is not None:
         pipe.load_lora_weights(lora.parent, weight_name=lora.name)
+    options = {"use_resolution_binning": False} if isinstance(pipe, diffusers.SanaPipeline) else {}
     result: Tensor = pipe(
         prompt="a red circle",
-        height=16,
-        width=32,
+        height=32,
+        width=64,
         generator=torch.Generator().manual_seed(3),
         num_inference_steps=3,
         output_type="pt",
+        **options,
     ).images
     return result
 

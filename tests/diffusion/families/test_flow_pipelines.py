@@ -38,6 +38,7 @@ NAMES = {
     "qwen_image": "QwenImagePipeline",
     "pixart_sigma": "PixArtSigmaPipeline",
     "sana": "SanaPipeline",
+    "flux_2": "Flux2Pipeline",
 }
 
 
@@ -114,6 +115,7 @@ CASES: tuple[tuple[str, dict[str, Any], float | None, dict[str, Any]], ...] = (
     ("flux", {"dev": False}, None, {}),
     ("flux_2_klein", {}, 4.0, {"guidance_scale": 4.0}),
     ("flux_2_klein", {"distilled": True}, None, {}),
+    ("flux_2", {}, 4.0, {"guidance_scale": 4.0}),
     ("z_image", {}, 6.0, {"guidance_scale": 5.0}),
     ("z_image", {"dynamic": True}, None, {"guidance_scale": 0.0}),
     ("qwen_image", {}, 4.0, {"true_cfg_scale": 4.0, "negative_prompt": ""}),
@@ -126,7 +128,7 @@ CASES: tuple[tuple[str, dict[str, Any], float | None, dict[str, Any]], ...] = (
 )
 
 
-@pytest.mark.parametrize(("count", "size"), [(1, (32, 32)), (3, (32, 48))])
+@pytest.mark.parametrize(("count", "size"), [(1, (32, 32)), (3, (32, 64))])
 @pytest.mark.parametrize(("kind", "options", "guidance", "call"), CASES)
 def test_images_are_those_of_diffusers(
     make: Make,
