@@ -161,10 +161,16 @@ def tensor_names(network: nn.Module, names: Iterable[str]) -> dict[str, str]:
         component, _, key = name.partition(".")
         *path, leaf = key.split(".")
         new_key = ".".join([*path[:-1], OLD_ATTENTION.get(path[-1], path[-1]), leaf]) if path else key
-        # In transformers 5 CLIP's text encoder has no model within the model, and those of Qwen2.5-VL and Mistral 3 have
-        # two, or the other way round.
+        # In transformers 5 CLIP's text encoder has no model within the model, that of Qwen2.5-VL has two, and Mistral 3
+        # has them the other way round.
         mistral = key.replace("language_model.model.", "model.language_model."), key.removeprefix("language_model.")
-        own = (*mistral, key.removeprefix("text_model."), f"text_model.{key}", key.removeprefix("model."), f"model.{key}")
+        own = (
+            *mistral,
+            key.removeprefix("text_model."),
+            f"text_model.{key}",
+            key.removeprefix("model."),
+            f"model.{key}",
+        )
         for candidate in (key, new_key, *own, re.sub(r"^model\.", "model.language_model.", key)):
             if f"{component}.{candidate}" in tensors:
                 mapping[name] = f"{component}.{candidate}"

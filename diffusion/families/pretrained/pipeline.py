@@ -132,10 +132,13 @@ def build(component: Component) -> Any:
         config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
         return kind(config)
     except FAILURES as error:
-        words = str(error).partition("\n")[0]
         raise UserError(
-            f"no {component.kind} can be built from its configuration ({words}): is it of another version of diffusers?"
+            f"no {component.kind} can be built from its configuration ({_first_line(error)}): is it of another version of diffusers?"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def load_tokenizer(kind: str, folder: Path) -> Any:
@@ -423,9 +426,11 @@ class Pipeline:
         scheduler.register_to_config(**settings)
         try:
             scheduler.set_timesteps(**self.timesteps(scheduler, steps, shape), device=device)
+            if not scheduler.timesteps.isfinite().all():  # one step alone cannot end at shift_terminal
+                raise ValueError("its times are not finite")
         except FAILURES as error:
             raise UserError(
-                f"the {component.kind} has no {steps} noise levels by its configuration ({str(error).partition(chr(10))[0]}): "
+                f"the {component.kind} has no {steps} noise levels by its configuration ({_first_line(error)}): "
                 "import a pipeline with another scheduler, or choose another sampling.steps"
             ) from error
         return scheduler
@@ -443,15 +448,17 @@ class Pipeline:
                 # The states of random numbers stay as they are.
                 with torch.random.fork_rng(devices=[]):
                     for time in scheduler.timesteps:
-                        model_input = scheduler.scale_model_input(x, time) if hasattr(scheduler, "scale_model_input") else x
+                        model_input = (
+                            scheduler.scale_model_input(x, time) if hasattr(scheduler, "scale_model_input") else x
+                        )
                         x = scheduler.step(model_input / 2, time, x, return_dict=False)[0]
                 numbers = [*self.training_times(shape).values(), x.sum()]
                 if not all(math.isfinite(number) for number in numbers if not isinstance(number, str)):
                     raise ValueError("numbers are not finite")
         except FAILURES as error:
             raise UserError(
-                f"its {self.scheduler.kind} cannot generate by its configuration "
-                f"({str(error).partition(chr(10))[0]}): import a pipeline with another scheduler"
+                f"its {self.scheduler.kind} cannot generate by its configuration ({_first_line(error)}): import a "
+                "pipeline with another scheduler"
             ) from error
 
     def timesteps(self, scheduler: Any, steps: int, shape: tuple[int, int, int]) -> dict[str, Any]:

@@ -47,7 +47,9 @@ class StableDiffusionXLPipeline(Pipeline):
     @property
     def idle_layers(self) -> tuple[str, ...]:
         """The last layer of the first CLIP, whose states are those before it."""
-        return (f"text_encoder.encoder.layers.{self.components['text_encoder'].config.get('num_hidden_layers', 12) - 1}",)
+        return (
+            f"text_encoder.encoder.layers.{self.components['text_encoder'].config.get('num_hidden_layers', 12) - 1}",
+        )
 
     def check_channels(self) -> None:
         """Raise ValueError unless the U-Net is shown pooled states and sizes."""

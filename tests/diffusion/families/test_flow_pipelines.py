@@ -20,9 +20,9 @@ from diffusion.diffusers_format.import_pipeline import import_pipeline
 from diffusion.families.header import Origin
 from diffusion.families.model import ConditioningBatch
 from diffusion.families.pretrained.model import PretrainedModel
+from diffusion.families.text_encoder import stack_encodings
 from diffusion.generation.config import Conditions
 from diffusion.generation.generate import check_prompts, check_sampling, encode_prompts, make_conditioning, sample
-from diffusion.families.text_encoder import stack_encodings
 from diffusion.process.editing import Edit
 from diffusion.process.samplers import sampling_config
 from tests.builders.flow_pipelines import FLOW_MAKERS
@@ -157,9 +157,7 @@ def test_images_are_those_of_diffusers(
         ("sana", 4.5, {"guidance_scale": 4.5, "use_resolution_binning": False}),
     ],
 )
-def test_negative_prompts_are_those_of_diffusers(
-    make: Make, kind: str, guidance: float, call: dict[str, Any]
-) -> None:
+def test_negative_prompts_are_those_of_diffusers(make: Make, kind: str, guidance: float, call: dict[str, Any]) -> None:
     folder, model = make(kind)
     conditions = Conditions(prompts=PROMPTS[:2], negative_prompt="grey photo")
     images = generate(model, 2, (32, 32), conditions, guidance)
