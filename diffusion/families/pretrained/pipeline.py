@@ -133,7 +133,8 @@ def build(component: Component) -> Any:
         return kind(config)
     except FAILURES as error:
         raise UserError(
-            f"no {component.kind} can be built from its configuration ({_first_line(error)}): is it of another version of diffusers?"
+            f"no {component.kind} can be built from its configuration ({_first_line(error)}): is it of another version "
+            "of diffusers?"
         ) from error
 
 

@@ -17,6 +17,7 @@ from diffusion.checkpoints import load_model
 from diffusion.common.device import CPU
 from diffusion.common.errors import UserError
 from diffusion.diffusers_format.import_pipeline import import_pipeline
+from diffusion.families.adapters import LoRAConfig
 from diffusion.families.header import Origin
 from diffusion.families.model import ConditioningBatch
 from diffusion.families.pretrained.model import PretrainedModel
@@ -323,6 +324,36 @@ def test_tokenizers_without_vocabulary_are_refused(make: Make, tmp_path: Path, k
         (folder / name / file).unlink(missing_ok=True)
     with pytest.raises(UserError, match=name):
         import_pipeline(folder, tmp_path / "model.safetensors", Origin(source="tiny"))
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_tokens_of_sdxl_are_worth_what_prompts_are(make: Make, zeros: bool) -> None:
+    model = make("stable_diffusion_xl", zeros=zeros)[1].with_size((16, 32))
+    tokens = model.caption_encoder(LoRAConfig(text_encoder=True))
+    tokenize, prompts = tokens.load(), ("a red circle", None)
+    x = torch.randn(2, *model.noise_shape, generator=torch.Generator().manual_seed(2))
+    shown, encoded = (
+        model.network(x, torch.tensor([10.0, 500.0]), **stack_encodings(encodings))
+        for encodings in (
+            [tokens.none if prompt is None else tokenize(prompt) for prompt in prompts],
+            [model.encode_prompt(prompt) for prompt in prompts],
+        )
+    )
+    torch.testing.assert_close(shown, encoded, rtol=0, atol=1e-5)
+
+
+def test_every_adapted_layer_of_sdxl_s_text_encoders_has_an_effect(make: Make) -> None:
+    model = make("stable_diffusion_xl")[1].with_size((16, 32))
+    adapter = LoRAConfig(rank=2, text_encoder=True)
+    subset, tokens = model.make_trainable(adapter), model.caption_encoder(adapter)
+    names = {name.partition(".")[0] for name, _ in subset.named_parameters()}
+    assert names == {"unet", "text_encoder", "text_encoder_2"}
+    generator = torch.Generator().manual_seed(2)
+    for weight in subset.parameters():
+        torch.nn.init.normal_(weight, std=0.1, generator=generator)
+    x = torch.randn(1, *model.noise_shape, generator=generator)
+    subset(x, torch.tensor([300.0]), **stack_encodings([tokens.load()("a red circle")])).square().sum().backward()
+    assert not [name for name, weight in subset.named_parameters() if weight.grad is None or not weight.grad.any()]
 
 
 @pytest.mark.parametrize("kind", FLOW_MAKERS)
