@@ -89,11 +89,12 @@ def encode_texts(
         tensors |= {f"{ENCODED}{name}": value for name, value in encodings.items()}
         digest = save_tensors(path, tensors, {"encoder": encoding.digest})
         write_bytes(path.with_suffix(".sha256"), f"{digest}\n".encode())
+        mapped, absent = _read_cached(path, digests, encoding)
         if read_manifest(dataset.folder).content_digest != dataset.manifest.content_digest:
             # Images may have been taken down meanwhile. A takedown writes the manifest and then checks this folder; the
             # order here is reversed, so that one of the two finds the file.
             forget_encodings(dataset.folder)
-    return encodings
+    return encodings if absent else mapped
 
 
 def seconds_to_read(dataset: Dataset, texts: Sequence[str], threads: int, encoding: CaptionEncoder = MINI_LM) -> float:
@@ -115,12 +116,17 @@ def _cache_file(dataset: Dataset, encoding: CaptionEncoder) -> Path:
 
 
 def _read_cached(path: Path, digests: Sequence[bytes], encoding: CaptionEncoder) -> tuple[dict[str, Tensor], list[int]]:
-    """Return the cached encodings of the texts with these ``digests``, and the indices of those not in the cache."""
+    """Return the cached encodings of the texts with these ``digests``, and the indices of those not in the cache.
+
+    If the cache has no others, they are mapped from the file: memory holds what is used, as a prompt of FLUX.2 has 16 MB.
+    """
     encodings = {name: none.new_empty(len(digests), *none.shape) for name, none in encoding.none.items()}
     missing = dict(zip(digests, range(len(digests)), strict=True))
     with suppress(FileNotFoundError):  # or deleted meanwhile
         if sha256_file(path) == path.with_suffix(".sha256").read_text().strip():
             tensors = load_file(path)
+            if tensors["texts"].numpy().tobytes() == b"".join(digests):
+                return {name: tensors[f"{ENCODED}{name}"] for name in encodings}, []
             for place, text in enumerate(tensors["texts"].numpy()):
                 if (number := missing.pop(text.tobytes(), None)) is not None:
                     for name, values in encodings.items():

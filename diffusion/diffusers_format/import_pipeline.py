@@ -27,7 +27,8 @@ from diffusion.diffusers_format.safetensors_file import PICKLE_SUFFIXES, TYPES
 from diffusion.families.config import DiffusersConfig
 from diffusion.families.header import ModelHeader, Origin
 from diffusion.families.pretrained.config import PIPELINES
-from diffusion.families.pretrained.pipeline import SCHEDULERS, Component
+from diffusion.families.pretrained.model import make_pipeline_schedule
+from diffusion.families.pretrained.pipeline import FAILURES, SCHEDULERS, Component, load_tokenizer
 
 INDEX = "model_index.json"
 OWN_NETWORK = "DarkroomUNet"
@@ -101,6 +102,9 @@ def import_pipeline(folder: Path, path: Path, origin: Origin) -> str:
             content = place.read_bytes()
             tensors[FILES + file], digests[file] = _bytes(content), sha256_bytes(content)
     header = _header(folder, index, components, origin, licence, digests)
+    for name in components:
+        if name.startswith("tokenizer"):
+            _check_tokenizer(folder / name, components[name].kind)
     if match_tensors(header, {name: list(value.shape) for name, value in tensors.items()}) is None:
         raise UserError(f"the tensors in {folder} are not those that its configurations describe: save it again")
     return save_tensors(path, tensors, {"model_header": header.model_dump(mode="json")})
@@ -283,6 +287,8 @@ def _header(
         classes = _classes(config, index.get("id2label"))
         config = config.model_copy(update={"class_ids": tuple(classes[label] for label in sorted(classes))})
         (channels, size, _), pipeline = config.image_shape, config.imported
+        make_pipeline_schedule(pipeline)
+        pipeline.check_scheduler()
         if not 1 <= size <= MAX_SIZE:
             raise UserError(f"{folder} makes images of {size} pixels, and {MAX_SIZE} are the most")
         return ModelHeader.model_validate(
@@ -314,6 +320,18 @@ def _classes(config: DiffusersConfig, labels: Any) -> dict[str, int]:
     names = [label for _, label in numbers]
     by_label = {label if names.count(label) == 1 else f"{label} ({number})": number for number, label in numbers}
     return {label: number for label, number in by_label.items() if number < count}
+
+
+def _check_tokenizer(folder: Path, kind: str) -> None:
+    """Raise UserError unless the tokenizer in ``folder`` tells texts apart, which it does not without a vocabulary."""
+    try:
+        tokenizer = load_tokenizer(kind, folder)
+        one, other = (tokenizer(text).input_ids for text in ("cat", "dog"))
+    except (*FAILURES, OSError) as error:
+        words = str(error).partition("\n")[0]
+        raise UserError(f"{folder} is not a {kind} ({words}): save the pipeline again") from error
+    if one == other:
+        raise UserError(f"{folder} has no vocabulary for a {kind}: save or fetch the pipeline again")
 
 
 def _first(error: ValidationError) -> str:

@@ -164,6 +164,10 @@ class Model(ABC):
         check_encoder(self.header.encoder)
         return MINI_LM.load()(prompt)
 
+    def encode_negative(self, prompt: str | None) -> Encoding:
+        """Encode a negative ``prompt``, which guidance leads away from, where that differs from other prompts."""
+        return self.encode_prompt(prompt)
+
     def encoding_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors of ``encode_prompt``, which are those of all prompts."""
         return {name: tuple(value.shape) for name, value in MINI_LM.none.items()}

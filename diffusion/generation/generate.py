@@ -270,7 +270,9 @@ def check_interpolation(model: Model, seed: int, to_seed: int, count: int, condi
 
 def encode_prompts(model: Model, conditions: Conditions) -> Encodings:
     """Encode each prompt, and none; raises UserError if ``model`` was trained with another encoder."""
-    return {text: model.encode_prompt(text) for text in (None, *sorted(set(conditions.texts)))}
+    negative = conditions.negative_prompt
+    texts = (None, *sorted(set(conditions.texts)))
+    return {text: model.encode_negative(text) if text == negative else model.encode_prompt(text) for text in texts}
 
 
 def labels_of(model: Model, indices: Sequence[int], seed: int, conditions: Conditions = UNCONDITIONAL) -> Tensor | None:

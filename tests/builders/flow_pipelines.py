@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from tests.builders.pipelines import WORDS, autoencoder, clip_config, clip_tokenizer, t5_tokenizer, write_pipeline
 
@@ -164,6 +164,80 @@ def flux_2_klein(folder: Path, distilled: bool = False) -> Path:
     return write_pipeline(folder, pipeline)
 
 
+MISTRAL_CHAT = (
+    "{{- bos_token }}{%- for message in messages %}{%- set text = message.content[0].text %}"
+    "{%- if message.role == 'system' %}{{- '[SYSTEM_PROMPT]' + text + '[/SYSTEM_PROMPT]' }}"
+    "{%- else %}{{- '[INST]' + text + '[/INST]' }}{%- endif %}{%- endfor %}"
+)
+"""What the template of Mistral Small comes to for messages of a system and a user, of texts alone."""
+MISTRAL_MARKS = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]", "<pad>")
+
+
+def pixtral_processor() -> Any:
+    """Bytes, with the marks of a chat, and what prepares images."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    numbers = {token: number for number, token in enumerate([*MISTRAL_MARKS, *letters])}
+    tokenizer = Tokenizer(models.BPE(numbers, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in MISTRAL_MARKS])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    kind: Any = transformers.PreTrainedTokenizerFast
+    made = kind(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    made.padding_side = "left"
+    return transformers.PixtralProcessor(
+        image_processor=transformers.PixtralImageProcessor(),
+        tokenizer=made,
+        chat_template=MISTRAL_CHAT,
+        image_break_token="[IMG]",
+        image_end_token="[IMG]",
+    )
+
+
+def flux_2(folder: Path) -> Path:
+    torch.manual_seed(14)
+    processor = pixtral_processor()
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=48,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+    vae = diffusers.AutoencoderKLFlux2(
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "head_dim": 8}
+    text = {
+        **sizes,
+        "model_type": "mistral",
+        "vocab_size": len(processor.tokenizer) + 8,
+        "num_hidden_layers": 30,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 1024,
+    }
+    vision = {**sizes, "model_type": "pixtral", "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    config = transformers.Mistral3Config(text_config=text, vision_config=vision, image_token_index=7)
+    pipeline = diffusers.Flux2Pipeline(
+        transformer=randomize(transformer),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=transformers.Mistral3ForConditionalGeneration(config),
+        tokenizer=processor,
+    )
+    return write_pipeline(folder, pipeline)
+
+
 def z_image(folder: Path, dynamic: bool = False) -> Path:
     torch.manual_seed(10)
     tokenizer = qwen_tokenizer()
@@ -255,6 +329,76 @@ def pixart_sigma(folder: Path) -> Path:
     return write_pipeline(folder, pipeline)
 
 
+def gemma_tokenizer() -> Any:
+    """Letters and a few whole words, after the mark of a beginning."""
+    special = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+    pieces = [*special, "▁", *map(chr, range(33, 127))]
+    merges = []
+    for word in (f"▁{word}" for word in WORDS):
+        parts = list(word)
+        while len(parts) > 1:
+            if (pair := (parts[0], parts[1])) not in merges:
+                merges.append(pair)
+                pieces.append(parts[0] + parts[1])
+            parts = [parts[0] + parts[1], *parts[2:]]
+    vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    return transformers.GemmaTokenizer(vocab=vocabulary, merges=merges)
+
+
+def sana(folder: Path, euler: bool = False) -> Path:
+    torch.manual_seed(13)
+    tokenizer = gemma_tokenizer()
+    transformer = diffusers.SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=16,
+        timestep_scale=1.0,
+    )
+    vae = diffusers.AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        scaling_factor=0.41407,
+    )
+    config = transformers.Gemma2Config(
+        vocab_size=len(tokenizer) + 4,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    pipeline = diffusers.SanaPipeline(
+        transformer=randomize(transformer),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        if euler
+        else diffusers.DPMSolverMultistepScheduler(**flow),
+        vae=vae,
+        text_encoder=transformers.Gemma2Model(config),
+        tokenizer=tokenizer,
+    )
+    return write_pipeline(folder, pipeline)
+
+
 FLOW_MAKERS: Mapping[str, Callable[..., Path]] = {
     "stable_diffusion_xl": stable_diffusion_xl,
     "flux": flux,
@@ -262,5 +406,7 @@ FLOW_MAKERS: Mapping[str, Callable[..., Path]] = {
     "z_image": z_image,
     "qwen_image": qwen_image,
     "pixart_sigma": pixart_sigma,
+    "sana": sana,
+    "flux_2": flux_2,
 }
 """Maker of each kind."""

@@ -63,6 +63,51 @@ QWEN_VL_7B: dict[str, Any] = {
     },
 }
 
+GEMMA_2B: dict[str, Any] = {
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+}
+MISTRAL_SMALL_24B: dict[str, Any] = {
+    "text_config": {
+        "model_type": "mistral",
+        "vocab_size": 131072,
+        "hidden_size": 5120,
+        "intermediate_size": 32768,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "rope_theta": 1000000000.0,
+        "rms_norm_eps": 1e-05,
+    },
+    "vision_config": {
+        "model_type": "pixtral",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "head_dim": 64,
+        "image_size": 1540,
+        "patch_size": 14,
+        "rope_theta": 10000.0,
+    },
+    "tie_word_embeddings": False,
+    "image_token_index": 10,
+    "multimodal_projector_bias": False,
+    "projector_hidden_act": "gelu",
+    "spatial_merge_size": 2,
+    "vision_feature_layer": -1,
+}
+
 
 def autoencoder(channels: int, **options: Any) -> dict[str, Any]:
     return {
@@ -142,6 +187,67 @@ PUBLISHED: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "text_encoder": ("Qwen3ForCausalLM", QWEN3_4B),
         "tokenizer": ("Qwen2TokenizerFast", {}),
         "scheduler": FLOW,
+    },
+    "Flux2Pipeline": {
+        "transformer": (
+            "Flux2Transformer2DModel",
+            {
+                "in_channels": 128,
+                "num_layers": 8,
+                "num_single_layers": 48,
+                "attention_head_dim": 128,
+                "num_attention_heads": 48,
+                "joint_attention_dim": 15360,
+                "guidance_embeds": True,
+            },
+        ),
+        "vae": ("AutoencoderKLFlux2", autoencoder(32)),
+        "text_encoder": ("Mistral3ForConditionalGeneration", MISTRAL_SMALL_24B),
+        "tokenizer": ("PixtralProcessor", {}),
+        "scheduler": FLOW,
+    },
+    "SanaPipeline": {
+        "transformer": (
+            "SanaTransformer2DModel",
+            {
+                "in_channels": 32,
+                "out_channels": 32,
+                "num_layers": 20,
+                "num_attention_heads": 70,
+                "attention_head_dim": 32,
+                "num_cross_attention_heads": 20,
+                "cross_attention_head_dim": 112,
+                "cross_attention_dim": 2240,
+                "caption_channels": 2304,
+                "mlp_ratio": 2.5,
+                "sample_size": 32,
+                "patch_size": 1,
+            },
+        ),
+        "vae": (
+            "AutoencoderDC",
+            {
+                "latent_channels": 32,
+                "attention_head_dim": 32,
+                "encoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+                "decoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+                "encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+                "decoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+                "encoder_layers_per_block": [2, 2, 2, 3, 3, 3],
+                "decoder_layers_per_block": [3] * 6,
+                "encoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
+                "decoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
+                "downsample_block_type": "conv",
+                "upsample_block_type": "interpolate",
+                "scaling_factor": 0.41407,
+            },
+        ),
+        "text_encoder": ("Gemma2Model", GEMMA_2B),
+        "tokenizer": ("GemmaTokenizerFast", {}),
+        "scheduler": (
+            "DPMSolverMultistepScheduler",
+            {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
+        ),
     },
     "ZImagePipeline": {
         "transformer": (

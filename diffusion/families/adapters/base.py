@@ -37,7 +37,7 @@ class BaseAdapterConfig(Config):
     """Names of the adapted linear and convolutional layers, or ends of their names behind a dot, such as qkv. Null: all
     hidden layers of a network of the family ddpm, and the attention of a pipeline."""
     text_encoder: Annotated[bool, needs("text_encoder_adapters")] = False
-    """Whether the text encoder of a pretrained pipeline is adapted as well."""
+    """Whether the text encoder of Stable Diffusion, or both of SDXL, are adapted as well."""
 
     @abstractmethod
     def peft_config(self, layers: Collection[str]) -> Any:

@@ -19,8 +19,10 @@ from diffusion.families.pretrained.stable_diffusion_3 import StableDiffusion3Pip
 from diffusion.families.pretrained.pixart import PixArtSigmaPipeline as PixArtSigmaPipeline
 from diffusion.families.pretrained.flux import FluxPipeline as FluxPipeline
 from diffusion.families.pretrained.flux_2 import Flux2KleinPipeline as Flux2KleinPipeline
+from diffusion.families.pretrained.flux_2 import Flux2Pipeline as Flux2Pipeline
 from diffusion.families.pretrained.z_image import ZImagePipeline as ZImagePipeline
 from diffusion.families.pretrained.qwen_image import QwenImagePipeline as QwenImagePipeline
+from diffusion.families.pretrained.sana import SanaPipeline as SanaPipeline
 # isort: on
 
 PIPELINES = {kind.__name__: kind for kind in classes_in(globals(), Pipeline)}

@@ -1,4 +1,4 @@
-"""FLUX.2 klein."""
+"""FLUX.2, klein and dev."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from diffusion.families.pretrained.network import PipelineNetwork
     from diffusion.families.text_encoder import Encoding
 
-LAYERS = (9, 18, 27)
-"""Layers of the text encoder whose states the transformer is shown, side by side."""
+SYSTEM_MESSAGE = (
+    "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+    "relationships, object\nattribution and actions without speculation."
+)
+"""What Mistral is told before a prompt of dev."""
 
 
 class Flux2KleinPipeline(FlowTransformer):
@@ -42,6 +45,8 @@ class Flux2KleinPipeline(FlowTransformer):
     # Blocks of both streams, then those of one, whose layers are fused.
     adapter_targets = (*JOINT_ATTENTION, "to_qkv_mlp_proj", "attn.to_out")
     architecture = "flux-2-klein"
+    text_layers: ClassVar[tuple[int, ...]] = (9, 18, 27)
+    """Layers of the text encoder whose states the transformer is shown, side by side."""
     kohya_version = "flux2"
 
     @property
@@ -52,9 +57,9 @@ class Flux2KleinPipeline(FlowTransformer):
     def check_channels(self) -> None:
         """Raise ValueError unless denoiser, autoencoder and text encoder fit."""
         super().check_channels()
-        self.check_text_width(joint_attention_dim=len(LAYERS) * self.text_width())
-        if self.text_width(field_name="num_hidden_layers") < LAYERS[-1]:
-            raise ValueError(f"its text encoder has fewer than {LAYERS[-1]} layers")
+        self.check_text_width(joint_attention_dim=len(self.text_layers) * self.text_width())
+        if self.text_width(field_name="num_hidden_layers") < (last := self.text_layers[-1]):
+            raise ValueError(f"its text encoder has fewer than {last} layers")
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
@@ -83,7 +88,7 @@ class Flux2KleinPipeline(FlowTransformer):
         output = network.component("text_encoder").model(
             ids, attention_mask=mask, output_hidden_states=True, use_cache=False
         )
-        return {"states": torch.cat([output.hidden_states[layer][0] for layer in LAYERS], dim=-1).float()}
+        return {"states": torch.cat([output.hidden_states[layer][0] for layer in self.text_layers], dim=-1).float()}
 
     def encoding_shapes(self, network: PipelineNetwork) -> dict[str, tuple[int, ...]]:
         """Return the shape of all states."""
@@ -143,3 +148,35 @@ class Flux2KleinPipeline(FlowTransformer):
             return_dict=False,
         )[0]
         return tokens.transpose(1, 2).view_as(x)
+
+
+class Flux2Pipeline(Flux2KleinPipeline):
+    """FLUX.2 dev (https://bfl.ai): klein's larger relative, shown states of Mistral and the scale of guidance."""
+
+    kinds: ClassVar = {
+        "transformer": ("Flux2Transformer2DModel",),
+        "vae": ("AutoencoderKLFlux2",),
+        "text_encoder": ("Mistral3ForConditionalGeneration",),
+        "tokenizer": ("PixtralProcessor",),
+    }
+    default_settings: ClassVar = {}
+    guidance = 4.0
+    architecture = "flux-2-dev"
+    text_layers = (10, 20, 30)
+    adds_special_tokens = False
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the denoiser is shown the scale of guidance."""
+        return bool(self.denoiser.config.get("guidance_embeds", True))
+
+    def check_channels(self) -> None:
+        """Raise ValueError unless denoiser, autoencoder and text encoder fit, and guidance is shown."""
+        super().check_channels()
+        if not self.embeds_guidance:
+            raise ValueError("guidance_embeds of its network is false, and dev is shown the scale of guidance")
+
+    def prompt_text(self, prompt: str) -> str:
+        """Write ``prompt`` as a message to Mistral, as the template of its files does, which is not run."""
+        text = prompt.replace("[IMG]", "")
+        return f"<s>[SYSTEM_PROMPT]{SYSTEM_MESSAGE}[/SYSTEM_PROMPT][INST]{text}[/INST]"

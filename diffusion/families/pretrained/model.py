@@ -141,14 +141,11 @@ class PretrainedModel(DiffusionModel):
         if adapter is not None and adapter.text_encoder:
             if not self.pipeline.text_adapter_targets:
                 raise UserError(
-                    f"training.adapter.text_encoder adapts that of Stable Diffusion, and not those of a "
+                    f"training.adapter.text_encoder adapts those of Stable Diffusion and SDXL, and not those of a "
                     f"{self.config.pipeline}: leave it out"
                 )
-
-            def tokenize(prompt: str) -> Encoding:
-                return {"tokens": network.tokens("tokenizer", prompt)[0][0]}
-
-            return CaptionEncoder(parts_digest(network, "tokenizer"), lambda: tokenize, tokenize(""))
+            tokenize = partial(self.pipeline.tokenize, network)
+            return CaptionEncoder(parts_digest(network, "tokenizer"), lambda: tokenize, tokenize(None))
         parts = parts_digest(network, "tokenizer", "text_encoder")
         # The denoiser decides how wide encodings are, and libraries their last bits.
         shapes = self.pipeline.encoding_shapes(network)
@@ -156,19 +153,22 @@ class PretrainedModel(DiffusionModel):
         return CaptionEncoder(digest_of(key), lambda: network.encode_prompt, network.encode_prompt(None))
 
     def adapter_layers(self, layers: set[str], targets: Sequence[str] | None, text_encoder: bool) -> set[str]:
-        """Choose layers of the denoiser, and of the text encoder its attention."""
+        """Choose layers of the denoiser, and of the text encoders their attention, as far as it has an effect."""
         pipeline = self.pipeline
         denoiser = {name for name in layers if name.startswith(f"{pipeline.denoiser_name}.")}
         names = select_layers(denoiser, targets, pipeline.adapter_targets)
         if text_encoder:
-            encoder = {name for name in layers if name.startswith("text_encoder.")}
+            encoders, idle = (tuple(f"{each}." for each in of) for of in (pipeline.text_encoders, pipeline.idle_layers))
+            encoder = {name for name in layers if name.startswith(encoders) and not name.startswith(idle)}
             names |= select_layers(encoder, None, pipeline.text_adapter_targets)
         return names
 
     def trained_names(self) -> set[str]:
-        """Name the parameters of the denoiser, without copies of others."""
+        """Name the parameters of the denoiser that have an effect, without copies of others."""
         denoiser = f"{self.pipeline.denoiser_name}."
-        return {name for name, _ in self.network.named_parameters() if name.startswith(denoiser)}
+        idle = tuple(f"{layer}." for layer in self.pipeline.idle_layers)
+        names = (name for name, _ in self.network.named_parameters())
+        return {name for name in names if name.startswith(denoiser) and not name.startswith(idle)}
 
     def to(self, device: torch.device) -> Self:
         """Copy the components to ``device``."""
@@ -192,6 +192,10 @@ class PretrainedModel(DiffusionModel):
     def encode_prompt(self, prompt: str | None) -> Encoding:
         """Encode ``prompt`` by the pipeline's text encoders."""
         return self.network.encode_prompt(prompt) if self.config.text else super().encode_prompt(prompt)
+
+    def encode_negative(self, prompt: str | None) -> Encoding:
+        """Encode a negative ``prompt`` by the pipeline's text encoders."""
+        return self.network.encode_negative(prompt) if self.config.text else super().encode_negative(prompt)
 
     def encoding_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors of ``encode_prompt``."""
@@ -334,9 +338,11 @@ def make_pipeline_schedule(pipeline: Pipeline) -> NoiseSchedule:
     values, scheduler = math.prod(pipeline.noise_shape), build(pipeline.scheduler)
     if pipeline.prediction == "flow_prediction":
         return flow_schedule(scheduler.config.num_train_timesteps, values)
-    schedule = NoiseSchedule(scheduler.alphas_cumprod.double().cpu(), values)
-    if scheduler.config.get("rescale_betas_zero_snr"):
+    alphas = scheduler.alphas_cumprod.double().cpu()
+    is_list = alphas.ndim == 1 and len(alphas) > 1
+    schedule = NoiseSchedule(alphas, values)
+    if is_list and scheduler.config.get("rescale_betas_zero_snr"):
         schedule = replace(make_final_sigma_finite(schedule), zero_terminal_snr=True)
-    if not ((schedule.alphas_cumprod.diff() < 0).all() and schedule.alphas_cumprod[-1] > 0):
+    if not (is_list and (schedule.alphas_cumprod.diff() < 0).all() and schedule.alphas_cumprod[-1] > 0):
         raise UserError(f"the {pipeline.scheduler.kind} has no distinct noise levels: its configuration is damaged")
     return schedule

@@ -19,7 +19,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json, sha256_bytes
 from diffusion.common.model_files import tensor_bytes
 from diffusion.families.pretrained.config import DiffusersConfig
-from diffusion.families.pretrained.pipeline import WITHOUT_WEIGHTS, build
+from diffusion.families.pretrained.pipeline import WITHOUT_WEIGHTS, build, load_tokenizer
 from diffusion.families.text_encoder import Encoding
 
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -102,39 +102,49 @@ class PipelineNetwork(nn.Module):
         """Encode ``prompt``, or None for none, as all that the denoiser is shown of it."""
         return self.pipeline.encode_prompt(self, prompt)
 
+    @torch.no_grad()
+    def encode_negative(self, prompt: str | None) -> Encoding:
+        """Encode a negative ``prompt``, or None for none, as all that the denoiser is shown of it."""
+        return self.pipeline.encode_negative(self, prompt)
+
     def prompt_length(self, prompt: str) -> tuple[int, int]:
         """Count the tokens of ``prompt`` with those at its ends, and the most that are read."""
         name = self.pipeline.limiting_tokenizer
         with _TOKENIZING:
             text = self.pipeline.prompt_text(prompt)
-            count = len(self.tokenizer(name)(text, verbose=False).input_ids)
+            added = self.pipeline.adds_special_tokens
+            count = len(self.tokenizer(name)(text, verbose=False, add_special_tokens=added).input_ids)
             return count, self.pipeline.tokenizer_length(self, name)
 
     def tokenizer(self, name: str) -> Any:
         """Make the tokenizer ``name`` of the pipeline's files, once."""
         tokenizers: dict[str, Any] = self.__dict__.setdefault("_tokenizers", {})
         if name not in tokenizers:
-            import transformers
-
             with TemporaryDirectory() as scratch:
                 for path, content in self.files.items():
                     folder, _, file = path.rpartition("/")
                     if folder == name:
                         Path(scratch, file).write_bytes(content)
-                kind = getattr(transformers, self.config.components[name].kind)
-                tokenizers[name] = kind.from_pretrained(scratch, local_files_only=True)
+                tokenizers[name] = load_tokenizer(self.config.components[name].kind, Path(scratch))
+            if self.pipeline.padding_side is not None:
+                tokenizers[name].padding_side = self.pipeline.padding_side
         return tokenizers[name]
 
-    def tokens(self, name: str, prompt: str) -> tuple[Tensor, Tensor]:
-        """Tokenize ``prompt`` by the tokenizer ``name``, padded: numbers and mask, (1, L) int64 each."""
+    def tokens(self, name: str, prompt: str, length: int | None = None) -> tuple[Tensor, Tensor]:
+        """Tokenize ``prompt`` by the tokenizer ``name``, padded: numbers and mask, (1, L) int64 each.
+
+        With ``length`` L, it is text as the text encoder is to read it.
+        """
         device = self.class_ids.device
         with _TOKENIZING:
-            length = self.pipeline.tokenizer_length(self, name)
+            text = self.pipeline.prompt_text(prompt) if length is None else prompt
+            length = self.pipeline.tokenizer_length(self, name) if length is None else length
             tokens = self.tokenizer(name)(
-                self.pipeline.prompt_text(prompt),
+                text,
                 padding="max_length",
                 max_length=length,
                 truncation=True,
+                add_special_tokens=self.pipeline.adds_special_tokens,
                 return_tensors="pt",
             )
         return tokens.input_ids.to(device), tokens.attention_mask.to(device)
@@ -151,8 +161,16 @@ def tensor_names(network: nn.Module, names: Iterable[str]) -> dict[str, str]:
         component, _, key = name.partition(".")
         *path, leaf = key.split(".")
         new_key = ".".join([*path[:-1], OLD_ATTENTION.get(path[-1], path[-1]), leaf]) if path else key
-        # In transformers 5 CLIP's text encoder has no model within the model, and that of Qwen2.5-VL has two.
-        own = (key.removeprefix("text_model."), f"text_model.{key}", key.removeprefix("model."), f"model.{key}")
+        # In transformers 5 CLIP's text encoder has no model within the model, that of Qwen2.5-VL has two, and Mistral 3
+        # has them the other way round.
+        mistral = key.replace("language_model.model.", "model.language_model."), key.removeprefix("language_model.")
+        own = (
+            *mistral,
+            key.removeprefix("text_model."),
+            f"text_model.{key}",
+            key.removeprefix("model."),
+            f"model.{key}",
+        )
         for candidate in (key, new_key, *own, re.sub(r"^model\.", "model.language_model.", key)):
             if f"{component}.{candidate}" in tensors:
                 mapping[name] = f"{component}.{candidate}"

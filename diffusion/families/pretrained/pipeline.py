@@ -22,6 +22,8 @@ from diffusion.families.base import MAX_BLOCKS, MAX_RESOLUTIONS
 from diffusion.process.config import SchedulerPrediction
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import Tensor
 
@@ -46,13 +48,32 @@ SCHEDULERS = (
     "UniPCMultistepScheduler",
 )
 CLIP_TOKENIZERS, T5_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast"), ("T5Tokenizer", "T5TokenizerFast")
+CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""Layers of the attention of CLIP's text encoder."""
 QWEN_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
-WITHOUT_WEIGHTS = (*SCHEDULERS, *CLIP_TOKENIZERS, *T5_TOKENIZERS, *QWEN_TOKENIZERS)
+GEMMA_TOKENIZERS = ("GemmaTokenizer", "GemmaTokenizerFast")
+PROCESSORS = ("PixtralProcessor",)
+"""Classes that prepare texts and images, of whose files the tokenizer alone is used."""
+TOKENIZERS = (*CLIP_TOKENIZERS, *T5_TOKENIZERS, *QWEN_TOKENIZERS, *GEMMA_TOKENIZERS, *PROCESSORS)
+WITHOUT_WEIGHTS = (*SCHEDULERS, *TOKENIZERS)
 """Classes of components that are no networks."""
 DEFAULT_STEPS = 50
 """Steps for which times of training are shifted, where the shift depends on them: those of most pipelines."""
+TRIAL_STEPS = 8
+"""Steps that a scheduler has to take when its pipeline is imported."""
 MAX_INTEGER, MAX_LIST, MAX_STRING = 2**18, 2**14, 4096
 """Limits of a component's configuration; files that exceed them are rejected before a network is built."""
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What libraries raise for values of configurations that they do not check."""
 LIMITS = {"sample_size": MAX_SIZE, "pos_embed_max_size": MAX_SIZE, "depth": MAX_BLOCKS * 4, "rope_theta": 2**40}
 """Other limits: lower ones of sizes of whose squares tables are made, and that of a base of rotary embeddings."""
 
@@ -110,10 +131,10 @@ def build(component: Component) -> Any:
         config = kind.config_class.from_dict(_without_types(component.config))
         config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
         return kind(config)
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        words = str(error).partition("\n")[0]
+    except FAILURES as error:
         raise UserError(
-            f"no {component.kind} can be built from its configuration ({words}): is it of another version of diffusers?"
+            f"no {component.kind} can be built from its configuration ({_first_line(error)}): is it of another version "
+            "of diffusers?"
         ) from error
 
 
@@ -124,6 +145,18 @@ def _without_types(config: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in config.items()
         if name not in ("dtype", "torch_dtype")
     }
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def load_tokenizer(kind: str, folder: Path) -> Any:
+    """Load the tokenizer of the class ``kind`` from the files in ``folder``, none of which is run."""
+    import transformers
+
+    name = "PreTrainedTokenizerFast" if kind in PROCESSORS else kind
+    return getattr(transformers, name).from_pretrained(folder, local_files_only=True)
 
 
 @dataclass(frozen=True)
@@ -168,7 +201,11 @@ class Pipeline:
     adapter_targets: ClassVar[Collection[str]] = ("to_q", "to_k", "to_v", "to_out.0")
     """Layers of the denoiser that low-rank matrices adapt by default: its attention."""
     text_adapter_targets: ClassVar[Collection[str]] = ()
-    """Layers of the text encoder that they can adapt; empty: only the denoiser can be adapted."""
+    """Layers of the text encoders that they can adapt; empty: only the denoiser can be adapted."""
+    adds_special_tokens: ClassVar[bool] = True
+    """Whether tokenizers add the marks of beginnings and ends, which ``prompt_text`` does not write."""
+    padding_side: ClassVar[str | None] = None
+    """Where prompts are padded, whatever tokenizers say; None: where they say."""
     loads_adapters: ClassVar[bool] = False
     """Whether diffusers' pipeline has ``load_lora_weights``."""
 
@@ -185,6 +222,11 @@ class Pipeline:
     def embeds_guidance(self) -> bool:
         """Whether the denoiser is shown the scale of guidance, so that one evaluation is guided (arXiv 2210.03142)."""
         return False
+
+    @property
+    def idle_layers(self) -> Collection[str]:
+        """Layers of components without effect on what is predicted, which are not trained."""
+        return ()
 
     @property
     def denoiser(self) -> Component:
@@ -333,9 +375,18 @@ class Pipeline:
         """Write ``prompt`` as the text encoders are to read it, such as a message to a language model."""
         return prompt
 
+    def tokenize(self, network: PipelineNetwork, prompt: str | None) -> Encoding:
+        """Tokenize ``prompt``, or None for none, for text encoders that are trained: ``tokens``, (L,), of each."""
+        names = sorted(name for name in self.components if name.startswith("tokenizer"))
+        return {name.replace("tokenizer", "tokens"): network.tokens(name, prompt or "")[0][0] for name in names}
+
     def encode_prompt(self, network: PipelineNetwork, prompt: str | None) -> Encoding:
         """Encode ``prompt``, or None for none, as all that the denoiser is shown of it, from all text encoders."""
         raise NotImplementedError(f"{type(self).__name__} is not conditioned on captions")
+
+    def encode_negative(self, network: PipelineNetwork, prompt: str | None) -> Encoding:
+        """Encode a negative ``prompt``, which guidance leads away from, as all that the denoiser is shown of it."""
+        return self.encode_prompt(network, prompt)
 
     def encoding_shapes(self, network: PipelineNetwork) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors of ``encode_prompt``, which are those of all prompts."""
@@ -383,8 +434,42 @@ class Pipeline:
         scheduler = build(component)
         settings = {name: value for name, value in self.scheduler_settings.items() if name in scheduler.config}
         scheduler.register_to_config(**settings)
-        scheduler.set_timesteps(**self.timesteps(scheduler, steps, shape), device=device)
+        try:
+            scheduler.set_timesteps(**self.timesteps(scheduler, steps, shape), device=device)
+            if not scheduler.timesteps.isfinite().all():  # one step alone cannot end at shift_terminal
+                raise ValueError("its times are not finite")
+        except FAILURES as error:
+            raise UserError(
+                f"the {component.kind} has no {steps} noise levels by its configuration ({_first_line(error)}): "
+                "import a pipeline with another scheduler, or choose another sampling.steps"
+            ) from error
         return scheduler
+
+    def check_scheduler(self) -> None:
+        """Raise UserError unless the scheduler goes from noise to images by finite numbers, small images and large."""
+        import torch
+
+        channels, height, width = self.noise_shape
+        least = self.fold // self.factor
+        try:
+            steps = min(TRIAL_STEPS, self.scheduler.config.get("num_train_timesteps", TRIAL_STEPS))
+            for shape in ((channels, least, least), (channels, height, width)):
+                scheduler, x = self.make_scheduler(steps, shape, torch.device("cpu")), torch.ones(1, channels, 1, 1)
+                # The states of random numbers stay as they are.
+                with torch.random.fork_rng(devices=[]):
+                    for time in scheduler.timesteps:
+                        model_input = (
+                            scheduler.scale_model_input(x, time) if hasattr(scheduler, "scale_model_input") else x
+                        )
+                        x = scheduler.step(model_input / 2, time, x, return_dict=False)[0]
+                numbers = [*self.training_times(shape).values(), x.sum()]
+                if not all(math.isfinite(number) for number in numbers if not isinstance(number, str)):
+                    raise ValueError("numbers are not finite")
+        except FAILURES as error:
+            raise UserError(
+                f"its {self.scheduler.kind} cannot generate by its configuration ({_first_line(error)}): import a "
+                "pipeline with another scheduler"
+            ) from error
 
     def timesteps(self, scheduler: Any, steps: int, shape: tuple[int, int, int]) -> dict[str, Any]:
         """Choose the arguments of ``set_timesteps`` for ``steps`` and noise of ``shape`` (C, H, W)."""
@@ -425,5 +510,6 @@ class Pipeline:
             if self.scheduler.config.get("time_shift_type") == "linear":
                 mean = math.log(mean)
         else:
-            mean = math.log(self.scheduler.config.get("shift") or 1.0)
+            config = self.scheduler.config
+            mean = math.log(config.get("flow_shift") or config.get("shift") or 1.0)
         return {"timestep_sampling": "lognormal", "log_sigma_mean": mean, "log_sigma_std": 1.0}

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _AUTOENCODING = Lock()
 """Held while an autoencoder works, as it keeps frames in the module, which other threads use as well."""
+DEFAULT_LAYERS = 60
+"""Blocks of a transformer whose configuration does not say how many."""
 TASK = (
     "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
     "objects and background:"
@@ -54,6 +56,13 @@ class QwenImagePipeline(FlowTransformer):
                 raise ValueError(f"{name} of its autoencoder is not a list")
             if name != "temperal_downsample" and len(value) != config["z_dim"]:
                 raise ValueError(f"{name} of its autoencoder has {len(value)} numbers for {config['z_dim']} channels")
+
+    @property
+    def idle_layers(self) -> tuple[str, ...]:
+        """Layers behind the last attention's keys and values of words, whose states end there."""
+        last = f"transformer.transformer_blocks.{self.denoiser.config.get('num_layers', DEFAULT_LAYERS) - 1}"
+        attention = ("add_q_proj", "norm_added_q", "to_add_out")
+        return (*(f"{last}.attn.{name}" for name in attention), f"{last}.txt_mlp")
 
     @property
     def factor(self) -> int:

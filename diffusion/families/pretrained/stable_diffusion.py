@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from diffusion.families.pretrained.pipeline import CLIP_TOKENIZERS, Pipeline
+from diffusion.families.pretrained.pipeline import CLIP_ATTENTION, CLIP_TOKENIZERS, Pipeline
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,7 +30,7 @@ class StableDiffusionPipeline(Pipeline):
     widths = ("cross_attention_dim",)
     guidance = 7.5
     scheduler_settings: ClassVar = {"steps_offset": 1, "clip_sample": False}
-    text_adapter_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
+    text_adapter_targets = CLIP_ATTENTION
     loads_adapters = True
 
     @property

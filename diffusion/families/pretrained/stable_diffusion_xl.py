@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from diffusion.families.pretrained.pipeline import CLIP_TOKENIZERS, Pipeline
+from diffusion.families.pretrained.pipeline import CLIP_ATTENTION, CLIP_TOKENIZERS, Pipeline
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,9 +39,17 @@ class StableDiffusionXLPipeline(Pipeline):
     default_settings: ClassVar = {"force_zeros_for_empty_prompt": True}
     unsupported = tuple(name for name in Pipeline.unsupported if name != "addition_embed_type")
     guidance = 5.0
+    text_adapter_targets = CLIP_ATTENTION
     loads_adapters = True
     architecture = "stable-diffusion-xl-v1-base"
     kohya_version = "sdxl_base_v1-0"
+
+    @property
+    def idle_layers(self) -> tuple[str, ...]:
+        """The last layer of the first CLIP, whose states are those before it."""
+        return (
+            f"text_encoder.encoder.layers.{self.components['text_encoder'].config.get('num_hidden_layers', 12) - 1}",
+        )
 
     def check_channels(self) -> None:
         """Raise ValueError unless the U-Net is shown pooled states and sizes."""
@@ -73,14 +81,29 @@ class StableDiffusionXLPipeline(Pipeline):
 
         if prompt is None and self.setting("force_zeros_for_empty_prompt"):
             return {name: torch.zeros(shape) for name, shape in self.encoding_shapes(network).items()}
+        tokens = {name: ids[None] for name, ids in super().tokenize(network, prompt).items()}
+        return {name: value[0].float() for name, value in self._encode_tokens(network, tokens).items()}
+
+    def tokenize(self, network: PipelineNetwork, prompt: str | None) -> Encoding:
+        """Tokenize ``prompt`` for both CLIPs; None is −1 in each place, if it is to become zeros."""
+        tokens = super().tokenize(network, prompt)
+        if prompt is None and self.setting("force_zeros_for_empty_prompt"):
+            tokens = {name: -ids.new_ones(ids.shape) for name, ids in tokens.items()}
+        return tokens
+
+    def _encode_tokens(self, network: PipelineNetwork, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Encode ``tokens`` and ``tokens_2``, (N, L) each, as ``states``, (N, L, D), and ``pooled``, (N, P)."""
+        import torch
+
         first, second = (
             network.component(f"text_encoder{number}")(
-                network.tokens(f"tokenizer{number}", prompt or "")[0], output_hidden_states=True
+                tokens[f"tokens{number}"].clamp(min=0), output_hidden_states=True
             )
             for number in ("", "_2")
         )
         states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        return {"states": states[0].float(), "pooled": second[0][0].float()}
+        has_prompt = tokens["tokens"][:, :1] >= 0
+        return {"states": states * has_prompt[..., None], "pooled": second[0] * has_prompt}
 
     def encoding_shapes(self, network: PipelineNetwork) -> dict[str, tuple[int, ...]]:
         """Return the shapes of both CLIPs' states, and of the pooled one."""
@@ -89,7 +112,12 @@ class StableDiffusionXLPipeline(Pipeline):
         return {"states": (length, int(config["cross_attention_dim"])), "pooled": (int(pooled),)}
 
     def inputs(self, network: PipelineNetwork, x: Tensor, conditioning: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Make the states that the U-Net attends to, the pooled one, and the sizes of the images."""
+        """Make the states that the U-Net attends to, the pooled one, and the sizes of the images.
+
+        They are of ``tokens`` and ``tokens_2``, (N, L) int64, where the text encoders are trained.
+        """
+        if "tokens" in conditioning:
+            conditioning = self._encode_tokens(network, conditioning)
         height, width = (side * self.factor for side in x.shape[2:])
         sizes = x.new_tensor([height, width, 0, 0, height, width]).expand(len(x), TIME_IDS)
         return {

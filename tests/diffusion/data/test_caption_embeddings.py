@@ -89,6 +89,19 @@ def test_each_caption_is_embedded_once_for_all_images_and_trainings(
     assert not any("encodings" in path.name for path in dataset.folder.rglob("*"))
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what is mapped")
+def test_encodings_are_mapped_from_the_cache_instead_of_held_in_memory(
+    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, fake_encoder: FakeEncoder
+) -> None:
+    dataset = ingested(source, tmp_path / "data" / "blobs")
+    for _ in range(2):
+        encodings, folder = read(dataset, pool).encodings, str(encodings_folder(dataset.folder))
+        place = encodings["text"].data_ptr()
+        mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if folder in line]
+        ranges = ([int(end, 16) for end in line.split()[0].split("-")] for line in mapped)
+        assert any(start <= place < end for start, end in ranges)
+
+
 def test_estimated_time_counts_only_uncached_captions(
     source: Path, tmp_path: Path, pool: ThreadPoolExecutor, fake_encoder: FakeEncoder
 ) -> None:
@@ -105,7 +118,7 @@ def test_damaged_caption_embeddings_are_recomputed_identically(
     source: Path, tmp_path: Path, pool: ThreadPoolExecutor, fake_encoder: FakeEncoder, damage: str
 ) -> None:
     dataset = ingested(source, tmp_path / "data" / "blobs")
-    expected, files = read(dataset, pool).encodings["text"], embedding_files(dataset.folder)
+    expected, files = read(dataset, pool).encodings["text"].clone(), embedding_files(dataset.folder)
     path = next(encodings_folder(dataset.folder).glob("*.safetensors"))
     match damage:
         case "changed":

@@ -17,9 +17,11 @@ from diffusion.checkpoints import load_model
 from diffusion.common.device import CPU
 from diffusion.common.errors import UserError
 from diffusion.diffusers_format.import_pipeline import import_pipeline
+from diffusion.families.adapters import LoRAConfig
 from diffusion.families.header import Origin
 from diffusion.families.model import ConditioningBatch
 from diffusion.families.pretrained.model import PretrainedModel
+from diffusion.families.text_encoder import stack_encodings
 from diffusion.generation.config import Conditions
 from diffusion.generation.generate import check_prompts, check_sampling, encode_prompts, make_conditioning, sample
 from diffusion.process.editing import Edit
@@ -36,6 +38,8 @@ NAMES = {
     "z_image": "ZImagePipeline",
     "qwen_image": "QwenImagePipeline",
     "pixart_sigma": "PixArtSigmaPipeline",
+    "sana": "SanaPipeline",
+    "flux_2": "Flux2Pipeline",
 }
 
 
@@ -112,16 +116,20 @@ CASES: tuple[tuple[str, dict[str, Any], float | None, dict[str, Any]], ...] = (
     ("flux", {"dev": False}, None, {}),
     ("flux_2_klein", {}, 4.0, {"guidance_scale": 4.0}),
     ("flux_2_klein", {"distilled": True}, None, {}),
+    ("flux_2", {}, 4.0, {"guidance_scale": 4.0}),
     ("z_image", {}, 6.0, {"guidance_scale": 5.0}),
     ("z_image", {"dynamic": True}, None, {"guidance_scale": 0.0}),
     ("qwen_image", {}, 4.0, {"true_cfg_scale": 4.0, "negative_prompt": ""}),
     ("qwen_image", {}, None, {"true_cfg_scale": 1.0}),
     ("pixart_sigma", {}, 4.5, {"guidance_scale": 4.5, "use_resolution_binning": False}),
     ("pixart_sigma", {}, None, {"guidance_scale": 1.0, "use_resolution_binning": False}),
+    ("sana", {}, 4.5, {"guidance_scale": 4.5, "use_resolution_binning": False}),
+    ("sana", {}, None, {"guidance_scale": 1.0, "use_resolution_binning": False}),
+    ("sana", {"euler": True}, 4.5, {"guidance_scale": 4.5, "use_resolution_binning": False}),
 )
 
 
-@pytest.mark.parametrize(("count", "size"), [(1, (32, 32)), (3, (32, 48))])
+@pytest.mark.parametrize(("count", "size"), [(1, (32, 32)), (3, (32, 64))])
 @pytest.mark.parametrize(("kind", "options", "guidance", "call"), CASES)
 def test_images_are_those_of_diffusers(
     make: Make,
@@ -142,20 +150,19 @@ def test_images_are_those_of_diffusers(
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "guidance", "scale"),
+    ("kind", "guidance", "call"),
     [
-        ("stable_diffusion_xl", "guidance_scale", 5.0, 5.0),
-        ("z_image", "guidance_scale", 6.0, 5.0),
-        ("qwen_image", "true_cfg_scale", 4.0, 4.0),
+        ("stable_diffusion_xl", 5.0, {"guidance_scale": 5.0}),
+        ("z_image", 6.0, {"guidance_scale": 5.0}),
+        ("qwen_image", 4.0, {"true_cfg_scale": 4.0}),
+        ("sana", 4.5, {"guidance_scale": 4.5, "use_resolution_binning": False}),
     ],
 )
-def test_negative_prompts_are_those_of_diffusers(
-    make: Make, kind: str, name: str, guidance: float, scale: float
-) -> None:
+def test_negative_prompts_are_those_of_diffusers(make: Make, kind: str, guidance: float, call: dict[str, Any]) -> None:
     folder, model = make(kind)
     conditions = Conditions(prompts=PROMPTS[:2], negative_prompt="grey photo")
     images = generate(model, 2, (32, 32), conditions, guidance)
-    call = {name: scale, "negative_prompt": ["grey photo"] * 2}
+    call = call | {"negative_prompt": ["grey photo"] * 2}
     expected = torch.from_numpy(generate_by_diffusers(folder, kind, 2, (32, 32), **call))
     assert (images - expected).abs().max() < 2e-6
 
@@ -290,6 +297,87 @@ def test_configurations_that_do_not_fit_are_refused(
     with pytest.raises(UserError):
         import_pipeline(folder, tmp_path / "model.safetensors", Origin(source="tiny"))
     assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("flux", {"base_shift": None}),
+        ("flux", {"base_image_seq_len": 4096}),
+        ("flux", {"max_shift": "1.15"}),
+        ("flux", {"base_shift": 1e29}),
+        ("flux", {"max_shift": -1e29}),
+        ("flux", {"num_train_timesteps": 0}),
+        ("flux", {"time_shift_type": "linear", "base_shift": -1, "max_shift": -1}),
+        ("z_image", {"shift": -1}),
+        ("z_image", {"shift": 0}),
+        ("z_image", {"num_train_timesteps": None}),
+        ("stable_diffusion_xl", {"num_train_timesteps": 0}),
+        ("stable_diffusion_xl", {"trained_betas": 0.5}),
+        ("stable_diffusion_xl", {"timestep_spacing": "none"}),
+        ("pixart_sigma", {"solver_order": "many"}),
+        ("pixart_sigma", {"beta_end": -1}),
+    ],
+)
+def test_schedulers_that_cannot_generate_are_refused(
+    make: Make, tmp_path: Path, kind: str, change: dict[str, Any]
+) -> None:
+    folder = changed(make(kind)[0], tmp_path / "changed", {"scheduler/scheduler_config.json": change})
+    with pytest.raises(UserError) as raised:
+        import_pipeline(folder, tmp_path / "model.safetensors", Origin(source="tiny"))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("kind", "name"), [("flux", "tokenizer"), ("flux", "tokenizer_2"), ("z_image", "tokenizer")])
+def test_tokenizers_without_vocabulary_are_refused(make: Make, tmp_path: Path, kind: str, name: str) -> None:
+    folder = changed(make(kind)[0], tmp_path / "changed", {})
+    for file in ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model"):
+        (folder / name / file).unlink(missing_ok=True)
+    with pytest.raises(UserError, match=name):
+        import_pipeline(folder, tmp_path / "model.safetensors", Origin(source="tiny"))
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_tokens_of_sdxl_are_worth_what_prompts_are(make: Make, zeros: bool) -> None:
+    model = make("stable_diffusion_xl", zeros=zeros)[1].with_size((16, 32))
+    tokens = model.caption_encoder(LoRAConfig(text_encoder=True))
+    tokenize, prompts = tokens.load(), ("a red circle", None)
+    x = torch.randn(2, *model.noise_shape, generator=torch.Generator().manual_seed(2))
+    shown, encoded = (
+        model.network(x, torch.tensor([10.0, 500.0]), **stack_encodings(encodings))
+        for encodings in (
+            [tokens.none if prompt is None else tokenize(prompt) for prompt in prompts],
+            [model.encode_prompt(prompt) for prompt in prompts],
+        )
+    )
+    torch.testing.assert_close(shown, encoded, rtol=0, atol=1e-5)
+
+
+def test_every_adapted_layer_of_sdxl_s_text_encoders_has_an_effect(make: Make) -> None:
+    model = make("stable_diffusion_xl")[1].with_size((16, 32))
+    adapter = LoRAConfig(rank=2, text_encoder=True)
+    subset, tokens = model.make_trainable(adapter), model.caption_encoder(adapter)
+    names = {name.partition(".")[0] for name, _ in subset.named_parameters()}
+    assert names == {"unet", "text_encoder", "text_encoder_2"}
+    generator = torch.Generator().manual_seed(2)
+    for weight in subset.parameters():
+        torch.nn.init.normal_(weight, std=0.1, generator=generator)
+    x = torch.randn(1, *model.noise_shape, generator=generator)
+    subset(x, torch.tensor([300.0]), **stack_encodings([tokens.load()("a red circle")])).square().sum().backward()
+    assert not [name for name, weight in subset.named_parameters() if weight.grad is None or not weight.grad.any()]
+
+
+@pytest.mark.parametrize("kind", FLOW_MAKERS)
+def test_all_that_is_trained_has_an_effect(make: Make, kind: str) -> None:
+    model = make(kind)[1].with_size((16, 24))
+    subset = model.make_trainable(None)
+    generator = torch.Generator().manual_seed(2)
+    encodings = stack_encodings(model.encode_prompt(prompt) for prompt in PROMPTS[:2])
+    x = torch.randn(2, *model.noise_shape, generator=generator)
+    subset(x, torch.tensor([10.0, 50.0]), **encodings).square().sum().backward()
+    idle = {name for name, weight in subset.named_parameters() if weight.grad is None or not weight.grad.any()}
+    assert not idle
 
 
 def changed(folder: Path, copy: Path, changes: dict[str, dict[str, Any]]) -> Path:

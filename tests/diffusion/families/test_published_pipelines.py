@@ -13,6 +13,8 @@ PARAMETERS = {
     "StableDiffusionXLPipeline": {"unet": 2_567_463_684, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840},
     "FluxPipeline": {"transformer": 11_901_408_320, "text_encoder_2": 4_762_310_656, "vae": 83_819_683},
     "Flux2KleinPipeline": {"transformer": 3_875_544_576, "text_encoder": 4_022_468_096},
+    "Flux2Pipeline": {"transformer": 32_223_281_152, "text_encoder": 24_011_361_280},
+    "SanaPipeline": {"transformer": 1_604_462_752, "text_encoder": 2_614_341_888, "vae": 312_250_275},
     "ZImagePipeline": {"transformer": 6_154_908_736, "text_encoder": 4_022_468_096},
     "QwenImagePipeline": {"transformer": 20_430_401_088, "text_encoder": 8_292_166_656, "vae": 126_892_531},
 }

@@ -333,14 +333,17 @@ def test_latents_are_of_each_image_and_its_mirror_image(
 
 
 @pytest.mark.slow
-def test_text_encoder_is_adapted_too(make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
-    _, base = make_pipeline("stable_diffusion")
-    dataset, options = data(tmp_path, "stable_diffusion"), {"adapter": LORA["adapter"] | {"text_encoder": True}}
+@pytest.mark.parametrize("kind", ["stable_diffusion", "stable_diffusion_xl"])
+def test_text_encoders_are_adapted_too(
+    make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path, kind: str
+) -> None:
+    _, base = make_pipeline(kind)
+    dataset, options = data(tmp_path, kind), {"adapter": LORA["adapter"] | {"text_encoder": True}}
     whole = run(dataset, tmp_path / "whole", base, **options)
     begun, model = load_model(base), load_model(whole.final)
     before = begun.network.state_dict()
     changed_names = {name for name, value in model.network.state_dict().items() if not torch.equal(value, before[name])}
-    assert {name.split(".")[0] for name in changed_names} == {"unet", "text_encoder"}
+    assert {name.split(".")[0] for name in changed_names} == {"unet", *model.config.imported.text_encoders}
     assert not torch.equal(model.encode_prompt("a red circle")["states"], begun.encode_prompt("a red circle")["states"])
     with pytest.raises(Stop):
         run(dataset, tmp_path / "cut", base, lambda _: StopAt(16), **options)
