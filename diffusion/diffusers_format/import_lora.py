@@ -36,7 +36,7 @@ ROLES = (
     ("alpha", re.compile(r"\.alpha")),
     ("magnitude", re.compile(r"\.lora_magnitude_vector(\.default)?(\.weight)?")),
 )
-"""Ends of the names of A, B, α and the magnitudes of DoRA in the formats of peft, kohya and three versions of diffusers."""
+"""Ends of the names of A, B, α and magnitudes (DoRA) in the formats of peft, kohya and three versions of diffusers."""
 OTHER_KINDS = {
     "dora_scale": "DoRA by kohya's names, which tools read differently",
     "hada_": "LoHa",
