@@ -118,7 +118,7 @@ def _cache_file(dataset: Dataset, encoding: CaptionEncoder) -> Path:
 def _read_cached(path: Path, digests: Sequence[bytes], encoding: CaptionEncoder) -> tuple[dict[str, Tensor], list[int]]:
     """Return the cached encodings of the texts with these ``digests``, and the indices of those not in the cache.
 
-    If the cache has no others, they are mapped from the file: memory holds what is used, as a prompt of FLUX.2 has 16 MB.
+    If the cache has no others, they are mapped from the file: memory holds what is used, as FLUX.2 has 16 MB a prompt.
     """
     encodings = {name: none.new_empty(len(digests), *none.shape) for name, none in encoding.none.items()}
     missing = dict(zip(digests, range(len(digests)), strict=True))

@@ -1,5 +1,7 @@
 """Import of low-rank matrices (LoRA) that other tools trained, in the formats of diffusers, peft and kohya.
 
+DoRA is imported in the formats of diffusers and peft: by kohya's names tools divide by different norms.
+
 Every layer of the base is looked up under all names that these tools have for it, and what remains is an error: nothing
 in a file is passed over. The file is not trusted: it is never unpickled, and all that is read is within limits.
 """
@@ -22,7 +24,7 @@ from diffusion.common.files import sha256_file
 from diffusion.common.parsing import parse_json
 from diffusion.diffusers_format.adapter import with_text_model
 from diffusion.diffusers_format.safetensors_file import SafetensorsFile
-from diffusion.families.adapters.lora import DOWN, UP, LoRAConfig
+from diffusion.families.adapters.lora import DOWN, MAGNITUDE, UP, DoRAConfig, LoRAConfig
 from diffusion.families.fine_tuning import is_adaptable
 from diffusion.families.header import Base, ModelHeader, Origin
 from diffusion.families.pretrained.config import DiffusersConfig
@@ -32,11 +34,11 @@ ROLES = (
     ("A", re.compile(r"(\.lora_A(\.default)?|\.lora_down|[._]lora\.down|\.lora_linear_layer\.down)\.weight")),
     ("B", re.compile(r"(\.lora_B(\.default)?|\.lora_up|[._]lora\.up|\.lora_linear_layer\.up)\.weight")),
     ("alpha", re.compile(r"\.alpha")),
+    ("magnitude", re.compile(r"\.lora_magnitude_vector(\.default)?(\.weight)?")),
 )
-"""Ends of the names of A, B and α in the formats of peft, kohya and three versions of diffusers."""
+"""Ends of the names of A, B, α and magnitudes (DoRA) in the formats of peft, kohya and three versions of diffusers."""
 OTHER_KINDS = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
+    "dora_scale": "DoRA by kohya's names, which tools read differently",
     "hada_": "LoHa",
     "lokr_": "LoKr",
     "oft_": "OFT",
@@ -78,14 +80,15 @@ def import_lora(file: SafetensorsFile, base: Path, path: Path, licence: str, ver
     peft_alphas = dict(_peft_alphas(file, layers))
     ranks, scales = {}, {}
     for name, layer in layers.items():
-        a, b = _fitted(file, name, layer, shapes[name])
-        layer.factors = {"A": a, "B": b}
-        ranks[name] = len(a)
+        layer.factors = _fitted(file, name, layer, shapes[name])
+        ranks[name] = len(layer.factors["A"])
         alpha = layer.alpha if layer.alpha is not None else peft_alphas.get(name)
         if alpha is not None and not math.isfinite(alpha):
             raise UserError(f"{file.path} has an α that is not finite for {name}: fetch it again, or use another")
         # As kohya has it, an α of zero is none.
         scales[name] = alpha / ranks[name] if alpha else 1.0
+    if len({"magnitude" in layer.factors for layer in layers.values()}) > 1:
+        raise UserError(f"{file.path} is DoRA in some of its layers alone, which is not supported: use another file")
     try:
         lora, factors = _unify(layers, ranks, scales)
     except ValidationError as error:
@@ -170,7 +173,7 @@ def _match(
         raise UserError(
             f"{file.path} has {', '.join(unknown[:MAX_SHOWN])}{more}, "
             + (
-                f"which is {kind}: only LoRA, two matrices for a layer, is supported"
+                f"which is {kind}: only LoRA, two matrices for a layer, and DoRA of peft are supported"
                 if kind
                 else "which match no layer of the base: give the pipeline that it was trained on as --base"
             )
@@ -205,8 +208,8 @@ def _peft_alphas(file: SafetensorsFile, layers: Mapping[str, _Layer]) -> Iterato
                 for key, value in settings.items()
                 if key.startswith(f"{component}.")
             }
-            if own.get("use_dora"):
-                raise UserError(f"{file.path} is DoRA by its metadata, and only LoRA is supported: use another file")
+            if own.get("use_dora") and "magnitude" not in layer.factors:
+                raise UserError(f"{file.path} is DoRA by its metadata and has no magnitudes for {name}: save it again")
             patterns = own.get("alpha_pattern") or {}
             alpha = next(
                 (value for end, value in patterns.items() if f".{inner}".endswith(f".{end}")), own.get("lora_alpha")
@@ -217,9 +220,9 @@ def _peft_alphas(file: SafetensorsFile, layers: Mapping[str, _Layer]) -> Iterato
         raise UserError(f"{PEFT_METADATA} in {file.path} cannot be read ({error}): use another file") from error
 
 
-def _fitted(file: SafetensorsFile, name: str, layer: _Layer, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Return A and B of a layer with a weight of ``shape``, in float32; raises UserError unless they fit."""
-    if {*layer.factors} != {"A", "B"}:
+def _fitted(file: SafetensorsFile, name: str, layer: _Layer, shape: torch.Size) -> dict[str, Tensor]:
+    """Return A, B and any magnitudes of a layer with a weight of ``shape``, in float32; UserError unless they fit."""
+    if {*layer.factors} - {"magnitude"} != {"A", "B"}:
         raise UserError(f"{file.path} has one of two matrices for {name}: fetch or save it again")
     a, b = layer.factors["A"], layer.factors["B"]
     rank, kernel = len(a) if a.ndim else 0, (1,) * (len(shape) - 2)
@@ -234,10 +237,18 @@ def _fitted(file: SafetensorsFile, name: str, layer: _Layer, shape: torch.Size) 
             f"{file.path} has matrices of {tuple(a.shape)} and {tuple(b.shape)} for {name}, whose weight is "
             f"{tuple(shape)}: give the pipeline that it was trained on as --base"
         )
-    for part in (a, b):
+    fitted = {"A": a.float().reshape(expected[0]), "B": b.float().reshape(expected[1])}
+    if (magnitude := layer.factors.get("magnitude")) is not None:
+        if magnitude.numel() != shape[0]:
+            raise UserError(
+                f"{file.path} has magnitudes of {tuple(magnitude.shape)} for {name}, whose weight is {tuple(shape)}: "
+                "give the pipeline that it was trained on as --base"
+            )
+        fitted["magnitude"] = magnitude.float().reshape((1, shape[0], *kernel) if kernel else (shape[0],))
+    for part in fitted.values():
         if not part.isfinite().all():
             raise UserError(f"{file.path} has numbers that are not finite for {name}: fetch it again, or use another")
-    return a.float().reshape(expected[0]), b.float().reshape(expected[1])
+    return fitted
 
 
 def _unify(
@@ -247,7 +258,9 @@ def _unify(
     rank, scale = max(ranks.values()), next(iter(scales.values()))
     text_encoder = any(name.startswith("text_encoder") for name in layers)
     is_uniform = len({*ranks.values()}) == len({*scales.values()}) == 1 and 0 < scale * rank <= 65536
-    lora = LoRAConfig(rank=rank, alpha=scale * rank if is_uniform else None, text_encoder=text_encoder)
+    is_dora = all("magnitude" in layer.factors for layer in layers.values())
+    kind = DoRAConfig if is_dora else LoRAConfig
+    lora = kind(rank=rank, alpha=scale * rank if is_uniform else None, text_encoder=text_encoder)
     factors: dict[str, Tensor] = {}
     for name, layer in sorted(layers.items()):
         a, b = layer.factors["A"], layer.factors["B"]
@@ -257,4 +270,6 @@ def _unify(
             a = torch.cat([a, a.new_zeros(missing, *a.shape[1:])])
             b = torch.cat([b, b.new_zeros(len(b), missing, *b.shape[2:])], dim=1)
         factors |= {f"{AVERAGED}{name}.{DOWN}": a, f"{AVERAGED}{name}.{UP}": b}
+        if is_dora:
+            factors[f"{AVERAGED}{name}.{MAGNITUDE}"] = layer.factors["magnitude"]
     return lora, factors

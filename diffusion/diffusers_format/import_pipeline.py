@@ -28,7 +28,7 @@ from diffusion.families.config import DiffusersConfig
 from diffusion.families.header import ModelHeader, Origin
 from diffusion.families.pretrained.config import PIPELINES
 from diffusion.families.pretrained.model import make_pipeline_schedule
-from diffusion.families.pretrained.pipeline import FAILURES, SCHEDULERS, Component, load_tokenizer
+from diffusion.families.pretrained.pipeline import FAULTS, SCHEDULERS, Component, load_tokenizer
 
 INDEX = "model_index.json"
 OWN_NETWORK = "DarkroomUNet"
@@ -327,7 +327,7 @@ def _check_tokenizer(folder: Path, kind: str) -> None:
     try:
         tokenizer = load_tokenizer(kind, folder)
         one, other = (tokenizer(text).input_ids for text in ("cat", "dog"))
-    except (*FAILURES, OSError) as error:
+    except (*FAULTS, OSError) as error:
         words = str(error).partition("\n")[0]
         raise UserError(f"{folder} is not a {kind} ({words}): save the pipeline again") from error
     if one == other:

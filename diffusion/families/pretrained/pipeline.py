@@ -63,16 +63,7 @@ TRIAL_STEPS = 8
 """Steps that a scheduler has to take when its pipeline is imported."""
 MAX_INTEGER, MAX_LIST, MAX_STRING = 2**18, 2**14, 4096
 """Limits of a component's configuration; files that exceed them are rejected before a network is built."""
-FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NameError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
 """What libraries raise for values of configurations that they do not check."""
 LIMITS = {"sample_size": MAX_SIZE, "pos_embed_max_size": MAX_SIZE, "depth": MAX_BLOCKS * 4, "rope_theta": 2**40}
 """Other limits: lower ones of sizes of whose squares tables are made, and that of a base of rotary embeddings."""
@@ -131,7 +122,7 @@ def build(component: Component) -> Any:
         config = kind.config_class.from_dict(_without_types(component.config))
         config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
         return kind(config)
-    except FAILURES as error:
+    except FAULTS as error:
         raise UserError(
             f"no {component.kind} can be built from its configuration ({_first_line(error)}): is it of another version "
             "of diffusers?"
@@ -438,7 +429,7 @@ class Pipeline:
             scheduler.set_timesteps(**self.timesteps(scheduler, steps, shape), device=device)
             if not scheduler.timesteps.isfinite().all():  # one step alone cannot end at shift_terminal
                 raise ValueError("its times are not finite")
-        except FAILURES as error:
+        except FAULTS as error:
             raise UserError(
                 f"the {component.kind} has no {steps} noise levels by its configuration ({_first_line(error)}): "
                 "import a pipeline with another scheduler, or choose another sampling.steps"
@@ -465,7 +456,7 @@ class Pipeline:
                 numbers = [*self.training_times(shape).values(), x.sum()]
                 if not all(math.isfinite(number) for number in numbers if not isinstance(number, str)):
                     raise ValueError("numbers are not finite")
-        except FAILURES as error:
+        except FAULTS as error:
             raise UserError(
                 f"its {self.scheduler.kind} cannot generate by its configuration ({_first_line(error)}): import a "
                 "pipeline with another scheduler"

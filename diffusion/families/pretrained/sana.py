@@ -126,5 +126,6 @@ class SanaPipeline(Pipeline):
 
     def encode(self, network: PipelineNetwork, images: Tensor) -> Tensor:
         """Encode images (N, C, H, W) in [−1, 1] as scaled latents, (N, *noise_shape)."""
+        scale, _ = self._latent_scale(network)
         z: Tensor = network.component("vae").encode(images).latent
-        return z * network.component("vae").config.scaling_factor
+        return z * scale

@@ -13,10 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffusion.checkpoints import load_model
+from diffusion.checkpoints import load_model, read_model_header
 from diffusion.common.errors import UserError
 from diffusion.diffusers_format.adapter import DIFFUSERS_FILE, export_adapter
 from diffusion.diffusers_format.export import export_to_diffusers
+from diffusion.diffusers_format.import_model import ImportParts, import_file
 from diffusion.diffusers_format.import_pipeline import import_pipeline
 from diffusion.families.adapters.base import AdapterFormat
 from diffusion.families.header import Origin
@@ -88,6 +89,21 @@ def test_diffusers_loads_lora_and_dora(sd: tuple[Path, Path], tmp_path: Path, ki
     final = write_adapter(tmp_path / "final.safetensors", sd[1], text_encoder=True, **KINDS[kind])
     export_adapter(final, tmp_path / "out", file_format="diffusers")
     assert_equal_images(sd, final, lambda pipe: pipe.load_lora_weights(tmp_path / "out"), tmp_path)
+
+
+@pytest.mark.parametrize("fields", [KINDS["dora"], KINDS["dora"] | {"ranks": {"attn2.*": 3}}], ids=["one", "several"])
+def test_dora_of_diffusers_is_imported(sd: tuple[Path, Path], tmp_path: Path, fields: dict[str, Any]) -> None:
+    final = write_adapter(tmp_path / "final.safetensors", sd[1], text_encoder=True, **fields)
+    export_to_diffusers(final, tmp_path / "merged", sampling_config(steps=2))
+    export_adapter(final, tmp_path / "out", file_format="diffusers")
+    file, again = tmp_path / "out" / DIFFUSERS_FILE, tmp_path / "again.safetensors"
+    result = import_file(str(file), again, "openrail", tmp_path, parts=ImportParts(base=sd[1]))
+    assert (adapter := read_model_header(result.file).adapter) is not None
+    assert adapter.kind == "dora"
+    export_to_diffusers(result.file, tmp_path / "merged again", sampling_config(steps=2))
+    expected = images(tmp_path / "merged")
+    assert (expected - images(sd[0])).abs().max() > 0.01
+    assert (images(tmp_path / "merged again") - expected).abs().max() < 1e-5
 
 
 def test_kohya_file_has_the_alpha_of_each_layer(sd: tuple[Path, Path], tmp_path: Path) -> None:

@@ -324,6 +324,14 @@ HOSTILE: dict[str, tuple[Callable[[Path, Tensors], object], str]] = {
         "twice",
     ),
     "DoRA": (_broken(lambda tensors: tensors.update({UP.partition(".")[0] + ".dora_scale": torch.ones(8)})), "DoRA"),
+    "DoRA of one layer": (
+        _broken(lambda tensors: tensors.update({UP.partition(".")[0] + ".lora_magnitude_vector": torch.ones(8)})),
+        "DoRA in some",
+    ),
+    "magnitudes of another shape": (
+        _broken(lambda tensors: tensors.update({UP.partition(".")[0] + ".lora_magnitude_vector": torch.ones(7)})),
+        r"\(7,\)",
+    ),
     "LoHa": (_broken(lambda tensors: tensors.update({"lora_unet_a.hada_w1_a": torch.ones(8)})), "LoHa"),
     "metadata": (
         lambda path, tensors: save_file(tensors, path, {"lora_adapter_metadata": json.dumps([1])}),
