@@ -22,7 +22,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.data.loader import Batch
 from diffusion.families import family_of
 from diffusion.families.config import FamilyConfig, classes_of, shape_conflict, training_conflict
-from diffusion.families.fine_tuning import share
+from diffusion.families.fine_tuning import TrainableSubset, share
 from diffusion.families.header import Base, ModelHeader
 from diffusion.families.model import (
     Conditioning,
@@ -35,11 +35,11 @@ from diffusion.families.model import (
 from diffusion.families.text_encoder import MINI_LM, Encoding
 from diffusion.families.vae.network import Latents
 from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions
-from diffusion.generation.generate import check_sampling_options, conditions_of
+from diffusion.generation.generate import Encodings, check_sampling_options, conditions_of
 from diffusion.generation.super_resolution import GenerationTask, add_conditioning_noise, task_of
 from diffusion.process.samplers import SamplingConfig
 from diffusion.training.config import TrainingConfig
-from diffusion.training.data import encode_captions, encode_latents, encode_prior
+from diffusion.training.data import encode_captions, encode_grid, encode_latents, encode_prior
 from diffusion.training.distributed import Ranks
 from diffusion.training.identity import data_digest, identity_fields, train_key
 from diffusion.training.starting_models import MEASURED, identify_base, load_autoencoder, load_initial
@@ -78,6 +78,8 @@ class TrainingSetup:
     """Latents of the images in rows, mirrored or not, as ``LatentCache.select_rows``; None: training is on images."""
     prior_prompt: Encoding | None = None
     """The prompt of ``training.prior``, or of none; None: there is no prior."""
+    grid_encodings: Encodings | None = None
+    """Prompts of sample grids, if training does not change how they are encoded."""
 
     @cached_property
     def device(self) -> torch.device:
@@ -245,8 +247,11 @@ class TrainingSetup:
         batch = self.config.images_per_step
         return max(1, round((self.config.guide or 0) * total / batch)) * batch
 
-    def network_from(self, tensors: dict[str, Tensor], prefix: str) -> nn.Module:
-        """Build a network for inference from copies of the ``tensors`` whose names begin with ``prefix``."""
+    def network_from(self, tensors: dict[str, Tensor], prefix: str, trained: nn.Module | None = None) -> nn.Module:
+        """Build a network for inference from copies of the ``tensors`` whose names begin with ``prefix``.
+
+        With an adapter it shares on a device what the ``trained`` network has there.
+        """
         weights = {
             name.removeprefix(prefix): value.detach().clone()
             for name, value in tensors.items()
@@ -258,6 +263,8 @@ class TrainingSetup:
             weights = {name: value.to(CPU) for name, value in weights.items()}
             update = self.initial.tuned_weights(self.config.adapter, weights)
             network.load_state_dict(update, strict=False, assign=True)
+            if self.config.adapter is not None and self.device != CPU and isinstance(trained, TrainableSubset):
+                self.initial.share_frozen(network, trained)
         else:
             with torch.device("meta"):
                 network = replace(self, initial=None).make_network()
@@ -371,13 +378,17 @@ def make_setup(
             # With the moments that its frozen weights were trained with.
             assert isinstance(initial.autoencoder, Latents)
             autoencoder = initial.autoencoder
-        encoding = initial.caption_encoder(config.adapter) if model.text else encoding
+        if model.text:
+            encoding = initial.caption_encoder(config.adapter, resolve_device(config.device))
         if (digest := initial.latents_digest) is not None:
             latents = encode_latents(initial, digest, dataset, config, readers, progress)
     captions = encode_captions(dataset, config, encoding, ranks, readers, progress) if model.text else None
     prior_prompt = encode_prior(config, captions, readers)
     setup = TrainingSetup(dataset, model, config, ranks, captions, autoencoder, initial, base, latents, prior_prompt)
     check_conditions(setup.classes, model.text, sampling, setup.sample_grid_conditions())
+    if base is not None and captions is not None and not (config.adapter and config.adapter.text_encoder):
+        texts = setup.sample_grid_conditions().texts
+        setup = replace(setup, grid_encodings=encode_grid(texts, encoding, readers))
     autoguides, has_guide = sampling.autoguides, setup.has_guide
     if config.student is not None:
         autoguides, has_guide = config.student.autoguidance is not None, bool(initial and initial.guide)

@@ -283,7 +283,7 @@ def _make_prompt(setup: TrainingSetup) -> Encoding:
     if setup.initial is None:
         return MINI_LM.none
     if adapter is not None and adapter.text_encoder:
-        return setup.initial.caption_encoder(adapter).none
+        return setup.initial.caption_encoder(adapter, CPU).none
     return {name: torch.zeros(shape) for name, shape in setup.initial.encoding_shapes().items()}
 
 

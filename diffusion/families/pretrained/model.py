@@ -1,6 +1,5 @@
 """The family diffusers: imported pipelines, sampled by Darkroom's samplers or by their own scheduler."""
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from diffusion.common.device import CPU
+from diffusion.common.device import CPU, device_name
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.common.shapes import shape_name
@@ -20,12 +19,13 @@ from diffusion.families.adapters import AdapterConfig
 from diffusion.families.base import BaseFamilyConfig
 from diffusion.families.denoising_objective import DenoisingObjective
 from diffusion.families.diffusion_model import DiffusionModel, encode_known_part, make_unconditional, paste_kept
-from diffusion.families.fine_tuning import select_layers
+from diffusion.families.fine_tuning import TrainableSubset, select_layers
 from diffusion.families.header import ModelHeader
 from diffusion.families.model import Conditioning, ConditioningBatch, TrainingObjective, to_uint8
 from diffusion.families.pretrained.config import DiffusersConfig
 from diffusion.families.pretrained.network import PipelineNetwork, parts_digest, tensor_names
 from diffusion.families.pretrained.pipeline import Pipeline, build
+from diffusion.families.pretrained.placement import Resident
 from diffusion.families.text_encoder import CaptionEncoder, Encoding
 from diffusion.families.vae.network import Latents
 from diffusion.process.config import ObjectiveConfig
@@ -135,7 +135,7 @@ class PretrainedModel(DiffusionModel):
         self.network.set_classes(config)
         return replace(self, header=self.header.model_copy(update={"model": config}))
 
-    def caption_encoder(self, adapter: AdapterConfig | None) -> CaptionEncoder:
+    def caption_encoder(self, adapter: AdapterConfig | None, device: torch.device) -> CaptionEncoder:
         """Choose tokens where the pipeline's text encoder is trained, else what the denoiser is shown."""
         network = self.network
         if adapter is not None and adapter.text_encoder:
@@ -153,7 +153,15 @@ class PretrainedModel(DiffusionModel):
         # The denoiser decides how wide encodings are, and libraries their last bits.
         shapes = self.pipeline.encoding_shapes(network)
         key = [parts, self.config.pipeline, shapes, torch.__version__, version("transformers")]
-        return CaptionEncoder(digest_of(key), lambda: network.encode_prompt, network.encode_prompt(None))
+        if device != CPU:
+            key.append(device_name(device))
+
+        def load() -> Callable[[str | None], Encoding]:
+            # Whoever drops the function releases the text encoders there.
+            encoder = network.on(device)
+            return lambda prompt: {name: value.to(CPU) for name, value in encoder.encode_prompt(prompt).items()}
+
+        return CaptionEncoder(digest_of(key), load, load()(None))
 
     def adapter_layers(self, layers: set[str], targets: Sequence[str] | None, text_encoder: bool) -> set[str]:
         """Choose layers of the denoiser, and of the text encoder its attention."""
@@ -170,11 +178,34 @@ class PretrainedModel(DiffusionModel):
         denoiser = f"{self.pipeline.denoiser_name}."
         return {name for name, _ in self.network.named_parameters() if name.startswith(denoiser)}
 
+    def step_network(self, adapter: AdapterConfig | None) -> PipelineNetwork:
+        """Leave out the autoencoder, and text encoders that are not trained."""
+        used = {self.pipeline.denoiser_name}
+        if adapter is not None and adapter.text_encoder:
+            used.add("text_encoder")
+        return self.network.select(name for name, _ in self.network.named_children() if name in used)
+
+    @staticmethod
+    def place(network: nn.Module, device: torch.device) -> PipelineNetwork:
+        """Return the network as it works on ``device``, to which components are copied when they are used."""
+        assert isinstance(network, PipelineNetwork)
+        return network.on(device)
+
+    def share_frozen(self, network: nn.Module, trained: TrainableSubset) -> None:
+        """Have copies of ``network`` share the weights that ``trained`` has on its device."""
+        assert isinstance(network, PipelineNetwork)
+        network.resident = Resident.of(trained)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the components work."""
+        return self.network.device
+
     def to(self, device: torch.device) -> Self:
-        """Copy the components to ``device``."""
-        if next(self.network.parameters()).device == device:
+        """Return the pipeline as it works on ``device``; the weights stay in the memory of the CPU, too."""
+        if self.device == device:
             return self
-        return self.make_model(self.header, copy.deepcopy(self.network).to(device), None).with_size(self.size)
+        return self.make_model(self.header, self.network.on(device), None).with_size(self.size)
 
     @property
     def config(self) -> DiffusersConfig:

@@ -94,6 +94,13 @@ class Component(Config):
     """Its configuration, without what begins with an underscore; empty for a tokenizer."""
 
 
+def text_config(component: Component) -> Any:
+    """Make the configuration of a text encoder, with the defaults of its class."""
+    import transformers
+
+    return getattr(transformers, component.kind).config_class.from_dict(dict(component.config))
+
+
 def build(component: Component) -> Any:
     """Build the module or scheduler of ``component`` with random weights; raises UserError if it cannot be."""
     try:
@@ -106,8 +113,7 @@ def build(component: Component) -> Any:
     try:
         if hasattr(diffusers, component.kind):
             return getattr(diffusers, component.kind).from_config(dict(component.config))
-        kind = getattr(transformers, component.kind)
-        config = kind.config_class.from_dict(dict(component.config))
+        kind, config = getattr(transformers, component.kind), text_config(component)
         config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
         return kind(config)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -312,8 +318,8 @@ class Pipeline:
 
     def tokenizer_length(self, network: PipelineNetwork, name: str) -> int:
         """Count the tokens of a padded prompt for the tokenizer ``name``."""
-        encoder = network.component(name.replace("tokenizer", "text_encoder"))
-        return min(int(network.tokenizer(name).model_max_length), int(encoder.config.max_position_embeddings))
+        config = text_config(self.components[name.replace("tokenizer", "text_encoder")])
+        return min(int(network.tokenizer(name).model_max_length), int(config.max_position_embeddings))
 
     @property
     def limiting_tokenizer(self) -> str:
@@ -363,7 +369,7 @@ class Pipeline:
 
     def _latent_scale(self, network: PipelineNetwork) -> tuple[float | Tensor, float | Tensor]:
         """Return scale and shift of latents, numbers or for each channel (C, 1, 1)."""
-        config = network.component(self.autoencoder_name).config
+        config = network.get_submodule(self.autoencoder_name).config
         return config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
 
     def make_scheduler(self, steps: int, shape: tuple[int, int, int], device: torch.device) -> Any:
