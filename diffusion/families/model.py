@@ -26,6 +26,7 @@ from diffusion.families.fine_tuning import (
     train_parameters,
 )
 from diffusion.families.header import ModelHeader
+from diffusion.families.quantization import round_weights
 from diffusion.families.text_encoder import (
     MINI_LM,
     CaptionEncoder,
@@ -233,6 +234,15 @@ class Model(ABC):
         """
         return select_layers(layers, targets, layers)
 
+    def quantized_layers(self) -> set[str]:
+        """Name the linear layers that ``AdapterConfig.base_weights`` is about."""
+        return set()
+
+    def round_base(self, adapter: AdapterConfig | None) -> None:
+        """Give the network the weights that it has as the base of ``adapter``, in place."""
+        if adapter is not None and adapter.base_weights is not None:
+            round_weights(self.network, self.quantized_layers(), adapter.base_weights)
+
     def trained_names(self) -> set[str]:
         """Name the parameters that training changes without an adapter."""
         return {name for name, _ in self.network.named_parameters()}
@@ -252,7 +262,7 @@ class Model(ABC):
             return train_parameters(network, self.trained_names())
         layers = {name for name, module in network.named_modules() if is_adaptable(module, adapter)}
         layers = self.adapter_layers(layers, adapter.target_modules, adapter.text_encoder)
-        return train_adapters(network, adapter, layers)
+        return train_adapters(network, adapter, layers, self.quantized_layers())
 
     def tuned_weights(self, adapter: AdapterConfig | None, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute the weights that differ after training, by name, from the ``trained`` tensors.

@@ -36,6 +36,7 @@ class DiffusersConfig(BaseFamilyConfig):
             "gradient_checkpointing",
             "adapters",
             "text_encoder_adapters",
+            "quantized_bases",
             "comparable_losses",
             "initial_weights",
             "dropped_conditions",

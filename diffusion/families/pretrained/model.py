@@ -26,6 +26,7 @@ from diffusion.families.pretrained.config import DiffusersConfig
 from diffusion.families.pretrained.network import PipelineNetwork, parts_digest, tensor_names
 from diffusion.families.pretrained.pipeline import Pipeline, build
 from diffusion.families.pretrained.placement import Resident
+from diffusion.families.quantization import quantizable_layers
 from diffusion.families.text_encoder import CaptionEncoder, Encoding
 from diffusion.families.vae.network import Latents
 from diffusion.process.config import ObjectiveConfig
@@ -172,6 +173,11 @@ class PretrainedModel(DiffusionModel):
             encoder = {name for name in layers if name.startswith("text_encoder.")}
             names |= select_layers(encoder, None, pipeline.text_adapter_targets)
         return names
+
+    def quantized_layers(self) -> set[str]:
+        """Name all linear layers of the denoiser."""
+        name = self.pipeline.denoiser_name
+        return {f"{name}.{layer}" for layer in quantizable_layers(self.network.get_submodule(name))}
 
     def trained_names(self) -> set[str]:
         """Name the parameters of the denoiser, without copies of others."""
