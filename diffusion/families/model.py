@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -246,6 +246,10 @@ class Model(ABC):
     def trained_names(self) -> set[str]:
         """Name the parameters that training changes without an adapter."""
         return {name for name, _ in self.network.named_parameters()}
+
+    def encoders(self) -> Mapping[Literal["prompts", "latents"], list[nn.Parameter]]:
+        """Return weights of which a training step needs none, by what they encode; those of pipelines alone."""
+        return {}
 
     def step_network(self, adapter: AdapterConfig | None) -> nn.Module:
         """Return the part of the network that a training step runs, which has all that is trained."""

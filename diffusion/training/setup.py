@@ -389,16 +389,21 @@ def make_setup(
     if base is not None and captions is not None and not (config.adapter and config.adapter.text_encoder):
         texts = setup.sample_grid_conditions().texts
         setup = replace(setup, grid_encodings=encode_grid(texts, encoding, readers))
-    autoguides, has_guide = sampling.autoguides, setup.has_guide
-    if config.student is not None:
-        autoguides, has_guide = config.student.autoguidance is not None, bool(initial and initial.guide)
+    _check_guide(setup, sampling)
+    return setup
+
+
+def _check_guide(setup: TrainingSetup, sampling: SamplingConfig) -> None:
+    """Raise UserError if sample grids, or the teacher of a student, are to be led away from a guide that is not there."""
+    autoguides, has_guide, student = sampling.autoguides, setup.has_guide, setup.config.student
+    if student is not None:
+        autoguides, has_guide = student.autoguidance is not None, bool(setup.initial and setup.initial.guide)
     if autoguides and not has_guide:
         advice = "set training.guide to 0.25, or " if setup.can_have_guide else ""
         raise UserError(
             "sampling.autoguidance leads away from the guide of a model (training.guide), and this one has none: "
             f"{advice}leave sampling.autoguidance out"
         )
-    return setup
 
 
 def drop_conditioning(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -183,6 +183,14 @@ class PretrainedModel(DiffusionModel):
         """Name the parameters of the denoiser, without copies of others."""
         denoiser = f"{self.pipeline.denoiser_name}."
         return {name for name, _ in self.network.named_parameters() if name.startswith(denoiser)}
+
+    def encoders(self) -> Mapping[Literal["prompts", "latents"], list[nn.Parameter]]:
+        """Return the weights of the text encoders, and those of the autoencoder."""
+        weights = [*self.network.named_parameters()]
+        return {
+            "prompts": [weight for name, weight in weights if name.startswith("text_encoder")],
+            "latents": [weight for name, weight in weights if name.startswith(f"{self.pipeline.autoencoder_name}.")],
+        }
 
     def step_network(self, adapter: AdapterConfig | None) -> PipelineNetwork:
         """Leave out the autoencoder, and text encoders that are not trained."""

@@ -369,7 +369,7 @@ class Pipeline:
 
     def _latent_scale(self, network: PipelineNetwork) -> tuple[float | Tensor, float | Tensor]:
         """Return scale and shift of latents, numbers or for each channel (C, 1, 1)."""
-        config = network.get_submodule(self.autoencoder_name).config
+        config: Any = network.get_submodule(self.autoencoder_name).config
         return config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
 
     def make_scheduler(self, steps: int, shape: tuple[int, int, int], device: torch.device) -> Any:
