@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffusion.common.device import CPU, compiles_by_default, resolve_device
 from diffusion.common.errors import UserError
-from diffusion.common.fingerprint import Fingerprint, fingerprint
+from diffusion.common.fingerprint import Fingerprint, fingerprint, resolve_precision
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.random import uniform
 from diffusion.common.shapes import Shape
@@ -32,6 +32,7 @@ from diffusion.families.model import (
     to_float,
     use_channels_last,
 )
+from diffusion.families.narrow_weights import narrow_weights
 from diffusion.families.text_encoder import MINI_LM, Encoding
 from diffusion.families.vae.network import Latents
 from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions
@@ -144,6 +145,8 @@ class TrainingSetup:
         family = family_of(self.model)
         if self.base is not None and self.initial is not None:
             partly_trained = self.initial.make_trainable(self.config.adapter)
+            if self.device != CPU and resolve_precision(self.config.precision, self.device) == "bf16":
+                narrow_weights(partly_trained.network, self.device)
             if gradient_checkpointing:
                 family.checkpoint_gradients(partly_trained.network)
             return partly_trained.train(not family.trains_in_evaluation_mode)
@@ -394,7 +397,7 @@ def make_setup(
 
 
 def _check_guide(setup: TrainingSetup, sampling: SamplingConfig) -> None:
-    """Raise UserError if sample grids, or the teacher of a student, are to be led away from a guide that is not there."""
+    """Raise UserError if sample grids, or a student's teacher, are to be led away from a guide that is not there."""
     autoguides, has_guide, student = sampling.autoguides, setup.has_guide, setup.config.student
     if student is not None:
         autoguides, has_guide = student.autoguidance is not None, bool(setup.initial and setup.initial.guide)
