@@ -17,8 +17,11 @@ NARROW = (torch.bfloat16, torch.float16)
 def _weights(network: nn.Module) -> Iterator[nn.Parameter]:
     """Find the frozen weights of linear layers and convolutions, without those of subclasses that store others."""
     for module in network.modules():
-        if type(module) in (nn.Linear, nn.Conv2d, nn.Conv3d) and not module.weight.requires_grad:
-            yield module.weight
+        if type(module) in (nn.Linear, nn.Conv2d, nn.Conv3d):
+            weight = module.weight
+            assert isinstance(weight, nn.Parameter)
+            if not weight.requires_grad:
+                yield weight
 
 
 def narrow_weights(network: nn.Module, device: torch.device) -> None:

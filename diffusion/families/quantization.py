@@ -74,25 +74,32 @@ class QuantizedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Compute x Wᵀ + b from ``x`` (…, in), in the type of autocast if it is on."""
         shape = self.out_features, self.in_features
-        y: Tensor = _Product.apply(x, self.codes, self.scales, shape, self.kind)  # type: ignore[no-untyped-call]
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        y: Tensor = _Linear.apply(x, self.codes, self.scales, self.bias, shape, self.kind)  # type: ignore[no-untyped-call]
+        return y
 
 
-class _Product(torch.autograd.Function):
-    """x Wᵀ, whose backward pass computes the weights again instead of keeping them."""
+class _Linear(torch.autograd.Function):
+    """x Wᵀ + b, whose backward pass computes the weights again instead of keeping them."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, shape: tuple[int, int], kind: BaseWeights
+        ctx: Any,
+        x: Tensor,
+        codes: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        shape: tuple[int, int],
+        kind: BaseWeights,
     ) -> Tensor:
         ctx.save_for_backward(codes, scales)
         ctx.shape, ctx.kind, ctx.dtype = shape, kind, x.dtype
-        return linear(x, dequantize(codes, scales, shape, kind).to(x.dtype))
+        return linear(x, dequantize(codes, scales, shape, kind), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        weight = dequantize(*ctx.saved_tensors, ctx.shape, ctx.kind)
-        return (gradient @ weight.to(gradient.dtype)).to(ctx.dtype), None, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        codes, scales = ctx.saved_tensors
+        weight = dequantize(codes, scales, ctx.shape, ctx.kind)
+        return (gradient @ weight.to(gradient.dtype)).to(ctx.dtype), None, None, None, None, None
 
 
 def quantizable_layers(network: nn.Module) -> set[str]:

@@ -130,7 +130,8 @@ def test_pipeline_is_planned_with_its_encoders(tmp_path: Path, adapter: dict[str
     fields = {"init_from": str(path), "adapter": adapter, "images": 8, "batch_size": 4, "weighting": "plain"}
     config = TrainingConfig.model_validate(fields | {"timestep_sampling": "scheduler", "precision": "fp32"})
     setup = outline_setup(Dataset.open(tmp_path / "data"), DiffusersConfig(), config)
-    memory, gpu = plan_here(setup), plan_memory(setup, measure_step(setup), 1, is_gpu=True)
+    memory, measured = plan_here(setup), measure_step(setup)
+    gpu = plan_memory(setup, measured, 1, is_gpu=True)
     network = load_model(path).network
 
     def size(*names: str) -> int:
@@ -151,7 +152,7 @@ def test_pipeline_is_planned_with_its_encoders(tmp_path: Path, adapter: dict[str
         rounded = adapter.get("base_weights")
         assert size("unet.") < memory.weights < (1.6 if rounded else 1.1) * size("unet.")
         assert (gpu.weights < 0.9 * size("unet.")) == bool(rounded)
-        assert gpu.validation < size("unet.", "vae.")
+        assert size("vae.") < gpu.validation - measured.validation(8) < size("unet.", "vae.") / 2
 
 
 def test_run_of_little_work_plans_nothing(
