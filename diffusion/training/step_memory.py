@@ -218,7 +218,7 @@ def measure_step(setup: TrainingSetup) -> StepMemory:
         prompt=sum(value.nbytes for value in prompt.values()),
         network=0 if initial is None else sum(_storages(initial.network.parameters()).values()),
         **_encoder_sizes(initial),
-        adapted=sum(layer.base_layer.weight.nbytes for layer in adapted_layers(network).values()),  # type: ignore
+        adapted=_adapted_size(network),
         matrices=[matrix for step in state.steps for matrix in step.matrices],
         encodings=_encode_images(setup, memory),
         steps=steps,
@@ -267,6 +267,12 @@ def _encoder_sizes(initial: Model | None) -> dict[str, int]:
     weights = {} if initial is None else initial.encoders()
     sizes = {name: sum(_storages(weights.get(name, [])).values()) for name in ("prompts", "latents")}
     return {"text_encoders": sizes["prompts"], "autoencoder": sizes["latents"]}
+
+
+def _adapted_size(network: nn.Module) -> int:
+    """Compute ``adapted`` of StepMemory."""
+    layers = adapted_layers(network.network).values() if isinstance(network, TrainableSubset) else ()
+    return sum(layer.get_submodule("base_layer").weight.nbytes for layer in layers)  # type: ignore[misc]
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
