@@ -18,6 +18,7 @@ from diffusion.common.errors import UserError, install_hint
 from diffusion.common.files import sha256_bytes
 from diffusion.families.adapters import AdapterConfig, LoRAConfig
 from diffusion.families.ddpm.network import seeded_dropout
+from diffusion.families.narrow_weights import narrow_weights
 from diffusion.families.quantization import quantize_layers
 
 
@@ -61,6 +62,10 @@ class TrainableSubset(nn.Module):
         for name, module in adapted_layers(network).items():
             network.set_submodule(name, module.base_layer)  # type: ignore[arg-type]
         return network.eval().requires_grad_(False)
+
+    def narrow(self, device: torch.device) -> None:
+        """Copy the frozen weights to ``device`` for steps under autocast: see ``narrow_weights``."""
+        narrow_weights(self.network, device)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of ``network`` as well, except of the adapted layers themselves."""

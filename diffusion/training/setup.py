@@ -32,7 +32,6 @@ from diffusion.families.model import (
     to_float,
     use_channels_last,
 )
-from diffusion.families.narrow_weights import narrow_weights
 from diffusion.families.text_encoder import MINI_LM, Encoding
 from diffusion.families.vae.network import Latents
 from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions
@@ -146,7 +145,7 @@ class TrainingSetup:
         if self.base is not None and self.initial is not None:
             partly_trained = self.initial.make_trainable(self.config.adapter)
             if self.device != CPU and resolve_precision(self.config.precision, self.device) == "bf16":
-                narrow_weights(partly_trained.network, self.device)
+                partly_trained.narrow(self.device)
             if gradient_checkpointing:
                 family.checkpoint_gradients(partly_trained.network)
             return partly_trained.train(not family.trains_in_evaluation_mode)
