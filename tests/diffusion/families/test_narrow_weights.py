@@ -56,3 +56,34 @@ def test_predictions_under_autocast_have_the_bits_of_float32(tmp_path: Path, kin
     narrow_weights(model.network, CPU)
     assert sum(weight.dtype == torch.bfloat16 for weight in model.network.parameters()) > 10
     assert torch.equal(predict(), expected)
+
+
+def test_adapter_on_weights_of_16_bits_has_the_gradients_of_float32(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    from diffusion.checkpoints import load_model
+    from diffusion.diffusers_format.import_pipeline import import_pipeline
+    from diffusion.families.adapters import LoRAConfig
+    from diffusion.families.header import Origin
+    from tests.builders.flow_pipelines import FLOW_MAKERS
+
+    path = tmp_path / "model.safetensors"
+    import_pipeline(FLOW_MAKERS["flux"](tmp_path / "pipeline"), path, Origin(source="flux"))
+    model = load_model(path).with_size((16, 16))
+    for weight in model.network.parameters():
+        weight.data = weight.data.bfloat16().float()
+    x, t = torch.randn(1, *model.noise_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([300.0])
+    conditioning = {name: value[None] for name, value in model.encode_prompt("a red circle").items()}
+    gradients = []
+    for is_narrow in (False, True):
+        torch.manual_seed(0)
+        trained = model.make_trainable(LoRAConfig(rank=2))
+        if is_narrow:
+            trained.narrow(CPU)
+            assert any(weight.dtype == torch.bfloat16 for weight in trained.network.parameters())
+        assert {weight.dtype for weight in trained.parameters()} == {torch.float32}
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = trained(x, t, **conditioning).float().square().sum()
+        gradients.append(torch.autograd.grad(loss, [*trained.parameters()], materialize_grads=True))
+    assert any(gradient.any() for gradient in gradients[0])
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
