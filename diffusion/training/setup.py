@@ -390,7 +390,8 @@ def make_setup(
     check_conditions(setup.classes, model.text, sampling, setup.sample_grid_conditions())
     if base is not None and captions is not None and not (config.adapter and config.adapter.text_encoder):
         texts = setup.sample_grid_conditions().texts
-        setup = replace(setup, grid_encodings=encode_grid(texts, encoding, readers))
+        encodings = encode_grid(texts, encoding, readers if ranks.is_main else None)
+        setup = replace(setup, grid_encodings=encodings)
     _check_guide(setup, sampling)
     return setup
 
