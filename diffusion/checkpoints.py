@@ -284,6 +284,7 @@ def _load_on_base(path: Path, header: ModelHeader, base: Model) -> Model:
         model = base.select_classes(classes) if set(classes) <= set(base.classes) else base
         if model.config != header.model or (model is base and classes != base.classes):
             raise ValueError
+        base.round_base(header.adapter)
         weights = base.tuned_weights(header.adapter, read_tensors(path, AVERAGED))
     except ValueError as error:
         raise UserError(

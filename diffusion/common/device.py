@@ -58,12 +58,13 @@ def set_current_device(device: torch.device) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Measure the bytes of memory that are free on ``device``."""
+    """Measure the bytes of memory that are free on ``device``, or that torch holds there and does not use."""
     import psutil  # which a served version does without
 
     if device.type == "cpu":
         return psutil.virtual_memory().available
-    free: int = torch.get_device_module(device).mem_get_info(device)[0]
+    module = torch.get_device_module(device)
+    free: int = module.mem_get_info(device)[0] + module.memory_reserved(device) - module.memory_allocated(device)
     return free
 
 

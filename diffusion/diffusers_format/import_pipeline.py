@@ -26,9 +26,9 @@ from diffusion.common.parsing import parse_json
 from diffusion.diffusers_format.safetensors_file import PICKLE_SUFFIXES, TYPES
 from diffusion.families.config import DiffusersConfig
 from diffusion.families.header import ModelHeader, Origin
+from diffusion.families.pretrained.components import FAULTS, SCHEDULERS, Component, load_tokenizer
 from diffusion.families.pretrained.config import PIPELINES
-from diffusion.families.pretrained.model import make_pipeline_schedule
-from diffusion.families.pretrained.pipeline import FAULTS, SCHEDULERS, Component, load_tokenizer
+from diffusion.families.pretrained.schedule import make_pipeline_schedule
 
 INDEX = "model_index.json"
 OWN_NETWORK = "DarkroomUNet"

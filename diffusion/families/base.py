@@ -21,6 +21,7 @@ Ability = Literal[
     "muon",
     "adapters",
     "text_encoder_adapters",
+    "quantized_bases",  # frozen weights with fewer bits
     "guide",  # autoguidance
     "distillation",
     "comparable_losses",  # between checkpoints

@@ -18,6 +18,8 @@ from diffusion.common.errors import UserError, install_hint
 from diffusion.common.files import sha256_bytes
 from diffusion.families.adapters import AdapterConfig, LoRAConfig
 from diffusion.families.ddpm.network import seeded_dropout
+from diffusion.families.narrow_weights import narrow_weights
+from diffusion.families.quantization import quantize_layers
 
 
 class TrainableSubset(nn.Module):
@@ -60,6 +62,10 @@ class TrainableSubset(nn.Module):
         for name, module in adapted_layers(network).items():
             network.set_submodule(name, module.base_layer)  # type: ignore[arg-type]
         return network.eval().requires_grad_(False)
+
+    def narrow(self, device: torch.device) -> None:
+        """Copy the frozen weights to ``device`` for steps under autocast: see ``narrow_weights``."""
+        narrow_weights(self.network, device)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of ``network`` as well, except of the adapted layers themselves."""
@@ -130,20 +136,26 @@ def train_parameters(network: nn.Module, names: Iterable[str]) -> TrainableSubse
     return TrainableSubset(clone, trained)
 
 
-def train_adapters(network: nn.Module, adapter: AdapterConfig, layers: Iterable[str]) -> TrainableSubset:
+def train_adapters(
+    network: nn.Module, adapter: AdapterConfig, layers: Iterable[str], quantized: Iterable[str] = ()
+) -> TrainableSubset:
     """Freeze a copy of ``network``, which shares its weights, and add an adapter to its ``layers``.
 
-    What is random of it is from torch's random numbers. Raises UserError if peft is not installed, or an option of the
-    adapter fits none of the layers.
+    The layers ``quantized`` have weights of their own, as ``adapter.base_weights`` says. What is random of the adapter
+    is from torch's random numbers. Raises UserError if peft is not installed, or an option of the adapter fits none of
+    the layers.
     """
     try:
         import peft
     except ModuleNotFoundError as error:
         raise UserError(f"training.adapter needs peft, which is not installed: {install_hint('diffusers')}") from error
+    clone = share(network)
+    if adapter.base_weights is not None:
+        quantize_layers(clone, quantized, adapter.base_weights)
     with warnings.catch_warnings():
         # Of blocks of rotations that it fits to the layer.
         warnings.simplefilter("ignore")
-        peft.inject_adapter_in_model(adapter.peft_config({*layers}), clone := share(network))
+        peft.inject_adapter_in_model(adapter.peft_config({*layers}), clone)
     trained = {name: parameter for name, parameter in clone.named_parameters() if parameter.requires_grad}
     subset = TrainableSubset(
         clone, {name.removesuffix(".default").replace(".default.", "."): value for name, value in trained.items()}

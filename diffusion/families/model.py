@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from diffusion.families.fine_tuning import (
     train_parameters,
 )
 from diffusion.families.header import ModelHeader
+from diffusion.families.quantization import round_weights
 from diffusion.families.text_encoder import (
     MINI_LM,
     CaptionEncoder,
@@ -220,8 +221,11 @@ class Model(ABC):
         """Return the model for a training on ``classes``, which may be some of its own."""
         return self
 
-    def caption_encoder(self, adapter: AdapterConfig | None) -> CaptionEncoder:
-        """Choose the encoder of captions in training; UserError if ``adapter`` adapts a text encoder that cannot be."""
+    def caption_encoder(self, adapter: AdapterConfig | None, device: torch.device) -> CaptionEncoder:
+        """Choose the encoder of captions in training on ``device``, whose encodings are on the CPU.
+
+        Raises UserError if ``adapter`` adapts a text encoder that cannot be.
+        """
         return MINI_LM
 
     def adapter_layers(self, layers: set[str], targets: Sequence[str] | None, text_encoder: bool) -> set[str]:
@@ -234,9 +238,26 @@ class Model(ABC):
         """
         return select_layers(layers, targets, layers)
 
+    def quantized_layers(self) -> set[str]:
+        """Name the linear layers that ``AdapterConfig.base_weights`` is about."""
+        return set()
+
+    def round_base(self, adapter: AdapterConfig | None) -> None:
+        """Give the network the weights that it has as the base of ``adapter``, in place."""
+        if adapter is not None and adapter.base_weights is not None:
+            round_weights(self.network, self.quantized_layers(), adapter.base_weights)
+
     def trained_names(self) -> set[str]:
         """Name the parameters that training changes without an adapter."""
         return {name for name, _ in self.network.named_parameters()}
+
+    def encoders(self) -> Mapping[Literal["prompts", "latents"], list[nn.Parameter]]:
+        """Return weights of which a training step needs none, by what they encode; those of pipelines alone."""
+        return {}
+
+    def step_network(self, adapter: AdapterConfig | None) -> nn.Module:
+        """Return the part of the network that a training step runs, which has all that is trained."""
+        return self.network
 
     def make_trainable(self, adapter: AdapterConfig | None) -> TrainableSubset:
         """Freeze a copy of the network except an adapter, or without one what training changes.
@@ -244,11 +265,12 @@ class Model(ABC):
         The copy shares its frozen weights. Raises UserError if peft is not installed or a target is not a linear or
         convolutional layer.
         """
+        network = self.step_network(adapter)
         if adapter is None:
-            return train_parameters(self.network, self.trained_names())
-        layers = {name for name, module in self.network.named_modules() if is_adaptable(module, adapter)}
+            return train_parameters(network, self.trained_names())
+        layers = {name for name, module in network.named_modules() if is_adaptable(module, adapter)}
         layers = self.adapter_layers(layers, adapter.target_modules, adapter.text_encoder)
-        return train_adapters(self.network, adapter, layers)
+        return train_adapters(network, adapter, layers, self.quantized_layers())
 
     def tuned_weights(self, adapter: AdapterConfig | None, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute the weights that differ after training, by name, from the ``trained`` tensors.
@@ -276,12 +298,25 @@ class Model(ABC):
         """Build the objective of a student with this ``header`` that is distilled from this model over ``images``."""
         raise NotImplementedError(f"{type(self).__name__} is not in a family with students")
 
+    @staticmethod
+    def place(network: nn.Module, device: torch.device) -> nn.Module:
+        """Copy a network of the family to ``device``, unless it is there."""
+        return network if next(network.parameters()).device == device else copy.deepcopy(network).to(device)
+
+    def share_frozen(self, network: nn.Module, trained: TrainableSubset) -> None:  # noqa: B027 (an optimization)
+        """Have copies of ``network`` that differs from this model's by an adapter share what ``trained`` has frozen."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+        return next(self.network.parameters()).device
+
     def to(self, device: torch.device) -> Self:
         """Copy the model's modules to ``device``."""
         modules: dict[str, Any] = {
-            name: copy.deepcopy(module).to(device)
+            name: placed
             for name, module in vars(self).items()
-            if isinstance(module, nn.Module) and next(module.parameters()).device != device
+            if isinstance(module, nn.Module) and (placed := self.place(module, device)) is not module
         }
         return replace(self, **modules) if modules else self
 

@@ -37,6 +37,7 @@ def sample(
     at_once: int | None = None,
     noise: Callable[[range], Noise] | None = None,
     by_step: bool = False,
+    encodings: Encodings | None = None,
 ) -> Tensor:
     """Generate the images ``indices`` of ``seed``, or edits of the image of ``edit``: (len(indices), C, H, W) uint8.
 
@@ -45,7 +46,8 @@ def sample(
     Image i is always computed as member i mod B of the compute batch i div B (B = ``config.compute_batch``), because
     floating-point sums change with a batch's shape. ``at_once`` compute batches are computed concurrently on a CPU;
     None: one per core. ``noise`` of a compute batch is by default ``seed``'s. ``progress`` is in images, which
-    moves when a compute batch ends, or with ``by_step`` in the sampler's steps for all compute batches.
+    moves when a compute batch ends, or with ``by_step`` in the sampler's steps for all compute batches. ``encodings``
+    are the prompts', if they are made.
 
     Raises UserError for conditions that the model was not trained with, options that have no effect, and an edit of
     another shape than the model's.
@@ -60,7 +62,7 @@ def sample(
     # A GPU computes a batch in parallel by itself.
     with compute_deterministically(device), worker_threads(at_once if device.type == "cpu" else 1) as pool:
         # Inside, as the bits of encodings depend on the number of threads.
-        encodings = encode_prompts(model, conditions)
+        encodings = encode_prompts(model, conditions) if encodings is None else encodings
 
         steps = StepProgress(progress if by_step else ignore_progress, len(batches))
 
@@ -289,7 +291,7 @@ def labels_of(model: Model, indices: Sequence[int], seed: int, conditions: Condi
 
 def reconstruct_images(model: Model, images: Tensor, config: SamplingConfig) -> Tensor:
     """Reconstruct ``images``, (N, C, H, W) uint8, with the autoencoder of ``model``, in compute batches."""
-    autoencoder, device = model.autoencoder, next(model.network.parameters()).device
+    autoencoder, device = model.autoencoder, model.device
     assert autoencoder is not None
 
     @torch.inference_mode()

@@ -25,7 +25,7 @@ from diffusion.families.config import FamilyConfig
 from diffusion.families.diffusion_model import DiffusionModel, count_evaluations
 from diffusion.families.model import Conditioning, Model, to_float, to_uint8
 from diffusion.generation.config import UNCONDITIONAL, Conditions
-from diffusion.generation.generate import check_sampling, sample
+from diffusion.generation.generate import Encodings, check_sampling, sample
 from diffusion.process.samplers import SamplingConfig
 
 
@@ -125,10 +125,14 @@ def generate(
     config: SamplingConfig,
     progress: Progress = ignore_progress,
     conditions: Conditions = UNCONDITIONAL,
+    encodings: Encodings | None = None,
 ) -> Tensor:
-    """Generate the images ``indices`` of ``seed``, (N, C, H, W) uint8, from the ``inputs`` of the model's task."""
+    """Generate the images ``indices`` of ``seed``, (N, C, H, W) uint8, from the ``inputs`` of the model's task.
+
+    ``encodings`` are those of the prompts, if they are made.
+    """
     if inputs is None:
-        return sample(model, indices, seed, config, progress, conditions)
+        return sample(model, indices, seed, config, progress, conditions, encodings=encodings)
     return upscale(model, inputs, seed, config, progress, indices.start)
 
 

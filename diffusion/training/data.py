@@ -1,6 +1,6 @@
 """The data set of a training: opened or streamed, with the captions and latents of its images."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
@@ -23,6 +23,7 @@ from diffusion.data.manifest import read_manifest
 from diffusion.data.shards import ShardCache, ShardStore
 from diffusion.families.model import Model
 from diffusion.families.text_encoder import CaptionEncoder, Encoding
+from diffusion.generation.generate import Encodings
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import Ranks
 
@@ -107,6 +108,12 @@ def encode_prior(config: TrainingConfig, captions: Captions | None, readers: Exe
     if config.prior.prompt is None or readers is None:
         return captions.encoding.none
     return captions.encoding.load()(config.prior.prompt)
+
+
+def encode_grid(texts: Iterable[str], encoding: CaptionEncoder, readers: Executor | None) -> Encodings:
+    """Encode the ``texts`` of sample grids and none, without ``readers`` all as none, so that steps need no encoder."""
+    encode = encoding.load() if readers is not None else lambda _: encoding.none
+    return {None: encoding.none} | {text: encode(text) for text in texts}
 
 
 def encode_latents(

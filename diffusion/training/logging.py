@@ -1,6 +1,5 @@
 """Validation and logging of a run: metrics by images seen in CSV files, a tracker and on the screen; PNG samples."""
 
-import copy
 import csv
 import logging
 import math
@@ -21,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffusion.checkpoints import AUTOENCODER, AVERAGED, GUIDE
-from diffusion.common.device import CPU
+from diffusion.common.device import CPU, resolve_device
 from diffusion.common.files import sync_file, write_bytes
 from diffusion.common.fingerprint import autocast
 from diffusion.common.image_grids import interleave_images, make_captioned_grid, make_grid, repeat_pixels, save_png
@@ -165,6 +164,8 @@ class Validation:
     setup: TrainingSetup
     objective: TrainingObjective
     threads: Executor
+    trained: nn.Module
+    """The network that is trained, on its device."""
 
     @cached_property
     def batches(self) -> dict[Split, list[Batch]]:
@@ -204,7 +205,10 @@ class Validation:
             if stop():
                 raise ValidationInterruptedError
 
-        networks = {"": setup.network_from(tensors, NETWORK), "_ema": setup.network_from(tensors, AVERAGED)}
+        networks = {
+            suffix: setup.network_from(tensors, prefix, self.trained)
+            for suffix, prefix in (("", NETWORK), ("_ema", AVERAGED))
+        }
         for network in networks.values():
             network.register_forward_pre_hook(require_time)
         model: Model = family_of(setup.model).make_model(
@@ -224,8 +228,7 @@ class Validation:
         # As in training, so that what can be trained can be validated.
         images_at_once = self.setup.config.micro_batch or self.setup.config.images_per_step
         with torch.inference_mode(), autocast(self.setup.config.precision, device):
-            if next(network.parameters()).device != device:
-                network = copy.deepcopy(network).to(device)
+            network = family_of(self.setup.model).place(network, device)
             for batch in batches:
                 conditioning = self.setup.conditioning(batch)
                 inputs = self.objective.make_batch(self.setup.x0(batch), batch.indices, conditioning, split)
@@ -252,9 +255,12 @@ class Validation:
         sampling = model.header.sampling(sampling, is_conditional(model.classes, conditions))
         if inputs is not None:
             return generate(model, inputs, range(len(inputs)), 0, sampling, conditions=conditions)
-        counts = apportion(model.header.trained_shapes, SAMPLE_GRID)
+        counts, encodings = apportion(model.header.trained_shapes, SAMPLE_GRID), self.setup.grid_encodings
+        model = model.to(resolve_device(sampling.device))
         images = {
-            shape: generate(model.with_size(shape), None, range(count), 0, sampling, conditions=conditions)
+            shape: generate(
+                model.with_size(shape), None, range(count), 0, sampling, conditions=conditions, encodings=encodings
+            )
             for shape, count in counts.items()
         }
         return stack_images([images[shape][number] for shape, number in interleave(counts)])

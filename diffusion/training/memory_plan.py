@@ -110,24 +110,34 @@ def plan_memory(setup: TrainingSetup, memory: StepMemory, images: int, is_gpu: b
     captions = 0
     if setup.model.text and not is_gpu:
         captions = len(list_texts(setup.dataset.different_captions()[0], config.tags, config.seed).texts)
+    # A CPU keeps encoders that do nothing in a step.
+    idle = 0 if is_gpu else max(0, memory.text_encoders + memory.autoencoder - memory.encoders)
     state = memory.checkpoint + memory.frozen + memory.encoders + captions * memory.prompt
     state += 0 if is_gpu else memory.initial
-    # Networks with raw and averaged weights, and the guide; with a base, a GPU holds one whole copy at a time, and on a
-    # CPU they share what is frozen, of which an adapter changes up to a half.
+    # Networks with raw and averaged weights, and the guide; with a base, a GPU holds one of them at a time beside the
+    # autoencoder, and they share what an adapter does not change, which on a CPU may be up to a half.
     copies = memory.trained * (2 + setup.has_guide)
-    if setup.base is not None:
-        copies = memory.network if is_gpu else copies if config.adapter is None else memory.frozen
+    if setup.base is not None and is_gpu:
+        copies = memory.network
+        if memory.text_encoders or memory.autoencoder:
+            copies = memory.autoencoder + (memory.trained if config.adapter is None else memory.adapted)
+    elif setup.base is not None and config.adapter is not None:
+        copies = memory.frozen
     held_out = min(VALIDATION_IMAGES, max(len(setup.dataset.rows(split)) for split in ("train", "held_out")))
     at_once = min(held_out, config.micro_batch or config.images_per_step)
     validation = copies + min(threads, 4) * memory.validation(at_once)
     largest = max(setup.dataset.shapes, key=math.prod)
-    encoding = memory.network + memory.encoding(images_at_once(largest)) if memory.encodings else 0
+    encoding = memory.encoding(images_at_once(largest)) if memory.encodings else 0
+    if is_gpu:  # whose encoders take turns
+        encoding = max(memory.text_encoders, encoding + memory.autoencoder)
+    elif encoding:
+        encoding += memory.network
     written = 0 if is_gpu else memory.checkpoint
     peak = max(state + max(step + written, muon + written, validation), encoding)
     allowance = CUDA_CONTEXT + int(FRAGMENTATION * peak) if is_gpu else 0
     return MemoryPlan(
-        weights=memory.trained + memory.frozen + (0 if is_gpu else memory.initial),
-        encoders=memory.encoders,
+        weights=memory.trained + memory.frozen + (0 if is_gpu else memory.initial - idle),
+        encoders=memory.encoders + idle,
         gradients=memory.trained * (1 + threads),
         optimizer=memory.optimizer,
         averages=memory.averages,

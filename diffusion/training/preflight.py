@@ -260,7 +260,7 @@ def measure_pace(
             steps += 1
         trainer.check_finite()
     image = (time.perf_counter() - start) / (steps * setup.config.images_per_step)
-    validation = Validation(setup, trainer.objective, threads)
+    validation = Validation(setup, trainer.objective, threads, trainer.state.network)
     start = time.perf_counter()
     tensors = trainer.checkpoint_tensors(trainer.checkpoint_header())
     if ranks.is_main:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffusion.common.device import CPU, compiles_by_default, resolve_device
 from diffusion.common.errors import UserError
-from diffusion.common.fingerprint import Fingerprint, fingerprint
+from diffusion.common.fingerprint import Fingerprint, fingerprint, resolve_precision
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.random import uniform
 from diffusion.common.shapes import Shape
@@ -22,7 +22,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.data.loader import Batch
 from diffusion.families import family_of
 from diffusion.families.config import FamilyConfig, classes_of, shape_conflict, training_conflict
-from diffusion.families.fine_tuning import share
+from diffusion.families.fine_tuning import TrainableSubset, share
 from diffusion.families.header import Base, ModelHeader
 from diffusion.families.model import (
     Conditioning,
@@ -35,11 +35,11 @@ from diffusion.families.model import (
 from diffusion.families.text_encoder import MINI_LM, Encoding
 from diffusion.families.vae.network import Latents
 from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions
-from diffusion.generation.generate import check_sampling_options, conditions_of
+from diffusion.generation.generate import Encodings, check_sampling_options, conditions_of
 from diffusion.generation.super_resolution import GenerationTask, add_conditioning_noise, task_of
 from diffusion.process.samplers import SamplingConfig
 from diffusion.training.config import TrainingConfig
-from diffusion.training.data import encode_captions, encode_latents, encode_prior
+from diffusion.training.data import encode_captions, encode_grid, encode_latents, encode_prior
 from diffusion.training.distributed import Ranks
 from diffusion.training.identity import data_digest, identity_fields, train_key
 from diffusion.training.starting_models import MEASURED, identify_base, load_autoencoder, load_initial
@@ -78,6 +78,8 @@ class TrainingSetup:
     """Latents of the images in rows, mirrored or not, as ``LatentCache.select_rows``; None: training is on images."""
     prior_prompt: Encoding | None = None
     """The prompt of ``training.prior``, or of none; None: there is no prior."""
+    grid_encodings: Encodings | None = None
+    """Prompts of sample grids, if training does not change how they are encoded."""
 
     @cached_property
     def device(self) -> torch.device:
@@ -142,6 +144,8 @@ class TrainingSetup:
         family = family_of(self.model)
         if self.base is not None and self.initial is not None:
             partly_trained = self.initial.make_trainable(self.config.adapter)
+            if self.device != CPU and resolve_precision(self.config.precision, self.device) == "bf16":
+                partly_trained.narrow(self.device)
             if gradient_checkpointing:
                 family.checkpoint_gradients(partly_trained.network)
             return partly_trained.train(not family.trains_in_evaluation_mode)
@@ -245,8 +249,11 @@ class TrainingSetup:
         batch = self.config.images_per_step
         return max(1, round((self.config.guide or 0) * total / batch)) * batch
 
-    def network_from(self, tensors: dict[str, Tensor], prefix: str) -> nn.Module:
-        """Build a network for inference from copies of the ``tensors`` whose names begin with ``prefix``."""
+    def network_from(self, tensors: dict[str, Tensor], prefix: str, trained: nn.Module | None = None) -> nn.Module:
+        """Build a network for inference from copies of the ``tensors`` whose names begin with ``prefix``.
+
+        With an adapter it shares on a device what the ``trained`` network has there.
+        """
         weights = {
             name.removeprefix(prefix): value.detach().clone()
             for name, value in tensors.items()
@@ -258,6 +265,8 @@ class TrainingSetup:
             weights = {name: value.to(CPU) for name, value in weights.items()}
             update = self.initial.tuned_weights(self.config.adapter, weights)
             network.load_state_dict(update, strict=False, assign=True)
+            if self.config.adapter is not None and self.device != CPU and isinstance(trained, TrainableSubset):
+                self.initial.share_frozen(network, trained)
         else:
             with torch.device("meta"):
                 network = replace(self, initial=None).make_network()
@@ -371,23 +380,33 @@ def make_setup(
             # With the moments that its frozen weights were trained with.
             assert isinstance(initial.autoencoder, Latents)
             autoencoder = initial.autoencoder
-        encoding = initial.caption_encoder(config.adapter) if model.text else encoding
+        if model.text:
+            encoding = initial.caption_encoder(config.adapter, resolve_device(config.device))
         if (digest := initial.latents_digest) is not None:
             latents = encode_latents(initial, digest, dataset, config, readers, progress)
     captions = encode_captions(dataset, config, encoding, ranks, readers, progress) if model.text else None
     prior_prompt = encode_prior(config, captions, readers)
     setup = TrainingSetup(dataset, model, config, ranks, captions, autoencoder, initial, base, latents, prior_prompt)
     check_conditions(setup.classes, model.text, sampling, setup.sample_grid_conditions())
-    autoguides, has_guide = sampling.autoguides, setup.has_guide
-    if config.student is not None:
-        autoguides, has_guide = config.student.autoguidance is not None, bool(initial and initial.guide)
+    if base is not None and captions is not None and not (config.adapter and config.adapter.text_encoder):
+        texts = setup.sample_grid_conditions().texts
+        encodings = encode_grid(texts, encoding, readers if ranks.is_main else None)
+        setup = replace(setup, grid_encodings=encodings)
+    _check_guide(setup, sampling)
+    return setup
+
+
+def _check_guide(setup: TrainingSetup, sampling: SamplingConfig) -> None:
+    """Raise UserError if sample grids, or a student's teacher, are to be led away from a guide that is not there."""
+    autoguides, has_guide, student = sampling.autoguides, setup.has_guide, setup.config.student
+    if student is not None:
+        autoguides, has_guide = student.autoguidance is not None, bool(setup.initial and setup.initial.guide)
     if autoguides and not has_guide:
         advice = "set training.guide to 0.25, or " if setup.can_have_guide else ""
         raise UserError(
             "sampling.autoguidance leads away from the guide of a model (training.guide), and this one has none: "
             f"{advice}leave sampling.autoguidance out"
         )
-    return setup
 
 
 def drop_conditioning(

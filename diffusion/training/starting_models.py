@@ -62,6 +62,7 @@ def load_initial(
         raise UserError(f"{config.init_from} is a student itself: name its teacher with distillation.teacher")
     for shape in dataset.shapes if initial.has_frozen_parts else ():
         initial.with_size(shape)  # raises if its network does not take it
+    initial.round_base(config.adapter)
     return initial.select_classes(classes)
 
 

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from diffusion.common.device import CPU
 from diffusion.common.fingerprint import autocast
-from diffusion.families.fine_tuning import TrainableSubset
-from diffusion.families.model import TrainingBatch, TrainingObjective, use_channels_last
+from diffusion.families.fine_tuning import TrainableSubset, adapted_layers
+from diffusion.families.model import Model, TrainingBatch, TrainingObjective, use_channels_last
 from diffusion.families.text_encoder import MINI_LM, Encoding
 from diffusion.training.distributed import SINGLE_PROCESS
 from diffusion.training.muon import Muon, group_by_side
@@ -105,9 +105,9 @@ class StepMemory:
     frozen: int
     """Weights of the network that are not trained, and of a teacher."""
     encoders: int
-    """Text encoders and autoencoder, as far as they stay in memory."""
+    """Text encoders and autoencoder, as far as they stay beside the network: a text encoder with an adapter."""
     initial: int
-    """Weights of the initial model that are only in the memory of the CPU."""
+    """Weights of the initial model that are only in the memory of the CPU, such as other encoders."""
     optimizer: int
     """Moments."""
     averages: int
@@ -116,6 +116,12 @@ class StepMemory:
     """An encoded prompt."""
     network: int
     """All weights of an imported pipeline, or of another initial model; 0: there is none."""
+    text_encoders: int
+    """Weights of a pipeline's text encoders, which encode captions before the first step."""
+    autoencoder: int
+    """Weights of its autoencoder, which encodes images before, and decodes those of sample grids."""
+    adapted: int
+    """Weights of the layers that an adapter changes, once it is merged into them."""
     matrices: list[nn.Parameter]
     """Weights that Muon can train."""
     encodings: list[np.ndarray]
@@ -211,6 +217,8 @@ def measure_step(setup: TrainingSetup) -> StepMemory:
         averages=sum(_storages(averages).values()),
         prompt=sum(value.nbytes for value in prompt.values()),
         network=0 if initial is None else sum(_storages(initial.network.parameters()).values()),
+        **_encoder_sizes(initial),
+        adapted=_adapted_size(network),
         matrices=[matrix for step in state.steps for matrix in step.matrices],
         encodings=_encode_images(setup, memory),
         steps=steps,
@@ -254,6 +262,19 @@ def _untrained_sizes(setup: TrainingSetup, network: nn.Module, trained: Iterable
     }
 
 
+def _encoder_sizes(initial: Model | None) -> dict[str, int]:
+    """Compute ``text_encoders`` and ``autoencoder`` of StepMemory."""
+    weights = {} if initial is None else initial.encoders()
+    sizes = {name: sum(_storages(weights.get(name, [])).values()) for name in ("prompts", "latents")}
+    return {"text_encoders": sizes["prompts"], "autoencoder": sizes["latents"]}
+
+
+def _adapted_size(network: nn.Module) -> int:
+    """Compute ``adapted`` of StepMemory."""
+    layers = adapted_layers(network.network).values() if isinstance(network, TrainableSubset) else ()
+    return sum(layer.get_submodule("base_layer").weight.nbytes for layer in layers)  # type: ignore[misc]
+
+
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Return the bytes of the different storages of ``tensors``."""
     return {(storage := tensor.untyped_storage())._cdata: storage.nbytes() for tensor in tensors}
@@ -283,7 +304,7 @@ def _make_prompt(setup: TrainingSetup) -> Encoding:
     if setup.initial is None:
         return MINI_LM.none
     if adapter is not None and adapter.text_encoder:
-        return setup.initial.caption_encoder(adapter).none
+        return setup.initial.caption_encoder(adapter, CPU).none
     return {name: torch.zeros(shape) for name, shape in setup.initial.encoding_shapes().items()}
 
 

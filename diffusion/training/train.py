@@ -154,7 +154,7 @@ def _open_log(
     if not trainer.setup.ranks.is_main:
         yield None
         return
-    validation = Validation(trainer.setup, trainer.objective, trainer.threads)
+    validation = Validation(trainer.setup, trainer.objective, trainer.threads, trainer.state.network)
     images, total, names = trainer.state.images, trainer.total, trainer.config.log_to
     fields = trainer.setup.header(images, total)["model_header"]
     with (

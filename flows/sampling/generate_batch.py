@@ -114,7 +114,9 @@ def _fingerprint(sampling: SamplingConfig) -> Fingerprint:
 def _generate(
     batch: SamplingBatch, weights: Path, indices: range, table: RequestTable | None, at_once: int
 ) -> Iterator[ImageGroup]:
-    model, size = load_model(weights), at_once * batch.sampling.compute_batch
+    # Once, for all groups.
+    model = load_model(weights).to(resolve_device(batch.sampling.device))
+    size = at_once * batch.sampling.compute_batch
     for start in range(indices.start, indices.stop, size):
         group = range(start, min(start + size, indices.stop))
         conditions = select_conditions(batch, table, group)

@@ -59,8 +59,8 @@ TRAININGS: Mapping[str, tuple[str, FamilyConfig, dict[str, Any]]] = {
 """Data set, network and options of each training from random weights."""
 TUNED: Mapping[str, tuple[str, str, dict[str, Any]]] = {
     "warm start": ("ddpm", "", {}),
-    "lora": ("ddpm", "", {"lora": {"rank": 2, "alpha": 4}, "learning_rate": 1e-2}),
-    "latent lora": ("latent", "", {"lora": {"rank": 2, "alpha": 4}, "learning_rate": 1e-2}),
+    "lora": ("ddpm", "", {"adapter": {"rank": 2, "alpha": 4}, "learning_rate": 1e-2}),
+    "latent lora": ("latent", "", {"adapter": {"rank": 2, "alpha": 4}, "learning_rate": 1e-2}),
 }
 FEW = {"steps": 3, "compute_batch": 4, "precision": "fp32"}
 

@@ -407,12 +407,12 @@ WORKLOADS: Mapping[str, Workload] = {
     "distil guided": distillation({"guidance": 2.0}),
     "distil autoguided": distillation({"autoguidance": 2.0}),
     "fine-tune ddpm": fine_tuning("ddpm"),
-    "fine-tune dit": fine_tuning("dit", lora={"rank": 2, "alpha": 4}),
+    "fine-tune dit": fine_tuning("dit", adapter={"rank": 2, "alpha": 4}),
     "fine-tune latent": fine_tuning("latent"),
     "fine-tune stable_diffusion": fine_tuning(
-        "stable_diffusion", lora={"rank": 2, "alpha": 4, "text_encoder": True}, weighting="min_snr"
+        "stable_diffusion", adapter={"rank": 2, "alpha": 4, "text_encoder": True}, weighting="min_snr"
     ),
-    "fine-tune stable_diffusion_3": fine_tuning("stable_diffusion_3", lora={"rank": 2, "alpha": 4}),
+    "fine-tune stable_diffusion_3": fine_tuning("stable_diffusion_3", adapter={"rank": 2, "alpha": 4}),
 }
 """All of them, the short ones first."""
 

@@ -6,10 +6,12 @@ tensors are wrappers of CPU tensors, which compute, and obey the rules of CUDA t
 - tensors of both devices do not mix, except for CPU tensors without dimensions in pointwise operations, and indices;
 - the device has a generator of its own, and refuses the CPU's;
 - a copy to the CPU that does not wait has no contents before an event after it was waited for;
-- what waits for the device is counted.
+- what waits for the device is counted;
+- its memory is counted, and what tensors take of it is not free.
 """
 
 import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -61,6 +63,7 @@ class SimulatedTensor(Tensor):
             device=torch.device(NAME, 0),
         )
         tensor.payload = payload
+        STATE.hold(payload)
         return tensor
 
     @classmethod
@@ -129,12 +132,33 @@ class State:
     """Operations that waited for the device, each with its innermost line in the package ``diffusion``."""
     launched: int = 0
     """Number of operations."""
+    live: int = 0
+    """Bytes of all tensors that there are."""
+    peak: int = 0
+    """The most that they have been."""
+    storages: set[int] = field(default_factory=set)
     copies: list[Copy] = field(default_factory=list)
     """Copies to the CPU that nothing has waited for."""
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(SEED))
     lock: Any = field(default_factory=RLock)
     libraries: list[torch.library.Library] = field(default_factory=list)
     """Kernels, which are there as long as these objects."""
+
+    def hold(self, payload: Tensor) -> None:
+        """Count the memory of a tensor until it is freed, once for all views."""
+        storage = payload.untyped_storage()
+        with self.lock:
+            if (key := storage._cdata) not in self.storages:
+                self.storages.add(key)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.free, key, storage.nbytes())
+
+    def free(self, key: int, size: int) -> None:
+        """Count the memory of a storage no more."""
+        with self.lock:
+            self.storages.remove(key)
+            self.live -= size
 
     def wait(self, operation: str) -> None:
         """Note that an ``operation`` waits, and finish all work."""
@@ -283,7 +307,7 @@ class Module:
 
     def __init__(self, memory: int) -> None:
         self.memory = memory
-        """Bytes of memory, all of which are free."""
+        """Bytes of memory."""
 
     def is_available(self) -> bool:
         """There is a device."""
@@ -322,7 +346,15 @@ class Module:
 
     def mem_get_info(self, device: torch.device | None = None) -> tuple[int, int]:
         """Count free bytes and all."""
-        return self.memory, self.memory
+        return self.memory - STATE.live, self.memory
+
+    def memory_reserved(self, device: torch.device | None = None) -> int:
+        """Count the bytes that tensors take: nothing is cached."""
+        return STATE.live
+
+    def memory_allocated(self, device: torch.device | None = None) -> int:
+        """Count the bytes that tensors take."""
+        return STATE.live
 
     def empty_cache(self) -> None:
         """Nothing is cached."""

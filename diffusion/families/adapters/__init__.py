@@ -8,6 +8,7 @@ from typing import Annotated, TypeAlias
 
 from diffusion.common.config import OneOf, classes_in
 from diffusion.families.adapters.base import BaseAdapterConfig as BaseAdapterConfig
+from diffusion.families.adapters.base import BaseWeights as BaseWeights
 
 # isort: off
 from diffusion.families.adapters.lora import LoRAConfig as LoRAConfig

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 AdapterFormat: TypeAlias = Literal["diffusers", "kohya", "peft"]
 """Whose names and settings the files of an exported adapter have."""
+BaseWeights: TypeAlias = Literal["int8", "nf4"]
+"""How the frozen weights below an adapter are rounded."""
 
 
 class BaseAdapterConfig(Config):
@@ -38,6 +40,10 @@ class BaseAdapterConfig(Config):
     hidden layers of a network of the family ddpm, and the attention of a pipeline."""
     text_encoder: Annotated[bool, needs("text_encoder_adapters")] = False
     """Whether the text encoder of Stable Diffusion, or both of SDXL, are adapted as well."""
+    base_weights: Annotated[BaseWeights | None, needs("quantized_bases")] = Field(None, exclude_if=is_unset)
+    """Bits of the frozen weights of a pretrained pipeline's linear layers, which take less memory in training: int8,
+    with a scale for each output, or nf4 of QLoRA (arXiv 2305.14314), 4 bits with a scale for each 64 weights. The
+    adapter is trained on them, and the model generates with them. Null: all bits."""
 
     @abstractmethod
     def peft_config(self, layers: Collection[str]) -> Any:

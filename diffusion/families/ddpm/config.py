@@ -26,7 +26,11 @@ were no better."""
 class ModelConfig(BaseFamilyConfig):
     """The family ddpm: forward process, prediction, and architecture of the U-Net."""
 
-    abilities: ClassVar[frozenset[Ability]] = frozenset(get_args(Ability)) - {"scheduler", "text_encoder_adapters"}
+    abilities: ClassVar[frozenset[Ability]] = frozenset(get_args(Ability)) - {
+        "quantized_bases",
+        "scheduler",
+        "text_encoder_adapters",
+    }
     likelihood: ClassVar[Likelihood | None] = "bound"
 
     family: Literal["ddpm"] = Field("ddpm", exclude_if=lambda family: family == "ddpm")

@@ -8,7 +8,8 @@ from diffusion.common.config import classes_in
 from diffusion.families.base import Ability, BaseFamilyConfig, Likelihood
 
 # isort: off
-from diffusion.families.pretrained.pipeline import MAX_INTEGER, Component, Pipeline
+from diffusion.families.pretrained.components import MAX_INTEGER, Component
+from diffusion.families.pretrained.pipeline import Pipeline
 from diffusion.families.pretrained.ddpm import DDPMPipeline as DDPMPipeline
 from diffusion.families.pretrained.ddpm import DDIMPipeline as DDIMPipeline
 from diffusion.families.pretrained.ldm import LDMPipeline as LDMPipeline
@@ -38,6 +39,7 @@ class DiffusersConfig(BaseFamilyConfig):
             "gradient_checkpointing",
             "adapters",
             "text_encoder_adapters",
+            "quantized_bases",
             "comparable_losses",
             "initial_weights",
             "dropped_conditions",

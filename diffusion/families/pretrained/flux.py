@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+from diffusion.families.pretrained.components import CLIP_TOKENIZERS, T5_TOKENIZERS, text_config
 from diffusion.families.pretrained.flow_transformer import JOINT_ATTENTION, FlowTransformer, pack, unpack
-from diffusion.families.pretrained.pipeline import CLIP_TOKENIZERS, T5_TOKENIZERS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ class FluxPipeline(FlowTransformer):
     def tokenizer_length(self, network: PipelineNetwork, name: str) -> int:
         """Count the tokens of a padded prompt for the tokenizer ``name``: all that CLIP reads, or those of T5."""
         if name == "tokenizer":
-            return int(network.component("text_encoder").config.max_position_embeddings)
+            return int(text_config(self.components["text_encoder"]).max_position_embeddings)
         return self.text_length
 
     @property

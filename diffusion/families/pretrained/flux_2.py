@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+from diffusion.families.pretrained.components import QWEN_TOKENIZERS
 from diffusion.families.pretrained.flow_transformer import (
     JOINT_ATTENTION,
     LATENT_SIDE,
@@ -13,7 +14,6 @@ from diffusion.families.pretrained.flow_transformer import (
     pack,
     unpack,
 )
-from diffusion.families.pretrained.pipeline import QWEN_TOKENIZERS
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,18 +1,16 @@
 """The family diffusers: imported pipelines, sampled by Darkroom's samplers or by their own scheduler."""
 
-import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from diffusion.common.device import CPU
+from diffusion.common.device import CPU, device_name
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.common.shapes import shape_name
@@ -20,12 +18,15 @@ from diffusion.families.adapters import AdapterConfig
 from diffusion.families.base import BaseFamilyConfig
 from diffusion.families.denoising_objective import DenoisingObjective
 from diffusion.families.diffusion_model import DiffusionModel, encode_known_part, make_unconditional, paste_kept
-from diffusion.families.fine_tuning import select_layers
+from diffusion.families.fine_tuning import TrainableSubset, select_layers
 from diffusion.families.header import ModelHeader
 from diffusion.families.model import Conditioning, ConditioningBatch, TrainingObjective, to_uint8
 from diffusion.families.pretrained.config import DiffusersConfig
 from diffusion.families.pretrained.network import PipelineNetwork, parts_digest, tensor_names
-from diffusion.families.pretrained.pipeline import Pipeline, build
+from diffusion.families.pretrained.pipeline import Pipeline
+from diffusion.families.pretrained.placement import Resident
+from diffusion.families.pretrained.schedule import make_pipeline_schedule
+from diffusion.families.quantization import quantizable_layers
 from diffusion.families.text_encoder import CaptionEncoder, Encoding
 from diffusion.families.vae.network import Latents
 from diffusion.process.config import ObjectiveConfig
@@ -34,7 +35,6 @@ from diffusion.process.likelihood import Terms
 from diffusion.process.objective import Objective, make_weight
 from diffusion.process.parametrization import Parametrization
 from diffusion.process.samplers import Noise, SamplingConfig, SchedulerSampling
-from diffusion.process.schedules import NoiseSchedule, flow_schedule, make_final_sigma_finite
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class PretrainedModel(DiffusionModel):
         self.network.set_classes(config)
         return replace(self, header=self.header.model_copy(update={"model": config}))
 
-    def caption_encoder(self, adapter: AdapterConfig | None) -> CaptionEncoder:
+    def caption_encoder(self, adapter: AdapterConfig | None, device: torch.device) -> CaptionEncoder:
         """Choose tokens where the pipeline's text encoder is trained, else what the denoiser is shown."""
         network = self.network
         if adapter is not None and adapter.text_encoder:
@@ -150,7 +150,15 @@ class PretrainedModel(DiffusionModel):
         # The denoiser decides how wide encodings are, and libraries their last bits.
         shapes = self.pipeline.encoding_shapes(network)
         key = [parts, self.config.pipeline, shapes, torch.__version__, version("transformers")]
-        return CaptionEncoder(digest_of(key), lambda: network.encode_prompt, network.encode_prompt(None))
+        if device != CPU:
+            key.append(device_name(device))
+
+        def load() -> Callable[[str | None], Encoding]:
+            # Whoever drops the function releases the text encoders there.
+            encoder = network.on(device)
+            return lambda prompt: {name: value.to(CPU) for name, value in encoder.encode_prompt(prompt).items()}
+
+        return CaptionEncoder(digest_of(key), load, load()(None))
 
     def adapter_layers(self, layers: set[str], targets: Sequence[str] | None, text_encoder: bool) -> set[str]:
         """Choose layers of the denoiser, and of the text encoders their attention, as far as it has an effect."""
@@ -163,6 +171,11 @@ class PretrainedModel(DiffusionModel):
             names |= select_layers(encoder, None, pipeline.text_adapter_targets)
         return names
 
+    def quantized_layers(self) -> set[str]:
+        """Name all linear layers of the denoiser."""
+        name = self.pipeline.denoiser_name
+        return {f"{name}.{layer}" for layer in quantizable_layers(self.network.get_submodule(name))}
+
     def trained_names(self) -> set[str]:
         """Name the parameters of the denoiser that have an effect, without copies of others."""
         denoiser = f"{self.pipeline.denoiser_name}."
@@ -170,11 +183,42 @@ class PretrainedModel(DiffusionModel):
         names = (name for name, _ in self.network.named_parameters())
         return {name for name in names if name.startswith(denoiser) and not name.startswith(idle)}
 
+    def encoders(self) -> Mapping[Literal["prompts", "latents"], list[nn.Parameter]]:
+        """Return the weights of the text encoders, and those of the autoencoder."""
+        weights = [*self.network.named_parameters()]
+        return {
+            "prompts": [weight for name, weight in weights if name.startswith("text_encoder")],
+            "latents": [weight for name, weight in weights if name.startswith(f"{self.pipeline.autoencoder_name}.")],
+        }
+
+    def step_network(self, adapter: AdapterConfig | None) -> PipelineNetwork:
+        """Leave out the autoencoder, and text encoders that are not trained."""
+        used = {self.pipeline.denoiser_name}
+        if adapter is not None and adapter.text_encoder:
+            used.add("text_encoder")
+        return self.network.select(name for name, _ in self.network.named_children() if name in used)
+
+    @staticmethod
+    def place(network: nn.Module, device: torch.device) -> PipelineNetwork:
+        """Return the network as it works on ``device``, to which components are copied when they are used."""
+        assert isinstance(network, PipelineNetwork)
+        return network.on(device)
+
+    def share_frozen(self, network: nn.Module, trained: TrainableSubset) -> None:
+        """Have copies of ``network`` share the weights that ``trained`` has on its device."""
+        assert isinstance(network, PipelineNetwork)
+        network.resident = Resident.of(trained)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the components work."""
+        return self.network.device
+
     def to(self, device: torch.device) -> Self:
-        """Copy the components to ``device``."""
-        if next(self.network.parameters()).device == device:
+        """Return the pipeline as it works on ``device``; the weights stay in the memory of the CPU, too."""
+        if self.device == device:
             return self
-        return self.make_model(self.header, copy.deepcopy(self.network).to(device), None).with_size(self.size)
+        return self.make_model(self.header, self.network.on(device), None).with_size(self.size)
 
     @property
     def config(self) -> DiffusersConfig:
@@ -331,18 +375,3 @@ def _add_noise(scheduler: Any, x0: Tensor, noise: Tensor, timestep: Tensor) -> T
     add = getattr(scheduler, "scale_noise", None)
     result: Tensor = add(x0, timestep, noise) if add else scheduler.add_noise(x0, noise, timestep)
     return result
-
-
-def make_pipeline_schedule(pipeline: Pipeline) -> NoiseSchedule:
-    """Build the noise schedule of a pipeline's scheduler; raises UserError if its levels are not distinct."""
-    values, scheduler = math.prod(pipeline.noise_shape), build(pipeline.scheduler)
-    if pipeline.prediction == "flow_prediction":
-        return flow_schedule(scheduler.config.num_train_timesteps, values)
-    alphas = scheduler.alphas_cumprod.double().cpu()
-    is_list = alphas.ndim == 1 and len(alphas) > 1
-    schedule = NoiseSchedule(alphas, values)
-    if is_list and scheduler.config.get("rescale_betas_zero_snr"):
-        schedule = replace(make_final_sigma_finite(schedule), zero_terminal_snr=True)
-    if not (is_list and (schedule.alphas_cumprod.diff() < 0).all() and schedule.alphas_cumprod[-1] > 0):
-        raise UserError(f"the {pipeline.scheduler.kind} has no distinct noise levels: its configuration is damaged")
-    return schedule

@@ -4,22 +4,25 @@ All classes come from an allow-list and are built from their configurations (``D
 the libraries themselves but tokenizers, from files that lie in the model's own file.
 """
 
+import copy
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from diffusion.common.device import CPU
 from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json, sha256_bytes
 from diffusion.common.model_files import tensor_bytes
+from diffusion.families.pretrained.components import WITHOUT_WEIGHTS, build, load_tokenizer
 from diffusion.families.pretrained.config import DiffusersConfig
-from diffusion.families.pretrained.pipeline import WITHOUT_WEIGHTS, build, load_tokenizer
+from diffusion.families.pretrained.placement import Placement, Resident
 from diffusion.families.text_encoder import Encoding
 
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -36,6 +39,10 @@ class PipelineNetwork(nn.Module):
 
     class_ids: Tensor
     """The denoiser's number of each class, and of no class."""
+    placement: Placement | None = None
+    """Copies of the components on the device where they work; None: they are where they work."""
+    resident: Resident | None = None
+    """What training keeps of the network on its device; None: nothing."""
 
     def __init__(self, config: DiffusersConfig) -> None:
         super().__init__()
@@ -59,8 +66,30 @@ class PipelineNetwork(nn.Module):
         self.class_ids = torch.tensor([*config.class_ids, unconditional])
 
     def component(self, name: str) -> Any:
-        """Return the component ``name``."""
-        return getattr(self, name)
+        """Return the component ``name`` where it works, to be used before another one is asked for."""
+        component = self.get_submodule(name)
+        return component if self.placement is None else self.placement.bring(name, component)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the components work."""
+        return self.class_ids.device
+
+    def on(self, device: torch.device) -> Self:
+        """Return the network as it works on ``device``, to which components are copied when they are used."""
+        if device == self.device:
+            return self
+        network = self.select(dict(self.named_children()))
+        network.placement = None if device == CPU else Placement(device, self.resident)
+        network.register_buffer("class_ids", self.class_ids.to(device), persistent=False)
+        return network
+
+    def select(self, names: Iterable[str]) -> Self:
+        """Return the network with the components ``names`` alone, which are the same modules."""
+        network = copy.copy(self)
+        network._modules = {name: self._modules[name] for name in names}
+        network._buffers = {**self._buffers}
+        return network
 
     @property
     def time_offset(self) -> int:
@@ -135,7 +164,6 @@ class PipelineNetwork(nn.Module):
 
         With ``length`` L, it is text as the text encoder is to read it.
         """
-        device = self.class_ids.device
         with _TOKENIZING:
             text = self.pipeline.prompt_text(prompt) if length is None else prompt
             length = self.pipeline.tokenizer_length(self, name) if length is None else length
@@ -147,7 +175,7 @@ class PipelineNetwork(nn.Module):
                 add_special_tokens=self.pipeline.adds_special_tokens,
                 return_tensors="pt",
             )
-        return tokens.input_ids.to(device), tokens.attention_mask.to(device)
+        return tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
 
 
 def tensor_names(network: nn.Module, names: Iterable[str]) -> dict[str, str]:

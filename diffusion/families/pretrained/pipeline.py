@@ -12,142 +12,24 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
-from pydantic import AfterValidator, Field
-
-from diffusion.common.config import MAX_SIDE, MAX_SIZE, Config
-from diffusion.common.errors import UserError, install_hint
-from diffusion.families.base import MAX_BLOCKS, MAX_RESOLUTIONS
+from diffusion.common.config import MAX_SIDE
+from diffusion.common.errors import UserError
+from diffusion.families.pretrained.components import FAULTS, SCHEDULERS, Component, build, first_line, text_config
 from diffusion.process.config import SchedulerPrediction
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from torch import Tensor
 
     from diffusion.families.pretrained.network import PipelineNetwork
     from diffusion.families.text_encoder import Encoding
 
-SCHEDULERS = (
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "FlowMatchEulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LCMScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "UniPCMultistepScheduler",
-)
-CLIP_TOKENIZERS, T5_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast"), ("T5Tokenizer", "T5TokenizerFast")
-CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
-"""Layers of the attention of CLIP's text encoder."""
-QWEN_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
-GEMMA_TOKENIZERS = ("GemmaTokenizer", "GemmaTokenizerFast")
-PROCESSORS = ("PixtralProcessor",)
-"""Classes that prepare texts and images, of whose files the tokenizer alone is used."""
-TOKENIZERS = (*CLIP_TOKENIZERS, *T5_TOKENIZERS, *QWEN_TOKENIZERS, *GEMMA_TOKENIZERS, *PROCESSORS)
-WITHOUT_WEIGHTS = (*SCHEDULERS, *TOKENIZERS)
-"""Classes of components that are no networks."""
 DEFAULT_STEPS = 50
 """Steps for which times of training are shifted, where the shift depends on them: those of most pipelines."""
 TRIAL_STEPS = 8
 """Steps that a scheduler has to take when its pipeline is imported."""
-MAX_INTEGER, MAX_LIST, MAX_STRING = 2**18, 2**14, 4096
-"""Limits of a component's configuration; files that exceed them are rejected before a network is built."""
-FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
-"""What libraries raise for values of configurations that they do not check."""
-LIMITS = {"sample_size": MAX_SIZE, "pos_embed_max_size": MAX_SIZE, "depth": MAX_BLOCKS * 4, "rope_theta": 2**40}
-"""Other limits: lower ones of sizes of whose squares tables are made, and that of a base of rotary embeddings."""
-
-
-def _within_limits(config: Any, name: str = "", depth: int = 0) -> Any:
-    """Return the JSON value ``config``; raises ValueError if it is too large to build a network by."""
-    if depth > 4:
-        raise ValueError(f"{name} is nested too deeply")
-    is_depth = "layers" in name or "blocks" in name
-    limit = LIMITS.get(name, MAX_BLOCKS * 4 if is_depth else MAX_INTEGER)
-    match config:
-        case dict():
-            if len(config) > 1000:
-                raise ValueError(f"{name or 'it'} has {len(config)} keys")
-            for key, value in config.items():
-                _within_limits(value, str(key), depth + 1)
-        case list() | tuple():
-            if len(config) > (MAX_LIST if name == "trained_betas" else MAX_RESOLUTIONS * 8):
-                raise ValueError(f"{name} has {len(config)} entries")
-            for value in config:
-                _within_limits(value, name, depth + 1)
-        case str() if len(config) > MAX_STRING:
-            raise ValueError(f"{name} has {len(config)} characters")
-        case bool() | str() | None:
-            pass
-        case int() if abs(config) > limit:
-            raise ValueError(f"{name} = {config} is beyond {limit}")
-        case float() if not abs(config) < 1e30:  # not a number, too
-            raise ValueError(f"{name} = {config} is not a finite number")
-    return config
-
-
-class Component(Config):
-    """A component of a pipeline: its class and the configuration that it is built by."""
-
-    kind: str
-    """Name of the class, one of the allow-list."""
-    config: Annotated[dict[str, Any], AfterValidator(_within_limits)] = Field(default_factory=dict)
-    """Its configuration, without what begins with an underscore; empty for a tokenizer."""
-
-
-def build(component: Component) -> Any:
-    """Build the module or scheduler of ``component`` with random weights; raises UserError if it cannot be."""
-    try:
-        import diffusers
-        import transformers
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"a pipeline of diffusers needs {error.name}, which is not installed: {install_hint('diffusers')}"
-        ) from error
-    try:
-        if hasattr(diffusers, component.kind):
-            return getattr(diffusers, component.kind).from_config(dict(component.config))
-        kind = getattr(transformers, component.kind)
-        config = kind.config_class.from_dict(_without_types(component.config))
-        config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
-        return kind(config)
-    except FAULTS as error:
-        raise UserError(
-            f"no {component.kind} can be built from its configuration ({_first_line(error)}): is it of another version "
-            "of diffusers?"
-        ) from error
-
-
-def _without_types(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave the number formats of weights out, by which some networks would be built in parts."""
-    return {
-        name: _without_types(value) if isinstance(value, dict) else value
-        for name, value in config.items()
-        if name not in ("dtype", "torch_dtype")
-    }
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-def load_tokenizer(kind: str, folder: Path) -> Any:
-    """Load the tokenizer of the class ``kind`` from the files in ``folder``, none of which is run."""
-    import transformers
-
-    name = "PreTrainedTokenizerFast" if kind in PROCESSORS else kind
-    return getattr(transformers, name).from_pretrained(folder, local_files_only=True)
 
 
 @dataclass(frozen=True)
@@ -354,8 +236,8 @@ class Pipeline:
 
     def tokenizer_length(self, network: PipelineNetwork, name: str) -> int:
         """Count the tokens of a padded prompt for the tokenizer ``name``."""
-        encoder = network.component(name.replace("tokenizer", "text_encoder"))
-        return min(int(network.tokenizer(name).model_max_length), int(encoder.config.max_position_embeddings))
+        config = text_config(self.components[name.replace("tokenizer", "text_encoder")])
+        return min(int(network.tokenizer(name).model_max_length), int(config.max_position_embeddings))
 
     @property
     def limiting_tokenizer(self) -> str:
@@ -414,7 +296,7 @@ class Pipeline:
 
     def _latent_scale(self, network: PipelineNetwork) -> tuple[float | Tensor, float | Tensor]:
         """Return scale and shift of latents, numbers or for each channel (C, 1, 1)."""
-        config = network.component(self.autoencoder_name).config
+        config: Any = network.get_submodule(self.autoencoder_name).config
         return config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
 
     def make_scheduler(self, steps: int, shape: tuple[int, int, int], device: torch.device) -> Any:
@@ -431,7 +313,7 @@ class Pipeline:
                 raise ValueError("its times are not finite")
         except FAULTS as error:
             raise UserError(
-                f"the {component.kind} has no {steps} noise levels by its configuration ({_first_line(error)}): "
+                f"the {component.kind} has no {steps} noise levels by its configuration ({first_line(error)}): "
                 "import a pipeline with another scheduler, or choose another sampling.steps"
             ) from error
         return scheduler
@@ -458,7 +340,7 @@ class Pipeline:
                     raise ValueError("numbers are not finite")
         except FAULTS as error:
             raise UserError(
-                f"its {self.scheduler.kind} cannot generate by its configuration ({_first_line(error)}): import a "
+                f"its {self.scheduler.kind} cannot generate by its configuration ({first_line(error)}): import a "
                 "pipeline with another scheduler"
             ) from error
 

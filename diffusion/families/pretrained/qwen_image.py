@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from threading import Lock
 from typing import TYPE_CHECKING, ClassVar
 
+from diffusion.families.pretrained.components import QWEN_TOKENIZERS
 from diffusion.families.pretrained.flow_transformer import JOINT_ATTENTION, FlowTransformer, pack, tokens_first, unpack
-from diffusion.families.pretrained.pipeline import QWEN_TOKENIZERS
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from diffusion.families.pretrained.pipeline import CLIP_ATTENTION, CLIP_TOKENIZERS, Pipeline
+from diffusion.families.pretrained.components import CLIP_ATTENTION, CLIP_TOKENIZERS
+from diffusion.families.pretrained.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

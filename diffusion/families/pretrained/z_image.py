@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffusion.common.config import MAX_SIDE
+from diffusion.families.pretrained.components import QWEN_TOKENIZERS
 from diffusion.families.pretrained.flow_transformer import FlowTransformer, tokens_first
-from diffusion.families.pretrained.pipeline import QWEN_TOKENIZERS
 
 if TYPE_CHECKING:
     from torch import Tensor

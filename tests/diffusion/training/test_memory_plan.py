@@ -24,8 +24,10 @@ from diffusion.training.memory_plan import (
     estimate_memory,
     outline_setup,
     plan_here,
+    plan_memory,
 )
 from diffusion.training.preflight import warn_of_memory
+from diffusion.training.step_memory import measure_step
 from diffusion.training.train import preflight
 from tests.builders.small_datasets import random_images, write_dataset
 from tests.builders.small_models import write_model
@@ -122,7 +124,9 @@ def test_network_that_the_file_does_not_have_is_an_error(dataset: Path, base: Pa
         plans(dataset, MODEL.model_copy(update={"width": 32}), init_from=str(base))
 
 
-@pytest.mark.parametrize("adapter", [{"rank": 2}, {"rank": 2, "text_encoder": True}, None])
+@pytest.mark.parametrize(
+    "adapter", [{"rank": 2}, {"rank": 2, "text_encoder": True}, {"rank": 2, "base_weights": "int8"}, None]
+)
 def test_pipeline_is_planned_with_its_encoders(tmp_path: Path, adapter: dict[str, Any] | None) -> None:
     pytest.importorskip("diffusers")
     pytest.importorskip("peft")
@@ -134,7 +138,9 @@ def test_pipeline_is_planned_with_its_encoders(tmp_path: Path, adapter: dict[str
     write_dataset(tmp_path / "data", random_images(8, 3, 16), 10, captions=["a red circle"] * 8)
     fields = {"init_from": str(path), "adapter": adapter, "images": 8, "batch_size": 4, "weighting": "plain"}
     config = TrainingConfig.model_validate(fields | {"timestep_sampling": "scheduler", "precision": "fp32"})
-    memory = plan_here(outline_setup(Dataset.open(tmp_path / "data"), DiffusersConfig(), config))
+    setup = outline_setup(Dataset.open(tmp_path / "data"), DiffusersConfig(), config)
+    memory, measured = plan_here(setup), measure_step(setup)
+    gpu = plan_memory(setup, measured, 1, is_gpu=True)
     network = load_model(path).network
 
     def size(*names: str) -> int:
@@ -143,13 +149,19 @@ def test_pipeline_is_planned_with_its_encoders(tmp_path: Path, adapter: dict[str
     encoders = size("vae.", "text_encoder.")
     assert memory.encoding > size("") + 4 * 16 * 3 * 16 * 16
     assert memory.captions > 0
+    # A GPU has the text encoder in steps if it is trained, and else before, by itself.
+    assert gpu.encoders == (size("text_encoder.") if adapter and "text_encoder" in adapter else 0)
+    assert gpu.encoding < memory.encoding - size("unet.")
     if adapter is None:
         assert (memory.encoders, memory.averages) == (encoders, size("unet."))
         # Beside the pipeline as it was.
         assert memory.weights == 2 * size("unet.")
     else:
         assert memory.encoders == encoders
-        assert size("unet.") < memory.weights < 1.1 * size("unet.")
+        rounded = adapter.get("base_weights")
+        assert size("unet.") < memory.weights < (1.6 if rounded else 1.1) * size("unet.")
+        assert (gpu.weights < 0.9 * size("unet.")) == bool(rounded)
+        assert size("vae.") < gpu.validation - measured.validation(6) < size("unet.", "vae.") / 2
 
 
 def test_run_of_little_work_plans_nothing(
