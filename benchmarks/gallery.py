@@ -188,8 +188,8 @@ ANOTHER_STYLE = """
 
 Twemoji (© Twitter and other contributors, CC-BY 4.0) that no model saw; below, what their names give with
 `examples/emoji.safetensors` as it was before its last stage of training, with a model trained on 295 Twemoji from
-scratch, and with a low-rank adapter on top of the first, after equal minutes: KID 0.46, 1.39 and 0.65.
-[Fine-tune a model](how-to/fine-tune.md) shows the commands, [a benchmark](../benchmarks/README.md) made it.
+scratch, and with a low-rank adapter on top of the first, after equal minutes: KID 0.46, 1.39 and 0.65. [Fine-tune a
+model](how-to/fine-tune.md) shows the commands; an earlier form of [a benchmark](../benchmarks/README.md) made it.
 
 ![Another style: Twemoji, base, from scratch, LoRA](images/gallery/another-style.png)
 """

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -68,12 +69,27 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def follow(page: str, run: CommandLine, replaced: Mapping[str, str]) -> None:
     """Give the commands of a guide, with words ``replaced``, and trainings that are short."""
     for block in blocks(ROOT / "docs" / "how-to" / page, "sh"):
-        for words in of_program("darkroom", block):
-            command = shlex.join(words)
-            for placeholder, actual in replaced.items():
-                command = command.replace(placeholder, actual)
-            settings = [word for each in SMALL for word in ("--set", each)] if words[0] == "train" else []
-            run(*shlex.split(command), *settings)
+        follow_block(block, run, replaced)
+
+
+def follow_block(block: str, run: CommandLine, replaced: Mapping[str, str]) -> None:
+    """Give the commands of one block so."""
+    for words in of_program("darkroom", block):
+        command = shlex.join(words)
+        for placeholder, actual in replaced.items():
+            command = command.replace(placeholder, actual)
+        settings = [word for each in SMALL for word in ("--set", each)] if words[0] == "train" else []
+        run(*shlex.split(command), *settings)
+
+
+def change_params(block: str, **smaller: Any) -> None:
+    """Change ``params.yaml`` by the settings of a block, and fields of its training that are ``smaller``."""
+    path, changes = Path("params.yaml"), yaml.safe_load(block)
+    params = yaml.safe_load(path.read_text()) | {name: changes[name] for name in changes.keys() & {"model"}}
+    for section in changes.keys() - {"model"}:
+        params[section] |= changes[section]
+    params["training"] |= smaller
+    path.write_text(yaml.safe_dump(params))
 
 
 def loads(folder: Path, base: Path) -> bool:
@@ -81,6 +97,29 @@ def loads(folder: Path, base: Path) -> bool:
     pipeline = StableDiffusionPipeline.from_pretrained(base, local_files_only=True)
     pipeline.load_lora_weights(folder)
     return bool(pipeline.get_active_adapters())
+
+
+def test_the_guide_to_fine_tuning_leads_from_captioned_images_to_a_lora(site: Path, command_line: CommandLine) -> None:
+    page = ROOT / "docs" / "how-to" / "fine-tune.md"
+    [look, train, export, *_], [settings, *options] = blocks(page, "sh"), blocks(page, "yaml")
+    for number in range(8):
+        disc(number).resize((80, 80)).save(site / "photos" / f"{number}.mask.png")
+    follow_block(look, command_line, {})
+    change_params(settings.replace("size: 512", "size: 16"), images=8)
+    follow_block(train, command_line, {"hf://OWNER/stable-diffusion": "painter"})
+    follow_block(export, command_line, {})
+    with safe_open(str(site / "exports" / "cat" / "cat.safetensors"), "pt") as file:
+        assert file.metadata()["modelspec.trigger_phrase"] == "sks cat"
+        assert any(name.startswith("lora_unet_") for name in file.keys())  # noqa: SIM118
+    assert loads(site / "exports" / "cat", site / "painter")
+    assert len([*(site / "look").glob("0*.png")]) == 4
+    params = (site / "params.yaml").read_text()
+    assert options
+    for number, option in enumerate(options):
+        (site / "params.yaml").write_text(params)
+        change_params(option, output=f"runs/{number}")
+        follow_block("darkroom ingest --local\ndarkroom train --local", command_line, {})
+        assert (site / "runs" / f"{number}" / "final.safetensors").is_file()
 
 
 def test_the_guide_from_kohya_ends_with_a_lora_in_its_format(site: Path, command_line: CommandLine) -> None:
