@@ -202,7 +202,7 @@ def make_preflight(
     if isinstance(state.network, TrainableSubset):
         frozen += sum(weight.numel() for weight in state.network.network.parameters() if not weight.requires_grad)
     averages = len(state.averages) + bool(state.guide)
-    checkpoint = FLOAT * ((parameters + others) * (1 + config.moments) + parameters * averages - matrices)
+    checkpoint = FLOAT * round((parameters + others) * (1 + config.moments) + parameters * averages - matrices)
     latents = setup.autoencoder.space if setup.autoencoder else None
     passes = 1 if config.prior is None else 2  # and one of the base, without gradients
     flops = passes * count_flops(setup.model, dataset.shape, len(setup.classes), latents, meta_network(setup))

@@ -188,7 +188,7 @@ def _rank_cost(setup: TrainingSetup, memory: StepMemory) -> RankCost:
             weights=size + _size(frozen) + (setup.captions.nbytes if setup.captions else 0),
             # Gradients of each thread and their sum, or of the own shards.
             gradients=size * (1 + threads if group == 1 else 1),
-            optimizer=config.moments * size - (_size(matrices) if has_muon else 0),
+            optimizer=round(config.moments * size) - (_size(matrices) if has_muon else 0),
             averages=average_bytes * ((1 if config.ema_stds is None else len(config.ema_stds)) + setup.has_guide),
             gathered=gathered_bytes,
             activations=threads * memory.activations(min(part, config.micro_batch or part)),

@@ -21,6 +21,7 @@ from diffusion.common.errors import DarkroomError
 from diffusion.common.fingerprint import autocast
 from diffusion.data.loader import Batch, Loader, make_order
 from diffusion.families.model import OptimizerStep, TrainingBatch, TrainingObjective, use_channels_last
+from diffusion.training.adamw_8bit import AdamW8bit
 from diffusion.training.checkpointing import write_together
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import (
@@ -138,7 +139,7 @@ class TrainingState:
                 if name.startswith(prefix):
                     index, moment = name.removeprefix(prefix).split(".", 1)
                     value = tensors[name]
-                    if value.ndim:
+                    if value.is_floating_point() and value.numel() == parameters[int(index)].numel():
                         # Fused AdamW walks parameter and moments in step through memory: their strides must agree.
                         like = parameters[int(index)]
                         value = torch.empty_like(like).copy_(shard_like(value, like))
@@ -431,10 +432,12 @@ def thread_count(config: TrainingConfig, ranks: Ranks) -> int:
 def make_optimizers(
     step: OptimizerStep, config: TrainingConfig, betas: tuple[float, float]
 ) -> dict[str, torch.optim.Optimizer]:
-    """Make AdamW for the parameters of ``step``, and Muon for its matrices if configured, or Prodigy for all."""
+    """Make AdamW for the parameters of ``step``, and Muon for its matrices if configured, or another one for all."""
     name, muon = next(iter(step.modules)), {id(matrix) for matrix in step.matrices if config.optimizer == "muon"}
-    if config.optimizer == "prodigy":
-        return {f"prodigy.{name}.": Prodigy(step.parameters, config.learning_rate, betas, config.weight_decay)}
+    if config.optimizer in ("prodigy", "adamw_8bit"):
+        kind = Prodigy if config.optimizer == "prodigy" else AdamW8bit
+        optimizer = kind(step.parameters, config.learning_rate, betas, config.weight_decay)
+        return {f"{config.optimizer}.{name}.": optimizer}
     adamw_parameters = [parameter for parameter in step.parameters if id(parameter) not in muon]
     optimizers: dict[str, torch.optim.Optimizer] = {
         f"adamw.{name}.": torch.optim.AdamW(

@@ -77,11 +77,11 @@ def take_factor(result: TrainerConfig, value: Any) -> None:
 
 
 def take_optimizer(result: TrainerConfig, value: Any) -> None:
-    """Take Prodigy; adapters are trained by AdamW otherwise."""
-    name = convert(str, value).lower()
-    if name not in ("adamw", "prodigy"):
+    """Take AdamW of 8 bits, or Prodigy; adapters are trained by AdamW otherwise."""
+    name = convert(str, value).lower().replace("_", "").replace("adamw8bit", "adamw_8bit")
+    if name not in ("adamw", "adamw_8bit", "prodigy"):
         raise ValueError("another optimizer")
-    if name == "prodigy":
+    if name != "adamw":
         result.set("training.optimizer", name)
 
 

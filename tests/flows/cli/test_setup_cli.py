@@ -242,7 +242,7 @@ config:
     - trigger_word: p3r5on
       network: {type: lora, linear: 16, linear_alpha: 8}
       datasets: [{folder_path: images, resolution: [12, 2048], shuffle_tokens: true, cache_latents_to_disk: true}]
-      train: {batch_size: 2, steps: 20, lr: 1e-4, optimizer: adamw8bit}
+      train: {batch_size: 2, steps: 20, lr: 1e-4, optimizer: adafactor}
       model: {name_or_path: black-forest-labs/FLUX.1-dev}
 """
     )
