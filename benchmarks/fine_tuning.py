@@ -40,6 +40,7 @@ import diffusion
 from diffusion.checkpoints import read_model_header
 from diffusion.common.files import digest_of, sha256_file, write_json
 from diffusion.common.image_grids import make_captioned_grid, save_png
+from diffusion.common.shapes import Images
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0, Extractor, resize
@@ -210,9 +211,9 @@ class Site:
             figures |= {"copies": copies.share, "expected copies": copies.expected, "bytes": path.stat().st_size}
             figures |= {"above chance": agreement.above_chance.value, "real": agreement.real.value}
             write_json(result, figures)
-        figures = json.loads(result.read_text())
-        print(path, json.dumps(figures), flush=True)
-        return figures
+        stored: dict[str, float] = json.loads(result.read_text())
+        print(path, json.dumps(stored), flush=True)
+        return stored
 
 
 def emoji(package: Path) -> list[tuple[Path, str]]:
@@ -282,7 +283,7 @@ def main() -> None:
         print(line_of(f"{method.name}, {rates[method]:g}", results[method], training))
     if image:
         real = site.evaluator.real
-        rows = {"held-out images": real.dataset.images(real.held_out[:SHOWN])}
+        rows: dict[str, Images] = {"held-out images": real.dataset.images(real.held_out[:SHOWN])}
         rows |= {name: site.evaluator.model(path, seed=0).images_at(range(SHOWN)) for name, path in models.items()}
         texts = [name for name in rows for _ in range(SHOWN)]
         save_png(image, make_captioned_grid([each for images in rows.values() for each in images], texts))
