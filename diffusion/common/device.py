@@ -46,7 +46,7 @@ def resolve_device(name: DeviceName) -> torch.device:
 
 def device_name(device: torch.device) -> str:
     """Name the hardware that determines results bit for bit: GPU model, CPU vendor and instruction set."""
-    # With a GPU, prompts are still encoded on the CPU.
+    # With a GPU, the CPU encodes the prompts of text encoders that are too large for it.
     names = [] if device.type == "cpu" else [torch.get_device_module(device).get_device_name(device)]
     return ", ".join([*names, _processor()])
 
@@ -59,13 +59,19 @@ def set_current_device(device: torch.device) -> None:
 
 def free_memory(device: torch.device) -> int:
     """Measure the bytes of memory that are free on ``device``, or that torch holds there and does not use."""
-    import psutil  # which a served version does without
-
     if device.type == "cpu":
+        import psutil  # which a served version does without
+
         return psutil.virtual_memory().available
     module = torch.get_device_module(device)
     free: int = module.mem_get_info(device)[0] + module.memory_reserved(device) - module.memory_allocated(device)
     return free
+
+
+def total_memory(device: torch.device) -> int:
+    """Return the bytes of memory that a GPU has."""
+    total: int = torch.get_device_module(device).mem_get_info(device)[1]
+    return total
 
 
 def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -112,7 +112,8 @@ def export_adapter(
 
 def _usage(file_format: AdapterFormat, pipeline: Pipeline, adapter: AdapterConfig, name: str, file: str) -> str:
     """Write the lines of code that use an export, whose folder is ``name``."""
-    load = f"pipe = diffusers.{type(pipeline).__name__}.from_pretrained(…)  # what it was fine-tuned from"
+    rounded = "" if adapter.base_weights is None else f", with weights rounded to {adapter.base_weights}"
+    load = f"pipe = diffusers.{type(pipeline).__name__}.from_pretrained(…)  # what it was fine-tuned from{rounded}"
     folder, denoiser = python_literal(name), pipeline.denoiser_name
     if file_format == "peft":
         part = python_literal(f"{name}/{denoiser}")
@@ -219,6 +220,8 @@ def _metadata(header: ModelHeader, base_origin: Origin | None, details: AdapterD
     history = f"trained by Darkroom on the data set {header.dataset}, {header.images:,} images seen"
     if header.origin is not None:
         history = f"imported by Darkroom from {header.origin.source}"
+    if header.adapter.base_weights is not None:
+        base += f" with weights rounded to {header.adapter.base_weights}"
     prediction = {"epsilon": "epsilon", "v_prediction": "v"}.get(pipeline.prediction or "")
     learning_rate = header.training.get("learning_rate")
     values = {

@@ -16,8 +16,9 @@ NARROW = (torch.bfloat16, torch.float16)
 
 def _weights(network: nn.Module) -> Iterator[nn.Parameter]:
     """Find the frozen weights of linear layers and convolutions, without those of subclasses that store others."""
-    for module in network.modules():
-        if type(module) in (nn.Linear, nn.Conv2d, nn.Conv3d):
+    for name, module in network.named_modules():
+        # Z-Image computes in the type that its time embedding has.
+        if type(module) in (nn.Linear, nn.Conv2d, nn.Conv3d) and "t_embedder" not in name:
             weight = module.weight
             assert isinstance(weight, nn.Parameter)
             if not weight.requires_grad:

@@ -225,7 +225,7 @@ class Validation:
 
     def _metrics(self, split: Split, batches: list[Batch], suffix: str, network: nn.Module) -> dict[str, float]:
         device, losses, measurements = self.setup.device, list[Tensor](), list[tuple[dict[str, float], int]]()
-        # As in training, so that what can be trained can be validated.
+        # Whatever the number of processes and threads, which must not change the losses.
         images_at_once = self.setup.config.micro_batch or self.setup.config.images_per_step
         with torch.inference_mode(), autocast(self.setup.config.precision, device):
             network = family_of(self.setup.model).place(network, device)

@@ -62,6 +62,11 @@ def load_initial(
         raise UserError(f"{config.init_from} is a student itself: name its teacher with distillation.teacher")
     for shape in dataset.shapes if initial.has_frozen_parts else ():
         initial.with_size(shape)  # raises if its network does not take it
+    if config.adapter is not None and config.adapter.base_weights is not None and initial.header.adapter is not None:
+        raise UserError(
+            f"{config.init_from} is an adapter itself, of whose changes training.adapter.base_weights = "
+            f"{config.adapter.base_weights} would keep few: leave it out, or begin with its base"
+        )
     initial.round_base(config.adapter)
     return initial.select_classes(classes)
 

@@ -139,7 +139,7 @@ class TrainingState:
                 if name.startswith(prefix):
                     index, moment = name.removeprefix(prefix).split(".", 1)
                     value = tensors[name]
-                    if value.is_floating_point() and value.numel() == parameters[int(index)].numel():
+                    if value.ndim and value.is_floating_point() and value.shape == parameters[int(index)].shape:
                         # Fused AdamW walks parameter and moments in step through memory: their strides must agree.
                         like = parameters[int(index)]
                         value = torch.empty_like(like).copy_(shard_like(value, like))

@@ -21,7 +21,12 @@ PROGRAMS = {
     "scontrol": "printf 'node-1\\nnode-2\\n'",
 }
 """What the shells call, besides torchrun, whose arguments are kept."""
-SLURM_SETS = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+SLURM_SETS = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_NODELIST": "node-[1-2]",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_CPUS_PER_TASK": "8",
+}
 SKYPILOT_SETS = {
     "SKYPILOT_NUM_NODES": "2",
     "SKYPILOT_NUM_GPUS_PER_NODE": "8",

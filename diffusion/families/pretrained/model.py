@@ -195,7 +195,7 @@ class PretrainedModel(DiffusionModel):
         """Leave out the autoencoder, and text encoders that are not trained."""
         used = {self.pipeline.denoiser_name}
         if adapter is not None and adapter.text_encoder:
-            used.add("text_encoder")
+            used.update(self.pipeline.text_encoders)
         return self.network.select(name for name, _ in self.network.named_children() if name in used)
 
     @staticmethod

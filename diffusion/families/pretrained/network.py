@@ -7,7 +7,7 @@ the libraries themselves but tokenizers, from files that lie in the model's own 
 import copy
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
@@ -22,7 +22,7 @@ from diffusion.common.files import canonical_json, sha256_bytes
 from diffusion.common.model_files import tensor_bytes
 from diffusion.families.pretrained.components import WITHOUT_WEIGHTS, build, load_tokenizer
 from diffusion.families.pretrained.config import DiffusersConfig
-from diffusion.families.pretrained.placement import Placement, Resident
+from diffusion.families.pretrained.placement import Placement, Resident, weight_bytes
 from diffusion.families.text_encoder import Encoding
 
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -129,12 +129,19 @@ class PipelineNetwork(nn.Module):
     @torch.no_grad()
     def encode_prompt(self, prompt: str | None) -> Encoding:
         """Encode ``prompt``, or None for none, as all that the denoiser is shown of it."""
-        return self.pipeline.encode_prompt(self, prompt)
+        return self._encode_text(self.pipeline.encode_prompt, prompt)
 
     @torch.no_grad()
     def encode_negative(self, prompt: str | None) -> Encoding:
         """Encode a negative ``prompt``, or None for none, as all that the denoiser is shown of it."""
-        return self.pipeline.encode_negative(self, prompt)
+        return self._encode_text(self.pipeline.encode_negative, prompt)
+
+    def _encode_text(self, encode: Callable[["PipelineNetwork", str | None], Encoding], prompt: str | None) -> Encoding:
+        """Encode ``prompt``, on the CPU if the text encoders are too large for the device."""
+        encoders = [part for name, part in self.named_children() if name.startswith("text_encoder")]
+        if self.placement is None or self.placement.has_room(sum(map(weight_bytes, encoders))):
+            return encode(self, prompt)
+        return {name: value.to(self.device) for name, value in encode(self.on(CPU), prompt).items()}
 
     def prompt_length(self, prompt: str) -> tuple[int, int]:
         """Count the tokens of ``prompt`` with those at its ends, and the most that are read."""

@@ -6,12 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from diffusion.common.device import free_memory
+from diffusion.common.device import free_memory, total_memory
 from diffusion.families.fine_tuning import TrainableSubset, adapted_layers, share
 from diffusion.families.narrow_weights import narrow_weights, widen_weights
 
 WEIGHTS_SHARE = 2 / 3
 """Share of a device's free memory for weights; the rest is for what is computed with them."""
+ENCODERS_SHARE = 0.9
+"""Share of all its memory that text encoders may take, which compute with little else."""
 
 
 class Resident(NamedTuple):
@@ -43,6 +45,10 @@ class Placement:
         self._narrow: set[str] = set()
         """Those with weights of 16 bits."""
         self._lock = Lock()
+
+    def has_room(self, size: int) -> bool:
+        """Whether weights of ``size`` bytes fit on the device when it is empty, whatever else is there now."""
+        return size <= ENCODERS_SHARE * total_memory(self.device)
 
     def bring(self, name: str, component: nn.Module) -> nn.Module:
         """Return the copy of ``component`` on the device; others leave if they have to."""

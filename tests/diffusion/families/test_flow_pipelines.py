@@ -341,7 +341,7 @@ def test_tokenizers_without_vocabulary_are_refused(make: Make, tmp_path: Path, k
 @pytest.mark.parametrize("zeros", [True, False])
 def test_tokens_of_sdxl_are_worth_what_prompts_are(make: Make, zeros: bool) -> None:
     model = make("stable_diffusion_xl", zeros=zeros)[1].with_size((16, 32))
-    tokens = model.caption_encoder(LoRAConfig(text_encoder=True))
+    tokens = model.caption_encoder(LoRAConfig(text_encoder=True), CPU)
     tokenize, prompts = tokens.load(), ("a red circle", None)
     x = torch.randn(2, *model.noise_shape, generator=torch.Generator().manual_seed(2))
     shown, encoded = (
@@ -357,7 +357,7 @@ def test_tokens_of_sdxl_are_worth_what_prompts_are(make: Make, zeros: bool) -> N
 def test_every_adapted_layer_of_sdxl_s_text_encoders_has_an_effect(make: Make) -> None:
     model = make("stable_diffusion_xl")[1].with_size((16, 32))
     adapter = LoRAConfig(rank=2, text_encoder=True)
-    subset, tokens = model.make_trainable(adapter), model.caption_encoder(adapter)
+    subset, tokens = model.make_trainable(adapter), model.caption_encoder(adapter, CPU)
     names = {name.partition(".")[0] for name, _ in subset.named_parameters()}
     assert names == {"unet", "text_encoder", "text_encoder_2"}
     generator = torch.Generator().manual_seed(2)

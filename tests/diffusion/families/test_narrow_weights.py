@@ -30,9 +30,13 @@ def test_trained_weights_stay_float32() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["stable_diffusion_xl", "flux", "flux_2_klein", "z_image", "qwen_image", "pixart_sigma"]
+    ("kind", "dtype"),
+    [
+        *((kind, torch.bfloat16) for kind in ("flux", "flux_2_klein", "z_image", "qwen_image", "pixart_sigma")),
+        *((kind, torch.float16) for kind in ("stable_diffusion_xl", "z_image")),
+    ],
 )
-def test_predictions_under_autocast_have_the_bits_of_float32(tmp_path: Path, kind: str) -> None:
+def test_predictions_under_autocast_have_the_bits_of_float32(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     pytest.importorskip("diffusers")
     from diffusion.checkpoints import load_model
     from diffusion.diffusers_format.import_pipeline import import_pipeline
@@ -43,7 +47,7 @@ def test_predictions_under_autocast_have_the_bits_of_float32(tmp_path: Path, kin
     import_pipeline(FLOW_MAKERS[kind](tmp_path / "pipeline"), path, Origin(source=kind))
     model = load_model(path).with_size((16, 16))
     for weight in model.network.parameters():
-        weight.data = weight.data.bfloat16().float()
+        weight.data = weight.data.to(dtype).float()
     x, t = torch.randn(1, *model.noise_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([300.0])
     conditioning = {name: value[None] for name, value in model.encode_prompt("a red circle").items()}
 
@@ -54,7 +58,7 @@ def test_predictions_under_autocast_have_the_bits_of_float32(tmp_path: Path, kin
 
     expected = predict()
     narrow_weights(model.network, CPU)
-    assert sum(weight.dtype == torch.bfloat16 for weight in model.network.parameters()) > 10
+    assert sum(weight.dtype == dtype for weight in model.network.parameters()) > 10
     assert torch.equal(predict(), expected)
 
 

@@ -44,6 +44,7 @@ def live():
     return state.live
 """
 SAMPLING = """
+sys.modules["psutil"] = None  # as for versions that are served
 conditions, answer = Conditions(prompts=("a red circle", "a blue circle")), {"sizes": sizes}
 expected = sample(model, range(4), 0, config, conditions=conditions)
 encoders = sizes["text_encoder"] + sizes["text_encoder_2"]
@@ -57,6 +58,20 @@ for name, memory in (("much", 2**34), ("little", int(max(sizes["transformer"], e
     answer[name] = {"encoded": encoded, "sampled": live() - before, "equal": torch.equal(actual, expected)}
     del placed
     answer[name]["left"] = live() - before
+print(json.dumps(answer))
+"""
+ENCODING = """
+expected = model.encode_prompt("a red circle")
+torch.get_device_module(device).memory = sizes["text_encoder"] + sizes["text_encoder_2"]
+placed, before = model.to(device), live()
+state.peak = before
+actual = placed.encode_prompt("a red circle")
+weights = state.peak - before - sum(value.nbytes for value in actual.values())
+answer = {
+    "weights": weights,
+    "equal": all(torch.equal(value.cpu(), expected[name]) for name, value in actual.items()),
+    "device": next(iter(actual.values())).device.type,
+}
 print(json.dumps(answer))
 """
 TRAINING = """
@@ -141,3 +156,9 @@ def test_training_has_the_denoiser_alone_on_the_device(tmp_path: Path) -> None:
         assert each["beside"] <= 0
     assert sizes["transformer"] <= full["trained"] <= sizes["transformer"] + 2 * full["adapter"] + 4096
     assert rounded["trained"] < 0.6 * sizes["transformer"] + 2 * rounded["adapter"]
+
+
+@pytest.mark.slow
+def test_prompts_are_encoded_on_the_cpu_where_text_encoders_exceed_the_device(tmp_path: Path) -> None:
+    answer = run(ENCODING, tmp_path)
+    assert answer == {"weights": 0, "equal": True, "device": "simulated"}

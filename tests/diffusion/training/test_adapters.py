@@ -258,7 +258,7 @@ def test_held_out_images_pass_no_more_at_once_than_in_training(dataset: Path) ->
         config = TrainingConfig(images=64, batch_size=16, cpu_threads=1, precision="fp32", micro_batch=size)
         with worker_threads(1) as pool:
             trainer = make_trainer(dataset, MODEL, config, pool, 64)
-            validation = Validation(trainer.setup, trainer.objective, pool)
+            validation = Validation(trainer.setup, trainer.objective, pool, trainer.state.network)
             tensors = trainer.checkpoint_tensors(trainer.checkpoint_header())
             hook = register_module_forward_pre_hook(
                 lambda module, inputs: sizes.add(len(inputs[0])) if isinstance(module, UNet) else None

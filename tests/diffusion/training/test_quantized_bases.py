@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from diffusion.checkpoints import load_model, read_model_header
+from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_file
 from diffusion.families.config import DiffusersConfig, ModelConfig, training_conflict
 from diffusion.families.header import Origin
@@ -26,6 +28,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from diffusion.diffusers_format.adapter import export_adapter
 from diffusion.diffusers_format.import_pipeline import import_pipeline
 from tests.builders.flow_pipelines import FLOW_MAKERS
 
@@ -133,6 +136,20 @@ def test_int8_changes_predictions_little(import_kind: Callable[[str], Path]) -> 
         expected, actual = (each.network(x, t, **conditioning) for each in (model, rounded))
     error = float((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt())
     assert 0 < error < 0.03
+
+
+def test_export_says_how_the_base_was_rounded_and_no_second_adapter_is_trained_on_it(
+    import_kind: Callable[[str], Path], tmp_path: Path
+) -> None:
+    final = run(tmp_path, "run", configured(import_kind("flux"), "nf4")).final
+    export_adapter(final, tmp_path / "exported")
+    with safe_open(next((tmp_path / "exported").glob("*.safetensors")), framework="pt") as file:
+        assert "nf4" in file.metadata()["modelspec.description"]
+    assert "nf4" in (tmp_path / "exported" / "README.md").read_text()
+    # Four bits would keep little of what the first adapter changed.
+    with pytest.raises(UserError, match="base_weights"):
+        run(tmp_path, "second", configured(final, "nf4"))
+    run(tmp_path, "second", configured(final, None))
 
 
 def test_other_families_have_no_rounded_bases(tmp_path: Path) -> None:
