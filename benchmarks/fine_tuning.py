@@ -161,7 +161,7 @@ class Site:
     def search(self, method: Method) -> tuple[float, float, float]:
         """Choose the learning rate; returns it, and processor seconds of a training: those of an image, and the others.
 
-        Printed are loss and seconds of each rate.
+        Loss and seconds of each rate are shown.
         """
         few = self.train(method, method.rates[0], SEARCH_SEED, FEW_IMAGES)[1]
         losses, seconds = {}, []

@@ -143,8 +143,7 @@ def main() -> None:
     parser.add_argument("--device", choices=get_args(DeviceName), default="auto")
     parser.add_argument("--scratch", type=Path, help="where the data set lies or is made; default: a temporary folder")
     args = parser.parse_args()
-    # Read at the first product of matrices on CUDA, which is not Darkroom's here.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product of matrices on CUDA
     with tempfile.TemporaryDirectory(prefix="step-") as temporary:
         dataset = Dataset.open(prepare((args.scratch or Path(temporary)).resolve(), "32 px grey"))
         config = TrainingConfig(images=2**40, batch_size=args.batch, cpu_threads=args.threads, device=args.device)
@@ -154,8 +153,7 @@ def main() -> None:
             torch.set_num_threads(args.threads)
             clock = time.process_time if args.threads == 1 else clock
         with worker_threads(threads) as pool:
-            setup = make_setup(dataset, MODEL, config, sampling_config(), SINGLE_PROCESS)
-            trainer = Trainer(setup, pool)
+            trainer = Trainer(make_setup(dataset, MODEL, config, sampling_config(), SINGLE_PROCESS), pool)
             trainer.total = 2**40
             with FlopCounterMode(display=False) as counter:
                 x = torch.zeros(1, *dataset.shape, device=device)

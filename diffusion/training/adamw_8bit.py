@@ -2,7 +2,8 @@
 
 The second moment is kept as its root, of which the same levels hold twice as many orders of magnitude.
 
-``bitsandbytes`` has kernels for the same idea on CUDA alone, and keeps states that a checkpoint cannot hold as tensors.
+``bitsandbytes`` has the same idea in kernels for CUDA. These formulas are the same on every device, and skip a step
+there without waiting for it.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 BLOCK = 256
 """Numbers that have one scale."""
 SMALL = 4096
-"""Tensors of fewer numbers keep moments of 32 bits, as is usual: they take no memory, and matter."""
+"""Tensors of fewer numbers keep moments of 32 bits, as in ``bitsandbytes``: they take little memory."""
 DIGITS = 7
 """Orders of magnitude below a block's largest number."""
 

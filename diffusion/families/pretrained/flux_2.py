@@ -25,7 +25,7 @@ SYSTEM_MESSAGE = (
     "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
     "relationships, object\nattribution and actions without speculation."
 )
-"""What Mistral is told before a prompt of dev."""
+"""What Mistral reads before a prompt of dev."""
 
 
 class Flux2KleinPipeline(FlowTransformer):

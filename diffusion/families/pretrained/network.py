@@ -66,7 +66,7 @@ class PipelineNetwork(nn.Module):
         self.class_ids = torch.tensor([*config.class_ids, unconditional])
 
     def component(self, name: str) -> Any:
-        """Return the component ``name`` where it works, to be used before another one is asked for."""
+        """Return the component ``name`` where it works, to be used before the next one is taken."""
         component = self.get_submodule(name)
         return component if self.placement is None else self.placement.bring(name, component)
 
