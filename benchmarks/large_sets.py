@@ -23,11 +23,11 @@ import pyarrow.parquet as pq
 from diffusion.common.files import sha256_file
 from diffusion.data import dataset
 from diffusion.data.dataset import Dataset
+from diffusion.data.fan_out import make_fan_out
 from diffusion.data.ingest.config import IngestConfig, StorageConfig
 from diffusion.data.ingest.key_resolution import resolve
 from diffusion.data.loader import make_order
 from diffusion.data.manifest import RECORDS, FileEntry, Manifest, Part, Totals, read_manifest, write_manifest
-from diffusion.data.prefetch import local_fan_out
 from diffusion.data.shards import LocalShards
 
 EACH = 8192
@@ -88,7 +88,7 @@ def measure(what: str, folder: Path) -> dict[str, float]:
         scratch = folder.parent / "scratch"
         scratch.mkdir(exist_ok=True)
         config = IngestConfig.model_validate({"runner": what, "workers": 2})
-        resolve([(folder, part) for part in manifest.parts], manifest.storage, scratch, local_fan_out(config))
+        resolve([(folder, part) for part in manifest.parts], manifest.storage, scratch, make_fan_out(config))
         figures["seconds to resolve"] = time.perf_counter() - start
         figures["bytes on disk"] = sum(path.stat().st_size for path in scratch.glob("run-*"))
     else:

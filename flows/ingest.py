@@ -26,10 +26,8 @@ from flows.deployment.tasks import (
     artifact_key,
     completed_state,
     lineage_hooks,
-    prefect_fan_out,
     require_permitted,
     retryable_task,
-    task_runner,
 )
 from flows.environment import data_source, settings
 from flows.storage.s3 import S3Objects, Store
@@ -59,13 +57,12 @@ def ingest(
     A new version emits an event, unless the caller will retrain on it anyway (``to_retrain``).
     """
     require_permitted(params)
-    make = make_dataset.with_options(task_runner=task_runner(params.ingest))
 
     def change(earlier: IngestResult | None) -> IngestResult:
         if earlier is None:
-            return make(params, requeue, rebuild)
+            return make_dataset(params, requeue, rebuild)
         # Add the new images to the version of the faster process, without reading them again.
-        rerun = make(params, requeue=False, rebuild="never")
+        rerun = make_dataset(params, requeue=False, rebuild="never")
         counts = {"listed", "read", "added", "removed", "relabelled", "passed_over"}
         fields = counts | {"remasked", "source", "captions", "captions_found"}
         counters = {name: getattr(earlier, name) for name in fields}
@@ -113,16 +110,14 @@ def repair(params: Params, rebuild: Rebuild, to_retrain: bool) -> None:
     bring_up_to_date(folder, source, params.ingest, reporter(), rebuilding=rebuild == "always")
 
 
-@flow(name="make dataset", flow_run_name="make-dataset-{params.training.dataset}")
+@retryable_task
 def make_dataset(params: Params, requeue: bool, rebuild: Rebuild) -> IngestResult:
-    """Write shards and manifest, then apply the rules of curation; each shard is a separate task."""
+    """Write shards and manifest, then apply the rules of curation."""
     return engine.ingest(
         params,
         rebuild=rebuild,
         requeue=requeue,
         objects=S3Objects(),
-        fan_out=prefect_fan_out(params.ingest),
-        fan_out_measures=prefect_fan_out(params.ingest, "measure shard"),
         progress=reporter(),
     )
 

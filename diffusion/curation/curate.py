@@ -29,6 +29,7 @@ from diffusion.curation.config import CurationConfig, SemanticCalibration, Verdi
 from diffusion.curation.lists import Label, ListChange, ListOutcome, change_lists, decide_by_lists
 from diffusion.curation.measures import Measurements, extractor_of, measure, read_images
 from diffusion.curation.rules import GROUP
+from diffusion.data.fan_out import make_fan_out
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index, explain_database_errors
 from diffusion.data.ingest.ingest import IngestResult, remove_strays
@@ -42,7 +43,6 @@ from diffusion.data.manifest import (
     work_folder,
     write_manifest,
 )
-from diffusion.data.prefetch import FanOut, local_fan_out
 from diffusion.data.shards import LocalShards
 from diffusion.data.versions.image_lists import ListedImages, read_lists
 from diffusion.data.versions.versions import rule_of
@@ -241,7 +241,6 @@ def curate(
     evaluation: EvaluationConfig,
     progress: Progress = ignore_progress,
     *,
-    fan_out: FanOut | None = None,
     dry_run: bool = False,
     change: ListChange | None = None,
 ) -> CurationResult:
@@ -272,7 +271,7 @@ def curate(
                 return _result(folder, before, None, changed=False)
         require_whole(folder, before)
         lists, outcome = change_lists(folder, before, change) if change else (read_lists(folder, before), None)
-        measurements = measure(folder, before, config, evaluation, fan_out or local_fan_out(ingest), progress)
+        measurements = measure(folder, before, config, evaluation, make_fan_out(ingest), progress)
         decision = decide(folder, before, measurements, config, evaluation, lists, progress)
         if decision.calibration is not None and (warning := decision.calibration.warning) is not None:
             logger.warning("%s", warning)
@@ -398,11 +397,9 @@ def curate_ingested(
     ingest: IngestConfig,
     evaluation: EvaluationConfig,
     progress: Progress = ignore_progress,
-    *,
-    fan_out: FanOut | None = None,
 ) -> IngestResult:
     """Curate the data set of an ingest, and return its result with the version made so; see ``curate``."""
-    curation = curate(result.folder, config, ingest, evaluation, progress, fan_out=fan_out)
+    curation = curate(result.folder, config, ingest, evaluation, progress)
     version = {name: getattr(curation, name) for name in ("content_digest", "digest", "kept")}
     dropped_count = curation.dropped if config.drops or curation.changed or curation.dropped else None
     return result.model_copy(update=version | {"changed": result.changed or curation.changed, "dropped": dropped_count})

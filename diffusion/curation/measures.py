@@ -22,9 +22,9 @@ from diffusion.common.onnx_network import OnnxNetwork
 from diffusion.common.progress import Progress
 from diffusion.curation.config import CurationConfig, NsfwModel, threshold_fields
 from diffusion.curation.rules import GROUP, LUMA, RULES, Rule
+from diffusion.data.fan_out import FanOut
 from diffusion.data.ingest.chunks import perceptual_hash
 from diffusion.data.manifest import STORED, Manifest, Part, measures_folder, read_records
-from diffusion.data.prefetch import FanOut
 from diffusion.data.shards import LocalShards
 from diffusion.data.versions.versions import count_stored
 from diffusion.evaluation.config import EvaluationConfig

@@ -20,6 +20,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import make_folder, remove_partials
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.shapes import shape_name
+from diffusion.data.fan_out import FanOut, make_fan_out
 from diffusion.data.ingest.buckets import choose_shapes
 from diffusion.data.ingest.calibration import Calibration, calibrate_ingest
 from diffusion.data.ingest.captions import CaptionCounts, add_captions
@@ -37,7 +38,6 @@ from diffusion.data.manifest import (
     work_folder,
     write_manifest,
 )
-from diffusion.data.prefetch import FanOut, local_fan_out
 from diffusion.data.sources import open_source, reader_of
 from diffusion.data.sources.base import Access, ObjectStore
 from diffusion.data.sources.caption_files import CaptionTally
@@ -153,7 +153,7 @@ def ingest(
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is not a folder, and a data set is one: move it away, or give another --dataset")
-    fan_out, work = fan_out or local_fan_out(config), work_folder(folder)
+    fan_out, work = fan_out or make_fan_out(config), work_folder(folder)
     make_folder(work)
     with FileLock(work / "lock"), explain_database_errors(work):
         before = read_manifest(folder) if (folder / "manifest.json").is_file() else None

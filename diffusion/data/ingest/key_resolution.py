@@ -8,10 +8,10 @@ import numpy as np
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import write_bytes
+from diffusion.data.fan_out import FanOut, make_fan_out
 from diffusion.data.ingest.config import IngestConfig, StorageConfig
 from diffusion.data.key_ranges import RANGE, range_count, read_range, scratch_folder, write_run
 from diffusion.data.manifest import MASK, STORED, Part, digest_of_samples, read_records, sample_digest, work_folder
-from diffusion.data.prefetch import FanOut, local_fan_out
 from diffusion.data.versions.versions import count_stored
 
 SAMPLE = np.dtype([("key", "S32"), ("digest", "S32"), ("part", "i4"), ("row", "i4"), ("kept", "?")])
@@ -82,7 +82,7 @@ def content_digest(folder: Path, parts: Iterable[Part], storage: StorageConfig) 
     The caller holds the data set's lock.
     """
     with scratch_folder(work_folder(folder) / "ranges") as scratch:
-        return resolve([(folder, part) for part in parts], storage, scratch, local_fan_out(IngestConfig()))[0]
+        return resolve([(folder, part) for part in parts], storage, scratch, make_fan_out(IngestConfig()))[0]
 
 
 def _group(parts: Iterable[tuple[int, Path, Part]]) -> Iterator[list[tuple[int, Path, Part]]]:

@@ -14,6 +14,7 @@ from diffusion.common.config import Config, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
 from diffusion.common.progress import Progress, ignore_progress
+from diffusion.data.fan_out import make_fan_out
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import remove_strays
 from diffusion.data.ingest.key_resolution import resolve
@@ -34,7 +35,6 @@ from diffusion.data.manifest import (
     work_folder,
     write_manifest,
 )
-from diffusion.data.prefetch import FanOut, local_fan_out
 from diffusion.data.versions.image_lists import read_lists
 from diffusion.data.versions.takedown_records import removals
 from diffusion.data.versions.versions import count_stored
@@ -84,7 +84,6 @@ def merge_datasets(
     others: Sequence[Path],
     config: IngestConfig,
     progress: Progress = ignore_progress,
-    fan_out: FanOut | None = None,
 ) -> MergeResult:
     """Make a version of the data set in ``folder`` with the images of ``others``, which must be stored alike.
 
@@ -96,7 +95,7 @@ def merge_datasets(
     Raises UserError if the data sets differ in storage or licence, near-duplicates are grouped, an image of one was
     taken down from another, or a file is damaged.
     """
-    fan_out = fan_out or local_fan_out(config)
+    fan_out = make_fan_out(config)
     if config.near_duplicates is not None:
         raise UserError(
             "near-duplicates are not looked for between data sets: leave ingest.near_duplicates out, or ingest the "

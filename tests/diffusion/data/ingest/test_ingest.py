@@ -20,6 +20,7 @@ from PIL import Image
 
 from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset
+from diffusion.data.fan_out import make_fan_out
 from diffusion.data.ingest.chunks import Chunk, chunk_size
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index
@@ -27,7 +28,6 @@ from diffusion.data.ingest.ingest import ingest
 from diffusion.data.ingest.key_resolution import content_digest
 from diffusion.data.ingest.merge import split_of
 from diffusion.data.manifest import read_manifest, versions, work_folder
-from diffusion.data.prefetch import local_fan_out
 from tests.builders.ingested import files_of, records
 from tests.builders.real_images import digits
 from tests.builders.shapes import blob
@@ -391,7 +391,7 @@ def test_nearest_group_is_found_up_to_the_limit(near: int, flips: list[int], see
 
 def failing_after(count: int, seen: dict[str, int]) -> Callable[..., Iterator[Path]]:
     """A fan-out that is cut off after some chunks; notes when each table was written."""
-    run = local_fan_out(IngestConfig(workers=1))
+    run = make_fan_out(IngestConfig(workers=1))
 
     def fan_out(prepare: Callable[[Chunk], Path], chunks: Iterable[Chunk]) -> Iterator[Path]:
         for number, prepared in enumerate(run(prepare, chunks)):
@@ -462,11 +462,6 @@ def test_chunks_fit_shards_and_small_sets_get_several(images: int, size: int, mo
     assert count == 1 or count * size**2 <= most
     if images > 8 * 512 and most >= 2**26 and size <= 64:
         assert -(-images // count) >= 8
-
-
-def test_ray_outside_a_flow_is_an_error(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="ray"):
-        ingest(tmp_path / "set", config(images, runner="ray"))
 
 
 def test_a_first_ingest_that_fails_leaves_no_data_set(tmp_path: Path) -> None:
