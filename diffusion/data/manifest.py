@@ -339,10 +339,15 @@ def read_records(folder: Path, part: Part, columns: Sequence[str] | None = None)
 
     Raises UserError if the table is missing or damaged.
     """
+    return read_table(find_intact_records(folder, part), columns)
+
+
+def find_intact_records(folder: Path, part: Part) -> Path:
+    """Return the path of the records of a part; raises UserError if the table is missing or damaged."""
     path = folder / part.records.name
     if not path.is_file() or sha256_file(path) != part.records.sha256:
         raise UserError(f"{path} is missing or damaged: {repair_hint(folder)}")
-    return read_table(path, columns)
+    return path
 
 
 def read_table(path: Path, columns: Sequence[str] | None) -> pa.Table:
