@@ -9,11 +9,11 @@ scale and shift, leaves little unexplained (``evaluation.metrics.registration``)
 
 import io
 import math
-import sqlite3
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch.nn.functional import avg_pool2d
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.random import generator
 from diffusion.curation.config import SemanticCalibration
-from diffusion.data.ingest.index import HashGroups
+from diffusion.data.ingest.hash_groups import HashGroups
 from diffusion.evaluation.features.feature_extractor import Extractor
 from diffusion.evaluation.metrics.neighbours import find_nearest, map_blocks
 from diffusion.evaluation.metrics.registration import (
@@ -65,7 +65,9 @@ UNCALIBRATED_LIMIT = 0.2
 """Largest distance without MIN_CALIBRATION_IMAGES."""
 
 
-def leaders_by_hash(phashes: Sequence[str], order: np.ndarray, classes: Sequence[str | None], bits: int) -> np.ndarray:
+def leaders_by_hash(
+    phashes: Sequence[str], order: np.ndarray, classes: Sequence[str | None], bits: int, scratch: Path
+) -> np.ndarray:
     """Find the leader of each of N images whose hashes differ in at most ``bits``, among the images of its class: (N,).
 
     Args:
@@ -73,17 +75,17 @@ def leaders_by_hash(phashes: Sequence[str], order: np.ndarray, classes: Sequence
         order: Numbers of the images to group, the preferred ones first; others are their own leaders.
         classes: Class of each image.
         bits: Largest number of different bits.
+        scratch: Folder for tables larger than memory.
     """
-    leaders = np.arange(len(phashes))
-    with closing(sqlite3.connect("")) as database:  # a temporary one, which goes to disk where memory is short
-        groups = HashGroups(database, bits)
-        for number in order.tolist():
+    leaders, numbers = np.arange(len(phashes)), order.tolist()
+    with closing(HashGroups(scratch, bits)) as groups:
+        groups.expect((bytes.fromhex(phashes[number]), repr(classes[number])) for number in numbers)
+        for number in numbers:
             phash, label = bytes.fromhex(phashes[number]), repr(classes[number])
-            matches = (int.from_bytes(root, "big") for root, category in groups.groups_near(phash) if category == label)
-            if (leader := next(matches, None)) is None:
-                groups.add_group(phash, label, number.to_bytes(8, "big"))
+            if found := groups.find(phash, label):
+                leaders[number] = int.from_bytes(found[0][0], "big")
             else:
-                leaders[number] = leader
+                groups.add(phash, label, number.to_bytes(8, "big"))
     return leaders
 
 

@@ -3,16 +3,18 @@
 import io
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 from PIL import Image
 
 from diffusion.common.errors import DarkroomError, TransientError
 from diffusion.common.files import canonical_json, digest_of, is_full_disk
-from diffusion.data.ingest.chunks import HASH_BITS, description_digest, perceptual_hash
+from diffusion.data.ingest.chunks import description_digest, perceptual_hash
+from diffusion.data.ingest.hash_groups import HashGroups
 from diffusion.data.manifest import (
     GIVEN_LABEL,
     LABELLED_BY,
@@ -21,6 +23,7 @@ from diffusion.data.manifest import (
     STORED,
     Manifest,
     Part,
+    Split,
     digest_of_samples,
     read_records,
     sample_digest,
@@ -39,66 +42,31 @@ SCHEMA = """
     CREATE TABLE IF NOT EXISTS masks (key BLOB PRIMARY KEY, mask TEXT) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS new_masks (key BLOB, source TEXT, mask TEXT, place TEXT, PRIMARY KEY (key, source));
     CREATE TABLE IF NOT EXISTS removed (digest BLOB PRIMARY KEY) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS roots (number INTEGER PRIMARY KEY, hashes BLOB, splits BLOB, keys BLOB);
+    CREATE TEMP TABLE wanted (name TEXT, digest BLOB);
 """
-GROUPS = """
-    CREATE TABLE IF NOT EXISTS bands (band INTEGER, value INTEGER, hash BLOB, PRIMARY KEY (band, value, hash))
-        WITHOUT ROWID;
-    CREATE TABLE IF NOT EXISTS groups (hash BLOB, category TEXT, root BLOB NOT NULL, PRIMARY KEY (hash, category))
-        WITHOUT ROWID;
-"""
-FORMAT = 3
+"""Tables; a row of ``roots`` has the first images of some groups of near-duplicates, one behind the other."""
+FORMAT = 4
+SPLITS, KEY_BYTES = get_args(Split), 32
 LOCK_TIMEOUT = 30.0
 """Seconds to wait for a program that has locked a database, such as a backup."""
 
 
-class HashGroups:
-    """Groups of images whose perceptual hashes differ in at most ``near`` bits from the first one's, the root's.
+class Sample(NamedTuple):
+    """A kept or dropped image."""
 
-    Each group is in one category: a split of a data set, or a class.
-    """
-
-    def __init__(self, database: sqlite3.Connection, near: int | None) -> None:
-        self.database, self.near = database, near
-        database.executescript(GROUPS)
-
-    def add_group(self, phash: bytes, category: str, root: bytes) -> None:
-        """Begin a group in ``category`` with the image ``root``."""
-        self.database.execute("INSERT OR IGNORE INTO groups VALUES (?, ?, ?)", (phash, category, root))
-        bands = ((*band, phash) for band in enumerate(self._bands(phash)))
-        self.database.executemany("INSERT OR IGNORE INTO bands VALUES (?, ?, ?)", bands)
-
-    def groups_near(self, phash: bytes) -> list[tuple[bytes, str]]:
-        """Return root and category of the groups of near-duplicates of an image with this hash, the nearest first.
-
-        Hashes are cut into more bands than half of the bits that may differ: near-duplicates have a band that differs
-        in one bit at most, and all such values are looked up.
-        """
-        width = -(-HASH_BITS // self._band_count)
-        flips = [0, *(1 << bit for bit in range(width))] if self.near else [0]
-        marks = ", ".join("?" * len(flips))
-        query = f"SELECT DISTINCT g.* FROM bands JOIN groups g USING (hash) WHERE band = ? AND value IN ({marks})"
-        number = int.from_bytes(phash, "big")
-        matches = set()
-        for band, value in enumerate(self._bands(phash)):
-            for other, category, root in self.database.execute(query, (band, *(value ^ flip for flip in flips))):
-                distance = (number ^ int.from_bytes(other, "big")).bit_count()
-                if distance <= (self.near or 0):
-                    matches.add((distance, root, category))
-        return [(root, category) for _, root, category in sorted(matches)]
-
-    @property
-    def _band_count(self) -> int:
-        # At least five, as SQLite's integers have 63 bits besides the sign.
-        return max((self.near or 0) // 2 + 1, 5)
-
-    def _bands(self, phash: bytes) -> Iterator[int]:
-        """Yield the value of each band of a hash: bits of all frequencies, as smooth images have the same high ones."""
-        bits = f"{int.from_bytes(phash, 'big'):0{HASH_BITS}b}"
-        yield from (int(bits[band :: self._band_count], 2) for band in range(self._band_count))
+    split: str
+    digest: bytes
+    digest_as_given: bytes | None
+    """The digest that it would have with its source's label; None if no list relabelled it."""
+    mask: str | None
+    """Digest of its mask."""
 
 
-class Index(HashGroups):
+class Index:
     """The index at ``path``, updated to the state of ``manifest`` (None: an empty data set).
+
+    What is asked of it is looked up for many rows at once (``look_up``), and what is recorded is written by ``flush``.
 
     ``near``: bits in which the perceptual hashes of a near-duplicate and the first image of its group, its root, may
     differ; None if near-duplicates are not grouped. A chain of images that differ a little is not one group.
@@ -107,29 +75,33 @@ class Index(HashGroups):
     def __init__(self, path: Path, folder: Path, manifest: Manifest | None, near: int | None) -> None:
         self.path = path
         try:
-            database = _open(path)
+            self.database = _open(path)
         except sqlite3.OperationalError:
             raise
         except sqlite3.DatabaseError:
             # Damaged. Everything in it can be restored.
             for file in (path, *path.parent.glob(f"{path.name}-*")):
                 file.unlink()
-            database = _open(path)
-        super().__init__(database, near)
+            self.database = _open(path)
+        self._groups: HashGroups | None = None
+        self._forget()
         self._removals = removals(path.parent)
         self.update(folder, manifest, near)
 
     def update(self, folder: Path, manifest: Manifest | None, near: int | None) -> None:
         """Update the index to the state of ``manifest``, with near-duplicates within ``near`` bits."""
         self.near = near
+        self._close_groups()
         if self._first("SELECT value FROM meta WHERE name = 'state'") != (self._state(manifest),):
             with self.transaction():
                 self.clear()
                 for part in manifest.parts if manifest else ():
                     rows = read_records(folder, part).to_pylist()
                     self.add_hashes(folder, part, rows)
+                    self.look_up([{"key": root} for row in rows for root in row["near"] or ()])
                     for row in rows:
                         self.record(row)
+                    self.flush()
                 self.set_version(manifest)
 
     @contextmanager
@@ -138,15 +110,20 @@ class Index(HashGroups):
         self.database.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self.flush()
         except BaseException:
             self.database.execute("ROLLBACK")
+            self._forget()
+            self._close_groups()
             raise
         self.database.execute("COMMIT")
 
     def clear(self) -> None:
         """Delete everything except the stamps and the takedowns known to this machine."""
-        for table in ("records", "samples", "relabelled", "dropped", "masks", "removed", "bands", "groups"):
+        for table in ("records", "samples", "relabelled", "dropped", "masks", "removed", "roots"):
             self.database.execute(f"DELETE FROM {table}")
+        self._forget()
+        self._close_groups()
         for removal in self._removals:
             self.refuse(*removal.image_keys, *removal.digests)
 
@@ -160,13 +137,93 @@ class Index(HashGroups):
 
     def close(self) -> None:
         """Close the database."""
+        self._close_groups()
         self.database.close()
+
+    def look_up(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Read what is known of images with the ``key``, ``source_sha256`` and ``source`` of ``rows``, if given."""
+        keys = {key for row in rows if (key := row.get("key"))} - self._samples.keys()
+        digests = keys | {digest for row in rows if (digest := row.get("source_sha256"))}
+        names = {(row["source"], row["source_sha256"]) for row in rows if "source" in row}
+        self._samples |= dict.fromkeys(keys)
+        query = """SELECT w.digest, s.split, s.digest, r.digest, m.mask FROM wanted w CROSS JOIN samples s ON
+            s.key = w.digest LEFT JOIN relabelled r ON r.key = s.key LEFT JOIN masks m ON m.key = s.key"""
+        for key, *fields in self._select(query, [("", key) for key in keys]):
+            self._samples[key.hex()] = Sample(*fields)
+        self._removed |= dict.fromkeys(digests - self._removed.keys(), False)
+        query = "SELECT w.digest FROM wanted w CROSS JOIN removed r ON r.digest = w.digest"
+        for (digest,) in self._select(query, [("", digest) for digest in digests]):
+            self._removed[digest.hex()] = True
+        new_names = names - self._outcomes.keys()
+        self._outcomes |= dict.fromkeys(new_names)
+        query = """SELECT w.name, w.digest, r.outcome, r.reason FROM wanted w CROSS JOIN records r ON
+            r.source = w.name AND r.sha256 = w.digest"""
+        for name, digest, *outcome in self._select(query, new_names):
+            self._outcomes[name, digest.hex()] = tuple(outcome)
+
+    def _select(self, query: str, wanted: Iterable[tuple[str, str]]) -> Iterator[Any]:
+        """Yield the rows of a query that joins the table ``wanted`` of names and hex digests."""
+        self.database.execute("DELETE FROM wanted")
+        rows = sorted((name, bytes.fromhex(digest)) for name, digest in wanted)
+        self.database.executemany("INSERT INTO wanted VALUES (?, ?)", rows)
+        yield from self.database.execute(query)
+
+    def flush(self) -> None:
+        """Write what was recorded, and forget what was looked up."""
+        obsolete = "DELETE FROM records WHERE source = ? AND outcome = 'quarantined'"
+        self.database.executemany(obsolete, ((source,) for source in self._records))
+        values = (
+            (source, bytes.fromhex(digest), *outcome)
+            for source, outcomes in self._records.items()
+            for digest, outcome in outcomes.items()
+        )
+        self.database.executemany("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?)", values)
+        for table, rows in self._rows.items():
+            marks = ", ".join("?" * len(rows[0]))
+            self.database.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", rows)
+        if self._roots:
+            hashes, splits, keys = zip(*self._roots, strict=True)
+            block = (b"".join(hashes), bytes(map(SPLITS.index, splits)), b"".join(keys))
+            self.database.execute("INSERT INTO roots (hashes, splits, keys) VALUES (?, ?, ?)", block)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forget what was looked up, and what was recorded and not written."""
+        self._samples: dict[str, Sample | None] = {}
+        self._removed: dict[str, bool] = {}
+        self._outcomes: dict[tuple[str, str], tuple[str, str | None] | None] = {}
+        self._records: dict[str, dict[str, tuple[str, str | None]]] = {}
+        self._rows: dict[str, list[tuple[object, ...]]] = defaultdict(list)
+        self._roots: list[tuple[bytes, str, bytes]] = []
+
+    def expect_hashes(self, phashes: Sequence[str]) -> None:
+        """Announce the hashes of images that ``groups_near`` will be asked for, in this order, or some of them."""
+        if self._groups is None and self.near is not None and phashes:
+            if self._roots:
+                self.flush()
+            self._groups = HashGroups(self.path.parent / "groups", self.near)
+            for hashes, splits, keys in self.database.execute("SELECT hashes, splits, keys FROM roots ORDER BY number"):
+                roots = [keys[start : start + KEY_BYTES] for start in range(0, len(keys), KEY_BYTES)]
+                self._groups.extend(hashes, [SPLITS[split] for split in splits], roots)
+        if self._groups is not None:
+            self._groups.expect((bytes.fromhex(phash), None) for phash in phashes)
+
+    def groups_near(self, phash: str) -> list[tuple[bytes, str]]:
+        """Return the key of the root, and the split, of the groups of near-duplicates of an image, nearest first."""
+        if self._groups is None:
+            self.expect_hashes([phash])
+        return [] if self._groups is None else self._groups.find(bytes.fromhex(phash))
+
+    def _close_groups(self) -> None:
+        if self._groups is not None:
+            self._groups.close()
+            self._groups = None
 
     def stamp(self, origin: str, row: dict[str, Any]) -> None:
         """Record the stamp of an entry of ``origin`` after its bytes were read."""
         description = description_digest(row["label"], row["caption"], row["mask_source"])
         entry = (origin, row["source"], row["stamp"], description, bytes.fromhex(row["source_sha256"]))
-        self.database.execute("INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?)", entry)
+        self._rows["entries"].append(entry)
 
     def record(self, row: dict[str, Any]) -> None:
         """Add a row of RECORDS."""
@@ -174,22 +231,28 @@ class Index(HashGroups):
             self.refuse(row["source_sha256"], row["key"])
             return
         # The last record of a name counts: earlier quarantined records of it are obsolete.
-        self.database.execute("DELETE FROM records WHERE source = ? AND outcome = 'quarantined'", (row["source"],))
+        outcomes = self._records.setdefault(row["source"], {})
+        for sha256 in [sha256 for sha256, (outcome, _) in outcomes.items() if outcome == "quarantined"]:
+            del outcomes[sha256]
         reason = row["reason"] if row["outcome"] == "quarantined" else None
-        values = (row["source"], bytes.fromhex(row["source_sha256"]), row["outcome"], reason)
-        self.database.execute("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?)", values)
+        outcomes[row["source_sha256"]] = row["outcome"], reason
         if row["outcome"] in STORED:
-            key = bytes.fromhex(row["key"])
-            digest = sample_digest(row["key"], row["split"], row["label"], row["caption"], mask := row.get(MASK.name))
-            self.database.execute("INSERT INTO samples VALUES (?, ?, ?)", (key, row["split"], digest))
-            self._set_given_label(row)
+            key, mask = bytes.fromhex(row["key"]), row.get(MASK.name)
+            digest, digest_as_given = _digests(row)
+            self._samples[row["key"]] = Sample(row["split"], digest, digest_as_given, mask)
+            self._rows["samples"].append((key, row["split"], digest))
+            if digest_as_given is not None:
+                self._rows["relabelled"].append((key, digest_as_given))
             if mask is not None:
-                self.database.execute("INSERT INTO masks VALUES (?, ?)", (key, mask))
+                self._rows["masks"].append((key, mask))
             if row["outcome"] == "dropped":
-                self.database.execute("INSERT INTO dropped VALUES (?)", (key,))
+                self._rows["dropped"].append((key,))
             # Without its first image a group goes on with the next one.
             if self.near is not None and not any(self.sample(root) for root in row["near"] or ()):
-                self.add_group(bytes.fromhex(row["phash"]), row["split"], key)
+                phash = bytes.fromhex(row["phash"])
+                self._roots.append((phash, row["split"], key))
+                if self._groups is not None:
+                    self._groups.add(phash, row["split"], key)
 
     def set_outcome(self, row: dict[str, Any]) -> None:
         """Change the outcome of an image from kept to dropped, or back, as its ``row`` says."""
@@ -203,35 +266,17 @@ class Index(HashGroups):
     def describe(self, row: dict[str, Any]) -> None:
         """Replace label, caption and mask of a kept or dropped image by what its row of RECORDS says."""
         key, mask = bytes.fromhex(row["key"]), row.get(MASK.name)
-        digest = sample_digest(row["key"], row["split"], row["label"], row["caption"], mask)
+        digest, digest_as_given = _digests(row)
         self.database.execute("UPDATE samples SET digest = ? WHERE key = ?", (digest, key))
-        self._set_given_label(row)
-        self.database.execute("DELETE FROM masks WHERE key = ?", (key,))
-        if mask is not None:
-            self.database.execute("INSERT INTO masks VALUES (?, ?)", (key, mask))
-
-    def _set_given_label(self, row: dict[str, Any]) -> None:
-        key = bytes.fromhex(row["key"])
-        self.database.execute("DELETE FROM relabelled WHERE key = ?", (key,))
-        if row.get(LABELLED_BY.name):
-            mask, label = row.get(MASK.name), row.get(GIVEN_LABEL.name)
-            digest = sample_digest(row["key"], row["split"], label, row["caption"], mask)
-            self.database.execute("INSERT INTO relabelled VALUES (?, ?)", (key, digest))
-
-    def digest_as_given(self, key: str) -> bytes | None:
-        """Return the digest that a stored image would have with its source's label; None if no list relabelled it."""
-        row = self._first("SELECT digest FROM relabelled WHERE key = ?", bytes.fromhex(key))
-        return None if row is None else bytes(row[0])
-
-    def mask(self, key: str) -> str | None:
-        """Return the digest of the mask of a stored image; None if it has none."""
-        row = self._first("SELECT mask FROM masks WHERE key = ?", bytes.fromhex(key))
-        return None if row is None else str(row[0])
+        for table, value in (("relabelled", digest_as_given), ("masks", mask)):
+            self.database.execute(f"DELETE FROM {table} WHERE key = ?", (key,))
+            if value is not None:
+                self.database.execute(f"INSERT INTO {table} VALUES (?, ?)", (key, value))
 
     @property
     def has_masks(self) -> bool:
         """Whether a stored image has a mask."""
-        return self._first("SELECT 1 FROM masks") is not None
+        return "masks" in self._rows or self._first("SELECT 1 FROM masks") is not None
 
     @property
     def has_new_masks(self) -> bool:
@@ -242,7 +287,7 @@ class Index(HashGroups):
         """Note that a stored image came again with another mask, which lies in ``shard`` where ``row`` says."""
         place = [str(shard), row["offset"], row["size"], row.get(MASK_SIZE.name)]
         values = (bytes.fromhex(row["key"]), row["source"], row.get(MASK.name), canonical_json(place))
-        self.database.execute("INSERT OR REPLACE INTO new_masks VALUES (?, ?, ?, ?)", values)
+        self._rows["new_masks"].append(values)
 
     def take_new_mask(self, key: str, source: str) -> tuple[str | None, list[Any]] | None:
         """Return digest and place of the new mask of an image of this name, and forget it; None if there is none."""
@@ -255,22 +300,28 @@ class Index(HashGroups):
         """Forget all new masks; returns how many there were."""
         return self.database.execute("DELETE FROM new_masks").rowcount
 
-    def sample(self, key: str) -> tuple[str, bytes] | None:
-        """Return split and digest of a kept or dropped image; None if there is none with this key."""
-        query = "SELECT split, digest FROM samples WHERE key = ?"
-        sample: tuple[str, bytes] | None = self._first(query, bytes.fromhex(key))
-        return sample
+    def sample(self, key: str) -> Sample | None:
+        """Return a kept or dropped image; None if there is none with this key."""
+        if key not in self._samples:
+            self.look_up([{"key": key}])
+        return self._samples[key]
 
     def is_removed(self, *digests: str | None) -> bool:
         """Return whether an image with one of these keys or digests was taken down."""
-        query = "SELECT 1 FROM removed WHERE digest = ?"
-        return any(self._first(query, bytes.fromhex(digest)) for digest in digests if digest)
+        if any(digest and digest not in self._removed for digest in digests):
+            self.look_up([{"source_sha256": digest} for digest in digests])
+        return any(digest and self._removed[digest] for digest in digests)
 
     def find_outcome(self, source: str, sha256: str) -> tuple[str, str | None] | None:
         """Return outcome and reason of the bytes of this name; None if they are not recorded."""
-        query = "SELECT outcome, reason FROM records WHERE source = ? AND sha256 = ?"
-        record: tuple[str, str | None] | None = self._first(query, source, bytes.fromhex(sha256))
-        return record
+        outcomes = self._records.get(source, {})
+        if sha256 in outcomes:
+            return outcomes[sha256]
+        if (source, sha256) not in self._outcomes:
+            self.look_up([{"source": source, "source_sha256": sha256}])
+        outcome = self._outcomes[source, sha256]
+        is_obsolete = outcome is not None and outcome[0] == "quarantined" and source in self._records
+        return None if is_obsolete else outcome
 
     def has_image(self, source: str, sha256: str) -> bool:
         """Return whether the bytes of this name are recorded, and not quarantined."""
@@ -296,6 +347,7 @@ class Index(HashGroups):
 
     def refuse(self, *digests: str) -> None:
         """Reject images with one of these keys or digests from now on."""
+        self._removed |= dict.fromkeys(filter(None, digests), True)
         rows = [(bytes.fromhex(digest),) for digest in digests if digest]
         self.database.executemany("INSERT OR IGNORE INTO removed VALUES (?)", rows)
 
@@ -313,12 +365,22 @@ class Index(HashGroups):
         return self.database.execute(query, values).fetchone()
 
 
+def _digests(row: Mapping[str, Any]) -> tuple[bytes, bytes | None]:
+    """Compute the digest of a kept or dropped image, and the one it would have as given if a list relabelled it."""
+    label, *rest = (row.get(name) for name in ("label", "caption", MASK.name))
+    digest = sample_digest(row["key"], row["split"], label, *rest)
+    if not row.get(LABELLED_BY.name):
+        return digest, None
+    return digest, sample_digest(row["key"], row["split"], row.get(GIVEN_LABEL.name), *rest)
+
+
 def _open(path: Path) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
     database = sqlite3.connect(path, LOCK_TIMEOUT, isolation_level=None)
     # A page cache of 16 MiB: memory does not grow with the index.
-    pragmas = "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA cache_size = -16384;"
-    database.executescript(pragmas + SCHEMA)
+    for pragma in ("journal_mode = WAL", "synchronous = NORMAL", "cache_size = -16384", "temp_store = MEMORY"):
+        database.execute(f"PRAGMA {pragma}")
+    database.executescript(SCHEMA)
     return database
 
 

@@ -90,6 +90,7 @@ class Merge:
         # In the order of the parts, by which an index that is built again groups near-duplicates.
         rows.sort(key=lambda row: places.get(row["bucket"], 0))
         records = []
+        self._look_up([row for row in rows if row["outcome"] != "known"])
         for row in rows:
             # Its duplicates, with any bytes, may come before it.
             if row["key"] is not None and self.index.is_removed(row["source_sha256"]):
@@ -101,6 +102,7 @@ class Merge:
             if row["outcome"] != "known" and self._classify(row, shard):
                 self.index.record(row)
                 records.append(row)
+        self.index.flush()
         self.read += len(rows)
         buckets = list(dict.fromkeys(row["bucket"] for row in records if row["outcome"] == "kept"))
         for bucket in buckets:
@@ -132,10 +134,13 @@ class Merge:
         rows = read_records(self.folder, part).to_pylist()
         stored_rows = [row for row in rows if row["outcome"] in STORED]
         self.index.add_hashes(self.folder, part, rows)
+        self._look_up(rows)
         records, lost_count = [], 0
         for row in stored_rows:
             mask = row.get(MASK.name)
-            if mask not in (base_masks.get(row["key"], mask), self.index.mask(row["key"])) and part.shard is not None:
+            sample = self.index.sample(row["key"])
+            own_mask = None if sample is None else sample.mask
+            if mask not in (base_masks.get(row["key"], mask), own_mask) and part.shard is not None:
                 self.index.add_new_mask(row, self.folder / part.shard.name)
         for row in rows:
             if row["outcome"] == "removed":
@@ -151,12 +156,19 @@ class Merge:
             if is_recorded:
                 self.index.record(row)
                 records.append(row)
+        self.index.flush()
         if part.shard is None:
             self._append(records, None, "", 0, part.source, dataset=part.dataset)
         else:
             place, digest = self.folder / part.shard.name, part.shard.sha256
             self._append(records, place, digest, len(stored_rows), part.source, part.shape, part.dataset)
         return lost_count
+
+    def _look_up(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Look up in the index, at once, what decides the outcomes of ``rows``."""
+        self.index.look_up(rows)
+        new_rows = [row for row in rows if row["phash"] is not None and self.index.sample(row["key"]) is None]
+        self.index.expect_hashes([row["phash"] for row in new_rows])
 
     def _classify(self, row: dict[str, Any], shard: Path | None = None) -> bool:
         """Determine the outcome of an image, which ``shard`` holds if it is prepared; returns whether to record it."""
@@ -199,10 +211,9 @@ class Merge:
     def _classify_image(self, row: dict[str, Any], shard: Path | None) -> None:
         sample = self.index.sample(row["key"])
         if sample is not None:
-            split, digest = sample
-            mask = self.index.mask(row["key"])
-            new_digest = sample_digest(row["key"], split, row["label"], row["caption"], mask)
-            is_same = new_digest in (digest, self.index.digest_as_given(row["key"]))
+            mask = sample.mask
+            new_digest = sample_digest(row["key"], sample.split, row["label"], row["caption"], mask)
+            is_same = new_digest in (sample.digest, sample.digest_as_given)
             reason = None if is_same else "came again with another label or caption"
             if self.config.masks is not None and row.get(MASK.name) != mask:
                 if shard is not None and row.get("mask_source") is not None:
@@ -218,7 +229,7 @@ class Merge:
         # Of another version's images those that its rules dropped stay so, until rules are applied here.
         outcome = "dropped" if row["outcome"] == "dropped" else "kept"
         row |= {"outcome": outcome, "split": split_of(row["key"], self.config.held_out), "near": None}
-        if self.index.near is not None and (groups := self.index.groups_near(bytes.fromhex(row["phash"]))):
+        if self.index.near is not None and (groups := self.index.groups_near(row["phash"])):
             if len({split for _, split in groups}) > 1:
                 row |= {"outcome": "quarantined", "reason": "a near-copy of images in both splits", "split": None}
             else:

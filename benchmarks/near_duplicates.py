@@ -1,0 +1,135 @@
+"""Time and memory of an ingest's decisions and of near-duplicates, on tables of images that do not exist.
+
+    python benchmarks/near_duplicates.py --images 100000 1000000 --bits 24
+
+``decisions`` merges prepared chunks without pixels, with and without near-duplicates, and builds the index again from
+the tables; ``pairs`` groups random hashes, a tenth of them copies within ``--bits``. Each measurement runs in a process
+of its own, on two threads.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+
+from diffusion.common.files import sha256_file
+from diffusion.curation.duplicates import leaders_by_hash
+from diffusion.data.ingest.chunks import COLUMNS
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.index import Index
+from diffusion.data.ingest.merge import Merge
+from diffusion.data.manifest import Manifest
+
+EACH = 8192
+
+
+def make_hashes(images: int, bits: int, seed: int = 0) -> np.ndarray:
+    """Random hashes, (N, 32) uint8, the last tenth copies of others with up to ``bits`` bits flipped."""
+    random = np.random.default_rng(seed)
+    hashes = random.integers(0, 256, (images, 32), np.uint8)
+    copies = images // 10
+    flips = np.zeros((copies, 256), bool)
+    for place, column in enumerate(random.integers(0, 256, (bits, copies))):
+        flips[np.arange(copies), column] |= random.random(copies) < 0.5 if place else True
+    hashes[-copies:] = hashes[random.integers(0, images - copies, copies)] ^ np.packbits(flips, axis=1)
+    return hashes[random.permutation(images)]
+
+
+def make_chunks(folder: Path, hashes: np.ndarray) -> Iterator[Path]:
+    """Prepared chunks of new images; every hundredth is quarantined, another hundredth a copy within its chunk."""
+    shard = folder / "chunk-64x64.tar"
+    shard.write_bytes(b"")
+    shards = {"64x64": sha256_file(shard)}
+    for first in range(0, len(hashes), EACH):
+        lines = [json.dumps(shards)]
+        for number in range(first, min(first + EACH, len(hashes))):
+            digest = hashlib.sha256(number.to_bytes(8, "big")).hexdigest()
+            row = dict.fromkeys(COLUMNS) | {"source": f"images/{number:010d}.jpg", "stamp": f"{number}", "label": "a"}
+            row |= {"source_sha256": digest}
+            place = number - 1 if number % 100 == 1 else number
+            if number % 100 == 50:
+                row |= {"outcome": "quarantined", "reason": "not an image"}
+            else:
+                key = hashlib.sha256(place.to_bytes(9, "big")).hexdigest()
+                row |= {"key": key, "mode": "RGB", "bucket": "64x64", "width": 64, "height": 64, "size": 8000}
+                row |= {"total": [1, 2, 3], "squares": [4, 5, 6], "phash": hashes[place].tobytes().hex()}
+                row |= {"offset": 10_000 * (place - first), "outcome": None if place == number else "duplicate"}
+            lines.append(json.dumps(row))
+        table = folder / "chunk.jsonl"
+        table.write_text("\n".join(lines))
+        yield table
+
+
+def measure_decisions(folder: Path, images: int, bits: int | None) -> dict[str, float]:
+    """Seconds of the decisions on ``images``, and of the index built again."""
+    chunks = folder / "chunks"
+    chunks.mkdir()
+    config = IngestConfig.model_validate({"size": 64, "near_duplicates": bits})
+    figures, seconds = {}, 0.0
+    with closing(Index(folder / "index.sqlite", folder, None, bits)) as index, index.transaction():
+        merge = Merge(folder, config, index, "origin", [])
+        for chunk in make_chunks(chunks, make_hashes(images, bits or 1)):
+            start = time.perf_counter()
+            merge.add(chunk)
+            seconds += time.perf_counter() - start
+        figures["seconds"] = seconds
+    manifest = Manifest(
+        name="set", parent=None, change="ingest", content_digest="", storage=config.storage(), parts=merge.parts
+    )
+    start = time.perf_counter()
+    with closing(Index(folder / "again.sqlite", folder, manifest, bits)) as index:
+        figures["seconds to rebuild"] = time.perf_counter() - start
+        figures["MB of index"] = sum(path.stat().st_size for path in folder.glob("again.sqlite*")) / 1e6
+    return figures
+
+
+def measure_pairs(folder: Path, images: int, bits: int) -> dict[str, float]:
+    """Seconds to group ``images`` by their hashes."""
+    phashes = [row.tobytes().hex() for row in make_hashes(images, bits)]
+    start = time.perf_counter()
+    leaders = leaders_by_hash(phashes, np.arange(images), [None] * images, bits, folder / "scratch")
+    return {"seconds": time.perf_counter() - start, "copies": int((leaders != np.arange(images)).sum())}
+
+
+def measure(what: str, images: int, bits: int) -> dict[str, float]:
+    """Measure in this process."""
+    with tempfile.TemporaryDirectory() as root:
+        if what == "pairs":
+            figures = measure_pairs(Path(root), images, bits)
+        else:
+            figures = measure_decisions(Path(root), images, bits if what == "near decisions" else None)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return figures | {"cpu seconds": time.process_time(), "MB peak": int(status["VmHWM"].split()[0]) // 1024}
+
+
+def main() -> None:
+    """Measure each size."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--images", type=int, nargs="+", default=[100_000, 1_000_000])
+    parser.add_argument("--bits", type=int, default=24)
+    parser.add_argument("--what", nargs="+", default=["decisions", "near decisions", "pairs"])
+    parser.add_argument("--here", action="store_true", help="measure in this process")
+    arguments = parser.parse_args()
+    for images in arguments.images:
+        for what in arguments.what:
+            if arguments.here:
+                print(json.dumps(measure(what, images, arguments.bits)))
+                continue
+            options = ["--images", str(images), "--bits", str(arguments.bits), "--what", what, "--here"]
+            process = subprocess.run(
+                [sys.executable, __file__, *options], check=True, stdout=subprocess.PIPE, text=True
+            )
+            figures = json.loads(process.stdout)
+            print(f"{images:,}", what, {name: round(value, 2) for name, value in figures.items()}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
