@@ -32,7 +32,7 @@ def test_a_failed_chunk_is_retried_alone_and_leaves_no_trace(images: Path, tmp_p
     ingest(undisturbed, config)
     tries: Counter[int] = Counter()
 
-    def unlucky(chunk: Chunk) -> Path:
+    def unlucky(chunk: Chunk) -> str:
         tries[chunk.first] += 1
         if chunk.first == 513 and tries[chunk.first] == 1:
             raise ConnectionResetError("the first time only")
