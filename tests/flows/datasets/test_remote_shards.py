@@ -131,7 +131,7 @@ def test_later_ingests_record_shards_of_earlier_ones(place: Place, source: Path,
 
 def test_stored_pixels_are_read_from_the_remote(place: Place, source: Path, tmp_path: Path) -> None:
     sections = {"ingest": {"source": str(source), "size": 8}, "training": {"dataset": "blobs", "images": 1}}
-    rules = {"curation": {"max_brightness": 0.4, "near_duplicates": "largest", "max_dropped": 1}}
+    rules = {"curation": {"max_brightness": 135, "near_duplicates": "largest", "max_dropped": 1}}
     plain = IngestConfig.model_validate(sections["ingest"])
     other = tmp_path / "threads" / "data" / "blobs"
     ingest(other, plain)
