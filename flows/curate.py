@@ -10,9 +10,11 @@ from diffusion.curation.curate import CurationResult
 from diffusion.curation.lists import ListChange
 from flows.config import Params
 from flows.datasets.dvc import DataVersion
+from flows.datasets.remote_shards import RemoteShards
 from flows.datasets.sync import announce
 from flows.deployment.tasks import completed_state, retryable_task
-from flows.ingest import describe, publish_change
+from flows.environment import data_source
+from flows.ingest import describe, needs_no_shards, publish_change
 from flows.tracking.console import reporter
 
 
@@ -40,7 +42,7 @@ def curate(params: Params, list_change: ListChange | None = None) -> CurationOut
         counters = {name: getattr(earlier, name) + getattr(result, name) for name in ("newly_dropped", "restored")}
         return result.model_copy(update=counters | {"changed": earlier.changed or result.changed})
 
-    result, version = publish_change(params, change)
+    result, version = publish_change(params, change, without_shards=needs_no_shards(params))
     report = describe(params, version)
     announce(params, silently=False)
     return completed_state(
@@ -52,4 +54,5 @@ def curate(params: Params, list_change: ListChange | None = None) -> CurationOut
 @retryable_task
 def curate_images(params: Params, change: ListChange | None = None) -> CurationResult:
     """Measure the images, decide and write the manifest."""
-    return engine.curate(params, change=change, progress=reporter())
+    remote = RemoteShards(params.dataset_folder, data_source()) if needs_no_shards(params) else None
+    return engine.curate(params, change=change, progress=reporter(), remote=remote)

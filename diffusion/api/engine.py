@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from diffusion.curation.curate import CurationResult
     from diffusion.curation.lists import ListChange
     from diffusion.data.ingest.ingest import IngestResult, Rebuild
+    from diffusion.data.ingest.staging import RemoteDataset
     from diffusion.data.shards import ShardStore
     from diffusion.data.sources.base import ObjectStore
     from diffusion.data.versions.merge_datasets import MergeResult
@@ -43,6 +44,7 @@ def ingest(
     requeue: bool = False,
     objects: ObjectStore | None = None,
     progress: Progress = ignore_progress,
+    remote: RemoteDataset | None = None,
 ) -> IngestResult:
     """Add the new images of ``ingest.source`` to the data set, and apply the rules of curation, if there are any.
 
@@ -52,6 +54,7 @@ def ingest(
         requeue: Whether to read sources again that were quarantined.
         objects: Store of a source on S3.
         progress: Called with what is done, how much, of how much, and a note.
+        remote: Storage of the shards, of which none comes to the data set's folder; None: they become files of it.
 
     Raises:
         UserError: See ``diffusion.data.ingest.ingest.ingest`` and ``diffusion.curation.curate.curate``.
@@ -65,16 +68,16 @@ def ingest(
     is_curated = config.curation.drops or ((folder / "manifest.json").is_file() and read_manifest(folder).is_curated)
     # A caption of an image that a rule drops would be paid for, and one that comes back needs one.
     captions_last = config.ingest.captioner is not None and is_curated
-    options: dict[str, Any] = {"requeue": requeue, "rebuild": rebuild, "objects": objects}
+    options: dict[str, Any] = {"requeue": requeue, "rebuild": rebuild, "objects": objects, "remote": remote}
     result = ingest_images(folder, config.ingest, progress, fan_out=fan_out, captions_later=captions_last, **options)
     if config.curation.drops or read_manifest(folder).is_curated:
         # It takes torch, which most ingests do without.
         from diffusion.curation.curate import curate_ingested
 
         sections = config.curation, config.ingest, config.evaluation
-        result = curate_ingested(result, *sections, progress)
+        result = curate_ingested(result, *sections, progress, remote=remote)
     if captions_last:
-        version, counts = caption(folder, config.ingest, progress)
+        version, counts = caption(folder, config.ingest, progress, remote)
         changed = result.changed or version.digest != result.digest
         fields = {"captions": counts, "digest": version.digest, "content_digest": version.content_digest}
         result = result.model_copy(update=fields | {"changed": changed})
@@ -88,6 +91,7 @@ def curate(
     dry_run: bool = False,
     change: ListChange | None = None,
     progress: Progress = ignore_progress,
+    remote: RemoteDataset | None = None,
 ) -> CurationResult:
     """Apply the rules of curation, and its lists after ``change``, to the data set; ``dry_run`` only says what they do.
 
@@ -96,7 +100,8 @@ def curate(
     from diffusion.curation.curate import curate as curate_images
 
     sections = config.curation, config.ingest, config.evaluation
-    return curate_images(config.dataset_folder, *sections, progress, dry_run=dry_run, change=change)
+    options: dict[str, Any] = {"dry_run": dry_run, "change": change, "remote": remote}
+    return curate_images(config.dataset_folder, *sections, progress, **options)
 
 
 def merge(

@@ -13,6 +13,7 @@ from diffusion.data.fan_out import make_fan_out
 from diffusion.data.ingest.chunks import Chunk, prepare_chunk
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import IngestResult, ingest
+from diffusion.data.manifest import work_folder
 from flows.deployment.tasks import retryable_task
 from tests.builders.ingested import files_of
 from tests.builders.shapes import blob
@@ -35,17 +36,18 @@ def test_a_failed_stage_is_retried_without_its_finished_chunks(images: Path, tmp
     attempts: Counter[int] = Counter()
     tables: dict[str, int] = {}
 
-    def unlucky(chunk: Chunk) -> Path:
+    def unlucky(chunk: Chunk) -> str:
         attempts[chunk.first] += 1
         if chunk.first == 513 and attempts[chunk.first] == 1:
             raise ConnectionResetError("tried again where the chunk is prepared")
         if chunk.first == 1025 and attempts[chunk.first] == 1:
             raise RuntimeError("ends the stage")
-        table = prepare_chunk(chunk)
-        assert tables.setdefault(table.name, table.stat().st_mtime_ns) == table.stat().st_mtime_ns
-        return table
+        prepared = prepare_chunk(chunk)
+        table = work_folder(tmp_path / "set") / "chunks" / f"{prepared}.parquet"
+        assert tables.setdefault(prepared, table.stat().st_mtime_ns) == table.stat().st_mtime_ns
+        return prepared
 
-    def fan_out(_: object, chunks: Iterable[Chunk]) -> Iterator[Path]:
+    def fan_out(_: object, chunks: Iterable[Chunk]) -> Iterator[str]:
         return make_fan_out(config)(unlucky, chunks)
 
     @retryable_task

@@ -35,7 +35,7 @@ def test_the_other_nodes_finish_with_the_same_bytes(images: Path, tmp_path: Path
     begun.mkdir()
     finished.mkdir()
 
-    def slowly(chunk: Chunk) -> Path:
+    def slowly(chunk: Chunk) -> str:
         node = ray.get_runtime_context().get_node_id()
         (begun / f"{chunk.first}-{node}").touch()
         time.sleep(1)

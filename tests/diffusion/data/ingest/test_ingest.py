@@ -368,13 +368,13 @@ def test_near_duplicates_are_copies_and_few_distinct_images(tmp_path: Path) -> N
     assert len(near_rows) >= 0.97 * len(copies)
 
 
-def failing_after(count: int, seen: dict[str, int]) -> Callable[..., Iterator[Path]]:
+def failing_after(count: int, seen: dict[str, int], folder: Path) -> Callable[..., Iterator[str]]:
     """A fan-out that is cut off after some chunks; notes when each table was written."""
     run = make_fan_out(IngestConfig(workers=1))
 
-    def fan_out(prepare: Callable[[Chunk], Path], chunks: Iterable[Chunk]) -> Iterator[Path]:
+    def fan_out(prepare: Callable[[Chunk], str], chunks: Iterable[Chunk]) -> Iterator[str]:
         for number, prepared in enumerate(run(prepare, chunks)):
-            seen[prepared.name] = prepared.stat().st_mtime_ns
+            seen[prepared] = (work_folder(folder) / "chunks" / f"{prepared}.parquet").stat().st_mtime_ns
             if number == count:
                 raise ConnectionError("cut off")
             yield prepared
@@ -388,10 +388,10 @@ def test_finished_chunks_are_taken_up_after_a_failure(images: Path, tmp_path: Pa
     ingest(undisturbed, config(images))
     before: dict[str, int] = {}
     with pytest.raises(ConnectionError):
-        ingest(folder, config(images), fan_out=failing_after(2, before))
+        ingest(folder, config(images), fan_out=failing_after(2, before, folder))
     assert files_of(folder) == {}
     after: dict[str, int] = {}
-    ingest(folder, config(images), fan_out=failing_after(99, after))
+    ingest(folder, config(images), fan_out=failing_after(99, after, folder))
     assert len(before) == 3 < len(after)
     assert before.items() <= after.items()
     assert files_of(folder) == files_of(undisturbed)
