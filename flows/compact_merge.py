@@ -9,7 +9,7 @@ from diffusion.data.versions.compact import CompactionResult
 from diffusion.data.versions.merge_datasets import MergeResult
 from flows.config import Params
 from flows.datasets.sync import announce
-from flows.deployment.tasks import completed_state, prefect_fan_out, task_runner
+from flows.deployment.tasks import completed_state, retryable_task
 from flows.ingest import describe, publish_change, repair
 from flows.tracking.console import reporter
 
@@ -20,10 +20,9 @@ def compact(params: Params) -> CompactionResult:
 
     The shards of earlier versions stay on the remote until gc deletes these versions.
     """
-    run = compact_parts.with_options(task_runner=task_runner(params.ingest))
 
     def change(earlier: CompactionResult | None) -> CompactionResult:
-        result = run(params)
+        result = compact_parts(params)
         return result.model_copy(update={"changed": result.changed or (earlier is not None and earlier.changed)})
 
     result, version = publish_change(params, change)
@@ -39,13 +38,12 @@ def merge(params: Params, others: list[str]) -> MergeResult:
 
     The others are brought up to date first, with all takedowns from them.
     """
-    run = merge_parts.with_options(task_runner=task_runner(params.ingest))
 
     def change(earlier: MergeResult | None) -> MergeResult:
         for name in others:
             training = params.training.model_copy(update={"dataset": name})
             repair(params.model_copy(update={"training": training}), "never", to_retrain=False)
-        result = run(params, others)
+        result = merge_parts(params, others)
         if earlier is None:
             return result
         # The version made first was joined with the version of the faster process: its images are not duplicates.
@@ -58,19 +56,13 @@ def merge(params: Params, others: list[str]) -> MergeResult:
     return completed_state(result, result.lines()[0])
 
 
-@flow(name="compact parts", flow_run_name="compact-parts-{params.training.dataset}")
+@retryable_task
 def compact_parts(params: Params) -> CompactionResult:
-    """Join the small parts; each new one is a separate task."""
-    return compaction.compact(params.dataset_folder, params.ingest, reporter(), prefect_fan_out(params.ingest))
+    """Join the small parts."""
+    return compaction.compact(params.dataset_folder, params.ingest, reporter())
 
 
-@flow(name="merge parts", flow_run_name="merge-parts-{params.training.dataset}")
+@retryable_task
 def merge_parts(params: Params, others: list[str]) -> MergeResult:
-    """Find duplicates, take over parts, and curate; each range of keys, part and measured shard is a separate task."""
-    return engine.merge(
-        params,
-        [dataset_folder(name) for name in others],
-        fan_out=prefect_fan_out(params.ingest),
-        fan_out_measures=prefect_fan_out(params.ingest, "measure shard"),
-        progress=reporter(),
-    )
+    """Find duplicates, take over parts, and curate."""
+    return engine.merge(params, [dataset_folder(name) for name in others], progress=reporter())

@@ -10,9 +10,11 @@ from diffusion.curation.curate import CurationResult
 from diffusion.curation.lists import ListChange
 from flows.config import Params
 from flows.datasets.dvc import DataVersion
+from flows.datasets.remote_shards import RemoteShards
 from flows.datasets.sync import announce
-from flows.deployment.tasks import completed_state, prefect_fan_out, task_runner
-from flows.ingest import describe, publish_change
+from flows.deployment.tasks import completed_state, retryable_task
+from flows.environment import data_source
+from flows.ingest import describe, needs_no_shards, publish_change
 from flows.tracking.console import reporter
 
 
@@ -31,17 +33,16 @@ def curate(params: Params, list_change: ListChange | None = None) -> CurationOut
     ``list_change``: a list to record first, or to withdraw. A new version emits an event, on which ``retrain`` may be
     deployed.
     """
-    run = curate_images.with_options(task_runner=task_runner(params.ingest))
 
     def change(earlier: CurationResult | None) -> CurationResult:
-        result = run(params, list_change)
+        result = curate_images(params, list_change)
         if earlier is None:
             return result
         # The images that a faster process added are curated, too.
         counters = {name: getattr(earlier, name) + getattr(result, name) for name in ("newly_dropped", "restored")}
         return result.model_copy(update=counters | {"changed": earlier.changed or result.changed})
 
-    result, version = publish_change(params, change)
+    result, version = publish_change(params, change, without_shards=needs_no_shards(params))
     report = describe(params, version)
     announce(params, silently=False)
     return completed_state(
@@ -50,8 +51,8 @@ def curate(params: Params, list_change: ListChange | None = None) -> CurationOut
     )
 
 
-@flow(name="curate images", flow_run_name="curate-images-{params.training.dataset}")
+@retryable_task
 def curate_images(params: Params, change: ListChange | None = None) -> CurationResult:
-    """Measure the images, decide and write the manifest; each shard is a separate task."""
-    fan_out = prefect_fan_out(params.ingest, "measure shard")
-    return engine.curate(params, change=change, fan_out=fan_out, progress=reporter())
+    """Measure the images, decide and write the manifest."""
+    remote = RemoteShards(params.dataset_folder, data_source()) if needs_no_shards(params) else None
+    return engine.curate(params, change=change, progress=reporter(), remote=remote)

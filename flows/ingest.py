@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,18 +18,17 @@ from diffusion.data.ingest.ingest import IngestResult, Rebuild
 from diffusion.data.manifest import read_manifest
 from flows.config import Params
 from flows.datasets import dvc
-from flows.datasets.catalog import Catalog
+from flows.datasets.catalog import Catalog, mark_push
 from flows.datasets.checkout import unpin
 from flows.datasets.dvc import DataVersion
+from flows.datasets.remote_shards import RemoteShards
 from flows.datasets.sync import announce, bring_up_to_date, publish
 from flows.deployment.tasks import (
     artifact_key,
     completed_state,
     lineage_hooks,
-    prefect_fan_out,
     require_permitted,
     retryable_task,
-    task_runner,
 )
 from flows.environment import data_source, settings
 from flows.storage.s3 import S3Objects, Store
@@ -59,19 +58,20 @@ def ingest(
     A new version emits an event, unless the caller will retrain on it anyway (``to_retrain``).
     """
     require_permitted(params)
-    make = make_dataset.with_options(task_runner=task_runner(params.ingest))
 
     def change(earlier: IngestResult | None) -> IngestResult:
         if earlier is None:
-            return make(params, requeue, rebuild)
+            return make_dataset(params, requeue, rebuild)
         # Add the new images to the version of the faster process, without reading them again.
-        rerun = make(params, requeue=False, rebuild="never")
+        rerun = make_dataset(params, requeue=False, rebuild="never")
         counts = {"listed", "read", "added", "removed", "relabelled", "passed_over"}
         fields = counts | {"remasked", "source", "captions", "captions_found"}
         counters = {name: getattr(earlier, name) for name in fields}
         return rerun.model_copy(update=counters | {"changed": earlier.changed or rerun.changed})
 
-    result, version = publish_change(params, change, rebuild, to_retrain)
+    # Shards are on the remote before a version names them.
+    with mark_push(params.training.dataset, data_source()) if needs_no_shards(params) else nullcontext():
+        result, version = publish_change(params, change, rebuild, to_retrain, needs_no_shards(params))
     report = describe(params, version)
     announce(params, to_retrain)
     summary = f"{result.added:,} new" if result.changed else "nothing new"
@@ -82,15 +82,19 @@ def ingest(
 
 
 def publish_change(
-    params: Params, change: Callable[[Result | None], Result], rebuild: Rebuild = "never", to_retrain: bool = False
+    params: Params,
+    change: Callable[[Result | None], Result],
+    rebuild: Rebuild = "never",
+    to_retrain: bool = False,
+    without_shards: bool = False,
 ) -> tuple[Result, DataVersion]:
     """Repair the local data set, change it, and publish the version made, until no other process is faster.
 
-    ``change`` is called with its own result of the time before, None at first.
+    ``change`` is called with its own result of the time before, None at first. ``without_shards``: it needs none here.
     """
     result = None
     while True:
-        repair(params, rebuild if result is None else "never", to_retrain)
+        repair(params, rebuild if result is None else "never", to_retrain, without_shards)
         result = change(result)
         # A DVC commit and push; None if another process was faster.
         if (version := retryable_task(publish)(params.dataset_folder, data_source())) is not None:
@@ -98,33 +102,37 @@ def publish_change(
 
 
 @retryable_task
-def repair(params: Params, rebuild: Rebuild, to_retrain: bool) -> None:
+def repair(params: Params, rebuild: Rebuild, to_retrain: bool, without_shards: bool = False) -> None:
     """Repair the local data set, fast-forward it to the newest published version, and apply takedowns.
 
     Raises UserError for an S3 server without conditional writes, on which two ingests could overwrite each other.
     """
     Store().require_conditional_puts(settings().bucket, "datasets")
     folder, source = params.dataset_folder, data_source()
-    for name in dvc.restore_data(folder, source):
+    for name in dvc.restore_data(folder, source, without_shards):
         logger.warning("%s was missing or damaged, and is whole again", folder / name)
     if to_retrain:
         # A scheduled retraining ignores a manual checkout of an older version.
         unpin(folder)
-    bring_up_to_date(folder, source, params.ingest, reporter(), rebuilding=rebuild == "always")
+    bring_up_to_date(folder, source, params.ingest, reporter(), rebuild == "always", without_shards)
 
 
-@flow(name="make dataset", flow_run_name="make-dataset-{params.training.dataset}")
+@retryable_task
 def make_dataset(params: Params, requeue: bool, rebuild: Rebuild) -> IngestResult:
-    """Write shards and manifest, then apply the rules of curation; each shard is a separate task."""
+    """Write shards and manifest, then apply the rules of curation."""
     return engine.ingest(
         params,
         rebuild=rebuild,
         requeue=requeue,
         objects=S3Objects(),
-        fan_out=prefect_fan_out(params.ingest),
-        fan_out_measures=prefect_fan_out(params.ingest, "measure shard"),
         progress=reporter(),
+        remote=RemoteShards(params.dataset_folder, data_source()) if needs_no_shards(params) else None,
     )
+
+
+def needs_no_shards(params: Params) -> bool:
+    """Whether work on a data set leaves its shards on the remote, as workers on Ray read and write them there."""
+    return params.ingest.runner == "ray"
 
 
 @retryable_task
@@ -144,7 +152,9 @@ def dataset_page(params: Params) -> "tuple[Path, DatasetSummary]":
 
     page, summary = find_page(params)
     if summary is None:
-        summary = write_dataset_report(params.dataset_folder, page, reporter())
+        summary = write_dataset_report(
+            params.dataset_folder, page, reporter(), RemoteShards(params.dataset_folder, data_source())
+        )
         write_json(page.with_suffix(".json"), summary.model_dump(mode="json"))
     return page, summary
 

@@ -3,6 +3,7 @@
 import io
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,13 @@ from diffusion.common.errors import ConflictError, DarkroomError
 from diffusion.common.escaping import pluralize
 from diffusion.common.files import write_bytes
 from diffusion.common.image_grids import GRID, encode_png_with_metadata, make_captioned_grid
-from diffusion.common.threads import cores
-from diffusion.data.prefetch import yield_in_order
+from diffusion.data.fan_out import make_fan_out
 from diffusion.generation.config import UNCONDITIONAL, Conditions, read_request
 from diffusion.generation.requests import GenerationResult, generate_to_folder
 from diffusion.process.samplers import SamplingConfig
 from flows import environment
 from flows.config import Params, SamplingBatchConfig
-from flows.deployment.tasks import artifact_key, lineage_hooks, ray_resources, retryable_task, task_runner
+from flows.deployment.tasks import artifact_key, lineage_hooks, retryable_task
 from flows.registry import model_versions
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import warn_of_takedown
@@ -76,9 +76,8 @@ def sample(
     config = params.sampling_batch
     for _ in range(ATTEMPTS):
         batch, place = begin(version, weights, params.sampling, config, count, seed, to, conditions, requests)
-        chunks = generate_chunks.with_options(task_runner=task_runner(config))
         try:
-            cost = chunks(params, batch, place, version)
+            cost = generate_chunks(batch, place, version, config)
         except MissingObjectError:
             if not generate_batch.is_deleted(Store(), place):
                 raise
@@ -150,10 +149,11 @@ def begin(
     return batch, place
 
 
-@flow(name="generate chunks", flow_run_name="generate-chunks-{batch.model}-{batch.version}")
-def generate_chunks(params: Params, batch: SamplingBatch, place: Location, version: Version) -> GenerationCost:
-    """Generate the missing chunks; each is a separate task, and few are submitted ahead."""
-    config = params.sampling_batch
+@retryable_task
+def generate_chunks(
+    batch: SamplingBatch, place: Location, version: Version, config: SamplingBatchConfig
+) -> GenerationCost:
+    """Generate the missing chunks."""
     start_time, missing_chunks, chunks = (
         time.monotonic(),
         generate_batch.list_unfinished_chunks(Store(), batch, place),
@@ -162,30 +162,13 @@ def generate_chunks(params: Params, batch: SamplingBatch, place: Location, versi
     show, works = bar(artifact_key("sampling", batch.model)), list[Work]()
     image_count = batch.count - sum(len(chunks[chunk]) for chunk in missing_chunks)
     show("images generated", image_count, batch.count)
-    futures = (
-        generate_chunk.with_options(task_run_name=f"generate chunk {chunk}").submit(
-            batch, place, version, chunk, config
-        )
-        for chunk in missing_chunks
-    )
-    with ray_resources(config, gpu=resolve_device(batch.sampling.device).type != "cpu"):
-        for chunk, work in zip(missing_chunks, yield_in_order(futures, 2 * config.workers), strict=True):
-            works.append(work)
-            image_count += len(chunks[chunk])
-            show("images generated", image_count, batch.count)
+    gpus = int(resolve_device(batch.sampling.device).type != "cpu")
+    generate = partial(generate_batch.fetch_and_generate, batch, place, version, config)
+    for chunk, work in zip(missing_chunks, make_fan_out(config, gpus=gpus)(generate, missing_chunks), strict=True):
+        works.append(work)
+        image_count += len(chunks[chunk])
+        show("images generated", image_count, batch.count)
     return generate_batch.sum_costs(works, time.monotonic() - start_time)
-
-
-@retryable_task
-def generate_chunk(
-    batch: SamplingBatch, place: Location, version: Version, chunk: int, config: SamplingBatchConfig
-) -> Work:
-    """Generate the images of a chunk and upload them, its manifest part last; a finished chunk is skipped."""
-    store, weights = Store(), model_versions.cached_weights(version)
-    table = generate_batch.fetch_table(store, batch, place)
-    # On Ray each task has one core; elsewhere the chunks share the cores.
-    at_once = 1 if config.runner == "ray" else max(cores() // config.workers, 1)
-    return generate_batch.generate_chunk(store, batch, place, weights, chunk, table, at_once)
 
 
 @retryable_task

@@ -21,7 +21,7 @@ class UserError(DarkroomError):
 
 
 class TransientError(DarkroomError):
-    """Failure of a server that may soon be gone; Prefect retries a task that ends with it."""
+    """Failure of a server that may soon be gone; a fan-out and Prefect try again what ends with it."""
 
 
 class ConflictError(DarkroomError):

@@ -5,9 +5,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile, gettempdir
 from typing import Any, TypeGuard
 from uuid import uuid4
 
@@ -70,6 +72,21 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> str:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
     return digest
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Context with a folder in the system's temporary folder; those of processes that were killed are removed first."""
+    prefix = "darkroom-process-"
+    for path in Path(gettempdir()).glob(f"{prefix}*-*"):
+        try:
+            os.kill(int(path.name.removeprefix(prefix).partition("-")[0]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True)
+        except (PermissionError, ValueError):  # of another user
+            continue
+    with TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-") as folder:
+        yield Path(folder)
 
 
 def remove_partials(folder: Path) -> None:

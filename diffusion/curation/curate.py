@@ -29,10 +29,12 @@ from diffusion.curation.config import CurationConfig, SemanticCalibration, Verdi
 from diffusion.curation.lists import Label, ListChange, ListOutcome, change_lists, decide_by_lists
 from diffusion.curation.measures import Measurements, extractor_of, measure, read_images
 from diffusion.curation.rules import GROUP
+from diffusion.data.fan_out import make_fan_out
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index, explain_database_errors
 from diffusion.data.ingest.ingest import IngestResult, remove_strays
 from diffusion.data.ingest.merge import rewrite_part
+from diffusion.data.ingest.staging import RemoteDataset
 from diffusion.data.manifest import (
     STORED,
     Manifest,
@@ -42,8 +44,7 @@ from diffusion.data.manifest import (
     work_folder,
     write_manifest,
 )
-from diffusion.data.prefetch import FanOut, local_fan_out
-from diffusion.data.shards import LocalShards
+from diffusion.data.shards import ShardStore, shard_file
 from diffusion.data.versions.image_lists import ListedImages, read_lists
 from diffusion.data.versions.versions import rule_of
 from diffusion.evaluation.config import EvaluationConfig
@@ -217,21 +218,22 @@ def _find_semantic(
     appearance = Appearance(measurements.matrices["features"], measurements.matrices["small"])
     pairs = CandidatePairs(appearance, order, classes, progress)
     # Keys are digests, so the first ones are a random sample that stays nearly the same when images are added.
-    samples = images_of(folder, manifest, measurements.records.slice(0, CALIBRATION_IMAGES))
+    samples = images_of(folder, manifest, measurements.records.slice(0, CALIBRATION_IMAGES), measurements.store)
     extractor = extractor_of(evaluation)
     calibration = calibrate_distance(appearance, pairs, samples, extractor, config.semantic_distance)
     leaders, distances = pairs.leaders(order, calibration.distance)
     return Grouping(leaders, calibration.distance), distances, calibration
 
 
-def images_of(folder: Path, manifest: Manifest, records: pa.Table) -> list[np.ndarray]:
+def images_of(folder: Path, manifest: Manifest, records: pa.Table, store: ShardStore | None = None) -> list[np.ndarray]:
     """Read the images of ``records``, rows of ``Measurements``, in their order: each (H, W, 3) uint8."""
-    shards, parts = LocalShards(folder), records["part"].to_numpy()
+    parts = records["part"].to_numpy()
     images: dict[int, np.ndarray] = {}
     for number in np.unique(parts).tolist():
-        rows = np.flatnonzero(parts == number)
-        images |= zip(rows.tolist(), read_images(shards, manifest.parts[number], records.take(rows)), strict=True)
-    shards.close()
+        rows, part = np.flatnonzero(parts == number), manifest.parts[number]
+        assert part.shard is not None
+        with shard_file(folder, part.shard, store) as path:
+            images |= zip(rows.tolist(), read_images(path, records.take(rows)), strict=True)
     return [images[row] for row in range(len(records))]
 
 
@@ -242,15 +244,16 @@ def curate(
     evaluation: EvaluationConfig,
     progress: Progress = ignore_progress,
     *,
-    fan_out: FanOut | None = None,
     dry_run: bool = False,
     change: ListChange | None = None,
+    remote: RemoteDataset | None = None,
 ) -> CurationResult:
     """Make a version of the data set in ``folder`` whose kept images are those that lists and rules allow.
 
     Rules are ``config``'s, and lists the data set's own after ``change``. Without either dropped images come back, and
     a set that has none stays as it is, unread. Measures are cached in the work folder. Repeated, or repeated after a
-    kill, it gives the same result. ``dry_run`` changes nothing but the cache. Locks out ingests.
+    kill, it gives the same result. ``dry_run`` changes nothing but the cache. ``remote`` has the shards that are not in
+    ``folder``. Locks out ingests.
 
     Raises UserError as ``change_lists`` does, if more than ``config.max_dropped`` of the images would be dropped, or
     none kept, if a file of the data set is missing or damaged, or a network is unavailable.
@@ -271,9 +274,9 @@ def curate(
         with suppress(FileNotFoundError, ValueError):
             if change is None and json.loads(stamp_path.read_bytes()) == stamp:
                 return _result(folder, before, None, changed=False)
-        require_whole(folder, before)
+        require_whole(folder, before, without_shards=remote is not None)
         lists, outcome = change_lists(folder, before, change) if change else (read_lists(folder, before), None)
-        measurements = measure(folder, before, config, evaluation, fan_out or local_fan_out(ingest), progress)
+        measurements = measure(folder, before, config, evaluation, make_fan_out(ingest), progress, remote=remote)
         decision = decide(folder, before, measurements, config, evaluation, lists, progress)
         if decision.calibration is not None and (warning := decision.calibration.warning) is not None:
             logger.warning("%s", warning)
@@ -400,10 +403,10 @@ def curate_ingested(
     evaluation: EvaluationConfig,
     progress: Progress = ignore_progress,
     *,
-    fan_out: FanOut | None = None,
+    remote: RemoteDataset | None = None,
 ) -> IngestResult:
     """Curate the data set of an ingest, and return its result with the version made so; see ``curate``."""
-    curation = curate(result.folder, config, ingest, evaluation, progress, fan_out=fan_out)
+    curation = curate(result.folder, config, ingest, evaluation, progress, remote=remote)
     version = {name: getattr(curation, name) for name in ("content_digest", "digest", "kept")}
     dropped_count = curation.dropped if config.drops or curation.changed or curation.dropped else None
     return result.model_copy(update=version | {"changed": result.changed or curation.changed, "dropped": dropped_count})

@@ -22,10 +22,11 @@ from diffusion.common.onnx_network import OnnxNetwork
 from diffusion.common.progress import Progress
 from diffusion.curation.config import CurationConfig, NsfwModel, threshold_fields
 from diffusion.curation.rules import GROUP, LUMA, RULES, Rule
+from diffusion.data.fan_out import FanOut
 from diffusion.data.ingest.chunks import perceptual_hash
+from diffusion.data.ingest.staging import RemoteDataset
 from diffusion.data.manifest import STORED, Manifest, Part, measures_folder, read_records
-from diffusion.data.prefetch import FanOut
-from diffusion.data.shards import LocalShards
+from diffusion.data.shards import ShardStore, shard_file
 from diffusion.data.versions.versions import count_stored
 from diffusion.evaluation.config import EvaluationConfig
 
@@ -218,6 +219,10 @@ class ShardTask:
     folder: Path
     part: Part
     measure: Measure
+    rows: pa.Table
+    """Columns key, offset and size of its images."""
+    store: ShardStore | None = None
+    """None: the shard lies in the folder."""
 
     @property
     def path(self) -> Path:
@@ -230,6 +235,10 @@ class ShardTask:
         table = pq.read_table(self.path, page_checksum_verification=True)
         return table.take(pc.index_in(pa.array(keys, pa.string()), table["key"]))
 
+    def write(self, table: pa.Table) -> None:
+        """Write the table."""
+        write_atomically(self.path, lambda partial: pq.write_table(table, partial, write_page_checksum=True))
+
     def is_done(self, keys: Sequence[str]) -> bool:
         """Whether there is a whole table that has all ``keys``."""
         with suppress(OSError, pa.ArrowInvalid):
@@ -237,21 +246,17 @@ class ShardTask:
         return False
 
 
-def measure_shard(task: ShardTask) -> int:
-    """Measure the images of a shard and write their table; returns how many they are."""
+def measure_shard(task: ShardTask) -> tuple[ShardTask, pa.Table]:
+    """Measure the images of a shard; returns the table, which is ``task``'s to ``write``."""
     assert task.part.shard is not None
-    records = stored_rows(task.folder, task.part)
-    shards = LocalShards(task.folder)
     columns: list[dict[str, pa.Array]] = []
-    step = max(8, CHUNK_PIXELS // read_images(shards, task.part, records.slice(0, 1)).size)
-    for start in range(0, len(records), step):
-        images = read_images(shards, task.part, records.slice(start, step))
-        columns.append(task.measure.columns(images))
-    shards.close()
+    with shard_file(task.folder, task.part.shard, task.store) as path:
+        step = max(8, CHUNK_PIXELS // read_images(path, task.rows.slice(0, 1)).size)
+        for start in range(0, len(task.rows), step):
+            images = read_images(path, task.rows.slice(start, step))
+            columns.append(task.measure.columns(images))
     tables = [pa.table(chunk) for chunk in columns]
-    table = pa.concat_tables(tables).append_column("key", records["key"].combine_chunks())
-    write_atomically(task.path, lambda partial: pq.write_table(table, partial, write_page_checksum=True))
-    return len(records)
+    return task, pa.concat_tables(tables).append_column("key", task.rows["key"].combine_chunks())
 
 
 def stored_rows(folder: Path, part: Part) -> pa.Table:
@@ -259,12 +264,15 @@ def stored_rows(folder: Path, part: Part) -> pa.Table:
     return read_records(folder, part, IMAGE_COLUMNS).filter(pc.field("outcome").isin(STORED))
 
 
-def read_images(shards: LocalShards, part: Part, rows: pa.Table) -> np.ndarray:
-    """Read the images that ``rows`` of a part describe, grey ones as RGB: (N, H, W, 3) uint8."""
-    assert part.shard is not None
-    spans = list(zip(rows["offset"].to_pylist(), rows["size"].to_pylist(), strict=True))
-    images = (Image.open(io.BytesIO(png), formats=("PNG",)) for png in shards.read(part.shard, spans))
-    return np.stack([np.asarray(image.convert("RGB")) for image in images])
+def read_images(shard: Path, rows: pa.Table) -> np.ndarray:
+    """Read the images that ``rows`` describe from their shard, grey ones as RGB: (N, H, W, 3) uint8."""
+    images = []
+    with shard.open("rb") as file:
+        for offset, size in zip(rows["offset"].to_pylist(), rows["size"].to_pylist(), strict=True):
+            file.seek(offset)
+            image = Image.open(io.BytesIO(file.read(size)), formats=("PNG",))
+            images.append(np.asarray(image.convert("RGB")))
+    return np.stack(images)
 
 
 @dataclass(frozen=True)
@@ -280,6 +288,8 @@ class Measurements:
     """Perceptual hashes; empty if they are not needed."""
     matrices: dict[str, torch.Tensor]
     """``features`` (N, D) float32, and ``small`` (N, 3·SIDE·SIDE) uint8, if they are needed."""
+    store: ShardStore | None
+    """Store of the shards that are not in the data set's folder."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -294,11 +304,12 @@ def measure(
     progress: Progress,
     *,
     everything: bool = False,
+    remote: RemoteDataset | None = None,
 ) -> Measurements:
     """Measure what the rules of ``config`` need, or ``everything`` that they could, of all images of ``manifest``.
 
-    Tables of measured shards are reused. Raises UserError for a shard that is missing or damaged, and for a network
-    that is unavailable or does not fit.
+    Tables of measured shards are reused. ``remote`` has the shards that are not in ``folder``. Raises UserError for a
+    shard that is missing or damaged, and for a network that is unavailable or does not fit.
     """
     names = {limit.name for limit in config.limits}
     measures: list[Measure] = [
@@ -315,13 +326,21 @@ def measure(
     parts = [(number, part) for number, part in enumerate(manifest.parts) if part.shard is not None]
     part_rows = [stored_rows(folder, part) for _, part in parts]
     keys = [rows["key"].to_pylist() for rows in part_rows]
-    tasks = [[ShardTask(folder, part, kind) for _, part in parts] for kind in measures]
+    stores = [remote.only(part.shard) if remote and part.shard else None for _, part in parts]
+    tasks = [
+        [
+            ShardTask(folder, part, kind, rows.select(["key", "offset", "size"]), store)
+            for (_, part), rows, store in zip(parts, part_rows, stores, strict=True)
+        ]
+        for kind in measures
+    ]
     missing = [task for row in tasks for task, names in zip(row, keys, strict=True) if not task.is_done(names)]
     total, done = sum(count_stored(task.part) for task in missing), 0
     if missing:
         progress("images measured", 0, total)
-    for count in fan_out(measure_shard, missing):
-        done += count
+    for task, table in fan_out(measure_shard, missing):
+        task.write(table)
+        done += len(table)
         progress("images measured", done, total)
     pairs = zip(part_rows, parts, strict=True)
     records = pa.concat_tables(
@@ -329,10 +348,12 @@ def measure(
     )
     order = np.argsort(np.array(records["key"].to_pylist()))
     tables = [[task.read(names) for task, names in zip(row, keys, strict=True)] for row in tasks]
-    return _assemble(records.take(order), order, tables)
+    return _assemble(records.take(order), order, tables, remote)
 
 
-def _assemble(records: pa.Table, order: np.ndarray, tables: Sequence[Sequence[pa.Table]]) -> Measurements:
+def _assemble(
+    records: pa.Table, order: np.ndarray, tables: Sequence[Sequence[pa.Table]], store: ShardStore | None
+) -> Measurements:
     """Put the tables of each measure, shard by shard, into the ``order`` of ``records``."""
     width, height = records["width"].to_numpy(), records["height"].to_numpy()
     sides = np.minimum(width, height).astype(float)
@@ -354,4 +375,4 @@ def _assemble(records: pa.Table, order: np.ndarray, tables: Sequence[Sequence[pa
                 phashes = values.tolist()
             else:
                 columns[name] = values.astype(float)
-    return Measurements(records, columns, phashes, matrices)
+    return Measurements(records, columns, phashes, matrices, store)

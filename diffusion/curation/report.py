@@ -17,9 +17,9 @@ from diffusion.curation.config import CurationConfig
 from diffusion.curation.curate import Decision, Grouping, decide, images_of
 from diffusion.curation.measures import Measurements, measure
 from diffusion.curation.rules import RULES, Rule
+from diffusion.data.fan_out import make_fan_out
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.manifest import read_manifest, require_whole, work_folder
-from diffusion.data.prefetch import local_fan_out
 from diffusion.data.versions.image_lists import read_lists
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.reports.html import render
@@ -75,7 +75,7 @@ def write_curation_report(
     with FileLock(work_folder(folder) / "lock"):
         manifest = read_manifest(folder)
         require_whole(folder, manifest)
-        measurements = measure(folder, manifest, config, evaluation, local_fan_out(ingest), progress, everything=True)
+        measurements = measure(folder, manifest, config, evaluation, make_fan_out(ingest), progress, everything=True)
         verdicts = {name: getattr(config, name) or "report" for name in ("near_duplicates", "semantic_duplicates")}
         reported, lists = config.model_copy(update=verdicts), read_lists(folder, manifest)
         decision = decide(folder, manifest, measurements, reported, evaluation, lists, progress)

@@ -19,12 +19,12 @@ from torch import Tensor
 from diffusion.common.errors import UserError
 from diffusion.common.files import make_folder, remove_partials, write_atomically
 from diffusion.common.shapes import Images, Shape, shape_name, stack_images
-from diffusion.data.key_ranges import RANGE, range_count, read_range, scratch_folder, write_run
 from diffusion.data.manifest import (
     MASK_SIZE,
     Manifest,
     Part,
     Split,
+    find_intact_records,
     read_manifest,
     read_records,
     repair_hint,
@@ -32,8 +32,8 @@ from diffusion.data.manifest import (
     work_folder,
 )
 from diffusion.data.png import decode_many, shape_of
-from diffusion.data.prefetch import prefetch
 from diffusion.data.shards import LocalShards, ShardCache, mask_offset
+from diffusion.data.tables import insert_records, open_database, read_rows, scratch_folder
 
 if TYPE_CHECKING:
     from webdataset import WebDataset
@@ -347,41 +347,53 @@ def _map_table(path: Path, manifest: Manifest, mode: Literal["r", "r+"]) -> Tabl
     return Table(images.view(ROW), split_rows, ShardSamples(samples.view(np.int64), counts))
 
 
+_IMAGES = """
+SELECT
+    unhex(key),
+    CASE split WHEN 'train' THEN 0 WHEN 'held_out' THEN 1 ELSE -1 END,
+    coalesce(number, -1),
+    part,
+    "offset",
+    size,
+    first - 1 + row_number() OVER (PARTITION BY part ORDER BY "row")
+FROM records JOIN firsts USING (part) LEFT JOIN labels ON label = name
+WHERE outcome = 'kept'
+"""
+
+
 def _write_table(path: Path, folder: Path, manifest: Manifest, scratch: Path) -> None:
-    """Write the table by an external sort, range of keys by range of keys."""
+    """Write the table, sorted by a database."""
     parts, labels = _parts_with_shards(manifest), manifest.labels
-    ends = np.cumsum([sum(part.splits.values()) for part in parts])
-    groups = np.split(np.arange(len(parts)), np.flatnonzero(np.diff(ends // RANGE)) + 1)
-
-    def write(group: np.ndarray) -> Path:
-        pieces = []
-        for number in group.tolist():
-            pieces.append(_read_piece(folder, parts[number], number, labels))
-            pieces[-1]["read"] = np.arange(ends[number] - len(pieces[-1]), ends[number])
-        return write_run(scratch / f"{group[0]}.npy", np.concatenate(pieces))
-
-    runs = list(prefetch(write, groups, 2))
     path.touch()
     table = _map_table(path, manifest, "r+")
     next_places = np.cumsum(table.by_shard.counts) - table.by_shard.counts
     row, row_counts = 0, dict.fromkeys(SPLITS, 0)
-    count = range_count(manifest.kept)
-    for number in range(count):
-        images = read_range(runs, number, count)
-        table.images[row : row + len(images)] = images
-        for code, split in enumerate(SPLITS):
-            rows = np.flatnonzero(images["split"] == code)
-            first = row_counts[split]
-            table.rows[split][first : first + len(rows)] = row + rows
-            row_counts[split] += len(rows)
-            if split == "train":
-                order = np.argsort(images["shard"][rows], kind="stable")
-                counts = np.bincount(images["shard"][rows], minlength=len(next_places))
-                offsets = np.cumsum(counts) - counts
-                places = np.arange(len(rows)) + np.repeat(next_places - offsets, counts)
-                table.by_shard.samples[places] = first + order
-                next_places += counts
-        row += len(images)
+    with open_database(scratch) as database:
+        database.execute("CREATE TABLE labels (name VARCHAR, number INTEGER)")
+        database.execute("INSERT INTO labels SELECT unnest(?), unnest(?)", [labels, list(range(len(labels)))])
+        database.execute("CREATE TABLE firsts (part INTEGER, first INTEGER)")
+        firsts = np.cumsum([0, *(sum(part.splits.values()) for part in parts[:-1])]).tolist()
+        database.execute("INSERT INTO firsts SELECT unnest(?), unnest(?)", [list(range(len(parts))), firsts])
+        database.execute(
+            'CREATE TABLE images (key BLOB, split TINYINT, label INTEGER, shard INTEGER, "offset" BIGINT, '
+            "size INTEGER, read INTEGER)"
+        )
+        insert_records(database, "images", (find_intact_records(folder, part) for part in parts), _IMAGES)
+        for images in read_rows(database, "SELECT * FROM images ORDER BY key", ROW):
+            table.images[row : row + len(images)] = images
+            for code, split in enumerate(SPLITS):
+                rows = np.flatnonzero(images["split"] == code)
+                first = row_counts[split]
+                table.rows[split][first : first + len(rows)] = row + rows
+                row_counts[split] += len(rows)
+                if split == "train":
+                    order = np.argsort(images["shard"][rows], kind="stable")
+                    counts = np.bincount(images["shard"][rows], minlength=len(next_places))
+                    offsets = np.cumsum(counts) - counts
+                    places = np.arange(len(rows)) + np.repeat(next_places - offsets, counts)
+                    table.by_shard.samples[places] = first + order
+                    next_places += counts
+            row += len(images)
 
 
 def _read_piece(folder: Path, part: Part, number: int, labels: Sequence[str]) -> np.ndarray:

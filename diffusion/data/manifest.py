@@ -339,10 +339,15 @@ def read_records(folder: Path, part: Part, columns: Sequence[str] | None = None)
 
     Raises UserError if the table is missing or damaged.
     """
+    return read_table(find_intact_records(folder, part), columns)
+
+
+def find_intact_records(folder: Path, part: Part) -> Path:
+    """Return the path of the records of a part; raises UserError if the table is missing or damaged."""
     path = folder / part.records.name
     if not path.is_file() or sha256_file(path) != part.records.sha256:
         raise UserError(f"{path} is missing or damaged: {repair_hint(folder)}")
-    return read_table(path, columns)
+    return path
 
 
 def read_table(path: Path, columns: Sequence[str] | None) -> pa.Table:
@@ -354,20 +359,25 @@ def read_table(path: Path, columns: Sequence[str] | None) -> pa.Table:
     return table if columns is None else table.select(list(columns))
 
 
-def require_whole(folder: Path, manifest: Manifest) -> None:
-    """Raise UserError if a file of the data set in ``folder`` is missing or truncated; contents are not checked."""
+def require_whole(folder: Path, manifest: Manifest, without_shards: bool = False) -> None:
+    """Raise UserError if a file of the data set in ``folder`` is missing or truncated; contents are not checked.
+
+    ``without_shards`` allows that shards are missing.
+    """
     for entry in manifest.files:
         path = folder / entry.name
+        if without_shards and entry.name.startswith("shards/") and not path.is_file():
+            continue
         if (size := path.stat().st_size if path.is_file() else None) != entry.bytes:
             state = "missing" if size is None else f"{size} bytes long instead of {entry.bytes}"
             raise UserError(f"{path} is {state}: {repair_hint(folder)}")
 
 
 def find_intact(folder: Path, entry: FileEntry) -> Path:
-    """Return the path of a file of the data set in ``folder``; raises UserError if it is damaged."""
+    """Return the path of a file of the data set in ``folder``; raises UserError if it is missing or damaged."""
     path = folder / entry.name
-    if sha256_file(path) != entry.sha256:
-        raise UserError(f"{path} is damaged (its SHA-256 differs): {repair_hint(folder)}")
+    if not path.is_file() or sha256_file(path) != entry.sha256:
+        raise UserError(f"{path} is missing or damaged (its SHA-256 differs): {repair_hint(folder)}")
     return path
 
 

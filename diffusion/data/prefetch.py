@@ -1,15 +1,10 @@
-"""Ordered work on threads and processes, a little ahead; imports little, so that processes start early."""
+"""Ordered work of pools, a little ahead."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import islice
-from multiprocessing import forkserver, get_context
 from typing import Protocol, TypeVar
-
-from diffusion.common.child_processes import end_with_parent
-from diffusion.common.errors import UserError
-from diffusion.data.ingest.config import IngestConfig
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -40,29 +35,3 @@ def prefetch(
         yield from yield_in_order((pool.submit(work, item) for item in items), 2 * workers)
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-class FanOut(Protocol):
-    """Runs a function on items on any workers; yields the results in the order of the items."""
-
-    def __call__(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Start a few items ahead; an item that fails after all retries raises here."""
-
-
-def local_fan_out(config: IngestConfig) -> FanOut:
-    """Run on threads or processes of this machine, as ``config`` says; processes start at once."""
-    if config.runner == "ray":
-        raise UserError(
-            "ingest.runner=ray needs `darkroom ingest` with a Prefect server: here use threads or processes"
-        )
-    if config.runner == "processes":
-        # The fork server imports the modules once for all while the caller plans.
-        forkserver.set_forkserver_preload(["diffusion.data.ingest.chunks"])
-        forkserver.ensure_running()
-
-    def fan_out(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        processes = config.runner == "processes"
-        pool = ProcessPoolExecutor(config.workers, get_context("forkserver"), end_with_parent) if processes else None
-        return prefetch(work, items, config.workers, pool)
-
-    return fan_out

@@ -9,6 +9,7 @@ import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
@@ -18,14 +19,16 @@ from typing import Any, BinaryIO, Protocol
 from filelock import FileLock, Timeout
 
 from diffusion.common.errors import UserError
-from diffusion.common.files import canonical_json
-from diffusion.data.manifest import FileEntry, repair_hint
+from diffusion.common.files import canonical_json, sha256_file, temporary_folder
+from diffusion.data.manifest import FileEntry, Manifest, find_intact, repair_hint
 
 logger = logging.getLogger(__name__)
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_WAIT = 300.0
 """Seconds to wait for other processes to free room in the cache."""
+NEW_MASK = "new_mask"
+"""Key of a row with the PNG of a mask that is not in its shard yet; empty: it has none any more."""
 Span = tuple[int, int]
 """Offset and size in a shard, in bytes."""
 
@@ -76,6 +79,20 @@ class TarWriter:
     def _write(self, data: bytes) -> None:
         self.file.write(data)
         self.position += len(data)
+
+
+def write_samples(path: Path, shards: Sequence[tuple[Path, list[dict[str, Any]]]]) -> None:
+    """Write a shard to ``path`` of samples of other ``shards``, each with the rows to copy; updates their offsets.
+
+    A row's NEW_MASK replaces its mask.
+    """
+    with path.open("wb") as file:
+        writer = TarWriter(file)
+        for source, rows in shards:
+            with source.open("rb") as shard:
+                for row in sorted(rows, key=lambda row: row["offset"]):
+                    row["offset"] = writer.copy(shard, row["offset"], row["size"], row.pop(NEW_MASK, None))
+        writer.close()
 
 
 def _padded_size(size: int) -> int:
@@ -152,6 +169,23 @@ class ShardStore(Protocol):
 
     def fetch(self, entry: FileEntry, path: Path) -> None:
         """Write the shard to ``path``, unverified, from any thread; raises UserError if it is unavailable."""
+
+
+@contextmanager
+def shard_file(folder: Path, entry: FileEntry, store: ShardStore | None) -> Iterator[Path]:
+    """Context with the path of an intact shard: the file in ``folder``, or one fetched from ``store`` for this context.
+
+    Raises UserError if it is missing or damaged.
+    """
+    if store is None or (folder / entry.name).is_file():
+        yield find_intact(folder, entry)
+        return
+    with temporary_folder() as temporary:
+        path = temporary / "shard.tar"
+        store.fetch(entry, path)
+        if sha256_file(path) != entry.sha256:
+            raise UserError(f"shard {entry.name} as it comes from the remote is changed (its SHA-256 differs)")
+        yield path
 
 
 class ShardCache:
@@ -303,3 +337,13 @@ class ShardCache:
     def _file_lock(self, sha256: str = "", timeout: float = -1) -> FileLock:
         # The empty lock file is never deleted: deleting it while others wait would admit two of them.
         return FileLock(self._folder / (f".{sha256}.lock" if sha256 else ".lock"), timeout=timeout)
+
+
+@contextmanager
+def open_missing_shards(folder: Path, manifest: Manifest, store: ShardStore | None) -> Iterator[ShardCache | None]:
+    """Context with a temporary cache of shards in ``store``; None without one, or if all shards are in ``folder``."""
+    if store is None or all((folder / entry.name).is_file() for entry in manifest.shards):
+        yield None
+        return
+    with temporary_folder() as temporary:
+        yield ShardCache(temporary, store, max_bytes=4 * max(entry.bytes for entry in manifest.shards))

@@ -3,29 +3,56 @@
 A query whose order matters ends in ORDER BY over columns that leave no two rows equal: workers finish in any order.
 """
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from glob import escape
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
-import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from diffusion.common.files import make_folder
+from diffusion.data.manifest import OPTIONAL, RECORDS
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
 
 MEMORY = "1GiB"
 """Memory of a query; what exceeds it goes to disk."""
+BATCH = 2**16
+"""Rows of a result that are in memory at a time."""
+FILES = 128
+"""Files that a query reads; it has the footers of all of them in memory."""
 
 
 @contextmanager
-def open_database(scratch: Path, memory: str = MEMORY) -> Iterator[duckdb.DuckDBPyConnection]:
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """Context with an empty ``folder``, which is deleted at its end, or at its next beginning if it was killed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    make_folder(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def open_database(scratch: Path, memory: str | None = None) -> "Iterator[DuckDBPyConnection]":
     """Context with an empty database in memory, which spills into a temporary folder in ``scratch``.
 
-    It loads no extensions, as these are code from the network.
+    It loads no extensions, as these are code from the network. ``memory``: MEMORY unless given.
     """
+    import duckdb  # takes as long as NumPy and Arrow together, and most processes open no database
+
     make_folder(scratch)
     with TemporaryDirectory(dir=scratch, prefix="tables-") as spill:
         settings: dict[str, str | bool | int | float | list[str]] = {
-            "memory_limit": memory,
+            "memory_limit": memory or MEMORY,
             "temp_directory": spill,
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
@@ -33,3 +60,45 @@ def open_database(scratch: Path, memory: str = MEMORY) -> Iterator[duckdb.DuckDB
         }
         with duckdb.connect(config=settings) as database:
             yield database
+
+
+def insert_records(database: "DuckDBPyConnection", table: str, paths: Iterable[Path], query: str) -> None:
+    """Insert into ``table`` the rows of ``query`` over ``records``, the rows of the tables of records at ``paths``.
+
+    Columns of OPTIONAL that a table lacks are null. ``records`` also has the columns ``part``, the number of the file
+    in ``paths``, and ``"row"``, the number in the file. Files are read as they are: check them first.
+    """
+    (scratch,) = database.execute("SELECT current_setting('temp_directory')").fetchone() or ("",)
+    # Its columns are those of the result, with nulls where a table has none.
+    empty = Path(scratch) / "columns.parquet"
+    make_folder(empty.parent)
+    pq.write_table(pa.schema([*RECORDS, *OPTIONAL]).empty_table(), empty)
+    numbered_paths = enumerate(paths)
+    while group := list(islice(numbered_paths, FILES)):
+        database.execute(
+            f"""
+            INSERT INTO {table}
+            WITH records AS (
+                SELECT *, file_index - 1 + ?::INTEGER AS part, file_row_number AS "row"
+                FROM read_parquet(?, union_by_name = true, hive_partitioning = false)
+            )
+            {query}
+            """,
+            [group[0][0], [escape(str(path)) for path in (empty, *(path for _, path in group))]],
+        )
+
+
+def read_rows(database: "DuckDBPyConnection", query: str, row: np.dtype) -> Iterator[np.ndarray]:
+    """Yield the result of ``query``, whose columns are the fields of ``row`` and have no nulls, BATCH rows at a time.
+
+    Columns for fields of bytes have exactly as many bytes.
+    """
+    for batch in database.sql(query).to_arrow_reader(BATCH):
+        rows = np.empty(len(batch), row)
+        for name in row.names or ():
+            column, kind = batch.column(name), row[name]
+            if kind.kind == "S":
+                rows[name] = np.frombuffer(column.buffers()[2], kind)[column.offset :][: len(batch)]
+            else:
+                rows[name] = column.to_numpy(zero_copy_only=False)
+        yield rows

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -346,13 +346,22 @@ def muon_size(matrices: Iterable[nn.Parameter], threads: int) -> int:
 
     Each of ``threads`` threads updates the matrices with shorter sides of one length at a time.
     """
-    peaks, memory = [], LiveMemory()
-    for group in group_by_side(matrices):
-        with memory:
-            parameters = [nn.Parameter(torch.empty_like(matrix, device=CPU)) for matrix in group]
-            for parameter in parameters:
-                parameter.grad = torch.empty_like(parameter)
-            optimizer = Muon(parameters, lr=1.0, weight_decay=0.0)
-            optimizer.step()  # makes the momentum, which is not temporary
-        peaks.append(int(memory.record(optimizer.step).max()))
-    return sum(sorted(peaks)[-threads:])
+    shapes = (
+        tuple((matrix.shape, matrix.stride(), matrix.dtype) for matrix in group) for group in group_by_side(matrices)
+    )
+    return sum(sorted(map(_muon_peak, shapes))[-threads:])
+
+
+@cache
+def _muon_peak(matrices: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]) -> int:
+    """Compute the bytes of a step of Muon on matrices of one shape, strides and type each; plans need it many times."""
+    memory = LiveMemory()
+    with memory:
+        parameters = [
+            nn.Parameter(torch.empty_strided(*layout, dtype=dtype, device=CPU)) for *layout, dtype in matrices
+        ]
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer = Muon(parameters, lr=1.0, weight_decay=0.0)
+        optimizer.step()  # makes the momentum, which is not temporary
+    return int(memory.record(optimizer.step).max())

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from diffusion.data.ingest.ingest import Rebuild
     from diffusion.data.ingest.preview import IngestPreview
     from flows.config import Params
-    from flows.datasets.dvc import RemoteShards
+    from flows.datasets.remote_shards import RemoteShards
     from flows.environment import Server
 
 
@@ -101,7 +101,7 @@ def prepare_inputs(config: "Params", dry_run: bool = False) -> "Iterator[tuple[P
         return
     servers: tuple[Server, ...] = ("mlflow", "s3") if from_registry else ("s3",)
     with connect(*servers):
-        from flows.datasets.dvc import RemoteShards
+        from flows.datasets.remote_shards import RemoteShards
         from flows.environment import data_source
 
         store = RemoteShards(config.dataset_folder, data_source()) if streams else None

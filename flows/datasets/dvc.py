@@ -1,6 +1,7 @@
 """Data set versions in DVC, which names files by MD5: recorded, restored and streamed, with the lineage of runs."""
 
 import hashlib
+import json
 import logging
 import shutil
 import subprocess
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Lock
 from typing import Any
 
 from botocore.exceptions import BotoCoreError
@@ -105,6 +105,14 @@ class Cache:
                 places.setdefault(path, {})[md5] = None
         return places
 
+    def add(self, path: Path) -> str:
+        """Copy a file into the cache; returns its MD5."""
+        with path.open("rb") as file:
+            md5 = hashlib.file_digest(file, "md5").hexdigest()
+        if not self.path(md5).is_file():
+            write_atomically(self.path(md5), partial(shutil.copyfile, path))
+        return md5
+
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects, if they exist."""
         for name in names:
@@ -125,23 +133,23 @@ class Remote:
 
     def fetch(self, name: str, path: Path) -> None:
         """Fetch an object to ``path``, overwriting it; raises MissingObjectError."""
-        self.store.fetch(self.place.bucket, self._key(name), path)
+        self.store.fetch(self.place.bucket, self.key(name), path)
 
     def read(self, name: str) -> bytes:
         """Read the bytes of an object; raises MissingObjectError."""
-        return self.store.get(self.place.bucket, self._key(name))
+        return self.store.get(self.place.bucket, self.key(name))
 
     def stat(self, name: str) -> ListedObject | None:
         """Size and time of an object; None if it does not exist."""
-        return self.store.stat(self.place.bucket, self._key(name))
+        return self.store.stat(self.place.bucket, self.key(name))
 
     def uri(self, name: str) -> str:
         """URI of an object, which may not exist."""
-        return f"s3://{self.place.bucket}/{self._key(name)}"
+        return f"s3://{self.place.bucket}/{self.key(name)}"
 
     def listing(self, name: str) -> Listing:
         """Listing of this name; raises MissingObjectError."""
-        return _parse_listing(self.read(name), f"{self.place}/{self._key(name)}")
+        return _parse_listing(self.read(name), f"{self.place}/{self.key(name)}")
 
     def listings(self) -> Iterator[tuple[str, Listing]]:
         """Yield the name and content of each folder listing."""
@@ -151,7 +159,7 @@ class Remote:
 
     def names(self) -> set[str]:
         """Names of all objects; takes one listing of the bucket."""
-        prefix = self._key("")
+        prefix = self.key("")
         return {key.removeprefix(prefix).replace("/", "") for key in self.store.list_keys(self.place.bucket, prefix)}
 
     def push(self, name: str, cache: Cache) -> None:
@@ -170,7 +178,7 @@ class Remote:
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "md5").hexdigest() != name.removesuffix(FOLDER):
                     raise UserError(f"{path} is damaged: delete it, and ingest the data set again")
-                self.store.put_once(self.place.bucket, self._key(name), file)
+                self.store.put_once(self.place.bucket, self.key(name), file)
 
         remote_names = self.names()
         with ThreadPoolExecutor(4) as pool:
@@ -181,9 +189,10 @@ class Remote:
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects, if they exist."""
-        self.store.delete_many(self.place.bucket, map(self._key, names))
+        self.store.delete_many(self.place.bucket, map(self.key, names))
 
-    def _key(self, name: str) -> str:
+    def key(self, name: str) -> str:
+        """Key of an object in the bucket; of all objects if ``name`` is empty."""
         return self.place.key(f"files/md5/{name[:2]}/{name[2:]}" if name else "files/md5/")
 
 
@@ -336,7 +345,9 @@ def record_data(folder: Path, push_to: str | None) -> DataVersion:
     """Record the data set in ``folder`` in DVC, and push it to the S3 address ``push_to`` if one is given.
 
     The output of dvc.yaml's ingest stage is committed to dvc.lock, so that ``dvc repro`` sees it as done; any other
-    data set gets its own .dvc file. Outside a DVC repository one is created. Raises DarkroomError if that fails.
+    data set gets its own .dvc file. Outside a DVC repository one is created. A data set whose shards are on the remote
+    alone is put into DVC's cache without them, and DVC's own files stay as they are. Raises DarkroomError if that
+    fails.
     """
     try:
         root = Repo.find_root()
@@ -345,13 +356,21 @@ def record_data(folder: Path, push_to: str | None) -> DataVersion:
         _create_repository(Path(root))
     try:
         with open_repository(root) as repo:
+            cache = Cache(Path(repo.cache.local.path))
+            manifest = read_manifest(folder) if (folder / "manifest.json").is_file() else None
+            if manifest and not all((folder / entry.name).is_file() for entry in manifest.shards):
+                digest = _add_without_shards(folder, manifest, cache)
+                if push_to:
+                    Remote.from_url(push_to).push(digest, cache)
+                    published_path(folder).unlink(missing_ok=True)
+                return DataVersion(digest=digest, pointer=f"datasets/{folder.name}", pushed=push_to is not None)
             if any(output.stage.addressing == INGEST_STAGE for output in _outputs(repo, folder)):
                 repo.commit(INGEST_STAGE, force=True)
                 output = repo.find_outs_by_path(str(folder))[0]
             else:
                 output = repo.add(str(folder))[0].outs[0]
             if push_to:
-                Remote.from_url(push_to).push(output.hash_info.value, Cache(Path(repo.cache.local.path)))
+                Remote.from_url(push_to).push(output.hash_info.value, cache)
             return _make_data_version(output, push_to is not None)
     except (DvcException, BotoCoreError, OSError) as error:
         raise DarkroomError(f"DVC could not record or push {folder}: {error}") from error
@@ -369,6 +388,35 @@ def _create_repository(root: Path) -> None:
         except OSError:
             if not (root / ".dvc").is_dir():  # by a process that was faster
                 raise
+
+
+def published_path(folder: Path) -> Path:
+    """Path of the MD5s, by name, of shards on the remote that no recorded version of the data set in ``folder`` has."""
+    return work_folder(folder) / "published.json"
+
+
+def read_published(folder: Path) -> Listing:
+    """Read the file at ``published_path``; empty without one."""
+    path = published_path(folder)
+    return TypeAdapter(Listing).validate_json(path.read_bytes()) if path.is_file() else {}
+
+
+def _add_without_shards(folder: Path, manifest: Manifest, cache: Cache) -> str:
+    """Put the data set's files that are here, and a listing of all, into the cache; returns the listing's name."""
+    published, listing = read_published(folder), Listing()
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    for name in sorted(names | {entry.name for entry in manifest.shards}):
+        # The name of a shard has a part of its digest.
+        md5 = published.get(name) or next(iter(cache.places.get(name, ())), None)
+        if name in names and not (name.startswith("shards/") and md5 and cache.path(md5).is_file()):
+            md5 = cache.add(folder / name)
+        if md5 is None:
+            raise UserError(f"{folder / name} is missing: `darkroom data checkout` brings its version back")
+        listing[name] = md5
+    data = json.dumps([{"md5": md5, "relpath": name} for name, md5 in listing.items()]).encode()
+    digest = hashlib.md5(data, usedforsecurity=False).hexdigest() + FOLDER
+    write_bytes(cache.path(digest), data)
+    return digest
 
 
 def data_version(folder: Path) -> DataVersion | None:
@@ -393,11 +441,12 @@ def data_version(folder: Path) -> DataVersion | None:
     return None
 
 
-def restore_data(folder: Path, source: str) -> list[str]:
+def restore_data(folder: Path, source: str, without_shards: bool = False) -> list[str]:
     """Repair the current version of the data set in ``folder`` from DVC's cache or its remote ``source``.
 
-    Returns the names of restored files. Files that neither has are left for ingest to report. Locks out ingests. Raises
-    UserError if the manifest is damaged, or a file is damaged on the remote as well.
+    Returns the names of restored files. Files that neither has are left for ingest to report, and ``without_shards``
+    missing shards as well. Locks out ingests. Raises UserError if the manifest is damaged, or a file is damaged on the
+    remote as well.
     """
     if not (folder / "manifest.json").is_file():
         return []
@@ -410,6 +459,7 @@ def restore_data(folder: Path, source: str) -> list[str]:
             for name, sha256 in needed_files(folder, version)
             # The manifest is written last, so intact files are older. A shard that decayed without a new modification
             # time is found when it is read, as shards are verified then.
+            if not (without_shards and name.startswith("shards/") and not (folder / name).is_file())
             if not (path := folder / name).is_file() or path.stat().st_mtime_ns >= mtime
             if not is_whole(path, sha256) and files.write(version.digest, name, sha256, path)
         ]
@@ -423,34 +473,3 @@ def _make_data_version(output: Any, pushed: bool = False) -> DataVersion:
     stage = output.stage
     pointer = "dvc.lock" if Path(stage.path).name == "dvc.yaml" else Path(stage.relpath).as_posix()
     return DataVersion(digest=output.hash_info.value, pointer=pointer, pushed=pushed)
-
-
-class RemoteShards:
-    """``diffusion.data.shards.ShardStore`` of the data set in ``folder``, pushed to ``source``."""
-
-    def __init__(self, folder: Path, source: str) -> None:
-        self.folder, self.source, self.remote, self._lock = folder, source, Remote.from_url(source), Lock()
-
-    def fetch(self, entry: FileEntry, path: Path) -> None:
-        """Fetch a shard to ``path``, overwriting it; raises UserError if the remote does not have it."""
-        with self._lock:
-            listings = self._listings
-        for listing in listings:
-            with suppress(KeyError, MissingObjectError):
-                self.remote.fetch(listing[entry.name], path)
-                return
-        raise UserError(
-            f"shard {entry.name} of data set {self.folder.name} is not on {self.source}: run `darkroom ingest` where "
-            "the data set is whole, which pushes it"
-        )
-
-    @cached_property
-    def _listings(self) -> list[Listing]:
-        digest, record = read_manifest(self.folder).digest, data_version(self.folder)
-        files = StoredFiles(self.folder.name, self.source, record.digest if record else None)
-        if listings := list(files.listings(digest).values()):
-            return listings
-        raise UserError(
-            f"version {digest[:12]} of data set {self.folder.name} was never pushed to {self.source}, or is not there "
-            "any more: run `darkroom ingest`, or check out another one with `darkroom data checkout`"
-        )

@@ -5,6 +5,8 @@ this machine has are added to it. Takedown records are applied at the same time,
 """
 
 import logging
+import shutil
+from functools import partial
 from pathlib import Path
 from uuid import NAMESPACE_URL, uuid5
 
@@ -12,17 +14,21 @@ from filelock import FileLock
 from prefect.events import Event
 
 from diffusion.common.errors import ConflictError
+from diffusion.common.files import write_atomically
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.merge import merge_versions, rewritten_parts
 from diffusion.data.manifest import Manifest, parse_manifest, read_manifest, version_path, versions, work_folder
+from diffusion.data.shards import shard_file
 from diffusion.data.versions.takedown import remove_known
+from diffusion.data.versions.takedown_records import find_pending_removals, removals
 from diffusion.data.versions.versions import remember
 from flows.config import Params
 from flows.datasets import catalog, dvc
 from flows.datasets.catalog import Catalog, Heads
 from flows.datasets.checkout import CheckoutResult, DatasetLocation, checkout, read_pin, remove_others, unpin
 from flows.datasets.dvc import DataVersion, is_whole
+from flows.datasets.remote_shards import RemoteShards
 from flows.deployment.tasks import emit, retryable_task
 from flows.environment import data_source
 
@@ -74,21 +80,29 @@ def make_version_event(version: Manifest, catalog: Catalog) -> Event:
 
 
 def bring_up_to_date(
-    folder: Path, source: str, config: IngestConfig, progress: Progress = ignore_progress, rebuilding: bool = False
+    folder: Path,
+    source: str,
+    config: IngestConfig,
+    progress: Progress = ignore_progress,
+    rebuilding: bool = False,
+    without_shards: bool = False,
 ) -> None:
     """Bring the data set in ``folder`` up to date with its newest version in the catalog and with all takedowns.
 
-    With ``rebuilding`` the local version need not be kept. A version that was checked out to build on stays if its
-    newer versions were known then. Locks out ingests; killed and given again, it ends the same. Raises ConflictError if
-    the local version cannot be added to the newest one, and UserError if a file of the newest cannot be found.
+    With ``rebuilding`` the local version need not be kept, and with ``without_shards`` no shard need come here. A
+    version that was checked out to build on stays if its newer versions were known then. Locks out ingests; killed and
+    given again, it ends the same. Raises ConflictError if the local version cannot be added to the newest one, and
+    UserError if a file of the newest cannot be found.
     """
     work_folder(folder).mkdir(parents=True, exist_ok=True)
     with FileLock(work_folder(folder) / "lock"):
         dataset_catalog = Catalog.of(folder.name, source)
         dataset_catalog.fetch_removals(folder)
         if (head := Heads(dataset_catalog).newest()) is not None and not _descends_from(folder, head):
-            _move(folder, source, dataset_catalog, head, config, rebuilding)
+            _move(folder, source, dataset_catalog, head, config, rebuilding, without_shards)
         if (folder / "manifest.json").is_file():
+            if without_shards and find_pending_removals(folder, removals(work_folder(folder))):
+                _fetch_shards(folder, source)
             for removal in remove_known(folder, progress):
                 logger.warning("%s: images that were taken down (%s) are removed here, too", folder, removal.reason)
 
@@ -133,8 +147,23 @@ def _descends_from(folder: Path, head: str) -> bool:
     return any(version.digest == head for version in versions(folder)) or (pin is not None and head in pin.known)
 
 
+def _fetch_shards(folder: Path, source: str) -> None:
+    """Fetch the shards of the current version that are on the remote alone, to rewrite some of them here."""
+    shards = RemoteShards(folder, source)
+    for entry in read_manifest(folder).shards:
+        if not (path := folder / entry.name).is_file():
+            with shard_file(folder, entry, shards) as file:
+                write_atomically(path, partial(shutil.copyfile, file))
+
+
 def _move(
-    folder: Path, source: str, dataset_catalog: Catalog, head: str, config: IngestConfig, rebuilding: bool
+    folder: Path,
+    source: str,
+    dataset_catalog: Catalog,
+    head: str,
+    config: IngestConfig,
+    rebuilding: bool,
+    without_shards: bool,
 ) -> None:
     remote = dataset_catalog.version(head)
     assert remote is not None, "a head is in the catalog"
@@ -143,7 +172,9 @@ def _move(
     place.catalog()
     if not (folder / "manifest.json").is_file() or rebuilding:
         # A rebuild needs only the tables of the version before, which name the images that were taken down.
-        place.make_current(remote, with_removed=True, without_shards=rebuilding and config.near_duplicates is None)
+        place.make_current(
+            remote, with_removed=True, without_shards=without_shards or (rebuilding and config.near_duplicates is None)
+        )
         return
     if (pin := read_pin(folder)) is not None:
         # The same checkout again would leave it out on purpose.
@@ -156,9 +187,11 @@ def _move(
         )
     local = read_manifest(folder)
     if (base := _find_common_ancestor(folder, place, remote)) is not None and base.digest == local.digest:
-        place.make_current(remote, with_removed=True)
+        place.make_current(remote, with_removed=True, without_shards=without_shards)
         logger.info("%s goes on from version %s, which another machine published", folder, head[:12])
         return
+    if without_shards:
+        _fetch_shards(folder, source)
     place.keep_current(remote)
     place.fetch(remote, without_shards=False)
     if base is not None:

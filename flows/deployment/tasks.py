@@ -1,11 +1,11 @@
-"""Shared parts of the Prefect flows: task retries, task runners, fan-out, concurrency slots, final states and hooks."""
+"""Shared parts of the Prefect flows: task retries, concurrency slots, final states and hooks."""
 
 import asyncio
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -22,15 +22,12 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment, flow_run
 from prefect.settings import get_current_settings
 from prefect.states import Completed, Failed
-from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
 
-from diffusion.common.child_processes import end_with_parent
-from diffusion.common.errors import DarkroomError, TransientError, UserError, install_hint
+from diffusion.common.errors import DarkroomError, TransientError, UserError
 from diffusion.common.escaping import escape_controls
-from diffusion.data.ingest.config import CaptionProgram, IngestConfig
-from diffusion.data.prefetch import FanOut, yield_in_order
-from flows.config import Params, SamplingBatchConfig
+from diffusion.data.ingest.config import CaptionProgram
+from flows.config import Params
 from flows.deployment.open_lineage import lineage_hooks as lineage_hooks
 from flows.environment import settings
 
@@ -38,15 +35,13 @@ logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
-T = TypeVar("T")
-FanOutConfig = IngestConfig | SamplingBatchConfig
 MIN_LEASE_SECONDS = 60  # shortest lease of a concurrency slot that the server grants, in seconds
 
 
 def retryable_task(function: Callable[P, R]) -> Task[P, R]:
     """Prefect task, retried except after a DarkroomError that is not transient.
 
-    It is uncached, as each recognises finished work by digests.
+    It is uncached, as each recognises finished work by digests: one that fans out continues with what is missing.
     """
 
     def is_transient(_: object, __: object, state: Any) -> bool:
@@ -85,44 +80,6 @@ def emit(event: Event) -> None:
 def artifact_key(kind: str, name: str) -> str:
     """Key of an artifact, one for each data set or model ``name``, so that each has a history of its own."""
     return re.sub("[^a-z0-9]+", "-", f"{kind}-{name}".lower()).strip("-")
-
-
-def task_runner(config: FanOutConfig) -> TaskRunner[Any]:
-    """Task runner of a flow according to ``config``; RAY_ADDRESS names the Ray cluster."""
-    if config.runner == "ray":
-        try:
-            from prefect_ray import RayTaskRunner
-        except ImportError as error:
-            raise UserError(f"runner=ray needs Ray, or use processes: {install_hint('ray')}") from error
-        ray: TaskRunner[Any] = RayTaskRunner()
-        return ray
-    if config.runner == "processes":
-        return ProcessPoolTaskRunner(max_workers=config.workers, initializer=end_with_parent)
-    return ThreadPoolTaskRunner(max_workers=config.workers)
-
-
-def ray_resources(config: FanOutConfig, gpu: bool) -> AbstractContextManager[Any]:
-    """Context in which tasks are submitted with one core each, and a GPU if ``gpu``, on the runner ray."""
-    if config.runner != "ray":
-        return nullcontext()
-    from prefect_ray.context import remote_options
-
-    options: AbstractContextManager[Any] = remote_options(num_cpus=1, num_gpus=int(gpu))
-    return options
-
-
-def prefect_fan_out(config: IngestConfig, name: str = "prepare shard") -> FanOut:
-    """Fan-out with one task, called ``name``, per chunk or shard, on the task runner of the current flow."""
-
-    def fan_out(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        one_shard = retryable_task(work).with_options(name=name)
-        futures = (
-            one_shard.with_options(task_run_name=f"{name} {number}").submit(item)
-            for number, item in enumerate(items, 1)
-        )
-        yield from yield_in_order(futures, 2 * config.workers)
-
-    return fan_out
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from diffusion.common.device import resolve_device
 from diffusion.common.errors import ConflictError, UserError
 from diffusion.common.files import canonical_json, make_folder, sha256_bytes
 from diffusion.common.fingerprint import Fingerprint, fingerprint
+from diffusion.common.threads import cores
 from diffusion.data.prefetch import prefetch
 from diffusion.data.shards import TarWriter
 from diffusion.families.model import Model
@@ -31,7 +32,7 @@ from diffusion.generation.config import UNCONDITIONAL, Conditions, is_conditiona
 from diffusion.process.samplers import SamplingConfig
 from flows import environment
 from flows.config import SamplingBatchConfig
-from flows.registry.model_versions import Version
+from flows.registry.model_versions import Version, cached_weights
 from flows.sampling import batch_format
 from flows.sampling.batch_format import BATCH, MANIFEST, RESUMED, SUCCESS, Row, SamplingBatch, Success
 from flows.sampling.request_table import REQUESTS, RequestTable
@@ -72,6 +73,16 @@ class GenerationCost(Config):
             f"{self.images:,} generated in {self.seconds:,.1f} s and {self.cpu_hours:.3g} CPU-hours: "
             f"{self.images_per_cpu_hour:,.0f} images per CPU-hour"
         )
+
+
+def fetch_and_generate(
+    batch: SamplingBatch, place: Location, version: Version, config: SamplingBatchConfig, chunk: int
+) -> Work:
+    """Fetch weights and request table to this machine, and ``generate_chunk`` with the cores that it has for one."""
+    store, weights = Store(), cached_weights(version)
+    # On Ray each chunk has one core; elsewhere the chunks share the cores.
+    at_once = 1 if config.runner == "ray" else max(cores() // config.workers, 1)
+    return generate_chunk(store, batch, place, weights, chunk, fetch_table(store, batch, place), at_once)
 
 
 def generate_chunk(

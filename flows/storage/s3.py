@@ -214,6 +214,31 @@ class Store:
         with ThreadPoolExecutor(workers) as pool:
             return list(pool.map(lambda o: self.put_once(bucket, o.key, o.data, o.metadata, o.content_type), objects))
 
+    def copy_once(self, bucket: str, key: str, target: str, sha256: str, md5: str) -> Put:
+        """Copy an object within ``bucket`` to the key ``target``, by the server, unless it is there.
+
+        Raises MissingObjectError, and ConflictError if the object at ``target`` has other digests.
+        """
+
+        def verify(etag: str) -> None:
+            # The ETag of an object that was not written in one piece is not its MD5.
+            if etag.strip('"') == md5 or (other_digest := self._sha256(bucket, target)) == sha256:
+                return
+            raise ConflictError(
+                f"s3://{bucket}/{target} has other bytes than its name says (sha256 {other_digest[:12]}… there, "
+                f"{sha256[:12]}… expected): delete it, and give the same command again"
+            )
+
+        def copy() -> Put:
+            if (found := self.stat(bucket, target)) is not None:
+                verify(found.etag)
+                return "already there"
+            answer = self.client.copy_object(Bucket=bucket, Key=target, CopySource={"Bucket": bucket, "Key": key})
+            verify(answer["CopyObjectResult"]["ETag"])
+            return "written"
+
+        return self._retry(bucket, key, copy)
+
     def get(self, bucket: str, key: str, max_bytes: int | None = None) -> bytes:
         """Read an object, verified by its checksum.
 

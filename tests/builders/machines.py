@@ -15,7 +15,6 @@ from dvc.repo import Repo
 import flows.ingest
 from diffusion.data.ingest.ingest import IngestResult, Rebuild
 from diffusion.data.manifest import Manifest, read_manifest, read_records
-from diffusion.data.prefetch import local_fan_out
 from diffusion.data.versions.takedown_records import Removal, Selection
 from flows import takedown
 from flows.config import Params
@@ -37,9 +36,6 @@ class Plain:
 
     def __init__(self, task: Any) -> None:
         self.function = task.fn
-
-    def with_options(self, **_options: object) -> "Plain":
-        return self
 
     def __call__(self, *arguments: object, **named: object) -> Any:
         return self.function(*arguments, **named)
@@ -144,7 +140,6 @@ def _without_prefect(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(flows.ingest, "retryable_task", lambda function: function)
     for name in ("repair", "make_dataset"):
         patch.setattr(flows.ingest, name, Plain(getattr(flows.ingest, name)))
-    patch.setattr(flows.ingest, "prefect_fan_out", lambda config, *_: local_fan_out(config))
     for name in ("describe", "announce"):
         patch.setattr(flows.ingest, name, lambda *_: Path("page.html"))
     # Every S3 client reads the same megabytes of JSON, which takes longer than what a test does with it.

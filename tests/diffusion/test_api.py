@@ -103,6 +103,7 @@ def test_restarting_without_the_data_set_keeps_the_run(folder: Path) -> None:
     assert checkpoint.is_file()
 
 
+@pytest.mark.slow
 def test_run_of_python_goes_on_with_the_command_line(folder: Path, darkroom: Darkroom) -> None:
     data = diffusion.ingest("images", "noise", size=8, held_out=0.3)
     assert data.kept == 120

@@ -155,7 +155,14 @@ def test_training_has_the_bits_of_the_cpu_and_waits_for_the_log_alone(tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in (*TRAININGS, "latent") if name != "ddpm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("text", "latent") else pytest.mark.long)
+        for name in (*TRAININGS, "latent")
+        if name != "ddpm"
+    ],
+)
 def test_training_waits_for_the_log_alone(tmp_path: Path, name: str) -> None:
     assert_one_wait_per_log(compute(tmp_path, f"waits {name}")[f"waits {name}"])
 

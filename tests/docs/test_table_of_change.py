@@ -193,8 +193,8 @@ def use_command(root: Path) -> None:
         ("Add a metric", Cost(1, 0, 1), use_metric),
         ("Add a rule of curation", Cost(0, 1, 0), use_rule),
         ("Add a captioner", Cost(0, 1, 1), use_captioner),
-        ("Add a family of models", Cost(1, 0, 1), use_family),
-        ("Add a pipeline of diffusers", Cost(1, 0, 1), use_pipeline),
+        pytest.param("Add a family of models", Cost(1, 0, 1), use_family, marks=pytest.mark.long),
+        pytest.param("Add a pipeline of diffusers", Cost(1, 0, 1), use_pipeline, marks=pytest.mark.long),
         ("Add a command", Cost(0, 1, 0), use_command),
     ],
 )

@@ -14,7 +14,6 @@ from diffusion.curation.config import CurationConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.ingest.key_resolution import content_digest
 from diffusion.data.manifest import read_manifest, versions
-from diffusion.data.prefetch import local_fan_out
 from diffusion.data.versions.merge_datasets import MergeResult
 from diffusion.data.versions.takedown_records import Selection
 from flows import compact_merge, takedown
@@ -71,7 +70,6 @@ def with_more(two: tuple[Machine, Machine], monkeypatch: pytest.MonkeyPatch) -> 
     """Two machines, of which both have a second data set, ``more``, and run the flows without Prefect."""
     for name in ("repair", "merge_parts"):
         monkeypatch.setattr(compact_merge, name, Plain(getattr(compact_merge, name)))
-    monkeypatch.setattr(compact_merge, "prefect_fan_out", lambda config, *_: local_fan_out(config))
     for name in ("describe", "announce"):
         monkeypatch.setattr(compact_merge, name, lambda *_, **__: None)
     for each in two:

@@ -23,7 +23,7 @@ from tests.builders.http_server import QuietHandler, serving
 from tests.builders.waiting import wait_for
 from tests.builders.workspace import PARAMS, Workspace, running
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]
 
 SHARED = "a text that the receiver shares with MLflow"
 NEVER = "0 0 1 1 *"

@@ -335,6 +335,7 @@ def test_different_batch_at_the_same_location_is_an_error(workspace: Workspace) 
     assert objects(workspace, "s3://darkroom/mine/here") == before
 
 
+@pytest.mark.long
 def test_evaluation_finds_a_training_with_the_default_batch(
     workspace: Workspace, server: MlflowClient, retrain_result: Any
 ) -> None:

@@ -24,6 +24,7 @@ from diffusion.data.ingest.chunks import ENTRY, HASH_BITS, perceptual_hash, redu
 from diffusion.data.ingest.config import MAX_BITS, UNCALIBRATED_BITS, IngestConfig
 from diffusion.data.ingest.decode import UnusableEntryError, prepare
 from diffusion.data.manifest import STORED, Manifest, read_records
+from diffusion.data.shards import ShardStore, shard_file
 from diffusion.data.sources.base import Entry, Source
 from diffusion.data.versions.versions import count_stored
 
@@ -99,6 +100,7 @@ def calibrate_ingest(
     source: Source,
     config: IngestConfig,
     progress: Progress = ignore_progress,
+    store: ShardStore | None = None,
 ) -> Calibration:
     """Calibrate the threshold by a sample of the images of a data set and of those that an ingest adds to it.
 
@@ -110,6 +112,7 @@ def calibrate_ingest(
         source: Source of the new images.
         config: Configuration by which they are stored.
         progress: Called with the number of sampled images.
+        store: Store of the shards that are not in the folder.
     """
     stored_count = 0 if manifest is None else sum(map(count_stored, manifest.parts))
     total = stored_count + planned_count
@@ -119,7 +122,7 @@ def calibrate_ingest(
     def images() -> Iterator[Image.Image]:
         keys = set()
         samples = chain(
-            _read_stored(folder, manifest, stored_numbers) if manifest else (),
+            _read_stored(folder, manifest, stored_numbers, store) if manifest else (),
             _read_new(plan, new_numbers, source, config),
         )
         for number, (key, image) in enumerate(samples):
@@ -134,7 +137,9 @@ def calibrate_ingest(
     return calibration
 
 
-def _read_stored(folder: Path, manifest: Manifest, numbers: np.ndarray) -> Iterator[tuple[str, Image.Image]]:
+def _read_stored(
+    folder: Path, manifest: Manifest, numbers: np.ndarray, store: ShardStore | None
+) -> Iterator[tuple[str, Image.Image]]:
     """Yield key and pixels of the images at ``numbers``, ascending, of all that lie in the shards of ``manifest``."""
     first = 0
     for part in manifest.parts:
@@ -144,7 +149,7 @@ def _read_stored(folder: Path, manifest: Manifest, numbers: np.ndarray) -> Itera
         if not len(positions) or part.shard is None:
             continue
         table = read_records(folder, part, ("outcome", "key", "offset", "size"))
-        with (folder / part.shard.name).open("rb") as shard:
+        with shard_file(folder, part.shard, store) as path, path.open("rb") as shard:
             for row in table.filter(pc.field("outcome").isin(STORED)).take(positions).to_pylist():
                 shard.seek(row["offset"])
                 yield row["key"], Image.open(io.BytesIO(shard.read(row["size"])), formats=("PNG",))

@@ -19,8 +19,9 @@ from diffusion.data.ingest.captioners import Captioner, NoAnswerError, NoCaption
 from diffusion.data.ingest.config import CaptionerConfig
 from diffusion.data.ingest.index import LOCK_TIMEOUT, explain_database_errors
 from diffusion.data.ingest.merge import Merge, rewrite_part
-from diffusion.data.manifest import CAPTIONER, read_records, work_folder
+from diffusion.data.manifest import CAPTIONER, FileEntry, read_records, work_folder
 from diffusion.data.prefetch import prefetch
+from diffusion.data.shards import ShardStore, shard_file
 from diffusion.data.sources.caption_files import complete_caption
 
 MAX_UNANSWERED = 20
@@ -80,8 +81,10 @@ def add_captions(merge: Merge, config: CaptionerConfig, progress: Progress) -> C
             cached_count, done = cached_count + len(captions), done + len(captions)
             progress("images captioned", done, total)
             requests = [row for key, row in due_rows.items() if key not in captions]
-            images = _images(folder / part.shard.name, requests if unanswered_count < MAX_UNANSWERED else ())
-            with closing(_answers(captioner, cache, name, images)) as answers:
+            images = _images(
+                folder, part.shard, requests if unanswered_count < MAX_UNANSWERED else (), merge.index.store
+            )
+            with closing(images), closing(_answers(captioner, cache, name, images)) as answers:
                 for key, answer in answers:
                     done += 1
                     unanswered_count = unanswered_count + 1 if isinstance(answer, NoAnswerError) else 0
@@ -148,9 +151,13 @@ def _answers(
         answers.close()
 
 
-def _images(shard: Path, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bytes]]:
-    """Yield key and PNG of the images in ``rows``."""
-    with shard.open("rb") as file:
+def _images(
+    folder: Path, entry: FileEntry, rows: Sequence[dict[str, Any]], store: ShardStore | None
+) -> Generator[tuple[str, bytes], None, None]:
+    """Yield key and PNG of the images in ``rows`` of a shard."""
+    if not rows:
+        return
+    with shard_file(folder, entry, store) as path, path.open("rb") as file:
         for row in rows:
             file.seek(row["offset"])
             yield row["key"], file.read(row["size"])

@@ -11,18 +11,18 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from diffusion.common.files import canonical_json, digest_of, make_folder, sha256_bytes, write_atomically, write_bytes
+from diffusion.common.files import canonical_json, digest_of, sha256_bytes
 from diffusion.common.progress import Progress
 from diffusion.common.shapes import shape_name
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import StoredImage, UnusableEntryError, ignore_pillow_warnings, prepare
-from diffusion.data.manifest import MASK, MASK_SIZE, RECORDS
+from diffusion.data.ingest.staging import PREPARED, ChunkStore, Workspace, shard_name, table_name, write_table
+from diffusion.data.manifest import MASK, MASK_SIZE
 from diffusion.data.shards import TarWriter
 from diffusion.data.sources import open_source, reader_of
 from diffusion.data.sources.base import Access, Entry, ObjectStore, Source, limit_texts
@@ -48,17 +48,12 @@ CORRECTED = "SELECT 1 FROM stored.entries s WHERE s.origin = :origin AND s.sourc
 """Query: the source describes the entry in another way than before, so it is read again, even with equal bytes."""
 HASH_BITS = 256
 """Bits of a perceptual hash."""
-COLUMNS = (*RECORDS.names, MASK.name, MASK_SIZE.name, "stamp", "bucket", "mask_source")
-"""Columns of a prepared entry: its record, without outcomes that depend on the whole data set. ``outcome``
-is ``quarantined``, ``duplicate`` (within the chunk), ``known`` (read before) or null; ``bucket`` is the shape of its
-pixels as WIDTHxHEIGHT, if any; ``mask_source`` is ``Entry.mask``. Copies with equal masks share their place in the
-shard; one with another mask has its own."""
 NOT_OF_A_CHUNK = {
     *("source", "captions", "default_caption", "trigger", "folders", "licence", "captioner", "max_quarantined"),
     *("shard_bytes", "runner", "workers", "held_out"),
 }
 """Fields of the configuration that cannot change what a chunk becomes."""
-FORMAT = 8
+FORMAT = 9
 """Incremented when the same images would be stored in another way, so that chunks of older code are not reused."""
 TEXT_OF_A_CHUNK = 2**23
 """Approximate characters of names, labels and captions per chunk; its memory grows with them."""
@@ -125,13 +120,15 @@ def description_digest(label: str | None, caption: str | None, mask: str | None)
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows ``first`` … ``last`` of the plan in the folder ``work``."""
+    """Rows of a plan, from number ``first`` on."""
 
-    work: Path
+    first: int
+    rows: list[tuple[Any, ...]]
+    """Fields of the entry and, separated by commas, the hex SHA-256 of all bytes read under its name before."""
     config: IngestConfig
     objects: ObjectStore | None
-    first: int
-    last: int
+    store: ChunkStore
+    left_out: LeaveOutList | None = None
 
 
 def chunk_size(images: int, config: IngestConfig) -> int:
@@ -142,19 +139,14 @@ def chunk_size(images: int, config: IngestConfig) -> int:
     return min(max_images, max(-(-images // 8), 512))
 
 
-def prepare_chunk(chunk: Chunk) -> Path:
+def prepare_chunk(chunk: Chunk) -> str:
     """Prepare the images of ``chunk``, unless done already; raises transient errors, such as a full disk.
 
-    Returns a table of JSON lines: the SHA-256 of each shard beside it (``shard_of``) by its bucket, then each entry's
-    COLUMNS.
+    Returns its name in ``chunk.store``, a digest of everything that determines the result.
     """
     ignore_pillow_warnings()
-    with closing(sqlite3.connect(chunk.work / "plan.sqlite")) as database:
-        rows = database.execute(
-            f"SELECT {ENTRY}, known FROM plan WHERE number BETWEEN ? AND ? ORDER BY number", (chunk.first, chunk.last)
-        )
-        # SHA-256 of all bytes read under a name before: these are not new.
-        entries = [(Entry(*row[:-1]), frozenset((row[-1] or "").lower().split(",")) - {""}) for row in rows]
+    # Bytes read under a name before are not new.
+    entries = [(Entry(*row[:-1]), frozenset((row[-1] or "").lower().split(",")) - {""}) for row in chunk.rows]
     settings = chunk.config.model_dump(mode="json", exclude=NOT_OF_A_CHUNK)
     # Hashes do not depend on the threshold, which a repeated ingest may calibrate by other images.
     settings["near_duplicates"] = chunk.config.near_duplicates is not None
@@ -162,40 +154,38 @@ def prepare_chunk(chunk: Chunk) -> Path:
         [entry.source, entry.stamp, entry.label, entry.caption, sorted(digests), *filter(None, [entry.mask])]
         for entry, digests in entries
     ]
-    settings["leave_out"] = left_out.digest if (left_out := _leave_out(chunk.config)) else None
+    settings["leave_out"] = chunk.left_out.digest if chunk.left_out else None
     content = {"uri": chunk.config.source, "reader": reader_of(chunk.config.source), "config": settings}
     name = digest_of({"format": FORMAT, "entries": listing} | content)
-    table = chunk.work / "chunks" / f"{name}.jsonl"
-    if not table.is_file():
-        make_folder(table.parent)
-        with TemporaryDirectory(dir=table.parent) as temporary:
+    if not chunk.store.has(table_name(name)):
+        with chunk.store.workspace() as workspace:
             with ExitStack() as files:
-                prepared_rows, writers = _prepare(chunk, entries, Path(temporary), files)
-            # Before the table is written: a table implies that its shards exist.
+                rows, writers = _prepare(chunk, entries, workspace, files)
+                ends = {bucket: writer.position for bucket, writer in writers.items()}
+                for writer in writers.values():
+                    writer.close()
+            # Before the table is stored: a table implies that its shards exist.
             shards = {
-                bucket: write_atomically(shard_of(table, bucket), (Path(temporary) / bucket).replace)
+                bucket: (chunk.store.add(shard_name(name, bucket), workspace.folder / bucket), ends[bucket])
                 for bucket in map(shape_name, chunk.config.shapes)
                 if bucket in writers
             }
-        write_bytes(table, "".join(f"{json.dumps(line)}\n" for line in (shards, *prepared_rows)).encode())
-    return table
-
-
-def shard_of(table: Path, bucket: str) -> Path:
-    """Return the path of the shard of a prepared chunk that holds the images of a bucket."""
-    return table.with_name(f"{table.stem}-{bucket}.tar")
+            table = workspace.folder / "table"
+            write_table(table, rows, shards)
+            chunk.store.add(table_name(name), table)
+    return name
 
 
 def _prepare(
-    chunk: Chunk, entries: list[tuple[Entry, frozenset[str]]], folder: Path, files: ExitStack
+    chunk: Chunk, entries: list[tuple[Entry, frozenset[str]]], workspace: Workspace, files: ExitStack
 ) -> tuple[list[dict[str, Any]], dict[str, TarWriter]]:
     """Write the usable images to a file per bucket in ``folder``, which ``files`` closes.
 
-    Returns a row of COLUMNS for each of ``entries``, and the writer of each bucket.
+    Returns a row of PREPARED for each of ``entries``, and the writer of each bucket.
     """
     writers: dict[str, TarWriter] = {}
-    source = open_source(chunk.config.source, Access(chunk.config, chunk.work / "scratch", chunk.objects))
-    if (left_out := _leave_out(chunk.config)) is not None:
+    source = open_source(chunk.config.source, Access(chunk.config, workspace.scratch, chunk.objects))
+    if (left_out := chunk.left_out) is not None:
         entries = [
             (entry._replace(problem=entry.problem or left_out.reason(entry.source)), known) for entry, known in entries
         ]
@@ -206,7 +196,7 @@ def _prepare(
     places: dict[tuple[str, str | None], dict[str, Any]] = {}
     rows = []
     for entry, known_digests in entries:
-        row: dict[str, Any] = dict.fromkeys(COLUMNS)
+        row: dict[str, Any] = dict.fromkeys(PREPARED.names)
         row |= {name: getattr(entry, name) for name in ("source", "stamp", "label", "caption")}
         row |= {"source_sha256": "", "mask_source": entry.mask}
         rows.append(row)
@@ -233,7 +223,7 @@ def _prepare(
         digest, mask_png = image.mask or (None, b"")
         if (image.key, digest) not in places:
             if (bucket := row["bucket"]) not in writers:
-                writers[bucket] = TarWriter(files.enter_context((folder / bucket).open("wb")))
+                writers[bucket] = TarWriter(files.enter_context((workspace.folder / bucket).open("wb")))
             metadata = {name: row[name] for name in ("label", "caption", "source")} | {"sha256": row["source_sha256"]}
             offset = writers[bucket].add(image.key, image.png, metadata, mask_png)
             place = {"offset": offset, "size": len(image.png), MASK.name: digest, MASK_SIZE.name: len(mask_png) or None}
@@ -241,13 +231,7 @@ def _prepare(
         row |= places[image.key, digest]
     if isinstance(payloads, Generator):
         payloads.close()  # what it holds open may belong to this thread
-    for writer in writers.values():
-        writer.close()
     return rows, writers
-
-
-def _leave_out(config: IngestConfig) -> LeaveOutList | None:
-    return None if config.leave_out is None else LeaveOutList.read(config.leave_out)
 
 
 def _require_unreserved(
@@ -310,16 +294,20 @@ def reduce_to_grey(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), np.float64)
 
 
-def chunks_of(work: Path, config: IngestConfig, objects: ObjectStore | None, images: int) -> Iterator[Chunk]:
+def chunks_of(
+    plan: Path, config: IngestConfig, objects: ObjectStore | None, images: int, store: ChunkStore
+) -> Iterator[Chunk]:
     """Split a plan of ``images`` rows into chunks of equally many rows, or fewer where texts are long."""
-    size = chunk_size(images, config)
-    first, text = 1, 0
-    with closing(sqlite3.connect(work / "plan.sqlite")) as database:
-        for number, length in database.execute(
-            "SELECT number, length(source) + ifnull(length(label), 0) + ifnull(length(caption), 0) FROM plan "
-            "ORDER BY number"
-        ):
-            text += length
-            if number - first + 1 == size or text >= TEXT_OF_A_CHUNK or number == images:
-                yield Chunk(work, config, objects, first, number)
-                first, text = number + 1, 0
+    size, left_out = chunk_size(images, config), None
+    if config.leave_out is not None:
+        left_out = LeaveOutList.read(config.leave_out)
+    rows, text = list[tuple[Any, ...]](), 0
+    with closing(sqlite3.connect(plan)) as database:
+        query = f"SELECT number, {ENTRY}, known FROM plan ORDER BY number"
+        for number, *row in database.execute(query):
+            entry = Entry(*row[:-1])
+            text += sum(len(part or "") for part in (entry.source, entry.label, entry.caption))
+            rows.append(tuple(row))
+            if len(rows) == size or text >= TEXT_OF_A_CHUNK or number == images:
+                yield Chunk(number - len(rows) + 1, rows, config, objects, store, left_out)
+                rows, text = [], 0

@@ -28,6 +28,7 @@ from diffusion.data.manifest import (
     read_records,
     sample_digest,
 )
+from diffusion.data.shards import ShardStore, shard_file
 from diffusion.data.versions.takedown_records import removals
 
 SCHEMA = """
@@ -70,10 +71,13 @@ class Index:
 
     ``near``: bits in which the perceptual hashes of a near-duplicate and the first image of its group, its root, may
     differ; None if near-duplicates are not grouped. A chain of images that differ a little is not one group.
+    ``store`` has the shards that are not in ``folder``.
     """
 
-    def __init__(self, path: Path, folder: Path, manifest: Manifest | None, near: int | None) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, folder: Path, manifest: Manifest | None, near: int | None, store: ShardStore | None = None
+    ) -> None:
+        self.path, self.store = path, store
         try:
             self.database = _open(path)
         except sqlite3.OperationalError:
@@ -283,9 +287,9 @@ class Index:
         """Whether an image came again with another mask."""
         return self._first("SELECT 1 FROM new_masks") is not None
 
-    def add_new_mask(self, row: dict[str, Any], shard: Path) -> None:
+    def add_new_mask(self, row: dict[str, Any], shard: str) -> None:
         """Note that a stored image came again with another mask, which lies in ``shard`` where ``row`` says."""
-        place = [str(shard), row["offset"], row["size"], row.get(MASK_SIZE.name)]
+        place = [shard, row["offset"], row["size"], row.get(MASK_SIZE.name)]
         values = (bytes.fromhex(row["key"]), row["source"], row.get(MASK.name), canonical_json(place))
         self._rows["new_masks"].append(values)
 
@@ -355,7 +359,7 @@ class Index:
         """Hash the images in ``rows`` of a part that was written before near-duplicates were configured."""
         missing = [row for row in rows if row["outcome"] in STORED and row["phash"] is None]
         if self.near is not None and part.shard is not None and missing:
-            with (folder / part.shard.name).open("rb") as shard:
+            with shard_file(folder, part.shard, self.store) as path, path.open("rb") as shard:
                 for row in missing:
                     shard.seek(row["offset"])
                     row["phash"] = perceptual_hash(Image.open(io.BytesIO(shard.read(row["size"])), formats=("PNG",)))

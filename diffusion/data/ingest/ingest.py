@@ -6,8 +6,9 @@ The manifest is written last; until then the previous version is complete, and n
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import make_folder, remove_partials
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.shapes import shape_name
+from diffusion.data.fan_out import FanOut, make_fan_out
 from diffusion.data.ingest.buckets import choose_shapes
 from diffusion.data.ingest.calibration import Calibration, calibrate_ingest
 from diffusion.data.ingest.captions import CaptionCounts, add_captions
@@ -27,6 +29,7 @@ from diffusion.data.ingest.chunks import chunks_of, make_plan, prepare_chunk
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index, explain_database_errors
 from diffusion.data.ingest.merge import Merge, write_part
+from diffusion.data.ingest.staging import ChunkFolder, ChunkStore, RemoteDataset, ShardPublisher
 from diffusion.data.manifest import (
     Manifest,
     Part,
@@ -37,7 +40,7 @@ from diffusion.data.manifest import (
     work_folder,
     write_manifest,
 )
-from diffusion.data.prefetch import FanOut, local_fan_out
+from diffusion.data.shards import ShardStore
 from diffusion.data.sources import open_source, reader_of
 from diffusion.data.sources.base import Access, ObjectStore
 from diffusion.data.sources.caption_files import CaptionTally
@@ -142,29 +145,31 @@ def ingest(
     objects: ObjectStore | None = None,
     fan_out: FanOut | None = None,
     captions_later: bool = False,
+    remote: RemoteDataset | None = None,
 ) -> IngestResult:
     """Add what is new in ``config.source`` to the data set in ``folder`` (its name is the data set's).
 
     Equal images, configuration and history give equal bytes. ``requeue`` reads quarantined entries again,
     ``captions_later`` leaves the captioner to ``caption``. A killed run is repeated, and reuses finished chunks.
+    With ``remote`` workers leave their chunks there, and no shard comes to ``folder``, where none is needed.
 
     Raises UserError if the source cannot be understood, no image can be used, more than ``config.max_quarantined``
     of those read are quarantined, or the data set stores its images in another way and ``rebuild`` is ``never``.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is not a folder, and a data set is one: move it away, or give another --dataset")
-    fan_out, work = fan_out or local_fan_out(config), work_folder(folder)
+    fan_out, work, started = fan_out or make_fan_out(config), work_folder(folder), datetime.now(UTC)
     make_folder(work)
     with FileLock(work / "lock"), explain_database_errors(work):
         before = read_manifest(folder) if (folder / "manifest.json").is_file() else None
         rebuilding = before is None or require_same_storage(before, config, rebuild)
         current, recorded_bits, parts = None if rebuilding else before, None, list[Part]()
         if current is not None:
-            require_whole(folder, current)
+            require_whole(folder, current, without_shards=remote is not None)
             recorded_bits, parts = current.near_duplicate_bits, [*current.parts]
         needs_calibration = config.near_duplicates == "auto" and recorded_bits is None
         bits = None if needs_calibration else config.near_duplicate_bits(recorded_bits)
-        with closing(Index(work / "index.sqlite", folder, before, bits)) as index:
+        with closing(Index(work / "index.sqlite", folder, before, bits, remote)) as index:
             access = Access(config, work / "scratch", objects, listings=work / "listings")
             access.scratch.mkdir(exist_ok=True)
             config = complete_buckets(config, current, lambda: survey(config, access.scratch, objects))
@@ -174,37 +179,43 @@ def ingest(
                 raise _no_images_error(config.source, access.passed_over.total())
             calibration = None
             if needs_calibration:
-                calibration = calibrate_ingest(folder, current, plan, planned_count, source, config, progress)
+                calibration = calibrate_ingest(folder, current, plan, planned_count, source, config, progress, remote)
                 recorded_bits, bits = calibration.recorded, calibration.bits
                 index.update(folder, current, bits)
             config = config.model_copy(update={"near_duplicates": bits})
             merging = config.model_copy(update={"captioner": None}) if captions_later else config
-            merge = Merge(folder, merging, index, origin, parts, access.about.get("source") or reader_of(config.source))
-            chunks = fan_out(prepare_chunk, chunks_of(work, config, objects, planned_count))
+            versioned_source = access.about.get("source") or reader_of(config.source)
+            store = ChunkFolder(work) if remote is None else remote.chunks
+            publisher = None if remote is None else ShardPublisher(remote, fan_out)
+            merge = Merge(folder, merging, index, origin, parts, versioned_source, store, publisher)
+            chunks = fan_out(prepare_chunk, chunks_of(plan, config, objects, planned_count, store))
             facts = _facts(config, before, rebuilding, access.about.get("licence"), recorded_bits)
             try:
                 after, captions = _merge(merge, before, facts, chunks, planned_count, rebuilding, progress)
             except UserError:
                 # The cause of the quarantine may be fixed, so the entries must be read again.
-                _remove_work(work)
+                _remove_work(work, store, merge.names, started)
                 raise
             finally:
                 remove_strays(folder)
-            _remove_work(work)
+            _remove_work(work, store, merge.names, started)
             return _make_result(merge, before, after, access, listed_count, calibration, captions)
 
 
-def caption(folder: Path, config: IngestConfig, progress: Progress = ignore_progress) -> tuple[Manifest, CaptionCounts]:
+def caption(
+    folder: Path, config: IngestConfig, progress: Progress = ignore_progress, store: ShardStore | None = None
+) -> tuple[Manifest, CaptionCounts]:
     """Caption the kept images of the data set in ``folder``, which makes a version if there are new captions.
 
-    An ingest does so by itself; this is for images that rules of curation left. Raises UserError as ``add_captions``.
+    An ingest does so by itself; this is for images that rules of curation left. ``store`` has the shards that are not
+    in ``folder``. Raises UserError as ``add_captions``.
     """
     assert config.captioner is not None
     work = work_folder(folder)
     with FileLock(work / "lock"), explain_database_errors(work):
         before = read_manifest(folder)
         bits = config.near_duplicate_bits(before.near_duplicate_bits)
-        with closing(Index(work / "index.sqlite", folder, before, bits)) as index, index.transaction():
+        with closing(Index(work / "index.sqlite", folder, before, bits, store)) as index, index.transaction():
             merge = Merge(folder, config, index, "", list(before.parts))
             counts = add_captions(merge, config.captioner, progress)
             after = before
@@ -296,7 +307,7 @@ def _merge(
     merge: Merge,
     before: Manifest | None,
     facts: dict[str, Any],
-    chunks: Iterator[Path],
+    chunks: Iterator[str],
     planned_count: int,
     rebuilding: bool,
     progress: Progress,
@@ -332,6 +343,8 @@ def _merge(
                 f"than the share of {config.max_quarantined:g} that ingest.max_quarantined allows ({reasons}): fix "
                 "them, or allow more"
             )
+        if merge.publisher is not None:
+            merge.publisher.publish(merge.parts)
         merge.replace_masks()
         captions = None if config.captioner is None else add_captions(merge, config.captioner, progress)
         after = Manifest(
@@ -374,7 +387,7 @@ def remove_strays(folder: Path) -> None:
                 path.rmdir()
 
 
-def _remove_work(work: Path) -> None:
-    for name in ("chunks", "scratch"):
-        shutil.rmtree(work / name, ignore_errors=True)
+def _remove_work(work: Path, chunks: ChunkStore, names: Sequence[str], started: datetime) -> None:
+    for store in (ChunkFolder(work), chunks):
+        store.remove(names, started)
     (work / "plan.sqlite").unlink(missing_ok=True)

@@ -1,6 +1,5 @@
 """Merge: prepared chunks become parts of the data set in order, each checked against all before it."""
 
-import json
 import os
 import shutil
 from collections import Counter
@@ -19,10 +18,17 @@ from diffusion.common.config import Config
 from diffusion.common.errors import ConflictError
 from diffusion.common.files import make_folder, sync_file, sync_folder, write_atomically, write_bytes
 from diffusion.common.shapes import Shape, parse_shape
-from diffusion.data.ingest.chunks import shard_of
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import MASK_PROBLEM
 from diffusion.data.ingest.index import Index, explain_database_errors
+from diffusion.data.ingest.staging import (
+    ChunkFolder,
+    ChunkStore,
+    Digests,
+    ShardPublisher,
+    StagedShard,
+    read_chunk,
+)
 from diffusion.data.manifest import (
     CAPTIONER,
     LABELLED_BY,
@@ -35,7 +41,6 @@ from diffusion.data.manifest import (
     Manifest,
     Part,
     Totals,
-    find_intact,
     manifest_bytes,
     read_manifest,
     read_records,
@@ -44,13 +49,10 @@ from diffusion.data.manifest import (
     versions,
     work_folder,
 )
-from diffusion.data.shards import TarWriter, mask_offset
+from diffusion.data.shards import NEW_MASK, mask_offset, shard_file, write_samples
 from diffusion.data.sources.rights import count_reservations
 from diffusion.data.versions.image_lists import forget_images, unite_lists
 from diffusion.data.versions.versions import remember
-
-NEW_MASK = "new_mask"
-"""Key of a row with the PNG of a mask that is not in its shard yet; empty: it has none any more."""
 
 
 def split_of(key: str, held_out: float) -> str:
@@ -69,6 +71,12 @@ class Merge:
     parts: list[Part]
     source: str | None = None
     """Versioned source of the new images."""
+    chunks: ChunkStore | None = None
+    """Where prepared chunks are; None: in the work folder."""
+    publisher: ShardPublisher | None = None
+    """Publishes the shards; None: they become files of ``folder``."""
+    names: list[str] = field(default_factory=list)
+    """Names of the chunks that were added."""
     read: int = 0
     """Entries read so far, with any outcome."""
     reasons: Counter[str] = field(default_factory=Counter)
@@ -82,10 +90,10 @@ class Merge:
     mask_problems: dict[str, str] = field(default_factory=dict)
     """Why the new mask of an image cannot be used, which keeps its old one, by its name; the first thousand."""
 
-    def add(self, chunk: Path) -> None:
-        """Determine the outcome of each image of a prepared ``chunk``; new images become a part for each bucket."""
-        with chunk.open() as lines:
-            shards, *rows = map(json.loads, lines)
+    def add(self, name: str) -> None:
+        """Determine the outcome of each image of the prepared chunk ``name``; new ones become a part per bucket."""
+        self.names.append(name)
+        shards, rows = read_chunk(self.chunk_store, name)
         places = {bucket: place for place, bucket in enumerate(shards)}
         # In the order of the parts, by which an index that is built again groups near-duplicates.
         rows.sort(key=lambda row: places.get(row["bucket"], 0))
@@ -95,10 +103,9 @@ class Merge:
             # Its duplicates, with any bytes, may come before it.
             if row["key"] is not None and self.index.is_removed(row["source_sha256"]):
                 self.index.refuse(row["key"])
-        samples = Counter(bucket for bucket, _ in {(row["bucket"], row["offset"]) for row in rows if row["size"]})
         for row in rows:
             self.index.stamp(self.origin, row)
-            shard = shard_of(chunk, row["bucket"]) if row["offset"] is not None else None
+            shard = shards[row["bucket"]].name if row["offset"] is not None else None
             if row["outcome"] != "known" and self._classify(row, shard):
                 self.index.record(row)
                 records.append(row)
@@ -109,9 +116,9 @@ class Merge:
             # Records without an image of their own come first, unless they are duplicates of an image in this chunk.
             members = [row for row in records if (row["bucket"] if row["bucket"] in buckets else buckets[0]) == bucket]
             shape = parse_shape(bucket) if self.config.buckets else None
-            self._append(members, shard_of(chunk, bucket), shards[bucket], samples[bucket], self.source, shape)
+            self._append(members, shards[bucket], self.source, shape)
         if not buckets:
-            self._append(records, None, "", 0, self.source)
+            self._append(records, None, self.source)
 
     def adopt(self, local: Manifest, base: Manifest | None) -> int:
         """Add what another version has and neither this one nor ``base``; returns how many duplicates of lost images.
@@ -141,7 +148,7 @@ class Merge:
             sample = self.index.sample(row["key"])
             own_mask = None if sample is None else sample.mask
             if mask not in (base_masks.get(row["key"], mask), own_mask) and part.shard is not None:
-                self.index.add_new_mask(row, self.folder / part.shard.name)
+                self.index.add_new_mask(row, str((self.folder / part.shard.name).resolve()))
         for row in rows:
             if row["outcome"] == "removed":
                 is_recorded = not self._is_known_as_removed(row)
@@ -157,11 +164,12 @@ class Merge:
                 self.index.record(row)
                 records.append(row)
         self.index.flush()
-        if part.shard is None:
-            self._append(records, None, "", 0, part.source, dataset=part.dataset)
-        else:
-            place, digest = self.folder / part.shard.name, part.shard.sha256
-            self._append(records, place, digest, len(stored_rows), part.source, part.shape, part.dataset)
+        shard = None
+        if part.shard is not None:
+            offsets = [row["offset"] for row in stored_rows]
+            digests = Digests(part.shard.sha256, part.shard.bytes)
+            shard = StagedShard(str((self.folder / part.shard.name).resolve()), digests, offsets)
+        self._append(records, shard, part.source, part.shape, part.dataset)
         return lost_count
 
     def _look_up(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -170,7 +178,7 @@ class Merge:
         new_rows = [row for row in rows if row["phash"] is not None and self.index.sample(row["key"]) is None]
         self.index.expect_hashes([row["phash"] for row in new_rows])
 
-    def _classify(self, row: dict[str, Any], shard: Path | None = None) -> bool:
+    def _classify(self, row: dict[str, Any], shard: str | None = None) -> bool:
         """Determine the outcome of an image, which ``shard`` holds if it is prepared; returns whether to record it."""
         if self.index.is_removed(row["key"], row["source_sha256"]):
             self.new_outcomes["removed"] += 1
@@ -208,7 +216,7 @@ class Merge:
     def _is_known_as_removed(self, row: dict[str, Any]) -> bool:
         return all(self.index.is_removed(digest) for digest in (row["key"], row["source_sha256"]) if digest)
 
-    def _classify_image(self, row: dict[str, Any], shard: Path | None) -> None:
+    def _classify_image(self, row: dict[str, Any], shard: str | None) -> None:
         sample = self.index.sample(row["key"])
         if sample is not None:
             mask = sample.mask
@@ -246,41 +254,48 @@ class Merge:
             for row in stored_rows:
                 if (new_mask := self.index.take_new_mask(row["key"], row["source"])) is None:
                     continue
-                mask, (path, offset, size, mask_size) = new_mask
-                with Path(path).open("rb") as shard:
-                    shard.seek(mask_offset(offset, size))
-                    row |= {MASK.name: mask, MASK_SIZE.name: mask_size, NEW_MASK: shard.read(mask_size or 0)}
+                mask, (shard, offset, size, mask_size) = new_mask
+                png = self.chunk_store.read_span(shard, mask_offset(offset, size), mask_size) if mask_size else b""
+                row |= {MASK.name: mask, MASK_SIZE.name: mask_size, NEW_MASK: png}
                 self.index.describe(row)
                 changed += 1
             if changed:
-                shards = [(find_intact(self.folder, part.shard), stored_rows)]
-                new_shard = copy_samples(self.folder, part.number, shards)
+                with shard_file(self.folder, part.shard, self.index.store) as file:
+                    new_shard = copy_samples(self.folder, part.number, [(file, stored_rows)])
                 self.parts[place] = rewrite_part(self.folder, part, rows, self.config.size, new_shard)
             self.remasked += changed
         # The masks of copies under other names.
         self.relabelled += self.index.forget_new_masks()
 
+    @property
+    def chunk_store(self) -> ChunkStore:
+        """Where prepared chunks are."""
+        return self.chunks or ChunkFolder(work_folder(self.folder))
+
     def _append(
         self,
         records: list[dict[str, Any]],
-        shard_file: Path | None,
-        digest: str,
-        samples: int,
+        staged: StagedShard | None,
         source: str | None,
         shape: Shape | None = None,
         dataset: str | None = None,
     ) -> None:
-        """Append a part of ``records``, whose shard is ``shard_file``, of SHA-256 ``digest``, or a part of it."""
+        """Append a part of ``records``, whose shard is ``staged``, or a part of it."""
         if not records:
             return
         # Compaction leaves gaps in the numbers.
         number, shard = self.parts[-1].number + 1 if self.parts else 0, None
         stored_rows = [row for row in records if row["outcome"] in STORED]
-        if shard_file is not None and stored_rows:
-            if len(stored_rows) == samples:
-                shard = link_file(self.folder, shard_file, self.folder / "shards" / f".{number:05d}.tar", digest)
+        if staged is not None and stored_rows:
+            if self.publisher is not None:
+                shard = self.publisher.add(number, staged, stored_rows)
             else:
-                shard = copy_samples(self.folder, number, [(shard_file, stored_rows)])
+                file = ChunkFolder(work_folder(self.folder)).path(staged.name)
+                if len(stored_rows) == len(staged.offsets):
+                    staging_path = self.folder / "shards" / f".{number:05d}.tar"
+                    shard = link_file(self.folder, file, staging_path, staged.digests.sha256)
+                else:
+                    shard = copy_samples(self.folder, number, [(file, stored_rows)])
         self.parts.append(write_part(self.folder, number, shard, records, self.config.size, source, shape, dataset))
 
 
@@ -297,24 +312,12 @@ def link_file(folder: Path, source: Path, staging_path: Path, digest: str) -> Fi
 
 
 def copy_samples(folder: Path, number: int, shards: Sequence[tuple[Path, list[dict[str, Any]]]]) -> FileEntry | None:
-    """Write shard ``number`` of samples of other ``shards``, each with the rows to copy; updates their offsets.
-
-    A row's NEW_MASK replaces its mask. Returns None without ``shards``.
-    """
+    """Write shard ``number`` as ``write_samples`` does; None without ``shards``."""
     if not shards:
         return None
-
-    def write(partial: Path) -> None:
-        with partial.open("wb") as file:
-            writer = TarWriter(file)
-            for source, rows in shards:
-                with source.open("rb") as shard:
-                    for row in sorted(rows, key=lambda row: row["offset"]):
-                        row["offset"] = writer.copy(shard, row["offset"], row["size"], row.pop(NEW_MASK, None))
-            writer.close()
-
     staging_path = folder / "shards" / f".{number:05d}.tar"
-    return _rename(folder, staging_path, write_atomically(staging_path, write))
+    digest = write_atomically(staging_path, lambda partial: write_samples(partial, shards))
+    return _rename(folder, staging_path, digest)
 
 
 def write_part(

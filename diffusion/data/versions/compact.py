@@ -9,6 +9,7 @@ from filelock import FileLock
 from diffusion.common.config import Config
 from diffusion.common.escaping import pluralize
 from diffusion.common.progress import Progress, ignore_progress
+from diffusion.data.fan_out import make_fan_out
 from diffusion.data.ingest.chunks import TEXT_OF_A_CHUNK, chunk_size
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import remove_strays
@@ -23,7 +24,6 @@ from diffusion.data.manifest import (
     work_folder,
     write_manifest,
 )
-from diffusion.data.prefetch import FanOut, local_fan_out
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,7 @@ class CompactionResult(Config):
         return [f"{self.dataset}: {words}; version {self.digest[:12]}", f"content {self.content_digest}"]
 
 
-def compact(
-    folder: Path, config: IngestConfig, progress: Progress = ignore_progress, fan_out: FanOut | None = None
-) -> CompactionResult:
+def compact(folder: Path, config: IngestConfig, progress: Progress = ignore_progress) -> CompactionResult:
     """Make a version of the data set in ``folder`` of the same content, without runs of small parts.
 
     A part is small if it is less than half as large as parts of a fresh ingest with ``config.shard_bytes``. Only small
@@ -64,7 +62,7 @@ def compact(
 
     Raises UserError if a required file is missing or damaged.
     """
-    fan_out = fan_out or local_fan_out(config)
+    fan_out = make_fan_out(config)
     read_manifest(folder)  # before the lock makes a folder
     with FileLock(work_folder(folder) / "lock"):
         before = read_manifest(folder)

@@ -1,31 +1,44 @@
 """The difference of two versions of a data set, of which only parts that they do not share are read."""
 
-from collections.abc import Sequence
-from functools import reduce
+from collections.abc import Callable, Sequence
 from itertools import compress
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from tempfile import gettempdir
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
 from diffusion.common.config import Config, is_unset
-from diffusion.data.manifest import GIVEN_LABEL, LABELLED_BY, MASK, RECORDS, Manifest, Outcome, Part
+from diffusion.data.manifest import Manifest, Outcome, Part, read_table
+from diffusion.data.tables import insert_records, open_database
 from diffusion.data.versions.versions import (
     Elsewhere,
     QuarantineEntry,
-    ReadTable,
     count_kept,
     find_nothing,
-    find_records,
+    find_table,
     find_unshared_parts,
     first_entries,
     list_quarantine_reasons,
 )
 
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
 T = TypeVar("T")
-COLUMNS = ("outcome", "key", "source", "split", "label", "caption", "reason", MASK.name)
+Side = Literal["before", "after"]
+FindTable = Callable[[Part], tuple[Path, bool] | None]
+"""Finds the records of a part, and whether they are those after a curation that the part was before."""
+_FIELDS = ("key", "source", "split", "label", "caption", "reason", "mask")
+"""Fields of Sample."""
+_RECORDED = f"SELECT outcome, {', '.join(_FIELDS)} FROM records WHERE outcome IN ('kept', 'dropped')"
+_UNCURATED = """
+SELECT 'kept', key, source, split, if(labelled_by IS NULL, label, given_label), caption, reason, mask
+FROM records
+WHERE outcome IN ('kept', 'dropped')
+"""
 
 
 class Sample(Config):
@@ -91,17 +104,32 @@ def diff(
     remains = _remains(folder, old_parts, new_parts, elsewhere) | _remains(folder, new_parts, old_parts, elsewhere)
     unread_tables: set[str] = set()
 
-    def read(part: Part, columns: Sequence[str]) -> pa.Table | None:
-        table = find_records(folder, remains.get(part.records.sha256, part), columns, elsewhere)
-        if table is None and (curated_part := _curated_part(part, before, after)):
-            table = find_records(folder, curated_part, (*columns, LABELLED_BY.name, GIVEN_LABEL.name), elsewhere)
-            table = None if table is None else _undo_curation(table).select(columns)
-        if table is None:
-            unread_tables.add(part.records.name)
-        return table
+    def find(part: Part) -> tuple[Path, bool] | None:
+        if path := find_table(folder, remains.get(part.records.sha256, part), elsewhere):
+            return path, False
+        if (curated_part := _curated_part(part, before, after)) and (
+            path := find_table(folder, curated_part, elsewhere)
+        ):
+            return path, True
+        unread_tables.add(part.records.name)
+        return None
 
-    old_images, new_images = _images(old_parts, remains, read), _images(new_parts, remains, read)
-    old_drops, new_drops = (_images(parts, {}, read, "dropped") for parts in (old_parts, new_parts))
+    def read(part: Part, columns: Sequence[str]) -> pa.Table | None:
+        # Curation does not change quarantined entries.
+        return (found := find(part)) and read_table(found[0], columns)
+
+    with open_database(Path(gettempdir())) as database:
+        has_all = [
+            _load(database, "before", old_parts, remains, find),
+            _load(database, "after", new_parts, remains, find),
+        ]
+        has_images, has_drops = (all(states) for states in zip(*has_all, strict=True))
+        added, removed = _only_in(database, "after", "kept", limit), _only_in(database, "before", "kept", limit)
+        dropped, restored = (
+            _only_in(database, "after", "dropped", limit),
+            _only_in(database, "before", "dropped", limit),
+        )
+        changed = _find_changes(database, limit)
     old_reasons, new_reasons = list_quarantine_reasons([before, after], read)
     if unread_tables:
         old_reasons = new_reasons = None
@@ -110,11 +138,11 @@ def diff(
         after=after.digest,
         same_content=before.content_digest == after.content_digest,
         kept=(before.kept, after.kept),
-        added=_only_in(new_images, old_images, limit),
-        removed=_only_in(old_images, new_images, limit),
-        dropped=_only_in(new_drops, old_drops, limit),
-        restored=_only_in(old_drops, new_drops, limit),
-        changed=_find_changes(old_images, new_images, limit),
+        added=added if has_images else None,
+        removed=removed if has_images else None,
+        dropped=dropped if has_drops else None,
+        restored=restored if has_drops else None,
+        changed=changed if has_images else None,
         quarantined=_entries_only_in(new_reasons, old_reasons, limit),
         cleared=_entries_only_in(old_reasons, new_reasons, limit),
         storage=_differences(before.storage.model_dump(), after.storage.model_dump()),
@@ -123,31 +151,74 @@ def diff(
     )
 
 
-def _samples(images: pa.Table, limit: int | None) -> list[Sample]:
-    rows = images.sort_by("key").slice(0, limit).to_pylist()
-    return [Sample(**row) for row in rows if row["key"] is not None]
+def _load(
+    database: "DuckDBPyConnection", side: Side, parts: list[Part], remains: dict[str, Part], find: FindTable
+) -> tuple[bool, bool]:
+    """Load the images of ``parts``, and those that a takedown removed; returns whether all kept and all dropped are.
 
-
-def _only_in(table: pa.Table | None, other: pa.Table | None, limit: int | None) -> VersionGroup[Sample] | None:
-    if table is None or other is None:
-        return None
-    images = table.filter(pc.invert(pc.is_in(table["key"], other["key"], skip_nulls=True)))
-    return VersionGroup(count=len(images), samples=_samples(images, limit))
-
-
-def _find_changes(old: pa.Table | None, new: pa.Table | None, limit: int | None) -> VersionGroup[SampleChange] | None:
-    if old is None or new is None:
-        return None
-    # Keys are unique, so equal rows are of the same image.
-    before = old.filter(pc.is_in(old["key"], new["key"], skip_nulls=True)).sort_by("key")
-    after = new.filter(pc.is_in(new["key"], old["key"], skip_nulls=True)).sort_by("key")
-    columns = (
-        (pc.fill_null(rows[name], "") for rows in (before, after)) for name in ("split", "label", "caption", MASK.name)
+    ``remains`` are the parts that takedowns rewrote, by the digest of the table before.
+    """
+    database.execute(f"CREATE TABLE {side} (outcome VARCHAR, {', '.join(f'{name} VARCHAR' for name in _FIELDS)})")
+    tables = [(part, find(part)) for part in parts]
+    for is_curated, query in ((False, _RECORDED), (True, _UNCURATED)):
+        paths = (found[0] for _, found in tables if found is not None and found[1] == is_curated)
+        insert_records(database, side, paths, query)
+    removed_keys, unknown_count = set[str](), 0
+    for part, found in tables:
+        if found is None or (rest := remains.get(part.records.sha256)) is None:
+            continue
+        if part.outcomes.get("removed"):  # it is unknown which of them were removed before
+            unknown_count += count_kept(part) - count_kept(rest)
+        else:
+            rows = read_table(found[0], ("outcome", "key")).filter(pc.field("outcome") == "removed")
+            removed_keys.update(rows["key"].to_pylist())
+    keys = [*(removed_keys - {""}), *[None] * unknown_count]
+    database.execute(
+        f"INSERT INTO {side} (outcome, key) SELECT 'kept', key FROM (SELECT unnest(?::VARCHAR[]) AS key) AS removed "
+        f"WHERE NOT EXISTS (SELECT 1 FROM {side} AS image WHERE image.key = removed.key AND outcome = 'kept')",
+        [keys],
     )
-    mask = reduce(pc.or_, (pc.not_equal(*pair) for pair in columns))
-    pairs = zip(_samples(before.filter(mask), limit), _samples(after.filter(mask), limit), strict=True)
-    samples = [SampleChange(before=one, after=other) for one, other in pairs]
-    return VersionGroup(count=pc.sum(mask).as_py() or 0, samples=samples)
+    missing = [part for part, found in tables if found is None]
+    return not missing, not any(part.outcomes.get("dropped") for part in missing)
+
+
+def _only_in(database: "DuckDBPyConnection", side: Side, outcome: Outcome, limit: int | None) -> VersionGroup[Sample]:
+    other = "after" if side == "before" else "before"
+    images = (
+        f"FROM {side} AS image WHERE outcome = '{outcome}' AND NOT EXISTS "
+        f"(SELECT 1 FROM {other} AS other WHERE other.key = image.key AND other.outcome = '{outcome}')"
+    )
+    count, rows = _count_and_first(database, _FIELDS, images, limit)
+    return VersionGroup(count=count, samples=[_sample(row) for row in rows if row[0] is not None])
+
+
+def _find_changes(database: "DuckDBPyConnection", limit: int | None) -> VersionGroup[SampleChange]:
+    differences = " OR ".join(
+        f"coalesce(before.{name}, '') <> coalesce(after.{name}, '')" for name in ("split", "label", "caption", "mask")
+    )
+    images = (
+        "FROM before JOIN after USING (key) "
+        f"WHERE before.outcome = 'kept' AND after.outcome = 'kept' AND ({differences})"
+    )
+    fields = [f"{side}.{name}" for side in ("before", "after") for name in _FIELDS]
+    count, rows = _count_and_first(database, fields, images, limit)
+    pairs = ((row[: len(_FIELDS)], row[len(_FIELDS) :]) for row in rows)
+    return VersionGroup(
+        count=count, samples=[SampleChange(before=_sample(old), after=_sample(new)) for old, new in pairs]
+    )
+
+
+def _count_and_first(
+    database: "DuckDBPyConnection", fields: Sequence[str], images: str, limit: int | None
+) -> tuple[int, list[tuple[str | None, ...]]]:
+    """Return the number of ``images``, a query from FROM on, and ``fields`` of the first ``limit``, by key."""
+    (count,) = database.execute(f"SELECT count(*) {images}").fetchone() or (0,)
+    query = f"SELECT {', '.join(fields)} {images} ORDER BY {fields[0]}, {fields[1]} LIMIT ?"
+    return count, database.execute(query, [limit]).fetchall()
+
+
+def _sample(row: tuple[str | None, ...]) -> Sample:
+    return Sample.model_validate(dict(zip(_FIELDS, row, strict=True)))
 
 
 def _entries_only_in(
@@ -167,7 +238,7 @@ def _remains(folder: Path, parts: list[Part], others: list[Part], elsewhere: Els
         for part in parts
         if part.number in parts_by_number
         and parts_by_number[part.number].outcomes.get("removed", 0) > part.outcomes.get("removed", 0)
-        and find_records(folder, part, ("outcome",), elsewhere) is None
+        and find_table(folder, part, elsewhere) is None
     }
 
 
@@ -181,43 +252,6 @@ def _curated_part(part: Part, *versions: Manifest) -> Part | None:
     others = [other for version in versions for other in version.parts if other.number == part.number]
     is_curated = (other.shard == part.shard and (other.outcomes.get("dropped") or other.relabelled) for other in others)
     return next(compress(others, is_curated), None)
-
-
-def _undo_curation(table: pa.Table) -> pa.Table:
-    """Return the records as they were before curation dropped or relabelled any."""
-    outcome = pc.if_else(pc.equal(table["outcome"], "dropped"), "kept", table["outcome"])
-    table = table.set_column(table.column_names.index("outcome"), "outcome", outcome)
-    if "label" not in table.column_names:
-        return table
-    label = pc.if_else(pc.is_valid(table[LABELLED_BY.name]), table[GIVEN_LABEL.name], table["label"])
-    return table.set_column(table.column_names.index("label"), "label", label)
-
-
-def _images(parts: list[Part], remains: dict[str, Part], read: ReadTable, outcome: Outcome = "kept") -> pa.Table | None:
-    """Return the images of ``parts``, with those that a takedown removed from them; None if a table is unavailable.
-
-    ``remains`` are the parts that takedowns rewrote, by the digest of the table before.
-    """
-    tables = [pa.schema([*[RECORDS.field(name) for name in COLUMNS[1:-1]], MASK]).empty_table()]
-    removed_keys: set[str] = set()
-    unknown_count = 0
-    # Most parts have no dropped images.
-    outcome_parts = [part for part in parts if outcome == "kept" or part.outcomes.get(outcome)]
-    for part, table in [(part, read(part, COLUMNS)) for part in outcome_parts]:
-        if table is None:
-            return None
-        tables.append(table.filter(pc.field("outcome") == outcome).drop_columns("outcome"))
-        if (rest := remains.get(part.records.sha256)) is None:
-            continue
-        if part.outcomes.get("removed"):  # it is unknown which of them were removed before
-            unknown_count += count_kept(part) - count_kept(rest)
-        else:
-            removed_keys.update(table.filter(pc.field("outcome") == "removed")["key"].to_pylist())
-    if remains:
-        for image_table in tables:
-            removed_keys.difference_update(image_table["key"].to_pylist())
-        tables.append(pa.table({"key": pa.array([*(removed_keys - {""}), *[None] * unknown_count], pa.string())}))
-    return pa.concat_tables(tables, promote_options="default")
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any], absent: Any = None) -> dict[str, tuple[Any, Any]]:

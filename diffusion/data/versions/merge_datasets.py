@@ -14,11 +14,11 @@ from diffusion.common.config import Config, is_unset
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
 from diffusion.common.progress import Progress, ignore_progress
+from diffusion.data.fan_out import make_fan_out
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import remove_strays
 from diffusion.data.ingest.key_resolution import resolve
 from diffusion.data.ingest.merge import copy_samples, link_file, write_part
-from diffusion.data.key_ranges import scratch_folder
 from diffusion.data.manifest import (
     MASK,
     MASK_SIZE,
@@ -34,7 +34,7 @@ from diffusion.data.manifest import (
     work_folder,
     write_manifest,
 )
-from diffusion.data.prefetch import FanOut, local_fan_out
+from diffusion.data.tables import scratch_folder
 from diffusion.data.versions.image_lists import read_lists
 from diffusion.data.versions.takedown_records import removals
 from diffusion.data.versions.versions import count_stored
@@ -84,19 +84,18 @@ def merge_datasets(
     others: Sequence[Path],
     config: IngestConfig,
     progress: Progress = ignore_progress,
-    fan_out: FanOut | None = None,
 ) -> MergeResult:
     """Make a version of the data set in ``folder`` with the images of ``others``, which must be stored alike.
 
     Of equal images the first stays, in the order of the data sets; the result has the content digest of ingests of all
-    their sources in this order. Duplicates are found by ranges of keys, and each part is the work of one worker: memory
-    does not grow with the data sets. Locks out ingests; repeated after a kill it gives the same bytes, and once it is
-    done no version.
+    their sources in this order. Duplicates are found by a database that spills, and each part is the work of one
+    worker: memory does not grow with the data sets. Locks out ingests; repeated after a kill it gives the same bytes,
+    and once it is done no version.
 
     Raises UserError if the data sets differ in storage or licence, near-duplicates are grouped, an image of one was
     taken down from another, or a file is damaged.
     """
-    fan_out = fan_out or local_fan_out(config)
+    fan_out = make_fan_out(config)
     if config.near_duplicates is not None:
         raise UserError(
             "near-duplicates are not looked for between data sets: leave ingest.near_duplicates out, or ingest the "
@@ -114,8 +113,7 @@ def merge_datasets(
         parts = _list_parts(folders, (before, *rest))
         scratch = stack.enter_context(scratch_folder(work_folder(folder) / "ranges"))
         removed_digests = frozenset(_removed_digests(folders, parts))
-        digest, duplicates = resolve(parts, before.storage, scratch, fan_out, removed_digests)
-        duplicates = duplicates[np.argsort(duplicates["part"], kind="stable")]
+        digest, duplicates = resolve(parts, before.storage, scratch, removed_digests)
         tasks = list(_tasks(folder, before, parts, duplicates))
         new_parts = []
         for done, part in enumerate(fan_out(_take, tasks), 1):

@@ -33,12 +33,13 @@ from diffusion.data.versions.takedown_records import (
     Selection,
     Selector,
     find_dropped_copies,
+    find_held_keys,
     find_pending_removals,
     is_one_of,
     match_images,
     no_match_error,
     removals,
-    rows_of,
+    rows_with,
     write_removal,
 )
 from diffusion.data.versions.versions import count_stored
@@ -61,7 +62,7 @@ def require_removable(folder: Path, selection: Selection, reason: str) -> None:
     if unmatched and _find_earlier(folder, digest_of([selection.model_dump(), reason])[:16]) is None:
         raise no_match_error(unmatched, folder, manifest)
     keys = set(matches.image_keys)
-    _find_taken(folder, manifest, lambda row: selector.removes(row, keys))
+    _find_taken(folder, manifest, keys, lambda row: selector.removes(row, keys))
 
 
 def _require_reason(reason: str) -> None:
@@ -89,7 +90,7 @@ def remove(folder: Path, selection: Selection, reason: str, progress: Progress =
             raise no_match_error(unmatched, folder, before)
         after, keys = before, set(matches.image_keys)
         if matches.parts:
-            after = _write_without(folder, before, lambda row: selector.removes(row, keys), reason, progress)
+            after = _write_without(folder, before, keys, lambda row: selector.removes(row, keys), reason, progress)
         parts = zip(before.parts, after.parts, strict=True)
         # Without a record, what is gone was removed elsewhere, and is known as far as the rows left describe it.
         fields = {
@@ -136,14 +137,11 @@ def remove_known(folder: Path, progress: Progress = ignore_progress) -> list[Rem
         remove_strays(folder)
     for removal in find_pending_removals(folder, records):
         before = read_manifest(folder)
-        keys, digests = set(removal.image_keys), set(removal.digests)
         # If the storage configuration has changed since, images have other keys, which duplicates share.
-        rows = rows_of(folder, before, ("outcome", "key", "source_sha256"))
-        keys |= {row["key"] for _, row in rows if row["outcome"] in STORED and row["source_sha256"] in digests}
-        copies = find_dropped_copies(folder, before)
-        keys.update(*(copies.get(key, ()) for key in tuple(keys)))
+        keys, digests = {*removal.image_keys, *find_held_keys(folder, removal, before)[0]}, set(removal.digests)
+        keys |= find_dropped_copies(folder, before, keys)
         is_taken = partial(is_one_of, keys=keys, digests=digests)
-        if (after := _write_without(folder, before, is_taken, removal.reason, progress)) is not before:
+        if (after := _write_without(folder, before, keys, is_taken, removal.reason, progress)) is not before:
             # Before the manifest, by which they would be found again after a kill.
             forget_captions(folder, keys)
             forget_encodings(folder)
@@ -153,30 +151,42 @@ def remove_known(folder: Path, progress: Progress = ignore_progress) -> list[Rem
     return applied_removals
 
 
-def _find_taken(folder: Path, before: Manifest, is_taken: Callable[[Row], bool]) -> set[int]:
-    """Find the numbers of the parts with rows for which ``is_taken``; raises UserError if no image would be left."""
-    taken_rows = [(part.number, row["outcome"]) for part, row in rows_of(folder, before, SELECTED_BY) if is_taken(row)]
-    if taken_rows and sum(outcome == "kept" for _, outcome in taken_rows) == before.kept:
+def _find_taken(folder: Path, before: Manifest, keys: set[str], is_taken: Callable[[Row], bool]) -> set[int]:
+    """Find the numbers of the parts with rows, of ``keys`` or without any, for which ``is_taken``.
+
+    Raises UserError if no image would be left.
+    """
+    numbers, kept_count = set[int](), 0
+    for part, row in rows_with(folder, before, SELECTED_BY, keys):
+        if is_taken(row):
+            numbers.add(part.number)
+            kept_count += row["outcome"] == "kept"
+    if numbers and kept_count == before.kept:
         raise UserError(
             f"this would remove all {before.kept} images of data set {folder.name}: "
             f"to be rid of the data set, delete {folder}"
         )
-    return {number for number, _ in taken_rows}
+    return numbers
 
 
 def _write_without(
-    folder: Path, before: Manifest, is_taken: Callable[[Row], bool], reason: str, progress: Progress
+    folder: Path,
+    before: Manifest,
+    keys: set[str],
+    is_taken: Callable[[Row], bool],
+    reason: str,
+    progress: Progress,
 ) -> Manifest:
-    """Write the version without the rows for which ``is_taken``; returns ``before`` if there are none."""
-    if not (numbers := _find_taken(folder, before, is_taken)):
+    """Write the version without the rows that ``_find_taken`` finds; returns ``before`` if there are none."""
+    if not (numbers := _find_taken(folder, before, keys, is_taken)):
         return before
     require_whole(folder, before)
-    parts, keys, digests = list(before.parts), set[str](), set[str]()
+    parts, taken_keys, digests = list(before.parts), set[str](), set[str]()
     for place, part in enumerate(before.parts):
         if part.number not in numbers:
             continue
         records = read_records(folder, part).to_pylist()
-        keys |= {row["key"] for row in records if is_taken(row)}
+        taken_keys |= {row["key"] for row in records if is_taken(row)}
         digests |= {row["source_sha256"] for row in records if is_taken(row)} - {""}
         rows = [redact_row(row, reason) if is_taken(row) else row for row in records]
         stored_rows = [row for row in rows if row["outcome"] in STORED]
@@ -187,5 +197,5 @@ def _write_without(
         parts[place] = rewrite_part(folder, part, rows, before.size, shard)
         progress("parts rewritten", place + 1, len(parts))
     after = before.make_child(f"removal: {reason}", parts, content_digest(folder, parts, before.storage))
-    lists = forget_images(folder, before.lists, lambda key, digest: key in keys or digest in digests)
+    lists = forget_images(folder, before.lists, lambda key, digest: key in taken_keys or digest in digests)
     return after.model_copy(update={"lists": lists})

@@ -3,10 +3,11 @@
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, ValidationError
@@ -21,6 +22,7 @@ MIN_DIGITS = 8
 """Hex digits that a prefix of a key must have."""
 Row = dict[str, Any]
 SELECTED_BY = ("key", "source", "label", "outcome", "source_sha256")
+STORED_COLUMNS = ("outcome", "key", "source_sha256")
 
 
 class Selection(Config):
@@ -84,6 +86,16 @@ class Selector:
         self.keys_by_term: dict[str, set[str]] = {term: set() for term in (*prefixes, *selection.sources)}
         """Keys that each prefix matched; patterns that matched have an empty one."""
 
+    def find_candidates(self, records: pa.Table) -> pa.Table:
+        """Return the rows that may match, by the beginnings of their keys and by their names."""
+        prefixes = pa.array(self.prefixes, pa.string())
+        is_candidate = pc.is_in(pc.utf8_slice_codeunits(records["key"], 0, MIN_DIGITS), prefixes)
+        if self.patterns:
+            names = records["source"].to_pylist()
+            is_named = [any(pattern.match(name or "") for _, pattern in self.patterns) for name in names]
+            is_candidate = pc.or_(is_candidate, pa.array(is_named, pa.bool_()))
+        return records.filter(is_candidate)
+
     def matches(self, row: Row) -> bool:
         """Return whether ``row`` itself is selected."""
         if self.label is not None and row["label"] != self.label and row["outcome"] != "removed":
@@ -114,64 +126,79 @@ def match_images(folder: Path, manifest: Manifest, selector: Selector) -> tuple[
     """Return the images that ``selector`` matches, all their names, and its keys and patterns that match nothing."""
     keys: set[str] = set()
     digests: dict[str, str] = {}
-    copies = find_dropped_copies(folder, manifest)
-    for _, row in rows_of(folder, manifest, SELECTED_BY):
-        if selector.matches(row) and row["key"]:
-            if row["outcome"] == "removed":
-                digests[row["key"]] = row["source_sha256"]
-            else:
-                keys.add(row["key"])
+    for part in manifest.parts:
+        for row in selector.find_candidates(read_records(folder, part, SELECTED_BY)).to_pylist():
+            if selector.matches(row) and row["key"]:
+                if row["outcome"] == "removed":
+                    digests[row["key"]] = row["source_sha256"]
+                else:
+                    keys.add(row["key"])
     unmatched = selector.list_unmatched()
-    copy_keys = sorted({copy for key in keys for copy in copies.get(key, ())} - keys)
-    keys.update(copy_keys)
-    rows = [(part, row) for part, row in rows_of(folder, manifest, SELECTED_BY) if selector.removes(row, keys)]
-    outcomes = Counter(row["outcome"] for _, row in rows)
+    copy_keys = find_dropped_copies(folder, manifest, keys) - keys
+    keys |= copy_keys
+    outcomes: Counter[str] = Counter()
+    names, file_digests, parts = set[str](), set[str](), set[int]()
+    for part, row in rows_with(folder, manifest, SELECTED_BY, keys):
+        if selector.removes(row, keys):
+            outcomes[row["outcome"]] += 1
+            names.add(row["source"])
+            file_digests.add(row["source_sha256"])
+            parts.add(part.number)
     matches = MatchedImages(
-        image_keys=sorted(keys if rows else digests),
-        digests=sorted({row["source_sha256"] for _, row in rows} - {""} if rows else {*digests.values()} - {""}),
+        image_keys=sorted(keys if parts else digests),
+        digests=sorted((file_digests if parts else {*digests.values()}) - {""}),
         images=sum(outcomes[outcome] for outcome in STORED),
         duplicates=outcomes["duplicate"],
         refused=outcomes["quarantined"],
-        near_copies=_near_copies(folder, manifest, keys) if rows else [],
-        dropped_copies=copy_keys or None,
-        parts=sorted({part.number for part, _ in rows}),
+        near_copies=_near_copies(folder, manifest, keys) if parts else [],
+        dropped_copies=sorted(copy_keys) or None,
+        parts=sorted(parts),
     )
-    return matches, sorted({row["source"] for _, row in rows}), unmatched
+    return matches, sorted(names), unmatched
 
 
-def find_dropped_copies(folder: Path, manifest: Manifest) -> dict[str, list[str]]:
-    """Return the keys of the images that curation dropped as near-duplicates, by the key of the image kept instead."""
-    copies: dict[str, list[str]] = {}
+def find_dropped_copies(folder: Path, manifest: Manifest, keys: Collection[str]) -> set[str]:
+    """Return the keys of images that curation dropped as near-duplicates of the images of ``keys``, kept instead."""
+    leaders, copies = pa.array(keys, pa.string()), set[str]()
     for part in manifest.parts:
         if part.outcomes.get("dropped"):
-            for row in read_records(folder, part, ("key", "outcome", "leader")).to_pylist():
-                if row["outcome"] == "dropped" and row["leader"]:
-                    copies.setdefault(row["leader"], []).append(row["key"])
+            rows = read_records(folder, part, ("key", "outcome", "leader"))
+            is_copy = pc.and_(pc.equal(rows["outcome"], "dropped"), pc.is_in(rows["leader"], leaders, skip_nulls=True))
+            copies.update(rows.filter(is_copy)["key"].to_pylist())
     return copies
 
 
 def _near_copies(folder: Path, manifest: Manifest, keys: set[str]) -> list[str]:
     """Return the images in the same groups of near-duplicates as the images of ``keys``."""
-    groups, columns = set(keys), ("key", "near", "outcome", "leader")
-    for _, row in rows_of(folder, manifest, columns):
-        if row["key"] in keys:
-            groups |= _near_keys(row)
-    return sorted(
-        row["key"]
-        for _, row in rows_of(folder, manifest, columns)
-        if row["outcome"] in STORED and row["key"] not in keys and groups & {row["key"], *_near_keys(row)}
+    columns = ("key", "near", "outcome", "leader")
+    groups = keys.union(
+        *({*(row["near"] or ()), row["leader"]} for _, row in rows_with(folder, manifest, columns, keys) if row["key"])
     )
-
-
-def _near_keys(row: Row) -> set[str]:
-    """Return the keys of the images of which the image in ``row`` is a near-duplicate."""
-    return {*(row["near"] or ()), row["leader"]} - {None}
+    group_keys, copies = pa.array(groups - {None}, pa.string()), set[str]()
+    for part in manifest.parts:
+        rows = read_records(folder, part, columns).combine_chunks()
+        is_near = pc.is_in(pc.list_flatten(rows["near"]), group_keys)
+        is_match = np.isin(np.arange(len(rows)), pc.list_parent_indices(rows["near"]).filter(is_near))
+        is_match |= pc.or_(*(pc.is_in(rows[name], group_keys) for name in ("key", "leader"))).to_numpy()
+        is_match &= pc.is_in(rows["outcome"], pa.array(STORED)).to_numpy()
+        copies.update(rows["key"].filter(pa.array(is_match)).to_pylist())
+    return sorted(copies - keys)
 
 
 def rows_of(folder: Path, manifest: Manifest, columns: Sequence[str]) -> Iterator[tuple[Part, Row]]:
     """Yield the records of a version with their parts."""
     for part in manifest.parts:
         yield from ((part, row) for row in read_records(folder, part, columns).to_pylist())
+
+
+def rows_with(
+    folder: Path, manifest: Manifest, columns: Sequence[str], keys: Container[str]
+) -> Iterator[tuple[Part, Row]]:
+    """Yield the records of a version that have one of ``keys`` or none, with their parts."""
+    for part in manifest.parts:
+        records = read_records(folder, part, columns)
+        is_match = pa.array([not key or key in keys for key in records["key"].to_pylist()], pa.bool_())
+        yield from ((part, row) for row in records.filter(is_match).to_pylist())
 
 
 def is_one_of(row: Row, keys: set[str], digests: set[str]) -> bool:
@@ -182,17 +209,21 @@ def is_one_of(row: Row, keys: set[str], digests: set[str]) -> bool:
 def no_match_error(unmatched: Sequence[str], folder: Path, manifest: Manifest) -> UserError:
     """Return the error for keys and patterns that match nothing."""
     terms = ", ".join(unmatched[:5]) + (f" and {len(unmatched) - 5} more" if len(unmatched) > 5 else "")
-    names = [
-        row["source"] for _, row in rows_of(folder, manifest, ("source", "outcome")) if row["outcome"] != "removed"
-    ]
-    suggestions = [f"*/{pattern}" for pattern in unmatched if fnmatch.filter(names, f"*/{pattern}")]
-    if suggestions:
+    counts = [sum(part.outcomes.values()) - part.outcomes.get("removed", 0) for part in manifest.parts]
+    step, number, examples = max(sum(counts) // 3, 1), 0, list[str]()
+    found: set[str] = set()
+    for part, count in zip(manifest.parts, counts, strict=True):
+        records = read_records(folder, part, ("source", "outcome"))
+        names = records.filter(pc.field("outcome") != "removed")["source"].to_pylist()
+        found.update(pattern for pattern in {*unmatched} - found if fnmatch.filter(names, f"*/{pattern}"))
+        examples += names[-number % step :: step]
+        number += count
+    if suggestions := [f"*/{pattern}" for pattern in unmatched if pattern in found]:
         hint = " ".join(f"'{pattern}'" for pattern in suggestions[:5])
         return UserError(f"data set {folder.name} has no image of {terms}: did you mean {hint}?")
-    examples = ", ".join(f"{name!r}" for name in names[:: max(len(names) // 3, 1)][:3])
     return UserError(
-        f"data set {folder.name} has no image of {terms}: its names are like {examples}; all are in the tables in "
-        f"{folder / 'records'}"
+        f"data set {folder.name} has no image of {terms}: its names are like {', '.join(map(repr, examples[:3]))}; "
+        f"all are in the tables in {folder / 'records'}"
     )
 
 
@@ -249,14 +280,14 @@ def find_affected_versions(
     folder: Path, removal: Removal, versions: Iterable[Manifest], elsewhere: Elsewhere = find_nothing
 ) -> AffectedVersions:
     """Return which of ``versions`` hold images of ``removal``, by their keys or the digests of their files."""
-    digests = {*removal.image_keys, *removal.digests}
+    digests = _digests(removal)
     hits: dict[str, bool | None] = dict.fromkeys(removal.tables, True)
     held_digests, unknown_digests = [], []
     for version in versions:
         for part in version.parts:
             if count_stored(part) and part.records.sha256 not in hits:
-                table = find_records(folder, part, ("outcome", "key", "source_sha256"), elsewhere)
-                hits[part.records.sha256] = None if table is None else not digests.isdisjoint(_stored_digests(table))
+                table = find_records(folder, part, STORED_COLUMNS, elsewhere)
+                hits[part.records.sha256] = None if table is None else len(find_stored(table, digests)) > 0
         answers = {hits[part.records.sha256] for part in version.parts if count_stored(part)}
         if True in answers:
             held_digests.append(version.digest)
@@ -272,28 +303,32 @@ def find_held_keys(
 
     Another data set may store the same files in another way, under other keys. Raises UserError for a damaged table.
     """
-    digests, keys, is_complete = pa.array([*removal.image_keys, *removal.digests], pa.string()), list[str](), True
+    digests, keys, is_complete = _digests(removal), list[str](), True
     for part in filter(count_stored, version.parts):
-        if (table := find_records(folder, part, ("outcome", "key", "source_sha256"), elsewhere)) is None:
+        if (table := find_records(folder, part, STORED_COLUMNS, elsewhere)) is None:
             is_complete = False
             continue
-        is_match = pc.or_(*(pc.is_in(table[name], digests) for name in ("key", "source_sha256")))
-        keys += table.filter(pc.and_(is_match, pc.is_in(table["outcome"], pa.array(STORED))))["key"].to_pylist()
+        keys += find_stored(table, digests)["key"].to_pylist()
     return sorted(keys), is_complete
 
 
-def _stored_digests(records: pa.Table) -> set[str]:
-    """Return the keys of kept and dropped images and the digests of their files."""
-    rows = records.filter(pc.field("outcome").isin(STORED))
-    return {*rows["key"].to_pylist(), *rows["source_sha256"].to_pylist()}
+def find_stored(records: pa.Table, digests: pa.Array) -> pa.Table:
+    """Return the rows of kept and dropped images whose keys, or the digests of whose files, are in ``digests``."""
+    is_match = pc.or_(*(pc.is_in(records[name], digests) for name in ("key", "source_sha256")))
+    return records.filter(pc.and_(is_match, pc.is_in(records["outcome"], pa.array(STORED))))
 
 
 def find_pending_removals(folder: Path, removals: Sequence[Removal]) -> list[Removal]:
     """Return the ``removals`` of which the current version has images; raises UserError for a damaged table."""
     if not removals:
         return []
-    digests: set[str] = set()
-    for part in read_manifest(folder).parts:
-        if count_stored(part):
-            digests |= _stored_digests(read_records(folder, part, ("outcome", "key", "source_sha256")))
-    return [removal for removal in removals if not digests.isdisjoint([*removal.image_keys, *removal.digests])]
+    digests = pa.concat_arrays([_digests(removal) for removal in removals]).unique()
+    held: set[str] = set()
+    for part in filter(count_stored, read_manifest(folder).parts):
+        rows = find_stored(read_records(folder, part, STORED_COLUMNS), digests)
+        held.update(*(rows[name].to_pylist() for name in ("key", "source_sha256")))
+    return [removal for removal in removals if not held.isdisjoint([*removal.image_keys, *removal.digests])]
+
+
+def _digests(removal: Removal) -> pa.Array:
+    return pa.array([*removal.image_keys, *removal.digests], pa.string())

@@ -24,10 +24,10 @@ from diffusion.data.manifest import (
     Outcome,
     Part,
     Split,
+    find_intact_records,
     manifest_bytes,
     parse_manifest,
     read_manifest,
-    read_records,
     read_table,
     versions,
     work_folder,
@@ -150,13 +150,17 @@ def find_records(
     folder: Path, part: Part, columns: Sequence[str] | None = None, elsewhere: Elsewhere = find_nothing
 ) -> pa.Table | None:
     """Read the records of a part of any version; None if its table is neither in ``folder`` nor ``elsewhere``."""
+    path = find_table(folder, part, elsewhere)
+    return None if path is None else read_table(path, columns)
+
+
+def find_table(folder: Path, part: Part, elsewhere: Elsewhere = find_nothing) -> Path | None:
+    """Return the path of the intact records that ``find_records`` reads; raises UserError if ``folder``'s are not."""
     entry = part.records
     if (folder / entry.name).is_file():
-        return read_records(folder, part, columns)
+        return find_intact_records(folder, part)
     path = elsewhere(entry)
-    if path is None or sha256_file(path) != entry.sha256:
-        return None
-    return read_table(path, columns)
+    return None if path is None or sha256_file(path) != entry.sha256 else path
 
 
 def known_versions(folder: Path) -> dict[str, Manifest]:

@@ -28,7 +28,8 @@ from diffusion.common.random import permutation
 from diffusion.common.shapes import Images, Shape, height_and_width, shape_name, stack_images
 from diffusion.data.dataset import SPLITS, Dataset, Rows
 from diffusion.data.ingest.calibration import HashThreshold, calibrate_thresholds
-from diffusion.data.manifest import Split, versions
+from diffusion.data.manifest import Split, read_manifest, versions
+from diffusion.data.shards import ShardStore, open_missing_shards
 from diffusion.data.versions.versions import log, show
 from diffusion.evaluation.new_images import ParentComparison, compare_with_parent, read_batches
 from diffusion.evaluation.reports.charts import DASHED, Chart, Paper, chart
@@ -121,12 +122,19 @@ def _reduce(images: Tensor, shape: Shape) -> Tensor:
     return interpolate(images.float(), shape, mode="area").round().to(torch.uint8)
 
 
-def write_dataset_report(folder: Path, output: Path, progress: Progress = ignore_progress) -> DatasetSummary:
+def write_dataset_report(
+    folder: Path, output: Path, progress: Progress = ignore_progress, store: ShardStore | None = None
+) -> DatasetSummary:
     """Write the page on the current version of the data set in ``folder`` to ``output``; equal versions, equal pages.
 
-    Raises UserError if a file of the version is missing or damaged.
+    Shards that are not in ``folder`` are fetched from ``store``, a few at a time. Raises UserError if a file of the
+    version is missing or damaged.
     """
-    with closing(Dataset.open(folder, cache_bytes=0)) as dataset:  # few images are read, and at most twice
+    with (
+        open_missing_shards(folder, read_manifest(folder), store) as shards,
+        # Few images are read, and at most twice.
+        closing(Dataset.open(folder, shards, cache_bytes=0)) as dataset,
+    ):
         line = islice(versions(folder), 1, None)
         manifest, parent = dataset.manifest, next(line, None)
         change = manifest.change

@@ -25,7 +25,6 @@ from diffusion.data.ingest.ingest import ingest
 from diffusion.data.ingest.key_resolution import content_digest
 from diffusion.data.ingest.merge import merge_versions
 from diffusion.data.manifest import STORED, read_manifest, work_folder
-from diffusion.data.prefetch import local_fan_out
 from diffusion.data.versions.difference import diff
 from diffusion.data.versions.takedown import remove, remove_known
 from diffusion.data.versions.takedown_records import Selection, find_affected_versions, write_removal
@@ -255,7 +254,7 @@ def test_results_do_not_depend_on_workers(data: Path, tmp_path: Path, runner: st
     rules(data, **many)
     other = tmp_path / "other" / "set"
     parallel = config(other, runner=runner, workers=3)
-    curate(other, CurationConfig.model_validate(many), parallel, EVALUATION, fan_out=local_fan_out(parallel))
+    curate(other, CurationConfig.model_validate(many), parallel, EVALUATION)
     assert files_of(other) == files_of(data)
 
 

@@ -188,8 +188,8 @@ def test_tables_on_disk_equal_those_in_memory(tmp_path: Path, monkeypatch: pytes
     manifest = write_dataset(folder, random_images(500), 9, LABELS * 100, [*LABELS, None] * 83 + ["x"] * 2)
     whole = open_table(folder, manifest)
     monkeypatch.setattr("diffusion.data.dataset.IN_MEMORY", 0)
-    monkeypatch.setattr("diffusion.data.dataset.RANGE", 40)
-    monkeypatch.setattr("diffusion.data.key_ranges.RANGE", 40)
+    monkeypatch.setattr("diffusion.data.tables.FILES", 4)
+    monkeypatch.setattr("diffusion.data.tables.BATCH", 40)
     for _ in range(2):
         table = open_table(folder, manifest)
         np.testing.assert_array_equal(table.images, whole.images)
@@ -202,7 +202,7 @@ def test_tables_on_disk_equal_those_in_memory(tmp_path: Path, monkeypatch: pytes
             "lock",
         ]
         # Read no more.
-        monkeypatch.setattr("diffusion.data.dataset.read_records", None)
+        monkeypatch.setattr("diffusion.data.dataset.find_intact_records", None)
 
 
 def test_a_table_on_disk_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +211,7 @@ def test_a_table_on_disk_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.
     whole = open_table(folder, manifest)
     monkeypatch.setattr("diffusion.data.dataset.IN_MEMORY", 0)
     with monkeypatch.context() as broken:
-        broken.setattr("diffusion.data.dataset.read_range", lambda *_: 1 / 0)
+        broken.setattr("diffusion.data.dataset.read_rows", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             open_table(folder, manifest)
     assert not list((tmp_path / ".set" / "tables").glob("*.bin"))

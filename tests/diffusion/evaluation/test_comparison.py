@@ -184,6 +184,7 @@ def test_images_are_reused_when_the_candidate_becomes_champion(data: Path, model
     assert other.key != next_one.key
 
 
+@pytest.mark.slow
 def test_interrupted_comparison_resumes_to_the_same_bytes(data: Path, models: list[Path], tmp_path: Path) -> None:
     compare_models(*models, data, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):

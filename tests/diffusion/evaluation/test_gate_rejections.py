@@ -101,6 +101,7 @@ def test_model_that_covers_two_of_ten_classes_is_rejected(house: House, champion
     assert candidate.interval.high < champion.interval.low
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_cuts")
 def test_a_model_that_copies_is_rejected_though_better(house: House) -> None:
     worse = house.model_of(with_noise(house.spare[:COUNT], 0.2))

@@ -189,6 +189,7 @@ def test_no_guidance_is_chosen_where_there_are_no_candidates(
     assert evaluate(data, [checkpoint], config, SAMPLING, tmp_path / "report").guidance is None
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_autoguidance_is_a_candidate_with_and_without_classes(data: Path, tmp_path: Path) -> None:
     by_guide = ["1.5 by autoguidance", "2 by autoguidance", "3 by autoguidance"]

@@ -123,6 +123,7 @@ def test_eliminated_checkpoints_are_marked_and_never_best(
     assert "3 more checkpoints fell behind on fewer images, from 10 on, and were not evaluated in full." in page
 
 
+@pytest.mark.slow
 def test_a_finalist_has_the_scores_that_it_has_without_rounds(
     dataset: Path, checkpoints: list[Path], tmp_path: Path
 ) -> None:

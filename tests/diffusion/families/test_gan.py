@@ -245,6 +245,7 @@ def test_discriminator_steps_first_and_nonfinite_steps_are_skipped(data: Path) -
         assert all(torch.equal(*pair) for pair in zip(before, state.network.parameters(), strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_trained_gan_covers_all_modes_and_classes(data: Path, tmp_path: Path) -> None:
     config = TRAINING.model_copy(update={"images": 5600, "learning_rate": 4e-3, "checkpoints": 1})

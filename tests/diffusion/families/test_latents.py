@@ -199,6 +199,7 @@ def test_latent_img2img_strength_controls_the_change(data: Path, model: Diffusio
     assert weak < 20 < middle < strong
 
 
+@pytest.mark.slow
 def test_latent_evaluation_reports_reconstruction_and_ranks_by_kid(
     data: Path, first: Path, run: Path, tmp_path: Path
 ) -> None:

@@ -145,6 +145,7 @@ def test_components_take_turns_where_not_all_fit(tmp_path: Path) -> None:
     assert little["sampled"] < sizes["transformer"]  # the autoencoder, which was last
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_training_has_the_denoiser_alone_on_the_device(tmp_path: Path) -> None:
     answer = run(TRAINING, tmp_path)

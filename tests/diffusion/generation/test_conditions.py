@@ -275,6 +275,7 @@ def test_a_prompt_too_long_to_be_read_is_rejected() -> None:
         check_prompts(Conditions(prompts=(" ",)))
 
 
+@pytest.mark.slow
 @needs_encoder
 def test_captions_too_long_do_not_prevent_training(tmp_path: Path) -> None:
     captions = ["word " * number for number in range(290, 298)]

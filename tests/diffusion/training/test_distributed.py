@@ -220,6 +220,7 @@ def test_sharding_over_one_process_is_an_error(dataset: Path, tmp_path: Path) ->
     assert "training.shard shares the network out among processes, and there is one" in out.decode()
 
 
+@pytest.mark.long
 @needs_encoder
 def test_captions_encoded_by_one_rank_reach_both(tmp_path: Path) -> None:
     squares(tmp_path / "squares")

@@ -76,7 +76,7 @@ TRAINED = {
     **dict.fromkeys(FLOW_MAKERS, "lora"),
 }
 """What of each kind is trained in all but the longest tests."""
-FAST = ("ddpm", "class_conditional", "stable_diffusion", "z_image")
+FAST, LONG = ("ddpm", "stable_diffusion"), ("flux_2", "flux_2_klein")
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,8 @@ def conditions(kind: str) -> Conditions:
             kind,
             lora,
             id=f"{kind}-{name}",
-            marks=[pytest.mark.slow] * (kind not in FAST or name != trained) + [pytest.mark.long] * (name != trained),
+            marks=[pytest.mark.slow] * (kind not in FAST or name != trained)
+            + [pytest.mark.long] * (kind in LONG or name != trained),
         )
         for kind, trained in TRAINED.items()
         for name, lora in (("lora", LORA), ("whole", {}))

@@ -77,6 +77,7 @@ def test_no_weights_are_read(dataset: Path, base: Path) -> None:
     assert plan_here(outline_setup(Dataset.open(dataset), MODEL, config)) == whole
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_low_rank_matrices_and_all_weights_are_planned(dataset: Path, base: Path) -> None:
     adapted, _, whole, _ = plans(dataset, init_from=str(base), **LORA).gpus
@@ -104,6 +105,7 @@ def test_half_precision_halves_most_activations(dataset: Path) -> None:
     assert (half.weights, half.optimizer) == (full.weights, full.optimizer)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_gpu_holds_no_copy_of_a_checkpoint(dataset: Path) -> None:
     memory = plans(dataset)
@@ -125,7 +127,13 @@ def test_network_that_the_file_does_not_have_is_an_error(dataset: Path, base: Pa
 
 
 @pytest.mark.parametrize(
-    "adapter", [{"rank": 2}, {"rank": 2, "text_encoder": True}, {"rank": 2, "base_weights": "int8"}, None]
+    "adapter",
+    [
+        pytest.param({"rank": 2}, marks=pytest.mark.slow),
+        {"rank": 2, "text_encoder": True},
+        pytest.param({"rank": 2, "base_weights": "int8"}, marks=pytest.mark.slow),
+        pytest.param(None, marks=pytest.mark.slow),
+    ],
 )
 def test_pipeline_is_planned_with_its_encoders(tmp_path: Path, adapter: dict[str, Any] | None) -> None:
     pytest.importorskip("diffusers")
@@ -164,6 +172,7 @@ def test_pipeline_is_planned_with_its_encoders(tmp_path: Path, adapter: dict[str
         assert size("vae.") < gpu.validation - measured.validation(4) < size("unet.", "vae.") / 2
 
 
+@pytest.mark.slow
 def test_run_of_little_work_plans_nothing(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -397,6 +397,7 @@ def test_ranks_of_which_one_is_preempted_stop_at_one_step_and_go_on_to_the_same_
         require_same_weights(tmp_path / f"cut-{number}", tmp_path / "whole")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_rank_preempted_while_another_validates_gets_its_checkpoint(dataset: Path, tmp_path: Path) -> None:
     process = start(dataset, tmp_path / "run", 2, 0, "validation")

@@ -148,6 +148,7 @@ def test_switched_off_network_shares_the_frozen_weights(dataset: Path, base: Pat
     assert network.base.state_dict().keys() == names
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_predictions_for_the_class_stay_nearer_to_the_base(dataset: Path, base: Path, tmp_path: Path) -> None:
     generator, distances = torch.Generator().manual_seed(0), []

@@ -33,7 +33,11 @@ from diffusion.diffusers_format.import_pipeline import import_pipeline
 from tests.builders.flow_pipelines import FLOW_MAKERS
 
 SAMPLING = sampling_config(steps=2, compute_batch=2, precision="fp32")
-KINDS = (("flux", "int8"), pytest.param("stable_diffusion_xl", "int8", marks=pytest.mark.slow), ("flux", "nf4"))
+KINDS = (
+    ("flux", "int8"),
+    pytest.param("stable_diffusion_xl", "int8", marks=pytest.mark.slow),
+    pytest.param("flux", "nf4", marks=pytest.mark.slow),
+)
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +142,7 @@ def test_int8_changes_predictions_little(import_kind: Callable[[str], Path]) -> 
     assert 0 < error < 0.03
 
 
+@pytest.mark.slow
 def test_export_says_how_the_base_was_rounded_and_no_second_adapter_is_trained_on_it(
     import_kind: Callable[[str], Path], tmp_path: Path
 ) -> None:

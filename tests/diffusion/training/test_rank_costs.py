@@ -28,6 +28,7 @@ def shard(parameters: list[nn.Parameter], group: int) -> int:
     return sum(4 * math.ceil(len(each) / group) * (each.numel() // len(each)) for each in parameters)
 
 
+@pytest.mark.slow
 def test_replicas_hold_all_and_send_their_gradients_twice(dataset: Path) -> None:
     network = UNet(MODEL, 1, 8, classes=2)
     size = 4 * sum(each.numel() for each in network.parameters())

@@ -148,6 +148,7 @@ def test_step_of_an_adapter_takes_what_torch_allocates(pipeline: Path, tmp_path:
     assert measure_step(setup).step(setup.config.images_per_step) == pytest.approx(expected, rel=0.03)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["z_image", "qwen_image"])
 def test_step_of_a_prompt_of_any_length_is_planned(tmp_path: Path, name: str) -> None:

@@ -53,6 +53,7 @@ def kill(tracker: str, output: Path) -> None:
     assert process.returncode == -9
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_the_csv_files_also_after_a_stop(dataset: Path, tmp_path: Path) -> None:
     plain, logged = tmp_path / "plain", tmp_path / "logged"
     with pytest.raises(Stop):

@@ -16,6 +16,7 @@ from tests.builders.small_models import write_model
 from tests.hub import TOKEN, Hub
 
 
+@pytest.mark.slow
 def test_a_file_is_exported_without_any_server(tmp_path: Path) -> None:
     write_model(tmp_path / "final.safetensors", seed=0, images=64)
     words = ("--to", "diffusers", "--model", "final.safetensors", "--out", "exports/blobs", "--json")
@@ -66,6 +67,7 @@ def test_only_the_export_itself_imports_diffusers() -> None:
     assert loaded.stdout.split() == ["False"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_file_is_pushed_with_card_and_samples_once(tmp_path: Path, hub: Hub) -> None:
     write_model(tmp_path / "final.safetensors", seed=0, images=64)

@@ -22,7 +22,8 @@ from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
 from diffusion.data.versions.versions import history
 from flows.datasets.checkout import checkout
-from flows.datasets.dvc import RemoteShards, data_version, record_data, restore_data
+from flows.datasets.dvc import data_version, record_data, restore_data
+from flows.datasets.remote_shards import RemoteShards
 from flows.datasets.sync import publish
 from flows.storage.s3 import Store
 from tests.builders.catalogs import FOLDER, Place

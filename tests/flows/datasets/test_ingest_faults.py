@@ -57,7 +57,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.drill(
     "ingest is killed", "SIGKILL at random moments, on threads and on processes", "the bytes of an undisturbed one"
 )
-@pytest.mark.parametrize("runner", ["threads", "processes"])
+@pytest.mark.parametrize("runner", ["threads", pytest.param("processes", marks=pytest.mark.long)])
 def test_ingest_killed_at_random_moments_ends_in_the_bytes_of_an_undisturbed_one(
     source: Path, tmp_path: Path, runner: str, kills: int
 ) -> None:

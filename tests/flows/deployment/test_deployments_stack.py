@@ -191,6 +191,7 @@ def test_a_fresh_machine_gets_the_data_and_does_nothing_again(workspace: Workspa
         (workspace.folder / f"{name}-elsewhere").rename(workspace.folder / name)
 
 
+@pytest.mark.long
 def test_champion_is_monitored_once_per_data_set_version(workspace: Workspace, prefect: Prefect) -> None:
     first = prefect.ended(prefect.start("monitor/blobs"))
     assert first["state_type"] == "COMPLETED", first["state"]["message"]
@@ -359,6 +360,7 @@ def shot(page: Page, name: str) -> None:
         page.screenshot(path=Path(folder) / f"{name}.png")
 
 
+@pytest.mark.long
 def test_images_are_generated_by_the_form_in_prefects_ui(workspace: Workspace, prefect: Prefect) -> None:
     deployment = prefect.deployment("sample-on-demand/blobs")["id"]
     ui = workspace.variables["PREFECT_API_URL"].removesuffix("/api")
@@ -390,6 +392,7 @@ def test_images_are_generated_by_the_form_in_prefects_ui(workspace: Workspace, p
         expect(page.get_by_text("samples-blobs", exact=True).first).to_be_visible()
 
 
+@pytest.mark.long
 def test_a_person_approves_a_promotion_in_prefects_ui(workspace: Workspace, prefect: Prefect, mailbox: Mailbox) -> None:
     # As docs/how-to/approve-promotions.md says.
     workspace.json(*DEPLOY, "--dataset", "approved", "--set", "registry.approval=true")

@@ -5,13 +5,11 @@ import time
 from pathlib import Path
 
 import pytest
-from prefect import flow
-from prefect.testing.utilities import prefect_test_harness
 
+from diffusion.data.fan_out import make_fan_out
 from diffusion.data.ingest.chunks import Chunk, prepare_chunk
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.ingest import IngestResult, ingest
-from flows.deployment.tasks import prefect_fan_out, task_runner
+from diffusion.data.ingest.ingest import ingest
 from tests.builders.ingested import files_of
 from tests.builders.ray_cluster import two_nodes
 from tests.builders.shapes import blob
@@ -37,7 +35,7 @@ def test_the_other_nodes_finish_with_the_same_bytes(images: Path, tmp_path: Path
     begun.mkdir()
     finished.mkdir()
 
-    def slowly(chunk: Chunk) -> Path:
+    def slowly(chunk: Chunk) -> str:
         node = ray.get_runtime_context().get_node_id()
         (begun / f"{chunk.first}-{node}").touch()
         time.sleep(1)
@@ -45,12 +43,7 @@ def test_the_other_nodes_finish_with_the_same_bytes(images: Path, tmp_path: Path
         (finished / f"{chunk.first}-{node}").touch()
         return prepared
 
-    @flow(task_runner=task_runner(config))
-    def make() -> IngestResult:
-        run = prefect_fan_out(config)
-        return ingest(tmp_path / "set", config, fan_out=lambda _, chunks: run(slowly, chunks))
-
-    with two_nodes({}) as (cluster, second), prefect_test_harness(server_startup_timeout=180):
+    with two_nodes({}) as (cluster, second):
         doomed = second.node_id
 
         def kill() -> None:
@@ -60,7 +53,7 @@ def test_the_other_nodes_finish_with_the_same_bytes(images: Path, tmp_path: Path
 
         killer = threading.Thread(target=kill, daemon=True)
         killer.start()
-        make()
+        ingest(tmp_path / "set", config, fan_out=lambda _, chunks: make_fan_out(config)(slowly, chunks))
         killer.join(30)
     lost = {path.name for path in begun.iterdir()} - {path.name for path in finished.iterdir()}
     assert any(name.endswith(doomed) for name in lost), "the node died while it was at work"

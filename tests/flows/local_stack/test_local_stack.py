@@ -170,6 +170,7 @@ def test_killed_service_restarts_with_all_its_data(up: LocalStack, service: str)
     assert_data_is_intact(up)
 
 
+@pytest.mark.long
 @pytest.mark.drill(
     "all servers are killed", "SIGKILL of all, then two `darkroom up` at once", "one stack with all it held"
 )
@@ -197,6 +198,7 @@ def test_a_service_that_hangs_is_restarted(up: LocalStack) -> None:
     assert_data_is_intact(up)
 
 
+@pytest.mark.long
 @pytest.mark.drill("a port is taken", "that of the S3 server, while it is dead", "it moves, and the others follow")
 @pytest.mark.slow
 def test_a_service_moves_from_a_taken_port(up: LocalStack) -> None:

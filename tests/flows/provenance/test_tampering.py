@@ -106,7 +106,7 @@ def _sampled(store: Store, client: MlflowClient) -> Samples:
         config = SamplingBatchConfig(format=kind, chunk=4)  # type: ignore[arg-type]
         batch, place = sample.begin.fn(version, weights, SAMPLING, config, 8, 5, None, CONDITIONS)
         for chunk in range(len(batch.chunks())):
-            sample.generate_chunk.fn(batch, place, version, chunk, config)
+            generate_batch.fetch_and_generate(batch, place, version, config, chunk)
         generate_batch.finish(store, batch, place)
         places[kind] = place
     return Samples(store, client, version, places)

@@ -122,7 +122,7 @@ def make(store: Store, client: MlflowClient) -> StoredBatch:
     client.set_registered_model_alias("blobs", "champion", str(version.number))
     batch, place = sample.begin.fn(version, weights, SAMPLING, SAMPLING_BATCH, 18, 5, None, CONDITIONS)
     for chunk in range(len(batch.chunks())):
-        sample.generate_chunk.fn(batch, place, version, chunk, SAMPLING_BATCH)
+        generate_batch.fetch_and_generate(batch, place, version, SAMPLING_BATCH, chunk)
     generate_batch.finish(store, batch, place)
     return StoredBatch(store, client, manifest, data, tracker.run_id, version, batch, place)
 
@@ -178,7 +178,7 @@ def test_copied_sample_traces_to_its_batch_among_equal_seeds(stored_batch: Store
     batch, place = sample.begin.fn(
         stored_batch.version, Path("weights.safetensors"), other, SAMPLING_BATCH, 18, 5, None, UNCONDITIONAL
     )
-    sample.generate_chunk.fn(batch, place, stored_batch.version, 1, SAMPLING_BATCH)
+    generate_batch.fetch_and_generate(batch, place, stored_batch.version, SAMPLING_BATCH, 1)
     for at in (stored_batch.place, place):
         copy = tmp_path / "copy.png"
         copy.write_bytes(stored_batch.store.get(at.bucket, at.key("00000017.png")))
@@ -391,7 +391,7 @@ def test_sample_in_a_tar_traces_and_reproduces_like_a_file(stored_batch: StoredB
     weights = Path("weights.safetensors")
     batch, place = sample.begin.fn(stored_batch.version, weights, SAMPLING, tars, 18, 5, None, CONDITIONS)
     for chunk in range(len(batch.chunks())):
-        sample.generate_chunk.fn(batch, place, stored_batch.version, chunk, tars)
+        generate_batch.fetch_and_generate(batch, place, stored_batch.version, tars, chunk)
     image = f"{place}/samples-00002.tar/00000017.png"
     lineage, file = trace(image), trace(stored_batch.image)
     assert (lineage.image.as_generated, lineage.data) == (True, file.data)  # type: ignore[union-attr]
@@ -417,7 +417,7 @@ def test_samples_of_a_request_table_are_reproduced_from_the_table(stored_batch: 
         stored_batch.version, weights, SAMPLING, SAMPLING_BATCH, None, 5, None, UNCONDITIONAL, str(table)
     )
     table.unlink()
-    sample.generate_chunk.fn(batch, place, stored_batch.version, 0, SAMPLING_BATCH)
+    generate_batch.fetch_and_generate(batch, place, stored_batch.version, SAMPLING_BATCH, 0)
     shutil.rmtree(".darkroom/requests")
     reproduction = reproduce(str(place))
     assert (reproduction.images, reproduction.exact, reproduction.failure) == (13, 13, None)

@@ -174,6 +174,7 @@ def test_ledger_tampering_is_reported_and_blocks_writes(
     assert intact() == 1
 
 
+@pytest.mark.long
 def test_a_deleted_champion_stops_work_early_and_can_be_replaced(workspace: Workspace, server: MlflowClient) -> None:
     """One of a model of its own, which has two."""
     options = ("--set", "registry.model=deleted")
@@ -203,6 +204,7 @@ def test_a_deleted_champion_stops_work_early_and_can_be_replaced(workspace: Work
     workspace.json("train", *other)
 
 
+@pytest.mark.long
 def test_a_person_approves_before_anything_becomes_champion(workspace: Workspace, server: MlflowClient) -> None:
     prefect = Prefect(workspace)
     for model, approved in (("approved", True), ("denied", False)):

@@ -112,7 +112,7 @@ def test_the_trace_of_an_imported_model_ends_at_its_origin(name: str, file: Path
     weights, config = model_versions.cached_weights(version), SamplingBatchConfig()
     batch, place = sample.begin.fn(version, weights, SAMPLING, config, 4, 5, None, UNCONDITIONAL)
     for chunk in range(len(batch.chunks())):
-        sample.generate_chunk.fn(batch, place, version, chunk, config)
+        generate_batch.fetch_and_generate(batch, place, version, config, chunk)
     generate_batch.finish(Store(), batch, place)
     lineage = trace(f"{place}/00000003.png")
     assert (lineage.broken, lineage.data) == ([], None)

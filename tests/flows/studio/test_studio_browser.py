@@ -165,6 +165,7 @@ def test_a_person_generates_and_inpaints(studio: gr.Blocks, width: int, tmp_path
     assert hosts == {address.partition("//")[2].rstrip("/")}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @needs_encoder
 def test_every_control_of_a_model_is_opened_set_and_used(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ from pydantic import ValidationError
 
 from diffusion.curation.config import CurationConfig
 from diffusion.curation.curate import curate
+from diffusion.data.fan_out import make_fan_out
 from diffusion.data.ingest.calibration import SAMPLED, calibrate, calibrate_thresholds, estimate_shares
 from diffusion.data.ingest.chunks import Chunk, perceptual_hash
 from diffusion.data.ingest.config import UNCALIBRATED_BITS, IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.ingest.preview import preview
 from diffusion.data.manifest import read_manifest
-from diffusion.data.prefetch import local_fan_out
 from diffusion.data.versions.versions import show
 from diffusion.evaluation.config import EvaluationConfig
 from tests.builders.ingested import files_of, records
@@ -185,7 +185,7 @@ def test_few_images_are_calibrated_once_there_are_more(tmp_path: Path) -> None:
 def test_ingests_cut_off_end_as_undisturbed_ones(tmp_path: Path) -> None:
     root = save(scans(1100), tmp_path / "images")
     save_copies(scans(100), root)
-    run = local_fan_out(IngestConfig(workers=1))
+    run = make_fan_out(IngestConfig(workers=1))
     contents = []
 
     def cut_off(prepare: Callable[[Chunk], Path], chunks: Iterable[Chunk]) -> Iterator[Path]:

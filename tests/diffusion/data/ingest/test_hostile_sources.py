@@ -19,6 +19,7 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import prepare
 from diffusion.data.ingest.index import Index
 from diffusion.data.ingest.ingest import ingest
+from diffusion.data.ingest.staging import ChunkFolder
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import MAX_CHARACTERS
 from tests.builders.archives import peak
@@ -164,5 +165,6 @@ def test_chunks_are_shorter_where_texts_are_long(tmp_path: Path) -> None:
         listed = open_source(str(source), access(tmp_path / "scratch"))
         make_plan(tmp_path / "plan.sqlite", listed, "", index.path, False, True, ignore_progress)
     # As of a set so large that a chunk had a thousand.
-    first = next(chunks_of(tmp_path, IngestConfig(source=str(source)), None, 8000))
-    assert TEXT_OF_A_CHUNK <= first.last * 10_000 < 1.01 * TEXT_OF_A_CHUNK
+    plan, config = tmp_path / "plan.sqlite", IngestConfig(source=str(source))
+    first = next(chunks_of(plan, config, None, 8000, ChunkFolder(tmp_path)))
+    assert TEXT_OF_A_CHUNK <= len(first.rows) * 10_000 < 1.01 * TEXT_OF_A_CHUNK

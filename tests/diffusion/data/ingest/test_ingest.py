@@ -18,6 +18,7 @@ from PIL import Image
 
 from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset
+from diffusion.data.fan_out import make_fan_out
 from diffusion.data.ingest.chunks import Chunk, chunk_size
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index
@@ -25,7 +26,6 @@ from diffusion.data.ingest.ingest import ingest
 from diffusion.data.ingest.key_resolution import content_digest
 from diffusion.data.ingest.merge import split_of
 from diffusion.data.manifest import read_manifest, versions, work_folder
-from diffusion.data.prefetch import local_fan_out
 from tests.builders.ingested import files_of, records
 from tests.builders.real_images import digits
 from tests.builders.shapes import blob
@@ -368,13 +368,13 @@ def test_near_duplicates_are_copies_and_few_distinct_images(tmp_path: Path) -> N
     assert len(near_rows) >= 0.97 * len(copies)
 
 
-def failing_after(count: int, seen: dict[str, int]) -> Callable[..., Iterator[Path]]:
+def failing_after(count: int, seen: dict[str, int], folder: Path) -> Callable[..., Iterator[str]]:
     """A fan-out that is cut off after some chunks; notes when each table was written."""
-    run = local_fan_out(IngestConfig(workers=1))
+    run = make_fan_out(IngestConfig(workers=1))
 
-    def fan_out(prepare: Callable[[Chunk], Path], chunks: Iterable[Chunk]) -> Iterator[Path]:
+    def fan_out(prepare: Callable[[Chunk], str], chunks: Iterable[Chunk]) -> Iterator[str]:
         for number, prepared in enumerate(run(prepare, chunks)):
-            seen[prepared.name] = prepared.stat().st_mtime_ns
+            seen[prepared] = (work_folder(folder) / "chunks" / f"{prepared}.parquet").stat().st_mtime_ns
             if number == count:
                 raise ConnectionError("cut off")
             yield prepared
@@ -388,10 +388,10 @@ def test_finished_chunks_are_taken_up_after_a_failure(images: Path, tmp_path: Pa
     ingest(undisturbed, config(images))
     before: dict[str, int] = {}
     with pytest.raises(ConnectionError):
-        ingest(folder, config(images), fan_out=failing_after(2, before))
+        ingest(folder, config(images), fan_out=failing_after(2, before, folder))
     assert files_of(folder) == {}
     after: dict[str, int] = {}
-    ingest(folder, config(images), fan_out=failing_after(99, after))
+    ingest(folder, config(images), fan_out=failing_after(99, after, folder))
     assert len(before) == 3 < len(after)
     assert before.items() <= after.items()
     assert files_of(folder) == files_of(undisturbed)
@@ -441,11 +441,6 @@ def test_chunks_fit_shards_and_small_sets_get_several(images: int, size: int, mo
     assert count == 1 or count * size**2 <= most
     if images > 8 * 512 and most >= 2**26 and size <= 64:
         assert -(-images // count) >= 8
-
-
-def test_ray_outside_a_flow_is_an_error(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="ray"):
-        ingest(tmp_path / "set", config(images, runner="ray"))
 
 
 def test_a_first_ingest_that_fails_leaves_no_data_set(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import shutil
 import tarfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,8 +21,6 @@ from PIL import Image
 from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset, open_webdataset
 from diffusion.data.export.export import export_dataset
-from diffusion.data.ingest import chunks
-from diffusion.data.ingest.chunks import Chunk
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.ingest.key_resolution import content_digest
@@ -389,26 +387,6 @@ def test_masks_of_a_faster_machine_stay(tmp_path: Path) -> None:
     masks = masks_by_source(unite_lines(tmp_path, change)[0])
     assert np.array_equal(masks["05.png"], np.asarray(two_tone(95)))
     assert np.array_equal(masks["07.png"], np.asarray(two_tone(97)))
-
-
-def test_chunks_from_before_masks_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = write_masked(tmp_path / "images", 3)
-
-    def old(prepare: Callable[[Chunk], Path], items: Iterable[Chunk]) -> Iterator[Path]:
-        for path in map(prepare, items):
-            shards, *rows = map(json.loads, path.read_text().splitlines())
-            for row in rows:
-                del row["mask"], row["mask_size"], row["mask_source"]
-            path.write_text("".join(f"{json.dumps(line)}\n" for line in (shards, *rows)))
-        raise KeyboardInterrupt
-        yield
-
-    config = IngestConfig.model_validate({"source": str(images), "size": 24})
-    monkeypatch.setattr(chunks, "FORMAT", 7)
-    with pytest.raises(KeyboardInterrupt):
-        ingest(tmp_path / "data", config, fan_out=old)
-    monkeypatch.undo()
-    assert ingest(tmp_path / "data", config).kept == 3
 
 
 def test_copies_with_equal_masks_are_no_correction(tmp_path: Path) -> None:

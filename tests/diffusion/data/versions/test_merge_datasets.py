@@ -55,10 +55,10 @@ def data(sources: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many runs and ranges of few images each."""
-    monkeypatch.setattr("diffusion.data.key_ranges.RANGE", 7)
-    monkeypatch.setattr("diffusion.data.ingest.key_resolution.RANGE", 7)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many queries and batches of few images each."""
+    monkeypatch.setattr("diffusion.data.tables.FILES", 1)
+    monkeypatch.setattr("diffusion.data.tables.BATCH", 7)
 
 
 def digest_of(folder: Path) -> str:
@@ -71,7 +71,7 @@ def digest_of(folder: Path) -> str:
     return hashlib.sha256(head + b"".join(hashlib.sha256(text).digest() for text in texts)).hexdigest()
 
 
-@pytest.mark.usefixtures("small_ranges")
+@pytest.mark.usefixtures("small_batches")
 def test_the_result_is_that_of_one_ingest_after_the_other(data: Path, sources: Path, tmp_path: Path) -> None:
     for name in SHARES:
         ingest(tmp_path / "one" / "set", config(sources / name))
@@ -112,7 +112,7 @@ def test_repeated_merges_make_no_version(data: Path, sources: Path) -> None:
     assert ingest(data / "a", config(sources / "b")).added == 0
 
 
-@pytest.mark.usefixtures("small_ranges")
+@pytest.mark.usefixtures("small_batches")
 def test_images_dropped_by_curation_do_not_return_by_merging(data: Path) -> None:
     manifest = read_manifest(data / "a")
     (part,) = manifest.parts

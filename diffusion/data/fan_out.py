@@ -1,0 +1,138 @@
+"""One way to fan out: a function on many items, on threads or processes of this machine or on a Ray cluster."""
+
+import logging
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextvars import copy_context
+from functools import partial
+from importlib.util import find_spec
+from logging.handlers import QueueHandler
+from multiprocessing import forkserver, get_context
+from queue import SimpleQueue
+from typing import Any, Literal, Protocol, TypeVar
+
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
+from tenacity.wait import wait_random_exponential
+
+from diffusion.common.child_processes import end_with_parent
+from diffusion.common.errors import TransientError, UserError, install_hint
+from diffusion.data.prefetch import FutureLike, prefetch, yield_in_order
+
+logger = logging.getLogger(__name__)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+MAX_ATTEMPTS, MAX_WAIT = 3, 10.0
+"""Attempts at an item, and the longest wait before the next one, in seconds."""
+
+
+class Workers(Protocol):
+    """A configuration that says where items run."""
+
+    @property
+    def runner(self) -> Literal["threads", "processes", "ray"]:
+        """Return what runs items: threads or processes of this machine, or Ray."""
+
+    @property
+    def workers(self) -> int:
+        """Return how many items run at once."""
+
+
+class FanOut(Protocol):
+    """Runs a function on items on any workers; yields the results in the order of the items.
+
+    At most twice as many items as workers are started before their results are taken. An item that fails with a
+    TransientError or an OSError is tried again where it runs; any other error, or the last one, is raised here.
+    """
+
+    def __call__(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """Run ``work`` on ``items``; on processes and on Ray both are pickled."""
+
+
+def make_fan_out(config: Workers, *, gpus: int = 0) -> FanOut:
+    """Fan out as ``config`` says; processes start at once, and Ray with the first item.
+
+    On Ray, RAY_ADDRESS names the cluster (default: one on this machine, for as long as the items take). Each item has a
+    core there, and ``gpus`` GPUs; with these also a process of its own. Raises UserError if Ray is not installed.
+    """
+    if config.runner == "processes":
+        # The fork server imports the modules once for all while the caller plans.
+        forkserver.set_forkserver_preload(["diffusion.data.ingest.chunks"])
+        forkserver.ensure_running()
+    if config.runner == "ray" and find_spec("ray") is None:
+        raise UserError(f"runner=ray needs Ray, or use processes: {install_hint('ray')}")
+
+    def fan_out(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        run = partial(_attempt, work)
+        if config.runner == "threads":
+            # By their context, records of the log find the Prefect run that they are part of.
+            context = copy_context()
+            yield from prefetch(lambda item: context.copy().run(run, item), items, config.workers)
+            return
+        if config.runner == "processes":
+            pool = ProcessPoolExecutor(config.workers, get_context("forkserver"), end_with_parent)
+            outcomes = prefetch(partial(_log_apart, run), items, config.workers, pool)
+        else:
+            outcomes = _run_on_ray(partial(_log_apart, run), items, config.workers, gpus)
+        for result, records in outcomes:
+            for record in records:
+                logging.getLogger(record.name).handle(record)
+            yield result
+
+    return fan_out
+
+
+def _attempt(work: Callable[[Item], Result], item: Item) -> Result:
+    """Call ``work``, again after errors that may pass."""
+    retrying = Retrying(
+        retry=retry_if_exception_type((TransientError, OSError)),
+        stop=stop_after_attempt(MAX_ATTEMPTS),
+        wait=wait_random_exponential(max=MAX_WAIT),
+        before_sleep=lambda state: logger.warning("tried again: %s", state.outcome and state.outcome.exception()),
+        reraise=True,
+    )
+    return retrying(work, item)
+
+
+def _log_apart(work: Callable[[Item], Result], item: Item) -> tuple[Result, list[logging.LogRecord]]:
+    """Call ``work`` in a process of its own: returns its result and the warnings that it logged."""
+    records: SimpleQueue[logging.LogRecord] = SimpleQueue()
+    handler = QueueHandler(records)
+    handler.setLevel(logging.WARNING)
+    logging.getLogger().addHandler(handler)
+    try:
+        result = work(item)
+    finally:
+        logging.getLogger().removeHandler(handler)
+    return result, [records.get() for _ in range(records.qsize())]
+
+
+def _run_on_ray(
+    work: Callable[[Item], Result], items: Iterable[Item], workers: int, gpus: int
+) -> Generator[Result, None, None]:
+    """Yield ``work`` of each of ``items`` in order; what ran on a node that dies runs on another one.
+
+    Tasks, and not Ray Data: that wants all items before it starts, bounds by bytes alone how far it runs ahead, and
+    fails for Ray's clients (``ray://``).
+    """
+    import ray
+    from ray.exceptions import RayTaskError
+
+    is_joined = ray.is_initialized()
+
+    def start() -> Iterator[FutureLike[Result]]:
+        for item in items:
+            if not ray.is_initialized():
+                ray.init(logging_level=logging.WARNING)
+            yield task.remote(item).future()
+
+    task: Any = ray.remote(num_cpus=1, num_gpus=gpus)(lambda item: work(item))
+    try:
+        yield from yield_in_order(start(), 2 * workers)
+    except RayTaskError as error:
+        # What ``work`` raised: Ray's own error has a traceback in its text.
+        raise error.cause from None
+    finally:
+        if not is_joined:
+            # Ends all that still runs.
+            ray.shutdown()

@@ -1,0 +1,184 @@
+"""Data sets whose shards lie on DVC's remote alone: chunks staged by workers, published by a driver without shards."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffusion.api import engine
+from diffusion.api.config import ExperimentConfig
+from diffusion.common.errors import ConflictError, TransientError
+from diffusion.data.dataset import Dataset
+from diffusion.data.ingest.chunks import prepare_chunk
+from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.ingest import ingest
+from diffusion.data.manifest import read_manifest
+from diffusion.data.prefetch import FanOut
+from diffusion.data.shards import open_missing_shards
+from flows.datasets.dvc import record_data, restore_data
+from flows.datasets.remote_shards import RemoteShards
+from flows.storage.s3 import Store
+from tests.builders.catalogs import FOLDER, Place
+from tests.builders.ingested import files_of
+from tests.builders.masked import write_masked
+from tests.builders.shapes import blob
+
+
+def run(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """A fan-out without workers."""
+    return map(work, items)
+
+
+def in_the_middle(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """A fan-out that breaks off after the first item."""
+    yield work(next(iter(items)))
+    raise KeyboardInterrupt
+
+
+def add(images: Path, numbers: Iterable[int], **fields: Any) -> None:
+    for number in numbers:
+        blob(number, **fields).save(images / f"{number}.png")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Images for two chunks, the second with duplicates of images of the first."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    add(folder, range(1000, 1600))
+    add(folder, range(1600, 1610))
+    for number in range(1000, 1010):
+        blob(number).save(folder / f"9{number}.png")
+    return folder
+
+
+def remote_ingest(place: Place, config: IngestConfig, fan_out: FanOut = run) -> Any:
+    return ingest(FOLDER, config, fan_out=fan_out, remote=RemoteShards(FOLDER, place.source))
+
+
+def staged(place: Place) -> list[str]:
+    return list(Store().list_keys(place.bucket, "datasets/blobs/staging/"))
+
+
+def test_published_version_equals_that_of_threads(place: Place, source: Path, tmp_path: Path) -> None:
+    config = IngestConfig(source=str(source), size=8, held_out=0.33)
+    other = tmp_path / "threads" / "blobs"
+    ingest(other, config)
+    expected = files_of(other)
+    result = remote_ingest(place, config)
+    assert (result.added, result.duplicates) == (610, 10)
+    without_shards = {name: data for name, data in expected.items() if not name.startswith("shards/")}
+    assert files_of(FOLDER) == without_shards
+    assert staged(place) == []
+    version = record_data(FOLDER, place.source)
+    assert version.digest == record_data(other, None).digest
+    place.catalog.publish(read_manifest(FOLDER), version.digest)
+    assert len(restore_data(FOLDER, place.source, without_shards=True)) == 0
+    assert restore_data(FOLDER, place.source) == [entry.name for entry in read_manifest(FOLDER).shards]
+    assert files_of(FOLDER) == expected
+
+
+@pytest.mark.parametrize("stage", ["prepare_chunk", "rewrite_shard"])
+def test_a_driver_that_was_killed_goes_on_with_staged_chunks(place: Place, source: Path, stage: str) -> None:
+    config = IngestConfig(source=str(source), size=8)
+    done: list[str] = []
+
+    def fan_out(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        return (in_the_middle if work.__name__ == stage else run)(work, items)
+
+    with pytest.raises(KeyboardInterrupt):
+        remote_ingest(place, config, fan_out)
+    before = {entry.key: entry.written for entry in Store().list_objects(place.bucket, "datasets/blobs/staging/")}
+    assert before
+
+    def noting(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        for result in map(work, items):
+            if work is prepare_chunk:
+                done.append(result)
+                now = {e.key: e.written for e in Store().list_objects(place.bucket, "datasets/blobs/staging/")}
+                assert before.items() <= now.items(), "a staged chunk is not prepared again"
+            yield result
+
+    remote_ingest(place, config, noting)
+    assert len(done) == 2
+    assert staged(place) == []
+
+
+def test_later_ingests_record_shards_of_earlier_ones(place: Place, source: Path, tmp_path: Path) -> None:
+    config = IngestConfig(source=str(source), size=8)
+    other = tmp_path / "threads" / "blobs"
+    ingest(other, config)
+    remote_ingest(place, config)
+    record_data(FOLDER, place.source)
+    # As of a process that was killed before it recorded the version.
+    add(source, range(2000, 2010))
+    ingest(other, config)
+    remote_ingest(place, config)
+    assert not remote_ingest(place, config).changed
+    assert record_data(FOLDER, place.source).digest == record_data(other, None).digest
+    shards = RemoteShards(FOLDER, place.source)
+    with (
+        open_missing_shards(FOLDER, read_manifest(FOLDER), shards) as cache,
+        closing(Dataset.open(FOLDER, cache)) as here,
+        closing(Dataset.open(other)) as there,
+    ):
+        assert torch.equal(here.images(range(len(here))), there.images(range(len(there))))
+
+
+def test_stored_pixels_are_read_from_the_remote(place: Place, source: Path, tmp_path: Path) -> None:
+    sections = {"ingest": {"source": str(source), "size": 8}, "training": {"dataset": "blobs", "images": 1}}
+    rules = {"curation": {"max_brightness": 135, "near_duplicates": "largest", "max_dropped": 1}}
+    plain = IngestConfig.model_validate(sections["ingest"])
+    other = tmp_path / "threads" / "data" / "blobs"
+    ingest(other, plain)
+    remote_ingest(place, plain)
+    record_data(FOLDER, place.source)
+    # Hashes of images that were ingested without them, and measures.
+    near = {"ingest": sections["ingest"] | {"near_duplicates": 8}}
+    config = ExperimentConfig.model_validate(sections | rules | near)
+    result = engine.ingest(config, fan_out=run, remote=RemoteShards(FOLDER, place.source))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(other.parents[1])
+        assert engine.ingest(config).digest == result.digest
+    assert not list(FOLDER.glob("shards/*"))
+
+
+def test_new_masks_are_put_into_shards_of_the_remote(place: Place, tmp_path: Path) -> None:
+    source = write_masked(tmp_path / "masked", 5)
+    config = IngestConfig.model_validate({"source": str(source), "size": 24, "masks": "files"})
+    other = tmp_path / "threads" / "blobs"
+    ingest(other, config)
+    remote_ingest(place, config)
+    record_data(FOLDER, place.source)
+    names = sorted(path.name for path in source.glob("*.mask.png"))
+    (source / names[0]).write_bytes((source / names[1]).read_bytes())
+    assert ingest(other, config).remasked == 1
+    assert remote_ingest(place, config).remasked == 1
+    assert record_data(FOLDER, place.source).digest == record_data(other, None).digest
+
+
+def test_a_chunk_that_is_gone_is_a_transient_error(place: Place, source: Path) -> None:
+    def forgetful(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        for result in map(work, items):
+            Store().delete_many(place.bucket, staged(place))
+            yield result
+
+    with pytest.raises(TransientError, match="same command again"):
+        remote_ingest(place, IngestConfig(source=str(source), size=8), forgetful)
+
+
+def test_a_copy_is_verified(bucket: str, store: Store) -> None:
+    store.put_once(bucket, "one", b"1")
+    store.put_once(bucket, "taken", b"other")
+    sha256, md5 = store.sha256(bucket, "one"), "c4ca4238a0b923820dcc509a6f75849b"
+    copy = partial(store.copy_once, bucket, "one", sha256=sha256)
+    assert [copy(target="copy", md5=md5), copy(target="copy", md5=md5)] == ["written", "already there"]
+    assert store.get(bucket, "copy") == b"1"
+    # An ETag that is not the MD5 of the bytes.
+    assert copy(target="parts", md5="0" * 32) == "written"
+    with pytest.raises(ConflictError):
+        copy(target="taken", md5=md5)
