@@ -53,11 +53,11 @@ class SamplingBatchConfig(Config):
     format: Literal["png", "tar"] = "png"
     """png: one file per image. tar: one WebDataset shard per chunk, with KEY.png and KEY.json per image."""
     chunk: int | None = Field(None, ge=1, le=2**14, exclude_if=is_unset)
-    """Images per chunk, which is the work of one worker and one tar; a multiple of sampling.compute_batch, constant within a sampling
-    batch. Null: four compute batches; in larger sampling batches more, for 256 chunks of at most 4096 images."""
+    """Images per chunk, the work of one worker and one tar; a multiple of sampling.compute_batch, constant within a
+    sampling batch. Null: four compute batches; in larger batches more, for 256 chunks of at most 4096 images."""
     runner: Literal["threads", "processes", "ray"] = "threads"
-    """What generates chunks: threads or processes of this machine, which share its cores, or a Ray cluster with one core
-    per chunk, and one GPU if sampling.device is one. Does not change the images."""
+    """What generates chunks: threads or processes of this machine, which share its cores, or a Ray cluster with one
+    core per chunk, and one GPU if sampling.device is one. Does not change the images."""
     workers: int = Field(1, ge=1)
     """Number of chunks generated concurrently. One keeps four cores, or a GPU, busy."""
 

@@ -243,7 +243,7 @@ class IngestConfig(StorageConfig):
     shard_bytes: int = Field(64 * 2**20, ge=2**16)
     """Approximate size of a shard, in bytes; small sets get at least eight shards."""
     runner: Literal["threads", "processes", "ray"] = "threads"
-    """Where shards are prepared, measured, merged and joined: threads or processes of this machine, or a Ray cluster."""
+    """Where shards are prepared, measured and merged: threads or processes of this machine, or a Ray cluster."""
     workers: int = Field(2, ge=1)
     """Number of shards at work concurrently."""
     download_seconds: float = Field(20.0, gt=0)
