@@ -10,11 +10,9 @@ from diffusion.curation.curate import CurationResult
 from diffusion.curation.lists import ListChange
 from flows.config import Params
 from flows.datasets.dvc import DataVersion
-from flows.datasets.remote_shards import RemoteShards
 from flows.datasets.sync import announce
 from flows.deployment.tasks import completed_state, prefect_fan_out, task_runner
-from flows.environment import data_source
-from flows.ingest import describe, needs_no_shards, publish_change
+from flows.ingest import describe, needs_no_shards, publish_change, remote_shards
 from flows.tracking.console import reporter
 
 
@@ -56,5 +54,5 @@ def curate(params: Params, list_change: ListChange | None = None) -> CurationOut
 def curate_images(params: Params, change: ListChange | None = None) -> CurationResult:
     """Measure the images, decide and write the manifest; each shard is a separate task."""
     fan_out = prefect_fan_out(params.ingest, "measure shard")
-    remote = RemoteShards(params.dataset_folder, data_source()) if needs_no_shards(params) else None
+    remote = remote_shards(params) if needs_no_shards(params) else None
     return engine.curate(params, change=change, fan_out=fan_out, progress=reporter(), remote=remote)

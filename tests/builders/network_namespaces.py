@@ -3,10 +3,10 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ import pytest
 from tests.builders import ROOT
 from tests.builders.ray_cluster import ENVIRONMENT
 from tests.builders.servers import plain
+from tests.builders.waiting import wait_for
 
 HIDE_OTHERS = 'for folder in $OTHERS; do mount -t tmpfs none "$folder" || exit 9; done; cd "$HOME" && exec "$@"'
 """Script of a process in a namespace, whose mounts are its own: what others write is not there."""
@@ -103,14 +104,19 @@ def start_ray(nodes: Sequence[Node], variables: Mapping[str, str]) -> None:
         node.variables = {**variables, "RAY_ADDRESS": address}
     place = ["--head", "--port=6379", f"--temp-dir={head.folder / 'ray'}", "--include-dashboard=false"]
     head.start("ray.log", *RAY, *place, f"--node-ip-address={head.address}", "--num-cpus=0")
+    # A node that joins too early gives up.
+    wait_for(lambda: _answers(head.address), 300, (head.folder / "ray.log").read_text)
     for worker in workers:
         start_worker(worker)
     wait = "import ray, time; ray.init('auto', log_to_driver=False)\n"
     wait += f"while ray.cluster_resources().get('CPU', 0) < {len(workers)}: time.sleep(0.1)"
-    deadline = time.monotonic() + 300
-    while head.start("wait.log", sys.executable, "-c", wait).wait(300):
-        assert time.monotonic() < deadline, (head.folder / "wait.log").read_text()[-3000:]
-        time.sleep(1)
+    assert head.start("wait.log", sys.executable, "-c", wait).wait(300) == 0, (head.folder / "wait.log").read_text()
+
+
+def _answers(host: str) -> bool:
+    with suppress(OSError), socket.create_connection((host, 6379), 1):
+        return True
+    return False
 
 
 def start_worker(worker: Node) -> None:

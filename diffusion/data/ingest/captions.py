@@ -80,10 +80,10 @@ def add_captions(merge: Merge, config: CaptionerConfig, progress: Progress) -> C
             captions = {key: caption for key in due_rows if (caption := cache.get(key, name)) is not None}
             cached_count, done = cached_count + len(captions), done + len(captions)
             progress("images captioned", done, total)
-            requests = [row for key, row in due_rows.items() if key not in captions]
-            images = _images(
-                folder, part.shard, requests if unanswered_count < MAX_UNANSWERED else (), merge.index.store
-            )
+            requests = [
+                row for key, row in due_rows.items() if unanswered_count < MAX_UNANSWERED and key not in captions
+            ]
+            images = _images(folder, part.shard, requests, merge.index.store)
             with closing(images), closing(_answers(captioner, cache, name, images)) as answers:
                 for key, answer in answers:
                     done += 1
