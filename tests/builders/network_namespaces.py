@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -104,8 +103,8 @@ def start_ray(nodes: Sequence[Node], variables: Mapping[str, str]) -> None:
         node.variables = {**variables, "RAY_ADDRESS": address}
     place = ["--head", "--port=6379", f"--temp-dir={head.folder / 'ray'}", "--include-dashboard=false"]
     head.start("ray.log", *RAY, *place, f"--node-ip-address={head.address}", "--num-cpus=0")
-    # A node that joins too early gives up.
-    wait_for(lambda: _answers(head.address), 300, (head.folder / "ray.log").read_text)
+    log = head.folder / "ray.log"
+    wait_for(lambda: "Ray runtime started" in log.read_text(), 300, log.read_text)
     for worker in workers:
         start_worker(worker)
     wait = "import ray, time; ray.init('auto', log_to_driver=False)\n"
@@ -113,16 +112,12 @@ def start_ray(nodes: Sequence[Node], variables: Mapping[str, str]) -> None:
     assert head.start("wait.log", sys.executable, "-c", wait).wait(300) == 0, (head.folder / "wait.log").read_text()
 
 
-def _answers(host: str) -> bool:
-    with suppress(OSError), socket.create_connection((host, 6379), 1):
-        return True
-    return False
-
-
 def start_worker(worker: Node) -> None:
     """Join a node to the cluster."""
+    # On a busy machine a node gives up after half a minute.
     worker.start(
         "ray.log",
+        *("sh", "-c", 'until "$@"; do sleep 1; done', "sh"),
         *RAY,
         f"--address={worker.variables['RAY_ADDRESS']}",
         f"--node-ip-address={worker.address}",
