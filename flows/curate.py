@@ -10,11 +10,9 @@ from diffusion.curation.curate import CurationResult
 from diffusion.curation.lists import ListChange
 from flows.config import Params
 from flows.datasets.dvc import DataVersion
-from flows.datasets.remote_shards import RemoteShards
 from flows.datasets.sync import announce
 from flows.deployment.tasks import completed_state, retryable_task
-from flows.environment import data_source
-from flows.ingest import describe, needs_no_shards, publish_change
+from flows.ingest import describe, needs_no_shards, publish_change, remote_shards
 from flows.tracking.console import reporter
 
 
@@ -54,5 +52,5 @@ def curate(params: Params, list_change: ListChange | None = None) -> CurationOut
 @retryable_task
 def curate_images(params: Params, change: ListChange | None = None) -> CurationResult:
     """Measure the images, decide and write the manifest."""
-    remote = RemoteShards(params.dataset_folder, data_source()) if needs_no_shards(params) else None
+    remote = remote_shards(params) if needs_no_shards(params) else None
     return engine.curate(params, change=change, progress=reporter(), remote=remote)

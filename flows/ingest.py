@@ -126,13 +126,18 @@ def make_dataset(params: Params, requeue: bool, rebuild: Rebuild) -> IngestResul
         requeue=requeue,
         objects=S3Objects(),
         progress=reporter(),
-        remote=RemoteShards(params.dataset_folder, data_source()) if needs_no_shards(params) else None,
+        remote=remote_shards(params) if needs_no_shards(params) else None,
     )
 
 
 def needs_no_shards(params: Params) -> bool:
     """Whether work on a data set leaves its shards on the remote, as workers on Ray read and write them there."""
     return params.ingest.runner == "ray"
+
+
+def remote_shards(params: Params) -> RemoteShards:
+    """Shards of the data set ``training.dataset`` on DVC's remote."""
+    return RemoteShards(params.dataset_folder, data_source())
 
 
 @retryable_task
@@ -152,9 +157,7 @@ def dataset_page(params: Params) -> "tuple[Path, DatasetSummary]":
 
     page, summary = find_page(params)
     if summary is None:
-        summary = write_dataset_report(
-            params.dataset_folder, page, reporter(), RemoteShards(params.dataset_folder, data_source())
-        )
+        summary = write_dataset_report(params.dataset_folder, page, reporter(), remote_shards(params))
         write_json(page.with_suffix(".json"), summary.model_dump(mode="json"))
     return page, summary
 

@@ -20,10 +20,9 @@ from diffusion.training.run_folder import Restart, discard
 from diffusion.training.train import TrainResult
 from flows.config import Params, flatten_sections
 from flows.datasets import dvc
-from flows.datasets.remote_shards import RemoteShards
 from flows.deployment.tasks import concurrency_slot, lineage_hooks, retryable_task
 from flows.environment import data_source, settings
-from flows.ingest import dataset_page, find_page
+from flows.ingest import dataset_page, find_page, remote_shards
 from flows.registry import model_versions
 from flows.registry.champion import require_champion
 from flows.registry.dependencies import ResolvedParams, resolve_params
@@ -81,7 +80,7 @@ def train_and_track(params: Params, restart: Restart, drift: str | None = None) 
     if restart == "set_aside" and _is_registered(params):
         restart = "if_different"
     streams = params.training.stream_bytes is not None
-    store = RemoteShards(params.dataset_folder, data_source()) if streams else None
+    store = remote_shards(params) if streams else None
     try:
         result = engine.train(params, restart=restart, track=track, store=store, start=ready.start, progress=reporter())
     except BaseException:

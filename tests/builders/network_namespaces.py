@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import pytest
 from tests.builders import ROOT
 from tests.builders.ray_cluster import ENVIRONMENT
 from tests.builders.servers import plain
+from tests.builders.waiting import wait_for
 
 HIDE_OTHERS = 'for folder in $OTHERS; do mount -t tmpfs none "$folder" || exit 9; done; cd "$HOME" && exec "$@"'
 """Script of a process in a namespace, whose mounts are its own: what others write is not there."""
@@ -103,20 +103,21 @@ def start_ray(nodes: Sequence[Node], variables: Mapping[str, str]) -> None:
         node.variables = {**variables, "RAY_ADDRESS": address}
     place = ["--head", "--port=6379", f"--temp-dir={head.folder / 'ray'}", "--include-dashboard=false"]
     head.start("ray.log", *RAY, *place, f"--node-ip-address={head.address}", "--num-cpus=0")
+    log = head.folder / "ray.log"
+    wait_for(lambda: "Ray runtime started" in log.read_text(), 300, log.read_text)
     for worker in workers:
         start_worker(worker)
     wait = "import ray, time; ray.init('auto', log_to_driver=False)\n"
     wait += f"while ray.cluster_resources().get('CPU', 0) < {len(workers)}: time.sleep(0.1)"
-    deadline = time.monotonic() + 300
-    while head.start("wait.log", sys.executable, "-c", wait).wait(300):
-        assert time.monotonic() < deadline, (head.folder / "wait.log").read_text()[-3000:]
-        time.sleep(1)
+    assert head.start("wait.log", sys.executable, "-c", wait).wait(300) == 0, (head.folder / "wait.log").read_text()
 
 
 def start_worker(worker: Node) -> None:
     """Join a node to the cluster."""
+    # On a busy machine a node gives up after half a minute.
     worker.start(
         "ray.log",
+        *("sh", "-c", 'until "$@"; do sleep 1; done', "sh"),
         *RAY,
         f"--address={worker.variables['RAY_ADDRESS']}",
         f"--node-ip-address={worker.address}",

@@ -7,7 +7,7 @@ stored before the next image is sent, so a killed ingest sends again only images
 import sqlite3
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -69,9 +69,7 @@ def add_captions(merge: Merge, config: CaptionerConfig, progress: Progress) -> C
             table = read_records(folder, part, ("outcome", "caption", CAPTIONER.name))
             due_counts[place] = sum(map(is_due, table.to_pylist()))
     total, done, cached_count, unanswered_count, reasons = sum(due_counts.values()), 0, 0, 0, Counter[str]()
-    with ExitStack() as stack:
-        cache = stack.enter_context(closing(CaptionCache(folder)))
-        captioner = stack.enter_context(closing(make_captioner(config)))
+    with closing(CaptionCache(folder)) as cache, closing(make_captioner(config)) as captioner:
         for place in (place for place, count in due_counts.items() if count):
             part = parts[place]
             assert part.shard is not None
@@ -80,10 +78,9 @@ def add_captions(merge: Merge, config: CaptionerConfig, progress: Progress) -> C
             captions = {key: caption for key in due_rows if (caption := cache.get(key, name)) is not None}
             cached_count, done = cached_count + len(captions), done + len(captions)
             progress("images captioned", done, total)
-            requests = [row for key, row in due_rows.items() if key not in captions]
-            images = _images(
-                folder, part.shard, requests if unanswered_count < MAX_UNANSWERED else (), merge.index.store
-            )
+            is_asked = unanswered_count < MAX_UNANSWERED
+            requests = [row for key, row in due_rows.items() if is_asked and key not in captions]
+            images = _images(folder, part.shard, requests, merge.index.store)
             with closing(images), closing(_answers(captioner, cache, name, images)) as answers:
                 for key, answer in answers:
                     done += 1

@@ -6,8 +6,8 @@ The manifest is written last; until then the previous version is complete, and n
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from diffusion.data.ingest.chunks import chunks_of, make_plan, prepare_chunk
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index, explain_database_errors
 from diffusion.data.ingest.merge import Merge, write_part
-from diffusion.data.ingest.staging import ChunkFolder, ChunkStore, RemoteDataset, ShardPublisher
+from diffusion.data.ingest.staging import ChunkFolder, RemoteDataset, ShardPublisher
 from diffusion.data.manifest import (
     Manifest,
     Part,
@@ -184,21 +184,13 @@ def ingest(
                 index.update(folder, current, bits)
             config = config.model_copy(update={"near_duplicates": bits})
             merging = config.model_copy(update={"captioner": None}) if captions_later else config
-            versioned_source = access.about.get("source") or reader_of(config.source)
-            store = ChunkFolder(work) if remote is None else remote.chunks
-            publisher = None if remote is None else ShardPublisher(remote, fan_out)
-            merge = Merge(folder, merging, index, origin, parts, versioned_source, store, publisher)
-            chunks = fan_out(prepare_chunk, chunks_of(plan, config, objects, planned_count, store))
+            merge = Merge(folder, merging, index, origin, parts, access.about.get("source") or reader_of(config.source))
+            if remote is not None:
+                merge.chunks, merge.publisher = remote.chunks, ShardPublisher(remote, fan_out)
+            chunks = fan_out(prepare_chunk, chunks_of(plan, config, objects, planned_count, merge.chunk_store))
             facts = _facts(config, before, rebuilding, access.about.get("licence"), recorded_bits)
-            try:
+            with _removing_work(merge, started):
                 after, captions = _merge(merge, before, facts, chunks, planned_count, rebuilding, progress)
-            except UserError:
-                # The cause of the quarantine may be fixed, so the entries must be read again.
-                _remove_work(work, store, merge.names, started)
-                raise
-            finally:
-                remove_strays(folder)
-            _remove_work(work, store, merge.names, started)
             return _make_result(merge, before, after, access, listed_count, calibration, captions)
 
 
@@ -343,8 +335,7 @@ def _merge(
                 f"than the share of {config.max_quarantined:g} that ingest.max_quarantined allows ({reasons}): fix "
                 "them, or allow more"
             )
-        if merge.publisher is not None:
-            merge.publisher.publish(merge.parts)
+        merge.publish_shards()
         merge.replace_masks()
         captions = None if config.captioner is None else add_captions(merge, config.captioner, progress)
         after = Manifest(
@@ -387,7 +378,22 @@ def remove_strays(folder: Path) -> None:
                 path.rmdir()
 
 
-def _remove_work(work: Path, chunks: ChunkStore, names: Sequence[str], started: datetime) -> None:
-    for store in (ChunkFolder(work), chunks):
-        store.remove(names, started)
+@contextmanager
+def _removing_work(merge: Merge, started: datetime) -> Iterator[None]:
+    """Context of the merge of an ingest that ``started`` at a time; removes what no repeated ingest would use."""
+    try:
+        yield
+    except UserError:
+        # The cause of the quarantine may be fixed, so the entries must be read again.
+        _remove_work(merge, started)
+        raise
+    finally:
+        remove_strays(merge.folder)
+    _remove_work(merge, started)
+
+
+def _remove_work(merge: Merge, started: datetime) -> None:
+    work = work_folder(merge.folder)
+    for store in (ChunkFolder(work), merge.chunk_store):
+        store.remove(merge.names, started)
     (work / "plan.sqlite").unlink(missing_ok=True)

@@ -244,6 +244,11 @@ class Merge:
                 (root, split), *_ = groups
                 row |= {"split": split, "near": [root.hex()]}
 
+    def publish_shards(self) -> None:
+        """Publish the shards of the chunks that were added, if they do not lie in the data set's folder."""
+        if self.publisher is not None:
+            self.publisher.publish(self.parts)
+
     def replace_masks(self) -> None:
         """Replace the masks of images that came again under their own name with another one, in shards and records."""
         for place, part in enumerate(self.parts):
