@@ -77,7 +77,7 @@ class RetentionConfig(Config):
     batch_days: float | None = Field(None, ge=0)
     """Finished sampling batches written within this many days are kept, with their model's run and data; null: all."""
     unfinished_days: float = Field(7, ge=0)
-    """Unfinished sampling batches and multipart uploads without progress for this many days are deleted."""
+    """Unfinished sampling batches, uploads and ingests on Ray without progress for this many days are deleted."""
     cache_days: float | None = Field(30, ge=0)
     """Cached shards and weights not used on this machine for this many days are deleted; null: never."""
 

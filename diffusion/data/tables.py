@@ -68,7 +68,7 @@ def insert_records(database: "DuckDBPyConnection", table: str, paths: Iterable[P
     Columns of OPTIONAL that a table lacks are null. ``records`` also has the columns ``part``, the number of the file
     in ``paths``, and ``"row"``, the number in the file. Files are read as they are: check them first.
     """
-    (scratch,) = database.execute("SELECT current_setting('temp_directory')").fetchone() or ("",)
+    ((scratch,),) = database.execute("SELECT current_setting('temp_directory')").fetchall()
     # Its columns are those of the result, with nulls where a table has none.
     empty = Path(scratch) / "columns.parquet"
     make_folder(empty.parent)

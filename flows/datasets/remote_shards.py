@@ -1,6 +1,6 @@
 """Shards on DVC's remote: read one by one, and published there from the chunks that an ingest's workers stage.
 
-Chunks lie under ``s3://BUCKET/datasets/NAME/staging/``. A shard of which all images are new is copied by the server to
+Chunks lie under ``s3://BUCKET/staging/NAME/``. A shard of which all images are new is copied by the server to
 its place on the remote, which is named by its MD5.
 """
 
@@ -18,13 +18,12 @@ from diffusion.common.errors import TransientError, UserError
 from diffusion.common.files import sha256_file, temporary_folder, write_json
 from diffusion.data.ingest.staging import Digests, Workspace
 from diffusion.data.manifest import FileEntry, read_manifest
-from flows.datasets.catalog import Catalog
 from flows.datasets.dvc import Cache, Listing, Remote, StoredFiles, data_version, published_path, read_published
 from flows.storage.s3 import ListedObject, Location, Store
 from flows.storage.s3_errors import MissingObjectError
 
 STAGING = "staging"
-"""Prefix of staged chunks under the prefix of their data set."""
+"""Prefix of staged chunks, by data set."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ class RemoteShards:
     @property
     def chunks(self) -> StagedChunks:
         """Return where workers leave their chunks."""
-        return StagedChunks(Catalog.of(self.folder.name, self.source).place / STAGING, self.source)
+        return StagedChunks(Location(Location.parse(self.source).bucket) / STAGING / self.folder.name, self.source)
 
     def keep(self, digests: dict[str, Digests]) -> None:
         """Remember the MD5s of published shards until DVC has recorded the data set."""

@@ -20,11 +20,13 @@ from flows.config import RetentionConfig
 from flows.datasets.catalog import PUBLISHED, PUSHING, RETIRED, Catalog, CatalogListing, Heads
 from flows.datasets.dvc import Remote
 from flows.datasets.purge import unreferenced_objects
+from flows.datasets.remote_shards import STAGING
 from flows.retention.sweeps import Action, Sweep, SweepItem, format_age, is_older
-from flows.storage.s3 import Location, Store
+from flows.storage.s3 import ListedObject, Location, Store
 
 logger = logging.getLogger(__name__)
 
+STAGED = re.compile(rf"{STAGING}/([^/]+)/[^/]+")
 MARK = re.compile(RETIRED + r"/([^/]+)/([0-9a-f]{64})\.json")
 
 
@@ -61,7 +63,11 @@ class DataSets:
                     SweepItem(kind="data versions", name=f"{name} {digest[:12]}", bytes=size, action=action, why=reason)
                 )
 
+        staged_items, keys = self._list_staged()
+        items += staged_items
+
         def act() -> None:
+            self.store.delete_many(self.bucket, keys)
             for name, entries in actions.items():
                 versions = listings[name].versions
                 for digest, (action, _) in entries.items():
@@ -79,6 +85,23 @@ class DataSets:
                 self._purge(name, retained_digests)
 
         return Sweep(items, act)
+
+    def _list_staged(self) -> tuple[list[SweepItem], list[str]]:
+        """Chunks of unfinished ingests by data set, and the keys of those to which nothing was added for long."""
+        items, keys, days = list[SweepItem](), list[str](), self.policy.unfinished_days
+        objects: dict[str, list[ListedObject]] = {}
+        for entry in self.store.list_objects(self.bucket, f"{STAGING}/"):
+            if match := STAGED.fullmatch(entry.key):
+                objects.setdefault(match[1], []).append(entry)
+        for name, entries in objects.items():
+            newest = max(entry.written for entry in entries)
+            action: tuple[Action, str] = ("keep", f"unfinished, within {days:g} days")
+            if is_older(newest, days, self.now):
+                action = "delete", f"{format_age(newest, self.now)}, without an end"
+                keys += [entry.key for entry in entries]
+            size = sum(entry.size for entry in entries)
+            items.append(SweepItem(kind="unfinished ingests", name=name, bytes=size, action=action[0], why=action[1]))
+        return items, keys
 
     def _actions(self, name: str, listing: CatalogListing) -> dict[str, tuple[Action, str]]:
         versions, policy, retired_listing = listing.versions, self.policy, self._catalog(name).read(retired=True)

@@ -233,7 +233,16 @@ class Store:
             if (found := self.stat(bucket, target)) is not None:
                 verify(found.etag)
                 return "already there"
-            answer = self.client.copy_object(Bucket=bucket, Key=target, CopySource={"Bucket": bucket, "Key": key})
+            try:
+                # A server that does not know the condition copies the same bytes again.
+                answer = self.client.copy_object(
+                    Bucket=bucket, Key=target, CopySource={"Bucket": bucket, "Key": key}, IfNoneMatch="*"
+                )
+            except ClientError as error:
+                if get_status(error) != 412:
+                    raise
+                verify("")
+                return "already there"
             verify(answer["CopyObjectResult"]["ETag"])
             return "written"
 

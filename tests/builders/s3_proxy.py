@@ -28,6 +28,8 @@ class Request:
     query: Mapping[str, str]
     headers: Message
     body: bytes = field(repr=False)
+    client: str = "127.0.0.1"
+    """Address from which it comes."""
 
     @property
     def access_key(self) -> str:
@@ -43,8 +45,12 @@ CUT = "cut"
 """In the place of an error code: the connection drops in the middle of the server's answer."""
 
 
+BUSY = "SlowDown"
+"""Error code of a server that has too much to do."""
+
+
 @contextmanager
-def proxied(server: Mapping[str, str], intercept: Intercept) -> Iterator[str]:
+def proxied(server: Mapping[str, str], intercept: Intercept, host: str = "127.0.0.1") -> Iterator[str]:
     """The address of a proxy before the S3 server that the variables ``server`` name, whose keys it signs with."""
     keys = Credentials(server["AWS_ACCESS_KEY_ID"], server["AWS_SECRET_ACCESS_KEY"])
     address = urlsplit(server["AWS_ENDPOINT_URL_S3"]).netloc
@@ -57,10 +63,14 @@ def proxied(server: Mapping[str, str], intercept: Intercept) -> Iterator[str]:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             query = {name: values[0] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
             key = unquote(parts.path).lstrip("/").partition("/")[2]
-            request = Request(self.command, key, query, self.headers, body)
+            request = Request(self.command, key, query, self.headers, body, self.client_address[0])
             if (code := intercept(request)) and code != CUT:
                 error_body = f"<Error><Code>{code}</Code><Message>by a drill</Message></Error>".encode()
-                self.reply(403, [("Content-Type", "application/xml")], b"" if self.command == "HEAD" else error_body)
+                self.reply(
+                    503 if code == BUSY else 403,
+                    [("Content-Type", "application/xml")],
+                    b"" if self.command == "HEAD" else error_body,
+                )
                 return
             headers = {name: value for name, value in request.headers.items() if name.lower() not in DROPPED}
             signed = AWSRequest(self.command, f"http://{address}{self.path}", headers, body)
@@ -86,5 +96,5 @@ def proxied(server: Mapping[str, str], intercept: Intercept) -> Iterator[str]:
 
         do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward  # noqa: N815
 
-    with serving(Handler) as url:
+    with serving(Handler, host) as url:
         yield url

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 BUCKET = "images-of-a-team"
 PREFIXES = (
     *("images", "dvc", "datasets", "ledger", "samples", "pushing", "resumed", "deleted", "retired", "retrained"),
-    *("starts", "claims", "alarms", "mlflow", "elsewhere"),
+    *("starts", "staging", "claims", "alarms", "mlflow", "elsewhere"),
 )
-WORK = {"dvc", "datasets", "ledger", "samples", "pushing", "retrained", "starts", "claims", "alarms"}
+WORK = {"dvc", "datasets", "ledger", "samples", "pushing", "retrained", "starts", "staging", "claims", "alarms"}
 READS: dict[str, set[str]] = {
     "worker": {*WORK, "images", "deleted"},
     "sampler": {"ledger", "samples", "deleted"},
@@ -34,10 +34,10 @@ WRITES: dict[str, set[str]] = {
     "mlflow": {"mlflow"},
 }
 DELETES: dict[str, set[str]] = {
-    "worker": {"pushing"},
+    "worker": {"pushing", "staging"},
     "sampler": set(),
     "reader": set(),
-    "keeper": {"images", "dvc", "datasets", "samples", "pushing", "retired", "deleted", "resumed"},
+    "keeper": {"images", "dvc", "datasets", "samples", "pushing", "retired", "deleted", "resumed", "staging"},
     "mlflow": {"mlflow"},
 }
 

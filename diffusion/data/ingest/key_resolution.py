@@ -23,8 +23,8 @@ _SAMPLES = """
 SELECT
     unhex(key),
     unhex(sha256(
-        '[' || quote(key) || ',' || quote(split) || ',' || quote(label) || ',' || quote(caption)
-        || CASE WHEN mask IS NULL THEN '' ELSE ',' || quote(mask) END || ']'
+        '["' || key || '","' || split || '",' || quote(label) || ',' || quote(caption)
+        || coalesce(',"' || mask || '"', '') || ']'
     )),
     part,
     "row",

@@ -1,21 +1,23 @@
 """The difference of two versions of a data set, of which only parts that they do not share are read."""
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
 from tempfile import gettempdir
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
 from diffusion.common.config import Config, is_unset
-from diffusion.data.manifest import Manifest, Outcome, Part, read_table
+from diffusion.data.manifest import GIVEN_LABEL, LABELLED_BY, MASK, Manifest, Part, read_table
 from diffusion.data.tables import insert_records, open_database
 from diffusion.data.versions.versions import (
     Elsewhere,
     QuarantineEntry,
+    ReadTable,
     count_kept,
     find_nothing,
     find_table,
@@ -28,17 +30,39 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 T = TypeVar("T")
-Side = Literal["before", "after"]
-FindTable = Callable[[Part], tuple[Path, bool] | None]
-"""Finds the records of a part, and whether they are those after a curation that the part was before."""
-_FIELDS = ("key", "source", "split", "label", "caption", "reason", "mask")
+Place = tuple[bytes | None, int | None, int | None]
+"""Key of an image, the number of its part among those compared, and its row there; a key alone is of a removed one."""
+_FIELDS = ("key", "source", "split", "label", "caption", "reason", MASK.name)
 """Fields of Sample."""
-_RECORDED = f"SELECT outcome, {', '.join(_FIELDS)} FROM records WHERE outcome IN ('kept', 'dropped')"
-_UNCURATED = """
-SELECT 'kept', key, source, split, if(labelled_by IS NULL, label, given_label), caption, reason, mask
-FROM records
+_CONTENT = (
+    "md5_number(to_json([coalesce(split, ''), coalesce({label}, ''), coalesce(caption, ''), coalesce(mask, '')]))"
+)
+_IMAGES = f"""
+SELECT
+    unhex(key) AS key,
+    outcome = 'kept' OR is_curated AS kept,
+    {_CONTENT.format(label="if(is_curated AND labelled_by IS NOT NULL, given_label, label)")} AS content,
+    part,
+    "row"
+FROM (SELECT *, part IN (SELECT part FROM curated) AS is_curated FROM records)
 WHERE outcome IN ('kept', 'dropped')
 """
+_REMOVED = f"""
+INSERT INTO {{side}}
+SELECT unhex(removed), true, {_CONTENT.format(label="label")}, NULL, NULL
+FROM (SELECT unnest(?::VARCHAR[]) AS removed, '' AS split, '' AS label, '' AS caption, '' AS mask)
+WHERE removed IS NULL OR unhex(removed) NOT IN (SELECT key FROM {{side}} WHERE kept AND key IS NOT NULL)
+"""
+_DIFFERING = """
+CREATE TABLE differing AS
+SELECT
+    coalesce(before.key, after.key) AS key,
+    before.kept AS was_kept, before.part AS old_part, before."row" AS old_row,
+    after.kept AS is_kept, after.part AS new_part, after."row" AS new_row
+FROM before FULL JOIN after ON before.key = after.key
+WHERE before.kept IS DISTINCT FROM after.kept OR before.content <> after.content
+"""
+"""Images that the versions do not have alike; ``was_kept`` and ``is_kept`` are null for images that one has not."""
 
 
 class Sample(Config):
@@ -107,29 +131,30 @@ def diff(
     def find(part: Part) -> tuple[Path, bool] | None:
         if path := find_table(folder, remains.get(part.records.sha256, part), elsewhere):
             return path, False
-        if (curated_part := _curated_part(part, before, after)) and (
-            path := find_table(folder, curated_part, elsewhere)
-        ):
+        curated_part = _curated_part(part, before, after)
+        if curated_part and (path := find_table(folder, curated_part, elsewhere)):
             return path, True
         unread_tables.add(part.records.name)
         return None
 
     def read(part: Part, columns: Sequence[str]) -> pa.Table | None:
-        # Curation does not change quarantined entries.
-        return (found := find(part)) and read_table(found[0], columns)
+        if (found := find(part)) is None:
+            return None
+        path, is_curated = found
+        if not is_curated or "label" not in columns:
+            return read_table(path, columns)
+        table = read_table(path, (*columns, LABELLED_BY.name, GIVEN_LABEL.name))
+        label = pc.if_else(pc.is_valid(table[LABELLED_BY.name]), table[GIVEN_LABEL.name], table["label"])
+        return table.set_column(table.column_names.index("label"), "label", label).select(columns)
 
     with open_database(Path(gettempdir())) as database:
-        has_all = [
-            _load(database, "before", old_parts, remains, find),
-            _load(database, "after", new_parts, remains, find),
+        loaded_parts = [
+            _load(database, side, [(part, found) for part in parts if (found := find(part))], remains)
+            for side, parts in (("before", old_parts), ("after", new_parts))
         ]
-        has_images, has_drops = (all(states) for states in zip(*has_all, strict=True))
-        added, removed = _only_in(database, "after", "kept", limit), _only_in(database, "before", "kept", limit)
-        dropped, restored = (
-            _only_in(database, "after", "dropped", limit),
-            _only_in(database, "before", "dropped", limit),
-        )
-        changed = _find_changes(database, limit)
+        groups, changed = _compare(database, loaded_parts, read, limit)
+    unread_parts = [part for part in (*old_parts, *new_parts) if part.records.name in unread_tables]
+    has_images, has_drops = not unread_parts, not any(part.outcomes.get("dropped") for part in unread_parts)
     old_reasons, new_reasons = list_quarantine_reasons([before, after], read)
     if unread_tables:
         old_reasons = new_reasons = None
@@ -138,10 +163,10 @@ def diff(
         after=after.digest,
         same_content=before.content_digest == after.content_digest,
         kept=(before.kept, after.kept),
-        added=added if has_images else None,
-        removed=removed if has_images else None,
-        dropped=dropped if has_drops else None,
-        restored=restored if has_drops else None,
+        added=groups["added"] if has_images else None,
+        removed=groups["removed"] if has_images else None,
+        dropped=groups["dropped"] if has_drops else None,
+        restored=groups["restored"] if has_drops else None,
         changed=changed if has_images else None,
         quarantined=_entries_only_in(new_reasons, old_reasons, limit),
         cleared=_entries_only_in(old_reasons, new_reasons, limit),
@@ -152,73 +177,77 @@ def diff(
 
 
 def _load(
-    database: "DuckDBPyConnection", side: Side, parts: list[Part], remains: dict[str, Part], find: FindTable
-) -> tuple[bool, bool]:
-    """Load the images of ``parts``, and those that a takedown removed; returns whether all kept and all dropped are.
+    database: "DuckDBPyConnection", side: str, tables: list[tuple[Part, tuple[Path, bool]]], remains: dict[str, Part]
+) -> list[Part]:
+    """Load the images of parts, and those that a takedown removed; returns the parts.
 
-    ``remains`` are the parts that takedowns rewrote, by the digest of the table before.
+    Each has the path of its records, and whether they are those after a curation that the part was before. ``remains``
+    are the parts that takedowns rewrote, by the digest of the table before.
     """
-    database.execute(f"CREATE TABLE {side} (outcome VARCHAR, {', '.join(f'{name} VARCHAR' for name in _FIELDS)})")
-    tables = [(part, find(part)) for part in parts]
-    for is_curated, query in ((False, _RECORDED), (True, _UNCURATED)):
-        paths = (found[0] for _, found in tables if found is not None and found[1] == is_curated)
-        insert_records(database, side, paths, query)
+    database.execute(f'CREATE TABLE {side} (key BLOB, kept BOOLEAN, content UHUGEINT, part INTEGER, "row" INTEGER)')
+    curated = [number for number, (_, (_, is_curated)) in enumerate(tables) if is_curated]
+    database.execute("CREATE OR REPLACE TABLE curated AS SELECT unnest(?::INTEGER[]) AS part", [curated])
+    insert_records(database, side, (path for _, (path, _) in tables), _IMAGES)
     removed_keys, unknown_count = set[str](), 0
-    for part, found in tables:
-        if found is None or (rest := remains.get(part.records.sha256)) is None:
+    for part, (path, _) in tables:
+        if (rest := remains.get(part.records.sha256)) is None:
             continue
         if part.outcomes.get("removed"):  # it is unknown which of them were removed before
             unknown_count += count_kept(part) - count_kept(rest)
         else:
-            rows = read_table(found[0], ("outcome", "key")).filter(pc.field("outcome") == "removed")
+            rows = read_table(path, ("outcome", "key")).filter(pc.field("outcome") == "removed")
             removed_keys.update(rows["key"].to_pylist())
     keys = [*(removed_keys - {""}), *[None] * unknown_count]
-    database.execute(
-        f"INSERT INTO {side} (outcome, key) SELECT 'kept', key FROM (SELECT unnest(?::VARCHAR[]) AS key) AS removed "
-        f"WHERE NOT EXISTS (SELECT 1 FROM {side} AS image WHERE image.key = removed.key AND outcome = 'kept')",
-        [keys],
-    )
-    missing = [part for part, found in tables if found is None]
-    return not missing, not any(part.outcomes.get("dropped") for part in missing)
+    database.execute(_REMOVED.format(side=side), [keys])
+    return [part for part, _ in tables]
 
 
-def _only_in(database: "DuckDBPyConnection", side: Side, outcome: Outcome, limit: int | None) -> VersionGroup[Sample]:
-    other = "after" if side == "before" else "before"
-    images = (
-        f"FROM {side} AS image WHERE outcome = '{outcome}' AND NOT EXISTS "
-        f"(SELECT 1 FROM {other} AS other WHERE other.key = image.key AND other.outcome = '{outcome}')"
-    )
-    count, rows = _count_and_first(database, _FIELDS, images, limit)
-    return VersionGroup(count=count, samples=[_sample(row) for row in rows if row[0] is not None])
+def _compare(
+    database: "DuckDBPyConnection", loaded_parts: list[list[Part]], read: ReadTable, limit: int | None
+) -> tuple[dict[str, VersionGroup[Sample]], VersionGroup[SampleChange]]:
+    """Compare the images of the parts loaded for each side; returns ``added`` to ``restored``, and ``changed``."""
+    database.execute(_DIFFERING)
+    old, new = zip(("old_part, old_row", "new_part, new_row"), loaded_parts, strict=True)
+    conditions = {
+        "added": ("is_kept AND was_kept IS NOT true", *new),
+        "removed": ("was_kept AND is_kept IS NOT true", *old),
+        "dropped": ("NOT is_kept AND was_kept IS NOT false", *new),
+        "restored": ("NOT was_kept AND is_kept IS NOT false", *old),
+    }
+    groups: dict[str, VersionGroup[Sample]] = {}
+    for name, (condition, place, parts) in conditions.items():
+        count, places = _find_first(database, condition, place, limit)
+        samples = [sample for sample in _read_samples(places, parts, read) if sample.key]
+        groups[name] = VersionGroup(count=count, samples=samples)
+    pairs = []
+    for place, parts in (old, new):
+        count, places = _find_first(database, "was_kept AND is_kept", place, limit)
+        pairs.append(_read_samples(places, parts, read))
+    changes = [SampleChange(before=one, after=other) for one, other in zip(*pairs, strict=True)]
+    return groups, VersionGroup(count=count, samples=changes)
 
 
-def _find_changes(database: "DuckDBPyConnection", limit: int | None) -> VersionGroup[SampleChange]:
-    differences = " OR ".join(
-        f"coalesce(before.{name}, '') <> coalesce(after.{name}, '')" for name in ("split", "label", "caption", "mask")
-    )
-    images = (
-        "FROM before JOIN after USING (key) "
-        f"WHERE before.outcome = 'kept' AND after.outcome = 'kept' AND ({differences})"
-    )
-    fields = [f"{side}.{name}" for side in ("before", "after") for name in _FIELDS]
-    count, rows = _count_and_first(database, fields, images, limit)
-    pairs = ((row[: len(_FIELDS)], row[len(_FIELDS) :]) for row in rows)
-    return VersionGroup(
-        count=count, samples=[SampleChange(before=_sample(old), after=_sample(new)) for old, new in pairs]
-    )
-
-
-def _count_and_first(
-    database: "DuckDBPyConnection", fields: Sequence[str], images: str, limit: int | None
-) -> tuple[int, list[tuple[str | None, ...]]]:
-    """Return the number of ``images``, a query from FROM on, and ``fields`` of the first ``limit``, by key."""
-    (count,) = database.execute(f"SELECT count(*) {images}").fetchone() or (0,)
-    query = f"SELECT {', '.join(fields)} {images} ORDER BY {fields[0]}, {fields[1]} LIMIT ?"
+def _find_first(
+    database: "DuckDBPyConnection", condition: str, place: str, limit: int | None
+) -> tuple[int, list[Place]]:
+    """Return the number of differing images for which ``condition``, and the places of the first of them by key."""
+    ((count,),) = database.execute(f"SELECT count(*) FROM differing WHERE {condition}").fetchall()
+    query = f"SELECT key, {place} FROM differing WHERE {condition} ORDER BY ALL LIMIT ?"
     return count, database.execute(query, [limit]).fetchall()
 
 
-def _sample(row: tuple[str | None, ...]) -> Sample:
-    return Sample.model_validate(dict(zip(_FIELDS, row, strict=True)))
+def _read_samples(places: Sequence[Place], parts: Sequence[Part], read: ReadTable) -> list[Sample]:
+    """Read the samples at ``places``, in their order."""
+    samples = [Sample(key=key.hex() if key else "") for key, _, _ in places]
+    by_part = defaultdict[int, list[tuple[int, int]]](list)
+    for place, (_, part, row) in enumerate(places):
+        if part is not None and row is not None:
+            by_part[part].append((row, place))
+    for part, rows in by_part.items():
+        if (table := read(parts[part], _FIELDS)) is not None:
+            for (_, place), fields in zip(rows, table.take([row for row, _ in rows]).to_pylist(), strict=True):
+                samples[place] = Sample.model_validate(fields)
+    return samples
 
 
 def _entries_only_in(

@@ -61,7 +61,7 @@ def remote_ingest(place: Place, config: IngestConfig, fan_out: FanOut = run) -> 
 
 
 def staged(place: Place) -> list[str]:
-    return list(Store().list_keys(place.bucket, "datasets/blobs/staging/"))
+    return list(Store().list_keys(place.bucket, "staging/blobs/"))
 
 
 def test_published_version_equals_that_of_threads(place: Place, source: Path, tmp_path: Path) -> None:
@@ -92,14 +92,14 @@ def test_a_driver_that_was_killed_goes_on_with_staged_chunks(place: Place, sourc
 
     with pytest.raises(KeyboardInterrupt):
         remote_ingest(place, config, fan_out)
-    before = {entry.key: entry.written for entry in Store().list_objects(place.bucket, "datasets/blobs/staging/")}
+    before = {entry.key: entry.written for entry in Store().list_objects(place.bucket, "staging/blobs/")}
     assert before
 
     def noting(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         for result in map(work, items):
             if work is prepare_chunk:
                 done.append(result)
-                now = {e.key: e.written for e in Store().list_objects(place.bucket, "datasets/blobs/staging/")}
+                now = {e.key: e.written for e in Store().list_objects(place.bucket, "staging/blobs/")}
                 assert before.items() <= now.items(), "a staged chunk is not prepared again"
             yield result
 

@@ -311,6 +311,16 @@ def test_uploads_without_an_end_are_aborted_when_they_are_old(place: Place) -> N
     assert "Uploads" not in client.list_multipart_uploads(Bucket=place.bucket)
 
 
+def test_chunks_of_an_ingest_without_an_end_go_when_they_are_old(place: Place) -> None:
+    place.version()
+    store, key = place.catalog.store, "staging/blobs/0123.parquet"
+    store.put_once(place.bucket, key, b"rows")
+    assert actions(collected(1))["blobs"] == "keep"
+    assert store.exists(place.bucket, key)
+    assert actions(collected(8))["blobs"] == "delete"
+    assert not store.exists(place.bucket, key)
+
+
 def test_gc_skips_or_names_objects_changed_by_others(bucket: str, store: Store) -> None:
     begun = store.client.create_multipart_upload(Bucket=bucket, Key="samples/blobs/1/x/big.tar")
     sweep = SamplingBatches(store, bucket, STRICT, after(8)).sweep()
