@@ -17,18 +17,19 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from diffusion.common.files import sha256_file
+from diffusion.common.files import make_folder, sha256_bytes
 from diffusion.curation.duplicates import leaders_by_hash
-from diffusion.data.ingest.chunks import COLUMNS
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index
 from diffusion.data.ingest.merge import Merge
-from diffusion.data.manifest import Manifest
+from diffusion.data.ingest.staging import PREPARED, ChunkFolder, Digests, shard_name, table_name, write_table
+from diffusion.data.manifest import Manifest, work_folder
 
-EACH = 8192
+EACH, BUCKET = 8192, "64x64"
 
 
 def make_hashes(images: int, bits: int, seed: int = 0) -> np.ndarray:
@@ -43,40 +44,38 @@ def make_hashes(images: int, bits: int, seed: int = 0) -> np.ndarray:
     return hashes[random.permutation(images)]
 
 
-def make_chunks(folder: Path, hashes: np.ndarray) -> Iterator[Path]:
+def make_chunks(store: ChunkFolder, hashes: np.ndarray) -> Iterator[str]:
     """Prepared chunks of new images; every hundredth is quarantined, another hundredth a copy within its chunk."""
-    shard = folder / "chunk-64x64.tar"
-    shard.write_bytes(b"")
-    shards = {"64x64": sha256_file(shard)}
+    make_folder(store.path(""))
+    store.path(shard_name("chunk", BUCKET)).write_bytes(b"")
+    shards = {BUCKET: (Digests(sha256_bytes(b""), 0), 0)}
     for first in range(0, len(hashes), EACH):
-        lines = [json.dumps(shards)]
+        rows = []
         for number in range(first, min(first + EACH, len(hashes))):
             digest = hashlib.sha256(number.to_bytes(8, "big")).hexdigest()
-            row = dict.fromkeys(COLUMNS) | {"source": f"images/{number:010d}.jpg", "stamp": f"{number}", "label": "a"}
-            row |= {"source_sha256": digest}
+            row: dict[str, Any] = dict.fromkeys(PREPARED.names)
+            row |= {"source": f"images/{number:010d}.jpg", "stamp": f"{number}", "label": "a", "source_sha256": digest}
             place = number - 1 if number % 100 == 1 else number
             if number % 100 == 50:
                 row |= {"outcome": "quarantined", "reason": "not an image"}
             else:
                 key = hashlib.sha256(place.to_bytes(9, "big")).hexdigest()
-                row |= {"key": key, "mode": "RGB", "bucket": "64x64", "width": 64, "height": 64, "size": 8000}
+                row |= {"key": key, "mode": "RGB", "bucket": BUCKET, "width": 64, "height": 64, "size": 8000}
                 row |= {"total": [1, 2, 3], "squares": [4, 5, 6], "phash": hashes[place].tobytes().hex()}
                 row |= {"offset": 10_000 * (place - first), "outcome": None if place == number else "duplicate"}
-            lines.append(json.dumps(row))
-        table = folder / "chunk.jsonl"
-        table.write_text("\n".join(lines))
-        yield table
+            rows.append(row)
+        write_table(store.path(table_name("chunk")), rows, shards)
+        yield "chunk"
 
 
 def measure_decisions(folder: Path, images: int, bits: int | None) -> dict[str, float]:
     """Seconds of the decisions on ``images``, and of the index built again."""
-    chunks = folder / "chunks"
-    chunks.mkdir()
+    store = ChunkFolder(work_folder(folder))
     config = IngestConfig.model_validate({"size": 64, "near_duplicates": bits, "held_out": 1e-9})
     figures, seconds = {}, 0.0
     with closing(Index(folder / "index.sqlite", folder, None, bits)) as index, index.transaction():
         merge = Merge(folder, config, index, "origin", [])
-        for chunk in make_chunks(chunks, make_hashes(images, bits or 1)):
+        for chunk in make_chunks(store, make_hashes(images, bits or 1)):
             start = time.process_time()
             merge.add(chunk)
             seconds += time.process_time() - start
@@ -105,7 +104,7 @@ def measure(what: str, images: int, bits: int) -> dict[str, float]:
         if what == "pairs":
             figures = measure_pairs(Path(root), images, bits)
         else:
-            figures = measure_decisions(Path(root), images, bits if what == "near decisions" else None)
+            figures = measure_decisions(Path(root) / "set", images, bits if what == "near decisions" else None)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return figures | {"cpu seconds": time.process_time(), "MB peak": int(status["VmHWM"].split()[0]) // 1024}
 

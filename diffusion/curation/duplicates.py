@@ -27,7 +27,7 @@ from diffusion.common.random import generator
 from diffusion.curation.config import SemanticCalibration
 from diffusion.data.ingest.hash_groups import HashGroups
 from diffusion.evaluation.features.feature_extractor import Extractor
-from diffusion.evaluation.metrics.neighbours import find_nearest, map_blocks
+from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest, find_nearly_nearest, map_blocks
 from diffusion.evaluation.metrics.registration import (
     LIMITS,
     SIDE,
@@ -43,6 +43,8 @@ OUTLIER_NEIGHBOUR = 5
 """The neighbour whose distance is the outlier score."""
 CANDIDATES = 4
 """Nearest images by features, and by thumbnails, that are registered onto each."""
+MAX_EXACT = 20_000
+"""Images up to which all pairs are compared for these."""
 CROPS = torch.tensor([(0, 0.08, right, down) for right in (-0.07, 0.07) for down in (-0.07, 0.07)])
 """Crops of an image whose thumbnails are compared as well: parameters of ``transform_images``, (4, 4)."""
 UPRIGHT = LIMITS * torch.tensor([0, 1, 1, 1])
@@ -126,9 +128,15 @@ def find_candidates(queries: Appearance, among: Sequence[Appearance]) -> Tensor:
 
     The images themselves are found as well if they are among the others.
     """
-    by_features = find_nearest(queries.features, [other.features for other in among], CANDIDATES + 1)
-    by_thumbnails = find_nearest(queries.views(), [other.thumbnails for other in among], CANDIDATES + 1)
+    by_features = _find_nearest(queries.features, [other.features for other in among])
+    by_thumbnails = _find_nearest(queries.views(), [other.thumbnails for other in among])
     return torch.cat([by_features.rows, by_thumbnails.rows], 1)
+
+
+def _find_nearest(points: Tensor, pieces: Sequence[Tensor]) -> NearestNeighbours:
+    if points.shape[-2] > MAX_EXACT:
+        return find_nearly_nearest(points, torch.cat([*pieces]), CANDIDATES + 1)
+    return find_nearest(points, pieces, CANDIDATES + 1)
 
 
 def register_pairs(small: Tensor, pairs: np.ndarray, progress: Progress = ignore_progress) -> np.ndarray:

@@ -167,8 +167,8 @@ class Index:
 
     def _select(self, query: str, wanted: Iterable[tuple[str, str]]) -> Iterator[Any]:
         """Yield the rows of a query that joins the table ``wanted`` of names and hex digests."""
-        self.database.execute("DELETE FROM wanted")
         rows = sorted((name, bytes.fromhex(digest)) for name, digest in wanted)
+        self.database.execute("DELETE FROM wanted")
         self.database.executemany("INSERT INTO wanted VALUES (?, ?)", rows)
         yield from self.database.execute(query)
 
@@ -251,8 +251,9 @@ class Index:
                 self._rows["masks"].append((key, mask))
             if row["outcome"] == "dropped":
                 self._rows["dropped"].append((key,))
-            # Without its first image a group goes on with the next one.
-            if self.near is not None and not any(self.sample(root) for root in row["near"] or ()):
+            # Without its first image a group goes on with the next one; groups that were compared have theirs.
+            roots = row["near"] or ()
+            if self.near is not None and not ((roots and self._groups) or any(map(self.sample, roots))):
                 phash = bytes.fromhex(row["phash"])
                 self._roots.append((phash, row["split"], key))
                 if self._groups is not None:

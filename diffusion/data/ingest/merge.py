@@ -345,8 +345,9 @@ def write_part(
         [row for row in records if row["outcome"] == name] for name in ("kept", "quarantined")
     )
     train = [row for row in kept_rows if row["split"] == "train"]
+    # A grey image counts for all three channels.
     sums = {
-        name: sum((np.broadcast_to(np.array(row[name], np.int64), 3) for row in train), np.zeros(3, np.int64)).tolist()
+        name: np.array([row[name] * (3 // len(row[name])) for row in train], np.int64).reshape(-1, 3).sum(0).tolist()
         for name in ("total", "squares")
     }
     return Part(

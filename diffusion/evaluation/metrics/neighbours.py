@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.common.errors import UserError, install_hint
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.threads import worker_threads
 
@@ -17,6 +18,12 @@ COPY_NEIGHBOURS = 20
 """Nearest neighbours whose mean distance measures the local density."""
 BLOCK_DISTANCES = 2**21
 """Distances per worker thread in memory at a time: 8 MiB, mostly in the cores' caches."""
+PROBED = 8
+"""Clusters searched for each point by ``find_nearly_nearest``."""
+KMEANS_STEPS, KMEANS_ROWS = 5, 64
+"""Steps of its k-means, and rows per cluster that these see."""
+SEARCHED = 1024
+"""Points that a worker thread searches for at a time."""
 T = TypeVar("T")
 
 
@@ -96,6 +103,52 @@ def _search(
     candidates = torch.cat([best[0][block], values], 1), torch.cat([best[1][block], places + offset], 1)
     values, order = candidates[0].topk(best[0].shape[1], largest=False)
     best[0][block], best[1][block] = values, candidates[1].gather(1, order)
+
+
+def find_nearly_nearest(points: Tensor, rows: Tensor, count: int) -> NearestNeighbours:
+    """Find what ``find_nearest`` finds among ``rows`` (N, D), but only in the clusters that each point is nearest to.
+
+    k-means makes about 4 √N clusters, of which PROBED are searched (an inverted file of FAISS, arXiv 2401.08281), so
+    time grows with N √N. A near-duplicate is missed if it lies in none of them; far neighbours are often missed.
+    The result does not depend on the number of threads. Raises UserError without FAISS.
+    """
+    try:
+        import faiss  # it loads an OpenMP library of its own
+    except ImportError as error:
+        raise UserError(f"neighbours of {len(rows):,} images need FAISS: {install_hint('evaluation')}") from error
+    centre = rows.mean(0)
+    database = (rows - centre).numpy()
+    views = (points if points.ndim == 3 else points[None]) - centre
+    clusters = min(round(4 * math.sqrt(len(rows))), len(rows))
+    index = faiss.IndexIVFFlat(faiss.IndexFlatL2(rows.shape[1]), rows.shape[1], clusters)
+    index.nprobe = PROBED
+    index.cp.seed, index.cp.niter, index.cp.min_points_per_centroid = 0, KMEANS_STEPS, 1
+    trained = np.ascontiguousarray(database[:: max(1, len(rows) // (clusters * KMEANS_ROWS))])
+
+    def build(_: int) -> None:
+        faiss.omp_set_num_threads(1)  # of this worker thread
+        index.train(trained)
+        index.add(database)
+
+    def search(start: int) -> tuple[Tensor, Tensor]:
+        faiss.omp_set_num_threads(1)
+        block = views[:, start : start + SEARCHED]
+        squares, numbers = index.search(block.reshape(-1, block.shape[-1]).numpy(), count)
+        shape = (len(views), block.shape[1], count)
+        values, found = (torch.from_numpy(each).view(shape).transpose(0, 1).flatten(1) for each in (squares, numbers))
+        # Of a row that several views found, the nearest counts.
+        values, order = values.sort(stable=True, dim=1)
+        found, places = found.gather(1, order).sort(stable=True, dim=1)
+        values = values.gather(1, places)
+        values[:, 1:][found[:, 1:] == found[:, :-1]] = math.inf
+        values, order = values.topk(count, largest=False)
+        found = found.gather(1, order)
+        return values, torch.where(values.isfinite() & (found >= 0), found, found[:, :1].clamp(min=0))
+
+    list(map_blocks(build, 1))
+    pieces = list(map_blocks(search, views.shape[1], SEARCHED))
+    distances, found = (torch.cat(each) for each in zip(*pieces, strict=True))
+    return NearestNeighbours(distances.clamp(min=0).sqrt(), found)
 
 
 def connected_groups(first: np.ndarray, second: np.ndarray, count: int) -> list[list[int]]:

@@ -5,7 +5,7 @@ import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -330,21 +330,33 @@ def test_near_duplicate_of_both_splits_is_quarantined(tmp_path: Path) -> None:
     assert [each.reason for each in result.quarantined] == ["a near-copy of images in both splits"]
 
 
+def row_of(key: str, phash: int, near: list[str] | None = None) -> dict[str, Any]:
+    names = {"source": key, "source_sha256": "00", "key": key, "phash": f"{phash:064x}", "near": near}
+    return names | {"outcome": "kept", "split": "train", "label": None, "caption": None}
+
+
 def test_groups_go_on_without_their_first_image(tmp_path: Path) -> None:
     first, second = ("aa" * 32, "bb" * 32)
-
-    def row(key: str, phash: int, near: list[str] | None = None) -> dict[str, Any]:
-        names = {"source": key, "source_sha256": "00", "key": key, "phash": f"{phash:064x}", "near": near}
-        return names | {"outcome": "kept", "split": "train", "label": None, "caption": None}
-
     with closing(Index(tmp_path / "whole", tmp_path, None, 8)) as index:
-        index.record(row(first, 0))
-        index.record(row(second, 0xFF, [first]))
+        index.record(row_of(first, 0))
+        index.record(row_of(second, 0xFF, [first]))
         # Within 8 bits of a member, and of no first image.
         assert index.groups_near(f"{0xFFFF:064x}") == []
     with closing(Index(tmp_path / "taken down", tmp_path, None, 8)) as index:
-        index.record(row(second, 0xFF, [first]))
+        index.record(row_of(second, 0xFF, [first]))
         assert index.groups_near(f"{0xFFFF:064x}") == [(b"\xbb" * 32, "train")]
+
+
+def test_aborted_transaction_leaves_no_groups(tmp_path: Path) -> None:
+    key, phash = "aa" * 32, f"{0xFF:064x}"
+    with closing(Index(tmp_path / "index", tmp_path, None, 8)) as index:
+        with suppress(ConnectionError), index.transaction():
+            index.record(row_of(key, 0))
+            index.flush()
+            assert index.groups_near(phash) == [(bytes.fromhex(key), "train")]
+            raise ConnectionError
+        assert index.groups_near(phash) == []
+        assert index.sample(key) is None
 
 
 def test_near_duplicates_are_copies_and_few_distinct_images(tmp_path: Path) -> None:

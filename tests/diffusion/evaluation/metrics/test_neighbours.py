@@ -7,7 +7,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from diffusion.evaluation.metrics import neighbours as module
-from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest
+from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest, find_nearly_nearest
 
 
 def points(count: int, seed: int, width: int = 6) -> Tensor:
@@ -50,3 +50,19 @@ def test_where_there_are_fewer_rows_all_are_neighbours() -> None:
 def test_the_nearest_is_measured_by_how_dense_it_is_there() -> None:
     neighbours = NearestNeighbours(torch.tensor([[1.0, 2.0, 3.0], [0.0, 5.0, 5.0], [0.0, 0.0, 0.0]]), torch.zeros(3, 3))
     assert neighbours.relative.tolist() == [0.5, 0.0, 0.0]
+
+
+def test_copies_are_among_nearly_nearest_with_any_number_of_threads() -> None:
+    faiss = pytest.importorskip("faiss")
+    generator = torch.Generator().manual_seed(0)
+    originals = torch.randn(1500, 16, generator=generator)
+    copies = originals + 0.01 * torch.randn(1500, 16, generator=generator)
+    far = torch.full_like(originals, 50.0)
+    neighbours = find_nearly_nearest(torch.stack([far, originals]), torch.cat([originals, copies]), 5)
+    assert (neighbours.rows[:, 0] == torch.arange(1500)).all()
+    assert (neighbours.rows == torch.arange(1500, 3000)[:, None]).any(1).float().mean() > 0.99
+    assert all(len(set(row)) == 5 for row in neighbours.rows.tolist())
+    faiss.omp_set_num_threads(3)
+    again = find_nearly_nearest(torch.stack([far, originals]), torch.cat([originals, copies]), 5)
+    assert torch.equal(again.rows, neighbours.rows)
+    assert torch.equal(again.distances, neighbours.distances)
