@@ -41,9 +41,9 @@ def resolve(
 ) -> tuple[str, np.ndarray]:
     """Find the first of equal images of ``parts``, each with the folder of its data set, in their order.
 
-    Memory does not grow with the images, except for 9 bytes for each duplicate; files in ``scratch`` take about 200
-    bytes per image. Returns the content digest without the duplicates, and these, as DUPLICATE, sorted. Raises
-    UserError if a table is missing or damaged, or an image has a key or the digest of a file in ``removed``.
+    Memory does not grow with the images, except for 9 bytes for each duplicate: the database spills into ``scratch``.
+    Returns the content digest without the duplicates, and these, as DUPLICATE, sorted. Raises UserError if a table is
+    missing or damaged, or an image has a key or the digest of a file in ``removed``.
     """
     with open_database(scratch) as database:
         _define_quote(database)
