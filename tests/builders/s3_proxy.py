@@ -45,10 +45,6 @@ CUT = "cut"
 """In the place of an error code: the connection drops in the middle of the server's answer."""
 
 
-BUSY = "SlowDown"
-"""Error code of a server that has too much to do."""
-
-
 @contextmanager
 def proxied(server: Mapping[str, str], intercept: Intercept, host: str = "127.0.0.1") -> Iterator[str]:
     """The address of a proxy before the S3 server that the variables ``server`` name, whose keys it signs with."""
@@ -66,11 +62,7 @@ def proxied(server: Mapping[str, str], intercept: Intercept, host: str = "127.0.
             request = Request(self.command, key, query, self.headers, body, self.client_address[0])
             if (code := intercept(request)) and code != CUT:
                 error_body = f"<Error><Code>{code}</Code><Message>by a drill</Message></Error>".encode()
-                self.reply(
-                    503 if code == BUSY else 403,
-                    [("Content-Type", "application/xml")],
-                    b"" if self.command == "HEAD" else error_body,
-                )
+                self.reply(403, [("Content-Type", "application/xml")], b"" if self.command == "HEAD" else error_body)
                 return
             headers = {name: value for name, value in request.headers.items() if name.lower() not in DROPPED}
             signed = AWSRequest(self.command, f"http://{address}{self.path}", headers, body)

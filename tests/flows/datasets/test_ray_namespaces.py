@@ -1,11 +1,9 @@
-"""Ingest on Ray nodes that share nothing but S3: nodes die, S3 refuses, and the bytes are those of threads."""
+"""Ingest on Ray nodes that share nothing but S3: nodes die, and the bytes are those of threads."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from flows.datasets.checkout import checkout
 from flows.storage.s3 import Object, S3Objects, Store
 from tests.builders.ingested import files_of
 from tests.builders.network_namespaces import Node, driver, machines, start_ray, start_worker
-from tests.builders.s3_proxy import BUSY, Request, proxied
+from tests.builders.s3_proxy import Request, proxied
 from tests.builders.shapes import blob
 
 pytest.importorskip("ray")
@@ -94,31 +92,4 @@ def test_nodes_killed_in_each_stage_change_nothing(cluster: Cluster, tmp_path: P
     cluster.watch = watch
     assert cluster.ingest() == 0, cluster.log
     assert not stages
-    cluster.require_bytes_of_threads(tmp_path)
-
-
-@pytest.mark.drill(
-    "the head of a Ray cluster dies while S3 is overloaded",
-    "the head and its driver are killed; every fifth request is slow or answered 503; the same command is given again",
-    "it goes on with the chunks that are there, the bytes of threads",
-)
-def test_the_same_command_goes_on_after_the_head_died(cluster: Cluster, tmp_path: Path) -> None:
-    numbers, dead = count(), threading.Event()
-
-    def overloaded(request: Request) -> str | None:
-        if request.method == "PUT" and request.key.endswith(".parquet") and not dead.is_set():
-            dead.set()
-            threading.Timer(0.3, cluster.nodes[0].kill).start()
-        number = next(numbers)
-        if number % 5 == 0:
-            time.sleep(0.1)
-        return BUSY if number % 10 == 5 else None
-
-    cluster.watch = overloaded
-    assert cluster.ingest() != 0
-    assert dead.is_set()
-    for node in cluster.nodes:
-        node.kill()
-    start_ray(cluster.nodes, cluster.variables)
-    assert cluster.ingest() == 0, cluster.log
     cluster.require_bytes_of_threads(tmp_path)
