@@ -1,9 +1,10 @@
-// Cartoon faces of random parts, in the style Open Peeps (Pablo Stanley, CC0), with captions, for gallery.py and others:
+// Cartoon faces of random parts, with captions, for gallery.py and others:
 //
 //     npm install @dicebear/core@9 @dicebear/collection@9 @resvg/resvg-js
-//     node benchmarks/drawn_faces.mjs FOLDER 5000 256
+//     node benchmarks/drawn_faces.mjs FOLDER 5000 256 openPeeps
 //
-// Writes FOLDER/NUMBER.png, 5,000 of 256×256, and FOLDER/metadata.csv. Equal arguments give equal images.
+// Writes FOLDER/NUMBER.png, 5,000 of 256×256, and FOLDER/metadata.csv. Equal arguments give equal images. Styles are
+// openPeeps (Pablo Stanley, CC0; the default), pixelArt (DiceBear, CC0) and bigSmile (Ashley Seo, CC BY 4.0).
 
 import { createRequire } from 'node:module';
 import fs from 'node:fs';
@@ -12,7 +13,7 @@ import path from 'node:path';
 // Relative to where the command is called: imports look for packages beside this file alone.
 const require = createRequire(path.join(process.cwd(), 'package.json'));
 const { createAvatar } = await import(require.resolve('@dicebear/core'));
-const { openPeeps } = await import(require.resolve('@dicebear/collection'));
+const collection = await import(require.resolve('@dicebear/collection'));
 const { Resvg } = require('@resvg/resvg-js');
 
 const BACKGROUND = { b6e3f4: 'light blue', c0aede: 'lavender', ffd5dc: 'pink', ffdfbf: 'peach', d1f4d9: 'mint' };
@@ -31,30 +32,50 @@ const words = (name) => name.replace(/\d+$/, '').replace(/^gray/, '').replace(/(
 
 const named = (names, colour) => names[colour.slice(1)];
 
-function caption(face, drawing) {
-  // Most styles are black whatever the colour is.
-  const parts = drawing.includes(face.headContrastColor) ? [`${named(HAIR, face.headContrastColor)} hair`] : [];
-  parts.push(
-    words(face.head), `${words(face.face)} face`, `${named(SKIN, face.skinColor)} skin`,
-    `${named(CLOTHES, face.clothingColor)} clothes`,
-  );
-  for (const extra of [face.accessories, face.facialHair, face.mask]) if (extra) parts.push(words(extra));
-  return [...parts, `${named(BACKGROUND, face.primaryBackgroundColor)} background`].join(', ');
-}
+// What the styles have in common is said in the same words.
+const common = (face) => [
+  `${named(HAIR, face.hairColor)} hair`, words(face.hair), `${named(SKIN, face.skinColor)} skin`,
+];
 
-const [folder, count, size] = process.argv.slice(2);
-if (!(Number(count) > 0 && Number(size) > 0)) {
-  console.error('node benchmarks/drawn_faces.mjs FOLDER COUNT SIZE');
+const CAPTIONS = {
+  openPeeps(face, drawing) {
+    // Most styles are black whatever the colour is.
+    const parts = drawing.includes(face.headContrastColor) ? [`${named(HAIR, face.headContrastColor)} hair`] : [];
+    parts.push(
+      words(face.head), `${words(face.face)} face`, `${named(SKIN, face.skinColor)} skin`,
+      `${named(CLOTHES, face.clothingColor)} clothes`,
+    );
+    for (const extra of [face.accessories, face.facialHair, face.mask]) if (extra) parts.push(words(extra));
+    return parts;
+  },
+  pixelArt(face) {
+    const extras = [face.glasses && 'glasses', face.hat && 'hat', face.beard && 'beard'].filter(Boolean);
+    const mouth = words(face.mouth);
+    return [...common(face), `${mouth} face`, `${named(CLOTHES, face.clothingColor)} clothes`, ...extras];
+  },
+  bigSmile(face) {
+    return [...common(face), words(face.mouth), `${words(face.eyes)} eyes`, ...(face.accessories ? [words(face.accessories)] : [])];
+  },
+};
+// Open Peeps has these colours itself.
+const COLOURS = { hairColor: Object.keys(HAIR), skinColor: Object.keys(SKIN), clothingColor: Object.keys(CLOTHES) };
+
+const [folder, count, size, style = 'openPeeps'] = process.argv.slice(2);
+if (!(Number(count) > 0 && Number(size) > 0 && style in CAPTIONS)) {
+  console.error(`node benchmarks/drawn_faces.mjs FOLDER COUNT SIZE [${Object.keys(CAPTIONS).join(' | ')}]`);
   process.exit(2);
 }
 fs.mkdirSync(folder, { recursive: true });
 const rows = ['file_name,text'];
 for (let number = 0; number < Number(count); number++) {
-  const avatar = createAvatar(openPeeps, {
+  const avatar = createAvatar(collection[style], {
+    ...(style === 'openPeeps' ? {} : COLOURS),
     seed: String(number), size: Number(size), backgroundColor: Object.keys(BACKGROUND),
   });
   const name = `${String(number).padStart(5, '0')}.png`;
   fs.writeFileSync(path.join(folder, name), new Resvg(avatar.toString()).render().asPng());
-  rows.push(`${name},"${caption(avatar.toJson().extra, avatar.toString())}"`);
+  const face = avatar.toJson().extra;
+  const background = `${named(BACKGROUND, face.primaryBackgroundColor)} background`;
+  rows.push(`${name},"${[...CAPTIONS[style](face, avatar.toString()), background].join(', ')}"`);
 }
 fs.writeFileSync(path.join(folder, 'metadata.csv'), rows.join('\n') + '\n');
