@@ -1,25 +1,33 @@
-"""Import of single-file checkpoints: the weights of a whole pipeline under the names that its authors gave them.
+"""Import of single-file checkpoints: weights of a pipeline, or its denoiser, by the names that their authors gave them.
 
 diffusers' ``from_single_file`` renames them, by configurations that lie in a local folder; nothing is fetched.
 """
 
+import json
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from diffusion.common.errors import DarkroomError, UserError, install_hint
 from diffusion.common.files import sha256_file
-from diffusion.diffusers_format.import_pipeline import import_pipeline, read_pipeline_class
+from diffusion.diffusers_format.import_pipeline import INDEX, import_pipeline, read_pipeline_class
 from diffusion.diffusers_format.safetensors_file import SafetensorsFile
 from diffusion.families.header import Origin
+
+PREFIX = "model.diffusion_model."
+"""What many tools put before the names of a denoiser."""
+OTHERS = ("first_stage_model.", "cond_stage_model.", "conditioner.", "text_encoders.", "vae.")
+"""Starts of the names of autoencoders and text encoders."""
 
 
 def import_single_file(file: SafetensorsFile, config: Path, path: Path, licence: str) -> None:
     """Write the pipeline whose weights are in ``file`` as the model file ``path``, whole or not at all.
 
-    ``config`` is a folder of ``save_pretrained``, whose weights are only read for text encoders that ``file`` lacks.
+    ``config`` is a folder of ``save_pretrained``, whose weights are only read for components that ``file`` lacks.
     Weights get the most frequent type in ``file``. Raises UserError as ``import_pipeline`` does, and if the weights are
     not of such a pipeline.
     """
@@ -32,7 +40,11 @@ def import_single_file(file: SafetensorsFile, config: Path, path: Path, licence:
             f"the import of a checkpoint needs {error.name}, which is not installed: {install_hint('diffusers')}"
         ) from error
     kind = getattr(diffusers, pipeline)
-    if not hasattr(kind, "from_single_file"):
+    transformer = json.loads((config / INDEX).read_bytes()).get("transformer", [None, ""])[1]
+    denoiser = getattr(diffusers, transformer, None)
+    if denoiser is None or any(name.startswith(OTHERS) for name in file.names):
+        denoiser = None  # the file has all of a pipeline
+    if not hasattr(denoiser or kind, "from_single_file"):
         raise UserError(f"there are no single-file checkpoints of a {pipeline}: import a folder of save_pretrained")
     types = {"F16": torch.float16, "BF16": torch.bfloat16}
     with safe_open(file.path, framework="pt") as tensors:
@@ -42,12 +54,17 @@ def import_single_file(file: SafetensorsFile, config: Path, path: Path, licence:
     path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         try:
-            loaded = kind.from_single_file(
-                str(file.path),
-                config=str(config.resolve()),
-                local_files_only=True,
-                torch_dtype=types.get(most_frequent, torch.float32),
-            )
+            options: dict[str, Any] = {
+                "local_files_only": True,
+                "torch_dtype": types.get(most_frequent, torch.float32),
+            }
+            folder = str(config.resolve())
+            if denoiser is None:
+                loaded = kind.from_single_file(str(file.path), config=folder, **options)
+            else:
+                weights = {name.removeprefix(PREFIX): value for name, value in load_file(file.path).items()}
+                part = denoiser.from_single_file(weights, config=folder, subfolder="transformer", **options)
+                loaded = kind.from_pretrained(folder, transformer=part, use_safetensors=True, **options)
             loaded.save_pretrained(scratch, safe_serialization=True)
         except (DarkroomError, MemoryError):
             raise

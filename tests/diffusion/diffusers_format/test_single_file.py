@@ -16,7 +16,8 @@ from diffusion.diffusers_format.import_model import ImportParts, import_file
 from diffusion.diffusers_format.import_pipeline import import_pipeline
 from diffusion.families.header import Origin
 from tests.builders import pipelines
-from tests.builders.flow_pipelines import stable_diffusion_xl
+from tests.builders.denoiser_checkpoint import DENOISERS, write_denoiser
+from tests.builders.flow_pipelines import FLOW_MAKERS, stable_diffusion_xl
 from tests.builders.ldm_checkpoint import write_checkpoint, write_checkpoint_xl
 
 
@@ -70,6 +71,25 @@ def test_checkpoint_of_sdxl_has_the_weights_of_its_pipeline(tmp_path: Path) -> N
     for name, value in expected.network.state_dict().items():
         assert torch.equal(actual.network.state_dict()[name], value), name
     assert actual.config == expected.config
+
+
+@pytest.mark.parametrize("kind", DENOISERS)
+def test_file_of_a_denoiser_has_its_weights_and_the_folder_those_of_the_others(kind: str, tmp_path: Path) -> None:
+    folder, others = FLOW_MAKERS[kind](tmp_path / "own"), FLOW_MAKERS[kind](tmp_path / "config")
+    [place] = (folder / "transformer").glob("*.safetensors")
+    changed = {name: value + 0.01 for name, value in load_file(place).items()}
+    save_file(changed, place, {"format": "pt"})
+    shutil.rmtree(others / "transformer")
+    shutil.copytree(folder / "transformer", others / "transformer", ignore=shutil.ignore_patterns("*.safetensors"))
+    checkpoint = write_denoiser(tmp_path / "denoiser.safetensors", kind, changed)
+    path, expected_path = run(checkpoint, others, tmp_path / "out"), tmp_path / "expected.safetensors"
+    import_pipeline(folder, expected_path, Origin(source="tiny", licence="openrail"))
+    actual, expected = load_model(path), load_model(expected_path)
+    for name, value in expected.network.state_dict().items():
+        assert torch.equal(actual.network.state_dict()[name], value), name
+    assert actual.config.components["transformer"] == expected.config.components["transformer"]
+    prompts = actual.encode_prompt("a red circle"), expected.encode_prompt("a red circle")
+    assert all(torch.equal(prompts[0][name], value) for name, value in prompts[1].items())
 
 
 def test_half_precision_stays_so(checkpoint: Path, config: Path, tmp_path: Path) -> None:
