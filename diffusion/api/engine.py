@@ -59,6 +59,7 @@ def ingest(
     Raises:
         UserError: See ``diffusion.data.ingest.ingest.ingest`` and ``diffusion.curation.curate.curate``.
     """
+    _require_storage(config, remote)
     # Worker processes start during this slow import.
     fan_out = make_fan_out(config.ingest)
     from diffusion.data.ingest.ingest import caption
@@ -99,6 +100,7 @@ def curate(
     """
     from diffusion.curation.curate import curate as curate_images
 
+    _require_storage(config, remote)
     sections = config.curation, config.ingest, config.evaluation
     options: dict[str, Any] = {"dry_run": dry_run, "change": change, "remote": remote}
     return curate_images(config.dataset_folder, *sections, progress, **options)
@@ -234,6 +236,15 @@ def require_evaluation_libraries() -> None:
 def _is_main() -> bool:
     """Whether this process, of those that torchrun started, records and prints."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _require_storage(config: ExperimentConfig, remote: RemoteDataset | None) -> None:
+    """Raise UserError if nodes of Ray would write into folders of their own."""
+    if config.ingest.runner == "ray" and remote is None:
+        raise UserError(
+            "ingest.runner=ray needs servers, without --local, as nodes share nothing but S3: here use threads or "
+            "processes"
+        )
 
 
 def _warn_of_few_images(folder: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -30,8 +31,10 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-FULL_DISK = re.compile("No space left on device|Disk quota exceeded|disk is full", re.IGNORECASE)
-"""What the system, and SQLite, say of a full disk, in errors of native libraries and of other processes."""
+FULL_DISK = re.compile(
+    "No space left on device|Disk quota exceeded|disk is full|failed to offload data block", re.IGNORECASE
+)
+"""What the system, SQLite and DuckDB say of a full disk, in errors of native libraries and of other processes."""
 
 
 def is_full_disk(error: BaseException | None) -> bool:
@@ -77,13 +80,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> str:
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
     """Context with a folder in the system's temporary folder; those of processes that were killed are removed first."""
-    prefix = "darkroom-process-"
+    # With the host's name, as containers may share the folder, and not the numbers of processes.
+    prefix = f"darkroom-process-{platform.node()}-"
     for path in Path(gettempdir()).glob(f"{prefix}*-*"):
         try:
             os.kill(int(path.name.removeprefix(prefix).partition("-")[0]), 0)
         except ProcessLookupError:
             shutil.rmtree(path, ignore_errors=True)
-        except (PermissionError, ValueError):  # of another user
+        except (PermissionError, ValueError, OverflowError):  # of another user
             continue
     with TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-") as folder:
         yield Path(folder)

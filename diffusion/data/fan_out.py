@@ -1,6 +1,8 @@
 """One way to fan out: a function on many items, on threads or processes of this machine or on a Ray cluster."""
 
 import logging
+import signal
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextvars import copy_context
@@ -11,17 +13,19 @@ from multiprocessing import forkserver, get_context
 from queue import SimpleQueue
 from typing import Any, Literal, Protocol, TypeVar
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
+from tenacity import Retrying, retry_if_exception, stop_after_attempt
 from tenacity.wait import wait_random_exponential
 
 from diffusion.common.child_processes import end_with_parent
-from diffusion.common.errors import TransientError, UserError, install_hint
+from diffusion.common.errors import DarkroomError, TransientError, UserError, install_hint
 from diffusion.data.prefetch import FutureLike, prefetch, yield_in_order
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+"""Errors of the system that another attempt meets again."""
 MAX_ATTEMPTS, MAX_WAIT = 3, 10.0
 """Attempts at an item, and the longest wait before the next one, in seconds."""
 
@@ -42,7 +46,8 @@ class FanOut(Protocol):
     """Runs a function on items on any workers; yields the results in the order of the items.
 
     At most twice as many items as workers are started before their results are taken. An item that fails with a
-    TransientError or an OSError is tried again where it runs; any other error, or the last one, is raised here.
+    TransientError, or an OSError that may pass, is tried again where it runs; any other error, or the last one, is
+    raised here.
     """
 
     def __call__(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -85,7 +90,9 @@ def make_fan_out(config: Workers, *, gpus: int = 0) -> FanOut:
 def _attempt(work: Callable[[Item], Result], item: Item) -> Result:
     """Call ``work``, again after errors that may pass."""
     retrying = Retrying(
-        retry=retry_if_exception_type((TransientError, OSError)),
+        retry=retry_if_exception(
+            lambda error: isinstance(error, TransientError | OSError) and not isinstance(error, LASTING)
+        ),
         stop=stop_after_attempt(MAX_ATTEMPTS),
         wait=wait_random_exponential(max=MAX_WAIT),
         before_sleep=lambda state: logger.warning("tried again: %s", state.outcome and state.outcome.exception()),
@@ -116,22 +123,31 @@ def _run_on_ray(
     fails for Ray's clients (``ray://``).
     """
     import ray
-    from ray.exceptions import RayTaskError
+    from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 
     is_joined = ray.is_initialized()
 
     def start() -> Iterator[FutureLike[Result]]:
         for item in items:
             if not ray.is_initialized():
+                is_main = threading.current_thread() is threading.main_thread()
+                handler = signal.getsignal(signal.SIGTERM)
                 ray.init(logging_level=logging.WARNING)
+                if is_main:  # Ray's own handler would exit where a flow ends its work first
+                    signal.signal(signal.SIGTERM, handler)
             yield task.remote(item).future()
 
     task: Any = ray.remote(num_cpus=1, num_gpus=gpus)(lambda item: work(item))
     try:
         yield from yield_in_order(start(), 2 * workers)
     except RayTaskError as error:
-        # What ``work`` raised: Ray's own error has a traceback in its text.
-        raise error.cause from None
+        # What ``work`` raised; Ray's own error has the worker's traceback in its text.
+        raise error.cause from (None if isinstance(error.cause, DarkroomError) else error)
+    except (WorkerCrashedError, OutOfMemoryError) as error:
+        raise DarkroomError(
+            "Ray's processes for an item were killed each time, most likely as a node was out of memory: start fewer "
+            "at once (workers), or give nodes more memory"
+        ) from error
     finally:
         if not is_joined:
             # Ends all that still runs.

@@ -4,6 +4,7 @@ A query whose order matters ends in ORDER BY over columns that leave no two rows
 """
 
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from glob import escape
@@ -16,7 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffusion.common.files import make_folder
+from diffusion.common.errors import DarkroomError
+from diffusion.common.files import is_full_disk, make_folder
+from diffusion.common.threads import cores
 from diffusion.data.manifest import OPTIONAL, RECORDS
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ MEMORY = "1GiB"
 """Memory of a query; what exceeds it goes to disk."""
 BATCH = 2**16
 """Rows of a result that are in memory at a time."""
+MAX_THREADS = 8
+"""Threads of a query, whose memory grows with them."""
 FILES = 128
 """Files that a query reads; it has the footers of all of them in memory."""
 
@@ -54,12 +59,32 @@ def open_database(scratch: Path, memory: str | None = None) -> "Iterator[DuckDBP
         settings: dict[str, str | bool | int | float | list[str]] = {
             "memory_limit": memory or MEMORY,
             "temp_directory": spill,
+            # Each thread has buffers of its own.
+            "threads": min(cores(), MAX_THREADS),
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
             "allow_community_extensions": False,
         }
-        with duckdb.connect(config=settings) as database:
+        with explain_query_errors(scratch), duckdb.connect(config=settings) as database:
             yield database
+
+
+@contextmanager
+def explain_query_errors(folder: Path) -> Iterator[None]:
+    """Context that turns errors of databases that spill into ``folder`` into one-line errors."""
+    try:
+        yield
+    except Exception as error:
+        # Without a database nobody has loaded the library.
+        library = sys.modules.get("duckdb")
+        if library is None or not isinstance(error, library.Error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        if is_full_disk(error):
+            reason = f"the disk that holds {folder} is full"
+        raise DarkroomError(
+            f"a query over tables failed ({reason}): mend that, and give the same command again"
+        ) from error
 
 
 def insert_records(database: "DuckDBPyConnection", table: str, paths: Iterable[Path], query: str) -> None:
@@ -84,7 +109,7 @@ def insert_records(database: "DuckDBPyConnection", table: str, paths: Iterable[P
             )
             {query}
             """,
-            [group[0][0], [escape(str(path)) for path in (empty, *(path for _, path in group))]],
+            [group[0][0], [escape(str(path.absolute())) for path in (empty, *(path for _, path in group))]],
         )
 
 

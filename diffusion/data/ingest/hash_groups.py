@@ -10,12 +10,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import chain, combinations, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 
 from diffusion.data.tables import open_database
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
 
 WORDS = ("w0", "w1", "w2", "w3")
 """Columns of a hash: 64 bits each, of ever higher frequencies."""
@@ -169,7 +172,7 @@ class HashGroups:
         self._database.register("rows", pa.table(columns))
         self._database.execute(f"INSERT INTO {table} BY NAME SELECT * FROM rows")
 
-    def _select(self, query: str, numbers: np.ndarray) -> duckdb.DuckDBPyConnection:
+    def _select(self, query: str, numbers: np.ndarray) -> "DuckDBPyConnection":
         self._database.register("numbers", pa.table({"number": numbers}))
         return self._database.execute(query)
 

@@ -29,6 +29,7 @@ from diffusion.data.manifest import (
     sample_digest,
 )
 from diffusion.data.shards import ShardStore, shard_file
+from diffusion.data.tables import explain_query_errors
 from diffusion.data.versions.takedown_records import removals
 
 SCHEMA = """
@@ -45,8 +46,11 @@ SCHEMA = """
     CREATE TABLE IF NOT EXISTS removed (digest BLOB PRIMARY KEY) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS roots (number INTEGER PRIMARY KEY, hashes BLOB, splits BLOB, keys BLOB);
     CREATE TEMP TABLE wanted (name TEXT, digest BLOB);
+    DROP TABLE IF EXISTS bands;
+    DROP TABLE IF EXISTS groups;
 """
-"""Tables; a row of ``roots`` has the first images of some groups of near-duplicates, one behind the other."""
+"""Tables; a row of ``roots`` has the first images of some groups of near-duplicates, one behind the other. The last two
+are of earlier code."""
 FORMAT = 4
 SPLITS, KEY_BYTES = get_args(Split), 32
 LOCK_TIMEOUT = 30.0
@@ -184,7 +188,8 @@ class Index:
         self.database.executemany("INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?)", values)
         for table, rows in self._rows.items():
             marks = ", ".join("?" * len(rows[0]))
-            self.database.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", rows)
+            verb = "INSERT" if table == "samples" else "INSERT OR REPLACE"
+            self.database.executemany(f"{verb} INTO {table} VALUES ({marks})", rows)
         if self._roots:
             hashes, splits, keys = zip(*self._roots, strict=True)
             block = (b"".join(hashes), bytes(map(SPLITS.index, splits)), b"".join(keys))
@@ -393,7 +398,8 @@ def _open(path: Path) -> sqlite3.Connection:
 def explain_database_errors(work: Path) -> Iterator[None]:
     """Context that turns errors of the databases in the folder ``work``, and a full disk, into one-line errors."""
     try:
-        yield
+        with explain_query_errors(work):
+            yield
     except (OSError, sqlite3.OperationalError) as error:
         if isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
             names = ", ".join(sorted(path.name for path in work.glob("*.sqlite")))

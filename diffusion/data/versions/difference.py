@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
-from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import pyarrow as pa
@@ -12,6 +11,7 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from diffusion.common.config import Config, is_unset
+from diffusion.common.files import temporary_folder
 from diffusion.data.manifest import GIVEN_LABEL, LABELLED_BY, MASK, Manifest, Part, read_table
 from diffusion.data.tables import insert_records, open_database
 from diffusion.data.versions.versions import (
@@ -147,7 +147,7 @@ def diff(
         label = pc.if_else(pc.is_valid(table[LABELLED_BY.name]), table[GIVEN_LABEL.name], table["label"])
         return table.set_column(table.column_names.index("label"), "label", label).select(columns)
 
-    with open_database(Path(gettempdir())) as database:
+    with temporary_folder() as scratch, open_database(scratch) as database:
         loaded_parts = [
             _load(database, side, [(part, found) for part in parts if (found := find(part))], remains)
             for side, parts in (("before", old_parts), ("after", new_parts))

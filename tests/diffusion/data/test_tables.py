@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diffusion.common.errors import DarkroomError
 from diffusion.data.tables import insert_records, open_database, read_rows
 from tests.builders.tables import row_of, write_parts
 
@@ -39,3 +40,9 @@ def test_names_of_folders_are_not_patterns(tmp_path: Path, name: str) -> None:
         )
         found = database.execute('SELECT * FROM found ORDER BY part, "row"').fetchall()
     assert found == [(f"{source}.png", None, part, row) for part in (0, 1) for row, source in enumerate((0, 5))]
+
+
+def test_full_disk_is_one_line(tmp_path: Path) -> None:
+    query = "CREATE TABLE rows AS SELECT sha256(range::VARCHAR) AS key FROM range(2000000) ORDER BY key"
+    with pytest.raises(DarkroomError, match="full"), open_database(tmp_path, "40MiB") as database:
+        database.execute(f"SET max_temp_directory_size = '1MiB'; {query}")
