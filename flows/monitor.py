@@ -25,7 +25,7 @@ from diffusion.common.files import digest_of
 from diffusion.data.manifest import read_manifest, versions
 from flows.config import Params
 from flows.datasets.dvc import StoredFiles
-from flows.datasets.sync import sync
+from flows.datasets.sync import require_shards, sync
 from flows.deployment.tasks import artifact_key, completed_state, emit, require_permitted, retryable_task
 from flows.environment import data_source
 from flows.registry.alarms import Alarm, Alarms, Cause, NumberedAlarm, RetrainingHold
@@ -107,6 +107,7 @@ def evaluate_champion(params: Params) -> MonitorResult:
         summary = f"nothing to do: {version.uri} was compared with these images of {params.training.dataset} before"
         return MonitorResult(**fields, figures={}, summary=summary, skipped=True)
 
+    require_shards(params)
     weights = model_versions.cached_weights(version)
     data, folder = params.dataset_folder, params.report_folder
     evaluation, extractor = evaluate_model(weights, data, params.evaluation, params.sampling, folder, reporter())

@@ -33,6 +33,7 @@ from diffusion.evaluation.results import Evaluation
 from diffusion.training.ema import SNAPSHOTS
 from flows.checks.images import require_evaluation
 from flows.config import Params
+from flows.datasets.sync import require_shards
 from flows.deployment.tasks import artifact_key, emit, lineage_hooks, retryable_task
 from flows.evaluate import fetch_version, find_tracker, report_folder
 from flows.registry import model_card, model_versions
@@ -199,6 +200,7 @@ def apply_gate(params: Params, evaluation: Evaluation, version: Version, folder:
     champion_weights = None
     if champion is not None:
         champion_weights = model_versions.cached_weights(model_versions.get_version(client, version.model, champion))
+    require_shards(params)
     data, cache = params.dataset_folder, params.report_folder
     settings = params.evaluation, params.sampling, params.gate
     comparison, grids = compare_with_champion(

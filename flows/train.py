@@ -21,6 +21,7 @@ from diffusion.training.train import TrainResult
 from flows.config import Params, flatten_sections
 from flows.datasets import dvc
 from flows.deployment.tasks import concurrency_slot, lineage_hooks, retryable_task
+from flows.datasets.sync import require_shards
 from flows.environment import data_source, settings
 from flows.ingest import dataset_page, find_page, remote_shards
 from flows.registry import model_versions
@@ -81,6 +82,8 @@ def train_and_track(params: Params, restart: Restart, drift: str | None = None) 
         restart = "if_different"
     streams = params.training.stream_bytes is not None
     store = remote_shards(params) if streams else None
+    if not streams:
+        require_shards(params)
     try:
         result = engine.train(params, restart=restart, track=track, store=store, start=ready.start, progress=reporter())
     except BaseException:

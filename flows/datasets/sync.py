@@ -11,15 +11,17 @@ from pathlib import Path
 from uuid import NAMESPACE_URL, uuid5
 
 from filelock import FileLock
+from humanize import naturalsize
 from prefect.events import Event
 
 from diffusion.common.errors import ConflictError
+from diffusion.common.escaping import pluralize
 from diffusion.common.files import write_atomically
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.merge import merge_versions, rewritten_parts
 from diffusion.data.manifest import Manifest, parse_manifest, read_manifest, version_path, versions, work_folder
-from diffusion.data.shards import shard_file
+from diffusion.data.shards import missing_shards, shard_file
 from diffusion.data.versions.takedown import remove_known
 from diffusion.data.versions.takedown_records import find_pending_removals, removals
 from diffusion.data.versions.versions import remember
@@ -55,6 +57,18 @@ def find_newer_version(params: Params, catalog: Catalog) -> str | None:
     # An unpublished version exists only here: the next ingest adds it to the newest.
     unpublished = catalog.find_publication_time(read_manifest(folder).digest) is None
     return None if unpublished or any(version.digest == head for version in versions(folder)) else head
+
+
+def require_shards(params: Params) -> None:
+    """Fetch the shards of the data set that are on the remote alone, for work that reads images in any order.
+
+    Locks out ingests while it fetches. Raises UserError if one is not on the remote, or is damaged there.
+    """
+    folder = params.dataset_folder
+    if missing_shards(folder, read_manifest(folder)):
+        work_folder(folder).mkdir(parents=True, exist_ok=True)
+        with FileLock(work_folder(folder) / "lock"):
+            _fetch_shards(folder, data_source())
 
 
 @retryable_task
@@ -148,12 +162,14 @@ def _descends_from(folder: Path, head: str) -> bool:
 
 
 def _fetch_shards(folder: Path, source: str) -> None:
-    """Fetch the shards of the current version that are on the remote alone, to rewrite some of them here."""
+    """Fetch the shards of the current version that are on the remote alone; the caller holds the lock."""
     shards = RemoteShards(folder, source)
-    for entry in read_manifest(folder).shards:
-        if not (path := folder / entry.name).is_file():
-            with shard_file(folder, entry, shards) as file:
-                write_atomically(path, partial(shutil.copyfile, file))
+    if entries := missing_shards(folder, read_manifest(folder)):
+        size = naturalsize(sum(entry.bytes for entry in entries))
+        logger.info("%s: fetching %s (%s) from %s", folder, pluralize(len(entries), "shard"), size, source)
+    for entry in entries:
+        with shard_file(folder, entry, shards) as file:
+            write_atomically(folder / entry.name, partial(shutil.copyfile, file))
 
 
 def _move(
