@@ -60,10 +60,12 @@ def ingest(
     require_permitted(params)
 
     def change(earlier: IngestResult | None) -> IngestResult:
+        path = params.dataset_folder / "manifest.json"
+        before = read_manifest(params.dataset_folder).digest if path.is_file() else None
         if earlier is None:
-            return make_dataset(params, requeue, rebuild)
+            return make_dataset(params, before, requeue, rebuild)
         # Add the new images to the version of the faster process, without reading them again.
-        rerun = make_dataset(params, requeue=False, rebuild="never")
+        rerun = make_dataset(params, before)
         counts = {"listed", "read", "added", "removed", "relabelled", "passed_over"}
         fields = counts | {"remasked", "source", "captions", "captions_found"}
         counters = {name: getattr(earlier, name) for name in fields}
@@ -118,9 +120,13 @@ def repair(params: Params, rebuild: Rebuild, to_retrain: bool, without_shards: b
 
 
 @retryable_task
-def make_dataset(params: Params, requeue: bool, rebuild: Rebuild) -> IngestResult:
-    """Write shards and manifest, then apply the rules of curation."""
-    return engine.ingest(
+def make_dataset(params: Params, before: str | None, requeue: bool = False, rebuild: Rebuild = "never") -> IngestResult:
+    """Write shards and manifest of the version after ``before``, then apply the rules of curation."""
+    path = params.dataset_folder / "manifest.json"
+    if path.is_file() and read_manifest(params.dataset_folder).digest != before:
+        # A retry after an error of curation or captioner: the images are read.
+        requeue, rebuild = False, "never"
+    result = engine.ingest(
         params,
         rebuild=rebuild,
         requeue=requeue,
@@ -128,6 +134,7 @@ def make_dataset(params: Params, requeue: bool, rebuild: Rebuild) -> IngestResul
         progress=reporter(),
         remote=remote_shards(params) if needs_no_shards(params) else None,
     )
+    return result.model_copy(update={"changed": result.changed or result.digest != before})
 
 
 def needs_no_shards(params: Params) -> bool:
