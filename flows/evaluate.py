@@ -18,8 +18,8 @@ from diffusion.evaluation.reports.html import format_plain
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.checkpointing import Checkpoints
 from flows.config import Params
-from flows.datasets.sync import require_shards
 from flows.deployment.tasks import artifact_key, lineage_hooks, retryable_task
+from flows.ingest import require_shards
 from flows.registry import model_versions
 from flows.registry.champion import require_champion
 from flows.registry.model_versions import Version

@@ -10,8 +10,8 @@ from diffusion.common.config import Config
 from diffusion.data.dataset import Dataset
 from diffusion.generation.explain import explain as explain_model
 from flows.config import Params
-from flows.datasets.sync import require_shards
 from flows.deployment.tasks import retryable_task
+from flows.ingest import require_shards
 from flows.registry.model_versions import Version
 from flows.sample import fetch
 from flows.tracking.runs import RunTracker

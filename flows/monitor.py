@@ -25,9 +25,10 @@ from diffusion.common.files import digest_of
 from diffusion.data.manifest import read_manifest, versions
 from flows.config import Params
 from flows.datasets.dvc import StoredFiles
-from flows.datasets.sync import require_shards, sync
+from flows.datasets.sync import sync
 from flows.deployment.tasks import artifact_key, completed_state, emit, require_permitted, retryable_task
 from flows.environment import data_source
+from flows.ingest import require_shards
 from flows.registry.alarms import Alarm, Alarms, Cause, NumberedAlarm, RetrainingHold
 from flows.registry.ledger import who
 from flows.tracking.console import reporter

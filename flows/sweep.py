@@ -31,9 +31,9 @@ from diffusion.evaluation.reports.ranking_report import (
 )
 from diffusion.evaluation.results import Evaluation
 from flows.config import SECTIONS, SWEEPS, Combination, Params, combinations, family_variants, format_settings
-from flows.datasets.sync import require_shards
 from flows.deployment.tasks import artifact_key, retryable_task
 from flows.evaluate import evaluate
+from flows.ingest import require_shards
 from flows.registry.takedown_marks import EVALUATED_ON, join_takedown_names, require_current
 from flows.tracking.console import phase, reporter
 from flows.tracking.runs import SWEEP, RunTracker, find_or_create_run

@@ -20,10 +20,9 @@ from diffusion.training.run_folder import Restart, discard
 from diffusion.training.train import TrainResult
 from flows.config import Params, flatten_sections
 from flows.datasets import dvc
-from flows.datasets.sync import require_shards
 from flows.deployment.tasks import concurrency_slot, lineage_hooks, retryable_task
 from flows.environment import data_source, settings
-from flows.ingest import dataset_page, find_page, remote_shards
+from flows.ingest import dataset_page, find_page, remote_shards, require_shards
 from flows.registry import model_versions
 from flows.registry.champion import require_champion
 from flows.registry.dependencies import ResolvedParams, resolve_params

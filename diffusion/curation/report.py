@@ -85,11 +85,8 @@ def write_curation_report(
         decision = decide(folder, manifest, measurements, reported, evaluation, lists, progress)
         thumbnails: dict[int, int] = {}
         rules = {**RULES, **{name: type(rule) for name, rule in config.rules.items()}}
-        panels = [
-            _panel(name, rule, decision, measurements, config, thumbnails)
-            for name, rule in rules.items()
-            if name in decision.columns
-        ]
+        names = [name for name in rules if name in decision.columns]
+        panels = [_panel(name, rules[name], decision, measurements, config, thumbnails) for name in names]
         groupings = {"near_duplicates": decision.near, "semantic_duplicates": decision.semantic}
         groups = {name: _groups(grouping, measurements, thumbnails) for name, grouping in groupings.items()}
         images = images_of(folder, manifest, measurements.records.take(list(thumbnails)), remote)

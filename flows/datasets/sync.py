@@ -59,18 +59,6 @@ def find_newer_version(params: Params, catalog: Catalog) -> str | None:
     return None if unpublished or any(version.digest == head for version in versions(folder)) else head
 
 
-def require_shards(params: Params) -> None:
-    """Fetch the shards of the data set that are on the remote alone, for work that reads images in any order.
-
-    Locks out ingests while it fetches. Raises UserError if one is not on the remote, or is damaged there.
-    """
-    folder = params.dataset_folder
-    if missing_shards(folder, read_manifest(folder)):
-        work_folder(folder).mkdir(parents=True, exist_ok=True)
-        with FileLock(work_folder(folder) / "lock"):
-            _fetch_shards(folder, data_source())
-
-
 @retryable_task
 def announce(params: Params, silently: bool) -> None:
     """Emit the event of the local version, once, with an ID of its own; ``silently`` only marks it as announced."""
@@ -116,7 +104,7 @@ def bring_up_to_date(
             _move(folder, source, dataset_catalog, head, config, rebuilding, without_shards)
         if (folder / "manifest.json").is_file():
             if without_shards and find_pending_removals(folder, removals(work_folder(folder))):
-                _fetch_shards(folder, source)
+                fetch_shards(folder, source)
             for removal in remove_known(folder, progress):
                 logger.warning("%s: images that were taken down (%s) are removed here, too", folder, removal.reason)
 
@@ -161,7 +149,7 @@ def _descends_from(folder: Path, head: str) -> bool:
     return any(version.digest == head for version in versions(folder)) or (pin is not None and head in pin.known)
 
 
-def _fetch_shards(folder: Path, source: str) -> None:
+def fetch_shards(folder: Path, source: str) -> None:
     """Fetch the shards of the current version that are on the remote alone; the caller holds the lock."""
     shards = RemoteShards(folder, source)
     if entries := missing_shards(folder, read_manifest(folder)):
@@ -207,7 +195,7 @@ def _move(
         logger.info("%s goes on from version %s, which another machine published", folder, head[:12])
         return
     if without_shards:
-        _fetch_shards(folder, source)
+        fetch_shards(folder, source)
     place.keep_current(remote)
     place.fetch(remote, without_shards=False)
     if base is not None:

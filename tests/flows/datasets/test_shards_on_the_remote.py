@@ -14,8 +14,7 @@ from diffusion.data.manifest import read_manifest
 from flows.config import Params
 from flows.datasets.dvc import record_data
 from flows.datasets.remote_shards import RemoteShards
-from flows.datasets.sync import require_shards
-from flows.ingest import make_dataset
+from flows.ingest import make_dataset, require_shards
 from tests.builders.catalogs import FOLDER, Place
 from tests.builders.command_line import CommandLine
 from tests.builders.shapes import blob
