@@ -19,6 +19,7 @@ from diffusion.evaluation.results import Evaluation
 from diffusion.training.checkpointing import Checkpoints
 from flows.config import Params
 from flows.deployment.tasks import artifact_key, lineage_hooks, retryable_task
+from flows.ingest import require_shards
 from flows.registry import model_versions
 from flows.registry.champion import require_champion
 from flows.registry.model_versions import Version
@@ -60,6 +61,7 @@ def report_folder(params: Params, version: Version | None) -> Path:
 def evaluate_models(params: Params, folder: Path, version: Version | None) -> Evaluation:
     """Score the checkpoints, or the ``version``; results under the same conditions are cached."""
     require_current(params.dataset_folder)
+    require_shards(params)
     weights = None if version is None else model_versions.cached_weights(version)
     return engine.evaluate(params, weights, output=folder, progress=reporter())
 

@@ -11,6 +11,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.generation.explain import explain as explain_model
 from flows.config import Params
 from flows.deployment.tasks import retryable_task
+from flows.ingest import require_shards
 from flows.registry.model_versions import Version
 from flows.sample import fetch
 from flows.tracking.runs import RunTracker
@@ -33,6 +34,7 @@ def explain(params: Params, model: str, output: Path, seed: int = 0) -> Explanat
 @retryable_task
 def plot(params: Params, version: Version, weights: Path, output: Path, seed: int) -> Explanation:
     """Write the plots for a held-out image to ``output`` and log them to the version's MLflow run."""
+    require_shards(params)
     dataset = Dataset.open(params.dataset_folder)
     held_out_rows = dataset.rows("held_out")
     rows = held_out_rows if len(held_out_rows) else dataset.rows("train")

@@ -6,6 +6,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from filelock import FileLock
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from pydantic import ValidationError
@@ -13,16 +14,17 @@ from pydantic import ValidationError
 from diffusion.api import engine
 from diffusion.common.config import Config
 from diffusion.common.escaping import pluralize
-from diffusion.common.files import write_json
+from diffusion.common.files import make_folder, write_json
 from diffusion.data.ingest.ingest import IngestResult, Rebuild
-from diffusion.data.manifest import read_manifest
+from diffusion.data.manifest import read_manifest, work_folder
+from diffusion.data.shards import missing_shards
 from flows.config import Params
 from flows.datasets import dvc
 from flows.datasets.catalog import Catalog, mark_push
 from flows.datasets.checkout import unpin
 from flows.datasets.dvc import DataVersion
 from flows.datasets.remote_shards import RemoteShards
-from flows.datasets.sync import announce, bring_up_to_date, publish
+from flows.datasets.sync import announce, bring_up_to_date, fetch_shards, publish
 from flows.deployment.tasks import (
     artifact_key,
     completed_state,
@@ -60,10 +62,12 @@ def ingest(
     require_permitted(params)
 
     def change(earlier: IngestResult | None) -> IngestResult:
+        path = params.dataset_folder / "manifest.json"
+        before = read_manifest(params.dataset_folder).digest if path.is_file() else None
         if earlier is None:
-            return make_dataset(params, requeue, rebuild)
+            return make_dataset(params, before, requeue, rebuild)
         # Add the new images to the version of the faster process, without reading them again.
-        rerun = make_dataset(params, requeue=False, rebuild="never")
+        rerun = make_dataset(params, before)
         counts = {"listed", "read", "added", "removed", "relabelled", "passed_over"}
         fields = counts | {"remasked", "source", "captions", "captions_found"}
         counters = {name: getattr(earlier, name) for name in fields}
@@ -118,9 +122,13 @@ def repair(params: Params, rebuild: Rebuild, to_retrain: bool, without_shards: b
 
 
 @retryable_task
-def make_dataset(params: Params, requeue: bool, rebuild: Rebuild) -> IngestResult:
-    """Write shards and manifest, then apply the rules of curation."""
-    return engine.ingest(
+def make_dataset(params: Params, before: str | None, requeue: bool = False, rebuild: Rebuild = "never") -> IngestResult:
+    """Write shards and manifest of the version after ``before``, then apply the rules of curation."""
+    path = params.dataset_folder / "manifest.json"
+    if path.is_file() and read_manifest(params.dataset_folder).digest != before:
+        # A retry after an error of curation or captioner: the images are read.
+        requeue, rebuild = False, "never"
+    result = engine.ingest(
         params,
         rebuild=rebuild,
         requeue=requeue,
@@ -128,6 +136,7 @@ def make_dataset(params: Params, requeue: bool, rebuild: Rebuild) -> IngestResul
         progress=reporter(),
         remote=remote_shards(params) if needs_no_shards(params) else None,
     )
+    return result.model_copy(update={"changed": result.changed or result.digest != before})
 
 
 def needs_no_shards(params: Params) -> bool:
@@ -138,6 +147,18 @@ def needs_no_shards(params: Params) -> bool:
 def remote_shards(params: Params) -> RemoteShards:
     """Shards of the data set ``training.dataset`` on DVC's remote."""
     return RemoteShards(params.dataset_folder, data_source())
+
+
+def require_shards(params: Params) -> None:
+    """Fetch the shards of the data set that are on the remote alone, for work that reads images in any order.
+
+    Locks out ingests while it fetches. Raises UserError if one is not on the remote, or is damaged there.
+    """
+    folder = params.dataset_folder
+    if missing_shards(folder, read_manifest(folder)):
+        make_folder(work_folder(folder))
+        with FileLock(work_folder(folder) / "lock"):
+            fetch_shards(folder, data_source())
 
 
 @retryable_task

@@ -28,6 +28,7 @@ from flows.datasets.dvc import StoredFiles
 from flows.datasets.sync import sync
 from flows.deployment.tasks import artifact_key, completed_state, emit, require_permitted, retryable_task
 from flows.environment import data_source
+from flows.ingest import require_shards
 from flows.registry.alarms import Alarm, Alarms, Cause, NumberedAlarm, RetrainingHold
 from flows.registry.ledger import who
 from flows.tracking.console import reporter
@@ -107,6 +108,7 @@ def evaluate_champion(params: Params) -> MonitorResult:
         summary = f"nothing to do: {version.uri} was compared with these images of {params.training.dataset} before"
         return MonitorResult(**fields, figures={}, summary=summary, skipped=True)
 
+    require_shards(params)
     weights = model_versions.cached_weights(version)
     data, folder = params.dataset_folder, params.report_folder
     evaluation, extractor = evaluate_model(weights, data, params.evaluation, params.sampling, folder, reporter())

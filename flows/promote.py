@@ -35,12 +35,12 @@ from flows.checks.images import require_evaluation
 from flows.config import Params
 from flows.deployment.tasks import artifact_key, emit, lineage_hooks, retryable_task
 from flows.evaluate import fetch_version, find_tracker, report_folder
+from flows.ingest import require_shards
 from flows.registry import model_card, model_versions
 from flows.registry.aliases import append, project, read_verified_history
 from flows.registry.announcements import announce
 from flows.registry.champion import champion_problem, require_champion
 from flows.registry.ledger import Approval, Evidence, GateWord, History, Ledger, LedgerEntry
-from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import (
     TAKEDOWN,
     describe_takedowns,
@@ -78,7 +78,7 @@ class GateResult(Config):
 class PromotionResult(Config):
     """Outcome of a promotion."""
 
-    version: Version
+    version: model_versions.Version
     promoted: bool
     verdict: GateWord
     """``hold`` if the gate would promote it and a person did not approve."""
@@ -125,7 +125,7 @@ def promote(params: Params, model: str | None = None) -> PromotionResult:
 
 
 @retryable_task
-def register(params: Params, evaluation: Evaluation) -> Version:
+def register(params: Params, evaluation: Evaluation) -> model_versions.Version:
     """Register the EMA weights of the best checkpoint as a version; raises UserError for an outdated ``evaluation``."""
     best = Path(evaluation.best.file)
     is_here = best.parent in (params.run_folder / "checkpoints", params.report_folder / SNAPSHOTS) and best.is_file()
@@ -169,7 +169,7 @@ def _is_current(params: Params, evaluation: Evaluation) -> bool:
 
 
 @retryable_task
-def require_promotable(version: Version) -> Version:
+def require_promotable(version: model_versions.Version) -> model_versions.Version:
     """Reload ``version`` from MLflow; raises UserError if some of its training images were taken down."""
     if message := describe_takedowns(version := reload_with_takedowns(version)):
         raise UserError(message)
@@ -177,7 +177,7 @@ def require_promotable(version: Version) -> Version:
 
 
 @retryable_task
-def apply_gate(params: Params, evaluation: Evaluation, version: Version, folder: Path) -> GateResult:
+def apply_gate(params: Params, evaluation: Evaluation, version: model_versions.Version, folder: Path) -> GateResult:
     """Apply the gate to ``version`` and the champion; a first version must still pass the memorization check.
 
     The page on the comparison lies in ``folder``, beside the report on the version.
@@ -199,6 +199,7 @@ def apply_gate(params: Params, evaluation: Evaluation, version: Version, folder:
     champion_weights = None
     if champion is not None:
         champion_weights = model_versions.cached_weights(model_versions.get_version(client, version.model, champion))
+    require_shards(params)
     data, cache = params.dataset_folder, params.report_folder
     settings = params.evaluation, params.sampling, params.gate
     comparison, grids = compare_with_champion(
@@ -218,7 +219,7 @@ def apply_gate(params: Params, evaluation: Evaluation, version: Version, folder:
     return GateResult(champion=champion, evidence=evidence, comparison=comparison)
 
 
-def last_comparison(params: Params, version: Version) -> ChampionComparison | None:
+def last_comparison(params: Params, version: model_versions.Version) -> ChampionComparison | None:
     """Comparison in the report folder; None if there is none or ``version`` was not its candidate."""
     try:
         comparison = ChampionComparison.model_validate_json((params.report_folder / COMPARISON).read_bytes())
@@ -227,7 +228,7 @@ def last_comparison(params: Params, version: Version) -> ChampionComparison | No
     return comparison if comparison.candidate.sha256 == version.weights_sha256 else None
 
 
-def request_approval(version: Version, result: GateResult) -> Approval | None:
+def request_approval(version: model_versions.Version, result: GateResult) -> Approval | None:
     """Pause the flow until a person approves the promotion in Prefect's UI; None if the gate does not promote."""
     if (evidence := result.evidence) is None or evidence.verdict != "promote":
         return None
@@ -264,7 +265,7 @@ def waiting_event(run_id: UUID, deployment_id: UUID, text: str) -> Event:
 def record(
     params: Params,
     evaluation: Evaluation,
-    version: Version,
+    version: model_versions.Version,
     result: GateResult,
     approval: Approval | None,
     folder: Path,
@@ -319,7 +320,9 @@ def record(
     return verdict
 
 
-def commit(client: MlflowClient, version: Version, result: GateResult, approval: Approval | None) -> History:
+def commit(
+    client: MlflowClient, version: model_versions.Version, result: GateResult, approval: Approval | None
+) -> History:
     """Append the verdict on ``version`` to its model's ledger unless it is there, or it must not be promoted."""
 
     def decide(history: History) -> LedgerEntry | None:
@@ -331,7 +334,9 @@ def commit(client: MlflowClient, version: Version, result: GateResult, approval:
     return append(client, Ledger.of(version.model), decide)
 
 
-def next_entry(history: History, version: Version, result: GateResult, approval: Approval | None) -> LedgerEntry | None:
+def next_entry(
+    history: History, version: model_versions.Version, result: GateResult, approval: Approval | None
+) -> LedgerEntry | None:
     """Ledger entry of the verdict; None if it is there. Raises ConflictError if the champion has changed meanwhile."""
     champion, evidence = history.alias_numbers.champion, result.evidence
     if champion == version.number:

@@ -33,6 +33,7 @@ from diffusion.evaluation.results import Evaluation
 from flows.config import SECTIONS, SWEEPS, Combination, Params, combinations, family_variants, format_settings
 from flows.deployment.tasks import artifact_key, retryable_task
 from flows.evaluate import evaluate
+from flows.ingest import require_shards
 from flows.registry.takedown_marks import EVALUATED_ON, join_takedown_names, require_current
 from flows.tracking.console import phase, reporter
 from flows.tracking.runs import SWEEP, RunTracker, find_or_create_run
@@ -140,6 +141,7 @@ def compare(params: Params, families: Sequence[str] = (), restart: bool = False)
     for name, variant in variants.items():
         with phase(name, seconds):
             trainings[name] = train(variant, "if_different" if restart else "never")
+    retryable_task(require_shards)(params)
     result = retryable_task(rank_variants)(variants, reporter())
     log_report([training.run_id for training in trainings.values()], result.report)
     create_markdown_artifact(

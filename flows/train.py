@@ -22,7 +22,7 @@ from flows.config import Params, flatten_sections
 from flows.datasets import dvc
 from flows.deployment.tasks import concurrency_slot, lineage_hooks, retryable_task
 from flows.environment import data_source, settings
-from flows.ingest import dataset_page, find_page, remote_shards
+from flows.ingest import dataset_page, find_page, remote_shards, require_shards
 from flows.registry import model_versions
 from flows.registry.champion import require_champion
 from flows.registry.dependencies import ResolvedParams, resolve_params
@@ -81,6 +81,8 @@ def train_and_track(params: Params, restart: Restart, drift: str | None = None) 
         restart = "if_different"
     streams = params.training.stream_bytes is not None
     store = remote_shards(params) if streams else None
+    if not streams:
+        require_shards(params)
     try:
         result = engine.train(params, restart=restart, track=track, store=store, start=ready.start, progress=reporter())
     except BaseException:

@@ -284,7 +284,7 @@ def curate(
         differs = _find_changes(measurements, decision)
         after, is_changed = before, bool(differs.any()) or [each.about for each in lists] != (before.lists or [])
         if is_changed and not dry_run:
-            after = _apply(folder, before, lists, measurements, decision, differs, ingest)
+            after = _apply(folder, before, lists, measurements, decision, differs, ingest, remote)
         if not dry_run:
             remove_strays(folder)
             write_json(stamp_path, stamp | {"version": after.digest})
@@ -327,6 +327,7 @@ def _apply(
     decision: Decision,
     differs: np.ndarray,
     ingest: IngestConfig,
+    remote: RemoteDataset | None,
 ) -> Manifest:
     """Write the version with the outcomes of ``decision``, in which images that ``differs`` selects change."""
     for each in lists:
@@ -337,7 +338,7 @@ def _apply(
     work, bits = work_folder(folder), ingest.near_duplicate_bits(before.near_duplicate_bits)
     with (
         explain_database_errors(work),
-        closing(Index(work / "index.sqlite", folder, before, bits)) as index,
+        closing(Index(work / "index.sqlite", folder, before, bits, remote)) as index,
         index.transaction(),
     ):
         for place in np.unique(records["part"].to_numpy()[differs]).tolist():

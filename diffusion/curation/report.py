@@ -19,6 +19,7 @@ from diffusion.curation.measures import Measurements, measure
 from diffusion.curation.rules import RULES, Rule
 from diffusion.data.fan_out import make_fan_out
 from diffusion.data.ingest.config import IngestConfig
+from diffusion.data.ingest.staging import RemoteDataset
 from diffusion.data.manifest import read_manifest, require_whole, work_folder
 from diffusion.data.versions.image_lists import read_lists
 from diffusion.evaluation.config import EvaluationConfig
@@ -64,31 +65,31 @@ def write_curation_report(
     ingest: IngestConfig,
     evaluation: EvaluationConfig,
     progress: Progress = ignore_progress,
+    *,
+    remote: RemoteDataset | None = None,
 ) -> CurationPage:
     """Measure all images of the data set in ``folder``, kept or dropped, and write the page; changes nothing else.
 
     Groups follow ``config.near_duplicates`` and ``semantic_duplicates``, and span classes where these are unset.
-    Raises UserError as ``curate`` does.
+    ``remote`` has the shards that are not in ``folder``. Raises UserError as ``curate`` does.
     """
     read_manifest(folder)
     make_folder(work_folder(folder))
     with FileLock(work_folder(folder) / "lock"):
         manifest = read_manifest(folder)
-        require_whole(folder, manifest)
-        measurements = measure(folder, manifest, config, evaluation, make_fan_out(ingest), progress, everything=True)
+        require_whole(folder, manifest, without_shards=remote is not None)
+        sections = config, evaluation, make_fan_out(ingest)
+        measurements = measure(folder, manifest, *sections, progress, everything=True, remote=remote)
         verdicts = {name: getattr(config, name) or "report" for name in ("near_duplicates", "semantic_duplicates")}
         reported, lists = config.model_copy(update=verdicts), read_lists(folder, manifest)
         decision = decide(folder, manifest, measurements, reported, evaluation, lists, progress)
         thumbnails: dict[int, int] = {}
         rules = {**RULES, **{name: type(rule) for name, rule in config.rules.items()}}
-        panels = [
-            _panel(name, rule, decision, measurements, config, thumbnails)
-            for name, rule in rules.items()
-            if name in decision.columns
-        ]
+        names = [name for name in rules if name in decision.columns]
+        panels = [_panel(name, rules[name], decision, measurements, config, thumbnails) for name in names]
         groupings = {"near_duplicates": decision.near, "semantic_duplicates": decision.semantic}
         groups = {name: _groups(grouping, measurements, thumbnails) for name, grouping in groupings.items()}
-        images = images_of(folder, manifest, measurements.records.take(list(thumbnails)))
+        images = images_of(folder, manifest, measurements.records.take(list(thumbnails)), remote)
     counts = {name: _count_copies(grouping) for name, grouping in groupings.items()}
     dropped_count = sum(decision.rules.values())
     page = CurationPage(dataset=folder.name, page=output, images=len(measurements), dropped=dropped_count, **counts)

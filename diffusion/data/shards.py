@@ -339,10 +339,15 @@ class ShardCache:
         return FileLock(self._folder / (f".{sha256}.lock" if sha256 else ".lock"), timeout=timeout)
 
 
+def missing_shards(folder: Path, manifest: Manifest) -> list[FileEntry]:
+    """Return the shards of ``manifest`` that are not in ``folder``."""
+    return [entry for entry in manifest.shards if not (folder / entry.name).is_file()]
+
+
 @contextmanager
 def open_missing_shards(folder: Path, manifest: Manifest, store: ShardStore | None) -> Iterator[ShardCache | None]:
     """Context with a temporary cache of shards in ``store``; None without one, or if all shards are in ``folder``."""
-    if store is None or all((folder / entry.name).is_file() for entry in manifest.shards):
+    if store is None or not missing_shards(folder, manifest):
         yield None
         return
     with temporary_folder() as temporary:

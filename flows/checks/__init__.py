@@ -13,6 +13,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import is_model_file, require_writable
 from diffusion.data.ingest.ingest import Rebuild
 from diffusion.data.manifest import Manifest, read_manifest
+from diffusion.data.shards import missing_shards
 from diffusion.evaluation.config import require_enough
 from diffusion.families.base import classes_of
 from diffusion.generation.config import UNCONDITIONAL, Conditions, GenerationRequest, check_conditions
@@ -71,11 +72,12 @@ def _train_connected(params: Params, request: Request) -> None:
 def _require_trainable(params: Params, request: Request) -> None:
     """Raise UserError as a training would before its first step, if its inputs are on this machine."""
     is_remote = registered_autoencoder(params) or registered_initial_weights(params)
-    if params.training.stream_bytes is None and not is_remote:
+    folder, streams = params.dataset_folder, params.training.stream_bytes is not None
+    if not streams and not is_remote and not missing_shards(folder, read_manifest(folder)):
         from diffusion.training.train import check as check_training
 
         sections = params.model, params.training, params.sampling
-        check_training(params.dataset_folder, params.run_folder, *sections, request.restart, *request.advice)
+        check_training(folder, params.run_folder, *sections, request.restart, *request.advice)
 
 
 def _evaluate(params: Params, request: Request) -> None:

@@ -13,6 +13,7 @@ from diffusion.common.escaping import pluralize
 from diffusion.common.files import require_writable
 from flows.cli.command import CommandOutput, Local, command, connect, display_progress
 from flows.cli.data_commands import MAX_SHOWN, app, section
+from flows.cli.dry_run import reach_shards
 
 if TYPE_CHECKING:
     from diffusion.curation.lists import ListChange
@@ -66,8 +67,8 @@ def curate(
     if dry_run or local:
         from diffusion.api import engine
 
-        with display_progress() as progress:
-            result = engine.curate(config, dry_run=dry_run, change=change, progress=progress)
+        with reach_shards(config, dry_run) as (remote, progress):
+            result = engine.curate(config, dry_run=dry_run, change=change, progress=progress, remote=remote)
         return CommandOutput(result.model_dump(mode="json") | {"dry_run": dry_run}, result.lines(dry_run))
     with connect("prefect", "s3"):
         from flows.curate import curate as curate_flow
@@ -107,8 +108,9 @@ def _write_curation_page(config: "Params", report: Path) -> CommandOutput:
     require_writable(report.parent, f"--report {report}")
     from diffusion.curation.report import write_curation_report
 
-    with display_progress() as progress:
-        page = write_curation_report(folder, report, config.curation, config.ingest, config.evaluation, progress)
+    sections = config.curation, config.ingest, config.evaluation
+    with reach_shards(config) as (remote, progress):
+        page = write_curation_report(folder, report, *sections, progress, remote=remote)
     return CommandOutput(page, page.lines())
 
 

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from flows.cli.command import CommandOutput, connect
+from flows.cli.command import CommandOutput, connect, display_progress
 
 if TYPE_CHECKING:
+    from diffusion.common.progress import Progress
     from diffusion.data.ingest.ingest import Rebuild
     from diffusion.data.ingest.preview import IngestPreview
     from flows.config import Params
@@ -87,6 +88,24 @@ def preview_retraining(config: "Params", version: str | None) -> CommandOutput:
     else:
         lines.append("training   measured after `darkroom ingest`, by `darkroom train --dry-run`")
     return CommandOutput(value, lines)
+
+
+@contextmanager
+def reach_shards(config: "Params", wanted: bool = True) -> "Iterator[tuple[RemoteShards | None, Progress]]":
+    """Shards of the data set that are on the remote alone, None without any or if not ``wanted``, and a progress."""
+    from diffusion.data.manifest import read_manifest
+    from diffusion.data.shards import missing_shards
+
+    if not wanted or not missing_shards(config.dataset_folder, read_manifest(config.dataset_folder)):
+        with display_progress() as progress:
+            yield None, progress
+        return
+    with connect("s3"):
+        from flows.datasets.remote_shards import RemoteShards
+        from flows.environment import data_source
+        from flows.tracking.console import reporter
+
+        yield RemoteShards(config.dataset_folder, data_source()), reporter()
 
 
 @contextmanager

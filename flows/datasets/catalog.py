@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
+from threading import Event, Thread
 from typing import Literal
 from uuid import uuid4
 
@@ -22,7 +23,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from diffusion.common.config import Config
-from diffusion.common.errors import ConflictError, UserError
+from diffusion.common.errors import ConflictError, DarkroomError, UserError
 from diffusion.common.files import canonical_json, sha256_bytes
 from diffusion.common.parsing import parse_yaml
 from diffusion.data.manifest import Manifest, Sha256, manifest_bytes, parse_manifest, work_folder
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 RETIRED, PUSHING = "retired", "pushing"
 """Prefixes of the manifests of retired versions, and of the marks of processes that push to the remote."""
+RENEWAL = 600.0
+"""Seconds after which the mark of a push is renewed."""
 VERSION, RETIRED_VERSION = re.compile(r"([0-9a-f]{64})/manifest\.json"), re.compile(r"([0-9a-f]{64})\.json")
 PUBLISHED = re.compile(r"datasets/([^/]+)/" + VERSION.pattern)
 POINTER = TypeAdapter(DvcDigest)
@@ -219,13 +222,42 @@ def _parse_manifest(data: bytes, digest: str, place: str) -> Manifest:
 
 
 @contextmanager
-def mark_push(name: str, source: str, store: Store | None = None) -> Iterator[None]:
-    """Context of a push to ``source``; until it ends, or for the grace period if it is killed, gc deletes no file."""
-    place, store = Location(Location.parse(source).bucket) / PUSHING, store or Store()
-    mark = place.key(f"{name}/{uuid4().hex}")
-    store.put_once(place.bucket, mark, b"")
-    yield
-    store.delete_many(place.bucket, [mark])
+def mark_push(name: str, source: str, store: Store | None = None, renewal: float = RENEWAL) -> Iterator[None]:
+    """Context of a push to ``source``; until it ends, or for the grace period if it is killed, gc deletes no file.
+
+    The mark is renewed every ``renewal`` seconds, as a push may take longer than the grace period.
+    """
+    place, store, ended = Location(Location.parse(source).bucket) / PUSHING, store or Store(), Event()
+
+    def write() -> str:
+        store.put_once(place.bucket, key := place.key(f"{name}/{uuid4().hex}"), b"")
+        return key
+
+    marks = [write()]
+
+    def renew() -> None:
+        while not ended.wait(renewal):
+            try:
+                marks.append(write())
+                store.delete_many(place.bucket, marks[:-1])
+                del marks[:-1]
+            except DarkroomError as error:  # the push itself goes on as long as it can
+                logger.warning("the mark of a push to %s was not renewed: %s", source, error)
+
+    thread = Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException:
+        ended.set()
+        thread.join()
+        # What ended the push may prevent this as well, and matters more: the mark expires.
+        with suppress(DarkroomError):
+            store.delete_many(place.bucket, marks)
+        raise
+    ended.set()
+    thread.join()
+    store.delete_many(place.bucket, marks)
 
 
 class Head(Config):

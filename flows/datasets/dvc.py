@@ -24,6 +24,7 @@ from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.files import sha256_file, write_atomically, write_bytes
 from diffusion.data.manifest import FileEntry, Manifest, parse_manifest, read_manifest, version_path, work_folder
+from diffusion.data.shards import missing_shards
 from flows.datasets.catalog import Catalog
 from flows.storage.s3 import ListedObject, Location, Store
 from flows.storage.s3_errors import MissingObjectError
@@ -358,7 +359,7 @@ def record_data(folder: Path, push_to: str | None) -> DataVersion:
         with open_repository(root) as repo:
             cache = Cache(Path(repo.cache.local.path))
             manifest = read_manifest(folder) if (folder / "manifest.json").is_file() else None
-            if manifest and not all((folder / entry.name).is_file() for entry in manifest.shards):
+            if manifest and missing_shards(folder, manifest):
                 digest = _add_without_shards(folder, manifest, cache)
                 if push_to:
                     Remote.from_url(push_to).push(digest, cache)

@@ -154,9 +154,11 @@ class RemoteShards:
     def only(self, entry: FileEntry) -> RemoteShard:
         """Return a store of this shard that can be sent to any machine."""
         with self._lock:
-            if not (md5s := list(self._places.get(entry.name, ()))) and (self.folder / entry.name).is_file():
-                # Rewritten here, and not recorded yet.
-                md5s = [self.chunks.upload(self.folder / entry.name).md5 or ""]
+            md5s = list(self._places.get(entry.name, ()))
+            if (path := self.folder / entry.name).is_file() and self._stored.isdisjoint(md5s):
+                # Rewritten here and not recorded yet, or recorded by a process that was killed before it pushed.
+                md5s = [self.chunks.upload(path).md5 or ""]
+                self._stored.update(md5s)
             if not md5s:
                 md5s = [listing[entry.name] for listing in self._listings if entry.name in listing]
         return RemoteShard(self.source, tuple(md5s), f"shard {entry.name} of data set {self.folder.name}")
@@ -179,6 +181,11 @@ class RemoteShards:
         cache = Cache.from_working_folder()
         places = {name: list(md5s) for name, md5s in cache.places.items()} if cache else {}
         return places | {name: [md5] for name, md5 in read_published(self.folder).items()}
+
+    @cached_property
+    def _stored(self) -> set[str]:
+        """MD5s of all files on the remote."""
+        return Remote.from_url(self.source).names()
 
     @cached_property
     def _listings(self) -> list[Listing]:

@@ -11,15 +11,17 @@ from pathlib import Path
 from uuid import NAMESPACE_URL, uuid5
 
 from filelock import FileLock
+from humanize import naturalsize
 from prefect.events import Event
 
 from diffusion.common.errors import ConflictError
+from diffusion.common.escaping import pluralize
 from diffusion.common.files import write_atomically
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.merge import merge_versions, rewritten_parts
 from diffusion.data.manifest import Manifest, parse_manifest, read_manifest, version_path, versions, work_folder
-from diffusion.data.shards import shard_file
+from diffusion.data.shards import missing_shards, shard_file
 from diffusion.data.versions.takedown import remove_known
 from diffusion.data.versions.takedown_records import find_pending_removals, removals
 from diffusion.data.versions.versions import remember
@@ -102,7 +104,7 @@ def bring_up_to_date(
             _move(folder, source, dataset_catalog, head, config, rebuilding, without_shards)
         if (folder / "manifest.json").is_file():
             if without_shards and find_pending_removals(folder, removals(work_folder(folder))):
-                _fetch_shards(folder, source)
+                fetch_shards(folder, source)
             for removal in remove_known(folder, progress):
                 logger.warning("%s: images that were taken down (%s) are removed here, too", folder, removal.reason)
 
@@ -147,13 +149,15 @@ def _descends_from(folder: Path, head: str) -> bool:
     return any(version.digest == head for version in versions(folder)) or (pin is not None and head in pin.known)
 
 
-def _fetch_shards(folder: Path, source: str) -> None:
-    """Fetch the shards of the current version that are on the remote alone, to rewrite some of them here."""
+def fetch_shards(folder: Path, source: str) -> None:
+    """Fetch the shards of the current version that are on the remote alone; the caller holds the lock."""
     shards = RemoteShards(folder, source)
-    for entry in read_manifest(folder).shards:
-        if not (path := folder / entry.name).is_file():
-            with shard_file(folder, entry, shards) as file:
-                write_atomically(path, partial(shutil.copyfile, file))
+    if entries := missing_shards(folder, read_manifest(folder)):
+        size = naturalsize(sum(entry.bytes for entry in entries))
+        logger.info("%s: fetching %s (%s) from %s", folder, pluralize(len(entries), "shard"), size, source)
+    for entry in entries:
+        with shard_file(folder, entry, shards) as file:
+            write_atomically(folder / entry.name, partial(shutil.copyfile, file))
 
 
 def _move(
@@ -191,7 +195,7 @@ def _move(
         logger.info("%s goes on from version %s, which another machine published", folder, head[:12])
         return
     if without_shards:
-        _fetch_shards(folder, source)
+        fetch_shards(folder, source)
     place.keep_current(remote)
     place.fetch(remote, without_shards=False)
     if base is not None:

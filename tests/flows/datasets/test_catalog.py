@@ -21,6 +21,7 @@ from diffusion.data.shards import ShardCache
 from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
 from diffusion.data.versions.versions import history
+from flows.datasets.catalog import mark_push
 from flows.datasets.checkout import checkout
 from flows.datasets.dvc import data_version, record_data, restore_data
 from flows.datasets.remote_shards import RemoteShards
@@ -29,6 +30,7 @@ from flows.storage.s3 import Store
 from tests.builders.catalogs import FOLDER, Place
 from tests.builders.ingested import files_of
 from tests.builders.shapes import blob
+from tests.builders.waiting import wait_for
 
 
 def unreachable() -> str:
@@ -321,3 +323,18 @@ def test_another_versions_record_is_not_taken_for_the_current_one(place: Place) 
     blob(100).save(place.images / "odd" / "100.png")
     ingest(FOLDER, IngestConfig(source=str(place.images), size=8, held_out=0.33))
     assert data_version(FOLDER) is None
+
+
+def test_the_mark_of_a_push_is_renewed_and_goes_with_it(place: Place) -> None:
+    def marks() -> list[str]:
+        return list(place.catalog.store.list_keys(place.bucket, "pushing/"))
+
+    def push() -> None:
+        with mark_push("blobs", place.source, renewal=0.05):
+            (first,) = marks()
+            wait_for(lambda: marks() and first not in marks(), 30)
+            raise UserError("too many images are quarantined")
+
+    with pytest.raises(UserError):
+        push()
+    assert not marks()
