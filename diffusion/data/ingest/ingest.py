@@ -8,7 +8,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -158,7 +157,7 @@ def ingest(
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is not a folder, and a data set is one: move it away, or give another --dataset")
-    fan_out, work, started = fan_out or make_fan_out(config), work_folder(folder), datetime.now(UTC)
+    fan_out, work = fan_out or make_fan_out(config), work_folder(folder)
     make_folder(work)
     with FileLock(work / "lock"), explain_database_errors(work):
         before = read_manifest(folder) if (folder / "manifest.json").is_file() else None
@@ -189,7 +188,7 @@ def ingest(
                 merge.chunks, merge.publisher = remote.chunks, ShardPublisher(remote, fan_out)
             chunks = fan_out(prepare_chunk, chunks_of(plan, config, objects, planned_count, merge.chunk_store))
             facts = _facts(config, before, rebuilding, access.about.get("licence"), recorded_bits)
-            with _removing_work(merge, started):
+            with _removing_work(merge):
                 after, captions = _merge(merge, before, facts, chunks, planned_count, rebuilding, progress)
             return _make_result(merge, before, after, access, listed_count, calibration, captions)
 
@@ -379,21 +378,21 @@ def remove_strays(folder: Path) -> None:
 
 
 @contextmanager
-def _removing_work(merge: Merge, started: datetime) -> Iterator[None]:
-    """Context of the merge of an ingest that ``started`` at a time; removes what no repeated ingest would use."""
+def _removing_work(merge: Merge) -> Iterator[None]:
+    """Context of the merge of an ingest; removes what no repeated ingest would use."""
     try:
         yield
     except UserError:
         # The cause of the quarantine may be fixed, so the entries must be read again.
-        _remove_work(merge, started)
+        _remove_work(merge)
         raise
     finally:
         remove_strays(merge.folder)
-    _remove_work(merge, started)
+    _remove_work(merge)
 
 
-def _remove_work(merge: Merge, started: datetime) -> None:
+def _remove_work(merge: Merge) -> None:
     work = work_folder(merge.folder)
     for store in (ChunkFolder(work), merge.chunk_store):
-        store.remove(merge.names, started)
+        store.remove(merge.names)
     (work / "plan.sqlite").unlink(missing_ok=True)

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from diffusion.common.errors import TransientError
 from diffusion.common.files import make_folder, sha256_file, write_atomically
@@ -31,6 +32,12 @@ pixels as WIDTHxHEIGHT, if any; ``mask_source`` is ``Entry.mask``. Copies with e
 shard; one with another mask has its own."""
 SHARDS = b"shards"
 """Key in the metadata of a chunk's table: ``Digests`` and end of the shard of each bucket, as JSON."""
+MAX_TABLE_BYTES = 2**27
+"""Maximum size of a chunk's table in bytes; it has at most thousands of rows, and mebibytes of texts."""
+
+
+class DamagedTableError(TransientError):
+    """Damaged table of a prepared chunk, which a repeated ingest writes again."""
 
 
 class Digests(NamedTuple):
@@ -39,6 +46,9 @@ class Digests(NamedTuple):
     sha256: str
     bytes: int
     md5: str | None = None
+
+
+SHARDS_OF_A_CHUNK = TypeAdapter(dict[str, tuple[Digests, int]])
 
 
 class Workspace(NamedTuple):
@@ -61,13 +71,16 @@ class ChunkStore(Protocol):
         """Store the file at ``path``, which may be moved."""
 
     def read(self, name: str) -> bytes:
-        """Return the bytes of a file."""
+        """Return the bytes of a table; raises DamagedTableError if they are more than a table has."""
 
     def read_span(self, name: str, offset: int, size: int) -> bytes:
         """Return ``size`` bytes of a file from ``offset`` on."""
 
-    def remove(self, chunks: Sequence[str], before: datetime) -> None:
-        """Remove these chunks, and what was left here ``before`` a time."""
+    def delete(self, name: str) -> None:
+        """Delete a file, if it is there."""
+
+    def remove(self, chunks: Sequence[str]) -> None:
+        """Remove these chunks, and none that another machine may use; their tables go first."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +115,11 @@ class ChunkFolder:
             file.seek(offset)
             return file.read(size)
 
-    def remove(self, chunks: Sequence[str], before: datetime) -> None:
+    def delete(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        self.path(name).unlink(missing_ok=True)
+
+    def remove(self, chunks: Sequence[str]) -> None:
         """Remove all chunks and fetched files: the folder has one ingest at a time."""
         for name in ("chunks", "scratch"):
             shutil.rmtree(self.work / name, ignore_errors=True)
@@ -159,9 +176,9 @@ class PreparedChunk(NamedTuple):
     rows: list[dict[str, Any]]
 
 
-def shard_name(chunk: str, bucket: str) -> str:
-    """Return the name of the shard with a chunk's images of one bucket."""
-    return f"{chunk}-{bucket}.tar"
+def shard_name(chunk: str, bucket: str, sha256: str) -> str:
+    """Return the name of the shard with a chunk's images of one bucket, whose bytes may differ when it is repeated."""
+    return f"{chunk}-{bucket}-{sha256[:32]}.tar"
 
 
 def table_name(chunk: str) -> str:
@@ -176,18 +193,43 @@ def write_table(path: Path, rows: list[dict[str, Any]], shards: dict[str, tuple[
 
 
 def read_chunk(store: ChunkStore, name: str) -> PreparedChunk:
-    """Read the table of a prepared chunk."""
-    table = pq.read_table(io.BytesIO(store.read(table_name(name))))
+    """Read the table of a prepared chunk; raises DamagedTableError if it is damaged."""
+    table, digests_by_bucket = _read_table(store, name)
     rows = table.to_pylist()
     offsets: dict[str, set[int]] = {}
     for row in rows:
         if row["offset"] is not None:
             offsets.setdefault(row["bucket"], set()).add(row["offset"])
     shards = {
-        bucket: StagedShard(shard_name(name, bucket), Digests(*digests), sorted(offsets[bucket]), end)
-        for bucket, (digests, end) in json.loads(table.schema.metadata[SHARDS]).items()
+        bucket: StagedShard(shard_name(name, bucket, digests.sha256), digests, sorted(offsets[bucket]), end)
+        for bucket, (digests, end) in digests_by_bucket.items()
     }
     return PreparedChunk(shards, rows)
+
+
+def is_prepared(store: ChunkStore, name: str) -> bool:
+    """Whether the table of a chunk is there and whole, and its shards are there."""
+    if not store.has(table_name(name)):
+        return False
+    try:
+        _, digests = _read_table(store, name)
+    except DamagedTableError:
+        return False
+    return all(store.has(shard_name(name, bucket, shard.sha256)) for bucket, (shard, _) in digests.items())
+
+
+def _read_table(store: ChunkStore, name: str) -> tuple[pa.Table, dict[str, tuple[Digests, int]]]:
+    """Read the table of a chunk, and the digests and end of each shard."""
+    data = store.read(table_name(name))
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        shards = SHARDS_OF_A_CHUNK.validate_json((table.schema.metadata or {})[SHARDS])
+        stored = table.cast(PREPARED).filter(pc.field("offset").is_valid())
+        if shards.keys() != set(stored["bucket"].to_pylist()):
+            raise ValueError("its shards are not those that its rows name")
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise DamagedTableError(f"{table_name(name)} is damaged ({error}): give the same command again") from error
+    return table, shards
 
 
 @dataclass(frozen=True)

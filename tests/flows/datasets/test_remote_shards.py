@@ -1,5 +1,7 @@
 """Data sets whose shards lie on DVC's remote alone: chunks staged by workers, published by a driver without shards."""
 
+import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import partial
@@ -13,11 +15,11 @@ from diffusion.api import engine
 from diffusion.api.config import ExperimentConfig
 from diffusion.common.errors import ConflictError, TransientError
 from diffusion.data.dataset import Dataset
+from diffusion.data.fan_out import FanOut
 from diffusion.data.ingest.chunks import prepare_chunk
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.manifest import read_manifest
-from diffusion.data.prefetch import FanOut
 from diffusion.data.shards import open_missing_shards
 from flows.datasets.dvc import record_data, restore_data
 from flows.datasets.remote_shards import RemoteShards
@@ -140,7 +142,7 @@ def test_stored_pixels_are_read_from_the_remote(place: Place, source: Path, tmp_
     # Hashes of images that were ingested without them, and measures.
     near = {"ingest": sections["ingest"] | {"near_duplicates": 8}}
     config = ExperimentConfig.model_validate(sections | rules | near)
-    result = engine.ingest(config, fan_out=run, remote=RemoteShards(FOLDER, place.source))
+    result = engine.ingest(config, remote=RemoteShards(FOLDER, place.source))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(other.parents[1])
         assert engine.ingest(config).digest == result.digest
@@ -182,3 +184,50 @@ def test_a_copy_is_verified(bucket: str, store: Store) -> None:
     assert copy(target="parts", md5="0" * 32) == "written"
     with pytest.raises(ConflictError):
         copy(target="taken", md5=md5)
+
+
+def test_incomplete_and_damaged_chunks_are_prepared_again(place: Place, source: Path) -> None:
+    config = IngestConfig(source=str(source), size=8)
+    with pytest.raises(KeyboardInterrupt):
+        remote_ingest(place, config, in_the_middle)
+    shard, table = (next(key for key in staged(place) if key.endswith(end)) for end in (".tar", ".parquet"))
+    Store().delete_many(place.bucket, [shard])
+    with pytest.raises(KeyboardInterrupt):
+        remote_ingest(place, config, in_the_middle)
+    assert shard in staged(place)
+    Store().client.put_object(Bucket=place.bucket, Key=table, Body=b"not a table")
+    assert remote_ingest(place, config).added == 610
+
+
+def test_other_bytes_on_the_second_attempt_are_no_conflict(place: Place, source: Path) -> None:
+    config = IngestConfig(source=str(source), size=8)
+    with pytest.raises(KeyboardInterrupt):
+        remote_ingest(place, config, in_the_middle)
+    # As of a worker that was killed before it wrote the table.
+    Store().delete_many(place.bucket, [key for key in staged(place) if key.endswith(".parquet")])
+    target = source / "1000.png"
+    stat, image = target.stat(), bytearray(target.read_bytes())
+    image[-20] ^= 1  # of its checksum: the file is quarantined now
+    target.write_bytes(image)
+    os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert remote_ingest(place, config).quarantined_count == 1
+    assert staged(place) == []
+
+
+def test_ingests_of_other_sources_keep_their_chunks(place: Place, source: Path, tmp_path: Path) -> None:
+    small, folder = tmp_path / "small", tmp_path / "other_machine" / "data" / FOLDER.name
+    small.mkdir()
+    add(small, range(3000, 3010))
+    counts = []
+
+    def with_another(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        for result in map(work, items):
+            if work is prepare_chunk and not counts:
+                counts.append(len(staged(place)))
+                time.sleep(1.1)  # S3 counts whole seconds
+                ingest(folder, IngestConfig(source=str(small), size=8), remote=RemoteShards(folder, place.source))
+                counts.append(len(staged(place)))
+            yield result
+
+    assert remote_ingest(place, IngestConfig(source=str(source), size=8), with_another).added == 610
+    assert counts == [2, 2]
