@@ -51,6 +51,10 @@ Rebuild = Literal["never", "if_different", "always"]
 """When to rebuild the data set from this source alone; ``if_different``: if images are to be stored in another way."""
 
 
+class QuarantinedError(UserError):
+    """Too many entries are quarantined, or all."""
+
+
 class QuarantineExample(Config):
     """A quarantined entry."""
 
@@ -327,9 +331,11 @@ def _merge(
         quarantined_count, top_reasons = merge.reasons.total(), merge.reasons.most_common(3)
         reasons = "; ".join(f"{count} × {reason}" for reason, count in top_reasons)
         if not any(part.splits for part in merge.parts):
-            raise UserError(f"no usable image in {config.source}: all {quarantined_count} were quarantined ({reasons})")
+            raise QuarantinedError(
+                f"no usable image in {config.source}: all {quarantined_count} were quarantined ({reasons})"
+            )
         if quarantined_count > config.max_quarantined * merge.new_outcomes.total():
-            raise UserError(
+            raise QuarantinedError(
                 f"{quarantined_count} of {merge.new_outcomes.total()} images in {config.source} were quarantined, more "
                 f"than the share of {config.max_quarantined:g} that ingest.max_quarantined allows ({reasons}): fix "
                 "them, or allow more"
@@ -382,7 +388,7 @@ def _removing_work(merge: Merge) -> Iterator[None]:
     """Context of the merge of an ingest; removes what no repeated ingest would use."""
     try:
         yield
-    except UserError:
+    except QuarantinedError:
         # The cause of the quarantine may be fixed, so the entries must be read again.
         _remove_work(merge)
         raise

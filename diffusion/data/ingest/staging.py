@@ -9,14 +9,16 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from diffusion.common.errors import TransientError
@@ -238,7 +240,8 @@ class ShardRewrite:
 
     chunks: RemoteChunks
     shard: StagedShard
-    spans: list[Span]
+    spans: NDArray[np.int64]
+    """Offset and size in bytes of each, (N, 2)."""
 
 
 def rewrite_shard(task: ShardRewrite) -> Digests:
@@ -248,7 +251,7 @@ def rewrite_shard(task: ShardRewrite) -> Digests:
         task.chunks.fetch(task.shard.name, source)
         if sha256_file(source) != task.shard.digests.sha256:
             raise TransientError(f"staged shard {task.shard.name} came damaged: give the same command again")
-        write_samples(target, [(source, [{"offset": offset, "size": size} for offset, size in task.spans])])
+        write_samples(target, [(source, [{"offset": offset, "size": size} for offset, size in task.spans.tolist()])])
         return task.chunks.upload(target)
 
 
@@ -258,7 +261,8 @@ class ShardPublisher:
 
     remote: RemoteDataset
     fan_out: FanOut
-    _shards: dict[int, tuple[StagedShard, list[Span]]] = field(default_factory=dict)
+    _whole: dict[int, StagedShard] = field(default_factory=dict)
+    _rewrites: dict[int, ShardRewrite] = field(default_factory=dict)
 
     def add(self, number: int, shard: StagedShard, rows: Sequence[dict[str, Any]]) -> FileEntry:
         """Note the shard of part ``number``, which has the images of ``rows``: their offsets become those in it.
@@ -272,29 +276,36 @@ class ShardPublisher:
             length = following[row["offset"]] - row["offset"]
             row["offset"] = position
             position += length
-        self._shards[number] = shard, spans
+        # Until the end of the ingest: what a shard of which all images stay needs no more would fill the memory.
+        noted = replace(shard, offsets=[])
+        if len(spans) == len(shard.offsets):
+            self._whole[number] = noted
+        else:
+            self._rewrites[number] = ShardRewrite(self.remote.chunks, noted, np.array(spans, np.int64))
         return shard_entry(number, shard.digests)
 
     def publish(self, parts: list[Part]) -> None:
         """Publish all shards, rewriting on workers those that lose images, and enter them in ``parts``."""
         chunks, published = self.remote.chunks, dict[int, Digests]()
-        rewritten = {n: (shard, spans) for n, (shard, spans) in self._shards.items() if len(spans) < len(shard.offsets)}
-        tasks = (ShardRewrite(chunks, *parameters) for parameters in rewritten.values())
-        published |= zip(rewritten, self.fan_out(rewrite_shard, tasks), strict=True)
-        whole = [(number, shard) for number, (shard, _) in self._shards.items() if number not in rewritten]
-
-        def publish(item: tuple[int, StagedShard]) -> None:
-            chunks.publish(item[1].name, item[1].digests)
-
+        rewritten = self.fan_out(rewrite_shard, self._rewrites.values())
+        for number, digests in zip(self._rewrites, rewritten, strict=True):
+            self._keep({number: digests})
+            published[number] = digests
+        whole = {number: shard.digests for number, shard in self._whole.items()}
+        # Before they are there, so that a kill leaves none that nobody knows.
+        self._keep(whole)
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(publish, whole))
-        published |= {number: shard.digests for number, shard in whole}
+            list(pool.map(lambda shard: chunks.publish(shard.name, shard.digests), self._whole.values()))
+        published |= whole
         entries = {number: shard_entry(number, digests) for number, digests in published.items()}
-        self.remote.keep({entries[number].name: digests for number, digests in published.items()})
         for place, part in enumerate(parts):
             if part.number in entries and part.shard is not None:
                 parts[place] = part.model_copy(update={"shard": entries[part.number]})
-        self._shards.clear()
+        self._whole.clear()
+        self._rewrites.clear()
+
+    def _keep(self, published: dict[int, Digests]) -> None:
+        self.remote.keep({shard_entry(number, digests).name: digests for number, digests in published.items()})
 
 
 def shard_entry(number: int, digests: Digests) -> FileEntry:
