@@ -47,8 +47,9 @@ def make_hashes(images: int, bits: int, seed: int = 0) -> np.ndarray:
 def make_chunks(store: ChunkFolder, hashes: np.ndarray) -> Iterator[str]:
     """Prepared chunks of new images; every hundredth is quarantined, another hundredth a copy within its chunk."""
     make_folder(store.path(""))
-    store.path(shard_name("chunk", BUCKET)).write_bytes(b"")
-    shards = {BUCKET: (Digests(sha256_bytes(b""), 0), 0)}
+    digests = Digests(sha256_bytes(b""), 0)
+    store.path(shard_name("chunk", BUCKET, digests.sha256)).write_bytes(b"")
+    shards = {BUCKET: (digests, 0)}
     for first in range(0, len(hashes), EACH):
         rows = []
         for number in range(first, min(first + EACH, len(hashes))):

@@ -26,7 +26,7 @@ from flows.datasets import dvc
 from flows.datasets.catalog import Catalog, Heads
 from flows.datasets.checkout import read_pin, unpin
 from flows.datasets.dvc import DataVersion, StoredFiles
-from flows.datasets.purge import PurgeResult, purge_dvc, purge_files, purge_samples
+from flows.datasets.purge import PurgeResult, purge_dvc, purge_files, purge_samples, purge_staged
 from flows.datasets.sync import announce, bring_up_to_date, publish
 from flows.deployment.tasks import artifact_key, retryable_task
 from flows.local_stack.seaweedfs import vacuum_deleted_objects
@@ -195,6 +195,7 @@ def clear(
     other_versions = [version for digest, version in versions.items() if digest not in affected_versions.held]
     Catalog.of(folder.name, environment.data_source()).delete_pages(affected_versions.held)
     objects, files = purge_dvc(held_versions, other_versions, environment.data_source()), list[str]()
+    objects += purge_staged(folder, environment.data_source())
     for reports in params.report_folders:
         files += purge_files(folder, held_versions, other_versions, reports)
     for run in params.run_folders:

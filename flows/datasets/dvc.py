@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError, UserError
-from diffusion.common.files import sha256_file, write_atomically, write_bytes
+from diffusion.common.files import sha256_file, write_atomically, write_bytes, write_json
 from diffusion.data.manifest import FileEntry, Manifest, parse_manifest, read_manifest, version_path, work_folder
 from diffusion.data.shards import missing_shards
 from flows.datasets.catalog import Catalog
@@ -207,15 +207,18 @@ def _parse_listing(data: bytes, place: str) -> Listing:
 class StoredFiles:
     """Files of data set ``name`` in DVC's cache, and on the remote with the URL ``source`` if one is given.
 
-    ``recorded`` is DVC's digest of a version that may not be in the catalog.
+    ``digest`` is DVC's of a version that may not be in the catalog, and ``published`` the MD5s of shards on the remote
+    that DVC may not have recorded.
     """
 
-    def __init__(self, name: str, source: str | None = None, digest: str | None = None) -> None:
+    def __init__(
+        self, name: str, source: str | None = None, digest: str | None = None, published: Listing | None = None
+    ) -> None:
         self.name = name
         self.cache = Cache.from_working_folder()
         self.remote = Remote.from_url(source) if source else None
         self.catalog = Catalog.of(name, source, self.remote.store) if source and self.remote else None
-        self.recorded = digest
+        self.recorded, self.published = digest, published or {}
         self._listings: dict[str, dict[str, Listing]] = {}
 
     def find(self, entry: FileEntry) -> Path | None:
@@ -227,7 +230,8 @@ class StoredFiles:
         if (path := self._find_cached(name, sha256)) is not None:
             write_atomically(target, partial(shutil.copyfile, path))
             return True
-        md5s = [listing[name] for listing in self.listings(version).values() if name in listing]
+        listings = [self.published, *self.listings(version).values()]
+        md5s = [listing[name] for listing in listings if name in listing]
         places = dict.fromkeys([*md5s, *(self.cache.places.get(name, ()) if self.cache else ())])
         return any(self._download(md5, name, sha256, target) for md5 in places)
 
@@ -363,7 +367,7 @@ def record_data(folder: Path, push_to: str | None) -> DataVersion:
                 digest = _add_without_shards(folder, manifest, cache)
                 if push_to:
                     Remote.from_url(push_to).push(digest, cache)
-                    published_path(folder).unlink(missing_ok=True)
+                    forget_published(folder, push_to, cache)
                 return DataVersion(digest=digest, pointer=f"datasets/{folder.name}", pushed=push_to is not None)
             if any(output.stage.addressing == INGEST_STAGE for output in _outputs(repo, folder)):
                 repo.commit(INGEST_STAGE, force=True)
@@ -372,6 +376,7 @@ def record_data(folder: Path, push_to: str | None) -> DataVersion:
                 output = repo.add(str(folder))[0].outs[0]
             if push_to:
                 Remote.from_url(push_to).push(output.hash_info.value, cache)
+                forget_published(folder, push_to, cache)
             return _make_data_version(output, push_to is not None)
     except (DvcException, BotoCoreError, OSError) as error:
         raise DarkroomError(f"DVC could not record or push {folder}: {error}") from error
@@ -400,6 +405,25 @@ def read_published(folder: Path) -> Listing:
     """Read the file at ``published_path``; empty without one."""
     path = published_path(folder)
     return TypeAdapter(Listing).validate_json(path.read_bytes()) if path.is_file() else {}
+
+
+def forget_published(folder: Path, source: str, cache: Cache | None) -> list[str]:
+    """Delete shards that ingests of the data set in ``folder`` published and no version has; returns their MD5s."""
+    published, remote = read_published(folder), Remote.from_url(source)
+    for depot in filter(None, (cache, remote)):
+        # The version that was just pushed has all of them, as a rule.
+        for _, listing in depot.listings() if published else ():
+            published = {name: md5 for name, md5 in published.items() if md5 not in listing.values()}
+    manifest = read_manifest(folder) if (folder / "manifest.json").is_file() else None
+    needed_names = {entry.name for entry in manifest.shards} if manifest else set[str]()
+    needed = {name: md5 for name, md5 in published.items() if name in needed_names}
+    strays = set(published.values()) - set(needed.values())
+    remote.delete(strays)
+    if needed:
+        write_json(published_path(folder), needed)
+    else:
+        published_path(folder).unlink(missing_ok=True)
+    return sorted(strays)
 
 
 def _add_without_shards(folder: Path, manifest: Manifest, cache: Cache) -> str:
@@ -454,7 +478,7 @@ def restore_data(folder: Path, source: str, without_shards: bool = False) -> lis
     with FileLock(work_folder(folder) / "lock"):
         version, mtime = read_manifest(folder), (folder / "manifest.json").stat().st_mtime_ns
         record = data_version(folder)
-        files = StoredFiles(folder.name, source, record.digest if record else None)
+        files = StoredFiles(folder.name, source, record.digest if record else None, read_published(folder))
         return [
             name
             for name, sha256 in needed_files(folder, version)

@@ -21,8 +21,9 @@ from diffusion.evaluation.reports.ranking_report import RANKING_PAGE
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.trackers import TRACKERS
 from flows.config import SWEEPS
-from flows.datasets.dvc import Cache, Listing, Remote, open_repository
-from flows.storage.s3 import MAX_DELETED
+from flows.datasets.dvc import Cache, Listing, Remote, forget_published, open_repository
+from flows.datasets.remote_shards import STAGING
+from flows.storage.s3 import MAX_DELETED, Location, Store
 
 WORK_FILES = (
     *("chunks", "scratch", "encodings", "measures", "tables", "ranges"),
@@ -89,6 +90,20 @@ def purge_dvc(versions: Iterable[Manifest], others: Iterable[Manifest], source: 
     objects = unreferenced_objects(versions, others, source)
     objects.delete()
     return sorted({*objects.files, *objects.listings})
+
+
+def purge_staged(folder: Path, source: str) -> list[str]:
+    """Delete staged chunks of the data set in ``folder``, and shards of this machine that no version has.
+
+    Returns their names. Locks out ingests of this machine; one elsewhere prepares its chunks again.
+    """
+    store, bucket = Store(), Location.parse(source).bucket
+    with FileLock(work_folder(folder) / "lock"):
+        keys = sorted(
+            store.list_keys(bucket, f"{STAGING}/{folder.name}/"), key=lambda key: not key.endswith(".parquet")
+        )
+        store.delete_many(bucket, keys)
+        return [*keys, *forget_published(folder, source, Cache.from_working_folder())]
 
 
 def purge_files(folder: Path, versions: Iterable[Manifest], others: Iterable[Manifest], reports: Path) -> list[str]:

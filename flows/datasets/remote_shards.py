@@ -9,18 +9,17 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
 
 from diffusion.common.errors import TransientError, UserError
 from diffusion.common.files import sha256_file, temporary_folder, write_json
-from diffusion.data.ingest.staging import Digests, Workspace
+from diffusion.data.ingest.staging import MAX_TABLE_BYTES, DamagedTableError, Digests, Workspace, table_name
 from diffusion.data.manifest import FileEntry, read_manifest
 from flows.datasets.dvc import Cache, Listing, Remote, StoredFiles, data_version, published_path, read_published
-from flows.storage.s3 import ListedObject, Location, Store
-from flows.storage.s3_errors import MissingObjectError
+from flows.storage.s3 import Location, Store
+from flows.storage.s3_errors import LargeObjectError, MissingObjectError
 
 STAGING = "staging"
 """Prefix of staged chunks, by data set."""
@@ -54,9 +53,12 @@ class StagedChunks:
         return _digests_of(path)
 
     def read(self, name: str) -> bytes:
-        """Return the bytes of a file."""
-        with self._explain_missing():
-            return self._store.get(self.place.bucket, self.place.key(name))
+        """Return the bytes of a table."""
+        try:
+            with self._explain_missing():
+                return self._store.get(self.place.bucket, self.place.key(name), MAX_TABLE_BYTES)
+        except LargeObjectError as error:
+            raise DamagedTableError(str(error)) from error
 
     def read_span(self, name: str, offset: int, size: int) -> bytes:
         """Return ``size`` bytes of a file from ``offset`` on."""
@@ -85,16 +87,18 @@ class StagedChunks:
             self._store.put_once(remote.place.bucket, remote.key(digests.md5 or ""), file)
         return digests
 
-    def remove(self, chunks: Sequence[str], before: datetime) -> None:
-        """Delete these chunks, and what an ingest that was killed left ``before`` a time."""
+    def delete(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        self._store.delete_many(self.place.bucket, [self.place.key(name)])
+
+    def remove(self, chunks: Sequence[str]) -> None:
+        """Delete these chunks; what ingests left that never ended is deleted by gc."""
+        self._store.delete_many(self.place.bucket, (self.place.key(table_name(chunk)) for chunk in chunks))
         names, prefix = set(chunks), self.place.key("")
-
-        def is_done(entry: ListedObject) -> bool:
-            name = entry.key.removeprefix(prefix)
-            return name.partition(".")[0].partition("-")[0] in names or entry.written < before
-
-        keys = [entry.key for entry in self._store.list_objects(self.place.bucket, prefix) if is_done(entry)]
-        self._store.delete_many(self.place.bucket, keys)
+        keys = self._store.list_keys(self.place.bucket, prefix)
+        self._store.delete_many(
+            self.place.bucket, (key for key in keys if key.removeprefix(prefix).partition("-")[0] in names)
+        )
 
     @property
     def _store(self) -> Store:

@@ -98,7 +98,8 @@ class DataSets:
             action: tuple[Action, str] = ("keep", f"unfinished, within {days:g} days")
             if is_older(newest, days, self.now):
                 action = "delete", f"{format_age(newest, self.now)}, without an end"
-                keys += [entry.key for entry in entries]
+                # Tables first, as they say that the shards are there.
+                keys += sorted((entry.key for entry in entries), key=lambda key: not key.endswith(".parquet"))
             size = sum(entry.size for entry in entries)
             items.append(SweepItem(kind="unfinished ingests", name=name, bytes=size, action=action[0], why=action[1]))
         return items, keys

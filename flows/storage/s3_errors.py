@@ -69,6 +69,10 @@ class WrongCredentialsError(AccessDeniedError):
     """Credentials that the server does not know."""
 
 
+class UnreachableError(TransientError, UserError):
+    """Server that does not answer: it may be down for a moment, or its address be wrong."""
+
+
 def get_status(error: ClientError) -> int:
     """HTTP status of the server's answer."""
     return error.response["ResponseMetadata"]["HTTPStatusCode"]
@@ -101,7 +105,7 @@ def explain_errors(server: str, bucket: str, key: str) -> Iterator[None]:
         raise DarkroomError(f"{place}: what {server} sends breaks off or is damaged: {hint} ({error})") from error
     except (exceptions.HTTPClientError, exceptions.ConnectionError) as error:
         hint = "is it running, and is AWS_ENDPOINT_URL_S3 right?"
-        raise UserError(f"{place}: the S3 server {server} does not answer: {hint} ({error})") from error
+        raise UnreachableError(f"{place}: the S3 server {server} does not answer: {hint} ({error})") from error
     except BotoCoreError as error:
         raise DarkroomError(f"{place}: {error} ({server})") from error
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -16,12 +16,22 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffusion.common.files import canonical_json, digest_of, sha256_bytes
+from diffusion.common.errors import ConflictError
+from diffusion.common.files import canonical_json, digest_of, sha256_bytes, sha256_file
 from diffusion.common.progress import Progress
 from diffusion.common.shapes import shape_name
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import StoredImage, UnusableEntryError, ignore_pillow_warnings, prepare
-from diffusion.data.ingest.staging import PREPARED, ChunkStore, Workspace, shard_name, table_name, write_table
+from diffusion.data.ingest.staging import (
+    PREPARED,
+    ChunkStore,
+    Digests,
+    Workspace,
+    is_prepared,
+    shard_name,
+    table_name,
+    write_table,
+)
 from diffusion.data.manifest import MASK, MASK_SIZE
 from diffusion.data.shards import TarWriter
 from diffusion.data.sources import open_source, reader_of
@@ -157,7 +167,8 @@ def prepare_chunk(chunk: Chunk) -> str:
     settings["leave_out"] = chunk.left_out.digest if chunk.left_out else None
     content = {"uri": chunk.config.source, "reader": reader_of(chunk.config.source), "config": settings}
     name = digest_of({"format": FORMAT, "entries": listing} | content)
-    if not chunk.store.has(table_name(name)):
+    if not is_prepared(chunk.store, name):
+        chunk.store.delete(table_name(name))
         with chunk.store.workspace() as workspace:
             with ExitStack() as files:
                 rows, writers = _prepare(chunk, entries, workspace, files)
@@ -166,14 +177,20 @@ def prepare_chunk(chunk: Chunk) -> str:
                     writer.close()
             # Before the table is stored: a table implies that its shards exist.
             shards = {
-                bucket: (chunk.store.add(shard_name(name, bucket), workspace.folder / bucket), ends[bucket])
+                bucket: (_add_shard(chunk.store, name, workspace.folder / bucket), ends[bucket])
                 for bucket in map(shape_name, chunk.config.shapes)
                 if bucket in writers
             }
             table = workspace.folder / "table"
             write_table(table, rows, shards)
-            chunk.store.add(table_name(name), table)
+            # The table of another worker is as good, even if the source gave it other bytes.
+            with suppress(ConflictError):
+                chunk.store.add(table_name(name), table)
     return name
+
+
+def _add_shard(store: ChunkStore, chunk: str, path: Path) -> Digests:
+    return store.add(shard_name(chunk, path.name, sha256_file(path)), path)
 
 
 def _prepare(

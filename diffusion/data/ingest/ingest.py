@@ -8,7 +8,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +49,10 @@ logger = logging.getLogger(__name__)
 
 Rebuild = Literal["never", "if_different", "always"]
 """When to rebuild the data set from this source alone; ``if_different``: if images are to be stored in another way."""
+
+
+class QuarantinedError(UserError):
+    """Too many entries are quarantined, or all."""
 
 
 class QuarantineExample(Config):
@@ -158,7 +161,7 @@ def ingest(
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is not a folder, and a data set is one: move it away, or give another --dataset")
-    fan_out, work, started = fan_out or make_fan_out(config), work_folder(folder), datetime.now(UTC)
+    fan_out, work = fan_out or make_fan_out(config), work_folder(folder)
     make_folder(work)
     with FileLock(work / "lock"), explain_database_errors(work):
         before = read_manifest(folder) if (folder / "manifest.json").is_file() else None
@@ -189,7 +192,7 @@ def ingest(
                 merge.chunks, merge.publisher = remote.chunks, ShardPublisher(remote, fan_out)
             chunks = fan_out(prepare_chunk, chunks_of(plan, config, objects, planned_count, merge.chunk_store))
             facts = _facts(config, before, rebuilding, access.about.get("licence"), recorded_bits)
-            with _removing_work(merge, started):
+            with _removing_work(merge):
                 after, captions = _merge(merge, before, facts, chunks, planned_count, rebuilding, progress)
             return _make_result(merge, before, after, access, listed_count, calibration, captions)
 
@@ -328,9 +331,11 @@ def _merge(
         quarantined_count, top_reasons = merge.reasons.total(), merge.reasons.most_common(3)
         reasons = "; ".join(f"{count} × {reason}" for reason, count in top_reasons)
         if not any(part.splits for part in merge.parts):
-            raise UserError(f"no usable image in {config.source}: all {quarantined_count} were quarantined ({reasons})")
+            raise QuarantinedError(
+                f"no usable image in {config.source}: all {quarantined_count} were quarantined ({reasons})"
+            )
         if quarantined_count > config.max_quarantined * merge.new_outcomes.total():
-            raise UserError(
+            raise QuarantinedError(
                 f"{quarantined_count} of {merge.new_outcomes.total()} images in {config.source} were quarantined, more "
                 f"than the share of {config.max_quarantined:g} that ingest.max_quarantined allows ({reasons}): fix "
                 "them, or allow more"
@@ -379,21 +384,21 @@ def remove_strays(folder: Path) -> None:
 
 
 @contextmanager
-def _removing_work(merge: Merge, started: datetime) -> Iterator[None]:
-    """Context of the merge of an ingest that ``started`` at a time; removes what no repeated ingest would use."""
+def _removing_work(merge: Merge) -> Iterator[None]:
+    """Context of the merge of an ingest; removes what no repeated ingest would use."""
     try:
         yield
-    except UserError:
+    except QuarantinedError:
         # The cause of the quarantine may be fixed, so the entries must be read again.
-        _remove_work(merge, started)
+        _remove_work(merge)
         raise
     finally:
         remove_strays(merge.folder)
-    _remove_work(merge, started)
+    _remove_work(merge)
 
 
-def _remove_work(merge: Merge, started: datetime) -> None:
+def _remove_work(merge: Merge) -> None:
     work = work_folder(merge.folder)
     for store in (ChunkFolder(work), merge.chunk_store):
-        store.remove(merge.names, started)
+        store.remove(merge.names)
     (work / "plan.sqlite").unlink(missing_ok=True)

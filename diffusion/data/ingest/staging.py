@@ -9,14 +9,17 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from diffusion.common.errors import TransientError
 from diffusion.common.files import make_folder, sha256_file, write_atomically
@@ -31,6 +34,12 @@ pixels as WIDTHxHEIGHT, if any; ``mask_source`` is ``Entry.mask``. Copies with e
 shard; one with another mask has its own."""
 SHARDS = b"shards"
 """Key in the metadata of a chunk's table: ``Digests`` and end of the shard of each bucket, as JSON."""
+MAX_TABLE_BYTES = 2**27
+"""Maximum size of a chunk's table in bytes; it has at most thousands of rows, and mebibytes of texts."""
+
+
+class DamagedTableError(TransientError):
+    """Damaged table of a prepared chunk, which a repeated ingest writes again."""
 
 
 class Digests(NamedTuple):
@@ -39,6 +48,9 @@ class Digests(NamedTuple):
     sha256: str
     bytes: int
     md5: str | None = None
+
+
+SHARDS_OF_A_CHUNK = TypeAdapter(dict[str, tuple[Digests, int]])
 
 
 class Workspace(NamedTuple):
@@ -61,13 +73,16 @@ class ChunkStore(Protocol):
         """Store the file at ``path``, which may be moved."""
 
     def read(self, name: str) -> bytes:
-        """Return the bytes of a file."""
+        """Return the bytes of a table; raises DamagedTableError if they are more than a table has."""
 
     def read_span(self, name: str, offset: int, size: int) -> bytes:
         """Return ``size`` bytes of a file from ``offset`` on."""
 
-    def remove(self, chunks: Sequence[str], before: datetime) -> None:
-        """Remove these chunks, and what was left here ``before`` a time."""
+    def delete(self, name: str) -> None:
+        """Delete a file, if it is there."""
+
+    def remove(self, chunks: Sequence[str]) -> None:
+        """Remove these chunks, and none that another machine may use; their tables go first."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +117,11 @@ class ChunkFolder:
             file.seek(offset)
             return file.read(size)
 
-    def remove(self, chunks: Sequence[str], before: datetime) -> None:
+    def delete(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        self.path(name).unlink(missing_ok=True)
+
+    def remove(self, chunks: Sequence[str]) -> None:
         """Remove all chunks and fetched files: the folder has one ingest at a time."""
         for name in ("chunks", "scratch"):
             shutil.rmtree(self.work / name, ignore_errors=True)
@@ -159,9 +178,9 @@ class PreparedChunk(NamedTuple):
     rows: list[dict[str, Any]]
 
 
-def shard_name(chunk: str, bucket: str) -> str:
-    """Return the name of the shard with a chunk's images of one bucket."""
-    return f"{chunk}-{bucket}.tar"
+def shard_name(chunk: str, bucket: str, sha256: str) -> str:
+    """Return the name of the shard with a chunk's images of one bucket, whose bytes may differ when it is repeated."""
+    return f"{chunk}-{bucket}-{sha256[:32]}.tar"
 
 
 def table_name(chunk: str) -> str:
@@ -176,18 +195,43 @@ def write_table(path: Path, rows: list[dict[str, Any]], shards: dict[str, tuple[
 
 
 def read_chunk(store: ChunkStore, name: str) -> PreparedChunk:
-    """Read the table of a prepared chunk."""
-    table = pq.read_table(io.BytesIO(store.read(table_name(name))))
+    """Read the table of a prepared chunk; raises DamagedTableError if it is damaged."""
+    table, digests_by_bucket = _read_table(store, name)
     rows = table.to_pylist()
     offsets: dict[str, set[int]] = {}
     for row in rows:
         if row["offset"] is not None:
             offsets.setdefault(row["bucket"], set()).add(row["offset"])
     shards = {
-        bucket: StagedShard(shard_name(name, bucket), Digests(*digests), sorted(offsets[bucket]), end)
-        for bucket, (digests, end) in json.loads(table.schema.metadata[SHARDS]).items()
+        bucket: StagedShard(shard_name(name, bucket, digests.sha256), digests, sorted(offsets[bucket]), end)
+        for bucket, (digests, end) in digests_by_bucket.items()
     }
     return PreparedChunk(shards, rows)
+
+
+def is_prepared(store: ChunkStore, name: str) -> bool:
+    """Whether the table of a chunk is there and whole, and its shards are there."""
+    if not store.has(table_name(name)):
+        return False
+    try:
+        _, digests = _read_table(store, name)
+    except DamagedTableError:
+        return False
+    return all(store.has(shard_name(name, bucket, shard.sha256)) for bucket, (shard, _) in digests.items())
+
+
+def _read_table(store: ChunkStore, name: str) -> tuple[pa.Table, dict[str, tuple[Digests, int]]]:
+    """Read the table of a chunk, and the digests and end of each shard."""
+    data = store.read(table_name(name))
+    try:
+        table = pq.read_table(io.BytesIO(data))
+        shards = SHARDS_OF_A_CHUNK.validate_json((table.schema.metadata or {})[SHARDS])
+        stored = table.cast(PREPARED).filter(pc.field("offset").is_valid())
+        if shards.keys() != set(stored["bucket"].to_pylist()):
+            raise ValueError("its shards are not those that its rows name")
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise DamagedTableError(f"{table_name(name)} is damaged ({error}): give the same command again") from error
+    return table, shards
 
 
 @dataclass(frozen=True)
@@ -196,7 +240,8 @@ class ShardRewrite:
 
     chunks: RemoteChunks
     shard: StagedShard
-    spans: list[Span]
+    spans: NDArray[np.int64]
+    """Offset and size in bytes of each, (N, 2)."""
 
 
 def rewrite_shard(task: ShardRewrite) -> Digests:
@@ -206,7 +251,7 @@ def rewrite_shard(task: ShardRewrite) -> Digests:
         task.chunks.fetch(task.shard.name, source)
         if sha256_file(source) != task.shard.digests.sha256:
             raise TransientError(f"staged shard {task.shard.name} came damaged: give the same command again")
-        write_samples(target, [(source, [{"offset": offset, "size": size} for offset, size in task.spans])])
+        write_samples(target, [(source, [{"offset": offset, "size": size} for offset, size in task.spans.tolist()])])
         return task.chunks.upload(target)
 
 
@@ -216,7 +261,8 @@ class ShardPublisher:
 
     remote: RemoteDataset
     fan_out: FanOut
-    _shards: dict[int, tuple[StagedShard, list[Span]]] = field(default_factory=dict)
+    _whole: dict[int, StagedShard] = field(default_factory=dict)
+    _rewrites: dict[int, ShardRewrite] = field(default_factory=dict)
 
     def add(self, number: int, shard: StagedShard, rows: Sequence[dict[str, Any]]) -> FileEntry:
         """Note the shard of part ``number``, which has the images of ``rows``: their offsets become those in it.
@@ -230,29 +276,36 @@ class ShardPublisher:
             length = following[row["offset"]] - row["offset"]
             row["offset"] = position
             position += length
-        self._shards[number] = shard, spans
+        # Until the end of the ingest: what a shard of which all images stay needs no more would fill the memory.
+        noted = replace(shard, offsets=[])
+        if len(spans) == len(shard.offsets):
+            self._whole[number] = noted
+        else:
+            self._rewrites[number] = ShardRewrite(self.remote.chunks, noted, np.array(spans, np.int64))
         return shard_entry(number, shard.digests)
 
     def publish(self, parts: list[Part]) -> None:
         """Publish all shards, rewriting on workers those that lose images, and enter them in ``parts``."""
         chunks, published = self.remote.chunks, dict[int, Digests]()
-        rewritten = {n: (shard, spans) for n, (shard, spans) in self._shards.items() if len(spans) < len(shard.offsets)}
-        tasks = (ShardRewrite(chunks, *parameters) for parameters in rewritten.values())
-        published |= zip(rewritten, self.fan_out(rewrite_shard, tasks), strict=True)
-        whole = [(number, shard) for number, (shard, _) in self._shards.items() if number not in rewritten]
-
-        def publish(item: tuple[int, StagedShard]) -> None:
-            chunks.publish(item[1].name, item[1].digests)
-
+        rewritten = self.fan_out(rewrite_shard, self._rewrites.values())
+        for number, digests in zip(self._rewrites, rewritten, strict=True):
+            self._keep({number: digests})
+            published[number] = digests
+        whole = {number: shard.digests for number, shard in self._whole.items()}
+        # Before they are there, so that a kill leaves none that nobody knows.
+        self._keep(whole)
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(publish, whole))
-        published |= {number: shard.digests for number, shard in whole}
+            list(pool.map(lambda shard: chunks.publish(shard.name, shard.digests), self._whole.values()))
+        published |= whole
         entries = {number: shard_entry(number, digests) for number, digests in published.items()}
-        self.remote.keep({entries[number].name: digests for number, digests in published.items()})
         for place, part in enumerate(parts):
             if part.number in entries and part.shard is not None:
                 parts[place] = part.model_copy(update={"shard": entries[part.number]})
-        self._shards.clear()
+        self._whole.clear()
+        self._rewrites.clear()
+
+    def _keep(self, published: dict[int, Digests]) -> None:
+        self.remote.keep({shard_entry(number, digests).name: digests for number, digests in published.items()})
 
 
 def shard_entry(number: int, digests: Digests) -> FileEntry:

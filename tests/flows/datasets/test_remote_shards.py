@@ -1,7 +1,11 @@
 """Data sets whose shards lie on DVC's remote alone: chunks staged by workers, published by a driver without shards."""
 
+import os
+import time
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,15 +17,18 @@ from diffusion.api import engine
 from diffusion.api.config import ExperimentConfig
 from diffusion.common.errors import ConflictError, TransientError
 from diffusion.data.dataset import Dataset
+from diffusion.data.fan_out import FanOut
 from diffusion.data.ingest.chunks import prepare_chunk
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
+from diffusion.data.ingest.staging import Digests, ShardPublisher, StagedShard, rewrite_shard
 from diffusion.data.manifest import read_manifest
-from diffusion.data.prefetch import FanOut
 from diffusion.data.shards import open_missing_shards
-from flows.datasets.dvc import record_data, restore_data
+from flows.datasets.dvc import Remote, record_data, restore_data
+from flows.datasets.purge import purge_staged
 from flows.datasets.remote_shards import RemoteShards
 from flows.storage.s3 import Store
+from flows.storage.s3_errors import UnreachableError
 from tests.builders.catalogs import FOLDER, Place
 from tests.builders.ingested import files_of
 from tests.builders.masked import write_masked
@@ -140,7 +147,7 @@ def test_stored_pixels_are_read_from_the_remote(place: Place, source: Path, tmp_
     # Hashes of images that were ingested without them, and measures.
     near = {"ingest": sections["ingest"] | {"near_duplicates": 8}}
     config = ExperimentConfig.model_validate(sections | rules | near)
-    result = engine.ingest(config, fan_out=run, remote=RemoteShards(FOLDER, place.source))
+    result = engine.ingest(config, remote=RemoteShards(FOLDER, place.source))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(other.parents[1])
         assert engine.ingest(config).digest == result.digest
@@ -182,3 +189,121 @@ def test_a_copy_is_verified(bucket: str, store: Store) -> None:
     assert copy(target="parts", md5="0" * 32) == "written"
     with pytest.raises(ConflictError):
         copy(target="taken", md5=md5)
+
+
+def test_incomplete_and_damaged_chunks_are_prepared_again(place: Place, source: Path) -> None:
+    config = IngestConfig(source=str(source), size=8)
+    with pytest.raises(KeyboardInterrupt):
+        remote_ingest(place, config, in_the_middle)
+    shard, table = (next(key for key in staged(place) if key.endswith(end)) for end in (".tar", ".parquet"))
+    Store().delete_many(place.bucket, [shard])
+    with pytest.raises(KeyboardInterrupt):
+        remote_ingest(place, config, in_the_middle)
+    assert shard in staged(place)
+    Store().client.put_object(Bucket=place.bucket, Key=table, Body=b"not a table")
+    assert remote_ingest(place, config).added == 610
+
+
+def test_other_bytes_on_the_second_attempt_are_no_conflict(place: Place, source: Path) -> None:
+    config = IngestConfig(source=str(source), size=8)
+    with pytest.raises(KeyboardInterrupt):
+        remote_ingest(place, config, in_the_middle)
+    # As of a worker that was killed before it wrote the table.
+    Store().delete_many(place.bucket, [key for key in staged(place) if key.endswith(".parquet")])
+    target = source / "1000.png"
+    stat, image = target.stat(), bytearray(target.read_bytes())
+    image[-20] ^= 1  # its copy in the other chunk is no duplicate any more
+    target.write_bytes(image)
+    os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    result = remote_ingest(place, config)
+    assert result.added + result.quarantined_count == 611
+    assert staged(place) == []
+
+
+def test_ingests_of_other_sources_keep_their_chunks(place: Place, source: Path, tmp_path: Path) -> None:
+    small, folder = tmp_path / "small", tmp_path / "other_machine" / "data" / FOLDER.name
+    small.mkdir()
+    add(small, range(3000, 3010))
+    counts = []
+
+    def with_another(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        for result in map(work, items):
+            if work is prepare_chunk and not counts:
+                counts.append(len(staged(place)))
+                time.sleep(1.1)  # S3 counts whole seconds
+                ingest(folder, IngestConfig(source=str(small), size=8), remote=RemoteShards(folder, place.source))
+                counts.append(len(staged(place)))
+            yield result
+
+    assert remote_ingest(place, IngestConfig(source=str(source), size=8), with_another).added == 610
+    assert counts == [2, 2]
+
+
+def test_staged_chunks_outlive_an_error_that_may_pass(
+    place: Place, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        items = iter(items)
+        yield work(next(items))
+        raise UnreachableError("as of a server that does not answer")
+
+    with pytest.raises(UnreachableError):
+        remote_ingest(place, IngestConfig(source=str(source), size=8), offline)
+    assert len(staged(place)) == 2
+    assert issubclass(UnreachableError, TransientError)
+
+
+def killed_before_manifest(place: Place, config: IngestConfig) -> None:
+    """An ingest that was killed after it published its shards."""
+
+    def fan_out(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        yield from map(work, items)
+        if work is rewrite_shard:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        remote_ingest(place, config, fan_out)
+
+
+def objects(place: Place) -> set[str]:
+    return {name for name in Remote.from_url(place.source).names() if not name.endswith(".dir")}
+
+
+def test_published_shards_without_a_version_are_deleted(place: Place, source: Path) -> None:
+    config = IngestConfig(source=str(source), size=8)
+    killed_before_manifest(place, config)
+    assert (strays := objects(place))
+    (source / "1605.png").unlink()  # the second chunk, which loses images, gets other bytes
+    remote_ingest(place, config)
+    version = record_data(FOLDER, place.source)
+    assert objects(place) == set(Remote.from_url(place.source).listing(version.digest).values())
+    assert strays.isdisjoint(objects(place))
+
+
+def test_purge_deletes_what_a_killed_ingest_left(place: Place, source: Path) -> None:
+    killed_before_manifest(place, IngestConfig(source=str(source), size=8))
+    assert staged(place)
+    assert len(purge_staged(FOLDER, place.source)) == 5
+    assert (staged(place), objects(place)) == ([], set())
+
+
+def test_shards_of_an_unrecorded_version_are_restored(place: Place, source: Path) -> None:
+    config = IngestConfig(source=str(source), size=8)
+    remote_ingest(place, config)
+    assert restore_data(FOLDER, place.source) == [entry.name for entry in read_manifest(FOLDER).shards]
+    assert not ingest(FOLDER, config).changed
+
+
+def test_publisher_holds_little_per_image(place: Place) -> None:
+    publisher = ShardPublisher(RemoteShards(FOLDER, place.source), run)
+    offsets = [512 + 10_240 * number for number in range(4000)]
+    shard = StagedShard("shard", Digests("0" * 64, 1), offsets, 512 + 10_240 * 4000)
+    tracemalloc.start()
+    for number in range(20):
+        # Half of the shards lose an image.
+        rows = [{"offset": offset, "size": 8000} for offset in offsets[number % 2 :]]
+        publisher.add(number, replace(shard, offsets=[*offsets]), rows)
+        del rows
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 12 * 20 * 4000
