@@ -410,7 +410,8 @@ def read_published(folder: Path) -> Listing:
 def forget_published(folder: Path, source: str, cache: Cache | None) -> list[str]:
     """Delete shards that ingests of the data set in ``folder`` published and no version has; returns their MD5s."""
     published, remote = read_published(folder), Remote.from_url(source)
-    for depot in filter(None, (cache, remote)):
+    depots: list[Cache | Remote] = [*([cache] if cache else []), remote]
+    for depot in depots:
         # The version that was just pushed has all of them, as a rule.
         for _, listing in depot.listings() if published else ():
             published = {name: md5 for name, md5 in published.items() if md5 not in listing.values()}
