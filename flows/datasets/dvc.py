@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,10 +23,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from diffusion.common.config import Config
 from diffusion.common.errors import DarkroomError, UserError
-from diffusion.common.files import sha256_file, write_atomically, write_bytes, write_json
+from diffusion.common.files import sha256_file, write_atomically, write_bytes
 from diffusion.data.manifest import FileEntry, Manifest, parse_manifest, read_manifest, version_path, work_folder
 from diffusion.data.shards import missing_shards
 from flows.datasets.catalog import Catalog
+from flows.datasets.published import find_strays, read_published
 from flows.storage.s3 import ListedObject, Location, Store
 from flows.storage.s3_errors import MissingObjectError
 from flows.storage.tags import DvcDigest
@@ -367,7 +369,7 @@ def record_data(folder: Path, push_to: str | None) -> DataVersion:
                 digest = _add_without_shards(folder, manifest, cache)
                 if push_to:
                     Remote.from_url(push_to).push(digest, cache)
-                    forget_published(folder, push_to, cache)
+                    find_strays(folder, chain(cache.listings(), Remote.from_url(push_to).listings()))
                 return DataVersion(digest=digest, pointer=f"datasets/{folder.name}", pushed=push_to is not None)
             if any(output.stage.addressing == INGEST_STAGE for output in _outputs(repo, folder)):
                 repo.commit(INGEST_STAGE, force=True)
@@ -376,7 +378,7 @@ def record_data(folder: Path, push_to: str | None) -> DataVersion:
                 output = repo.add(str(folder))[0].outs[0]
             if push_to:
                 Remote.from_url(push_to).push(output.hash_info.value, cache)
-                forget_published(folder, push_to, cache)
+                find_strays(folder, chain(cache.listings(), Remote.from_url(push_to).listings()))
             return _make_data_version(output, push_to is not None)
     except (DvcException, BotoCoreError, OSError) as error:
         raise DarkroomError(f"DVC could not record or push {folder}: {error}") from error
@@ -394,37 +396,6 @@ def _create_repository(root: Path) -> None:
         except OSError:
             if not (root / ".dvc").is_dir():  # by a process that was faster
                 raise
-
-
-def published_path(folder: Path) -> Path:
-    """Path of the MD5s, by name, of shards on the remote that no recorded version of the data set in ``folder`` has."""
-    return work_folder(folder) / "published.json"
-
-
-def read_published(folder: Path) -> Listing:
-    """Read the file at ``published_path``; empty without one."""
-    path = published_path(folder)
-    return TypeAdapter(Listing).validate_json(path.read_bytes()) if path.is_file() else {}
-
-
-def forget_published(folder: Path, source: str, cache: Cache | None) -> list[str]:
-    """Delete shards that ingests of the data set in ``folder`` published and no version has; returns their MD5s."""
-    published, remote = read_published(folder), Remote.from_url(source)
-    depots: list[Cache | Remote] = [*([cache] if cache else []), remote]
-    for depot in depots:
-        # The version that was just pushed has all of them, as a rule.
-        for _, listing in depot.listings() if published else ():
-            published = {name: md5 for name, md5 in published.items() if md5 not in listing.values()}
-    manifest = read_manifest(folder) if (folder / "manifest.json").is_file() else None
-    needed_names = {entry.name for entry in manifest.shards} if manifest else set[str]()
-    needed = {name: md5 for name, md5 in published.items() if name in needed_names}
-    strays = set(published.values()) - set(needed.values())
-    remote.delete(strays)
-    if needed:
-        write_json(published_path(folder), needed)
-    else:
-        published_path(folder).unlink(missing_ok=True)
-    return sorted(strays)
 
 
 def _add_without_shards(folder: Path, manifest: Manifest, cache: Cache) -> str:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Container, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from dvc.exceptions import NotDvcRepoError
@@ -21,7 +22,8 @@ from diffusion.evaluation.reports.ranking_report import RANKING_PAGE
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.trackers import TRACKERS
 from flows.config import SWEEPS
-from flows.datasets.dvc import Cache, Listing, Remote, forget_published, open_repository
+from flows.datasets.dvc import Cache, Listing, Remote, open_repository
+from flows.datasets.published import find_strays, read_published, write_published
 from flows.datasets.remote_shards import STAGING
 from flows.storage.s3 import MAX_DELETED, Location, Store
 
@@ -103,7 +105,11 @@ def purge_staged(folder: Path, source: str) -> list[str]:
             store.list_keys(bucket, f"{STAGING}/{folder.name}/"), key=lambda key: not key.endswith(".parquet")
         )
         store.delete_many(bucket, keys)
-        return [*keys, *forget_published(folder, source, Cache.from_working_folder())]
+        cache, remote = Cache.from_working_folder(), Remote.from_url(source)
+        strays = find_strays(folder, chain(cache.listings() if cache else (), remote.listings()))
+        remote.delete(strays.values())
+        write_published(folder, {name: md5 for name, md5 in read_published(folder).items() if name not in strays})
+        return [*keys, *strays.values()]
 
 
 def purge_files(folder: Path, versions: Iterable[Manifest], others: Iterable[Manifest], reports: Path) -> list[str]:

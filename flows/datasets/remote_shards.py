@@ -14,10 +14,11 @@ from pathlib import Path
 from threading import Lock
 
 from diffusion.common.errors import TransientError, UserError
-from diffusion.common.files import sha256_file, temporary_folder, write_json
+from diffusion.common.files import sha256_file, temporary_folder
 from diffusion.data.ingest.staging import MAX_TABLE_BYTES, DamagedTableError, Digests, Workspace, table_name
 from diffusion.data.manifest import FileEntry, read_manifest
-from flows.datasets.dvc import Cache, Listing, Remote, StoredFiles, data_version, published_path, read_published
+from flows.datasets.dvc import Cache, Listing, Remote, StoredFiles, data_version
+from flows.datasets.published import read_published, write_published
 from flows.storage.s3 import Location, Store
 from flows.storage.s3_errors import LargeObjectError, MissingObjectError
 
@@ -174,8 +175,8 @@ class RemoteShards:
 
     def keep(self, digests: dict[str, Digests]) -> None:
         """Remember the MD5s of published shards until DVC has recorded the data set."""
-        md5s = {name: each.md5 for name, each in digests.items()}
-        write_json(published_path(self.folder), read_published(self.folder) | md5s)
+        md5s = {name: each.md5 or "" for name, each in digests.items()}
+        write_published(self.folder, read_published(self.folder) | md5s)
         with self._lock:
             self.__dict__.pop("_places", None)
 
