@@ -306,6 +306,9 @@ def test_threads_processes_and_ray_make_the_same_shards(workspace: Workspace) ->
     for runner in ("threads", "processes", "ray"):
         result = workspace.json("ingest", "images", "--dataset", f"by-{runner}", "--set", f"ingest.runner={runner}")
         folder = workspace.folder / "data" / f"by-{runner}"
+        if runner == "ray":
+            assert not (folder / "shards").exists()
+            workspace.json("data", "checkout", result["digest"], "--dataset", folder.name)
         shards = {path.name: path.read_bytes() for path in (folder / "shards").iterdir()}
         shards_by_runner[runner] = (result["content_digest"], shards)
     assert shards_by_runner["threads"] == shards_by_runner["processes"] == shards_by_runner["ray"]

@@ -328,18 +328,7 @@ def _merge(
             quarantined_count = merge.reasons.total()
             note = f"{quarantined_count:,} quarantined" if quarantined_count else ""
             progress("images ingested", merge.read, planned_count, note)
-        quarantined_count, top_reasons = merge.reasons.total(), merge.reasons.most_common(3)
-        reasons = "; ".join(f"{count} × {reason}" for reason, count in top_reasons)
-        if not any(part.splits for part in merge.parts):
-            raise QuarantinedError(
-                f"no usable image in {config.source}: all {quarantined_count} were quarantined ({reasons})"
-            )
-        if quarantined_count > config.max_quarantined * merge.new_outcomes.total():
-            raise QuarantinedError(
-                f"{quarantined_count} of {merge.new_outcomes.total()} images in {config.source} were quarantined, more "
-                f"than the share of {config.max_quarantined:g} that ingest.max_quarantined allows ({reasons}): fix "
-                "them, or allow more"
-            )
+        _require_usable(merge)
         merge.publish_shards()
         merge.replace_masks()
         captions = None if config.captioner is None else add_captions(merge, config.captioner, progress)
@@ -360,6 +349,23 @@ def _merge(
             write_manifest(folder, after)
         index.set_version(after)
     return after, captions
+
+
+def _require_usable(merge: Merge) -> None:
+    """Raise QuarantinedError if no image can be used, or too many of those read are quarantined."""
+    config = merge.config
+    quarantined_count, top_reasons = merge.reasons.total(), merge.reasons.most_common(3)
+    reasons = "; ".join(f"{count} × {reason}" for reason, count in top_reasons)
+    if not any(part.splits for part in merge.parts):
+        raise QuarantinedError(
+            f"no usable image in {config.source}: all {quarantined_count} were quarantined ({reasons})"
+        )
+    if quarantined_count > config.max_quarantined * merge.new_outcomes.total():
+        raise QuarantinedError(
+            f"{quarantined_count} of {merge.new_outcomes.total()} images in {config.source} were quarantined, more "
+            f"than the share of {config.max_quarantined:g} that ingest.max_quarantined allows ({reasons}): fix "
+            "them, or allow more"
+        )
 
 
 def remove_strays(folder: Path) -> None:

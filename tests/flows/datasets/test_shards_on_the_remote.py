@@ -91,6 +91,7 @@ def test_a_retry_after_the_first_manifest_reads_no_image_again(params: Params) -
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_an_ingest_on_ray_is_followed_by_all_steps_of_a_retraining(tmp_path: Path) -> None:
     pytest.importorskip("ray")

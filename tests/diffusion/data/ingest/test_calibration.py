@@ -18,7 +18,7 @@ from diffusion.data.ingest.chunks import Chunk, perceptual_hash
 from diffusion.data.ingest.config import UNCALIBRATED_BITS, IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.ingest.preview import preview
-from diffusion.data.manifest import read_manifest
+from diffusion.data.manifest import read_manifest, work_folder
 from diffusion.data.versions.versions import show
 from diffusion.evaluation.config import EvaluationConfig
 from tests.builders.ingested import files_of, records
@@ -186,19 +186,22 @@ def test_ingests_cut_off_end_as_undisturbed_ones(tmp_path: Path) -> None:
     root = save(scans(1100), tmp_path / "images")
     save_copies(scans(100), root)
     run = make_fan_out(IngestConfig(workers=1))
-    contents = []
+    contents: list[tuple[str, int]] = []
 
-    def cut_off(prepare: Callable[[Chunk], Path], chunks: Iterable[Chunk]) -> Iterator[Path]:
+    def written(chunk: str) -> int:
+        return (work_folder(tmp_path / "a" / "set") / "chunks" / f"{chunk}.parquet").stat().st_mtime_ns
+
+    def cut_off(prepare: Callable[[Chunk], str], chunks: Iterable[Chunk]) -> Iterator[str]:
         for prepared in run(prepare, chunks):
             if contents:
                 raise ConnectionError("cut off")
-            contents.append((prepared, prepared.stat().st_mtime_ns))
+            contents.append((prepared, written(prepared)))
             yield prepared
 
-    def watched(prepare: Callable[[Chunk], Path], chunks: Iterable[Chunk]) -> Iterator[Path]:
+    def watched(prepare: Callable[[Chunk], str], chunks: Iterable[Chunk]) -> Iterator[str]:
         for number, prepared in enumerate(run(prepare, chunks)):
             if number == 0:
-                assert (prepared, prepared.stat().st_mtime_ns) == contents[0]
+                assert (prepared, written(prepared)) == contents[0]
             yield prepared
 
     with pytest.raises(ConnectionError):
