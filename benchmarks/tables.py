@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -119,13 +120,13 @@ def run(step: str, root: Path) -> object:
     if step == "takedown":
         keys = [key.as_py() for key in make_keys(len(manifest.parts) - 1).slice(0, 5)]
         matches, _ = choose_images(one, Selection(prefixes=keys, sources=["*/000000/000?.jpg"]))
-        fields = {"dataset": "one", "request_digest": "0" * 16, "reason": "none", "parent": None}
+        fields: dict[str, Any] = {"dataset": "one", "request_digest": "0" * 16, "reason": "none", "parent": None}
         fields |= {"version": manifest.digest, "content_digest": "0" * 64, "tables": [], "already": False}
         removal = Removal.model_validate(matches.model_dump() | fields)
         affected = find_affected_versions(one, removal, [manifest, other], lambda entry: two / entry.name)
         return [matches.images, len(affected.held)]
-    result = merge_datasets(one, [two], IngestConfig.model_validate({"workers": 2}))
-    return [result.content_digest, result.added, result.duplicates]
+    merged = merge_datasets(one, [two], IngestConfig.model_validate({"workers": 2}))
+    return [merged.content_digest, merged.added, merged.duplicates]
 
 
 def watch(work: Callable[[], object]) -> dict[str, object]:

@@ -132,7 +132,14 @@ def _run_on_ray(
             if not ray.is_initialized():
                 is_main = threading.current_thread() is threading.main_thread()
                 handler = signal.getsignal(signal.SIGTERM)
-                ray.init(logging_level=logging.WARNING)
+                try:
+                    ray.init(logging_level=logging.WARNING)
+                except Exception as error:  # a plain one where a node does not come up
+                    reason = " ".join(str(error).split())[:200]
+                    raise DarkroomError(
+                        f"Ray did not start, or is not reached ({reason}): is RAY_ADDRESS right, and is the machine "
+                        "idle enough? Else use threads or processes"
+                    ) from error
                 if is_main:  # Ray's own handler would exit where a flow ends its work first
                     signal.signal(signal.SIGTERM, handler)
             yield task.remote(item).future()
