@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 
 from diffusion.common.errors import DarkroomError
 from diffusion.common.files import is_full_disk, make_folder
-from diffusion.common.threads import cores
 from diffusion.data.manifest import OPTIONAL, RECORDS
 
 if TYPE_CHECKING:
@@ -59,13 +58,14 @@ def open_database(scratch: Path, memory: str | None = None) -> "Iterator[DuckDBP
         settings: dict[str, str | bool | int | float | list[str]] = {
             "memory_limit": memory or MEMORY,
             "temp_directory": spill,
-            # Each thread has buffers of its own.
-            "threads": min(cores(), MAX_THREADS),
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
             "allow_community_extensions": False,
         }
         with explain_query_errors(scratch), duckdb.connect(config=settings) as database:
+            ((threads,),) = database.execute("SELECT current_setting('threads')").fetchall()
+            # Each thread has buffers of its own.
+            database.execute(f"SET threads = {min(threads, MAX_THREADS)}")
             yield database
 
 
