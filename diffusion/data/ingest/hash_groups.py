@@ -66,7 +66,7 @@ class HashGroups:
         self._count += len(roots)
 
     def expect(self, images: Iterable[tuple[bytes, str | None]]) -> None:
-        """Announce hashes and categories of images that ``find`` will be asked for, in this order, or some of them."""
+        """Announce hashes and categories of images that ``find`` will look for, in this order, or some of them."""
         self._expected, self._batch = iter(images), {}
 
     def find(self, phash: bytes, category: str | None = None) -> list[tuple[bytes, str]]:

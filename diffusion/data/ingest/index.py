@@ -71,7 +71,7 @@ class Sample(NamedTuple):
 class Index:
     """The index at ``path``, updated to the state of ``manifest`` (None: an empty data set).
 
-    What is asked of it is looked up for many rows at once (``look_up``), and what is recorded is written by ``flush``.
+    What it is queried for is looked up for many rows at once (``look_up``); what is recorded is written by ``flush``.
 
     ``near``: bits in which the perceptual hashes of a near-duplicate and the first image of its group, its root, may
     differ; None if near-duplicates are not grouped. A chain of images that differ a little is not one group.
@@ -206,7 +206,7 @@ class Index:
         self._roots: list[tuple[bytes, str, bytes]] = []
 
     def expect_hashes(self, phashes: Sequence[str]) -> None:
-        """Announce the hashes of images that ``groups_near`` will be asked for, in this order, or some of them."""
+        """Announce the hashes of images that ``groups_near`` will look for, in this order, or some of them."""
         if self._groups is None and self.near is not None and phashes:
             if self._roots:
                 self.flush()
@@ -256,7 +256,7 @@ class Index:
                 self._rows["masks"].append((key, mask))
             if row["outcome"] == "dropped":
                 self._rows["dropped"].append((key,))
-            # Without its first image a group goes on with the next one; groups that were compared have theirs.
+            # Without its first image a group goes on with the next one; groups that were compared have their own.
             roots = row["near"] or ()
             if self.near is not None and not ((roots and self._groups) or any(map(self.sample, roots))):
                 phash = bytes.fromhex(row["phash"])

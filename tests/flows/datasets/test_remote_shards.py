@@ -212,7 +212,7 @@ def test_other_bytes_on_the_second_attempt_are_no_conflict(place: Place, source:
     Store().delete_many(place.bucket, [key for key in staged(place) if key.endswith(".parquet")])
     target = source / "1000.png"
     stat, image = target.stat(), bytearray(target.read_bytes())
-    image[-20] ^= 1  # its copy in the other chunk is no duplicate any more
+    image[-20] ^= 1  # its copy in the other chunk is not a duplicate any more
     target.write_bytes(image)
     os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     result = remote_ingest(place, config)
