@@ -31,6 +31,7 @@ from diffusion.evaluation.comparison import COMPARISON, ChampionComparison, comp
 from diffusion.evaluation.reports.comparison_report import COMPARISON_PAGE, ComparisonPage, write_verdict
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.ema import SNAPSHOTS
+from diffusion.training.warm_start import STATE_FILE, export_state
 from flows.checks.images import require_evaluation
 from flows.config import Params
 from flows.deployment.tasks import artifact_key, emit, lineage_hooks, retryable_task
@@ -55,6 +56,7 @@ from flows.tracking.runs import (
     DRIFT,
     EVAL_KEY,
     START,
+    WARM_START,
     RunTracker,
     run_page,
     version_artifact,
@@ -146,14 +148,19 @@ def register(params: Params, evaluation: Evaluation) -> model_versions.Version:
     base_tags = model_versions.base_tags(tracker.client, weights, run.data.tags.get(START))
     # Training may have begun with a file, of a version.
     tracker.tag({START: base_tags.get(START)})
-    tags = {name: run.data.tags.get(name) for name in (*digests, TAKEDOWN, AUTOENCODER, DRIFT)} | base_tags
+    names = (*digests, TAKEDOWN, AUTOENCODER, WARM_START, DRIFT)
+    tags = {name: run.data.tags.get(name) for name in names} | base_tags
     tags |= {
         "darkroom.git_commit": f"{commit}{UNCOMMITTED}" if commit and is_dirty == "True" else commit,
         "darkroom.guidance": evaluation.sampling.guidance_text if evaluation.sampling.is_guided else None,
         EVAL_KEY: evaluation.eval_key,
     }
     model, run_id, images = params.model_name, tracker.run_id, evaluation.best.images
-    version = model_versions.register(model, run_id, weights, params.sampling, tags, images)
+    state = params.run_folder / STATE_FILE
+    has_state = params.goes_on and export_state(best, state)
+    version = model_versions.register(
+        model, run_id, weights, params.sampling, tags, images, state if has_state else None
+    )
     data, header = read_manifest(params.dataset_folder), read_model_header(weights)
     model_card.write(tracker.client, header, evaluation, data, version, None)
     return version
