@@ -31,7 +31,6 @@ from diffusion.evaluation.comparison import COMPARISON, ChampionComparison, comp
 from diffusion.evaluation.reports.comparison_report import COMPARISON_PAGE, ComparisonPage, write_verdict
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.ema import SNAPSHOTS
-from diffusion.training.warm_start import STATE_FILE, export_state
 from flows.checks.images import require_evaluation
 from flows.config import Params
 from flows.deployment.tasks import artifact_key, emit, lineage_hooks, retryable_task
@@ -156,11 +155,8 @@ def register(params: Params, evaluation: Evaluation) -> model_versions.Version:
         EVAL_KEY: evaluation.eval_key,
     }
     model, run_id, images = params.model_name, tracker.run_id, evaluation.best.images
-    state = params.run_folder / STATE_FILE
-    has_state = params.goes_on and export_state(best, state)
-    version = model_versions.register(
-        model, run_id, weights, params.sampling, tags, images, state if has_state else None
-    )
+    checkpoint = best if params.goes_on else None
+    version = model_versions.register(model, run_id, weights, params.sampling, tags, images, checkpoint)
     data, header = read_manifest(params.dataset_folder), read_model_header(weights)
     model_card.write(tracker.client, header, evaluation, data, version, None)
     return version

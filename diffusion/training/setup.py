@@ -43,8 +43,7 @@ from diffusion.training.config import TrainingConfig
 from diffusion.training.data import encode_captions, encode_grid, encode_latents, encode_prior
 from diffusion.training.distributed import Ranks
 from diffusion.training.identity import data_digest, identity_fields, train_key
-from diffusion.training.starting_models import MEASURED, identify_base, load_autoencoder, load_initial
-from diffusion.training.warm_start import find_state
+from diffusion.training.starting_models import MEASURED, find_state, identify_base, load_autoencoder, load_initial
 
 FORMAT_VERSION = 3
 """Format version of checkpoints."""
@@ -377,10 +376,8 @@ def make_setup(
             autoencoder.get_buffer(name).copy_(moment)
         model = model.model_copy(update={"autoencoder": f"sha256:{autoencoder.space.digest}"})
     initial = load_initial(model.resolve(autoencoder.space.size if autoencoder else size), config, dataset)
-    base, latents, encoding, state_file = None, None, MINI_LM, None
+    base, latents, encoding, state_file = None, None, MINI_LM, find_state(config, model)
     if initial is not None and config.init_from is not None:
-        if config.warm_start:
-            state_file = find_state(Path(config.init_from), identity_fields(config, model))
         base, config = identify_base(initial, config, start)
         if initial.has_frozen_parts:
             model = initial.config

