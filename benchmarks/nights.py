@@ -4,9 +4,9 @@
     python benchmarks/nights.py --set faces --first pixel-art/ --second open-peeps/
     python benchmarks/nights.py --plot docs/images/nights.png
 
-Each night, or those in ``--fresh``, trains from nothing on ``--images``, and once for each of ARMS, which goes on from
-before on a share of that. All are judged by the same real images, as many of each style as the night's set has. What
-was measured lies in ``--scratch``, in NAME.json, and is not measured again.
+Each night, or those in ``--fresh``, trains from nothing on ``--images``; each of ARMS goes on from its own model of the
+night before, on a share of that. All are judged by the same real images, as many of each style as the night's set has.
+What was measured lies in ``--scratch``, in NAME.json, and is not measured again.
 """
 
 import argparse

@@ -89,13 +89,15 @@ def find_state(config: TrainingConfig, model: FamilyConfig) -> Path | None:
     """
     if not config.warm_start or config.init_from is None:
         return None
-    path, optimizer = Path(config.init_from), identity_fields(config, model).get("optimizer")
+    path, fields = Path(config.init_from), identity_fields(config, model)
     if not has_state(path):
         reason = "it holds no training state"
-    elif (other := read_model_header(path).training.get("optimizer")) != optimizer:
-        reason = f"its state is that of the optimizer {other}"
     else:
-        return path
+        before = read_model_header(path).training
+        changes = [name for name in ("optimizer", "learned_uncertainty") if before.get(name) != fields.get(name)]
+        if not changes:
+            return path
+        reason = f"its training state is that of another training.{changes[0]}"
     logger.warning("a warm start from the averaged weights of %s alone, as %s", path, reason)
     return None
 

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from diffusion.checkpoints import AUTOENCODER, GUIDE
 from diffusion.common.device import CopyToCPU, resolve_device
-from diffusion.common.errors import DarkroomError
+from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.fingerprint import autocast
 from diffusion.data.loader import Batch, Loader, make_order
 from diffusion.families.model import OptimizerStep, TrainingBatch, TrainingObjective, use_channels_last
@@ -119,10 +119,15 @@ class TrainingState:
         weights = self.frozen | {GUIDE + name: value for name, value in self.guide.items()}
         for prefix, average in zip(PREFIXES, self.averages, strict=False):
             weights |= {prefix + name: value for name, value in average.averages.items()}
-        for step in self.steps:
-            for prefix, module in step.modules.items():
-                weights |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
-        return weights
+        return weights | self._raw_weights()
+
+    def _raw_weights(self) -> dict[str, Tensor]:
+        modules = {prefix: module for step in self.steps for prefix, module in step.modules.items()}
+        return {
+            f"{prefix}.{name}": value
+            for prefix, module in modules.items()
+            for name, value in module.state_dict().items()
+        }
 
     def counts(self) -> dict[str, int]:
         """Return the counts for the header of a checkpoint."""
@@ -141,10 +146,11 @@ class TrainingState:
     @torch.no_grad()
     def take_over(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from raw weights and optimizer moments of another training of the same network and optimizer."""
-        for step in self.steps:
-            for prefix, module in step.modules.items():
-                for name, value in module.state_dict().items():
-                    value.copy_(shard_like(tensors[f"{prefix}.{name}"], value))
+        weights = self._raw_weights()
+        if missing := sorted(weights.keys() - tensors.keys()):
+            raise UserError(f"training.init_from has no {missing[0]} in its training state: name another checkpoint")
+        for name, value in weights.items():
+            value.copy_(shard_like(tensors[name], value))
         self._load_moments(tensors)
 
     def _load_moments(self, tensors: Mapping[str, Tensor]) -> None:
