@@ -95,8 +95,9 @@ class RetrainingConfig(Config):
     each begins from nothing."""
     length: float = Field(0.25, gt=0, le=1)
     """Length of a warm start, as a share of training.images or training.minutes."""
-    learning_rate: float = Field(0.5, gt=0, le=1)
-    """Peak learning rate of a warm start, as a share of training.learning_rate."""
+    learning_rate: float = Field(1, gt=0, le=1)
+    """Peak learning rate of a warm start, as a share of training.learning_rate. Halves and quarters of it were measured
+    worse (benchmarks/README.md)."""
     fresh_every: int | None = Field(7, ge=2)
     """One in this many retrainings in a row begins from nothing; null: none for this reason."""
     fresh_after_held: int | None = Field(3, ge=1)

@@ -12,7 +12,7 @@ from tests.builders.workspace import PARAMS, Workspace, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 QUICK = {
-    "training": PARAMS["training"] | {"images": 320, "checkpoints": 2},
+    "training": PARAMS["training"] | {"images": 160, "checkpoints": 1, "keep": 1},
     "evaluation": PARAMS["evaluation"] | {"samples": 16},
 }
 
@@ -33,13 +33,13 @@ def test_nights_go_on_from_the_champion_until_images_are_taken_down(
         champion = f"models:/blobs/{first['verdict']['champion']}"
         add_images(tmp_path / "images", range(200, 220))
         space.run("ingest", "images")
-        assert space.json("retrain", "--dry-run")["start"].startswith(champion)
+        assert space.json("retrain", "images", "--dry-run")["start"].startswith(champion)
         second = retrain(space)
         assert second["start"].startswith(champion)
         version = server.get_model_version("blobs", str(second["verdict"]["version"]["number"]))
         assert (version.tags["darkroom.start"], version.tags["darkroom.warm_start"]) == (champion, "1")
         assert version.tags["darkroom.state_sha256"]
-        assert read_model_header(tmp_path / "runs" / "blobs" / "final.safetensors").images == 80
+        assert read_model_header(tmp_path / "runs" / "blobs" / "final.safetensors").images == 48
         assert retrain(space)["skipped"]
 
         derived = space.json("data", "remove", "odd/00*.png", "--reason", "consent withdrawn", "--yes")["derived"]
