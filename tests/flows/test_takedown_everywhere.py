@@ -294,7 +294,6 @@ def test_takedown_ends_a_chain_of_warm_starts(run_host: RunHost, elsewhere: Mach
         state = load_file(cached_checkpoint(first))
         begun = load_file(params.run_folder / "checkpoints" / "0000000000.safetensors")
         assert all(state[name].equal(value) for name, value in begun.items())
-        elsewhere.ingest()
         take_down_and_tag(run_host, elsewhere)
         assert all(run_host.marks(first))
         assert all(run_host.marks(second))
