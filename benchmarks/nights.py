@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import chdir, closing
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -194,7 +195,7 @@ def styles_of(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plot(scratch: Path, path: Path) -> None:
-    """Draw KID over the nights, and the compute of each chain."""
+    """Draw KID over the nights, with the mean cost of each chain in processor seconds."""
     files = sorted(scratch.glob("*.json"))
     figure = Figure((4.2 * len(files), 3.6), layout="constrained")
     for axes, file in zip(np.atleast_1d(figure.subplots(1, len(files))), files, strict=True):
@@ -202,9 +203,9 @@ def plot(scratch: Path, path: Path) -> None:
         for name in (FRESH, *ARMS):
             results = {night: measured.get(f"{night} {name}") for night in range(1, NIGHTS + 1)}
             nights = [night for night, result in results.items() if result]
-            seconds = sum(result["seconds"] for result in results.values() if result)
+            seconds = fmean(result["seconds"] for result in results.values() if result)
             line = [results[night]["kid"] for night in nights]
-            axes.plot(nights, line, ".-", label=f"{name}: {seconds / 60:.0f} min", lw=2 if name == FRESH else 1)
+            axes.plot(nights, line, ".-", label=f"{name}: {seconds:.0f} s a night", lw=2 if name == FRESH else 1)
         axes.axvline(CHANGE - 0.5, color="grey", lw=0.8, ls=":")
         axes.set(title=file.stem, xlabel="night", ylabel="KID", ylim=(0, None))
         axes.legend(fontsize=6)
