@@ -93,7 +93,7 @@ def insert_records(database: "DuckDBPyConnection", table: str, paths: Iterable[P
 
 
 def query_records(database: "DuckDBPyConnection", paths: Iterable[Path], query: str, statement: str) -> None:
-    """Execute ``statement`` with ``query``, at ``{}``, over ``records``: the rows of FILES files of ``paths`` at a time.
+    """Execute ``statement`` with ``query`` at ``{}`` for each FILES of ``paths``, whose rows are ``records``.
 
     Columns of OPTIONAL that a table lacks are null. ``records`` also has the columns ``part``, the number of the file
     in ``paths``, and ``"row"``, the number in the file. Files are read as they are: check them first.
