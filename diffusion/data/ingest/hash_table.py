@@ -63,9 +63,11 @@ class HashTable:
         for band in self._bands:
             rows, numbers = band.look_up(queries)
             while len(rows):
-                distances = _count_bits(queries[:, rows] ^ self.hashes[:, numbers])
-                is_near = distances <= self._near
-                pieces.append(np.stack([rows[is_near], numbers[is_near], distances[is_near]], 1))
+                # Most differ too much in the first word already.
+                places = np.flatnonzero(np.bitwise_count(queries[0, rows] ^ self.hashes[0, numbers]) <= self._near)
+                pairs = rows[places], numbers[places]
+                distances = _count_bits(queries[:, pairs[0]] ^ self.hashes[:, pairs[1]])
+                pieces.append(np.stack([*pairs, distances], 1)[distances <= self._near])
                 numbers = band.previous[numbers]
                 rows, numbers = rows[numbers >= 0], numbers[numbers >= 0]
         return np.unique(np.concatenate(pieces), axis=0)
@@ -80,8 +82,8 @@ class HashTable:
 class _Band:
     """Index of up to 2**``bits`` hashes by the value of a band, in chains of those of some values each.
 
-    Its value are ``width`` bits from ``shift`` of each word, so that it has some of all frequencies: smooth images have
-    the same high ones. Values that differ in up to ``flips`` bits are looked up.
+    Its value is made of ``width`` bits from ``shift`` of each word, so that it has some of all frequencies: smooth
+    images have the same high ones. Values that differ in up to ``flips`` bits are looked up.
     """
 
     def __init__(self, bits: int, shift: int, width: int, flips: int) -> None:
@@ -114,7 +116,7 @@ class _Band:
         self._last[chains[is_last]] = numbers[is_last]
 
     def look_up(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return numbers of queries and, for each, the last hash of a chain that may have some with a near value."""
+        """Return numbers of queries and, for each, of the last hash of a chain that may have some with a near value."""
         values, hits = self._values(queries)[:, None], []
         step = max(PROBES // len(self._masks), 1)
         for start in range(0, len(values), step):
@@ -127,7 +129,7 @@ class _Band:
 
     def _values(self, hashes: np.ndarray) -> np.ndarray:
         pieces = hashes >> np.uint64(self._shift) & np.uint64(2**self._width - 1)
-        places = np.arange(0, WORDS * self._width, self._width, np.uint64)[:, None]
+        places = (np.arange(WORDS) * self._width).astype(np.uint64)[:, None]
         values: np.ndarray = np.bitwise_or.reduce(pieces << places).astype(np.int64)
         return values
 
@@ -150,4 +152,5 @@ def _make_bands(near: int, bits: int) -> list[_Band]:
 
 def _count_bits(differences: np.ndarray) -> np.ndarray:
     """Count the bits of hashes: (n,) uint16."""
-    return np.bitwise_count(differences).sum(0, np.uint16)
+    counts: np.ndarray = np.bitwise_count(differences).sum(0, np.uint16)
+    return counts
