@@ -89,4 +89,4 @@ def test_settings_of_captions_and_weights_are_part_of_the_identity(data: Path) -
 
 def test_tags_without_captions_are_a_mistake(data: Path) -> None:
     with pytest.raises(UserError, match=r"set model\.text to true"):
-        seen(data, MODEL.model_copy(update={"text": False}), tags=TAGS)
+        seen(data, MODEL.model_copy(update={"text": False, "text_tokens": None}), tags=TAGS)
