@@ -15,6 +15,8 @@ from diffusion.common.model_files import read_header
 
 STATE_FILE = "state.safetensors"
 """File of the training state in a run's folder and in a registered model."""
+STATISTICS = {"sigma_data", "data_mean", "caption_moments", "latents"}
+"""Fields of a model's header about the data that its weights were trained with."""
 STATE_OF = "state_of"
 """Key of the header of a file of training state: SHA-256 of the averaged weights that it belongs to."""
 
@@ -27,7 +29,7 @@ def has_state(path: Path) -> bool:
 
 def start_digest(path: Path) -> str:
     """Compute ``sha256:`` and the SHA-256 over all of the model or checkpoint that decides where a warm start leads."""
-    statistics = read_model_header(path).model_dump_json(include={"sigma_data", "data_mean", "latents"})
+    statistics = read_model_header(path).model_dump_json(include=STATISTICS)
     state = {name: value for name, value in read_tensors(path, "").items() if _is_state(name)}
     parts = weights_digest(path), statistics, content_digest(state, {})
     return f"sha256:{sha256_bytes(''.join(parts).encode())}"
