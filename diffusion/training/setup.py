@@ -393,10 +393,8 @@ def make_setup(
             latents = encode_latents(initial, digest, dataset, config, readers, progress)
     captions = encode_captions(dataset, config, encoding, ranks, readers, progress) if model.text else None
     prior_prompt = encode_prior(config, captions, readers)
-    setup = TrainingSetup(
-        *(dataset, model, config, ranks, captions, autoencoder, initial, base, latents, prior_prompt),
-        state_file=state_file,
-    )
+    parts = dataset, model, config, ranks, captions, autoencoder, initial, base, latents, prior_prompt
+    setup = TrainingSetup(*parts, state_file=state_file)
     check_conditions(setup.classes, model.text, sampling, setup.sample_grid_conditions())
     if base is not None and captions is not None and not (config.adapter and config.adapter.text_encoder):
         texts = setup.sample_grid_conditions().texts
