@@ -88,7 +88,7 @@ class TextAttention(nn.Module):
         self.norm = normalisation(channels)
         self.query = nn.Conv2d(channels, channels, 1)
         self.key_value = nn.Linear(WIDTH, 2 * channels)
-        self.nothing = nn.Parameter(torch.zeros(2 * channels))
+        self.no_text = nn.Parameter(torch.zeros(2 * channels))
         """Key and value of the learned token, all that there is to attend to without a caption."""
         self.out = _zero(nn.Conv2d(channels, channels, 1))
 
@@ -96,7 +96,7 @@ class TextAttention(nn.Module):
         """(N, C, H, W) and (N, L, 384) to (N, C, H, W)."""
         n, c, h, w = x.shape
         query = self.query(self.norm(x)).permute(0, 2, 3, 1).reshape(n, h * w, self.heads, c // self.heads)
-        key_value, mask = self.nothing.to(query.dtype).expand(n, 1, 2 * c), None
+        key_value, mask = self.no_text.to(query.dtype).expand(n, 1, 2 * c), None
         if tokens is not None:
             known = self.key_value(functional.layer_norm(tokens.to(self.key_value.weight.dtype), (WIDTH,)))
             key_value = torch.cat([key_value, known.to(query.dtype)], dim=1)
