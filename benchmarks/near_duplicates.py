@@ -91,11 +91,11 @@ def measure_decisions(folder: Path, images: int, bits: int | None) -> dict[str, 
     return figures
 
 
-def measure_pairs(folder: Path, images: int, bits: int) -> dict[str, float]:
+def measure_pairs(images: int, bits: int) -> dict[str, float]:
     """Seconds to group ``images`` by their hashes."""
     phashes = [row.tobytes().hex() for row in make_hashes(images, bits)]
     start = time.process_time()
-    leaders = leaders_by_hash(phashes, np.arange(images), [None] * images, bits, folder / "scratch")
+    leaders = leaders_by_hash(phashes, np.arange(images), [None] * images, bits)
     return {"seconds": time.process_time() - start, "copies": int((leaders != np.arange(images)).sum())}
 
 
@@ -103,7 +103,7 @@ def measure(what: str, images: int, bits: int) -> dict[str, float]:
     """Measure in this process."""
     with tempfile.TemporaryDirectory() as root:
         if what == "pairs":
-            figures = measure_pairs(Path(root), images, bits)
+            figures = measure_pairs(images, bits)
         else:
             figures = measure_decisions(Path(root) / "set", images, bits if what == "near decisions" else None)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

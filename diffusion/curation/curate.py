@@ -185,8 +185,7 @@ def decide(
         from diffusion.curation.duplicates import leaders_by_hash
 
         phashes, max_bits = measurements.phashes, config.near_duplicate_bits
-        scratch = work_folder(folder) / "groups"
-        near = Grouping(leaders_by_hash(phashes, remaining_rows(), classes(verdict), max_bits, scratch), max_bits)
+        near = Grouping(leaders_by_hash(phashes, remaining_rows(), classes(verdict), max_bits), max_bits)
 
         def describe_bits(row: int, leader: int) -> str:
             bits = (int(phashes[row], 16) ^ int(phashes[leader], 16)).bit_count()

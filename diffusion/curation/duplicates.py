@@ -10,10 +10,8 @@ scale and shift, leaves little unexplained (``evaluation.metrics.registration``)
 import io
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -67,9 +65,7 @@ UNCALIBRATED_LIMIT = 0.2
 """Largest distance without MIN_CALIBRATION_IMAGES."""
 
 
-def leaders_by_hash(
-    phashes: Sequence[str], order: np.ndarray, classes: Sequence[str | None], bits: int, scratch: Path
-) -> np.ndarray:
+def leaders_by_hash(phashes: Sequence[str], order: np.ndarray, classes: Sequence[str | None], bits: int) -> np.ndarray:
     """Find the leader of each of N images whose hashes differ in at most ``bits``, among the images of its class: (N,).
 
     Args:
@@ -77,17 +73,16 @@ def leaders_by_hash(
         order: Numbers of the images to group, the preferred ones first; others are their own leaders.
         classes: Class of each image.
         bits: Largest number of different bits.
-        scratch: Folder for tables larger than memory.
     """
     leaders, numbers = np.arange(len(phashes)), order.tolist()
-    with closing(HashGroups(scratch, bits)) as groups:
-        groups.expect((bytes.fromhex(phashes[number]), repr(classes[number])) for number in numbers)
-        for number in numbers:
-            phash, label = bytes.fromhex(phashes[number]), repr(classes[number])
-            if found := groups.find(phash, label):
-                leaders[number] = int.from_bytes(found[0][0], "big")
-            else:
-                groups.add(phash, label, number.to_bytes(8, "big"))
+    groups = HashGroups(bits, 8)
+    groups.expect((bytes.fromhex(phashes[number]), repr(classes[number])) for number in numbers)
+    for number in numbers:
+        phash, label = bytes.fromhex(phashes[number]), repr(classes[number])
+        if found := groups.find(phash, label):
+            leaders[number] = int.from_bytes(found[0][0], "big")
+        else:
+            groups.add(phash, label, number.to_bytes(8, "big"))
     return leaders
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
@@ -168,19 +168,20 @@ class Dataset:
 
     def sources(self, rows: Rows) -> list[str]:
         """Return the name of each row's image in the source that it came from."""
-        sources: list[str] = self._read_column("source").take(pa.array(self._table["read"][_numbers(rows)])).to_pylist()
-        return sources
+        sources = pa.chunked_array([*self._read_column("source")], pa.string())
+        names: list[str] = sources.take(pa.array(self._table["read"][_numbers(rows)])).to_pylist()
+        return names
 
     @cached_property
     def _captions(self) -> pa.ChunkedArray:
-        """Return the captions in the order of the records; read at the first use."""
-        return self._read_column("caption")
+        """Return the captions in the order of the records; read at the first use, each different one once."""
+        pieces = [piece.dictionary_encode() for piece in self._read_column("caption")]
+        return pa.chunked_array(pieces, pa.dictionary(pa.int32(), pa.string())).unify_dictionaries()
 
-    def _read_column(self, name: str) -> pa.ChunkedArray:
-        """Read a column of texts, in the order of the records."""
-        parts = _parts_with_shards(self.manifest)
-        pieces = [_read_kept(self.folder, part, name)[name].combine_chunks() for part in parts]
-        return pa.chunked_array(pieces, pa.string())
+    def _read_column(self, name: str) -> Iterator[pa.Array]:
+        """Yield a column of texts, in the order of the records, part by part."""
+        for part in _parts_with_shards(self.manifest):
+            yield _read_kept(self.folder, part, name)[name].combine_chunks()
 
     def classes(self, rows: Rows, classes: Sequence[str]) -> Tensor:
         """Return each row's class as its number in ``classes``, len(classes) if it is none: (len(rows),) int64."""

@@ -88,7 +88,12 @@ def explain_query_errors(folder: Path) -> Iterator[None]:
 
 
 def insert_records(database: "DuckDBPyConnection", table: str, paths: Iterable[Path], query: str) -> None:
-    """Insert into ``table`` the rows of ``query`` over ``records``, the rows of the tables of records at ``paths``.
+    """Insert into ``table`` the rows of ``query`` over ``records``, as ``query_records`` does."""
+    query_records(database, paths, query, f"INSERT INTO {table} {{}}")
+
+
+def query_records(database: "DuckDBPyConnection", paths: Iterable[Path], query: str, statement: str) -> None:
+    """Execute ``statement`` with ``query`` at ``{}`` for each FILES of ``paths``, whose rows are ``records``.
 
     Columns of OPTIONAL that a table lacks are null. ``records`` also has the columns ``part``, the number of the file
     in ``paths``, and ``"row"``, the number in the file. Files are read as they are: check them first.
@@ -100,17 +105,21 @@ def insert_records(database: "DuckDBPyConnection", table: str, paths: Iterable[P
     pq.write_table(pa.schema([*RECORDS, *OPTIONAL]).empty_table(), empty)
     numbered_paths = enumerate(paths)
     while group := list(islice(numbered_paths, FILES)):
-        database.execute(
-            f"""
-            INSERT INTO {table}
+        records = f"""
             WITH records AS (
                 SELECT *, file_index - 1 + ?::INTEGER AS part, file_row_number AS "row"
                 FROM read_parquet(?, union_by_name = true, hive_partitioning = false)
             )
             {query}
-            """,
-            [group[0][0], [escape(str(path.absolute())) for path in (empty, *(path for _, path in group))]],
-        )
+        """
+        files = [escape(str(path.absolute())) for path in (empty, *(path for _, path in group))]
+        database.execute(statement.replace("{}", records), [group[0][0], files])
+
+
+def quote_path(path: Path, pattern: str | None = None) -> str:
+    """Return ``path``, or what in this folder has names of ``pattern``, as a literal of a query."""
+    text = str(path.absolute()) if pattern is None else f"{escape(str(path.absolute()))}/{pattern}"
+    return "'" + text.replace("'", "''") + "'"
 
 
 def read_rows(database: "DuckDBPyConnection", query: str, row: np.dtype) -> Iterator[np.ndarray]:

@@ -99,7 +99,7 @@ class Index:
     def update(self, folder: Path, manifest: Manifest | None, near: int | None) -> None:
         """Update the index to the state of ``manifest``, with near-duplicates within ``near`` bits."""
         self.near = near
-        self._close_groups()
+        self._groups = None
         if self._first("SELECT value FROM meta WHERE name = 'state'") != (self._state(manifest),):
             with self.transaction():
                 self.clear()
@@ -122,7 +122,7 @@ class Index:
         except BaseException:
             self.database.execute("ROLLBACK")
             self._forget()
-            self._close_groups()
+            self._groups = None
             raise
         self.database.execute("COMMIT")
 
@@ -131,7 +131,7 @@ class Index:
         for table in ("records", "samples", "relabelled", "dropped", "masks", "removed", "roots"):
             self.database.execute(f"DELETE FROM {table}")
         self._forget()
-        self._close_groups()
+        self._groups = None
         for removal in self._removals:
             self.refuse(*removal.image_keys, *removal.digests)
 
@@ -145,7 +145,6 @@ class Index:
 
     def close(self) -> None:
         """Close the database."""
-        self._close_groups()
         self.database.close()
 
     def look_up(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -210,10 +209,9 @@ class Index:
         if self._groups is None and self.near is not None and phashes:
             if self._roots:
                 self.flush()
-            self._groups = HashGroups(self.path.parent / "groups", self.near)
+            self._groups = HashGroups(self.near, KEY_BYTES)
             for hashes, splits, keys in self.database.execute("SELECT hashes, splits, keys FROM roots ORDER BY number"):
-                roots = [keys[start : start + KEY_BYTES] for start in range(0, len(keys), KEY_BYTES)]
-                self._groups.extend(hashes, [SPLITS[split] for split in splits], roots)
+                self._groups.extend(hashes, [SPLITS[split] for split in splits], keys)
         if self._groups is not None:
             self._groups.expect((bytes.fromhex(phash), None) for phash in phashes)
 
@@ -222,11 +220,6 @@ class Index:
         if self._groups is None:
             self.expect_hashes([phash])
         return [] if self._groups is None else self._groups.find(bytes.fromhex(phash))
-
-    def _close_groups(self) -> None:
-        if self._groups is not None:
-            self._groups.close()
-            self._groups = None
 
     def stamp(self, origin: str, row: dict[str, Any]) -> None:
         """Record the stamp of an entry of ``origin`` after its bytes were read."""

@@ -118,23 +118,15 @@ def test_one_per_class_keeps_images_of_other_classes(tmp_path: Path) -> None:
     assert dropped(folder).keys() == {"a/50.jpg", "b/64.jpg"}
 
 
-def test_near_duplicates_form_no_chains(tmp_path: Path) -> None:
+def test_near_duplicates_form_no_chains() -> None:
     from diffusion.curation.duplicates import leaders_by_hash
 
     # Each differs from the next one in 10 bits, and the first from the third in 20.
     phashes = [f"{(1 << (10 * step)) - 1:064x}" for step in range(6)]
     order, classes = np.arange(6), [None] * 6
-    folder = tmp_path / "scratch"
-    assert leaders_by_hash(phashes, order, classes, 10, folder).tolist() == [0, 0, 2, 2, 4, 4]
-    assert leaders_by_hash(phashes, order[::-1].copy(), classes, 10, folder).tolist() == [
-        1,
-        1,
-        3,
-        3,
-        5,
-        5,
-    ]
-    assert leaders_by_hash(phashes, order, list("ababab"), 10, folder).tolist() == [*range(6)]
+    assert leaders_by_hash(phashes, order, classes, 10).tolist() == [0, 0, 2, 2, 4, 4]
+    assert leaders_by_hash(phashes, order[::-1].copy(), classes, 10).tolist() == [1, 1, 3, 3, 5, 5]
+    assert leaders_by_hash(phashes, order, list("ababab"), 10).tolist() == [*range(6)]
 
 
 def appearance(images: Sequence[Image.Image]) -> "Appearance":
