@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -63,8 +64,9 @@ def machines(count: int) -> Iterator[tuple[list[Node], str]]:
     """``count`` nodes, and the address at which this process is reached from them; skips without root or ``ip``."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and the program ip (apt-get install iproute2)")
-    number = os.getpid()
-    bridge, network = f"drk{number}", f"10.213.{number % 256}"
+    # Interfaces of a deleted namespace are there until the last of its processes has ended.
+    number = uuid4().hex[:6]
+    bridge, network = f"drk{number}", f"10.213.{int(number[:2], 16)}"
     names = [f"{bridge}-{place}" for place in range(count)]
     try:
         _ip("link", "add", bridge, "type", "bridge")
