@@ -1,25 +1,33 @@
 """Time and peak memory of an ingest over the number of images.
 
     python benchmarks/scaling.py --counts 10000 100000 1000000 --image docs/images/ingest_scaling.png
+    darkroom up && eval "$(darkroom env)" && python benchmarks/scaling.py --runners processes ray --servers
 
 For each count, a tar of small random PNGs, all different, is written to a scratch folder and ingested by the command
 ``darkroom ingest --local``, started fresh. Memory is the most that the command and all its processes held at once: the
-proportional set size (shared pages are split between those that share them), sampled ten times a second.
+proportional set size (shared pages are split between those that share them), sampled each second, as are processor
+seconds. With ``--servers`` the command publishes the version on the servers that the environment names, which are not
+measured; Ray has a node of one core for each worker, whose processes are.
 """
 
 import argparse
 import json
+import os
 import shutil
 import struct
+import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from io import BytesIO
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import psutil
@@ -50,50 +58,91 @@ def png(pixels: np.ndarray) -> bytes:
     )
 
 
-def measure(count: int, runner: str, workers: int, scratch: Path) -> dict[str, Any]:
-    """Ingest ``count`` images in a workspace under ``scratch``; returns seconds and MiB."""
+@contextmanager
+def ray_nodes(count: int) -> Iterator[None]:
+    """``count`` Ray nodes of one core each, children of this process; inside, RAY_ADDRESS names them."""
+    from ray.cluster_utils import Cluster
+
+    os.environ |= {"PYTHONPATH": str(Path(__file__).parents[1]), "RAY_USAGE_STATS_ENABLED": "0"}
+    # Ray takes 127.0.0.1 for the machine's address to the outside.
+    node = {"num_cpus": 1, "node_ip_address": "127.0.0.2"}
+    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+    try:
+        for _ in range(count - 1):
+            cluster.add_node(**node)
+        cluster.wait_for_nodes()
+        os.environ["RAY_ADDRESS"] = cluster.address
+        yield
+    finally:
+        cluster.shutdown()
+
+
+def measure(count: int, runner: str, workers: int, scratch: Path, servers: bool) -> dict[str, Any]:
+    """Ingest ``count`` images in a workspace under ``scratch``; returns seconds, MiB and the digest of the version."""
     folder = Path(tempfile.mkdtemp(prefix=f"scaling-{count}-", dir=scratch))
     try:
         write_tar(folder / "images.tar", count)
-        (folder / "params.yaml").write_text("training:\n  dataset: images\n  images: 1\n")
+        dataset = f"images-{uuid4().hex[:8]}"
+        (folder / "params.yaml").write_text(f"training:\n  dataset: {dataset}\n  images: 1\n")
         settings = {
-            "source": "images.tar",
+            "source": folder / "images.tar",
             "size": SIDE,
             "runner": runner,
             "workers": workers,
             "shard_bytes": SHARD_BYTES,
         }
         overrides = [word for key, value in settings.items() for word in ("--set", f"ingest.{key}={value}")]
-        command = [str(Path(sys.executable).with_name("darkroom")), "ingest", "--local", "--json", *overrides]
-        with (folder / "out").open("wb") as out, (folder / "log").open("wb") as log:
+        local = [] if servers else ["--local"]
+        command = [str(Path(sys.executable).with_name("darkroom")), "ingest", *local, "--json", *overrides]
+        nodes = ray_nodes(workers) if runner == "ray" else nullcontext()
+        with nodes, (folder / "out").open("wb") as out, (folder / "log").open("wb") as log:
+            before = processor_seconds()
             start = time.perf_counter()
-            process = psutil.Popen(command, cwd=folder, stdout=out, stderr=log)
-            peak = peak_memory(process)
+            process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=log)
+            peak, used = follow(process)
             seconds = time.perf_counter() - start
         if process.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{(folder / 'log').read_text()[-2000:]}")
-        image_count = json.loads((folder / "out").read_text())["kept"]
-        if image_count != count:
-            raise SystemExit(f"{image_count} of {count} images were kept")
-        return {"images": count, "seconds": round(seconds, 2), "peak_mib": round(peak / 2**20, 1)}
+        result = json.loads((folder / "out").read_text())
+        if result["kept"] != count:
+            raise SystemExit(f"{result['kept']} of {count} images were kept")
+        return {
+            "runner": runner,
+            "images": count,
+            "seconds": round(seconds, 2),
+            "processor_seconds": round(sum(used.values()) - sum(before.values()), 2),
+            "peak_mib": round(peak / 2**20, 1),
+            "content_digest": result["content_digest"],
+        }
     finally:
         shutil.rmtree(folder)
 
 
-def peak_memory(process: psutil.Popen) -> int:
-    """Wait for ``process`` to end; returns the most bytes that it and its descendants held at once."""
-    peak = 0
+def processor_seconds() -> dict[psutil.Process, float]:
+    """Seconds that each process under this one has computed so far."""
+    seconds = {}
+    for each in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            seconds[each] = sum(each.cpu_times()[:2])
+    return seconds
+
+
+def follow(process: subprocess.Popen[bytes]) -> tuple[int, dict[psutil.Process, float]]:
+    """Wait for ``process`` to end.
+
+    Returns the most bytes that all processes under this one held at once, and ``processor_seconds`` of all that were.
+    """
+    peak, used = 0, dict[psutil.Process, float]()
     while process.poll() is None:
-        total = 0
-        for each in (process, *process.children(recursive=True)):
-            try:
+        used |= (now := processor_seconds())
+        memory_bytes = 0
+        for each in now:
+            with suppress(psutil.NoSuchProcess):
                 memory = each.memory_full_info()
-            except psutil.NoSuchProcess:
-                continue
-            total += getattr(memory, "pss", memory.uss)
-        peak = max(peak, total)
-        time.sleep(0.1)
-    return peak
+                memory_bytes += getattr(memory, "pss", memory.uss)
+        peak = max(peak, memory_bytes)
+        time.sleep(1)
+    return peak, used
 
 
 def plot_scaling(rows: list[dict[str, Any]], path: Path) -> None:
@@ -121,18 +170,23 @@ def plot_scaling(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--runner", choices=("processes", "threads"), default="processes")
+    parser.add_argument("--runners", choices=("processes", "threads", "ray"), nargs="+", default=["processes"])
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--servers", action="store_true", help="publish on servers, which Ray needs")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="about 4 KiB per image")
     parser.add_argument("--json", type=Path, help="write the table here")
     parser.add_argument("--image", type=Path, help="draw the curve here")
     args = parser.parse_args()
 
     rows = []
-    for count in sorted(args.counts):
-        rows.append(row := measure(count, args.runner, args.workers, args.scratch))
-        print(f"{count:10,} images {row['seconds']:9.1f} s {row['peak_mib']:8.1f} MiB", flush=True)
-    for before, after in pairwise(rows):
+    for count, runner in product(sorted(args.counts), args.runners):
+        rows.append(row := measure(count, runner, args.workers, args.scratch, args.servers))
+        print(
+            f"{count:10,} images {runner:9} {row['seconds']:9.1f} s {row['processor_seconds']:9.1f} processor seconds "
+            f"{row['peak_mib']:8.1f} MiB",
+            flush=True,
+        )
+    for before, after in pairwise([row for row in rows if row["runner"] == args.runners[0]]):
         more, longer, larger = (after[key] / before[key] for key in ("images", "seconds", "peak_mib"))
         print(f"{more:5.1f}× the images: {longer:5.1f}× the time, {larger:5.2f}× the memory")
     if args.json:

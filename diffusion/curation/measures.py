@@ -1,10 +1,10 @@
 """Measures of stored images, shard by shard on any worker, in tables that are cached by the shard's digest."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from PIL import Image
 
 from diffusion.common.errors import UserError
 from diffusion.common.extensions import extension_versions
-from diffusion.common.files import digest_of, sha256_bytes, sha256_file, write_atomically
+from diffusion.common.files import digest_of, sha256_bytes, write_atomically
 from diffusion.common.onnx_network import OnnxNetwork
 from diffusion.common.progress import Progress
 from diffusion.curation.config import CurationConfig, NsfwModel, threshold_fields
@@ -140,10 +140,11 @@ def extractor_of(config: EvaluationConfig) -> Any:
 
 @dataclass(frozen=True)
 class NsfwScores:
-    """Scores of the classifier ``model``, whose file has the SHA-256 ``sha256``."""
+    """Scores of the classifier ``model``, whose file holds ``data``, as workers may not have it."""
 
     model: NsfwModel
     sha256: str
+    data: bytes = field(repr=False, compare=False)
 
     @classmethod
     def from_model(cls, model: NsfwModel) -> "NsfwScores":
@@ -155,7 +156,8 @@ class NsfwScores:
             raise UserError(
                 f"curation.nsfw.path = {path} has {size:,} bytes, over the limit of {MAX_MODEL_BYTES:,}: use another"
             )
-        scores = cls(model, sha256_file(path))
+        data = path.read_bytes()
+        scores = cls(model, sha256_bytes(data), data)
         _classifier(scores)
         return scores
 
@@ -192,10 +194,8 @@ class NsfwScores:
 @lru_cache(maxsize=2)
 def _classifier(scores: NsfwScores) -> tuple[OnnxNetwork, int]:
     """Open the classifier, and find the height and width of its input."""
-    path, data = scores.model.path, scores.model.path.read_bytes()
-    if sha256_bytes(data) != scores.sha256:
-        raise UserError(f"{path} changed while images were measured: give the command again")
-    network = OnnxNetwork(path, data)
+    path = scores.model.path
+    network = OnnxNetwork(path, scores.data)
     inputs, outputs = network.session.get_inputs(), network.session.get_outputs()
     kinds, shape = [argument.type for argument in (*inputs, *outputs)], inputs[0].shape
     if kinds == ["tensor(float)"] * 2 and len(shape) == 4:
@@ -218,7 +218,8 @@ class ShardTask:
 
     folder: Path
     part: Part
-    measure: Measure
+    measure: str
+    """Digest of the measure."""
     rows: pa.Table
     """Columns key, offset and size of its images."""
     store: ShardStore | None = None
@@ -228,7 +229,7 @@ class ShardTask:
     def path(self) -> Path:
         """Return the path of the table."""
         assert self.part.shard is not None
-        return measures_folder(self.folder) / f"{self.part.shard.sha256[:32]}-{self.measure.digest[:16]}.parquet"
+        return measures_folder(self.folder) / f"{self.part.shard.sha256[:32]}-{self.measure[:16]}.parquet"
 
     def read(self, keys: Sequence[str]) -> pa.Table:
         """Read the table, in the order of ``keys``; raises an error of the file or of Arrow if it is damaged."""
@@ -246,15 +247,15 @@ class ShardTask:
         return False
 
 
-def measure_shard(task: ShardTask) -> tuple[ShardTask, pa.Table]:
-    """Measure the images of a shard; returns the table, which is ``task``'s to ``write``."""
+def measure_shard(measures: Mapping[str, Measure], task: ShardTask) -> tuple[ShardTask, pa.Table]:
+    """Measure the images of a shard by one of ``measures``; returns the table, which is ``task``'s to ``write``."""
     assert task.part.shard is not None
     columns: list[dict[str, pa.Array]] = []
     with shard_file(task.folder, task.part.shard, task.store) as path:
         step = max(8, CHUNK_PIXELS // read_images(path, task.rows.slice(0, 1)).size)
         for start in range(0, len(task.rows), step):
             images = read_images(path, task.rows.slice(start, step))
-            columns.append(task.measure.columns(images))
+            columns.append(measures[task.measure].columns(images))
     tables = [pa.table(chunk) for chunk in columns]
     return task, pa.concat_tables(tables).append_column("key", task.rows["key"].combine_chunks())
 
@@ -327,18 +328,19 @@ def measure(
     part_rows = [stored_rows(folder, part) for _, part in parts]
     keys = [rows["key"].to_pylist() for rows in part_rows]
     stores = [remote.only(part.shard) if remote and part.shard else None for _, part in parts]
+    by_digest = {each.digest: each for each in measures}
     tasks = [
         [
-            ShardTask(folder, part, kind, rows.select(["key", "offset", "size"]), store)
+            ShardTask(folder, part, digest, rows.select(["key", "offset", "size"]), store)
             for (_, part), rows, store in zip(parts, part_rows, stores, strict=True)
         ]
-        for kind in measures
+        for digest in by_digest
     ]
     missing = [task for row in tasks for task, names in zip(row, keys, strict=True) if not task.is_done(names)]
     total, done = sum(count_stored(task.part) for task in missing), 0
     if missing:
         progress("images measured", 0, total)
-    for task, table in fan_out(measure_shard, missing):
+    for task, table in fan_out(partial(measure_shard, by_digest), missing):
         task.write(table)
         done += len(table)
         progress("images measured", done, total)

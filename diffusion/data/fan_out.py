@@ -5,8 +5,8 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextvars import copy_context
-from functools import partial
+from contextvars import ContextVar, copy_context
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from logging.handlers import QueueHandler
 from multiprocessing import forkserver, get_context
@@ -28,6 +28,8 @@ LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryE
 """Errors of the system that another attempt meets again."""
 MAX_ATTEMPTS, MAX_WAIT = 3, 10.0
 """Attempts at an item, and the longest wait before the next one, in seconds."""
+_WORK: ContextVar[Callable[[Any], Any]] = ContextVar("work")
+"""What this process of a pool does with each item."""
 
 
 class Workers(Protocol):
@@ -51,7 +53,7 @@ class FanOut(Protocol):
     """
 
     def __call__(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Run ``work`` on ``items``; on processes and on Ray both are pickled."""
+        """Run ``work`` on ``items``; on processes and on Ray both are pickled, ``work`` once per process."""
 
 
 def make_fan_out(config: Workers, *, gpus: int = 0) -> FanOut:
@@ -75,10 +77,10 @@ def make_fan_out(config: Workers, *, gpus: int = 0) -> FanOut:
             yield from prefetch(lambda item: context.copy().run(run, item), items, config.workers)
             return
         if config.runner == "processes":
-            pool = ProcessPoolExecutor(config.workers, get_context("forkserver"), end_with_parent)
-            outcomes = prefetch(partial(_log_apart, run), items, config.workers, pool)
+            pool = ProcessPoolExecutor(config.workers, get_context("forkserver"), _start_process, (run,))
+            outcomes = prefetch(_run_in_process, items, config.workers, pool)
         else:
-            outcomes = _run_on_ray(partial(_log_apart, run), items, config.workers, gpus)
+            outcomes = _run_on_ray(run, items, config.workers, gpus)
         for result, records in outcomes:
             for record in records:
                 logging.getLogger(record.name).handle(record)
@@ -101,6 +103,27 @@ def _attempt(work: Callable[[Item], Result], item: Item) -> Result:
     return retrying(work, item)
 
 
+def _start_process(work: Callable[[Any], Any]) -> None:
+    """Keep ``work`` in a process of a pool."""
+    end_with_parent()
+    _WORK.set(work)
+
+
+def _run_in_process(item: Any) -> tuple[Any, list[logging.LogRecord]]:
+    return _log_apart(_WORK.get(), item)
+
+
+@lru_cache(maxsize=1)
+def _fetch_work(reference: Any) -> Callable[[Any], Any]:
+    import ray
+
+    return ray.get(reference)  # type: ignore[no-any-return]
+
+
+def _run_on_node(references: list[Any], item: Any) -> tuple[Any, list[logging.LogRecord]]:
+    return _log_apart(_fetch_work(references[0]), item)
+
+
 def _log_apart(work: Callable[[Item], Result], item: Item) -> tuple[Result, list[logging.LogRecord]]:
     """Call ``work`` in a process of its own: returns its result and the warnings that it logged."""
     records: SimpleQueue[logging.LogRecord] = SimpleQueue()
@@ -116,7 +139,7 @@ def _log_apart(work: Callable[[Item], Result], item: Item) -> tuple[Result, list
 
 def _run_on_ray(
     work: Callable[[Item], Result], items: Iterable[Item], workers: int, gpus: int
-) -> Generator[Result, None, None]:
+) -> Generator[tuple[Result, list[logging.LogRecord]], None, None]:
     """Yield ``work`` of each of ``items`` in order; what ran on a node that dies runs on another one.
 
     Tasks, and not Ray Data: that wants all items before it starts, bounds by bytes alone how far it runs ahead, and
@@ -127,24 +150,28 @@ def _run_on_ray(
 
     is_joined = ray.is_initialized()
 
-    def start() -> Iterator[FutureLike[Result]]:
+    def start() -> Iterator[FutureLike[tuple[Result, list[logging.LogRecord]]]]:
+        references = list[Any]()
         for item in items:
             if not ray.is_initialized():
                 is_main = threading.current_thread() is threading.main_thread()
                 handler = signal.getsignal(signal.SIGTERM)
                 try:
-                    ray.init(logging_level=logging.WARNING)
+                    # The dashboard takes a third of the time in which a node starts.
+                    ray.init(logging_level=logging.WARNING, include_dashboard=False)
                 except Exception as error:  # a plain one where a node does not come up
                     reason = " ".join(str(error).split())[:200]
                     raise DarkroomError(
-                        f"Ray did not start, or is not reached ({reason}): is RAY_ADDRESS right, and is the machine "
-                        "idle enough? Else use threads or processes"
+                        f"Ray did not start, or is not reached ({reason}): are RAY_ADDRESS and RAY_AUTH_MODE right, or "
+                        "without them the machine idle enough? Else use threads or processes"
                     ) from error
                 if is_main:  # Ray's own handler would exit where a flow ends its work first
                     signal.signal(signal.SIGTERM, handler)
-            yield task.remote(item).future()
+            if not references:
+                references.append(ray.put(work))
+            yield task.remote(references, item).future()
 
-    task: Any = ray.remote(num_cpus=1, num_gpus=gpus)(lambda item: work(item))
+    task: Any = ray.remote(num_cpus=1, num_gpus=gpus)(_run_on_node)
     try:
         yield from yield_in_order(start(), 2 * workers)
     except RayTaskError as error:

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -369,7 +368,7 @@ def record_data(folder: Path, push_to: str | None) -> DataVersion:
                 digest = _add_without_shards(folder, manifest, cache)
                 if push_to:
                     Remote.from_url(push_to).push(digest, cache)
-                    find_strays(folder, chain(cache.listings(), Remote.from_url(push_to).listings()))
+                    find_strays(folder, cache.listings())  # one of which was pushed
                 return DataVersion(digest=digest, pointer=f"datasets/{folder.name}", pushed=push_to is not None)
             if any(output.stage.addressing == INGEST_STAGE for output in _outputs(repo, folder)):
                 repo.commit(INGEST_STAGE, force=True)
@@ -378,7 +377,7 @@ def record_data(folder: Path, push_to: str | None) -> DataVersion:
                 output = repo.add(str(folder))[0].outs[0]
             if push_to:
                 Remote.from_url(push_to).push(output.hash_info.value, cache)
-                find_strays(folder, chain(cache.listings(), Remote.from_url(push_to).listings()))
+                find_strays(folder, cache.listings())  # one of which was pushed
             return _make_data_version(output, push_to is not None)
     except (DvcException, BotoCoreError, OSError) as error:
         raise DarkroomError(f"DVC could not record or push {folder}: {error}") from error

@@ -38,9 +38,10 @@ def find_strays(folder: Path, listings: Iterable[tuple[str, Names]]) -> Names:
     purge deletes them.
     """
     published = read_published(folder)
-    # The version that was just pushed has all of them, as a rule.
+    md5s = set(published.values())
     for _, listing in listings if published else ():
-        published = {name: md5 for name, md5 in published.items() if md5 not in listing.values()}
+        md5s.difference_update(listing.values())
+    published = {name: md5 for name, md5 in published.items() if md5 in md5s}
     write_published(folder, published)
     manifest = read_manifest(folder) if (folder / "manifest.json").is_file() else None
     needed_names = {entry.name for entry in manifest.shards} if manifest else set[str]()

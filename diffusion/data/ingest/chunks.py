@@ -138,7 +138,6 @@ class Chunk:
     config: IngestConfig
     objects: ObjectStore | None
     store: ChunkStore
-    left_out: LeaveOutList | None = None
 
 
 def chunk_size(images: int, config: IngestConfig) -> int:
@@ -149,7 +148,7 @@ def chunk_size(images: int, config: IngestConfig) -> int:
     return min(max_images, max(-(-images // 8), 512))
 
 
-def prepare_chunk(chunk: Chunk) -> str:
+def prepare_chunk(chunk: Chunk, left_out: LeaveOutList | None = None) -> str:
     """Prepare the images of ``chunk``, unless done already; raises transient errors, such as a full disk.
 
     Returns its name in ``chunk.store``, a digest of everything that determines the result.
@@ -164,14 +163,14 @@ def prepare_chunk(chunk: Chunk) -> str:
         [entry.source, entry.stamp, entry.label, entry.caption, sorted(digests), *filter(None, [entry.mask])]
         for entry, digests in entries
     ]
-    settings["leave_out"] = chunk.left_out.digest if chunk.left_out else None
+    settings["leave_out"] = left_out.digest if left_out else None
     content = {"uri": chunk.config.source, "reader": reader_of(chunk.config.source), "config": settings}
     name = digest_of({"format": FORMAT, "entries": listing} | content)
     if not is_prepared(chunk.store, name):
         chunk.store.delete(table_name(name))
         with chunk.store.workspace() as workspace:
             with ExitStack() as files:
-                rows, writers = _prepare(chunk, entries, workspace, files)
+                rows, writers = _prepare(chunk, left_out, entries, workspace, files)
                 ends = {bucket: writer.position for bucket, writer in writers.items()}
                 for writer in writers.values():
                     writer.close()
@@ -194,7 +193,11 @@ def _add_shard(store: ChunkStore, chunk: str, path: Path) -> Digests:
 
 
 def _prepare(
-    chunk: Chunk, entries: list[tuple[Entry, frozenset[str]]], workspace: Workspace, files: ExitStack
+    chunk: Chunk,
+    left_out: LeaveOutList | None,
+    entries: list[tuple[Entry, frozenset[str]]],
+    workspace: Workspace,
+    files: ExitStack,
 ) -> tuple[list[dict[str, Any]], dict[str, TarWriter]]:
     """Write the usable images to a file per bucket in ``folder``, which ``files`` closes.
 
@@ -202,7 +205,7 @@ def _prepare(
     """
     writers: dict[str, TarWriter] = {}
     source = open_source(chunk.config.source, Access(chunk.config, workspace.scratch, chunk.objects))
-    if (left_out := chunk.left_out) is not None:
+    if left_out is not None:
         entries = [
             (entry._replace(problem=entry.problem or left_out.reason(entry.source)), known) for entry, known in entries
         ]
@@ -315,9 +318,7 @@ def chunks_of(
     plan: Path, config: IngestConfig, objects: ObjectStore | None, images: int, store: ChunkStore
 ) -> Iterator[Chunk]:
     """Split a plan of ``images`` rows into chunks of equally many rows, or fewer where texts are long."""
-    size, left_out = chunk_size(images, config), None
-    if config.leave_out is not None:
-        left_out = LeaveOutList.read(config.leave_out)
+    size = chunk_size(images, config)
     rows, text = list[tuple[Any, ...]](), 0
     with closing(sqlite3.connect(plan)) as database:
         query = f"SELECT number, {ENTRY}, known FROM plan ORDER BY number"
@@ -326,5 +327,5 @@ def chunks_of(
             text += sum(len(part or "") for part in (entry.source, entry.label, entry.caption))
             rows.append(tuple(row))
             if len(rows) == size or text >= TEXT_OF_A_CHUNK or number == images:
-                yield Chunk(number - len(rows) + 1, rows, config, objects, store, left_out)
+                yield Chunk(number - len(rows) + 1, rows, config, objects, store)
                 rows, text = [], 0

@@ -20,6 +20,7 @@ from diffusion.data.ingest.decode import MASK_PROBLEM, UnusableEntryError, prepa
 from diffusion.data.ingest.index import Index
 from diffusion.data.ingest.ingest import Rebuild, complete_buckets, origin_of, require_same_storage
 from diffusion.data.manifest import read_manifest, work_folder
+from diffusion.data.shards import missing_shards
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access, Entry, ObjectStore, Source
 from diffusion.data.sources.survey import Survey, survey
@@ -106,7 +107,10 @@ def preview(
             shutil.copyfile(path, scratch / path.name)
         source_survey = survey(config, scratch, objects)
         config = complete_buckets(config, None if rebuilding else before, lambda: source_survey)
-        bits = config.near_duplicate_bits(None if before is None else before.near_duplicate_bits)
+        bits = None
+        # No outcome here depends on hashes, which shards that are on the remote alone may not have yet.
+        if before is None or not missing_shards(folder, before):
+            bits = config.near_duplicate_bits(None if before is None else before.near_duplicate_bits)
         with closing(Index(scratch / "index.sqlite", folder, before, bits)) as index:
             listings = path if (path := work_folder(folder) / "listings").is_dir() else None
             source = open_source(config.source, Access(config, scratch, objects, listings=listings))

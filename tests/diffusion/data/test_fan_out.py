@@ -4,9 +4,11 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import pytest
 
@@ -35,6 +37,20 @@ def run(request: pytest.FixtureRequest) -> Callable[..., Iterator[Any]]:
     if request.param == "ray":
         request.getfixturevalue("on_ray")
     return make_fan_out(IngestConfig(runner=request.param, workers=2))
+
+
+@dataclass
+class Heavy:
+    """Work that notes in ``folder`` where it is unpickled."""
+
+    folder: Path
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        (self.folder / uuid4().hex).touch()
+
+    def __call__(self, _: int) -> int:
+        return os.getpid()
 
 
 def fail_at_first(folder: Path, error: Exception, number: int) -> int:
@@ -70,6 +86,11 @@ def test_warnings_of_workers_reach_this_process(
     processes = set(run(log_and_return, [1, 3]))
     assert (os.getpid() in processes) is (request.node.callspec.params["run"] == "threads")
     assert sorted(record.getMessage() for record in caplog.records) == ["image 1 is odd", "image 3 is odd"]
+
+
+def test_work_is_sent_once_to_each_process(run: Callable[..., Iterator[int]], tmp_path: Path) -> None:
+    processes = set(run(Heavy(tmp_path), range(12))) - {os.getpid()}
+    assert len(processes) <= len(list(tmp_path.iterdir())) <= 2 * len(processes)
 
 
 def test_few_items_start_before_results_are_taken(run: Callable[..., Iterator[int]]) -> None:

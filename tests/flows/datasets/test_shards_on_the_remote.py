@@ -10,6 +10,7 @@ from diffusion.api import engine
 from diffusion.data.dataset import Dataset
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
+from diffusion.data.ingest.preview import preview
 from diffusion.data.manifest import read_manifest
 from flows.config import Params
 from flows.datasets.dvc import record_data
@@ -55,6 +56,13 @@ def test_curation_hashes_images_of_the_remote(params: Params, place: Place, tmp_
     here = engine.curate(hashing(other.name))
     assert there.dropped > 0
     assert [image.key for image in there.images] == [image.key for image in here.images]
+
+
+def test_a_dry_run_needs_no_shard_that_was_never_hashed(params: Params) -> None:
+    blob(100).save(Path(params.ingest.source) / "odd" / "100.png")
+    forecast = preview(FOLDER, params.ingest.model_copy(update={"near_duplicates": 8})).forecast
+    assert forecast is not None
+    assert forecast.kept == 1
 
 
 @pytest.mark.slow
