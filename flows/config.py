@@ -87,6 +87,24 @@ class RetentionConfig(Config):
         return timedelta(hours=self.grace_hours)
 
 
+class RetrainingConfig(Config):
+    """What ``darkroom retrain`` begins with, unless training.init_from says it."""
+
+    warm_start: bool = True
+    """Whether a retraining goes on from the champion, with its optimizer state, where network and data allow. False:
+    each begins from nothing."""
+    length: float = Field(0.25, gt=0, le=1)
+    """Length of a warm start, as a share of training.images or training.minutes."""
+    learning_rate: float = Field(1, gt=0, le=1)
+    """Peak learning rate of a warm start, as a share of training.learning_rate. Halves and quarters of it were measured
+    worse (benchmarks/README.md)."""
+    fresh_every: int | None = Field(7, ge=2)
+    """One in this many retrainings in a row begins from nothing; null: none for this reason."""
+    fresh_after_held: int | None = Field(3, ge=1)
+    """After this many warm starts in a row that the gate did not promote, the next one begins from nothing; null: none
+    for this reason."""
+
+
 class MonitorConfig(Config):
     """When ``darkroom monitor`` requests a retraining, and how often it may."""
 
@@ -107,6 +125,7 @@ class Params(ExperimentConfig):
     sampling_batch: SamplingBatchConfig = SamplingBatchConfig()
     retention: RetentionConfig = RetentionConfig()
     monitor: MonitorConfig = MonitorConfig()
+    retraining: RetrainingConfig = RetrainingConfig()
 
     @model_validator(mode="after")
     def _chunks_hold_whole_batches(self) -> Self:
@@ -148,6 +167,14 @@ class Params(ExperimentConfig):
     def champion(self) -> str:
         """URI of the champion of the registered model."""
         return f"models:/{self.model_name}@champion"
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the next retraining may go on with what is trained, so that its training state is kept."""
+        training = self.training
+        is_own = training.init_from is None or training.warm_start
+        is_whole = training.student is None and training.adapter is None
+        return self.retraining.warm_start and is_own and is_whole and "initial_weights" in self.model.abilities
 
     def adapt_to_version(self, model: FamilyConfig, name: str) -> Self:
         """Copy to evaluate and promote a version of the registered model ``name`` by itself: see ``adapt_to_model``."""

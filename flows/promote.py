@@ -55,6 +55,7 @@ from flows.tracking.runs import (
     DRIFT,
     EVAL_KEY,
     START,
+    WARM_START,
     RunTracker,
     run_page,
     version_artifact,
@@ -146,14 +147,16 @@ def register(params: Params, evaluation: Evaluation) -> model_versions.Version:
     base_tags = model_versions.base_tags(tracker.client, weights, run.data.tags.get(START))
     # Training may have begun with a file, of a version.
     tracker.tag({START: base_tags.get(START)})
-    tags = {name: run.data.tags.get(name) for name in (*digests, TAKEDOWN, AUTOENCODER, DRIFT)} | base_tags
+    names = (*digests, TAKEDOWN, AUTOENCODER, WARM_START, DRIFT)
+    tags = {name: run.data.tags.get(name) for name in names} | base_tags
     tags |= {
         "darkroom.git_commit": f"{commit}{UNCOMMITTED}" if commit and is_dirty == "True" else commit,
         "darkroom.guidance": evaluation.sampling.guidance_text if evaluation.sampling.is_guided else None,
         EVAL_KEY: evaluation.eval_key,
     }
     model, run_id, images = params.model_name, tracker.run_id, evaluation.best.images
-    version = model_versions.register(model, run_id, weights, params.sampling, tags, images)
+    checkpoint = best if params.goes_on else None
+    version = model_versions.register(model, run_id, weights, params.sampling, tags, images, checkpoint)
     data, header = read_manifest(params.dataset_folder), read_model_header(weights)
     model_card.write(tracker.client, header, evaluation, data, version, None)
     return version

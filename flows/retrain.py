@@ -42,6 +42,8 @@ class RetrainResult(Config):
     """Fields of ``SamplingBatchResult``; None if there is no champion or it is a super-resolution model."""
     explained: dict[str, Any]
     """Fields of ``Explanation``."""
+    start: str = ""
+    """What the training began with, and why."""
     seconds: dict[str, float] = Field({})
     """Duration of each phase, in the order of their running."""
     quality: str = ""
@@ -129,10 +131,13 @@ def train_and_promote(
     from flows.evaluate import evaluate
     from flows.explain import explain
     from flows.promote import last_comparison, promote
+    from flows.registry.retraining_start import resolve_retraining_start
     from flows.sample import sample, samples_from_noise
     from flows.tracking.runs import run_page
     from flows.train import train
 
+    start = resolve_retraining_start(params)
+    params = start.apply(params)
     with phase("train", seconds, expected):
         training = train(params, restart="set_aside", drift=drift)
     with phase("evaluate", seconds, expected):
@@ -152,6 +157,7 @@ def train_and_promote(
         "verdict": verdict,
         "samples": samples and samples.model_dump(mode="json"),
         "explained": explanation.model_dump(mode="json"),
+        "start": start.text,
         "seconds": seconds,
         # As the gate says it, with the guidance of the version.
         "quality": describe_kid(evaluation, *((comparison.candidate, comparison.real_baseline) if comparison else ())),

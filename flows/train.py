@@ -37,7 +37,7 @@ from flows.registry.takedown_marks import (
 from flows.storage.s3 import Store
 from flows.tracking.buffered import UNANSWERED, BufferedTracker
 from flows.tracking.console import reporter
-from flows.tracking.runs import AUTOENCODER, DRIFT, START, TRAIN_KEY, RunTracker, find_run, open_run
+from flows.tracking.runs import AUTOENCODER, DRIFT, START, TRAIN_KEY, WARM_START, RunTracker, find_run, open_run
 
 
 class TrainingRun(Config):
@@ -157,7 +157,7 @@ def _open(ready: ResolvedParams, manifest: Manifest, restart: bool, drift: str |
     tracker.client.log_text(tracker.run_id, ready.requested.model_dump_json(indent=2), "params.json")
     user = who().partition("@")[0]
     tags = {AUTOENCODER: ready.autoencoder, START: ready.start, TAKEDOWN: ready.takedown, DRIFT: drift}
-    tracker.tag(tags | {MLFLOW_USER: user})
+    tracker.tag(tags | {WARM_START: ready.warm_start, MLFLOW_USER: user})
     tracker.log_file(params.dataset_folder / "manifest.json", "dataset")
     if (preflight := params.run_folder / PREFLIGHT).is_file():
         tracker.log_file(preflight, "history")

@@ -59,6 +59,17 @@ class TrainingConfig(ObjectiveConfig):
     """Initial weights. Null: random. Otherwise a model of the same family: the path of its final.safetensors, a
     registered version (models:/NAME@ALIAS, models:/NAME/NUMBER), or champion. The champion is resolved when data and
     configuration are first trained on; while there is none, weights are random."""
+    warm_start: Annotated[
+        bool,
+        given(
+            "training.init_from", "training.warm_start goes on from training.init_from, and that names nothing: set it"
+        ),
+        NOT_WITH_ADAPTER,
+        unless("training.student"),
+    ] = Field(False, exclude_if=is_unset)
+    """Whether training goes on where that of training.init_from ended: the network keeps the statistics of the data
+    (mean, standard deviation, moments of latents) that it was trained with, and raw weights and optimizer moments are
+    taken over if the file is a checkpoint. False: from its averaged weights alone, with the statistics of this data."""
     adapter: Annotated[
         AdapterConfig | None,
         needs("adapters"),

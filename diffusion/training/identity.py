@@ -17,6 +17,7 @@ from diffusion.data.manifest import Manifest
 from diffusion.families import family_of
 from diffusion.families.config import FamilyConfig
 from diffusion.training.config import KEEPS_WEIGHTS, TrainingConfig
+from diffusion.training.warm_start import start_digest
 
 
 def identity_fields(config: TrainingConfig, model: FamilyConfig) -> dict[str, Any]:
@@ -54,7 +55,8 @@ def with_digests(model: FamilyConfig, training: TrainingConfig) -> tuple[FamilyC
         digest = weights_digest(local_file("model.autoencoder", model.autoencoder))
         model = model.model_copy(update={"autoencoder": digest})
     if training.init_from is not None:
-        digest = weights_digest(local_file("training.init_from", training.init_from))
+        digest_of_file = start_digest if training.warm_start else weights_digest
+        digest = digest_of_file(local_file("training.init_from", training.init_from))
         training = training.model_copy(update={"init_from": digest})
     return model, training
 

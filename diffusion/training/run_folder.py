@@ -19,6 +19,7 @@ from diffusion.training.logging import METRICS_BUFFER, RESTARTED
 from diffusion.training.preflight import PREFLIGHT
 from diffusion.training.setup import FORMAT_VERSION, TrainingSetup
 from diffusion.training.trackers import TRACKERS
+from diffusion.training.warm_start import STATE_FILE
 
 Restart = Literal["never", "if_different", "set_aside"]
 """What happens to a run of another configuration or data set in the folder: an error, it is discarded, or a finished
@@ -77,7 +78,7 @@ def _discard(output: Path) -> None:
         shutil.rmtree(output / name, ignore_errors=True)
     if output.is_dir():
         write_bytes(output / METRICS_BUFFER / RESTARTED, b"")
-    names = ("final.safetensors", "weights.safetensors", "history.csv", "losses.csv", PREFLIGHT)
+    names = ("final.safetensors", "weights.safetensors", STATE_FILE, "history.csv", "losses.csv", PREFLIGHT)
     bases = [path for path in output.glob("*.safetensors") if len(path.stem) == 64]  # what an adapter is based on
     for path in (*output.glob("not_finite*.safetensors"), *bases, *(output / name for name in names)):
         path.unlink(missing_ok=True)

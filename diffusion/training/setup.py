@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ from diffusion.training.config import TrainingConfig
 from diffusion.training.data import encode_captions, encode_grid, encode_latents, encode_prior
 from diffusion.training.distributed import Ranks
 from diffusion.training.identity import data_digest, identity_fields, train_key
-from diffusion.training.starting_models import MEASURED, identify_base, load_autoencoder, load_initial
+from diffusion.training.starting_models import MEASURED, find_state, identify_base, load_autoencoder, load_initial
 
 FORMAT_VERSION = 3
 """Format version of checkpoints."""
@@ -80,6 +81,8 @@ class TrainingSetup:
     """The prompt of ``training.prior``, or of none; None: there is no prior."""
     grid_encodings: Encodings | None = None
     """Prompts of sample grids, if training does not change how they are encoded."""
+    state_file: Path | None = None
+    """Checkpoint whose raw weights and optimizer moments a warm start takes over; None: there is none."""
 
     @cached_property
     def device(self) -> torch.device:
@@ -115,8 +118,8 @@ class TrainingSetup:
         """Measure the standard deviation of the network's data; raises UserError for constant data."""
         if self.autoencoder:
             return 1.0
-        if self.base is not None and self.initial is not None:
-            # The frozen weights belong to the coefficients that they were trained with.
+        if self.initial is not None and (self.base is not None or self.config.warm_start):
+            # The weights belong to the coefficients that they were trained with.
             return self.initial.header.sigma_data
         if low := self.task.low_resolution:
             # Rows are sorted by content hash, so the first ones are a random sample.
@@ -280,6 +283,8 @@ class TrainingSetup:
         fields: dict[str, Any] = {"data_mean": family.data_mean(self.model, manifest.mean)}
         if self.base is not None and self.initial is not None:
             fields = self.initial.header.model_dump(include={"data_mean", "guidance", "guidance_interval"})
+        elif self.config.warm_start and self.initial is not None:
+            fields = {"data_mean": self.initial.header.data_mean}
         if self.has_guide:
             guide = self.given_guide
             fields["guide_images"] = min(images, self.guide_images(total)) if guide is None else guide[1]
@@ -373,12 +378,13 @@ def make_setup(
         model = model.model_copy(update={"autoencoder": f"sha256:{autoencoder.space.digest}"})
     initial = load_initial(model.resolve(autoencoder.space.size if autoencoder else size), config, dataset)
     base, latents, encoding = None, None, family_of(model).own_caption_encoder(model)
+    state_file = find_state(config, model)
     if initial is not None and config.init_from is not None:
         base, config = identify_base(initial, config, start)
         if initial.has_frozen_parts:
             model = initial.config
-        if config.adapter is not None and autoencoder is not None:
-            # With the moments that its frozen weights were trained with.
+        if (config.adapter is not None or config.warm_start) and autoencoder is not None:
+            # With the moments that its weights were trained with.
             assert isinstance(initial.autoencoder, Latents)
             autoencoder = initial.autoencoder
         if model.text:
@@ -387,7 +393,8 @@ def make_setup(
             latents = encode_latents(initial, digest, dataset, config, readers, progress)
     captions = encode_captions(dataset, config, encoding, ranks, readers, progress) if model.text else None
     prior_prompt = encode_prior(config, captions, readers)
-    setup = TrainingSetup(dataset, model, config, ranks, captions, autoencoder, initial, base, latents, prior_prompt)
+    parts = dataset, model, config, ranks, captions, autoencoder, initial, base, latents, prior_prompt
+    setup = TrainingSetup(*parts, state_file=state_file)
     check_conditions(setup.classes, model.text, sampling, setup.sample_grid_conditions())
     if base is not None and captions is not None and not (config.adapter and config.adapter.text_encoder):
         texts = setup.sample_grid_conditions().texts

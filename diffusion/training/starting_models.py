@@ -1,22 +1,27 @@
 """Models that a training begins with: initial weights, a pipeline or a teacher, and the autoencoder of its latents."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from diffusion.checkpoints import load_model, weights_digest
+from diffusion.checkpoints import load_model, read_model_header, weights_digest
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
 from diffusion.common.files import sha256_file
 from diffusion.data.dataset import Dataset
+from diffusion.data.manifest import Manifest
 from diffusion.families.config import FamilyConfig
 from diffusion.families.header import Base
 from diffusion.families.model import Model, to_float, use_channels_last
 from diffusion.families.vae.network import Latents
 from diffusion.training.config import TrainingConfig
-from diffusion.training.identity import local_file
+from diffusion.training.identity import identity_fields, local_file
+from diffusion.training.warm_start import has_state, start_digest
+
+logger = logging.getLogger(__name__)
 
 MEASURED = 1024
 """Maximum number of training images on which moments are measured: error about 0.1 %."""
@@ -44,19 +49,7 @@ def load_initial(
         option = "training.init_from"
         alternative = "begin with a model of the same kind, or at random (training.init_from=null)"
     initial = load(local_file(option, config.init_from))
-    histogram = dataset.manifest.class_histogram
-    classes = sorted(histogram) if len(histogram) > 1 else []
-    if initial.header.model.family != model.family:
-        words: str | None = f"is a model of the family {initial.header.model.family}, and this is {model.family}:"
-    elif initial.header.square != dataset.shape and not initial.header.takes_other_sizes(dataset.shape):
-        actual, expected = ("×".join(map(str, shape)) for shape in (initial.header.square, dataset.shape))
-        words = (
-            f"generates images of {actual} (channels × height × width), and data set {dataset.manifest.name} has "
-            f"{expected}:"
-        )
-    else:
-        words = initial.conflict_as_start(model, classes)
-    if words is not None:
+    if (words := start_conflict(initial, model, dataset.manifest)) is not None:
         raise UserError(f"{option} {config.init_from} {words} {alternative}")
     if config.student is not None and initial.header.student_steps is not None:
         raise UserError(f"{config.init_from} is a student itself: name its teacher with distillation.teacher")
@@ -68,7 +61,45 @@ def load_initial(
             f"{config.adapter.base_weights} would keep few: leave it out, or begin with its base"
         )
     initial.round_base(config.adapter)
-    return initial.select_classes(classes)
+    return initial.select_classes(_classes(dataset.manifest))
+
+
+def start_conflict(initial: Model, model: FamilyConfig, manifest: Manifest) -> str | None:
+    """Describe why a training of ``model`` on a data set cannot begin with ``initial``; None if it can.
+
+    The description continues a sentence about ``initial``, and an alternative follows it.
+    """
+    if initial.header.model.family != model.family:
+        return f"is a model of the family {initial.header.model.family}, and this is {model.family}:"
+    shape = (manifest.channels, manifest.size, manifest.size)
+    if initial.header.square != shape and not initial.header.takes_other_sizes(shape):
+        actual, expected = ("×".join(map(str, each)) for each in (initial.header.square, shape))
+        return f"generates images of {actual} (channels × height × width), and data set {manifest.name} has {expected}:"
+    return initial.conflict_as_start(model, _classes(manifest))
+
+
+def _classes(manifest: Manifest) -> list[str]:
+    return sorted(manifest.class_histogram) if len(manifest.class_histogram) > 1 else []
+
+
+def find_state(config: TrainingConfig, model: FamilyConfig) -> Path | None:
+    """Find the checkpoint whose training state a warm start takes over; None, and a warning, if it has none that fits.
+
+    None also for trainings that are not warm starts.
+    """
+    if not config.warm_start or config.init_from is None:
+        return None
+    path, fields = Path(config.init_from), identity_fields(config, model)
+    if not has_state(path):
+        reason = "it holds no training state"
+    else:
+        before = read_model_header(path).training
+        changes = [name for name in ("optimizer", "learned_uncertainty") if before.get(name) != fields.get(name)]
+        if not changes:
+            return path
+        reason = f"its training state is that of another training.{changes[0]}"
+    logger.warning("a warm start from the averaged weights of %s alone, as %s", path, reason)
+    return None
 
 
 def identify_base(initial: Model, config: TrainingConfig, version: str | None) -> tuple[Base | None, TrainingConfig]:
@@ -78,8 +109,14 @@ def identify_base(initial: Model, config: TrainingConfig, version: str | None) -
     """
     file = Path(config.init_from or "")
     is_base = config.adapter is not None or initial.has_frozen_parts
+    if is_base and config.warm_start:
+        raise UserError(
+            f"training.warm_start goes on with all weights of a network, and training changes a part of "
+            f"{config.init_from} alone: leave it out"
+        )
     base = Base(sha256=sha256_file(file), version=version) if is_base else None
-    return base, config.model_copy(update={"init_from": weights_digest(file)})
+    digest = start_digest(file) if config.warm_start else weights_digest(file)
+    return base, config.model_copy(update={"init_from": digest})
 
 
 def make_latents(path: str, dataset: Dataset, digest: str, load: Callable[[Path], Model] = load_model) -> Latents:

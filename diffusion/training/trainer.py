@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from diffusion.checkpoints import AUTOENCODER, GUIDE
 from diffusion.common.device import CopyToCPU, resolve_device
-from diffusion.common.errors import DarkroomError
+from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.fingerprint import autocast
 from diffusion.data.loader import Batch, Loader, make_order
 from diffusion.families.model import OptimizerStep, TrainingBatch, TrainingObjective, use_channels_last
@@ -118,10 +119,15 @@ class TrainingState:
         weights = self.frozen | {GUIDE + name: value for name, value in self.guide.items()}
         for prefix, average in zip(PREFIXES, self.averages, strict=False):
             weights |= {prefix + name: value for name, value in average.averages.items()}
-        for step in self.steps:
-            for prefix, module in step.modules.items():
-                weights |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
-        return weights
+        return weights | self._raw_weights()
+
+    def _raw_weights(self) -> dict[str, Tensor]:
+        modules = {prefix: module for step in self.steps for prefix, module in step.modules.items()}
+        return {
+            f"{prefix}.{name}": value
+            for prefix, module in modules.items()
+            for name, value in module.state_dict().items()
+        }
 
     def counts(self) -> dict[str, int]:
         """Return the counts for the header of a checkpoint."""
@@ -133,6 +139,21 @@ class TrainingState:
         for name, value in self._weights().items():
             # In place: network and optimizer share these tensors.
             value.copy_(shard_like(tensors[name], value))
+        self._load_moments(tensors)
+        self.images, self.skipped = counts["images"], counts["skipped"]
+        self.skipped_in_a_row = counts["skipped_in_a_row"]
+
+    @torch.no_grad()
+    def take_over(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from raw weights and optimizer moments of another training of the same network and optimizer."""
+        weights = self._raw_weights()
+        if missing := sorted(weights.keys() - tensors.keys()):
+            raise UserError(f"training.init_from has no {missing[0]} in its training state: name another checkpoint")
+        for name, value in weights.items():
+            value.copy_(shard_like(tensors[name], value))
+        self._load_moments(tensors)
+
+    def _load_moments(self, tensors: Mapping[str, Tensor]) -> None:
         for prefix, optimizer in self._named_optimizers():
             parameters, moments = optimizer.param_groups[0]["params"], dict[int, dict[str, Tensor]]()
             for name in tensors:
@@ -146,8 +167,6 @@ class TrainingState:
                     moments.setdefault(int(index), {})[moment] = value
             groups: Any = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.images, self.skipped = counts["images"], counts["skipped"]
-        self.skipped_in_a_row = counts["skipped_in_a_row"]
 
 
 class PendingStep(NamedTuple):
@@ -275,6 +294,8 @@ class Trainer(TrainingStep):
         state = TrainingState(network, self.objective, config, device, frozen, mesh, setup.has_guide)
         if setup.given_guide is not None:
             state.load_guide(dict(setup.given_guide[0].named_parameters()))
+        if setup.state_file is not None:
+            state.take_over(load_file(setup.state_file))
         super().__init__(setup, state, threads)
         if setup.compiled:
             # A program per shape of the images.

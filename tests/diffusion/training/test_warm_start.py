@@ -1,4 +1,4 @@
-"""A warm start: from the weights of another model, bit for bit, and a training of its own for each of them."""
+"""Training from another model: from its weights, bit for bit, and with its training state as a warm start."""
 
 import shutil
 from contextlib import closing
@@ -8,13 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusion.checkpoints import read_model_header
+from diffusion.checkpoints import export, read_model_header, save_tensors
 from diffusion.common.errors import UserError
+from diffusion.common.model_files import read_header
 from diffusion.data.dataset import Dataset
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.starting_models import load_initial
 from diffusion.training.train import TrainResult, preflight, train
+from diffusion.training.warm_start import export_state, join_state
 from tests.builders.small_autoencoders import VAE
 from tests.builders.small_models import write_model
 from tests.builders.training_runs import CONFIG, MODEL, SAMPLING, Stop, StopAt
@@ -117,3 +119,72 @@ def test_default_resolutions_are_recorded_and_equal_explicit_ones(dataset: Path,
     for model in (unset, unset.model_copy(update={"channel_mult": (1, 1)})):
         warm = config.model_copy(update={"init_from": str(first)})
         train(dataset, tmp_path / f"second-{model.channel_mult}", model, warm, SAMPLING)
+
+
+def go_on(data: Path, output: Path, begun: Path, **options: object) -> TrainResult:
+    fields = {"init_from": str(begun), "warm_start": True, "guide": None}
+    config = TrainingConfig.model_validate(CONFIG.model_dump() | SHORT | fields)
+    return train(data, output, MODEL, config, SAMPLING, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def checkpoint(dataset: Path, tmp_path: Path) -> Path:
+    """The last but one checkpoint of a training, whose rate is not zero yet."""
+    train(dataset, tmp_path / "night", MODEL, CONFIG.model_copy(update=SHORT | {"guide": None}), SAMPLING)
+    return tmp_path / "night" / "checkpoints" / "0000000064.safetensors"
+
+
+def test_warm_start_takes_over_weights_moments_and_statistics(dataset: Path, checkpoint: Path, tmp_path: Path) -> None:
+    header, mean = read_header(checkpoint), (0.25,)
+    header["model_header"] |= {"sigma_data": 2.0, "data_mean": mean}
+    save_tensors(checkpoint, load_file(checkpoint), header)
+    with pytest.raises(Stop):
+        go_on(dataset, tmp_path / "next", checkpoint, track=lambda _: StopAt(0))
+    begun = tmp_path / "next" / "checkpoints" / "0000000000.safetensors"
+    before, after = load_file(checkpoint), load_file(begun)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [name for name in after if name.startswith("muon.")]
+    assert not torch.equal(after["ema.stem.weight"], after["network.stem.weight"])
+    assert (read_model_header(begun).sigma_data, read_model_header(begun).data_mean) == (2.0, mean)
+    with pytest.raises(Stop):
+        run(dataset, tmp_path / "tuned", checkpoint, track=lambda _: StopAt(0))
+    tuned = read_model_header(tmp_path / "tuned" / "checkpoints" / "0000000000.safetensors")
+    assert tuned.data_mean != mean
+
+
+def test_stopped_warm_start_with_state_resumes_bit_for_bit(dataset: Path, checkpoint: Path, tmp_path: Path) -> None:
+    whole = go_on(dataset, tmp_path / "whole", checkpoint)
+    with pytest.raises(Stop):
+        go_on(dataset, tmp_path / "cut", checkpoint, track=lambda _: StopAt(48))
+    resumed = go_on(dataset, tmp_path / "cut", checkpoint)
+    assert resumed.final.read_bytes() == whole.final.read_bytes()
+
+
+def test_state_beside_the_model_is_a_checkpoint_again(dataset: Path, checkpoint: Path, tmp_path: Path) -> None:
+    weights, state, joined = (tmp_path / f"{name}.safetensors" for name in ("weights", "state", "joined"))
+    export(checkpoint, weights)
+    assert export_state(checkpoint, state)
+    assert not set(load_file(weights)) & set(load_file(state))
+    join_state(weights, state, joined)
+    assert go_on(dataset, tmp_path / "a", joined).train_key == go_on(dataset, tmp_path / "b", checkpoint).train_key
+    alone = go_on(dataset, tmp_path / "c", weights)
+    assert alone.train_key != go_on(dataset, tmp_path / "a", joined).train_key
+    assert not export_state(weights, state)
+    assert not state.exists()
+    export_state(tmp_path / "a" / "checkpoints" / "0000000064.safetensors", state)
+    with pytest.raises(UserError):
+        join_state(weights, state, joined)
+
+
+def test_moments_of_another_optimizer_are_left_aside(
+    dataset: Path, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = SHORT | {"init_from": str(checkpoint), "warm_start": True, "optimizer": "adamw"}
+    config = TrainingConfig.model_validate(CONFIG.model_dump() | fields)
+    with pytest.raises(Stop):
+        train(dataset, tmp_path / "next", MODEL, config, SAMPLING, track=lambda _: StopAt(0))
+    begun = load_file(tmp_path / "next" / "checkpoints" / "0000000000.safetensors")
+    assert not [name for name in begun if name.startswith(("adamw.", "muon."))]
+    assert torch.equal(begun["network.stem.weight"], load_file(checkpoint)["ema.stem.weight"])
+    assert "averaged weights" in caplog.text

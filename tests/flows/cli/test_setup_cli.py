@@ -395,7 +395,9 @@ def retraining(verdict: dict[str, Any]) -> dict[str, Any]:
         "verdict": {"reason": "first", "champion": 1, "version": version} | verdict,
         "explained": {"files": []},
         "advice": None,
-        **dict.fromkeys(("samples", "skipped", "seconds", "quality", "set_aside", "report", "mlflow_page"), None),
+        **dict.fromkeys(
+            ("samples", "skipped", "seconds", "start", "quality", "set_aside", "report", "mlflow_page"), None
+        ),
         **{"run_id": "1", "prefect_page": None},
     }
 
