@@ -18,6 +18,7 @@ from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
 from diffusion.data.dataset import ShardSamples
+from diffusion.data.ingest.chunks import MAX_CHUNK_IMAGES
 from diffusion.data.loader import WindowedOrder, require_equal_shares
 from diffusion.data.manifest import Manifest
 
@@ -90,8 +91,8 @@ class Shards(NamedTuple):
 
     @classmethod
     def make_equal(cls, images: int, bytes_per_image: int, shard_bytes: int) -> "Shards":
-        """Make up equal shards of about ``shard_bytes``."""
-        images_per_shard = max(1, shard_bytes // bytes_per_image)
+        """Make up equal shards of about ``shard_bytes``, with at most as many images as an ingest puts into one."""
+        images_per_shard = min(max(1, shard_bytes // bytes_per_image), MAX_CHUNK_IMAGES)
         counts = np.full(-(-images // images_per_shard), images_per_shard)
         counts[-1] = images - images_per_shard * (len(counts) - 1)
         return cls("", counts * bytes_per_image, counts)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -20,7 +21,11 @@ from tests.builders.waiting import wait_for
 
 HIDE_OTHERS = 'for folder in $OTHERS; do mount -t tmpfs none "$folder" || exit 9; done; cd "$HOME" && exec "$@"'
 """Script of a process in a namespace, whose mounts are its own: what others write is not there."""
-RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--object-store-memory=80000000"]
+RAY = [
+    # On a busy machine a node gives up after half a minute; others of a lost head run until they miss it.
+    *("sh", "-c", 'until "$@"; do sleep 1; done', "sh"),
+    *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--object-store-memory=80000000"),
+]
 
 
 @dataclass
@@ -35,7 +40,7 @@ class Node:
 
     def start(self, log: str, *command: str) -> subprocess.Popen[bytes]:
         """Start a process there in its folder, which is its HOME, too; what it says goes to the file ``log``."""
-        environment = plain() | ENVIRONMENT | self.variables
+        environment = plain() | ENVIRONMENT | {"RAY_gcs_rpc_server_reconnect_timeout_s": "5"} | self.variables
         environment |= {"HOME": str(self.folder), "TMPDIR": str(self.folder / "tmp")}
         environment["OTHERS"] = " ".join(map(str, self.others))
         with (self.folder / log).open("wb") as file:
@@ -59,8 +64,9 @@ def machines(count: int) -> Iterator[tuple[list[Node], str]]:
     """``count`` nodes, and the address at which this process is reached from them; skips without root or ``ip``."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and the program ip (apt-get install iproute2)")
-    number = os.getpid()
-    bridge, network = f"drk{number}", f"10.213.{number % 256}"
+    # Interfaces of a deleted namespace are there until the last of its processes has ended.
+    number = uuid4().hex[:6]
+    bridge, network = f"drk{number}", f"10.213.{int(number[:2], 16)}"
     names = [f"{bridge}-{place}" for place in range(count)]
     try:
         _ip("link", "add", bridge, "type", "bridge")
@@ -98,26 +104,33 @@ def machines(count: int) -> Iterator[tuple[list[Node], str]]:
 def start_ray(nodes: Sequence[Node], variables: Mapping[str, str]) -> None:
     """Start a cluster of which the first node is the head, without a core to give, and each other one has one core."""
     head, *workers = nodes
-    address = f"{head.address}:6379"
     for node in nodes:
-        node.variables = {**variables, "RAY_ADDRESS": address}
+        node.variables = {**variables, "RAY_ADDRESS": f"{head.address}:6379"}
+    start_head(head)
+    for worker in workers:
+        start_worker(worker)
+    wait_for_workers(head, len(workers))
+
+
+def start_head(head: Node) -> None:
+    """Start the head, once the last one is forgotten."""
     place = ["--head", "--port=6379", f"--temp-dir={head.folder / 'ray'}", "--include-dashboard=false"]
     head.start("ray.log", *RAY, *place, f"--node-ip-address={head.address}", "--num-cpus=0")
     log = head.folder / "ray.log"
-    wait_for(lambda: "Ray runtime started" in log.read_text(), 300, log.read_text)
-    for worker in workers:
-        start_worker(worker)
+    wait_for(lambda: "Ray runtime started" in log.read_text(), 600, log.read_text)
+
+
+def wait_for_workers(head: Node, count: int) -> None:
+    """Wait until ``count`` nodes have joined the head."""
     wait = "import ray, time; ray.init('auto', log_to_driver=False)\n"
-    wait += f"while ray.cluster_resources().get('CPU', 0) < {len(workers)}: time.sleep(0.1)"
-    assert head.start("wait.log", sys.executable, "-c", wait).wait(300) == 0, (head.folder / "wait.log").read_text()
+    wait += f"while ray.cluster_resources().get('CPU', 0) < {count}: time.sleep(0.1)"
+    assert head.start("wait.log", sys.executable, "-c", wait).wait(600) == 0, (head.folder / "wait.log").read_text()
 
 
 def start_worker(worker: Node) -> None:
-    """Join a node to the cluster."""
-    # On a busy machine a node gives up after half a minute.
+    """Join a node to the cluster, and again whenever it has lost the head."""
     worker.start(
         "ray.log",
-        *("sh", "-c", 'until "$@"; do sleep 1; done', "sh"),
         *RAY,
         f"--address={worker.variables['RAY_ADDRESS']}",
         f"--node-ip-address={worker.address}",

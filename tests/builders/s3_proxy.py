@@ -62,7 +62,8 @@ def proxied(server: Mapping[str, str], intercept: Intercept, host: str = "127.0.
             request = Request(self.command, key, query, self.headers, body, self.client_address[0])
             if (code := intercept(request)) and code != CUT:
                 error_body = f"<Error><Code>{code}</Code><Message>by a drill</Message></Error>".encode()
-                self.reply(403, [("Content-Type", "application/xml")], b"" if self.command == "HEAD" else error_body)
+                status = 503 if code == "SlowDown" else 403
+                self.reply(status, [("Content-Type", "application/xml")], b"" if self.command == "HEAD" else error_body)
                 return
             headers = {name: value for name, value in request.headers.items() if name.lower() not in DROPPED}
             signed = AWSRequest(self.command, f"http://{address}{self.path}", headers, body)

@@ -65,6 +65,7 @@ NOT_OF_A_CHUNK = {
 """Fields of the configuration that cannot change what a chunk becomes."""
 FORMAT = 9
 """Incremented when the same images would be stored in another way, so that chunks of older code are not reused."""
+MAX_CHUNK_IMAGES = 8192
 TEXT_OF_A_CHUNK = 2**23
 """Approximate characters of names, labels and captions per chunk; its memory grows with them."""
 
@@ -144,7 +145,7 @@ def chunk_size(images: int, config: IngestConfig) -> int:
     """Return the images per chunk: about ``config.shard_bytes``, but small sets get at least eight chunks."""
     # Photographs as PNG take about two thirds of their pixels; headers and JSON about 2 KiB.
     image_bytes = 2 * config.size**2 + 2048
-    max_images = min(max(config.shard_bytes // image_bytes, 1), 8192)
+    max_images = min(max(config.shard_bytes // image_bytes, 1), MAX_CHUNK_IMAGES)
     return min(max_images, max(-(-images // 8), 512))
 
 

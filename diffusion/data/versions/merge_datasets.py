@@ -197,8 +197,9 @@ def _tasks(
 ) -> Iterator[_Task]:
     """Yield the parts of the merged data set; those that add nothing to it are left out."""
     number = 0
+    edges = np.searchsorted(duplicates["part"], np.arange(len(parts) + 1))
     for index, (source, part) in enumerate(parts):
-        part_duplicates = duplicates[slice(*np.searchsorted(duplicates["part"], (index, index + 1)))]
+        part_duplicates = duplicates[edges[index] : edges[index + 1]]
         if index < len(before.parts):
             number = part.number
         elif len(part_duplicates) == count_stored(part) and "removed" not in part.outcomes:

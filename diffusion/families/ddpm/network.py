@@ -88,7 +88,7 @@ class TextAttention(nn.Module):
         self.norm = normalisation(channels)
         self.query = nn.Conv2d(channels, channels, 1)
         self.key_value = nn.Linear(WIDTH, 2 * channels)
-        self.nothing = nn.Parameter(torch.zeros(2 * channels))
+        self.no_text = nn.Parameter(torch.zeros(2 * channels))
         """Key and value of the learned token, all that there is to attend to without a caption."""
         self.out = _zero(nn.Conv2d(channels, channels, 1))
 
@@ -96,7 +96,7 @@ class TextAttention(nn.Module):
         """(N, C, H, W) and (N, L, 384) to (N, C, H, W)."""
         n, c, h, w = x.shape
         query = self.query(self.norm(x)).permute(0, 2, 3, 1).reshape(n, h * w, self.heads, c // self.heads)
-        key_value, mask = self.nothing.to(query.dtype).expand(n, 1, 2 * c), None
+        key_value, mask = self.no_text.to(query.dtype).expand(n, 1, 2 * c), None
         if tokens is not None:
             known = self.key_value(functional.layer_norm(tokens.to(self.key_value.weight.dtype), (WIDTH,)))
             key_value = torch.cat([key_value, known.to(query.dtype)], dim=1)
@@ -144,10 +144,9 @@ class UNet(nn.Module):
         self.dropout, self.gradient_checkpointing = config.dropout, False
         """Whether activations inside layers are recomputed in the backward pass instead of stored."""
         embedding = 4 * config.width
-        self.time = nn.Sequential(nn.Linear(config.width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
-        self.has_tokens = config.tokens > 0
-        if not self.has_tokens:
-            self.time.append(nn.SiLU())
+        self.time = nn.Sequential(
+            nn.Linear(config.width, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
+        )
         self.no_class = classes
         """Index of the unconditional class."""
         self.classes = nn.Embedding(classes + 1, embedding) if classes else None
@@ -165,7 +164,7 @@ class UNet(nn.Module):
             nonlocal current
             current = config.width * channel_mult[resolution]
             heads, text_heads = (config.heads if wanted else 0 for wanted in (attention, attention or text))
-            text_heads = text_heads if self.has_tokens else 0
+            text_heads = text_heads if config.tokens else 0
             return ResidualBlock(inputs, current, embedding, heads, config.dropout, text_heads)
 
         lowest = len(channel_mult) - 1
@@ -273,8 +272,7 @@ class UNet(nn.Module):
             embedding = embedding + captions
         if self.level is not None and level is not None:
             embedding = embedding + self.level(sinusoidal(level * LEVEL_SCALE, self.width).to(dtype))
-        # Classes and captions change what times mean only if they are added before the nonlinearity, as in ADM.
-        return functional.silu(embedding) if self.has_tokens else embedding
+        return embedding
 
 
 def seeded_dropout(h: Tensor, draws: Tensor, rate: float) -> Tensor:

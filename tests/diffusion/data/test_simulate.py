@@ -171,9 +171,9 @@ def test_loading_twice_as_slow_as_steps_waits_half_the_time(slow: dict[str, floa
 
 def test_every_node_fetches_each_shard_of_a_billion_images_once() -> None:
     shards = Shards.make_equal(10**9, 20_000, 2**30)
-    settings = SETTINGS.model_copy(update={"batch_size": 2**16, "window": 16, "stream_bytes": 40 * 2**30})
+    settings = SETTINGS.model_copy(update={"batch_size": 2**16, "window": 64, "stream_bytes": 40 * 2**30})
     (epoch,) = simulate(shards, FAST.model_copy(update={"nodes": 64, "ranks": 8}), settings).epochs
-    ahead = shards.bytes[:16].sum()  # of the next epoch
+    ahead = shards.bytes[:64].sum()  # of the next epoch
     assert epoch.fetched_bytes == pytest.approx(10**9 * 20_000 + ahead, rel=1e-3)
     assert epoch.waited == 0
     assert epoch.seconds == pytest.approx(0.1 * 10**9 / 2**16, rel=1e-3)
@@ -198,10 +198,8 @@ def test_repeated_steps_count_as_if_simulated_one_by_one(
     batches: int | None,
     uneven: bool,
 ) -> None:
-    shards = Shards.make_equal(5_000_000, 20_000, 2**30)
-    if uneven:
-        images = np.random.default_rng(0).integers(40_000, 80_000, len(shards.images))
-        shards = Shards("", images * 20_000, images)
+    images = np.random.default_rng(0).integers(40_000, 80_000, 94) if uneven else np.full(94, 53_687)
+    shards = Shards("", images * 20_000, images)
     network, disk, decoding = (1000 / 0.1 * factor for factor in steps)
     machines = Machines(
         bandwidth=network * 20_000,

@@ -1,5 +1,6 @@
 """Ingest on Ray nodes that share nothing but S3: nodes die, and the bytes are those of threads."""
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -14,7 +15,15 @@ from flows.datasets.catalog import Catalog, Heads
 from flows.datasets.checkout import checkout
 from flows.storage.s3 import Object, S3Objects, Store
 from tests.builders.ingested import files_of
-from tests.builders.network_namespaces import Node, driver, machines, start_ray, start_worker
+from tests.builders.network_namespaces import (
+    Node,
+    driver,
+    machines,
+    start_head,
+    start_ray,
+    start_worker,
+    wait_for_workers,
+)
 from tests.builders.s3_proxy import Request, proxied
 from tests.builders.shapes import blob
 
@@ -92,4 +101,28 @@ def test_nodes_killed_in_each_stage_change_nothing(cluster: Cluster, tmp_path: P
     cluster.watch = watch
     assert cluster.ingest() == 0, cluster.log
     assert not stages
+    cluster.require_bytes_of_threads(tmp_path)
+
+
+@pytest.mark.drill(
+    "the head of Ray dies while S3 is busy",
+    "the head, with the driver, is killed at the first staged table; S3 answers every fifth request with 503",
+    "the same command on a new head goes on, the bytes of threads",
+)
+def test_a_head_killed_while_s3_is_busy_changes_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    numbers, killed, lock = itertools.count(), threading.Event(), threading.Lock()
+
+    def watch(request: Request) -> str | None:
+        with lock:
+            if not killed.is_set() and request.method == "PUT" and request.key.endswith(".parquet"):
+                killed.set()
+                cluster.nodes[0].kill()
+        return "SlowDown" if next(numbers) % 5 == 0 else None
+
+    cluster.watch = watch
+    assert cluster.ingest() != 0
+    assert killed.is_set(), cluster.log
+    start_head(cluster.nodes[0])
+    wait_for_workers(cluster.nodes[0], len(cluster.nodes) - 1)
+    assert cluster.ingest() == 0, cluster.log
     cluster.require_bytes_of_threads(tmp_path)
