@@ -21,7 +21,7 @@ from diffusion.data.caption_texts import CaptionTexts
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.data.ingest.ingest import encodings_folder, forget_encodings
 from diffusion.data.manifest import read_manifest
-from diffusion.families.text_encoder import MINI_LM, CaptionEncoder, stack_encodings
+from diffusion.families.text_encoder import MINI_LM, CaptionEncoder, CaptionMoments, stack_encodings
 
 CHUNK = 256
 """Captions encoded between two progress reports."""
@@ -53,10 +53,17 @@ class Captions:
         captions = self.numbers[np.asarray(rows, np.int64)]
         numbers = torch.from_numpy(self.texts.select(np.maximum(captions, 0), u))
         missing = torch.from_numpy(captions < 0)
+        encodings = self.encoding.standardize({name: self.encodings[name][numbers] for name in self.encoding.none})
         return {
-            name: torch.where(missing.view(-1, *[1] * none.ndim), none, self.encodings[name][numbers])
+            name: torch.where(missing.view(-1, *[1] * none.ndim), none, encodings[name])
             for name, none in self.encoding.none.items()
         }
+
+    def measure(self, rows: Rows) -> CaptionMoments | None:
+        """Measure the moments of the first texts of the different captions of ``rows``."""
+        captions = np.unique(self.numbers[np.asarray(rows, np.int64)])
+        texts = self.texts.select(captions[captions >= 0])
+        return CaptionMoments.measure(self.encodings["text"][torch.from_numpy(texts)])
 
 
 def encode_texts(

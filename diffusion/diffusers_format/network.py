@@ -74,19 +74,20 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         timestep: Tensor | float,
         class_labels: Tensor | None = None,
         text: Tensor | None = None,
+        tokens: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor]:
         """Predict the clean images in [−1, 1], prediction type ``sample`` of diffusers: (N, C, H, W).
 
         ``sample`` is x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, (N, C, H, W), and ``timestep`` t, whole or not, of all or of each
-        (N,). ``class_labels`` (N,) are numbers in the sorted classes, one more for any; ``text`` (N, 384) embeddings of
-        captions, zeros for none. With 2C ``out_channels`` the second half is v of ``interpolate_deviation``, as a
-        DDPMScheduler with the variance ``learned_range`` takes it.
+        (N,). ``class_labels`` (N,) are numbers in the sorted classes, one more for any; ``text`` (N, 384) and
+        ``tokens`` (N, L, 384) are ``DDPMModel.encode_prompt`` of captions, zeros for none. With 2C ``out_channels`` the
+        second half is v of ``interpolate_deviation``, as a DDPMScheduler with the variance ``learned_range`` takes it.
         """
         t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         sigma = self.model.schedule.sigma(t)
         x = sample.float() * (1 + sigma**2).sqrt().float()[:, None, None, None]
-        inputs = {"label": class_labels, "text": text}
+        inputs = {"label": class_labels, "text": text, "tokens": tokens}
         conditioning = {name: tensor for name, tensor in inputs.items() if tensor is not None}
         x0, v = self.model.denoiser(conditioning).estimate(x, sigma)
         answer = torch.cat([x0, v], dim=1) if self.config.out_channels > self.config.in_channels else x0

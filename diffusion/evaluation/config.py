@@ -54,13 +54,14 @@ class EvaluationConfig(Config):
     """Number of images, reference, feature network and seed of an evaluation."""
 
     samples: int = Field(500, ge=10)
-    """Images generated from each checkpoint, and real training images in the real baseline."""
-    finalists: int = Field(2, ge=1)
-    """Number of checkpoints evaluated in full, on all samples. If there are more (training.keep, ema_stds), rounds with
-    fewer images select them by KID, or PSNR for autoencoders, which are unbiased for any number of images."""
+    """Images generated from each checkpoint that is evaluated in full, and real training images in the real
+    baseline."""
+    finalists: int = Field(1, ge=1)
+    """Number of checkpoints evaluated in full. If there are more, they are selected on half of the images or fewer."""
     first_samples: int | None = Field(None, ge=10, exclude_if=is_unset)
-    """Images generated from each checkpoint in the first of these rounds. The better quarter advances, with four times
-    as many images, until finalists are left. Null: a quarter of samples, at least 10: one round."""
+    """Images generated from each of many checkpoints (training.keep, ema_stds) in the first round. The better quarter,
+    and one more than finalists at least, advances with four times as many, up to half of samples, by KID, or PSNR for
+    autoencoders, which are unbiased for any number of images. Null: a quarter of samples, in whole compute batches."""
     ema_stds: tuple[Annotated[float, Field(gt=0, lt=MAX_EMA_STD)], ...] = ()
     """Post-hoc EMA: relative standard deviations of further averages of the weights to evaluate; see
     training.ema_stds."""
@@ -92,10 +93,10 @@ class EvaluationConfig(Config):
 
     @model_validator(mode="after")
     def _means_something(self) -> "EvaluationConfig":
-        if self.first_samples is not None and self.first_samples >= self.samples:
+        if self.first_samples is not None and self.first_samples >= self.samples // 2:
             raise ValueError(
-                f"first_samples = {self.first_samples} is not less than samples = {self.samples}, and rounds that cost "
-                "as much as the full judgement choose nothing: make it less, or leave it out"
+                f"first_samples = {self.first_samples} is not less than half of samples = {self.samples}, on which the "
+                "last round compares: make it less, or leave it out"
             )
         if self.extractor == "inception" and self.extractor_size is not None:
             raise ValueError("extractor = inception sees every image at 299 pixels: leave extractor_size out")

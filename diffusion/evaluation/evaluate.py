@@ -37,26 +37,38 @@ ETA = 4
 
 
 def select_finalists(
-    checkpoints: Sequence[Path], config: EvaluationConfig, score: Callable[[Path, int], CheckpointEvaluation]
+    checkpoints: Sequence[Path],
+    config: EvaluationConfig,
+    compute_batch: int,
+    score: Callable[[Path, int], CheckpointEvaluation],
 ) -> tuple[list[Path], list[CheckpointEvaluation]]:
-    """Select the checkpoints to evaluate in full, in their order; also returns the last scores of the others.
+    """Select the checkpoints to evaluate in full, in any order; also returns the last scores of the others.
 
-    Successive halving (arXiv 1502.07943): while there are more than ``config.finalists`` and images are fewer than
-    ``config.samples``, all are scored by ``score(checkpoint, images)``, and the better quarter by the selection metric,
-    which is unbiased for any number of images, advances; of the last round only the finalists.
+    Successive halving (arXiv 1502.07943) by ``score(checkpoint, images)`` and its selection metric, which is unbiased
+    for any number of images: while there are more than ``config.finalists``, the better quarter advances, to four times
+    as many images, and at last more than those are compared on the first half of ``config.samples``. Images are whole
+    batches of ``compute_batch``, as a part takes as long.
     """
     candidates, preliminary = list(checkpoints), list[CheckpointEvaluation]()
-    samples = config.first_samples or max(10, math.ceil(config.samples / 4))
-    while len(candidates) > config.finalists and samples < config.samples:
+    last = _whole_batches(config.samples // 2, compute_batch)
+    samples = config.first_samples or _whole_batches(max(10, math.ceil(config.samples / ETA)), compute_batch)
+    while len(candidates) > config.finalists:
+        samples = last if len(candidates) == config.finalists + 1 else min(samples, last)
         evaluations = [(path, score(path, samples)) for path in candidates]
         evaluations.sort(key=lambda pair: pair[1].selection_metric.rank, reverse=True)
-        is_last = samples * ETA >= config.samples
-        places = config.finalists if is_last else max(config.finalists, math.ceil(len(candidates) / ETA))
-        survivors = {path for path, _ in evaluations[:places]}
-        candidates = [path for path in candidates if path in survivors]
+        rest = max(config.finalists + 1, math.ceil(len(candidates) / ETA))
+        places = config.finalists if samples == last else rest
         preliminary += [evaluation for _, evaluation in evaluations[places:]]
+        candidates = [path for path, _ in evaluations[:places]]
+        if samples == last:
+            break
         samples *= ETA
     return candidates, sorted(preliminary, key=lambda evaluation: evaluation.images)
+
+
+def _whole_batches(samples: int, compute_batch: int) -> int:
+    """Return the multiple of ``compute_batch`` next to ``samples``, or these if there is less than half a batch."""
+    return round(samples / compute_batch) * compute_batch or samples
 
 
 REAL_GRID = "held_out.png"
@@ -81,12 +93,12 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate ``checkpoints`` on the held-out images of the data set in folder ``data``.
 
-    All generate the same image numbers of one seed; the best one has the best selection metric, and guidance is chosen
-    for it by ``choose_guidance`` and ``gate``. If there are more than ``config.finalists``, ``select_finalists`` says
-    which are evaluated in full. Expensive parts are cached in the folder ``cache``, by default one in ``output``: the
-    same call continues after a kill, and generates nothing once it is complete. ``output`` gets ``evaluation.json``,
-    ``metrics.json``, ``scores.csv``, ``preliminary.csv`` of those not evaluated in full, grids as PNG, and at last
-    ``report.html``, with the curves of ``losses``, a CSV by images seen.
+    All generate the same image numbers of one seed; ``select_finalists`` says which are evaluated in full, the best
+    one has the best selection metric, and guidance is chosen for it by ``choose_guidance`` and ``gate``. Expensive
+    parts are cached in the folder ``cache``, by default one in ``output``: the same call continues after a kill, and
+    generates nothing once it is complete. ``output`` gets ``evaluation.json``, ``metrics.json``, ``scores.csv``,
+    ``preliminary.csv`` of those not evaluated in full, grids as PNG, and at last ``report.html``, with the curves of
+    ``losses``, a CSV by images seen.
 
     Raises UserError for a data set that is too small, a file that is not a model, or a model of another image size.
     """
@@ -105,7 +117,7 @@ def evaluate(
         generated[model.sha256] = model.images[:SHOWN]
         return CheckpointEvaluation(**dict(model.compute_model_scores()), file=str(path))
 
-    finalists, preliminary = select_finalists(checkpoints, config, score)
+    finalists, preliminary = select_finalists(checkpoints, config, sampling.compute_batch, score)
     by_sha256 = {each.sha256: each for each in (score(path, config.samples) for path in finalists)}
     evaluations = sorted(by_sha256.values(), key=lambda checkpoint: checkpoint.images)
     best = max(evaluations, key=lambda checkpoint: checkpoint.selection_metric.rank)

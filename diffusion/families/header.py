@@ -4,7 +4,7 @@ from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator
 from torch import Tensor
 
 from diffusion.common.config import MAX_SIZE, Config, PlainName, is_unset
@@ -12,7 +12,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.shapes import Size
 from diffusion.families.adapters import AdapterConfig
 from diffusion.families.config import DiffusersConfig, FamilyConfig
-from diffusion.families.text_encoder import TextEncoder
+from diffusion.families.text_encoder import CaptionMoments, TextEncoder
 from diffusion.families.vae.config import LatentSpace
 from diffusion.process.samplers import COMPUTING, SamplingConfig, sampling_config, with_sampler
 
@@ -75,6 +75,8 @@ class ModelHeader(Config):
     """Number of images of each class of the data set, sorted by class."""
     encoder: TextEncoder | None = None
     """Text encoder of the captions; None: the network has no captions."""
+    caption_moments: CaptionMoments | None = Field(None, exclude_if=is_unset)
+    """Moments of the training captions, by which the network's are standardised; None: they are left as they are."""
     latents: LatentSpace | None = Field(None, exclude_if=is_unset)
     """Latent space of the network; None: it works on pixels."""
     base: Base | None = Field(None, exclude_if=is_unset)
@@ -95,6 +97,13 @@ class ModelHeader(Config):
     """Images that the weights of the guide have seen, away from which autoguidance leads. None: there is no guide."""
     origin: Origin | None = Field(None, exclude_if=is_unset)
     """Origin of an imported pipeline; None: the model was trained here."""
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _name_the_form_of_captions(cls, model: Any) -> Any:
+        # Files from before the choice have sentence vectors alone.
+        has_text = isinstance(model, dict) and model.get("family", "ddpm") == "ddpm" and model.get("text")
+        return {"text_tokens": 0} | model if has_text else model
 
     def takes_other_sizes(self, shape: tuple[int, int, int]) -> bool:
         """Whether it is a pipeline, or was trained from one, that can generate images of ``shape``, (C, H, W)."""

@@ -109,6 +109,11 @@ class Model(ABC):
         return None
 
     @classmethod
+    def own_caption_encoder(cls, config: Any) -> CaptionEncoder:
+        """Choose Darkroom's encoder of captions in the form that a network of ``config`` is shown."""
+        return MINI_LM
+
+    @classmethod
     def data_mean(cls, config: Any, mean: Sequence[float]) -> tuple[float, ...] | None:
         """Choose ``ModelHeader.data_mean`` for images of this ``mean``."""
         return None
@@ -160,10 +165,11 @@ class Model(ABC):
 
         Raises UserError if the model was trained with another encoder than this version's.
         """
+        encoder = replace(self.own_caption_encoder(self.config), moments=self.header.caption_moments)
         if prompt is None:
-            return MINI_LM.none
+            return encoder.none
         check_encoder(self.header.encoder)
-        return MINI_LM.load()(prompt)
+        return encoder.load_standardized()(prompt)
 
     def encode_negative(self, prompt: str | None) -> Encoding:
         """Encode a negative ``prompt``, which guidance leads away from, where that differs from other prompts."""
@@ -171,7 +177,7 @@ class Model(ABC):
 
     def encoding_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors of ``encode_prompt``, which are those of all prompts."""
-        return {name: tuple(value.shape) for name, value in MINI_LM.none.items()}
+        return {name: tuple(value.shape) for name, value in self.encode_prompt(None).items()}
 
     def prompt_length(self, prompt: str) -> tuple[int, int, int]:
         """Count the tokens of ``prompt`` and of an empty one, and the most that the model's text encoder reads."""
@@ -226,7 +232,8 @@ class Model(ABC):
 
         Raises UserError if ``adapter`` adapts a text encoder that cannot be.
         """
-        return MINI_LM
+        own = self.own_caption_encoder(self.config)
+        return replace(own, moments=self.header.caption_moments, measures_moments=False)
 
     def adapter_layers(self, layers: set[str], targets: Sequence[str] | None, text_encoder: bool) -> set[str]:
         """Choose the linear and convolutional ``layers`` of the network that an adapter changes.

@@ -1,9 +1,10 @@
-"""Sentence encoder of captions and prompts, all-MiniLM-L6-v2 (arXiv 1908.10084, 2002.10957): texts to unit vectors.
+"""Encoder of captions and prompts, all-MiniLM-L6-v2 (arXiv 1908.10084, 2002.10957): texts to vectors.
 
 Its weights come with a package and are never downloaded; its forward pass is implemented here, so that embeddings do
 not depend on another library's version.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -11,10 +12,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm, linear, normalize
+from torch.nn.functional import gelu, layer_norm, linear, normalize, pad
 
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError, install_hint
@@ -30,6 +33,8 @@ ENDS = 2
 """Tokens of an empty text: [CLS] and [SEP]."""
 MAX_TOKENS = 256
 """Most tokens of a text, as in the original encoder; longer captions are truncated."""
+MIN_DEVIATION = 1e-4
+"""Smallest distance of captions from their mean, which is below 1, that is more than rounding."""
 FILES = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
@@ -43,6 +48,35 @@ class TextEncoder(Config):
     name: str
     digest: str
     """SHA-256 over the digests of its files."""
+
+
+class CaptionMoments(Config):
+    """Mean of training captions' sentence vectors, and how far these are from it.
+
+    Captions of one kind of images point in nearly one direction, and what tells them apart is small beside it.
+    """
+
+    mean: tuple[float, ...] = Field(min_length=WIDTH, max_length=WIDTH)
+    deviation: float = Field(gt=0, le=2)
+    """Root mean square distance from the mean."""
+
+    @classmethod
+    def measure(cls, vectors: Tensor) -> "CaptionMoments | None":
+        """Measure those of T different captions, (T, 384), in an order of operations that no thread changes.
+
+        None: all are read alike, and nothing would be left of them.
+        """
+        if not len(vectors):
+            return None
+        values = vectors.numpy().astype(np.float64)
+        mean = values.mean(0)
+        deviation = math.sqrt(np.square(values - mean).sum(1).mean())
+        return None if deviation < MIN_DEVIATION else cls(mean=tuple(mean.tolist()), deviation=deviation)
+
+    def standardize(self, encoding: "Encoding") -> dict[str, Tensor]:
+        """Centre and scale the sentence vectors (…, 384) of captions to a mean square length of 1."""
+        text = (encoding["text"] - torch.tensor(self.mean)) / self.deviation
+        return {**encoding, "text": text}
 
 
 Encoding = Mapping[str, Tensor]
@@ -68,6 +102,19 @@ class CaptionEncoder:
     """Load the function from a caption to its encoding; raises UserError if the encoder is unavailable."""
     none: Encoding
     """Encoding of no caption."""
+    moments: CaptionMoments | None = None
+    """Moments by which networks' captions are standardised; None: they are left as they are."""
+    measures_moments: bool = False
+    """Whether a training measures them."""
+
+    def standardize(self, encoding: Encoding) -> Encoding:
+        """Standardise encoded captions as networks are shown them."""
+        return encoding if self.moments is None else self.moments.standardize(encoding)
+
+    def load_standardized(self) -> Callable[[str], Encoding]:
+        """Load the function from a caption to what a network is shown of it; raises UserError as ``load``."""
+        encode = self.load()
+        return lambda text: self.standardize(encode(text))
 
 
 ENCODER = TextEncoder(name="all-MiniLM-L6-v2", digest=digest_of(FILES))
@@ -96,9 +143,13 @@ class MiniLM:
         # JSON may hold lone surrogates, which cannot be encoded.
         return torch.tensor(self.tokenizer.encode(text.encode(errors="ignore").decode()).ids)
 
-    @torch.no_grad()
     def __call__(self, text: str) -> Tensor:
         """Embed ``text`` as the normalised mean over its tokens: (384,) float32 of length 1."""
+        return embed(self.states(text))
+
+    @torch.no_grad()
+    def states(self, text: str) -> Tensor:
+        """Compute the last layer's states of the tokens of ``text``, with [CLS] and [SEP]: (L, 384) float32."""
         ids = self.tokens(text)
         if len(ids) > MAX_TOKENS:  # the last one is [SEP]
             ids = torch.cat([ids[: MAX_TOKENS - 1], ids[-1:]])
@@ -111,7 +162,7 @@ class MiniLM:
             x = self._normalize(x + self._attention(x, f"{name}.attention"), f"{name}.attention.output")
             hidden = gelu(self._linear(x, f"{name}.intermediate.dense"))
             x = self._normalize(x + self._linear(hidden, f"{name}.output.dense"), f"{name}.output")
-        return normalize(x.mean(0), dim=0)
+        return x
 
     def _attention(self, x: Tensor, name: str) -> Tensor:
         query, key, value = (
@@ -127,6 +178,11 @@ class MiniLM:
     def _normalize(self, x: Tensor, name: str) -> Tensor:
         weight, bias = self.weights[f"{name}.LayerNorm.weight"], self.weights[f"{name}.LayerNorm.bias"]
         return layer_norm(x, (WIDTH,), weight, bias, eps=1e-12)
+
+
+def embed(states: Tensor) -> Tensor:
+    """Compute the sentence vector, (384,) of length 1, of a text's ``states`` (L, 384)."""
+    return normalize(states.mean(0), dim=0)
 
 
 def prompt_length(prompt: str) -> tuple[int, int, int]:
@@ -154,10 +210,33 @@ def encoder() -> MiniLM:
     return MiniLM(folder, Tokenizer.from_file(str(folder / "tokenizer.json")))
 
 
+def mini_lm(tokens: int) -> CaptionEncoder:
+    """Make the encoder of captions of models that are trained here.
+
+    It gives a sentence vector ``text`` (384,), and with ``tokens`` the last layer's states of so many first tokens,
+    ``tokens`` (tokens, 384) float16, zeros beyond the last; all are zeros for no caption.
+    """
+    if not tokens:
+        return MINI_LM
+
+    def load() -> Callable[[str], Encoding]:
+        minilm = encoder()
+
+        def encode(text: str) -> Encoding:
+            states = minilm.states(text)
+            first = states[:tokens].half()
+            return {"text": embed(states), "tokens": pad(first, (0, 0, 0, tokens - len(first)))}
+
+        return encode
+
+    none = {**MINI_LM.none, "tokens": torch.zeros(tokens, WIDTH, dtype=torch.float16)}
+    return CaptionEncoder(digest_of([ENCODER.digest, tokens]), load, none, measures_moments=True)
+
+
 def _load() -> Callable[[str], Encoding]:
     minilm = encoder()
     return lambda text: {"text": minilm(text)}
 
 
 MINI_LM = CaptionEncoder(ENCODER.digest, _load, {"text": torch.zeros(WIDTH)})
-"""The encoder of captions of models that are trained here."""
+"""The encoder of captions as sentence vectors alone."""

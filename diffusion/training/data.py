@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -91,7 +92,11 @@ def encode_captions(
         none = {name: value.expand(len(texts.texts), *value.shape) for name, value in encoding.none.items()}
         return Captions(none, numbers, encoding, texts)
     encodings = encode_texts(dataset, texts.texts, readers, progress, encoding) if ranks.is_main else {}
-    return Captions(ranks.broadcast_tensors(encodings), numbers, encoding, texts)
+    captions_read = Captions(ranks.broadcast_tensors(encodings), numbers, encoding, texts)
+    if not encoding.measures_moments:
+        return captions_read
+    moments = captions_read.measure(dataset.rows("train"))
+    return replace(captions_read, encoding=replace(encoding, moments=moments))
 
 
 def encode_prior(config: TrainingConfig, captions: Captions | None, readers: Executor | None) -> Encoding | None:
@@ -107,12 +112,12 @@ def encode_prior(config: TrainingConfig, captions: Captions | None, readers: Exe
         return None
     if config.prior.prompt is None or readers is None:
         return captions.encoding.none
-    return captions.encoding.load()(config.prior.prompt)
+    return captions.encoding.load_standardized()(config.prior.prompt)
 
 
 def encode_grid(texts: Iterable[str], encoding: CaptionEncoder, readers: Executor | None) -> Encodings:
     """Encode the ``texts`` of sample grids and none, without ``readers`` all as none, so that steps need no encoder."""
-    encode = encoding.load() if readers is not None else lambda _: encoding.none
+    encode = encoding.load_standardized() if readers is not None else lambda _: encoding.none
     return {None: encoding.none} | {text: encode(text) for text in texts}
 
 

@@ -32,7 +32,7 @@ from diffusion.families.model import (
     to_float,
     use_channels_last,
 )
-from diffusion.families.text_encoder import MINI_LM, Encoding
+from diffusion.families.text_encoder import Encoding
 from diffusion.families.vae.network import Latents
 from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions
 from diffusion.generation.generate import Encodings, check_sampling_options, conditions_of
@@ -294,6 +294,7 @@ class TrainingSetup:
             sigma_data=self.sigma_data,
             class_histogram=manifest.class_histogram,
             encoder=family.text_encoder(self.model),
+            caption_moments=None if self.captions is None else self.captions.encoding.moments,
             latents=self.autoencoder.space if self.autoencoder else None,
             base=self.base,
             adapter=self.config.adapter,
@@ -371,7 +372,7 @@ def make_setup(
             autoencoder.get_buffer(name).copy_(moment)
         model = model.model_copy(update={"autoencoder": f"sha256:{autoencoder.space.digest}"})
     initial = load_initial(model.resolve(autoencoder.space.size if autoencoder else size), config, dataset)
-    base, latents, encoding = None, None, MINI_LM
+    base, latents, encoding = None, None, family_of(model).own_caption_encoder(model)
     if initial is not None and config.init_from is not None:
         base, config = identify_base(initial, config, start)
         if initial.has_frozen_parts:

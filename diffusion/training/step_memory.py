@@ -23,9 +23,10 @@ from torch.utils._pytree import tree_leaves
 
 from diffusion.common.device import CPU
 from diffusion.common.fingerprint import autocast
+from diffusion.families import family_of
 from diffusion.families.fine_tuning import TrainableSubset, adapted_layers
 from diffusion.families.model import Model, TrainingBatch, TrainingObjective, use_channels_last
-from diffusion.families.text_encoder import MINI_LM, Encoding
+from diffusion.families.text_encoder import Encoding
 from diffusion.training.distributed import SINGLE_PROCESS
 from diffusion.training.muon import Muon, group_by_side
 from diffusion.training.setup import TrainingSetup
@@ -302,7 +303,7 @@ def _make_prompt(setup: TrainingSetup) -> Encoding:
     if not setup.model.text:
         return {}
     if setup.initial is None:
-        return MINI_LM.none
+        return family_of(setup.model).own_caption_encoder(setup.model).none
     if adapter is not None and adapter.text_encoder:
         return setup.initial.caption_encoder(adapter, CPU).none
     return {name: torch.zeros(shape) for name, shape in setup.initial.encoding_shapes().items()}

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from diffusion.data.manifest import Manifest
+from diffusion.families.text_encoder import embed
 from tests.builders.small_datasets import write_dataset
 
 COLOURS = {"red": (230, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 230)}
@@ -28,9 +28,12 @@ class FakeEncoder:
         self.read: list[str] = []
 
     def __call__(self, text: str) -> Tensor:
+        return embed(self.states(text))
+
+    def states(self, text: str) -> Tensor:
         self.read.append(text)
         seed = int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
-        return normalize(torch.randn(384, generator=torch.Generator().manual_seed(seed)), dim=0)
+        return torch.randn(len(self.tokens(text)), 384, generator=torch.Generator().manual_seed(seed))
 
     def tokens(self, text: str) -> Tensor:
         return torch.zeros(len(text.split()) + 2)

@@ -16,7 +16,7 @@ CONFIG = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), heads=
 def header(config: ModelConfig = CONFIG, channels: int = 1, size: int = 8, images: int = 0) -> ModelHeader:
     return ModelHeader.model_validate(
         {
-            "model": config,
+            "model": config.resolve(size),
             "channels": channels,
             "size": size,
             "dataset": "blobs",

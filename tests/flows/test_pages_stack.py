@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.long, pytest.mark.slow, pytest.mark.timeout(900)]
 
 QUICK = {
     "training": {**PARAMS["training"], "images": 320, "checkpoints": 3, "warmup_images": 16, "keep": 3},
-    "evaluation": {"samples": 24, "extractor_size": 32, "finalists": 2, "first_samples": 12},
+    "evaluation": {"samples": 24, "extractor_size": 32, "finalists": 2},
 }
 PATIENCE = 60_000
 """Milliseconds that a page may take on a busy machine."""

@@ -51,14 +51,19 @@ DASHED = (0, (4, 3))
 
 
 def charts(evaluation: Evaluation, losses: Path | None) -> list[Chart]:
-    """Plot scores against images seen, each with its real baseline; and the losses, if there is a CSV of them."""
+    """Plot scores against images seen, each with its real baseline; and the losses, if there is a CSV of them.
+
+    Scores that depend on the number of images have a chart where several checkpoints were evaluated in full.
+    """
     draw_functions: dict[str, Draw] = {
-        "KID, with 95 % intervals (lower is better)": partial(_draw_kid, evaluation=evaluation),
-        "Fréchet distance (lower is better)": partial(_draw_scores, evaluation=evaluation, names=["fd"]),
+        "KID, with 95 % intervals (lower is better)": partial(_draw_kid, evaluation=evaluation)
     }
-    for names in (("precision", "recall"), ("density", "coverage")):
-        title = f"{' and '.join(names).capitalize()} (higher is better)"
-        draw_functions[title] = partial(_draw_scores, evaluation=evaluation, names=names, top=1.02)
+    if len(evaluation.checkpoints) > 1:
+        title = "Fréchet distance (lower is better)"
+        draw_functions[title] = partial(_draw_scores, evaluation=evaluation, names=["fd"])
+        for names in (("precision", "recall"), ("density", "coverage")):
+            title = f"{' and '.join(names).capitalize()} (higher is better)"
+            draw_functions[title] = partial(_draw_scores, evaluation=evaluation, names=names, top=1.02)
     if losses is not None and (columns := read_losses(losses)):
         by_name = {name.replace("_", " "): points for name, points in columns.items()}
         draw_functions["Loss on fixed images"] = plot_curves(by_name, logarithmic=True)

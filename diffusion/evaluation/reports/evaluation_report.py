@@ -146,9 +146,10 @@ def advise_longer(evaluation: Evaluation) -> str | None:
     separates it from real images.
     """
     best, baseline = evaluation.best, evaluation.real_baseline.scores
-    last_images = max(model.images for model in evaluation.checkpoints)
+    models = [*evaluation.checkpoints, *evaluation.preliminary]
+    last_images = max(model.images for model in models)
     earlier_scores = min(
-        (model for model in evaluation.checkpoints if model.images >= last_images / 2), key=lambda model: model.images
+        (model for model in models if model.images >= last_images / 2), key=lambda model: model.images
     ).scores
     fall = earlier_scores.kid - best.scores.kid
     is_sure = fall > 2 * math.hypot(earlier_scores.kid_se, best.scores.kid_se)
@@ -175,7 +176,8 @@ def findings(evaluation: Evaluation) -> list[str]:
         lines.append(f"T{describe_agreement(agreement)[1:]}.")
     if (words := advise_longer(evaluation)) is not None:
         lines.append(f"{words}.")
-    if others := [model for model in evaluation.checkpoints if model.sha256 != best.sha256]:
+    models = [*evaluation.checkpoints, *evaluation.preliminary]
+    if others := [model for model in models if model.sha256 != best.sha256]:
         runner_up = min(others, key=lambda model: model.scores.kid)
         error = math.hypot(best.scores.kid_se, runner_up.scores.kid_se)
         relation = "within" if runner_up.scores.kid - best.scores.kid <= 2 * error else "beyond"

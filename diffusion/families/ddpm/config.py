@@ -22,6 +22,9 @@ LOWEST = 8
 """About the height and width of the lowest resolution by default, in positions: more make attention costly, and fewer
 were no better."""
 
+TEXT_TOKENS = 32
+"""Tokens of each caption that a network attends to by default: few captions of one line have more."""
+
 
 class ModelConfig(BaseFamilyConfig):
     """The family ddpm: forward process, prediction, and architecture of the U-Net."""
@@ -107,6 +110,16 @@ class ModelConfig(BaseFamilyConfig):
     """Whether the network is conditioned on the class, where the data set has several."""
     text: bool = Field(False, exclude_if=is_unset)
     """Whether the network is conditioned on captions, embedded by a sentence encoder (the extra ``text``)."""
+    text_tokens: Annotated[
+        int | None,
+        given(
+            "model.text",
+            "model.text_tokens says how captions are read, and the network has none: set model.text, or leave it out",
+        ),
+    ] = Field(None, ge=0, le=256, exclude_if=is_unset)
+    """Tokens of each caption that layers with attention, and the middle block, attend to (arXiv 2112.10752, section
+    3.3), beside the sentence vector, which the training captions centre and scale; 0.8 KB on disk for each and
+    caption. 0: the vector alone and as it is, as in models of before. Null: 32."""
     low_resolution: Annotated[
         int | None,
         unless(
@@ -170,7 +183,7 @@ class ModelConfig(BaseFamilyConfig):
         # All resolutions have the same channels by default.
         channel_mult = self.channel_mult or (1,)
         lowest = len(channel_mult) - 1
-        for place in self.attention:
+        for place in (*self.attention, "middle") if self.tokens else self.attention:
             level = lowest if place == "middle" else place
             if not 0 <= level <= lowest:
                 raise ValueError(
@@ -183,6 +196,18 @@ class ModelConfig(BaseFamilyConfig):
                     f"channels at resolution {level}: change model.heads or model.width"
                 )
         return self
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of each caption that the network attends to; 0: none."""
+        if not self.text:
+            return 0
+        return TEXT_TOKENS if self.text_tokens is None else self.text_tokens
+
+    def identity(self) -> dict[str, Any]:
+        """List what determines the weights: the sentence vector alone is what all captions were once read as."""
+        tokens = {"text_tokens": self.tokens} if self.tokens else {}
+        return self.model_dump(mode="json", exclude={"text_tokens"}) | tokens
 
     @property
     def max_low_resolution_noise(self) -> float:
@@ -205,10 +230,10 @@ class ModelConfig(BaseFamilyConfig):
         return int(min(max(2 ** round(math.log2(64 * 32 / size)), 16), 64))
 
     def resolve(self, size: int) -> Self:
-        """Set ``channel_mult`` for images, or latents, of ``size``."""
-        if self.channel_mult is not None:
-            return self
-        return self.model_copy(update={"channel_mult": default_channel_mult(self.patch, size)})
+        """Set ``channel_mult`` for images, or latents, of ``size``, and ``text_tokens``."""
+        channel_mult = self.channel_mult or default_channel_mult(self.patch, size)
+        text_tokens = self.tokens if self.text else None
+        return self.model_copy(update={"channel_mult": channel_mult, "text_tokens": text_tokens})
 
 
 def default_channel_mult(patch: int, size: int) -> tuple[int, ...]:

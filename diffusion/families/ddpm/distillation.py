@@ -19,7 +19,6 @@ from diffusion.common.shapes import height_and_width
 from diffusion.families.diffusion_model import DiffusionModel, guide_denoiser, make_unconditional
 from diffusion.families.header import ModelHeader
 from diffusion.families.model import Conditioning, TrainingBatch, TrainingObjective
-from diffusion.families.text_encoder import MINI_LM
 from diffusion.process.config import ObjectiveConfig
 from diffusion.process.denoiser import apply_guidance
 from diffusion.process.likelihood import broadcast_to_images
@@ -99,7 +98,7 @@ class ConsistencyObjective(TrainingObjective):
             reference = guide_denoiser(self.teacher, conditioning)
         elif student.guidance is not None:
             scale, interval = student.guidance, student.guidance_interval
-            no_text = {name: value.to(x.device) for name, value in MINI_LM.none.items()}
+            no_text = {name: value.to(x.device) for name, value in self.teacher.encode_prompt(None).items()}
             null_conditioning = make_unconditional(self.teacher, conditioning, no_text)
             reference = replace(self.teacher.denoiser(null_conditioning), clip=False)
         else:

@@ -18,7 +18,7 @@ from diffusion.families.diffusion_model import DiffusionModel
 from diffusion.families.fine_tuning import select_layers
 from diffusion.families.header import ModelHeader
 from diffusion.families.model import Conditioning, TrainingObjective
-from diffusion.families.text_encoder import ENCODER, TextEncoder
+from diffusion.families.text_encoder import ENCODER, CaptionEncoder, TextEncoder, mini_lm
 from diffusion.families.vae.network import Latents, latent_shape
 from diffusion.process.config import ObjectiveConfig
 from diffusion.process.denoiser import Denoiser
@@ -66,6 +66,11 @@ class DDPMModel(DiffusionModel):
     def text_encoder(cls, config: ModelConfig) -> TextEncoder | None:
         """Name the encoder of the captions."""
         return ENCODER if config.text else None
+
+    @classmethod
+    def own_caption_encoder(cls, config: ModelConfig) -> CaptionEncoder:
+        """Encode captions as sentence vectors, and as tokens if the network attends to any."""
+        return mini_lm(config.tokens)
 
     @classmethod
     def data_mean(cls, config: ModelConfig, mean: Sequence[float]) -> tuple[float, ...] | None:

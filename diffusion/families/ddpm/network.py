@@ -26,9 +26,14 @@ backward pass takes longer on CPUs, up to six times in bfloat16."""
 
 
 class ResidualBlock(nn.Module):
-    """Residual block with adaptive group norm (arXiv 2105.05233, section 3.1), and attention if ``heads`` is not 0."""
+    """Residual block with adaptive group norm (arXiv 2105.05233, section 3.1), and attention if ``heads`` is not 0.
 
-    def __init__(self, inputs: int, outputs: int, embedding: int, heads: int, dropout: float = 0.0) -> None:
+    If ``text_heads`` is not 0, it attends to the tokens of captions (arXiv 2112.10752, section 3.3).
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, embedding: int, heads: int, dropout: float = 0.0, text_heads: int = 0
+    ) -> None:
         super().__init__()
         self.dropout = dropout
         self.norm1 = normalisation(inputs)
@@ -38,9 +43,12 @@ class ResidualBlock(nn.Module):
         self.conv2 = _zero(nn.Conv2d(outputs, outputs, 3, padding=1))
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
         self.attention = SelfAttention(outputs, heads) if heads else nn.Identity()
+        self.text_attention = TextAttention(outputs, text_heads) if text_heads else None
 
-    def forward(self, x: Tensor, embedding: Tensor, draws: Tensor | None = None) -> Tensor:
-        """(N, inputs, H, W) and (N, embedding) to (N, outputs, H, W); ``draws`` as in ``UNet.forward``."""
+    def forward(
+        self, x: Tensor, embedding: Tensor, draws: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Tensor:
+        """(N, inputs, H, W) and (N, embedding) to (N, outputs, H, W); the others are as in ``UNet.forward``."""
         scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(functional.silu(self.norm1(x)))
         h = functional.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
@@ -48,7 +56,7 @@ class ResidualBlock(nn.Module):
             h = seeded_dropout(h, draws, self.dropout)
         h = self.skip(x) + self.conv2(h)
         out: Tensor = self.attention(h)
-        return out
+        return out if self.text_attention is None else self.text_attention(out, tokens)
 
 
 class SelfAttention(nn.Module):
@@ -71,6 +79,34 @@ class SelfAttention(nn.Module):
         return x + out
 
 
+class TextAttention(nn.Module):
+    """Attention of all positions to the tokens of a caption, and to a learned one that means nothing."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = normalisation(channels)
+        self.query = nn.Conv2d(channels, channels, 1)
+        self.key_value = nn.Linear(WIDTH, 2 * channels)
+        self.nothing = nn.Parameter(torch.zeros(2 * channels))
+        """Key and value of the learned token, all that there is to attend to without a caption."""
+        self.out = _zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor, tokens: Tensor | None) -> Tensor:
+        """(N, C, H, W) and (N, L, 384) to (N, C, H, W)."""
+        n, c, h, w = x.shape
+        query = self.query(self.norm(x)).permute(0, 2, 3, 1).reshape(n, h * w, self.heads, c // self.heads)
+        key_value, mask = self.nothing.to(query.dtype).expand(n, 1, 2 * c), None
+        if tokens is not None:
+            known = self.key_value(functional.layer_norm(tokens.to(self.key_value.weight.dtype), (WIDTH,)))
+            key_value = torch.cat([key_value, known.to(query.dtype)], dim=1)
+            mask = functional.pad(tokens.any(-1), (1, 0), value=True)[:, None, None]
+        key, value = key_value.view(n, -1, 2, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        attended = attend(query.transpose(1, 2), key, value, mask)
+        out: Tensor = self.out(attended.transpose(1, 2).reshape(n, h, w, c).permute(0, 3, 1, 2))
+        return x + out
+
+
 class Downsample(nn.Module):
     """Downsampling by a factor of 2."""
 
@@ -78,8 +114,10 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, embedding: Tensor, draws: Tensor | None = None) -> Tensor:
-        """(N, C, H, W) to (N, C, H/2, W/2); independent of the embedding."""
+    def forward(
+        self, x: Tensor, embedding: Tensor, draws: Tensor | None = None, tokens: Tensor | None = None
+    ) -> Tensor:
+        """(N, C, H, W) to (N, C, H/2, W/2); independent of the embedding and the rest."""
         out: Tensor = self.conv(x)
         return out
 
@@ -106,9 +144,10 @@ class UNet(nn.Module):
         self.dropout, self.gradient_checkpointing = config.dropout, False
         """Whether activations inside layers are recomputed in the backward pass instead of stored."""
         embedding = 4 * config.width
-        self.time = nn.Sequential(
-            nn.Linear(config.width, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU()
-        )
+        self.time = nn.Sequential(nn.Linear(config.width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        self.has_tokens = config.tokens > 0
+        if not self.has_tokens:
+            self.time.append(nn.SiLU())
         self.no_class = classes
         """Index of the unconditional class."""
         self.classes = nn.Embedding(classes + 1, embedding) if classes else None
@@ -122,10 +161,12 @@ class UNet(nn.Module):
 
         current, skips = config.width, [config.width]
 
-        def block(inputs: int, resolution: int, attention: bool) -> ResidualBlock:
+        def block(inputs: int, resolution: int, attention: bool, text: bool = False) -> ResidualBlock:
             nonlocal current
             current = config.width * channel_mult[resolution]
-            return ResidualBlock(inputs, current, embedding, config.heads if attention else 0, config.dropout)
+            heads, text_heads = (config.heads if wanted else 0 for wanted in (attention, attention or text))
+            text_heads = text_heads if self.has_tokens else 0
+            return ResidualBlock(inputs, current, embedding, heads, config.dropout, text_heads)
 
         lowest = len(channel_mult) - 1
         middle_attention = "middle" in config.attention or lowest in config.attention
@@ -136,7 +177,7 @@ class UNet(nn.Module):
             if resolution < lowest:
                 self.down.append(Downsample(current))
                 skips.append(current)
-        self.middle.extend([block(current, lowest, middle_attention), block(current, lowest, attention=False)])
+        self.middle.extend([block(current, lowest, middle_attention, text=True), block(current, lowest, False)])
         for resolution in range(lowest, -1, -1):
             for _ in range(config.blocks + 1):
                 self.up.append(block(current + skips.pop(), resolution, resolution in config.attention))
@@ -157,6 +198,7 @@ class UNet(nn.Module):
         draws: Tensor | None = None,
         low: Tensor | None = None,
         level: Tensor | None = None,
+        tokens: Tensor | None = None,
     ) -> Tensor:
         """Predict from noisy images: (N, C, H, W), or (N, 2C, H, W) with v of a learned variance in the second half.
 
@@ -168,6 +210,7 @@ class UNet(nn.Module):
             draws: Dropout seeds, (N,) int64 below 2^62; None: no dropout, as outside of training.
             low: For super-resolution, small images enlarged to (N, C, H, W).
             level: Standard deviation of the noise in ``low``, (N,).
+            tokens: States of the captions' tokens, (N, L, 384), zeros for none; None: no captions.
         """
         if not self.dropout:
             draws = None
@@ -192,7 +235,7 @@ class UNet(nn.Module):
             layer_draws = None if draws is None else draws + depth * LAYER
             if self.gradient_checkpointing and self.training:
                 layer = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
-            return layer(h, embedding, layer_draws)
+            return layer(h, embedding, layer_draws, tokens)
 
         for layer in self.down:
             h = apply(layer, h)
@@ -230,7 +273,8 @@ class UNet(nn.Module):
             embedding = embedding + captions
         if self.level is not None and level is not None:
             embedding = embedding + self.level(sinusoidal(level * LEVEL_SCALE, self.width).to(dtype))
-        return embedding
+        # Classes and captions change what times mean only if they are added before the nonlinearity, as in ADM.
+        return functional.silu(embedding) if self.has_tokens else embedding
 
 
 def seeded_dropout(h: Tensor, draws: Tensor, rate: float) -> Tensor:
@@ -246,11 +290,13 @@ def seeded_dropout(h: Tensor, draws: Tensor, rate: float) -> Tensor:
     return h * mask.to(h.dtype) / (1 - rate)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Compute scaled dot-product attention over (N, heads, positions, channels)."""
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Compute scaled dot-product attention over (N, heads, positions, channels), to keys where ``mask`` is true."""
     if query.shape[-2] > WRITTEN_OUT[query.dtype != torch.float32]:
-        return functional.scaled_dot_product_attention(query, key, value)
+        return functional.scaled_dot_product_attention(query, key, value, mask)
     scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
     return torch.matmul(scores.softmax(-1), value)
 
 

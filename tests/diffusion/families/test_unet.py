@@ -13,7 +13,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from diffusion.common.errors import UserError
 from diffusion.families.config import ModelConfig
-from diffusion.families.ddpm.network import SelfAttention, UNet, attend, seeded_dropout, sinusoidal
+from diffusion.families.ddpm.network import SelfAttention, TextAttention, UNet, attend, seeded_dropout, sinusoidal
+
+QUERY = ("norm.weight", "norm.bias", "query.weight", "query.bias")
 
 
 def small(**changes: object) -> ModelConfig:
@@ -135,13 +137,39 @@ def test_output_depends_on_the_caption_and_zeros_are_none() -> None:
 
 
 def test_weights_that_read_captions_learn_from_batches_without_any() -> None:
-    network = randomize(UNet(small(text=True), 1, 12, classes=2))
-    caption = functional.normalize(torch.ones(1, 384))
-    for text, silent in ((caption, {"no_text"}), (0 * caption, {"text.weight", "text.bias"})):
-        loss = network(noisy(1, 1, 12), torch.tensor([500.0]), torch.tensor([1]), text).square().sum()
+    network = randomize(UNet(small(text=True, attention=()), 1, 12, classes=2))
+    caption, tokens = functional.normalize(torch.ones(1, 384)), torch.randn(1, 3, 384)
+    # Without a caption all attend to the learned token alone, whatever they ask for.
+    reading = {f"middle.0.text_attention.{name}" for name in (*QUERY, "key_value.weight", "key_value.bias")}
+    for text, silent in ((caption, {"no_text"}), (0 * caption, {"text.weight", "text.bias"} | reading)):
+        states = tokens * text.any()
+        loss = network(noisy(1, 1, 12), torch.tensor([500.0]), torch.tensor([1]), text, tokens=states).square().sum()
         gradients = torch.autograd.grad(loss, list(network.parameters()))
         gradients_by_name = zip(dict(network.named_parameters()), gradients, strict=True)
         assert {name for name, gradient in gradients_by_name if not gradient.any()} == silent
+
+
+def test_output_depends_on_the_tokens_of_a_caption_but_not_on_padding() -> None:
+    network, x, time = randomize(UNet(small(text=True), 1, 28)).eval(), noisy(1), torch.tensor([500.0])
+    assert [name for name, layer in network.named_modules() if isinstance(layer, TextAttention)] == [
+        f"{place}.text_attention" for place in ("down.2", "middle.0", "up.0", "up.1")
+    ]
+    tokens = torch.randn(2, 5, 384, generator=torch.Generator().manual_seed(0)).half()
+    answers = [network(x, time, tokens=each[None]) for each in tokens] + [network(x, time)]
+    for i, answer in enumerate(answers):
+        assert not any(torch.allclose(answer, other, atol=1e-4) for other in answers[:i])
+    padded = torch.stack([functional.pad(tokens[0], (0, 0, 0, 3)), torch.zeros(8, 384).half()])
+    both = network(x.expand(2, -1, -1, -1), time.expand(2), tokens=padded)
+    torch.testing.assert_close(both, torch.cat([answers[0], answers[2]]), atol=1e-5, rtol=1e-4)
+
+
+def test_the_sentence_vector_alone_is_the_network_of_before() -> None:
+    names = UNet(small(text=True, text_tokens=0), 1, 28).state_dict().keys()
+    assert not [name for name in names if "text_attention" in name]
+    with pytest.raises(ValidationError, match="how captions are read"):
+        small(text_tokens=8)
+    with pytest.raises(ValidationError, match="heads"):
+        small(text=True, attention=(), heads=3)
 
 
 def test_images_of_a_batch_do_not_see_each_other() -> None:

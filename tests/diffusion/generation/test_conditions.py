@@ -1,6 +1,8 @@
 """Models conditioned on classes and captions, from training to images that show the condition."""
 
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
-from diffusion.checkpoints import load_model
+from diffusion.checkpoints import load_model, read_model_header, save_tensors
 from diffusion.common.errors import UserError
 from diffusion.common.model_files import read_header
 from diffusion.data.dataset import Dataset
@@ -23,8 +26,9 @@ from diffusion.generation.config import Conditions, check_conditions
 from diffusion.generation.generate import check_prompts, label_names, make_conditioning, sample
 from diffusion.process.samplers import SAMPLING_ADAPTER, SamplingConfig, sampling_config
 from diffusion.training.config import TrainingConfig
+from diffusion.training.distributed import SINGLE_PROCESS
 from diffusion.training.identity import train_key
-from diffusion.training.setup import drop_conditioning
+from diffusion.training.setup import drop_conditioning, make_setup
 from diffusion.training.train import TrainResult, preflight, train
 from tests.builders.captioned import COLOURS, FakeEncoder, colours, needs_encoder, squares
 from tests.builders.small_datasets import random_images, write_dataset
@@ -78,6 +82,52 @@ def test_streamed_shards_give_the_weights_of_local_ones(data: Path, tmp_path: Pa
     forget_encodings(data)
     streamed = train(data, tmp_path / "streamed", MODEL, streaming, SAMPLING, store=store)
     assert streamed.final.read_bytes() == local
+
+
+def test_prompts_are_read_as_training_reads_captions(data: Path, tmp_path: Path, fake_encoder: FakeEncoder) -> None:
+    with pytest.raises(Stop):
+        run(data, tmp_path / "run", track=lambda _: StopAt(0))
+    model = load_model(tmp_path / "run" / "checkpoints" / "0000000000.safetensors")
+    with closing(Dataset.open(data)) as dataset, ThreadPoolExecutor(1) as pool:
+        setup = make_setup(dataset, MODEL, CONFIG, SAMPLING, SINGLE_PROCESS, pool)
+        assert setup.captions is not None
+        assert setup.captions.encoding.moments == model.header.caption_moments is not None
+        rows = dataset.rows("train")
+        shown, texts = setup.captions.select_rows(rows), dataset.captions(rows)
+    assert not all(texts)
+    for name, values in shown.items():
+        assert torch.equal(values, torch.stack([model.encode_prompt(text)[name] for text in texts]))
+
+
+def test_a_warm_start_reads_captions_as_its_initial_model(
+    data: Path, tmp_path: Path, fake_encoder: FakeEncoder
+) -> None:
+    with pytest.raises(Stop):
+        run(data, tmp_path / "run", track=lambda _: StopAt(0))
+    file = tmp_path / "run" / "checkpoints" / "0000000000.safetensors"
+    others, names = tmp_path / "others", [list(COLOURS)[number % 3] for number in range(32)]
+    captions = [f"number {number}" for number in range(32)]
+    write_dataset(others, random_images(32, channels=3), 32, labels=names, captions=captions)
+    warm = CONFIG.model_copy(update={"init_from": str(file)})
+    with closing(Dataset.open(others)) as dataset, ThreadPoolExecutor(1) as pool:
+        setups = [make_setup(dataset, MODEL, each, SAMPLING, SINGLE_PROCESS, pool) for each in (warm, CONFIG)]
+    moments = [setup.model_header(0).caption_moments for setup in setups]
+    assert moments[0] == read_model_header(file).caption_moments != moments[1]
+
+
+def test_files_from_before_have_sentence_vectors_alone(tmp_path: Path, fake_encoder: FakeEncoder) -> None:
+    vector = MODEL.model_copy(update={"text_tokens": 0})
+    path = write_model(tmp_path / "model.safetensors", 0, 0, channels=3, config=vector)
+    header = read_header(path)
+    del header["model_header"]["model"]["text_tokens"]
+    save_tensors(tmp_path / "old.safetensors", load_file(path), header)
+    new, old = load_model(path), load_model(tmp_path / "old.safetensors")
+    assert old.header == new.header
+    assert old.encode_prompt("red square").keys() == {"text"}
+    assert torch.equal(old.encode_prompt("red square")["text"], fake_encoder("red square"))
+    about = MODEL.model_dump(mode="json")
+    assert vector.identity() == about
+    assert MODEL.identity() == about | {"text_tokens": 32}
 
 
 def test_another_encoder_is_another_run_and_named(

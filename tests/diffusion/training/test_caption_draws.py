@@ -19,7 +19,7 @@ from diffusion.training.trainer import Trainer
 from tests.builders.captioned import FakeEncoder
 from tests.builders.small_datasets import random_images, write_dataset
 
-MODEL = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), text=True, dropout=0.0)
+MODEL = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), text=True, text_tokens=0)
 SHORT = {"images": 64, "batch_size": 16, "warmup_images": 0, "cpu_threads": 1, "condition_dropout": 0.0}
 TAGS = {"shuffle": True, "keep": 1, "dropout": 0.2, "variants": 4}
 WEIGHTS = {"1?.png": 3.0, "*": 1.0}
@@ -89,4 +89,4 @@ def test_settings_of_captions_and_weights_are_part_of_the_identity(data: Path) -
 
 def test_tags_without_captions_are_a_mistake(data: Path) -> None:
     with pytest.raises(UserError, match=r"set model\.text to true"):
-        seen(data, MODEL.model_copy(update={"text": False}), tags=TAGS)
+        seen(data, MODEL.model_copy(update={"text": False, "text_tokens": None}), tags=TAGS)
