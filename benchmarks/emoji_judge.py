@@ -11,6 +11,7 @@ measured on the others.
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ def main() -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("models", type=Path, nargs="*")
     parser.add_argument("--count", type=int, default=4, help="images of each noun")
-    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--guidance", type=float, nargs="+", default=[None], help="instead of the file's")
     args = parser.parse_args()
     accepted: dict[str, list[str]] = json.loads(PROMPTS.read_text())["nouns"]
     judge = read(args.corpus / "judge")
@@ -157,12 +158,12 @@ def main() -> None:
     chance = torch.tensor([len(names) * NEAREST / len(judge.names) for names in accepted.values()])
     row("chance", [chance, chance])
     whitening = Whitening.fit(designs.values())
-    for path in args.models:
-        queries = generate(path, list(accepted), args.count, args.guidance)
+    for path, guidance in itertools.product(args.models, args.guidance):
+        queries = generate(path, list(accepted), args.count, guidance)
         results = shares(queries, judge, whitening, accepted)
-        row(f"{path}, {args.count} images each", results)
-        by_noun = results[0].view(args.count, -1).float().mean(0)
-        print("never:", ", ".join(noun for noun, share in zip(accepted, by_noun.tolist(), strict=True) if not share))
+        row(f"{path}, {args.count} images each" + ("" if guidance is None else f", guidance {guidance:g}"), results)
+        counts = zip(accepted, results[0].view(args.count, -1).sum(0).tolist(), strict=True)
+        print("never recognised:", ", ".join(noun for noun, count in counts if not count))
 
 
 if __name__ == "__main__":
