@@ -13,7 +13,6 @@ EmojiOne v1 have a licence that asks for share-alike (CC BY-SA 4.0) and are left
 """
 
 import argparse
-import base64
 import hashlib
 import io
 import json
@@ -41,17 +40,17 @@ DESIGNS = {
     "fxemoji": "@iconify-json/fxemoji@1.2.2",
 }
 JUDGE = "@iconify-json/twemoji@1.2.5"
-SHA512 = {
-    NAMES: "Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==",
-    DESIGNS["noto"]: "DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw==",
-    DESIGNS["noto v1"]: "/DsVMius69Q0fRS53z7QK1TROSuar606jiIx+laXtdsYGMXpf6LtHBx6CGfoo3UHHb/XpBsw+1L1x3eyPqMuVA==",
-    DESIGNS["fluent"]: "D8G6bKAyIsyxP1rzZtIWr/gg/fO4Rg1+DyCWlfqKK4h8W+4Em/Y0P6QYgJUQTlUcagzJvSyg+9OBv4hz4Hc/QA==",
-    DESIGNS["fluent flat"]: "RY47RgPb47fYUiyrA64sIOL0+UU02s29sXpNBbIQRBUlPlfNFTKUmZDERGuxDs/7yNGWqQYvuaSYM1M4fRXlUw==",
-    DESIGNS["emojione"]: "T9+T3HIbJNLKKsmxYKlaYhvnHYkz/HNYTV7SHCXVZPfeUi4FqskY70YeN8yYAZT8cCv7w5vJxS4Q1m8zb9CMMg==",
-    DESIGNS["fxemoji"]: "UAasRaxzFUKfIGSmLwnoarsssA4LX0VLLuEmplIqM6ZNQqIQRtav8tZ4H1neTlBreXuMQyAifr5jP4kn78DpiQ==",
-    JUDGE: "uKpuIEV0v6K5BW3Mjdyl+XKFVAbbcPxAgifKvEMtZoUZB5+YiY5zaMm2uNNCxyXzAWU9yNLlj41WU6/mvgALsw==",
+SHA256 = {
+    NAMES: "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
+    DESIGNS["noto"]: "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
+    DESIGNS["noto v1"]: "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
+    DESIGNS["fluent"]: "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b",
+    DESIGNS["fluent flat"]: "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+    DESIGNS["emojione"]: "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
+    DESIGNS["fxemoji"]: "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef",
+    JUDGE: "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
 }
-"""Of the packages, as the registry and package locks have them."""
+"""Of the packages."""
 COMPONENTS = 2
 """Group of emojibase for parts of emoji, such as skin tones."""
 MAX_MEANINGS = 16
@@ -65,8 +64,8 @@ def fetch(package: str, scratch: Path) -> dict[str, Any]:
     command = ["npm", "pack", package, "--json", "--silent"]
     answer = subprocess.run(command, cwd=scratch, check=True, capture_output=True, text=True).stdout
     data = (scratch / json.loads(answer)[0]["filename"]).read_bytes()
-    if base64.b64encode(hashlib.sha512(data).digest()).decode() != SHA512[package]:
-        raise SystemExit(f"{package} is not the package that was used before: its SHA-512 differs")
+    if hashlib.sha256(data).hexdigest() != SHA256[package]:
+        raise SystemExit(f"{package} is not the package that was used before: its SHA-256 differs")
     wanted = re.compile(r"package/(icons|chars|en/data|en/shortcodes/\w+)\.json")
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         files = {member.name: tar.extractfile(member) for member in tar if wanted.fullmatch(member.name)}
