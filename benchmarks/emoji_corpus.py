@@ -104,7 +104,7 @@ class Emoji:
 
     def icons(self, design: dict[str, Any]) -> dict[str, str]:
         """Find the SVG of each emoji that a ``design`` has, by code points."""
-        found = {}
+        found: dict[str, str] = {}
         for name, icon in design["icons"]["icons"].items():
             if (code := self.codes.get(name.replace("-", ""))) is not None:
                 found.setdefault(code, _svg({**design["icons"], **icon}))
