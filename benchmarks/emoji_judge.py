@@ -94,7 +94,8 @@ class Whitening:
     def __call__(self, features: Tensor, mean: Tensor | None = None) -> Tensor:
         """Whiten ``features`` (N, D), around ``mean``, or the mean of the designs that it was fitted to."""
         centred = (features - (self.mean if mean is None else mean)).double()
-        return torch.linalg.solve_triangular(self.factor, centred.T, upper=False).T
+        white: Tensor = torch.linalg.solve_triangular(self.factor, centred.T, upper=False).T
+        return white
 
 
 def recognised(queries: Features, judge: Features, accepted: dict[str, list[str]]) -> Tensor:
@@ -129,8 +130,11 @@ def select_nouns(design: Features, accepted: dict[str, list[str]]) -> Features:
 
 def generate(path: Path, nouns: list[str], count: int, guidance: float | None) -> Features:
     """Compute the features of ``count`` images of each of ``nouns``, in turns."""
-    options = {} if guidance is None else {"guidance": guidance}
-    images = diffusion.load(str(path)).generate(nouns, count=len(nouns) * count, **options)
+    model, number = diffusion.load(str(path)), len(nouns) * count
+    if guidance is None:
+        images = model.generate(nouns, count=number)
+    else:
+        images = model.generate(nouns, count=number, guidance=guidance)
     return extract(nouns * count, map(np.asarray, images))
 
 
