@@ -65,7 +65,7 @@ def ray_nodes(count: int) -> Iterator[None]:
 
     os.environ |= {"PYTHONPATH": str(Path(__file__).parents[1]), "RAY_USAGE_STATS_ENABLED": "0"}
     # Ray takes 127.0.0.1 for the machine's address to the outside.
-    node = {"num_cpus": 1, "node_ip_address": "127.0.0.2"}
+    node: dict[str, Any] = {"num_cpus": 1, "node_ip_address": "127.0.0.2"}
     cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
     try:
         for _ in range(count - 1):
@@ -74,7 +74,7 @@ def ray_nodes(count: int) -> Iterator[None]:
         os.environ["RAY_ADDRESS"] = cluster.address
         yield
     finally:
-        cluster.shutdown()
+        cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 def measure(count: int, runner: str, workers: int, scratch: Path, servers: bool) -> dict[str, Any]:
