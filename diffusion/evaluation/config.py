@@ -57,7 +57,7 @@ class EvaluationConfig(Config):
     """Images generated from each checkpoint that is evaluated in full, and real training images in the real
     baseline."""
     finalists: int = Field(1, ge=1)
-    """Number of checkpoints evaluated in full. If there are more, they are selected on half of the images or fewer."""
+    """Number of checkpoints evaluated in full. If there are more, they are selected on about half of the images."""
     first_samples: int | None = Field(None, ge=10, exclude_if=is_unset)
     """Images generated from each of many checkpoints (training.keep, ema_stds) in the first round. The better quarter,
     and one more than finalists at least, advances with four times as many, up to half of samples, by KID, or PSNR for

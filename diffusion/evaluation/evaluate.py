@@ -34,6 +34,8 @@ OTHER_VERSION = (
 )
 ETA = 4
 """η of successive halving: the factor by which checkpoints get fewer and their images more in each round."""
+MIN_COMPARED = 10
+"""Fewest images on which checkpoints are compared before an evaluation in full."""
 
 
 def select_finalists(
@@ -46,13 +48,17 @@ def select_finalists(
 
     Successive halving (arXiv 1502.07943) by ``score(checkpoint, images)`` and its selection metric, which is unbiased
     for any number of images: while there are more than ``config.finalists``, the better quarter advances, to four times
-    as many images, and at last more than those are compared on the first half of ``config.samples``. Images are whole
-    batches of ``compute_batch``, as a part takes as long.
+    as many images, and at last more than those are compared on the first half of ``config.samples``. These are whole
+    batches of ``compute_batch`` where that is near, as a part takes as long. Halves of fewer than ``MIN_COMPARED``
+    compare nothing: all are evaluated in full then.
     """
     candidates, preliminary = list(checkpoints), list[CheckpointEvaluation]()
-    last = _whole_batches(config.samples // 2, compute_batch)
-    samples = config.first_samples or _whole_batches(max(10, math.ceil(config.samples / ETA)), compute_batch)
-    while len(candidates) > config.finalists:
+    half, quarter = config.samples // 2, max(MIN_COMPARED, math.ceil(config.samples / ETA))
+    samples = config.first_samples or _whole_batches(quarter, compute_batch)
+    last = _whole_batches(half, compute_batch)
+    if config.first_samples is not None and config.first_samples > last:
+        last = half
+    while len(candidates) > config.finalists and last >= MIN_COMPARED:
         samples = last if len(candidates) == config.finalists + 1 else min(samples, last)
         evaluations = [(path, score(path, samples)) for path in candidates]
         evaluations.sort(key=lambda pair: pair[1].selection_metric.rank, reverse=True)
@@ -60,15 +66,13 @@ def select_finalists(
         places = config.finalists if samples == last else rest
         preliminary += [evaluation for _, evaluation in evaluations[places:]]
         candidates = [path for path, _ in evaluations[:places]]
-        if samples == last:
-            break
         samples *= ETA
     return candidates, sorted(preliminary, key=lambda evaluation: evaluation.images)
 
 
 def _whole_batches(samples: int, compute_batch: int) -> int:
-    """Return the multiple of ``compute_batch`` next to ``samples``, or these if there is less than half a batch."""
-    return round(samples / compute_batch) * compute_batch or samples
+    """Return the largest multiple of ``compute_batch`` up to a tenth above ``samples``; these if there is none."""
+    return samples * 11 // 10 // compute_batch * compute_batch or samples
 
 
 REAL_GRID = "held_out.png"
