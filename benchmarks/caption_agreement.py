@@ -102,7 +102,8 @@ def main() -> None:
         summary = darkroom(workspace, "train", "--local", "--restart-if-different", words=[*settings, *args.set])
         model = load_model(workspace / str(summary["final"]))
         for guidance in args.guidance:
-            options = load_params(workspace / "params.yaml", [f"sampling.guidance={guidance}", *args.set]).sampling
+            words = [*settings, f"sampling.guidance={guidance}", *args.set]
+            options = load_params(workspace / "params.yaml", words).sampling
             prompts = Conditions(prompts=tuple(captions))
             images = sample(model, range(len(captions)), 0, options, conditions=prompts)
             print(table(f"seed {seed}, guidance {guidance:g}", judge.agreement(images, captions)), flush=True)
