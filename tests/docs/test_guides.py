@@ -173,6 +173,7 @@ def test_guides_to_data_sets_can_be_followed(stack: Workspace) -> None:
     follow(stack, "operations/garbage-collection.md")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(diffusion, "load"), reason="the package has no load yet")
 def test_the_python_of_the_readme_generates_a_face(tmp_path: Path) -> None:
     [code, *_] = blocks(ROOT / "README.md", "python")

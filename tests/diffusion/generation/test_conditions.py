@@ -58,6 +58,7 @@ def model(data: Path, tmp_path: Path, fake_encoder: FakeEncoder) -> DiffusionMod
     return load_model(run(data, tmp_path / "run").final)
 
 
+@pytest.mark.slow
 def test_stopped_run_resumes_bit_for_bit_with_its_text_encoder(
     data: Path, tmp_path: Path, fake_encoder: FakeEncoder
 ) -> None:
@@ -75,6 +76,7 @@ def test_stopped_run_resumes_bit_for_bit_with_its_text_encoder(
     assert load_model(plain.final).header.encoder is None
 
 
+@pytest.mark.slow
 def test_streamed_shards_give_the_weights_of_local_ones(data: Path, tmp_path: Path, fake_encoder: FakeEncoder) -> None:
     local = run(data, tmp_path / "local").final.read_bytes()
     store = Away(data, tmp_path / "remote")

@@ -389,6 +389,7 @@ def test_learned_variance_doubles_the_output_channels_only() -> None:
     assert count_flops(LEARNED, (3, 8, 8), 0) > count_flops(MODEL, (3, 8, 8), 0)
 
 
+@pytest.mark.slow
 def test_learned_variance_training_learns_resumes_and_samples(dataset: Path, tmp_path: Path) -> None:
     shape = LEARNED.model_copy(update={"patch": 2})
     config = CONFIG.model_copy(update={"timestep_sampling": "uniform"})

@@ -73,6 +73,7 @@ def test_incomparable_metrics_are_labelled_as_such(model: str, report: Path, tmp
     assert "the figures do not compare" in compare("figures", model, str(report), folder=tmp_path).stdout
 
 
+@pytest.mark.slow
 def test_first_model_has_no_comparison_and_needs_an_evaluation(model: str, report: Path, tmp_path: Path) -> None:
     missing = compare("figures", model, str(report), folder=tmp_path)
     assert (missing.returncode, missing.stdout) == (2, "")

@@ -391,6 +391,7 @@ def test_each_file_is_fetched_once_for_all_workers(hub: Hub, tmp_path: Path) -> 
     assert len(hub.paths("resolve")) == 2
 
 
+@pytest.mark.slow
 def test_a_killed_ingest_goes_on_with_what_it_fetched(hub: Hub, tmp_path: Path) -> None:
     hub.dataset("me/blobs", {"a.parquet": parquet(range(600)), "b.parquet": parquet(range(600, 1200))})
     ingest(tmp_path / "whole" / "blobs", config("hf://datasets/me/blobs"))

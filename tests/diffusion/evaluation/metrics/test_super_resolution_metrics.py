@@ -39,7 +39,7 @@ from tests.builders.small_datasets import random_images, write_dataset
 from tests.builders.small_models import CONFIG as SHAPE
 from tests.builders.small_models import header, write_model
 
-CONFIG = EvaluationConfig(samples=20, extractor_size=32)
+CONFIG = EvaluationConfig(samples=20, extractor_size=32, finalists=3)
 SAMPLING = sampling_config(steps=3, compute_batch=10, precision="fp32")
 ENLARGING = SHAPE.model_copy(update={"low_resolution": 4, "conditional": False})
 
