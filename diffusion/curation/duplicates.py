@@ -74,15 +74,18 @@ def leaders_by_hash(phashes: Sequence[str], order: np.ndarray, classes: Sequence
         classes: Class of each image.
         bits: Largest number of different bits.
     """
-    leaders, numbers = np.arange(len(phashes)), order.tolist()
-    groups = HashGroups(bits, 8)
-    groups.expect((bytes.fromhex(phashes[number]), repr(classes[number])) for number in numbers)
-    for number in numbers:
-        phash, label = bytes.fromhex(phashes[number]), repr(classes[number])
-        if found := groups.find(phash, label):
-            leaders[number] = int.from_bytes(found[0][0], "big")
-        else:
-            groups.add(phash, label, number.to_bytes(8, "big"))
+    leaders, members = np.arange(len(phashes)), dict[str | None, list[int]]()
+    for number in order.tolist():
+        members.setdefault(classes[number], []).append(number)
+    for numbers in members.values():
+        groups = HashGroups(bits, 8)
+        groups.expect(bytes.fromhex(phashes[number]) for number in numbers)
+        for number in numbers:
+            phash = bytes.fromhex(phashes[number])
+            if found := groups.find(phash):
+                leaders[number] = int.from_bytes(found[0][0], "big")
+            else:
+                groups.add(phash, "", number.to_bytes(8, "big"))
     return leaders
 
 

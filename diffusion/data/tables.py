@@ -93,7 +93,7 @@ def insert_records(database: "DuckDBPyConnection", table: str, paths: Iterable[P
 
 
 def query_records(database: "DuckDBPyConnection", paths: Iterable[Path], query: str, statement: str) -> None:
-    """Execute ``statement`` with ``query`` at ``{}`` for each FILES of ``paths``, whose rows are ``records``.
+    """Execute ``statement`` with ``query`` at its first ``{}`` for each FILES of ``paths``, whose rows are ``records``.
 
     Columns of OPTIONAL that a table lacks are null. ``records`` also has the columns ``part``, the number of the file
     in ``paths``, and ``"row"``, the number in the file. Files are read as they are: check them first.
@@ -113,7 +113,7 @@ def query_records(database: "DuckDBPyConnection", paths: Iterable[Path], query: 
             {query}
         """
         files = [escape(str(path.absolute())) for path in (empty, *(path for _, path in group))]
-        database.execute(statement.replace("{}", records), [group[0][0], files])
+        database.execute(statement.replace("{}", records, 1), [group[0][0], files])
 
 
 def quote_path(path: Path, pattern: str | None = None) -> str:

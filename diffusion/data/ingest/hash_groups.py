@@ -13,6 +13,9 @@ from diffusion.data.ingest.hash_table import WORDS, HashTable
 BATCH = 2**12
 """Images compared with the index of roots at a time, and roots that are outside it."""
 
+Comparison = dict[bytes, list[tuple[int, int]]]
+"""Numbers of the roots of the index near each hash, and their distances."""
+
 
 class HashGroups:
     """Groups of images whose hashes of 256 bits differ in at most ``near`` bits from their root's, each in a category.
@@ -23,9 +26,8 @@ class HashGroups:
     def __init__(self, near: int, root_bytes: int) -> None:
         self._table, self._roots, self._root_bytes = HashTable(near), bytearray(), root_bytes
         self._names, self._categories = dict[str, str](), list[str]()
-        self._expected: Iterator[tuple[bytes, str | None]] = iter(())
-        # Of images of a batch: numbers of roots of the index near each, and their distances.
-        self._batch: dict[tuple[bytes, str | None], list[tuple[int, int]]] = {}
+        self._comparisons: Iterator[Comparison] = iter(())
+        self._compared: Comparison = {}
 
     def add(self, phash: bytes, category: str, root: bytes) -> None:
         """Begin a group in ``category`` with the image ``root``, unless one has the same hash there."""
@@ -38,34 +40,43 @@ class HashGroups:
         self._roots += roots
         self._table.add(_words(hashes))
 
-    def expect(self, images: Iterable[tuple[bytes, str | None]]) -> None:
-        """Announce hashes and categories of images that ``find`` will look for, in this order, or some of them."""
-        self._expected, self._batch = iter(images), {}
+    def expect(self, hashes: Iterable[bytes]) -> None:
+        """Announce the hashes of images that ``find`` will look for, in this order, or some of them."""
+        self._comparisons, self._compared = self._compare(iter(hashes)), {}
 
-    def find(self, phash: bytes, category: str | None = None) -> list[tuple[bytes, str]]:
-        """Return root and category of the groups near an image, in ``category`` if it is given, nearest first."""
-        if (phash, category) not in self._batch:
-            self._compare_batch(phash, category)
+    def find(self, phash: bytes) -> list[tuple[bytes, str]]:
+        """Return root and category of the groups near an image, nearest first."""
+        while phash not in self._compared:
+            if (comparison := next(self._comparisons, None)) is None:
+                self.expect([phash])
+            else:
+                self._compared = comparison
         matches: dict[tuple[bytes, str], tuple[int, bytes, str]] = {}
         others = self._table.find_others(_words(phash)).tolist()
-        for number, distance in (*self._batch[phash, category], *others):
-            name = self._categories[number]
-            if category in (None, name):
-                root = bytes(self._roots[number * self._root_bytes : (number + 1) * self._root_bytes])
-                # Of equal hashes in a category the first one is the root.
-                matches.setdefault((self._table.hashes[:, number].tobytes(), name), (distance, root, name))
-        return [(root, name) for _, root, name in sorted(matches.values())]
+        for number, distance in (*self._compared[phash], *others):
+            category = self._categories[number]
+            root = bytes(self._roots[number * self._root_bytes : (number + 1) * self._root_bytes])
+            # Of equal hashes in a category the first one is the root.
+            matches.setdefault((self._table.hashes[:, number].tobytes(), category), (distance, root, category))
+        return [(root, category) for _, root, category in sorted(matches.values())]
 
-    def _compare_batch(self, phash: bytes, category: str | None) -> None:
-        """Compare the next batch of expected images, which begins with this one, with the roots of the index."""
-        image = (phash, category)
-        rest = (each for each in self._expected if each == image)
-        images = list(dict.fromkeys([next(rest, image), *islice(self._expected, BATCH - 1)]))
-        if self._table.count > BATCH:
-            self._table.index()
-        self._batch = {image: [] for image in images}
-        for place, *match in self._table.find_pairs(_words(b"".join(phash for phash, _ in images))).tolist():
-            self._batch[images[place]].append(tuple(match))
+    def _compare(self, images: Iterator[bytes]) -> Iterator[Comparison]:
+        """Compare ``images`` with the roots of the index, a batch at a time, or the parts of one with many pairs."""
+        while batch := list(islice(images, BATCH)):
+            if self._table.count > BATCH:
+                self._table.index()
+            parts = [batch]
+            while parts:
+                part = parts.pop()
+                hashes = list(dict.fromkeys(part))
+                if (pairs := self._table.find_pairs(_words(b"".join(hashes)))) is None:
+                    middle = len(part) // 2
+                    parts += [part[middle:], part[:middle]]
+                    continue
+                comparison: Comparison = {phash: [] for phash in hashes}
+                for place, number, distance in pairs.tolist():
+                    comparison[hashes[place]].append((number, distance))
+                yield comparison
 
 
 def _words(hashes: bytes) -> np.ndarray:

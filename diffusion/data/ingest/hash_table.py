@@ -19,6 +19,8 @@ SPARE_BITS = 5
 """Bits of a value beyond those that number the hashes: of values at random, one in 32 or fewer belong to one."""
 PROBES, BLOCK = 2**17, 2**18
 """Values looked up at a time, which fit the processor's cache, and hashes indexed at a time."""
+MAX_PAIRS = 2**18
+"""Pairs of several hashes in memory."""
 
 
 class HashTable:
@@ -54,12 +56,13 @@ class HashTable:
                 band.add(start, self.hashes[:, start : min(start + BLOCK, self.count)])
         self.indexed = self.count
 
-    def find_pairs(self, queries: np.ndarray) -> np.ndarray:
+    def find_pairs(self, queries: np.ndarray) -> np.ndarray | None:
         """Find the hashes of the index near each of ``queries``, (WORDS, n) uint64.
 
-        Returns (P, 3) int64: numbers of query and hash, and their distance; sorted.
+        Returns (P, 3) int64: numbers of query and hash, and their distance; sorted. None if the bands of several
+        queries have more than MAX_PAIRS.
         """
-        pieces = [np.empty((0, 3), np.int64)]
+        pieces, count = [np.empty((0, 3), np.int64)], 0
         for band in self._bands:
             rows, numbers = band.look_up(queries)
             while len(rows):
@@ -68,6 +71,9 @@ class HashTable:
                 pairs = rows[places], numbers[places]
                 distances = _count_bits(queries[:, pairs[0]] ^ self.hashes[:, pairs[1]])
                 pieces.append(np.stack([*pairs, distances], 1)[distances <= self._near])
+                count += len(pieces[-1])
+                if count > MAX_PAIRS and queries.shape[1] > 1:
+                    return None
                 numbers = band.previous[numbers]
                 rows, numbers = rows[numbers >= 0], numbers[numbers >= 0]
         return np.unique(np.concatenate(pieces), axis=0)

@@ -190,8 +190,8 @@ class Index:
             verb = "INSERT" if table == "samples" else "INSERT OR REPLACE"
             self.database.executemany(f"{verb} INTO {table} VALUES ({marks})", rows)
         if self._roots:
-            hashes, splits, keys = zip(*self._roots, strict=True)
-            block = (b"".join(hashes), bytes(map(SPLITS.index, splits)), b"".join(keys))
+            hashes, splits = zip(*self._roots, strict=True)
+            block = (b"".join(hashes), bytes(map(SPLITS.index, splits)), b"".join(self._roots.values()))
             self.database.execute("INSERT INTO roots (hashes, splits, keys) VALUES (?, ?, ?)", block)
         self._forget()
 
@@ -202,7 +202,7 @@ class Index:
         self._outcomes: dict[tuple[str, str], tuple[str, str | None] | None] = {}
         self._records: dict[str, dict[str, tuple[str, str | None]]] = {}
         self._rows: dict[str, list[tuple[object, ...]]] = defaultdict(list)
-        self._roots: list[tuple[bytes, str, bytes]] = []
+        self._roots: dict[tuple[bytes, str], bytes] = {}
 
     def expect_hashes(self, phashes: Sequence[str]) -> None:
         """Announce the hashes of images that ``groups_near`` will look for, in this order, or some of them."""
@@ -213,7 +213,7 @@ class Index:
             for hashes, splits, keys in self.database.execute("SELECT hashes, splits, keys FROM roots ORDER BY number"):
                 self._groups.extend(hashes, [SPLITS[split] for split in splits], keys)
         if self._groups is not None:
-            self._groups.expect((bytes.fromhex(phash), None) for phash in phashes)
+            self._groups.expect(map(bytes.fromhex, phashes))
 
     def groups_near(self, phash: str) -> list[tuple[bytes, str]]:
         """Return the key of the root, and the split, of the groups of near-duplicates of an image, nearest first."""
@@ -253,7 +253,8 @@ class Index:
             roots = row["near"] or ()
             if self.near is not None and not ((roots and self._groups) or any(map(self.sample, roots))):
                 phash = bytes.fromhex(row["phash"])
-                self._roots.append((phash, row["split"], key))
+                # Thousands of blank images have one hash, and lose their first one together.
+                self._roots.setdefault((phash, row["split"]), key)
                 if self._groups is not None:
                     self._groups.add(phash, row["split"], key)
 

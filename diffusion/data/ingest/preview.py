@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from diffusion.common.config import Config
+from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
 from diffusion.common.progress import ignore_progress
 from diffusion.common.shapes import Shape, shape_name
@@ -19,7 +20,7 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.decode import MASK_PROBLEM, UnusableEntryError, prepare
 from diffusion.data.ingest.index import Index
 from diffusion.data.ingest.ingest import Rebuild, complete_buckets, origin_of, require_same_storage
-from diffusion.data.manifest import read_manifest, work_folder
+from diffusion.data.manifest import Manifest, read_manifest, work_folder
 from diffusion.data.shards import missing_shards
 from diffusion.data.sources import open_source
 from diffusion.data.sources.base import Access, Entry, ObjectStore, Source
@@ -107,11 +108,7 @@ def preview(
             shutil.copyfile(path, scratch / path.name)
         source_survey = survey(config, scratch, objects)
         config = complete_buckets(config, None if rebuilding else before, lambda: source_survey)
-        bits = None
-        # No outcome here depends on hashes, which shards that are on the remote alone may not have yet.
-        if before is None or not missing_shards(folder, before):
-            bits = config.near_duplicate_bits(None if before is None else before.near_duplicate_bits)
-        with closing(Index(scratch / "index.sqlite", folder, before, bits)) as index:
+        with closing(_open_index(scratch / "index.sqlite", folder, before, config)) as index:
             listings = path if (path := work_folder(folder) / "listings").is_dir() else None
             source = open_source(config.source, Access(config, scratch, objects, listings=listings))
             plan = scratch / "plan.sqlite"
@@ -130,6 +127,18 @@ def preview(
         shapes=config.shapes,
         survey=source_survey,
     )
+
+
+def _open_index(path: Path, folder: Path, before: Manifest | None, config: IngestConfig) -> Index:
+    """Open the index at ``path``, without hashes if they would have to be computed from shards that are not here."""
+    bits = config.near_duplicate_bits(None if before is None else before.near_duplicate_bits)
+    try:
+        return Index(path, folder, before, bits)
+    except UserError:
+        if before is None or not missing_shards(folder, before):
+            raise
+    # No outcome of a preview depends on them.
+    return Index(path, folder, before, None)
 
 
 def _forecast(plan: Path, source: Source, config: IngestConfig, index: Index, rebuilding: bool) -> Forecast:

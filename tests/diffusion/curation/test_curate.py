@@ -127,6 +127,15 @@ def test_near_duplicates_form_no_chains() -> None:
     assert leaders_by_hash(phashes, order, classes, 10).tolist() == [0, 0, 2, 2, 4, 4]
     assert leaders_by_hash(phashes, order[::-1].copy(), classes, 10).tolist() == [1, 1, 3, 3, 5, 5]
     assert leaders_by_hash(phashes, order, list("ababab"), 10).tolist() == [*range(6)]
+    assert leaders_by_hash(phashes, order, list("abbaaa"), 10).tolist() == [0, 1, 1, 3, 3, 5]
+
+
+def test_one_image_in_thousands_of_classes_is_kept_in_each() -> None:
+    from diffusion.curation.duplicates import leaders_by_hash
+
+    classes = [f"class {number // 2}" for number in range(10_000)]
+    leaders = leaders_by_hash(["ff" * 32] * 10_000, np.arange(10_000), classes, 24)
+    np.testing.assert_array_equal(leaders, np.arange(10_000) // 2 * 2)
 
 
 def appearance(images: Sequence[Image.Image]) -> "Appearance":

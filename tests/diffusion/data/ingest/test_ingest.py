@@ -25,6 +25,7 @@ from diffusion.data.ingest.index import Index
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.ingest.key_resolution import content_digest
 from diffusion.data.ingest.merge import split_of
+from diffusion.data.ingest.preview import preview
 from diffusion.data.manifest import read_manifest, versions, work_folder
 from tests.builders.ingested import files_of, records
 from tests.builders.real_images import digits
@@ -328,6 +329,23 @@ def test_near_duplicate_of_both_splits_is_quarantined(tmp_path: Path) -> None:
     noisy(5, 13).save(root / "bridge.png")
     result = ingest(folder, config(root, size=24, held_out=0.5, near_duplicates=8, max_quarantined=1))
     assert [each.reason for each in result.quarantined] == ["a near-copy of images in both splits"]
+
+
+def test_previews_use_the_index_of_shards_elsewhere(tmp_path: Path) -> None:
+    root, folder = tmp_path / "images", tmp_path / "set"
+    root.mkdir()
+    for number in range(3):
+        blob(number, 24).save(root / f"{number}.png")
+    settings = config(root, size=24, near_duplicates=8)
+    ingest(folder, settings)
+    shutil.rmtree(folder / "shards")
+    # Without them the index cannot be built again.
+    for path in folder.rglob("*.parquet"):
+        path.unlink()
+    blob(3, 24).save(root / "3.png")
+    forecast = preview(folder, settings).forecast
+    assert forecast is not None
+    assert forecast.kept == 1
 
 
 def row_of(key: str, phash: int, near: list[str] | None = None) -> dict[str, Any]:

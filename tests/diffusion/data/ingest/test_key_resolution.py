@@ -36,8 +36,9 @@ def test_duplicates_and_the_digest_are_those_of_a_loop(parts: list[list[Row]]) -
     with TemporaryDirectory() as root, pytest.MonkeyPatch.context() as small:
         small.setattr("diffusion.data.tables.FILES", 2)
         small.setattr("diffusion.data.tables.BATCH", 3)
+        small.setattr("diffusion.data.ingest.key_resolution.MAX_RANGE", 1)
         places = [(Path(root), part) for part in write_parts(Path(root), parts)]
-        digest, duplicates = resolve(places, STORAGE, Path(root) / "scratch")
+        digest, duplicates = resolve(places, STORAGE, Path(root) / "it's {}")
     assert (digest, duplicates.tolist()) == expected_of(parts)
 
 
