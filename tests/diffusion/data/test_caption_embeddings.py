@@ -54,7 +54,7 @@ def ingested(source: Path, folder: Path) -> Dataset:
 def read(dataset: Dataset, pool: ThreadPoolExecutor, progress: Progress = ignore_progress) -> Captions:
     captions, numbers = dataset.different_captions()
     texts = list_texts(captions, None, 0)
-    return Captions(encode_texts(dataset, texts.texts, pool, progress), numbers, MINI_LM, texts)
+    return Captions(*encode_texts(dataset, texts.texts, pool, progress), numbers, MINI_LM, texts)
 
 
 def embedding_files(folder: Path) -> dict[str, bytes]:
