@@ -36,7 +36,7 @@ class Captions:
     """The encoded captions of a data set's images."""
 
     encodings: Mapping[str, Tensor]
-    """Of P texts, all ``texts`` among them, stacked: (P, …) each; mapped from the cache in the process that reads it."""
+    """Of P texts, all ``texts`` among them, stacked: (P, …) each; mapped where the cache is read."""
     places: np.ndarray
     """(T,) int64, place of each of the T ``texts`` in ``encodings``."""
     numbers: np.ndarray

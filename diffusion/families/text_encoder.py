@@ -73,7 +73,8 @@ class CaptionMoments(Config):
             return None
 
         def chunks() -> Iterator[np.ndarray]:
-            return (vectors[chunk].numpy().astype(np.float64) for chunk in rows.split(MEASURED_AT_ONCE))
+            parts = (rows[start : start + MEASURED_AT_ONCE] for start in range(0, len(rows), MEASURED_AT_ONCE))
+            return (vectors[part].numpy().astype(np.float64) for part in parts)
 
         mean = sum((chunk.sum(0) for chunk in chunks()), np.zeros(WIDTH)) / len(rows)
         deviation = math.sqrt(sum(float(np.square(chunk - mean).sum()) for chunk in chunks()) / len(rows))

@@ -1,6 +1,7 @@
 """Plans of memory: from configurations alone, for this machine and for GPUs of several sizes."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from diffusion.families.adapters import LoRAConfig, OFTConfig
 from diffusion.families.config import DiffusersConfig, FamilyConfig, ModelConfig
 from diffusion.families.header import Origin
 from diffusion.training.config import TrainingConfig
+from diffusion.training.distributed import Ranks
 from diffusion.training.memory_plan import (
     GIB,
     GPU_SIZES,
