@@ -77,7 +77,8 @@ class CaptionMoments(Config):
             return (vectors[part].numpy().astype(np.float64) for part in parts)
 
         mean = sum((chunk.sum(0) for chunk in chunks()), np.zeros(WIDTH)) / len(rows)
-        deviation = math.sqrt(sum(float(np.square(chunk - mean).sum()) for chunk in chunks()) / len(rows))
+        distances = np.concatenate([np.square(chunk - mean).sum(1) for chunk in chunks()])
+        deviation = math.sqrt(distances.mean())
         return None if deviation < MIN_DEVIATION else cls(mean=tuple(mean.tolist()), deviation=deviation)
 
     def standardize(self, encoding: "Encoding") -> dict[str, Tensor]:
