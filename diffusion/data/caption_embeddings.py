@@ -1,8 +1,9 @@
 """A data set's captions as a text encoder encodes them, computed at the first training and cached until a takedown."""
 
 import hashlib
+import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,17 +12,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from diffusion.checkpoints import save_tensors
-from diffusion.common.files import sha256_file, write_bytes
+from diffusion.checkpoints import CONTENT_SHA256, content_digest
+from diffusion.common.files import canonical_json, remove_partials, sha256_file, write_atomically, write_bytes
+from diffusion.common.model_files import METADATA_KEY, tensor_bytes
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.caption_texts import CaptionTexts
 from diffusion.data.dataset import Dataset, Rows
 from diffusion.data.ingest.ingest import encodings_folder, forget_encodings
 from diffusion.data.manifest import read_manifest
-from diffusion.families.text_encoder import MINI_LM, CaptionEncoder, CaptionMoments, stack_encodings
+from diffusion.families.text_encoder import MINI_LM, CaptionEncoder, CaptionMoments, Encoding
 
 CHUNK = 256
 """Captions encoded between two progress reports."""
@@ -34,7 +36,9 @@ class Captions:
     """The encoded captions of a data set's images."""
 
     encodings: Mapping[str, Tensor]
-    """Of all T ``texts``, stacked: (T, …) each."""
+    """Of P texts, all ``texts`` among them, stacked: (P, …) each; mapped where the cache is read."""
+    places: np.ndarray
+    """(T,) int64, place of each of the T ``texts`` in ``encodings``."""
     numbers: np.ndarray
     """(N,) int32, index of each row's caption; −1: none."""
     encoding: CaptionEncoder
@@ -42,7 +46,7 @@ class Captions:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the encodings take."""
+        """Bytes of the encodings."""
         return sum(value.nbytes for value in self.encodings.values())
 
     def select_rows(self, rows: Rows, u: np.ndarray | None = None) -> dict[str, Tensor]:
@@ -51,9 +55,9 @@ class Captions:
         The text is the caption's first, or sampled by ``u`` in [0, 1), (len(rows),).
         """
         captions = self.numbers[np.asarray(rows, np.int64)]
-        numbers = torch.from_numpy(self.texts.select(np.maximum(captions, 0), u))
+        places = torch.from_numpy(self.places[self.texts.select(np.maximum(captions, 0), u)])
         missing = torch.from_numpy(captions < 0)
-        encodings = self.encoding.standardize({name: self.encodings[name][numbers] for name in self.encoding.none})
+        encodings = self.encoding.standardize({name: self.encodings[name][places] for name in self.encoding.none})
         return {
             name: torch.where(missing.view(-1, *[1] * none.ndim), none, encodings[name])
             for name, none in self.encoding.none.items()
@@ -62,8 +66,8 @@ class Captions:
     def measure(self, rows: Rows) -> CaptionMoments | None:
         """Measure the moments of the first texts of the different captions of ``rows``."""
         captions = np.unique(self.numbers[np.asarray(rows, np.int64)])
-        texts = self.texts.select(captions[captions >= 0])
-        return CaptionMoments.measure(self.encodings["text"][torch.from_numpy(texts)])
+        places = self.places[self.texts.select(captions[captions >= 0])]
+        return CaptionMoments.measure(self.encodings["text"], torch.from_numpy(places))
 
 
 def encode_texts(
@@ -72,42 +76,47 @@ def encode_texts(
     pool: Executor,
     progress: Progress = ignore_progress,
     encoding: CaptionEncoder = MINI_LM,
-) -> dict[str, Tensor]:
-    """Encode ``texts``, all the captions of ``dataset``, stacked in their order: (len(texts), …) each.
+) -> tuple[dict[str, Tensor], np.ndarray]:
+    """Encode ``texts``, all the captions of ``dataset``, into the cache, and map it: memory holds what is used.
 
-    Those in the cache are reused, and captions that the set no longer has leave it when others come.
-    Concurrent trainings wait for one another. Raises UserError if the text encoder is unavailable.
+    FLUX.2 has 16 MB a prompt. Texts in the cache are reused, and those that the set no longer has leave it when others
+    come. Concurrent trainings wait for one another. Raises UserError if the text encoder is unavailable.
+
+    Returns the encodings in the cache, (P, …) each, and the place of each of the ``texts`` there, (len(texts),).
     """
     # Required even if all are cached: each checkpoint encodes captions for its sample grid.
     encode = encoding.load()
     path = _cache_file(dataset, encoding)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent.with_suffix(".lock")):
+        remove_partials(path.parent)
         digests = [_digest(text) for text in texts]
-        encodings, missing = _read_cached(path, digests, encoding)
-        if not missing:
-            return encodings
-        for start in range(0, len(missing), CHUNK):
-            chunk = missing[start : start + CHUNK]
-            for name, values in stack_encodings(pool.map(encode, [texts[number] for number in chunk])).items():
-                encodings[name][chunk] = values
-            progress("captions read", start + len(chunk), len(missing))
-        tensors = {"texts": torch.from_numpy(np.frombuffer(b"".join(digests), np.uint8).copy()).view(-1, 32)}
-        tensors |= {f"{ENCODED}{name}": value for name, value in encodings.items()}
-        digest = save_tensors(path, tensors, {"encoder": encoding.digest})
-        write_bytes(path.with_suffix(".sha256"), f"{digest}\n".encode())
-        mapped, absent = _read_cached(path, digests, encoding)
-        if read_manifest(dataset.folder).content_digest != dataset.manifest.content_digest:
-            # Images may have been taken down meanwhile. A takedown writes the manifest and then checks this folder; the
-            # order here is reversed, so that one of the two finds the file.
-            forget_encodings(dataset.folder)
-    return encodings if absent else mapped
+        tensors, places = _read_cached(path, digests)
+        missing = np.flatnonzero(places < 0).tolist()
+
+        def rows() -> Iterator[tuple[int, Encoding]]:
+            cached = [name for name in tensors if name.startswith(ENCODED)]
+            for number in np.flatnonzero(places >= 0).tolist():
+                yield number, {name.removeprefix(ENCODED): tensors[name][places[number]] for name in cached}
+            for start in range(0, len(missing), CHUNK):
+                chunk = missing[start : start + CHUNK]
+                yield from zip(chunk, pool.map(encode, [texts[number] for number in chunk]), strict=True)
+                progress("captions read", start + len(chunk), len(missing))
+
+        if missing:
+            tensors, places = _write_cache(path, encoding, digests, rows()), np.arange(len(texts))
+            if read_manifest(dataset.folder).content_digest != dataset.manifest.content_digest:
+                # Images may have been taken down meanwhile. A takedown writes the manifest and then checks this folder;
+                # the order here is reversed, so that one of the two finds the file.
+                forget_encodings(dataset.folder)
+    return {name: tensors[f"{ENCODED}{name}"] for name in encoding.none}, places
 
 
 def seconds_to_read(dataset: Dataset, texts: Sequence[str], threads: int, encoding: CaptionEncoder = MINI_LM) -> float:
     """Estimate the seconds of ``encode_texts`` in ``threads`` threads from a few of the texts that it would encode."""
-    _, missing = _read_cached(_cache_file(dataset, encoding), [_digest(text) for text in texts], encoding)
-    sample = [texts[number] for number in missing[:8]]
+    _, places = _read_cached(_cache_file(dataset, encoding), [_digest(text) for text in texts])
+    missing = np.flatnonzero(places < 0)
+    sample = [texts[number] for number in missing[:8].tolist()]
     encode, start = encoding.load(), time.perf_counter()
     for text in sample:
         encode(text)
@@ -122,20 +131,64 @@ def _cache_file(dataset: Dataset, encoding: CaptionEncoder) -> Path:
     return encodings_folder(dataset.folder) / f"{encoding.digest[:16]}.texts.safetensors"
 
 
-def _read_cached(path: Path, digests: Sequence[bytes], encoding: CaptionEncoder) -> tuple[dict[str, Tensor], list[int]]:
-    """Return the cached encodings of the texts with these ``digests``, and the indices of those not in the cache.
-
-    If the cache has no others, they are mapped from the file: memory holds what is used, as FLUX.2 has 16 MB a prompt.
-    """
-    encodings = {name: none.new_empty(len(digests), *none.shape) for name, none in encoding.none.items()}
-    missing = dict(zip(digests, range(len(digests)), strict=True))
+def _read_cached(path: Path, digests: Sequence[bytes]) -> tuple[dict[str, Tensor], np.ndarray]:
+    """Map the cache, and find the places there of the texts with these ``digests``, (len(digests),); −1: not there."""
     with suppress(FileNotFoundError):  # or deleted meanwhile
         if sha256_file(path) == path.with_suffix(".sha256").read_text().strip():
             tensors = load_file(path)
-            if tensors["texts"].numpy().tobytes() == b"".join(digests):
-                return {name: tensors[f"{ENCODED}{name}"] for name in encodings}, []
-            for place, text in enumerate(tensors["texts"].numpy()):
-                if (number := missing.pop(text.tobytes(), None)) is not None:
-                    for name, values in encodings.items():
-                        values[number] = tensors[f"{ENCODED}{name}"][place]
-    return encodings, list(missing.values())
+            places = {text.tobytes(): place for place, text in enumerate(tensors["texts"].numpy())}
+            return tensors, np.array([places.get(digest, -1) for digest in digests], np.int64)
+    return {}, np.full(len(digests), -1, np.int64)
+
+
+def _write_cache(
+    path: Path, encoding: CaptionEncoder, digests: Sequence[bytes], rows: Iterable[tuple[int, Encoding]]
+) -> dict[str, Tensor]:
+    """Write the file of ``save_tensors``, holding one of the numbered ``rows`` at a time, and its digest; map it."""
+    row = {"texts": torch.empty(32, dtype=torch.uint8)}
+    row |= {f"{ENCODED}{name}": none for name, none in encoding.none.items()}
+    header = {"encoder": encoding.digest, CONTENT_SHA256: "0" * 64}
+    # A file without rows has the order of the tensors, and the names of their types.
+    empty = {name: value.new_empty(0, *value.shape) for name, value in row.items()}
+    layout = json.loads(save(empty, {METADATA_KEY: canonical_json(header)})[8:])
+    end = 0
+    for name in [name for name in layout if name in row]:
+        start, end = end, end + len(digests) * row[name].nbytes
+        layout[name] |= {"shape": [len(digests), *row[name].shape], "data_offsets": [start, end]}
+
+    def head() -> bytes:
+        content = json.dumps(layout, separators=(",", ":")).encode()
+        content += b" " * (-len(content) % 8)
+        return len(content).to_bytes(8, "little") + content
+
+    mapped: dict[str, Tensor] = {}
+
+    def write(partial: Path) -> None:
+        first = len(head())
+        with partial.open("w+b") as file:
+            for number, tensors in rows:
+                for name, value in tensors.items():
+                    target = row[f"{ENCODED}{name}"]
+                    file.seek(first + layout[f"{ENCODED}{name}"]["data_offsets"][0] + number * target.nbytes)
+                    file.write(tensor_bytes(torch.empty_like(target).copy_(value)))
+            file.seek(first + layout["texts"]["data_offsets"][0])
+            file.writelines(digests)
+            file.flush()
+            # By the open file, whose name a takedown may have deleted.
+            data = np.memmap(file, np.uint8, "c", first)
+            for name, value in row.items():
+                start, end = layout[name]["data_offsets"]
+                mapped[name] = torch.from_numpy(data[start:end]).view(value.dtype).view(-1, *value.shape)
+            content = content_digest(mapped, header)
+            layout["__metadata__"][METADATA_KEY] = canonical_json(header | {CONTENT_SHA256: content})
+            file.seek(0)
+            file.write(head())
+
+    try:
+        digest = write_atomically(path, write)
+        write_bytes(path.with_suffix(".sha256"), f"{digest}\n".encode())
+    except FileNotFoundError:
+        if not mapped:
+            raise
+        # Deleted by a takedown: this training goes on with what is mapped.
+    return mapped

@@ -83,7 +83,12 @@ class DarkroomUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
         (N,). ``class_labels`` (N,) are numbers in the sorted classes, one more for any; ``text`` (N, 384) and
         ``tokens`` (N, L, 384) are ``DDPMModel.encode_prompt`` of captions, zeros for none. With 2C ``out_channels`` the
         second half is v of ``interpolate_deviation``, as a DDPMScheduler with the variance ``learned_range`` takes it.
+
+        Raises ValueError for one of ``text`` and ``tokens`` without the other if the network attends to tokens.
         """
+        if self.model.config.tokens and (text is None) != (tokens is None):
+            missing = "text" if text is None else "tokens"
+            raise ValueError(f"{missing} is missing: this network takes both text and tokens of an encoded prompt")
         t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         sigma = self.model.schedule.sigma(t)
         x = sample.float() * (1 + sigma**2).sqrt().float()[:, None, None, None]

@@ -5,7 +5,7 @@ not depend on another library's version.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -35,6 +35,8 @@ MAX_TOKENS = 256
 """Most tokens of a text, as in the original encoder; longer captions are truncated."""
 MIN_DEVIATION = 1e-4
 """Smallest distance of captions from their mean, which is below 1, that is more than rounding."""
+MEASURED_AT_ONCE = 4096
+"""Captions whose moments are summed at once."""
 FILES = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
@@ -61,16 +63,22 @@ class CaptionMoments(Config):
     """Root mean square distance from the mean."""
 
     @classmethod
-    def measure(cls, vectors: Tensor) -> "CaptionMoments | None":
-        """Measure those of T different captions, (T, 384), in an order of operations that no thread changes.
+    def measure(cls, vectors: Tensor, rows: Tensor) -> "CaptionMoments | None":
+        """Measure those of the T different captions in ``rows`` (T,) of ``vectors`` (P, 384), a chunk at a time.
 
-        None: all are read alike, and nothing would be left of them.
+        The order of operations is one that no thread changes. None: all are read alike, and nothing would be left of
+        them.
         """
-        if not len(vectors):
+        if not len(rows):
             return None
-        values = vectors.numpy().astype(np.float64)
-        mean = values.mean(0)
-        deviation = math.sqrt(np.square(values - mean).sum(1).mean())
+
+        def chunks() -> Iterator[np.ndarray]:
+            parts = (rows[start : start + MEASURED_AT_ONCE] for start in range(0, len(rows), MEASURED_AT_ONCE))
+            return (vectors[part].numpy().astype(np.float64) for part in parts)
+
+        mean = sum((chunk.sum(0) for chunk in chunks()), np.zeros(WIDTH)) / len(rows)
+        distances = np.concatenate([np.square(chunk - mean).sum(1) for chunk in chunks()])
+        deviation = math.sqrt(distances.mean())
         return None if deviation < MIN_DEVIATION else cls(mean=tuple(mean.tolist()), deviation=deviation)
 
     def standardize(self, encoding: "Encoding") -> dict[str, Tensor]:

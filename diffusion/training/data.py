@@ -90,9 +90,9 @@ def encode_captions(
     texts = list_texts(captions, config.tags, config.seed)
     if readers is None:
         none = {name: value.expand(len(texts.texts), *value.shape) for name, value in encoding.none.items()}
-        return Captions(none, numbers, encoding, texts)
-    encodings = encode_texts(dataset, texts.texts, readers, progress, encoding) if ranks.is_main else {}
-    captions_read = Captions(ranks.broadcast_tensors(encodings), numbers, encoding, texts)
+        return Captions(none, np.arange(len(texts.texts)), numbers, encoding, texts)
+    read = encode_texts(dataset, texts.texts, readers, progress, encoding) if ranks.is_main else ({}, None)
+    captions_read = Captions(ranks.broadcast_tensors(read[0]), ranks.broadcast(read[1]), numbers, encoding, texts)
     if not encoding.measures_moments:
         return captions_read
     moments = captions_read.measure(dataset.rows("train"))

@@ -70,7 +70,7 @@ class MemoryPlan(Config):
     averages: int
     """Averages of the weights, and the guide's."""
     captions: int
-    """Encoded captions, which are in the CPU's memory."""
+    """Encoded captions that the main of several processes has sent, in the CPU's memory; it maps them itself."""
     activations: int
     """What the forward pass of ``images_at_once`` takes, and mostly leaves for the backward pass."""
     images_at_once: int
@@ -108,7 +108,7 @@ def plan_memory(setup: TrainingSetup, memory: StepMemory, images: int, is_gpu: b
     step = threads * (memory.step(images) + (memory.trained if images < part else 0))
     muon = muon_size(memory.matrices, threads) if has_muon else 0
     captions = 0
-    if setup.model.text and not is_gpu:
+    if setup.model.text and not is_gpu and setup.ranks.count > 1:
         captions = len(list_texts(setup.dataset.different_captions()[0], config.tags, config.seed).texts)
     # A CPU keeps encoders that do nothing in a step.
     idle = 0 if is_gpu else max(0, memory.text_encoders + memory.autoencoder - memory.encoders)

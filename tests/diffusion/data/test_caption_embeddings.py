@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusion.checkpoints import save_tensors
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.caption_embeddings import MINI_LM, Captions, encode_texts, seconds_to_read
 from diffusion.data.caption_texts import list_texts
@@ -54,7 +55,7 @@ def ingested(source: Path, folder: Path) -> Dataset:
 def read(dataset: Dataset, pool: ThreadPoolExecutor, progress: Progress = ignore_progress) -> Captions:
     captions, numbers = dataset.different_captions()
     texts = list_texts(captions, None, 0)
-    return Captions(encode_texts(dataset, texts.texts, pool, progress), numbers, MINI_LM, texts)
+    return Captions(*encode_texts(dataset, texts.texts, pool, progress), numbers, MINI_LM, texts)
 
 
 def embedding_files(folder: Path) -> dict[str, bytes]:
@@ -100,6 +101,36 @@ def test_encodings_are_mapped_from_the_cache_instead_of_held_in_memory(
         mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if folder in line]
         ranges = ([int(end, 16) for end in line.split()[0].split("-")] for line in mapped)
         assert any(start <= place < end for start, end in ranges)
+
+
+def test_cache_is_the_safetensors_file_of_its_tensors(
+    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, fake_encoder: FakeEncoder
+) -> None:
+    dataset = ingested(source, tmp_path / "data" / "blobs")
+    encodings_folder(dataset.folder).mkdir()
+    (encodings_folder(dataset.folder) / f".killed.{'0' * 32}.partial").write_bytes(b"left")
+    texts = dataset.different_captions()[0]
+    for known in (texts[1:], texts):  # encoded, then grown at the start
+        encodings, _ = encode_texts(dataset, known, pool)
+        [path] = encodings_folder(dataset.folder).glob("*.safetensors")
+        digests = [list(hashlib.sha256(text.encode()).digest()) for text in known]
+        tensors = {"texts": torch.tensor(digests, dtype=torch.uint8), "encoded.text": encodings["text"].clone()}
+        save_tensors(tmp_path / "expected", tensors, {"encoder": MINI_LM.digest})
+        assert path.read_bytes() == (tmp_path / "expected").read_bytes()
+    assert len(embedding_files(dataset.folder)) == 2
+
+
+def test_some_of_the_cached_texts_are_found_without_writing(
+    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, fake_encoder: FakeEncoder
+) -> None:
+    dataset = ingested(source, tmp_path / "data" / "blobs")
+    texts = dataset.different_captions()[0]
+    encode_texts(dataset, texts, pool)
+    files = embedding_files(dataset.folder)
+    encodings, places = encode_texts(dataset, texts[:0:-1], pool)
+    expected = torch.stack([FakeEncoder()(text) for text in texts[:0:-1]])
+    assert torch.equal(encodings["text"][torch.from_numpy(places)], expected)
+    assert embedding_files(dataset.folder) == files
 
 
 def test_estimated_time_counts_only_uncached_captions(

@@ -248,6 +248,17 @@ def test_exported_pipeline_takes_prompts(tmp_path: Path, fake_encoder: FakeEncod
     assert set(fake_encoder.read) == {"red square", "blue"}
 
 
+def test_exported_network_takes_text_and_tokens_together(tmp_path: Path) -> None:
+    """With the vector alone it would attend to no caption."""
+    _, exported_pipeline = exported(write_model(tmp_path, channels=3, text=True))
+    network = load(exported_pipeline).unet
+    prompt = {"text": torch.ones(1, 384), "tokens": torch.ones(1, 32, 384)}
+    assert network(torch.zeros(1, 3, 8, 8), 5, **prompt).sample.shape == (1, 3, 8, 8)
+    for name, value in prompt.items():
+        with pytest.raises(ValueError, match="is missing"):
+            network(torch.zeros(1, 3, 8, 8), 5, **{name: value})
+
+
 def test_images_are_those_of_sample_to_one_level_of_grey(tmp_path: Path) -> None:
     model, exported_pipeline = exported(write_model(tmp_path))
     images = load(exported_pipeline)(batch_size=COUNT, seed=SEED).images
