@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from mlflow.client import MlflowClient
 
 from diffusion.checkpoints import outline_model, read_model_header, weights_digest
@@ -131,7 +132,8 @@ def _conflict(params: Params, champion: Version) -> str | None:
     if model.autoencoder is not None:
         file = Path(model.autoencoder)
         digest = weights_digest(file).removeprefix("sha256:")
-        latents = outline_model(file).make_latents(digest, size, manifest.shapes or [(size, size)])
+        with torch.device("meta"):
+            latents = outline_model(file).make_latents(digest, size, manifest.shapes or [(size, size)])
         model = model.model_copy(update={"autoencoder": f"sha256:{digest}"})
         size = latents.space.size if latents else size
     words = start_conflict(outline_model(weights), model.resolve(size), manifest)
