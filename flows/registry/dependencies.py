@@ -45,10 +45,16 @@ AnyStart = TypeVar("AnyStart", bound=Start)
 
 
 def request_key(params: Params) -> str:
-    """Digest of the requested training, with the models that it depends on by name."""
-    manifest = read_manifest(params.dataset_folder)
-    training = params.training.with_batch_size(params.model, manifest.size)
-    return train_key(data_digest(manifest, training), params.model, training)
+    """Digest of the requested training, with the version of its autoencoder and the name of its initial weights.
+
+    Initial weights fit one autoencoder: with another, where training begins is decided anew. Raises UserError if the
+    registry has no such autoencoder.
+    """
+    manifest, model = read_manifest(params.dataset_folder), params.model
+    training = params.training.with_batch_size(model, manifest.size)
+    if (uri := registered_autoencoder(params)) is not None:
+        model = model.model_copy(update={"autoencoder": model_versions.resolve(MlflowClient(), uri).uri})
+    return train_key(data_digest(manifest, training), model, training)
 
 
 def decide_once(model: str, key: str, kind: type[AnyStart], decide: Callable[[], AnyStart]) -> AnyStart:

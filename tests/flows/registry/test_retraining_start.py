@@ -1,6 +1,7 @@
 """What a retraining begins with: decided by ledger, network and data, and the same again after a kill."""
 
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from flows.registry.ledger import Evidence, Ledger
 from flows.registry.model_versions import Version, cached_checkpoint
 from flows.registry.retraining_start import decide_start, resolve_retraining_start
 from tests.builders.model_versions import add_version
+from tests.builders.small_autoencoders import autoencoder, colours, denoiser, latent
 from tests.builders.small_models import CONFIG, write_model
 
 CLASSES = {"even": 24, "odd": 24}
@@ -46,20 +48,24 @@ def judge(params: Params, mlflow_client: MlflowClient, tmp_path: Path) -> Judge:
         write_model(path, number, images=1, **({"classes": CLASSES} | options))  # type: ignore[arg-type]
         tags = {} if warm is None else {"darkroom.warm_start": str(warm)}
         version = add_version(mlflow_client, tmp_path, params.model_name, data=path.read_bytes(), **tags)
-        evidence = Evidence(verdict=verdict, reason="measured")  # type: ignore[arg-type]
-        append(
-            mlflow_client,
-            Ledger.of(version.model),
-            lambda history: history.next_entry(
-                verdict,
-                version.number,
-                version.weights_sha256,
-                evidence=evidence,  # type: ignore[arg-type]
-            ),
-        )
+        record_verdict(mlflow_client, version, verdict)
         return version
 
     return judge
+
+
+def record_verdict(client: MlflowClient, version: Version, verdict: str = "promote") -> None:
+    evidence = Evidence(verdict=verdict, reason="measured")  # type: ignore[arg-type]
+    append(
+        client,
+        Ledger.of(version.model),
+        lambda history: history.next_entry(
+            verdict,
+            version.number,
+            version.weights_sha256,
+            evidence=evidence,  # type: ignore[arg-type]
+        ),
+    )
 
 
 def change_data(params: Params, content: str) -> None:
@@ -169,3 +175,27 @@ def test_training_state_beside_the_weights_is_taken_over(
     whole, expected = load_file(cached_checkpoint(version)), load_file(checkpoint)
     assert whole.keys() == expected.keys()
     assert all(torch.equal(whole[name], expected[name]) for name in expected)
+
+
+def test_latent_model_goes_on_until_there_is_another_autoencoder(
+    mlflow_client: MlflowClient, bucket: str, tmp_path: Path
+) -> None:
+    data, short = colours(tmp_path / "data" / "blobs"), {"images": 16, "checkpoints": 1, "warmup_images": 16}
+    first, second = (autoencoder(data, tmp_path / f"{seed}", config=short | {"seed": seed}).final for seed in (1, 2))
+    weights = latent(data, tmp_path / "latent", denoiser(first), config=short).final
+    network = denoiser(f"models:/{bucket}-vae@champion").model_dump(mode="json", exclude_unset=True)
+    training = {"dataset": "blobs", "images": 320, "batch_size": 16}
+    params = Params.parse({"model": network, "training": training, "registry": {"model": bucket}})
+
+    def promote(model: str, weights: Path) -> str:
+        version = add_version(mlflow_client, tmp_path / model, model, data=weights.read_bytes())
+        record_verdict(mlflow_client, version)
+        return version.uri
+
+    with chdir(tmp_path):
+        change_data(params, "1")
+        promote(f"{bucket}-vae", first)
+        champion = promote(bucket, weights)
+        assert resolve_retraining_start(params).version == champion
+        promote(f"{bucket}-vae", second)
+        assert resolve_retraining_start(params).version is None
