@@ -9,6 +9,7 @@ import torch
 from mlflow.client import MlflowClient
 from safetensors.torch import load_file
 
+from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_file
 from diffusion.data.manifest import read_manifest, write_manifest
 from diffusion.process.samplers import sampling_config
@@ -19,7 +20,7 @@ from flows.registry.aliases import append
 from flows.registry.dependencies import resolve_params
 from flows.registry.ledger import Evidence, Ledger
 from flows.registry.model_versions import Version, cached_checkpoint
-from flows.registry.retraining_start import decide_start, resolve_retraining_start
+from flows.registry.retraining_start import decide_start, preview_retraining_start, resolve_retraining_start
 from tests.builders.model_versions import add_version
 from tests.builders.small_autoencoders import autoencoder, colours, denoiser, latent
 from tests.builders.small_models import CONFIG, write_model
@@ -141,6 +142,7 @@ def test_takedown_ends_the_chain(params: Params, judge: Judge, mlflow_client: Ml
         ({"config": CONFIG.model_copy(update={"width": 32})}, "training", {}),
         ({"classes": CLASSES | {"round": 1}}, "training", {}),
         ({}, "training", {"init_from": "champion"}),
+        ({}, "training", {"init_from": "models:/other/1", "warm_start": True}),
         ({}, "retraining", {"warm_start": False}),
     ],
 )
@@ -155,9 +157,49 @@ def test_retraining_begins_from_nothing_or_as_configured(
 
 
 def test_champion_of_the_same_data_is_not_trained_again(params: Params, judge: Judge) -> None:
-    judge()
+    champion = judge()
     change_data(params, "0")
     assert decide_start(params).version is None
+    assert preview_retraining_start(params, has_new_data=True).version == champion.uri
+
+
+def test_preview_is_what_is_recorded_and_records_nothing(params: Params, judge: Judge) -> None:
+    judge()
+    assert preview_retraining_start(params, has_new_data=False).version is not None
+    first = judge()
+    assert resolve_retraining_start(params).version == first.uri
+    second = judge()
+    assert preview_retraining_start(params, has_new_data=False).version == first.uri
+    assert preview_retraining_start(params, has_new_data=True).version == second.uri
+
+
+def test_deleted_champion_is_named_with_ways_out(params: Params, judge: Judge, mlflow_client: MlflowClient) -> None:
+    judge()
+    champion = judge()
+    mlflow_client.delete_model_version(champion.model, str(champion.number))
+    with pytest.raises(UserError, match="promote --to 1"):
+        decide_start(params)
+
+
+def test_start_says_its_length_and_what_would_have_to_change(params: Params, judge: Judge) -> None:
+    judge()
+    assert "for 80 of 320 images" in decide_start(params).text
+    judge(config=CONFIG.model_copy(update={"width": 32}))
+    assert decide_start(params).text.endswith("to begin with it, give --set model.width=32")
+
+
+@pytest.mark.parametrize("family", ["gan", "diffusers"])
+def test_families_that_cannot_go_on_begin_from_nothing(family: str, params: Params) -> None:
+    other = Params.parse({"model": {"family": family}, "training": {"dataset": "blobs"}})
+    assert not other.goes_on
+    assert family in decide_start(other).text
+
+
+def test_rate_of_warm_starts_suits_the_optimizer() -> None:
+    tree = {"training": {"optimizer": "prodigy", "learning_rate": 0.2}, "retraining": {"learning_rate": 0.25}}
+    with pytest.raises(UserError, match=r"retraining\.learning_rate"):
+        Params.parse(tree)
+    assert not Params.parse(tree | {"retraining": {"learning_rate": 0.25, "warm_start": False}}).goes_on
 
 
 def test_training_state_beside_the_weights_is_taken_over(
