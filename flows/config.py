@@ -17,7 +17,7 @@ from diffusion.common.files import digest_of
 from diffusion.common.parsing import parse_yaml, read_yaml
 from diffusion.families.config import FAMILIES, FamilyConfig, ModelConfig
 from diffusion.presets import PresetName, complete_from_preset, preset
-from diffusion.training.config import earlier_runs
+from diffusion.training.config import MIN_PRODIGY_RATE, earlier_runs
 
 DURATIONS = ("training.images", "training.minutes")
 """Fields of which one replaces the other."""
@@ -137,6 +137,17 @@ class Params(ExperimentConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _warm_starts_can_be_configured(self) -> Self:
+        training, share = self.training, self.retraining.learning_rate
+        is_warm = self.goes_on and training.init_from is None
+        if is_warm and training.optimizer == "prodigy" and training.learning_rate * share < MIN_PRODIGY_RATE:
+            raise ValueError(
+                f"training.optimizer = prodigy finds the learning rate, and in warm starts training.learning_rate = "
+                f"{training.learning_rate:g} times retraining.learning_rate = {share:g} multiplies it: set both to 1"
+            )
+        return self
+
     @property
     def report_folders(self) -> list[Path]:
         """Report folders of the data set: of families, students, other runs, combinations of sweeps, single models."""
@@ -173,7 +184,7 @@ class Params(ExperimentConfig):
         """Whether the next retraining may go on with what is trained, so that its training state is kept."""
         training = self.training
         is_own = training.init_from is None or training.warm_start
-        is_whole = training.student is None and training.adapter is None
+        is_whole = training.student is None and training.adapter is None and not self.model.needs_initial_model
         return self.retraining.warm_start and is_own and is_whole and "initial_weights" in self.model.abilities
 
     def adapt_to_version(self, model: FamilyConfig, name: str) -> Self:

@@ -18,7 +18,7 @@ from flows.checks import Request, check, require_worth_training
 from flows.config import Params
 from flows.datasets.checkout import CheckoutResult
 from flows.datasets.sync import sync
-from flows.deployment.tasks import artifact_key, completed_state, concurrency_slot, require_permitted
+from flows.deployment.tasks import artifact_key, completed_state, concurrency_slot, require_permitted, retryable_task
 from flows.ingest import IngestOutcome, ingest
 from flows.registry.alarms import Alarms
 from flows.registry.retraining_notes import RetrainRequest
@@ -131,12 +131,14 @@ def train_and_promote(
     from flows.evaluate import evaluate
     from flows.explain import explain
     from flows.promote import last_comparison, promote
+    from flows.registry.champion import require_champion
     from flows.registry.retraining_start import resolve_retraining_start
     from flows.sample import sample, samples_from_noise
     from flows.tracking.runs import run_page
     from flows.train import train
 
-    start = resolve_retraining_start(params)
+    require_champion(params)
+    start = retryable_task(resolve_retraining_start)(params)
     params = start.apply(params)
     with phase("train", seconds, expected):
         training = train(params, restart="set_aside", drift=drift)

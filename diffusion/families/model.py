@@ -62,6 +62,16 @@ class ConditioningBatch:
 
 
 @dataclass(frozen=True)
+class StartConflict:
+    """Reason why a training cannot begin with a model."""
+
+    fact: str
+    """What the model is or knows, to continue a sentence about it."""
+    advice: str | None = None
+    """Configuration with which training can begin with it, in the imperative; None: there is none."""
+
+
+@dataclass(frozen=True)
 class Model(ABC):
     """A network of some family, ready for use."""
 
@@ -203,10 +213,10 @@ class Model(ABC):
         """SHA-256 of what decides the latents that training caches, besides images; None: it trains on images."""
         return None
 
-    def conflict_as_start(self, config: BaseFamilyConfig, classes: Sequence[str]) -> str | None:
+    def conflict_as_start(self, config: BaseFamilyConfig, classes: Sequence[str]) -> StartConflict | None:
         """Describe why a training of ``config`` on ``classes`` cannot begin with this model; None if it can.
 
-        The description continues a sentence about the model. ``classes`` are the data set's, if there are several.
+        ``classes`` are the data set's, if there are several.
         """
         actual, expected = self.config.model_dump(), config.model_dump()
         if names := [name for name in actual | expected if actual.get(name) != expected.get(name)]:
@@ -215,12 +225,12 @@ class Model(ABC):
             settings = (
                 f"--set model.{name}={json.dumps(value, separators=(',', ':'))}" for name, value in values.items()
             )
-            return f"is another network than the section model describes: give {' '.join(settings)}, or"
+            return StartConflict("is another network than the section model describes", f"give {' '.join(settings)}")
         if self.classes != classes_of(config, dict.fromkeys(classes, 1)):
             known, given = (", ".join(names) or "none" for names in (self.classes, classes))
-            return f"knows the classes {known}, and the data set has {given}:"
+            return StartConflict(f"knows the classes {known}, and the data set has {given}")
         if self.header.encoder != self.text_encoder(config):
-            return "was trained with another text encoder:"
+            return StartConflict("was trained with another text encoder")
         return None
 
     def select_classes(self, classes: Sequence[str]) -> Self:

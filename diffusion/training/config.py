@@ -22,6 +22,8 @@ EARLIER = "earlier"
 """Folder beside run folders, with a folder for each of their names, for finished runs that were set aside."""
 KEEPS_WEIGHTS = "keeps weights"
 """Metadata of fields that cannot change the weights."""
+MIN_PRODIGY_RATE = 0.1
+"""Minimum of the learning rate with Prodigy, which finds the rate and is multiplied by it."""
 
 
 TrackerName = Literal["tensorboard", "wandb"]
@@ -223,7 +225,7 @@ class TrainingConfig(ObjectiveConfig):
             )
         if words := self._micro_batch_conflict():
             raise ValueError(words)
-        if self.optimizer == "prodigy" and not 0.1 <= self.learning_rate <= 10:
+        if self.optimizer == "prodigy" and not MIN_PRODIGY_RATE <= self.learning_rate <= 10:
             raise ValueError(
                 f"training.optimizer = prodigy finds the learning rate, and training.learning_rate = "
                 f"{self.learning_rate:g} multiplies it: set that to 1"

@@ -15,7 +15,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import Manifest
 from diffusion.families.config import FamilyConfig
 from diffusion.families.header import Base
-from diffusion.families.model import Model, to_float, use_channels_last
+from diffusion.families.model import Model, StartConflict, to_float, use_channels_last
 from diffusion.families.vae.network import Latents
 from diffusion.training.config import TrainingConfig
 from diffusion.training.identity import identity_fields, local_file
@@ -49,8 +49,9 @@ def load_initial(
         option = "training.init_from"
         alternative = "begin with a model of the same kind, or at random (training.init_from=null)"
     initial = load(local_file(option, config.init_from))
-    if (words := start_conflict(initial, model, dataset.manifest)) is not None:
-        raise UserError(f"{option} {config.init_from} {words} {alternative}")
+    if (conflict := start_conflict(initial, model, dataset.manifest)) is not None:
+        advice = f"{conflict.advice}, or {alternative}" if conflict.advice else alternative
+        raise UserError(f"{option} {config.init_from} {conflict.fact}: {advice}")
     if config.student is not None and initial.header.student_steps is not None:
         raise UserError(f"{config.init_from} is a student itself: name its teacher with distillation.teacher")
     for shape in dataset.shapes if initial.has_frozen_parts else ():
@@ -64,17 +65,16 @@ def load_initial(
     return initial.select_classes(_classes(dataset.manifest))
 
 
-def start_conflict(initial: Model, model: FamilyConfig, manifest: Manifest) -> str | None:
-    """Describe why a training of ``model`` on a data set cannot begin with ``initial``; None if it can.
-
-    The description continues a sentence about ``initial``, and an alternative follows it.
-    """
+def start_conflict(initial: Model, model: FamilyConfig, manifest: Manifest) -> StartConflict | None:
+    """Describe why a training of ``model`` on a data set cannot begin with ``initial``; None if it can."""
     if initial.header.model.family != model.family:
-        return f"is a model of the family {initial.header.model.family}, and this is {model.family}:"
+        return StartConflict(f"is a model of the family {initial.header.model.family}, and this is {model.family}")
     shape = (manifest.channels, manifest.size, manifest.size)
     if initial.header.square != shape and not initial.header.takes_other_sizes(shape):
         actual, expected = ("×".join(map(str, each)) for each in (initial.header.square, shape))
-        return f"generates images of {actual} (channels × height × width), and data set {manifest.name} has {expected}:"
+        return StartConflict(
+            f"generates images of {actual} (channels × height × width), and data set {manifest.name} has {expected}"
+        )
     return initial.conflict_as_start(model, _classes(manifest))
 
 

@@ -1,10 +1,10 @@
 """What ``--dry-run`` shows: an ingest, and trainings with the time that they would take."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from diffusion.common.errors import UserError
+from diffusion.common.errors import DarkroomError
 from flows.cli.command import CommandOutput, connect, display_progress
 
 if TYPE_CHECKING:
@@ -77,13 +77,19 @@ def preflight_trainings(variants: "Mapping[str, Params]") -> CommandOutput:
 
 def preview_retraining(config: "Params", version: str | None) -> CommandOutput:
     """Output of what a retraining would do: its ingest, and its training if the data set exists."""
+    from diffusion.data.manifest import read_manifest
+
     value: dict[str, Any] = {"dry_run": True, "ingest": None, "start": None, "training": None}
     lines: list[str] = []
+    has_new_data = False
     if version is None:
         preview = preview_ingest(config)
         value["ingest"], lines = preview.model_dump(mode="json"), preview.lines()
+        has_new_data = preview.new > 0 and (preview.forecast is None or preview.forecast.kept > 0)
     if (config.dataset_folder / "manifest.json").is_file():
-        config, value["start"] = preview_start(config)
+        if version is not None:
+            has_new_data = not read_manifest(config.dataset_folder).digest.startswith(version)
+        config, value["start"] = preview_start(config, has_new_data)
         training = preflight_trainings({config.training.dataset: config})
         value["training"] = training.value
         lines += ["training, on the images that are there now:", f"start      {value['start']}", *training.lines]
@@ -92,15 +98,19 @@ def preview_retraining(config: "Params", version: str | None) -> CommandOutput:
     return CommandOutput(value, lines)
 
 
-def preview_start(config: "Params") -> "tuple[Params, str]":
-    """Configuration of the training of a retraining now, and what it would begin with in a line; records nothing."""
-    try:
-        with connect("mlflow", "s3"):
-            from flows.registry.retraining_start import decide_start
+def preview_start(config: "Params", has_new_data: bool) -> "tuple[Params, str]":
+    """Configuration of the training of a retraining now, and what it would begin with in a line; records nothing.
 
-            start = decide_start(config)
-    except UserError as error:
-        return config, f"from nothing, or from the champion: the registry is not there to say ({error})"
+    ``has_new_data``: its ingest changes the data set. Raises UserError as the retraining would.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(connect("mlflow", "s3"))
+        except DarkroomError as error:
+            return config, f"from nothing, or from the champion: the registry is not there to say ({error})"
+        from flows.registry.retraining_start import preview_retraining_start
+
+        start = preview_retraining_start(config, has_new_data)
     return start.apply(config), start.text
 
 

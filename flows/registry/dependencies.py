@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -45,10 +44,16 @@ AnyStart = TypeVar("AnyStart", bound=Start)
 
 
 def request_key(params: Params) -> str:
-    """Digest of the requested training, with the models that it depends on by name."""
-    manifest = read_manifest(params.dataset_folder)
-    training = params.training.with_batch_size(params.model, manifest.size)
-    return train_key(data_digest(manifest, training), params.model, training)
+    """Digest of the requested training, with the version of its autoencoder and the name of its initial weights.
+
+    Initial weights fit one autoencoder: with another, where training begins is decided anew. Raises UserError if the
+    registry has no such autoencoder.
+    """
+    manifest, model = read_manifest(params.dataset_folder), params.model
+    training = params.training.with_batch_size(model, manifest.size)
+    if (uri := registered_autoencoder(params)) is not None:
+        model = model.model_copy(update={"autoencoder": model_versions.resolve(MlflowClient(), uri).uri})
+    return train_key(data_digest(manifest, training), model, training)
 
 
 def decide_once(model: str, key: str, kind: type[AnyStart], decide: Callable[[], AnyStart]) -> AnyStart:
@@ -56,15 +61,28 @@ def decide_once(model: str, key: str, kind: type[AnyStart], decide: Callable[[],
 
     Raises UserError if the record is damaged.
     """
+    if (start := find_recorded(model, key, kind)) is not None:
+        return start
     store, place = Store(), Location(settings().bucket) / "starts" / model
+    store.require_conditional_puts(place.bucket, "starts")
+    start = decide()
     try:
-        data = store.get(place.bucket, place.key(f"{key}.json"))
+        store.put_once(place.bucket, place.key(f"{key}.json"), canonical_json(start.model_dump()).encode())
+    except ConflictError:  # another machine was faster, and its record counts
+        return find_recorded(model, key, kind) or start
+    return start
+
+
+def find_recorded(model: str, key: str, kind: type[AnyStart]) -> AnyStart | None:
+    """Read where the training ``key`` of ``model`` begins by its record on S3; None if there is none yet.
+
+    Raises UserError if the record is damaged.
+    """
+    place = Location(settings().bucket) / "starts" / model
+    try:
+        data = Store().get(place.bucket, place.key(f"{key}.json"))
     except MissingObjectError:
-        store.require_conditional_puts(place.bucket, "starts")
-        record = canonical_json(decide().model_dump()).encode()
-        with suppress(ConflictError):  # another machine was faster, and its record counts
-            store.put_once(place.bucket, place.key(f"{key}.json"), record)
-        data = store.get(place.bucket, place.key(f"{key}.json"))
+        return None
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:

@@ -5,9 +5,11 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from mlflow.client import MlflowClient
 
 from diffusion.checkpoints import outline_model, read_model_header, weights_digest
+from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.data.manifest import read_manifest
 from diffusion.training.config import TrainingConfig
@@ -15,7 +17,8 @@ from diffusion.training.starting_models import start_conflict
 from flows.config import Params
 from flows.registry import model_versions
 from flows.registry.aliases import read_verified_history
-from flows.registry.dependencies import Start, decide_once, request_key, resolve_params
+from flows.registry.champion import champion_problem
+from flows.registry.dependencies import Start, decide_once, find_recorded, request_key, resolve_params
 from flows.registry.ledger import History, Ledger, LedgerEntry
 from flows.registry.model_versions import Version, registered_version
 from flows.registry.takedown_marks import describe_takedowns, reload_with_takedowns
@@ -32,7 +35,7 @@ class RetrainingStart(Start):
     @property
     def text(self) -> str:
         """Both in a line."""
-        return f"{self.version or 'from nothing'}: {self.reason}" if self.version else self.reason
+        return f"{self.version}: {self.reason}" if self.version else self.reason
 
     def apply(self, params: Params) -> Params:
         """Configure the training that begins here: a warm start is shorter, at a lower rate."""
@@ -56,29 +59,51 @@ def resolve_retraining_start(params: Params) -> RetrainingStart:
     The decision is recorded on S3, and stays as it is when the champion changes: a killed retraining goes on. It is
     void once images that the recorded version learned from are taken down.
     """
-    key = digest_of([request_key(params), params.retraining.model_dump(mode="json")])
-    start = decide_once(params.model_name, key, RetrainingStart, lambda: decide_start(params))
-    if start.version is not None:
-        name, number = parse_model_uri(start.version)
-        version = registered_version(MlflowClient(), name, int(number))
-        problem = f"{start.version} is not in the registry any more" if version is None else _takedown_of(version)
-        if problem is not None:
-            start = _fresh(problem)
+    start = _void(decide_once(params.model_name, _key(params), RetrainingStart, lambda: decide_start(params)))
     logger.info("training begins %s", start.text)
     return start
 
 
-def decide_start(params: Params) -> RetrainingStart:
-    """Decide what a retraining of ``params`` would begin with now; records nothing."""
+def preview_retraining_start(params: Params, has_new_data: bool) -> RetrainingStart:
+    """Return what ``resolve_retraining_start`` would; records nothing. ``has_new_data`` is as in ``decide_start``."""
+    recorded = None if has_new_data else find_recorded(params.model_name, _key(params), RetrainingStart)
+    return _void(recorded or decide_start(params, has_new_data))
+
+
+def _key(params: Params) -> str:
+    return digest_of([request_key(params), params.retraining.model_dump(mode="json")])
+
+
+def _void(start: RetrainingStart) -> RetrainingStart:
+    """Replace a recorded ``start`` whose version must not be used any more."""
+    if start.version is None:
+        return start
+    name, number = parse_model_uri(start.version)
+    version = registered_version(MlflowClient(), name, int(number))
+    problem = f"{start.version} is not in the registry any more" if version is None else _takedown_of(version)
+    return start if problem is None else _fresh(problem)
+
+
+def decide_start(params: Params, has_new_data: bool = False) -> RetrainingStart:
+    """Decide what a retraining of ``params`` would begin with now; records nothing.
+
+    ``has_new_data``: the retraining will have another version of the data set than there is now. Raises UserError, with
+    ways out, if the champion or the ledger is unusable.
+    """
+    if params.training.init_from is not None:
+        return RetrainingStart(version=None, reason=f"with {params.training.init_from}, as training.init_from says")
+    if not params.retraining.warm_start:
+        return _fresh("retraining.warm_start is false")
     if not params.goes_on:
-        is_off = not params.retraining.warm_start
-        return _fresh("retraining.warm_start is false" if is_off else "the section training says where it begins")
+        return _fresh(f"the training of a model of the family {params.model.family} cannot be continued")
     client = MlflowClient()
     history = read_verified_history(client, Ledger.of(params.model_name))
+    if (problem := champion_problem(client, history)) is not None:
+        raise UserError(problem)
     if (number := history.alias_numbers.champion) is None:
         return _fresh("there is no champion yet")
     champion = model_versions.get_version(client, params.model_name, number)
-    if (problem := _takedown_of(champion) or _conflict(params, champion)) is not None:
+    if (problem := _takedown_of(champion) or _conflict(params, champion, has_new_data)) is not None:
         return _fresh(problem)
     config = params.retraining
     warm_entries = list(_warm_starts(client, history, max(config.fresh_every or 0, config.fresh_after_held or 0)))
@@ -90,7 +115,14 @@ def decide_start(params: Params) -> RetrainingStart:
     chain = (parse_tags(champion.tags, champion.uri).warm_start or 0) + 1
     has_state = parse_tags(champion.tags, champion.uri).state_sha256 is not None
     state = "with its optimizer state" if has_state else "with its averaged weights alone, as it has no training state"
-    return RetrainingStart(version=champion.uri, reason=f"warm start {chain} of its chain, {state}")
+    share = _describe_share(params.training, params.retraining.length)
+    return RetrainingStart(version=champion.uri, reason=f"warm start {chain} of its chain, for {share}, {state}")
+
+
+def _describe_share(training: TrainingConfig, share: float) -> str:
+    if training.images is not None:
+        return f"{math.ceil(training.images * share):,} of {training.images:,} images"
+    return f"{(training.minutes or 0) * share:g} of {training.minutes:g} minutes"
 
 
 def _fresh(reason: str) -> RetrainingStart:
@@ -115,7 +147,7 @@ def _warm_starts(client: MlflowClient, history: History, count: int) -> Iterator
         yield entry
 
 
-def _conflict(params: Params, champion: Version) -> str | None:
+def _conflict(params: Params, champion: Version, has_new_data: bool) -> str | None:
     """Describe why the training of ``champion`` cannot go on with the configuration and the data set; None if it can.
 
     Champions of the same data are conflicts: there is nothing new to learn.
@@ -125,14 +157,17 @@ def _conflict(params: Params, champion: Version) -> str | None:
     if header.base is not None or header.student_steps is not None:
         return f"the champion {champion.uri} is {'an adapter' if header.base else 'a student'}"
     manifest = read_manifest(params.dataset_folder)
-    if header.content_digest == manifest.content_digest:
+    if not has_new_data and header.content_digest == manifest.content_digest:
         return f"the champion {champion.uri} learned from this version of the data set"
     model, size = resolve_params(params, dry_run=True).params.model, manifest.size
     if model.autoencoder is not None:
         file = Path(model.autoencoder)
         digest = weights_digest(file).removeprefix("sha256:")
-        latents = outline_model(file).make_latents(digest, size, manifest.shapes or [(size, size)])
+        with torch.device("meta"):
+            latents = outline_model(file).make_latents(digest, size, manifest.shapes or [(size, size)])
         model = model.model_copy(update={"autoencoder": f"sha256:{digest}"})
         size = latents.space.size if latents else size
-    words = start_conflict(outline_model(weights), model.resolve(size), manifest)
-    return words and f"the champion {champion.uri} {words} or keep this"
+    if (conflict := start_conflict(outline_model(weights), model.resolve(size), manifest)) is None:
+        return None
+    advice = f": to begin with it, {conflict.advice}" if conflict.advice else ""
+    return f"the champion {champion.uri} {conflict.fact}{advice}"

@@ -212,7 +212,9 @@ def describe(run: Retraining, steps: Sequence[RetrainingStep], line: str, progre
     """Show as HTML how far a retraining is, and at its end the verdict with links to the report and to MLflow."""
     params, parts = run.params, list[str]()
     minutes = params.training.minutes
-    budget = f", {minutes:g} {'minute' if minutes == 1 else 'minutes'} of training" if minutes else ""
+    # A warm start takes a share of them, which is known once it is decided.
+    limit = "at most " if params.goes_on and params.training.init_from is None else ""
+    budget = f", {limit}{minutes:g} {'minute' if minutes == 1 else 'minutes'} of training" if minutes else ""
     parts.append(
         f"<p><b>{escape(params.model_name)}</b>: {escape(run.state)}. {params.ingest.size}×{params.ingest.size} "
         f"pixels{budget}</p>"

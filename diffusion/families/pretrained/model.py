@@ -20,7 +20,7 @@ from diffusion.families.denoising_objective import DenoisingObjective
 from diffusion.families.diffusion_model import DiffusionModel, encode_known_part, make_unconditional, paste_kept
 from diffusion.families.fine_tuning import TrainableSubset, select_layers
 from diffusion.families.header import ModelHeader
-from diffusion.families.model import Conditioning, ConditioningBatch, TrainingObjective, to_uint8
+from diffusion.families.model import Conditioning, ConditioningBatch, StartConflict, TrainingObjective, to_uint8
 from diffusion.families.pretrained.config import DiffusersConfig
 from diffusion.families.pretrained.network import PipelineNetwork, parts_digest, tensor_names
 from diffusion.families.pretrained.pipeline import Pipeline
@@ -115,15 +115,18 @@ class PretrainedModel(DiffusionModel):
         """SHA-256 of the autoencoder; None: the denoiser works on pixels."""
         return None if self.latents is None else parts_digest(self.network, self.pipeline.autoencoder_name)
 
-    def conflict_as_start(self, config: BaseFamilyConfig, classes: Sequence[str]) -> str | None:
+    def conflict_as_start(self, config: BaseFamilyConfig, classes: Sequence[str]) -> StartConflict | None:
         """Describe why a training of ``config`` on ``classes`` cannot begin with this pipeline."""
         if getattr(config, "pipeline", None) is not None and config != self.config:
-            return "is another pipeline than the section model describes, which may be left to it:"
+            return StartConflict("is another pipeline than the section model describes, which may be left to it")
         if self.pipeline.prediction is None:
-            return f"predicts what its {self.pipeline.scheduler.kind} alone knows, so it cannot be trained:"
+            return StartConflict(
+                f"predicts what its {self.pipeline.scheduler.kind} alone knows, so it cannot be trained"
+            )
         if self.classes and (len(classes) < 2 or not set(classes) <= set(self.classes)):
             names = ", ".join(self.classes[:8]) + (" …" if len(self.classes) > 8 else "")
-            return f"knows the classes {names}, and the data set has {', '.join(classes[:8]) or 'none'}:"
+            given = ", ".join(classes[:8]) or "none"
+            return StartConflict(f"knows the classes {names}, and the data set has {given}")
         return None
 
     def select_classes(self, classes: Sequence[str]) -> Self:

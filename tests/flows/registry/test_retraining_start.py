@@ -1,6 +1,7 @@
 """What a retraining begins with: decided by ledger, network and data, and the same again after a kill."""
 
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from mlflow.client import MlflowClient
 from safetensors.torch import load_file
 
+from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_file
 from diffusion.data.manifest import read_manifest, write_manifest
 from diffusion.process.samplers import sampling_config
@@ -18,8 +20,9 @@ from flows.registry.aliases import append
 from flows.registry.dependencies import resolve_params
 from flows.registry.ledger import Evidence, Ledger
 from flows.registry.model_versions import Version, cached_checkpoint
-from flows.registry.retraining_start import decide_start, resolve_retraining_start
+from flows.registry.retraining_start import decide_start, preview_retraining_start, resolve_retraining_start
 from tests.builders.model_versions import add_version
+from tests.builders.small_autoencoders import autoencoder, colours, denoiser, latent
 from tests.builders.small_models import CONFIG, write_model
 
 CLASSES = {"even": 24, "odd": 24}
@@ -46,20 +49,24 @@ def judge(params: Params, mlflow_client: MlflowClient, tmp_path: Path) -> Judge:
         write_model(path, number, images=1, **({"classes": CLASSES} | options))  # type: ignore[arg-type]
         tags = {} if warm is None else {"darkroom.warm_start": str(warm)}
         version = add_version(mlflow_client, tmp_path, params.model_name, data=path.read_bytes(), **tags)
-        evidence = Evidence(verdict=verdict, reason="measured")  # type: ignore[arg-type]
-        append(
-            mlflow_client,
-            Ledger.of(version.model),
-            lambda history: history.next_entry(
-                verdict,
-                version.number,
-                version.weights_sha256,
-                evidence=evidence,  # type: ignore[arg-type]
-            ),
-        )
+        record_verdict(mlflow_client, version, verdict)
         return version
 
     return judge
+
+
+def record_verdict(client: MlflowClient, version: Version, verdict: str = "promote") -> None:
+    evidence = Evidence(verdict=verdict, reason="measured")  # type: ignore[arg-type]
+    append(
+        client,
+        Ledger.of(version.model),
+        lambda history: history.next_entry(
+            verdict,
+            version.number,
+            version.weights_sha256,
+            evidence=evidence,  # type: ignore[arg-type]
+        ),
+    )
 
 
 def change_data(params: Params, content: str) -> None:
@@ -135,6 +142,7 @@ def test_takedown_ends_the_chain(params: Params, judge: Judge, mlflow_client: Ml
         ({"config": CONFIG.model_copy(update={"width": 32})}, "training", {}),
         ({"classes": CLASSES | {"round": 1}}, "training", {}),
         ({}, "training", {"init_from": "champion"}),
+        ({}, "training", {"init_from": "models:/other/1", "warm_start": True}),
         ({}, "retraining", {"warm_start": False}),
     ],
 )
@@ -149,9 +157,49 @@ def test_retraining_begins_from_nothing_or_as_configured(
 
 
 def test_champion_of_the_same_data_is_not_trained_again(params: Params, judge: Judge) -> None:
-    judge()
+    champion = judge()
     change_data(params, "0")
     assert decide_start(params).version is None
+    assert preview_retraining_start(params, has_new_data=True).version == champion.uri
+
+
+def test_preview_is_what_is_recorded_and_records_nothing(params: Params, judge: Judge) -> None:
+    judge()
+    assert preview_retraining_start(params, has_new_data=False).version is not None
+    first = judge()
+    assert resolve_retraining_start(params).version == first.uri
+    second = judge()
+    assert preview_retraining_start(params, has_new_data=False).version == first.uri
+    assert preview_retraining_start(params, has_new_data=True).version == second.uri
+
+
+def test_deleted_champion_is_named_with_ways_out(params: Params, judge: Judge, mlflow_client: MlflowClient) -> None:
+    judge()
+    champion = judge()
+    mlflow_client.delete_model_version(champion.model, str(champion.number))
+    with pytest.raises(UserError, match="promote --to 1"):
+        decide_start(params)
+
+
+def test_start_says_its_length_and_what_would_have_to_change(params: Params, judge: Judge) -> None:
+    judge()
+    assert "for 80 of 320 images" in decide_start(params).text
+    judge(config=CONFIG.model_copy(update={"width": 32}))
+    assert decide_start(params).text.endswith("to begin with it, give --set model.width=32")
+
+
+@pytest.mark.parametrize("family", ["gan", "diffusers"])
+def test_families_that_cannot_go_on_begin_from_nothing(family: str, params: Params) -> None:
+    other = Params.parse({"model": {"family": family}, "training": {"dataset": "blobs"}})
+    assert not other.goes_on
+    assert family in decide_start(other).text
+
+
+def test_rate_of_warm_starts_suits_the_optimizer() -> None:
+    tree = {"training": {"optimizer": "prodigy", "learning_rate": 0.2}, "retraining": {"learning_rate": 0.25}}
+    with pytest.raises(UserError, match=r"retraining\.learning_rate"):
+        Params.parse(tree)
+    assert not Params.parse(tree | {"retraining": {"learning_rate": 0.25, "warm_start": False}}).goes_on
 
 
 def test_training_state_beside_the_weights_is_taken_over(
@@ -169,3 +217,27 @@ def test_training_state_beside_the_weights_is_taken_over(
     whole, expected = load_file(cached_checkpoint(version)), load_file(checkpoint)
     assert whole.keys() == expected.keys()
     assert all(torch.equal(whole[name], expected[name]) for name in expected)
+
+
+def test_latent_model_goes_on_until_there_is_another_autoencoder(
+    mlflow_client: MlflowClient, bucket: str, tmp_path: Path
+) -> None:
+    data, short = colours(tmp_path / "data" / "blobs"), {"images": 16, "checkpoints": 1, "warmup_images": 16}
+    first, second = (autoencoder(data, tmp_path / f"{seed}", config=short | {"seed": seed}).final for seed in (1, 2))
+    weights = latent(data, tmp_path / "latent", denoiser(first), config=short).final
+    network = denoiser(f"models:/{bucket}-vae@champion").model_dump(mode="json", exclude_unset=True)
+    training = {"dataset": "blobs", "images": 320, "batch_size": 16}
+    params = Params.parse({"model": network, "training": training, "registry": {"model": bucket}})
+
+    def promote(model: str, weights: Path) -> str:
+        version = add_version(mlflow_client, tmp_path / model, model, data=weights.read_bytes())
+        record_verdict(mlflow_client, version)
+        return version.uri
+
+    with chdir(tmp_path):
+        change_data(params, "1")
+        promote(f"{bucket}-vae", first)
+        champion = promote(bucket, weights)
+        assert resolve_retraining_start(params).version == champion
+        promote(f"{bucket}-vae", second)
+        assert resolve_retraining_start(params).version is None

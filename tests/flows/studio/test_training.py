@@ -239,7 +239,7 @@ def test_texts_of_a_run_are_no_markup() -> None:
     assert "href=''" not in html
 
 
-@pytest.mark.parametrize(("minutes", "words"), [(1, ", 1 minute of training"), (2.5, ", 2.5 minutes of training")])
+@pytest.mark.parametrize(("minutes", "words"), [(1, ", at most 1 minute of"), (2.5, ", at most 2.5 minutes of")])
 def test_the_time_budget_is_in_words(minutes: float, words: str) -> None:
     params = Params.model_validate({"training": {"minutes": minutes}})
     run = Retraining(uuid4(), params, "Running", "", False, NOW, None, "http://prefect/run")
