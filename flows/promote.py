@@ -41,6 +41,7 @@ from flows.registry.aliases import append, project, read_verified_history
 from flows.registry.announcements import announce
 from flows.registry.champion import champion_problem, require_champion
 from flows.registry.ledger import Approval, Evidence, GateWord, History, Ledger, LedgerEntry
+from flows.registry.lineage import ANCESTORS, ancestors_tag
 from flows.registry.takedown_marks import (
     TAKEDOWN,
     describe_takedowns,
@@ -149,6 +150,8 @@ def register(params: Params, evaluation: Evaluation) -> model_versions.Version:
     tracker.tag({START: base_tags.get(START)})
     names = (*digests, TAKEDOWN, AUTOENCODER, WARM_START, DRIFT)
     tags = {name: run.data.tags.get(name) for name in names} | base_tags
+    parents = base_tags.get(START), run.data.tags.get(AUTOENCODER)
+    tags[ANCESTORS] = ancestors_tag(tracker.client, parents)
     tags |= {
         "darkroom.git_commit": f"{commit}{UNCOMMITTED}" if commit and is_dirty == "True" else commit,
         "darkroom.guidance": evaluation.sampling.guidance_text if evaluation.sampling.is_guided else None,

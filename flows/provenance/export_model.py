@@ -47,6 +47,8 @@ class ExportedModel:
     """Libraries that the version was registered with, as NAME==VERSION."""
     takedowns: str | None = None
     """Names of takedowns, since its training, of images that it learned from; None: none."""
+    ancestors: Sequence[str] = ()
+    """Registered models that it was made from, and data that deleted ones learned from, in words."""
 
     @classmethod
     def registered(cls, uri: str) -> "ExportedModel":
@@ -55,6 +57,7 @@ class ExportedModel:
 
         from flows.provenance.reproduce import fetch_requirements
         from flows.registry import model_versions
+        from flows.registry.lineage import describe_ancestors
         from flows.registry.model_card import load_manifest_and_metrics
         from flows.registry.takedown_marks import TAKEDOWN, warn_of_takedown
 
@@ -63,7 +66,8 @@ class ExportedModel:
         weights = model_versions.cached_weights(version)
         data, metrics = load_manifest_and_metrics(version)
         requirements, takedowns = fetch_requirements(version), version.tags.get(TAKEDOWN)
-        return cls(weights, version.uri, version.run_id, data, metrics, requirements, takedowns)
+        ancestors = describe_ancestors(MlflowClient(), version)
+        return cls(weights, version.uri, version.run_id, data, metrics, requirements, takedowns, ancestors)
 
     def find_manifest(self, config: Params) -> Manifest | None:
         """Return the manifest of the data set it was trained on, which may lie here; None if it is unknown."""

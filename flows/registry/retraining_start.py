@@ -32,10 +32,10 @@ class RetrainingStart(Start):
     @property
     def text(self) -> str:
         """Both in a line."""
-        return f"{self.version or 'from nothing'}: {self.reason}" if self.version else self.reason
+        return f"{self.version}: {self.reason}" if self.version else self.reason
 
     def apply(self, params: Params) -> Params:
-        """Configure the training that begins here: a warm start is shorter, at a lower rate."""
+        """Configure the training that begins here: a warm start has a share of its length and learning rate."""
         if self.version is None:
             return params
         training, config = params.training, params.retraining

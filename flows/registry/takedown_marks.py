@@ -26,6 +26,7 @@ from flows.datasets.dvc import StoredFiles
 from flows.environment import data_source
 from flows.registry import model_versions
 from flows.registry.aliases import none_if_missing
+from flows.registry.lineage import ANCESTORS, walk_lineage
 from flows.registry.model_versions import Version
 from flows.storage.s3 import Store
 from flows.storage.tags import parse_tags
@@ -80,6 +81,8 @@ def find_derived(
     models: dict[tuple[str, int], ModelVersion] = {}
     new_runs = [run for digest in digests for run in _runs("darkroom.content_digest", digest)]
     queries = [f"tags.`darkroom.content_digest` = '{digest}'" for digest in digests]
+    # Of ancestors that are deleted, or in another registry.
+    queries += [f"tags.`{ANCESTORS}` LIKE '%{digest}%'" for digest in digests]
     while new_runs or queries:
         runs |= {run.info.run_id: run for run in new_runs}
         queries += [f"run_id = '{run.info.run_id}'" for run in new_runs]
@@ -242,20 +245,12 @@ def reload_with_takedowns(version: Version) -> Version:
     """
     client = MlflowClient()
     version = model_versions.get_version(client, version.model, version.number)
-    names: set[str] = set()
-    records: dict[str, Removal] = {}
-    lineage, queue = {version.uri}, [version]
-    while queue:
-        member = queue.pop()
+    names, contents = set[str](), set[tuple[str, str]]()
+    for member in walk_lineage(client, [version.uri]):
         tags = parse_tags(member.tags, member.uri)
         names.update(parse_takedown_names(tags.takedown))
-        if tags.dataset is not None and tags.content_digest is not None:
-            records |= {removal.name: removal for removal in _find_removals(tags.dataset, tags.content_digest)}
-        for uri in {uri for uri in (tags.autoencoder, tags.start) if uri} - lineage:
-            lineage.add(uri)
-            model, _, number = uri.removeprefix("models:/").rpartition("/")
-            parent = model_versions.registered_version(client, model, int(number))
-            queue += [parent] if parent else []
+        contents |= tags.contents
+    records = {removal.name: removal for digest, dataset in contents for removal in _find_removals(dataset, digest)}
     marks = set(parse_takedown_names(version.tags.get(TAKEDOWN)))
     for name in sorted(records.keys() - marks):
         mark([version.run_id], [version.uri], records[name])
