@@ -41,9 +41,10 @@ from flows.registry.aliases import append, project, read_verified_history
 from flows.registry.announcements import announce
 from flows.registry.champion import champion_problem, require_champion
 from flows.registry.ledger import Approval, Evidence, GateWord, History, Ledger, LedgerEntry
-from flows.registry.lineage import ANCESTORS, ancestors_tag
 from flows.registry.takedown_marks import (
+    ANCESTORS,
     TAKEDOWN,
+    ancestors_tag,
     describe_takedowns,
     reload_with_takedowns,
     require_current,

@@ -57,9 +57,8 @@ class ExportedModel:
 
         from flows.provenance.reproduce import fetch_requirements
         from flows.registry import model_versions
-        from flows.registry.lineage import describe_ancestors
         from flows.registry.model_card import load_manifest_and_metrics
-        from flows.registry.takedown_marks import TAKEDOWN, warn_of_takedown
+        from flows.registry.takedown_marks import TAKEDOWN, describe_ancestors, warn_of_takedown
 
         version = model_versions.resolve(MlflowClient(), uri)
         warn_of_takedown(version)

@@ -23,9 +23,8 @@ from diffusion.families.header import ModelHeader
 from diffusion.process.samplers import SamplingConfig
 from flows.environment import settings
 from flows.registry import model_card, model_versions
-from flows.registry.lineage import ANCESTORS, ancestors_tag
 from flows.registry.model_versions import LICENCE, ORIGIN, Version
-from flows.registry.takedown_marks import TAKEDOWN
+from flows.registry.takedown_marks import ANCESTORS, TAKEDOWN, ancestors_tag
 from flows.tracking.console import reporter
 from flows.tracking.runs import AUTOENCODER, IMPORTED, ORIGIN_ARTIFACT, START, RunTracker, find_or_create_run
 

@@ -31,8 +31,8 @@ from flows.registry import champion, model_versions
 from flows.registry.aliases import COPY, read_verified_history
 from flows.registry.champion import ChampionChange
 from flows.registry.ledger import Evidence, Ledger
-from flows.registry.lineage import ANCESTORS, ancestors_tag
 from flows.registry.model_versions import LOGGED_TAGS, Version, digest_code
+from flows.registry.takedown_marks import ANCESTORS, ancestors_tag
 from flows.storage.tags import parse_tags
 from flows.tracking.runs import (
     AUTOENCODER,

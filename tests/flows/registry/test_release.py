@@ -26,8 +26,8 @@ from flows.environment import read_staging_servers
 from flows.registry import champion, model_versions
 from flows.registry.import_model import import_model
 from flows.registry.ledger import Evidence, Ledger
-from flows.registry.lineage import ANCESTORS
 from flows.registry.release import MODEL, fetch, register, release, unpack
+from flows.registry.takedown_marks import ANCESTORS
 from flows.storage.s3 import Store
 from flows.tracking.runs import RELEASED_FROM, START, TRAIN_KEY
 from tests.builders import ROOT
@@ -96,7 +96,7 @@ def test_staging_champion_is_released_with_its_lineage(stages: Stages, tmp_path:
     number = stages.version(1, tmp_path)
     champion.promote("blobs", number, "rounder", evidence=EVIDENCE)
     content = {"darkroom.dataset": "blobs", "darkroom.content_digest": "c" * 64}
-    parent = add_version(there, tmp_path, "blobs", **content)
+    parent = add_version(there, tmp_path / "parent", "blobs", **content)
     there.set_model_version_tag("blobs", str(number), START, parent.uri)
     there.set_tag(there.get_model_version("blobs", str(number)).run_id, START, parent.uri)
     staged = there.get_run(there.get_model_version("blobs", str(number)).run_id)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from mlflow.client import MlflowClient
 
-from flows.registry.lineage import ancestors_tag, describe_ancestors, walk_lineage
 from flows.registry.model_versions import get_version
+from flows.registry.takedown_marks import ancestors_tag, describe_ancestors, walk_lineage
 from tests.builders.model_versions import add_version
 
 
