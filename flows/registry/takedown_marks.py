@@ -215,7 +215,7 @@ def describe_ancestors(client: MlflowClient, version: Version) -> list[str]:
         if member.uri != version.uri:
             known.add((tags.content_digest, tags.dataset))
             texts.append(f"{member.uri}, trained on " + _describe_data(tags.content_digest, tags.dataset))
-    return texts + [f"a model trained on {_describe_data(*content)}" for content in sorted(contents - known)]
+    return texts + [f"a model trained on {_describe_data(*content)}" for content in sorted(contents.difference(known))]
 
 
 def _describe_data(digest: str | None, dataset: str | None) -> str:
