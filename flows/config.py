@@ -91,13 +91,13 @@ class RetrainingConfig(Config):
     """What ``darkroom retrain`` begins with, unless training.init_from says it."""
 
     warm_start: bool = True
-    """Whether a retraining goes on from the champion, with its optimizer state, where network and data allow. False:
-    each begins from nothing."""
+    """Whether a retraining continues the champion's training, with its optimizer state, where network and data allow,
+    and versions keep that state. False: each begins from nothing, and new versions have none."""
     length: float = Field(0.25, gt=0, le=1)
-    """Length of a warm start, as a share of training.images or training.minutes."""
+    """Length of a warm start, as a share of training.images or training.minutes, and of training.warmup_images."""
     learning_rate: float = Field(1, gt=0, le=1)
-    """Peak learning rate of a warm start, as a share of training.learning_rate. Halves and quarters of it were measured
-    worse (benchmarks/README.md)."""
+    """Peak learning rate of a warm start, as a share of training.learning_rate. In one simulation with one seed a half
+    was within a standard error of it in most nights, and a quarter worse (benchmarks/README.md)."""
     fresh_every: int | None = Field(7, ge=2)
     """One in this many retrainings in a row begins from nothing; null: none for this reason."""
     fresh_after_held: int | None = Field(3, ge=1)

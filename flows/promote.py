@@ -42,7 +42,9 @@ from flows.registry.announcements import announce
 from flows.registry.champion import champion_problem, require_champion
 from flows.registry.ledger import Approval, Evidence, GateWord, History, Ledger, LedgerEntry
 from flows.registry.takedown_marks import (
+    ANCESTORS,
     TAKEDOWN,
+    ancestors_tag,
     describe_takedowns,
     reload_with_takedowns,
     require_current,
@@ -149,6 +151,8 @@ def register(params: Params, evaluation: Evaluation) -> model_versions.Version:
     tracker.tag({START: base_tags.get(START)})
     names = (*digests, TAKEDOWN, AUTOENCODER, WARM_START, DRIFT)
     tags = {name: run.data.tags.get(name) for name in names} | base_tags
+    parents = base_tags.get(START), run.data.tags.get(AUTOENCODER)
+    tags[ANCESTORS] = ancestors_tag(tracker.client, parents)
     tags |= {
         "darkroom.git_commit": f"{commit}{UNCOMMITTED}" if commit and is_dirty == "True" else commit,
         "darkroom.guidance": evaluation.sampling.guidance_text if evaluation.sampling.is_guided else None,

@@ -89,17 +89,20 @@ def find_state(config: TrainingConfig, model: FamilyConfig) -> Path | None:
     """
     if not config.warm_start or config.init_from is None:
         return None
-    path, fields = Path(config.init_from), identity_fields(config, model)
+    path = Path(config.init_from)
+    if (reason := state_conflict(path, config, model)) is not None:
+        logger.warning("a warm start from the averaged weights of %s alone, as %s", path, reason)
+        return None
+    return path
+
+
+def state_conflict(path: Path, config: TrainingConfig, model: FamilyConfig) -> str | None:
+    """Describe why a warm start cannot take over the training state in the file at ``path``; None if it can."""
     if not has_state(path):
-        reason = "it holds no training state"
-    else:
-        before = read_model_header(path).training
-        changes = [name for name in ("optimizer", "learned_uncertainty") if before.get(name) != fields.get(name)]
-        if not changes:
-            return path
-        reason = f"its training state is that of another training.{changes[0]}"
-    logger.warning("a warm start from the averaged weights of %s alone, as %s", path, reason)
-    return None
+        return "it has no training state"
+    before, fields = read_model_header(path).training, identity_fields(config, model)
+    changes = (name for name in ("optimizer", "learned_uncertainty") if before.get(name) != fields.get(name))
+    return next((f"its training state is for another training.{name}" for name in changes), None)
 
 
 def identify_base(initial: Model, config: TrainingConfig, version: str | None) -> tuple[Base | None, TrainingConfig]:

@@ -394,7 +394,7 @@ def training_content(
 
         exported = _exported_model(config, model)
         text = summarize_training_content(
-            exported.weights, exported.find_manifest(config), exported.uri, exported.takedowns
+            exported.weights, exported.find_manifest(config), exported.uri, exported.takedowns, exported.ancestors
         )
     if output is not None:
         write_bytes(output, text.encode())

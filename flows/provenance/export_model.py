@@ -47,6 +47,8 @@ class ExportedModel:
     """Libraries that the version was registered with, as NAME==VERSION."""
     takedowns: str | None = None
     """Names of takedowns, since its training, of images that it learned from; None: none."""
+    ancestors: Sequence[str] = ()
+    """Registered models that it was made from, and data that deleted ones learned from, in words."""
 
     @classmethod
     def registered(cls, uri: str) -> "ExportedModel":
@@ -56,14 +58,15 @@ class ExportedModel:
         from flows.provenance.reproduce import fetch_requirements
         from flows.registry import model_versions
         from flows.registry.model_card import load_manifest_and_metrics
-        from flows.registry.takedown_marks import TAKEDOWN, warn_of_takedown
+        from flows.registry.takedown_marks import TAKEDOWN, describe_ancestors, warn_of_takedown
 
         version = model_versions.resolve(MlflowClient(), uri)
         warn_of_takedown(version)
         weights = model_versions.cached_weights(version)
         data, metrics = load_manifest_and_metrics(version)
         requirements, takedowns = fetch_requirements(version), version.tags.get(TAKEDOWN)
-        return cls(weights, version.uri, version.run_id, data, metrics, requirements, takedowns)
+        ancestors = describe_ancestors(MlflowClient(), version)
+        return cls(weights, version.uri, version.run_id, data, metrics, requirements, takedowns, ancestors)
 
     def find_manifest(self, config: Params) -> Manifest | None:
         """Return the manifest of the data set it was trained on, which may lie here; None if it is unknown."""

@@ -6,7 +6,7 @@ rest is marked for a person, with the question of the template.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from diffusion.checkpoints import find_base, read_model_header
@@ -26,7 +26,11 @@ PUBLIC = "hf://"
 
 
 def summarize_training_content(
-    weights: Path, data: Manifest | None, version: str | None = None, takedowns: str | None = None
+    weights: Path,
+    data: Manifest | None,
+    version: str | None = None,
+    takedowns: str | None = None,
+    ancestors: Sequence[str] = (),
 ) -> str:
     """Write the summary in Markdown.
 
@@ -35,11 +39,12 @@ def summarize_training_content(
         data: Manifest of the data set that it was trained on; None: unknown here.
         version: The registered version, models:/NAME/NUMBER; None: a file.
         takedowns: Names of takedowns, since its training, of images that it learned from; None: none.
+        ancestors: Registered models that it was made from, in words; its bases may be among them.
     """
     header = read_model_header(weights)
     data = data if header.images else None
     sections = {
-        "1. General information": _general(weights, header, data, version),
+        "1. General information": _general(weights, header, data, version, ancestors),
         "2. List of data sources": _sources(header, data),
         "3. Aspects of data processing": _processing(data, takedowns),
     }
@@ -55,13 +60,18 @@ def summarize_training_content(
     return "\n".join(lines) + "\n"
 
 
-def _general(weights: Path, header: ModelHeader, data: Manifest | None, version: str | None) -> Mapping[str, str]:
+def _general(
+    weights: Path, header: ModelHeader, data: Manifest | None, version: str | None, ancestors: Sequence[str]
+) -> Mapping[str, str]:
     bases = list(_bases(weights))
+    names = {base.partition(",")[0] for base in bases}
+    bases += [f"{text}, whose own summary applies" for text in ancestors if text.partition(",")[0] not in names]
     images, modality = UNKNOWN, "image"
     if data is not None:
         count = data.counts["train"]
         size = next((text for limit, text in SIZES if count < limit), "more than 1 billion images")
         images = f"{size} ({pluralize(count, 'image')} to train on, {data.counts['held_out']:,} held out)"
+        images += ", besides the data of the models that it is based on" if bases else ""
     if header.encoder is not None or getattr(header.model, "text", False):
         modality = "image, and text as captions of images"
     return {

@@ -24,7 +24,7 @@ from diffusion.process.samplers import SamplingConfig
 from flows.environment import settings
 from flows.registry import model_card, model_versions
 from flows.registry.model_versions import LICENCE, ORIGIN, Version
-from flows.registry.takedown_marks import TAKEDOWN
+from flows.registry.takedown_marks import ANCESTORS, TAKEDOWN, ancestors_tag
 from flows.tracking.console import reporter
 from flows.tracking.runs import AUTOENCODER, IMPORTED, ORIGIN_ARTIFACT, START, RunTracker, find_or_create_run
 
@@ -87,6 +87,7 @@ def _register(
         return version
     tags: dict[str, str | None] = {ORIGIN: imported_file.source, LICENCE: imported_file.origin.licence}
     tags |= model_versions.base_tags(client, imported_file.file)
+    tags[ANCESTORS] = ancestors_tag(client, [tags.get(START)])
     if header.origin is None and DIGEST.fullmatch(header.content_digest):
         # By which a takedown of images that it learned from finds it.
         tags |= {"darkroom.dataset": header.dataset, "darkroom.content_digest": header.content_digest}
@@ -99,6 +100,7 @@ def _register(
     if IMPORTED not in (training_tags := client.get_run(str(models[0].source_run_id)).data.tags):
         # It was trained here: instead of an origin it has the lineage of that training.
         tags = {tag: training_tags.get(tag) for tag in LINEAGE}
+    tags[ANCESTORS] = ancestors_tag(client, (tags.get(START), tags.get(AUTOENCODER)))
     logged_tags = {tag: models[0].tags.get(tag) for tag in model_versions.LOGGED_TAGS}
     entries = {tag: str(value) for tag, value in (logged_tags | tags).items() if value is not None}
     return model_versions.register_once(client, models[0].model_uri, name, imported_file.sha256, entries)

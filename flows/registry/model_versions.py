@@ -187,17 +187,29 @@ def cached_weights(version: Version, cache: Path | None = None) -> Path:
 def cached_checkpoint(version: Version) -> Path:
     """Fetch the weights of ``version`` and its training state into the cache, as one file for a warm start.
 
-    The weights alone, and a warning, if it has no state; raises UserError as ``cached_weights``.
+    The weights alone, and a warning, if it has no state, or a damaged one; raises UserError as ``cached_weights``.
     """
     weights, sha256 = cached_weights(version), parse_tags(version.tags, version.uri).state_sha256
-    if sha256 is None or artifact_size(version.uri, "state") is None:
-        logger.warning("%s has no training state: a warm start has its averaged weights alone", version.uri)
+    try:
+        if sha256 is None:
+            raise UserError(f"{version.uri} has no training state")
+        state = _fetch(sha256, weights.parent, version.uri, "state")
+        path = weights.with_name(f"{version.weights_sha256}-{sha256[:16]}.safetensors")
+        with FileLock(path.with_name(f".{path.stem}.lock")):
+            if not _is_whole(path):
+                join_state(weights, state, path)
+    except UserError as error:
+        logger.warning("a warm start has the averaged weights of %s alone: %s", version.uri, error)
         return weights
-    state = _fetch(sha256, weights.parent, version.uri, "state")
-    path = weights.with_name(f"{version.weights_sha256}-{sha256[:16]}.safetensors")
-    if not path.is_file():
-        join_state(weights, state, path)
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        verify_weights(path)
+    except (FileNotFoundError, UserError):
+        return False
+    return True
 
 
 def _fetch(sha256: str, cache: Path, uri: str | None = None, name: str = "weights") -> Path:

@@ -32,8 +32,16 @@ from flows.registry.aliases import COPY, read_verified_history
 from flows.registry.champion import ChampionChange
 from flows.registry.ledger import Evidence, Ledger
 from flows.registry.model_versions import LOGGED_TAGS, Version, digest_code
+from flows.registry.takedown_marks import ANCESTORS, ancestors_tag
 from flows.storage.tags import parse_tags
-from flows.tracking.runs import MANIFEST_ARTIFACT, ORIGIN_ARTIFACT, RELEASED_FROM, START, find_or_create_run
+from flows.tracking.runs import (
+    AUTOENCODER,
+    MANIFEST_ARTIFACT,
+    ORIGIN_ARTIFACT,
+    RELEASED_FROM,
+    START,
+    find_or_create_run,
+)
 
 AT_ONCE = 100  # parameters, tags or metrics sent to MLflow in one request
 MODEL, RUN = "model", "run"  # folders of the bundle with the artifacts of the version and of its run
@@ -81,11 +89,11 @@ def release(uri: str, reason: str | None = None) -> ReleaseResult:
         # The farthest first, as each needs the ones after it.
         for sha256 in reversed(parse_tags(bundle.version.tags, origin).base_digests):
             base = unpack(folder / BASES_FOLDER / sha256)
-            base = base.model_copy(update={"version": _renumber(base.version, bases)})
-            base_version = register(base, folder / BASES_FOLDER / sha256, f"{base.version.uri} in {source}")
+            base_version = register(
+                _renumber(base, bases), folder / BASES_FOLDER / sha256, f"{base.version.uri} in {source}"
+            )
             bases[base.version.uri] = base_version.uri
-        bundle = bundle.model_copy(update={"version": _renumber(bundle.version, bases)})
-        version = register(bundle, folder, origin)
+        version = register(_renumber(bundle, bases), folder, origin)
     demotion = read_verified_history(MlflowClient(), Ledger.of(version.model)).manual_demotion(version.number)
     if demotion is not None and reason is None:
         raise ConflictError(
@@ -99,12 +107,19 @@ def release(uri: str, reason: str | None = None) -> ReleaseResult:
     return ReleaseResult(source=source, **dict(change))
 
 
-def _renumber(version: Version, local_uris: Mapping[str, str]) -> Version:
-    """Replace the version that training began with by the one that it became here, by ``local_uris``."""
-    start = version.tags.get(START, "")
-    return version.model_copy(
-        update={"tags": version.tags | ({START: local_uris[start]} if start in local_uris else {})}
-    )
+def _renumber(bundle: ModelBundle, local_uris: Mapping[str, str]) -> ModelBundle:
+    """Replace the versions that one was made from by what they became here, by ``local_uris``.
+
+    Leaves out others: their numbers name other versions here. The tag of ancestors says what those learned from.
+    """
+
+    def renumber(tags: dict[str, str]) -> dict[str, str]:
+        parents = {name: local_uris.get(tags.get(name, "")) for name in (START, AUTOENCODER)}
+        rest = {name: value for name, value in tags.items() if name not in parents}
+        return rest | {name: uri for name, uri in parents.items() if uri is not None}
+
+    version = bundle.version.model_copy(update={"tags": renumber(bundle.version.tags)})
+    return bundle.model_copy(update={"version": version, "run_tags": renumber(bundle.run_tags)})
 
 
 def fetch(uri: str, folder: Path) -> str:
@@ -143,8 +158,12 @@ def _pack(client: MlflowClient, version: Version, folder: Path) -> None:
             _download(f"runs:/{version.run_id}/{name}", folder / RUN / name)
     run = client.get_run(version.run_id)
     points = [point for name in sorted(run.data.metrics) for point in client.get_metric_history(version.run_id, name)]
+    tags = dict(version.tags)
+    if START in tags or AUTOENCODER in tags:
+        # Versions of before this tag do not have it.
+        tags |= {ANCESTORS: ancestors_tag(client, [version.uri]) or "[]"}
     bundle = ModelBundle(
-        version=version,
+        version=version.model_copy(update={"tags": tags}),
         description=client.get_model_version(version.model, str(version.number)).description or "",
         champion=history.alias_numbers.champion == version.number,
         evidence=entry and entry.evidence,

@@ -13,7 +13,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.data.manifest import read_manifest
 from diffusion.training.config import TrainingConfig
-from diffusion.training.starting_models import start_conflict
+from diffusion.training.starting_models import start_conflict, state_conflict
 from flows.config import Params
 from flows.registry import model_versions
 from flows.registry.aliases import read_verified_history
@@ -38,7 +38,7 @@ class RetrainingStart(Start):
         return f"{self.version}: {self.reason}" if self.version else self.reason
 
     def apply(self, params: Params) -> Params:
-        """Configure the training that begins here: a warm start is shorter, at a lower rate."""
+        """Configure the training that begins here: a warm start has a share of its length and learning rate."""
         if self.version is None:
             return params
         training, config = params.training, params.retraining
@@ -113,8 +113,8 @@ def decide_start(params: Params, has_new_data: bool = False) -> RetrainingStart:
     if config.fresh_every is not None and len(warm_entries) >= config.fresh_every - 1:
         return _fresh(f"the last {len(warm_entries)} retrainings were warm starts (retraining.fresh_every)")
     chain = (parse_tags(champion.tags, champion.uri).warm_start or 0) + 1
-    has_state = parse_tags(champion.tags, champion.uri).state_sha256 is not None
-    state = "with its optimizer state" if has_state else "with its averaged weights alone, as it has no training state"
+    problem = state_conflict(model_versions.cached_checkpoint(champion), params.training, params.model)
+    state = f"with its averaged weights alone, as {problem}" if problem else "with its optimizer state"
     share = _describe_share(params.training, params.retraining.length)
     return RetrainingStart(version=champion.uri, reason=f"warm start {chain} of its chain, for {share}, {state}")
 

@@ -4,7 +4,7 @@ A takedown finds and marks them; before a data set or a version is used, the cat
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,6 +17,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from diffusion.common.config import Config, dataset_folder
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import escape_controls, escape_markdown
+from diffusion.common.files import canonical_json
 from diffusion.data.manifest import read_manifest
 from diffusion.data.versions.takedown_records import Removal, find_affected_versions
 from diffusion.data.versions.versions import known_versions
@@ -26,15 +27,17 @@ from flows.datasets.dvc import StoredFiles
 from flows.environment import data_source
 from flows.registry import model_versions
 from flows.registry.aliases import none_if_missing
-from flows.registry.model_versions import Version
+from flows.registry.model_versions import Version, registered_version
 from flows.storage.s3 import Store
-from flows.storage.tags import parse_tags
+from flows.storage.tags import parse_model_uri, parse_tags
 from flows.tracking.runs import AUTOENCODER, MANIFEST_ARTIFACT, START, RunTracker
 
 TAKEDOWN = "darkroom.takedown"
 """Tag of runs and model versions trained on images taken down since: the names of those takedowns."""
 EVALUATED_ON = "darkroom.evaluated_on"
 """Tag of runs of versions evaluated by themselves, and of sweeps: content digests of the data sets, with commas."""
+ANCESTORS = "darkroom.ancestors"
+"""Tag of a version: the data that those it was made from learned from, by which a takedown finds it without them."""
 NOTE = "mlflow.note.content"
 NOTE_BEGINS = "Takedown "
 
@@ -79,7 +82,7 @@ def find_derived(
     runs: dict[str, Run] = {}
     models: dict[tuple[str, int], ModelVersion] = {}
     new_runs = [run for digest in digests for run in _runs("darkroom.content_digest", digest)]
-    queries = [f"tags.`darkroom.content_digest` = '{digest}'" for digest in digests]
+    queries = [f"tags.`{tag}` LIKE '%{text}%'" for tag in ("darkroom.content_digest", ANCESTORS) for text in digests]
     while new_runs or queries:
         runs |= {run.info.run_id: run for run in new_runs}
         queries += [f"run_id = '{run.info.run_id}'" for run in new_runs]
@@ -180,6 +183,45 @@ def clear_images(derived: DerivedArtifacts) -> list[str]:
     return uris
 
 
+def walk_lineage(client: MlflowClient, uris: Iterable[str | None]) -> Iterator[Version]:
+    """Yield the versions ``uris`` and, transitively, their autoencoders and initial models, if they are registered."""
+    queue, seen = [uri for uri in uris if uri], set[str]()
+    while queue:
+        if (uri := queue.pop(0)) in seen:
+            continue
+        seen.add(uri)
+        name, number = parse_model_uri(uri)
+        if (version := registered_version(client, name, int(number))) is not None:
+            yield version
+            tags = parse_tags(version.tags, uri)
+            queue += [parent for parent in (tags.start, tags.autoencoder) if parent]
+
+
+def ancestors_tag(client: MlflowClient, uris: Iterable[str | None]) -> str | None:
+    """Value of the tag ``ANCESTORS`` of a version that is made from the versions ``uris``; None without any."""
+    contents = set[tuple[str, str]]()
+    for version in walk_lineage(client, uris):
+        contents |= parse_tags(version.tags, version.uri).contents
+    return canonical_json(sorted(contents)) if contents else None
+
+
+def describe_ancestors(client: MlflowClient, version: Version) -> list[str]:
+    """Describe the models that ``version`` was made from, the nearest first, and what deleted ones learned from."""
+    own, contents = parse_tags(version.tags, version.uri), set[tuple[str, str]]()
+    known, texts = {(own.content_digest, own.dataset)}, list[str]()
+    for member in walk_lineage(client, [version.uri]):
+        tags = parse_tags(member.tags, member.uri)
+        contents |= tags.contents
+        if member.uri != version.uri:
+            known.add((tags.content_digest, tags.dataset))
+            texts.append(f"{member.uri}, trained on " + _describe_data(tags.content_digest, tags.dataset))
+    return texts + [f"a model trained on {_describe_data(*content)}" for content in sorted(contents.difference(known))]
+
+
+def _describe_data(digest: str | None, dataset: str | None) -> str:
+    return f"data set {dataset}, content SHA-256 {digest}" if dataset and digest else "data that are unknown here"
+
+
 def describe_takedowns(version: Version) -> str | None:
     """Warning for users of ``version`` that it was trained on images taken down since; None if it was not."""
     names = version.tags.get(TAKEDOWN)
@@ -242,20 +284,12 @@ def reload_with_takedowns(version: Version) -> Version:
     """
     client = MlflowClient()
     version = model_versions.get_version(client, version.model, version.number)
-    names: set[str] = set()
-    records: dict[str, Removal] = {}
-    lineage, queue = {version.uri}, [version]
-    while queue:
-        member = queue.pop()
+    names, contents = set[str](), set[tuple[str, str]]()
+    for member in walk_lineage(client, [version.uri]):
         tags = parse_tags(member.tags, member.uri)
         names.update(parse_takedown_names(tags.takedown))
-        if tags.dataset is not None and tags.content_digest is not None:
-            records |= {removal.name: removal for removal in _find_removals(tags.dataset, tags.content_digest)}
-        for uri in {uri for uri in (tags.autoencoder, tags.start) if uri} - lineage:
-            lineage.add(uri)
-            model, _, number = uri.removeprefix("models:/").rpartition("/")
-            parent = model_versions.registered_version(client, model, int(number))
-            queue += [parent] if parent else []
+        contents |= tags.contents
+    records = {removal.name: removal for digest, dataset in contents for removal in _find_removals(dataset, digest)}
     marks = set(parse_takedown_names(version.tags.get(TAKEDOWN)))
     for name in sorted(records.keys() - marks):
         mark([version.run_id], [version.uri], records[name])

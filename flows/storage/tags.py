@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, Json, StringConstraints, ValidationError
 
 from diffusion.common.config import MAX_NAME_LENGTH, PlainName, plain_name
 from diffusion.common.errors import UserError
@@ -45,6 +45,9 @@ class Tags(BaseModel):
     """SHA-256 of the models whose weights it needs besides its own, the nearest first, separated by commas."""
     start: ModelUri | None = None
     """Version whose weights training began with."""
+    ancestors: Json[list[tuple[Sha256, PlainName]]] | None = None
+    """Content digests and names of the data sets that its autoencoder, initial weights and their ancestors learned
+    from; these may be deleted since, or belong to the registry that it was released from."""
     warm_start: Annotated[int, Field(ge=1)] | None = None
     """Number of warm starts in its chain, from the one that followed a training from nothing to its own."""
     takedown: Annotated[str, StringConstraints(pattern=r"^[0-9a-z]+(,[0-9a-z]+)*$")] | None = None
@@ -62,6 +65,12 @@ class Tags(BaseModel):
     def base_digests(self) -> list[str]:
         """The digests in ``bases``."""
         return self.bases.split(",") if self.bases else []
+
+    @property
+    def contents(self) -> set[tuple[Sha256, str]]:
+        """Content digests and names of all data sets that it and its ancestors learned from, as these tags say."""
+        own = {(self.content_digest, self.dataset)} if self.content_digest and self.dataset else set()
+        return own.union(self.ancestors or ())
 
 
 def parse_tags(tags: Mapping[str, str], owner: str) -> Tags:

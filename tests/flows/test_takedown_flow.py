@@ -1,5 +1,6 @@
 """Takedown as a whole: what was made from the images is named and marked, and copies of them are cleared."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from hashlib import md5
@@ -268,9 +269,11 @@ def test_warm_started_descendants_are_derived_transitively(
         version_of(mlflow, "blobs", run, None)
     for run, start in zip(runs[1:3], ("models:/blobs/1", "models:/blobs/2"), strict=True):
         mlflow.set_tag(run, "darkroom.start", start)
+    # What it was made from is deleted, or in another registry.
+    mlflow.set_model_version_tag("blobs", "4", "darkroom.ancestors", json.dumps([(removed_content, "blobs")]))
     descendants = find_derived("blobs", {removed_content}, {removed_content, clean}, bucket)
     assert {run.run_id for run in descendants.runs} == set(runs[:3])
-    assert [model.uri for model in descendants.models] == [f"models:/blobs/{number}" for number in (1, 2, 3)]
+    assert [model.uri for model in descendants.models] == [f"models:/blobs/{number}" for number in (1, 2, 3, 4)]
 
 
 def test_takedown_keeps_run_notes_and_clears_real_images(

@@ -30,13 +30,14 @@ def model(dataset: Path, tmp_path: Path) -> Path:
 def test_records_fill_in_what_they_know(images: Path, dataset: Path, tmp_path: Path, model: Path) -> None:
     ingest(dataset, IngestConfig(source=str(images), size=8, held_out=0.33, licence="CC-BY-4.0"))
     data = read_manifest(dataset)
-    text = summarize_training_content(model, data, "models:/blobs/3", "a, b")
+    text = summarize_training_content(model, data, "models:/blobs/3", "a, b", ["models:/blobs/2, trained on more"])
     general, sources, processing = (
         rows(text, name)
         for name in ("1. General information", "2. List of data sources", "3. Aspects of data processing")
     )
     assert general["Model"] == ["models:/blobs/3"]
     assert f"{data.counts['train']:,} images to train on" in general["Size of the training data"][0]
+    assert "models:/blobs/2, trained on more" in general["Models that it is based on"][0]
     assert general["Modalities"] == ["image"]
     assert sources["Licence of the images"] == ["CC-BY-4.0"]
     assert sources["2.1 Publicly available data sets"] == ["none recorded"]

@@ -1,5 +1,6 @@
 """Releases: a version of one registry becomes champion in another, once, whole, and on record there."""
 
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -26,8 +27,9 @@ from flows.registry import champion, model_versions
 from flows.registry.import_model import import_model
 from flows.registry.ledger import Evidence, Ledger
 from flows.registry.release import MODEL, fetch, register, release, unpack
+from flows.registry.takedown_marks import ANCESTORS
 from flows.storage.s3 import Store
-from flows.tracking.runs import RELEASED_FROM, TRAIN_KEY
+from flows.tracking.runs import RELEASED_FROM, START, TRAIN_KEY
 from tests.builders import ROOT
 from tests.builders.model_versions import Killed, add_version, killed
 from tests.builders.small_models import write_lora, write_model
@@ -93,6 +95,10 @@ def test_staging_champion_is_released_with_its_lineage(stages: Stages, tmp_path:
     there = stages.at(stages.staging)
     number = stages.version(1, tmp_path)
     champion.promote("blobs", number, "rounder", evidence=EVIDENCE)
+    content = {"darkroom.dataset": "blobs", "darkroom.content_digest": "c" * 64}
+    parent = add_version(there, tmp_path / "parent", "blobs", **content)
+    there.set_model_version_tag("blobs", str(number), START, parent.uri)
+    there.set_tag(there.get_model_version("blobs", str(number)).run_id, START, parent.uri)
     staged = there.get_run(there.get_model_version("blobs", str(number)).run_id)
 
     here = stages.at(stages.production)
@@ -101,6 +107,9 @@ def test_staging_champion_is_released_with_its_lineage(stages: Stages, tmp_path:
     version = here.get_model_version_by_alias("blobs", "champion")
     assert version.tags[model_versions.WEIGHTS] == result.version.weights_sha256
     assert version.tags["darkroom.images"] == "480"
+    # Staging's version 2 is another one here, or none; what it learned from is known.
+    assert START not in {**version.tags, **here.get_run(version.run_id).data.tags}
+    assert json.loads(version.tags[ANCESTORS]) == [["c" * 64, "blobs"]]
     assert version.tags[RELEASED_FROM] == f"models:/blobs/{number} in {stages.staging[0]}"
     assert (version.description or "").startswith("# blobs\n\nA card.")
     assert (

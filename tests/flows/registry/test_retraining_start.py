@@ -212,11 +212,26 @@ def test_training_state_beside_the_weights_is_taken_over(
     assert load_file(cached_checkpoint(version)).keys() == load_file(run.final).keys()
     state = tmp_path / version.weights_sha256 / "artifacts" / "state.safetensors"
     export_state(checkpoint, state)
-    mlflow_client.set_model_version_tag(version.model, "1", "darkroom.state_sha256", sha256_file(state))
-    version = version.model_copy(update={"tags": version.tags | {"darkroom.state_sha256": sha256_file(state)}})
+    sha256 = sha256_file(state)
+    mlflow_client.set_model_version_tag(version.model, "1", "darkroom.state_sha256", sha256)
+    version = version.model_copy(update={"tags": version.tags | {"darkroom.state_sha256": sha256}})
     whole, expected = load_file(cached_checkpoint(version)), load_file(checkpoint)
     assert whole.keys() == expected.keys()
     assert all(torch.equal(whole[name], expected[name]) for name in expected)
+
+    record_verdict(mlflow_client, version)
+    change_data(params, "2")
+    assert "with its optimizer state" in decide_start(params).reason
+    assert "averaged weights alone" in decide_start(changed(params, "training", optimizer="adamw")).reason
+
+    joined = cached_checkpoint(version)
+    for damage in (joined.read_bytes()[:-4], b"\0" * 9):
+        joined.write_bytes(damage)
+        assert load_file(cached_checkpoint(version)).keys() == expected.keys()
+    state.write_bytes(b"damaged")
+    (joined.parent / f"{sha256}.safetensors").unlink()
+    assert load_file(cached_checkpoint(version)).keys() == load_file(run.final).keys()
+    assert "averaged weights alone" in decide_start(params).reason
 
 
 def test_latent_model_goes_on_until_there_is_another_autoencoder(
