@@ -58,7 +58,7 @@ SIZE = 16
 TRAINING = {"images": IMAGES, "batch_size": 50, "warmup_images": 200, "checkpoints": 2, "precision": "fp32"}
 SHAPE: dict[str, Any] = {"width": 16, "channel_mult": (1, 2), "blocks": 1, "attention": (1,), "patch": 2}
 SAMPLING = sampling_config(steps=6, compute_batch=8, precision="fp32")
-EVALUATION = EvaluationConfig(samples=48, extractor_size=32)
+EVALUATION = EvaluationConfig(samples=48, extractor_size=32, finalists=2)
 Values = dict[str, Any]
 """Nested by section, with digests, numbers and words at the leaves."""
 
