@@ -152,8 +152,8 @@ def main() -> None:
         emoji = Emoji(fetch(NAMES, scratch), {**packages, "judge": judge})
 
         def write(path: Path, svg: str, captions: list[str]) -> bool:
-            drawn = resvg_py.svg_to_bytes(svg_string=svg, width=args.size, background="white", skip_system_fonts=True)
-            image = Image.open(io.BytesIO(drawn)).convert("RGB")
+            png = resvg_py.svg_to_bytes(svg_string=svg, width=args.size, background="white", skip_system_fonts=True)
+            image = Image.open(io.BytesIO(png)).convert("RGB")
             if np.ptp(np.asarray(image)) == 0:  # a few drawings are white, or empty
                 return False
             image.save(path.with_suffix(".png"))

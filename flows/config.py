@@ -140,7 +140,7 @@ class Params(ExperimentConfig):
     @model_validator(mode="after")
     def _warm_starts_can_be_configured(self) -> Self:
         training, share = self.training, self.retraining.learning_rate
-        is_warm = self.goes_on and training.init_from is None
+        is_warm = self.may_continue and training.init_from is None
         if is_warm and training.optimizer == "prodigy" and training.learning_rate * share < MIN_PRODIGY_RATE:
             raise ValueError(
                 f"training.optimizer = prodigy finds the learning rate, and in warm starts training.learning_rate = "
@@ -180,8 +180,8 @@ class Params(ExperimentConfig):
         return f"models:/{self.model_name}@champion"
 
     @property
-    def goes_on(self) -> bool:
-        """Whether the next retraining may go on with what is trained, so that its training state is kept."""
+    def may_continue(self) -> bool:
+        """Whether a later retraining may continue what is trained, so that its training state is kept."""
         training = self.training
         is_own = training.init_from is None or training.warm_start
         is_whole = training.student is None and training.adapter is None and not self.model.needs_initial_model

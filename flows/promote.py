@@ -159,7 +159,7 @@ def register(params: Params, evaluation: Evaluation) -> model_versions.Version:
         EVAL_KEY: evaluation.eval_key,
     }
     model, run_id, images = params.model_name, tracker.run_id, evaluation.best.images
-    checkpoint = best if params.goes_on else None
+    checkpoint = best if params.may_continue else None
     version = model_versions.register(model, run_id, weights, params.sampling, tags, images, checkpoint)
     data, header = read_manifest(params.dataset_folder), read_model_header(weights)
     model_card.write(tracker.client, header, evaluation, data, version, None)

@@ -162,8 +162,8 @@ def _run_on_ray(
                 except Exception as error:  # a plain one where a node does not come up
                     reason = " ".join(str(error).split())[:200]
                     raise DarkroomError(
-                        f"Ray did not start, or is not reached ({reason}): are RAY_ADDRESS and RAY_AUTH_MODE right, or "
-                        "without them the machine idle enough? Else use threads or processes"
+                        f"Ray did not start, or is not reached ({reason}): check RAY_ADDRESS and RAY_AUTH_MODE. "
+                        "Without them a node must start within 30 seconds: try an idle machine, or use processes"
                     ) from error
                 if is_main:  # Ray's own handler would exit where a flow ends its work first
                     signal.signal(signal.SIGTERM, handler)

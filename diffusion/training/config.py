@@ -63,13 +63,11 @@ class TrainingConfig(ObjectiveConfig):
     configuration are first trained on; while there is none, weights are random."""
     warm_start: Annotated[
         bool,
-        given(
-            "training.init_from", "training.warm_start goes on from training.init_from, and that names nothing: set it"
-        ),
+        given("training.init_from", "training.warm_start continues training.init_from, and that names nothing: set it"),
         NOT_WITH_ADAPTER,
         unless("training.student"),
     ] = Field(False, exclude_if=is_unset)
-    """Whether training goes on where that of training.init_from ended: the network keeps the statistics of the data
+    """Whether training continues where that of training.init_from ended: the network keeps the statistics of the data
     (mean, standard deviation, moments of latents) that it was trained with, and raw weights and optimizer moments are
     taken over if the file is a checkpoint. False: from its averaged weights alone, with the statistics of this data."""
     adapter: Annotated[

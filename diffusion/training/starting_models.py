@@ -114,7 +114,7 @@ def identify_base(initial: Model, config: TrainingConfig, version: str | None) -
     is_base = config.adapter is not None or initial.has_frozen_parts
     if is_base and config.warm_start:
         raise UserError(
-            f"training.warm_start goes on with all weights of a network, and training changes a part of "
+            f"training.warm_start continues all weights of a network, and training changes a part of "
             f"{config.init_from} alone: leave it out"
         )
     base = Base(sha256=sha256_file(file), version=version) if is_base else None

@@ -145,7 +145,7 @@ class TrainingState:
 
     @torch.no_grad()
     def take_over(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from raw weights and optimizer moments of another training of the same network and optimizer."""
+        """Continue from raw weights and optimizer moments of another training of the same network and optimizer."""
         weights = self._raw_weights()
         if missing := sorted(weights.keys() - tensors.keys()):
             raise UserError(f"training.init_from has no {missing[0]} in its training state: name another checkpoint")

@@ -54,7 +54,7 @@ class RetrainingStart(Start):
 
 
 def resolve_retraining_start(params: Params) -> RetrainingStart:
-    """Decide what a retraining of ``params`` on the data set's version begins with, when it is first asked for.
+    """Decide what a retraining of ``params`` on the data set's version begins with, at its first call.
 
     The decision is recorded on S3, and stays as it is when the champion changes: a killed retraining goes on. It is
     void once images that the recorded version learned from are taken down.
@@ -94,7 +94,7 @@ def decide_start(params: Params, has_new_data: bool = False) -> RetrainingStart:
         return RetrainingStart(version=None, reason=f"with {params.training.init_from}, as training.init_from says")
     if not params.retraining.warm_start:
         return _fresh("retraining.warm_start is false")
-    if not params.goes_on:
+    if not params.may_continue:
         return _fresh(f"the training of a model of the family {params.model.family} cannot be continued")
     client = MlflowClient()
     history = read_verified_history(client, Ledger.of(params.model_name))

@@ -213,7 +213,7 @@ def describe(run: Retraining, steps: Sequence[RetrainingStep], line: str, progre
     params, parts = run.params, list[str]()
     minutes = params.training.minutes
     # A warm start takes a share of them, which is known once it is decided.
-    limit = "at most " if params.goes_on and params.training.init_from is None else ""
+    limit = "at most " if params.may_continue and params.training.init_from is None else ""
     budget = f", {limit}{minutes:g} {'minute' if minutes == 1 else 'minutes'} of training" if minutes else ""
     parts.append(
         f"<p><b>{escape(params.model_name)}</b>: {escape(run.state)}. {params.ingest.size}×{params.ingest.size} "

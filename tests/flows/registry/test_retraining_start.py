@@ -191,7 +191,7 @@ def test_start_says_its_length_and_what_would_have_to_change(params: Params, jud
 @pytest.mark.parametrize("family", ["gan", "diffusers"])
 def test_families_that_cannot_go_on_begin_from_nothing(family: str, params: Params) -> None:
     other = Params.parse({"model": {"family": family}, "training": {"dataset": "blobs"}})
-    assert not other.goes_on
+    assert not other.may_continue
     assert family in decide_start(other).text
 
 
@@ -199,7 +199,7 @@ def test_rate_of_warm_starts_suits_the_optimizer() -> None:
     tree = {"training": {"optimizer": "prodigy", "learning_rate": 0.2}, "retraining": {"learning_rate": 0.25}}
     with pytest.raises(UserError, match=r"retraining\.learning_rate"):
         Params.parse(tree)
-    assert not Params.parse(tree | {"retraining": {"learning_rate": 0.25, "warm_start": False}}).goes_on
+    assert not Params.parse(tree | {"retraining": {"learning_rate": 0.25, "warm_start": False}}).may_continue
 
 
 def test_training_state_beside_the_weights_is_taken_over(
