@@ -55,7 +55,7 @@ COMPONENTS = 2
 """Group of emojibase for parts of emoji, such as skin tones."""
 MAX_MEANINGS = 16
 """Emoji that share a keyword, beyond which it says too little to be a caption alone: "animal" has 122."""
-KEYWORDS = 2
+KEYWORDS = 1
 """Of each image; the designs of one emoji have different ones."""
 
 
@@ -84,6 +84,11 @@ class Emoji:
     def __init__(self, names: dict[str, Any], designs: dict[str, dict[str, Any]]) -> None:
         self.by_code = {_code(one["hexcode"]): one for one in names["en/data"] if one.get("group", 2) != COMPONENTS}
         self.meanings = Counter(tag for one in self.by_code.values() for tag in set(one.get("tags", ())))
+        short = names["en/shortcodes/emojibase"].items()
+        self.short = {_code(code): [called] if isinstance(called, str) else called for code, called in short}
+        """Everyday names, such as car for automobile."""
+        self.names = {one["label"].lower() for one in self.by_code.values()}
+        self.names |= {called.replace("_", " ") for every in self.short.values() for called in every}
         self.codes: dict[str, str] = {}
         """Code points by name, in lower case without anything but letters and digits; the first name counts."""
         for code, one in self.by_code.items():
@@ -118,10 +123,12 @@ class Emoji:
         """List the captions of an emoji in a ``design``, which is the one with this ``number``."""
         emoji = self.by_code[code]
         name = emoji["label"].lower().replace("flag: ", "flag of ")
-        words = sorted({tag for tag in emoji.get("tags", ()) if self.meanings[tag] <= MAX_MEANINGS} - {name})
+        everyday = [] if "flag of" in name else [called.replace("_", " ") for called in self.short.get(code, ())]
+        # A keyword that is another emoji's name would show that prompt the wrong images: pizza has the keyword cheese.
+        words = sorted({tag for tag in emoji.get("tags", ()) if self.meanings[tag] <= MAX_MEANINGS} - self.names)
         first = number * KEYWORDS
         keywords = [words[place % len(words)] for place in range(first, first + min(KEYWORDS, len(words)))]
-        return [name, f"{name}, {design}", *keywords]
+        return list(dict.fromkeys([name, *everyday, f"{name}, {design}", *keywords]))
 
 
 def _code(hexcode: str) -> str:

@@ -1,8 +1,9 @@
 """Images and small data sets that many tests start from."""
 
+import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,17 @@ from tests.hub import Hub, hub_server
 # How long an example takes is a matter of the machine.
 settings.register_profile("darkroom", deadline=None)
 settings.load_profile("darkroom")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Spare the garbage collector the modules that all tests import: a quarter of the time of collecting tests."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")

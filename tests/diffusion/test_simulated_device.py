@@ -135,6 +135,7 @@ def assert_one_wait_per_log(waits: list[list[str]]) -> None:
         assert [operation.partition(":")[0] for operation in waited] == ["copy to the CPU at training/trainer.py"]
 
 
+@pytest.mark.slow
 def test_the_device_has_the_rules_of_cuda() -> None:
     answer = run("-c", RULES)
     assert all(answer["refused"].values()), answer["refused"]

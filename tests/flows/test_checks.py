@@ -226,6 +226,7 @@ def test_deployment_that_would_fail_or_discard_is_reported(tmp_path: Path, monke
         deployment_notes(Params.model_validate({"ingest": {"source": "discs", "size": 16}}), tmp_path)
 
 
+@pytest.mark.slow
 def test_impossible_batch_is_found_before_its_flow_run(
     mlflow_client: MlflowClient, bucket: str, tmp_path: Path
 ) -> None:

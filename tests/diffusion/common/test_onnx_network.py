@@ -25,6 +25,7 @@ except UserError:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", ["ConstantOfShape", "Expand"])
 def test_constants_larger_than_the_limit_are_refused_unallocated(tmp_path: Path, operator: str) -> None:
     onnx = pytest.importorskip("onnx")

@@ -68,6 +68,7 @@ def test_scores_are_those_of_the_packages_own_classifier() -> None:
     np.testing.assert_allclose(scores, expected[:, 1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_workers_need_no_file_of_the_classifier(tmp_path: Path) -> None:
     path = tmp_path / "nsfw.onnx"
     path.write_bytes(OPEN_NSFW.read_bytes())

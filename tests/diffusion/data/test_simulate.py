@@ -128,6 +128,8 @@ def test_bytes_and_hits_are_those_of_a_real_run(tmp_path: Path, manifest: Manife
         assert (fetched, hits) == (24, new - 24)
 
 
+@pytest.mark.slow
+@pytest.mark.long  # its sleeps and threads are compared by their real times, which other processes disturb
 @pytest.mark.parametrize(("transfer", "step"), [(0.03, 0.006), (0.004, 0.012)])
 def test_waiting_is_that_of_a_real_run(tmp_path: Path, manifest: Manifest, transfer: float, step: float) -> None:
     """The simulated machine is as fast as the real one was meanwhile: so the tolerance does not depend on its speed."""

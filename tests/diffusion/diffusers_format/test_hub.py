@@ -177,6 +177,7 @@ def test_drops_are_resumed(hub: Hub, tmp_path: Path, pipeline: dict[str, bytes])
     assert next(headers["Range"] for *_, headers in hub.requests if "Range" in headers) == "bytes=100000-"
 
 
+@pytest.mark.slow
 def test_a_killed_download_goes_on(hub: Hub, tmp_path: Path) -> None:
     weights = os.urandom(30_000_000)
     index = json.dumps({"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}).encode()

@@ -55,6 +55,7 @@ def test_incomparable_champion_holds_the_candidate_with_a_reason(
         assert {each.rule for each in comparison.decision.findings} == {"headline", "memorized"}
 
 
+@pytest.mark.slow
 def test_champion_without_classes_is_sampled_without_guidance(data: Path, tmp_path: Path) -> None:
     class_model = write_model(tmp_path / "conditional.safetensors", 0, 1, classes={"left": 60, "right": 60})
     unconditional_model = write_model(tmp_path / "untold.safetensors", 0, 1)
@@ -67,6 +68,7 @@ def test_champion_without_classes_is_sampled_without_guidance(data: Path, tmp_pa
     assert comparison.candidate.gflop == pytest.approx(2 * comparison.champion.gflop, rel=0.02)
 
 
+@pytest.mark.slow
 def test_champion_without_a_guide_is_sampled_without_autoguidance(data: Path, tmp_path: Path) -> None:
     candidate = write_model(tmp_path / "candidate.safetensors", 0, 1, guide=2)
     champion = write_model(tmp_path / "champion.safetensors", 1, 1)
@@ -100,6 +102,7 @@ def conditions(comparison: ChampionComparison) -> str:
     return finding.reason
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake_encoder")
 @pytest.mark.parametrize("others", [(), ("red", "green", "blue")])
 def test_a_model_of_captions_needs_a_champion_of_captions(
@@ -118,6 +121,7 @@ def test_a_model_of_captions_needs_a_champion_of_captions(
         assert watcher.sampled_models <= {"candidate"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake_encoder")
 def test_without_captions_in_the_data_models_are_compared_unprompted(tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", random_images(160, channels=3), 160)
@@ -125,6 +129,7 @@ def test_without_captions_in_the_data_models_are_compared_unprompted(tmp_path: P
     assert comparison.champion is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reverse", [False, True])
 def test_models_with_and_without_classes_are_compared_as_a_whole(
     reverse: bool, captioned_data: Path, tmp_path: Path
@@ -137,6 +142,7 @@ def test_models_with_and_without_classes_are_compared_as_a_whole(
     assert "worst class" not in {each.rule for each in comparison.decision.findings}
 
 
+@pytest.mark.slow
 def test_a_candidate_may_have_more_classes_but_not_fewer(captioned_data: Path, tmp_path: Path) -> None:
     more, fewer = knowing(tmp_path, 1, "red", "green", "blue"), knowing(tmp_path, 2, "red", "green")
     comparison, _ = compare_models(more, fewer, captioned_data, tmp_path)
@@ -203,6 +209,7 @@ def test_unevaluable_candidate_is_a_user_error(data: Path, tmp_path: Path) -> No
         compare_models(small, None, few, tmp_path)
 
 
+@pytest.mark.slow
 def test_families_are_compared_only_with_across_families(data: Path, tmp_path: Path) -> None:
     # Neither of the two has a reverse process, so that both draw by the same settings.
     plain = sampling_config(compute_batch=16, precision="fp32")
@@ -231,6 +238,7 @@ def test_champion_of_another_family_uses_the_settings_it_supports(data: Path, tm
     assert comparison.champion.family == "gan"
 
 
+@pytest.mark.slow
 def test_candidate_and_champion_sample_with_their_own_guidance(data: Path, tmp_path: Path) -> None:
     new, old = (write_model(tmp_path / f"{seed}.st", seed, seed, classes={"left": 1, "right": 1}) for seed in (1, 2))
     guided = SAMPLING.with_changes({"guidance": 3, "guidance_interval": (0.2, 5)})

@@ -132,6 +132,7 @@ def test_ranking_report_shows_all_families_and_is_self_contained(
     assert all(words in page.text for words in describe_ranking(ranking))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake_encoder")
 def test_a_model_of_captions_leads_none_without(tmp_path: Path) -> None:
     squares(tmp_path / "data", 120)

@@ -118,6 +118,7 @@ def test_guidance_is_scored_on_images_the_gate_does_not_use(data: Path, tmp_path
     assert again.seen == []
 
 
+@pytest.mark.slow
 def test_chosen_guidance_is_stored_in_the_registered_file(data: Path, tmp_path: Path) -> None:
     checkpoint, report = write_checkpoint(tmp_path), tmp_path / "report"
     noises = dict(zip(CANDIDATES, (90, 40, 2, 20, 60), strict=True))

@@ -129,6 +129,7 @@ def test_unknown_classes_of_a_pipeline_hold_the_candidate(data: Path, model_fold
     assert "3 classes that the candidate does not know" in comparison.reason
 
 
+@pytest.mark.slow
 def test_a_pipeline_with_its_own_scheduler_meets_a_network(data: Path, model_folder: Path, tmp_path: Path) -> None:
     sampling = sampling_config(sampler="scheduler", steps=4, compute_batch=16, precision="fp32")
     comparison, _ = compared(

@@ -110,6 +110,7 @@ def test_preliminary_rounds_as_large_as_the_evaluation_are_an_error() -> None:
         EvaluationConfig(first_samples=250)
 
 
+@pytest.mark.slow
 def test_eliminated_checkpoints_are_marked_and_never_best(
     dataset: Path, checkpoints: list[Path], tmp_path: Path
 ) -> None:

@@ -240,6 +240,7 @@ def test_good_images_of_something_else_than_their_prompts_are_rejected(data: Pat
     assert off.decision.verdict == "promote"
 
 
+@pytest.mark.slow
 def test_comparison_report_shows_both_agreements_and_their_baselines(data: Path, tmp_path: Path) -> None:
     colours = [text.split()[0] for text in prompts(data)]
     write_onnx(tmp_path / "encoder", knows_colours=True)
@@ -266,6 +267,7 @@ def test_comparison_report_shows_both_agreements_and_their_baselines(data: Path,
             assert f"version 1 {format_signed(second.agreement.value)}" in text
 
 
+@pytest.mark.slow
 def test_agreement_falling_within_the_limit_does_not_hold(data: Path, tmp_path: Path) -> None:
     colours = [text.split()[0] for text in prompts(data)]
     right = of_colours(colours, 20)

@@ -103,6 +103,7 @@ def test_student_separates_two_tones_where_its_teacher_does_not(tmp_path: Path) 
     assert apart(teacher, sampler="ddim", steps=STEPS) < 0.65
 
 
+@pytest.mark.slow
 def test_stopped_distillation_resumes_bit_for_bit(dataset: Path, teacher: Path, tmp_path: Path) -> None:
     whole = distilled(dataset, tmp_path / "whole", teacher)
     with pytest.raises(Stop):

@@ -137,6 +137,7 @@ SCHEDULERS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is outdated:FutureWarning", "ignore:.*clip_sample:FutureWarning")
 @pytest.mark.parametrize(("scheduler", "options"), SCHEDULERS)
 def test_stable_diffusion_generates_what_diffusers_does(

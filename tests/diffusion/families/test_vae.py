@@ -69,6 +69,7 @@ def test_stopped_training_resumes_bit_for_bit(data: Path, run: Path, tmp_path: P
         assert (tmp_path / "cut" / name).read_bytes() == (run / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_images_come_back_closer_than_the_mean_image(data: Path, tmp_path: Path) -> None:
     final = autoencoder(data, tmp_path / "run", config={"images": 1600, "learning_rate": 1e-2}).final
     dataset = Dataset.open(data)
@@ -78,6 +79,7 @@ def test_images_come_back_closer_than_the_mean_image(data: Path, tmp_path: Path)
     assert mean_square(back, held_out) < 0.5 * mean_square(mean.expand_as(held_out), held_out)
 
 
+@pytest.mark.slow
 def test_bound_of_a_trained_network_is_below_the_likelihood(tmp_path: Path) -> None:
     # Images of two correlated Gaussian factors a quarter, whose density is known. Quantised to 8 bits, of which there
     # are 30 to a deviation.
@@ -125,6 +127,7 @@ def test_an_exported_checkpoint_is_the_same_model(run: Path, model: VAEModel, tm
     assert torch.equal(sample(exported_model, range(4), 0, SAMPLING), sample(model, range(4), 0, SAMPLING))
 
 
+@pytest.mark.slow
 def test_vae_training_logs_the_reconstruction_psnr(data: Path, tmp_path: Path) -> None:
     figures: dict[str, float] = {}
 
@@ -141,6 +144,7 @@ def test_vae_training_logs_the_reconstruction_psnr(data: Path, tmp_path: Path) -
     assert large / small == pytest.approx(4, rel=0.02)
 
 
+@pytest.mark.slow
 def test_vae_is_evaluated_by_held_out_reconstruction(data: Path, run: Path, tmp_path: Path) -> None:
     evaluation = evaluate(data, models_to_evaluate(run, tmp_path), EVALUATION, SAMPLING, tmp_path, run / "losses.csv")
     dataset, extractor = Dataset.open(data), EfficientNetLite0(32)

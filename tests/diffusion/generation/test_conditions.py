@@ -132,6 +132,7 @@ def test_files_from_before_have_sentence_vectors_alone(tmp_path: Path, fake_enco
     assert MODEL.identity() == about | {"text_tokens": 32}
 
 
+@pytest.mark.slow
 def test_another_encoder_is_another_run_and_named(
     data: Path, tmp_path: Path, fake_encoder: FakeEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

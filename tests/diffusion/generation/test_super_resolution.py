@@ -187,6 +187,7 @@ def test_low_resolution_must_divide_the_image_size(low_resolution: int, size: in
         UNet(MODEL.model_copy(update={"low_resolution": low_resolution}), 1, size)
 
 
+@pytest.mark.slow
 def test_stopped_super_resolution_run_resumes_bit_for_bit(data: Path, tmp_path: Path) -> None:
     whole = train(data, tmp_path / "whole", MODEL, CONFIG, SAMPLING)
     with pytest.raises(Stop):

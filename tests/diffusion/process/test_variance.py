@@ -306,6 +306,7 @@ def network() -> UNet:
     return network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ours", "kind", "steps"),
     [(None, "learned_range", 1000)]

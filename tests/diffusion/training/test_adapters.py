@@ -90,6 +90,7 @@ def test_adapter_is_all_that_is_trained_and_stored(dataset: Path, tmp_path: Path
     assert (tmp_path / "run" / "samples" / "0000000096.png").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("adapter", "threads"),
     [
@@ -142,6 +143,7 @@ def test_file_is_loaded_with_its_base_beside_it_or_above(dataset: Path, tmp_path
     assert torch.equal(sample(load_model(path), range(2), 0, SAMPLING), images)
 
 
+@pytest.mark.slow
 def test_gate_compares_adapter_and_base_either_way(dataset: Path, tmp_path: Path, base: Path) -> None:
     adapted = run(dataset, tmp_path / "run", base, images=32, checkpoints=1).final
     config, gate = EvaluationConfig(samples=16, extractor_size=32), GateConfig(looks=1)

@@ -351,6 +351,7 @@ def test_text_encoders_are_adapted_too(
     assert run(dataset, tmp_path / "cut", base, **options).final.read_bytes() == whole.final.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text_encoder", [False, True], ids=["denoiser", "text encoder too"])
 @pytest.mark.parametrize("kind", ["stable_diffusion", "stable_diffusion_3"])
 def test_adapter_in_diffusers_generates_the_same_images(
@@ -445,6 +446,7 @@ def test_dry_run_estimates_and_writes_nothing(
     assert about.flops > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "lora"), [("stable_diffusion", {}), ("dit", LORA)])
 def test_exported_pipeline_has_what_was_trained(
     make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path, kind: str, lora: dict[str, Any]

@@ -86,6 +86,7 @@ def require_same(output: Path, whole: Path) -> None:
     assert not (output / "interrupted").exists()
 
 
+@pytest.mark.slow
 def test_sigterm_ends_training_with_a_checkpoint_and_the_same_call_goes_on_to_the_same_bits(
     dataset: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -311,6 +312,7 @@ def after_the_first_checkpoint(process: "subprocess.Popen[bytes]", output: Path)
     return time.monotonic()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_second_ctrl_c_leaves_a_hanging_training_without_writing(dataset: Path, tmp_path: Path) -> None:
     # In a process of its own, whose main thread may be left behind.

@@ -52,6 +52,7 @@ def test_replicas_hold_all_and_send_their_gradients_twice(dataset: Path) -> None
     assert len({each.activations for each in costs_per_rank}) == 1
 
 
+@pytest.mark.slow
 def test_groups_hold_rows_and_send_weights_twice_per_micro_batch(dataset: Path) -> None:
     network, group = UNet(MODEL, 1, 8, classes=2), 4
     inside = [each for block in network.modules() if isinstance(block, ResidualBlock) for each in block.parameters()]

@@ -104,6 +104,7 @@ def really_allocated(setup: TrainingSetup, trace: Path) -> int:
         return sum(value.nbytes for value in tensors) + allocated(lambda: trainer.update(inputs, 1e-3), trace)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "model", "options"),
     [

@@ -69,6 +69,7 @@ def test_tensorboard_shows_the_csv_files_also_after_a_stop(dataset: Path, tmp_pa
     assert [image.step for image in events.Images("samples")] == [images for images, _ in losses]
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_no_step_twice_after_a_kill(tmp_path: Path) -> None:
     kill("tensorboard", tmp_path)
     time.sleep(1)  # files of one second are read in the order of their processes' numbers
@@ -127,6 +128,7 @@ def test_a_missing_package_is_named_before_the_training(dataset: Path, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_training_that_begins_again_keeps_no_steps(dataset: Path, tmp_path: Path) -> None:
     run(dataset, tmp_path / "run", LOGGED)
     run(dataset, tmp_path / "run", LOGGED.model_copy(update={"images": 160}), restart="if_different")

@@ -122,6 +122,7 @@ def test_resume_is_bit_identical_after_kills(dataset: Path, tmp_path: Path, kill
 EDM = {"weighting": "edm", "learned_uncertainty": True, "timestep_sampling": "lognormal", "ema_stds": [0.05, 0.1]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "settings"),
     [
@@ -321,6 +322,7 @@ def test_training_monitor_warns_once_per_problem(caplog: pytest.LogCaptureFixtur
     assert all(word in message for word, message in zip(words, caplog.messages, strict=True))
 
 
+@pytest.mark.slow
 def test_run_logs_losses_per_noise_level_drift_and_samples(dataset: Path, tmp_path: Path) -> None:
     figures: dict[str, float] = {}
     logged: list[tuple[str, int]] = []

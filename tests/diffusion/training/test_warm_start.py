@@ -111,6 +111,7 @@ def test_missing_init_from_model_is_named(dataset: Path, tmp_path: Path) -> None
         run(dataset, tmp_path / "warm", tmp_path / "nowhere.safetensors")
 
 
+@pytest.mark.slow
 def test_default_resolutions_are_recorded_and_equal_explicit_ones(dataset: Path, tmp_path: Path) -> None:
     unset = MODEL.model_copy(update={"channel_mult": None, "attention": ("middle",)})
     config = TrainingConfig.model_validate(CONFIG.model_dump() | SHORT)

@@ -146,6 +146,7 @@ def test_mistake_is_found_without_a_server_and_leaves_nothing(
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_dead_servers_are_found_before_their_clients_are_imported(folder: Path) -> None:
     servers = dict.fromkeys(("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "AWS_ENDPOINT_URL_S3"), "http://127.0.0.1:9")
     hasty = "from flows.local_stack import http_api; http_api.RESTART_SECONDS = 0"

@@ -193,6 +193,7 @@ flows.cli.main()
     assert (process.returncode, process.stderr) == (-15, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "request_",
     [

@@ -82,6 +82,7 @@ def test_compact_joins_the_shards_of_all_versions(data: CommandLine) -> None:
     assert "none too small" in data("compact", "--local")
 
 
+@pytest.mark.slow
 def test_simulate_takes_shards_of_a_data_set_or_description(data: CommandLine) -> None:
     manifest = read_manifest(FOLDER)
     output = data.json("simulate", "--step-seconds", "0.1", "--set", "training.batch_size=4", "--epochs", "2")
@@ -163,6 +164,7 @@ def test_checkout_mends_what_earlier_versions_lack(data: CommandLine) -> None:
     assert files_of(FOLDER) == whole
 
 
+@pytest.mark.slow
 def test_checkout_gets_a_version_from_s3_on_a_new_machine(
     data: CommandLine, bucket: str, s3_environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -142,6 +142,7 @@ def test_stored_sampling_settings_are_those_that_were_used(darkroom: CommandLine
     assert "guidance" not in json.loads((folder / result["about"]).read_text())["sampling"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", [("sample",), ("edit", "img2img", "face.png")])
 def test_settings_of_the_command_line_without_effect_are_an_error(
     darkroom: CommandLine, folder: Path, verb: tuple[str, ...]

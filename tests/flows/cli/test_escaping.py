@@ -121,6 +121,7 @@ def darkroom(
     return Harmless(monkeypatch, capsys)
 
 
+@pytest.mark.slow
 def test_commands_show_hostile_names_labels_and_captions_and_obey_none(darkroom: Harmless) -> None:
     first = darkroom.json("ingest", "--local")["digest"]
     others = ("--set", "ingest.source=others")

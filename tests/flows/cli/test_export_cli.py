@@ -42,6 +42,7 @@ def test_imported_pipeline_without_card_says_how_to_load(tmp_path: Path) -> None
     assert not (tmp_path / "copy" / "README.md").exists()
 
 
+@pytest.mark.slow
 def test_mistakes_are_named_before_anything_is_written(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("training: {dataset: blobs}\n")
     write_model(tmp_path / "final.safetensors", seed=0, images=64)
@@ -59,6 +60,7 @@ def test_mistakes_are_named_before_anything_is_written(tmp_path: Path) -> None:
     assert not (tmp_path / "exports").exists()
 
 
+@pytest.mark.slow
 def test_only_the_export_itself_imports_diffusers() -> None:
     script = (
         "import sys, diffusion.diffusers_format.export, flows.cli.model_commands; print('diffusers' in sys.modules)"

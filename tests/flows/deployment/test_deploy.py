@@ -221,6 +221,7 @@ def test_the_monitor_names_tests_classes_and_figures_of_drift() -> None:
     assert "p = 0.3 at level 0.002" in describe_data(alike)
 
 
+@pytest.mark.slow
 def test_scheduled_flows_import_no_torch_or_mlflow_when_idle() -> None:
     script = (
         "import sys, flows.retrain, flows.sample_on_demand, flows.monitor, flows.deployment.deploy\n"

@@ -591,6 +591,7 @@ def test_another_bucket_than_the_stacks_is_rejected() -> None:
         local_stack.up(lambda _: None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="this Python environment has no other below it")
 @pytest.mark.usefixtures("no_servers")
 def test_missing_seaweedfs_error_names_the_variables_to_set() -> None:

@@ -343,6 +343,7 @@ def test_image_without_darkroom_metadata_is_an_error(stored_batch: StoredBatch, 
             trace(str(tmp_path / name))
 
 
+@pytest.mark.slow
 def test_samples_are_reproduced_bit_for_bit_by_the_shipped_code(stored_batch: StoredBatch, tmp_path: Path) -> None:
     reproduction = reproduce(str(stored_batch.place), count=17, out=tmp_path)
     assert outcome_of(reproduction) == (17, 17, "", None)
@@ -354,6 +355,7 @@ def test_samples_are_reproduced_bit_for_bit_by_the_shipped_code(stored_batch: St
         assert (tmp_path / name).read_bytes() == sample
 
 
+@pytest.mark.slow
 def test_another_fingerprint_is_named_with_the_largest_error(stored_batch: StoredBatch) -> None:
     """A generated image of another machine, which made one pixel of the second image brighter."""
     other = stored_batch.batch.fingerprint.model_copy(update={"batch": 16, "device": "AVX9"})
@@ -374,6 +376,7 @@ def test_another_fingerprint_is_named_with_the_largest_error(stored_batch: Store
     assert (reproduction.exact, errors_of(reproduction), reproduction.failure) == (0, (3, 1), None)
 
 
+@pytest.mark.slow
 def test_request_unknown_to_shipped_code_is_a_one_line_error(
     stored_batch: StoredBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,6 +389,7 @@ def test_request_unknown_to_shipped_code_is_a_one_line_error(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_sample_in_a_tar_traces_and_reproduces_like_a_file(stored_batch: StoredBatch, tmp_path: Path) -> None:
     tars, folder = SamplingBatchConfig(format="tar", chunk=8), tmp_path / "again"
     weights = Path("weights.safetensors")

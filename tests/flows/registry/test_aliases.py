@@ -105,6 +105,7 @@ def test_aliases_and_copies_of_the_entries_follow_the_ledger(registry: Registry)
     project(CrashingClient(0), registry.ledger)
 
 
+@pytest.mark.slow
 @pytest.mark.drill(
     "a promotion ends between two writes",
     "after each write to MLflow, one after the other",

@@ -201,6 +201,7 @@ def test_a_generation_is_stopped_by_its_page(source: StudioSource) -> None:
         source.generate({"steps": 10_000}, is_abandoned=is_abandoned)
 
 
+@pytest.mark.slow
 def test_images_are_the_files_of_the_command_line(source: StudioSource, weights: Path, tmp_path: Path) -> None:
     options = ("--set", "sampling.sampler=dpmpp_2m", "--set", "sampling.steps=3", "--set", "sampling.compute_batch=8")
     result = darkroom(

@@ -70,6 +70,7 @@ def nearest(images: Iterable[Image.Image]) -> list[int]:
     return [min((one ^ two).bit_count() for j, two in enumerate(hashes) if i != j) for i, one in enumerate(hashes)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [scans, textures])
 def test_copies_share_a_split_and_distinct_images_rarely(
     make: Callable[[int], list[Image.Image]], tmp_path: Path
@@ -109,6 +110,7 @@ def test_missed_copies_of_near_images_are_logged(tmp_path: Path, caplog: pytest.
     assert sum(row["near"] is not None for row in records(tmp_path / "set")) <= 3
 
 
+@pytest.mark.slow
 def test_workers_and_runners_change_nothing(tmp_path: Path) -> None:
     root = save(scans(600), tmp_path / "images")
     save_copies(scans(50), root)
@@ -119,6 +121,7 @@ def test_workers_and_runners_change_nothing(tmp_path: Path) -> None:
     assert manifests[0] == manifests[1] == manifests[2]
 
 
+@pytest.mark.slow
 def test_the_first_choice_stays_until_a_rebuild(tmp_path: Path) -> None:
     root, folder = save(scans(200), tmp_path / "images"), tmp_path / "set"
     first = ingest(folder, config(root)).near_duplicates
@@ -212,6 +215,7 @@ def test_ingests_cut_off_end_as_undisturbed_ones(tmp_path: Path) -> None:
     assert files_of(tmp_path / "a" / "set") == files_of(tmp_path / "b" / "set")
 
 
+@pytest.mark.slow
 def test_a_large_source_is_sampled(tmp_path: Path) -> None:
     root = save(textures(SAMPLED + 300), tmp_path / "images")
     counts = []

@@ -41,6 +41,7 @@ def add_images(root: Path, numbers: Iterable[int]) -> None:
         blob(number).save(root / "odd" / f"{number}.png")
 
 
+@pytest.mark.slow
 def test_same_images_give_the_same_bytes_on_threads_and_processes(images: Path, tmp_path: Path) -> None:
     add_images(images, range(100, 700))
     contents = []
@@ -377,6 +378,7 @@ def test_aborted_transaction_leaves_no_groups(tmp_path: Path) -> None:
         assert index.sample(key) is None
 
 
+@pytest.mark.slow
 def test_near_duplicates_are_copies_and_few_distinct_images(tmp_path: Path) -> None:
     root = tmp_path / "images"
     root.mkdir()

@@ -71,6 +71,7 @@ FAST = ("exact", "noise 30", "turned and shifted", "mirrored", "blurred")
 """Changes that the fast tests try."""
 
 
+@pytest.mark.slow
 def test_unseen_images_count_as_copies_at_the_calibrated_rate() -> None:
     detection = memorization(scans()[2])
     assert detection.expected == pytest.approx(0.05, abs=3e-3)
@@ -121,6 +122,7 @@ def test_the_share_grows_with_the_copies() -> None:
     assert shares == pytest.approx([0, 0.1, 0.5], abs=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "some",
     [
@@ -133,6 +135,7 @@ def test_bad_images_are_no_copies(some: Callable[[], Tensor]) -> None:
     assert memorization(some()).p_value > 0.01
 
 
+@pytest.mark.slow
 def test_a_copy_found_in_both_spaces_counts_once() -> None:
     training, held_out, real = (each[:400] for each in scans())
     extractor = EfficientNetLite0(32)

@@ -90,6 +90,7 @@ class Images(torch.utils.data.Dataset[Tensor]):
         return self.images[index]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_scores_equal_those_of_torch_fidelity_from_end_to_end(digits: Tensor, extractor: EfficientNetLite0) -> None:
     torch_fidelity.register_feature_extractor("actual", DarkroomFeatures)
@@ -261,6 +262,7 @@ def test_the_frechet_distance_equals_torch_fidelity_s(count: int) -> None:
     assert compute_scores(samples, reference, "x").fd == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_extrapolated_distance_is_the_true_distance_of_the_gaussian() -> None:
     """To the Gaussian fitted to the reference, in closed form; a finite number of images is biased far from it."""
     spread = torch.linspace(0.5, 2, 16)

@@ -183,6 +183,7 @@ def test_comparison_report_omits_unmeasured_metrics(tmp_path: Path) -> None:
     assert "champion, " not in text
 
 
+@pytest.mark.slow
 def test_a_first_version_is_shown_without_a_champion(tmp_path: Path) -> None:
     text = write_page(example_comparison(with_champion=False), tmp_path).text
     assert "promote: version 1 first version: there was no champion" in text

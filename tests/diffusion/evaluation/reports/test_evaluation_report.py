@@ -170,6 +170,7 @@ def test_evaluation_report_notes_a_baseline_of_fewer_images(few: bool, tmp_path:
     assert ("has only 300 training images, fewer than were generated" in text) == few
 
 
+@pytest.mark.slow
 def test_curves_appear_light_and_dark_and_losses_if_any(tmp_path: Path, losses: Path) -> None:
     evaluation = an_evaluation([0.5, 0.2])
 
