@@ -81,14 +81,22 @@ def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
     Each multiplies X, which begins with norm 1, by the factor a I + b G + c G², G = X Xᵀ. Only G and the product of the
     factors are iterated: they are square, and of one size, as the shorter sides of all matrices are equal.
     """
-    a, b, c = COEFFICIENTS
     wide = [matrix if len(matrix) <= matrix.shape[1] else matrix.mT for matrix in matrices]
     gram = torch.stack([matrix @ matrix.mT for matrix in wide])
     norms = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp(min=1e-14)
-    gram, product = gram / norms, norms.rsqrt() * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    for _ in range(ITERATIONS):
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        factor.diagonal(dim1=1, dim2=2).add_(a)
-        product, gram = factor @ product, factor @ gram @ factor
+    gram = gram / norms
+    factor = _factor(gram)
+    product = norms.rsqrt() * factor
+    for _ in range(ITERATIONS - 1):
+        gram = factor @ gram @ factor
+        factor = _factor(gram)
+        product = factor @ product
     outputs = [factors @ matrix for factors, matrix in zip(product, wide, strict=True)]
     return [out if len(matrix) <= matrix.shape[1] else out.mT for out, matrix in zip(outputs, matrices, strict=True)]
+
+
+def _factor(gram: Tensor) -> Tensor:
+    a, b, c = COEFFICIENTS
+    factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    factor.diagonal(dim1=1, dim2=2).add_(a)
+    return factor
