@@ -385,8 +385,9 @@ def _make_combination(params: Params, settings: dict[str, Any]) -> Combination:
     digest = digest_of({name: getattr(variant, name).model_dump(mode="json") for name in SECTIONS})[:8]
     name = f"{re.sub(r'[^0-9A-Za-z.=,_-]+', '-', format_settings(settings))[:80]}-{digest}"
     training = variant.training.model_copy(update={"output": Path("runs", SWEEPS, params.model_name, name)})
-    # Guidance is chosen for the model that is registered, and none of these is.
-    evaluation = variant.evaluation.model_copy(update={"guidance": None})
+    # Guidance is chosen for the model that is registered, and none of these is. The best of many looks too good on the
+    # images that it was chosen by: none is among those of the gate, should it be trained to be registered.
+    evaluation = variant.evaluation.model_copy(update={"guidance": None, "seed": variant.evaluation.seed + 3})
     variant = variant.model_copy(update={"training": training, "evaluation": evaluation})
     return Combination(settings=settings, params=variant, folder=params.report_folder / SWEEPS / name, digest=digest)
 

@@ -208,10 +208,8 @@ def apply_gate(params: Params, evaluation: Evaluation, version: model_versions.V
         champion_weights = model_versions.cached_weights(model_versions.get_version(client, version.model, champion))
     require_shards(params)
     data, cache = params.dataset_folder, params.report_folder
-    settings = params.evaluation, params.sampling, params.gate
-    comparison, grids = compare_with_champion(
-        model_versions.cached_weights(version), champion_weights, data, *settings, cache, reporter()
-    )
+    settings = params.evaluation, params.sampling, params.gate, cache, reporter(), evaluation.choosing_samples
+    comparison, grids = compare_with_champion(model_versions.cached_weights(version), champion_weights, data, *settings)
     names = f"version {version.number}", None if champion is None else f"version {champion}"
     ComparisonPage(comparison, grids, version.model, params.training.dataset, *names).write(folder / COMPARISON_PAGE)
     for path in (cache / COMPARISON, folder / COMPARISON_PAGE):

@@ -40,6 +40,12 @@ def load_or_compute_result(
     return kind.model_validate(result), tensors
 
 
+def find_cached(folder: Path, key: Key) -> Tensors | None:
+    """Return the tensors cached in ``folder`` under ``key``; None if there are none, or they are damaged."""
+    path = pieces_folder(folder, key).with_suffix(".safetensors")
+    return load_file(path) if _is_intact(path, to_jsonable_python(key)) else None
+
+
 def pieces_folder(folder: Path, key: Key) -> Path:
     """Return the folder in which the work under ``key`` may cache pieces; it is deleted once the whole is cached."""
     return folder / f"{digest_of(to_jsonable_python(key))}.pieces"
@@ -50,14 +56,19 @@ def _load_or_compute_json(
 ) -> tuple[Any, Tensors]:
     """Return the result, as JSON, and the tensors."""
     key, pieces = to_jsonable_python(key), pieces_folder(folder, key)
-    path, seal = pieces.with_suffix(".safetensors"), pieces.with_suffix(".sha256")
+    path = pieces.with_suffix(".safetensors")
     make_folder(folder)
     with FileLock(pieces.with_suffix(".lock")):
-        is_intact = path.is_file() and seal.is_file() and seal.read_bytes() == f"{sha256_file(path)}\n".encode()
-        if not is_intact or read_header(path).get("key") != key:
+        if not _is_intact(path, key):
             result, tensors = work()
             digest = save_tensors(path, tensors, {"key": key, "result": to_jsonable_python(result)})
-            write_bytes(seal, f"{digest}\n".encode())
+            write_bytes(path.with_suffix(".sha256"), f"{digest}\n".encode())
         if pieces.exists():
             shutil.rmtree(pieces)
         return read_header(path)["result"], load_file(path)
+
+
+def _is_intact(path: Path, key: Any) -> bool:
+    seal = path.with_suffix(".sha256")
+    is_whole = path.is_file() and seal.is_file() and seal.read_bytes() == f"{sha256_file(path)}\n".encode()
+    return is_whole and read_header(path).get("key") == key

@@ -1,10 +1,12 @@
 """Comparison of a candidate with the champion under equal conditions, and the gate's decision.
 
-Both generate the same image numbers of one seed, not the seed of checkpoint selection, because the best of many
-checkpoints looks too good on the images it was selected by. The held-out images are the same in both.
+Both generate the same image numbers of one seed, but none by which the checkpoint was selected, because the best of
+many looks too good on these. What the evaluation generated beyond them is shared. The held-out images are the same in
+both.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +118,7 @@ def compare_with_champion(
     gate: GateConfig,
     output: Path,
     progress: Progress = ignore_progress,
+    choosing_samples: int | None = None,
 ) -> tuple[ChampionComparison, SampleGrids]:
     """Compare two model files on the data set in ``data`` and apply the gate.
 
@@ -124,12 +127,13 @@ def compare_with_champion(
     hold the candidate with the reason. Where more images may decide, both generate twice as many, ``gate.looks`` times
     at most. Expensive parts are cached: the same call after a kill continues, and the
     champion's images are generated again only if something differs. ``config`` is how the candidate's checkpoint was
-    selected, and the comparison generates with ``config.seed`` + 1; ``output`` is the folder of
+    selected, and ``choosing_samples`` are the images of ``config.seed`` by which it was, after which those of the
+    comparison begin; None, unknown: the comparison generates with ``config.seed`` + 1. ``output`` is the folder of
     ``champion_comparison.json``, written last, and of the cache.
 
     Raises UserError if the candidate cannot be evaluated.
     """
-    evaluator = _evaluator(candidate, data, config, sampling, output, progress)
+    evaluator = _evaluator(candidate, data, config, sampling, output, progress, choosing_samples)
     # A distance that changed between looks would be tested twice.
     metric = gate.metric(config.samples, len(evaluator.real.compared))
     rules, max_samples = gate.model_copy(update={"headline": metric}), config.samples * 2 ** (gate.looks - 1)
@@ -360,12 +364,23 @@ def evaluate_model(
 
 
 def _evaluator(
-    path: Path, data: Path, config: EvaluationConfig, sampling: SamplingConfig, output: Path, progress: Progress
+    path: Path,
+    data: Path,
+    config: EvaluationConfig,
+    sampling: SamplingConfig,
+    output: Path,
+    progress: Progress,
+    choosing_samples: int | None = None,
 ) -> Evaluator:
-    """Build an evaluator with another seed than checkpoint selection has."""
-    config = config.model_copy(update={"seed": config.seed + 1})
+    """Build an evaluator of other images than checkpoint selection had: see ``compare_with_champion``."""
     header = read_model_header(path)
-    return Evaluator(data, config, sampling, output / CACHE, progress, task_of(header.model, header.size))
+    # Super-resolution models enlarge the same small images whatever their numbers are.
+    if choosing_samples is None or header.model.low_resolution is not None:
+        first, config = 0, config.model_copy(update={"seed": config.seed + 1})
+    else:
+        first = math.ceil(choosing_samples / sampling.compute_batch) * sampling.compute_batch
+    task = task_of(header.model, header.size)
+    return Evaluator(data, config, sampling, output / CACHE, progress, task, first)
 
 
 def distance_headline(

@@ -41,7 +41,8 @@ class Evaluator:
     """Evaluator of model files against the held-out images of the data set in folder ``data``.
 
     Results are cached in ``folder``, for all evaluators of the same data set. Super-resolution models upscale one part
-    of the held-out images and are compared with the others. Raises UserError for a data set that is too small.
+    of the held-out images and are compared with the others. Images are numbered from ``first``. Raises UserError for a
+    data set that is too small.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Evaluator:
         folder: Path,
         progress: Progress = ignore_progress,
         task: GenerationTask = GenerationTask(),  # noqa: B008 (frozen)
+        first: int = 0,
     ) -> None:
         require_enough(read_manifest(data))
         dataset = Dataset.open(data)
@@ -72,6 +74,7 @@ class Evaluator:
             extractor_digest=extractor.digest,
             preprocessing=extractor.preprocessing,
             evaluation=config,
+            first=first,
             text_image_encoder=None if self.encoder is None else self.encoder.digest,
             sampling=sampling,
             low_resolution=task.low_resolution,
@@ -96,7 +99,8 @@ class Evaluator:
         config = self.config if seed is None else self.config.model_copy(update={"seed": seed})
         samples, sampling = samples or config.samples, sampling or self.sampling
         name = name or path.stem
-        model = ModelEvaluator(path, self.real, config, samples, sampling, name, captioned, self.generated)
+        first = self.conditions.first
+        model = ModelEvaluator(path, self.real, config, first, samples, sampling, name, captioned, self.generated)
         model.encoder = self.encoder
         header, dataset = model.header, self.real.dataset
         if header.square != dataset.shape and not header.takes_other_sizes(dataset.shape):

@@ -9,7 +9,7 @@ training images, with Holm's correction over the finalists alone, as their image
 all kinds on all images takes more work and finds fewer gains.
 
 All kinds generate the same image numbers of one noise and are compared with the same training images, so what they have
-in common cancels. The gate sees none of these: it compares images of another seed with held-out images.
+in common cancels. The gate sees none of these: it compares images of other seeds with held-out images.
 """
 
 import math

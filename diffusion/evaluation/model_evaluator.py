@@ -30,7 +30,14 @@ from diffusion.common.shapes import (
 )
 from diffusion.common.threads import cores
 from diffusion.data.dataset import Rows
-from diffusion.evaluation.cache import Key, Tensors, load_or_compute, load_or_compute_result, pieces_folder
+from diffusion.evaluation.cache import (
+    Key,
+    Tensors,
+    find_cached,
+    load_or_compute,
+    load_or_compute_result,
+    pieces_folder,
+)
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.features.text_image_encoder import OPTION, TextImageEncoder
 from diffusion.evaluation.metrics.frechet import compute_moments, frechet_distance
@@ -61,7 +68,8 @@ BATCHES = 2
 class ModelEvaluator:
     """Lazy evaluation of one model file; expensive parts are cached.
 
-    Its images are generated when they are needed: numbers 0 … ``samples`` − 1 of the configured seed.
+    Its images are generated when they are needed: numbers ``first`` … ``first`` + ``samples`` − 1 of the configured
+    seed, where ``first`` is a multiple of the compute batch.
 
     Super-resolution models upscale held-out images instead. ``generated`` holds images of earlier evaluations by all
     that they depend on but their number, and gets the images of this one. ``captioned``: see ``Evaluator.model``.
@@ -75,6 +83,7 @@ class ModelEvaluator:
         path: Path,
         real: RealImages,
         config: EvaluationConfig,
+        first: int,
         samples: int,
         sampling: SamplingConfig,
         name: str,
@@ -83,7 +92,7 @@ class ModelEvaluator:
     ) -> None:
         self.header = read_model_header(path)
         self.sha256, self.digest = sha256_file(path), model_digest(path)
-        self.path, self.real, self.config, self.captioned = path, real, config, captioned
+        self.path, self.real, self.config, self.first, self.captioned = path, real, config, first, captioned
         self.samples = samples if real.small is None else min(samples, len(real.shown))
         self.sampling = sampling = self.header.sampling(sampling)
         self.folder, self.name, self._generated = real.folder, name, generated
@@ -139,13 +148,13 @@ class ModelEvaluator:
         return group_by_shape(self.shapes)
 
     def _indices(self, shape: Shape) -> range:
-        """Return the indices in the seed of the images of a shape, from 0 in the first one.
+        """Return the indices in the seed of the images of a shape, from ``first`` in the first one.
 
         Images of one index and as many values would have equal noise, and the bootstrap takes them for independent.
         """
         conditions = self._conditions_at(shape)
         cycle = math.lcm(self.sampling.compute_batch, len(conditions.labels) or 1, len(conditions.prompts) or 1)
-        start = self.real.dataset.shapes.index(shape) * math.ceil(2**32 / cycle) * cycle
+        start = self.real.dataset.shapes.index(shape) * math.ceil(2**32 / cycle) * cycle + self.first
         return range(start, start + len(self._numbers[shape]))
 
     def _merge(self, values_by_shape: Mapping[Shape, Iterable[T]]) -> list[T]:
@@ -179,8 +188,9 @@ class ModelEvaluator:
         images = {}
         for shape in self._numbers:
             key = self._key_at(shape)
-            images[shape] = load_or_compute(self.folder, key, partial(self._generate, shape, key))["images"]
-            self._generated[_compute_digest(key)] = images[shape]
+            whole_batches = load_or_compute(self.folder, key, partial(self._generate, shape, key))["images"]
+            self._generated[_compute_digest(key)] = whole_batches
+            images[shape] = whole_batches[: len(self._numbers[shape])]
         return next(iter(images.values())) if len(images) == 1 else self._merge(images)
 
     def images_at(self, numbers: Sequence[int]) -> Images:
@@ -191,26 +201,28 @@ class ModelEvaluator:
     def _generate(self, shape: Shape, images_key: Key) -> Tensors:
         """Generate the images of a shape in pieces of whole compute batches, bit-identical to one pass.
 
-        They are cached until all are there, and ``images_key`` is the key of all. The images of an evaluation on
-        fewer images, as many as fill compute batches, are the first of them.
+        They are cached until all are there, and ``images_key`` is the key of all. Those of an earlier evaluation are
+        the first of them. The rest of the last compute batch is kept, too, as it costs nothing.
         """
-        batch, count = self.sampling.compute_batch, len(self._numbers[shape])
-        size = BATCHES * cores() * batch
+        batch, requested = self.sampling.compute_batch, len(self._numbers[shape])
+        count = requested if self.real.small is not None else math.ceil(requested / batch) * batch
+        size, begin = BATCHES * cores() * batch, self._indices(shape).start
         folder = pieces_folder(self.folder, images_key)
-        previous_images = self._generated.get(_compute_digest(images_key), torch.empty(0))
+        previous_images = self._find_generated(images_key)
         reused_count = min(len(previous_images), count) // batch * batch
 
         def piece(start: int) -> Tensors:
             numbers = range(start, min(start + size, count))
 
             def report_progress(what: str, done: int, total: int | None, note: str = "") -> None:
-                counts_images = total == len(numbers)
-                self.progress(what, start + done if counts_images else done, count if counts_images else total, note)
+                if total == len(numbers):  # it counts images
+                    done, total = min(start + done, requested), requested
+                self.progress(what, done, total, note)
 
             inputs = None if self.real.small is None else self.real.small[shape][start : numbers.stop]
             seed, conditions, model = self.config.seed, self._conditions_at(shape), self.model
             model = model if inputs is not None else model.with_size(shape)
-            indices = self._indices(shape)[numbers.start : numbers.stop]
+            indices = range(begin + numbers.start, begin + numbers.stop)
             return {"images": generate(model, inputs, indices, seed, self.guided, report_progress, conditions)}
 
         pieces = [previous_images[:reused_count]] if reused_count else []
@@ -218,6 +230,18 @@ class ModelEvaluator:
             key = {"kind": "piece", "first": start, "count": min(size, count - start)}
             pieces.append(load_or_compute(folder, key, partial(piece, start))["images"])
         return {"images": torch.cat(pieces)}
+
+    def _find_generated(self, images_key: Key) -> Tensor:
+        """Return the first images of ``images_key``, as many as an earlier evaluation generated, perhaps none.
+
+        An evaluation of checkpoints begins with image 0, and part of what it generated may come after ``first``.
+        """
+        previous_images = self._generated.get(_compute_digest(images_key))
+        if previous_images is not None:
+            return previous_images
+        from_zero = {name: value for name, value in images_key.items() if name != "first"}
+        cached = find_cached(self.folder, from_zero | {"samples": self.config.samples}) if self.first else None
+        return torch.empty(0) if cached is None else cached["images"][self.first :]
 
     @cached_property
     def features(self) -> Tensor:
@@ -255,8 +279,8 @@ class ModelEvaluator:
         classes = [""] * len(numbers) if self.labels is None else [names[n] for n in self.labels[: len(numbers)]]
         prompts = self._merge(
             {
-                shape: [conditions.prompt(number) for number in range(len(shape_numbers))]
-                for shape, shape_numbers in self._numbers.items()
+                shape: [conditions.prompt(index) for index in self._indices(shape)]
+                for shape in self._numbers
                 for conditions in [self._conditions_at(shape)]
             }
         )
@@ -268,6 +292,8 @@ class ModelEvaluator:
         """Return the cache key of the generated images."""
         key: Key = {"kind": "generated", "format_version": 3, "model": self.digest, "samples": self.samples}
         key |= {"seed": self.config.seed, "sampling": self.sampling, "fingerprint": self.fingerprint}
+        if self.first:
+            key["first"] = self.first
         if self.header.model.text or self.header.model.low_resolution is not None:
             # Real captions or small images condition the model. Other models' images suit every data set.
             digest = self.real.dataset.manifest.content_digest
@@ -328,7 +354,9 @@ class ModelEvaluator:
             positions = {}
             for shape, numbers in self._numbers.items():
                 shape_places = places.get(shape, range(len(rows)))
-                positions[shape] = [shape_places[number % len(shape_places)] for number in range(len(numbers))]
+                positions[shape] = [
+                    shape_places[(self.first + number) % len(shape_places)] for number in range(len(numbers))
+                ]
             image_prompts = prompts[torch.tensor(self._merge(positions))]
         if len(set(image_prompts.tolist())) < 2:
             return "the images have fewer than two different prompts: ingest captions"

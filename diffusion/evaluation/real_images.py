@@ -6,7 +6,7 @@ depends on, down to the machine's arithmetic, and a cached value is bit-identica
 
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from diffusion.evaluation.metrics.metric import ImageSet
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest
 from diffusion.evaluation.metrics.per_group import LabelledFeatures, LinearDiscriminant, fit_discriminant
 from diffusion.evaluation.metrics.pixel_metrics import measure_appearance
-from diffusion.evaluation.metrics.registration import find_registered
+from diffusion.evaluation.metrics.registration import describe_images, find_registered
 from diffusion.evaluation.metrics.scores import (
     MIN_FOR_ERRORS,
     PreparedReference,
@@ -204,7 +204,7 @@ class RealImages:
             nearest = (
                 find_registered(
                     images,
-                    self.images(self.train),
+                    self._descriptions(),
                     lambda rows: self.dataset.images_in_order(self.train[rows]),
                     self.progress,
                 ),
@@ -232,13 +232,29 @@ class RealImages:
 
     def _training(self) -> Iterator[Tensor]:
         """Yield features of all training images, piece by piece."""
+        folder = self._training_folder
+        for rows in self._pieces():
+            yield self.features(rows, folder)
+
+    def _descriptions(self) -> Iterator[Tensor]:
+        """Yield thumbnails of all training images, a chunk at a time, to be registered."""
+        for rows in self._pieces():
+            key: Key = {"kind": "thumbnails to register", "format_version": 1, "of": self.key(rows)}
+            tensors = load_or_compute(self._training_folder, key, partial(self._describe, rows))
+            yield from torch.split(tensors["thumbnails"], CHUNK)
+
+    def _describe(self, rows: Rows) -> Tensors:
+        return {"thumbnails": torch.cat([*map(describe_images, self.images(rows))])}
+
+    @property
+    def _training_folder(self) -> Path:
+        """Folder of what is cached of training images; that of other versions of the data set is deleted."""
         folder = self.folder / "training" / self.dataset.manifest.content_digest[:16]
         folder.mkdir(parents=True, exist_ok=True)
         for other_folder in folder.parent.iterdir():
             if other_folder != folder:
                 shutil.rmtree(other_folder)
-        for rows in self._pieces():
-            yield self.features(rows, folder)
+        return folder
 
     def _pieces(self) -> Iterator[Rows]:
         for start in range(0, len(self.train), PIECE):

@@ -36,7 +36,9 @@ class EvaluationConditions(Config):
     preprocessing: str
     """Description of pre- and postprocessing of the feature network."""
     evaluation: EvaluationConfig
-    """Configuration of the evaluation; a comparison of candidate and champion uses ``seed`` + 1."""
+    """Configuration of the evaluation; a comparison that shares no images with it has ``seed`` + 1."""
+    first: int = Field(0, ge=0, exclude_if=lambda first: not first)
+    """Number of the first image in the seed: in a comparison the first one that chose no checkpoint."""
     text_image_encoder: str | None = Field(None, exclude_if=is_unset)
     """Digest of the files of the text-image encoder; None: none is set."""
     sampling: SamplingConfig
@@ -257,6 +259,16 @@ class Evaluation(Config):
     """Scores of resampling by name, for super-resolution models."""
     guidance: GuidanceChoice | None = Field(None, exclude_if=is_unset)
     """Choice of guidance for the best checkpoint; None if there was none."""
+
+    @property
+    def choosing_samples(self) -> int | None:
+        """Return how many images of each checkpoint, the first ones, chose the best one; None if there was no choice.
+
+        A single checkpoint may be the best of an evaluation that is not known.
+        """
+        if len(self.checkpoints) > 1:
+            return self.conditions.evaluation.samples
+        return max((checkpoint.scores.samples for checkpoint in self.preliminary), default=None)
 
     @property
     def sampling(self) -> SamplingConfig:

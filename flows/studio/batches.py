@@ -19,7 +19,7 @@ from diffusion.common.config import dataset_folder
 from diffusion.common.errors import UserError
 from diffusion.common.image_grids import to_pil_image
 from diffusion.data.dataset import Dataset
-from diffusion.evaluation.metrics.registration import find_registered
+from diffusion.evaluation.metrics.registration import describe_images, find_registered
 from flows.environment import settings
 from flows.provenance.trace import Trace, trace
 from flows.sampling.batch_format import BATCH, MAX_BATCH_BYTES, SUCCESS, Row, SamplingBatch, parse_batch
@@ -192,7 +192,9 @@ def nearest_training_images(pixels: np.ndarray, chain: Trace) -> tuple[list[Gall
         if image.shape[1] != dataset.shape[0]:
             return [], f"The data set {name} has other channels here now."
         pieces = (dataset.images_in_order(rows[start : start + 1000]) for start in range(0, len(rows), 1000))
-        neighbours = find_registered([image], pieces, lambda numbers: dataset.images_in_order(rows[numbers]))
+        neighbours = find_registered(
+            [image], map(describe_images, pieces), lambda numbers: dataset.images_in_order(rows[numbers])
+        )
         numbers = neighbours.rows[0, :NEAREST].numpy()
         items: list[GalleryItem] = [
             (to_pil_image(neighbour), f"{distance:.2f} {label or ''}")

@@ -24,7 +24,7 @@ from diffusion.evaluation.metrics.copies import (
 from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss, LevelLoss
 from diffusion.evaluation.metrics.per_group import LabelledFeatures, PerClass, evaluate_classes, fit_discriminant
 from diffusion.evaluation.metrics.pixel_metrics import compare_appearance, measure_appearance
-from diffusion.evaluation.metrics.registration import find_registered
+from diffusion.evaluation.metrics.registration import describe_images, find_registered
 from diffusion.evaluation.metrics.scores import compute_scores
 from diffusion.evaluation.results import EvaluationConditions, ModelEvaluation, RealBaseline
 from diffusion.process.likelihood import noise_levels
@@ -157,7 +157,8 @@ def _copies(images: Tensor) -> Memorization:
     sets, _ = _sets()
     training = sets["training"]
     near, of_real = (
-        find_registered([each], [training], lambda rows: training[rows]) for each in (images, sets["held out"])
+        find_registered([each], [describe_images(training)], lambda rows: training[rows])
+        for each in (images, sets["held out"])
     )
     return detect_memorization({PIXELS: near}, {PIXELS: of_real})
 

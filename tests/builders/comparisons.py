@@ -26,7 +26,7 @@ from tests.builders.small_models import header
 CONFIG = EvaluationConfig(samples=48, extractor_size=32)
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=4, compute_batch=16, precision="fp32")
 COMPARISON_CONFIG = CONFIG.model_copy(update={"seed": CONFIG.seed + 1})
-"""Comparisons generate with another seed than checkpoint selection."""
+"""Comparisons generate with another seed than checkpoint selection if nothing is known of it."""
 GATE = GateConfig(recall_loss=None, looks=1)
 """Recall of 48 images is not known well enough."""
 

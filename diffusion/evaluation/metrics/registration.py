@@ -63,6 +63,11 @@ def describe(small: Tensor) -> Tensor:
     return descriptors
 
 
+def describe_images(images: Images) -> Tensor:
+    """Make thumbnails of ``images``, each (C, H, W) uint8, as ``find_registered`` searches them: see ``describe``."""
+    return describe(shrink_and_blur(images))
+
+
 def transform_images(small: Tensor, parameters: Tensor) -> tuple[Tensor, Tensor]:
     """Transform small images (N, C, S, S) by ``parameters``, (N, 4) or (1, 4) for all.
 
@@ -128,15 +133,15 @@ def fit(small: Tensor, onto: Tensor, parameters: Tensor, limits: Tensor = LIMITS
 
 def find_registered(
     pieces: Iterable[Images],
-    training: Iterable[Images],
+    training: Iterable[Tensor],
     load_rows: Callable[[np.ndarray], Images],
     progress: Progress = ignore_progress,
 ) -> NearestNeighbours:
     """Find the nearest training images of others, which come in ``pieces`` of uint8, by registration.
 
-    ``training`` yields all training images in pieces as well, and ``load_rows`` returns the images in some rows.
+    ``training``: ``describe_images`` of all training images in pieces; ``load_rows`` returns the images in some rows.
     """
-    thumbnails = [describe(shrink_and_blur(piece)) for piece in training]
+    thumbnails = [*training]
     parts = [_find_in_piece(piece, thumbnails, load_rows, progress) for piece in pieces]
     return NearestNeighbours(torch.cat([part.distances for part in parts]), torch.cat([part.rows for part in parts]))
 

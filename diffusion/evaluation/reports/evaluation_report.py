@@ -123,7 +123,7 @@ def describe_kid(
     """Describe the KID of the best checkpoint, with its 95 % interval if there is one, and of real images.
 
     It is without the guidance that was chosen, if any was: see ``choose_guidance``. With ``candidate`` it is the KID of
-    that model, as the gate compared it beside the baseline ``real``: with its guidance, and of another seed.
+    that model, as the gate compared it beside the baseline ``real``: with its guidance, on other images.
     """
     scores, baseline = (candidate or evaluation.best).scores, (real or evaluation.real_baseline).scores
     estimate = (candidate or evaluation).estimates.get(f"kid_{scores.extractor}")

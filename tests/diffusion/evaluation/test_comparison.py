@@ -8,7 +8,8 @@ import torch
 
 from diffusion.checkpoints import load_model
 from diffusion.data.dataset import Dataset
-from diffusion.evaluation.comparison import ChampionComparison
+from diffusion.evaluation.comparison import ChampionComparison, compare_with_champion
+from diffusion.evaluation.evaluate import evaluate
 from diffusion.evaluation.evaluator import Evaluator
 from diffusion.evaluation.gate import GateConfig, GateVerdict
 from diffusion.generation.generate import labels_of, sample
@@ -97,7 +98,27 @@ def test_more_images_reuse_whole_batches_generated_before(data: Path, models: li
     fewer, more = (evaluator.model(models[0], count).images for count in (48, 96))
     assert torch.equal(more, sample(load_model(models[0]), range(96), CONFIG.seed, sampling))
     assert torch.equal(more[:32], fewer[:32])
-    assert [done for what, done in watcher.calls if what == "new: images sampled"] == [32, 48, 64, 96]
+    assert [done for what, done in watcher.calls if what == "new: images sampled"] == [32, 48, 96]
+
+
+def test_the_gate_shares_what_chose_no_checkpoint_and_nothing_else(
+    data: Path, models: list[Path], tmp_path: Path
+) -> None:
+    evaluation = evaluate(data, models, CONFIG, SAMPLING, tmp_path, cache=tmp_path / "evaluations")
+    best, other = sorted(models, key=lambda path: str(path) != evaluation.best.file)
+    first = evaluation.choosing_samples
+    assert first == 16
+    watcher = Watcher()
+    comparison, grids = compare_with_champion(
+        best, other, data, CONFIG, SAMPLING, GATE, tmp_path, watcher, evaluation.choosing_samples
+    )
+    numbers = range(first, first + CONFIG.samples)
+    for path, images in ((best, grids.candidate), (other, grids.champion)):
+        assert torch.equal(images, sample(load_model(path), numbers, CONFIG.seed, SAMPLING))
+    # 48 were evaluated of the best one, of which 32 chose nothing; of the other one those that chose.
+    assert [watcher.seen.count(f"{name}: images sampled") for name in ("candidate", "champion")] == [1, 3]
+    assert (comparison.conditions.first, comparison.conditions.evaluation.seed) == (first, CONFIG.seed)
+    assert comparison.key != evaluation.eval_key
 
 
 @pytest.mark.parametrize("delta", [0.0, 0.05])

@@ -12,7 +12,7 @@ from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
 from diffusion.evaluation.metrics.copies import PIXELS, Memorization, detect_memorization
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest
 from diffusion.evaluation.metrics.per_group import LabelledFeatures, PerClass, evaluate_classes, fit_discriminant
-from diffusion.evaluation.metrics.registration import find_registered
+from diffusion.evaluation.metrics.registration import describe_images, find_registered
 from diffusion.evaluation.metrics.scores import Scores, compute_scores
 from tests.builders.degraded import blurred, compressed, with_copies, with_noise, without_classes
 from tests.builders.real_images import FASHION, clothes
@@ -124,7 +124,7 @@ def detect_copies_among(images: Tensor) -> Memorization:
     def nearest(images: Tensor) -> dict[str, NearestNeighbours]:
         training = sets()["training"][0]
         return {
-            PIXELS: find_registered([images], [training], lambda rows: training[rows]),
+            PIXELS: find_registered([images], [describe_images(training)], lambda rows: training[rows]),
             "efflite0": find_nearest(extractor()(images), [features("training")]),
         }
 

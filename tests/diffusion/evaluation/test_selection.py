@@ -117,6 +117,7 @@ def test_eliminated_checkpoints_are_marked_and_never_best(
     evaluation = evaluate(dataset, checkpoints, CONFIG, SAMPLING, tmp_path / "report")
     assert len(evaluation.checkpoints) == 2
     assert len(evaluation.preliminary) == 3
+    assert evaluation.choosing_samples == 48  # the two in full were compared on all
     assert evaluation.best in evaluation.checkpoints
     assert sorted(each.scores.samples for each in evaluation.preliminary) == [10, 10, 20]
     assert {each.scores.samples for each in evaluation.checkpoints} == {48}

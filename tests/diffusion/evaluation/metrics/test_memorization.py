@@ -11,7 +11,7 @@ from torchvision.transforms.functional import InterpolationMode, affine
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
 from diffusion.evaluation.metrics.copies import PIXELS, Memorization, detect_memorization
 from diffusion.evaluation.metrics.neighbours import NearestNeighbours, find_nearest
-from diffusion.evaluation.metrics.registration import SIDE, STARTS, find_registered, register
+from diffusion.evaluation.metrics.registration import SIDE, STARTS, describe_images, find_registered, register
 from tests.builders.degraded import averaged, blurred, compressed, with_copies, with_noise
 from tests.builders.real_images import digits, images
 
@@ -28,7 +28,8 @@ def scans() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def in_pixels(some: Tensor, training: Tensor) -> dict[str, NearestNeighbours]:
-    return {PIXELS: find_registered([some], torch.split(training, 700), lambda rows: training[rows])}
+    thumbnails = map(describe_images, torch.split(training, 700))
+    return {PIXELS: find_registered([some], thumbnails, lambda rows: training[rows])}
 
 
 @cache
@@ -194,7 +195,8 @@ def test_real_images_that_repeat_training_images_are_nearest() -> None:
 def test_neighbours_found_in_pieces_are_those_found_at_once() -> None:
     training, _, real = scans()
     once = in_pixels(real[:30], training)[PIXELS]
-    pieces = find_registered(torch.split(real[:30], 7), torch.split(training, 300), lambda rows: training[rows])
+    thumbnails = map(describe_images, torch.split(training, 300))
+    pieces = find_registered(torch.split(real[:30], 7), thumbnails, lambda rows: training[rows])
     torch.testing.assert_close(pieces.distances, once.distances, atol=1e-4, rtol=0)
     assert (pieces.rows == once.rows).float().mean() > 0.98
 
