@@ -233,7 +233,7 @@ class _Walk:
         sources += [(f"run {run.info.run_id}", run.data.tags)] if run else []
         for source, tags in sources:
             with self.record_errors():
-                fields |= parse_tags(tags, source).model_dump(exclude_none=True, by_alias=True)
+                fields |= parse_tags(tags, source).model_dump(exclude_none=True, by_alias=True, round_trip=True)
         return Tags.model_validate(fields)
 
     def model(self, name: str, number: int, run_id: str, batch: SamplingBatch | None) -> TracedModel | None:

@@ -144,6 +144,7 @@ def test_the_device_has_the_rules_of_cuda() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_threads_take_turns_to_encode_latents(tmp_path: Path) -> None:
     assert run("-c", ENCODE, str(tmp_path)) == [1, [2, 3, 8, 8]]
 

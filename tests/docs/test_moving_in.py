@@ -99,6 +99,7 @@ def loads(folder: Path, base: Path) -> bool:
     return bool(pipeline.get_active_adapters())
 
 
+@pytest.mark.long
 def test_the_guide_to_fine_tuning_leads_from_captioned_images_to_a_lora(site: Path, command_line: CommandLine) -> None:
     page = ROOT / "docs" / "how-to" / "fine-tune.md"
     [look, train, export, *_], [settings, *options] = blocks(page, "sh"), blocks(page, "yaml")

@@ -18,7 +18,7 @@ from PIL import Image
 from diffusion.common.model_files import read_header
 from tests.builders.workspace import PARAMS, Workspace, objects, running
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 SHORT = PARAMS["training"] | {"images": 1600, "checkpoints": 2}
 AUTOENCODER = {

@@ -61,6 +61,7 @@ def traced_and_reproduced(workspace: Workspace, uri: str) -> list[dict[str, obje
     return origins
 
 
+@pytest.mark.long
 def test_a_model_from_elsewhere_is_promoted_and_fine_tuned(workspace: Workspace, server: MlflowClient) -> None:
     classes = {"even": 80, "odd": 80}
     model_file = write_model(workspace.folder / "elsewhere.safetensors", 0, images=9, config=MODEL, classes=classes)

@@ -20,7 +20,7 @@ from tests.builders.shapes import disc
 from tests.builders.waiting import wait_for
 from tests.builders.workspace import PARAMS
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 BRIEF = PARAMS | {"training": PARAMS["training"] | {"images": 640, "checkpoints": 2, "keep": 1}}
 

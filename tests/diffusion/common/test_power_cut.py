@@ -50,6 +50,7 @@ def test_a_program_that_syncs_nothing_loses_names_and_tears_files(tmp_path: Path
     )
 
 
+@pytest.mark.long
 @pytest.mark.drill(
     "the power is cut during ingest", "what was not synced is lost, at some moments", "the bytes of an undisturbed one"
 )

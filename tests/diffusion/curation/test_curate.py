@@ -317,6 +317,7 @@ def encoded(image: Image.Image, name: str, **options: object) -> bytes:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["digits", "clothes"])
 def test_semantic_near_duplicates_are_what_their_name_promises(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -241,6 +241,7 @@ export_dataset(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), ExportDetails(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @formats
 def test_killed_exports_end_the_same(data: Path, tmp_path: Path, to: str) -> None:
     def start(output: Path) -> subprocess.Popen[bytes]:

@@ -39,6 +39,7 @@ def images(folder: Path, lora: Path | None = None) -> Tensor:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("file_format", ["diffusers", "kohya"])
 @pytest.mark.parametrize("kind", [kind for kind in FLOW_MAKERS if kind != "pixart_sigma"])  # diffusers loads none
 def test_diffusers_generates_the_images_of_the_merged_pipeline(

@@ -229,6 +229,7 @@ def rule(comparison: ChampionComparison, name: str = "text-image agreement") -> 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_good_images_of_something_else_than_their_prompts_are_rejected(data: Path, tmp_path: Path) -> None:
     colours = [text.split()[0] for text in prompts(data)]
     right, wrong = of_colours(colours, 60), of_colours([*colours[1:], colours[0]], 20)

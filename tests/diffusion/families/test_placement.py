@@ -133,6 +133,7 @@ def run(script: str, folder: Path) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_components_take_turns_where_not_all_fit(tmp_path: Path) -> None:
     answer = run(SAMPLING, tmp_path)
     sizes, much, little = (answer[name] for name in ("sizes", "much", "little"))
@@ -160,6 +161,7 @@ def test_training_has_the_denoiser_alone_on_the_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_prompts_are_encoded_on_the_cpu_where_text_encoders_exceed_the_device(tmp_path: Path) -> None:
     answer = run(ENCODING, tmp_path)
     assert answer == {"weights": 0, "equal": True, "device": "simulated"}

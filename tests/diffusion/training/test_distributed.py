@@ -120,6 +120,7 @@ def test_two_processes_have_the_losses_of_one_also_after_a_change_between(
     np.testing.assert_allclose(curve(tmp_path / "changed"), curve(tmp_path / "one"), rtol=0.3)
 
 
+@pytest.mark.long
 @pytest.mark.drill("a rank is killed", "SIGKILL of one of two", "torchrun starts it again, the same weights")
 def test_a_worker_that_is_killed_is_started_again_and_the_end_is_the_same(
     dataset: Path, two: Path, tmp_path: Path
@@ -134,6 +135,7 @@ def test_a_worker_that_is_killed_is_started_again_and_the_end_is_the_same(
     assert all(np.array_equal(value.numpy(), cut[name].numpy()) for name, value in whole.items())
 
 
+@pytest.mark.long
 @pytest.mark.drill(
     "sharded training is killed",
     "SIGKILL of all, with the network in shares",
@@ -213,6 +215,7 @@ def test_sharded_training_supports_a_length_in_minutes(dataset: Path, tmp_path: 
     assert (tmp_path / "run" / "final.safetensors").is_file()
 
 
+@pytest.mark.long
 def test_sharding_over_one_process_is_an_error(dataset: Path, tmp_path: Path) -> None:
     process = start(dataset, tmp_path / "alone", 1, 640, 0, "shard")
     out, _ = process.communicate(timeout=300)

@@ -49,6 +49,7 @@ def plans(dataset: Path, model: FamilyConfig = MODEL, **options: object) -> Memo
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_network_of_gigabytes_is_planned_without_its_memory(dataset: Path) -> None:
     process = psutil.Process()
     before = process.memory_info().rss
@@ -128,6 +129,8 @@ def test_network_that_the_file_does_not_have_is_an_error(dataset: Path, base: Pa
         plans(dataset, MODEL.model_copy(update={"width": 32}), init_from=str(base))
 
 
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "adapter",
     [

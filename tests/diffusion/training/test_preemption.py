@@ -313,6 +313,7 @@ def after_the_first_checkpoint(process: "subprocess.Popen[bytes]", output: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_second_ctrl_c_leaves_a_hanging_training_without_writing(dataset: Path, tmp_path: Path) -> None:
     # In a process of its own, whose main thread may be left behind.

@@ -82,6 +82,7 @@ def run(folder: Path, name: str, config: TrainingConfig, track: Any = lambda _: 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "base_weights"), KINDS)
 def test_adapter_of_a_rounded_base_trains_and_resumes_bit_for_bit(
     import_kind: Callable[[str], Path], tmp_path: Path, kind: str, base_weights: str

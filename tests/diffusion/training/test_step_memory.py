@@ -105,6 +105,7 @@ def really_allocated(setup: TrainingSetup, trace: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("shape", "model", "options"),
     [
@@ -125,6 +126,8 @@ def test_step_takes_what_torch_allocates(
     assert measure_step(setup).step(setup.config.images_per_step) == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [

@@ -228,6 +228,7 @@ def test_log_says_that_a_bucket_cannot_be_listed(data: CommandLine) -> None:
     "the same files",
 )
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_checkout_killed_at_random_moments_ends_the_same(data: CommandLine, kills: int, tmp_path: Path) -> None:
     first = data.json("log")["versions"][-1]["digest"]
     newest = read_manifest(FOLDER).digest

@@ -32,6 +32,7 @@ def test_a_file_is_exported_without_any_server(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_imported_pipeline_without_card_says_how_to_load(tmp_path: Path) -> None:
     (pipelines.ddpm(tmp_path / "made") / "README.md").unlink()
     result = darkroom(tmp_path, "model", "import", "made", "--out", "tiny.safetensors", "--licence", "CC0-1.0")

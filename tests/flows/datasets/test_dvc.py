@@ -85,6 +85,7 @@ def test_dvc_repro_needs_no_optional_params_section(tmp_path: Path, params: str)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_repro_metrics_and_plots_work_without_servers_and_agree_with_the_flow(tmp_path: Path) -> None:
     params = {**PARAMS, "ingest": {**PARAMS["ingest"], "source": "images"}}

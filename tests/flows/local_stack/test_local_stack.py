@@ -534,6 +534,7 @@ def test_down_stops_everything_and_up_finds_everything(up: LocalStack) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_only_servers_missing_from_the_environment_are_started(no_servers: None, s3_server: dict[str, str]) -> None:
     os.environ.update(s3_server)
     os.environ.update({"PREFECT_API_URL": "http://127.0.0.1:9/api", "DARKROOM_BUCKET": "team-bucket"})

@@ -39,7 +39,7 @@ from flows.provenance.reproduce import ImageComparison, Reproduction, changed_li
 from flows.provenance.trace import trace
 from flows.registry import model_versions
 from flows.registry.model_versions import Version
-from flows.registry.takedown_marks import TAKEDOWN
+from flows.registry.takedown_marks import ANCESTORS, TAKEDOWN
 from flows.sampling import batch_format, generate_batch
 from flows.sampling.batch_format import SamplingBatch
 from flows.sampling.lookup import LocatedImage
@@ -316,10 +316,13 @@ def test_trace_reports_takedowns_from_mlflow_tags_and_catalog(stored_batch: Stor
     tables = [part.records.sha256 for part in stored_batch.manifest.parts]
     Catalog.of("blobs", SOURCE, stored_batch.store).publish_removal(REMOVAL.model_copy(update={"tables": tables}))
     stored_batch.client.set_model_version_tag("blobs", "1", TAKEDOWN, "feedc0de0123")
+    # Of a version that was trained from another one.
+    stored_batch.client.set_model_version_tag("blobs", "1", ANCESTORS, json.dumps([("0" * 64, "others")]))
     try:
         (one, other) = sorted(trace(stored_batch.image).takedowns, key=lambda each: each.reason or "")
     finally:
         stored_batch.client.delete_model_version_tag("blobs", "1", TAKEDOWN)
+        stored_batch.client.delete_model_version_tag("blobs", "1", ANCESTORS)
         stored_batch.store.delete_many(
             "provenance", stored_batch.store.list_keys("provenance", "datasets/blobs/removals/")
         )

@@ -231,6 +231,7 @@ def test_a_person_approves_before_anything_becomes_champion(workspace: Workspace
     assert workspace.json("promote", "--to", "1", *options)["version"]["number"] == 1
 
 
+@pytest.mark.long
 def test_a_retraining_without_approval_leaves_the_champion(workspace: Workspace, server: MlflowClient) -> None:
     prefect = Prefect(workspace)
     always = ("registry.approval=true", "registry.model=retrained", "gate.recall_loss=null", "gate.memorized=null")

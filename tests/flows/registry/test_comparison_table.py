@@ -86,6 +86,7 @@ def test_first_model_has_no_comparison_and_needs_an_evaluation(model: str, repor
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_comparison_uses_the_training_data_of_the_champion(
     model: str, dataset: Path, bucket: str, store: Store, mlflow_client: MlflowClient, tmp_path: Path
 ) -> None:

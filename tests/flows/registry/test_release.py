@@ -268,6 +268,7 @@ def test_bundling_process_gets_staging_credentials_only(no_servers: None) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_version_is_released_with_its_base(stages: Stages, tmp_path: Path) -> None:
     stages.at(stages.staging)
     base = write_model(tmp_path / "base.safetensors", 1, 7)

@@ -190,6 +190,7 @@ def test_long_requests_are_refused_unread(client: httpx.Client, path: str, size:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_four_bombs_at_once_leave_the_server_small(tmp_path: Path) -> None:
     weights = write_model(tmp_path / "blobs.safetensors", 1, 0, classes={"even": 3, "odd": 1})
     [port] = choose_ports(1)

@@ -185,6 +185,7 @@ def test_few_images_are_calibrated_once_there_are_more(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ingests_cut_off_end_as_undisturbed_ones(tmp_path: Path) -> None:
     root = save(scans(1100), tmp_path / "images")
     save_copies(scans(100), root)

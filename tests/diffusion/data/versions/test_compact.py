@@ -166,6 +166,7 @@ compact(Path(sys.argv[1]), IngestConfig(size=8, held_out=0.33, workers=1))
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_compactions_end_in_the_same_bytes(history_of_seven: Path, tmp_path: Path) -> None:
     shutil.copytree(history_of_seven / "data", tmp_path / "whole")
     start = time.monotonic()
