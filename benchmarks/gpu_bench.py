@@ -142,7 +142,7 @@ class Bench:
         gc.collect()
         torch.cuda.empty_cache()
         with compute_deterministically(self.place), worker_threads() as pool, ExitStack() as stack:
-            setup = make_setup(Dataset.open(data), model, config, sampling_config(), SINGLE_PROCESS, pool)
+            setup = make_setup(Dataset.open(data), model, config, sampling_config(), SINGLE_PROCESS, pool.map)
             trainer = Trainer(setup, SimpleNamespace(map=map))  # type: ignore[arg-type]
             trainer.total = config.images or 0
             stack.enter_context(trainer.loader)

@@ -159,7 +159,8 @@ def train(
             discard(config.run_folder)
         restart = "never"
     folders = config.dataset_folder, config.run_folder
-    return train_model(*folders, config.model, config.training, config.sampling, track, progress, restart, store, start)
+    options: dict[str, Any] = {"store": store, "start": start, "workers": config.ingest}
+    return train_model(*folders, config.model, config.training, config.sampling, track, progress, restart, **options)
 
 
 def student_config(config: Experiment, teacher: str, header: ModelHeader) -> Experiment:

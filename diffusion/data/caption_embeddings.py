@@ -3,10 +3,10 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,14 @@ from diffusion.common.model_files import METADATA_KEY, tensor_bytes
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.caption_texts import CaptionTexts
 from diffusion.data.dataset import Dataset, Rows
+from diffusion.data.encoding import NetworkWork
+from diffusion.data.fan_out import FanOut
 from diffusion.data.ingest.ingest import encodings_folder, forget_encodings
 from diffusion.data.manifest import read_manifest
-from diffusion.families.text_encoder import MINI_LM, CaptionEncoder, CaptionMoments, Encoding
+from diffusion.families.text_encoder import MINI_LM, CaptionEncoder, CaptionMoments, Encoding, stack_encodings
 
-CHUNK = 256
-"""Captions encoded between two progress reports."""
+MAX_CHUNK, MIN_CHUNKS = 32, 64
+"""Most captions that are encoded between two progress reports, fewer where there would be fewer chunks than these."""
 ENCODED = "encoded."
 """Start of the names of encoded texts' tensors in the cache."""
 
@@ -73,7 +75,7 @@ class Captions:
 def encode_texts(
     dataset: Dataset,
     texts: Sequence[str],
-    pool: Executor,
+    fan_out: FanOut,
     progress: Progress = ignore_progress,
     encoding: CaptionEncoder = MINI_LM,
 ) -> tuple[dict[str, Tensor], np.ndarray]:
@@ -85,7 +87,7 @@ def encode_texts(
     Returns the encodings in the cache, (P, …) each, and the place of each of the ``texts`` there, (len(texts),).
     """
     # Required even if all are cached: each checkpoint encodes captions for its sample grid.
-    encode = encoding.load()
+    encoding.load()
     path = _cache_file(dataset, encoding)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.parent.with_suffix(".lock")):
@@ -98,10 +100,15 @@ def encode_texts(
             cached = [name for name in tensors if name.startswith(ENCODED)]
             for number in np.flatnonzero(places >= 0).tolist():
                 yield number, {name.removeprefix(ENCODED): tensors[name][places[number]] for name in cached}
-            for start in range(0, len(missing), CHUNK):
-                chunk = missing[start : start + CHUNK]
-                yield from zip(chunk, pool.map(encode, [texts[number] for number in chunk]), strict=True)
-                progress("captions read", start + len(chunk), len(missing))
+            step, done = min(MAX_CHUNK, max(len(missing) // MIN_CHUNKS, 1)), 0
+            chunks = [missing[start : start + step] for start in range(0, len(missing), step)]
+            encode = partial(_encode, NetworkWork.here(encoding.load, encoding.device))
+            encoded = fan_out(encode, ([texts[number] for number in chunk] for chunk in chunks))
+            for chunk, encodings in zip(chunks, encoded, strict=True):
+                for place, number in enumerate(chunk):
+                    yield number, {name: values[place] for name, values in encodings.items()}
+                done += len(chunk)
+                progress("captions read", done, len(missing))
 
         if missing:
             tensors, places = _write_cache(path, encoding, digests, rows()), np.arange(len(texts))
@@ -121,6 +128,10 @@ def seconds_to_read(dataset: Dataset, texts: Sequence[str], threads: int, encodi
     for text in sample:
         encode(text)
     return (time.perf_counter() - start) / max(len(sample), 1) * len(missing) / threads
+
+
+def _encode(encode: Callable[[str], Encoding], texts: Sequence[str]) -> dict[str, Tensor]:
+    return stack_encodings(map(encode, texts))
 
 
 def _digest(text: str) -> bytes:

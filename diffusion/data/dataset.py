@@ -27,12 +27,11 @@ from diffusion.data.manifest import (
     find_intact_records,
     read_manifest,
     read_records,
-    repair_hint,
     require_whole,
     work_folder,
 )
 from diffusion.data.png import decode_many, shape_of
-from diffusion.data.shards import LocalShards, ShardCache, mask_offset
+from diffusion.data.shards import LocalShards, ShardCache, StoredImages, mask_offset
 from diffusion.data.tables import insert_records, open_database, read_rows, scratch_folder
 
 if TYPE_CHECKING:
@@ -253,7 +252,8 @@ class Dataset:
         if (is_masked := sizes > 0).any():
             table = self._table[rows[is_masked]]
             offsets = mask_offset(table["offset"], table["size"].astype(np.int64))
-            masks[is_masked] = self._decode_pngs(table["shard"], offsets, sizes[is_masked], (1, *shape))[..., 0]
+            stored = self._read_pngs(table["shard"], offsets, sizes[is_masked], (1, *shape))
+            masks[is_masked] = stored.decode()[:, 0]
         return masks
 
     @cached_property
@@ -272,13 +272,22 @@ class Dataset:
                 places = order[start : start + CHUNK]
                 pixels[places] = self._decode(rows[places], shape)
             return pixels
-        table = self._table[rows]
-        return self._decode_pngs(table["shard"], table["offset"], table["size"], (channels, *shape))
+        return self._read_images(rows, shape).decode().transpose(0, 2, 3, 1)
 
-    def _decode_pngs(
+    def stored(self, rows: Rows) -> StoredImages:
+        """Read the images in ``rows``, at least one and all of one bucket, for other processes to decode."""
+        rows = _numbers(rows)
+        images = self._read_images(rows, self.shapes[int(self.buckets(rows[:1])[0])])
+        return images._replace(pngs=[bytes(png) for png in images.pngs])
+
+    def _read_images(self, rows: np.ndarray, shape: Shape) -> StoredImages:
+        table = self._table[rows]
+        return self._read_pngs(table["shard"], table["offset"], table["size"], (self.shape[0], *shape))
+
+    def _read_pngs(
         self, shards: np.ndarray, offsets: np.ndarray, sizes: np.ndarray, shape: tuple[int, int, int]
-    ) -> np.ndarray:
-        """Decode PNGs of ``shape`` (C, H, W) at these places, (N,) each: (N, H, W, C)."""
+    ) -> StoredImages:
+        """Read PNGs of ``shape`` (C, H, W) at these places, (N,) each."""
         order = np.argsort(shards, kind="stable")
         pngs: list[bytes | memoryview] = [b""] * len(shards)
         for places in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
@@ -287,12 +296,7 @@ class Dataset:
             contents: Sequence[bytes | memoryview] = self._shards.read(entry, spans)
             for place, png in zip(places.tolist(), contents, strict=True):
                 pngs[place] = png
-        try:
-            return decode_many(pngs, shape).transpose(0, 2, 3, 1)
-        except ValueError as error:
-            raise UserError(
-                f"an image in {self.folder} is not what its record says ({error}): {repair_hint(self.folder)}"
-            ) from error
+        return StoredImages(self.folder, pngs, shape)
 
 
 def _numbers(rows: Rows) -> np.ndarray:

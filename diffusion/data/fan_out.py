@@ -1,6 +1,7 @@
 """One way to fan out: a function on many items, on threads or processes of this machine or on a Ray cluster."""
 
 import logging
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -77,8 +78,12 @@ def make_fan_out(config: Workers, *, gpus: int = 0) -> FanOut:
             yield from prefetch(lambda item: context.copy().run(run, item), items, config.workers)
             return
         if config.runner == "processes":
-            pool = ProcessPoolExecutor(config.workers, get_context("forkserver"), _start_process, (run,))
-            outcomes = prefetch(_run_in_process, items, config.workers, pool)
+            # Pickled here: torch would share each tensor by a file descriptor, and /dev/shm may be too small for them.
+            shared = (pickle.dumps(run),)
+            pool = ProcessPoolExecutor(config.workers, get_context("forkserver"), _start_process, shared)
+            outcomes: Iterator[tuple[Result, list[logging.LogRecord]]] = map(
+                pickle.loads, prefetch(_run_in_process, items, config.workers, pool)
+            )
         else:
             outcomes = _run_on_ray(run, items, config.workers, gpus)
         for result, records in outcomes:
@@ -103,14 +108,14 @@ def _attempt(work: Callable[[Item], Result], item: Item) -> Result:
     return retrying(work, item)
 
 
-def _start_process(work: Callable[[Any], Any]) -> None:
-    """Keep ``work`` in a process of a pool."""
+def _start_process(work: bytes) -> None:
+    """Keep ``work``, which the parent pickled, in a process of a pool."""
     end_with_parent()
-    _WORK.set(work)
+    _WORK.set(pickle.loads(work))  # noqa: S301
 
 
-def _run_in_process(item: Any) -> tuple[Any, list[logging.LogRecord]]:
-    return _log_apart(_WORK.get(), item)
+def _run_in_process(item: Any) -> bytes:
+    return pickle.dumps(_log_apart(_WORK.get(), item))
 
 
 @lru_cache(maxsize=1)

@@ -1,9 +1,9 @@
 """Latents of a data set's images, encoded at the first training on them and cached until a takedown."""
 
 import math
-from collections.abc import Callable
-from concurrent.futures import Executor
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from diffusion.checkpoints import save_tensors
 from diffusion.common.files import digest_of, sha256_file, write_bytes
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.dataset import Dataset, Rows
+from diffusion.data.fan_out import FanOut
 from diffusion.data.ingest.ingest import encodings_folder, forget_encodings
 from diffusion.data.manifest import read_manifest
+from diffusion.data.shards import StoredImages
 from diffusion.families.model import to_float
 
 AT_ONCE, PIXELS_AT_ONCE = 16, 2**18
@@ -31,7 +33,7 @@ class LatentCache:
 
     A file for each shard, named by its images, by ``digest``, which stands for all that latents depend on besides, and
     by whether the latents of the mirrored images are there as well (``mirrored``). Missing ones are made when this is,
-    by the threads of ``pool``; a killed process leaves whole files. They are mapped into memory.
+    by the workers of ``fan_out``; a killed process leaves whole files. They are mapped into memory.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class LatentCache:
         digest: str,
         encode: Callable[[Tensor], Tensor],
         mirrored: bool,
-        pool: Executor,
+        fan_out: FanOut,
         progress: Progress = ignore_progress,
     ) -> None:
         rows = np.arange(len(dataset))
@@ -49,26 +51,30 @@ class LatentCache:
         self._places = np.empty(len(rows), np.int64)
         variants, folder = VARIANTS[: 1 + mirrored], encodings_folder(dataset.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        done = 0
-        for shard in np.unique(self._shards).tolist():
-            shard_rows = rows[self._shards == shard]
-            self._places[shard_rows] = np.arange(len(shard_rows))
-            at_once = images_at_once(dataset.shapes[int(dataset.shard_buckets[shard])])
-            key = [digest, variants, dataset.keys(shard_rows), *([at_once] if at_once < AT_ONCE else [])]
-            path = folder / f"latents-{digest_of(key)[:32]}.safetensors"
-            parts = [shard_rows[start : start + at_once] for start in range(0, len(shard_rows), at_once)]
-            # Concurrent trainings wait for one another.
-            with FileLock(folder.with_suffix(".lock")):
-                if not _is_whole(path):
-                    tensors = {
-                        name: torch.cat([*pool.map(partial(_encode, dataset, encode, name), parts)])
-                        for name in variants
-                    }
-                    file_digest = save_tensors(path, tensors, {"latents": digest})
-                    write_bytes(path.with_suffix(".sha256"), f"{file_digest}\n".encode())
-                self._files[shard] = safe_open(path, framework="pt")
-            done += len(shard_rows)
-            progress("images encoded", done, len(rows))
+        paths, parts, done = dict[int, Path](), list[np.ndarray](), 0
+        # Concurrent trainings wait for one another.
+        with FileLock(folder.with_suffix(".lock")):
+            for shard in np.unique(self._shards).tolist():
+                shard_rows = rows[self._shards == shard]
+                self._places[shard_rows] = np.arange(len(shard_rows))
+                at_once = images_at_once(dataset.shapes[int(dataset.shard_buckets[shard])])
+                key = [digest, variants, dataset.keys(shard_rows), *([at_once] if at_once < AT_ONCE else [])]
+                paths[shard] = folder / f"latents-{digest_of(key)[:32]}.safetensors"
+                if _is_whole(paths[shard]):
+                    done += len(shard_rows)
+                else:
+                    parts += [shard_rows[start : start + at_once] for start in range(0, len(shard_rows), at_once)]
+            encode_part = partial(_encode, encode, variants)
+            encoded = fan_out(encode_part, map(dataset.stored, parts)) if parts else ()
+            pairs = zip(parts, encoded, strict=True)
+            for shard, group in groupby(pairs, lambda pair: int(self._shards[pair[0][0]])):
+                latents = [tensors for part, tensors in group]
+                tensors = {name: torch.cat([part[name] for part in latents]) for name in variants}
+                file_digest = save_tensors(paths[shard], tensors, {"latents": digest})
+                write_bytes(paths[shard].with_suffix(".sha256"), f"{file_digest}\n".encode())
+                done += len(tensors["plain"])
+                progress("images encoded", done, len(rows))
+            self._files |= {shard: safe_open(path, framework="pt") for shard, path in paths.items()}
         if read_manifest(dataset.folder).content_digest != dataset.manifest.content_digest:
             # Images may have been taken down meanwhile: see ``encode_texts``.
             forget_encodings(dataset.folder)
@@ -88,10 +94,10 @@ def images_at_once(shape: tuple[int, int]) -> int:
     return max(1, min(AT_ONCE, PIXELS_AT_ONCE // math.prod(shape)))
 
 
-def _encode(dataset: Dataset, encode: Callable[[Tensor], Tensor], variant: str, rows: Rows) -> Tensor:
-    images = to_float(dataset.images(rows))
+def _encode(encode: Callable[[Tensor], Tensor], variants: Sequence[str], stored: StoredImages) -> dict[str, Tensor]:
+    images = to_float(torch.from_numpy(np.ascontiguousarray(stored.decode())))
     with torch.inference_mode():
-        return encode(images.flip(-1) if variant == "mirrored" else images).float().cpu()
+        return {name: encode(images.flip(-1) if name == "mirrored" else images).float().cpu() for name in variants}
 
 
 def _is_whole(path: Path) -> bool:

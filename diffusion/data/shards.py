@@ -14,13 +14,15 @@ from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from diffusion.common.errors import UserError
 from diffusion.common.files import canonical_json, sha256_file, temporary_folder
 from diffusion.data.manifest import FileEntry, Manifest, find_intact, repair_hint
+from diffusion.data.png import decode_many
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +104,25 @@ def _padded_size(size: int) -> int:
 def mask_offset(offset: Any, size: Any) -> Any:
     """Return the offset of the mask of an image whose PNG of ``size`` bytes is at ``offset``; also of arrays."""
     return offset + -(-size // BLOCK) * BLOCK + BLOCK
+
+
+class StoredImages(NamedTuple):
+    """PNGs of N images of one shape."""
+
+    folder: Path
+    """Folder of their data set."""
+    pngs: Sequence[bytes | memoryview]
+    shape: tuple[int, int, int]
+    """(C, H, W)."""
+
+    def decode(self) -> np.ndarray:
+        """Decode them to (N, C, H, W) uint8, channels last in memory; UserError for one of another shape."""
+        try:
+            return decode_many(self.pngs, self.shape)
+        except ValueError as error:
+            raise UserError(
+                f"an image in {self.folder} is not what its record says ({error}): {repair_hint(self.folder)}"
+            ) from error
 
 
 class LocalShards:

@@ -197,6 +197,10 @@ class Model(ABC):
         """Encode images (N, C, H, W) in [−1, 1] as what the network works on: themselves, or their latents."""
         return images
 
+    def for_encoding(self) -> Self:
+        """Return the model without what ``encode`` does not use, to be sent to other processes."""
+        return self
+
     def with_files(self, files: Mapping[str, bytes]) -> Self:
         """Return the model with the files besides weights that its file holds, by path, if the family uses any."""
         return self

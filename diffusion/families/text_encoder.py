@@ -7,7 +7,7 @@ not depend on another library's version.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear, normalize, pad
 
-from diffusion.common.config import Config
+from diffusion.common.config import Config, DeviceName
 from diffusion.common.errors import UserError, install_hint
 from diffusion.common.files import digest_of, sha256_file
 
@@ -107,13 +107,15 @@ class CaptionEncoder:
     digest: str
     """SHA-256 of all that the encodings depend on."""
     load: Callable[[], Callable[[str], Encoding]]
-    """Load the function from a caption to its encoding; raises UserError if the encoder is unavailable."""
+    """Load the function from a caption to its encoding; raises UserError if the encoder is unavailable. Picklable."""
     none: Encoding
     """Encoding of no caption."""
     moments: CaptionMoments | None = None
     """Moments by which networks' captions are standardised; None: they are left as they are."""
     measures_moments: bool = False
     """Whether a training measures them."""
+    device: DeviceName = "cpu"
+    """Where it computes."""
 
     def standardize(self, encoding: Encoding) -> Encoding:
         """Standardise encoded captions as networks are shown them."""
@@ -226,19 +228,20 @@ def mini_lm(tokens: int) -> CaptionEncoder:
     """
     if not tokens:
         return MINI_LM
-
-    def load() -> Callable[[str], Encoding]:
-        minilm = encoder()
-
-        def encode(text: str) -> Encoding:
-            states = minilm.states(text)
-            first = states[:tokens].half()
-            return {"text": embed(states), "tokens": pad(first, (0, 0, 0, tokens - len(first)))}
-
-        return encode
-
     none = {**MINI_LM.none, "tokens": torch.zeros(tokens, WIDTH, dtype=torch.float16)}
+    load = partial(_load_with_tokens, tokens)
     return CaptionEncoder(digest_of([ENCODER.digest, tokens]), load, none, measures_moments=True)
+
+
+def _load_with_tokens(tokens: int) -> Callable[[str], Encoding]:
+    minilm = encoder()
+
+    def encode(text: str) -> Encoding:
+        states = minilm.states(text)
+        first = states[:tokens].half()
+        return {"text": embed(states), "tokens": pad(first, (0, 0, 0, tokens - len(first)))}
+
+    return encode
 
 
 def _load() -> Callable[[str], Encoding]:

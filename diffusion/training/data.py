@@ -1,24 +1,27 @@
 """The data set of a training: opened or streamed, with the captions and latents of its images."""
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion.common.config import DeviceName
 from diffusion.common.device import device_name, resolve_device
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.common.progress import Progress
-from diffusion.data.caption_embeddings import Captions, encode_texts
+from diffusion.common.threads import cores
+from diffusion.data.caption_embeddings import Captions, encode_texts, seconds_to_read
 from diffusion.data.caption_texts import list_texts
 from diffusion.data.dataset import Dataset, Rows
+from diffusion.data.encoding import NetworkWork
+from diffusion.data.fan_out import FanOut, Workers, make_fan_out
+from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.latents import LatentCache
 from diffusion.data.manifest import read_manifest
 from diffusion.data.shards import ShardCache, ShardStore
@@ -68,17 +71,30 @@ def open_dataset(data: Path, config: TrainingConfig, store: ShardStore | None) -
         yield dataset
 
 
+def fan_out_encodings(workers: Workers | None, device: DeviceName) -> FanOut:
+    """Fan out on ``workers``; for None, for threads and on a GPU, which is this process's, on a thread per core."""
+    if workers is None or workers.runner == "threads" or resolve_device(device).type != "cpu":
+        return make_fan_out(IngestConfig(workers=cores()))
+    # Made once there is something to encode: until then Ray may be missing.
+    return lambda work, items: make_fan_out(workers)(work, items)
+
+
+def seconds_to_encode(dataset: Dataset, captions: Captions | None) -> float:
+    """Estimate the seconds of encoding the ``captions`` of ``dataset`` that are not in the cache, by threads."""
+    return 0.0 if captions is None else seconds_to_read(dataset, captions.texts.texts, cores(), captions.encoding)
+
+
 def encode_captions(
     dataset: Dataset,
     config: TrainingConfig,
     encoding: CaptionEncoder,
     ranks: Ranks,
-    readers: Executor | None,
+    fan_out: FanOut | None,
     progress: Progress,
 ) -> Captions:
     """Encode the captions of ``dataset`` by ``encoding``, as far as they are not in the cache; UserError for none.
 
-    The main process encodes them for all, in the threads of ``readers``; without any, all are as none.
+    The main process has the workers of ``fan_out`` encode them for all; None: all are as no caption.
     """
     captions, numbers = dataset.different_captions()
     if not captions:
@@ -88,10 +104,10 @@ def encode_captions(
             "columns file_name and text, or train another network"
         )
     texts = list_texts(captions, config.tags, config.seed)
-    if readers is None:
+    if fan_out is None:
         none = {name: value.expand(len(texts.texts), *value.shape) for name, value in encoding.none.items()}
         return Captions(none, np.arange(len(texts.texts)), numbers, encoding, texts)
-    read = encode_texts(dataset, texts.texts, readers, progress, encoding) if ranks.is_main else ({}, None)
+    read = encode_texts(dataset, texts.texts, fan_out, progress, encoding) if ranks.is_main else ({}, None)
     captions_read = Captions(ranks.broadcast_tensors(read[0]), ranks.broadcast(read[1]), numbers, encoding, texts)
     if not encoding.measures_moments:
         return captions_read
@@ -99,8 +115,8 @@ def encode_captions(
     return replace(captions_read, encoding=replace(encoding, moments=moments))
 
 
-def encode_prior(config: TrainingConfig, captions: Captions | None, readers: Executor | None) -> Encoding | None:
-    """Encode the prompt of ``config.prior``, without ``readers`` as none; None: there is no prior.
+def encode_prior(config: TrainingConfig, captions: Captions | None, loads: bool) -> Encoding | None:
+    """Encode the prompt of ``config.prior``, unless it ``loads`` an encoder as none; None: there is no prior.
 
     Raises UserError if an option is about captions, and the network has none.
     """
@@ -110,39 +126,37 @@ def encode_prior(config: TrainingConfig, captions: Captions | None, readers: Exe
                 raise UserError(f"training.{name} is about captions, and the network has none: leave it out")
     if captions is None or config.prior is None:
         return None
-    if config.prior.prompt is None or readers is None:
+    if config.prior.prompt is None or not loads:
         return captions.encoding.none
     return captions.encoding.load_standardized()(config.prior.prompt)
 
 
-def encode_grid(texts: Iterable[str], encoding: CaptionEncoder, readers: Executor | None) -> Encodings:
-    """Encode the ``texts`` of sample grids and none, without ``readers`` all as none, so that steps need no encoder."""
-    encode = encoding.load_standardized() if readers is not None else lambda _: encoding.none
+def encode_grid(texts: Iterable[str], encoding: CaptionEncoder, loads: bool) -> Encodings:
+    """Encode the ``texts`` of sample grids and none, unless it ``loads`` one all as none: steps need no encoder."""
+    encode = encoding.load_standardized() if loads else lambda _: encoding.none
     return {None: encoding.none} | {text: encode(text) for text in texts}
 
 
 def encode_latents(
-    model: Model, digest: str, dataset: Dataset, config: TrainingConfig, readers: Executor | None, progress: Progress
+    model: Model, digest: str, dataset: Dataset, config: TrainingConfig, fan_out: FanOut | None, progress: Progress
 ) -> Callable[..., Tensor]:
     """Encode the images of ``dataset`` by the autoencoder of ``model``, as far as they are not in the cache.
 
-    ``digest`` is the autoencoder's; without ``readers`` all latents are zeros. Returns the function that looks up the
+    ``digest`` is the autoencoder's; without ``fan_out`` all latents are zeros. Returns the function that looks up the
     latents of rows of the data set.
     """
-    if readers is None:
+    if fan_out is None:
         _, height, width = dataset.shape
         return partial(_zero_latents, dataset, model.with_size((height, width)).noise_shape)
-    device = resolve_device(config.device)
+    encode = NetworkWork.here(partial(_load_encoder, model.for_encoding(), config.device), config.device)
+    key = digest_of([digest, device_name(resolve_device(config.device)), torch.__version__])
+    return LatentCache(dataset, key, encode, config.flip, fan_out, progress).select_rows
+
+
+def _load_encoder(model: Model, name: DeviceName) -> Callable[[Tensor], Tensor]:
+    device = resolve_device(name)
     on_device = model.to(device)
-    # Threads that read images would each have activations in a GPU's memory, which is in parallel by itself.
-    turn = nullcontext() if device.type == "cpu" else Lock()
-
-    def encode(images: Tensor) -> Tensor:
-        with turn:
-            return on_device.encode(images.to(device))
-
-    key = digest_of([digest, device_name(device), torch.__version__])
-    return LatentCache(dataset, key, encode, config.flip, readers, progress).select_rows
+    return lambda images: on_device.encode(images.to(device))
 
 
 def _zero_latents(

@@ -1,8 +1,7 @@
 """The setup of a training run: everything derived from data set and configuration that is constant during training."""
 
 import math
-from collections.abc import Callable
-from concurrent.futures import Executor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ from diffusion.common.random import uniform
 from diffusion.common.shapes import Shape
 from diffusion.data.caption_embeddings import Captions
 from diffusion.data.dataset import Dataset
+from diffusion.data.fan_out import FanOut
 from diffusion.data.loader import Batch
 from diffusion.families import family_of
 from diffusion.families.config import FamilyConfig, classes_of, shape_conflict, training_conflict
@@ -33,7 +33,6 @@ from diffusion.families.model import (
     to_float,
     use_channels_last,
 )
-from diffusion.families.text_encoder import Encoding
 from diffusion.families.vae.network import Latents
 from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions
 from diffusion.generation.generate import Encodings, check_sampling_options, conditions_of
@@ -77,7 +76,7 @@ class TrainingSetup:
     """The file of ``initial``, of whose weights a part is trained, or an adapter; None: all weights are."""
     latents: Callable[..., Tensor] | None = None
     """Latents of the images in rows, mirrored or not, as ``LatentCache.select_rows``; None: training is on images."""
-    prior_prompt: Encoding | None = None
+    prior_prompt: Mapping[str, Tensor] | None = None
     """The prompt of ``training.prior``, or of none; None: there is no prior."""
     grid_encodings: Encodings | None = None
     """Prompts of sample grids, if training does not change how they are encoded."""
@@ -349,14 +348,14 @@ def make_setup(
     config: TrainingConfig,
     sampling: SamplingConfig,
     ranks: Ranks,
-    readers: Executor | None = None,
+    fan_out: FanOut | None = None,
     progress: Progress = ignore_progress,
     start: str | None = None,
 ) -> TrainingSetup:
     """Check that data set and configuration match, and load captions, latents, autoencoder and initial weights.
 
-    ``sampling`` is how sample grids are generated; ``readers`` are the threads that encode captions, and images for a
-    pipeline with latents; None: nothing is encoded, and all captions and latents are as none and zeros. ``start`` is
+    ``sampling`` is how sample grids are generated; ``fan_out`` has workers encode captions, and images for a pipeline
+    with latents; None: nothing is encoded, and all captions and latents are as none and zeros. ``start`` is
     the registered version in the file ``config.init_from``, if any. Raises UserError if an option has no effect or
     contradicts another, or a file is missing or does not match.
     """
@@ -390,15 +389,15 @@ def make_setup(
         if model.text:
             encoding = initial.caption_encoder(config.adapter, resolve_device(config.device))
         if (digest := initial.latents_digest) is not None:
-            latents = encode_latents(initial, digest, dataset, config, readers, progress)
-    captions = encode_captions(dataset, config, encoding, ranks, readers, progress) if model.text else None
-    prior_prompt = encode_prior(config, captions, readers)
+            latents = encode_latents(initial, digest, dataset, config, fan_out, progress)
+    captions = encode_captions(dataset, config, encoding, ranks, fan_out, progress) if model.text else None
+    prior_prompt = encode_prior(config, captions, fan_out is not None)
     parts = dataset, model, config, ranks, captions, autoencoder, initial, base, latents, prior_prompt
     setup = TrainingSetup(*parts, state_file=state_file)
     check_conditions(setup.classes, model.text, sampling, setup.sample_grid_conditions())
     if base is not None and captions is not None and not (config.adapter and config.adapter.text_encoder):
         texts = setup.sample_grid_conditions().texts
-        encodings = encode_grid(texts, encoding, readers if ranks.is_main else None)
+        encodings = encode_grid(texts, encoding, fan_out is not None and ranks.is_main)
         setup = replace(setup, grid_encodings=encodings)
     _check_guide(setup, sampling)
     return setup
@@ -418,7 +417,7 @@ def _check_guide(setup: TrainingSetup, sampling: SamplingConfig) -> None:
 
 
 def drop_conditioning(
-    conditioning: Conditioning, u: Tensor, share: float, no_class: int, no_text: Encoding | None = None
+    conditioning: Conditioning, u: Tensor, share: float, no_class: int, no_text: Mapping[str, Tensor] | None = None
 ) -> Conditioning:
     """Drop conditioning where the random numbers ``u`` (N,), in [0, 1), are below ``share`` (arXiv 2207.12598).
 

@@ -19,14 +19,14 @@ from diffusion.common.files import write_json
 from diffusion.common.fingerprint import Fingerprint
 from diffusion.common.model_files import read_header
 from diffusion.common.progress import Progress, ignore_progress
-from diffusion.common.threads import cores, worker_threads
-from diffusion.data.caption_embeddings import seconds_to_read
+from diffusion.common.threads import worker_threads
+from diffusion.data.fan_out import Workers
 from diffusion.data.shards import ShardStore
 from diffusion.families.config import FamilyConfig
 from diffusion.process.samplers import SamplingConfig
 from diffusion.training.checkpointing import INTERRUPTED, Checkpoints, CheckpointWriter, read_everywhere, save
 from diffusion.training.config import TrainingConfig
-from diffusion.training.data import open_dataset
+from diffusion.training.data import fan_out_encodings, open_dataset, seconds_to_encode
 from diffusion.training.distributed import SINGLE_PROCESS, process_group
 from diffusion.training.interruption import interruptible
 from diffusion.training.logging import Tracker, TrainingLog, Validation
@@ -70,6 +70,7 @@ def train(
     restart: Restart = "never",
     store: ShardStore | None = None,
     start: str | None = None,
+    workers: Workers | None = None,
 ) -> TrainResult:
     """Train on the data set in folder ``data`` until folder ``output`` holds ``final.safetensors``.
 
@@ -79,13 +80,14 @@ def train(
     computes a share of every batch, and only the main process writes. ``sampling`` is how sample grids are generated;
     ``track`` is called once the folder is locked, with whether the run starts from scratch, and returns the tracker, if
     any; ``restart`` says what happens to another run in the folder; ``store`` is the source of the shards if
-    ``config.stream_bytes`` is set; ``start`` is the registered version in the file ``config.init_from``, if any.
+    ``config.stream_bytes`` is set; ``start`` is the registered version in the file ``config.init_from``, if any;
+    ``workers`` encode captions and latents; None: threads, one per core.
 
     Raises UserError if the folder holds a run of another configuration or data set (and ``restart`` is ``never``),
     another process trains in it, the data set is damaged, or configuration and data set do not fit each other.
     """
     require_trackers(config.log_to)
-    with _open_run(data, output, model, config, sampling, progress, restart, store, start) as trainer:
+    with _open_run(data, output, model, config, sampling, progress, restart, store, start, workers) as trainer:
         setup, state, final = trainer.setup, trainer.state, output / "final.safetensors"
         if setup.ranks.broadcast(final.is_file()):
             images = read_header(final)["model_header"]["images"]
@@ -121,6 +123,7 @@ def _open_run(
     restart: Restart,
     store: ShardStore | None,
     start: str | None,
+    workers: Workers | None,
 ) -> Iterator[Trainer]:
     """Join the other processes, open the data set and lock the folder, which has no other run in it then."""
     with process_group() as ranks, open_dataset(data, config, store) as dataset:
@@ -135,8 +138,8 @@ def _open_run(
             compute_deterministically(resolve_device(config.device)),
             worker_threads(thread_count(config, ranks)) as threads,
         ):
-            with worker_threads() as readers:
-                setup = make_setup(dataset, model, config, sampling, ranks, readers, progress, start)
+            fan_out = fan_out_encodings(workers, config.device)
+            setup = make_setup(dataset, model, config, sampling, ranks, fan_out, progress, start)
             trainer = Trainer(setup, threads, output)
             if ranks.is_main:
                 make_way(output, setup, restart)
@@ -240,9 +243,7 @@ def preflight(
     ):
         # Other encodings and latents cost a step the same, so they need not be computed.
         setup = make_setup(dataset, model, config, sampling, SINGLE_PROCESS)
-        reading = 0.0
-        if setup.captions is not None:
-            reading = seconds_to_read(dataset, setup.captions.texts.texts, cores(), setup.captions.encoding)
+        reading = seconds_to_encode(dataset, setup.captions)
         trainer = Trainer(setup, pool)
         with trainer.loader:
             return make_preflight(trainer, measure_pace(setup, pool, sampling), reading, memory)

@@ -99,6 +99,8 @@ from tests.builders.small_datasets import random_images, write_dataset
 
 class Autoencoder:
     inside = most = 0
+    def for_encoding(self):
+        return self
     def to(self, device):
         return self
     def encode(self, images):
@@ -113,7 +115,7 @@ model, folder = Autoencoder(), Path(sys.argv[1]) / "data"
 write_dataset(folder, random_images(48, 3, 8), 48)
 dataset, config = Dataset.open(folder), TrainingConfig(images=8)
 with ThreadPoolExecutor(3) as readers:
-    select = encode_latents(model, "0" * 64, dataset, config, readers, ignore_progress)
+    select = encode_latents(model, "0" * 64, dataset, config, readers.map, ignore_progress)
 print(json.dumps([model.most, list(select(dataset.rows("train")[:2]).shape)]))
 """
 

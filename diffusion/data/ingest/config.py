@@ -243,9 +243,10 @@ class IngestConfig(StorageConfig):
     shard_bytes: int = Field(64 * 2**20, ge=2**16)
     """Approximate size of a shard, in bytes; small sets get at least eight shards."""
     runner: Literal["threads", "processes", "ray"] = "threads"
-    """Where shards are prepared, measured and merged: threads or processes of this machine, or a Ray cluster."""
+    """Where shards are prepared, measured and merged, and a training's captions and latents encoded: threads or
+    processes of this machine, or a Ray cluster."""
     workers: int = Field(2, ge=1)
-    """Number of shards at work concurrently."""
+    """Number of shards at work concurrently. Threads that encode are one per core."""
     download_seconds: float = Field(20.0, gt=0)
     """Timeout of one download in seconds, from the resolution of the host name to the last byte, redirects included."""
     download_tries: int = Field(4, ge=1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from diffusion.common.device import CPU, device_name
+from diffusion.common.device import CPU, device_name, resolve_device
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.common.shapes import shape_name
@@ -147,21 +147,22 @@ class PretrainedModel(DiffusionModel):
                     f"training.adapter.text_encoder adapts those of Stable Diffusion and SDXL, and not those of a "
                     f"{self.config.pipeline}: leave it out"
                 )
-            tokenize = partial(self.pipeline.tokenize, network)
-            return CaptionEncoder(parts_digest(network, "tokenizer"), lambda: tokenize, tokenize(None))
+            tokenize = partial(self.pipeline.tokenize, network.select(()))
+            return CaptionEncoder(parts_digest(network, "tokenizer"), partial(partial, tokenize), tokenize(None))
         parts = parts_digest(network, "tokenizer", "text_encoder")
         # The denoiser decides how wide encodings are, and libraries their last bits.
         shapes = self.pipeline.encoding_shapes(network)
         key = [parts, self.config.pipeline, shapes, torch.__version__, version("transformers")]
         if device != CPU:
             key.append(device_name(device))
+        encoders = network.select(name for name, _ in network.named_children() if name.startswith("text_encoder"))
+        load = partial(_load_text_encoders, encoders, device != CPU)
+        return CaptionEncoder(digest_of(key), load, load()(None), device="cpu" if device == CPU else "auto")
 
-        def load() -> Callable[[str | None], Encoding]:
-            # Whoever drops the function releases the text encoders there.
-            encoder = network.on(device)
-            return lambda prompt: {name: value.to(CPU) for name, value in encoder.encode_prompt(prompt).items()}
-
-        return CaptionEncoder(digest_of(key), load, load()(None))
+    def for_encoding(self) -> Self:
+        """Leave all components out but the autoencoder."""
+        network = self.network.select([self.pipeline.autoencoder_name])
+        return self.make_model(self.header, network, None).with_size(self.size)
 
     def adapter_layers(self, layers: set[str], targets: Sequence[str] | None, text_encoder: bool) -> set[str]:
         """Choose layers of the denoiser, and of the text encoders their attention, as far as it has an effect."""
@@ -347,6 +348,12 @@ class PretrainedModel(DiffusionModel):
         if self.pipeline.prediction is None:
             return Terms.without_levels(None, len(x0))
         return super().terms(x0, conditioning, indices)
+
+
+def _load_text_encoders(network: PipelineNetwork, on_gpu: bool) -> Callable[[str | None], Encoding]:
+    # Whoever drops the function releases the text encoders there.
+    encoder = network.on(resolve_device("auto") if on_gpu else CPU)
+    return lambda prompt: {name: value.to(CPU) for name, value in encoder.encode_prompt(prompt).items()}
 
 
 def _forward(network: PipelineNetwork, shape: tuple[int, int, int]) -> Tensor:

@@ -55,7 +55,7 @@ def ingested(source: Path, folder: Path) -> Dataset:
 def read(dataset: Dataset, pool: ThreadPoolExecutor, progress: Progress = ignore_progress) -> Captions:
     captions, numbers = dataset.different_captions()
     texts = list_texts(captions, None, 0)
-    return Captions(*encode_texts(dataset, texts.texts, pool, progress), numbers, MINI_LM, texts)
+    return Captions(*encode_texts(dataset, texts.texts, pool.map, progress), numbers, MINI_LM, texts)
 
 
 def embedding_files(folder: Path) -> dict[str, bytes]:
@@ -111,7 +111,7 @@ def test_cache_is_the_safetensors_file_of_its_tensors(
     (encodings_folder(dataset.folder) / f".killed.{'0' * 32}.partial").write_bytes(b"left")
     texts = dataset.different_captions()[0]
     for known in (texts[1:], texts):  # encoded, then grown at the start
-        encodings, _ = encode_texts(dataset, known, pool)
+        encodings, _ = encode_texts(dataset, known, pool.map)
         [path] = encodings_folder(dataset.folder).glob("*.safetensors")
         digests = [list(hashlib.sha256(text.encode()).digest()) for text in known]
         tensors = {"texts": torch.tensor(digests, dtype=torch.uint8), "encoded.text": encodings["text"].clone()}
@@ -125,9 +125,9 @@ def test_some_of_the_cached_texts_are_found_without_writing(
 ) -> None:
     dataset = ingested(source, tmp_path / "data" / "blobs")
     texts = dataset.different_captions()[0]
-    encode_texts(dataset, texts, pool)
+    encode_texts(dataset, texts, pool.map)
     files = embedding_files(dataset.folder)
-    encodings, places = encode_texts(dataset, texts[:0:-1], pool)
+    encodings, places = encode_texts(dataset, texts[:0:-1], pool.map)
     expected = torch.stack([FakeEncoder()(text) for text in texts[:0:-1]])
     assert torch.equal(encodings["text"][torch.from_numpy(places)], expected)
     assert embedding_files(dataset.folder) == files

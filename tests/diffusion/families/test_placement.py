@@ -97,7 +97,7 @@ def validate(place, base_weights):
     before = live()
     with worker_threads(1) as readers:
         dataset = Dataset.open(folder / "data")
-        setup = make_setup(dataset, DiffusersConfig(), training, config, SINGLE_PROCESS, readers)
+        setup = make_setup(dataset, DiffusersConfig(), training, config, SINGLE_PROCESS, readers.map)
         encoded = live() - before
         trainer = Trainer(setup, readers)
         trainer.total = 8

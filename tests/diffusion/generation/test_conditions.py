@@ -91,7 +91,7 @@ def test_prompts_are_read_as_training_reads_captions(data: Path, tmp_path: Path,
         run(data, tmp_path / "run", track=lambda _: StopAt(0))
     model = load_model(tmp_path / "run" / "checkpoints" / "0000000000.safetensors")
     with closing(Dataset.open(data)) as dataset, ThreadPoolExecutor(1) as pool:
-        setup = make_setup(dataset, MODEL, CONFIG, SAMPLING, SINGLE_PROCESS, pool)
+        setup = make_setup(dataset, MODEL, CONFIG, SAMPLING, SINGLE_PROCESS, pool.map)
         assert setup.captions is not None
         assert setup.captions.encoding.moments == model.header.caption_moments is not None
         rows = dataset.rows("train")
@@ -112,7 +112,7 @@ def test_a_warm_start_reads_captions_as_its_initial_model(
     write_dataset(others, random_images(32, channels=3), 32, labels=names, captions=captions)
     warm = CONFIG.model_copy(update={"init_from": str(file)})
     with closing(Dataset.open(others)) as dataset, ThreadPoolExecutor(1) as pool:
-        setups = [make_setup(dataset, MODEL, each, SAMPLING, SINGLE_PROCESS, pool) for each in (warm, CONFIG)]
+        setups = [make_setup(dataset, MODEL, each, SAMPLING, SINGLE_PROCESS, pool.map) for each in (warm, CONFIG)]
     moments = [setup.model_header(0).caption_moments for setup in setups]
     assert moments[0] == read_model_header(file).caption_moments != moments[1]
 

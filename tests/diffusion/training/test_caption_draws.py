@@ -37,7 +37,7 @@ def seen(data: Path, model: ModelConfig = MODEL, **fields: object) -> tuple[list
     """Text conditioning of four batches of a training, and the configuration in its header."""
     config = TrainingConfig.model_validate(SHORT | fields)
     with open_dataset(data, config, None) as dataset, ThreadPoolExecutor(1) as pool:
-        setup = make_setup(dataset, model, config, sampling_config(steps=2), SINGLE_PROCESS, pool)
+        setup = make_setup(dataset, model, config, sampling_config(steps=2), SINGLE_PROCESS, pool.map)
         trainer = Trainer(setup, pool)
         with trainer.loader as loader:
             texts = [setup.training_conditioning(loader.batch(position))["text"] for position in range(0, 64, 16)]
@@ -68,7 +68,7 @@ def test_lines_are_drawn_without_any_setting_and_held_out_losses_see_the_first(
     assert 0.25 < share < 0.75
     config = TrainingConfig.model_validate(SHORT)
     with open_dataset(data, config, None) as dataset, ThreadPoolExecutor(1) as pool:
-        setup = make_setup(dataset, MODEL, config, sampling_config(steps=2), SINGLE_PROCESS, pool)
+        setup = make_setup(dataset, MODEL, config, sampling_config(steps=2), SINGLE_PROCESS, pool.map)
         trainer = Trainer(setup, pool)
         with trainer.loader as loader:
             embeddings = setup.conditioning(loader.batch(0))["text"]

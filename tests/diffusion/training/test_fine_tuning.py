@@ -168,7 +168,7 @@ def test_denoiser_alone_is_trained_and_resumes_bit_for_bit(
 
 def trainer_of(dataset: Path, base: Path, pool: ThreadPoolExecutor, **options: Any) -> Trainer:
     config = TrainingConfig.model_validate(SHORT | {"init_from": str(base)} | options)
-    setup = make_setup(Dataset.open(dataset), DiffusersConfig(), config, SAMPLING, SINGLE_PROCESS, pool)
+    setup = make_setup(Dataset.open(dataset), DiffusersConfig(), config, SAMPLING, SINGLE_PROCESS, pool.map)
     return Trainer(setup, pool)
 
 
@@ -289,7 +289,7 @@ def test_fewer_images_are_encoded_at_once_the_larger_they_are(tmp_path: Path) ->
             return images[..., ::16, ::16]
 
         with ThreadPoolExecutor(1) as pool:
-            LatentCache(Dataset.open(tmp_path / f"{size}"), "digest", encode, False, pool)
+            LatentCache(Dataset.open(tmp_path / f"{size}"), "digest", encode, False, pool.map)
         counts[size] = calls
     assert counts == {64: [16, 2], 256: [4, 4, 4, 4, 2], 512: [1] * 18}
 
@@ -308,7 +308,7 @@ def test_latents_are_of_each_image_and_its_mirror_image(
         return model.network.encode(images)
 
     with ThreadPoolExecutor(2) as pool:
-        cache = LatentCache(dataset, "digest", encode, True, pool)
+        cache = LatentCache(dataset, "digest", encode, True, pool.map)
         rows, mirrored = np.array([3, 17, 0, 3]), np.array([False, True, True, True])
         images = to_float(dataset.images(rows))
         images[torch.from_numpy(mirrored)] = images[torch.from_numpy(mirrored)].flip(-1)
@@ -317,14 +317,14 @@ def test_latents_are_of_each_image_and_its_mirror_image(
                 cache.select_rows(rows, mirrored), model.network.encode(images), rtol=1e-4, atol=1e-5
             )
         call_count, files = len(calls), {path: path.read_bytes() for path in encodings_folder(folder).iterdir()}
-        LatentCache(dataset, "digest", encode, True, pool)
+        LatentCache(dataset, "digest", encode, True, pool.map)
         assert len(calls) == call_count
         damaged_file = next(path for path in files if path.suffix == ".safetensors")
         damaged_file.write_bytes(files[damaged_file][:-1])
-        LatentCache(dataset, "digest", encode, True, pool)
+        LatentCache(dataset, "digest", encode, True, pool.map)
         assert {path: path.read_bytes() for path in encodings_folder(folder).iterdir()} == files
         assert call_count < len(calls) < 2 * call_count
-        LatentCache(dataset, "another", encode, False, pool)
+        LatentCache(dataset, "another", encode, False, pool.map)
         assert len(list(encodings_folder(folder).iterdir())) == 2 * len(files)
     # Mapped files stay readable after a takedown has deleted them.
     before = cache.select_rows(rows)

@@ -80,7 +80,9 @@ def configured(base: Path, **options: Any) -> TrainingConfig:
 
 def trainer_of(dataset: Path, base: Path, pool: Executor, **options: Any) -> Trainer:
     config = configured(base, **options)
-    return Trainer(make_setup(Dataset.open(dataset), DiffusersConfig(), config, SAMPLING, SINGLE_PROCESS, pool), pool)
+    return Trainer(
+        make_setup(Dataset.open(dataset), DiffusersConfig(), config, SAMPLING, SINGLE_PROCESS, pool.map), pool
+    )
 
 
 def run(dataset: Path, output: Path, base: Path, track: Any = lambda _: None, **options: Any) -> TrainResult:
