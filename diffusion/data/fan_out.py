@@ -5,7 +5,7 @@ import pickle
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextvars import ContextVar, copy_context
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ from multiprocessing import forkserver, get_context
 from queue import SimpleQueue
 from typing import Any, Literal, Protocol, TypeVar
 
-from tenacity import Retrying, retry_if_exception, stop_after_attempt
+from tenacity import Retrying, retry_if_exception, retry_if_exception_type, stop_after_attempt
 from tenacity.wait import wait_random_exponential
 
 from diffusion.common.child_processes import end_with_parent
@@ -61,7 +61,7 @@ def make_fan_out(config: Workers, *, gpus: int = 0) -> FanOut:
     """Fan out as ``config`` says; processes start at once, and Ray with the first item.
 
     On Ray, RAY_ADDRESS names the cluster (default: one on this machine, for as long as the items take). Each item has a
-    core there, and ``gpus`` GPUs; with these also a process of its own. Raises UserError if Ray is not installed.
+    core there, and ``gpus`` GPUs, which its process keeps for the next item. Raises UserError if Ray is not installed.
     """
     if config.runner == "processes":
         # The fork server imports the modules once for all while the caller plans.
@@ -129,6 +129,69 @@ def _run_on_node(references: list[Any], item: Any) -> tuple[Any, list[logging.Lo
     return _log_apart(_fetch_work(references[0]), item)
 
 
+class _GPUProcess:
+    """Process on Ray that keeps its GPUs, and with them what the work has loaded: a task loses both when it ends."""
+
+    def has_started(self) -> bool:
+        return True
+
+    def run(self, references: list[Any], item: Any) -> tuple[Any, list[logging.LogRecord]]:
+        return _run_on_node(references, item)
+
+
+class _GPUPool:
+    """At most ``workers`` processes on Ray with ``gpus`` GPUs each; a new one takes the place of one that dies."""
+
+    def __init__(self, references: list[Any], workers: int, gpus: int) -> None:
+        import ray
+        from ray.exceptions import OutOfMemoryError, RayActorError
+
+        self._references, self._workers, self._is_closed = references, workers, False
+        self._make: Any = ray.remote(num_cpus=1, num_gpus=gpus)(_GPUProcess).remote
+        self._is_death = retry_if_exception_type((RayActorError, OutOfMemoryError))
+        self._processes, self._idle = list[Any](), SimpleQueue[Any]()
+        self._threads = ThreadPoolExecutor(workers)
+
+    def submit(self, item: Any) -> Future[Any]:
+        """Run ``item`` in the next process without work."""
+        if len(self._processes) < self._workers:
+            self._start()
+        retrying = Retrying(retry=self._is_death, stop=stop_after_attempt(MAX_ATTEMPTS), reraise=True)
+        return self._threads.submit(retrying, self._run, item)
+
+    def close(self) -> None:
+        """End all processes, and threads that wait for one."""
+        import ray
+
+        self._is_closed = True
+        for process in self._processes:
+            ray.kill(process)
+        for _ in range(self._workers * MAX_ATTEMPTS):
+            self._idle.put(self._processes[0])
+        self._threads.shutdown(cancel_futures=True)
+
+    def _start(self) -> None:
+        process = self._make()
+        self._processes.append(process)
+        # One for which there is no GPU yet gets no items.
+        process.has_started.remote().future().add_done_callback(lambda _: self._idle.put(process))
+
+    def _run(self, item: Any) -> Any:
+        import ray
+
+        process, is_alive = self._idle.get(), False
+        try:
+            result = ray.get(process.run.remote(self._references, item))
+            is_alive = True
+        finally:
+            if is_alive:
+                self._idle.put(process)
+            elif not self._is_closed:
+                ray.kill(process)
+                self._start()
+        return result
+
+
 def _log_apart(work: Callable[[Item], Result], item: Item) -> tuple[Result, list[logging.LogRecord]]:
     """Call ``work`` in a process of its own: returns its result and the warnings that it logged."""
     records: SimpleQueue[logging.LogRecord] = SimpleQueue()
@@ -151,43 +214,54 @@ def _run_on_ray(
     fails for Ray's clients (``ray://``).
     """
     import ray
-    from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
+    from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 
-    is_joined = ray.is_initialized()
+    is_joined, pools = ray.is_initialized(), list[_GPUPool]()
 
     def start() -> Iterator[FutureLike[tuple[Result, list[logging.LogRecord]]]]:
         references = list[Any]()
         for item in items:
-            if not ray.is_initialized():
-                is_main = threading.current_thread() is threading.main_thread()
-                handler = signal.getsignal(signal.SIGTERM)
-                try:
-                    # The dashboard takes a third of the time in which a node starts.
-                    ray.init(logging_level=logging.WARNING, include_dashboard=False)
-                except Exception as error:  # a plain one where a node does not come up
-                    reason = " ".join(str(error).split())[:200]
-                    raise DarkroomError(
-                        f"Ray did not start, or is not reached ({reason}): check RAY_ADDRESS and RAY_AUTH_MODE. "
-                        "Without them a node must start within 30 seconds: try an idle machine, or use processes"
-                    ) from error
-                if is_main:  # Ray's own handler would exit where a flow ends its work first
-                    signal.signal(signal.SIGTERM, handler)
             if not references:
+                _join_ray()
                 references.append(ray.put(work))
-            yield task.remote(references, item).future()
+                pools.extend([_GPUPool(references, workers, gpus)] if gpus else [])
+            yield pools[0].submit(item) if pools else task.remote(references, item).future()
 
-    task: Any = ray.remote(num_cpus=1, num_gpus=gpus)(_run_on_node)
+    task: Any = ray.remote(num_cpus=1, num_gpus=0)(_run_on_node)
     try:
         yield from yield_in_order(start(), 2 * workers)
     except RayTaskError as error:
         # What ``work`` raised; Ray's own error has the worker's traceback in its text.
         raise error.cause from (None if isinstance(error.cause, DarkroomError) else error)
-    except (WorkerCrashedError, OutOfMemoryError) as error:
+    except (WorkerCrashedError, RayActorError, OutOfMemoryError) as error:
         raise DarkroomError(
             "Ray's processes for an item were killed each time, most likely as a node was out of memory: start fewer "
             "at once (workers), or give nodes more memory"
         ) from error
     finally:
+        for pool in pools:
+            pool.close()
         if not is_joined:
             # Ends all that still runs.
             ray.shutdown()
+
+
+def _join_ray() -> None:
+    """Join the cluster of RAY_ADDRESS, or start one on this machine, unless this process has done so."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        # The dashboard takes a third of the time in which a node starts.
+        ray.init(logging_level=logging.WARNING, include_dashboard=False)
+    except Exception as error:  # a plain one where a node does not come up
+        reason = " ".join(str(error).split())[:200]
+        raise DarkroomError(
+            f"Ray did not start, or is not reached ({reason}): check RAY_ADDRESS and RAY_AUTH_MODE. "
+            "Without them a node must start within 30 seconds: try an idle machine, or use processes"
+        ) from error
+    if is_main:  # Ray's own handler would exit where a flow ends its work first
+        signal.signal(signal.SIGTERM, handler)

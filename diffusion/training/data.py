@@ -72,11 +72,12 @@ def open_dataset(data: Path, config: TrainingConfig, store: ShardStore | None) -
 
 
 def fan_out_encodings(workers: Workers | None, device: DeviceName) -> FanOut:
-    """Fan out on ``workers``; for None, for threads and on a GPU, which is this process's, on a thread per core."""
-    if workers is None or workers.runner == "threads" or resolve_device(device).type != "cpu":
+    """Fan out on ``workers``, or threads, one per core: for None, for threads, and for processes that share a GPU."""
+    gpus = int(resolve_device(device).type != "cpu")
+    if workers is None or workers.runner == "threads" or (gpus and workers.runner == "processes"):
         return make_fan_out(IngestConfig(workers=cores()))
     # Made once there is something to encode: until then Ray may be missing.
-    return lambda work, items: make_fan_out(workers)(work, items)
+    return lambda work, items: make_fan_out(workers, gpus=gpus)(work, items)
 
 
 def seconds_to_encode(dataset: Dataset, captions: Captions | None) -> float:

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from io import BufferedRandom
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from uuid import uuid4
 from torch import Tensor
 
 from diffusion.checkpoints import load_model
-from diffusion.common.config import Config
+from diffusion.common.config import Config, DeviceName
 from diffusion.common.device import resolve_device
 from diffusion.common.errors import ConflictError, UserError
 from diffusion.common.files import canonical_json, make_folder, sha256_bytes
@@ -125,8 +125,7 @@ def _fingerprint(sampling: SamplingConfig) -> Fingerprint:
 def _generate(
     batch: SamplingBatch, weights: Path, indices: range, table: RequestTable | None, at_once: int
 ) -> Iterator[ImageGroup]:
-    # Once, for all groups.
-    model = load_model(weights).to(resolve_device(batch.sampling.device))
+    model = _load(weights, batch.sampling.device)
     size = at_once * batch.sampling.compute_batch
     for start in range(indices.start, indices.stop, size):
         group = range(start, min(start + size, indices.stop))
@@ -134,6 +133,12 @@ def _generate(
         images = generate.sample_each(model, group, batch.seed, batch.sampling, conditions=conditions, at_once=at_once)
         labels = generate.label_names(model, group, batch.seed, conditions)
         yield [(*entry, conditions) for entry in zip(group, images, labels, strict=True)]
+
+
+@lru_cache(maxsize=1)
+def _load(weights: Path, device: DeviceName) -> Model:
+    """Load a model, once for all chunks of a process."""
+    return load_model(weights).to(resolve_device(device))
 
 
 def fetch_table(store: Store, batch: SamplingBatch, place: Location) -> RequestTable | None:

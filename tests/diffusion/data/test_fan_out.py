@@ -133,6 +133,26 @@ def test_items_on_ray_have_a_gpu_each_if_asked() -> None:
     assert list(make_fan_out(config, gpus=1)(visible_gpus, range(2))) == ["0", "0"]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_ray")
+def test_a_process_with_a_gpu_keeps_its_work_until_it_dies(tmp_path: Path) -> None:
+    # A second process never gets a GPU.
+    run = make_fan_out(IngestConfig(runner="ray", workers=2), gpus=1)
+    assert len(set(run(Heavy(tmp_path), range(6)))) == 1
+    assert len(list(tmp_path.iterdir())) == 1
+    assert list(run(partial(die_at_first, tmp_path / "died"), range(4))) == [0, 1, 4, 9]
+    with pytest.raises(UserError, match="give another"):
+        list(run(partial(fail_at_first, tmp_path, UserError("give another")), range(8)))
+
+
+def die_at_first(path: Path, number: int) -> int:
+    """End this process at number 2, unless one has died before."""
+    if number == 2 and not path.exists():
+        path.touch()
+        os._exit(1)
+    return number**2
+
+
 def visible_gpus(_: int) -> str:
     return os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
