@@ -197,8 +197,8 @@ class Model(ABC):
         """Encode images (N, C, H, W) in [−1, 1] as what the network works on: themselves, or their latents."""
         return images
 
-    def for_encoding(self) -> Self:
-        """Return the model without what ``encode`` does not use, to be sent to other processes."""
+    def for_encoding(self) -> Any:
+        """Return what can be pickled, and moved ``to`` a device has the method ``encode`` of this model."""
         return self
 
     def with_files(self, files: Mapping[str, bytes]) -> Self:

@@ -5,6 +5,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -154,9 +155,9 @@ def encode_latents(
     return LatentCache(dataset, key, encode, config.flip, fan_out, progress).select_rows
 
 
-def _load_encoder(model: Model, name: DeviceName) -> Callable[[Tensor], Tensor]:
+def _load_encoder(encoder: Any, name: DeviceName) -> Callable[[Tensor], Tensor]:
     device = resolve_device(name)
-    on_device = model.to(device)
+    on_device = encoder.to(device)
     return lambda images: on_device.encode(images.to(device))
 
 

@@ -22,7 +22,7 @@ from diffusion.families.fine_tuning import TrainableSubset, select_layers
 from diffusion.families.header import ModelHeader
 from diffusion.families.model import Conditioning, ConditioningBatch, StartConflict, TrainingObjective, to_uint8
 from diffusion.families.pretrained.config import DiffusersConfig
-from diffusion.families.pretrained.network import PipelineNetwork, parts_digest, tensor_names
+from diffusion.families.pretrained.network import PickledNetwork, PipelineNetwork, parts_digest, tensor_names
 from diffusion.families.pretrained.pipeline import Pipeline
 from diffusion.families.pretrained.placement import Resident
 from diffusion.families.pretrained.schedule import make_pipeline_schedule
@@ -156,13 +156,12 @@ class PretrainedModel(DiffusionModel):
         if device != CPU:
             key.append(device_name(device))
         encoders = network.select(name for name, _ in network.named_children() if name.startswith("text_encoder"))
-        load = partial(_load_text_encoders, encoders, device != CPU)
+        load = partial(_load_text_encoders, PickledNetwork(encoders), device != CPU)
         return CaptionEncoder(digest_of(key), load, load()(None), device="cpu" if device == CPU else "auto")
 
-    def for_encoding(self) -> Self:
-        """Leave all components out but the autoencoder."""
-        network = self.network.select([self.pipeline.autoencoder_name])
-        return self.make_model(self.header, network, None).with_size(self.size)
+    def for_encoding(self) -> PickledNetwork:
+        """Return the autoencoder alone."""
+        return PickledNetwork(self.network.select([self.pipeline.autoencoder_name]))
 
     def adapter_layers(self, layers: set[str], targets: Sequence[str] | None, text_encoder: bool) -> set[str]:
         """Choose layers of the denoiser, and of the text encoders their attention, as far as it has an effect."""
@@ -350,9 +349,9 @@ class PretrainedModel(DiffusionModel):
         return super().terms(x0, conditioning, indices)
 
 
-def _load_text_encoders(network: PipelineNetwork, on_gpu: bool) -> Callable[[str | None], Encoding]:
+def _load_text_encoders(network: PickledNetwork, on_gpu: bool) -> Callable[[str | None], Encoding]:
     # Whoever drops the function releases the text encoders there.
-    encoder = network.on(resolve_device("auto") if on_gpu else CPU)
+    encoder = network.to(resolve_device("auto") if on_gpu else CPU)
     return lambda prompt: {name: value.to(CPU) for name, value in encoder.encode_prompt(prompt).items()}
 
 

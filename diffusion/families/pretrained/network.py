@@ -7,7 +7,8 @@ the libraries themselves but tokenizers, from files that lie in the model's own 
 import copy
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
@@ -44,7 +45,7 @@ class PipelineNetwork(nn.Module):
     resident: Resident | None = None
     """What training keeps of the network on its device; None: nothing."""
 
-    def __init__(self, config: DiffusersConfig) -> None:
+    def __init__(self, config: DiffusersConfig, names: Collection[str] | None = None) -> None:
         super().__init__()
         if config.pipeline is None:
             raise UserError(
@@ -53,7 +54,7 @@ class PipelineNetwork(nn.Module):
         self.files: Mapping[str, bytes] = {}
         """The files of the pipeline that are no weights, by path, of which tokenizers are made."""
         for name, component in config.components.items():
-            if component.kind not in WITHOUT_WEIGHTS:
+            if component.kind not in WITHOUT_WEIGHTS and (names is None or name in names):
                 self.add_module(name, build(component))
         self.register_buffer("class_ids", None, persistent=False)
         self.set_classes(config)
@@ -183,6 +184,31 @@ class PipelineNetwork(nn.Module):
                 return_tensors="pt",
             )
         return tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
+
+
+@dataclass(frozen=True)
+class PickledNetwork:
+    """A network that is pickled as its configuration and weights: not all modules of libraries can be."""
+
+    network: PipelineNetwork
+
+    def __reduce__(self) -> Any:
+        weights = {name: component.state_dict() for name, component in self.network.named_children()}
+        return _unpickle, (self.network.config, dict(self.network.files), weights)
+
+    def to(self, device: torch.device) -> PipelineNetwork:
+        """Return the network as it works on ``device``."""
+        return self.network.on(device)
+
+
+def _unpickle(
+    config: DiffusersConfig, files: Mapping[str, bytes], weights: Mapping[str, Mapping[str, Tensor]]
+) -> PickledNetwork:
+    network = PipelineNetwork(config, weights)
+    network.files = files
+    for name, tensors in weights.items():
+        network.get_submodule(name).load_state_dict(tensors, assign=True)
+    return PickledNetwork(network.eval())
 
 
 def tensor_names(network: nn.Module, names: Iterable[str]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Fine-tuning of imported pipelines: what is trained, by which loss, and that it resumes to the same bits."""
 
+import pickle
 import random
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffusion.checkpoints import load_model, read_model_header, save_tensors
+from diffusion.common.device import CPU
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_file
 from diffusion.common.model_files import read_header
@@ -331,6 +333,26 @@ def test_latents_are_of_each_image_and_its_mirror_image(
     remove(folder, Selection(sources=["3.png"]), "consent withdrawn")
     assert not encodings_folder(folder).exists()
     assert torch.equal(cache.select_rows(rows), before)
+
+
+def sent(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))  # noqa: S301
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind not in ("ddpm", "ddim", "class_conditional", *LONG)])
+def test_encoders_sent_to_other_processes_give_the_same_bits(
+    make_pipeline: Callable[[str], tuple[Path, Path]], kind: str
+) -> None:
+    model = load_model(make_pipeline(kind)[1])
+    images = torch.rand(3, *model.shape) * 2 - 1
+    with torch.inference_mode():
+        expected = model.encode(images)
+        assert torch.equal(sent(model.for_encoding()).to(CPU).encode(images), expected)
+    if model.config.text:
+        load = model.caption_encoder(None, CPU).load
+        encoding = sent(load)()("a red circle")
+        assert all(torch.equal(encoding[name], value) for name, value in load()("a red circle").items())
 
 
 @pytest.mark.slow
