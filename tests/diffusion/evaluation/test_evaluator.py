@@ -190,4 +190,4 @@ def test_images_of_several_shapes_have_different_noise(tmp_path: Path, monkeypat
     weights = write_model(tmp_path / "model.safetensors", 0, 0, channels=3, size=16)
     evaluator = Evaluator(bucketed_set(tmp_path), CONFIG, SAMPLING, tmp_path / "evaluations")
     assert len({image.shape for image in evaluator.model(weights).images}) == 3
-    assert len({tuple(noise.tolist()) for noise in noises}) == CONFIG.samples
+    assert len({tuple(noise.tolist()) for noise in noises}) == len(noises) >= CONFIG.samples

@@ -239,7 +239,7 @@ def parameters(shapes: list[tuple[int, ...]], memory_format: torch.memory_format
 def by_hand(matrices: list[nn.Parameter]) -> list[int]:
     """Bytes for each length of the shorter side, the most first: of updates, their matrices, and square products.
 
-    Matrices of convolutions in channels-last format are copies. At most there are six products, Gram matrices among
+    Matrices of convolutions in channels-last format are copies. At most there are five products, Gram matrices among
     them, in an iteration; or three and the results at the end.
     """
     sizes = []
@@ -248,7 +248,7 @@ def by_hand(matrices: list[nn.Parameter]) -> list[int]:
         updates = 4 * sum(each.numel() for each in group)
         copies = 4 * sum(each.numel() for each in group if each.flatten(1).data_ptr() != each.data_ptr())
         products = 4 * len(group) * side**2
-        sizes.append(updates + copies + max(6 * products, 3 * products + updates))
+        sizes.append(updates + copies + max(5 * products, 3 * products + updates))
     return sorted(sizes, reverse=True)
 
 
