@@ -12,13 +12,13 @@ from typing import Any, Literal
 import torch
 
 from diffusion.common.device import compute_deterministically, resolve_device
-from diffusion.common.threads import worker_threads
 from diffusion.data.dataset import Dataset
 from diffusion.diffusers_format.import_pipeline import import_pipeline
 from diffusion.families.config import FamilyConfig, ModelConfig
 from diffusion.families.header import Origin
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
+from diffusion.training.data import fan_out_encodings
 from diffusion.training.distributed import SINGLE_PROCESS
 from diffusion.training.setup import make_setup
 from diffusion.training.train import train
@@ -141,8 +141,9 @@ class Bench:
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
-        with compute_deterministically(self.place), worker_threads() as pool, ExitStack() as stack:
-            setup = make_setup(Dataset.open(data), model, config, sampling_config(), SINGLE_PROCESS, pool.map)
+        with compute_deterministically(self.place), ExitStack() as stack:
+            fan_out = fan_out_encodings(None, config.device)
+            setup = make_setup(Dataset.open(data), model, config, sampling_config(), SINGLE_PROCESS, fan_out)
             trainer = Trainer(setup, SimpleNamespace(map=map))  # type: ignore[arg-type]
             trainer.total = config.images or 0
             stack.enter_context(trainer.loader)
