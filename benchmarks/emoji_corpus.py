@@ -53,6 +53,8 @@ SHA256 = {
 """Of the packages."""
 COMPONENTS = 2
 """Group of emojibase for parts of emoji, such as skin tones."""
+GROUPS = {"people": 1, "flags": 9}
+"""Groups of emojibase that can be left out: each noun among the others is seen the more often."""
 MAX_MEANINGS = 16
 """Emoji that share a keyword, beyond which it says too little to be a caption alone: "animal" has 122."""
 KEYWORDS = 1
@@ -148,6 +150,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--designs", nargs="+", choices=DESIGNS, default=list(DESIGNS), help="what training sees")
+    parser.add_argument("--without", nargs="+", choices=GROUPS, default=[], help="groups that training does not see")
     args = parser.parse_args()
     if args.output.exists():
         raise SystemExit(f"{args.output} is there already: name another folder")
@@ -167,10 +171,15 @@ def main() -> None:
             path.with_suffix(".txt").write_text("\n".join(captions) + "\n")
             return True
 
+        unseen = {GROUPS[group] for group in args.without}
         for number, (design, package) in enumerate({**packages, "twemoji": judge}.items()):
+            if package is not judge and design not in args.designs:
+                continue
             target = made / ("judge" if package is judge else f"training/{slug(design)}")
             target.mkdir(parents=True)
             icons = emoji.icons(package)
+            if package is not judge:
+                icons = {code: icon for code, icon in icons.items() if emoji.by_code[code].get("group") not in unseen}
             names = [slug(emoji.by_code[code]["label"]) for code in icons]
             captions = [emoji.captions(code, design, number) for code in icons]
             written = pool.map(write, [target / name for name in names], icons.values(), captions)

@@ -162,7 +162,7 @@ def test_training_has_the_bits_of_the_cpu_and_waits_for_the_log_alone(tmp_path: 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[] if name in ("text", "latent") else pytest.mark.long)
+        pytest.param(name, marks=[] if name == "latent" else pytest.mark.long)
         for name in (*TRAININGS, "latent")
         if name != "ddpm"
     ],

@@ -145,6 +145,7 @@ def test_guides_to_generation_can_be_followed(stack: Workspace) -> None:
     follow(stack, "operations/monitor.md", without="server metrics")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # commands start slowly on a busy machine
 def test_guides_to_versions_can_be_followed(stack: Workspace) -> None:

@@ -55,6 +55,7 @@ def test_rules_apply_to_ingest_retrain_and_other_machines(space: Workspace) -> N
     assert read_manifest(Path(space.folder) / "data" / "blobs").digest == back["digest"]
 
 
+@pytest.mark.long
 def test_lists_are_published_and_withdrawn(space: Workspace) -> None:
     before = space.json("ingest", "images")
     Path(space.folder, "dark.csv").write_text("filepath,tags\n/mnt/images/odd/001.png,dark\n")

@@ -68,6 +68,7 @@ PARTS = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_only_drills_that_did_not_pass_run_again(tmp_path: Path) -> None:
     for name in PARTS:

@@ -46,7 +46,7 @@ def encode(folder: Path, fan_out: FanOut) -> tuple[dict[str, bytes], set[int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("runner", ["processes", "ray"])
+@pytest.mark.parametrize("runner", ["processes", pytest.param("ray", marks=pytest.mark.long)])
 def test_other_processes_encode_the_same_bytes(tmp_path: Path, runner: str) -> None:
     if runner == "ray":
         pytest.importorskip("ray")

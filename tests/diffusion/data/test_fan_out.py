@@ -133,6 +133,7 @@ def test_items_on_ray_have_a_gpu_each_if_asked() -> None:
     assert list(make_fan_out(config, gpus=1)(visible_gpus, range(2))) == ["0", "0"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_ray")
 def test_a_process_with_a_gpu_keeps_its_work_until_it_dies(tmp_path: Path) -> None:

@@ -78,7 +78,8 @@ TRAINED = {
     **dict.fromkeys(FLOW_MAKERS, "lora"),
 }
 """What of each kind is trained in all but the longest tests."""
-FAST, LONG = ("ddpm", "stable_diffusion"), ("flux_2", "flux_2_klein")
+FAST = ("ddpm", "stable_diffusion")
+LONG = ("stable_diffusion_xl", "qwen_image", "sana", "flux_2", "flux_2_klein")
 
 
 @pytest.fixture(scope="module")
@@ -531,6 +532,7 @@ def test_fine_tuning_is_bit_identical_after_kills(
     assert killed_file.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_latents_of_several_shapes_are_cached_and_resumed(
     make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path

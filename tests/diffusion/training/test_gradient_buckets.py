@@ -68,7 +68,7 @@ def check(rank: int, processes: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_buckets_hold_the_sum_over_parts_and_processes(processes: int, tmp_path: Path) -> None:
     spawn(check, (processes, str(tmp_path)), processes)
 

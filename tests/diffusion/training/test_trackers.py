@@ -69,6 +69,7 @@ def test_tensorboard_shows_the_csv_files_also_after_a_stop(dataset: Path, tmp_pa
     assert [image.step for image in events.Images("samples")] == [images for images, _ in losses]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_tensorboard_shows_no_step_twice_after_a_kill(tmp_path: Path) -> None:
     kill("tensorboard", tmp_path)

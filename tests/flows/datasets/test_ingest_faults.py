@@ -81,6 +81,7 @@ def test_ingest_killed_at_random_moments_ends_in_the_bytes_of_an_undisturbed_one
         shutil.rmtree(folder)
 
 
+@pytest.mark.long
 @pytest.mark.drill(
     "ingest is killed while it adds",
     "SIGKILL at random moments of one that adds a class",

@@ -125,6 +125,7 @@ def killed_run(workspace: Workspace, prefect: Prefect) -> str:
     return str(run["id"])
 
 
+@pytest.mark.long
 def test_deploying_twice_changes_nothing_and_hides_the_webhook(
     workspace: Workspace, prefect: Prefect, mailbox: Mailbox, killed_run: str
 ) -> None:
@@ -148,6 +149,7 @@ def test_deploying_twice_changes_nothing_and_hides_the_webhook(
     assert "no MAILBOX2" in workspace.run("deploy", "--webhook-env", "MAILBOX2", code=2)
 
 
+@pytest.mark.long
 def test_a_new_version_starts_one_retraining(
     workspace: Workspace, prefect: Prefect, killed_run: str, mailbox: Mailbox
 ) -> None:

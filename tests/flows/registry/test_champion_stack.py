@@ -33,6 +33,7 @@ def aliases(server: MlflowClient, model: str = "blobs") -> dict[str, int]:
     return {alias: int(number) for alias, number in server.get_registered_model(model).aliases.items()}
 
 
+@pytest.mark.long
 def test_history_and_versions_show_rollbacks_and_manual_promotions(workspace: Workspace, server: MlflowClient) -> None:
     before = workspace.json("model", "history")
     assert [entry["version"] for entry in before["entries"]] == [1, 2]

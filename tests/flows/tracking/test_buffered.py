@@ -99,6 +99,7 @@ def mlflow_server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
         server.wait()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_metrics_survive_a_server_outage_once_and_in_order(
     no_servers: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

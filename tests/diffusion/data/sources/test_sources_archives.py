@@ -356,7 +356,7 @@ def test_memory_does_not_grow_with_the_archive(tmp_path: Path, name: str) -> Non
         return used
 
     listing(10)  # what is imported at the first use
-    assert listing(20_000) < 1.2 * listing(2_000) + 100_000
+    assert listing(20_000) < 1.2 * listing(2_000) + 500_000  # a list of the files would take megabytes
 
 
 def test_zips_of_over_65536_files_are_read_whole(tmp_path: Path) -> None:
