@@ -71,6 +71,13 @@ class StartConflict:
     """Configuration with which training can begin with it, in the imperative; None: there is none."""
 
 
+class Encoder(Protocol):
+    """What encodes images on its device."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode as ``Model.encode``."""
+
+
 @dataclass(frozen=True)
 class Model(ABC):
     """A network of some family, ready for use."""
@@ -197,9 +204,9 @@ class Model(ABC):
         """Encode images (N, C, H, W) in [−1, 1] as what the network works on: themselves, or their latents."""
         return images
 
-    def for_encoding(self) -> Any:
-        """Return what can be pickled, and moved ``to`` a device has the method ``encode`` of this model."""
-        return self
+    def for_encoding(self) -> Callable[[torch.device], Encoder]:
+        """Return the function, which can be pickled, from a device to what encodes images there as this model does."""
+        return self.to
 
     def with_files(self, files: Mapping[str, bytes]) -> Self:
         """Return the model with the files besides weights that its file holds, by path, if the family uses any."""
