@@ -19,7 +19,7 @@ from diffusion.common.random import uniform
 from diffusion.data.caption_embeddings import Captions
 from diffusion.data.dataset import Dataset
 from diffusion.data.fan_out import FanOut
-from diffusion.data.loader import Batch
+from diffusion.data.loader import Batch, count_repeats
 from diffusion.families import family_of
 from diffusion.families.config import FamilyConfig, classes_of, shape_conflict, training_conflict
 from diffusion.families.fine_tuning import TrainableSubset, share
@@ -359,6 +359,7 @@ def make_setup(
             f"training.mask weights pixels by masks, and data set {dataset.manifest.name} has none: set ingest.masks "
             "to files or alpha and ingest its source again, or leave training.mask out"
         )
+    count_repeats(dataset, config.weights, config.mix)  # which checks them before minutes of encoding
     config = config.with_batch_size(model, size)
     autoencoder = None
     if model.autoencoder is not None:
