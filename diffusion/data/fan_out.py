@@ -142,8 +142,8 @@ class _GPUProcess:
 class _GPUPool:
     """At most ``workers`` processes on Ray with ``gpus`` GPUs each; a new one takes the place of one that dies.
 
-    Not by Ray's ``max_restarts``: its actors keep their items, which would wait for a GPU that others have by then, and
-    every two seconds of a restart count as one of ``max_task_retries``.
+    Ray's ``max_restarts`` would have its item wait for a GPU that others have by then, and counts every two seconds of
+    that as one of ``max_task_retries``.
     """
 
     def __init__(self, references: list[Any], workers: int, gpus: int) -> None:
@@ -173,8 +173,8 @@ class _GPUPool:
         self._threads.shutdown(cancel_futures=True)
 
     def _start(self) -> Any:
-        self._processes.append(self._make())
-        return self._processes[-1]
+        self._processes.append(process := self._make())
+        return process
 
     def _put_back(self, process: Any) -> None:
         """Give ``process`` its next item once it runs: one for which there is no GPU yet gets none."""

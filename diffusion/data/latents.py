@@ -73,8 +73,7 @@ class LatentCache:
                 tensors = {name: torch.cat([part[name] for part in latents]) for name in variants}
                 file_digest = save_tensors(paths[shard], tensors, {"latents": digest})
                 write_bytes(paths[shard].with_suffix(".sha256"), f"{file_digest}\n".encode())
-                # At once: a takedown may delete it while others are encoded.
-                self._files[shard] = safe_open(paths[shard], framework="pt")
+                self._files[shard] = safe_open(paths[shard], framework="pt")  # before a takedown deletes it
                 done += len(tensors["plain"])
                 progress("images encoded", done, len(rows))
         if read_manifest(dataset.folder).content_digest != dataset.manifest.content_digest:
