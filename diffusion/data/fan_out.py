@@ -140,7 +140,11 @@ class _GPUProcess:
 
 
 class _GPUPool:
-    """At most ``workers`` processes on Ray with ``gpus`` GPUs each; a new one takes the place of one that dies."""
+    """At most ``workers`` processes on Ray with ``gpus`` GPUs each; a new one takes the place of one that dies.
+
+    Ray's ``max_restarts`` would have its item wait for a GPU that others have by then, and counts every two seconds of
+    that as one of ``max_task_retries``.
+    """
 
     def __init__(self, references: list[Any], workers: int, gpus: int) -> None:
         import ray
@@ -148,48 +152,47 @@ class _GPUPool:
 
         self._references, self._workers, self._is_closed = references, workers, False
         self._make: Any = ray.remote(num_cpus=1, num_gpus=gpus)(_GPUProcess).remote
-        self._is_death = retry_if_exception_type((RayActorError, OutOfMemoryError))
+        self._deaths = RayActorError, OutOfMemoryError
         self._processes, self._idle = list[Any](), SimpleQueue[Any]()
         self._threads = ThreadPoolExecutor(workers)
 
     def submit(self, item: Any) -> Future[Any]:
         """Run ``item`` in the next process without work."""
         if len(self._processes) < self._workers:
-            self._start()
-        retrying = Retrying(retry=self._is_death, stop=stop_after_attempt(MAX_ATTEMPTS), reraise=True)
-        return self._threads.submit(retrying, self._run, item)
+            self._put_back(self._start())
+        retry, stop = retry_if_exception_type(self._deaths), stop_after_attempt(MAX_ATTEMPTS)
+        return self._threads.submit(Retrying(retry=retry, stop=stop, reraise=True), self._run, item)
 
     def close(self) -> None:
-        """End all processes, and threads that wait for one."""
+        """End all processes, and thereby threads that wait for one."""
         import ray
 
         self._is_closed = True
         for process in self._processes:
             ray.kill(process)
-        for _ in range(self._workers * MAX_ATTEMPTS):
-            self._idle.put(self._processes[0])
         self._threads.shutdown(cancel_futures=True)
 
-    def _start(self) -> None:
-        process = self._make()
-        self._processes.append(process)
-        # One for which there is no GPU yet gets no items.
+    def _start(self) -> Any:
+        self._processes.append(process := self._make())
+        return process
+
+    def _put_back(self, process: Any) -> None:
+        """Give ``process`` its next item once it runs: one for which there is no GPU yet gets none."""
         process.has_started.remote().future().add_done_callback(lambda _: self._idle.put(process))
 
     def _run(self, item: Any) -> Any:
         import ray
 
-        process, is_alive = self._idle.get(), False
+        process = self._idle.get()
         try:
-            result = ray.get(process.run.remote(self._references, item))
-            is_alive = True
+            return ray.get(process.run.remote(self._references, item))
+        except self._deaths:
+            if not self._is_closed:
+                ray.kill(process)  # one that is not reached may live
+                process = self._start()
+            raise
         finally:
-            if is_alive:
-                self._idle.put(process)
-            elif not self._is_closed:
-                ray.kill(process)
-                self._start()
-        return result
+            self._put_back(process)
 
 
 def _log_apart(work: Callable[[Item], Result], item: Item) -> tuple[Result, list[logging.LogRecord]]:

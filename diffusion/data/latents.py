@@ -61,6 +61,7 @@ class LatentCache:
                 key = [digest, variants, dataset.keys(shard_rows), *([at_once] if at_once < AT_ONCE else [])]
                 paths[shard] = folder / f"latents-{digest_of(key)[:32]}.safetensors"
                 if _is_whole(paths[shard]):
+                    self._files[shard] = safe_open(paths[shard], framework="pt")
                     done += len(shard_rows)
                 else:
                     parts += [shard_rows[start : start + at_once] for start in range(0, len(shard_rows), at_once)]
@@ -72,9 +73,9 @@ class LatentCache:
                 tensors = {name: torch.cat([part[name] for part in latents]) for name in variants}
                 file_digest = save_tensors(paths[shard], tensors, {"latents": digest})
                 write_bytes(paths[shard].with_suffix(".sha256"), f"{file_digest}\n".encode())
+                self._files[shard] = safe_open(paths[shard], framework="pt")  # before a takedown deletes it
                 done += len(tensors["plain"])
                 progress("images encoded", done, len(rows))
-            self._files |= {shard: safe_open(path, framework="pt") for shard, path in paths.items()}
         if read_manifest(dataset.folder).content_digest != dataset.manifest.content_digest:
             # Images may have been taken down meanwhile: see ``encode_texts``.
             forget_encodings(dataset.folder)

@@ -258,6 +258,14 @@ class Manifest(Config):
             for split in get_args(Split)
         }
 
+    @property
+    def train_shapes(self) -> dict[Shape, int] | None:
+        """Return the number of training images of each shape that has any; None for a data set of squares."""
+        if not self.storage.buckets:
+            return None
+        counts = zip(self.shapes, self.shape_counts["train"], strict=True)
+        return {shape: count for shape, count in counts if count}
+
     def find_storage_difference(self, other: StorageConfig) -> tuple[str, Any, Any] | None:
         """Return the first storage setting that differs from ``other``, and both values; any buckets match null."""
         if other.fit == "bucket" and other.buckets is None:

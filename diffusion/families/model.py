@@ -1,7 +1,6 @@
 """What each family of models defines: how its networks are built, trained and sampled."""
 
 import copy
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -67,8 +66,15 @@ class StartConflict:
 
     fact: str
     """What the model is or knows, to continue a sentence about it."""
-    advice: str | None = None
-    """Configuration with which training can begin with it, in the imperative; None: there is none."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the section model with which training can begin with it; empty: there are none."""
+
+
+class Encoder(Protocol):
+    """What encodes images on its device."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode as ``Model.encode``."""
 
 
 @dataclass(frozen=True)
@@ -197,9 +203,9 @@ class Model(ABC):
         """Encode images (N, C, H, W) in [−1, 1] as what the network works on: themselves, or their latents."""
         return images
 
-    def for_encoding(self) -> Any:
-        """Return what can be pickled, and moved ``to`` a device has the method ``encode`` of this model."""
-        return self
+    def for_encoding(self) -> Callable[[torch.device], Encoder]:
+        """Return the function, which can be pickled, from a device to what encodes images there as this model does."""
+        return self.to
 
     def with_files(self, files: Mapping[str, bytes]) -> Self:
         """Return the model with the files besides weights that its file holds, by path, if the family uses any."""
@@ -226,10 +232,7 @@ class Model(ABC):
         if names := [name for name in actual | expected if actual.get(name) != expected.get(name)]:
             # Fields with their defaults may be missing in the dump.
             values = {name: actual.get(name, getattr(self.config, name)) for name in names}
-            settings = (
-                f"--set model.{name}={json.dumps(value, separators=(',', ':'))}" for name, value in values.items()
-            )
-            return StartConflict("is another network than the section model describes", f"give {' '.join(settings)}")
+            return StartConflict("is another network than the section model describes", values)
         if self.classes != classes_of(config, dict.fromkeys(classes, 1)):
             known, given = (", ".join(names) or "none" for names in (self.classes, classes))
             return StartConflict(f"knows the classes {known}, and the data set has {given}")

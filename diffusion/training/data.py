@@ -5,7 +5,6 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.latents import LatentCache
 from diffusion.data.manifest import read_manifest
 from diffusion.data.shards import ShardCache, ShardStore
-from diffusion.families.model import Model
+from diffusion.families.model import Encoder, Model
 from diffusion.families.text_encoder import CaptionEncoder, Encoding
 from diffusion.generation.generate import Encodings
 from diffusion.training.config import TrainingConfig
@@ -155,10 +154,10 @@ def encode_latents(
     return LatentCache(dataset, key, encode, config.flip, fan_out, progress).select_rows
 
 
-def _load_encoder(encoder: Any, name: DeviceName) -> Callable[[Tensor], Tensor]:
+def _load_encoder(load: Callable[[torch.device], Encoder], name: DeviceName) -> Callable[[Tensor], Tensor]:
     device = resolve_device(name)
-    on_device = encoder.to(device)
-    return lambda images: on_device.encode(images.to(device))
+    encoder = load(device)
+    return lambda images: encoder.encode(images.to(device))
 
 
 def _zero_latents(

@@ -1,7 +1,7 @@
 """The setup of a training run: everything derived from data set and configuration that is constant during training."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +16,10 @@ from diffusion.common.errors import UserError
 from diffusion.common.fingerprint import Fingerprint, fingerprint, resolve_precision
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.common.random import uniform
-from diffusion.common.shapes import Shape
 from diffusion.data.caption_embeddings import Captions
 from diffusion.data.dataset import Dataset
 from diffusion.data.fan_out import FanOut
-from diffusion.data.loader import Batch
+from diffusion.data.loader import Batch, count_repeats
 from diffusion.families import family_of
 from diffusion.families.config import FamilyConfig, classes_of, shape_conflict, training_conflict
 from diffusion.families.fine_tuning import TrainableSubset, share
@@ -33,6 +32,7 @@ from diffusion.families.model import (
     to_float,
     use_channels_last,
 )
+from diffusion.families.text_encoder import Encoding
 from diffusion.families.vae.network import Latents
 from diffusion.generation.config import UNCONDITIONAL, Conditions, check_conditions
 from diffusion.generation.generate import Encodings, check_sampling_options, conditions_of
@@ -76,7 +76,7 @@ class TrainingSetup:
     """The file of ``initial``, of whose weights a part is trained, or an adapter; None: all weights are."""
     latents: Callable[..., Tensor] | None = None
     """Latents of the images in rows, mirrored or not, as ``LatentCache.select_rows``; None: training is on images."""
-    prior_prompt: Mapping[str, Tensor] | None = None
+    prior_prompt: Encoding | None = None
     """The prompt of ``training.prior``, or of none; None: there is no prior."""
     grid_encodings: Encodings | None = None
     """Prompts of sample grids, if training does not change how they are encoded."""
@@ -97,15 +97,6 @@ class TrainingSetup:
     def task(self) -> GenerationTask:
         """The task of the model."""
         return task_of(self.model, self.dataset.manifest.size)
-
-    @cached_property
-    def shapes(self) -> dict[Shape, int] | None:
-        """The number of training images of each shape; None for a data set of squares."""
-        manifest = self.dataset.manifest
-        if not manifest.storage.buckets:
-            return None
-        counts = zip(manifest.shapes, manifest.shape_counts["train"], strict=True)
-        return {shape: count for shape, count in counts if count}
 
     @cached_property
     def classes(self) -> list[str]:
@@ -292,7 +283,7 @@ class TrainingSetup:
             model=self.model.resolve(self.autoencoder.space.size if self.autoencoder else manifest.size),
             channels=manifest.channels,
             size=manifest.size,
-            shapes=self.shapes,
+            shapes=manifest.train_shapes,
             dataset=manifest.name,
             content_digest=manifest.content_digest,
             sigma_data=self.sigma_data,
@@ -368,6 +359,7 @@ def make_setup(
             f"training.mask weights pixels by masks, and data set {dataset.manifest.name} has none: set ingest.masks "
             "to files or alpha and ingest its source again, or leave training.mask out"
         )
+    count_repeats(dataset, config.weights, config.mix)  # which checks them before minutes of encoding
     config = config.with_batch_size(model, size)
     autoencoder = None
     if model.autoencoder is not None:
@@ -417,7 +409,7 @@ def _check_guide(setup: TrainingSetup, sampling: SamplingConfig) -> None:
 
 
 def drop_conditioning(
-    conditioning: Conditioning, u: Tensor, share: float, no_class: int, no_text: Mapping[str, Tensor] | None = None
+    conditioning: Conditioning, u: Tensor, share: float, no_class: int, no_text: Encoding | None = None
 ) -> Conditioning:
     """Drop conditioning where the random numbers ``u`` (N,), in [0, 1), are below ``share`` (arXiv 2207.12598).
 

@@ -1,6 +1,8 @@
 """Models that a training begins with: initial weights, a pipeline or a teacher, and the autoencoder of its latents."""
 
+import json
 import logging
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,8 +52,10 @@ def load_initial(
         alternative = "begin with a model of the same kind, or at random (training.init_from=null)"
     initial = load(local_file(option, config.init_from))
     if (conflict := start_conflict(initial, model, dataset.manifest)) is not None:
-        advice = f"{conflict.advice}, or {alternative}" if conflict.advice else alternative
-        raise UserError(f"{option} {config.init_from} {conflict.fact}: {advice}")
+        advice = advise(conflict)
+        raise UserError(
+            f"{option} {config.init_from} {conflict.fact}: {f'{advice}, or ' if advice else ''}{alternative}"
+        )
     if config.student is not None and initial.header.student_steps is not None:
         raise UserError(f"{config.init_from} is a student itself: name its teacher with distillation.teacher")
     for shape in dataset.shapes if initial.has_frozen_parts else ():
@@ -63,6 +67,22 @@ def load_initial(
         )
     initial.round_base(config.adapter)
     return initial.select_classes(_classes(dataset.manifest))
+
+
+def advise(conflict: StartConflict, autoencoder: str | None = None) -> str | None:
+    """Say which options training can begin with a model by; None: there are none.
+
+    ``autoencoder`` is what the options call the model's autoencoder; None: it is known by its weights alone.
+    """
+    values, note = {**conflict.settings}, ""
+    if digest := values.get("autoencoder"):
+        values["autoencoder"] = autoencoder or "FILE"
+        note = "" if autoencoder else f" (FILE: the autoencoder whose weights have the digest {digest})"
+    settings = [
+        f"model.{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
+        for name, value in values.items()
+    ]
+    return f"give {' '.join(f'--set {shlex.quote(setting)}' for setting in settings)}{note}" if settings else None
 
 
 def start_conflict(initial: Model, model: FamilyConfig, manifest: Manifest) -> StartConflict | None:

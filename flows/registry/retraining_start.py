@@ -13,7 +13,7 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.data.manifest import read_manifest
 from diffusion.training.config import TrainingConfig
-from diffusion.training.starting_models import start_conflict, state_conflict
+from diffusion.training.starting_models import advise, start_conflict, state_conflict
 from flows.config import Params
 from flows.registry import model_versions
 from flows.registry.aliases import read_verified_history
@@ -23,6 +23,7 @@ from flows.registry.ledger import History, Ledger, LedgerEntry
 from flows.registry.model_versions import Version, registered_version
 from flows.registry.takedown_marks import describe_takedowns, reload_with_takedowns
 from flows.storage.tags import parse_model_uri, parse_tags
+from flows.tracking.runs import AUTOENCODER
 
 logger = logging.getLogger(__name__)
 
@@ -169,5 +170,5 @@ def _conflict(params: Params, champion: Version, has_new_data: bool) -> str | No
         size = latents.space.size if latents else size
     if (conflict := start_conflict(outline_model(weights), model.resolve(size), manifest)) is None:
         return None
-    advice = f": to begin with it, {conflict.advice}" if conflict.advice else ""
-    return f"the champion {champion.uri} {conflict.fact}{advice}"
+    advice = advise(conflict, champion.tags.get(AUTOENCODER))
+    return f"the champion {champion.uri} {conflict.fact}{f': to begin with it, {advice}' if advice else ''}"

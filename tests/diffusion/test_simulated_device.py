@@ -100,9 +100,7 @@ from tests.builders.small_datasets import random_images, write_dataset
 class Autoencoder:
     inside = most = 0
     def for_encoding(self):
-        return self
-    def to(self, device):
-        return self
+        return lambda device: self
     def encode(self, images):
         assert images.device.type == "simulated"
         self.inside += 1

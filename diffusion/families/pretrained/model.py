@@ -159,9 +159,9 @@ class PretrainedModel(DiffusionModel):
         load = partial(_load_text_encoders, PickledNetwork(encoders), device != CPU)
         return CaptionEncoder(digest_of(key), load, load()(None), device="cpu" if device == CPU else "auto")
 
-    def for_encoding(self) -> PickledNetwork:
-        """Return the autoencoder alone."""
-        return PickledNetwork(self.network.select([self.pipeline.autoencoder_name]))
+    def for_encoding(self) -> Callable[[torch.device], PipelineNetwork]:
+        """Return the function that copies the autoencoder alone to a device."""
+        return PickledNetwork(self.network.select([self.pipeline.autoencoder_name])).to
 
     def adapter_layers(self, layers: set[str], targets: Sequence[str] | None, text_encoder: bool) -> set[str]:
         """Choose layers of the denoiser, and of the text encoders their attention, as far as it has an effect."""

@@ -2,10 +2,12 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from diffusion.data.dataset import Dataset
 from diffusion.data.encoding import NetworkWork
 from diffusion.data.fan_out import FanOut, make_fan_out
 from diffusion.data.ingest.config import IngestConfig
-from diffusion.data.ingest.ingest import encodings_folder
+from diffusion.data.ingest.ingest import encodings_folder, forget_encodings
 from diffusion.data.latents import LatentCache
 from diffusion.families.text_encoder import CaptionEncoder, Encoding
 from tests.builders.small_datasets import random_images, write_dataset
@@ -60,6 +62,21 @@ def test_other_processes_encode_the_same_bytes(tmp_path: Path, runner: str) -> N
     assert files == expected
     assert os.getpid() not in there
     assert 1 <= len(there) <= 2
+
+
+def test_latents_stay_readable_if_a_takedown_deletes_them_meanwhile(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", random_images(70, 3, 8), 35)
+    dataset, rows = Dataset.open(tmp_path / "data"), np.arange(70)
+
+    def fan_out(work: Callable[..., Any], items: Iterable[Any]) -> Iterator[Any]:
+        for number, item in enumerate(items):
+            if number == 4:  # the second one of the second shard
+                forget_encodings(dataset.folder)
+            yield work(item)
+
+    latents = LatentCache(dataset, "digest", lambda images: images.sum(1, keepdim=True), False, fan_out)
+    expected = torch.cat([(dataset.images(rows[place : place + 1]) / 127.5 - 1).sum(1, keepdim=True) for place in rows])
+    torch.testing.assert_close(latents.select_rows(rows), expected)
 
 
 def test_a_worker_with_other_hardware_is_an_error() -> None:

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import pytest
 
-from diffusion.common.errors import TransientError, UserError
+from diffusion.common.errors import DarkroomError, TransientError, UserError
 from diffusion.data.fan_out import make_fan_out
 from diffusion.data.ingest.config import IngestConfig
 
@@ -144,12 +144,15 @@ def test_a_process_with_a_gpu_keeps_its_work_until_it_dies(tmp_path: Path) -> No
     assert list(run(partial(die_at_first, tmp_path / "died"), range(4))) == [0, 1, 4, 9]
     with pytest.raises(UserError, match="give another"):
         list(run(partial(fail_at_first, tmp_path, UserError("give another")), range(8)))
+    with pytest.raises(DarkroomError, match="killed each time"):
+        list(run(partial(die_at_first, tmp_path / "missing" / "died"), range(8)))
 
 
 def die_at_first(path: Path, number: int) -> int:
-    """End this process at number 2, unless one has died before."""
+    """End this process at number 2: once if there is a folder for the note at ``path``, else each time."""
     if number == 2 and not path.exists():
-        path.touch()
+        if path.parent.exists():
+            path.touch()
         os._exit(1)
     return number**2
 

@@ -349,7 +349,7 @@ def test_encoders_sent_to_other_processes_give_the_same_bits(
     images = torch.rand(3, *model.shape) * 2 - 1
     with torch.inference_mode():
         expected = model.encode(images)
-        assert torch.equal(sent(model.for_encoding()).to(CPU).encode(images), expected)
+        assert torch.equal(sent(model.for_encoding())(CPU).encode(images), expected)
     if model.config.text:
         load = model.caption_encoder(None, CPU).load
         encoding = sent(load)()("a red circle")

@@ -1,5 +1,6 @@
 """Training from another model: from its weights, bit for bit, and with its training state as a warm start."""
 
+import shlex
 import shutil
 from contextlib import closing
 from pathlib import Path
@@ -12,9 +13,10 @@ from diffusion.checkpoints import export, read_model_header, save_tensors
 from diffusion.common.errors import UserError
 from diffusion.common.model_files import read_header
 from diffusion.data.dataset import Dataset
+from diffusion.families.model import StartConflict
 from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
-from diffusion.training.starting_models import load_initial
+from diffusion.training.starting_models import advise, load_initial
 from diffusion.training.train import TrainResult, preflight, train
 from diffusion.training.warm_start import export_state, join_state
 from tests.builders.small_autoencoders import VAE
@@ -189,3 +191,15 @@ def test_moments_of_another_optimizer_are_left_aside(
     assert not [name for name in begun if name.startswith(("adamw.", "muon."))]
     assert torch.equal(begun["network.stem.weight"], load_file(checkpoint)["ema.stem.weight"])
     assert "averaged weights" in caplog.text
+
+
+def test_options_to_begin_with_a_model_can_be_pasted() -> None:
+    settings = {"channel_mult": (1, 2), "attention": (), "autoencoder": "sha256:ab", "parametrization": "edm"}
+    conflict = StartConflict("is another network", settings)
+    common = ["give", "--set", "model.channel_mult=[1,2]", "--set", "model.attention=[]", "--set"]
+    known, unknown = advise(conflict, "models:/vae/3") or "", advise(conflict) or ""
+    assert shlex.split(known) == [*common, "model.autoencoder=models:/vae/3", "--set", "model.parametrization=edm"]
+    assert "model.autoencoder=FILE " in unknown
+    assert unknown.endswith("(FILE: the autoencoder whose weights have the digest sha256:ab)")
+    assert "'model.channel_mult=[1,2]'" in known
+    assert advise(StartConflict("knows other classes")) is None

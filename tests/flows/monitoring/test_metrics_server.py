@@ -1,11 +1,11 @@
 """The server of metrics, asked as a browser does for another page."""
 
+import socket
 import threading
 
 import httpx
 import pytest
 
-from flows.local_stack.server_process import choose_ports
 from flows.monitoring.prometheus import serve
 
 
@@ -19,7 +19,11 @@ from flows.monitoring.prometheus import serve
     ],
 )
 def test_metrics_are_refused_to_other_pages(no_servers: None, headers: dict[str, str], status: int) -> None:
-    [port] = choose_ports(1)
-    threading.Thread(target=serve, args=("127.0.0.1", port), daemon=True).start()
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=httpx.HTTPTransport(retries=5)) as client:
-        assert client.get("/metrics", headers=headers).status_code == status
+    with socket.socket() as held:
+        # Until the server listens: the system gives the port to no other process, and two sockets may be bound to it.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        threading.Thread(target=serve, args=("127.0.0.1", port), daemon=True).start()
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=httpx.HTTPTransport(retries=5)) as client:
+            assert client.get("/metrics", headers=headers).status_code == status

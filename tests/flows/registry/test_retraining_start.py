@@ -244,15 +244,16 @@ def test_latent_model_goes_on_until_there_is_another_autoencoder(
     training = {"dataset": "blobs", "images": 320, "batch_size": 16}
     params = Params.parse({"model": network, "training": training, "registry": {"model": bucket}})
 
-    def promote(model: str, weights: Path) -> str:
-        version = add_version(mlflow_client, tmp_path / model, model, data=weights.read_bytes())
+    def promote(model: str, weights: Path, **tags: str) -> str:
+        version = add_version(mlflow_client, tmp_path / model, model, data=weights.read_bytes(), **tags)
         record_verdict(mlflow_client, version)
         return version.uri
 
     with chdir(tmp_path):
         change_data(params, "1")
-        promote(f"{bucket}-vae", first)
-        champion = promote(bucket, weights)
+        encoder = promote(f"{bucket}-vae", first)
+        champion = promote(bucket, weights, **{"darkroom.autoencoder": encoder})
         assert resolve_retraining_start(params).version == champion
         promote(f"{bucket}-vae", second)
         assert resolve_retraining_start(params).version is None
+        assert decide_start(params).text.endswith(f"to begin with it, give --set model.autoencoder={encoder}")
