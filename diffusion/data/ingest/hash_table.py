@@ -15,8 +15,8 @@ MIN_BANDS, MAX_FLIPS = 9, 2
 far more look-ups, narrower bands far more comparisons. With 24 bits and 10⁷ hashes these are few of both."""
 MAX_BITS = 28
 """Bits of a band that are looked up."""
-SPARE_BITS = 5
-"""Bits of a value beyond those that number the hashes: of values at random, one in 32 or fewer belong to one."""
+SPARE_BITS = 4
+"""Bits of a value beyond those that number the hashes: of values at random, one in 16 or fewer belong to one."""
 PROBES, BLOCK = 2**17, 2**18
 """Values looked up at a time, which fit the processor's cache, and hashes indexed at a time."""
 MAX_PAIRS = 2**18
