@@ -30,7 +30,8 @@ from diffusion.training.memory_plan import (
 )
 from diffusion.training.preflight import warn_of_memory
 from diffusion.training.step_memory import measure_step
-from diffusion.training.train import preflight
+from diffusion.training.train import preflight, train
+from tests.builders.comparisons import discs, write_autoencoder
 from tests.builders.small_datasets import random_images, write_dataset
 from tests.builders.small_models import write_model
 from tests.builders.training_runs import CONFIG, MODEL, SAMPLING
@@ -219,3 +220,15 @@ def test_table_has_a_row_for_each_gpu() -> None:
     ]
     assert not any("encoders" in row for row in rows)
     assert len({len(row) for row in (kinds, *rows)}) == 1
+
+
+@pytest.mark.slow
+def test_a_training_that_begins_with_a_model_of_latents_is_planned(tmp_path: Path) -> None:
+    data, autoencoder = discs(tmp_path / "data", 48), write_autoencoder(tmp_path / "vae.safetensors", 1)
+    model = ModelConfig(width=16, channel_mult=(1,), attention=(), autoencoder=str(autoencoder))
+    config = TrainingConfig(dataset="data", images=8, batch_size=4, checkpoints=1)
+    first = train(data, tmp_path / "run", model, config, SAMPLING).final
+    assert plans(data, model, init_from=str(first)).here.optimizer == plans(data, model).here.optimizer
+    write_autoencoder(autoencoder, 2)
+    with pytest.raises(UserError, match=r"model\.autoencoder"):
+        plans(data, model, init_from=str(first))
