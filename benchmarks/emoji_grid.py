@@ -1,15 +1,13 @@
-"""Twenty prompts chosen at random, an image of ``examples/emoji.safetensors`` each, in ``docs/images/emoji.png``.
+"""An image of each of the twenty prompts in ``emoji_prompts.json``, and of ten that are unlike any caption.
 
-    python benchmarks/emoji_grid.py emoji/captions.csv
+    python benchmarks/emoji_grid.py examples/things.safetensors docs/images/things.png
 
-The captions are those of the model's last stage of training, without variants of skin tone. Image *i* of seed 0 has
-prompt *i*: nothing is chosen.
+Image *i* of seed 0 has prompt *i*: nothing is chosen.
 """
 
 import argparse
-import csv
 import io
-import random
+import json
 import textwrap
 from pathlib import Path
 
@@ -18,31 +16,30 @@ from PIL import Image
 
 import diffusion
 
-ROOT = Path(__file__).parents[1]
-COUNT, COLUMNS = 20, 7
+PROMPTS = Path(__file__).parent / "emoji_prompts.json"
+COLUMNS = 10
 
 
 def main() -> None:
-    """Draw prompts, generate, and write the sheet."""
+    """Generate, and write the sheet."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("captions", type=Path, help="CSV with the column caption")
-    with parser.parse_args().captions.open(newline="") as file:
-        captions = {row["caption"] for row in csv.DictReader(file) if "skin tone" not in row["caption"]}
-    prompts = random.Random(0).sample(sorted(captions), COUNT)
-    model = diffusion.load(str(ROOT / "examples" / "emoji.safetensors"))
-    images = model.generate(prompts, count=COUNT, seed=0)
-    figure = Figure(figsize=(9.6, 4.8), dpi=100)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("output", type=Path, help="a PNG")
+    args = parser.parse_args()
+    texts = json.loads(PROMPTS.read_text())
+    prompts = [*texts["prompts"], *texts["unlike captions"]]
+    images = diffusion.load(str(args.model)).generate(prompts, count=len(prompts), seed=0)
+    figure = Figure(figsize=(11, 4.1), dpi=100)
     for number, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-        axes = figure.add_subplot(-(-COUNT // COLUMNS), COLUMNS, number + 1)
+        axes = figure.add_subplot(-(-len(prompts) // COLUMNS), COLUMNS, number + 1)
         axes.imshow(image)
         axes.set_title(textwrap.fill(prompt, 20), fontsize=8, y=-0.05, verticalalignment="top")
         axes.set_axis_off()
-        print(number, prompt)
     figure.subplots_adjust(0, 0.09, 1, 1, 0.05, 0.34)
     data = io.BytesIO()
     figure.savefig(data)
     few_colours = Image.open(data).convert("RGB").quantize(256)  # a third of the bytes
-    few_colours.save(ROOT / "docs" / "images" / "emoji.png", optimize=True)
+    few_colours.save(args.output, optimize=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The model that comes with the repository, as a user first tries it."""
+"""The models that come with the repository, as a user first tries them."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -14,19 +14,23 @@ from tests.builders.command_line import darkroom
 from tests.docs.pages import blocks, of_program
 
 MODEL = ROOT / "examples" / "emoji.safetensors"
+SIZES = {"emoji": 10e6, "things": 30e6}
+"""Most bytes of a model."""
 
 
 @pytest.mark.slow
-def test_a_prompt_gives_an_image_of_its_colour_with_the_chosen_guidance(tmp_path: Path) -> None:
-    assert MODEL.stat().st_size <= 10e6
-    header = read_model_header(MODEL)
+@pytest.mark.parametrize("name", SIZES)
+def test_a_prompt_gives_an_image_of_its_colour_with_the_chosen_guidance(tmp_path: Path, name: str) -> None:
+    model = ROOT / "examples" / f"{name}.safetensors"
+    assert model.stat().st_size <= SIZES[name]
+    header = read_model_header(model)
     assert header.model.text
     assert header.guidance is not None
     colours = {}
     for prompt in ("a red heart", "a blue heart"):
         out = tmp_path / prompt
         result = darkroom(
-            tmp_path, "sample", "--model", str(MODEL), "--prompt", prompt, "--count", "4", "--out", str(out)
+            tmp_path, "sample", "--model", str(model), "--prompt", prompt, "--count", "4", "--out", str(out)
         )
         assert result.returncode == 0, result.stderr
         images = np.stack([np.asarray(Image.open(path)) for path in sorted(out.glob("0*.png"))]).astype(float)
