@@ -169,6 +169,8 @@ def test_step_of_a_prompt_of_any_length_is_planned(tmp_path: Path, name: str) ->
     assert 0.98 * expected < measure_step(setup).step(setup.config.images_per_step) < 3 * expected
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_step_of_two_networks_takes_about_what_torch_allocates(square: Path, tmp_path: Path) -> None:
     setup = make(square, GANConfig(width=16))
     memory = measure_step(setup)

@@ -75,7 +75,7 @@ def test_init_from_changes_the_run_key(dataset: Path, tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"config": MODEL.model_copy(update={"width": 32})}, r".* --set model\.width=32,"),
-        ({"config": MODEL.model_copy(update={"prediction": "epsilon"})}, r".* --set model\.prediction=\"epsilon\","),
+        ({"config": MODEL.model_copy(update={"prediction": "epsilon"})}, r".* --set model\.prediction=epsilon,"),
         ({"classes": {"even": 1, "odd": 1, "round": 1}}, "knows the classes even, odd, round, and .* has even, odd"),
         ({"size": 16}, "generates images of 1×16×16 .*, and data set blobs has 1×8×8"),
     ],
