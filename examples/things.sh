@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes examples/things.safetensors again, in about four hours of one core:  sh examples/things.sh FOLDER
+# Trains a model like examples/things.safetensors, in about four hours of one core:  sh examples/things.sh FOLDER
 # A stage that is there is not done again, and one that was stopped goes on. Needs npm, and the environment of the
 # checkout (source .venv/bin/activate).
 set -eu
@@ -18,8 +18,8 @@ train() {
         --set training.batch_size=128 --set training.cpu_threads=1 --set training.checkpoints=8 "$@"
 }
 denoise() {
-    train "$@" --set training.guide=null --set model.text=true --set model.conditional=false --set model.autoencoder=runs/vae/final.safetensors \
-        --set model.width=96 --set 'model.channel_mult=[1,2]' --set training.log_sigma_mean=-0.6
+    train "$@" --set training.guide=null --set model.text=true --set model.conditional=false \
+        --set model.autoencoder=runs/vae/final.safetensors --set model.width=96 --set 'model.channel_mult=[1,2]' --set training.log_sigma_mean=-0.6
 }
 
 train vae --dataset all --set model.family=vae --set training.images=90000 --set training.batch_size=64
