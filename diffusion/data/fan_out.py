@@ -1,11 +1,13 @@
 """One way to fan out: a function on many items, on threads or processes of this machine or on a Ray cluster."""
 
+import ctypes
 import logging
 import pickle
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from functools import lru_cache, partial
 from importlib.util import find_spec
@@ -159,7 +161,8 @@ class _GPUPool:
     def submit(self, item: Any) -> Future[Any]:
         """Run ``item`` in the next process without work."""
         if len(self._processes) < self._workers:
-            self._put_back(self._start())
+            self._processes.append(process := self._make())
+            self._put_back(process)
         retry, stop = retry_if_exception_type(self._deaths), stop_after_attempt(MAX_ATTEMPTS)
         return self._threads.submit(Retrying(retry=retry, stop=stop, reraise=True), self._run, item)
 
@@ -171,10 +174,6 @@ class _GPUPool:
         for process in self._processes:
             ray.kill(process)
         self._threads.shutdown(cancel_futures=True)
-
-    def _start(self) -> Any:
-        self._processes.append(process := self._make())
-        return process
 
     def _put_back(self, process: Any) -> None:
         """Give ``process`` its next item once it runs: one for which there is no GPU yet gets none."""
@@ -189,7 +188,7 @@ class _GPUPool:
         except self._deaths:
             if not self._is_closed:
                 ray.kill(process)  # one that is not reached may live
-                process = self._start()
+                self._processes.append(process := self._make())
             raise
         finally:
             self._put_back(process)
@@ -245,8 +244,8 @@ def _run_on_ray(
         for pool in pools:
             pool.close()
         if not is_joined:
-            # Ends all that still runs.
-            ray.shutdown()
+            with _sigterm_kept():
+                ray.shutdown()  # ends all that still runs
 
 
 def _join_ray() -> None:
@@ -255,16 +254,30 @@ def _join_ray() -> None:
 
     if ray.is_initialized():
         return
-    is_main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGTERM)
     try:
-        # The dashboard takes a third of the time in which a node starts.
-        ray.init(logging_level=logging.WARNING, include_dashboard=False)
+        with _sigterm_kept():
+            # The dashboard takes a third of the time in which a node starts.
+            ray.init(logging_level=logging.WARNING, include_dashboard=False)
     except Exception as error:  # a plain one where a node does not come up
         reason = " ".join(str(error).split())[:200]
         raise DarkroomError(
             f"Ray did not start, or is not reached ({reason}): check RAY_ADDRESS and RAY_AUTH_MODE. "
             "Without them a node must start within 30 seconds: try an idle machine, or use processes"
         ) from error
-    if is_main:  # Ray's own handler would exit where a flow ends its work first
-        signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Context that leaves the handler of SIGTERM as it was, such as Prefect's, which ends its work first.
+
+    Ray sets its own as it starts, in Python and below it, in any thread, and the system's as it ends, which kills.
+    """
+    libc, action = ctypes.CDLL(None), ctypes.create_string_buffer(512)  # more than a struct sigaction has
+    handler = signal.getsignal(signal.SIGTERM)
+    libc.sigaction(signal.SIGTERM, None, action)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+        libc.sigaction(signal.SIGTERM, action, None)

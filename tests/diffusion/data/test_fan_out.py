@@ -2,6 +2,9 @@
 
 import logging
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -15,9 +18,10 @@ import pytest
 from diffusion.common.errors import DarkroomError, TransientError, UserError
 from diffusion.data.fan_out import make_fan_out
 from diffusion.data.ingest.config import IngestConfig
+from tests.builders import ROOT
 
 Runner = Literal["threads", "processes", "ray"]
-RUNNERS = ["threads", "processes", pytest.param("ray", marks=pytest.mark.slow)]
+RUNNERS = ["threads", "processes", pytest.param("ray", marks=[pytest.mark.slow, pytest.mark.long])]
 logger = logging.getLogger("diffusion.tests")
 
 
@@ -30,6 +34,7 @@ def on_ray() -> Iterator[None]:
         ray.init(num_cpus=2, num_gpus=1, object_store_memory=80 * 2**20, include_dashboard=False)
         yield
         ray.shutdown()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture(params=RUNNERS)
@@ -159,6 +164,32 @@ def die_at_first(path: Path, number: int) -> int:
 
 def visible_gpus(_: int) -> str:
     return os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
+
+SIGNALLED = """
+import os, signal, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from diffusion.data.fan_out import make_fan_out
+from diffusion.data.ingest.config import IngestConfig
+def work():
+    for _ in make_fan_out(IngestConfig(runner="ray", workers=1))(abs, [-1]):
+        strike()
+def strike():
+    os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1)
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+with ThreadPoolExecutor() as pool:
+    work() if sys.argv[1] == "main" else pool.submit(work).result()
+strike()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("thread", ["main", "another"])
+def test_sigterm_is_still_the_callers_while_ray_runs_and_after_it(thread: str) -> None:
+    command = [sys.executable, "-c", SIGNALLED, thread]
+    process = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert process.stdout.split() == ["handled", "handled"]
+    assert "SIGTERM received" not in process.stderr
 
 
 def test_threads_know_the_context_of_the_caller() -> None:
