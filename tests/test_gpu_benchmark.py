@@ -62,7 +62,11 @@ def test_machine_without_cuda_gets_one_line() -> None:
     ("planted", "reasons"),
     [
         ("raise ImportError('planted')", ["ImportError: planted"] * 2),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", ["its process ended with code -9"]),
+        pytest.param(
+            "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+            ["its process ended with code -9"],
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["error", "crash"],
 )

@@ -49,6 +49,7 @@ def test_links_to_files_of_the_checkout_lead_somewhere() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_each_limit_of_sizes_is_compared() -> None:
     sizes = runpy.run_path(str(ROOT / "infra" / "ci" / "sizes.py"))
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["darkroom"]

@@ -1,9 +1,13 @@
 """Short trainings, and trackers that stop them."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from diffusion.data.manifest import FileEntry
 from diffusion.families.config import ModelConfig
@@ -14,6 +18,16 @@ from diffusion.training.train import TrainResult, train
 MODEL = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), patch=1)
 
 CONFIG = TrainingConfig(dataset="blobs", images=320, batch_size=16, warmup_images=32, checkpoints=4, keep=2, flip=True)
+
+FINE_TUNING: dict[str, Any] = {
+    "batch_size": 8,
+    "checkpoints": 2,
+    "warmup_images": 0,
+    "learning_rate": 1e-2,
+    "weighting": "plain",
+    "timestep_sampling": "scheduler",
+    "precision": "fp32",
+}
 
 SAMPLING = sampling_config(steps=2, compute_batch=36)
 
@@ -52,3 +66,16 @@ class Away:
 
     def fetch(self, entry: FileEntry, path: Path) -> None:
         path.write_bytes((self.elsewhere / Path(entry.name).name).read_bytes())
+
+
+def require_skipped(optimizer: Any, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+    """Take a step whose gradients are not numbers; nothing may change."""
+    before, state = [parameter.detach().clone() for parameter in parameters], copy.deepcopy(optimizer.state_dict())
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient * torch.nan
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert all(map(torch.equal, parameters, before))
+    for index, moments in state["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(optimizer.state_dict()["state"][index][name], value), name

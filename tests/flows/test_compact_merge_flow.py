@@ -31,6 +31,7 @@ MORE = range(100, 106)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_compacted_and_merged_versions_come_back_from_the_remote(bucket: str, images: Path) -> None:
     Repo.init(no_scm=True).close()
     place = Place(bucket, images)

@@ -314,6 +314,7 @@ def test_threads_processes_and_ray_make_the_same_shards(workspace: Workspace) ->
     assert shards_by_runner["threads"] == shards_by_runner["processes"] == shards_by_runner["ray"]
 
 
+@pytest.mark.long
 def test_champion_is_distilled_once_and_names_its_teacher(
     workspace: Workspace, server: MlflowClient, retrain_result: Any
 ) -> None:

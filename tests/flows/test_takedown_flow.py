@@ -332,6 +332,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.long
 def test_takedown_tags_run_version_and_samples_and_retraining_is_clean(
     workspace: Workspace, server: MlflowClient
 ) -> None:
@@ -362,6 +363,7 @@ def test_takedown_tags_run_version_and_samples_and_retraining_is_clean(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.long
 def test_purged_images_are_gone_from_objects_and_volumes(workspace: Workspace) -> None:
     images = workspace.folder / "more"
     shutil.copytree(workspace.folder / "images", images)

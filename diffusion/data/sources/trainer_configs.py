@@ -54,13 +54,14 @@ class Trainer(ABC):
     def read(self, tree: Any, path: Path, result: TrainerConfig) -> None:
         """Fill ``result``."""
 
-    def take(self, result: TrainerConfig, values: Mapping[str, Any], where: str = "") -> None:
-        """Take over ``values`` as the handlers say; the names of the others are listed."""
+    def take(
+        self, result: TrainerConfig, values: Mapping[str, Any], where: str = "", handlers: Mapping[str, Handler] = {}
+    ) -> None:
+        """Take over ``values`` as the handlers say, by default this trainer's; the names of the others are listed."""
         for key, value in values.items():
-            handler = self.handlers.get(key)
             if value is None or value == "":
                 continue
-            if handler is None:
+            if (handler := (handlers or self.handlers).get(key)) is None:
                 if value is not False and value != [] and value != {}:
                     result.leave(f"{where}{key}", value)
                 continue
@@ -155,15 +156,9 @@ class Kohya(Trainer):
         """Take the arguments of the network, texts such as algo=lokr, as a list or as the text of a command line."""
         words = arguments.split() if isinstance(arguments, str) else arguments
         pairs = (word.partition("=") for word in words if isinstance(word, str)) if isinstance(words, list) else ()
-        values = {name: value.strip("\"'") for name, _, value in pairs}
+        values = {name: value.strip("\"'") for name, _, value in sorted(pairs)}  # the algorithm before what is of it
         handlers = {"algo": take_adapter_kind, "factor": take_factor, "dora_wd": take_decomposition}
-        for name, value in sorted(values.items()):  # the algorithm is known before what is of it
-            try:
-                if name not in handlers:
-                    raise ValueError("unknown")
-                handlers[name](result, value)
-            except (ValueError, KeyError):
-                result.leave(f"network_args.{name}", value)
+        self.take(result, values, "network_args.", handlers)
 
 
 class AiToolkit(Trainer):

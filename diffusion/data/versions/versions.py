@@ -304,37 +304,27 @@ def show(folder: Path, version: Manifest, elsewhere: Elsewhere = find_nothing, l
     else:
         drops = {row["source"]: row["reason"] for row in sorted(rows, key=itemgetter("source"))}
     rules = None if drops is None else Counter(map(rule_of, sorted(drops.values())))
-    return Contents(
-        dataset=version.name,
-        digest=version.digest,
-        content_digest=version.content_digest,
-        layout_digest=version.layout_digest,
-        parent=version.parent,
-        change=version.change,
-        storage=version.storage,
-        channels=version.channels,
-        kept=version.kept,
-        buckets=version.buckets,
-        near_duplicate_bits=version.near_duplicate_bits,
-        splits=version.counts,
-        outcomes=dict(sorted(outcomes.items())),
-        classes=version.class_histogram,
-        shards=len(version.shards),
-        shard_bytes=sum(shard.bytes for shard in version.shards),
-        sources=version.sources,
-        captioners=version.captioners,
-        masks=version.masks or None,
-        reserved=version.reserved,
-        opt_outs=version.opt_outs or "respect",
-        quarantined_count=None if quarantine is None else len(quarantine),
-        quarantined=None if quarantine is None else first_entries(quarantine, limit),
-        reasons=reasons and [Reason(reason=reason, count=count) for reason, count in reasons],
-        dropped_count=version.dropped,
-        dropped=None if drops is None else first_entries(drops, limit),
-        rules=None if rules is None else [Reason(reason=rule, count=count) for rule, count in rules.most_common()],
-        lists=version.lists,
-        datasets=version.datasets if any(part.dataset for part in version.parts) else None,
-        relabelled=sum(part.relabelled or 0 for part in version.parts) or None,
+    as_recorded = {name: getattr(version, name) for name in Contents.model_fields if hasattr(version, name)}
+    return Contents.model_validate(
+        as_recorded
+        | {
+            "dataset": version.name,
+            "splits": version.counts,
+            "outcomes": dict(sorted(outcomes.items())),
+            "classes": version.class_histogram,
+            "shards": len(version.shards),
+            "shard_bytes": sum(shard.bytes for shard in version.shards),
+            "masks": version.masks or None,
+            "opt_outs": version.opt_outs or "respect",
+            "quarantined_count": None if quarantine is None else len(quarantine),
+            "quarantined": None if quarantine is None else first_entries(quarantine, limit),
+            "reasons": None if reasons is None else [Reason(reason=reason, count=n) for reason, n in reasons],
+            "dropped_count": version.dropped,
+            "dropped": None if drops is None else first_entries(drops, limit),
+            "rules": None if rules is None else [Reason(reason=rule, count=n) for rule, n in rules.most_common()],
+            "datasets": version.datasets if any(part.dataset for part in version.parts) else None,
+            "relabelled": sum(part.relabelled or 0 for part in version.parts) or None,
+        }
     )
 
 

@@ -15,7 +15,7 @@ from tests.builders import ROOT
 from tests.builders.ingested import files_of
 from tests.builders.small_models import write_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
 
 PARAMS = {
     "model": {"width": 16, "channel_mult": [1], "blocks": 1, "attention": [], "patch": 1},
@@ -104,10 +104,7 @@ def finished(folder: Path) -> dict[str, bytes]:
     "filled up in checkpoints, caches and samples of `train`, `evaluate` and `sample`",
     "one line, exit 1, no half file; with room again the same command: the same end",
 )
-@pytest.mark.parametrize(
-    ("command", "point", "output"),
-    [pytest.param(*drill, id=drill[1], marks=pytest.mark.long if "train" not in drill[1] else ()) for drill in DRILLS],
-)
+@pytest.mark.parametrize(("command", "point", "output"), DRILLS, ids=[drill[1] for drill in DRILLS])
 def test_full_disk_is_one_line_and_work_resumes(
     command: tuple[str, ...], point: str, output: str, dataset: Path, tmp_path: Path, small_disk: Path
 ) -> None:
@@ -149,7 +146,6 @@ VERBS = [
 ]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("command", VERBS, ids=" ".join)
 def test_a_disk_without_room_is_one_line_of_any_command(
     command: tuple[str, ...], images: Path, dataset: Path, small_disk: Path

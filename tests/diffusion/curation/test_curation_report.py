@@ -114,6 +114,7 @@ def test_page_is_self_contained_and_escapes_names(written_page: tuple[Path, Inge
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_sliders_show_images_and_write_lines_that_are_valid(
     written_page: tuple[Path, IngestConfig, CurationPage], tmp_path: Path
 ) -> None:

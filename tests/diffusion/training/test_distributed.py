@@ -105,6 +105,7 @@ def curve(output: Path) -> np.ndarray:
 @pytest.mark.drill(
     "training on two ranks is killed", "SIGKILL of all; then one process goes on", "the losses of an undisturbed one"
 )
+@pytest.mark.long
 def test_two_processes_have_the_losses_of_one_also_after_a_change_between(
     dataset: Path, two: Path, tmp_path: Path
 ) -> None:

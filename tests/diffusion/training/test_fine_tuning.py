@@ -42,7 +42,7 @@ from tests.builders import ROOT
 from tests.builders.bucketed import bucketed_set
 from tests.builders.masked import read_masked, write_masked
 from tests.builders.small_datasets import random_images, write_dataset
-from tests.builders.training_runs import Stop, StopAt
+from tests.builders.training_runs import FINE_TUNING, SAMPLING, Stop, StopAt
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -54,17 +54,7 @@ from diffusion.diffusers_format.import_pipeline import import_pipeline  # noqa: 
 from tests.builders import pipelines  # noqa: E402
 from tests.builders.flow_pipelines import FLOW_MAKERS  # noqa: E402
 
-SAMPLING = sampling_config(steps=2, compute_batch=36)
-SHORT: dict[str, Any] = {
-    "images": 32,
-    "batch_size": 8,
-    "checkpoints": 2,
-    "warmup_images": 0,
-    "learning_rate": 1e-2,
-    "weighting": "plain",
-    "timestep_sampling": "scheduler",
-    "precision": "fp32",
-}
+SHORT: dict[str, Any] = FINE_TUNING | {"images": 32}
 MAKERS = {**pipelines.MAKERS, **FLOW_MAKERS}
 LORA: dict[str, Any] = {"adapter": {"rank": 2, "alpha": 4}}
 LABELS = {"class_conditional": ("0", "1", "2"), "dit": ("ape", "goldfish")}

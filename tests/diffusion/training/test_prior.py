@@ -19,14 +19,13 @@ from diffusion.families.fine_tuning import TrainableSubset, adapted_layers
 from diffusion.families.header import Origin
 from diffusion.families.model import TrainingBatch
 from diffusion.families.pretrained.model import PretrainedModel
-from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import SINGLE_PROCESS
 from diffusion.training.setup import make_setup
 from diffusion.training.train import TrainResult, train
 from diffusion.training.trainer import Trainer
 from tests.builders.small_datasets import random_images, write_dataset
-from tests.builders.training_runs import Stop, StopAt
+from tests.builders.training_runs import FINE_TUNING, SAMPLING, Stop, StopAt
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -36,18 +35,7 @@ from diffusion.diffusers_format.import_pipeline import import_pipeline  # noqa: 
 from tests.builders import pipelines  # noqa: E402
 
 PROMPT = "a circle"
-SAMPLING = sampling_config(steps=2, compute_batch=36)
-SHORT: dict[str, Any] = {
-    "images": 64,
-    "batch_size": 8,
-    "checkpoints": 2,
-    "warmup_images": 0,
-    "learning_rate": 1e-2,
-    "weighting": "plain",
-    "timestep_sampling": "scheduler",
-    "precision": "fp32",
-    "adapter": {"rank": 2},
-}
+SHORT: dict[str, Any] = FINE_TUNING | {"images": 64, "adapter": {"rank": 2}}
 
 
 @pytest.fixture(scope="module")

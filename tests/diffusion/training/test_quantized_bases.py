@@ -22,7 +22,7 @@ from diffusion.process.samplers import sampling_config
 from diffusion.training.config import TrainingConfig
 from diffusion.training.train import TrainResult, train
 from tests.builders.small_datasets import random_images, write_dataset
-from tests.builders.training_runs import Stop, StopAt
+from tests.builders.training_runs import FINE_TUNING, Stop, StopAt
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -57,19 +57,7 @@ def import_kind(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 def configured(base: Path, base_weights: str | None, **options: Any) -> TrainingConfig:
     adapter = {"rank": 2, "alpha": 4} | ({} if base_weights is None else {"base_weights": base_weights})
-    fields = {
-        "init_from": str(base),
-        "adapter": adapter,
-        "images": 8,
-        "batch_size": 4,
-        "checkpoints": 2,
-        "warmup_images": 0,
-        "learning_rate": 1e-2,
-        "weighting": "plain",
-        "timestep_sampling": "scheduler",
-        "precision": "fp32",
-        "device": "cpu",
-    }
+    fields = FINE_TUNING | {"init_from": str(base), "adapter": adapter, "images": 8, "batch_size": 4, "device": "cpu"}
     return TrainingConfig.model_validate(fields | options)
 
 

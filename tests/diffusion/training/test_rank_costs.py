@@ -74,6 +74,7 @@ def test_groups_hold_rows_and_send_weights_twice_per_micro_batch(dataset: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_of_a_large_mesh_has_a_row(dataset: Path) -> None:
     network = UNet(MODEL, 1, 8, classes=2)
     costs_per_rank = costs(dataset, 128, batch_size=128, shard=True, optimizer="adamw")

@@ -30,7 +30,7 @@ from tests.builders.prefect_api import Prefect
 from tests.builders.waiting import wait_for
 from tests.builders.workspace import PARAMS, Workspace, running
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 HEARTBEAT = 30
 """Seconds; Prefect allows no less."""
@@ -125,7 +125,6 @@ def killed_run(workspace: Workspace, prefect: Prefect) -> str:
     return str(run["id"])
 
 
-@pytest.mark.long
 def test_deploying_twice_changes_nothing_and_hides_the_webhook(
     workspace: Workspace, prefect: Prefect, mailbox: Mailbox, killed_run: str
 ) -> None:
@@ -149,7 +148,6 @@ def test_deploying_twice_changes_nothing_and_hides_the_webhook(
     assert "no MAILBOX2" in workspace.run("deploy", "--webhook-env", "MAILBOX2", code=2)
 
 
-@pytest.mark.long
 def test_a_new_version_starts_one_retraining(
     workspace: Workspace, prefect: Prefect, killed_run: str, mailbox: Mailbox
 ) -> None:
@@ -193,7 +191,6 @@ def test_a_fresh_machine_gets_the_data_and_does_nothing_again(workspace: Workspa
         (workspace.folder / f"{name}-elsewhere").rename(workspace.folder / name)
 
 
-@pytest.mark.long
 def test_champion_is_monitored_once_per_data_set_version(workspace: Workspace, prefect: Prefect) -> None:
     first = prefect.ended(prefect.start("monitor/blobs"))
     assert first["state_type"] == "COMPLETED", first["state"]["message"]
@@ -253,7 +250,6 @@ def completed(prefect: Prefect, run: str) -> dict[str, Any]:
     return wait_for(lambda: flow_run if (flow_run := prefect.run(run))["state_type"] == "COMPLETED" else None)
 
 
-@pytest.mark.long
 @pytest.mark.drill(
     "a deployed retraining is preempted",
     "SIGTERM of its process at random moments of training, as a process worker starts it",
@@ -276,7 +272,6 @@ def test_a_preempted_run_is_started_again_and_completes_the_same(
     training.require_same()
 
 
-@pytest.mark.long
 @pytest.mark.drill(
     "a retraining's pod is evicted",
     "SIGTERM of `prefect flow-run execute`, which Prefect's jobs on Kubernetes run",
@@ -362,7 +357,6 @@ def shot(page: Page, name: str) -> None:
         page.screenshot(path=Path(folder) / f"{name}.png")
 
 
-@pytest.mark.long
 def test_images_are_generated_by_the_form_in_prefects_ui(workspace: Workspace, prefect: Prefect) -> None:
     deployment = prefect.deployment("sample-on-demand/blobs")["id"]
     ui = workspace.variables["PREFECT_API_URL"].removesuffix("/api")
@@ -394,7 +388,6 @@ def test_images_are_generated_by_the_form_in_prefects_ui(workspace: Workspace, p
         expect(page.get_by_text("samples-blobs", exact=True).first).to_be_visible()
 
 
-@pytest.mark.long
 def test_a_person_approves_a_promotion_in_prefects_ui(workspace: Workspace, prefect: Prefect, mailbox: Mailbox) -> None:
     # As docs/how-to/approve-promotions.md says.
     workspace.json(*DEPLOY, "--dataset", "approved", "--set", "registry.approval=true")

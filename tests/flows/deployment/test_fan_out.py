@@ -18,7 +18,7 @@ from flows.deployment.tasks import retryable_task
 from tests.builders.ingested import files_of
 from tests.builders.shapes import blob
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module", autouse=True)

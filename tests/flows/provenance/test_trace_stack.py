@@ -15,7 +15,7 @@ from diffusion.common.files import sha256_bytes
 from diffusion.data.manifest import read_manifest
 from tests.builders.workspace import PARAMS, Workspace, objects, running
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 BRIEF = PARAMS | {"training": PARAMS["training"] | {"images": 640, "checkpoints": 2, "keep": 1}}
 

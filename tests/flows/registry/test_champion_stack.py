@@ -18,7 +18,7 @@ from tests.builders.forked import Forks
 from tests.builders.prefect_api import Prefect
 from tests.builders.workspace import PARAMS, Workspace, objects, running
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,6 @@ def aliases(server: MlflowClient, model: str = "blobs") -> dict[str, int]:
     return {alias: int(number) for alias, number in server.get_registered_model(model).aliases.items()}
 
 
-@pytest.mark.long
 def test_history_and_versions_show_rollbacks_and_manual_promotions(workspace: Workspace, server: MlflowClient) -> None:
     before = workspace.json("model", "history")
     assert [entry["version"] for entry in before["entries"]] == [1, 2]
@@ -76,7 +75,6 @@ def test_invalid_promotions_are_an_error(workspace: Workspace, words: tuple[str,
     workspace.run("promote", *words, code=2)
 
 
-@pytest.mark.long
 @pytest.mark.drill(
     "a promotion by hand is killed or terminated",
     "SIGKILL, or SIGTERM, at random moments",
@@ -175,7 +173,6 @@ def test_ledger_tampering_is_reported_and_blocks_writes(
     assert intact() == 1
 
 
-@pytest.mark.long
 def test_a_deleted_champion_stops_work_early_and_can_be_replaced(workspace: Workspace, server: MlflowClient) -> None:
     """One of a model of its own, which has two."""
     options = ("--set", "registry.model=deleted")
@@ -205,7 +202,6 @@ def test_a_deleted_champion_stops_work_early_and_can_be_replaced(workspace: Work
     workspace.json("train", *other)
 
 
-@pytest.mark.long
 def test_a_person_approves_before_anything_becomes_champion(workspace: Workspace, server: MlflowClient) -> None:
     prefect = Prefect(workspace)
     for model, approved in (("approved", True), ("denied", False)):
@@ -232,7 +228,6 @@ def test_a_person_approves_before_anything_becomes_champion(workspace: Workspace
     assert workspace.json("promote", "--to", "1", *options)["version"]["number"] == 1
 
 
-@pytest.mark.long
 def test_a_retraining_without_approval_leaves_the_champion(workspace: Workspace, server: MlflowClient) -> None:
     prefect = Prefect(workspace)
     always = ("registry.approval=true", "registry.model=retrained", "gate.recall_loss=null", "gate.memorized=null")

@@ -18,7 +18,7 @@ from tests.builders import ROOT
 from tests.builders.sampling_batches import batch, stored_files
 from tests.builders.small_models import write_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 BATCH = batch(4096, format="tar", chunk=3584)
 """In tars of several megabytes."""

@@ -19,7 +19,7 @@ from tests.builders.small_models import write_model
 from tests.builders.waiting import wait_for
 from tests.builders.workspace import Workspace, objects, running
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]
 
 SAMPLING = {"sampler": "dpmpp_2m", "steps": 2, "compute_batch": 64}
 COUNT = 8192
@@ -59,7 +59,6 @@ def files(workspace: Workspace, name: str) -> dict[str, bytes]:
     return {key.strip("/"): data for key, (_, data) in objects(workspace, f"s3://darkroom/{name}/").items()}
 
 
-@pytest.mark.long
 @pytest.mark.drill(
     "sampling is killed and doubled",
     "SIGKILL late in a batch; then two commands at once, on Ray and on processes",
@@ -87,7 +86,6 @@ def test_a_killed_batch_ends_the_same_with_other_runners(
     assert files(workspace, "killed") == expected
 
 
-@pytest.mark.long
 @pytest.mark.drill(
     "a Ray node dies while it samples",
     "the second of two nodes is taken away at work",
