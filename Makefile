@@ -55,10 +55,10 @@ images: $(READY) demo/.dvc/config  ## Write the demo's images to demo/images/dig
 test: $(READY)  ## Run the tests (minutes)
 	$(BIN)/pytest --numprocesses $(or $(WORKERS),3) --dist loadfile -m "not slow"
 
-# Files that take long come first, so that no process has one left when the others have ended.
+# Folders whose files take long come first, so that no process has one left when the others have ended.
 test-slow: $(READY)  ## Run tests of servers, kills and browser (half an hour); `make test-long` runs the longest
 	$(BIN)/pytest --numprocesses $(or $(WORKERS),3) --dist loadfile -m "slow and not long" --no-loadscope-reorder --ignore tests/chaos \
-		tests/test_golden.py tests/docs tests/flows tests/infra tests/diffusion/training tests
+		tests/flows tests/docs tests/infra tests/test_*.py tests/diffusion
 
 test-long: $(READY)  ## Run the slow tests that take longest, and the longest drills
 	$(BIN)/pytest --numprocesses $(or $(WORKERS),3) --dist loadfile -m long --ignore tests/chaos
