@@ -278,6 +278,6 @@ def _sigterm_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
+        if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
         libc.sigaction(signal.SIGTERM, action, None)

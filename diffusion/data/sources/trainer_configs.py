@@ -156,7 +156,8 @@ class Kohya(Trainer):
         """Take the arguments of the network, texts such as algo=lokr, as a list or as the text of a command line."""
         words = arguments.split() if isinstance(arguments, str) else arguments
         pairs = (word.partition("=") for word in words if isinstance(word, str)) if isinstance(words, list) else ()
-        values = {name: value.strip("\"'") for name, _, value in sorted(pairs)}  # the algorithm before what is of it
+        ordered = sorted(pairs, key=lambda pair: pair[0])  # the algorithm is known before what is of it
+        values = {name: value.strip("\"'") or "no value" for name, _, value in ordered}
         handlers = {"algo": take_adapter_kind, "factor": take_factor, "dora_wd": take_decomposition}
         self.take(result, values, "network_args.", handlers)
 

@@ -186,6 +186,7 @@ strike()
 @pytest.mark.slow
 @pytest.mark.parametrize("thread", ["main", "another"])
 def test_sigterm_is_still_the_callers_while_ray_runs_and_after_it(thread: str) -> None:
+    pytest.importorskip("ray")
     command = [sys.executable, "-c", SIGNALLED, thread]
     process = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert process.stdout.split() == ["handled", "handled"]
