@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffusion.checkpoints import CONTENT_SHA256, content_digest
-from diffusion.common.files import canonical_json, remove_partials, sha256_file, write_atomically, write_bytes
+from diffusion.common.files import (
+    canonical_json,
+    remove_partials,
+    sha256_bytes,
+    sha256_file,
+    write_atomically,
+    write_bytes,
+)
 from diffusion.common.model_files import METADATA_KEY, tensor_bytes
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.caption_texts import CaptionTexts
@@ -29,6 +37,8 @@ from diffusion.families.text_encoder import MINI_LM, CaptionEncoder, CaptionMome
 
 MAX_CHUNK, MIN_CHUNKS = 32, 64
 """Most captions that are encoded between two progress reports, fewer where there would be fewer chunks than these."""
+PART_BYTES, PART = 2**28, ".part-"
+"""Encodings in a file of their own until all are there: the most that a killed process has to encode again."""
 ENCODED = "encoded."
 """Start of the names of encoded texts' tensors in the cache."""
 
@@ -81,8 +91,9 @@ def encode_texts(
 ) -> tuple[dict[str, Tensor], np.ndarray]:
     """Encode ``texts``, all the captions of ``dataset``, into the cache, and map it: memory holds what is used.
 
-    FLUX.2 has 16 MB a prompt. Texts in the cache are reused, and those that the set no longer has leave it when others
-    come. Concurrent trainings wait for one another. Raises UserError if the text encoder is unavailable.
+    FLUX.2 has 16 MB a prompt. Texts in the cache are reused, those in the parts that a killed process left as well, and
+    those that the set no longer has leave it when others come. Concurrent trainings wait for one another. Raises
+    UserError if the text encoder is unavailable.
 
     Returns the encodings in the cache, (P, …) each, and the place of each of the ``texts`` there, (len(texts),).
     """
@@ -93,29 +104,25 @@ def encode_texts(
     with FileLock(path.parent.with_suffix(".lock")):
         remove_partials(path.parent)
         digests = [_digest(text) for text in texts]
-        tensors, places = _read_cached(path, digests)
-        missing = np.flatnonzero(places < 0).tolist()
-
-        def rows() -> Iterator[tuple[int, Encoding]]:
-            cached = [name for name in tensors if name.startswith(ENCODED)]
-            for number in np.flatnonzero(places >= 0).tolist():
-                yield number, {name.removeprefix(ENCODED): tensors[name][places[number]] for name in cached}
-            step, done = min(MAX_CHUNK, max(len(missing) // MIN_CHUNKS, 1)), 0
-            chunks = [missing[start : start + step] for start in range(0, len(missing), step)]
-            encode = partial(_encode, NetworkWork.here(encoding.load, encoding.device))
-            encoded = fan_out(encode, ([texts[number] for number in chunk] for chunk in chunks))
-            for chunk, encodings in zip(chunks, encoded, strict=True):
-                for place, number in enumerate(chunk):
-                    yield number, {name: values[place] for name, values in encodings.items()}
-                done += len(chunk)
-                progress("captions read", done, len(missing))
-
-        if missing:
-            tensors, places = _write_cache(path, encoding, digests, rows()), np.arange(len(texts))
-            if read_manifest(dataset.folder).content_digest != dataset.manifest.content_digest:
-                # Images may have been taken down meanwhile. A takedown writes the manifest and then checks this folder;
-                # the order here is reversed, so that one of the two finds the file.
-                forget_encodings(dataset.folder)
+        cached = [_read_cached(file, digests) for file in (path, *_parts_of(path))]
+        tensors, places = cached[0]
+        if (places < 0).any():
+            missing = np.flatnonzero(np.all([places < 0 for _, places in cached], axis=0))
+            encoded = _encode_missing(texts, missing.tolist(), fan_out, progress, encoding)
+            at_once = max(PART_BYTES // sum(none.nbytes for none in encoding.none.values()), 1)
+            starts = range(0, len(missing), at_once) if len(missing) > at_once else ()
+            for numbers in (missing[start : start + at_once] for start in starts):
+                part = [digests[number] for number in numbers.tolist()]
+                file = path.with_suffix(f"{PART}{sha256_bytes(b''.join(part))[:16]}.safetensors")
+                rows = enumerate(values for _, values in islice(encoded, len(part)))
+                places = np.full(len(texts), -1, np.int64)
+                places[numbers] = np.arange(len(part))
+                cached.append((_write_cache(dataset, file, encoding, part, rows), places))
+            tensors = _write_cache(dataset, path, encoding, digests, chain(_rows_of(cached), encoded))
+            places = np.arange(len(texts))
+        for file in _parts_of(path):
+            file.unlink(missing_ok=True)
+            file.with_suffix(".sha256").unlink(missing_ok=True)
     return {name: tensors[f"{ENCODED}{name}"] for name in encoding.none}, places
 
 
@@ -130,6 +137,21 @@ def seconds_to_read(dataset: Dataset, texts: Sequence[str], threads: int, encodi
     return (time.perf_counter() - start) / max(len(sample), 1) * len(missing) / threads
 
 
+def _encode_missing(
+    texts: Sequence[str], missing: Sequence[int], fan_out: FanOut, progress: Progress, encoding: CaptionEncoder
+) -> Iterator[tuple[int, Encoding]]:
+    """Encode the ``texts`` with the numbers ``missing``, as they are asked for."""
+    step, done = min(MAX_CHUNK, max(len(missing) // MIN_CHUNKS, 1)), 0
+    chunks = [missing[start : start + step] for start in range(0, len(missing), step)]
+    encode = partial(_encode, NetworkWork.here(encoding.load, encoding.device))
+    encoded = fan_out(encode, ([texts[number] for number in chunk] for chunk in chunks)) if chunks else ()
+    for chunk, encodings in zip(chunks, encoded, strict=True):
+        for place, number in enumerate(chunk):
+            yield number, {name: values[place] for name, values in encodings.items()}
+        done += len(chunk)
+        progress("captions read", done, len(missing))
+
+
 def _encode(encode: Callable[[str], Encoding], texts: Sequence[str]) -> dict[str, Tensor]:
     return stack_encodings(map(encode, texts))
 
@@ -142,6 +164,10 @@ def _cache_file(dataset: Dataset, encoding: CaptionEncoder) -> Path:
     return encodings_folder(dataset.folder) / f"{encoding.digest[:16]}.texts.safetensors"
 
 
+def _parts_of(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{path.stem}{PART}*.safetensors"))
+
+
 def _read_cached(path: Path, digests: Sequence[bytes]) -> tuple[dict[str, Tensor], np.ndarray]:
     """Map the cache, and find the places there of the texts with these ``digests``, (len(digests),); −1: not there."""
     with suppress(FileNotFoundError):  # or deleted meanwhile
@@ -152,8 +178,20 @@ def _read_cached(path: Path, digests: Sequence[bytes]) -> tuple[dict[str, Tensor
     return {}, np.full(len(digests), -1, np.int64)
 
 
+def _rows_of(cached: Iterable[tuple[Mapping[str, Tensor], np.ndarray]]) -> Iterator[tuple[int, Encoding]]:
+    """Number and encoding of each text that is in one of the ``cached`` files, of which each has its own places."""
+    for tensors, places in cached:
+        names = [name for name in tensors if name.startswith(ENCODED)]
+        for number in np.flatnonzero(places >= 0).tolist():
+            yield number, {name.removeprefix(ENCODED): tensors[name][places[number]] for name in names}
+
+
 def _write_cache(
-    path: Path, encoding: CaptionEncoder, digests: Sequence[bytes], rows: Iterable[tuple[int, Encoding]]
+    dataset: Dataset,
+    path: Path,
+    encoding: CaptionEncoder,
+    digests: Sequence[bytes],
+    rows: Iterable[tuple[int, Encoding]],
 ) -> dict[str, Tensor]:
     """Write the file of ``save_tensors``, holding one of the numbered ``rows`` at a time, and its digest; map it."""
     row = {"texts": torch.empty(32, dtype=torch.uint8)}
@@ -202,4 +240,8 @@ def _write_cache(
         if not mapped:
             raise
         # Deleted by a takedown: this training goes on with what is mapped.
+    if read_manifest(dataset.folder).content_digest != dataset.manifest.content_digest:
+        # Images may have been taken down meanwhile. A takedown writes the manifest and then checks this folder; the
+        # order here is reversed, so that one of the two finds the file.
+        forget_encodings(dataset.folder)
     return mapped

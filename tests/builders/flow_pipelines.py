@@ -129,9 +129,8 @@ def flux(folder: Path, dev: bool = True) -> Path:
     return write_pipeline(folder, pipeline)
 
 
-def flux_2_klein(folder: Path, distilled: bool = False) -> Path:
-    torch.manual_seed(9)
-    tokenizer = qwen_tokenizer()
+def flux_2_parts(**guidance: bool) -> dict[str, Any]:
+    """Transformer, scheduler and autoencoder of both kinds of FLUX.2."""
     transformer = diffusers.Flux2Transformer2DModel(
         in_channels=16,
         num_layers=1,
@@ -141,7 +140,7 @@ def flux_2_klein(folder: Path, distilled: bool = False) -> Path:
         joint_attention_dim=48,
         timestep_guidance_channels=16,
         axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=False,
+        **guidance,
     )
     vae = diffusers.AutoencoderKLFlux2(
         latent_channels=4,
@@ -153,10 +152,15 @@ def flux_2_klein(folder: Path, distilled: bool = False) -> Path:
     )
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    return {"transformer": randomize(transformer), "scheduler": scheduler, "vae": vae}
+
+
+def flux_2_klein(folder: Path, distilled: bool = False) -> Path:
+    torch.manual_seed(9)
+    tokenizer, parts = qwen_tokenizer(), flux_2_parts(guidance_embeds=False)
     pipeline = diffusers.Flux2KleinPipeline(
-        transformer=randomize(transformer),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=vae,
+        **parts,
         text_encoder=transformers.Qwen3ForCausalLM(qwen3_config(tokenizer, 28, tie_word_embeddings=True)),
         tokenizer=tokenizer,
         is_distilled=distilled,
@@ -196,27 +200,7 @@ def pixtral_processor() -> Any:
 
 def flux_2(folder: Path) -> Path:
     torch.manual_seed(14)
-    processor = pixtral_processor()
-    transformer = diffusers.Flux2Transformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=48,
-        timestep_guidance_channels=16,
-        axes_dims_rope=(4, 4, 4, 4),
-    )
-    vae = diffusers.AutoencoderKLFlux2(
-        latent_channels=4,
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=4,
-        layers_per_block=1,
-    )
-    vae.bn.running_mean.normal_()
-    vae.bn.running_var.uniform_(0.5, 2)
+    processor, parts = pixtral_processor(), flux_2_parts()
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "head_dim": 8}
     text = {
         **sizes,
@@ -229,9 +213,7 @@ def flux_2(folder: Path) -> Path:
     vision = {**sizes, "model_type": "pixtral", "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
     config = transformers.Mistral3Config(text_config=text, vision_config=vision, image_token_index=7)
     pipeline = diffusers.Flux2Pipeline(
-        transformer=randomize(transformer),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=vae,
+        **parts,
         text_encoder=transformers.Mistral3ForConditionalGeneration(config),
         tokenizer=processor,
     )

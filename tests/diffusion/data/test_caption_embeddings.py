@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffusion.checkpoints import save_tensors
 from diffusion.common.progress import Progress, ignore_progress
+from diffusion.data import caption_embeddings
 from diffusion.data.caption_embeddings import MINI_LM, Captions, encode_texts, seconds_to_read
 from diffusion.data.caption_texts import list_texts
 from diffusion.data.dataset import Dataset
@@ -163,6 +164,47 @@ def test_damaged_caption_embeddings_are_recomputed_identically(
     assert torch.equal(read(dataset, pool).encodings["text"], expected)
     assert len(fake_encoder.read) == 6
     assert embedding_files(dataset.folder) == files
+
+
+def test_killed_encoding_goes_on_after_its_last_whole_part(
+    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, fake_encoder: FakeEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describe(source, range(20))
+    dataset, texts = ingested(source, tmp_path / "data" / "blobs"), [f"blob number {number}" for number in range(20)]
+    expected = torch.stack([FakeEncoder()(text) for text in texts])
+    monkeypatch.setattr(caption_embeddings, "PART_BYTES", 4 * 384 * 4)
+
+    def killed(what: str, done: int, total: int | None, note: str = "") -> None:
+        if done == 14:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_texts(dataset, texts, map, killed)
+    assert len(list(encodings_folder(dataset.folder).glob("*.safetensors"))) == 3
+    fake_encoder.read.clear()
+    # Meanwhile the set has grown, and lost a caption.
+    encodings, places = encode_texts(dataset, ["a new one", *texts[1:]], map)
+    assert fake_encoder.read == ["a new one", *texts[12:]]
+    assert torch.equal(encodings["text"][torch.from_numpy(places)][1:], expected[1:])
+    assert len(embedding_files(dataset.folder)) == 2
+    assert encode_texts(dataset, texts[1:], map)[1].tolist() == list(range(1, 20))
+
+
+def test_takedown_between_parts_leaves_none_of_them(
+    source: Path, tmp_path: Path, pool: ThreadPoolExecutor, fake_encoder: FakeEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = ingested(source, tmp_path / "data" / "blobs")
+    texts = [f"blob number {number}" for number in range(20)]
+    monkeypatch.setattr(caption_embeddings, "PART_BYTES", 4 * 384 * 4)
+
+    def meanwhile(what: str, done: int, total: int | None, note: str = "") -> None:
+        assert done < 10 or not [*encodings_folder(dataset.folder).glob("*.safetensors")]
+        if done == 9:
+            remove(dataset.folder, Selection(sources=["11.png"]), "consent withdrawn")
+
+    encodings, _ = encode_texts(dataset, texts, map, meanwhile)
+    assert torch.equal(encodings["text"], torch.stack([FakeEncoder()(text) for text in texts]))
+    assert not embedding_files(dataset.folder)
 
 
 def test_one_of_several_captions_is_drawn_and_the_first_without_a_draw(
