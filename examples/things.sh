@@ -1,5 +1,5 @@
 #!/bin/sh
-# Trains a model like examples/things.safetensors, in about six hours of one core:  sh examples/things.sh FOLDER
+# Trains a model like examples/things.safetensors, in about eight hours of one core:  sh examples/things.sh FOLDER
 # A stage that is there is not done again, and one that was stopped goes on. Needs npm, and the environment of the
 # checkout (source .venv/bin/activate).
 set -eu
@@ -36,9 +36,12 @@ denoise third --dataset things --set training.images=140000 --set training.learn
 denoise fourth --dataset things --set training.images=500000 --set training.learning_rate_decay=linear \
     --set training.batch_size=64 --set training.learning_rate=0.003 --set training.ema_decay=0.998 \
     --set training.init_from=runs/third/final.safetensors
+denoise fifth --dataset things --set training.images=600000 --set training.learning_rate_decay=linear \
+    --set training.batch_size=64 --set training.learning_rate=0.003 --set training.ema_decay=0.998 \
+    --set training.init_from=runs/fourth/final.safetensors
 python - <<EOF
 from pathlib import Path
 from diffusion.checkpoints import export
 from diffusion.process.samplers import sampling_config
-export(Path("runs/fourth/final.safetensors"), Path("things.safetensors"), sampling_config(guidance=3))
+export(Path("runs/fifth/final.safetensors"), Path("things.safetensors"), sampling_config(guidance=3))
 EOF
