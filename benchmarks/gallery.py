@@ -103,7 +103,7 @@ LATENT = Training(
     (f"model.autoencoder={AUTOENCODER.model}", "model.width=64", "model.channel_mult=[1,2]", "training.flip=true"),
 )
 TRAININGS = (FACES, CLOTHES, ENLARGING, PIECES, PHOTOGRAPHS, AUTOENCODER, LATENT)
-EMOJI = "examples/emoji.safetensors"
+THINGS, EMOJI = "examples/things.safetensors", "examples/emoji.safetensors"
 ENLARGED = "perched-osprey.jpg"
 """Photograph that is enlarged, of the package budgie-backgrounds."""
 PLATES = (
@@ -121,8 +121,15 @@ PLATES = (
         f"--set sampling.guidance=2 --model {FACES.model}",
     ),
     Plate(
+        "Things",
+        "A model that comes with the repository, of emoji in latents, with the guidance in its file: of each prompt "
+        "three images. It has seen few designs of a thing, so that images of one prompt are alike.",
+        "sample --count 24 --prompt car --prompt house --prompt fish --prompt 'red apple' --prompt guitar "
+        f"--prompt butterfly --prompt rocket --prompt 'blue heart' --model {THINGS}",
+    ),
+    Plate(
         "A red heart",
-        "The model that comes with the repository, of emoji and their names, with the guidance in its file. "
+        "A smaller model that comes along, of emoji and their names on pixels, with the guidance in its file. "
         "No emoji of its training set is called red heart.",
         f"sample --count 8 --prompt 'a red heart' --model {EMOJI}",
     ),

@@ -46,7 +46,7 @@ def take_studio(browser: Browser) -> None:
         "from flows.cli import main; main()",
         "ui",
         "--model",
-        str(ROOT / "examples" / "emoji.safetensors"),
+        str(ROOT / "examples" / "things.safetensors"),
     ]
     variables = os.environ | {"DARKROOM_UI_PASSWORD": password, "BROWSER": "true", "PYTHONPATH": str(ROOT)}
     variables |= {"DARKROOM_MAX_REQUEST_SECONDS": "900"}  # on a busy machine
@@ -62,7 +62,7 @@ def take_studio(browser: Browser) -> None:
             page.get_by_label("username").fill("darkroom")
             page.get_by_label("password").fill(password)
             page.get_by_role("button", name="Login").click()
-            page.get_by_label("Prompt", exact=True).locator("visible=true").first.fill("grinning face")
+            page.get_by_label("Prompt", exact=True).locator("visible=true").first.fill("a red car")
             page.get_by_role("button", name="Generate", exact=True).click()
             page.get_by_text("8 images of seed").locator("visible=true").first.wait_for()
             page.wait_for_timeout(3000)

@@ -270,7 +270,7 @@ def ui(
     On the loopback address, for the user darkroom with the password in DARKROOM_UI_PASSWORD, or one shown at the start.
     A model file needs no server, and has the tabs that generate images.
 
-    Example:  darkroom ui --model examples/emoji.safetensors
+    Example:  darkroom ui --model examples/things.safetensors
     """
     if importlib.util.find_spec("gradio") is None:
         raise UserError(f"the studio needs Gradio: {install_hint('ui')}")
