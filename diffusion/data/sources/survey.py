@@ -41,6 +41,8 @@ MIN_CROPPED = 0.15
 """Share of the pixels that cropping to squares cuts from which keeping the shapes is proposed."""
 MIN_IMAGES = 1000
 """Images below which a model mostly copies them."""
+USED_TABLES = (*METADATA_FILES, CAPTION_TABLE)
+"""Names of tables with captions that ``ingest`` reads in the folder that it is given."""
 CHECKED = 100
 """Records of a table that are compared with the files beside it."""
 
@@ -174,7 +176,8 @@ def survey(
     source = open_source(config.source, access)
     count, classes, folders, sample = _list(source)
     captions = access.captions.captions
-    table = find_captions(Path(config.source)) if not captions and Path(config.source).is_dir() else None
+    folder = Path(config.source)
+    table = find_captions(folder) or _find_beside(folder) if not captions and folder.is_dir() else None
     if not count:
         raise UserError(f"no images in {config.source}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images")
     sizes, is_coloured, digests = list[tuple[int, int]](), False, Counter[str]()
@@ -239,28 +242,41 @@ def find_captions(folder: Path) -> CaptionsTable | None:
     if any((folder / name).exists() for name in METADATA_FILES):
         return None
     tables = (*folder.glob("*.csv"), *folder.glob("*.jsonl"))
-    for path in sorted(path for path in tables if path.name != CAPTION_TABLE):
-        try:
-            with open_text(path) as lines:
-                rows = [row for row, _ in zip(records(lines, str(path)), range(CHECKED), strict=False)]
-        except UserError:
-            continue
-        columns = list(rows[0]) if rows else []
-        image = next((name for name in columns if _names_images(folder, rows, name)), None)
-        text = find_column((name for name in columns if name != image), CAPTION_COLUMNS)
-        if image is not None and text is not None:
-            return CaptionsTable(path=path, image=image, text=text, label=find_column(columns, LABEL_COLUMNS))
-    return None
+    found = (_inspect(path) for path in sorted(tables) if path.name != CAPTION_TABLE)
+    return next((table for table in found if table is not None), None)
 
 
-def _names_images(folder: Path, rows: list[dict[str, object]], column: str) -> bool:
+def _find_beside(folder: Path) -> CaptionsTable | None:
+    """Find a table that ``ingest`` reads beside ``folder``, and that names images in it."""
+    paths = [path for name in USED_TABLES if (path := folder.resolve().parent / name).is_file()]
+    return next((table for path in paths if (table := _inspect(path, f"{folder.resolve().name}/"))), None)
+
+
+def _inspect(path: Path, prefix: str = "") -> CaptionsTable | None:
+    """Find the columns of a table with captions of images that lie beside it, their names beginning with ``prefix``."""
+    try:
+        with open_text(path) as lines:
+            rows = [row for row, _ in zip(records(lines, str(path)), range(CHECKED), strict=False)]
+    except UserError:
+        return None
+    columns = list(rows[0]) if rows else []
+    image = next((name for name in columns if _names_images(path.parent, rows, name, prefix)), None)
+    text = find_column((name for name in columns if name != image), CAPTION_COLUMNS)
+    if image is None or text is None:
+        return None
+    return CaptionsTable(path=path, image=image, text=text, label=find_column(columns, LABEL_COLUMNS))
+
+
+def _names_images(folder: Path, rows: list[dict[str, object]], column: str, prefix: str) -> bool:
     names = [name for row in rows if isinstance(name := row.get(column), str) and name and "\0" not in name]
-    file_count = sum((folder / name).is_file() for name in names if len(name) < 256)
+    file_count = sum((folder / name).is_file() for name in names if len(name) < 256 and name.startswith(prefix))
     return file_count > 0 and 2 * file_count >= len(rows)
 
 
 def describe_table(table: CaptionsTable) -> str:
     """Describe what ``table`` probably is, and how to use it."""
+    if table.path.name in USED_TABLES:
+        return f"{table.path} has captions of these images: give its folder, `darkroom init {table.path.parent}`"
     return (
         f"{table.path.name} probably has their captions ({table.image} = file_name, {table.text} = text), but only "
         f"metadata.csv and captions.csv are read: `darkroom init {table.path.parent} --write-metadata` writes it"

@@ -138,6 +138,16 @@ def test_table_of_captions_becomes_metadata_on_request(run: CommandLine, caption
     run("init", str(captioned), "--write-metadata", code=2)
 
 
+def test_captions_beside_the_folder_that_is_named_are_pointed_at(run: CommandLine, captioned: Path) -> None:
+    beside = captioned.with_name("captions.csv")
+    beside.write_text(f"file_name,caption\n{captioned.name}/0.png,a blob\n")
+    (captioned / "prompts.csv").unlink()
+    assert str(beside) in run("init", str(captioned))
+    Path("params.yaml").unlink()
+    beside.write_text("file_name,caption\nelsewhere/0.png,a blob\n")
+    assert str(beside) not in run("init", str(captioned))
+
+
 def test_captions_that_are_written_later_are_learned(run: CommandLine, captioned: Path) -> None:
     run("init", str(captioned), "--dataset", "blobs")  # which advises to give the next command
     run("init", str(captioned), "--write-metadata")
