@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from diffusion.common.image_grids import to_pil_image
 
 COMPONENTS = 64
 ROUNDS = 40
-AT_ONCE = 8192
 
 
 def principal_components(images: Tensor) -> Tensor:
@@ -27,17 +27,6 @@ def principal_components(images: Tensor) -> Tensor:
     pixels -= pixels.mean(0)
     _, _, directions = torch.svd_lowrank(pixels, COMPONENTS, niter=4)
     return pixels @ directions
-
-
-def cluster(features: Tensor, clusters: int) -> Tensor:
-    """Number each of the ``features`` (N, D) by its cluster, from Lloyd's iteration: (N,) int64."""
-    centers = features[torch.randperm(len(features))[:clusters]]
-    for _ in range(ROUNDS):
-        numbers = torch.cat([torch.cdist(part, centers).argmin(1) for part in torch.split(features, AT_ONCE)])
-        counts = torch.bincount(numbers, minlength=clusters)
-        sums = torch.zeros_like(centers).index_add_(0, numbers, features)
-        centers = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], centers)
-    return numbers
 
 
 def main() -> None:
@@ -49,7 +38,9 @@ def main() -> None:
 
     torch.manual_seed(0)
     images = torch.from_numpy(np.load(args.images))
-    for row, number in enumerate(cluster(principal_components(images), args.clusters).tolist()):
+    features = principal_components(images).numpy()
+    _, numbers = kmeans2(features, args.clusters, ROUNDS, minit="points", seed=0)
+    for row, number in enumerate(numbers.tolist()):
         folder = args.folder / f"{number:03d}"
         folder.mkdir(parents=True, exist_ok=True)
         to_pil_image(images[row]).save(folder / f"{row:06d}.png", compress_level=1)

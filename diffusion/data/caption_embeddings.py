@@ -140,7 +140,7 @@ def seconds_to_read(dataset: Dataset, texts: Sequence[str], threads: int, encodi
 def _encode_missing(
     texts: Sequence[str], missing: Sequence[int], fan_out: FanOut, progress: Progress, encoding: CaptionEncoder
 ) -> Iterator[tuple[int, Encoding]]:
-    """Encode the ``texts`` with the numbers ``missing``, as they are asked for."""
+    """Encode the ``texts`` with the numbers ``missing``, a chunk at a time."""
     step, done = min(MAX_CHUNK, max(len(missing) // MIN_CHUNKS, 1)), 0
     chunks = [missing[start : start + step] for start in range(0, len(missing), step)]
     encode = partial(_encode, NetworkWork.here(encoding.load, encoding.device))
@@ -179,7 +179,7 @@ def _read_cached(path: Path, digests: Sequence[bytes]) -> tuple[dict[str, Tensor
 
 
 def _rows_of(cached: Iterable[tuple[Mapping[str, Tensor], np.ndarray]]) -> Iterator[tuple[int, Encoding]]:
-    """Number and encoding of each text that is in one of the ``cached`` files, of which each has its own places."""
+    """Yield number and encoding of each text in one of the ``cached`` files, which have places of their own."""
     for tensors, places in cached:
         names = [name for name in tensors if name.startswith(ENCODED)]
         for number in np.flatnonzero(places >= 0).tolist():
