@@ -73,7 +73,8 @@ class DiffusionModel(Model):
         if batch.edit is not None:
             if self.header.student_steps is not None:
                 # With few levels all strengths would be the same.
-                sigmas = config.with_changes({"steps": max(config.steps, EDIT_STEPS)}).sigma_grid(self.schedule)
+                config = config.with_changes({"steps": max(config.steps, EDIT_STEPS), "eta": 1})
+                sigmas = config.sigma_grid(self.schedule)
             return run_edit(self, batch.edit, denoise, sigmas, batch, config)
         denoise = ReportingDenoiser(denoise, sigmas, batch.report_steps)
         return to_uint8(self.decode(config.run(denoise, sigmas, batch.noise, self.start(batch.conditioning))))

@@ -144,15 +144,18 @@ class ModelHeader(Config):
 
         Raises UserError if the sampler is one for students, and this is none.
         """
-        is_consistency = config.sampler == "consistency"
-        if self.student_steps is not None and not is_consistency:
+        is_consistency, student = config.sampler == "consistency", self.training.get("student") or {}
+        if student and not is_consistency:
             options = config.model_dump(include={"sigma_max", "low_resolution_noise", *COMPUTING})
-            return sampling_config(**options, sampler="consistency", steps=self.student_steps)
-        if self.student_steps is None and is_consistency:
+            config = sampling_config(**options, sampler="consistency", steps=self.student_steps)
+        if student:
+            unset = getattr(config, "eta", None) is None and student.get("landing") is not None
+            return config.with_changes({"eta": 0}) if unset else config
+        if is_consistency:
             raise UserError("sampling.sampler = consistency is for students (darkroom distill): use another one")
         if self.model.needs_own_scheduler:
             config = with_sampler(config, "scheduler")
         is_set = config.guidance is not None or config.autoguidance is not None
-        if is_set or is_consistency or not (conditional or self.autoguidance is not None):
+        if is_set or not (conditional or self.autoguidance is not None):
             return config
         return config.with_changes({name: getattr(self, name) for name in GUIDANCE_OPTIONS})

@@ -44,6 +44,9 @@ class StudentConfig(Config):
 
     steps: int = Field(ge=1, le=8)
     """Network evaluations in which it generates."""
+    landing: float | None = Field(None, gt=0, exclude_if=is_unset)
+    """Noise level σ to which evaluations above it lead, while those below it lead to the image (multistep consistency
+    models, arXiv 2403.06807). Null: all lead to the image."""
     guidance: float | None = Field(None, ge=0, le=1000, exclude_if=is_unset)
     """Scale of guidance of the teacher, which the student learns to need no more. Null: none."""
     guidance_interval: tuple[float, float] | None = Field(None, exclude_if=is_unset)

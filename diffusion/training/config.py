@@ -1,5 +1,6 @@
 """The section ``training``. Every schedule counts images seen, so it is independent of batch size and resumption."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,6 +15,7 @@ from diffusion.families.adapters import AdapterConfig
 from diffusion.families.base import BaseFamilyConfig
 from diffusion.process.config import NOT_WITH_ADAPTER, ObjectiveConfig
 from diffusion.process.samplers import SamplingConfig
+from diffusion.process.samplers.consistency import last_level
 
 if TYPE_CHECKING:
     from diffusion.families.header import ModelHeader
@@ -299,7 +301,7 @@ def student_training(
 
     The rest is as in ``training``; the teacher is guided as it samples where ``sampling`` is configured.
     """
-    sampling = header.sampling(sampling)
+    sampling, shape = header.sampling(sampling), header.latents.shape if header.latents else header.square
     names = ("guidance", "guidance_interval") if sampling.guides else ("autoguidance",) if sampling.autoguides else ()
     fields = {
         "init_from": teacher,
@@ -309,7 +311,11 @@ def student_training(
         # Prodigy would need a rate of 1.
         "optimizer": "muon" if training.optimizer == "prodigy" else training.optimizer,
         "warmup_images": min(training.warmup_images, config.images // 10),
-        "student": {"steps": config.steps} | {name: getattr(sampling, name) for name in names},
+        "student": {
+            "steps": config.steps,
+            "landing": last_level(math.prod(shape)) if config.steps > 1 else None,
+            **{name: getattr(sampling, name) for name in names},
+        },
         "guide": None,
         "mask": None,
     }

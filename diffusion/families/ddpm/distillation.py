@@ -4,6 +4,11 @@ The student begins with the teacher's weights and is tuned to be consistent (eas
 the same image with the same noise it predicts at σ what it predicts itself at a lower level, and without noise the
 image as it is. The two levels are far apart at first, which is denoising, and move together. Guidance of the teacher
 shifts the image, so that the student generates what the guided teacher does without being guided.
+
+A student of several evaluations lands in between (multistep consistency models, 2403.06807): above a level s it learns
+to reach the noisy image at s, from which its last evaluation goes on to the image. Estimates x̂ stand for where they
+land, x̂ + s/σ (x − x̂), so that the target at σ is a mixture of the estimate at the lower level ρ, with the weight
+(1 − s/ρ) / (1 − s/σ), and the image itself.
 """
 
 import math
@@ -60,8 +65,13 @@ class ConsistencyObjective(TrainingObjective):
         highest = math.sqrt(schedule.values)
         sigma = highest / 28 * (LOG_SIGMA_STD * torch.special.ndtri(u.double())).exp()
         sigma = sigma.clamp(2 * float(schedule.sigmas[0]), min(highest, float(schedule.sigmas[-1])))
-        gap = FIRST_GAP * (LAST_GAP / FIRST_GAP) ** progress.double()
-        return TrainingBatch(x0, conditioning, random | {"sigma": sigma, "lower": sigma * (1 - gap)})
+        lower = sigma * (1 - FIRST_GAP * (LAST_GAP / FIRST_GAP) ** progress.double())
+        assert self.config.student is not None
+        if (landing := self.config.student.landing) is not None:
+            end = torch.where(sigma > landing, landing, 0.0)
+            lower = torch.maximum(lower, end)
+            random["share"] = (1 - end / lower) / (1 - end / sigma)
+        return TrainingBatch(x0, conditioning, random | {"sigma": sigma, "lower": lower})
 
     def losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
         """Compute the pseudo-Huber distance of each image's two estimates, weighted by 1/σ + 1/σ_data."""
@@ -75,6 +85,8 @@ class ConsistencyObjective(TrainingObjective):
             x = x0 + broadcast_to_images(x0, sigma) * random["noise"]
             x0 = x0 + self._shift(x, sigma, conditioning)
             target = student(x0 + broadcast_to_images(x, lower_sigma / sigma) * (x - x0), lower_sigma).float()
+            if (share := random.get("share")) is not None:
+                target = x0 + broadcast_to_images(x0, share) * (target - x0)
         # Before 2.11, PyTorch uses weights again that it cast to bfloat16 without gradients.
         torch.clear_autocast_cache()
         estimate = student(x, sigma).float()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from diffusion.common.config import is_unset
 from diffusion.process.samplers.base import BaseSampling, Denoise, Noise
 
 if TYPE_CHECKING:
@@ -16,15 +17,29 @@ if TYPE_CHECKING:
     from diffusion.process.schedules import NoiseSchedule
 
 LAST_LEVEL = 1.6
-"""Noise level of a student's last evaluation of two; of more it is 4/steps, if that is less. Measured on digits."""
+"""Noise level of a student's last evaluation. Measured on digits."""
 
 
-def consistency(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Tensor:
-    """Multistep consistency sampling: each estimate is noised to the next level (arXiv 2303.01469, algorithm 1)."""
+def last_level(values: int) -> float:
+    """Compute the noise level of the last evaluation of images of ``values`` C·H·W."""
+    from diffusion.process.schedules import resolution_scale
+
+    return LAST_LEVEL * resolution_scale(values)
+
+
+def consistency(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, eta: float | None = None) -> Tensor:
+    """Multistep consistency sampling: each estimate is noised to the next level (arXiv 2303.01469, algorithm 1).
+
+    ``eta`` of the noise is new, and the rest what the estimate leaves of it, as in DDIM; None: all is new.
+    """
+    share = 1 if eta is None else eta
     for sigma, next_sigma in pairwise(sigmas):
-        x = denoise(x, sigma)
-        if next_sigma > 0:
-            x = x + float(next_sigma) * noise()
+        estimate = denoise(x, sigma)
+        if next_sigma == 0:
+            return estimate
+        level = float(next_sigma)
+        kept = math.sqrt(1 - share**2) * level / float(sigma) * (x - estimate) if share < 1 else 0
+        x = estimate + kept + (level * share * noise() if share > 0 else 0)
     return x
 
 
@@ -37,20 +52,21 @@ class ConsistencySampling(BaseSampling):
     steps: int = Field(2, ge=1, le=10_000)
     """Number of network evaluations, one at each noise level."""
     sigma_min: float | None = Field(None, gt=0)
-    """Lowest σ, at which the last evaluation starts, if there are two or more. Null: 1.6, or 4/steps if that is less,
-    and more for images of more than 3×32×32 values."""
+    """Lowest σ, at which the last evaluation starts, if there are two or more. Null: 1.6, or with new noise 4/steps if
+    that is less, and more for images of more than 3×32×32 values."""
+    eta: float | None = Field(None, ge=0, le=1, exclude_if=is_unset)
+    """Share of each level's noise that is new; 0 is for students whose evaluations lead to the next level. Null: as the
+    student was distilled."""
 
     def sigma_grid(self, schedule: NoiseSchedule) -> Tensor:
         """Build the noise levels of the evaluations and 0, (steps + 1,) float64, falling geometrically."""
         import torch
 
-        from diffusion.process.schedules import resolution_scale
-
         # Students know no higher levels, whatever the schedule has.
         highest = min(math.sqrt(schedule.values), float(schedule.sigmas[-1]))
         if isinstance(self.sigma_max, float):
             highest = min(highest, self.sigma_max)
-        lowest = min(LAST_LEVEL, 4 / self.steps) * resolution_scale(schedule.values)
+        lowest = last_level(schedule.values) * (1 if self.eta == 0 else min(1, 4 / self.steps / LAST_LEVEL))
         first, last, end = schedule.sigma_grid(2, highest, self.sigma_min or min(lowest, highest / 2))
         levels = first * (last / first) ** torch.linspace(0, 1, self.steps, dtype=torch.float64)
         return torch.cat([levels, end[None]])

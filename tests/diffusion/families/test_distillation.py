@@ -26,6 +26,7 @@ from diffusion.generation.generate import sample
 from diffusion.generation.requests import answer, sampling_of
 from diffusion.process.config import StudentConfig
 from diffusion.process.samplers import sampling_config, with_sampler
+from diffusion.process.samplers.consistency import last_level
 from diffusion.process.schedules import edm_schedule, make_schedule
 from diffusion.training.config import DistillationConfig, TrainingConfig, student_training
 from diffusion.training.train import TrainResult, train
@@ -67,6 +68,27 @@ def test_consistency_sampling_of_gaussian_data_is_exact_in_any_steps(steps: int)
     # The start, σ ε, lacks the data's own variance.
     assert images.std().item() == pytest.approx(spread, rel=0.02)
     assert images.mean().item() == pytest.approx(0, abs=0.02)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4])
+def test_evaluations_that_land_on_the_last_level_need_no_new_noise(steps: int) -> None:
+    """Of N(0, s²) data the function that leads from σ to the last level, and from there to the image, is known."""
+    spread, config = 0.5, sampling_config(sampler="consistency", steps=steps, eta=0)
+    sigmas, noise = config.sigma_grid(edm_schedule(1000)), noises(0, 4000)
+    landing = sigmas[-2]
+    assert landing == pytest.approx(last_level(28 * 28))
+
+    def exact(x: Tensor, sigma: Tensor) -> Tensor:
+        end = landing if sigma > landing else torch.zeros(())
+        landed = x * float(((end**2 + spread**2) / (sigma**2 + spread**2)).sqrt())
+        return (landed - float(end / sigma) * x) / (1 - float(end / sigma))
+
+    start = noises(0, 4000)() * float(sigmas[0])
+    images = config.run(exact, sigmas, noise)
+    expected = start * spread / math.sqrt(float(sigmas[0]) ** 2 + spread**2)
+    if steps == 2:  # more evaluations go past levels in between, on straight lines
+        torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
+    assert images.std().item() == pytest.approx(spread, rel=0.15)
 
 
 @pytest.mark.parametrize(("steps", "last"), [(2, 1.6), (3, 4 / 3), (4, 1), (8, 0.5)])
@@ -123,7 +145,10 @@ def test_student_samples_as_distilled_unless_a_request_says_otherwise(
         None,
         8,
     )
-    assert sampling_of(model, make_request({"task": "sample", "steps": 4}), configured).steps == 4
+    more = sampling_of(model, make_request({"task": "sample", "steps": 4}), configured)
+    assert (more.steps, more.model_dump()["eta"], sampling.model_dump()["eta"]) == (4, 0, 0)
+    of_new_noise = sampling_config(sampler="consistency", eta=1)
+    assert sampling_of(model, make_request({"task": "sample"}), of_new_noise).model_dump()["eta"] == 1
     with pytest.raises(UserError):
         sampling_of(load_model(teacher), make_request({"task": "sample"}), sampling_config(sampler="consistency"))
 
@@ -166,6 +191,31 @@ def test_a_student_is_not_taken_beyond_black_and_white(dataset: Path, teacher: P
     expected = ((apart**2 + 1e-6).sqrt() - 1e-3) * (1 / sigma + 1 / header.sigma_data)
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-6)
     assert losses[apart == 0].max().item() == 0
+
+
+def test_the_target_of_a_student_that_lands_is_a_mixture_with_the_image(teacher: Path) -> None:
+    """An error of 0.1 at the lower level counts the less the nearer that is to where the student lands."""
+    model = load_model(teacher)
+    assert isinstance(model, DiffusionModel)
+    header = model.header.model_copy(update={"model": MODEL.model_copy(update={"prediction": "sample"})})
+    config = CONFIG.model_copy(update={"student": StudentConfig(steps=STEPS, landing=1.6)})
+    objective = ConsistencyObjective(config, replace(model, header=header), header, 320)
+    x0 = torch.full((64, *model.noise_shape), 0.3)
+    batch = objective.make_batch(x0, range(64), {})
+    sigma, lower = batch.random["sigma"], batch.random["lower"]
+    assert (lower[sigma > 1.6] >= 1.6).all()
+    assert (lower < sigma).all()
+    off = torch.where(sigma > 1.6, (1 - 1.6 / lower) / (1 - 1.6 / sigma), torch.ones(()))
+
+    class Given(nn.Module):
+        """Is right at the higher levels, and wrong by 0.1 at the lower ones."""
+
+        def forward(self, x: Tensor, t: Tensor, **_: object) -> Tensor:
+            return torch.full_like(x, 0.3 if torch.equal(t, model.schedule.time(sigma)) else 0.4)
+
+    losses = objective.losses(Given(), batch).double()
+    expected = (((0.1 * off) ** 2 + 1e-6).sqrt() - 1e-3) * (1 / sigma + 1 / header.sigma_data)
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_each_weight_of_a_student_has_a_gradient_in_bfloat16(dataset: Path, teacher: Path) -> None:

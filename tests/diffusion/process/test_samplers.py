@@ -227,7 +227,7 @@ def test_multistep_samplers_come_nearer_in_as_many_evaluations() -> None:
     [
         (
             {"sampler": "ddpm", "eta": 0.5},
-            "sampling.eta means nothing to sampler = ddpm: use ddim or dpmpp_2m_sde, or leave",
+            "sampling.eta means nothing to sampler = ddpm: use ddim or dpmpp_2m_sde or consistency, or",
         ),
         ({"sampler": "unipc", "eta": 0.0}, "sampling.eta means nothing to sampler = unipc"),
         ({"sampler": "ddim", "churn": {"amount": 4}}, "sampling.churn means nothing to sampler = ddim: use euler"),
