@@ -172,7 +172,7 @@ def darkroom(workspace: Path, *verb: str, words: Sequence[str] = ()) -> dict[str
     return result
 
 
-def workspace_of(scratch: Path, source: Path | None, size: int, clusters: int | None) -> Path:
+def workspace_of(scratch: Path, source: Path | None, size: int, clusters: int | None = None) -> Path:
     """A workspace with the images of ``source``, and all of them in one array for the peers; None: Fashion-MNIST.
 
     ``clusters`` is how many classes images without a label get.
