@@ -172,19 +172,13 @@ def darkroom(workspace: Path, *verb: str, words: Sequence[str] = ()) -> dict[str
     return result
 
 
-def workspace_of(scratch: Path, source: Path | None, size: int, clusters: int | None = None) -> Path:
-    """A workspace with the images of ``source``, and all of them in one array for the peers; None: Fashion-MNIST.
-
-    ``clusters`` is how many classes images without a label get.
-    """
-    name = f"{source.stem}-{size}{f'-{clusters}' if clusters else ''}" if source else ""
-    workspace = scratch / name if source else prepare(scratch, "32 px grey").parents[1]
+def workspace_of(scratch: Path, source: Path | None, size: int) -> Path:
+    """A workspace with the images of ``source``, and all of them in one array for the peers; None: Fashion-MNIST."""
+    workspace = scratch / f"{source.stem}-{size}" if source else prepare(scratch, "32 px grey").parents[1]
     if source and not (workspace / "data").exists():
         workspace.mkdir(parents=True, exist_ok=True)
         (workspace / "params.yaml").write_text("training:\n  dataset: images\n")
         darkroom(workspace, "ingest", "--local", words=[f"ingest.source={source.resolve()}", f"ingest.size={size}"])
-        if clusters:
-            darkroom(workspace, "data", "curate", "--local", "--clusters", str(clusters))
     if not (workspace / "images.npy").is_file():
         dataset = Dataset.open(workspace / "data" / "images")
         np.save(workspace / "images.npy", dataset.images(np.arange(len(dataset))).numpy())
@@ -197,7 +191,6 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
     parser.add_argument("--images", type=Path, help="a source to train on; default: Fashion-MNIST, padded to 32×32")
     parser.add_argument("--size", type=int, default=64, help="of its images")
-    parser.add_argument("--clusters", type=int, help="classes of its images that have no label")
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--samples", type=int, default=2048)
     parser.add_argument("--seeds", type=int, default=3)
@@ -207,7 +200,7 @@ def main() -> None:
     parser.add_argument("--image", type=Path, help="where to draw the curve over minutes (PNG), and NAME_grids")
     args = parser.parse_args()
 
-    workspace = workspace_of(args.scratch, args.images, args.size, args.clusters)
+    workspace = workspace_of(args.scratch, args.images, args.size)
     contestants: list[Contestant] = [Darkroom(args.name, workspace, tuple(args.set))]
     if args.trainers_python:
         contestants += [Peer(name, workspace, args.trainers_python) for name in args.peers]

@@ -25,7 +25,6 @@ from diffusion.common.escaping import pluralize
 from diffusion.common.extensions import extension_versions
 from diffusion.common.files import digest_of, make_folder, sha256_file, write_json
 from diffusion.common.progress import Progress, ignore_progress
-from diffusion.curation.clusters import add_clusters, label_by_clusters
 from diffusion.curation.config import CurationConfig, SemanticCalibration, Verdict
 from diffusion.curation.lists import Label, ListChange, ListOutcome, change_lists, decide_by_lists
 from diffusion.curation.measures import Measurements, extractor_of, measure, read_images
@@ -199,7 +198,6 @@ def decide(
         )
         text = f"(at most {semantic.limit:.4g})"
         drop_copies(semantic, "semantic_duplicates", verdict, lambda row, _: f"distance {distances[row]:.3g} {text}")
-    image_labels = label_by_clusters(measurements, image_labels, lists)
     return Decision(reasons, leader_keys, image_labels, columns, near, semantic, calibration)
 
 
@@ -277,11 +275,7 @@ def curate(
                 return _result(folder, before, None, changed=False)
         require_whole(folder, before, without_shards=remote is not None)
         lists, outcome = change_lists(folder, before, change) if change else (read_lists(folder, before), None)
-        clusters = bool(change and change.clusters) or any(each.about.kind == "clusters" for each in lists)
-        sections = config, evaluation, make_fan_out(ingest)
-        measurements = measure(folder, before, *sections, progress, clusters=clusters, remote=remote)
-        if change is not None and change.clusters is not None:
-            outcome = add_clusters(measurements, lists, change)
+        measurements = measure(folder, before, config, evaluation, make_fan_out(ingest), progress, remote=remote)
         decision = decide(folder, before, measurements, config, evaluation, lists, progress)
         if decision.calibration is not None and (warning := decision.calibration.warning) is not None:
             logger.warning("%s", warning)

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 from pydantic import Field
@@ -21,7 +21,7 @@ from pydantic import Field
 from diffusion.common.config import Config, PlainName
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
-from diffusion.data.manifest import STORED, ImageList, ListKind, Manifest, versions
+from diffusion.data.manifest import STORED, ImageList, Manifest, versions
 from diffusion.data.sources.base import MAX_CHARACTERS
 from diffusion.data.sources.caption_files import to_text
 from diffusion.data.sources.conventions import make_printable, records
@@ -47,11 +47,10 @@ class ListChange(Config):
     """A change of the lists of a data set."""
 
     name: PlainName
-    kind: ListKind = "drop"
-    table: Path | None = None
-    """Table (.csv, .jsonl, .parquet) to be recorded as the list, instead of an earlier one of its name."""
-    clusters: int | None = Field(None, ge=2, le=10_000)
-    """Number of clusters whose exemplars are to be recorded; None, without a table: the list is withdrawn."""
+    kind: Literal["drop", "label"] = "drop"
+    table: Path | None
+    """Table (.csv, .jsonl, .parquet) to be recorded as the list, instead of an earlier one of its name; None: the list
+    is withdrawn."""
 
 
 class ListOutcome(Config):
@@ -80,8 +79,6 @@ class ListOutcome(Config):
             ("of no image", self.unknown_count, self.unknown),
             ("of several images", self.ambiguous_count, self.ambiguous),
         )
-        if self.recorded.kind == "clusters":
-            return [f"list       {self.recorded.line}"]
         return [
             f"list       {self.recorded.line}, by column {self.column or 'without a name'}",
             *([f"  names below {roots}"] if len(self.roots) > 1 else []),
@@ -114,18 +111,15 @@ class _Row(NamedTuple):
     text: str
 
 
-def change_lists(folder: Path, manifest: Manifest, change: ListChange) -> tuple[list[ListedImages], ListOutcome | None]:
+def change_lists(folder: Path, manifest: Manifest, change: ListChange) -> tuple[list[ListedImages], ListOutcome]:
     """Return the lists of the data set in ``folder`` after ``change``, unwritten, and what became of that list.
 
-    A list that is recorded again, with the same images, stays as it is. Clusters are left to ``add_clusters``, which
-    needs measures: None became of them yet.
+    A list that is recorded again, with the same images, stays as it is.
 
     Raises UserError for a table that cannot be read, is too large or names no image, and for a list to be withdrawn
     that no version had.
     """
     lists = read_lists(folder, manifest)
-    if change.clusters is not None:
-        return lists, None
     if change.table is None:
         if all(change.name not in [each.name for each in version.lists or ()] for version in versions(folder)):
             known = ", ".join(each.about.name for each in lists) or "none"
@@ -144,9 +138,17 @@ def change_lists(folder: Path, manifest: Manifest, change: ListChange) -> tuple[
             f"{change.table}: none of {pluralize(len(rows), 'row')} names an image of data set {folder.name} by its "
             f"{column or 'first column'} ({', '.join(unmatched[:3])}): its names are like {example!r}"
         )
+    listed = ListedImages.make(change.name, change.kind, datetime.now(UTC).date().isoformat(), len(unmatched), images)
+    names = [each.about.name for each in lists]
+    if change.name not in names:
+        lists.append(listed)
+    else:
+        earlier = lists[place := names.index(change.name)]
+        is_same = (earlier.about.kind, earlier.about.table) == (listed.about.kind, listed.about.table)
+        lists[place] = listed = earlier if is_same else listed
     return lists, ListOutcome(
         name=change.name,
-        recorded=put_list(lists, change, images, len(unmatched)),
+        recorded=listed.about,
         column=column,
         roots=dict(roots.most_common()),
         unknown_count=len(unknown),
@@ -156,26 +158,8 @@ def change_lists(folder: Path, manifest: Manifest, change: ListChange) -> tuple[
     )
 
 
-def put_list(
-    lists: list[ListedImages], change: ListChange, images: Mapping[str, tuple[str, str]], unmatched: int = 0
-) -> ImageList:
-    """Put the list of ``images`` into ``lists``, instead of one of its name unless that is the same; returns it."""
-    listed = ListedImages.make(change.name, change.kind, datetime.now(UTC).date().isoformat(), unmatched, images)
-    names = [each.about.name for each in lists]
-    if change.name not in names:
-        lists.append(listed)
-        return listed.about
-    earlier = lists[place := names.index(change.name)]
-    is_same = (earlier.about.kind, earlier.about.table) == (listed.about.kind, listed.about.table)
-    lists[place] = listed = earlier if is_same else listed
-    return listed.about
-
-
 def decide_by_lists(images: pa.Table, lists: Sequence[ListedImages]) -> tuple[list[str | None], list[Label]]:
-    """Return why lists drop each of ``images``, None: none does, and its label; the last list with a label counts.
-
-    Not the labels of clusters.
-    """
+    """Return why lists drop each of ``images``, None: none does, and its label; the last list with a label counts."""
     rows = images.select(["key", "source_sha256", *Label._fields]).to_pylist()
     reasons: list[str | None] = [None] * len(rows)
     labels = [Label(row["given_label"] if row["labelled_by"] else row["label"], None, None) for row in rows]
@@ -186,7 +170,7 @@ def decide_by_lists(images: pa.Table, lists: Sequence[ListedImages]) -> tuple[li
                 continue
             if each.about.kind == "drop":
                 reasons[place] = reasons[place] or f"list {name}: {text}"
-            elif each.about.kind == "label":
+            else:
                 before = labels[place]
                 labels[place] = Label(text, name, before.given_label if before.labelled_by else before.label)
     return reasons, labels

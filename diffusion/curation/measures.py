@@ -305,12 +305,10 @@ def measure(
     progress: Progress,
     *,
     everything: bool = False,
-    clusters: bool = False,
     remote: RemoteDataset | None = None,
 ) -> Measurements:
     """Measure what the rules of ``config`` need, or ``everything`` that they could, of all images of ``manifest``.
 
-    And what ``clusters`` need.
     Tables of measured shards are reused. ``remote`` has the shards that are not in ``folder``. Raises UserError for a
     shard that is missing or damaged, and for a network that is unavailable or does not fit.
     """
@@ -322,7 +320,7 @@ def measure(
         measures.append(PixelMeasures())
     if everything or config.compares_features:
         measures.append(Features(evaluation))
-    if everything or clusters or config.semantic_duplicates is not None:
+    if everything or config.semantic_duplicates is not None:
         measures.append(SmallImages())
     if config.nsfw is not None and (everything or config.max_nsfw is not None):
         measures.append(NsfwScores.from_model(config.nsfw))

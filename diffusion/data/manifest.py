@@ -112,15 +112,11 @@ class Part(Config):
     """Data set that it was merged from; None: it is the data set's own."""
 
 
-ListKind = Literal["drop", "label", "clusters"]
-
-
 class ImageList(Config):
     """Images that a table of another tool named, to be dropped or to have another label until it is withdrawn."""
 
     name: PlainName
-    kind: ListKind
-    """``clusters``: the images are exemplars, whose labels the images without one get."""
+    kind: Literal["drop", "label"]
     table: FileEntry
     """Parquet table of ``key`` and ``source_sha256`` of each image, and ``text``: the reason or the label."""
     date: str = Field(pattern=r"^\d{4}-\d\d-\d\d$")
@@ -139,8 +135,8 @@ class ImageList(Config):
     @property
     def line(self) -> str:
         """Describe the list in a line."""
-        verb = {"drop": "drops", "label": "labels", "clusters": "labels others by"}[self.kind]
-        count = pluralize(self.images, "exemplar" if self.kind == "clusters" else "image")
+        verb = "drops" if self.kind == "drop" else "labels"
+        count = pluralize(self.images, "image")
         rest = f", {pluralize(self.unmatched, 'row')} unmatched" if self.unmatched else ""
         return f"{self.name} {verb} {count} since {self.date}{rest} ({self.table.sha256[:12]})"
 

@@ -46,10 +46,7 @@ def curate(
     ] = None,
     drop: Annotated[Path | None, Option(metavar="TABLE", help=f"Drop the images in this table, {TABLE}.")] = None,
     label: Annotated[Path | None, Option(metavar="TABLE", help=f"Label images as in this table, {TABLE}.")] = None,
-    clusters: Annotated[
-        int | None, Option(min=2, metavar="N", help="Label images without a label as N clusters of similar ones.")
-    ] = None,
-    name: Annotated[str | None, Option(help="Name of the list; default: the table's without extension.")] = None,
+    name: Annotated[str | None, Option(help="Name of the list; default: the table's, without its extension.")] = None,
     withdraw: Annotated[str | None, Option(metavar="NAME", help="Undo what this list changed.")] = None,
     local: Local = False,
 ) -> CommandOutput:
@@ -61,10 +58,8 @@ def curate(
     Example:  darkroom data curate --dataset faces --report curation.html
 
     Example:  darkroom data curate --dataset faces --drop blurred.csv
-
-    Example:  darkroom data curate --dataset faces --clusters 100
     """
-    change = _list_change(drop, label, clusters, name, withdraw)
+    change = _list_change(drop, label, name, withdraw)
     if report is not None:
         if dry_run or local or change:
             raise UserError("--report only writes a page: leave --dry-run, --local and lists out")
@@ -84,27 +79,22 @@ def curate(
     return CommandOutput(value, [*outcome.result.lines(), f"report: {outcome.report}"])
 
 
-def _list_change(
-    drop: Path | None, label: Path | None, clusters: int | None, name: str | None, withdraw: str | None
-) -> "ListChange | None":
+def _list_change(drop: Path | None, label: Path | None, name: str | None, withdraw: str | None) -> "ListChange | None":
     """List that the options record or withdraw; None without any of them."""
-    options = {"drop": drop, "label": label, "clusters": clusters, "withdraw": withdraw}
-    given = [option for option, value in options.items() if value is not None]
-    if len(given) > 1:
-        raise UserError("--drop, --label, --clusters and --withdraw change one list at a time: give one of them")
-    if name is not None and given in ([], ["withdraw"]):
-        raise UserError("--name names the list of --drop, --label or --clusters: give one of them, or leave it out")
-    if not given:
+    table = drop or label
+    if sum(option is not None for option in (drop, label, withdraw)) > 1:
+        raise UserError("--drop, --label and --withdraw change one list at a time: give one of them")
+    if name is not None and table is None:
+        raise UserError("--name names the list of --drop or --label: give one of them, or leave it out")
+    if table is None and withdraw is None:
         return None
     from pydantic import ValidationError
 
     from diffusion.curation.lists import ListChange
 
     try:
-        table = drop or label
-        list_name = withdraw or name or (table.stem if table else "clusters")
-        kind = "drop" if withdraw else given[0]
-        return ListChange.model_validate({"name": list_name, "kind": kind, "table": table, "clusters": clusters})
+        list_name = withdraw or name or (table.stem if table else "")
+        return ListChange(name=list_name, kind="label" if label else "drop", table=table)
     except ValidationError as error:
         raise UserError(describe_validation_error(error.errors()[0], f"--name {list_name}")) from error
 

@@ -4,13 +4,14 @@ import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffusion.common.errors import ConflictError
 from diffusion.common.files import sha256_bytes, write_bytes
-from diffusion.data.manifest import FileEntry, ImageList, ListKind, Manifest, find_intact
+from diffusion.data.manifest import FileEntry, ImageList, Manifest, find_intact
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "source_sha256", "text")])
 
@@ -28,7 +29,7 @@ class ListedImages:
     def make(
         cls,
         name: str,
-        kind: ListKind,
+        kind: Literal["drop", "label"],
         date: str,
         unmatched: int,
         images: Mapping[str, tuple[str, str]],

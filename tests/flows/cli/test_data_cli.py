@@ -415,4 +415,3 @@ def test_curate_with_servers_needs_no_local_copy(data: CommandLine, monkeypatch:
     shutil.rmtree(FOLDER)
     assert "curated blobs, change None" in data.mistake("curate")
     assert "curated blobs, change bad" in data.mistake("curate", "--withdraw", "bad")
-    assert "curated blobs, change clusters" in data.mistake("curate", "--clusters", "2")
