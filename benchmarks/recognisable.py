@@ -74,7 +74,8 @@ def main() -> None:
     network = train_classifier(data, arguments.epochs)
     held_out = data.rows("held_out")
     real = data.images(held_out)
-    generated = sample(load_model(arguments.model), range(arguments.count), arguments.seed, sampling)
+    model = load_model(arguments.model)
+    generated = sample(model, range(arguments.count), arguments.seed, model.header.sampling(sampling))
     accuracy = (verdict(network, real)[1] == data.classes(held_out, labels)).float().mean().item()
     print(f"classifier: {accuracy:.1%} of {len(real)} held-out images right")
     for name, images in (("held-out images", real), ("samples", generated)):
