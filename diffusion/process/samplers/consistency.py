@@ -55,8 +55,8 @@ class ConsistencySampling(BaseSampling):
     """Lowest σ, at which the last evaluation starts, if there are two or more. Null: 1.6, or with new noise 4/steps if
     that is less, and more for images of more than 3×32×32 values."""
     eta: float | None = Field(None, ge=0, le=1, exclude_if=is_unset)
-    """Share of each level's noise that is new; 0 is for students whose evaluations lead to the next level. Null: as the
-    student was distilled."""
+    """Share of each level's noise that is new; 0 is for students whose evaluations lead to the next level; edits take
+    new noise alone. Null: as the student was distilled."""
 
     def sigma_grid(self, schedule: NoiseSchedule) -> Tensor:
         """Build the noise levels of the evaluations and 0, (steps + 1,) float64, falling geometrically."""
