@@ -33,13 +33,14 @@ denoise second --dataset things --set training.images=300000 --set training.lear
 denoise third --dataset things --set training.images=140000 --set training.learning_rate_decay=linear \
     --set training.learning_rate=0.002 --set training.ema_decay=0.995 \
     --set training.init_from=runs/second/final.safetensors
-before=third
-for stage in fourth fifth sixth; do
-    denoise $stage --dataset things --set training.images=$(test $stage = fourth && echo 500000 || echo 600000) \
+again() {
+    denoise "$1" --dataset things --set training.init_from="runs/$2/final.safetensors" --set training.images="$3" \
         --set training.batch_size=64 --set training.learning_rate=0.003 --set training.learning_rate_decay=linear \
-        --set training.ema_decay=0.998 --set training.init_from=runs/$before/final.safetensors
-    before=$stage
-done
+        --set training.ema_decay=0.998
+}
+again fourth third 500000
+again fifth fourth 600000
+again sixth fifth 600000
 python - <<EOF
 from pathlib import Path
 from diffusion.checkpoints import export

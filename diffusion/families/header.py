@@ -14,7 +14,7 @@ from diffusion.families.adapters import AdapterConfig
 from diffusion.families.config import DiffusersConfig, FamilyConfig
 from diffusion.families.text_encoder import CaptionMoments, TextEncoder
 from diffusion.families.vae.config import LatentSpace
-from diffusion.process.samplers import COMPUTING, SamplingConfig, sampling_config, with_sampler
+from diffusion.process.samplers import COMPUTING, ConsistencySampling, SamplingConfig, with_sampler
 
 GUIDANCE_OPTIONS = {"guidance", "guidance_interval", "autoguidance"}
 """Sampling options that evaluation chooses for a model, and that its header keeps."""
@@ -144,14 +144,13 @@ class ModelHeader(Config):
 
         Raises UserError if the sampler is one for students, and this is none.
         """
-        is_consistency, student = config.sampler == "consistency", self.training.get("student") or {}
-        if student and not is_consistency:
-            options = config.model_dump(include={"sigma_max", "low_resolution_noise", *COMPUTING})
-            config = sampling_config(**options, sampler="consistency", steps=self.student_steps)
-        if student:
-            unset = getattr(config, "eta", None) is None and student.get("landing") is not None
-            return config.with_changes({"eta": 0}) if unset else config
-        if is_consistency:
+        if student := self.training.get("student"):
+            if not isinstance(config, ConsistencySampling):
+                options = config.model_dump(include={"sigma_max", "low_resolution_noise", *COMPUTING})
+                config = ConsistencySampling().with_changes({**options, "steps": student["steps"]})
+            lands = student.get("landing") is not None
+            return config.with_changes({"eta": 0}) if lands and config.eta is None else config
+        if isinstance(config, ConsistencySampling):
             raise UserError("sampling.sampler = consistency is for students (darkroom distill): use another one")
         if self.model.needs_own_scheduler:
             config = with_sampler(config, "scheduler")

@@ -70,7 +70,7 @@ class ConsistencyObjective(TrainingObjective):
         if (landing := self.config.student.landing) is not None:
             end = torch.where(sigma > landing, landing, 0.0)
             lower = torch.maximum(lower, end)
-            random["share"] = (1 - end / lower) / (1 - end / sigma)
+            random["lower_weight"] = (1 - end / lower) / (1 - end / sigma)
         return TrainingBatch(x0, conditioning, random | {"sigma": sigma, "lower": lower})
 
     def losses(self, network: nn.Module, batch: TrainingBatch) -> Tensor:
@@ -85,8 +85,8 @@ class ConsistencyObjective(TrainingObjective):
             x = x0 + broadcast_to_images(x0, sigma) * random["noise"]
             x0 = x0 + self._shift(x, sigma, conditioning)
             target = student(x0 + broadcast_to_images(x, lower_sigma / sigma) * (x - x0), lower_sigma).float()
-            if (share := random.get("share")) is not None:
-                target = x0 + broadcast_to_images(x0, share) * (target - x0)
+            if (weight := random.get("lower_weight")) is not None:
+                target = x0 + broadcast_to_images(x0, weight) * (target - x0)
         # Before 2.11, PyTorch uses weights again that it cast to bfloat16 without gradients.
         torch.clear_autocast_cache()
         estimate = student(x, sigma).float()

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from diffusion.process.schedules import NoiseSchedule
 
 LAST_LEVEL = 1.6
-"""Noise level of a student's last evaluation. Measured on digits."""
+"""Noise level of a student's last evaluation, on which registered students land. Measured on digits."""
 
 
-def last_level(values: int) -> float:
-    """Compute the noise level of the last evaluation of images of ``values`` C·H·W."""
+def last_level(values: int, steps: int = 2) -> float:
+    """Compute the last of ``steps`` noise levels for images of ``values`` C·H·W; students land on that of two."""
     from diffusion.process.schedules import resolution_scale
 
-    return LAST_LEVEL * resolution_scale(values)
+    return min(LAST_LEVEL, 4 / steps) * resolution_scale(values)
 
 
 def consistency(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, eta: float | None = None) -> Tensor:
@@ -32,14 +32,15 @@ def consistency(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, eta: 
 
     ``eta`` of the noise is new, and the rest what the estimate leaves of it, as in DDIM; None: all is new.
     """
-    share = 1 if eta is None else eta
+    new_share = 1.0 if eta is None else eta
     for sigma, next_sigma in pairwise(sigmas):
         estimate = denoise(x, sigma)
         if next_sigma == 0:
             return estimate
-        level = float(next_sigma)
-        kept = math.sqrt(1 - share**2) * level / float(sigma) * (x - estimate) if share < 1 else 0
-        x = estimate + kept + (level * share * noise() if share > 0 else 0)
+        unit_noise = (x - estimate) / float(sigma)
+        if new_share > 0:
+            unit_noise = math.sqrt(1 - new_share**2) * unit_noise + new_share * noise()
+        x = estimate + float(next_sigma) * unit_noise
     return x
 
 
@@ -66,7 +67,7 @@ class ConsistencySampling(BaseSampling):
         highest = min(math.sqrt(schedule.values), float(schedule.sigmas[-1]))
         if isinstance(self.sigma_max, float):
             highest = min(highest, self.sigma_max)
-        lowest = last_level(schedule.values) * (1 if self.eta == 0 else min(1, 4 / self.steps / LAST_LEVEL))
+        lowest = last_level(schedule.values, 2 if self.eta == 0 else self.steps)
         first, last, end = schedule.sigma_grid(2, highest, self.sigma_min or min(lowest, highest / 2))
         levels = first * (last / first) ** torch.linspace(0, 1, self.steps, dtype=torch.float64)
         return torch.cat([levels, end[None]])
