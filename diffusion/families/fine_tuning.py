@@ -117,9 +117,10 @@ class SeededDropout(nn.Module):
         # Other values in each layer.
         self.offset = int(sha256_bytes(layer.encode())[:15], 16)
         self.rate, self.seeds = rate, seeds
+        # Seeds are of a thread, and other ones at each call. A decorator would import the compiler into every command.
+        self.forward = torch.compiler.disable(self.drop)  # type: ignore[no-untyped-call]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # seeds are of a thread, and other ones at each call
-    def forward(self, x: Tensor) -> Tensor:
+    def drop(self, x: Tensor) -> Tensor:
         """Drop values of ``x``, in an order that its layout in memory does not change."""
         seeds = self.seeds.get()
         return x if seeds is None else seeded_dropout(x, seeds + self.offset, self.rate)
