@@ -29,11 +29,13 @@ from PIL import Image
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
 from diffusion.checkpoints import load_model
+from diffusion.common.device import CPU, device_name
 from diffusion.common.files import digest_of, write_json
 from diffusion.common.image_grids import figure_png, make_grid, save_png
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
 from diffusion.generation.generate import sample
+from diffusion.generation.limits import max_evaluations
 from flows.config import load_params
 
 FEATURES_AT = 64
@@ -126,6 +128,7 @@ class Darkroom:
         figures = {
             "parameters": sum(each.numel() for each in load_model(final).network.parameters()),
             "drawing_seconds": time.perf_counter() - start,
+            "evaluations": max_evaluations(load_model(final), sampling),
         }
         return RunResult(generated, figures, {int(path.stem): generate(path, CURVE_SAMPLES) for path in checkpoints})
 
@@ -245,19 +248,27 @@ def train_and_score(
 def print_table(contestants: list[Contestant], scorer: "FrechetScorer", args: argparse.Namespace) -> None:
     """Print the table, and draw the curve if there is to be one."""
     baseline = scorer.real_baseline(args.samples)
-    print(f"\n{args.seconds:g} s of training, {args.samples} images, Fréchet distance; real ones have {baseline:.0f}\n")
+    print(f"\n{device_name(CPU)}; {torch.get_num_threads()} threads")
+    print(f"{args.seconds:g} s of training, {args.samples} images, Fréchet distance; real ones have {baseline:.0f}\n")
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for contestant in contestants:
-        results = [
+    results = {
+        contestant.name: [
             json.loads(result_of(contestant, args.seconds, args.samples, seed).read_text())
             for seed in range(args.seeds)
         ]
-        fds = [result["fd"] for result in results]
+        for contestant in contestants
+    }
+    best = min((mean(result["fd"] for result in results[peer]) for peer in PEERS if peer in results), default=None)
+    for contestant in contestants:
+        figures = results[contestant.name]
+        fds = [result["fd"] for result in figures]
         spread = f"± {stdev(fds):.0f}" if len(fds) > 1 else ""
-        rate, parameters = rate_of(contestant, args.seconds), results[0]["parameters"] / 1e6
-        print(f"{contestant.name:32} {mean(fds):7.0f} {spread:7} {rate:6.0f} images/s {parameters:6.2f} M")
-        curve = {float(minutes): fd for minutes, fd in results[0]["curve"].items()}
+        rate, parameters = rate_of(contestant, args.seconds), figures[0]["parameters"] / 1e6
+        ratio = "" if best is None else " ".join(f"{fd / best:.1%}" for fd in fds)
+        print(f"{contestant.name:32} {mean(fds):7.0f} {spread:7} {rate:6.0f} images/s {parameters:6.2f} M", end=" ")
+        print(f"{figures[0]['evaluations']:4} evaluations  {ratio}")
+        curve = {float(minutes): fd for minutes, fd in figures[0]["curve"].items()}
         axes.plot(list(curve), list(curve.values()), marker="o", label=contestant.name)
     axes.axhline(scorer.real_baseline(CURVE_SAMPLES), color="grey", linestyle=":", label="real images")
     axes.set(xlabel="minutes of training", ylabel=f"Fréchet distance, {CURVE_SAMPLES} images", yscale="log")

@@ -188,7 +188,7 @@ def main() -> None:
     args.folder.mkdir()
     difference = train(step, generate, images, args)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    print(json.dumps({"parameters": parameters, "changed_by_bfloat16": difference}))
+    print(json.dumps({"parameters": parameters, "evaluations": STEPS, "changed_by_bfloat16": difference}))
 
 
 if __name__ == "__main__":

@@ -41,9 +41,10 @@ again() {
 again fourth third 500000
 again fifth fourth 600000
 again sixth fifth 600000
+again seventh sixth 600000
 python - <<EOF
 from pathlib import Path
 from diffusion.checkpoints import export
 from diffusion.process.samplers import sampling_config
-export(Path("runs/sixth/final.safetensors"), Path("things.safetensors"), sampling_config(guidance=3))
+export(Path("runs/seventh/final.safetensors"), Path("things.safetensors"), sampling_config(guidance=3))
 EOF
