@@ -162,11 +162,7 @@ def test_killed_service_restarts_with_all_its_data(up: LocalStack, service: str)
     )
     local_stack.up(lambda _: None)
     assert states() == RUNNING
-    after = pids()
-    assert after[service] != before[service]
-    assert {name: pid for name, pid in after.items() if name != service} == {
-        name: pid for name, pid in before.items() if name != service
-    }
+    assert {name for name, pid in pids().items() if pid != before[name]} == {service}
     assert_data_is_intact(up)
 
 
@@ -206,10 +202,7 @@ def test_a_service_moves_from_a_taken_port(up: LocalStack) -> None:
     old_ports = up.state.ports
     with ExitStack() as open_sockets:
         for name in seaweedfs.PORTS:
-            squatter = open_sockets.enter_context(socket.socket())
-            squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            squatter.bind(("127.0.0.1", old_ports[name]))
-            squatter.listen()
+            open_sockets.enter_context(socket.create_server(("127.0.0.1", old_ports[name])))
         local_stack.up(lambda _: None)
     assert states() == RUNNING
     moved_stack = LocalStack.read(up.folder)
@@ -295,6 +288,18 @@ def test_only_the_owner_reads_secrets(up: LocalStack) -> None:
     ]
     assert up.folder / "credentials.json" in files
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+
+
+@pytest.mark.slow
+def test_prefect_keeps_a_connection_that_rests_for_as_long_as_its_clients_do(up: LocalStack) -> None:
+    with httpx.Client(limits=httpx.Limits(keepalive_expiry=25)) as client:
+        ends = set()
+        for pause in (0, 6):  # longer than Prefect's default
+            time.sleep(pause)
+            with client.stream("GET", f"{up.url('prefect')}/api/health") as answer:
+                ends.add(answer.extensions["network_stream"].get_extra_info("client_addr"))
+                answer.read()
+    assert len(ends) == 1
 
 
 @pytest.mark.long
