@@ -46,12 +46,13 @@ def levels_of(gaps: Tensor, first: Tensor, last: Tensor) -> Tensor:
 
 
 def batch(model: DiffusionModel, number: int, count: int, sigma: Tensor) -> tuple[Denoise, Tensor]:
-    """A denoiser with random classes, and ``count`` images of noise alone."""
+    """A denoiser with random classes, and ``count`` images of noise around the mean of the data."""
     rng = generator(0, "learned steps", number)
     noise = torch.from_numpy(rng.standard_normal((count, *model.noise_shape), dtype="float32"))
     classes = model.classes
     conditioning = {"label": torch.from_numpy(rng.integers(0, len(classes), count))} if classes else {}
-    return model.denoiser(conditioning), sigma.float() * noise
+    mean = model.start(conditioning)
+    return model.denoiser(conditioning), sigma.float() * noise + (0 if mean is None else mean.float())
 
 
 def learn(model: DiffusionModel, grid: Tensor, iterations: int) -> Tensor:

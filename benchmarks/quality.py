@@ -29,9 +29,10 @@ from PIL import Image
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
 from diffusion.checkpoints import load_model
-from diffusion.common.device import CPU, device_name
+from diffusion.common.device import CPU, device_name, has_fast_bf16
 from diffusion.common.files import digest_of, write_json
 from diffusion.common.image_grids import figure_png, make_grid, save_png
+from diffusion.common.threads import cores
 from diffusion.data.dataset import Dataset
 from diffusion.evaluation.features.feature_extractor import EfficientNetLite0
 from diffusion.generation.generate import sample
@@ -123,12 +124,12 @@ class Darkroom:
             return sample(load_model(path), range(count), seed, sampling).numpy()
 
         checkpoints = sorted((final.parent / "checkpoints").glob("*.safetensors"))[1:-1:2] if curve else []
-        start = time.perf_counter()
+        start, model = time.perf_counter(), load_model(final)
         generated = generate(final, samples)
         figures = {
-            "parameters": sum(each.numel() for each in load_model(final).network.parameters()),
+            "parameters": sum(each.numel() for each in model.network.parameters()),
             "drawing_seconds": time.perf_counter() - start,
-            "evaluations": max_evaluations(load_model(final), sampling),
+            "evaluations": max_evaluations(model, sampling),
         }
         return RunResult(generated, figures, {int(path.stem): generate(path, CURVE_SAMPLES) for path in checkpoints})
 
@@ -246,9 +247,9 @@ def train_and_score(
 
 
 def print_table(contestants: list[Contestant], scorer: "FrechetScorer", args: argparse.Namespace) -> None:
-    """Print the table, and draw the curve if there is to be one."""
+    """Print the table, with each seed's share of the better peer's mean, and draw the curve if there is to be one."""
     baseline = scorer.real_baseline(args.samples)
-    print(f"\n{device_name(CPU)}; {torch.get_num_threads()} threads")
+    print(f"\n{device_name(CPU)}, {'bf16' if has_fast_bf16(CPU) else 'fp32'}, {cores()} cores")
     print(f"{args.seconds:g} s of training, {args.samples} images, Fréchet distance; real ones have {baseline:.0f}\n")
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
@@ -267,7 +268,7 @@ def print_table(contestants: list[Contestant], scorer: "FrechetScorer", args: ar
         rate, parameters = rate_of(contestant, args.seconds), figures[0]["parameters"] / 1e6
         ratio = "" if best is None else " ".join(f"{fd / best:.1%}" for fd in fds)
         print(f"{contestant.name:32} {mean(fds):7.0f} {spread:7} {rate:6.0f} images/s {parameters:6.2f} M", end=" ")
-        print(f"{figures[0]['evaluations']:4} evaluations  {ratio}")
+        print(f"{figures[0]['evaluations']:4} evaluations at most  {ratio}")
         curve = {float(minutes): fd for minutes, fd in figures[0]["curve"].items()}
         axes.plot(list(curve), list(curve.values()), marker="o", label=contestant.name)
     axes.axhline(scorer.real_baseline(CURVE_SAMPLES), color="grey", linestyle=":", label="real images")

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Trains a model like examples/things.safetensors, in about ten hours of one core:  sh examples/things.sh FOLDER
+# Trains a model like examples/things.safetensors, in about twelve hours of one core:  sh examples/things.sh FOLDER
 # A stage that is there is not done again, and one that was stopped goes on. Needs npm, and the environment of the
 # checkout (source .venv/bin/activate).
 set -eu

@@ -147,7 +147,7 @@ def _prefect(stack: LocalStack) -> Service:
             "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": stack.url("prefect"),
             "PREFECT_SERVER_UI_API_URL": f"{stack.url('prefect')}/api",
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-            # Clients keep a connection for 25 s: one that the server closes earlier costs their next call two.
+            # Clients keep a connection for 25 s: one that the server closes earlier costs their next call 2 s.
             "PREFECT_SERVER_API_KEEPALIVE_TIMEOUT": "60",
         }
         | {f"PREFECT_SERVER_SERVICES_{name}_LOOP_SECONDS": str(seconds) for name, seconds in PREFECT_LOOPS.items()}
