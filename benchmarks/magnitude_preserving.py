@@ -15,7 +15,9 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, chdir
+from itertools import product
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -141,34 +143,46 @@ def main() -> None:
     compare(__doc__, "group-norm", "magnitude-preserving", replaced)
 
 
-def compare(description: str, name: str, other: str, replaced: Mapping[str, object]) -> None:
-    """Train the default network, ``name``, and the ``other``, for which ``replaced`` says what stands in what place."""
+def compare(
+    description: str,
+    name: str,
+    other: str,
+    replaced: Mapping[str, object],
+    settings: Mapping[str, Any] | None = None,
+    both: Mapping[str, Any] | None = None,
+) -> None:
+    """Train the default network, ``name``, and the ``other``, for which ``replaced`` says what stands in what place.
+
+    ``settings`` are those of the other training alone, ``both`` those of either.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, help="a source to train on; default: Fashion-MNIST, padded to 32×32")
     parser.add_argument("--size", type=int, default=64, help="of its images")
     parser.add_argument("--seen", type=int, default=92_160, help="images to see")
-    parser.add_argument("--seed", type=int, default=0, help="of the training")
+    parser.add_argument("--other-seen", type=int, help="for the other, if its steps take another time")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trainings")
     parser.add_argument("--samples", type=int, default=2048)
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/quality"))
     args = parser.parse_args()
 
     workspace = workspace_of(args.scratch, args.images, args.size).resolve()
     scorer = FrechetScorer(Dataset.open(workspace / "data" / "images"), workspace)
-    for each, changes in {name: {}, other: replaced}.items():
+    rows: list[tuple[str, int, Mapping[str, object], Mapping[str, Any]]] = [
+        (name, args.seen, {}, both or {}),
+        (other, args.other_seen or args.seen, replaced, {**(both or {}), **(settings or {})}),
+    ]
+    for seed, (each, seen, changes, fields) in product(args.seeds, rows):
         with ExitStack() as stack:
             stack.enter_context(chdir(workspace))
             for place, change in changes.items():
                 stack.enter_context(mock.patch(place, change))
-            output = Path("runs", f"{each}-{args.seen}-{args.seed}")
+            output = Path("runs", f"{each}-{seen}-{seed}")
             before, start = time.process_time(), time.perf_counter()
-            run = diffusion.train("images", images=args.seen, seed=args.seed, output=os.fspath(output))
+            run = diffusion.train("images", images=seen, seed=seed, output=os.fspath(output), **fields)
             cpu, seconds = time.process_time() - before, time.perf_counter() - start
             model = load_model(run.final)
             distances = [
                 scorer.distance(sample(model, range(args.samples), seed, sampling_config()).numpy()) for seed in (0, 1)
             ]
-        print(f"{each:20} {distances[0]:.0f}, {distances[1]:.0f}  {cpu:.0f} s of processor time, {seconds:.0f} s")
-
-
-if __name__ == "__main__":
-    main()
+        print(f"{each:20} seed {seed}: {distances[0]:.0f}, {distances[1]:.0f}", end="  ")
+        print(f"{seen:,} images in {cpu:.0f} s of processor time, {seconds:.0f} s", flush=True)
