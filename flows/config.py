@@ -95,9 +95,9 @@ class RetrainingConfig(Config):
     and versions keep that state. False: each begins from nothing, and new versions have none."""
     length: float = Field(0.25, gt=0, le=1)
     """Length of a warm start, as a share of training.images or training.minutes, and of training.warmup_images."""
-    learning_rate: float = Field(1, gt=0, le=1)
-    """Peak learning rate of a warm start, as a share of training.learning_rate. In one simulation with one seed a half
-    was within a standard error of it in most nights, and a quarter worse (benchmarks/README.md)."""
+    learning_rate: float = Field(0.5, gt=0, le=1)
+    """Peak learning rate of a warm start, as a share of training.learning_rate. The whole rate made a champion of long
+    training worse in a quarter of its images, and short trainings gained as much by half of it (benchmarks/README.md)."""
     fresh_every: int | None = Field(7, ge=2)
     """One in this many retrainings in a row begins from nothing; null: none for this reason."""
     fresh_after_held: int | None = Field(3, ge=1)
