@@ -94,12 +94,12 @@ PIECES = Training("faces-64-to-256", "face-pieces", 64, 80_000, ENLARGING.settin
 PHOTOGRAPHS = Training(
     "photographs-64-to-256", "photograph-pieces", 64, 80_000, (*ENLARGING.settings, "training.flip=true")
 )
-AUTOENCODER = Training("photographs-vae", "photograph-parts", 64, 150_000, ("model.family=vae", "training.flip=true"))
+AUTOENCODER = Training("photographs-vae", "photograph-parts", 64, 100_000, ("model.family=vae", "training.flip=true"))
 LATENT = Training(
     "photographs",
     "photographs",
     128,
-    300_000,
+    450_000,
     (f"model.autoencoder={AUTOENCODER.model}", "model.width=64", "model.channel_mult=[1,2]", "training.flip=true"),
 )
 TRAININGS = (FACES, CLOTHES, ENLARGING, PIECES, PHOTOGRAPHS, AUTOENCODER, LATENT)
