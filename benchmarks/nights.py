@@ -203,6 +203,8 @@ def plot(scratch: Path, path: Path) -> None:
         for name in (FRESH, *ARMS):
             results = {night: measured.get(f"{night} {name}") for night in range(1, NIGHTS + 1)}
             nights = [night for night, result in results.items() if result]
+            if not nights:
+                continue
             seconds = fmean(result["seconds"] for result in results.values() if result)
             line = [results[night]["kid"] for night in nights]
             axes.plot(nights, line, ".-", label=f"{name}: {seconds:.0f} s a night", lw=2 if name == FRESH else 1)
