@@ -117,6 +117,8 @@ class Simulation:
                 if not path.exists():
                     path.parent.mkdir(exist_ok=True)
                     Image.fromarray(self.styles[style][number]).save(path)
+        if len(list((self.folder / "images").iterdir())) > sum(self.counts(night)):
+            raise SystemExit(f"{self.folder} has the images of later nights: measure new arms in another --scratch")
         with chdir(self.folder):
             engine.ingest(self.config({"images": 64}, "none"))
 
