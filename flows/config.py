@@ -96,9 +96,8 @@ class RetrainingConfig(Config):
     length: float = Field(0.25, gt=0, le=1)
     """Length of a warm start, as a share of training.images or training.minutes, and of training.warmup_images."""
     learning_rate: float = Field(0.5, gt=0, le=1)
-    """Peak learning rate of a warm start, as a share of training.learning_rate. At the whole rate, a quarter of the
-    images made the demo's champion worse; models of short trainings gained as much at half of it (benchmarks/README.md).
-    """
+    """Peak learning rate of a warm start, as a share of training.learning_rate. The whole rate made the demo's
+    champion worse in a quarter of its images; short trainings gained as much at half of it (benchmarks/README.md)."""
     fresh_every: int | None = Field(7, ge=2)
     """One in this many retrainings in a row begins from nothing; null: none for this reason."""
     fresh_after_held: int | None = Field(3, ge=1)
