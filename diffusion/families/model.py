@@ -308,14 +308,6 @@ class Model(ABC):
             raise ValueError("tensors of another network")
         return dict(trained)
 
-    def make_latents(self, digest: str, size: int, shapes: Sequence[tuple[int, int]]) -> Latents | None:
-        """Make the autoencoder of latent diffusion, not normalised yet; None: this model is not one.
-
-        ``digest`` identifies its weights; images have ``shapes`` (H, W) of about ``size``² pixels. Raises UserError if
-        they have none that it takes.
-        """
-        return None
-
     def make_student_objective(
         self, training: ObjectiveConfig, header: ModelHeader, latents: Latents | None, images: int, device: torch.device
     ) -> "TrainingObjective":

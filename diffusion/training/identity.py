@@ -7,7 +7,7 @@ not depend on where the file is.
 from pathlib import Path
 from typing import Any
 
-from diffusion.checkpoints import weights_digest
+from diffusion.checkpoints import read_model_header, weights_digest
 from diffusion.common.device import resolve_device
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
@@ -52,13 +52,19 @@ def train_key(data_digest: str, model: FamilyConfig, config: TrainingConfig) -> 
 def with_digests(model: FamilyConfig, training: TrainingConfig) -> tuple[FamilyConfig, TrainingConfig]:
     """Replace the paths of autoencoder and initial weights by their digests; raises UserError for a missing file."""
     if model.autoencoder is not None:
-        digest = weights_digest(local_file("model.autoencoder", model.autoencoder))
-        model = model.model_copy(update={"autoencoder": digest})
+        model = model.model_copy(update={"autoencoder": autoencoder_digest(model.autoencoder)})
     if training.init_from is not None:
         digest_of_file = start_digest if training.warm_start else weights_digest
         digest = digest_of_file(local_file("training.init_from", training.init_from))
         training = training.model_copy(update={"init_from": digest})
     return model, training
+
+
+def autoencoder_digest(path: str) -> str:
+    """Compute the ``weights_digest`` of the autoencoder in the file ``path``, alone or of a latent diffusion model."""
+    file = local_file("model.autoencoder", path)
+    space = read_model_header(file).latents
+    return weights_digest(file) if space is None else f"sha256:{space.digest}"
 
 
 def local_file(option: str, path: str) -> Path:

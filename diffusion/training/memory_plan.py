@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from humanize import naturalsize
 
-from diffusion.checkpoints import outline_model, weights_digest
+from diffusion.checkpoints import outline_model
 from diffusion.common.config import Config
 from diffusion.common.device import free_memory
 from diffusion.common.errors import UserError
@@ -27,7 +27,6 @@ from diffusion.families.header import Base
 from diffusion.training.config import TrainingConfig
 from diffusion.training.data import open_dataset
 from diffusion.training.distributed import SINGLE_PROCESS
-from diffusion.training.identity import local_file
 from diffusion.training.logging import VALIDATION_IMAGES
 from diffusion.training.setup import TrainingSetup
 from diffusion.training.starting_models import load_initial, make_latents
@@ -278,10 +277,9 @@ def outline_setup(dataset: Dataset, model: FamilyConfig, config: TrainingConfig)
         raise UserError(words)
     config = config.with_batch_size(model, size)
     if model.autoencoder is not None:
-        digest = weights_digest(local_file("model.autoencoder", model.autoencoder))
         with torch.device("meta"):
-            autoencoder = make_latents(model.autoencoder, dataset, digest.removeprefix("sha256:"), outline_model)
-        model = model.model_copy(update={"autoencoder": digest})
+            autoencoder = make_latents(model.autoencoder, dataset.manifest, outline_model)
+        model = model.model_copy(update={"autoencoder": f"sha256:{autoencoder.space.digest}"})
     resolved = model.resolve(autoencoder.space.size if autoencoder else size)
     if (initial := load_initial(resolved, config, dataset, outline_model)) is not None:
         if config.adapter is not None or initial.has_frozen_parts:

@@ -18,9 +18,9 @@ from diffusion.data.manifest import Manifest
 from diffusion.families.config import FamilyConfig
 from diffusion.families.header import Base
 from diffusion.families.model import Model, StartConflict, to_float, use_channels_last
-from diffusion.families.vae.network import Latents
+from diffusion.families.vae.network import Autoencoder, Latents
 from diffusion.training.config import TrainingConfig
-from diffusion.training.identity import identity_fields, local_file
+from diffusion.training.identity import autoencoder_digest, identity_fields, local_file
 from diffusion.training.warm_start import has_state, start_digest
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def load_initial(
         alternative = "begin with a model of the same kind, or at random (training.init_from=null)"
     initial = load(local_file(option, config.init_from))
     if (conflict := start_conflict(initial, model, dataset.manifest)) is not None:
-        advice = advise(conflict)
+        advice = advise(conflict, config.init_from)
         raise UserError(
             f"{option} {config.init_from} {conflict.fact}: {f'{advice}, or ' if advice else ''}{alternative}"
         )
@@ -142,25 +142,26 @@ def identify_base(initial: Model, config: TrainingConfig, version: str | None) -
     return base, config.model_copy(update={"init_from": digest})
 
 
-def make_latents(path: str, dataset: Dataset, digest: str, load: Callable[[Path], Model] = load_model) -> Latents:
-    """``load`` the autoencoder in the file ``path``, whose weights ``digest`` identifies, without moments of latents.
+def make_latents(path: str, manifest: Manifest, load: Callable[[Path], Model] = load_model) -> Latents:
+    """``load`` the autoencoder in the file ``path``, or that of the model there, without moments of latents.
 
-    Raises UserError if the file is not an autoencoder, has other channels than the images, or its factor does not
+    Raises UserError if the file has no autoencoder, or one for other channels than the images' or whose factor does not
     divide the image size.
     """
     model = load(local_file("model.autoencoder", path))
-    channels, _, size = dataset.shape
-    if model.header.channels != channels:
+    if model.header.channels != manifest.channels:
         raise UserError(
             f"model.autoencoder {path} was trained on images of {pluralize(model.header.channels, 'channel')} and data "
-            f"set {dataset.manifest.name} has {channels}: train an autoencoder on images like these"
+            f"set {manifest.name} has {manifest.channels}: train an autoencoder on images like these"
         )
-    if (latents := model.make_latents(digest, size, dataset.shapes)) is None:
+    autoencoder = model.autoencoder.network if isinstance(model.autoencoder, Latents) else model.autoencoder
+    if not isinstance(autoencoder, Autoencoder):
         raise UserError(
-            f"model.autoencoder {path} is a model of the family {model.header.model.family}, which is not an "
-            "autoencoder: train one with model.family=vae"
+            f"model.autoencoder {path} is a model of the family {model.header.model.family} that has no autoencoder: "
+            "train one with model.family=vae, or take a model in latents"
         )
-    return latents
+    digest = autoencoder_digest(path).removeprefix("sha256:")
+    return Latents.copy_of(autoencoder, manifest.channels, digest, manifest.size, manifest.shapes)
 
 
 def load_autoencoder(path: str, dataset: Dataset, window: int | None) -> Latents:
@@ -169,8 +170,7 @@ def load_autoencoder(path: str, dataset: Dataset, window: int | None) -> Latents
     Uses the first images by key; with a ``window``, images from as few shards as possible. Raises UserError as
     ``make_latents``.
     """
-    digest = weights_digest(local_file("model.autoencoder", path)).removeprefix("sha256:")
-    latents = make_latents(path, dataset, digest)
+    latents = make_latents(path, dataset.manifest)
     use_channels_last(latents.eval().requires_grad_(False))
     rows = dataset.rows("train")
     if window is not None:

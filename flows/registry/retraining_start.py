@@ -3,17 +3,16 @@
 import logging
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from mlflow.client import MlflowClient
 
-from diffusion.checkpoints import outline_model, read_model_header, weights_digest
+from diffusion.checkpoints import outline_model, read_model_header
 from diffusion.common.errors import UserError
 from diffusion.common.files import digest_of
 from diffusion.data.manifest import read_manifest
 from diffusion.training.config import TrainingConfig
-from diffusion.training.starting_models import advise, start_conflict, state_conflict
+from diffusion.training.starting_models import advise, make_latents, start_conflict, state_conflict
 from flows.config import Params
 from flows.registry import model_versions
 from flows.registry.aliases import read_verified_history
@@ -162,12 +161,9 @@ def _conflict(params: Params, champion: Version, has_new_data: bool) -> str | No
         return f"the champion {champion.uri} learned from this version of the data set"
     model, size = resolve_params(params, dry_run=True).params.model, manifest.size
     if model.autoencoder is not None:
-        file = Path(model.autoencoder)
-        digest = weights_digest(file).removeprefix("sha256:")
         with torch.device("meta"):
-            latents = outline_model(file).make_latents(digest, size, manifest.shapes or [(size, size)])
-        model = model.model_copy(update={"autoencoder": f"sha256:{digest}"})
-        size = latents.space.size if latents else size
+            space = make_latents(model.autoencoder, manifest, outline_model).space
+        model, size = model.model_copy(update={"autoencoder": f"sha256:{space.digest}"}), space.size
     if (conflict := start_conflict(outline_model(weights), model.resolve(size), manifest)) is None:
         return None
     advice = advise(conflict, champion.tags.get(AUTOENCODER))

@@ -162,7 +162,8 @@ class ModelConfig(BaseFamilyConfig):
         ),
     ] = Field(None, exclude_if=is_unset)
     """Diffusion in the latents of this autoencoder (arXiv 2112.10752), for images of 128 pixels and more: the
-    final.safetensors of a model with model.family = vae, or models:/NAME@ALIAS. Null: in pixels."""
+    final.safetensors of a model with model.family = vae, or of a model in such latents, or models:/NAME@ALIAS. Null: in
+    pixels."""
 
     @model_validator(mode="before")
     @classmethod

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diffusion.common.random import GaussianNoise
 from diffusion.families.header import ModelHeader
 from diffusion.families.model import Conditioning, ConditioningBatch, Model, TrainingBatch, TrainingObjective, to_uint8
-from diffusion.families.vae.config import LatentSpace, VAEConfig
+from diffusion.families.vae.config import VAEConfig
 from diffusion.families.vae.network import VAE, Autoencoder, Latents, latent_shape
 from diffusion.process.config import ObjectiveConfig
 from diffusion.process.likelihood import Terms
@@ -45,16 +45,6 @@ class VAEModel(Model):
     def autoencoder(self) -> Autoencoder:
         """The part without the prior."""
         return self.network.autoencoder
-
-    def make_latents(self, digest: str, size: int, shapes: Sequence[tuple[int, int]]) -> Latents:
-        """Make the autoencoder of latent diffusion, a copy of this model's; raises UserError as ``latent_shape``."""
-        config = self.network.config
-        channels, side, _ = latent_shape(config, size, size)
-        for shape in shapes:
-            latent_shape(config, *shape)
-        latents = Latents(LatentSpace(autoencoder=config, digest=digest, channels=channels, size=side), self.shape[0])
-        latents.network.load_state_dict(self.autoencoder.state_dict())
-        return latents
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:

@@ -1,7 +1,8 @@
 """Convolutional variational autoencoder after arXiv 2112.10752, with a learned, hierarchical prior of its latents."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class Autoencoder(nn.Module):
     def __init__(self, config: VAEConfig, channels: int) -> None:
         super().__init__()
         widths = [config.width * multiplier for multiplier in config.channel_mult]
-        self.patch = config.patch
+        self.config = config
         inputs = channels * config.patch**2
         latent, blocks = config.latent_channels, config.blocks
         self.encoder = _layers(inputs, widths, blocks, 2 * latent, lambda c: nn.Conv2d(c, c, 3, stride=2, padding=1))
@@ -62,11 +63,11 @@ class Autoencoder(nn.Module):
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images (N, C, H, W) in [−1, 1] as mean and log-variance of the posterior, (N, c, H/f, W/f) each."""
-        return _moments(self.encoder(functional.pixel_unshuffle(x, self.patch)))
+        return _moments(self.encoder(functional.pixel_unshuffle(x, self.config.patch)))
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode latents (N, c, H/f, W/f) to images (N, C, H, W), nominally in [−1, 1]."""
-        out: Tensor = functional.pixel_shuffle(self.decoder(z), self.patch).float()
+        out: Tensor = functional.pixel_shuffle(self.decoder(z), self.config.patch).float()
         return out
 
 
@@ -166,6 +167,19 @@ class Latents(nn.Module):
         self.network = Autoencoder(space.autoencoder, channels)
         self.register_buffer("mean", torch.zeros(1, space.channels, 1, 1))
         self.register_buffer("std", torch.ones(1, space.channels, 1, 1))
+
+    @classmethod
+    def copy_of(
+        cls, autoencoder: Autoencoder, channels: int, digest: str, size: int, shapes: Sequence[tuple[int, int]]
+    ) -> Self:
+        """Copy an ``autoencoder`` for images of ``shapes`` (H, W); raises UserError as ``latent_shape``."""
+        config = autoencoder.config
+        for shape in shapes:
+            latent_shape(config, *shape)
+        c, side, _ = latent_shape(config, size, size)
+        latents = cls(LatentSpace(autoencoder=config, digest=digest, channels=c, size=side), channels)
+        latents.network.load_state_dict(autoencoder.state_dict())
+        return latents
 
     def encode(self, x: Tensor) -> Tensor:
         """Encode images (N, C, H, W) in [−1, 1] as latents (N, c, h, w): the posterior means, without its noise."""

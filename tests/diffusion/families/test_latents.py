@@ -111,14 +111,14 @@ def test_latent_denoising_loss_matches_the_training_log(data: Path, run: Path, m
     assert losses.mean().item() == pytest.approx(logged_loss, rel=0.05)
 
 
-def test_one_file_is_the_whole_model(data: Path, first: Path, model: DiffusionModel, tmp_path: Path) -> None:
-    moved_file = shutil.copy(first, tmp_path / "vae.safetensors")
+@pytest.mark.parametrize("autoencoder", ["vae", "run"])
+def test_one_file_is_the_whole_model(data: Path, model: DiffusionModel, tmp_path: Path, autoencoder: str) -> None:
+    moved_file = shutil.copy(data.parents[1] / autoencoder / "final.safetensors", tmp_path)
     final = latent(data, tmp_path / "run", denoiser(moved_file)).final
     Path(moved_file).unlink()
-    alone = load_model(final)
     # Where the autoencoder lay is no part of the run.
     assert final.read_bytes() == (data.parents[1] / "run" / "final.safetensors").read_bytes()
-    assert torch.equal(sample(alone, range(4), 0, STEPPED), sample(model, range(4), 0, STEPPED))
+    assert torch.equal(sample(load_model(final), range(4), 0, STEPPED), sample(model, range(4), 0, STEPPED))
     with safe_open(final, framework="pt") as file:
         assert {name.split(".")[0] for name in file.keys()} == {"ema", "guide", "autoencoder"}  # noqa: SIM118
 
@@ -254,13 +254,15 @@ def test_estimates_of_latents_are_never_clipped(tmp_path: Path, first: Path) -> 
         assert torch.equal(images, to_uint8(model.decode(expected)))
 
 
-def test_invalid_or_mismatched_autoencoder_is_an_error(data: Path, first: Path, run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is a model of the family ddpm, which is not an autoencoder"):
-        latent(data, tmp_path / "run", denoiser(run / "final.safetensors"))
-    with pytest.raises(UserError, match=r"no model at .*gone\.safetensors"):
-        latent(data, tmp_path / "run", denoiser(tmp_path / "gone.safetensors"))
-    with pytest.raises(UserError, match=r"names a registered model, which is not fetched here"):
-        latent(data, tmp_path / "run", denoiser("models:/blobs-vae@champion"))
+def test_invalid_or_mismatched_autoencoder_is_an_error(data: Path, first: Path, tmp_path: Path) -> None:
+    pixels = latent(data, tmp_path / "pixels", denoiser(first, autoencoder=None), config={"images": 16}).final
+    for path, words in (
+        (pixels, r"is a model of the family ddpm that has no autoencoder"),
+        (tmp_path / "gone.safetensors", r"no model at .*gone\.safetensors"),
+        ("models:/blobs-vae@champion", "names a registered model, which is not fetched here"),
+    ):
+        with pytest.raises(UserError, match=words):
+            latent(data, tmp_path / "run", denoiser(path))
     write_dataset(tmp_path / "grey", random_images(20, 1, SIZE), per_shard=20)
     with pytest.raises(UserError, match=r"trained on images of 3 channels and data set grey has 1"):
         latent(tmp_path / "grey", tmp_path / "run", denoiser(first))
