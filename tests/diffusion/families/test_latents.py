@@ -92,8 +92,7 @@ def test_latents_of_training_images_have_mean_0_and_deviation_1(data: Path, mode
 def test_its_autoencoder_is_the_one_it_was_given(data: Path, first: Path, model: DiffusionModel) -> None:
     images = Dataset.open(data).images(range(20))
     actual, expected = (reconstruct_images(each, images, SAMPLING) for each in (model, load_model(first)))
-    # Scaled to deviation 1 on the way and back.
-    assert (actual.int() - expected.int()).abs().max() <= 1
+    assert (actual.int() - expected.int()).abs().max() <= 1  # as they are scaled to deviation 1 on the way and back
 
 
 def test_latent_denoising_loss_matches_the_training_log(data: Path, run: Path, model: DiffusionModel) -> None:
@@ -113,9 +112,9 @@ def test_latent_denoising_loss_matches_the_training_log(data: Path, run: Path, m
 
 @pytest.mark.parametrize("autoencoder", ["vae", "run"])
 def test_one_file_is_the_whole_model(data: Path, model: DiffusionModel, tmp_path: Path, autoencoder: str) -> None:
-    moved_file = shutil.copy(data.parents[1] / autoencoder / "final.safetensors", tmp_path)
+    moved_file = Path(shutil.copy(data.parents[1] / autoencoder / "final.safetensors", tmp_path))
     final = latent(data, tmp_path / "run", denoiser(moved_file)).final
-    Path(moved_file).unlink()
+    moved_file.unlink()
     # Where the autoencoder lay is no part of the run.
     assert final.read_bytes() == (data.parents[1] / "run" / "final.safetensors").read_bytes()
     assert torch.equal(sample(load_model(final), range(4), 0, STEPPED), sample(model, range(4), 0, STEPPED))
@@ -256,13 +255,12 @@ def test_estimates_of_latents_are_never_clipped(tmp_path: Path, first: Path) -> 
 
 def test_invalid_or_mismatched_autoencoder_is_an_error(data: Path, first: Path, tmp_path: Path) -> None:
     pixels = latent(data, tmp_path / "pixels", denoiser(first, autoencoder=None), config={"images": 16}).final
-    for path, words in (
-        (pixels, r"is a model of the family ddpm that has no autoencoder"),
-        (tmp_path / "gone.safetensors", r"no model at .*gone\.safetensors"),
-        ("models:/blobs-vae@champion", "names a registered model, which is not fetched here"),
-    ):
-        with pytest.raises(UserError, match=words):
-            latent(data, tmp_path / "run", denoiser(path))
+    with pytest.raises(UserError, match=r"is a model of the family ddpm that has no autoencoder"):
+        latent(data, tmp_path / "run", denoiser(pixels))
+    with pytest.raises(UserError, match=r"no model at .*gone\.safetensors"):
+        latent(data, tmp_path / "run", denoiser(tmp_path / "gone.safetensors"))
+    with pytest.raises(UserError, match=r"names a registered model, which is not fetched here"):
+        latent(data, tmp_path / "run", denoiser("models:/blobs-vae@champion"))
     write_dataset(tmp_path / "grey", random_images(20, 1, SIZE), per_shard=20)
     with pytest.raises(UserError, match=r"trained on images of 3 channels and data set grey has 1"):
         latent(tmp_path / "grey", tmp_path / "run", denoiser(first))
