@@ -109,7 +109,29 @@ LATENT = Training(
         "sampling.steps=32",
     ),
 )
-TRAININGS = (FACES, CLOTHES, ENLARGING, PIECES, PHOTOGRAPHS, AUTOENCODER, LATENT)
+PORTRAITS_AUTOENCODER = Training(
+    "portraits-vae",
+    "portrait-pieces",
+    64,
+    100_000,
+    ("model.family=vae", "model.channel_mult=[1,2,2]", "model.latent_channels=8"),
+)
+PORTRAITS = Training(
+    "portraits",
+    "portraits",
+    256,
+    240_000,
+    (
+        f"model.autoencoder={PORTRAITS_AUTOENCODER.model}",
+        "model.text=true",
+        "model.width=64",
+        "model.channel_mult=[1,2]",
+    ),
+)
+TRAININGS = (
+    *(FACES, CLOTHES, ENLARGING, PIECES, PHOTOGRAPHS),
+    *(AUTOENCODER, LATENT, PORTRAITS_AUTOENCODER, PORTRAITS),
+)
 THINGS, EMOJI = "examples/things.safetensors", "examples/emoji.safetensors"
 SUBJECTS = (
     *("lake-sherburne", "blue-periwinkle", "ocean-waves", "dune"),
@@ -160,6 +182,17 @@ PLATES = (
         "0.136. Skies, water, flowers and hills convince, buildings and animals not yet.",
         "sample --count 32 " + "".join(f"--label {subject} " for subject in SUBJECTS) + "--set sampling.autoguidance=2 "
         f"--set sampling.steps=32 --model {LATENT.model}",
+    ),
+    Plate(
+        "Portraits in latents",
+        "Images of 256×256 of the prompts on the left, in the latents of an autoencoder, `portraits-vae`, which learnt "
+        "from pieces of 64×64 of the faces and has 8×8 pixels to a position. By autoguidance the KID is 0.041 ± 0.016.",
+        "sample --count 16 "
+        "--prompt 'red hair, bun, smile face, dark skin, yellow clothes, sunglasses, mint background' "
+        "--prompt 'dreads, loving grin face, very dark skin, pink clothes, glasses, lavender background' "
+        "--prompt 'hat beanie, awe face, light skin, green clothes, moustache, peach background' "
+        "--prompt 'long afro, smile big face, light skin, red clothes, sunglasses, mint background' "
+        f"--set sampling.autoguidance=2 --model {PORTRAITS.model}",
     ),
     Plate(
         "Inpainting",
@@ -232,6 +265,8 @@ def main() -> None:
         PHOTOGRAPHS.source: pieces_of_photographs,
         AUTOENCODER.source: parts_of_photographs,
         LATENT.source: small_photographs,
+        PORTRAITS_AUTOENCODER.source: partial(pieces_of_portraits, faces),
+        PORTRAITS.source: lambda _: faces,
     }
     evaluations = {training.name: evaluate_model(args.scratch, training, sources) for training in TRAININGS}
     shutil.copytree(PAGE.parents[1] / "examples", args.scratch / "examples", dirs_exist_ok=True)
@@ -275,6 +310,14 @@ def pieces_of_faces(faces: Path, workspace: Path) -> Path:
     rng = random.Random(0)
     for source in sorted(row["source"] for row in rows if row["split"] == "train"):
         write_pieces(Image.open(faces / source).convert("RGB"), 2, folder, Path(source).stem, rng)
+    return folder
+
+
+def pieces_of_portraits(faces: Path, workspace: Path) -> Path:
+    """Cut four pieces of 64×64 out of each face of 256×256, also of those that its models hold out."""
+    folder, rng = workspace / PORTRAITS_AUTOENCODER.source, random.Random(0)
+    for path in sorted(faces.glob("*.png")):
+        write_pieces(Image.open(path).convert("RGB"), 4, folder, path.stem, rng)
     return folder
 
 
