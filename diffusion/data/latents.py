@@ -58,7 +58,7 @@ class LatentCache:
                 shard_rows = rows[self._shards == shard]
                 self._places[shard_rows] = np.arange(len(shard_rows))
                 at_once = images_at_once(dataset.shapes[int(dataset.shard_buckets[shard])])
-                key = [digest, variants, dataset.keys(shard_rows), *([at_once] if at_once < AT_ONCE else [])]
+                key = [digest, variants, dataset.keys(shard_rows), at_once]
                 paths[shard] = folder / f"latents-{digest_of(key)[:32]}.safetensors"
                 if _is_whole(paths[shard]):
                     self._files[shard] = safe_open(paths[shard], framework="pt")
@@ -90,15 +90,19 @@ class LatentCache:
         return torch.cat(latents)
 
 
-def images_at_once(shape: tuple[int, int]) -> int:
-    """Choose how many images of ``shape`` (H, W) are encoded at once: the last bits of each depend on the others."""
+def images_at_once(shape: Sequence[int]) -> int:
+    """Choose how many images of ``shape`` (H, W) are encoded at once: the last bits depend on how many."""
     return max(1, min(AT_ONCE, PIXELS_AT_ONCE // math.prod(shape)))
 
 
 def _encode(encode: Callable[[Tensor], Tensor], variants: Sequence[str], stored: StoredImages) -> dict[str, Tensor]:
     images = to_float(torch.from_numpy(np.ascontiguousarray(stored.decode())))
+    count = len(images)
+    # Padded with the last image, so that the latents of one do not depend on which shard it is in.
+    images = images[torch.arange(images_at_once(images.shape[2:])).clamp(max=count - 1)]
     with torch.inference_mode():
-        return {name: encode(images.flip(-1) if name == "mirrored" else images).float().cpu() for name in variants}
+        latents = {name: encode(images.flip(-1) if name == "mirrored" else images) for name in variants}
+    return {name: value[:count].float().cpu() for name, value in latents.items()}
 
 
 def _is_whole(path: Path) -> bool:

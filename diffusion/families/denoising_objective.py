@@ -12,7 +12,6 @@ from diffusion.common.random import GaussianNoise, uniform
 from diffusion.families.ddpm.network import TIMES, sinusoidal
 from diffusion.families.fine_tuning import TrainableSubset
 from diffusion.families.model import Conditioning, OptimizerStep, TrainingBatch, TrainingObjective
-from diffusion.families.vae.network import Latents, latent_shape
 from diffusion.process.config import ObjectiveConfig
 from diffusion.process.objective import Objective, sample_timesteps, timesteps_at
 
@@ -40,8 +39,6 @@ class DenoisingObjective(TrainingObjective):
 
     config: ObjectiveConfig
     objective: Objective
-    autoencoder: Latents | None
-    """Encodes images into latents; None: noise is added to pixels."""
     center: Tensor | None
     """Mean of the images, (1, C, 1, 1), from which the network predicts the difference; None: 0."""
 
@@ -51,8 +48,6 @@ class DenoisingObjective(TrainingObjective):
         """Sample time steps, noise and dropout seeds; in a probe times are spread evenly over their distribution."""
         channels, height, width = x0.shape[1:]
         shape = (channels, height, width)
-        if self.autoencoder is not None:
-            shape = latent_shape(self.autoencoder.space.autoencoder, height, width)
         schedule = self.objective.schedule.with_shape(shape)
         if probe is not None:
             t = timesteps_at(self.config, schedule, (torch.arange(len(x0)) + 0.5) / len(x0))
@@ -68,11 +63,6 @@ class DenoisingObjective(TrainingObjective):
         x0, random, center = batch.x0, batch.random, batch.conditioning.get("low")
         if center is None and self.center is not None:
             center = copy_to_device(self.center, x0.device)
-        if self.autoencoder is not None:
-            with torch.no_grad():
-                # Not cached: encoding takes 5 to 20 % of a step, while cached latents could go stale, would be needed
-                # twice for mirrored images, and would have to be deleted when images are taken down.
-                x0 = self.autoencoder.encode(x0)
         times, noise, draws = random["t"], random["noise"], random.get("dropout_seeds")
         predict = partial(network, draws=draws, **batch.conditioning)
         losses = self.objective.loss(predict, x0, times, noise, center, batch.pixel_weights)

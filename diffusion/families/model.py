@@ -111,7 +111,7 @@ class Model(ABC):
 
     @staticmethod
     @abstractmethod
-    def make_objective(header: ModelHeader, training: ObjectiveConfig, latents: Latents | None) -> "TrainingObjective":
+    def make_objective(header: ModelHeader, training: ObjectiveConfig) -> "TrainingObjective":
         """Build the training objective of a model with this ``header``."""
 
     @classmethod
@@ -309,7 +309,7 @@ class Model(ABC):
         return dict(trained)
 
     def make_student_objective(
-        self, training: ObjectiveConfig, header: ModelHeader, latents: Latents | None, images: int, device: torch.device
+        self, training: ObjectiveConfig, header: ModelHeader, images: int, device: torch.device
     ) -> "TrainingObjective":
         """Build the objective of a student with this ``header`` that is distilled from this model over ``images``."""
         raise NotImplementedError(f"{type(self).__name__} is not in a family with students")

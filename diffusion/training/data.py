@@ -27,9 +27,13 @@ from diffusion.data.manifest import read_manifest
 from diffusion.data.shards import ShardCache, ShardStore
 from diffusion.families.model import Encoder, Model
 from diffusion.families.text_encoder import CaptionEncoder, Encoding
+from diffusion.families.vae.network import Latents
 from diffusion.generation.generate import Encodings
 from diffusion.training.config import TrainingConfig
 from diffusion.training.distributed import Ranks
+
+MEASURED = 1024
+"""Maximum number of training images on which moments are measured: error about 0.1 %."""
 
 
 @contextmanager
@@ -138,18 +142,57 @@ def encode_grid(texts: Iterable[str], encoding: CaptionEncoder, loads: bool) -> 
     return {None: encoding.none} | {text: encode(text) for text in texts}
 
 
-def encode_latents(
-    model: Model, digest: str, dataset: Dataset, config: TrainingConfig, fan_out: FanOut | None, progress: Progress
+def own_latents(
+    autoencoder: Latents,
+    initial: Model | None,
+    dataset: Dataset,
+    config: TrainingConfig,
+    ranks: Ranks,
+    fan_out: FanOut | None,
+    progress: Progress,
 ) -> Callable[..., Tensor]:
-    """Encode the images of ``dataset`` by the autoencoder of ``model``, as far as they are not in the cache.
+    """Encode as ``encode_latents`` by an ``autoencoder`` that was trained here, and set its moments of latents.
 
-    ``digest`` is the autoencoder's; without ``fan_out`` all latents are zeros. Returns the function that looks up the
-    latents of rows of the data set.
+    They are those of ``initial``, as its weights were trained with them, or those of the first training images by key,
+    with ``config.window`` of images from as few shards as possible. Without ``fan_out`` none are measured.
+    """
+    space = autoencoder.space
+    encoded = encode_latents(autoencoder.network.to, space.digest, space.shape, dataset, config, fan_out, progress)
+    if initial is not None:
+        assert isinstance(initial.autoencoder, Latents)
+        autoencoder.load_state_dict(initial.autoencoder.state_dict())
+    elif fan_out is not None:
+        rows = dataset.rows("train")
+        if config.window is not None:
+            rows = rows[np.argsort(dataset.shards(rows), kind="stable")]
+        parts = dataset.split_by_bucket(rows[:MEASURED])
+        means = torch.cat([encoded(part).double().transpose(0, 1).flatten(1) for part in parts], dim=1)
+        std, mean = torch.std_mean(means, dim=1, correction=0)
+        # A constant channel keeps its scale instead of being amplified.
+        std = torch.where(std > 1e-4 * std.max(), std, 1.0)
+        for name, moment in ranks.broadcast_tensors({"mean": mean.float(), "std": std.float()}).items():
+            autoencoder.get_buffer(name).copy_(moment.view(1, -1, 1, 1))
+    mean, std = autoencoder.mean.clone(), autoencoder.std.clone()  # which stay on the CPU
+    return lambda *selection: (encoded(*selection) - mean) / std
+
+
+def encode_latents(
+    load: Callable[[torch.device], Encoder],
+    digest: str,
+    shape: tuple[int, int, int],
+    dataset: Dataset,
+    config: TrainingConfig,
+    fan_out: FanOut | None,
+    progress: Progress,
+) -> Callable[..., Tensor]:
+    """Encode the images of ``dataset`` by the autoencoder that ``load`` moves, as far as they are not in the cache.
+
+    ``digest`` is the autoencoder's, ``shape`` (c, h, w) that of a square image's latents; without ``fan_out`` all are
+    zeros. Returns the function that looks up the latents of rows of the data set.
     """
     if fan_out is None:
-        _, height, width = dataset.shape
-        return partial(_zero_latents, dataset, model.with_size((height, width)).noise_shape)
-    encode = NetworkWork.here(partial(_load_encoder, model.for_encoding(), config.device), config.device)
+        return partial(_zero_latents, dataset, shape)
+    encode = NetworkWork.here(partial(_load_encoder, load, config.device), config.device)
     key = digest_of([digest, device_name(resolve_device(config.device)), torch.__version__])
     return LatentCache(dataset, key, encode, config.flip, fan_out, progress).select_rows
 

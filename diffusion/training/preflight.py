@@ -25,8 +25,6 @@ from diffusion.common.shapes import Shape, shape_name
 from diffusion.families import family_of
 from diffusion.families.config import FamilyConfig
 from diffusion.families.fine_tuning import TrainableSubset, share
-from diffusion.families.vae.config import LatentSpace
-from diffusion.families.vae.network import Autoencoder
 from diffusion.process.samplers import SamplingConfig
 from diffusion.training.checkpointing import WrittenTensors
 from diffusion.training.config import TrainingConfig
@@ -133,20 +131,13 @@ class Preflight(Config):
 
 
 def count_flops(
-    config: FamilyConfig,
-    shape: tuple[int, int, int],
-    classes: int,
-    latents: LatentSpace | None = None,
-    network: nn.Module | None = None,
+    config: FamilyConfig, shape: tuple[int, int, int], classes: int, network: nn.Module | None = None
 ) -> int:
-    """Count the floating-point operations of an image, forward and backward, with the encoder of ``latents`` if any.
+    """Count the floating-point operations of an image, forward and backward, or of latents of this ``shape``.
 
     ``network`` is a meta network of the kind; None: all weights of a new one are trained.
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        if latents is not None:
-            Autoencoder(latents.autoencoder, shape[0]).requires_grad_(False).encode(torch.empty(1, *shape))
-            shape = latents.shape
         network = network or family_of(config).make_network(config, shape, classes)
         family_of(config).forward(network, shape).backward()  # type: ignore[no-untyped-call]
     return int(counter.get_total_flops())
@@ -203,9 +194,8 @@ def make_preflight(
         frozen += sum(weight.numel() for weight in state.network.network.parameters() if not weight.requires_grad)
     averages = len(state.averages) + bool(state.guide)
     checkpoint = FLOAT * round((parameters + others) * (1 + config.moments) + parameters * averages - matrices)
-    latents = setup.autoencoder.space if setup.autoencoder else None
     passes = 1 if config.prior is None else 2  # and one of the base, without gradients
-    flops = passes * count_flops(setup.model, dataset.shape, len(setup.classes), latents, meta_network(setup))
+    flops = passes * count_flops(setup.model, setup.shape, len(setup.classes), meta_network(setup))
     if memory is None and flops * config.images_per_step >= PLANNED_FLOPS:
         memory = plan_here(setup)
     # One checkpoint is written before another is removed, and there may be one from a signal. A snapshot holds averages

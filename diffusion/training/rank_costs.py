@@ -164,7 +164,7 @@ def _rank_cost(setup: TrainingSetup, memory: StepMemory) -> RankCost:
     images, threads = config.images_per_step // ranks.count, thread_count(config, ranks)
     part = math.ceil(images / threads)
     network = meta_network(setup)
-    objective = family_of(setup.model).make_objective(setup.model_header(0), config, setup.autoencoder)
+    objective = family_of(setup.model).make_objective(setup.model_header(0), config)
     steps, messages, gathered_bytes = objective.optimizer_steps(network), Counter[str](), 0
     with _fake_process_group(ranks.count):
         for step in steps:
@@ -220,7 +220,6 @@ def _count_replicated_bytes(step: OptimizerStep) -> Counter[str]:
 def _count_sharded_bytes(step: OptimizerStep, setup: TrainingSetup) -> tuple[Counter[str], int]:
     """Count the bytes of a rank in the collectives of a step, and of other ranks' weights that it holds at once."""
     config, family = setup.config, family_of(setup.model)
-    shape = setup.autoencoder.space.shape if setup.autoencoder else setup.dataset.shape
     images = config.images_per_step // setup.ranks.count
     other_passes = math.ceil(images / (config.micro_batch or images)) - 1
     mesh, modules = make_mesh(CPU, setup.shard), list(step.modules.values())
@@ -236,7 +235,7 @@ def _count_sharded_bytes(step: OptimizerStep, setup: TrainingSetup) -> tuple[Cou
                 sum_over_replicas(modules, is_last)
                 messages = _Messages()
                 with messages:
-                    losses: Tensor = family.forward(modules[0], shape).view(1)
+                    losses: Tensor = family.forward(modules[0], setup.shape).view(1)
                     batch = TrainingBatch(torch.empty(1), {}, {"t": torch.zeros(1)})
                     step.compute_objective(losses, batch).sum().backward()  # type: ignore[no-untyped-call]
                 counts += Counter({name: size * times for name, size in messages.own.items()})

@@ -39,10 +39,10 @@ from diffusion.generation.generate import Encodings, check_sampling_options, con
 from diffusion.generation.super_resolution import GenerationTask, add_conditioning_noise, task_of
 from diffusion.process.samplers import SamplingConfig
 from diffusion.training.config import TrainingConfig
-from diffusion.training.data import encode_captions, encode_grid, encode_latents, encode_prior
+from diffusion.training.data import MEASURED, encode_captions, encode_grid, encode_latents, encode_prior, own_latents
 from diffusion.training.distributed import Ranks
 from diffusion.training.identity import data_digest, identity_fields, train_key
-from diffusion.training.starting_models import MEASURED, find_state, identify_base, load_autoencoder, load_initial
+from diffusion.training.starting_models import find_state, identify_base, load_initial, make_latents
 
 FORMAT_VERSION = 3
 """Format version of checkpoints."""
@@ -98,6 +98,11 @@ class TrainingSetup:
         """The task of the model."""
         return task_of(self.model, self.dataset.manifest.size)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, S, S) of the images of the data set, or of their latents in an autoencoder that was trained here."""
+        return self.autoencoder.space.shape if self.autoencoder else self.dataset.shape
+
     @cached_property
     def classes(self) -> list[str]:
         """The classes that the network is conditioned on, possibly none."""
@@ -142,8 +147,7 @@ class TrainingSetup:
             if gradient_checkpointing:
                 family.checkpoint_gradients(partly_trained.network)
             return partly_trained.train(not family.trains_in_evaluation_mode)
-        shape = self.autoencoder.space.shape if self.autoencoder else self.dataset.shape
-        network: nn.Module = family.make_network(self.model, shape, len(self.classes))
+        network: nn.Module = family.make_network(self.model, self.shape, len(self.classes))
         if gradient_checkpointing:
             family.checkpoint_gradients(network)
         if self.initial is not None:
@@ -154,12 +158,10 @@ class TrainingSetup:
         """Build the training objective, for a student that of its distillation."""
         header = self.model_header(0)
         if self.config.student is None:
-            return family_of(self.model).make_objective(header, self.config, self.autoencoder)
+            return family_of(self.model).make_objective(header, self.config)
         assert self.initial is not None
         assert self.config.images is not None
-        return self.initial.make_student_objective(
-            self.config, header, self.autoencoder, self.config.images, self.device
-        )
+        return self.initial.make_student_objective(self.config, header, self.config.images, self.device)
 
     def x0(self, batch: Batch) -> Tensor:
         """The clean images of a batch in [−1, 1], or their latents: (N, *noise_shape), channels last."""
@@ -345,10 +347,10 @@ def make_setup(
 ) -> TrainingSetup:
     """Check that data set and configuration match, and load captions, latents, autoencoder and initial weights.
 
-    ``sampling`` is how sample grids are generated; ``fan_out`` has workers encode captions, and images for a pipeline
-    with latents; None: nothing is encoded, and all captions and latents are as none and zeros. ``start`` is
-    the registered version in the file ``config.init_from``, if any. Raises UserError if an option has no effect or
-    contradicts another, or a file is missing or does not match.
+    ``sampling`` is how sample grids are generated; ``fan_out`` has workers encode captions, and images as latents;
+    None: nothing is encoded, and all captions and latents are as none and zeros. ``start`` is the registered version in
+    the file ``config.init_from``, if any. Raises UserError if an option has no effect or contradicts another, or a file
+    is missing or does not match.
     """
     size = dataset.manifest.size
     if words := training_conflict(model, config) or shape_conflict(model, size, dataset.shapes):
@@ -363,9 +365,8 @@ def make_setup(
     config = config.with_batch_size(model, size)
     autoencoder = None
     if model.autoencoder is not None:
-        autoencoder = load_autoencoder(model.autoencoder, dataset, config.window)
-        for name, moment in ranks.broadcast_tensors(dict(autoencoder.named_buffers())).items():
-            autoencoder.get_buffer(name).copy_(moment)
+        autoencoder = make_latents(model.autoencoder, dataset.manifest)
+        use_channels_last(autoencoder.eval().requires_grad_(False))
         model = model.model_copy(update={"autoencoder": f"sha256:{autoencoder.space.digest}"})
     initial = load_initial(model.resolve(autoencoder.space.size if autoencoder else size), config, dataset)
     base, latents, encoding = None, None, family_of(model).own_caption_encoder(model)
@@ -374,14 +375,13 @@ def make_setup(
         base, config = identify_base(initial, config, start)
         if initial.has_frozen_parts:
             model = initial.config
-        if (config.adapter is not None or config.warm_start) and autoencoder is not None:
-            # With the moments that its weights were trained with.
-            assert isinstance(initial.autoencoder, Latents)
-            autoencoder = initial.autoencoder
         if model.text:
             encoding = initial.caption_encoder(config.adapter, resolve_device(config.device))
         if (digest := initial.latents_digest) is not None:
-            latents = encode_latents(initial, digest, dataset, config, fan_out, progress)
+            shape = initial.with_size(dataset.shape[1:]).noise_shape
+            latents = encode_latents(initial.for_encoding(), digest, shape, dataset, config, fan_out, progress)
+    if autoencoder is not None:
+        latents = own_latents(autoencoder, initial, dataset, config, ranks, fan_out, progress)
     captions = encode_captions(dataset, config, encoding, ranks, fan_out, progress) if model.text else None
     prior_prompt = encode_prior(config, captions, fan_out is not None)
     parts = dataset, model, config, ranks, captions, autoencoder, initial, base, latents, prior_prompt

@@ -6,9 +6,6 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from diffusion.checkpoints import load_model, read_model_header, weights_digest
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
@@ -17,18 +14,13 @@ from diffusion.data.dataset import Dataset
 from diffusion.data.manifest import Manifest
 from diffusion.families.config import FamilyConfig
 from diffusion.families.header import Base
-from diffusion.families.model import Model, StartConflict, to_float, use_channels_last
+from diffusion.families.model import Model, StartConflict
 from diffusion.families.vae.network import Autoencoder, Latents
 from diffusion.training.config import TrainingConfig
 from diffusion.training.identity import autoencoder_digest, identity_fields, local_file
 from diffusion.training.warm_start import has_state, start_digest
 
 logger = logging.getLogger(__name__)
-
-MEASURED = 1024
-"""Maximum number of training images on which moments are measured: error about 0.1 %."""
-ENCODED = 32
-"""Images encoded at a time."""
 
 
 def load_initial(
@@ -162,29 +154,3 @@ def make_latents(path: str, manifest: Manifest, load: Callable[[Path], Model] = 
         )
     digest = autoencoder_digest(path).removeprefix("sha256:")
     return Latents.copy_of(autoencoder, manifest.channels, digest, manifest.size, manifest.shapes)
-
-
-def load_autoencoder(path: str, dataset: Dataset, window: int | None) -> Latents:
-    """Load the autoencoder in the file ``path`` and measure its latents' moments on training images of ``dataset``.
-
-    Uses the first images by key; with a ``window``, images from as few shards as possible. Raises UserError as
-    ``make_latents``.
-    """
-    latents = make_latents(path, dataset.manifest)
-    use_channels_last(latents.eval().requires_grad_(False))
-    rows = dataset.rows("train")
-    if window is not None:
-        rows = rows[np.argsort(dataset.shards(rows), kind="stable")]
-    parts = [dataset.images(part) for part in dataset.split_by_bucket(rows[:MEASURED])]
-    with torch.inference_mode():
-        means = [
-            torch.cat([latents.network.encode(to_float(batch)).double() for batch in torch.split(images, ENCODED)])
-            for images in parts
-        ]
-        values = torch.cat([part_means.transpose(0, 1).flatten(1) for part_means in means], dim=1)
-        std, mean = torch.std_mean(values, dim=1, correction=0)
-        # A constant channel keeps its scale instead of being amplified.
-        std = torch.where(std > 1e-4 * std.max(), std, 1.0)
-        latents.std.copy_(std.view(1, -1, 1, 1))
-        latents.mean.copy_(mean.view(1, -1, 1, 1))
-    return latents

@@ -25,8 +25,9 @@ from diffusion.common.device import CPU
 from diffusion.common.fingerprint import autocast
 from diffusion.families import family_of
 from diffusion.families.fine_tuning import TrainableSubset, adapted_layers
-from diffusion.families.model import Model, TrainingBatch, TrainingObjective, use_channels_last
+from diffusion.families.model import Encoder, Model, TrainingBatch, TrainingObjective, use_channels_last
 from diffusion.families.text_encoder import Encoding
+from diffusion.families.vae.network import latent_shape
 from diffusion.training.distributed import SINGLE_PROCESS
 from diffusion.training.muon import Muon, group_by_side
 from diffusion.training.setup import TrainingSetup
@@ -310,16 +311,18 @@ def _make_prompt(setup: TrainingSetup) -> Encoding:
 
 
 def _encode_images(setup: TrainingSetup, memory: LiveMemory) -> list[np.ndarray]:
-    """Record the encoding of images by the autoencoder of a pipeline; empty: it has none."""
-    initial = setup.initial
-    if initial is None or not initial.has_frozen_parts or initial.autoencoder is None:
+    """Record the encoding of images by an autoencoder; empty: there is none."""
+    encoder: Encoder | None = setup.autoencoder
+    if (initial := setup.initial) is not None and initial.has_frozen_parts and initial.autoencoder is not None:
+        encoder = initial
+    if encoder is None:
         return []
     height, width = max(setup.dataset.shapes, key=math.prod)
     images = [torch.zeros(count, setup.dataset.manifest.channels, height, width) for count in MEASURED]
 
     def encode(batch: Tensor) -> None:
         with torch.no_grad():
-            initial.encode(torch.empty_like(batch))
+            encoder.encode(torch.empty_like(batch))
 
     return [memory.record(partial(encode, batch)) for batch in images]
 
@@ -335,6 +338,8 @@ def _make_batch(setup: TrainingSetup, objective: TrainingObjective, images: int,
     conditioning |= {name: value.expand(images, *value.shape) for name, value in prompt.items() if name != "mask"}
     if setup.initial is not None and setup.initial.has_frozen_parts:
         shape = setup.initial.with_size((height, width)).noise_shape
+    elif setup.autoencoder is not None:
+        shape = latent_shape(setup.autoencoder.space.autoencoder, height, width)
     x0 = torch.zeros(images, *shape).contiguous(memory_format=torch.channels_last)
     batch = replace(objective.make_batch(x0, range(images), {}), conditioning=conditioning)
     weights = None if setup.config.mask is None else torch.zeros(images, 1, height, width)

@@ -9,7 +9,15 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from tests.builders.pipelines import WORDS, autoencoder, clip_config, clip_tokenizer, t5_tokenizer, write_pipeline
+from tests.builders.pipelines import (
+    WORDS,
+    autoencoder,
+    clip_config,
+    clip_tokenizer,
+    randomize,
+    t5_tokenizer,
+    write_pipeline,
+)
 
 CHAT = (
     "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
@@ -21,13 +29,6 @@ CHAT = (
 
 
 MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-
-
-def randomize(module: torch.nn.Module, std: float = 0.2) -> torch.nn.Module:
-    """Give all weights a distribution in which each has an effect, modulations that begin as zeros too."""
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=std)
-    return module
 
 
 def qwen_tokenizer() -> Any:

@@ -21,6 +21,13 @@ BLOCKS = {"norm_num_groups": 4, "layers_per_block": 1}
 VP = {"num_train_timesteps": 100}
 
 
+def randomize(module: torch.nn.Module, std: float = 0.2) -> torch.nn.Module:
+    """Give all weights a distribution in which each has an effect, modulations that begin as zeros too."""
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    return module
+
+
 def write_pipeline(folder: Path, pipeline: Any, **options: Any) -> Path:
     """Write ``pipeline`` and a model card; ``options`` are those of ``save_pretrained``."""
     pipeline.save_pretrained(folder, **options)
@@ -146,10 +153,8 @@ def dit(folder: Path, **scheduler: Any) -> Path:
         num_embeds_ada_norm=1000,
         norm_num_groups=4,
     )
-    for parameter in transformer.parameters():  # adaLN-Zero begins as the identity
-        torch.nn.init.normal_(parameter, std=0.1)
     scheduled = diffusers.DDIMScheduler(**VP | {"clip_sample": False} | scheduler)
-    write_pipeline(folder, diffusers.DiTPipeline(transformer, autoencoder(), scheduled))
+    write_pipeline(folder, diffusers.DiTPipeline(randomize(transformer, std=0.1), autoencoder(), scheduled))
     index = json.loads((folder / "model_index.json").read_text())  # as in the published one, but not by the library
     index["id2label"] = {"0": "tench, Tinca tinca", "1": "goldfish", "2": "ape"}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
@@ -207,14 +212,12 @@ def stable_diffusion_3(folder: Path, t5: bool = True, **scheduler: Any) -> Path:
         out_channels=4,
         pos_embed_max_size=8,
     )
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
     third: dict[str, Any] = {"text_encoder_3": None, "tokenizer_3": None}
     if t5:
         config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
         third = {"text_encoder_3": transformers.T5EncoderModel(config), "tokenizer_3": t5_tokenizer()}
     pipeline = diffusers.StableDiffusion3Pipeline(
-        transformer=transformer,
+        transformer=randomize(transformer, std=0.1),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, **scheduler),
         vae=autoencoder(shift_factor=0.06, scaling_factor=1.5),
         text_encoder=transformers.CLIPTextModelWithProjection(clip_config(tokenizer)),

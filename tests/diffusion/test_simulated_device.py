@@ -99,8 +99,6 @@ from tests.builders.small_datasets import random_images, write_dataset
 
 class Autoencoder:
     inside = most = 0
-    def for_encoding(self):
-        return lambda device: self
     def encode(self, images):
         assert images.device.type == "simulated"
         self.inside += 1
@@ -113,7 +111,7 @@ model, folder = Autoencoder(), Path(sys.argv[1]) / "data"
 write_dataset(folder, random_images(48, 3, 8), 48)
 dataset, config = Dataset.open(folder), TrainingConfig(images=8)
 with ThreadPoolExecutor(3) as readers:
-    select = encode_latents(model, "0" * 64, dataset, config, readers.map, ignore_progress)
+    select = encode_latents(lambda device: model, "0" * 64, (3, 8, 8), dataset, config, readers.map, ignore_progress)
 print(json.dumps([model.most, list(select(dataset.rows("train")[:2]).shape)]))
 """
 

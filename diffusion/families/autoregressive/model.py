@@ -11,7 +11,6 @@ from diffusion.families.autoregressive.config import AutoregressiveConfig
 from diffusion.families.autoregressive.network import LEVELS, PixelCNN, log_probability, mixtures_of, sample_images
 from diffusion.families.header import ModelHeader
 from diffusion.families.model import Conditioning, ConditioningBatch, Model, TrainingBatch, TrainingObjective, to_uint8
-from diffusion.families.vae.network import Latents
 from diffusion.process.config import ObjectiveConfig
 from diffusion.process.likelihood import Terms
 from diffusion.process.samplers import SamplingConfig
@@ -35,7 +34,7 @@ class AutoregressiveModel(Model):
         return out
 
     @staticmethod
-    def make_objective(header: ModelHeader, training: ObjectiveConfig, latents: Latents | None) -> TrainingObjective:
+    def make_objective(header: ModelHeader, training: ObjectiveConfig) -> TrainingObjective:
         """Build the likelihood objective."""
         return ExactLikelihoodObjective()
 

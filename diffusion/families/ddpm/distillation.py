@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.common.random import GaussianNoise, uniform
-from diffusion.common.shapes import height_and_width
 from diffusion.families.diffusion_model import DiffusionModel, guide_denoiser, make_unconditional
 from diffusion.families.header import ModelHeader
 from diffusion.families.model import Conditioning, TrainingBatch, TrainingObjective
@@ -51,9 +50,9 @@ class ConsistencyObjective(TrainingObjective):
         self, x0: Tensor, indices: Sequence[int], conditioning: Conditioning, probe: str | None = None
     ) -> TrainingBatch:
         """Sample noise levels, noise and dropout seeds; in a probe levels are spread evenly, as close as at the end."""
-        teacher = self.teacher.with_size(height_and_width(x0))
-        seed, shape, schedule = self.config.seed, teacher.noise_shape, teacher.schedule
-        random = {}
+        channels, height, width = x0.shape[1:]
+        shape = (channels, height, width)
+        seed, schedule, random = self.config.seed, self.teacher.schedule.with_shape(shape), {}
         if probe is not None:
             u, progress = (torch.arange(len(x0)) + 0.5) / len(x0), torch.ones(len(x0))
             random["noise"] = GaussianNoise(0, f"probe/{probe}", indices, shape)()
@@ -81,7 +80,7 @@ class ConsistencyObjective(TrainingObjective):
         model = replace(teacher, header=self.header)
         student = replace(model.denoiser(conditioning), network=predict, clip=False)
         with torch.no_grad():
-            x0 = teacher.encode(batch.x0)
+            x0 = batch.x0
             x = x0 + broadcast_to_images(x0, sigma) * random["noise"]
             x0 = x0 + self._shift(x, sigma, conditioning)
             target = student(x0 + broadcast_to_images(x, lower_sigma / sigma) * (x - x0), lower_sigma).float()

@@ -1,7 +1,7 @@
 """The family ddpm: a U-Net that denoises images (arXiv 2006.11239) or latents (2112.10752)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
@@ -46,14 +46,14 @@ class DDPMModel(DiffusionModel):
         return out
 
     @staticmethod
-    def make_objective(header: ModelHeader, training: ObjectiveConfig, latents: Latents | None) -> TrainingObjective:
-        """Build the denoising objective, in latents where there is an autoencoder."""
+    def make_objective(header: ModelHeader, training: ObjectiveConfig) -> TrainingObjective:
+        """Build the denoising objective of images, or of latents where there is an autoencoder."""
         assert isinstance(header.model, ModelConfig)
         shape = header.latents.shape if header.latents else header.square
         objective = make_objective(header.model, training, header.sigma_data, shape)
         # EDM's coefficients are derived for data of zero mean (arXiv 2206.00364, appendix B.6).
         center = header.mean if header.model.prediction == "edm" else None
-        return DenoisingObjective(training, objective, latents, center)
+        return DenoisingObjective(training, objective, center)
 
     @classmethod
     def make_model(cls, header: ModelHeader, network: UNet, autoencoder: Latents | None) -> Self:
@@ -89,10 +89,10 @@ class DDPMModel(DiffusionModel):
         return select_layers(layers, targets, hidden)
 
     def make_student_objective(
-        self, training: ObjectiveConfig, header: ModelHeader, latents: Latents | None, images: int, device: torch.device
+        self, training: ObjectiveConfig, header: ModelHeader, images: int, device: torch.device
     ) -> TrainingObjective:
-        """Build the consistency objective, in the student's latents."""
-        return ConsistencyObjective(training, replace(self, latents=latents).to(device), header, images)
+        """Build the consistency objective."""
+        return ConsistencyObjective(training, self.to(device), header, images)
 
     @property
     def config(self) -> ModelConfig:

@@ -24,7 +24,6 @@ from diffusion.families.model import (
     to_uint8,
     use_channels_last,
 )
-from diffusion.families.vae.network import Latents
 from diffusion.process.config import ObjectiveConfig
 from diffusion.process.samplers import SamplingConfig
 
@@ -51,7 +50,7 @@ class GANModel(Model):
         return objective.discriminator_losses(network, batch).sum() + objective.losses(network, batch).sum()
 
     @staticmethod
-    def make_objective(header: ModelHeader, training: ObjectiveConfig, latents: Latents | None) -> TrainingObjective:
+    def make_objective(header: ModelHeader, training: ObjectiveConfig) -> TrainingObjective:
         """Build the adversarial loss with a new discriminator."""
         assert isinstance(header.model, GANConfig)
         classes = len(classes_of(header.model, header.class_histogram))

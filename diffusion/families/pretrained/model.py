@@ -28,7 +28,6 @@ from diffusion.families.pretrained.placement import Resident
 from diffusion.families.pretrained.schedule import make_pipeline_schedule
 from diffusion.families.quantization import quantizable_layers
 from diffusion.families.text_encoder import CaptionEncoder, Encoding
-from diffusion.families.vae.network import Latents
 from diffusion.process.config import ObjectiveConfig
 from diffusion.process.denoiser import Denoiser, rescale_guidance
 from diffusion.process.likelihood import Terms
@@ -69,7 +68,7 @@ class PretrainedModel(DiffusionModel):
         return _forward(network, (pipeline.noise_shape[0], height, width)).sum()
 
     @staticmethod
-    def make_objective(header: ModelHeader, training: ObjectiveConfig, latents: Latents | None) -> TrainingObjective:
+    def make_objective(header: ModelHeader, training: ObjectiveConfig) -> TrainingObjective:
         """Build the denoising objective of the pipeline's own prediction, for images or latents as the network's."""
         assert isinstance(header.model, DiffusersConfig)
         pipeline = header.model.imported
@@ -79,7 +78,7 @@ class PretrainedModel(DiffusionModel):
         assert pipeline.prediction is not None
         parametrization = Parametrization(pipeline.prediction, header.sigma_data)
         objective = Objective(make_pipeline_schedule(pipeline), parametrization, make_weight(training, parametrization))
-        return DenoisingObjective(training, objective, None, None)
+        return DenoisingObjective(training, objective, None)
 
     @classmethod
     def make_model(cls, header: ModelHeader, network: Any, autoencoder: Any) -> Self:

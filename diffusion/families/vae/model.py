@@ -11,7 +11,7 @@ from diffusion.common.random import GaussianNoise
 from diffusion.families.header import ModelHeader
 from diffusion.families.model import Conditioning, ConditioningBatch, Model, TrainingBatch, TrainingObjective, to_uint8
 from diffusion.families.vae.config import VAEConfig
-from diffusion.families.vae.network import VAE, Autoencoder, Latents, latent_shape
+from diffusion.families.vae.network import VAE, Autoencoder, latent_shape
 from diffusion.process.config import ObjectiveConfig
 from diffusion.process.likelihood import Terms
 from diffusion.process.samplers import SamplingConfig
@@ -36,7 +36,7 @@ class VAEModel(Model):
         return bound
 
     @staticmethod
-    def make_objective(header: ModelHeader, training: ObjectiveConfig, latents: Latents | None) -> TrainingObjective:
+    def make_objective(header: ModelHeader, training: ObjectiveConfig) -> TrainingObjective:
         """Build the evidence lower bound."""
         assert isinstance(header.model, VAEConfig)
         return EvidenceObjective(header.model, training.seed, header.size)

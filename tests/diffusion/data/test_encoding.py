@@ -64,6 +64,16 @@ def test_other_processes_encode_the_same_bytes(tmp_path: Path, runner: str) -> N
     assert 1 <= len(there) <= 2
 
 
+def test_latents_do_not_depend_on_the_shards_that_images_are_in(tmp_path: Path) -> None:
+    latents = []
+    for per_shard in (40, 19):
+        write_dataset(tmp_path / f"{per_shard}", random_images(40, 3, 8), per_shard)
+        dataset = Dataset.open(tmp_path / f"{per_shard}")
+        cache = LatentCache(dataset, "digest", lambda images: images.sum(1, keepdim=True) * len(images), True, map)
+        latents.append(cache.select_rows(np.argsort(dataset.keys(np.arange(40))), np.arange(40) % 2 == 0))
+    assert torch.equal(*latents)
+
+
 def test_latents_stay_readable_if_a_takedown_deletes_them_meanwhile(tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", random_images(70, 3, 8), 35)
     dataset, rows = Dataset.open(tmp_path / "data"), np.arange(70)

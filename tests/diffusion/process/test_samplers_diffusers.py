@@ -196,17 +196,23 @@ def test_unipc(prediction: Prediction, order: int, steps: int) -> None:
 
 
 @predictions
-def test_euler(prediction: Prediction) -> None:
-    # Its steps are in float32 whatever it is given.
-    theirs = scheduler(EulerDiscreteScheduler, "linear", prediction, 20, timestep_spacing="leading")
+@pytest.mark.parametrize(
+    ("sampler", "kind", "atol"),
+    # Euler's steps are in float32 whatever it is given.
+    [("euler", EulerDiscreteScheduler, 1e-4), ("heun", HeunDiscreteScheduler, 1e-6)],
+)
+def test_euler_and_heun(prediction: Prediction, sampler: Any, kind: type[Any], atol: float) -> None:
+    theirs = scheduler(kind, "linear", prediction, 20, timestep_spacing="leading")
     sigmas = theirs.sigmas
-    inputs = ours(sampling_config(sampler="euler"), "linear", sigmas, prediction)
+    if sampler == "heun":  # each level but the first and the last stands there twice
+        sigmas = torch.cat([sigmas[:1], sigmas[1:-1:2], sigmas[-1:]])
+    inputs = ours(sampling_config(sampler=sampler), "linear", sigmas, prediction)
     x = inputs[0] * (1 + sigmas[0] ** 2).sqrt()
     for i, t in enumerate(theirs.timesteps):
         scaled_input = theirs.scale_model_input(x, t)
-        torch.testing.assert_close(inputs[i], scaled_input, atol=1e-4, rtol=0)
+        torch.testing.assert_close(inputs[i], scaled_input, atol=atol, rtol=0)
         x = theirs.step(network_of(prediction, "linear")(scaled_input, t.expand(2)), t, x).prev_sample
-    torch.testing.assert_close(inputs[-1], x, atol=1e-4, rtol=0)
+    torch.testing.assert_close(inputs[-1], x, atol=atol, rtol=0)
 
 
 @predictions
@@ -235,17 +241,3 @@ def test_euler_with_churn(prediction: Prediction) -> None:
         ).prev_sample
     torch.testing.assert_close(inputs[-1], x, atol=1e-4, rtol=0)
     assert 0 < churned < 20
-
-
-@predictions
-def test_heun(prediction: Prediction) -> None:
-    theirs = scheduler(HeunDiscreteScheduler, "linear", prediction, 20, timestep_spacing="leading")
-    # Each level but the first and the last stands there twice.
-    sigmas = torch.cat([theirs.sigmas[:1], theirs.sigmas[1:-1:2], theirs.sigmas[-1:]])
-    inputs = ours(sampling_config(sampler="heun"), "linear", sigmas, prediction)
-    x = inputs[0] * (1 + sigmas[0] ** 2).sqrt()
-    for i, t in enumerate(theirs.timesteps):
-        scaled_input = theirs.scale_model_input(x, t)
-        torch.testing.assert_close(inputs[i], scaled_input, atol=1e-6, rtol=0)
-        x = theirs.step(network_of(prediction, "linear")(scaled_input, t.expand(2)), t, x).prev_sample
-    torch.testing.assert_close(inputs[-1], x, atol=1e-6, rtol=0)

@@ -64,7 +64,7 @@ def test_network_inputs_have_variance_1_at_every_noise_level(dataset: Path, shar
         moments = {"data_mean": x0.mean((0, 2, 3)).tolist(), "sigma_data": x0.var((0, 2, 3)).mean().sqrt().item()}
         header = setup.model_header(0).model_copy(update=moments)
         assert header.data_mean is not None
-        objective = DDPMModel.make_objective(header, trainer.config, None)
+        objective = DDPMModel.make_objective(header, trainer.config)
         batch = objective.make_batch(x0, range(len(x0)), {}, probe="moments")
         batch.random["t"] = torch.full_like(batch.random["t"], share * 999)
         trainer.state.network.register_forward_pre_hook(lambda _, inputs: network_inputs.append(inputs[0]))
