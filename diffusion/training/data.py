@@ -153,8 +153,8 @@ def own_latents(
 ) -> Callable[..., Tensor]:
     """Encode as ``encode_latents`` by an ``autoencoder`` that was trained here, and set its moments of latents.
 
-    They are those of ``initial``, as its weights were trained with them, or those of the first training images by key,
-    with ``config.window`` of images from as few shards as possible. Without ``fan_out`` none are measured.
+    They are those of ``initial``, as its weights were trained with them, or those of the first training images by key.
+    Without ``fan_out`` none are measured.
     """
     space = autoencoder.space
     encoded = encode_latents(autoencoder.network.to, space.digest, space.shape, dataset, config, fan_out, progress)
@@ -162,10 +162,7 @@ def own_latents(
         assert isinstance(initial.autoencoder, Latents)
         autoencoder.load_state_dict(initial.autoencoder.state_dict())
     elif fan_out is not None:
-        rows = dataset.rows("train")
-        if config.window is not None:
-            rows = rows[np.argsort(dataset.shards(rows), kind="stable")]
-        parts = dataset.split_by_bucket(rows[:MEASURED])
+        parts = dataset.split_by_bucket(dataset.rows("train")[:MEASURED])
         means = torch.cat([encoded(part).double().transpose(0, 1).flatten(1) for part in parts], dim=1)
         std, mean = torch.std_mean(means, dim=1, correction=0)
         # A constant channel keeps its scale instead of being amplified.
