@@ -1,8 +1,8 @@
 """Ten nights of a set that grows by 5 % each and changes its style once: warm starts against trainings from nothing.
 
-    python benchmarks/nights.py --set fashion --images 40000
-    python benchmarks/nights.py --set faces --first pixel-art/ --second open-peeps/
-    python benchmarks/nights.py --plot docs/images/nights.png
+    PYTHONPATH=. python benchmarks/nights.py --set fashion --images 40000
+    PYTHONPATH=. python benchmarks/nights.py --set faces --first pixel-art/ --second open-peeps/
+    PYTHONPATH=. python benchmarks/nights.py --plot docs/images/nights.png
 
 Each night, or those in ``--fresh``, trains from nothing on ``--images``; each of ARMS goes on from its own model of the
 night before, on a share of that. All are judged by the same real images, as many of each style as the night's set has.
