@@ -1,6 +1,6 @@
 """False alarms of the monitor's tests for drift over a year, and which shifts they find, on clothes of ten classes.
 
-    PYTHONPATH=. python benchmarks/drift.py                    # power on Fashion-MNIST, then a year of weeks and one of days
+    PYTHONPATH=. python benchmarks/drift.py   # power on Fashion-MNIST, then a year of weeks and one of days
     PYTHONPATH=. python benchmarks/drift.py --trials 50 --champions 200
 
 Tests are those of ``diffusion.evaluation.drift``. A year is simulated with the code's own tests and with another
