@@ -58,7 +58,7 @@ class LatentCache:
                 shard_rows = rows[self._shards == shard]
                 self._places[shard_rows] = np.arange(len(shard_rows))
                 at_once = images_at_once(dataset.shapes[int(dataset.shard_buckets[shard])])
-                key = [digest, variants, dataset.keys(shard_rows), at_once]
+                key = [digest, variants, at_once, dataset.keys(shard_rows)]
                 paths[shard] = folder / f"latents-{digest_of(key)[:32]}.safetensors"
                 if _is_whole(paths[shard]):
                     self._files[shard] = safe_open(paths[shard], framework="pt")
