@@ -48,16 +48,13 @@ def test_links_to_files_of_the_checkout_lead_somewhere() -> None:
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
-@pytest.mark.slow
-@pytest.mark.long
-def test_each_limit_of_sizes_is_compared() -> None:
+def test_a_ceiling_exceeded_or_far_above_its_figure_is_named() -> None:
     sizes = runpy.run_path(str(ROOT / "infra" / "ci" / "sizes.py"))
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["darkroom"]
-    limits, budgets = settings["limits"], settings["budgets"]
-    assert [*sizes["excesses"](limits, budgets)] == []
-    for name, smaller in (("module", 490), ("function", 50), ("imports", 20)):
-        assert [*sizes["excesses"](limits | {name: smaller}, budgets)], name
-    [line] = sizes["excesses"](limits, budgets | {"diffusion/process": 10})
-    assert line.startswith("diffusion/process has ")
-    unknown = {name: lines for name, lines in budgets.items() if name not in ("diffusion", "diffusion/process")}
-    assert any("process" in line for line in sizes["excesses"](limits, unknown))
+    figures = sizes["measure"](ROOT)
+    assert all(figures.values())
+    assert sizes["find_misfits"](figures, figures) == []
+    for name, figure in figures.items():
+        for ceiling in (figure - 1, figure * 102 // 100 + 1):
+            [line] = sizes["find_misfits"](figures, figures | {name: ceiling})
+            assert line.startswith(f"{name}: ")
+    assert sizes["find_misfits"](figures, {})

@@ -161,12 +161,12 @@ class S3Prefix:
     place: Location
     store: Store
 
-    def get(self, name: str) -> bytes | None:  # noqa: D102
+    def get(self, name: str) -> bytes | None:
         with suppress(MissingObjectError, LargeObjectError):
             return self.store.get(self.place.bucket, self.place.key(name), MAX_IMAGE_BYTES)
         return None
 
-    def put(self, name: str, data: bytes) -> bytes:  # noqa: D102
+    def put(self, name: str, data: bytes) -> bytes:
         kind = "image/png" if name.endswith(".png") else "application/json"
         try:
             self.store.put_once(self.place.bucket, self.place.key(name), data, content_type=kind)
@@ -174,7 +174,7 @@ class S3Prefix:
             return self.store.get(self.place.bucket, self.place.key(name), MAX_IMAGE_BYTES)
         return data
 
-    def names(self) -> Iterator[str]:  # noqa: D102
+    def names(self) -> Iterator[str]:
         prefix = self.place.key("")
         return (key.removeprefix(prefix) for key in self.store.list_keys(self.place.bucket, prefix))
 

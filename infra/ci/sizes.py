@@ -1,68 +1,62 @@
-"""Compare the sizes of packages, modules and functions with their limits in pyproject.toml.
+"""Compare the size of the project with its ceilings in pyproject.toml.
 
-A package's budget counts the lines of its Python files, except in subpackages that have a budget of their own. To raise
-one is a decision of its own, in a commit of its own that says why.
+A ceiling that is exceeded fails, and so does one that lies more than 1 % above its figure: it follows the code down.
+
+    python infra/ci/sizes.py            # compare
+    python infra/ci/sizes.py --lower    # set each ceiling to its figure where that is lower
 """
 
-import ast
+import re
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("diffusion", "flows")
 
 
-def read_modules(package: str) -> dict[str, str]:
-    """Read the Python files of a package, by their paths."""
-    return {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / package).rglob("*.py"))}
+def measure(root: Path) -> dict[str, int]:
+    """Count what a reader meets: code, tests, words of documentation, settings and options of commands."""
+
+    def texts(folder: str, pattern: str) -> list[str]:
+        return [path.read_text() for path in (root / folder).rglob(pattern) if "_build" not in path.parts]
+
+    code = texts("diffusion", "*.py") + texts("flows", "*.py")
+    reference = root / "docs" / "reference"
+    return {
+        "lines": sum(text.count("\n") for text in code),
+        "bytes": sum(len(text.encode()) for text in code),
+        "tests": sum(text.count("\n") for text in texts("tests", "*.py")),
+        "words": sum(len(text.split()) for text in texts("docs", "*.md")),
+        "settings": len(re.findall(r"^\| `\w+\.", (reference / "configuration.md").read_text(), re.M)),
+        "options": len(re.findall(r"^\| `-", (reference / "command-line.md").read_text(), re.M)),
+    }
 
 
-def own_imports(tree: ast.Module) -> set[str]:
-    """Collect the modules of this project that a module imports, inside functions too."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    return {name for name in names if name.split(".")[0] in PACKAGES}
-
-
-def excesses(limits: dict[str, int], budgets: dict[str, int]) -> Iterator[str]:
-    """Yield a line for each limit that is exceeded."""
-    modules = {path: text for package in PACKAGES for path, text in read_modules(package).items()}
-    for path, text in modules.items():
-        tree = ast.parse(text)
-        if (lines := text.count("\n")) > limits["module"]:
-            yield f"{path} has {lines} lines, at most {limits['module']} are allowed: split it by ideas"
-        if (count := len(own_imports(tree))) > limits["imports"]:
-            yield f"{path} imports {count} of our modules, at most {limits['imports']} are allowed"
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
-                lines = node.end_lineno - node.lineno + 1
-                if lines > limits["function"]:
-                    place = f"{path}:{node.lineno} {node.name}"
-                    yield f"{place} has {lines} lines, at most {limits['function']} are allowed"
-    sizes = dict.fromkeys(budgets, 0)
-    for path, text in (modules | read_modules("tests")).items():
-        owners = [package for package in budgets if path.startswith(f"{package}/") or path == f"{package}.py"]
-        if not owners:
-            yield f"{path} is in no package of tool.darkroom.budgets in pyproject.toml: name its package there"
-            continue
-        sizes[max(owners, key=len)] += text.count("\n")
-    for package, size in sizes.items():
-        if size > budgets[package]:
-            yield f"{package} has {size:,} lines, and a budget of {budgets[package]:,}: simplify what is there"
+def find_misfits(figures: dict[str, int], ceilings: dict[str, int]) -> list[str]:
+    """Return a line for each figure without a ceiling, above it, or more than 1 % below it."""
+    lines = [f"{name} is not a ceiling and a figure: mend tool.darkroom" for name in figures.keys() ^ ceilings.keys()]
+    for name in figures.keys() & ceilings.keys():
+        figure, ceiling = figures[name], ceilings[name]
+        if figure > ceiling:
+            lines.append(f"{name}: {figure:,} are above the ceiling of {ceiling:,}: take something out")
+        elif figure < ceiling * 0.99:
+            lines.append(f"{name}: {figure:,} are over 1 % below the ceiling of {ceiling:,}: run sizes.py --lower")
+    return sorted(lines)
 
 
 def main() -> None:
-    """Print what is too large, and exit with 1 if anything is."""
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["darkroom"]
-    found = [*excesses(settings["limits"], settings["budgets"])]
-    print(*found, sep="\n", end="\n" * bool(found))
-    sys.exit(bool(found))
+    """Print what does not fit, and exit with 1 if anything does not."""
+    project = ROOT / "pyproject.toml"
+    text = project.read_text()
+    ceilings, figures = tomllib.loads(text)["tool"]["darkroom"]["ceilings"], measure(ROOT)
+    if "--lower" in sys.argv:
+        for name, ceiling in ceilings.items():
+            ceilings[name] = min(ceiling, figures[name])
+            text = re.sub(rf"^{name} = {ceiling:_}$", f"{name} = {ceilings[name]:_}", text, flags=re.M)
+        project.write_text(text)
+    lines = find_misfits(figures, ceilings)
+    print(*lines, sep="\n", end="\n" * bool(lines))
+    sys.exit(bool(lines))
 
 
 if __name__ == "__main__":
