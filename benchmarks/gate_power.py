@@ -23,7 +23,7 @@ from diffusion.evaluation.bootstrap import Replicates
 from diffusion.evaluation.comparison import distance_headline
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.features.feature_extractor import make_extractor
-from diffusion.evaluation.gate import GateConfig, GateVerdict, decide
+from diffusion.evaluation.gate import GateConfig, GateVerdict, decide, deciding_distance
 from diffusion.evaluation.gate_metrics import ComparisonMetrics, Cost
 from diffusion.evaluation.metrics.kid import compute_kid, kid_of_halves
 
@@ -126,7 +126,9 @@ def run_trial(
                 samples=samples,
                 reference=count,
                 has_champion=True,
-                headline=distance_headline(by_model[lead], by_model[None], of_baseline, "efflite0", config),
+                headline=distance_headline(
+                    by_model[lead], by_model[None], of_baseline, "efflite0", deciding_distance(count, count)
+                ),
                 cost=Cost(candidate=COSTS[cost], champion=1.0, unit="evaluations"),
             )
             decision = decide(metrics, config, look, config.looks)

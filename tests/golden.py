@@ -351,19 +351,22 @@ def gate_verdicts() -> Values:
     for name, shift, copies in (("better", 0.1, 0.0), ("equal", 0.3, 0.0), ("worse", 0.5, 0.0), ("copies", 0.1, 0.4)):
         candidate = features(3, 400, shift)
         ours, theirs, baseline = compute_replicates([candidate, champion, real], reference, 20)
-        for config in (GateConfig(), GateConfig(headline="fd", delta=0.2, recall_loss=None)):
+        for key, metric, config in (
+            ("auto", "kid", GateConfig()),
+            ("fd", "fd", GateConfig(delta=0.2, recall_loss=None)),
+        ):
             compared = ComparisonMetrics(
                 basis="generated",
                 samples=400,
                 reference=400,
                 has_champion=True,
-                headline=distance_headline(ours, theirs, baseline, "stored", config),
+                headline=distance_headline(ours, theirs, baseline, "stored", metric),
                 recall=difference(ours["recall"], theirs["recall"]),
                 memorized=CopyShare(share=copies, expected=0, p_value=1e-9 if copies else 0.7),
                 cost=Cost(candidate=1.0, champion=1.0, unit="GFLOP"),
             )
             decision = decide(compared, config)
-            verdicts[f"{name}/{config.headline}"] = json.loads(decision.model_dump_json()) | {
+            verdicts[f"{name}/{key}"] = json.loads(decision.model_dump_json()) | {
                 "metrics": {metric: each.estimate.model_dump() for metric, each in ours.items()}
             }
     return verdicts

@@ -85,8 +85,6 @@ class ExperimentConfig(Config):
                 "sampling.autoguidance leads away from a guide, which training.guide = null leaves out: set that to "
                 "0.25, or leave autoguidance out"
             )
-        if self.gate.class_loss is not None and not self.model.conditional:
-            raise ValueError("gate.class_loss needs a class-conditional model (model.conditional): leave it out")
         if isinstance(self.model, ModelConfig) and self.model.variance != "fixed" and self.sampling.sampler != "ddpm":
             raise ValueError(
                 f"model.variance = learned_range is used by the sampler ddpm alone, and sampling.sampler = "

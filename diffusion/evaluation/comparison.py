@@ -26,7 +26,7 @@ from diffusion.evaluation.bootstrap import difference
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import Estimate, paired_difference
 from diffusion.evaluation.evaluator import CACHE, Evaluator, MetricReplicates
-from diffusion.evaluation.gate import GateConfig, GateDecision, decide
+from diffusion.evaluation.gate import GateConfig, GateDecision, decide, deciding_distance
 from diffusion.evaluation.gate_metrics import (
     ClassAgreement,
     ComparisonMetrics,
@@ -34,7 +34,6 @@ from diffusion.evaluation.gate_metrics import (
     Headline,
     OwnMetric,
     PromptAgreement,
-    WorstClass,
 )
 from diffusion.evaluation.metrics.per_group import PerClass
 from diffusion.evaluation.metrics.scores import MIN_FOR_ERRORS, Scores
@@ -135,13 +134,15 @@ def compare_with_champion(
     """
     evaluator = _evaluator(candidate, data, config, sampling, output, progress, choosing_samples)
     # A distance that changed between looks would be tested twice.
-    metric = gate.metric(config.samples, len(evaluator.real.compared))
-    rules, max_samples = gate.model_copy(update={"headline": metric}), config.samples * 2 ** (gate.looks - 1)
+    metric = deciding_distance(config.samples, len(evaluator.real.compared))
+    max_samples = config.samples * 2 ** (gate.looks - 1)
     for look in range(1, gate.looks + 1):
-        sides, baseline, compared = _compare(evaluator, candidate, champion, rules, config.samples * 2 ** (look - 1))
+        sides, baseline, compared = _compare(
+            evaluator, candidate, champion, gate, config.samples * 2 ** (look - 1), metric
+        )
         can_repeat = compared.has_champion and compared.basis == "generated" and evaluator.real.small is None
         looks = gate.looks if can_repeat else 1
-        decision = decide(compared, rules, look if can_repeat else 1, looks)
+        decision = decide(compared, gate, look if can_repeat else 1, looks)
         if not can_repeat or look == looks or not decision.worth_another_look(max_samples):
             break
     (model, evaluation), (champion_model, champion_evaluation) = sides
@@ -162,7 +163,12 @@ def compare_with_champion(
 
 
 def _compare(
-    evaluator: Evaluator, candidate_path: Path, champion_path: Path | None, gate: GateConfig, samples: int
+    evaluator: Evaluator,
+    candidate_path: Path,
+    champion_path: Path | None,
+    gate: GateConfig,
+    samples: int,
+    metric: Literal["kid", "fd"],
 ) -> tuple[tuple[Side, Side | tuple[None, None]], MetricReplicates, ComparisonMetrics]:
     """Compare two model files on ``samples`` images of each; None: no champion, or it could not be evaluated.
 
@@ -204,7 +210,7 @@ def _compare(
     if champion[0] is not None and incomparable is None:
         differences: dict[str, object] = {"headline": psnr_headline(candidate.psnr, champion[0].psnr)}
         if generated:
-            differences = _differences((candidate, evaluation), champion, replicates, gate)
+            differences = _differences((candidate, evaluation), champion, replicates, metric)
         metrics = metrics.model_copy(update=differences)
     evaluation = evaluation.model_copy(update={"estimates": evaluator.estimates(replicates[0])})
     if champion[0] is not None:
@@ -235,27 +241,18 @@ def _open_champion(
 
 
 def _differences(
-    candidate: Side, champion: Side, replicates: Sequence[MetricReplicates], gate: GateConfig
+    candidate: Side, champion: Side, replicates: Sequence[MetricReplicates], metric: Literal["kid", "fd"]
 ) -> dict[str, object]:
     """Return fields of ``ComparisonMetrics`` on the differences between the generated images of the two."""
     (model, evaluation), (champion_model, champion_evaluation) = candidate, champion
     first, second, baseline = replicates
-    fields: dict[str, object] = {
-        "headline": distance_headline(first, second, baseline, evaluation.scores.extractor, gate),
+    return {
+        "headline": distance_headline(first, second, baseline, evaluation.scores.extractor, metric),
         "recall": difference(first["recall"], second["recall"]),
         "cost": Cost(candidate=evaluation.gflop, champion=champion_evaluation.gflop, unit="GFLOP"),
         "unlike": tuple(_describe_differences(model, champion_model)),
         "class_conditional": all(side.model.classes for side in (model, champion_model)),
     }
-    worst, champion_worst = (x.per_class.worst if x.per_class else None for x in (evaluation, champion_evaluation))
-    if worst is not None and champion_worst is not None:
-        fields["worst_class"] = WorstClass(
-            candidate=worst.estimate,
-            champion=champion_worst.estimate,
-            candidate_class=worst.name,
-            champion_class=champion_worst.name,
-        )
-    return fields
 
 
 def own_metrics(
@@ -388,11 +385,9 @@ def distance_headline(
     champion: MetricReplicates,
     real_baseline: MetricReplicates,
     extractor: str,
-    gate: GateConfig,
+    metric: Literal["kid", "fd"],
 ) -> Headline:
-    """Estimate the distance by which ``gate`` compares two models, on features named ``extractor``."""
-    replicates = next(iter(candidate.values()))
-    metric = gate.metric(replicates.samples, replicates.reference)
+    """Estimate the distance that decides between two models, on features named ``extractor``."""
     return Headline(
         name=f"{metric}_{extractor}",
         candidate=candidate[metric].estimate,

@@ -34,6 +34,13 @@ MAX_LOOK_FACTOR = 4
 """Times as many images as the last look would have; if a decision needs more, no further look is taken."""
 MAX_NEEDED_IMAGES = 10**9
 """Largest number of needed images that is reported."""
+REQUIRED_SHARES: dict[OwnMetric, float] = {"precision": 0.6, "recall": 0.1, "coverage": 0.5, "class agreement": 0.5}
+"""Shares of what real images reach that a first version must surely exceed; little recall, as guidance lowers it."""
+SAVING = 2
+"""A candidate whose images cost at most one part in so many of the champion's need only be surely not worse by δ."""
+MAX_AGREEMENT_LOSS = 0.1
+"""Largest loss of text-image agreement, as a share of what the champion's images agree with their prompts more than
+with those of others: a candidate must not ignore its prompts."""
 MAX_CLASSES_NAMED = 5
 """Classes that a reason names."""
 LOOK_AT_THEM = "look at its samples, and if they suffice, make it champion by `darkroom promote --to`"
@@ -42,9 +49,6 @@ LOOK_AT_THEM = "look at its samples, and if they suffice, make it champion by `d
 class GateConfig(Config):
     """Rules by which a candidate becomes champion. Null disables a rule."""
 
-    headline: Literal["auto", "kid", "fd"] = "auto"
-    """Distance that must decrease. auto: KID where either side has under 5,120 images, else the Fréchet distance.
-    Autoencoders are always compared by the PSNR of held-out images."""
     delta: float = Field(0.05, ge=0, lt=1)
     """δ, the smallest improvement that counts: the share of the distance between champion and real images that the
     candidate must close. A share means the same for every distance, data set and feature network. For autoencoders: the
@@ -54,34 +58,15 @@ class GateConfig(Config):
     δ."""
     recall_loss: float | None = Field(0.1, ge=0, le=1)
     """Largest loss of recall, from 0 to 1: fidelity must not come from generating only easy images."""
-    min_precision: float | None = Field(0.6, ge=0, lt=1)
-    """Precision that a first version must surely have, as a share of what as many real images reach; 0 or null: any.
-    Without a champion nothing else would keep out models whose images are half noise, blurred or averages."""
-    min_recall: float | None = Field(0.1, ge=0, lt=1)
-    """Recall that a first version must surely have, as a share of what as many real images reach: little, as guidance
-    lowers it; 0 or null: any."""
-    min_coverage: float | None = Field(0.5, ge=0, lt=1)
-    """Coverage that a first version must surely have, as a share of what as many real images reach: a model of one
-    class or of few images lacks it; 0 or null: any."""
-    min_class_agreement: float | None = Field(0.5, ge=0, lt=1)
-    """Share of a first version's images that a classifier must surely recognise as their class, as a share of what real
-    images reach. Applies if model and data set have classes in common. No class may surely lie below it of which 20
-    images or more are generated and held out; smaller ones count among all. 0 or null: any."""
+    first_version: bool = True
+    """Whether a first version must surely reach shares of what real images reach: 0.6 of their precision, 0.1 of their
+    recall, 0.5 of their coverage and of how often a classifier recognises their class. Without a champion nothing else
+    would keep out models whose images are half noise, blurred, averages, or of one class."""
     memorized: float | None = Field(0.05, ge=0, le=1)
     """Largest share of generated images that may be copies of training images, beyond chance. Applies to first
     versions, too."""
-    class_loss: float | None = Field(None, ge=0)
-    """Largest relative increase of the worst class's distance, for class-conditional models: 0.5 is by half."""
-    agreement_loss: float | None = Field(0.1, ge=0, le=1)
-    """Largest loss of text-image agreement, for models of captions where evaluation.text_image_encoder is set: as a
-    share of what the champion's images agree with their prompts more than with those of others."""
     cost: float | None = Field(2.0, gt=0)
     """Largest ratio of the candidate's cost per image to the champion's."""
-    saving: float | None = Field(2.0, gt=1)
-    """k: a candidate whose images cost at most 1/k of the champion's need not be better. It is promoted if it is, with
-    confidence c, not worse by δ: the share of the distance between champion and real images that it may add. Cost is
-    that of all network passes of an image in floating-point operations, which mean the same for every family. Null: it
-    must be better."""
     looks: int = Field(3, ge=1, le=8)
     """Times that the two are compared at most, 1 to 8. Where a comparison holds the candidate and more images may tell,
     both generate twice as many. Each look promotes at a higher confidence (O'Brien and Fleming), so that all together
@@ -91,18 +76,12 @@ class GateConfig(Config):
     autoencoders too. Otherwise the candidate is held. Two families are compared if registry.model gives both the same
     name."""
 
-    def metric(self, samples: int, reference: int) -> Literal["kid", "fd"]:
-        """Return the distance that decides for these numbers of images."""
-        if self.headline != "auto":
-            return self.headline
-        return "fd" if min(samples, reference) >= MIN_FRECHET_IMAGES else "kid"
-
     def promotion_confidence(self, look: int, looks: int) -> float:
         """Return the confidence that a promotion takes at one of ``looks`` looks, counted from 1."""
         return sequential_confidences(looks, self.confidence)[look - 1]
 
 
-Rule = OwnMetric | Literal["headline", "conditions", "memorized", "worst class", "text-image agreement", "cost"]
+Rule = OwnMetric | Literal["headline", "conditions", "memorized", "text-image agreement", "cost"]
 
 
 class GateVerdict(StrEnum):
@@ -226,14 +205,14 @@ def _reject(rule: Rule, reason: str) -> Finding:
 
 def _headline(case: _Case) -> Iterator[Finding]:
     """Compare the distances of the two, or without a champion say so."""
-    metrics, headline, cost, saving = case.metrics, case.metrics.headline, case.metrics.cost, case.config.saving
+    metrics, headline, cost = case.metrics, case.metrics.headline, case.metrics.cost
     if not metrics.has_champion:
         yield _promote("headline", "first version: there was no champion")
     elif metrics.incomparable is not None:
         yield _hold("headline", metrics.incomparable)
     elif headline is None:
         yield _hold("headline", "not measured: its difference from the champion")
-    elif saving is not None and cost is not None and cost.candidate * saving <= cost.champion:
+    elif cost is not None and cost.candidate * SAVING <= cost.champion:
         # It costs so little that it need not be better.
         yield _cheap_headline(case, headline)
     else:
@@ -311,17 +290,12 @@ def _first_version(case: _Case) -> Iterator[Finding]:
 
 def _required_shares(case: _Case) -> dict[OwnMetric, float]:
     """Return the shares of what real images reach that metrics of a first version must exceed; empty for another."""
-    metrics, config = case.metrics, case.config
-    if metrics.has_champion or metrics.basis != "generated":
+    metrics = case.metrics
+    if not case.config.first_version or metrics.has_champion or metrics.basis != "generated":
         return {}
-    shares: dict[OwnMetric, float | None] = {
-        "precision": config.min_precision,
-        "recall": config.min_recall,
-        "coverage": config.min_coverage,
-        "class agreement": config.min_class_agreement if metrics.class_conditional else None,
+    return {
+        name: share for name, share in REQUIRED_SHARES.items() if name != "class agreement" or metrics.class_conditional
     }
-    # A share of 0 could never be surely exceeded by a metric of 0.
-    return {name: share for name, share in shares.items() if share}
 
 
 def _excess(case: _Case, name: OwnMetric, share: float) -> Estimate | None:
@@ -390,21 +364,6 @@ def _recall(case: _Case) -> Iterator[Finding]:
     yield case.compare_with_limit("recall", loss, loss.subtract(limit), words)
 
 
-def _worst_class(case: _Case) -> Iterator[Finding]:
-    worst, limit = case.metrics.worst_class, case.config.class_loss
-    if limit is None or not case.is_comparison or not case.metrics.class_conditional:
-        return
-    if worst is None:
-        yield _hold("worst class", "not measured: the distance of each class")
-        return
-    words = (
-        f"worst class {worst.candidate_class!r} at {_figure(worst.candidate)}, the champion's "
-        f"{worst.champion_class!r} at {_figure(worst.champion)}, limit {1 + limit:g} times as much"
-    )
-    loss, excess = (worst.candidate.subtract(worst.champion.multiply(factor)) for factor in (1, 1 + limit))
-    yield case.compare_with_limit("worst class", loss, excess, words)
-
-
 def _cost(case: _Case) -> Iterator[Finding]:
     cost, limit = case.metrics.cost, case.config.cost
     if limit is None or not case.is_comparison:
@@ -425,17 +384,17 @@ def _conditions(case: _Case) -> Iterator[Finding]:
 
 def _agreement(case: _Case) -> Iterator[Finding]:
     rule: Rule = "text-image agreement"
-    agreement, limit = case.metrics.agreement, case.config.agreement_loss
-    if limit is None or agreement is None or case.metrics.basis != "generated":
+    agreement = case.metrics.agreement
+    if agreement is None or case.metrics.basis != "generated":
         return
     if isinstance(agreement, str):
         yield _promote(rule, agreement)
         return
     words = (
         f"its images agree with their prompts by {_figure(agreement.candidate)} more than with those of others, the "
-        f"champion's by {_figure(agreement.champion)}, allowed is a loss of {limit:.0%}"
+        f"champion's by {_figure(agreement.champion)}, allowed is a loss of {MAX_AGREEMENT_LOSS:.0%}"
     )
-    loss, allowance = agreement.difference.multiply(-1), agreement.champion.multiply(limit)
+    loss, allowance = agreement.difference.multiply(-1), agreement.champion.multiply(MAX_AGREEMENT_LOSS)
     # Both errors come from the same images, so they are added as if they had one sign, which is the most they can be.
     excess = loss.model_copy(update={"value": loss.value - allowance.value, "error": loss.error + allowance.error})
     yield case.compare_with_limit(rule, loss, excess, words)
@@ -446,12 +405,16 @@ RULES: tuple[Callable[[_Case], Iterator[Finding]], ...] = (
     _first_version,
     _memorization,
     _recall,
-    _worst_class,
     _cost,
     _conditions,
     _agreement,
 )
 """Rules in the order of their findings; one that does not apply finds nothing."""
+
+
+def deciding_distance(samples: int, reference: int) -> Literal["kid", "fd"]:
+    """Return the distance that decides for these numbers of images."""
+    return "fd" if min(samples, reference) >= MIN_FRECHET_IMAGES else "kid"
 
 
 def images_needed(images: int, estimate: Estimate, distance: float, confidence: float) -> int | None:

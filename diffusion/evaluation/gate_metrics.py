@@ -68,16 +68,6 @@ class CopyShare(Config):
         return f"copies of training images: {text} of {format_count(images)} generated, {relation}"
 
 
-class WorstClass(Config):
-    """The class with the largest distance to real images, for either model."""
-
-    candidate: Estimate
-    champion: Estimate
-    """Distances of the worst class of either."""
-    candidate_class: str
-    champion_class: str
-
-
 class PromptAgreement(Config):
     """How much more images agree with their own prompts than with other images' prompts: differences of cosines."""
 
@@ -123,7 +113,6 @@ class ComparisonMetrics(Config):
     recall: Estimate | None = None
     """Candidate minus champion, on the same images as the headline."""
     memorized: CopyShare | None = None
-    worst_class: WorstClass | None = None
     agreement: PromptAgreement | str | None = None
     """Text-image agreement, or why it was not compared; None for models without captions."""
     cost: Cost | None = None

@@ -26,7 +26,7 @@ from diffusion.evaluation.cache import load_or_compute
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.estimate import CONFIDENCE, Estimate, MetricEstimate, holm
 from diffusion.evaluation.evaluator import CACHE, Evaluator
-from diffusion.evaluation.gate import GateConfig
+from diffusion.evaluation.gate import deciding_distance
 from diffusion.evaluation.metrics.held_out_loss import HeldOutLoss
 from diffusion.evaluation.model_evaluator import ModelEvaluator, count_gflop
 from diffusion.evaluation.model_metrics import Loss
@@ -142,7 +142,7 @@ def rank_models(
     evaluators = {name: evaluator.model(path, sampling=options, name=name) for name, (path, options) in models.items()}
     *model_replicates, baseline = evaluator.replicates(list(evaluators.values()))
     replicates = dict(zip(evaluators, model_replicates, strict=True))
-    figure = GateConfig().metric(config.samples, len(evaluator.real.compared))
+    figure = deciding_distance(config.samples, len(evaluator.real.compared))
     ranked_models = [
         RankedModel(
             **dict(model.compute_model_scores()),

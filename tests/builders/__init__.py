@@ -4,7 +4,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 """The checkout."""
-NO_BARS = dict.fromkeys(("min_precision", "min_recall", "min_coverage", "min_class_agreement"))
+NO_BARS = {"first_version": False}
 """Settings of a gate that lets any first version through which copies nothing."""
 HEADLINE_ALONE = dict.fromkeys(("recall_loss", "memorized", "cost"))
 """Settings of a gate whose only rule is the headline."""

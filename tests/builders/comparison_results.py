@@ -70,7 +70,7 @@ def example_comparison(with_champion: bool = True) -> Shown:
         samples=COUNT,
         reference=COUNT,
         has_champion=with_champion,
-        headline=distance_headline(*replicates, baseline, PIXELS, GATE) if with_champion else None,
+        headline=distance_headline(*replicates, baseline, PIXELS, "kid") if with_champion else None,
         recall=difference(replicates[0]["recall"], replicates[1]["recall"]) if with_champion else None,
     )
     per_class, pairs = sides[0].per_class, sides[0].memorization.pairs

@@ -70,8 +70,6 @@ def test_folders_and_model_follow_the_data_set_unless_named(params: Path) -> Non
         ("gate.delta=1", r"gate\.delta: .*less than 1"),
         ("gate.memorised=0.1", r"unknown key gate\.memorised: did you mean memorized\?"),
         ("preset=quick", "preset: Input should be 'fast', 'ddpm' or 'large'"),
-        ("gate.class_loss=0.5 model.conditional=false", r"gate\.class_loss needs a class-conditional model"),
-        ("gate.class_loss=0.5 model.family=vae", r"gate\.class_loss needs a class-conditional model"),
         ("evaluation.ema_stds=[0.08]", r"the snapshots that training\.ema_stds saves"),
         ("training.ema_stds=[0.05,0.1] evaluation.ema_stds=[0.5]", r"less than 0\.28"),
         (f"{LEARNED} sampling.sampler=deis", r"sampling\.sampler = deis ignores it: use ddpm"),
@@ -240,8 +238,8 @@ def test_without_a_file_everything_has_its_default(tmp_path: Path, monkeypatch: 
 
 
 def test_rules_of_the_gate_can_be_changed_one_by_one(params: Path) -> None:
-    gate = load_params(params, ["gate.delta=0.1", "gate.cost=null", "gate.class_loss=0.5"]).gate
-    assert (gate.delta, gate.cost, gate.class_loss, gate.recall_loss) == (0.1, None, 0.5, 0.1)
+    gate = load_params(params, ["gate.delta=0.1", "gate.cost=null"]).gate
+    assert (gate.delta, gate.cost, gate.recall_loss) == (0.1, None, 0.1)
 
 
 def test_ema_stds_override_the_preset(params: Path) -> None:

@@ -36,7 +36,7 @@ def comparison(figure: str, seed: int, count: int, shift: float, common: float =
     candidate = common * noise + (1 - common**2) ** 0.5 * own + shift
     with one_thread():
         replicates = MEASURES[figure]([candidate, noise + CHAMPION, baseline], reference, splits=SPLITS)
-    headline = distance_headline(*({figure: each} for each in replicates), "points", GateConfig(headline=figure))
+    headline = distance_headline(*({figure: each} for each in replicates), "points", figure)
     return ComparisonMetrics(basis="generated", samples=count, reference=count, has_champion=True, headline=headline)
 
 
@@ -71,7 +71,7 @@ def test_model_that_samples_real_images_is_not_promoted_over_itself() -> None:
                 {each.figure: each}
                 for each in kid_replicates([candidate, champion, baseline], reference, splits=SPLITS)
             ]
-        headline = distance_headline(*figures, "points", GateConfig())
+        headline = distance_headline(*figures, "points", "kid")
         chances.append(
             ComparisonMetrics(basis="generated", samples=60, reference=60, has_champion=True, headline=headline)
         )

@@ -239,8 +239,6 @@ def test_good_images_of_something_else_than_their_prompts_are_rejected(data: Pat
     assert rule(comparison, "headline")[0] == "promote"
     better = compared(data, tmp_path / "better", of_colours(colours, 20), of_colours([*colours[1:], colours[0]], 60))
     assert rule(better)[0] == better.decision.verdict == "promote"
-    off = compared(data, tmp_path / "off", wrong, right, GATE.model_copy(update={"agreement_loss": None}))
-    assert off.decision.verdict == "promote"
 
 
 @pytest.mark.slow
