@@ -18,7 +18,7 @@ from diffusion.evaluation.reports.html import format_plain
 from diffusion.evaluation.results import Evaluation
 from diffusion.training.checkpointing import Checkpoints
 from flows.config import Params
-from flows.deployment.tasks import artifact_key, lineage_hooks, retryable_task
+from flows.deployment.tasks import artifact_key, retryable_task
 from flows.ingest import require_shards
 from flows.registry import model_versions
 from flows.registry.champion import require_champion
@@ -29,7 +29,7 @@ from flows.tracking.json_logs import RUN_ID
 from flows.tracking.runs import TRAIN_KEY, RunTracker, find_run, log_evaluation, run_page
 
 
-@flow(name="evaluate", flow_run_name="evaluate-{params.training.dataset}", **lineage_hooks())
+@flow(name="evaluate", flow_run_name="evaluate-{params.training.dataset}")
 def evaluate(params: Params, folder: Path | None = None, model: str | None = None) -> Evaluation:
     """Evaluate every checkpoint, or the registered version ``model`` alone, against the held-out images.
 

@@ -28,7 +28,6 @@ from flows.datasets.sync import announce, bring_up_to_date, fetch_shards, publis
 from flows.deployment.tasks import (
     artifact_key,
     completed_state,
-    lineage_hooks,
     require_permitted,
     retryable_task,
 )
@@ -51,7 +50,7 @@ class IngestOutcome(Config):
     report: Path
 
 
-@flow(name="ingest", flow_run_name="ingest-{params.training.dataset}", **lineage_hooks())
+@flow(name="ingest", flow_run_name="ingest-{params.training.dataset}")
 def ingest(
     params: Params, requeue: bool = False, rebuild: Rebuild = "never", to_retrain: bool = False
 ) -> IngestOutcome:

@@ -33,7 +33,7 @@ from diffusion.evaluation.results import Evaluation
 from diffusion.training.ema import SNAPSHOTS
 from flows.checks.images import require_evaluation
 from flows.config import Params
-from flows.deployment.tasks import artifact_key, emit, lineage_hooks, retryable_task
+from flows.deployment.tasks import artifact_key, emit, retryable_task
 from flows.evaluate import fetch_version, find_tracker, report_folder
 from flows.ingest import require_shards
 from flows.registry import model_card, model_versions
@@ -106,7 +106,7 @@ class ApprovalForm(RunInput):
     note: str = ""
 
 
-@flow(name="promote", flow_run_name="promote-{params.training.dataset}", **lineage_hooks())
+@flow(name="promote", flow_run_name="promote-{params.training.dataset}")
 def promote(params: Params, model: str | None = None) -> PromotionResult:
     """Promote the best checkpoint, which is registered first, or the version ``model``, if the gate prefers it."""
     params, version = (params, None) if model is None else fetch_version(params, model)

@@ -27,7 +27,7 @@ from diffusion.generation.requests import GenerationResult, generate_to_folder
 from diffusion.process.samplers import SamplingConfig
 from flows import environment
 from flows.config import Params, SamplingBatchConfig
-from flows.deployment.tasks import artifact_key, lineage_hooks, retryable_task
+from flows.deployment.tasks import artifact_key, retryable_task
 from flows.registry import model_versions
 from flows.registry.model_versions import Version
 from flows.registry.takedown_marks import warn_of_takedown
@@ -57,7 +57,7 @@ class SamplingBatchResult(Config):
     took: GenerationCost
 
 
-@flow(name="sample", flow_run_name="sample-of-{model}", **lineage_hooks())
+@flow(name="sample", flow_run_name="sample-of-{model}")
 def sample(
     params: Params,
     model: str,

@@ -20,7 +20,7 @@ from diffusion.training.run_folder import Restart, discard
 from diffusion.training.train import TrainResult
 from flows.config import Params, flatten_sections
 from flows.datasets import dvc
-from flows.deployment.tasks import concurrency_slot, lineage_hooks, retryable_task
+from flows.deployment.tasks import concurrency_slot, retryable_task
 from flows.environment import data_source, settings
 from flows.ingest import dataset_page, find_page, remote_shards, require_shards
 from flows.registry import model_versions
@@ -47,7 +47,7 @@ class TrainingRun(Config):
     result: TrainResult
 
 
-@flow(name="train", flow_run_name="train-{params.training.dataset}", **lineage_hooks())
+@flow(name="train", flow_run_name="train-{params.training.dataset}")
 def train(params: Params, restart: Restart | Literal["always"] = "never", drift: str | None = None) -> TrainingRun:
     """Train with live MLflow tracking, for the alarm ``drift`` if any; resumes an interrupted run."""
     # Promotion will require these: fail before the training.

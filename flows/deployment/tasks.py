@@ -28,7 +28,6 @@ from diffusion.common.errors import DarkroomError, TransientError, UserError
 from diffusion.common.escaping import escape_controls
 from diffusion.data.ingest.config import CaptionProgram
 from flows.config import Params
-from flows.deployment.open_lineage import lineage_hooks as lineage_hooks
 from flows.environment import settings
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""What other systems hear, on a real stack: MLflow's signed webhooks, messages by Prefect, OpenLineage's events."""
+"""What other systems hear, on a real stack: MLflow's signed webhooks and messages by Prefect."""
 
 import base64
 import hashlib
@@ -37,7 +37,6 @@ class Receiver:
     url: str = ""
     messages: list[str] = field(default_factory=list)
     events: list[tuple[dict[str, str], bytes]] = field(default_factory=list)
-    lineage: list[dict[str, Any]] = field(default_factory=list)
 
     def aliases(self) -> list[tuple[str, str]]:
         """Aliases that were set, with their versions, of requests whose signature is right."""
@@ -62,8 +61,6 @@ def receiver() -> Iterator[Receiver]:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.path == "/mlflow":
                 receiver.events.append(({name.lower(): value for name, value in self.headers.items()}, body))
-            elif self.path == "/api/v1/lineage":
-                receiver.lineage.append(json.loads(body))
             else:
                 receiver.messages.append(json.loads(body)["text"])
             self.answer(status=204)
@@ -78,7 +75,6 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, receiver: Receiver) -> I
     with running(tmp_path_factory.mktemp("workspace"), PARAMS | QUICK, 120) as space:
         space.variables |= {
             "MAILBOX": f"{receiver.url}/T0/B0/secret-token",
-            "OPENLINEAGE_URL": receiver.url,
             "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http",
             "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
         }
@@ -108,28 +104,6 @@ def test_mlflow_signs_the_events_of_promotion_and_rollback(workspace: Workspace,
     receiver.events.clear()
     workspace.json("model", "rollback", "--reason", "three eyes")
     wait_for(lambda: ("champion", "1") in receiver.aliases())
-
-
-def test_lineage_leads_from_the_source_to_the_samples(workspace: Workspace, receiver: Receiver) -> None:
-    runs: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    for event in receiver.lineage:
-        runs.setdefault(event["run"]["runId"], []).append((event["eventType"], event))
-    assert {tuple(kind for kind, _ in events) for events in runs.values()} == {("START", "COMPLETE")}
-    ends = {event["job"]["name"]: event for events in runs.values() for kind, event in events if kind == "COMPLETE"}
-    assert ends.keys() == {f"{flow}/blobs" for flow in ("ingest", "train", "evaluate", "promote", "sample")}
-
-    def names(flow: str, side: str) -> set[tuple[str, str | None]]:
-        datasets = ends[f"{flow}/blobs"][side]
-        return {(each["name"], each["facets"].get("version", {}).get("datasetVersion")) for each in datasets}
-
-    digest = workspace.json("data", "log")["versions"][0]["digest"]
-    assert names("ingest", "inputs") == {(str(workspace.folder / "images"), None)}
-    assert names("ingest", "outputs") == names("train", "inputs") == {("datasets/blobs", digest)}
-    assert names("train", "outputs") < names("promote", "inputs")
-    assert names("promote", "outputs") == {("models/blobs", "2")}
-    assert names("sample", "inputs") == {("models/blobs", "1")}
-    [(batch, _)] = names("sample", "outputs")
-    assert batch.startswith("samples/blobs/1/")
 
 
 def test_secrets_of_webhooks_are_encrypted_and_survive_a_restart(
