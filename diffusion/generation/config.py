@@ -33,8 +33,6 @@ class GenerationLimits(Config):
     """Deadline of such a request, its waiting included, in seconds."""
     max_waiting_requests: int = Field(8, ge=0, le=1000)
     """Most requests to a served model that wait while one is computed; more are refused with status 429."""
-    max_request_bytes: int = Field(2**25, ge=1024, le=2**30)
-    """Largest body of a request to `darkroom model serve`, with its images in base64."""
 
     @classmethod
     def from_environment(cls) -> "GenerationLimits":

@@ -1,4 +1,4 @@
-"""``darkroom model``: import, history, rollback, release, model card, explanation, serving and export of models."""
+"""``darkroom model``: import, history, rollback, release, model card, explanation and export of models."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -17,7 +17,6 @@ from flows.cli.arguments import (
     check_model,
     check_output,
     check_registered,
-    require_free_port,
 )
 from flows.cli.command import (
     VERBOSITY,
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
 MAX_REASON = 80  # characters of a reason in the table of a history, unless -v is given
 app = typer.Typer(
     name="model",
-    help="Models: import, history, rollback, release, card, explanation, serving, export.",
+    help="Models: import, history, rollback, release, card, explanation, export.",
     no_args_is_help=True,
 )
 Exported = Annotated[
@@ -301,26 +300,6 @@ def explain(
 
     result = explain(config, model or config.champion, output or config.report_folder / "explain", seed)
     return CommandOutput(result, map(str, result.files))
-
-
-@command(app)
-def serve(
-    config: "Params",
-    model: Model = None,
-    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, Option(min=1, max=65535, help="Port to listen on.")] = 5001,
-) -> None:
-    """Serve a model over HTTP by MLflow's protocol, within limits of work, time, memory and requests at once.
-
-    Only the weights are read from the registry. DARKROOM_MAX_REQUEST_*, DARKROOM_MAX_WAITING_REQUESTS set the limits.
-
-    Example:  darkroom model serve --model models:/faces@champion --port 5001
-    """
-    require_free_port(host, port)
-    with nullcontext() if is_model_file(model) else connect("mlflow", "s3"):
-        from flows.registry.serving import serve
-
-        serve(config, model or config.champion, host, port)
 
 
 @command(app)

@@ -192,8 +192,10 @@ def test_registered_model_loads_without_pickle_and_regenerates_samples(
 def test_the_registered_model_answers_over_http(workspace: Workspace, tmp_path: Path, retrain_result: Any) -> None:
     sample = objects(workspace, retrain_result["samples"]["uri"])["00000002.png"][1]
     [port] = choose_ports(1)
-    serve = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/blobs@champion"]
-    serve += ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
+    page = (Path(__file__).parents[2] / "docs/how-to/serve.md").read_text()
+    [command] = [line for line in page.splitlines() if line.startswith("mlflow models serve")]
+    command = command.replace("models:/faces@", "models:/blobs@").replace("5001", str(port))
+    serve = [sys.executable, "-m", *command.split()]
     # MLflow starts uvicorn by its name, as in a shell where the environment is activated.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     variables = workspace.variables | {"PATH": path}

@@ -80,7 +80,6 @@ CONNECTED = (
     "model rollback",
     "model card",
     "model explain",
-    "model serve",
     "model export --to diffusers --out new",
     "model import m.safetensors --name faces --licence CC0-1.0",
     "trace s3://bucket/samples/faces/1/batch",

@@ -69,7 +69,7 @@ def test_model_card_has_origin_metrics_and_evaluation_settings(data: Manifest) -
     calls = section(card, "How to call it")
     assert "darkroom sample --model models:/faces/3" in calls
     assert 'mlflow.pyfunc.load_model("models:/faces/3")' in calls
-    assert "darkroom model serve --model models:/faces/3" in calls
+    assert "mlflow models serve -m models:/faces/3" in calls
     assert evaluation.eval_key in section(card, "Limits")
     assert model_card.card(HEADER, evaluation, data, VERSION, ENTRY) == card
 
