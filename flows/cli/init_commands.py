@@ -16,10 +16,9 @@ from flows.cli.command import CommandOutput, DatasetName, command, connect
 
 if TYPE_CHECKING:
     from diffusion.data.sources.survey import Survey
-    from diffusion.data.sources.trainer_settings import TrainerConfig
 
 app = typer.Typer()
-Images = Annotated[str | None, Argument(metavar="FOLDER", help="Images: a folder, or any source of `darkroom ingest`.")]
+Images = Annotated[str, Argument(metavar="FOLDER", help="Images: a folder, or any source of `darkroom ingest`.")]
 WriteMetadata = Annotated[
     bool | None,
     Option(
@@ -28,24 +27,12 @@ WriteMetadata = Annotated[
         show_default=False,
     ),
 ]
-FromFile = Annotated[
-    Path | None,
-    Option(
-        "--from",
-        metavar="FILE",
-        help="Take over what can be of a configuration of kohya's sd-scripts, ai-toolkit or OneTrainer.",
-        show_default=False,
-    ),
-]
-MAX_LISTED = 30
-"""Maximum number of settings of another trainer that a line lists."""
 
 
 @command(app, panel="Start and look around")
 def init(
-    source: Images = None,
+    source: Images,
     dataset: DatasetName = None,
-    trainer_file: FromFile = None,
     write_metadata: WriteMetadata = None,
 ) -> CommandOutput:
     """Look at images (sizes, channels, classes, captions), and write a commented params.yaml for them.
@@ -53,18 +40,13 @@ def init(
     A params.yaml that was edited is never changed: --write-metadata then writes the metadata.csv alone.
 
     Example:  darkroom init ~/faces
-
-    Example:  darkroom init --from dataset_config.toml
     """
     from diffusion.data.sources import survey as surveys
-    from diffusion.data.sources.trainer_configs import read_trainer_config
 
     path = Path("params.yaml")
     if (exists := path.exists()) and not write_metadata:
         raise UserError(f"{path} exists already: edit it, or run `darkroom init` in another folder")
     _require_dataset_name(dataset)
-    taken = None if trainer_file is None else read_trainer_config(trainer_file)
-    source = source or _source_of(taken, trainer_file)
     source, folder = _find_images(source), Path(source)
     table = surveys.find_captions(folder) if folder.is_dir() else None
     if table is None and write_metadata:
@@ -73,27 +55,13 @@ def init(
         write_metadata = _ask_for_metadata(surveys.describe_table(table), folder)
     text, name = path.read_text() if exists else None, dataset
     if text is not None:
-        survey, own_name = _survey(source, {}), _own_name(text)
+        survey, own_name = _survey(source), _own_name(text)
         if text == _template(survey, own_name, _proposals(survey, source)):
             text, name = None, own_name  # as init wrote it
     written = []
     if write_metadata and table is not None:
         written = [f"wrote      {surveys.write_metadata(table)}: the captions of {table.path.name}"]
-    return _write_params(source, written, path, text, name, taken)
-
-
-def _source_of(taken: "TrainerConfig | None", file: Path | None) -> str:
-    """Folder of the images that the configuration of another trainer names; raises UserError if it names none."""
-    if taken is None:
-        raise UserError("no images: give their folder, as `darkroom init FOLDER`, or --from FILE of another trainer")
-    if (source := taken.source) is None:
-        raise UserError(f"{file} names no folder with all its images: give it, as `darkroom init FOLDER --from {file}`")
-    names = {Path(folder).name for folder in taken.folders}
-    if len(names) > 1 and Path(source).is_dir():
-        for child in sorted(Path(source).iterdir()):
-            if child.is_dir() and child.name not in names:
-                taken.leave(str(child), f"not in {file}, but ingested with its neighbours: move it elsewhere")
-    return source
+    return _write_params(source, written, path, text, name)
 
 
 def _require_dataset_name(dataset: str | None) -> None:
@@ -119,47 +87,36 @@ def _ask_for_metadata(description: str, folder: Path) -> bool:
     return typer.confirm(f"{guess}. Write {folder}/metadata.csv, to learn them?", default=True, err=True)
 
 
-def _write_params(
-    source: str, written: list[str], path: Path, edited: str | None, name: str | None, taken: "TrainerConfig | None"
-) -> CommandOutput:
+def _write_params(source: str, written: list[str], path: Path, edited: str | None, name: str | None) -> CommandOutput:
     """Write params.yaml, unless it is there and was ``edited``; output of ``init``."""
     from diffusion.common.files import write_bytes
 
-    settings = {} if taken is None else taken.settings
-    survey = _survey(source, settings)
+    survey = _survey(source)
     proposals = _proposals(survey, source)
-    if proposals.get("ingest.folders") == "caption" and "ingest.folders" not in settings:
-        survey = _survey(source, settings | {"ingest.folders": "caption"})
+    if proposals.get("ingest.folders") == "caption":
+        survey = _survey(source, folders="caption")
     lines = [*survey.lines(), *written]
     value: dict[str, Any] = {"params": str(path), "survey": survey.model_dump(mode="json")}
     if edited is not None:
         lines.append(f"kept       {path}, which was edited: {_how_to_learn_captions(edited)} to learn the captions")
         return CommandOutput(value, lines)
     name = name or survey.proposed_name
-    if taken is not None:
-        taken.finish(survey.images, survey.folders)
-        if len(taken.folders) > 1:  # what the file says of them counts, and not their names
-            proposals.pop("training.weights", None)
-        proposals |= _valid_settings(survey, name, proposals, taken)
-        value |= {"trainer": taken.trainer, "taken": taken.settings, "left": taken.left}
-    size = proposals.get("ingest.size", survey.proposed_size)
-    write_bytes(path, _template(survey, name, proposals, taken).encode())
+    size = survey.proposed_size
+    write_bytes(path, _template(survey, name, proposals).encode())
     next_command, notes = _advise(survey)
-    lines += [*notes, *_describe_proposals(proposals, taken)]
+    lines += [*notes, *_describe_proposals(proposals)]
     lines += [f"wrote      {path}: {size}×{size} pixels, data set {name}", f"next       {next_command}"]
     return CommandOutput(value | {"dataset": name, "size": size, "next": next_command}, lines)
 
 
-def _survey(source: str, settings: dict[str, Any]) -> "Survey":
-    """Survey a source, read as ``settings`` say; raises UserError if none of its images can be read."""
+def _survey(source: str, **settings: Any) -> "Survey":
+    """Survey a source, read as ``settings`` of ``ingest`` say; raises UserError if none of its images can be read."""
     from tempfile import TemporaryDirectory
 
     from diffusion.data.ingest.config import IngestConfig
     from diffusion.data.sources import survey as surveys
 
-    names = ("ingest.captions", "ingest.folders", "ingest.default_caption", "ingest.trigger")
-    fields = {name.partition(".")[2]: settings[name] for name in names if name in settings}
-    config = IngestConfig.model_validate({"source": source} | fields)
+    config = IngestConfig.model_validate({"source": source} | settings)
     with connect("s3") if source.startswith("s3://") else nullcontext(), TemporaryDirectory() as scratch:
         objects = None
         if source.startswith("s3://"):
@@ -192,40 +149,14 @@ def _proposals(survey: "Survey", source: str) -> dict[str, Any]:
     return proposals
 
 
-def _valid_settings(survey: "Survey", name: str, proposals: dict[str, Any], taken: "TrainerConfig") -> dict[str, Any]:
-    """Settings that are taken over and valid, each with those before it; the others are named with the reason."""
-    from flows.config import Params, assign
-
-    tree: dict[str, Any] = {"ingest": {"source": survey.source}, "training": {"dataset": name}}
-    settings: dict[str, Any] = {"model.text": True} if _has_captions(survey, proposals | taken.settings) else {}
-    tags = {key: value for key, value in taken.settings.items() if key.startswith("training.tags.")}
-    rest = {key: value for key, value in taken.settings.items() if key not in tags}
-    if tags:
-        rest["training.tags"] = {key.rpartition(".")[2]: value for key, value in tags.items()}
-    if taken.weights:
-        rest["training.weights"] = taken.weights
-    for key, value in (settings | proposals | rest).items():
-        attempt = json.loads(json.dumps(tree))
-        try:
-            assign(attempt, key, value, key)
-            Params.parse(attempt)
-        except UserError as error:
-            taken.leave(key, f"{value}: {error}")
-            continue
-        tree, settings[key] = attempt, value
-    taken.settings = {key: value for key, value in settings.items() if key in rest}
-    return settings
+def _has_captions(survey: "Survey", proposals: dict[str, Any]) -> bool:
+    return bool(survey.captions or proposals.get("ingest.folders") == "caption")
 
 
-def _has_captions(survey: "Survey", settings: dict[str, Any]) -> bool:
-    names = ("ingest.default_caption", "ingest.trigger")
-    return bool(survey.captions or settings.get("ingest.folders") == "caption" or any(settings.get(n) for n in names))
-
-
-def _describe_proposals(proposals: dict[str, Any], taken: "TrainerConfig | None") -> list[str]:
+def _describe_proposals(proposals: dict[str, Any]) -> list[str]:
     lines = []
     if "ingest.folders" in proposals:
-        meaning = {"class": "classes", "caption": "captions of images without one", "names": "kept as they are"}
+        meaning = {"class": "classes", "caption": "captions of images without one"}
         weights = "training.weights" in proposals
         lines.append(
             f"folders    their words are {meaning[proposals['ingest.folders']]} (ingest.folders), their repeats "
@@ -233,15 +164,6 @@ def _describe_proposals(proposals: dict[str, Any], taken: "TrainerConfig | None"
         )
     if "ingest.masks" in proposals:
         lines.append("masks      are read (ingest.masks); training.mask weights the loss by them")
-    if taken is None:
-        return lines
-    names = [f"{key} {json.dumps(value, ensure_ascii=False)}" for key, value in taken.settings.items()]
-    lines.append(f"from       {taken.trainer}: {', '.join(names) or 'nothing'}")
-    if taken.adapter:
-        lines.append("           its adapter needs its base model: see the lines on it in the section training")
-    left = [*taken.left]
-    more = f" and {len(left) - MAX_LISTED:,} more, which --json lists" if len(left) > MAX_LISTED else ""
-    lines += [f"left out   {', '.join(left[:MAX_LISTED])}{more}"] if left else []
     return lines
 
 
@@ -271,7 +193,7 @@ def _advise(survey: "Survey") -> tuple[str, list[str]]:
     ]
 
 
-def _template(survey: "Survey", name: str, proposals: dict[str, Any], taken: "TrainerConfig | None" = None) -> str:
+def _template(survey: "Survey", name: str, proposals: dict[str, Any]) -> str:
     """Text of params.yaml: what the survey proposes, and ``proposals`` by dotted name."""
     from diffusion.data.ingest.config import IngestConfig
     from diffusion.evaluation.config import choose_held_out
@@ -279,20 +201,15 @@ def _template(survey: "Survey", name: str, proposals: dict[str, Any], taken: "Tr
     lines = "\n".join(f"#   {escape_controls(line)}" for line in survey.lines())
     has_captions = _has_captions(survey, proposals)
     model = ["  text: true  # learn the captions, for --prompt; needs the extra `text`"] if has_captions else []
-    size, fit = proposals.get("ingest.size", survey.proposed_size), proposals.get("ingest.fit", survey.proposed_fit)
+    size = survey.proposed_size
     held_out, share = list[str](), choose_held_out(survey.images)
     if share not in (None, IngestConfig.model_fields["held_out"].default):
         held_out = [f"  held_out: {share:g}  # so that evaluation gets its 10 images or more, which are not trained on"]
     fit_line = "  # fit: crop  # of images that are not square: crop, pad, squash, or bucket to keep their shapes"
-    if fit == "bucket":
+    if survey.proposed_fit == "bucket":
         fit_line = (
             f"  fit: bucket  # keeps their shapes; crop would cut {survey.cropped:.0%} of the pixels; or pad, squash"
         )
-    length = ["  minutes: 10  # or `images`, the number to see; quality grows for hours"]
-    shown = {"ingest.size", "ingest.fit", "training.images", "model.text"}
-    if "training.images" in proposals:
-        length = [f"  images: {proposals['training.images']}  # the number to see; or `minutes`"]
-    flip = "  # flip: true  # mirror half of the images: right for most photographs, wrong for text"
     return "\n".join(
         [
             "# yaml-language-server: $schema=params.schema.json",
@@ -310,36 +227,22 @@ def _template(survey: "Survey", name: str, proposals: dict[str, Any], taken: "Tr
                 if survey.has_images_below(size)
                 else []
             ),
-            *_setting_lines("ingest", proposals, shown),
+            *_setting_lines("ingest", proposals),
             "",
             *(["model:", *model, ""] if model else []),
             "training:",
             f"  dataset: {json.dumps(name, ensure_ascii=False)}",
-            *length,
-            *([] if "training.flip" in proposals else [flip]),
-            *_setting_lines("training", proposals, shown),
-            *_adapter_lines(taken),
+            "  minutes: 10  # or `images`, the number to see; quality grows for hours",
+            "  # flip: true  # mirror half of the images: right for most photographs, wrong for text",
+            *_setting_lines("training", proposals),
             "",
         ]
     )
 
 
-def _setting_lines(section: str, settings: dict[str, Any], shown: set[str]) -> list[str]:
+def _setting_lines(section: str, settings: dict[str, Any]) -> list[str]:
     return [
         f"  {key.partition('.')[2]}: {escape_controls(json.dumps(value, ensure_ascii=False))}"
         for key, value in settings.items()
-        if key.startswith(f"{section}.") and key not in shown
+        if key.startswith(f"{section}.")
     ]
-
-
-def _adapter_lines(taken: "TrainerConfig | None") -> list[str]:
-    """Comments on the base model of another trainer, and its adapter."""
-    if taken is None or not (taken.base or taken.adapter):
-        return []
-    base = escape_controls(json.dumps(taken.base or "its base model", ensure_ascii=False))
-    lines = [
-        f"  # It fine-tunes {base}: `darkroom model import` it (docs/how-to/import-a-model.md), replace the section",
-        "  # model by `model: {family: diffusers}`, and take these lines in:",
-        "  # init_from: models:/NAME/1",
-    ]
-    return lines + ([f"  # adapter: {json.dumps(taken.adapter)}"] if taken.adapter else [])

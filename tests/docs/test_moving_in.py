@@ -21,41 +21,14 @@ from tests.docs.pages import blocks, of_program
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SMALL = ("training.checkpoints=1", "training.warmup_images=0", "training.cpu_threads=1", "sampling.steps=2")
-KOHYA = """
-[general]
-caption_extension = ".txt"
-[[datasets]]
-resolution = 16
-batch_size = 4
-  [[datasets.subsets]]
-  image_dir = "{folder}/10_cat"
-  num_repeats = 10
-  class_tokens = "sks cat"
-"""
-AI_TOOLKIT = {
-    "job": "extension",
-    "config": {
-        "name": "cat",
-        "process": [
-            {
-                "type": "sd_trainer",
-                "trigger_word": "sks",
-                "network": {"type": "lora", "linear": 16, "linear_alpha": 16},
-                "datasets": [{"folder_path": "photos", "caption_ext": "txt", "resolution": [16]}],
-                "train": {"batch_size": 4, "steps": 4, "lr": 1e-4},
-                "model": {"name_or_path": "painter"},
-            }
-        ],
-    },
-}
 
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with images, captions, and a pipeline as a folder and as one file."""
     monkeypatch.chdir(tmp_path)
-    for folder in ("10_cat", "photos"):
-        (tmp_path / folder).mkdir()
+    for folder in ("img/10_sks cat", "photos"):
+        (tmp_path / folder).mkdir(parents=True)
         for number in range(8):
             bands = disc(number).resize((80, 80)), *[Image.new("L", (80, 80))] * 2
             Image.merge("RGB", bands).save(tmp_path / folder / f"{number}.png")
@@ -123,25 +96,15 @@ def test_the_guide_to_fine_tuning_leads_from_captioned_images_to_a_lora(site: Pa
         assert (site / "runs" / f"{number}" / "final.safetensors").is_file()
 
 
-def test_the_guide_from_kohya_ends_with_a_lora_in_its_format(site: Path, command_line: CommandLine) -> None:
-    (site / "dataset_config.toml").write_text(KOHYA.format(folder=site))
-    (site / "zwx.safetensors").write_bytes(b"")
-    follow("from-kohya.md", command_line, {"zwx.safetensors": "exports/cat/cat.safetensors", "images=6400": "images=8"})
+def test_the_guide_from_other_trainers_ends_with_a_lora_in_their_format(site: Path, command_line: CommandLine) -> None:
+    smaller = {"ingest.size=512": "ingest.size=16", "images=6400": "images=8"}
+    follow("from-other-trainers.md", command_line, {"zwx.safetensors": "exports/cat/cat.safetensors"} | smaller)
     with safe_open(str(site / "exports" / "cat" / "cat.safetensors"), "pt") as file:
         assert file.metadata()["ss_network_dim"] == "16"
         assert file.metadata()["ss_network_alpha"].startswith("8")
         assert any(name.startswith("lora_unet_") for name in file.keys())  # noqa: SIM118
     assert loads(site / "exports" / "cat", site / "sd15")
     assert len([path for path in (site / "zwx").glob("0*.png") if Image.open(path).size == (16, 16)]) == 2
-
-
-def test_the_guide_from_ai_toolkit_ends_with_a_lora(site: Path, command_line: CommandLine) -> None:
-    (site / "my_lora.yaml").write_text(yaml.safe_dump(AI_TOOLKIT))
-    follow("from-ai-toolkit.md", command_line, {})
-    params = yaml.safe_load((site / "params.yaml").read_text())
-    assert (params["training"]["images"], params["training"]["batch_size"]) == (16, 4)
-    assert params["ingest"]["trigger"] == "sks"
-    assert loads(site / "exports" / "cat-lora", site / "painter")
 
 
 def test_the_guide_from_diffusers_ends_with_what_diffusers_loads(site: Path, command_line: CommandLine) -> None:

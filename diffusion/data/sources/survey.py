@@ -73,8 +73,6 @@ class Survey(Config):
     """Shortest, median and longest shorter side of the sampled images, in pixels; None if none could be opened."""
     sizes: list[tuple[int, int]] = Field([], exclude=True)
     """Width and height of the sampled images, in pixels."""
-    folders: dict[str, int] = Field({}, exclude=True)
-    """Images by folder in the source."""
     square: bool
     """Whether all sampled images are square."""
     cropped: float
@@ -174,7 +172,7 @@ def survey(
     """
     access = Access(config, scratch, objects)
     source = open_source(config.source, access)
-    count, classes, folders, sample = _list(source)
+    count, classes, sample = _list(source)
     captions = access.captions.captions
     folder = Path(config.source)
     table = find_captions(folder) or _find_beside(folder) if not captions and folder.is_dir() else None
@@ -207,7 +205,6 @@ def survey(
         duplicates=digests.total() - len(digests),
         shorter_sides=(sides[0], sides[len(sides) // 2], sides[-1]) if sides else None,
         sizes=sizes,
-        folders=dict(folders),
         square=all(width == height for width, height in sizes),
         cropped=sum(1 - min(size) / max(size) for size in sizes) / max(len(sizes), 1),
         channels=3 if is_coloured else 1,
@@ -219,14 +216,13 @@ def survey(
     )
 
 
-def _list(source: Source) -> tuple[int, Counter[str], Counter[str], list[Entry]]:
-    """List a source: the number of its images, by class, by folder, and a random sample of them in their order."""
+def _list(source: Source) -> tuple[int, Counter[str], list[Entry]]:
+    """List a source: the number of its images, by class, and a random sample of them in their order."""
     sample: list[tuple[int, Entry]] = []
-    classes, folders, count, generator = Counter[str](), Counter[str](), 0, random.Random(0)
+    classes, count, generator = Counter[str](), 0, random.Random(0)
     for count, entry in enumerate(source.entries(), start=1):
         if entry.problem is None:
             source.access.captions.add(entry.source, entry.caption)
-        folders[entry.source.rpartition("/")[0]] += 1
         if entry.label is not None:
             classes[entry.label] += 1
         # Reservoir sampling: each entry is in the sample with the same probability.
@@ -234,7 +230,7 @@ def _list(source: Source) -> tuple[int, Counter[str], Counter[str], list[Entry]]
             sample.append((count, entry))
         elif (place := generator.randrange(count)) < SAMPLED:
             sample[place] = count, entry
-    return count, classes, folders, [entry for _, entry in sorted(sample)]
+    return count, classes, [entry for _, entry in sorted(sample)]
 
 
 def find_captions(folder: Path) -> CaptionsTable | None:

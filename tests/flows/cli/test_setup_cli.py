@@ -244,46 +244,8 @@ def test_folders_of_sd_scripts_are_recognised(
     assert histogram == ({name.partition("_")[2] or name: 4 for name in names} if len(names) > 1 else {})
 
 
-def test_init_takes_over_the_configuration_of_another_trainer(run: CommandLine, images: Path) -> None:
-    Path("job.yaml").write_text(
-        """
-config:
-  process:
-    - trigger_word: p3r5on
-      network: {type: lora, linear: 16, linear_alpha: 8}
-      datasets: [{folder_path: images, resolution: [12, 2048], shuffle_tokens: true, cache_latents_to_disk: true}]
-      train: {batch_size: 2, steps: 20, lr: 1e-4, optimizer: adafactor}
-      model: {name_or_path: black-forest-labs/FLUX.1-dev}
-"""
-    )
-    about = run.json("init", "--from", "job.yaml", "--dataset", "person")
-    params = load_params(Path("params.yaml"), [])
-    assert (params.ingest.source, params.ingest.size, params.ingest.trigger) == ("images", 12, "p3r5on")
-    training = params.training
-    assert (training.batch_size, training.images, training.learning_rate) == (2, 40, 1e-4)
-    assert training.tags is not None
-    assert training.tags.shuffle
-    assert params.model.text
-    assert about["taken"]["training.images"] == 40
-    assert {"train.optimizer", "datasets[0].cache_latents_to_disk"} <= about["left"].keys()
-    text = Path("params.yaml").read_text()
-    assert "FLUX.1-dev" in text
-    assert '# adapter: {"rank": 16, "alpha": 8' in text
-    assert run.json("ingest", "--local")["captions_found"]["captions"] == 0
-    Path("params.yaml").unlink()
-    # What is not valid here is left out with the reason, instead of a configuration that is not.
-    Path("job.yaml").write_text("config: {process: [{datasets: [{folder_path: images, resolution: 4096}]}]}")
-    about = run.json("init", "--from", "job.yaml")
-    assert "1024" in about["left"]["ingest.size"]
-    assert load_params(Path("params.yaml"), []).ingest.size == 12
-
-
-def test_init_without_images_or_from_no_configuration_is_a_mistake(run: CommandLine, tmp_path: Path) -> None:
-    assert "darkroom init FOLDER" in run.mistake("init")
-    (tmp_path / "no.toml").write_text("= no toml")
-    assert "no.toml" in run.mistake("init", "--from", "no.toml")
-    (tmp_path / "empty.toml").write_text("[general]\nshuffle_caption = true\n")
-    assert "names no folder" in run.mistake("init", "--from", "empty.toml")
+def test_init_without_images_is_a_mistake(run: CommandLine) -> None:
+    assert "FOLDER" in run.mistake("init")
     assert not Path("params.yaml").exists()
 
 
