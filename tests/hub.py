@@ -197,8 +197,11 @@ class _Handler(BaseHTTPRequestHandler):
             refs = [{"name": k, "ref": f"refs/heads/{k}", "targetCommit": v} for k, v in repo[0].refs.items()]
             self._json({"branches": refs, "tags": [], "converts": []})
 
-    def tree(self, kind: str, name: str, rev: str) -> None:
+    def tree(self, kind: str, name: str, rev: str, under: str = "") -> None:
         if not (repo := self._repo(kind, name, rev)):
+            return
+        if under and not any(path.startswith(f"{under}/") for path in repo[0].commits[repo[1]]):
+            self._refuse(404, "EntryNotFound")
             return
         entries: list[dict[str, Any]] = []
         for path, data in repo[0].commits[repo[1]].items():
@@ -353,6 +356,7 @@ ROUTES = (
     (f"GET {OF}", _Handler.info),
     (f"GET {OF}/revision/(?P<rev>.+)", _Handler.info),
     (f"GET {OF}/refs", _Handler.refs),
+    (f"GET {OF}/tree/(?P<rev>[0-9a-f]{{40}})/(?P<under>.+)", _Handler.tree),
     (f"GET {OF}/tree/(?P<rev>.+)", _Handler.tree),
     (f"POST {OF}/preupload/(?P<rev>.+)", _Handler.preupload),
     (f"POST {OF}/commit/(?P<rev>.+)", _Handler.make_commit),

@@ -23,7 +23,6 @@ Item = tuple[Any, Any]
 MODULES = sorted(path for package in ("diffusion", "flows") for path in (ROOT / package).rglob("*.py"))
 METHODS = ("match", "search", "fullmatch", "sub", "subn", "split", "findall", "finditer")
 BUILT = {
-    "diffusion/data/export/hub.py: f'\\\\.?{start}\\\\.[0-9a-f]{{16}}(\\\\..*)?'": "a literal",
     "diffusion/data/ingest/decode.py: signature": "of a constant table, on 16 bytes",
     "diffusion/data/loader.py: f'(?:.*/)?{translate(pattern)}'": "fnmatch's, after each slash of a limited name",
     "diffusion/diffusers_format/import_lora.py: f'{pattern.pattern}$'": "of a constant table, at the end of a key",

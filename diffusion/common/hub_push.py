@@ -1,4 +1,4 @@
-"""Pushes to repositories of the Hugging Face Hub: one commit with all files, once, and licences as cards name them."""
+"""Pushes of models to the Hugging Face Hub: one commit with all files, once, and licences as cards name them."""
 
 import io
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
-from diffusion.common.hub import HubFile, Kind, Repository, hub_api, parse_hub_uri, retry
+from diffusion.common.hub import HubFile, Repository, hub_api, parse_hub_uri, retry
 
 LICENCES = re.compile(
     r"mit|isc|zlib|wtfpl|ncsa|pddl|ms-pl|cc|c-uda|odbl|odc-by|unlicense|postgresql|gfdl|unknown|openrail(\+\+)?"
@@ -24,7 +24,7 @@ class PushResult(Config):
     """Result of a push to the Hub."""
 
     repository: str
-    """hf://[datasets/]OWNER/NAME."""
+    """hf://OWNER/NAME."""
     commit: str
     """Commit that has all files."""
     created: bool
@@ -33,9 +33,9 @@ class PushResult(Config):
     """Number of files of the export, its card and samples included."""
 
 
-def check_push(uri: str, kind: Kind) -> str:
+def check_push(uri: str) -> str:
     """Return OWNER/NAME; raises UserError for another form, without a token, or if the Hub's client is missing."""
-    name, revision = parse_hub_uri(uri, kind)
+    name, revision = parse_hub_uri(uri, "model")
     if revision is not None:
         raise UserError(f"{uri} names a revision, and a push goes to main: leave @{revision} out")
     hub_api()
@@ -56,14 +56,13 @@ def card_licence(licence: str) -> dict[str, str]:
 
 
 def push_files(
-    kind: Kind,
     name: str,
     files: Mapping[str, Path | bytes],
     message: str,
     public: bool = False,
     named_by_content: str | None = None,
 ) -> PushResult:
-    """Push ``files``, by their paths, to the repository ``name`` in one commit, unless they are there already.
+    """Push ``files``, by their paths, to the model repository ``name`` in one commit, unless they are there already.
 
     The repository is created if it does not exist, private unless ``public``. Files of an earlier push in the same
     folders are replaced; others stay. Below ``named_by_content`` equal paths have equal content. A push that was killed
@@ -74,11 +73,11 @@ def push_files(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     api, folders = hub_api(), {path.partition("/")[0] for path in files if "/" in path}
-    place = f"hf://{'datasets/' if kind == 'dataset' else ''}{name}"
+    place = f"hf://{name}"
 
     def push() -> PushResult:
-        api.create_repo(name, repo_type=kind, private=not public, exist_ok=True)
-        head = Repository.resolve(kind, name, None)
+        api.create_repo(name, private=not public, exist_ok=True)
+        head = Repository.resolve("model", name, None)
         changes = [path for path, data in files.items() if not _is_there(path, data, head.files, named_by_content)]
         stale_paths = [
             path for path in head.files if "/" in path and path.partition("/")[0] in folders and path not in files
@@ -90,15 +89,13 @@ def push_files(
         ]
         operations += [CommitOperationDelete(path) for path in stale_paths]
         try:
-            commit = api.create_commit(
-                name, operations, repo_type=kind, commit_message=message, parent_commit=head.commit
-            )
+            commit = api.create_commit(name, operations, commit_message=message, parent_commit=head.commit)
         except RuntimeError as error:
             # Failed uploads of large files come wrapped.
             raise error.__cause__ or error from error
         return PushResult(repository=place, commit=commit.oid, created=True, files=len(files))
 
-    return retry(f"{kind} {name}", push)
+    return retry(f"model {name}", push)
 
 
 def _is_there(path: str, data: Path | bytes, files: Mapping[str, HubFile], named_by_content: str | None) -> bool:

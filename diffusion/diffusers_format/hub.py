@@ -110,7 +110,7 @@ def push_to_hub(
         path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
     }
     files |= {CARD: card.encode()} | dict(samples)
-    return push_files("model", check_push(uri, "model"), files, message, public, named_by_content=SAMPLES)
+    return push_files(check_push(uri), files, message, public, named_by_content=SAMPLES)
 
 
 def hub_card(

@@ -1,4 +1,4 @@
-"""``darkroom data``: versions of a data set, their differences, checkout, and export."""
+"""``darkroom data``: versions of a data set, their differences, and checkout."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -10,11 +10,9 @@ from typer import Argument, Option
 
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.escaping import pluralize
-from diffusion.common.files import require_writable
-from flows.cli.command import CommandOutput, Local, command, display_progress
+from flows.cli.command import CommandOutput, Local, command
 
 if TYPE_CHECKING:
-    from diffusion.data.export.export import DatasetExport
     from diffusion.data.manifest import FileEntry, Manifest
     from diffusion.data.versions.difference import Difference
     from diffusion.data.versions.versions import Contents
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
     from flows.datasets.dvc import StoredFiles
 
 app = typer.Typer(
-    name="data", help="Data sets: versions, differences, checkout, export, takedown of images.", no_args_is_help=True
+    name="data", help="Data sets: versions, differences, checkout, takedown of images.", no_args_is_help=True
 )
 All = Annotated[bool, Option("--all", help="Show complete lists instead of the first 20 entries.")]
 MAX_SHOWN = 20
@@ -169,65 +167,6 @@ def checkout(
     return CommandOutput(
         result, [f"{pluralize(result.kept, 'image')} in {result.folder}: {summary}", f"content {result.content_digest}"]
     )
-
-
-@command(app, "export")
-def export_(
-    config: "Params",
-    to: Annotated[
-        str,
-        Option(metavar="FORMAT|hf://OWNER/NAME", help="imagefolder, parquet, webdataset, or a data set of the Hub."),
-    ],
-    folder: Annotated[Path | None, Option("--out", metavar="FOLDER", help="New folder; none for hf://.")] = None,
-    licence: Annotated[str | None, Option(help="Licence of the images; default: ingest.licence.")] = None,
-    title: Annotated[str | None, Option(help="Name of the data set; default: its name here.")] = None,
-    creator: Annotated[str | None, Option(help="Who made the data set.")] = None,
-    url: Annotated[str | None, Option(help="Address of its page on the web.")] = None,
-    public: Annotated[
-        bool, Option("--public", help="Make a new repository of hf:// public; default: private.")
-    ] = False,
-) -> CommandOutput:
-    """Export the current version with captions, splits, a card and croissant.json; the same again changes nothing.
-
-    Needs no server. Pushing to the Hugging Face Hub, as Parquet, needs HF_TOKEN.
-
-    Example:  darkroom data export --dataset faces --to imagefolder --out exports/faces
-
-    Example:  darkroom data export --dataset faces --to hf://me/faces --licence CC-BY-4.0
-    """
-    from diffusion.data.export import FORMATS
-    from diffusion.data.export.base import ExportDetails
-
-    details = ExportDetails(licence=licence, title=title, creator=creator, url=url)
-    if to.startswith("hf://"):
-        if folder is not None:
-            raise UserError("--out is of formats for a folder, and hf:// is a repository: leave it out")
-        from diffusion.data.export.hub import export_to_hub
-
-        with display_progress() as progress:
-            return _describe_export(export_to_hub(config.dataset_folder, to, details, public, progress))
-    if to not in FORMATS:
-        raise UserError(f"--to {to} is not a format: use {', '.join(FORMATS)}, or hf://OWNER/NAME")
-    if folder is None or public:
-        raise UserError(f"--to {to} writes a folder: give --out FOLDER, and --public only with hf://OWNER/NAME")
-    from diffusion.data.export.export import export_dataset
-
-    require_writable(folder.parent, f"--out {folder}")
-    with display_progress() as progress:
-        return _describe_export(export_dataset(config.dataset_folder, to, folder, details, progress))
-
-
-def _describe_export(result: "DatasetExport") -> CommandOutput:
-    splits = ", ".join(f"{count:,} {name}" for name, count in result.splits.items())
-    lines = [
-        f"{result.place}: {pluralize(result.images, 'image')} ({splits}) as {result.format}, "
-        f"{pluralize(result.files, 'file')}{'' if result.created else ', which were there already'}",
-        f"content {result.content_digest}",
-    ]
-    if result.licence == "unknown":
-        lines.append("its card names no licence: give --licence, or set ingest.licence")
-    lines.append("for you to fill in: what croissant.json marks as not recorded")
-    return CommandOutput(result, lines)
 
 
 def _make_cache_lookup(folder: Path) -> "Callable[[FileEntry], Path | None]":

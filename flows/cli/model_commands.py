@@ -395,7 +395,7 @@ def _require_pushable(push: str | None, to: str) -> None:
     if push is not None:
         from diffusion.common.hub_push import check_push
 
-        check_push(push, "model")
+        check_push(push)
         if to == "adapter":
             raise UserError("--push is of whole pipelines: use --to diffusers, or leave it out")
 

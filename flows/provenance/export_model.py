@@ -175,7 +175,7 @@ def _push(
     licence: str | None,
 ) -> PushResult:
     """Push an export with card and samples."""
-    name, model = check_push(push.uri, "model"), load_model(weights)
+    name, model = check_push(push.uri), load_model(weights)
     assert isinstance(model, DiffusionModel), "others are not exported"
     header, base, file = model.header, model.header, weights
     while base.base is not None:

@@ -27,9 +27,8 @@ ENVIRONMENT = re.compile(rf"( ;| and)(?: python_full_version < '3\.15' and)? {EV
 def resolved(extras: tuple[str, ...], *options: str) -> list[str]:
     """Return an entry for each package of ``extras``, as uv writes it: a line with the version, then its hashes."""
     command = ["uv", "pip", "compile", "pyproject.toml", "--quiet", "--generate-hashes", "--no-annotate", "--no-header"]
-    # Two have no wheels: without the first, DVC's hydra-core would be a release candidate, and mlcroissant needs the
-    # second.
-    command += ["--only-binary", ":all:", "--no-binary", "antlr4-python3-runtime", "--no-binary", "jsonpath-rw"]
+    # It has no wheel, and without it DVC's hydra-core would be a release candidate.
+    command += ["--only-binary", ":all:", "--no-binary", "antlr4-python3-runtime"]
     command += options
     command += [f"--extra={extra}" for extra in extras]
     text = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, cwd=ROOT).stdout

@@ -21,7 +21,7 @@ COMMANDS = (
     *("trace", "reproduce", "deploy", "monitor", "gc", "up", "down", "status", "env", "init", "ls", "open"),
 )
 GROUPS = {
-    "data": ("log", "show", "diff", "checkout", "curate", "remove", "compact", "merge", "simulate", "export"),
+    "data": ("log", "show", "diff", "checkout", "curate", "remove", "compact", "merge", "simulate"),
     "model": ("history", "rollback", "explain", "export", "release", "card", "import", "serve", "training-content"),
     "edit": ("inpaint", "img2img", "interpolate", "upscale"),
     "config": ("show", "schema", "validate"),

@@ -1,4 +1,4 @@
-"""Masks of images: read from files, columns or opacity, cut as their images are, stored, replaced and exported."""
+"""Masks of images: read from files, columns or opacity, cut as their images are, stored and replaced."""
 
 import json
 import shutil
@@ -10,7 +10,6 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import mlcroissant
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +19,6 @@ from PIL import Image
 
 from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset, open_webdataset
-from diffusion.data.export.export import export_dataset
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.ingest.key_resolution import content_digest
@@ -294,19 +292,6 @@ def test_masks_outlive_takedown_compaction_and_merge(tmp_path: Path) -> None:
         with tarfile.open(data / shard.name) as tar:
             count += sum(name.endswith(".mask.png") for name in tar.getnames())
     assert count == 13
-
-
-@pytest.mark.parametrize("to", ["imagefolder", "webdataset", "parquet"])
-def test_exports_have_masks(tmp_path: Path, to: str) -> None:
-    result = read_masked(tmp_path / "data", write_masked(tmp_path / "images"))
-    export_dataset(tmp_path / "data", to, tmp_path / "export")
-    place = {"imagefolder": "", "webdataset": "wds:", "parquet": "parquet:"}[to] + str(tmp_path / "export")
-    if to == "webdataset":
-        place += "/*.tar"
-    assert read_masked(tmp_path / "again", place).content_digest == result.content_digest
-    if to != "webdataset":  # mlcroissant keeps unpacked tars by their names
-        described = mlcroissant.Dataset(tmp_path / "export" / "croissant.json")
-        assert len(list(described.records("images"))) == 12
 
 
 def test_batches_have_masks_mirrored_with_their_images(tmp_path: Path) -> None:
