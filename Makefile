@@ -60,8 +60,12 @@ test-slow: $(READY)  ## Run tests of servers, kills and browser (half an hour); 
 	$(BIN)/pytest --numprocesses $(or $(WORKERS),3) --dist loadfile -m "slow and not long" --no-loadscope-reorder --ignore tests/chaos \
 		tests/flows tests/docs tests/infra tests/test_*.py tests/diffusion
 
-test-long: $(READY)  ## Run the slow tests that take longest, and the longest drills
-	$(BIN)/pytest --numprocesses $(or $(WORKERS),3) --dist loadfile -m long --ignore tests/chaos
+# make test-long SEED=7   the random cases of that seed, which each run prints
+test-long: SEED := $(or $(SEED),$(shell date +%s))
+test-long: $(READY)  ## Run the slow tests that take longest, the longest drills, and properties on random cases
+	@echo "random cases: SEED=$(SEED)"
+	$(BIN)/pytest --numprocesses $(or $(WORKERS),3) --dist loadfile -m "long or hypothesis" --ignore tests/chaos \
+		--hypothesis-profile random --hypothesis-seed $(SEED)
 
 # make gpu DEVICE=cpu               a rehearsal at reduced size
 # make gpu PARTS="resume sampling"  some of it

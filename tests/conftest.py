@@ -16,8 +16,9 @@ from tests.builders.command_line import CommandLine
 from tests.builders.small_datasets import ingest_blobs, write_blobs
 from tests.hub import Hub, hub_server
 
-# How long an example takes is a matter of the machine.
-settings.register_profile("darkroom", deadline=None)
+# How long an example takes is a matter of the machine. The same examples everywhere; `make test-long` tries others.
+settings.register_profile("darkroom", deadline=None, derandomize=True, database=None)
+settings.register_profile("random", deadline=None, derandomize=False, database=None, print_blob=True)
 settings.load_profile("darkroom")
 
 
