@@ -106,16 +106,10 @@ class RetrainingConfig(Config):
 
 
 class MonitorConfig(Config):
-    """When ``darkroom monitor`` requests a retraining, and how often it may."""
+    """When ``darkroom monitor`` requests a retraining."""
 
     false_alarms: float = Field(0.05, gt=0, lt=1)
-    """Probability, over all monitoring of a champion, that one is requested although neither model nor images
-    changed."""
-    cooldown_hours: float = Field(24, ge=0)
-    """Minimum number of hours between two requests."""
-    retrainings_per_week: int = Field(2, ge=0)
-    """Maximum number of requests within seven days; the next one is held, and the flow run fails so that a person looks
-    at it. 0: drift is reported and never requests a retraining."""
+    """Probability, over all monitoring of a champion, that one is requested although the images did not change."""
 
 
 class Params(ExperimentConfig):

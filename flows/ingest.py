@@ -167,7 +167,8 @@ def describe(params: Params, version: DataVersion) -> Path:
     catalog = Catalog.of(params.training.dataset, data_source())
     place = catalog.publish_page(read_manifest(params.dataset_folder).digest, page.read_bytes())
     text = f"{summary.markdown()}\nDVC `{version.digest}`, page `{place}`"
-    create_markdown_artifact(text, key=artifact_key("dataset", params.training.dataset), description=summary.verdict)
+    description = f"{summary.kept:,} images"
+    create_markdown_artifact(text, key=artifact_key("dataset", params.training.dataset), description=description)
     return page
 
 

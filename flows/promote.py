@@ -38,7 +38,6 @@ from flows.evaluate import fetch_version, find_tracker, report_folder
 from flows.ingest import require_shards
 from flows.registry import model_card, model_versions
 from flows.registry.aliases import append, project, read_verified_history
-from flows.registry.announcements import announce
 from flows.registry.champion import champion_problem, require_champion
 from flows.registry.ledger import Approval, Evidence, GateWord, History, Ledger, LedgerEntry
 from flows.registry.takedown_marks import (
@@ -54,7 +53,6 @@ from flows.storage.tags import parse_tags
 from flows.tracking.console import reporter
 from flows.tracking.runs import (
     AUTOENCODER,
-    DRIFT,
     EVAL_KEY,
     START,
     WARM_START,
@@ -149,7 +147,7 @@ def register(params: Params, evaluation: Evaluation) -> model_versions.Version:
     base_tags = model_versions.base_tags(tracker.client, weights, run.data.tags.get(START))
     # Training may have begun with a file, of a version.
     tracker.tag({START: base_tags.get(START)})
-    names = (*digests, TAKEDOWN, AUTOENCODER, WARM_START, DRIFT)
+    names = (*digests, TAKEDOWN, AUTOENCODER, WARM_START)
     tags = {name: run.data.tags.get(name) for name in names} | base_tags
     parents = base_tags.get(START), run.data.tags.get(AUTOENCODER)
     tags[ANCESTORS] = ancestors_tag(tracker.client, parents)
@@ -256,7 +254,7 @@ def request_approval(version: model_versions.Version, result: GateResult) -> App
 
 
 def waiting_event(run_id: UUID, deployment_id: UUID, text: str) -> Event:
-    """Event that the run of a deployment waits for a person: it is not cancelled after a day, and people are told."""
+    """Event that the run of a deployment waits for a person: it is not cancelled after a day."""
     related = {f"prefect.deployment.{deployment_id}": "deployment", "prefect.tag.darkroom": "tag"}
     return Event(
         event=WAITING,
@@ -315,7 +313,6 @@ def record(
         "MLflow run": run_page(client, version.run_id),
         "Comparison": run_page(client, version.run_id, f"evaluation/{COMPARISON_PAGE}"),
     }
-    announce(client, Ledger.of(version.model), entry, links["Comparison"] if result.comparison else None)
     link_text = " · ".join(f"[{name}]({page})" for name, page in links.items())
     create_markdown_artifact(
         f"**{version.uri}** is {verdict.title}: {escape_markdown(verdict.reason)}\n\n{link_text}",
@@ -353,7 +350,6 @@ def next_entry(
         )
     assert evidence is not None, "a version that is champion already needs no entry"
     event = "hold" if approval is not None and not approval.approved else evidence.verdict
-    weights, drift = version.weights_sha256, version.tags.get(DRIFT)
-    entry = history.next_entry(event, version.number, weights, evidence=evidence, approval=approval, drift=drift)
+    entry = history.next_entry(event, version.number, version.weights_sha256, evidence=evidence, approval=approval)
     last_entry = history.find_newest_entry(version.number)
     return None if last_entry is not None and last_entry.repeats(entry) else entry

@@ -1,33 +1,26 @@
 """Flow ``retrain``: the whole pipeline. Torch and MLflow are imported only when there is work, which is rare."""
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from pydantic import Field
 
 from diffusion.common.config import Config
-from diffusion.common.errors import ConflictError
-from diffusion.common.escaping import escape_markdown
 from diffusion.data.manifest import read_manifest
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from flows.checks import Request, check, require_worth_training
 from flows.config import Params
 from flows.datasets.checkout import CheckoutResult
 from flows.datasets.sync import sync
-from flows.deployment.tasks import artifact_key, completed_state, concurrency_slot, require_permitted, retryable_task
+from flows.deployment.tasks import completed_state, concurrency_slot, require_permitted, retryable_task
 from flows.ingest import IngestOutcome, ingest
-from flows.registry.alarms import Alarms
 from flows.registry.retraining_notes import RetrainRequest
 from flows.tracking.console import phase
 
 if TYPE_CHECKING:
     from flows.promote import PromotionResult
-
-logger = logging.getLogger(__name__)
 
 
 class RetrainResult(Config):
@@ -53,8 +46,6 @@ class RetrainResult(Config):
     mlflow_page: str = ""
     prefect_page: str = ""
     """Addresses of the MLflow run and of this flow run."""
-    drift: str | None = None
-    """Drift alarm that requested it."""
     skipped: str | None = None
     """Why there was nothing to do; None if there was."""
 
@@ -67,7 +58,6 @@ def retrain(
     to: str | None = None,
     conditions: Conditions = UNCONDITIONAL,
     version: str | None = None,
-    alarm: int | None = None,
 ) -> RetrainResult:
     """Ingest, train, evaluate, promote, sample, explain; each step skips work that is done for the same inputs.
 
@@ -79,12 +69,10 @@ def retrain(
         conditions: Labels and prompts of these images.
         version: Digest of the data set version to train on, which is checked out; default: the newest version, plus
             the new images of ingest.source.
-        alarm: Number of the drift alarm that requests it, which one run answers.
     """
     require_permitted(params)
     check("retrain", params, Request(version=version, count=count, seed=seed, to=to, conditions=conditions))
     seconds: dict[str, float] = {}
-    drift = None if alarm is None else answer_alarm(params, alarm)
     with concurrency_slot(f"retrain-{params.training.dataset}"):
         with phase("ingest", seconds):
             checkout = sync(params, version) if version else None
@@ -99,23 +87,21 @@ def retrain(
                 f"which ended in models:/{earlier['version']['model']}/{earlier['version']['number']}: "
                 f"{earlier['reason']}"
             )
-            result = RetrainResult.model_validate(fields | {"data": data, "skipped": reason, "drift": drift})
+            result = RetrainResult.model_validate(fields | {"data": data, "skipped": reason})
             return completed_state(result, f"nothing to do: {reason}", name="Skipped")
 
         require_worth_training(params, manifest, conditions)
         expected = request.estimate_phase_seconds()
-        fields = train_and_promote(params, (count, seed, to, conditions), drift, seconds, expected)
+        fields = train_and_promote(params, (count, seed, to, conditions), seconds, expected)
         verdict: PromotionResult = fields["verdict"]
         result = RetrainResult(**fields | {"data": data, "verdict": verdict.model_dump(mode="json")})
         request.write_note(result)
-    suffix = f"; trained for drift {drift}" if drift else ""
-    return completed_state(result, f"{verdict.version.uri} is {verdict.title}: {verdict.reason}{suffix}")
+    return completed_state(result, f"{verdict.version.uri} is {verdict.title}: {verdict.reason}")
 
 
 def train_and_promote(
     params: Params,
     samples_of: tuple[int, int, str | None, Conditions],
-    drift: str | None,
     seconds: dict[str, float],
     expected: dict[str, float],
 ) -> dict[str, Any]:
@@ -141,7 +127,7 @@ def train_and_promote(
     start = retryable_task(resolve_retraining_start)(params)
     params = start.apply(params)
     with phase("train", seconds, expected):
-        training = train(params, restart="set_aside", drift=drift)
+        training = train(params, restart="set_aside")
     with phase("evaluate", seconds, expected):
         evaluation = evaluate(params)
     with phase("promote", seconds, expected):
@@ -166,20 +152,4 @@ def train_and_promote(
         "advice": (comparison and comparison.shortage) or advise_longer(evaluation),
         "mlflow_page": run_page(MlflowClient(), training.run_id),
         "prefect_page": flow_run.ui_url or "",
-        "drift": drift,
     }
-
-
-def answer_alarm(params: Params, number: int) -> str:
-    """Record that this flow run answers a drift alarm, and show why; returns the alarm in words.
-
-    Raises ConflictError if another flow run answers it: an event may come twice.
-    """
-    alarms = Alarms.of(params.model_name)
-    alarm, own_id = alarms.read(number), str(flow_run.id)
-    if (run_id := alarms.answer(alarm, own_id)) != own_id:
-        raise ConflictError(f"{alarm} is answered by flow run {run_id}: run `darkroom retrain` to retrain all the same")
-    logger.warning("retraining for drift %s", alarm)
-    key = artifact_key("drift", params.model_name)
-    create_markdown_artifact(f"**Drift {escape_markdown(str(alarm))}**", key=key, description=str(alarm))
-    return str(alarm)

@@ -37,7 +37,7 @@ from flows.registry.takedown_marks import (
 from flows.storage.s3 import Store
 from flows.tracking.buffered import UNANSWERED, BufferedTracker
 from flows.tracking.console import reporter
-from flows.tracking.runs import AUTOENCODER, DRIFT, START, TRAIN_KEY, WARM_START, RunTracker, find_run, open_run
+from flows.tracking.runs import AUTOENCODER, START, TRAIN_KEY, WARM_START, RunTracker, find_run, open_run
 
 
 class TrainingRun(Config):
@@ -48,8 +48,8 @@ class TrainingRun(Config):
 
 
 @flow(name="train", flow_run_name="train-{params.training.dataset}")
-def train(params: Params, restart: Restart | Literal["always"] = "never", drift: str | None = None) -> TrainingRun:
-    """Train with live MLflow tracking, for the alarm ``drift`` if any; resumes an interrupted run."""
+def train(params: Params, restart: Restart | Literal["always"] = "never") -> TrainingRun:
+    """Train with live MLflow tracking; resumes an interrupted run."""
     # Promotion will require these: fail before the training.
     Store().require_conditional_puts(settings().bucket, "ledger")
     require_champion(params)
@@ -58,11 +58,11 @@ def train(params: Params, restart: Restart | Literal["always"] = "never", drift:
             # A separate task: a retry of the training must not discard its progress.
             retryable_task(discard)(params.run_folder)
             restart = "never"
-        return train_and_track(params, restart, drift)
+        return train_and_track(params, restart)
 
 
 @retryable_task
-def train_and_track(params: Params, restart: Restart, drift: str | None = None) -> TrainingRun:
+def train_and_track(params: Params, restart: Restart) -> TrainingRun:
     """Train in ``params.run_folder``; the MLflow run is identified by the digest of its inputs."""
     require_current(params.dataset_folder)
     ready = resolve_params(params)
@@ -74,7 +74,7 @@ def train_and_track(params: Params, restart: Restart, drift: str | None = None) 
         folder = params.run_folder / METRICS_BUFFER
         # Only a discarded training gets another MLflow run: a fresh one may be running on another machine as well.
         is_discarded = (folder / RESTARTED).exists()
-        trackers.append(BufferedTracker(_open(ready, manifest, is_discarded, drift), folder, is_new or is_discarded))
+        trackers.append(BufferedTracker(_open(ready, manifest, is_discarded), folder, is_new or is_discarded))
         return trackers[0]
 
     if restart == "set_aside" and _is_registered(params):
@@ -96,7 +96,7 @@ def train_and_track(params: Params, restart: Restart, drift: str | None = None) 
         raise
     if trackers:
         trackers[0].close()
-    tracker = trackers[0].tracker if trackers else _recover_tracker(ready, manifest, result, drift)
+    tracker = trackers[0].tracker if trackers else _recover_tracker(ready, manifest, result)
     if not tracker.finished:
         for record in (result.output / "history.csv", result.output / "losses.csv"):
             tracker.log_file(record, "history")
@@ -130,11 +130,11 @@ def _finish(ready: ResolvedParams, tracker: RunTracker) -> None:
     tracker.finish()
 
 
-def _recover_tracker(ready: ResolvedParams, manifest: Manifest, result: TrainResult, drift: str | None) -> RunTracker:
+def _recover_tracker(ready: ResolvedParams, manifest: Manifest, result: TrainResult) -> RunTracker:
     """Tracker of a training that had finished before; a missing MLflow run is recreated from its history."""
     client, params = MlflowClient(), ready.params
     run = find_run(client, params.model_name, TRAIN_KEY, result.train_key)
-    tracker = RunTracker(client, run.info.run_id) if run else _open(ready, manifest, False, drift)
+    tracker = RunTracker(client, run.info.run_id) if run else _open(ready, manifest, False)
     buffered_tracker = BufferedTracker(tracker, params.run_folder / METRICS_BUFFER)
     if not tracker.finished:
         # The whole history, as an earlier attempt may have been killed; existing points are skipped.
@@ -145,7 +145,7 @@ def _recover_tracker(ready: ResolvedParams, manifest: Manifest, result: TrainRes
     return tracker
 
 
-def _open(ready: ResolvedParams, manifest: Manifest, restart: bool, drift: str | None) -> RunTracker:
+def _open(ready: ResolvedParams, manifest: Manifest, restart: bool) -> RunTracker:
     params = ready.params
     model, training = with_digests(params.model, params.training.with_batch_size(params.model, manifest.size))
     key = train_key(data_digest(manifest, training), model, training)
@@ -156,7 +156,7 @@ def _open(ready: ResolvedParams, manifest: Manifest, restart: bool, drift: str |
     tracker = open_run(params.model_name, key, parameters, manifest, code, data, data_source(), restart)
     tracker.client.log_text(tracker.run_id, ready.requested.model_dump_json(indent=2), "params.json")
     user = who().partition("@")[0]
-    tags = {AUTOENCODER: ready.autoencoder, START: ready.start, TAKEDOWN: ready.takedown, DRIFT: drift}
+    tags = {AUTOENCODER: ready.autoencoder, START: ready.start, TAKEDOWN: ready.takedown}
     tracker.tag(tags | {WARM_START: ready.warm_start, MLFLOW_USER: user})
     tracker.log_file(params.dataset_folder / "manifest.json", "dataset")
     if (preflight := params.run_folder / PREFLIGHT).is_file():

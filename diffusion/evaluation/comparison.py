@@ -351,13 +351,13 @@ def evaluate_model(
     sampling: SamplingConfig,
     output: Path,
     progress: Progress = ignore_progress,
-) -> tuple[ModelEvaluation, str]:
-    """Evaluate a model file on the held-out images of ``data`` as a comparison does; returns the features' name, too.
+) -> tuple[ModelEvaluation, Evaluator]:
+    """Evaluate a model file on the held-out images of ``data`` as a comparison does; returns the evaluator, too.
 
     Raises UserError if the model cannot be evaluated.
     """
     evaluator = _evaluator(path, data, config, sampling, output, progress)
-    return evaluate_in_full(evaluator.model(path)), evaluator.conditions.extractor
+    return evaluate_in_full(evaluator.model(path)), evaluator
 
 
 def _evaluator(

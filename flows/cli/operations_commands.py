@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from diffusion.common.errors import ConflictError, DarkroomError, UserError, install_hint
+from diffusion.common.errors import DarkroomError, UserError, install_hint
 from diffusion.common.escaping import pluralize
 from diffusion.common.files import is_model_file
 from flows.cli.arguments import check_cron, check_generated, check_output, require_free_port
@@ -120,8 +120,6 @@ def _describe_chain(chain: "Trace", verbose: bool) -> Iterator[str]:
         clean = ", everything committed" if run.git_dirty is False else ""
         git = f"git commit {run.git_commit}{clean}" if run.git_commit else "outside of a git repository"
         yield from details(f"{run.status.lower()}, {git}")
-    if chain.drift:
-        yield f"drift     {chain.drift}"
     if chain.data:
         yield from _describe_data(chain.data, verbose)
     for origin in chain.origins:
@@ -193,20 +191,19 @@ def deploy(
     pool: Annotated[str, Option(metavar="NAME", help="Work pool for sampling and monitoring.")] = "darkroom",
     training_pool: Annotated[str | None, Option(metavar="NAME", help="That for training; default: --pool.")] = None,
     workspace: Annotated[Path, Option(metavar="FOLDER", help="Workers' folder of data, runs, reports.")] = Path(),
-    webhook: Annotated[str | None, Option("--webhook-env", help="Variable with the webhook URL to notify.")] = None,
 ) -> CommandOutput:
     """Apply prefect.yaml: deployments with schedules and triggers, work pools, concurrency limits, automations.
 
     Idempotent: repeating it changes nothing.
 
-    Example:  darkroom deploy --dataset faces --cron "0 2 * * *" --webhook-env SLACK_WEBHOOK_URL
+    Example:  darkroom deploy --dataset faces --cron "0 2 * * *"
     """
     from flows.checks.images import deployment_notes
 
     notes = deployment_notes(config, workspace.absolute())
     from flows.deployment.deploy import deploy
 
-    result = deploy(config, workspace.absolute(), pool, training_pool or pool, cron, monitor_cron, webhook)
+    result = deploy(config, workspace.absolute(), pool, training_pool or pool, cron, monitor_cron)
     lines = [
         *(f"deployment   {name}" for name in result.deployments),
         f"work pools   {', '.join(result.work_pools)}",
@@ -220,22 +217,17 @@ def deploy(
 
 @command(app, panel="Operations", servers=("prefect", "mlflow", "s3"))
 def monitor(config: "Params") -> CommandOutput:
-    """Re-evaluate the champion on the current held-out images; request a retraining if model or images surely drifted.
-
-    Limits: monitor.cooldown_hours, monitor.retrainings_per_week. Exit code 3 when the requests of the week are used up.
+    """Re-evaluate the champion on the current held-out images; request a retraining if the images surely drifted.
 
     Example:  darkroom monitor --dataset faces
     """
     from flows.checks import check
 
     check("monitor", config, connected=True)
-    from flows.monitor import MonitorResult, monitor
+    from flows.monitor import monitor
 
-    result: object = monitor(config, return_state=True).result(raise_on_failure=False)
-    if isinstance(result, BaseException):
-        raise result
-    assert isinstance(result, MonitorResult)
-    return CommandOutput(result, [result.summary], ConflictError(result.summary) if result.state == "Held" else None)
+    result = monitor(config)
+    return CommandOutput(result, [result.summary])
 
 
 @command(app, panel="Operations", dataset=False)

@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
-from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.schedules import CronSchedule
@@ -53,7 +52,6 @@ class Definitions(BaseModel, extra="allow"):
     concurrency_limits: list[NamedLimit]
     deployments: list[dict[str, Any]]
     automations: list[dict[str, Any]]
-    notifications: list[dict[str, Any]]
 
 
 class DeployResult(Config):
@@ -67,12 +65,11 @@ class DeployResult(Config):
 
 
 def deploy(
-    params: Params, workspace: Path, pool: str, training_pool: str, cron: str, monitor_cron: str, webhook: str | None
+    params: Params, workspace: Path, pool: str, training_pool: str, cron: str, monitor_cron: str
 ) -> DeployResult:
     """Apply the ``prefect.yaml`` of the working folder, or the packaged one; raises UserError for invalid settings.
 
-    ``workspace`` is the folder of data, runs and reports on the workers' machines; ``webhook`` names the environment
-    variable that holds the URL to notify.
+    ``workspace`` is the folder of data, runs and reports on the workers' machines.
     """
     for schedule in (cron, monitor_cron):
         try:
@@ -95,10 +92,6 @@ def deploy(
         "HEARTBEAT": str(get_current_settings().flows.heartbeat_frequency or MIN_LEASE_SECONDS),
         "SILENCE": heartbeat_timeout(),
     }
-    if webhook is not None:
-        if not (url := os.environ.get(webhook)):
-            raise UserError(f"the environment has no {webhook}, which --webhook-env names: set it to the URL to notify")
-        values["WEBHOOK"] = str(Webhook(url=url).save("darkroom", overwrite=True))
     declarations = read_definitions(definitions, values)
     with get_client(sync_client=True) as client:
         for item in declarations["work_pools"]:
@@ -118,9 +111,9 @@ def deploy(
 
 
 def read_definitions(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the file ``path`` with its placeholders replaced by ``values``; ``notifications`` become automations.
+    """Read the file ``path`` with its placeholders replaced by ``values``.
 
-    Notifications are dropped without a value for WEBHOOK. Raises UserError for what is invalid, missing or unknown.
+    Raises UserError for what is invalid, missing or unknown.
     """
     try:
         tree = read_yaml(path)
@@ -128,15 +121,12 @@ def read_definitions(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read ({error.strerror}): begin with a copy of {PACKAGED}") from error
     except ValueError as error:
         raise UserError(f"{path} is not plain YAML ({error}): mend it, or begin with a copy of {PACKAGED}") from error
-    if isinstance(tree, dict) and "WEBHOOK" not in values:
-        tree["notifications"] = []
     declarations: dict[str, Any] = fill_placeholders(tree, values, path)
     try:
         Definitions.model_validate(declarations)
     except ValidationError as error:
         words = describe_validation_error(error.errors()[0])
         raise UserError(f"{path}: {words}: begin with a copy of {PACKAGED}") from error
-    declarations["automations"] += declarations.pop("notifications")
     return declarations
 
 

@@ -21,7 +21,7 @@ from prefect.events.clients import get_events_client
 from prefect.exceptions import ObjectNotFound
 from prefect.runtime import deployment, flow_run
 from prefect.settings import get_current_settings
-from prefect.states import Completed, Failed
+from prefect.states import Completed
 from prefect.tasks import exponential_backoff
 
 from diffusion.common.errors import DarkroomError, TransientError, UserError
@@ -57,13 +57,12 @@ def retryable_task(function: Callable[P, R]) -> Task[P, R]:
     )(function)
 
 
-def completed_state(result: R, message: str, name: str = "Completed", failed: bool = False) -> R:
-    """Return value of a flow that sets the message of its final state, shown in Prefect's UI and in notifications.
+def completed_state(result: R, message: str, name: str = "Completed") -> R:
+    """Return value of a flow that sets the message of its final state, shown in Prefect's UI.
 
-    Prefect unwraps the state: the caller of the flow gets ``result``; of a ``failed`` one only with ``return_state``.
+    Prefect unwraps the state: the caller of the flow gets ``result``.
     """
-    state = Failed if failed else Completed
-    return cast(R, state(name=name, message=escape_controls(message), data=result))
+    return cast(R, Completed(name=name, message=escape_controls(message), data=result))
 
 
 def emit(event: Event) -> None:

@@ -3,12 +3,10 @@
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
-from itertools import chain
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from prometheus_client import CollectorRegistry, make_wsgi_app, start_http_server
@@ -19,7 +17,6 @@ from diffusion.common.errors import DarkroomError, UserError
 from flows.environment import Server, settings
 from flows.local_stack.http_api import LoginRejectedError, NotServingError, query_mlflow, query_prefect, search_mlflow
 from flows.local_stack.same_origin import refusal
-from flows.registry.alarms import Alarms, Cause, NumberedAlarm
 from flows.registry.ledger import History, Known, Ledger, NewestEntry
 from flows.storage.s3 import ListedObject, Location, Store, client
 
@@ -30,7 +27,6 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "darkroom_up": ("whether the server answers", ("server",)),
     "darkroom_flow_runs": ("unfinished flow runs", ("flow", "state")),
     "darkroom_flow_runs_last_day": ("flow runs that ended within 24 hours", ("flow", "state")),
-    "darkroom_flow_runs_held_last_day": ("flow runs that ended within 24 hours at a limit", ("flow",)),
     "darkroom_flow_last_success_timestamp_seconds": ("end of the flow's last successful run", ("flow",)),
     "darkroom_flow_last_success_seconds": ("duration of that run", ("flow",)),
     "darkroom_samples_last_batch_images": ("images requested of the last finished sampling batch", ()),
@@ -44,8 +40,6 @@ GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "darkroom_champion_version": ("version number of the champion", ("model",)),
     "darkroom_champion_since_timestamp_seconds": ("time of its promotion", ("model",)),
     "darkroom_champion_figure": ("metrics of the champion", ("model", "figure")),
-    "darkroom_drift_alarms": ("retrainings that drift requested", ("model", "cause")),
-    "darkroom_drift_last_alarm_timestamp_seconds": ("time of the last of them", ("model",)),
     "darkroom_ledger_entries": ("verdicts and decisions in the ledger", ("model", "what")),
     "darkroom_ledger_intact": ("whether the ledger matches MLflow's record and has no foreign objects", ("model",)),
 }
@@ -95,8 +89,6 @@ class Servers(Collector):
     def __init__(self) -> None:
         # By model: a ledger is read again when its listing or MLflow's record of it changes.
         self.ledgers: dict[str, LedgerSnapshot] = {}
-        # Alarms are written once: each is read once.
-        self.alarms: dict[ListedObject, NumberedAlarm] = {}
 
     def describe(self) -> Iterable[Metric]:
         """Describe no metrics, so that registration queries no server."""
@@ -106,7 +98,7 @@ class Servers(Collector):
         """Metrics of all servers that answer, and the availability of each."""
         sources: dict[Server, Callable[[], Iterator[MetricSample]]] = {
             "prefect": prefect_samples,
-            "s3": lambda: chain(ledger_samples(self.ledgers), alarm_samples(self.alarms)),
+            "s3": lambda: ledger_samples(self.ledgers),
             "mlflow": mlflow_samples,
         }
         families = {name: GaugeMetricFamily(name, help_, labels=labels) for name, (help_, labels) in GAUGES.items()}
@@ -131,10 +123,6 @@ def prefect_samples() -> Iterator[MetricSample]:
     yield from count_states("darkroom_flow_runs", ("late", *RUNNING), flows, _pages("flow_runs/filter", pending_query))
     runs = list(_pages("flow_runs/filter", recent_query))
     yield from count_states("darkroom_flow_runs_last_day", ENDED, flows, runs)
-    holds = Counter(flows.get(run["flow_id"], "unknown") for run in runs if run["state_name"] == "Held")
-    yield from (
-        ("darkroom_flow_runs_held_last_day", (flow,), holds[flow]) for flow in sorted({*flows.values(), *holds})
-    )
     for flow_id, flow in flows.items():
         query = {"flows": {"id": {"any_": [flow_id]}}, "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
         for run in query_prefect("flow_runs/filter", query | {"sort": "END_TIME_DESC", "limit": 1}):
@@ -205,26 +193,6 @@ def ledger_samples(cache: dict[str, LedgerSnapshot]) -> Iterator[MetricSample]:
         for event, count in Counter(entry.what for entry in history.entries).items():
             yield "darkroom_ledger_entries", (model, event), count
         yield from champion_samples(model, history)
-
-
-def alarm_samples(cache: dict[ListedObject, NumberedAlarm]) -> Iterator[MetricSample]:
-    """Metrics of the drift alarms of all models, those read before from ``cache``."""
-    place, store = Location(settings().bucket) / "alarms", Store(client(attempts=1, read_timeout=5))
-    alarms_by_model: dict[str, list[NumberedAlarm]] = {}
-    for item in store.list_objects(place.bucket, place.key("")):
-        model, slash, _ = item.key.removeprefix(place.key("")).partition("/")
-        if not slash:
-            continue
-        alarm_store, alarms = Alarms(place / model, store), alarms_by_model.setdefault(model, [])
-        if number := alarm_store.number(item):
-            with suppress(UserError):  # a foreign object
-                alarms.append(cache.get(item) or cache.setdefault(item, alarm_store.read(number)))
-    for model, alarms in alarms_by_model.items():
-        for cause in get_args(Cause):
-            yield "darkroom_drift_alarms", (model, cause), sum(cause in alarm.causes for alarm in alarms)
-        if alarms:
-            moment = max(alarm.when for alarm in alarms)
-            yield "darkroom_drift_last_alarm_timestamp_seconds", (model,), moment.timestamp()
 
 
 def champion_samples(model: str, history: History) -> Iterator[MetricSample]:

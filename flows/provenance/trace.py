@@ -127,8 +127,6 @@ class Trace(Config):
     data: TracedData | None
     origins: list[TracedOrigin]
     """Imported models in it: itself, or what training began with. An imported model has no data of its own."""
-    drift: str | None = None
-    """Drift alarm that the model was trained for; None if it was trained for another reason."""
     takedowns: list[Takedown]
     """Later takedowns of images that the model was trained on."""
     broken: list[str]
@@ -198,7 +196,6 @@ class _Walk:
             run=run_data,
             data=manifest and self.data(manifest, tags.dvc_digest, source, released_from),
             origins=self.origins(model) if model else [],
-            drift=tags.drift,
             takedowns=self.find_takedowns(tags.dataset, model, run, manifest, source),
             broken=list(dict.fromkeys(self.broken)),
         )

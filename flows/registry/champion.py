@@ -10,7 +10,6 @@ from flows.deployment.tasks import retryable_task
 from flows.environment import settings
 from flows.registry import model_versions
 from flows.registry.aliases import CHAMPION, append, list_aliases, project, read_record, read_verified_history
-from flows.registry.announcements import announce
 from flows.registry.ledger import Evidence, History, Ledger, LedgerEntry, LedgerEvent
 from flows.registry.model_versions import WEIGHTS, Version, registered_version
 from flows.registry.takedown_marks import TAKEDOWN, describe_takedowns, reload_with_takedowns
@@ -147,7 +146,6 @@ def _commit(
 def _finish(client: MlflowClient, ledger: Ledger, version: Version, already: bool) -> ChampionChange:
     entry = project(client, ledger).find_newest_entry(version.number)
     assert entry is not None, "who is champion has an entry that says so"
-    announce(client, ledger, entry)
     return ChampionChange(version=version, entry=entry, already=already)
 
 

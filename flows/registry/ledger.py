@@ -29,7 +29,7 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, Field, FiniteFloat, JsonValue
 
-from diffusion.common.config import Config, is_unset
+from diffusion.common.config import Config
 from diffusion.common.errors import ConflictError, UserError
 from diffusion.common.files import canonical_json, sha256_bytes
 from flows.environment import settings
@@ -104,8 +104,6 @@ class LedgerEntry(Config):
     evidence: Evidence | None
     """Newest verdict of the gate on the version, possibly overridden; None if it was never evaluated."""
     approval: Approval | None
-    drift: str | None = Field(None, exclude_if=is_unset)
-    """Drift alarm that the version was trained for; None if it was trained for another reason."""
     parent: str | None
     """SHA-256 of the previous entry; None for the first."""
 
@@ -161,8 +159,7 @@ class LedgerEntry(Config):
             move = f"{self.what} {self.from_version or 'none'} → {self.to_version}"
         else:
             move = f"{self.what} {self.version}, champion {self.to_version or 'none'}"
-        drift = f" (trained for drift {self.drift})" if self.drift else ""
-        return f"{move}, {self.when:%Y-%m-%d %H:%M} UTC, {self.who}: {self.why}{drift}"
+        return f"{move}, {self.when:%Y-%m-%d %H:%M} UTC, {self.who}: {self.why}"
 
 
 @dataclass(frozen=True)
@@ -251,7 +248,6 @@ class History:
         reason: str | None = None,
         evidence: Evidence | None = None,
         approval: Approval | None = None,
-        drift: str | None = None,
     ) -> LedgerEntry:
         """Next entry, written by this process now."""
         state = AliasState()
@@ -277,7 +273,6 @@ class History:
             reason=reason,
             evidence=evidence,
             approval=approval,
-            drift=drift,
             parent=self.head.digest if self.head else None,
         )
 

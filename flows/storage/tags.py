@@ -56,8 +56,6 @@ class Tags(BaseModel):
     """Source of an imported version, with its revision."""
     licence: Annotated[str, StringConstraints(min_length=1, max_length=2000)] | None = None
     """Licence of an imported version."""
-    drift: Annotated[str, StringConstraints(min_length=1, max_length=2000)] | None = None
-    """Drift alarm that it was trained for, in words."""
     released_from: Annotated[str, StringConstraints(min_length=1, max_length=2000)] | None = None
     """Source of a released version, in words."""
 

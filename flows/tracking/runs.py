@@ -34,7 +34,6 @@ AUTOENCODER, START = "darkroom.autoencoder", "darkroom.start"
 """Tags of a run: the registered autoencoder that it works in, and its initial model, models:/NAME/NUMBER."""
 WARM_START = "darkroom.warm_start"
 """Tag of a run and its version: the number of warm starts in its chain, its own included; none: from nothing."""
-DRIFT = "darkroom.drift"  # tag of a run and its version: the drift alarm that it was trained for
 IMPORTED = "darkroom.imported"  # tag that identifies the run of an import: digest of the weights
 SWEEP = "darkroom.sweep"  # tag that identifies the parent run of a sweep: digest of its settings and data
 RELEASED_FROM = "darkroom.released_from"  # tag of a released version and its run: source registry and version

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 BUCKET = "images-of-a-team"
 PREFIXES = (
     *("images", "dvc", "datasets", "ledger", "samples", "pushing", "resumed", "deleted", "retired", "retrained"),
-    *("starts", "staging", "claims", "alarms", "mlflow", "elsewhere"),
+    *("starts", "staging", "claims", "mlflow", "elsewhere"),
 )
-WORK = {"dvc", "datasets", "ledger", "samples", "pushing", "retrained", "starts", "staging", "claims", "alarms"}
+WORK = {"dvc", "datasets", "ledger", "samples", "pushing", "retrained", "starts", "staging", "claims"}
 READS: dict[str, set[str]] = {
     "worker": {*WORK, "images", "deleted"},
     "sampler": {"ledger", "samples", "deleted"},
-    "reader": {"alarms", "dvc", "datasets", "ledger", "samples", "deleted"},
+    "reader": {"dvc", "datasets", "ledger", "samples", "deleted"},
     "keeper": {"images", "dvc", "datasets", "ledger", "samples", "retired", "deleted"},
     "mlflow": {"mlflow"},
 }

@@ -161,7 +161,7 @@ def test_worker_reports_health_and_metrics_of_its_runs(servers: Servers, retrain
     )
     assert metrics["darkroom_samples_last_batch_images",] >= 2
     # Nothing trains now, and no limit was made.
-    others = ("darkroom_training_", "darkroom_concurrency_", "darkroom_drift_")
+    others = ("darkroom_training_", "darkroom_concurrency_")
     silent = {name for name in GAUGES if name.startswith(others)}
     assert {name for name, *_ in metrics} == GAUGES.keys() - silent
 

@@ -1,12 +1,12 @@
 """Self-contained HTML page on a data set version: sample images, charts, tables and key figures.
 
-Statistics come from the version's records; the images that it adds are compared with its parent's.
+Statistics come from the version's records.
 """
 
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -31,7 +31,6 @@ from diffusion.data.ingest.calibration import HashThreshold, calibrate_threshold
 from diffusion.data.manifest import Split, read_manifest, versions
 from diffusion.data.shards import ShardStore, open_missing_shards
 from diffusion.data.versions.versions import log, show
-from diffusion.evaluation.new_images import ParentComparison, compare_with_parent, read_batches
 from diffusion.evaluation.reports.charts import DASHED, Chart, Paper, chart
 from diffusion.evaluation.reports.dataset_summary import DatasetSummary, describe, summarize
 from diffusion.evaluation.reports.html import Sections, render_page
@@ -45,6 +44,8 @@ from diffusion.evaluation.reports.record_statistics import (
 
 SIDE = 64
 """Longer side to which larger images are reduced, in pixels."""
+BATCH_BYTES = 2**26
+"""Bytes of images at full size in memory at a time."""
 AVERAGED = 2000
 """Images averaged for a mean image, at most; a tenth of it for the mean image of a class."""
 CALIBRATED = 300
@@ -62,7 +63,6 @@ class DatasetPage:
     dataset: Dataset
     summary: DatasetSummary
     statistics: RecordStatistics
-    comparison: ParentComparison
     reasons: list[tuple[str, int, list[str]]]
     """Reasons of the quarantine: see ``group_reasons``."""
     order: np.ndarray
@@ -118,6 +118,13 @@ class DatasetPage:
         return "held out" if is_held_out.all() else "both splits" if is_held_out.any() else "training"
 
 
+def read_batches(dataset: Dataset, rows: Rows) -> Iterator[Images]:
+    """Yield the images in ``rows``, of any shapes, in batches of about BATCH_BYTES: (C, H, W) uint8 each."""
+    step = max(1, BATCH_BYTES // int(np.prod(dataset.shape)))
+    for start in range(0, len(rows), step):
+        yield dataset.images_in_order(rows[start : start + step])
+
+
 def _reduce(images: Tensor, shape: Shape) -> Tensor:
     return interpolate(images.float(), shape, mode="area").round().to(torch.uint8)
 
@@ -138,31 +145,20 @@ def write_dataset_report(
         line = islice(versions(folder), 1, None)
         manifest, parent = dataset.manifest, next(line, None)
         change = manifest.change
-        # What an ingest or a merge, and the rules and captions after it made is compared with what was there before.
+        # An ingest or a merge, and the rules and captions after it, follow what was there before.
         while parent is not None and parent.change.startswith(PRECEDING.get(change, ())):
             if (earlier := next(line, None)) is None:
                 break
             change, parent = parent.change, earlier
         statistics = collect_statistics(folder, manifest, progress)
-        comparison = compare_with_parent(dataset, parent, progress)
-        summary, reasons = summarize(manifest, parent, statistics, comparison), group_reasons(statistics.quarantine)
+        summary, reasons = summarize(manifest, statistics), group_reasons(statistics.quarantine)
         order = permutation(0, "dataset report/sample", 0, len(dataset))
-        page = DatasetPage(dataset, summary, statistics, comparison, reasons, order)
+        page = DatasetPage(dataset, summary, statistics, reasons, order)
         helpers = {"sheet": page.sheet, "mean_image": page.mean_image, "averaged": AVERAGED}
         findings = describe(summary, reasons, manifest, parent)
         html = render_page("dataset", SECTIONS, page, findings=findings, **helpers)
     write_bytes(output, html)
     return summary
-
-
-def _new_images(page: DatasetPage) -> dict[str, object] | None:
-    comparison = page.comparison
-    if not len(comparison.added_rows) or not len(comparison.parent_rows):
-        return None
-    if comparison.drift is None or comparison.permuted_kids is None:
-        return {}
-    test = partial(draw_permutation_test, permuted_kids=comparison.permuted_kids, kid=comparison.drift.kid)
-    return {"kid_chart": chart("KID of the new images and of random permutations", test, (10, 1.7))}
 
 
 def _classes(page: DatasetPage) -> dict[str, object] | None:
@@ -241,7 +237,6 @@ def _versions(page: DatasetPage) -> dict[str, object]:
 
 
 SECTIONS: Sections[DatasetPage] = {
-    "new_images": _new_images,
     "images": lambda page: {"classes": page.classes, "class_rows": page.class_rows, "unlabelled": page.unlabelled},
     "classes": _classes,
     "captions": _captions,
@@ -256,13 +251,6 @@ SECTIONS: Sections[DatasetPage] = {
     "details": lambda page: {},
 }
 """Sections in order, each with a template in ``templates/dataset``."""
-
-
-def draw_permutation_test(axes: Axes, paper: Paper, permuted_kids: np.ndarray, kid: float) -> None:
-    """Draw the KID of the added images beside the histogram of the KIDs of random permutations."""
-    axes.stairs(*np.histogram(permuted_kids, 24), color=paper.muted, alpha=0.6, fill=True)
-    axes.axvline(kid, color=paper.series[0], linewidth=2.5)
-    axes.set(yticks=[], xlabel="KID")
 
 
 def draw_sizes(axes: Axes, paper: Paper, sizes: Mapping[tuple[int, int], int]) -> None:

@@ -10,8 +10,7 @@ from diffusion.common.escaping import escape_markdown, pluralize
 from diffusion.data.ingest.config import StorageConfig
 from diffusion.data.manifest import Manifest, Outcome
 from diffusion.data.versions.versions import find_unshared_parts
-from diffusion.evaluation.new_images import Drift, ParentComparison
-from diffusion.evaluation.reports.html import format_count, format_plain, format_share, format_signed, format_size
+from diffusion.evaluation.reports.html import format_count, format_share, format_size
 from diffusion.evaluation.reports.record_statistics import RecordStatistics
 
 CLASS_NAMES = 8
@@ -32,10 +31,6 @@ class DatasetSummary(Config):
     kept: int
     train: int
     held_out: int
-    added: int | None
-    """Kept images that the parent lacks; None if there is no parent or its tables are gone."""
-    lost: int | None
-    """Images of the parent that are no longer kept; None as above."""
     duplicates: int
     contradicted: int
     """Duplicates with another label or caption than the kept image."""
@@ -58,20 +53,11 @@ class DatasetSummary(Config):
     shards: int
     bytes: int
     """Size of all files of this version but its manifest."""
-    verdict: str
-    """Whether the added images differ from the parent's, in a sentence."""
-    drift: Drift | None
-    """None if there are too few images to compare."""
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers as flat metrics."""
-        numbers = self.model_dump(exclude={"storage", "drift"})
-        metrics = {f"dataset_{name}": float(value) for name, value in numbers.items() if isinstance(value, int)}
-        if self.drift is not None:
-            figures = self.drift.model_dump(exclude={"extractor", "compared"})
-            metrics |= {f"drift_{name}_{self.drift.extractor}": value for name, value in figures.items()}
-            metrics["drift_compared"] = float(self.drift.compared)
-        return metrics
+        numbers = self.model_dump(exclude={"storage"})
+        return {f"dataset_{name}": float(value) for name, value in numbers.items() if isinstance(value, int)}
 
     def markdown(self) -> str:
         """Return the figures as a Markdown table, every text escaped."""
@@ -81,7 +67,6 @@ class DatasetSummary(Config):
             "Content": f"`{self.content_digest}`",
             "Made": f"by {escape_markdown(self.change)} from {parent}",
             "Images": f"{self.kept:,}: {self.train:,} for training, {self.held_out:,} held out",
-            "Compared with the parent": None if self.added is None else f"{self.added:,} new, {self.lost or 0:,} gone",
             "Duplicates left out": f"{self.duplicates:,}",
             "In quarantine": f"{self.quarantined:,}",
             "Taken down": f"{self.removed:,}",
@@ -94,29 +79,19 @@ class DatasetSummary(Config):
             "Buckets": self.buckets and ", ".join(f"{name}: {images:,}" for name, images in self.buckets.items()),
             "Files": f"{format_size(self.bytes)} with {pluralize(self.shards, 'shard')}",
         }
-        if (drift := self.drift) is not None:
-            lines |= {
-                "KID": f"{format_signed(drift.kid)}, and chance alone reaches {format_signed(drift.kid_chance)}",
-                "Fréchet distance": f"{format_plain(drift.fd)}, baseline {format_plain(drift.fd_baseline)}",
-                "Neighbour accuracy": f"{drift.neighbor_accuracy:.1%}, baseline {drift.neighbor_accuracy_baseline:.1%}",
-            }
         table = "\n".join(f"| {name} | {value} |" for name, value in lines.items() if value)
-        return f"# Data set {escape_markdown(self.name)}\n\n{self.verdict}\n\n| | |\n|---|---|\n{table}\n"
+        return f"# Data set {escape_markdown(self.name)}\n\n| | |\n|---|---|\n{table}\n"
 
 
-def summarize(
-    manifest: Manifest, parent: Manifest | None, statistics: RecordStatistics, comparison: ParentComparison
-) -> DatasetSummary:
+def summarize(manifest: Manifest, statistics: RecordStatistics) -> DatasetSummary:
     """Summarize a version in numbers."""
     outcomes = sum((Counter(part.outcomes) for part in manifest.parts), Counter[Outcome]())
-    groups, added_count = statistics.near_duplicates if statistics.hashed else None, comparison.added
+    groups = statistics.near_duplicates if statistics.hashed else None
     fields = ("name", "digest", "content_digest", "parent", "change", "kept", "channels", "size", "buckets", "storage")
     return DatasetSummary(
         **{name: getattr(manifest, name) for name in fields},
         train=manifest.counts["train"],
         held_out=manifest.counts["held_out"],
-        added=added_count,
-        lost=None if parent is None or added_count is None else parent.kept + added_count - manifest.kept,
         duplicates=outcomes["duplicate"],
         contradicted=statistics.contradicted,
         quarantined=len(statistics.quarantine),
@@ -128,8 +103,6 @@ def summarize(
         captioned=statistics.captioned,
         shards=len(manifest.shards),
         bytes=sum(entry.bytes for entry in manifest.files),
-        verdict=comparison.verdict,
-        drift=comparison.drift,
     )
 
 
@@ -156,9 +129,6 @@ def describe(
             lines.append(f"{pluralize(len(new_classes), 'new class', 'new classes')}: {_enumerate(new_classes)}.")
         if lost_classes := sorted(parent_classes - classes):
             lines.append(f"{pluralize(len(lost_classes), 'class', 'classes')} gone: {_enumerate(lost_classes)}.")
-    if summary.lost:
-        lines.append(f"{pluralize(summary.lost, 'image of its parent is', 'images of its parent are')} gone.")
-    lines.append(summary.verdict)
     if summary.quarantined:
         pattern, files, _ = reasons[0]
         number = "all" if files == summary.quarantined else format_count(files)

@@ -1,9 +1,8 @@
-"""Retraining by itself on a real stack: deployments, events, limits, dead runs, notifications, a form in a browser.
+"""Retraining by itself on a real stack: deployments, events, limits, dead runs, a form in a browser.
 
 Screenshots go to where DARKROOM_SCREENSHOTS says, if it says so.
 """
 
-import json
 import os
 import random
 import resource
@@ -14,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,9 +21,9 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from flows.datasets.sync import CREATED
+from flows.promote import WAITING
 from tests.builders.browser import chromium
 from tests.builders.champion_settings import QUICK
-from tests.builders.http_server import QuietHandler, serving
 from tests.builders.prefect_api import Prefect
 from tests.builders.waiting import wait_for
 from tests.builders.workspace import PARAMS, Workspace, running
@@ -40,8 +38,6 @@ NEVER = "0 0 1 1 *"
 """A schedule that starts nothing while tests run."""
 DEPLOY = (
     "deploy",
-    "--webhook-env",
-    "MAILBOX",
     "--set",
     "ingest.source=images",
     "--cron",
@@ -66,33 +62,11 @@ holder()
 """
 
 
-@dataclass
-class Mailbox:
-    """A webhook on loopback that keeps what it is sent."""
-
-    url: str
-    texts: list[str]
-
-
 @pytest.fixture(scope="module")
-def mailbox() -> Iterator[Mailbox]:
-    texts: list[str] = []
-
-    class Handler(QuietHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            texts.append(json.loads(body)["text"])
-            self.answer(status=204)
-
-    with serving(Handler) as address:
-        yield Mailbox(f"{address}/T0/B0/secret-token", texts)
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory, mailbox: Mailbox) -> Iterator[Workspace]:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     """A running stack on which everything is deployed."""
     with running(tmp_path_factory.mktemp("workspace"), PARAMS | QUICK, 120) as space:
-        space.variables |= {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT), "MAILBOX": mailbox.url}
+        space.variables |= {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT)}
         space.fork()
         space.json(*DEPLOY)
         yield space
@@ -125,9 +99,7 @@ def killed_run(workspace: Workspace, prefect: Prefect) -> str:
     return str(run["id"])
 
 
-def test_deploying_twice_changes_nothing_and_hides_the_webhook(
-    workspace: Workspace, prefect: Prefect, mailbox: Mailbox, killed_run: str
-) -> None:
+def test_deploying_twice_changes_nothing(workspace: Workspace, prefect: Prefect, killed_run: str) -> None:
     def there() -> dict[str, list[str]]:
         items = {kind: prefect.filter(kind) for kind in ("deployments", "automations", "work_pools")}
         return {kind: sorted(each["name"] for each in some) for kind, some in items.items()}
@@ -143,14 +115,9 @@ def test_deploying_twice_changes_nothing_and_hides_the_webhook(
     [schedule] = prefect.deployment("retrain/blobs")["schedules"]
     assert schedule["schedule"]["cron"] == "5 0 1 1 *"
     assert {name: prefect.limit(name)["limit"] for name in result["concurrency_limits"]} == result["concurrency_limits"]
-    files = [path for path in workspace.folder.rglob("*") if path.is_file() and path.stat().st_size < 2**24]
-    assert not [path for path in files if mailbox.url.encode() in path.read_bytes()]
-    assert "no MAILBOX2" in workspace.run("deploy", "--webhook-env", "MAILBOX2", code=2)
 
 
-def test_a_new_version_starts_one_retraining(
-    workspace: Workspace, prefect: Prefect, killed_run: str, mailbox: Mailbox
-) -> None:
+def test_a_new_version_starts_one_retraining(workspace: Workspace, prefect: Prefect, killed_run: str) -> None:
     version = workspace.json("ingest", "images")["digest"]
     [event] = wait_for(lambda: prefect.filter("events", filter={"event": {"name": [CREATED]}}))
     assert event["payload"]["digest"] == version
@@ -161,7 +128,6 @@ def test_a_new_version_starts_one_retraining(
     assert flow_run["state_type"] == "COMPLETED", flow_run["state"]["message"]
     assert flow_run["state"]["message"].startswith("models:/blobs/1 is champion")
     assert not [each for each in prefect.runs("ingest") if each["parent_task_run_id"]]
-    wait_for(lambda: [text for text in mailbox.texts if "models:/blobs/1 is champion" in text])
 
     workspace.json("ingest", "images")
     start = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -298,9 +264,7 @@ def test_an_evicted_run_is_scheduled_again_and_completes_the_same(workspace: Wor
     training.require_same()
 
 
-def test_deployed_run_without_its_concurrency_limit_fails_and_notifies(
-    workspace: Workspace, prefect: Prefect, mailbox: Mailbox
-) -> None:
+def test_deployed_run_without_its_concurrency_limit_fails(workspace: Workspace, prefect: Prefect) -> None:
     assert prefect.client.delete("/v2/concurrency_limits/retrain-blobs").is_success
     try:
         flow_run = prefect.ended(prefect.start("retrain/blobs"))
@@ -308,8 +272,7 @@ def test_deployed_run_without_its_concurrency_limit_fails_and_notifies(
         workspace.json(*DEPLOY)
     assert flow_run["state_type"] == "FAILED"
     assert "no concurrency limit retrain-blobs" in flow_run["state"]["message"]
-    [text] = wait_for(lambda: [text for text in mailbox.texts if text.startswith("retrain-blobs: Failed. ")])
-    assert "run `darkroom deploy`" in text
+    assert "run `darkroom deploy`" in flow_run["state"]["message"]
 
 
 SLOT = """
@@ -388,14 +351,14 @@ def test_images_are_generated_by_the_form_in_prefects_ui(workspace: Workspace, p
         expect(page.get_by_text("samples-blobs", exact=True).first).to_be_visible()
 
 
-def test_a_person_approves_a_promotion_in_prefects_ui(workspace: Workspace, prefect: Prefect, mailbox: Mailbox) -> None:
+def test_a_person_approves_a_promotion_in_prefects_ui(workspace: Workspace, prefect: Prefect) -> None:
     # As docs/how-to/approve-promotions.md says.
     workspace.json(*DEPLOY, "--dataset", "approved", "--set", "registry.approval=true")
     root = prefect.start("retrain/approved")
-    # People are told, with the address of the page.
-    text = wait_for(
-        lambda: next((text for text in mailbox.texts if "models:/approved/1 waits for approval: http" in text), None)
-    )
+    # Its event has the address of the page.
+    query = {"event": {"name": [WAITING]}}
+    [event] = wait_for(lambda: prefect.filter("events", filter=query))
+    text = event["payload"]["text"]
     run = wait_for(lambda: next((each for each in prefect.runs("promote") if each["state_type"] == "PAUSED"), None))
     address = text.partition("approval: ")[2]
     assert address.endswith(f"/flow-run/{run['id']}")

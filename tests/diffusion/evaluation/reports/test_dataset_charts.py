@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from diffusion.evaluation.reports.charts import LIGHT
-from diffusion.evaluation.reports.dataset_report import draw_permutation_test, draw_sizes, write_dataset_report
+from diffusion.evaluation.reports.dataset_report import draw_sizes, write_dataset_report
 from tests.builders.built_datasets import BuiltDataset, Record, image_record
 from tests.builders.html_pages import Page
 
@@ -78,17 +78,3 @@ def test_half_of_the_shorter_sides_are_at_least_their_median(seed: int, tmp_path
     sides, text = sizes.min(1), Page((tmp_path / "page.html").read_text()).text
     range_and_median = f"shorter sides of {sides.min()} to {sides.max()} pixels, half of them at least"
     assert f"{range_and_median} {np.median(sides):.0f};" in text
-
-
-@pytest.mark.parametrize("kid", [-0.002, 0.0005, 0.02, 1.4])
-def test_the_kid_lies_beside_the_histogram_of_the_permutations(kid: float) -> None:
-    permuted_kids = np.random.default_rng(0).normal(0, 0.002, 499)
-    axes = Figure().subplots()
-    draw_permutation_test(axes, LIGHT, permuted_kids, kid)
-    [bars], [line] = axes.patches, axes.lines
-    offsets = bars.get_data()  # type: ignore[attr-defined]
-    assert (offsets.edges[0], offsets.edges[-1]) == (permuted_kids.min(), permuted_kids.max())
-    assert offsets.values.sum() == 499
-    assert list(line.get_xdata()) == [kid, kid]
-    low, high = axes.get_xlim()
-    assert low <= min(kid, offsets.edges[0]) < max(kid, offsets.edges[-1]) <= high

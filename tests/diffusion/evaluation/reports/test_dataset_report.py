@@ -66,7 +66,6 @@ def test_counts_are_those_of_the_records(built: BuiltDataset) -> None:
     files = [path for kind in ("shards", "records") for path in (built.folder / kind).iterdir()]
     assert summary.bytes == sum(path.stat().st_size for path in files)
     assert "10 images of 8×8 pixels in colour; 3 held out from training." in page.text
-    assert "This is the first version: there is no parent to compare with." in page.text
     assert re.search(r"\b10 images 7 for training 3 held out 0 classes 1 duplicates 1 in quarantine", page.text)
     assert "70.0 % of the images have a caption" in page.text
 
@@ -262,8 +261,7 @@ def test_the_log_lists_every_version_with_what_it_changed(built: BuiltDataset) -
         for version, (change, moved, count) in zip(reversed(versions), expected, strict=True)
     )
     assert re.search(pattern, listed)
-    assert (summary.parent, summary.added, summary.lost) == (versions[1].digest, 0, 1)
-    assert "1 image of its parent is gone." in page.text
+    assert summary.parent == versions[1].digest
 
 
 def test_classes_that_came_and_went_are_named(built: BuiltDataset) -> None:
@@ -278,7 +276,7 @@ def test_removed_images_are_absent_from_the_dataset_report(dataset: Path, tmp_pa
     before = write_dataset_report(dataset, tmp_path / "before.html")
     remove(dataset, Selection(sources=["even/00.png", "odd/01.png"]), "they asked for it")
     after = write_dataset_report(dataset, tmp_path / "after.html")
-    assert (after.kept, after.removed, after.added, after.lost) == (46, 2, 0, 2)
+    assert (after.kept, after.removed) == (46, 2)
     assert (before.kept, after.parent) == (48, before.digest)
     pixels_by_page = {}
     for name, count in (("before", 24), ("after", 23)):
@@ -288,7 +286,6 @@ def test_removed_images_are_absent_from_the_dataset_report(dataset: Path, tmp_pa
     assert pixels_by_page["after"] < pixels_by_page["before"]
     assert (len(pixels_by_page["before"]), len(pixels_by_page["after"])) == (48, 46)
     assert "removal: they asked for it" in page.text
-    assert "This version only removed images" in page.text
 
 
 def test_a_data_set_fresh_from_the_ingest_is_reported(images: Path, tmp_path: Path) -> None:
@@ -359,7 +356,7 @@ def test_texts_from_outside_cannot_break_out_of_the_page(tmp_path: Path) -> None
         assert text in page.text
     assert page.image(HOSTILE).shape[2] == 3
     rendered = Page(MarkdownIt("commonmark", {"html": True}).enable("table").render(summary.markdown()))
-    assert {tag for tag, _ in rendered.tags} == {"h1", "p", "table", "thead", "tbody", "tr", "th", "td", "code"}
+    assert {tag for tag, _ in rendered.tags} == {"h1", "table", "thead", "tbody", "tr", "th", "td", "code"}
     assert rendered.addresses == []
     assert "Data set built" in rendered.text
     assert f"by {seen} from" in rendered.text
@@ -385,11 +382,10 @@ def test_figures_are_flat_and_finite(built: BuiltDataset) -> None:
     built.version(records(range(10, 12)))
     summary, _ = report(built)
     metrics = summary.metrics()
-    assert (metrics["dataset_kept"], metrics["dataset_added"], metrics["dataset_lost"]) == (7, 2, 0)
+    assert (metrics["dataset_kept"], metrics["dataset_shards"]) == (7, 2)
     assert all(isinstance(value, float) and math.isfinite(value) for value in metrics.values())
     assert DatasetSummary.model_validate_json(summary.model_dump_json()) == summary
     assert "| Images | 7: 7 for training, 0 held out |" in summary.markdown()
-    assert "| Compared with the parent | 2 new, 0 gone |" in summary.markdown()
 
 
 @pytest.mark.parametrize("kind", ["records", "shards"])
