@@ -56,7 +56,7 @@ def select_finalists(
     half, quarter = config.samples // 2, max(MIN_COMPARED, math.ceil(config.samples / ETA))
     samples = config.first_samples or _whole_batches(quarter, compute_batch)
     last = _whole_batches(half, compute_batch)
-    if config.first_samples is not None and config.first_samples > last:
+    if (config.first_samples or MIN_COMPARED) > last:
         last = half
     while len(candidates) > config.finalists and last >= MIN_COMPARED:
         samples = last if len(candidates) == config.finalists + 1 else min(samples, last)

@@ -69,6 +69,7 @@ def checkpoints(tmp_path: Path) -> list[Path]:
     st.integers(1, 500),
 )
 @example(kids=[0, 1, 0.5], count=1, first=None, samples=22, batch=1)
+@example(kids=[0, 1], count=1, first=None, samples=20, batch=6)
 def test_reliable_scores_select_the_best_finalists(
     kids: list[float], count: int, first: int | None, samples: int, batch: int
 ) -> None:

@@ -114,12 +114,6 @@ def test_metadata_of_each_split_is_relative_to_its_folder(tmp_path: Path) -> Non
         by_name(both, tmp_path / "scratch")
 
 
-def test_two_metadata_files_are_an_error(tmp_path: Path) -> None:
-    root = write_files(tmp_path / "set", {"metadata.csv": b"file_name\n", "metadata.jsonl": b""})
-    with pytest.raises(UserError, match=r"metadata.csv and metadata.jsonl: keep one"):
-        by_name(root, tmp_path / "scratch")
-
-
 def test_links_are_followed_once_and_never_round_in_circles(tmp_path: Path) -> None:
     root = write_files(tmp_path / "set", {"cat/a.png": b"1"})
     elsewhere = write_files(tmp_path / "elsewhere", {"b.png": b"2", "deep/c.png": b"3"})
