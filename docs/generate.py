@@ -21,7 +21,6 @@ from diffusion.presets import PresetName, preset
 from flows import environment
 from flows.cli import app
 from flows.config import flatten_sections, params_schema
-from flows.monitoring.prometheus import GAUGES
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "docs" / "reference"
@@ -49,7 +48,6 @@ def generated() -> dict[Path, str]:
         "configuration": configuration(schema),
         "environment": environment_variables(),
         "metrics": metrics(),
-        "prometheus-metrics": prometheus_metrics(),
         "python-api": python_api(),
     }
     texts = {REFERENCE / f"{name}.md": page for name, page in pages.items()}
@@ -380,22 +378,6 @@ def metrics() -> str:
         "| `file` | your own network in ONNX (`evaluation.extractor_weights`) |",
     ]
     return "\n".join(lines) + "\n"
-
-
-def prometheus_metrics() -> str:
-    """Return the page of Prometheus metrics."""
-    lines = [
-        "# Prometheus metrics",
-        "",
-        NOTE,
-        "`darkroom server metrics` serves these gauges. Servers are queried at each scrape.",
-        "",
-        *_rows(["metric", "labels", "meaning"]),
-    ]
-    for name, (about, labels) in GAUGES.items():
-        lines += _rows([f"`{name}`", ", ".join(f"`{label}`" for label in labels), about[0].upper() + about[1:]])[:1]
-    lines += ["", "Alarms on them, each with a runbook: [Monitor](../operations/monitor.md).", ""]
-    return "\n".join(lines)
 
 
 # Python

@@ -1,4 +1,4 @@
-"""``darkroom server``: local MLflow, Prefect and S3 servers, health checks, metrics, and backups."""
+"""``darkroom server``: local MLflow, Prefect and S3 servers, health checks, and backups."""
 
 import shlex
 import sys
@@ -12,14 +12,14 @@ from typer import Argument, Option
 
 from diffusion.common.errors import DarkroomError
 from diffusion.common.escaping import escape_controls
-from flows.cli.arguments import check_existing, check_output, require_free_port
+from flows.cli.arguments import check_existing, check_output
 from flows.cli.command import CommandOutput, command, display_progress
 
 if TYPE_CHECKING:
     from diffusion.data.versions.takedown_records import Removal
     from flows.local_stack.control import StackStatus
 
-app = typer.Typer(name="server", help="Local servers and their backups; health and metrics.", no_args_is_help=True)
+app = typer.Typer(name="server", help="Local servers and their backups; health.", no_args_is_help=True)
 FOLDER = "Backup folder, preferably on another disk."
 top = typer.Typer()
 """Commands that are also at the top level, as in docker compose."""
@@ -101,24 +101,6 @@ def health(servers: Annotated[list[str], Argument(help="mlflow, prefect, s3, or 
         else:
             lines += [f"{server:<8} works", *gaps[server]]
     return CommandOutput(gaps, lines, error)
-
-
-@command(app)
-def metrics(
-    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, Option(min=1, max=65535, help="Port to listen on.")] = 9464,
-) -> None:
-    """Serve Prometheus metrics of queues, failures, throughput and champions, from Prefect, MLflow and the ledger.
-
-    Example:  darkroom server metrics & curl localhost:9464/metrics
-    """
-    from flows.local_stack.stack import join_servers
-
-    require_free_port(host, port)
-    join_servers("prefect", "mlflow", "s3")
-    from flows.monitoring.prometheus import serve
-
-    serve(host, port)
 
 
 @command(app)

@@ -42,11 +42,11 @@ def request_json(url: str, login: str = "", body: Any = None, timeout: float = 3
         raise NotServingError(f"{split_login(url)[0]}: {error}") from error
 
 
-def query_mlflow(path: str, body: Any = None, timeout: float = 3) -> Any:
+def query_mlflow(path: str, timeout: float = 3) -> Any:
     """Query the environment's MLflow server; ``path`` is below ``/api/2.0/mlflow/``."""
     login = ":".join(os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
     url = f"{server_url('MLFLOW_TRACKING_URI')}/api/2.0/mlflow/{path}"
-    return request_json(url, "" if login == ":" else login, body, timeout)
+    return request_json(url, "" if login == ":" else login, timeout=timeout)
 
 
 def search_mlflow(resource: str, filter_: str = "", timeout: float = 3) -> list[dict[str, Any]]:

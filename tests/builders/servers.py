@@ -20,7 +20,7 @@ from flows.local_stack.server_process import choose_ports
 from tests.builders.command_line import darkroom_command, without_servers
 from tests.builders.installation import INFRA, composed, new_environment
 
-PORTS = ("5432", "9333", "9340", "8888", "23646", "8333", "5000", "4200", "8080", "9464")
+PORTS = ("5432", "9333", "9340", "8888", "23646", "8333", "5000", "4200", "8080")
 """Those of compose.yaml; here each becomes one that is free."""
 PATIENCE = 300.0
 """Seconds that a service has to become healthy: databases are made at the first start."""

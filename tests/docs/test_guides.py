@@ -142,7 +142,7 @@ def test_guides_to_generation_can_be_followed(stack: Workspace) -> None:
     follow(stack, "how-to/choose-a-sampler.md")
     follow(stack, "how-to/sample-many-images.md", {"--count 100000": "--count 64", "workers=4": "workers=2"}, "birds")
     follow(stack, "how-to/evaluate.md", {"models:/faces/7": "models:/faces/1"}, "text_image_encoder")
-    follow(stack, "operations/monitor.md", without="server metrics")
+    follow(stack, "operations/monitor.md")
 
 
 @pytest.mark.long

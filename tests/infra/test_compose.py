@@ -98,7 +98,7 @@ def test_only_their_clients_reach_databases_and_storage(services: Services) -> N
 
 def test_each_server_has_only_the_keys_of_its_role(services: Services, environment: Path) -> None:
     secret = dict(line.split("=", 1) for line in environment.read_text().splitlines())
-    roles = {"mlflow": "MLFLOW", "worker-cpu": "WORKER", "worker-gpu": "WORKER", "s3": "READER", "metrics": "READER"}
+    roles = {"mlflow": "MLFLOW", "worker-cpu": "WORKER", "worker-gpu": "WORKER", "s3": "READER"}
     for name, service in services.items():
         keys = service["environment"].get("AWS_ACCESS_KEY_ID")
         assert keys == (secret[f"{roles[name]}_ACCESS_KEY_ID"] if name in roles else None), name

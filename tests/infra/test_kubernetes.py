@@ -208,7 +208,7 @@ def test_probes_use_client_credentials_before_traffic(overlay: str) -> None:
 
 def test_servers_run_the_commands_of_compose() -> None:
     services = yaml.safe_load((INFRA / "compose.yaml").read_text())["services"]
-    for name in ("mlflow", "prefect", "metrics"):
+    for name in ("mlflow", "prefect"):
         (container,) = pods("prod")[name]["spec"]["containers"]
         command = " ".join(services[name]["command"]).replace("${DARKROOM_BUCKET:-darkroom}", "$(DARKROOM_BUCKET)")
         assert " ".join(container["args"]) == command

@@ -22,10 +22,10 @@ COMMANDS = (
 )
 GROUPS = {
     "data": ("log", "show", "diff", "checkout", "curate", "remove", "compact", "merge", "simulate"),
-    "model": ("history", "rollback", "explain", "export", "release", "card", "import", "serve", "training-content"),
+    "model": ("history", "rollback", "explain", "export", "release", "card", "import", "training-content"),
     "edit": ("inpaint", "img2img", "interpolate", "upscale"),
     "config": ("show", "schema", "validate"),
-    "server": ("up", "down", "status", "env", "health", "metrics", "backup", "restore"),
+    "server": ("up", "down", "status", "env", "health", "backup", "restore"),
 }
 WITHOUT_EXAMPLE = {"status", "down"}
 """Commands that take nothing but --json."""
