@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from loading import FASHION
+from loading import FASHION, fashion
 from quality import Darkroom, darkroom, measure_rates, rate_of
 
 from diffusion.common.image_grids import make_grid, save_png
@@ -31,7 +31,7 @@ COLUMNS = 8
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", default=f"idx:{FASHION}?split=train", help="of images; default: Fashion-MNIST")
+    parser.add_argument("--source", help="of images; default: Fashion-MNIST")
     parser.add_argument("--name", default="fashion", help="of the data set")
     parser.add_argument("--size", type=int, default=28)
     parser.add_argument("--minutes", type=float, default=10, help="that each is trained")
@@ -39,8 +39,9 @@ def main() -> None:
     args = parser.parse_args()
 
     args.scratch.mkdir(parents=True, exist_ok=True)
+    source = args.source or str(args.scratch / fashion(args.scratch, args.size)["source"])
     (args.scratch / "params.yaml").write_text(f"training:\n  dataset: {args.name}\n")
-    darkroom(args.scratch, "ingest", "--local", words=[f"ingest.source={args.source}", f"ingest.size={args.size}"])
+    darkroom(args.scratch, "ingest", "--local", words=[f"ingest.source={source}", f"ingest.size={args.size}"])
     families = [Darkroom(name, args.scratch, (f"model.family={name}",)) for name in FAMILIES if name != "diffusers"]
     seconds = 60 * args.minutes
     measure_rates(families, seconds)
@@ -52,7 +53,7 @@ def main() -> None:
     data = args.scratch / "data" / args.name
     ranking, images = rank_models(data, models, config, args.scratch / "reports" / args.name)
     save(images)
-    PAGE.write_text(page(ranking, Dataset.open(data), args.source, args.minutes))
+    PAGE.write_text(page(ranking, Dataset.open(data), args.source or str(FASHION), args.minutes))
 
 
 def save(images: Mapping[str, Images]) -> None:

@@ -15,7 +15,6 @@ import argparse
 import gzip
 import json
 import random
-import struct
 import subprocess
 import sys
 import tarfile
@@ -40,20 +39,27 @@ Epochs = Callable[[], Iterable[tuple[Any, Any]]]
 """Called once for each epoch: its batches of images and labels."""
 
 
-def fashion(folder: Path) -> dict[str, Any]:
-    """Write Fashion-MNIST's training images, padded to 32×32, as IDX files; returns how to ingest them."""
+def fashion(folder: Path, size: int = 32) -> dict[str, Any]:
+    """Write Fashion-MNIST's training images, padded to ``size``, into a tar; returns how to ingest them."""
     import numpy as np
+    from PIL import Image
 
     if not FASHION.is_dir():
         raise SystemExit(f"no Fashion-MNIST in {FASHION}: apt-get install dataset-fashion-mnist")
     with gzip.open(FASHION / "train-images-idx3-ubyte.gz") as file:
         images = np.frombuffer(file.read()[16:], np.uint8).reshape(-1, 28, 28)[:COUNT]
-    padded = np.pad(images, ((0, 0), (2, 2), (2, 2)))
-    path = folder / "train-images-idx3-ubyte"
-    path.write_bytes(struct.pack(">4I", 0x803, *padded.shape) + padded.tobytes())
     with gzip.open(FASHION / "train-labels-idx1-ubyte.gz") as file:
-        (folder / "train-labels-idx1-ubyte").write_bytes(file.read())
-    return {"source": path.name, "size": 32}
+        labels = file.read()[8:]
+    margin = (size - 28) // 2
+    padded = np.pad(images, ((0, 0), (margin, margin), (margin, margin)))
+    with tarfile.open(folder / "fashion.tar", "w") as tar:
+        for number, pixels in enumerate(padded):
+            data = BytesIO()
+            Image.fromarray(pixels).save(data, "PNG")
+            member = tarfile.TarInfo(f"{labels[number]}/{number:05d}.png")
+            member.size = data.tell()
+            tar.addfile(member, BytesIO(data.getvalue()))
+    return {"source": "fashion.tar", "size": size}
 
 
 def cuts(folder: Path) -> dict[str, Any]:

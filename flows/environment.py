@@ -75,8 +75,6 @@ class Settings(GenerationLimits, BaseSettings):
     captioners: tuple[CaptionProgram, ...] = ()
     """Captioners that runs of deployments may use on this worker: a JSON list of ``{"command": […]}`` or ``{"url":
     "…"}``, with ``environment`` or ``token_env`` if there are any, as in ``ingest.captioner``."""
-    private_addresses: bool = False
-    """Whether runs of deployments may set ``ingest.allow_private_addresses`` on this worker."""
 
     @property
     def folder(self) -> Path:

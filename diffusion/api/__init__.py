@@ -38,7 +38,7 @@ def ingest(
     progress: Progress = ignore_progress,
     **config: Any,
 ) -> IngestResult:
-    """Add the new images of a folder, tar, zip, Parquet file or table of URLs to the data set in ``data/DATASET``.
+    """Add the new images of a folder, tar, zip or Parquet file to the data set in ``data/DATASET``.
 
     Args:
         source: Where the images lie. Labels come from sub-folders, captions from files beside the images, and both from

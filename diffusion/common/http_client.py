@@ -1,8 +1,6 @@
-"""The HTTP client: a deadline or a least rate for each exchange, checked addresses, size limits and retries.
+"""The HTTP client: a deadline or a least rate for each exchange, size limits and retries.
 
-Host names are resolved here; where only public addresses are allowed, others are refused at every redirect, and the
-connection goes to exactly the address that was checked, which prevents DNS rebinding. TLS certificates, SNI and
-``Host`` keep the name. Credentials go to the origin that they are given for, not where it redirects to.
+Credentials go to the origin that they are given for, not where it redirects to.
 """
 
 import base64
@@ -18,13 +16,11 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any, TypeVar
 from urllib.request import getproxies, proxy_bypass
 
 import httpcore
 import httpx
-import psutil
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, stop_when_event_set
 from tenacity.nap import sleep_using_event
 from tenacity.wait import wait_random_exponential
@@ -47,27 +43,9 @@ PIECE = 2**14
 PUBLIC_HEADERS = ("accept", "accept-encoding", "range", "user-agent")
 """Headers that another origin gets as well, where a redirect leads there; others may be credentials."""
 
-NOT_PUBLIC = tuple(
-    ip_network(network)
-    for network in (
-        # IANA's registries of special-purpose, multicast and reserved addresses.
-        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
-        *("192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24"),
-        *("203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
-        # Of the global unicast addresses of IPv6: protocol assignments with Teredo, documentation, 6to4.
-        *("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),
-        # The metadata service of Azure; other clouds' are in the networks above.
-        "168.63.129.16/32",
-    )
-)
-
 
 class HttpError(DarkroomError):
     """A request that fails; the message, one line, says why."""
-
-
-class PrivateAddressError(HttpError):
-    """The host has an address, but no public one."""
 
 
 class OversizedError(HttpError):
@@ -80,26 +58,6 @@ class RetryableError(HttpError):
     def __init__(self, reason: str, after: float | None = None) -> None:
         super().__init__(reason)
         self.after = after
-
-
-def is_public(address: str) -> bool:
-    """Return whether a numeric IPv4 or IPv6 address is a host's on the public internet, reached without a tunnel."""
-    ip = ip_address(address)
-    if isinstance(ip, IPv6Address):
-        # Identifiers of ISATAP's tunnels to the IPv4 address in the last 32 bits (RFC 5214).
-        if ip.scope_id is not None or int(ip) >> 32 & 0xFFFFFFFF in (0x00005EFE, 0x02005EFE):
-            return False
-        if ip.ipv4_mapped is not None or ip in ip_network("64:ff9b::/96"):  # NAT64 (RFC 6052)
-            ip = IPv4Address(int(ip) & 0xFFFFFFFF)
-        elif ip not in ip_network("2000::/3"):  # IANA's global unicast addresses
-            return False
-    return not any(ip in network for network in NOT_PUBLIC)
-
-
-def is_own(address: str) -> bool:
-    """Return whether ``address`` is this machine's own: services hidden only by a firewall would answer there."""
-    interfaces = psutil.net_if_addrs().values()
-    return any(item.address.partition("%")[0] == address for interface in interfaces for item in interface)
 
 
 def origin(url: str | httpx.URL) -> tuple[str, str, int]:
@@ -134,12 +92,8 @@ class HttpClient:
             up to its body, and the time in which each ``min_rate * seconds`` bytes of it must come. None: the deadline
             is for the body, too.
         connections: Maximum number of connections.
-        public_only: Whether hosts must have a public address. Proxies may have any address; they resolve names again,
-            so the check here does not bind them.
         ssl_context: Certificates to trust and to show; None: the environment's.
         use_proxies: Whether the environment's proxies are used.
-        permit: Called with each URL before it is requested, redirects included; raises HttpError for one that must not
-            be.
     """
 
     def __init__(
@@ -147,13 +101,10 @@ class HttpClient:
         seconds: float,
         min_rate: float | None = None,
         connections: int = 16,
-        public_only: bool = False,
         ssl_context: ssl.SSLContext | None = None,
         use_proxies: bool = True,
-        permit: Callable[[str], None] | None = None,
     ) -> None:
-        self.seconds, self._min_rate, self._public_only = seconds, min_rate, public_only
-        self._permit = permit
+        self.seconds, self._min_rate = seconds, min_rate
         self.stopped = threading.Event()
         """Ends all waits once it is set."""
         self._exchange = threading.local()
@@ -193,7 +144,7 @@ class HttpClient:
         Redirects of GET and HEAD are followed, with ``PUBLIC_HEADERS`` alone where they lead to another origin.
 
         Raises RetryableError for what may pass: an overdue answer, a broken connection, HTTP 408, 425, 429 and 5xx.
-        Raises HttpError for a URL that cannot be, PrivateAddressError, OversizedError for a body of more than
+        Raises HttpError for a URL that cannot be, OversizedError for a body of more than
         ``max_bytes``, and HttpError for whatever else a server makes of HTTP.
         """
         self._exchange.deadline, self._exchange.transferred = time.monotonic() + self.seconds, 0
@@ -221,8 +172,6 @@ class HttpClient:
             if place.scheme not in ("http", "https") or not place.host:
                 raise httpcore.UnsupportedProtocol(place.scheme)
             self._exchange.url = str(place)
-            if self._permit is not None:
-                self._permit(self._exchange.url)
             fields["Host"] = place.netloc.decode("ascii")
             sent = fields.copy()
             if place.username or place.password:
@@ -291,17 +240,13 @@ class HttpClient:
         _, host, port = origin(url)
         address = self._environment.get(url.scheme) or self._environment.get("all") or ""
         proxy = None if proxy_bypass(f"{host}:{port}", self._environment) else self._proxies.get(address)
-        if proxy and self._public_only:
-            self.wait_for(lambda: _addresses(url.raw_host.decode(), port, public_only=True))
         key = (url.scheme, address if proxy else "")
         with self._lock:
             if key not in self._pools:
                 if url.scheme == "https" and self._ssl_context is None:
                     self._ssl_context = httpx.create_ssl_context()  # slow
-                # The proxy comes from the environment, which is trusted.
-                network = _Network(self, self._public_only and not proxy)
                 self._pools[key] = httpcore.ConnectionPool(
-                    self._ssl_context, proxy=proxy, max_connections=self._connections, network_backend=network
+                    self._ssl_context, proxy=proxy, max_connections=self._connections, network_backend=_Network(self)
                 )
             return self._pools[key]
 
@@ -342,18 +287,18 @@ def _for_httpcore(url: httpx.URL) -> httpcore.URL:
 
 
 class _Network(httpcore.NetworkBackend):
-    """Network backend that connects to allowed addresses only, within the time of the thread's current exchange."""
+    """Network backend that connects within the time of the thread's current exchange."""
 
-    def __init__(self, client: HttpClient, public_only: bool) -> None:
-        self._client, self._public_only = client, public_only
+    def __init__(self, client: HttpClient) -> None:
+        self._client = client
 
     def connect_tcp(self, host: str, port: int, *_: Any, **__: Any) -> httpcore.NetworkStream:
-        """Connect to the first allowed address of ``host`` that accepts; raises PrivateAddressError if it has none."""
+        """Connect to the first address of ``host`` that accepts."""
         deadline = time.monotonic() + self._client.remaining_seconds()
 
         def connect() -> httpcore.NetworkStream:
             failure: Exception = httpcore.ConnectTimeout()
-            for address in _addresses(host, port, self._public_only):
+            for address in _addresses(host, port):
                 try:
                     return httpcore.SyncBackend().connect_tcp(address, port, max(deadline - time.monotonic(), 0.001))
                 except (httpcore.NetworkError, httpcore.TimeoutException) as error:
@@ -396,18 +341,14 @@ class _Stream(httpcore.NetworkStream):
         return _Stream(stream, self._client)
 
 
-def _addresses(host: str, port: int, public_only: bool) -> list[str]:
-    """Resolve ``host``; raises PrivateAddressError if only public addresses are allowed and it has none."""
+def _addresses(host: str, port: int) -> list[str]:
+    """Resolve ``host``."""
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "not a host's name"
         raise httpcore.ConnectError(f"its host cannot be found: {reason}") from error
-    addresses = list(dict.fromkeys(str(info[4][0]) for info in infos))
-    allowed_addresses = [ip for ip in addresses if not public_only or (is_public(ip) and not is_own(ip))]
-    if addresses and not allowed_addresses:
-        raise PrivateAddressError(f"leads to {addresses[0]}, an address that is private, reserved or this machine's")
-    return allowed_addresses
+    return list(dict.fromkeys(str(info[4][0]) for info in infos))
 
 
 def shorten_message(message: object) -> str:

@@ -102,8 +102,6 @@ class Part(Config):
     """Height and width of every image in the shard, in pixels; None: it has no shard, or the data set no buckets."""
     captioners: dict[str, int] | None = Field(None, exclude_if=is_unset)
     """Kept images by the captioner that captioned them; None: all captions are the source's."""
-    reserved: dict[str, int] | None = Field(None, exclude_if=is_unset)
-    """Images left out because a rights holder wishes so, by how that was said; None if there are none."""
     masks: int | None = Field(None, exclude_if=is_unset)
     """Kept images with a mask; None if there are none."""
     relabelled: int | None = Field(None, exclude_if=is_unset)
@@ -157,8 +155,6 @@ class Manifest(Config):
     storage: StorageConfig
     licence: str | None = Field(None, exclude_if=is_unset)
     """Licence of the images, if known."""
-    opt_outs: Literal["ignore"] | None = Field(None, exclude_if=is_unset)
-    """Whether an ingest ignored the wishes of rights holders; None: all were respected."""
     near_duplicate_bits: int | None = Field(None, ge=0, le=MAX_BITS, exclude_if=is_unset)
     """Number of bits that ``ingest.near_duplicates: auto`` stands for; None: it was not calibrated."""
     lists: list[ImageList] | None = Field(None, exclude_if=is_unset)
@@ -207,12 +203,6 @@ class Manifest(Config):
     def captioners(self) -> dict[str, int]:
         """Return the number of images by the captioner that captioned them, sorted; empty if there was none."""
         total = sum((Counter(part.captioners) for part in self.parts if part.captioners), Counter[str]())
-        return dict(sorted(total.items()))
-
-    @property
-    def reserved(self) -> dict[str, int]:
-        """Return the number of images that rights holders reserved, by how they said so; empty if there is none."""
-        total = sum((Counter(part.reserved) for part in self.parts if part.reserved), Counter[str]())
         return dict(sorted(total.items()))
 
     @property

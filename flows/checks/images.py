@@ -25,7 +25,6 @@ from diffusion.data.sources.conventions import (
     visible_files,
 )
 from diffusion.data.sources.hub_dataset import HubDataset
-from diffusion.data.sources.known_sets import find_idx
 from diffusion.data.sources.local_files import find_files
 from diffusion.evaluation.config import MIN_PER_SPLIT, EvaluationConfig, require_enough
 from diffusion.families.config import ModelConfig, classes_of
@@ -53,9 +52,7 @@ def require_source(config: IngestConfig) -> None:
     if scheme in ("wds", "parquet") and not place.startswith("s3://"):
         find_files(place.partition("?")[0], f".{scheme}")  # raises for files that are not there
     if Path(config.source).is_dir() and not holds_images(Path(config.source)):
-        idx = find_idx(Path(config.source))
-        hint = f"use the source {idx}" if idx else "give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images"
-        raise UserError(f"no images in {config.source}{', but IDX files' if idx else ''}: {hint}")
+        raise UserError(f"no images in {config.source}: give a source of JPEG, PNG, WebP, GIF, BMP or TIFF images")
 
 
 def require_ingestable(params: Params, rebuild: Rebuild = "never") -> Manifest | None:

@@ -87,7 +87,6 @@ def _describe_contents(contents: "Contents", limit: int | None) -> list[str]:
         for entries in (contents.quarantined, contents.dropped)
     )
     rules = ", ".join(f"{entry.count:,} {entry.reason}" for entry in contents.rules or ())
-    reserved = ", ".join(f"{count:,} by {reason}" for reason, count in contents.reserved.items())
     datasets = ", ".join(f"{count:,} from {name}" for name, count in (contents.datasets or {}).items())
     bits = contents.near_duplicate_bits
     return [
@@ -104,8 +103,6 @@ def _describe_contents(contents: "Contents", limit: int | None) -> list[str]:
         *([f"near       up to {bits} of 256 bits, for ingest.near_duplicates=auto"] if bits is not None else []),
         *(f"captions   {count:,} by {captioner}" for captioner, count in contents.captioners.items()),
         *([f"masks      {contents.masks:,} images with one"] if contents.masks else []),
-        *([f"reserved   {reserved}"] if reserved else []),
-        *(["opt-outs   ignored by an ingest"] if contents.opt_outs == "ignore" else []),
         *(section("classes   ", len(classes), classes[:limit]) if classes else []),
         *([f"merged     {datasets}"] if datasets else []),
         *(f"list       {each.line}" for each in contents.lists or ()),

@@ -47,7 +47,7 @@ def init(
     if (exists := path.exists()) and not write_metadata:
         raise UserError(f"{path} exists already: edit it, or run `darkroom init` in another folder")
     _require_dataset_name(dataset)
-    source, folder = _find_images(source), Path(source)
+    folder = Path(source)
     table = surveys.find_captions(folder) if folder.is_dir() else None
     if table is None and write_metadata:
         raise UserError(f"no table with captions in {source}: leave --write-metadata out")
@@ -71,15 +71,6 @@ def _require_dataset_name(dataset: str | None) -> None:
         plain_name(dataset or "images")
     except ValueError as error:
         raise UserError(f"--dataset {dataset} {error}") from error
-
-
-def _find_images(source: str) -> str:
-    """Source of the images in a folder: the folder, or its IDX files."""
-    from diffusion.data.sources.conventions import holds_images
-    from diffusion.data.sources.known_sets import find_idx
-
-    folder = Path(source)
-    return (find_idx(folder) or source) if folder.is_dir() and not holds_images(folder) else source
 
 
 def _ask_for_metadata(description: str, folder: Path) -> bool:

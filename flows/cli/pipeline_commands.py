@@ -28,7 +28,7 @@ app = typer.Typer()
 pipeline = command(app, panel="Pipeline")
 Source = Annotated[
     str | None,
-    Argument(help="Folder, tar, zip, Parquet, table of URLs, s3:// prefix, hf://datasets/… …; default: ingest.source."),
+    Argument(help="Folder, tar, zip, Parquet, s3:// prefix, hf://datasets/… …; default: ingest.source."),
 ]
 RebuildIfDifferent = Annotated[bool, Option("--rebuild-if-different", help="Rebuild if the storage differs.")]
 Preview = Annotated[

@@ -142,11 +142,6 @@ def require_permitted(params: Params) -> None:
                 f"ingest.captioner is not one that this worker permits: if it may be used, add {text} to the list "
                 "DARKROOM_CAPTIONERS in the worker's environment"
             )
-    if params.ingest.allow_private_addresses and not permitted.private_addresses:
-        raise UserError(
-            "this worker does not permit ingest.allow_private_addresses: set DARKROOM_PRIVATE_ADDRESSES=true in its "
-            "environment if tables of URLs may lead into its network"
-        )
     runs = Path("runs").resolve()
     if runs not in params.run_folder.resolve().parents:
         raise UserError(

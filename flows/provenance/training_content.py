@@ -150,11 +150,4 @@ def _processing(data: Manifest | None, takedowns: str | None) -> Mapping[str, st
 def _reservations(data: Manifest | None) -> str:
     if data is None:
         return f"{UNKNOWN}; measures before collection: {TO_FILL_IN}"
-    counts = ", ".join(f"{count:,} by {escape_markdown(reason)}" for reason, count in data.reserved.items())
-    policy = (
-        "were ignored by an ingest (`ingest.opt_outs`)" if data.opt_outs == "ignore" else "were respected at ingest"
-    )
-    return (
-        f"robots.txt, X-Robots-Tag and TDM reservations of hosts of URLs, and IPTC Data Mining in files, {policy}; "
-        f"images left out: {counts or 'none'}; measures before collection: {TO_FILL_IN}"
-    )
+    return f"measures before collection: {TO_FILL_IN}"

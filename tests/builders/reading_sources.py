@@ -45,7 +45,7 @@ class Objects:
 
 def access(scratch: Path, objects: ObjectStore | None = None, **fields: object) -> Access:
     scratch.mkdir(exist_ok=True)
-    return Access(IngestConfig.model_validate({"size": 8, "allow_private_addresses": True} | fields), scratch, objects)
+    return Access(IngestConfig.model_validate({"size": 8} | fields), scratch, objects)
 
 
 def read_all(uri: str | Path, source_access: Access) -> list[Seen]:

@@ -37,7 +37,6 @@ from diffusion.data.shards import TarWriter
 from diffusion.data.sources import open_source, reader_of
 from diffusion.data.sources.base import Access, Entry, ObjectStore, Source, limit_texts
 from diffusion.data.sources.caption_files import complete_caption
-from diffusion.data.sources.rights import RESERVED, LeaveOutList, find_reservation
 
 ENTRY = "source, locator, stamp, label, caption, problem, mask"
 """Fields of an entry, in their order."""
@@ -149,7 +148,7 @@ def chunk_size(images: int, config: IngestConfig) -> int:
     return min(max_images, max(-(-images // 8), 512))
 
 
-def prepare_chunk(chunk: Chunk, left_out: LeaveOutList | None = None) -> str:
+def prepare_chunk(chunk: Chunk) -> str:
     """Prepare the images of ``chunk``, unless done already; raises transient errors, such as a full disk.
 
     Returns its name in ``chunk.store``, a digest of everything that determines the result.
@@ -164,14 +163,13 @@ def prepare_chunk(chunk: Chunk, left_out: LeaveOutList | None = None) -> str:
         [entry.source, entry.stamp, entry.label, entry.caption, sorted(digests), *filter(None, [entry.mask])]
         for entry, digests in entries
     ]
-    settings["leave_out"] = left_out.digest if left_out else None
     content = {"uri": chunk.config.source, "reader": reader_of(chunk.config.source), "config": settings}
     name = digest_of({"format": FORMAT, "entries": listing} | content)
     if not is_prepared(chunk.store, name):
         chunk.store.delete(table_name(name))
         with chunk.store.workspace() as workspace:
             with ExitStack() as files:
-                rows, writers = _prepare(chunk, left_out, entries, workspace, files)
+                rows, writers = _prepare(chunk, entries, workspace, files)
                 ends = {bucket: writer.position for bucket, writer in writers.items()}
                 for writer in writers.values():
                     writer.close()
@@ -195,7 +193,6 @@ def _add_shard(store: ChunkStore, chunk: str, path: Path) -> Digests:
 
 def _prepare(
     chunk: Chunk,
-    left_out: LeaveOutList | None,
     entries: list[tuple[Entry, frozenset[str]]],
     workspace: Workspace,
     files: ExitStack,
@@ -206,10 +203,6 @@ def _prepare(
     """
     writers: dict[str, TarWriter] = {}
     source = open_source(chunk.config.source, Access(chunk.config, workspace.scratch, chunk.objects))
-    if left_out is not None:
-        entries = [
-            (entry._replace(problem=entry.problem or left_out.reason(entry.source)), known) for entry, known in entries
-        ]
     readable = [entry for entry, _ in entries if entry.problem is None]
     payloads = source.read(readable)
     masks = source.read_masks(readable) if chunk.config.masks == "files" else repeat(None)
@@ -233,7 +226,6 @@ def _prepare(
                 row["outcome"] = "known"
                 continue
             image = prepare(payload, chunk.config, mask)
-            _require_unreserved(payload, {row["source_sha256"], image.key}, left_out, chunk.config)
         except UnusableEntryError as error:
             row |= {"outcome": "quarantined", "reason": str(error)}
             continue
@@ -253,19 +245,6 @@ def _prepare(
     if isinstance(payloads, Generator):
         payloads.close()  # what it holds open may belong to this thread
     return rows, writers
-
-
-def _require_unreserved(
-    payload: bytes | Image.Image, digests: set[str], left_out: LeaveOutList | None, config: IngestConfig
-) -> None:
-    """Raise UnusableEntryError for an image that its file reserves, or that is on the list."""
-    reason = None
-    if config.opt_outs == "respect" and isinstance(payload, bytes):
-        reason = find_reservation(payload)
-    if left_out is not None and not digests.isdisjoint(left_out.digests):
-        reason = f"{RESERVED}the list ingest.leave_out"
-    if reason is not None:
-        raise UnusableEntryError(reason)
 
 
 def digest_payload(payload: bytes | Image.Image) -> str:

@@ -1,7 +1,6 @@
 """Configuration of ``ingest``."""
 
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
@@ -187,7 +186,7 @@ class IngestConfig(StorageConfig):
     """How images are stored, which of them are kept, and how the work is distributed."""
 
     source: str = "images/digits"
-    """Where the images lie: a folder, tar, zip, Parquet, table of URLs, s3:// prefix, hf:// data set …
+    """Where the images lie: a folder, tar, zip, Parquet, s3:// prefix, hf:// data set …
     (diffusion/data/sources)."""
     captions: CaptionSource | None = Field(None, exclude_if=is_unset)
     """Where captions of images in folders, archives and on S3 are read from, unless a metadata.csv or metadata.jsonl
@@ -210,13 +209,6 @@ class IngestConfig(StorageConfig):
     licence: str | None = Field(None, min_length=1, exclude_if=is_unset)
     """Licence of the images: CC-BY-4.0, or a sentence. It is written to the data set's manifest and every model's card;
     null: unchanged, or what the card of an hf:// data set says."""
-    opt_outs: Literal["respect", "ignore"] = "respect"
-    """What wishes of rights holders count for. ``respect``: images are quarantined if robots.txt, X-Robots-Tag or a
-    reservation for text and data mining of the host of their URL, or IPTC's Data Mining in their file, exclude them;
-    robots.txt knows this program as ``darkroom``. ``ignore``: for images that you have the rights to."""
-    leave_out: Path | None = Field(None, exclude_if=is_unset)
-    """Text file with images to leave out, an entry per line: names in the source, with ``*``, ``?`` and ``[…]`` as in
-    a shell, and SHA-256 of files or of stored pixels (``key``)."""
     enlarge: bool = False
     """Whether images that are smaller than ``size`` are enlarged; otherwise they are quarantined."""
     min_size: int = Field(1, ge=1)
@@ -247,16 +239,6 @@ class IngestConfig(StorageConfig):
     processes of this machine, or a Ray cluster."""
     workers: int = Field(2, ge=1)
     """Number of shards at work concurrently. Threads that encode are one per core."""
-    download_seconds: float = Field(20.0, gt=0)
-    """Timeout of one download in seconds, from the resolution of the host name to the last byte, redirects included."""
-    download_tries: int = Field(4, ge=1)
-    """Attempts at a URL before its image is quarantined."""
-    allow_private_addresses: bool = False
-    """Whether tables of URLs may name hosts on loopback, private, link-local or reserved addresses, also by a redirect:
-    the author of the table can then send requests to this machine's own network. Otherwise such rows are quarantined;
-    ``--requeue`` reads them again once this is true. Behind a proxy of the environment (``HTTPS_PROXY``) names are
-    checked as this machine resolves them, and rows whose names it cannot resolve fail; the proxy resolves them again,
-    so give it such a rule, too."""
 
     @field_validator("near_duplicates", mode="before")
     @classmethod

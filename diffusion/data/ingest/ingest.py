@@ -8,7 +8,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ from diffusion.data.fan_out import FanOut, make_fan_out
 from diffusion.data.ingest.buckets import choose_shapes
 from diffusion.data.ingest.calibration import Calibration, calibrate_ingest
 from diffusion.data.ingest.captions import CaptionCounts, add_captions
-from diffusion.data.ingest.chunks import Chunk, chunks_of, make_plan, prepare_chunk
+from diffusion.data.ingest.chunks import chunks_of, make_plan, prepare_chunk
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index, explain_database_errors
 from diffusion.data.ingest.merge import Merge, write_part
@@ -44,7 +43,6 @@ from diffusion.data.shards import ShardStore
 from diffusion.data.sources import open_source, reader_of
 from diffusion.data.sources.base import Access, ObjectStore
 from diffusion.data.sources.caption_files import CaptionTally
-from diffusion.data.sources.rights import LeaveOutList
 from diffusion.data.sources.survey import Survey, survey
 
 logger = logging.getLogger(__name__)
@@ -192,10 +190,7 @@ def ingest(
             merge = Merge(folder, merging, index, origin, parts, access.about.get("source") or reader_of(config.source))
             if remote is not None:
                 merge.chunks, merge.publisher = remote.chunks, ShardPublisher(remote, fan_out)
-            prepare: Callable[[Chunk], str] = prepare_chunk
-            if config.leave_out is not None:
-                prepare = partial(prepare_chunk, left_out=LeaveOutList.read(config.leave_out))
-            chunks = fan_out(prepare, chunks_of(plan, config, objects, planned_count, merge.chunk_store))
+            chunks = fan_out(prepare_chunk, chunks_of(plan, config, objects, planned_count, merge.chunk_store))
             facts = _facts(config, before, rebuilding, access.about.get("licence"), recorded_bits)
             with _removing_work(merge):
                 after, captions = _merge(merge, before, facts, chunks, planned_count, rebuilding, progress)
@@ -288,9 +283,7 @@ def _facts(
     """Fields of the manifest that follow neither from the images nor from how they are stored."""
     lists = before.lists if before is not None else None  # which outlive a rebuild
     before = None if rebuilding else before
-    is_ignored = config.opt_outs == "ignore" or (before is not None and before.opt_outs == "ignore")
-    policy = "ignore" if is_ignored else None
-    facts = {"near_duplicate_bits": bits, "opt_outs": policy, "lists": lists}
+    facts = {"near_duplicate_bits": bits, "lists": lists}
     return {"licence": _licence(config, before, licence), **facts}
 
 

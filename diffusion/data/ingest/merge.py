@@ -50,7 +50,6 @@ from diffusion.data.manifest import (
     work_folder,
 )
 from diffusion.data.shards import NEW_MASK, mask_offset, shard_file, write_samples
-from diffusion.data.sources.rights import count_reservations
 from diffusion.data.versions.image_lists import forget_images, unite_lists
 from diffusion.data.versions.versions import remember
 
@@ -341,9 +340,7 @@ def write_part(
     optional_fields = [field for field in OPTIONAL if any(row.get(field.name) for row in records)]
     table = pa.Table.from_pylist(records, pa.schema([*RECORDS, *optional_fields]))
     digest = write_atomically(staging_path, lambda partial: pq.write_table(table, partial, compression="zstd"))
-    kept_rows, quarantined_rows = (
-        [row for row in records if row["outcome"] == name] for name in ("kept", "quarantined")
-    )
+    kept_rows = [row for row in records if row["outcome"] == "kept"]
     train = [row for row in kept_rows if row["split"] == "train"]
     # A grey image counts for all three channels.
     sums = {
@@ -362,7 +359,6 @@ def write_part(
         source=source,
         shape=shape if shard is not None else None,
         captioners=_counts(kept_rows, CAPTIONER.name) or None,
-        reserved=count_reservations(_counts(quarantined_rows, "reason")) or None,
         masks=sum(row.get(MASK.name) is not None for row in kept_rows) or None,
         dataset=dataset,
         relabelled=sum(bool(row.get(LABELLED_BY.name)) for row in records if row["outcome"] in STORED) or None,
@@ -462,7 +458,6 @@ def merge_versions(folder: Path, config: IngestConfig, remote: Manifest, base: M
                 content_digest="",
                 storage=remote.storage,
                 licence=remote.licence or local.licence,
-                opt_outs=remote.opt_outs or local.opt_outs,
                 near_duplicate_bits=recorded_bits,
                 lists=lists,
                 parts=merge.parts,

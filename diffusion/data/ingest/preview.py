@@ -113,8 +113,7 @@ def preview(
             source = open_source(config.source, Access(config, scratch, objects, listings=listings))
             plan = scratch / "plan.sqlite"
             _, new = make_plan(plan, source, origin_of(config), index.path, requeue, rebuilding, ignore_progress)
-            # Tables of URLs lie here, and their images do not.
-            if Path(config.source).exists() and not config.source.endswith((".csv", ".jsonl")):
+            if Path(config.source).exists():
                 forecast = _forecast(plan, source, config, index, rebuilding)
     kept_count = None if before is None or rebuilding else before.kept
     return IngestPreview(

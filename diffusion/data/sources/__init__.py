@@ -20,11 +20,8 @@ from diffusion.data.sources.tars import Tar as Tar
 from diffusion.data.sources.zips import Zip as Zip
 from diffusion.data.sources.tars import WebDataset as WebDataset
 from diffusion.data.sources.parquet import Parquet as Parquet
-from diffusion.data.sources.urls import Urls as Urls
 from diffusion.data.sources.object_store import Objects as Objects
 from diffusion.data.sources.hub_dataset import HubDataset as HubDataset
-from diffusion.data.sources.known_sets import TorchvisionSet as TorchvisionSet
-from diffusion.data.sources.known_sets import Idx as Idx
 # isort: on
 
 GROUP = "darkroom.sources"
@@ -63,8 +60,8 @@ def _resolve(uri: str) -> tuple[str, str]:
         return scheme, place
     if uri.startswith(("http://", "https://")):
         raise UserError(
-            f"source {uri} is an address on the web, which is not read directly: download it and give its path, or "
-            "give a .csv table with a column url"
+            f"source {uri} is an address on the web, which is not read directly: download it, a "
+            "table of many by img2dataset, and give its path"
         )
     path = Path(uri)
     if scheme == "file" and colon:

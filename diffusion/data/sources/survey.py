@@ -97,7 +97,7 @@ class Survey(Config):
     @property
     def proposed_name(self) -> str:
         """Name for the data set, after the folder or file."""
-        has_options = self.source.startswith(("hf:", "idx:"))
+        has_options = self.source.startswith("hf:")
         place = re.split("[@?]", self.source)[0] if has_options else str(Path(self.source).resolve())
         return re.sub(r"[^a-z0-9]+", "-", Path(place).name.partition(".")[0].lower()).strip("-")[:100] or "images"
 

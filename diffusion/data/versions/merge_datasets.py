@@ -123,8 +123,7 @@ def merge_datasets(
         if new_parts != before.parts or lists != before.lists:
             names = ", ".join(f"{manifest.name} {manifest.digest[:12]}" for manifest in rest)
             after = before.make_child(f"merge of {names}", new_parts, digest)
-            policies = (manifest.opt_outs for manifest in (before, *rest))
-            after = after.model_copy(update={"opt_outs": next(filter(None, policies), None), "lists": lists})
+            after = after.model_copy(update={"lists": lists})
             write_manifest(folder, after)
         remove_strays(folder)
         return MergeResult(

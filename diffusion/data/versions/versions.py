@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, dropwhile, islice, pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -113,10 +112,6 @@ class Contents(Config):
     """Number of images by the captioner that captioned them."""
     masks: int | None = Field(None, exclude_if=is_unset)
     """Number of images with a mask; None: none has one."""
-    reserved: dict[str, int]
-    """Number of images that rights holders reserved, by how they said so."""
-    opt_outs: Literal["respect", "ignore"]
-    """Whether all of its images came in with the wishes of rights holders respected."""
     quarantined_count: int | None
     """Number of quarantined entries by the last record of each name; None if a required table is unavailable."""
     quarantined: list[QuarantineEntry] | None
@@ -315,7 +310,6 @@ def show(folder: Path, version: Manifest, elsewhere: Elsewhere = find_nothing, l
             "shards": len(version.shards),
             "shard_bytes": sum(shard.bytes for shard in version.shards),
             "masks": version.masks or None,
-            "opt_outs": version.opt_outs or "respect",
             "quarantined_count": None if quarantine is None else len(quarantine),
             "quarantined": None if quarantine is None else first_entries(quarantine, limit),
             "reasons": None if reasons is None else [Reason(reason=reason, count=n) for reason, n in reasons],

@@ -1,4 +1,4 @@
-"""The client of captioner, Hub, tables of URLs and servers: credentials, deadlines, rates and sizes."""
+"""The client of captioner, Hub and servers: credentials, deadlines, rates and sizes."""
 
 import gzip
 import socket

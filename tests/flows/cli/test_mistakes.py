@@ -39,7 +39,7 @@ ingest hf://datasets/user/set?colour=red
 ingest https://example.org/a.zip
 ingest one.png
 ingest text.safetensors
-ingest torchvision:Nope
+ingest hf:Nope
 ingest pets --set ingest.size=4
 ingest pets --set ingest.sise=32
 ingest pets --dataset ../x

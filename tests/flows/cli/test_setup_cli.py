@@ -3,13 +3,11 @@
 import csv
 import json
 import shutil
-import struct
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from scipy.stats import binom
@@ -247,21 +245,6 @@ def test_folders_of_sd_scripts_are_recognised(
 def test_init_without_images_is_a_mistake(run: CommandLine) -> None:
     assert "FOLDER" in run.mistake("init")
     assert not Path("params.yaml").exists()
-
-
-@pytest.mark.parametrize(("names", "option"), [(["train"], ""), (["t10k"], ""), (["t10k", "train"], "?split=train")])
-def test_folder_of_idx_files_is_recognised(run: CommandLine, tmp_path: Path, names: list[str], option: str) -> None:
-    folder = tmp_path / "mnist"
-    folder.mkdir()
-    for name in names:
-        header = struct.pack(">4I", 0x803, 40, 12, 12)
-        pixels = np.random.default_rng(0).integers(0, 256, (40, 12, 12), np.uint8).tobytes()
-        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + pixels)
-    run("ingest", str(folder), "--dataset", "mnist", "--local", code=2)
-    about = run.json("init", str(folder))
-    assert (about["dataset"], about["survey"]["images"]) == ("mnist", 40)
-    assert load_params(Path("params.yaml"), []).ingest.source == f"idx:{folder}{option}"
-    assert run.json("ingest", "--local", "--set", "ingest.held_out=0.5")["kept"] == 40
 
 
 @pytest.mark.parametrize("key", ["training", "training.minutes"])

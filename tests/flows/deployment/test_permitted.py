@@ -73,12 +73,7 @@ def test_a_damaged_list_of_captioners_is_named(deployed: pytest.MonkeyPatch, tex
         require_permitted(captioned(COMMAND))
 
 
-def test_a_deployed_run_stays_out_of_network_and_other_folders(deployed: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    reaching = Params.model_validate({"ingest": {"allow_private_addresses": True}})
-    with pytest.raises(UserError, match="DARKROOM_PRIVATE_ADDRESSES"):
-        require_permitted(reaching)
-    deployed.setenv("DARKROOM_PRIVATE_ADDRESSES", "true")
-    require_permitted(reaching)
+def test_a_deployed_run_stays_out_of_other_folders(deployed: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for output in ("", ".", "runs/\0"):
         with pytest.raises(ValidationError):
             Params.model_validate({"training": {"output": output}})

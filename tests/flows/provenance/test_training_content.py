@@ -50,14 +50,11 @@ def test_records_fill_in_what_they_know(images: Path, dataset: Path, tmp_path: P
 def test_public_sources_captioners_and_bases_are_named(dataset: Path, tmp_path: Path, model: Path) -> None:
     data = read_manifest(dataset)
     part = data.parts[0].model_copy(update={"source": "hf://datasets/a/b@" + "0" * 40, "captioners": {"m (1)": 7}})
-    part = part.model_copy(update={"reserved": {"robots.txt": 3}})
     data = data.model_copy(update={"parts": [part]})
     lora = write_lora(tmp_path / "lora" / "final.safetensors", model, 1)
     text = summarize_training_content(lora, data)
     assert rows(text, "2. List of data sources")["2.1 Publicly available data sets"] == [f"`{part.source}`"]
     assert "captions by m (1) (7)" in rows(text, "2. List of data sources")["2.5 Synthetic data"][0]
-    [reserved] = (value for name, [value] in rows(text, "3. Aspects of data processing").items() if "Reserv" in name)
-    assert "respected at ingest; images left out: 3 by robots.txt" in reserved
     assert "blobs" in rows(text, "1. General information")["Models that it is based on"][0]
     assert read_model_header(lora).base is not None
 

@@ -3,11 +3,8 @@
 import json
 import shutil
 import tarfile
-import threading
 import zipfile
 from collections.abc import Callable
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +31,6 @@ from diffusion.data.versions.takedown_records import Selection
 from tests.builders.ingested import records
 from tests.builders.masked import read_masked, two_tone, write_masked
 from tests.builders.reading_sources import Objects
-from tests.builders.url_tables import table
 from tests.hub import Hub
 
 
@@ -168,20 +164,6 @@ def test_remote_sources_give_the_same_masks(hub: Hub, tmp_path: Path) -> None:
     bucket = Objects({f"s3://bucket/set/{name}": data for name, data in files.items()})
     config = IngestConfig.model_validate({"source": "s3://bucket/set", "size": 24, "masks": "files", "held_out": 0.3})
     assert ingest(tmp_path / "s3", config, objects=bucket).content_digest == expected
-    handler = partial(SimpleHTTPRequestHandler, directory=images)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        place = f"http://127.0.0.1:{server.server_port}"
-        urls = {name: f"{place}/{name}" for name in files}
-        rows: list[dict[str, object]] = [
-            {"url": url, "mask": urls.get(name.replace(".", ".mask."))}
-            for name, url in sorted(urls.items())
-            if ".mask" not in name
-        ]
-        uri = table(tmp_path / "urls.jsonl", rows)
-        result = read_masked(tmp_path / "urls", uri, allow_private_addresses=True)
-        server.shutdown()
-    assert (result.content_digest, result.masks) == (expected, 8)
 
 
 def test_a_name_like_a_mask_alone_is_an_image(tmp_path: Path) -> None:
