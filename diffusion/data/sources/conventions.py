@@ -29,7 +29,7 @@ from diffusion.data.sources.caption_files import (
     to_caption,
     to_text,
 )
-from diffusion.data.sources.local_files import open_text, read_file, stamp_if_exists
+from diffusion.data.sources.local_files import open_text, read_file, resolve_in, stamp_if_exists
 from diffusion.data.sources.mask_files import mask_of, separate_masks, stem_of_image
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
@@ -394,7 +394,7 @@ def _short_lines(lines: TextIO) -> Iterator[str]:
 
 
 class Folder(Source):
-    """The images below a folder, as ``list_images`` finds them. Links are followed."""
+    """The images below a folder, as ``list_images`` finds them. Links are followed inside of it."""
 
     scheme = "folder"
     form = "a folder"
@@ -406,14 +406,17 @@ class Folder(Source):
     def read(self, entries: Sequence[Entry]) -> Iterator[Payload]:
         """Yield their bytes."""
         for entry in entries:
-            yield read_file(self.path / json.loads(entry.locator), self.access.config.max_bytes)
+            yield read_file(self.path / json.loads(entry.locator), self.access.config.max_bytes, self.path)
 
     def _table(self, locator: str, _: str) -> AbstractContextManager[TextIO]:
-        return open_text(self.path / json.loads(locator))
+        return open_text(self.path / json.loads(locator), self.path)
 
     def _files(self) -> Iterator[tuple[str, str, str]]:
         for name in visible_files(self.path):
-            yield make_printable(name), json.dumps(name), stamp_if_exists(self.path / name)
+            path = self.path / name
+            # A copy in place of a link may have the size and time of what it led to.
+            stamp = stamp_if_exists(path) if resolve_in(self.path, path) else ""
+            yield make_printable(name), json.dumps(name), stamp
 
 
 def holds_images(root: Path) -> bool:

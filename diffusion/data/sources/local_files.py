@@ -10,6 +10,7 @@ import shutil
 import stat
 import zlib
 from collections.abc import Callable
+from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
@@ -24,8 +25,10 @@ from diffusion.data.ingest.decode import UnusableEntryError
 from diffusion.data.sources.base import MISSING, Access, Payload, too_large_error
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-NEVER = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+NEVER = {errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO}
 """Permanent errors."""
+LEADS_OUT = "a link out of the folder: put a copy in its place"
+"""Reason why a file of a folder is not read."""
 WILD = "*?["
 MAX_NAMES = 2**16
 """Maximum number of names that the braces of a pattern stand for; patterns may come from the card of a data set."""
@@ -55,15 +58,42 @@ def stamp_if_exists(path: Path) -> str:
         return ""
 
 
-def read_file(path: Path, limit: int) -> Payload:
-    """Read a file, unless it is missing, not a regular file, forbidden, or larger than ``limit`` bytes."""
+def resolve_in(root: Path, path: Path) -> str | None:
+    """Return the real path of a file of the folder ``root``; None if a link leads out of it."""
+    real, top = os.path.realpath(path), os.path.realpath(root).rstrip("/")
+    return real if real.startswith(f"{top}/") else None
+
+
+def open_file(path: Path, root: Path | None) -> BinaryIO:
+    """Open a regular file, below the folder ``root`` unless that is None; raises UnusableEntryError for any other.
+
+    Links are resolved first, and what has become a link since then is not followed. A folder on its way that is
+    replaced by a link at that moment is.
+    """
+    real = str(path) if root is None else resolve_in(root, path)
+    if real is None:
+        raise UnusableEntryError(LEADS_OUT)
+    # A pipe without a writer would wait for one.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if root is None else os.O_NOFOLLOW)
+    descriptor = os.open(real, flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UnusableEntryError("not a plain file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_file(path: Path, limit: int, root: Path | None = None) -> Payload:
+    """Read a file, of the folder ``root`` if given.
+
+    The reason why not if it is missing, not a regular file, forbidden, outside of ``root``, or larger than ``limit``
+    bytes.
+    """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            return UnusableEntryError("not a plain file")
-        if status.st_size > limit:
-            return too_large_error(status.st_size, limit)
-        return path.read_bytes()
+        with open_file(path, root) as file:
+            size = os.fstat(file.fileno()).st_size
+            return too_large_error(size, limit) if size > limit else file.read(size)
+    except UnusableEntryError as error:
+        return error
     except (FileNotFoundError, NotADirectoryError):
         return UnusableEntryError(MISSING)
     except OSError as error:
@@ -89,10 +119,13 @@ def changed_file_error(where: str) -> UserError:
     return UserError(f"{where} has changed since it was listed: run the ingest again")
 
 
-def open_text(path: Path) -> TextIO:
-    """Open a text table for reading."""
+def open_text(path: Path, root: Path | None = None) -> TextIO:
+    """Open a text table for reading, of the folder ``root`` if given, or else of any kind, such as a pipe."""
     try:
-        return path.open(newline="", encoding="utf-8-sig")
+        file = path.open("rb") if root is None else open_file(path, root)
+        return TextIOWrapper(file, newline="", encoding="utf-8-sig")
+    except UnusableEntryError as error:
+        raise UserError(f"{path} cannot be read: it is {error}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check the path and its permissions") from error
 

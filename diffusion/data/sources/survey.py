@@ -251,7 +251,7 @@ def _find_beside(folder: Path) -> CaptionsTable | None:
 def _inspect(path: Path, prefix: str = "") -> CaptionsTable | None:
     """Find the columns of a table with captions of images that lie beside it, their names beginning with ``prefix``."""
     try:
-        with open_text(path) as lines:
+        with open_text(path, path.parent) as lines:
             rows = [row for row, _ in zip(records(lines, str(path)), range(CHECKED), strict=False)]
     except UserError:
         return None
@@ -286,7 +286,7 @@ def write_metadata(table: CaptionsTable) -> Path:
     path = table.path.with_name(METADATA_FILES[0])
 
     def write(partial: Path) -> None:
-        with open_text(table.path) as lines, partial.open("w", newline="", encoding="utf-8") as file:
+        with open_text(table.path, table.path.parent) as lines, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(source_columns))
             writer.writeheader()
             for row in records(lines, str(table.path)):

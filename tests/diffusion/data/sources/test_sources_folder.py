@@ -1,6 +1,7 @@
 """Folders, what their files are called, and how sources are named."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from diffusion.common.errors import UserError
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
 from diffusion.data.sources import open_source
+from diffusion.data.sources.survey import survey
+from tests.builders.ingested import records
 from tests.builders.reading_sources import access, payloads, png, read_all, write_files
 
 
@@ -114,21 +117,65 @@ def test_metadata_of_each_split_is_relative_to_its_folder(tmp_path: Path) -> Non
         by_name(both, tmp_path / "scratch")
 
 
+def test_two_metadata_files_are_an_error(tmp_path: Path) -> None:
+    root = write_files(tmp_path / "set", {"metadata.csv": b"file_name\n", "metadata.jsonl": b""})
+    with pytest.raises(UserError, match=r"metadata.csv and metadata.jsonl: keep one"):
+        by_name(root, tmp_path / "scratch")
+
+
 def test_links_are_followed_once_and_never_round_in_circles(tmp_path: Path) -> None:
-    root = write_files(tmp_path / "set", {"cat/a.png": b"1"})
-    elsewhere = write_files(tmp_path / "elsewhere", {"b.png": b"2", "deep/c.png": b"3"})
-    (root / "dog").symlink_to(elsewhere)
+    write_files(tmp_path / "real", {"cat/a.png": b"1", ".more/b.png": b"2"})
+    (root := tmp_path / "set").symlink_to("real")
+    (root / "dog").symlink_to(".more")
     (root / "cat" / "up").symlink_to(root)
     (root / "same").symlink_to(root / "cat")
-    (elsewhere / "deep" / "round").symlink_to(elsewhere)
+    (root / ".more" / "round").symlink_to(root / ".more")
     (root / "cat" / "self").symlink_to("self")
     (root / "cat" / "gone.png").symlink_to("nowhere.png")
-    assert {name: payload for name, (_, _, payload) in by_name(root, tmp_path / "scratch").items()} == {
+    assert payloads(root, access(tmp_path / "scratch")) == {
         "cat/a.png": b"1",
         "cat/gone.png": "named in the listing but missing",
         "dog/b.png": b"2",
-        "dog/deep/c.png": b"3",
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "quarantined"),
+    [
+        ("4.png", png(4), ["4.png"]),
+        ("more/5.png", png(5), ["more/5.png"]),
+        ("0.txt", b"hunter2", ["0.png"]),
+        ("0.caption", b"hunter2", ["0.png"]),
+        ("0.json", b'{"caption": "hunter2"}', []),
+        ("0.mask.png", png(4), ["0.png"]),
+        ("captions.csv", b"file_name,caption\n0.png,hunter2\n", None),
+        ("metadata.csv", b"file_name,text\n0.png,hunter2\n", None),
+        ("metadata.jsonl", b'{"file_name": "0.png", "text": "hunter2"}', None),
+        ("list.csv", b"file_name,text\n0.png,hunter2\n", []),
+    ],
+)
+def test_links_out_of_the_folder_are_never_read(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, data: bytes, quarantined: list[str] | None
+) -> None:
+    root = write_files(tmp_path / "set", {f"{number}.png": png(number) for number in range(4)})
+    target = write_files(tmp_path / "elsewhere", {name: data}) / Path(name).parts[0]
+    (link := root / target.name).symlink_to(target)
+    config = IngestConfig(source=str(root), size=8, masks="files" if "mask" in name else None)
+    if quarantined is None:
+        for read in (lambda: ingest(tmp_path / "data", config), lambda: survey(config, tmp_path)):
+            with pytest.raises(UserError, match=rf"{name} cannot be read: it is a link out of the folder"):
+                read()
+        return
+    result = ingest(tmp_path / "data", config)
+    assert [example.source for example in result.quarantined] == quarantined
+    assert all("a link out of the folder: put a copy" in example.reason for example in result.quarantined)
+    found = survey(config, tmp_path)
+    assert found.captions_table is None
+    assert "hunter2" not in f"{records(tmp_path / 'data')} {found} {result} {capfd.readouterr()}"
+    # A copy of the same size and time is read.
+    link.unlink()
+    (shutil.copytree if target.is_dir() else shutil.copy2)(target, link)
+    assert not ingest(tmp_path / "data", config).quarantined
 
 
 def test_unreadable_or_too_large_files_are_quarantined(tmp_path: Path) -> None:
