@@ -1,9 +1,8 @@
-"""``darkroom data``: what makes versions of a data set (curation, takedown, compaction, merge), and ``simulate``."""
+"""``darkroom data``: what makes versions of a data set (curation, takedown, compaction and merge)."""
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
@@ -17,7 +16,6 @@ from flows.cli.dry_run import reach_shards
 
 if TYPE_CHECKING:
     from diffusion.curation.lists import ListChange
-    from diffusion.data.simulate import Machines
     from diffusion.data.versions.takedown_records import Selection
     from flows.config import Params
 
@@ -25,7 +23,6 @@ Images = Annotated[
     list[str] | None,
     Argument(metavar="KEY|PATTERN…", help="Image keys (8 or more hex digits) or patterns (*) of source names."),
 ]
-ImageCount = Annotated[int | None, Option(min=1, help="Number of training images of a data set that need not exist.")]
 TABLE = ".csv, .jsonl or .parquet of FiftyOne, cleanvision, a spreadsheet …"
 Purge = Annotated[
     bool,
@@ -256,60 +253,3 @@ def merge(
 
             result = run(config, others)
     return CommandOutput(result, result.lines())
-
-
-@command(app)
-def simulate(
-    context: typer.Context,
-    config: "Params",
-    images: ImageCount = None,
-    bytes_per_image: Annotated[int | None, Option(min=1, help="Bytes in a shard for each of these images.")] = None,
-    nodes: Annotated[int | None, Option(help="Machines.")] = None,
-    ranks: Annotated[int | None, Option(help="Processes on each node.")] = None,
-    bandwidth: Annotated[float | None, Option(help="Bytes per second from the remote to a node.")] = None,
-    latency: Annotated[float | None, Option(help="Seconds from the request of a shard to its first byte.")] = None,
-    disk_bytes: Annotated[int | None, Option(help="Bytes for shards on each node's disk.")] = None,
-    disk_bandwidth: Annotated[float | None, Option(help="Bytes per second of each node's disk.")] = None,
-    decode_rate: Annotated[float | None, Option(help="Images per second that a loader thread decodes.")] = None,
-    step_seconds: Annotated[float | None, Option(help="Seconds of a step whose batch is ready.")] = None,
-    epochs: Annotated[int, Option(min=1, help="Epochs to simulate, from an empty cache.")] = 1,
-) -> CommandOutput:
-    """Say how long streamed training would wait for data, and the smallest settings with which it does not.
-
-    The data set is the one of --dataset, or --images describes one. Batch size, window, cache, prefetch and workers are
-    in the section training; without training.window and training.stream_bytes the smallest that suffice.
-
-    Example:  darkroom data simulate --images 1000000000 --bytes-per-image 20000 --nodes 8 --ranks 8 --step-seconds 0.2
-    """
-    from diffusion.data import simulate as simulator
-    from diffusion.data.manifest import read_manifest
-
-    if (images is None) != (bytes_per_image is None):
-        raise UserError("--images and --bytes-per-image describe a data set together: give both, or neither")
-    if images is not None and context.params["dataset"] is not None:
-        raise UserError("--images describes a data set that need not exist: leave it or --dataset out")
-    machines = _machines(context.params)
-    size = config.ingest.size
-    if images is None or bytes_per_image is None:
-        manifest = read_manifest(config.dataset_folder)
-        shards, size = simulator.Shards.from_manifest(manifest), manifest.size
-    else:
-        shards = simulator.Shards.make_equal(images, bytes_per_image, config.ingest.shard_bytes)
-    training = config.training.with_batch_size(config.model, size)
-    report = simulator.simulate_training(shards, machines, training.model_dump(), epochs)
-    return CommandOutput(report, report.lines())
-
-
-def _machines(options: Mapping[str, Any]) -> "Machines":
-    """Machines that the options describe; raises UserError that names a wrong one."""
-    from pydantic import ValidationError
-
-    from diffusion.data.simulate import Machines
-
-    fields = {name: options[name] for name in Machines.model_fields if options.get(name) is not None}
-    try:
-        return Machines(**fields)
-    except ValidationError as error:
-        detail = error.errors()[0]
-        option = f"--{detail['loc'][0]}".replace("_", "-")
-        raise UserError(f"{describe_validation_error(detail, option)}: give another value") from error

@@ -19,7 +19,6 @@ from diffusion.data.ingest.ingest import ingest
 from diffusion.data.ingest.merge import merge_versions
 from diffusion.data.ingest.preview import preview
 from diffusion.data.manifest import read_manifest
-from diffusion.data.simulate import Shards
 from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
 from diffusion.data.versions.versions import show
@@ -211,14 +210,3 @@ def test_two_lines_of_versions_are_united_bucket_by_bucket(source: Path, tmp_pat
             shutil.copyfile(tmp_path / "theirs" / "set" / entry.name, base / entry.name)
     assert merge_versions(base, ingest_config, theirs, first).added == 1
     assert show(base, read_manifest(base)).buckets == {"24x48": 10, "32x32": 6, "48x24": 27}
-
-
-def test_several_buckets_are_not_simulated(source: Path, tmp_path: Path) -> None:
-    ingest(tmp_path / "set", config(source, buckets=BUCKETS))
-    with pytest.raises(UserError, match="3 buckets"):
-        Shards.from_manifest(read_manifest(tmp_path / "set"))
-    for path in source.iterdir():
-        path.unlink()
-    rectangle(1, 64, 64).save(source / "square.png")
-    ingest(tmp_path / "one", config(source, buckets=BUCKETS))
-    assert len(Shards.from_manifest(read_manifest(tmp_path / "one")).bytes) == 1

@@ -21,7 +21,7 @@ COMMANDS = (
     *("trace", "reproduce", "deploy", "monitor", "gc", "up", "down", "status", "env", "init", "ls", "open"),
 )
 GROUPS = {
-    "data": ("log", "show", "diff", "checkout", "curate", "remove", "compact", "merge", "simulate"),
+    "data": ("log", "show", "diff", "checkout", "curate", "remove", "compact", "merge"),
     "model": ("history", "rollback", "explain", "export", "release", "card", "import", "training-content"),
     "edit": ("inpaint", "img2img", "interpolate", "upscale"),
     "config": ("show", "schema", "validate"),

@@ -1,7 +1,6 @@
 """``darkroom data``: what people and scripts see of a data set's versions."""
 
 import json
-import math
 import random
 import shutil
 import signal
@@ -80,28 +79,6 @@ def test_compact_joins_the_shards_of_all_versions(data: CommandLine) -> None:
     assert (result["dataset"], result["changed"], result["shards"]) == ("blobs", True, [2, 1])
     assert result["content_digest"] == before["content_digest"] == data.json("show")["content_digest"]
     assert "none too small" in data("compact", "--local")
-
-
-@pytest.mark.slow
-def test_simulate_takes_shards_of_a_data_set_or_description(data: CommandLine) -> None:
-    manifest = read_manifest(FOLDER)
-    output = data.json("simulate", "--step-seconds", "0.1", "--set", "training.batch_size=4", "--epochs", "2")
-    assert (output["images"], output["shards"]) == (manifest.counts["train"], 2)
-    assert [epoch["fetched"] for epoch in output["simulation"]["epochs"]] == [2, 0]
-    described = ("simulate", "--images", "1000000000", "--bytes-per-image", "20000", "--nodes", "4", "--ranks", "8")
-    settings = ("--set", "training.batch_size=65536", "--set", "ingest.shard_bytes=2000000000")
-    output = data.json(*described, *settings, "--step-seconds", "2")
-    assert (output["images"], output["bytes"], output["shards"]) == (10**9, 2 * 10**13, math.ceil(10**9 / 8192))
-    assert output["streaming"]["window"] == output["smallest"]["window"]
-    output = data.json(*described, "--set", "ingest.size=64", "--set", "ingest.shard_bytes=2000000000")
-    assert output["streaming"]["batch_size"] == 32
-    lines = data(*described, *settings, "--step-seconds", "0.5").splitlines()
-    assert any("the network would have to be" in line for line in lines)
-    data.mistake("simulate", "--images", "5")
-    for wrong in (("nodes", "0"), ("bandwidth", "-1"), ("latency", "nan"), ("step-seconds", "inf")):
-        assert f"--{wrong[0]}: " in data.mistake(*described, f"--{wrong[0]}", wrong[1])
-    data.mistake(*described, "--disk-bytes", "1000")
-    assert "24 ranks" in data.mistake(*described, *settings, "--nodes", "3")
 
 
 def test_show_describes_a_version_and_its_quarantined_files(data: CommandLine) -> None:

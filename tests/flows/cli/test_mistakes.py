@@ -75,7 +75,6 @@ sample --model text.safetensors --size 64
 edit img2img one.png --size 64 --model m.safetensors
 data merge pets
 data merge pets/cat
-data simulate --images 1000 --bytes-per-image 100 --dataset pets
 sample --model text.safetensors
 sample --model one.png
 sample --out here
