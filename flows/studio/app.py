@@ -23,7 +23,7 @@ from flows.environment import loopback_no_proxy, settings
 from flows.local_stack.http_protocol import BoundedProtocol
 from flows.local_stack.server_process import LOOPBACK
 from flows.studio import generation
-from flows.studio.server import StudioApp
+from flows.studio.server import StudioApp, StudioPage
 from flows.studio.source import StudioSource
 
 USER = "darkroom"
@@ -58,7 +58,7 @@ def build(source: StudioSource, model: str | None = None, uri: str | None = None
         return follow(source, uri)
 
     name = uri or (source.name if model else Path(source.name).name)
-    with gr.Blocks(title=f"Darkroom: {name}", analytics_enabled=False, fill_width=True) as page:
+    with StudioPage(title=f"Darkroom: {name}", analytics_enabled=False, fill_width=True) as page:
         with gr.Row(elem_classes="masthead"):
             gr.HTML(masthead(source, name))
             switch = gr.Button("◐", size="sm", min_width=44, scale=0, elem_classes="theme")

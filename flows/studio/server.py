@@ -1,14 +1,17 @@
 """The web server of the studio: it answers its own pages and programs, not other pages in the same browser."""
 
+import logging
 import os
 import secrets
 import shutil
+import traceback
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 from urllib.parse import urlsplit
 
+import gradio as gr
 from gradio.routes import App, ORJSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
@@ -16,8 +19,11 @@ from starlette.responses import FileResponse, PlainTextResponse, Response
 
 from diffusion.common.config import plain_name
 from diffusion.common.errors import ConflictError
+from diffusion.common.escaping import escape_controls
 from diffusion.generation.config import MAX_FILE_BYTES
 from flows.local_stack.same_origin import refusal
+
+logger = logging.getLogger(__name__)
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -39,6 +45,36 @@ RESPONSE_HEADERS = {
     "Referrer-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
 }
+
+
+MAX_LOGGED = 300
+"""Maximum number of characters of an error in the log, which may repeat what a request contained."""
+
+
+def log_error(error: Exception) -> None:
+    """Log an error of a request in one line, without control characters; the last place is named if it is a bug."""
+    place = ""
+    if not isinstance(error, gr.Error) and error.__traceback__ is not None:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f" ({Path(frame.filename).name}:{frame.lineno})"
+    text = escape_controls(str(error.message if isinstance(error, gr.Error) else error))
+    text = f"{text[:MAX_LOGGED]}…" if len(text) > MAX_LOGGED else text
+    logger.warning("a request failed: %s: %s%s", type(error).__name__, text, place)
+
+
+class StudioPage(gr.Blocks):  # type: ignore[misc]
+    """Page that logs the errors of its events in one line each."""
+
+    async def process_api(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Answer an event."""
+        try:
+            output: dict[str, Any] = await super().process_api(*arguments, **options)
+        except Exception as error:
+            log_error(error)
+            # Gradio would print its traceback, with what the request contained.
+            message = error.message if isinstance(error, gr.Error) else "this failed: the server's log says why"
+            raise gr.Error(message, duration=20, print_exception=False) from error
+        return output
 
 
 class StudioApp(App):  # type: ignore[misc]
@@ -63,7 +99,10 @@ class StudioApp(App):  # type: ignore[misc]
         status, reason = self._refuse(scope)
         is_report = "/reports/" in scope["path"]
         if reason is None:
-            await super().__call__(scope, receive, lambda message: send(self._protect(message, is_report)))
+            try:
+                await super().__call__(scope, receive, lambda message: send(self._protect(message, is_report)))
+            except Exception as error:  # noqa: BLE001  (it was answered with 500)
+                log_error(error)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:

@@ -1,8 +1,12 @@
 """The studio's server: it answers its own pages and programs, and changes the registry for the page that asked."""
 
 import json
+import re
 import socket
+import subprocess
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -15,9 +19,12 @@ from diffusion.common.errors import ConflictError, UserError
 from diffusion.process.samplers import sampling_config
 from flows.environment import settings
 from flows.local_stack import http_protocol
+from flows.local_stack.server_process import choose_ports
 from flows.registry.model_versions import Version
+from tests.builders.command_line import darkroom_command, without_servers
 from tests.builders.small_models import write_model
 from tests.builders.studio_client import PASSWORD, USER, logged_in, named, trigger
+from tests.builders.waiting import wait_until_served
 
 pytest.importorskip("gradio", reason="the studio needs Gradio: pip install 'darkroom-diffusion[ui]'")
 from flows.studio.app import build, launch
@@ -77,6 +84,52 @@ def test_every_route_is_closed_to_other_pages(address: str, headers: Mapping[str
             assert not [name for name in response.headers if name.startswith("access-control-")]
         # Nothing has logged the person out.
         assert client.get("config").status_code == 200
+
+
+HOSTILE = "\x1b[31mred\n\r\u202eTraceback (most recent call last):\n\x07"
+
+
+@pytest.mark.slow
+def test_a_refused_request_is_one_escaped_line_of_the_log(tmp_path: Path) -> None:
+    weights = write_model(tmp_path / "blobs.safetensors", 1, 0, classes={"even": 3, "odd": 1})
+    [port] = choose_ports(1)
+    command = darkroom_command("ui", "--model", str(weights), "--no-browser", "--port", str(port))
+    variables = without_servers(DARKROOM_UI_PASSWORD=PASSWORD, TMPDIR=str(tmp_path), OMP_NUM_THREADS="1")
+    file = {"path": HOSTILE, "meta": {"_type": "gradio.FileData"}}
+    names = ("queue/join", "run/sample", "run/%1b%0a", "call/sample", "upload", "component_server", "cancel")
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(command, cwd=tmp_path, env=variables, stdout=log, stderr=log)
+        try:
+            wait_until_served(f"http://127.0.0.1:{port}/", server)
+            with logged_in(f"http://127.0.0.1:{port}/") as client:
+                trees: list[Any] = [
+                    HOSTILE,
+                    [HOSTILE],
+                    {"data": HOSTILE},
+                    {"data": [HOSTILE] * 6},
+                    {"data": [file] * 6},
+                ]
+                trees += [{"data": [], "fn_index": 10**9, "session_hash": HOSTILE}]
+                for name in names:
+                    for body in (b"{", b"\xff", *(json.dumps(tree).encode() for tree in trees)):
+                        for kind in ("application/json", "multipart/form-data; boundary=x", "text/plain"):
+                            client.post(f"gradio_api/{name}", content=body, headers={"Content-Type": kind})
+                    with suppress(httpx.RemoteProtocolError):  # an answer that ends early
+                        client.get(f"gradio_api/{name}/%1b%0a%07")
+                client.post("gradio_api/upload", files={"files": (HOSTILE, b"x")})
+                for each in client.get("config").json()["dependencies"]:
+                    trigger(client, lambda event, each=each: event["id"] == each["id"], {"radio": HOSTILE})
+                with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+                    connection.sendall(f"GET / HTTP/1.1\r\nHost: {HOSTILE}\r\n\r\n".encode())
+                    assert connection.recv(12) == b"HTTP/1.1 400"
+                assert client.get("config").status_code == 200
+        finally:
+            server.terminate()
+            assert server.wait(30) == 0
+    text = (tmp_path / "log").read_bytes().decode()
+    assert re.search(r"a request failed: .*\\u001b\[31mred\\u000a", text)
+    assert [line for line in text.split("\n") if line.startswith(("Traceback", "  ", "    ~"))] == []
+    assert re.findall(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text) == []
 
 
 def test_cookies_are_strict_and_answers_stay_with_the_page(address: str) -> None:
