@@ -64,8 +64,6 @@ class Settings(GenerationLimits, BaseSettings):
     ui_url: str | None = Field(None, pattern=r"^https?://[A-Za-z0-9.:\[\]-]+(/[A-Za-z0-9._~-]+)*/?$")
     """Address of `darkroom ui` at a reverse proxy on this machine, https://HOST or https://HOST/PATH, which removes the
     path; unset: requests to loopback names alone are answered."""
-    ui_images: Path | None = None
-    """Folder on this machine from which the tab *Train* of `darkroom ui` may take images, besides the workspace."""
     signing_key: SecretStr | None = None
     """Private key that signs exports, images and the ledger: path of a PEM file, or its text; unset: none."""
     signing_key_passphrase: SecretStr | None = None

@@ -257,10 +257,10 @@ def ui(
     port: Annotated[int | None, Option(min=1, max=65535, help="Port; default: a free one from 7860 on.")] = None,
     no_browser: Annotated[bool, Option("--no-browser", help="Do not open a browser.")] = False,
 ) -> None:
-    """Serve a studio in the browser: generate, edit, compare and vote, look at batches, read the ledger, train.
+    """Serve a studio in the browser: generate images, edit them, and vote blindly between two versions of a model.
 
     On the loopback address, for the user darkroom with the password in DARKROOM_UI_PASSWORD, or one shown at the start.
-    A model file needs no server, and has the tabs that generate images.
+    A model file needs no server, and has no votes.
 
     Example:  darkroom ui --model examples/things.safetensors
     """
@@ -271,7 +271,7 @@ def ui(
     if not is_model_file(model):
         from flows.local_stack.stack import join_servers
 
-        with suppress(UserError):  # without Prefect, the tab that trains says so
+        with suppress(UserError):  # without Prefect there is no link to it
             join_servers("prefect")
     with nullcontext() if is_model_file(model) else connect("mlflow", "s3"):
         from flows.studio.app import serve

@@ -59,13 +59,9 @@ def retrain(
         return preview_retraining(config, version)
     with connect("prefect", "mlflow", "s3"):
         check("retrain", config, request, connected=True)
-        from prefect import tags
-
-        from flows.deployment.retrainings import workspace_tag
         from flows.retrain import retrain
 
-        with tags(workspace_tag()):
-            result = retrain(config, count, seed, to, conditions, version).model_dump(mode="json")
+        result = retrain(config, count, seed, to, conditions, version).model_dump(mode="json")
     result["set_aside"] = list(map(str, earlier_runs(config.run_folder)))
     return CommandOutput(result, _describe_retraining(result), None if result["verdict"]["promoted"] else typer.Exit(3))
 

@@ -1,4 +1,4 @@
-"""``darkroom ui``: a studio in the browser that generates, compares versions, shows batches and the ledger."""
+"""``darkroom ui``: a studio in the browser that generates images, edits them, and takes blind votes."""
 
 import os
 

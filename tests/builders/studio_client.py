@@ -74,7 +74,7 @@ def peak_memory(pid: int | str = "self") -> int:
 
 def with_header(weights: Path, sampling: SamplingConfig, **changes: object) -> Any:
     """What the studio shows for the model in the file ``weights`` with another header."""
-    from flows.studio.source import StudioSource
+    from flows.studio.generate import StudioSource
 
     source = StudioSource.from_file(weights, sampling)
     header = source.model.header.model_copy(update=changes)

@@ -92,7 +92,7 @@ def ask(client: httpx.Client, task: str, *values: object) -> Any:
 def visit(studio: Studio, seed: int) -> int:
     """Generate, look at each image, upload one and have it changed; the number of images that came."""
     with studio.visitor() as client:
-        result = ask(client, "sample", "odd", IMAGES, 8, 1, seed, "dpmpp_2m")
+        result = ask(client, "sample", "odd", IMAGES, seed, 8, "dpmpp_2m", 1)
         images = [] if result is None else [each["image"]["url"] for each in result[0]]
         for url in images:
             image = client.get(f"gradio_api/file={url.partition('file=')[2]}")
@@ -101,7 +101,7 @@ def visit(studio: Studio, seed: int) -> int:
         upload = client.post("gradio_api/upload", files=files)
         if upload.is_success:
             picture = {"path": upload.json()[0], "meta": {"_type": "gradio.FileData"}}
-            changed = ask(client, "img2img", picture, "odd", 0.5, 1, 8, 1, seed, "dpmpp_2m")
+            changed = ask(client, "img2img", picture, 0.5, "odd", 1, seed, 8, "dpmpp_2m", 1)
             images += [] if changed is None else changed[0]
         return len(images)
 

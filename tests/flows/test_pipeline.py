@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,16 +117,6 @@ def test_the_champion_is_exported_with_its_names(workspace: Workspace, server: M
     assert kinds["library"]["purl"].startswith("pkg:pypi/")
     metrics = bom["metadata"]["component"]["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
     assert any("confidenceInterval" in each for each in metrics)
-
-
-def test_a_retraining_by_hand_is_listed_where_it_ran(workspace: Workspace, tmp_path: Path, retrain_result: Any) -> None:
-    program = (
-        "import flows.deployment.retrainings as r; print(*[run.params.model_name for run in r.list_retrainings()])"
-    )
-    command = [sys.executable, "-c", program]
-    run = partial(subprocess.run, command, env=workspace.variables, capture_output=True, text=True, check=False)
-    assert "blobs" in run(cwd=workspace.folder).stdout.split()
-    assert "no deployment" in run(cwd=tmp_path).stderr
 
 
 def test_repeated_retrain_does_nothing(workspace: Workspace, server: MlflowClient, retrain_result: Any) -> None:

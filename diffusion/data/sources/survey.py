@@ -5,7 +5,7 @@ import io
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -160,16 +160,8 @@ def describe_passed_over(counts: Mapping[str, int]) -> str:
     return f"neither images nor their captions: {', '.join(shown)}{' …' if len(counts) > len(shown) else ''}"
 
 
-def survey(
-    config: IngestConfig,
-    scratch: Path,
-    objects: ObjectStore | None = None,
-    show: Callable[[Image.Image], None] = lambda _: None,
-) -> Survey:
-    """List ``config.source`` and open a random sample of its images; raises UserError as ``ingest`` does.
-
-    ``show`` is called with each image that it opens, of at most ``ingest.max_pixels``.
-    """
+def survey(config: IngestConfig, scratch: Path, objects: ObjectStore | None = None) -> Survey:
+    """List ``config.source`` and open a random sample of its images; raises UserError as ``ingest`` does."""
     access = Access(config, scratch, objects)
     source = open_source(config.source, access)
     count, classes, sample = _list(source)
@@ -190,7 +182,6 @@ def survey(
                 digests[digest_payload(payload)] += 1
                 if image.width * image.height > config.max_pixels:
                     continue
-                show(image)
                 if not is_coloured:
                     image.thumbnail((64, 64))
                     is_coloured = bool(np.ptp(np.asarray(image.convert("RGB")), axis=-1).max() > 0)

@@ -1,4 +1,4 @@
-"""The studio for a model file, without a browser: its tabs, its images, and who may ask for them."""
+"""The studio for a model file, without a browser: its pages, its images, and who may ask for them."""
 
 import importlib.util
 import io
@@ -24,7 +24,6 @@ from flows.cli.operations_commands import ui
 from flows.config import Params
 from flows.local_stack.server_process import choose_ports
 from flows.sampling.batch_format import encode
-from tests.builders.captioned import needs_encoder, squares
 from tests.builders.command_line import darkroom, start
 from tests.builders.sampling_batches import batch
 from tests.builders.shapes import blob
@@ -33,9 +32,8 @@ from tests.builders.studio_client import with_header
 
 gr = pytest.importorskip("gradio", reason="the studio needs Gradio: pip install 'darkroom-diffusion[ui]'")
 from flows.studio.app import USER, build, launch  # noqa: E402
-from flows.studio.generation import editor_files, enlarge_to_canvas  # noqa: E402
-from flows.studio.results import facts_html  # noqa: E402
-from flows.studio.source import StudioSource  # noqa: E402
+from flows.studio.edit import editor_files, enlarge_to_canvas  # noqa: E402
+from flows.studio.generate import StudioSource  # noqa: E402
 
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=3, compute_batch=8)
 PASSWORD = "test-secret"
@@ -64,49 +62,39 @@ def labels(page: gr.Blocks, kind: type) -> list[str]:
 
 def test_only_tabs_and_inputs_with_effect_are_shown(source: StudioSource, tmp_path: Path) -> None:
     page = build(source)
-    assert labels(page, gr.Tab) == ["Generate", "Inpaint", "Img2img", "Interpolate"]
-    [classes, *_] = [each for each in page.blocks.values() if isinstance(each, gr.Radio) and each.label == "Class"]
+    assert labels(page, gr.Tab) == ["Generate", "Edit", "Inpaint", "Img2img", "Interpolate"]
+    [classes, *_] = [each for each in page.blocks.values() if isinstance(each, gr.Dropdown) and each.label == "Class"]
     assert {value for _, value in classes.choices} == {"", "even", "odd"}
     assert "Prompt" not in labels(page, gr.Textbox)
     config = ModelConfig.model_validate(CONFIG.model_dump() | {"low_resolution": 4, "conditional": False})
     enlarging = build(
         StudioSource.from_file(write_model(tmp_path / "large.safetensors", 1, 0, config=config), SAMPLING)
     )
-    assert labels(enlarging, gr.Tab) == ["Upscale"]
-    assert "Class" not in labels(enlarging, gr.Radio)
-    assert "Size" not in labels(enlarging, gr.Dropdown)
+    assert labels(enlarging, gr.Tab) == ["Edit", "Upscale"]
+    assert not {"Class", "Size"} & {*labels(enlarging, gr.Dropdown)}
 
 
-def sliders(page: gr.Blocks, title: str) -> dict[str, Any]:
-    """The sliders of a tab, by label."""
+def numbers(page: gr.Blocks, title: str) -> dict[str, Any]:
+    """The numbers and sliders of a tab, by label."""
     [tab] = [each for each in page.blocks.values() if isinstance(each, gr.Tab) and each.label == title]
     found, blocks = dict[str, Any](), [*tab.children]
     while blocks:
         block = blocks.pop()
         blocks += getattr(block, "children", [])
-        if isinstance(block, gr.Slider):
+        if isinstance(block, gr.Number | gr.Slider):
             found[block.label] = block
     return found
 
 
-def test_sliders_begin_with_the_defaults_of_the_model(source: StudioSource, weights: Path, tmp_path: Path) -> None:
+def test_numbers_begin_with_the_defaults_of_the_model(source: StudioSource, weights: Path, tmp_path: Path) -> None:
     # The browser shows and sends 0 for an empty number once it is seen.
-    numbers = [each for each in build(source).blocks.values() if isinstance(each, gr.Number | gr.Slider)]
-    assert {each.label for each in numbers} >= {"Seed", "Images", "Steps", "Guidance"}
-    assert None not in [each.value for each in numbers]
-    plain = sliders(build(source), "Generate")
+    values = [each.value for each in build(source).blocks.values() if isinstance(each, gr.Number | gr.Slider)]
+    assert None not in values
+    plain = numbers(build(source), "Generate")
     assert (plain["Steps"].value, plain["Guidance"].value) == (3, 1)
     guided = with_header(weights, SAMPLING, guidance=4.5, guidance_interval=(0.3, 5.0))
-    shown = sliders(build(guided), "Inpaint")
+    shown = numbers(build(guided), "Inpaint")
     assert (shown["Steps"].value, shown["Guidance"].value) == (3, 4.5)
-    assert shown["Guidance"].minimum <= 1
-    assert shown["Guidance"].maximum > 4.5
-
-
-def test_the_way_between_two_seeds_names_both(source: StudioSource) -> None:
-    batch = source.generate({"task": "interpolate", "label": "odd", "count": 2, "seed": 3, "to_seed": 4})
-    assert batch.note.startswith("2 images from seed 3 to 4")
-    assert "<dt>To seed</dt><dd>4</dd>" in facts_html(batch, 0)
 
 
 def test_a_request_sends_the_guidance_that_is_shown(source: StudioSource, weights: Path, tmp_path: Path) -> None:
@@ -114,61 +102,26 @@ def test_a_request_sends_the_guidance_that_is_shown(source: StudioSource, weight
     fields = {"label": "odd", "steps": 3, "sampler": "dpmpp_2m"}
 
     def pixels(guidance: float | None) -> list[bytes]:
-        batch = guided.generate(fields | {"guidance": guidance})
-        return [Image.open(path).tobytes() for path in batch.paths]
+        return [Image.open(path).tobytes() for path in guided.generate(fields | {"guidance": guidance}).paths]
 
-    assert "guidance 4.5 at σ from 0.3 to 5" in guided.generate(fields | {"guidance": 4.5}).note
     assert pixels(4.5) == pixels(None)
-    assert "guidance 2 at all σ" in guided.generate(fields | {"guidance": 2}).note
-    assert guided.generate(fields | {"guidance": 1}).note.endswith("3 steps")
     assert len({*pixels(4.5), *pixels(2), *pixels(1)}) == 3
 
 
 def test_what_has_no_effect_is_not_shown(weights: Path, tmp_path: Path) -> None:
     config = ModelConfig.model_validate(CONFIG.model_dump() | {"conditional": False})
     plain = write_model(tmp_path / "plain.safetensors", 1, 0, config=config)
-    assert {*sliders(build(StudioSource.from_file(plain, SAMPLING)), "Generate")} == {"Images", "Steps"}
+    assert {*numbers(build(StudioSource.from_file(plain, SAMPLING)), "Generate")} == {"Images", "Steps", "Seed"}
     student = write_model(
         tmp_path / "student.safetensors", 1, 0, classes={"even": 3, "odd": 1}, training={"student": {"steps": 2}}
     )
     page = build(StudioSource.from_file(student, SAMPLING))
-    assert {*sliders(page, "Generate")} == {"Images"}
+    assert {*numbers(page, "Generate")} == {"Images", "Seed"}
     assert "Sampler" not in labels(page, gr.Dropdown)
     square, several = {(8, 8): 4}, {(8, 8): 4, (8, 16): 2}
     for shapes, is_shown in ((square, False), (several, True)):
         page = build(with_header(weights, SAMPLING, shapes=shapes))
         assert ("Size" in labels(page, gr.Dropdown)) is is_shown
-
-
-@needs_encoder
-def test_examples_are_of_what_the_model_knows(
-    source: StudioSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    examples = source.make_examples()
-    assert examples.texts == ["even", "odd"]  # the most frequent first
-    assert source.make_examples() is examples
-    # Again is of the class that was clicked, by itself.
-    assert examples.fields_of(1) == {"task": "sample", "label": "odd", "count": 8}
-    text = ModelConfig.model_validate(CONFIG.model_dump() | {"text": True, "conditional": False})
-    weights = write_model(tmp_path / "words.safetensors", 1, 0, config=text)
-    unknown = StudioSource.from_file(weights, SAMPLING).make_examples()
-    assert unknown.texts == [""] * 6
-    (tmp_path / "words.prompts.txt").write_text("a red disc\n\n blue square \n")
-    known = StudioSource.from_file(weights, SAMPLING).make_examples()
-    assert known.texts == ["a red disc", "blue square"]
-    # What cannot be generated is no reason not to begin.
-    (tmp_path / "words.prompts.txt").write_text("word " * 1000)
-    assert StudioSource.from_file(weights, SAMPLING).make_examples() is None
-
-
-def test_prompts_of_examples_are_captions_of_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    squares(tmp_path / "data" / "blobs")
-    text = ModelConfig.model_validate(CONFIG.model_dump() | {"text": True, "conditional": False})
-    source = StudioSource.from_file(write_model(tmp_path / "words.safetensors", 1, 0, config=text), SAMPLING)
-    prompts = source.example_fields["prompt"]
-    assert sorted(prompts) == ["blue square", "green square", "red square"]
 
 
 def test_a_download_carries_the_lineage_of_images_on_s3(source: StudioSource, tmp_path: Path) -> None:
@@ -280,7 +233,7 @@ def test_the_page_generates_for_who_is_logged_in(address: str, source: StudioSou
     from gradio_client import Client
 
     client = Client(address, auth=(USER, PASSWORD), verbose=False)
-    gallery, note, *_ = client.predict("odd", 2, 3, 1, 7, "dpmpp_2m", api_name="/sample")
+    gallery, note, *_ = client.predict("odd", 2, 7, 3, "dpmpp_2m", 1, api_name="/sample")
     expected = source.generate({"task": "sample", "label": "odd", "seed": 7, "count": 2})
     assert [Path(each["image"]).read_bytes() for each in gallery] == [path.read_bytes() for path in expected.paths]
     assert "seed 7" in note
@@ -309,7 +262,7 @@ def test_it_ends_soon_while_it_generates(weights: Path) -> None:
         assert process.stderr is not None
         assert str(port) in process.stderr.readline()
         client = Client(f"http://127.0.0.1:{port}", auth=(USER, PASSWORD), verbose=False)
-        job = client.submit("odd", 64, 10_000, 1, 7, "dpmpp_2m", api_name="/sample")
+        job = client.submit("odd", 64, 7, 10_000, "dpmpp_2m", 1, api_name="/sample")
         time.sleep(3)
         assert not job.done()
         begun = time.monotonic()

@@ -1,4 +1,4 @@
-"""The studio's server: it answers its own pages and programs, and changes the registry for the page that asked."""
+"""The studio's server: it answers its own pages and programs, and logs what it refuses in one line."""
 
 import json
 import re
@@ -15,7 +15,7 @@ import httpx
 import pytest
 from mlflow.client import MlflowClient
 
-from diffusion.common.errors import ConflictError, UserError
+from diffusion.common.errors import UserError
 from diffusion.process.samplers import sampling_config
 from flows.environment import settings
 from flows.local_stack import http_protocol
@@ -23,15 +23,13 @@ from flows.local_stack.server_process import choose_ports
 from flows.registry.model_versions import Version
 from tests.builders.command_line import darkroom_command, without_servers
 from tests.builders.small_models import write_model
-from tests.builders.studio_client import PASSWORD, USER, logged_in, named, trigger
+from tests.builders.studio_client import PASSWORD, USER, logged_in, trigger
 from tests.builders.waiting import wait_until_served
 
 pytest.importorskip("gradio", reason="the studio needs Gradio: pip install 'darkroom-diffusion[ui]'")
 from flows.studio.app import build, launch
-from flows.studio.comparison import VOTES, load_version
-from flows.studio.ledger import read_history
-from flows.studio.server import new_token, require_token
-from flows.studio.source import StudioSource
+from flows.studio.generate import StudioSource
+from flows.studio.votes import VOTES, load_version
 
 SAMPLING = sampling_config(sampler="dpmpp_2m", steps=2, compute_batch=8)
 PUBLIC = "https://studio.example.org/darkroom"
@@ -118,16 +116,22 @@ def test_a_refused_request_is_one_escaped_line_of_the_log(tmp_path: Path) -> Non
                         client.get(f"gradio_api/{name}/%1b%0a%07")
                 client.post("gradio_api/upload", files={"files": (HOSTILE, b"x")})
                 for each in client.get("config").json()["dependencies"]:
-                    trigger(client, lambda event, each=each: event["id"] == each["id"], {"radio": HOSTILE})
+                    trigger(
+                        client,
+                        lambda event, each=each: event["id"] == each["id"],
+                        {"dropdown": HOSTILE, "Class": HOSTILE},
+                    )
                 with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
                     connection.sendall(f"GET / HTTP/1.1\r\nHost: {HOSTILE}\r\n\r\n".encode())
                     assert connection.recv(12) == b"HTTP/1.1 400"
+                assert client.get("config", headers={"Host": "evil.example"}).status_code == 403
                 assert client.get("config").status_code == 200
         finally:
             server.terminate()
             assert server.wait(30) == 0
     text = (tmp_path / "log").read_bytes().decode()
     assert re.search(r"a request failed: .*\\u001b\[31mred\\u000a", text)
+    assert "a request was refused: this server is not at the host name" in text
     assert [line for line in text.split("\n") if line.startswith(("Traceback", "  ", "    ~"))] == []
     assert re.findall(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text) == []
 
@@ -171,18 +175,10 @@ def test_an_address_that_is_none_is_refused(url: str, monkeypatch: pytest.Monkey
         settings()
 
 
-def test_a_token_is_for_one_page() -> None:
-    token = new_token()
-    require_token(token, token)
-    for expected, sent in ((token, new_token()), (token, None), (token, "ä"), (None, None), ("", ""), (None, token)):
-        with pytest.raises(ConflictError):
-            require_token(expected, sent)
-
-
 @pytest.fixture
 def studio(versions: list[Version], bucket: str) -> Iterator[httpx.Client]:
     """A person who is logged in to the studio of a model named as the bucket, whose champion is version 2."""
-    page = build(load_version(versions[1].uri, SAMPLING), bucket)
+    page = build(load_version(versions[1].uri, SAMPLING), versions[1])
     with logged_in(launch(page, PASSWORD)) as client:
         yield client
     page.close(verbose=False)
@@ -196,35 +192,18 @@ def event_of(title: str, config: Mapping[str, Any], kind: str = "click") -> Any:
     return lambda event: any(target[0] in ids and target[1] == kind for target in event["targets"])
 
 
-def test_a_rollback_needs_the_token_of_its_question(studio: httpx.Client, bucket: str) -> None:
-    config, session = studio.get("config").json(), uuid4().hex
-    act, ask = event_of("Roll back", config), event_of("Roll back …", config)
-    trigger(studio, named("ledger"), {}, session)  # as the tab does: the session knows the champion
-    blind = {"Reason, kept in the ledger": "from another page", "textbox": "guessed"}
-    assert "ask again" in trigger(studio, act, blind, session)["error"]
-    question = trigger(studio, ask, {}, session)["data"]
-    [token] = [each for each in question if isinstance(each, str) and "becomes champion" not in each]
-    asked = blind | {"textbox": token}
-    assert "ask again" in trigger(studio, act, blind, session)["error"]
-    assert "error" in trigger(studio, act, asked, uuid4().hex)  # of another session
-    assert read_history(bucket).alias_numbers.champion == 2
-    assert "error" not in trigger(studio, act, asked, session)
-    assert read_history(bucket).alias_numbers.champion == 1
-    assert "ask again" in trigger(studio, act, asked, session)["error"]  # each is for one change
-    assert len(read_history(bucket).entries) == 3
-
-
-def test_a_vote_needs_the_token_of_its_pair(studio: httpx.Client, mlflow_client: MlflowClient, bucket: str) -> None:
+def test_a_vote_is_cast_by_the_session_that_began_it(
+    studio: httpx.Client, mlflow_client: MlflowClient, bucket: str
+) -> None:
     config, session = studio.get("config").json(), uuid4().hex
     vote = event_of("No difference", config)
-    assert "ask again" in trigger(studio, vote, {"textbox": "guessed"}, session)["error"]
-    trigger(studio, event_of("Compare", config, "select"), {}, session)
+    assert "begin a vote" in trigger(studio, vote, {}, session)["error"]
+    trigger(studio, event_of("Vote", config, "select"), {}, session)
     begin = {"Champion": 2, "Candidate": 1, "Images": 2, "Class": ""}
-    ballot = trigger(studio, event_of("Vote blind", config), begin, session)["data"]
-    token = next(each for each in ballot if isinstance(each, str) and not each.startswith("<"))
-    assert "ask again" in trigger(studio, vote, {"textbox": "guessed"}, session)["error"]
+    assert "error" not in trigger(studio, event_of("Vote blind", config), begin, session)
+    assert "begin a vote" in trigger(studio, vote, {}, uuid4().hex)["error"]
     assert VOTES not in mlflow_client.get_model_version(bucket, "1").tags
-    assert "error" not in trigger(studio, vote, {"textbox": token}, session)
-    assert "ask again" in trigger(studio, vote, {"textbox": token}, session)["error"]
-    assert mlflow_client.get_model_version(bucket, "1").tags[VOTES].endswith("no difference 1")
-    assert token not in json.dumps(config)
+    for _ in range(2):
+        assert "error" not in trigger(studio, vote, {}, session)
+    assert "begin a vote" in trigger(studio, vote, {}, session)["error"]
+    assert mlflow_client.get_model_version(bucket, "1").tags[VOTES].endswith("no difference 2")
