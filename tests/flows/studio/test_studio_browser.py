@@ -361,7 +361,7 @@ def test_a_person_generates_behind_a_reverse_proxy(studio: gr.Blocks, tmp_path: 
 def test_a_person_votes(
     versions: list[Version], mlflow_client: MlflowClient, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PREFECT_API_URL", "http://user:secret@127.0.0.1:4200/api")
+    monkeypatch.setenv("PREFECT_API_URL", "http://user:test-secret@127.0.0.1:4200/api")
     with visited(build(load_version(versions[1].uri, SAMPLING), versions[1])) as page:
         expect(page.get_by_role("link", name="Prefect")).to_have_attribute("href", "http://127.0.0.1:4200")
         link = page.get_by_role("link", name="MLflow")
