@@ -287,14 +287,6 @@ def environment_variables() -> str:
             _rows([f"`DARKROOM_{name.upper()}`", _code(str(field.default)), _prose(field.description or "")])[0]
             for name, field in own.items()
         ),
-        *_rows(
-            [
-                f"`{environment.PREFIX}*`",
-                "",
-                "Staging servers for `darkroom model release`: `MLFLOW_TRACKING_URI`, `BUCKET`, and their `MLFLOW_*` "
-                "and `AWS_*` with this prefix; or `HOME`, the folder of a local stack.",
-            ]
-        )[:1],
         "",
         "## Servers",
         "",

@@ -1,7 +1,6 @@
-"""Environment variables of Darkroom and its servers; ``DARKROOM_STAGING_*`` name the servers of another stage."""
+"""Environment variables of Darkroom and its servers."""
 
 import os
-import re
 from pathlib import Path
 from typing import Literal, get_args
 from urllib.request import getproxies
@@ -41,7 +40,6 @@ DEFAULTS = {
     # Prefect's client has telemetry of its own.
     "DO_NOT_TRACK": "true",
 }
-PREFIX = "DARKROOM_STAGING_"
 WORKER_VARIABLES = ("DARKROOM_CAPTIONERS", "DARKROOM_PRIVATE_ADDRESSES")
 """Variables that say what parameters of deployments may make a worker do."""
 SERVER_PREFIXES = ("AWS_", "MLFLOW_", "PREFECT_", "DARKROOM_")
@@ -105,25 +103,3 @@ def loopback_no_proxy() -> dict[str, str]:
         return {}
     names = {name: os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY")}
     return {name: ",".join(filter(None, [hosts, "127.0.0.1"])) for name, hosts in names.items()}
-
-
-def read_staging_servers() -> tuple[str, dict[str, str]]:
-    """Servers that ``DARKROOM_STAGING_*`` name: their location, without credentials, and the environment to use them.
-
-    HOME is the folder of a running local stack; otherwise MLFLOW_TRACKING_URI and BUCKET, which holds its ledgers, are
-    needed, and MLFLOW_* and AWS_* hold the keys to them. Raises UserError that names what is missing.
-    """
-    fields = {name.removeprefix(PREFIX): value for name, value in os.environ.items() if name.startswith(PREFIX)}
-    if (home := fields.pop("HOME", None)) is None and not fields.keys() >= {"MLFLOW_TRACKING_URI", "BUCKET"}:
-        raise UserError(
-            f"no staging servers: set {PREFIX}MLFLOW_TRACKING_URI and {PREFIX}BUCKET, with {PREFIX}AWS_* and "
-            f"{PREFIX}MLFLOW_* for the keys to them, or {PREFIX}HOME to the folder of a local stack"
-        )
-    if home is not None and fields:
-        names = ", ".join(f"{PREFIX}{name}" for name in fields)
-        raise UserError(f"no staging servers: {PREFIX}HOME names a local stack: unset {names}")
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(SERVER_PREFIXES)}
-    variables |= {name: value for name, value in fields.items() if name.startswith(("AWS_", "MLFLOW_"))}
-    if home is not None:
-        return home, variables | {"DARKROOM_HOME": home}
-    return re.sub(r"//[^/]*@", "//", fields["MLFLOW_TRACKING_URI"]), variables | {"DARKROOM_BUCKET": fields["BUCKET"]}

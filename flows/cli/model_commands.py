@@ -1,4 +1,4 @@
-"""``darkroom model``: import, history, rollback, release, model card, explanation and export of models."""
+"""``darkroom model``: import, history, rollback, model card, explanation and export of models."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -39,13 +39,12 @@ if TYPE_CHECKING:
     from flows.provenance.export_model import ExportedModel, ModelExport
     from flows.registry.champion import ChampionChange
     from flows.registry.ledger import History, Ledger
-    from flows.registry.release import ReleaseResult
     from flows.signing.keys import SigningKey
 
 MAX_REASON = 80  # characters of a reason in the table of a history, unless -v is given
 app = typer.Typer(
     name="model",
-    help="Models: import, history, rollback, release, card, explanation, export.",
+    help="Models: import, history, rollback, card, explanation, export.",
     no_args_is_help=True,
 )
 Exported = Annotated[
@@ -230,30 +229,6 @@ def rollback(config: "Params", reason: Reason = None) -> CommandOutput:
     return describe_champion_change(roll_back(config.model_name, reason))
 
 
-@command(app)
-def release(
-    model: Annotated[
-        str,
-        Argument(metavar="URI", help="Model in staging: models:/NAME@champion or /NUMBER.", callback=check_registered),
-    ],
-    reason: Reason = None,
-) -> CommandOutput:
-    """Copy a version from the staging registry, with run, evaluation and card, and make it champion here.
-
-    DARKROOM_STAGING_* locate staging: MLFLOW_TRACKING_URI, MLFLOW_TRACKING_USERNAME and _PASSWORD, BUCKET, AWS_*, or
-    HOME, the folder of a local stack. A version that is not champion there needs --reason. Needs no Prefect server.
-
-    Example:  darkroom model release models:/faces@champion
-    """
-    from flows.environment import read_staging_servers
-
-    read_staging_servers()
-    with connect("mlflow", "s3"):
-        from flows.registry.release import release
-
-        return describe_champion_change(release(model, reason))
-
-
 @registry_command
 def card(
     config: "Params",
@@ -422,7 +397,7 @@ def _describe_export(result: "ModelExport", to: str) -> CommandOutput:
     return CommandOutput(value, lines)
 
 
-def describe_champion_change(change: "ChampionChange | ReleaseResult") -> CommandOutput:
+def describe_champion_change(change: "ChampionChange") -> CommandOutput:
     """Output of a command that changed the champion."""
     note = ", which was done already" if change.already else ""
     return CommandOutput(change, [f"{change.version.uri} is champion{note}: {change.entry}"])

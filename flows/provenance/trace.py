@@ -164,10 +164,8 @@ class _Walk:
         model = self.model(origin.model, origin.version, origin.run_id, batch)
         run = self.run(origin.run_id)
         tags = self.tags(model, run)
-        released_from = tags.released_from
-        # The remote of staging is not readable from here.
         source = environment.data_source()
-        for dataset_input in run.inputs.dataset_inputs if run and run.inputs and not released_from else ():
+        for dataset_input in run.inputs.dataset_inputs if run and run.inputs else ():
             with suppress(ValueError, LookupError, TypeError, AttributeError, UserError):
                 source = str(Location.parse(json.loads(dataset_input.dataset.source)["uri"]))
                 break
@@ -194,7 +192,7 @@ class _Walk:
             request=location.request,
             model=model,
             run=run_data,
-            data=manifest and self.data(manifest, tags.dvc_digest, source, released_from),
+            data=manifest and self.data(manifest, tags.dvc_digest, source),
             origins=self.origins(model) if model else [],
             takedowns=self.find_takedowns(tags.dataset, model, run, manifest, source),
             broken=list(dict.fromkeys(self.broken)),
@@ -309,13 +307,11 @@ class _Walk:
             )
         return manifest
 
-    def data(self, version: Manifest, dvc_digest: str | None, source: str, released_from: str | None) -> TracedData:
+    def data(self, version: Manifest, dvc_digest: str | None, source: str) -> TracedData:
         files = StoredFiles(version.name, source, dvc_digest)
-        listings = [] if released_from else list(files.listings(version.digest).values())
+        listings = list(files.listings(version.digest).values())
 
         def place(shard: FileEntry) -> TracedShard:
-            if released_from:
-                return TracedShard(**dict(shard), where=f"where {released_from} has it")
             for listing in listings:
                 md5, remote = listing.get(shard.name), files.remote
                 if md5 and remote and (stat := remote.stat(md5)) and stat.size == shard.bytes:

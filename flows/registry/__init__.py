@@ -1,1 +1,1 @@
-"""The model registry: versions, the ledger of champions, aliases, model card, releases."""
+"""The model registry: versions, the ledger of champions, aliases, model card."""

@@ -10,7 +10,7 @@ from flows.deployment.tasks import retryable_task
 from flows.environment import settings
 from flows.registry import model_versions
 from flows.registry.aliases import CHAMPION, append, list_aliases, project, read_record, read_verified_history
-from flows.registry.ledger import Evidence, History, Ledger, LedgerEntry, LedgerEvent
+from flows.registry.ledger import History, Ledger, LedgerEntry, LedgerEvent
 from flows.registry.model_versions import WEIGHTS, Version, registered_version
 from flows.registry.takedown_marks import TAKEDOWN, describe_takedowns, reload_with_takedowns
 
@@ -76,13 +76,10 @@ class ChampionChange(Config):
     """Whether it was champion before, so that nothing was added to the ledger."""
 
 
-def promote(
-    model: str, number: int, reason: str | None = None, taken_down: bool = False, evidence: Evidence | None = None
-) -> ChampionChange:
+def promote(model: str, number: int, reason: str | None = None, taken_down: bool = False) -> ChampionChange:
     """Make version ``number`` of ``model`` champion regardless of the gate's verdict, which the entry records.
 
-    ``evidence`` is the verdict of another registry's gate, for a version that this one's gate has not evaluated. Raises
-    UserError if the version has no weights, or learned from images taken down since without ``taken_down``, and
+    Raises UserError if the version has no weights, or learned from images taken down since without ``taken_down``, and
     ConflictError if another process changed the champion meanwhile.
     """
     client, ledger = MlflowClient(), Ledger.of(model)
@@ -96,7 +93,7 @@ def promote(
                 "reason can be added: leave --reason out"
             )
         return _finish(client, ledger, version, already=True)
-    return _commit(client, ledger, history, "promote", version, reason, evidence)
+    return _commit(client, ledger, history, "promote", version, reason)
 
 
 def roll_back(model: str, reason: str | None = None) -> ChampionChange:
@@ -125,7 +122,6 @@ def _commit(
     event: LedgerEvent,
     version: Version,
     reason: str | None,
-    evidence: Evidence | None = None,
 ) -> ChampionChange:
     def decide(history: History) -> LedgerEntry:
         if history.alias_numbers.champion != base_history.alias_numbers.champion:
@@ -134,7 +130,7 @@ def _commit(
                 "still holds"
             )
         last_entry = history.find_newest_entry(version.number)
-        basis = last_entry.evidence if last_entry and last_entry.evidence else evidence
+        basis = last_entry.evidence if last_entry else None
         return history.next_entry(
             event, version.number, version.weights_sha256, by_hand=True, reason=reason, evidence=basis
         )

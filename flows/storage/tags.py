@@ -47,7 +47,7 @@ class Tags(BaseModel):
     """Version whose weights training began with."""
     ancestors: Json[list[tuple[Sha256, PlainName]]] | None = None
     """Content digests and names of the data sets that its autoencoder, initial weights and their ancestors learned
-    from; these may be deleted since, or belong to the registry that it was released from."""
+    from; these may be deleted since."""
     warm_start: Annotated[int, Field(ge=1)] | None = None
     """Number of warm starts in its chain, from the one that followed a training from nothing to its own."""
     takedown: Annotated[str, StringConstraints(pattern=r"^[0-9a-z]+(,[0-9a-z]+)*$")] | None = None
@@ -56,8 +56,6 @@ class Tags(BaseModel):
     """Source of an imported version, with its revision."""
     licence: Annotated[str, StringConstraints(min_length=1, max_length=2000)] | None = None
     """Licence of an imported version."""
-    released_from: Annotated[str, StringConstraints(min_length=1, max_length=2000)] | None = None
-    """Source of a released version, in words."""
 
     @property
     def base_digests(self) -> list[str]:

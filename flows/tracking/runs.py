@@ -36,7 +36,6 @@ WARM_START = "darkroom.warm_start"
 """Tag of a run and its version: the number of warm starts in its chain, its own included; none: from nothing."""
 IMPORTED = "darkroom.imported"  # tag that identifies the run of an import: digest of the weights
 SWEEP = "darkroom.sweep"  # tag that identifies the parent run of a sweep: digest of its settings and data
-RELEASED_FROM = "darkroom.released_from"  # tag of a released version and its run: source registry and version
 DIGEST_LENGTH = 36  # longest data set digest that MLflow stores; the tags hold the full one
 CHECKPOINT, CHECKPOINT_SHA256 = "darkroom.checkpoint", "darkroom.checkpoint_sha256"
 """Tags of a logged model: the file of its checkpoint, and the digest that identifies it."""

@@ -113,7 +113,6 @@ model export --to onnx --out x
 model export --to diffusers --model text.safetensors --out x
 model export --to diffusers --model text.safetensors --out x --push user/set
 model export --to diffusers --model text.safetensors --out x --public
-model release faces
 edit img2img one.png --strength nan --model m.safetensors
 edit inpaint one.png --mask one.png --resample-steps 1000 --model m.safetensors
 edit interpolate
