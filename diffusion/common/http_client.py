@@ -74,8 +74,6 @@ class HttpResponse:
     headers: httpx.Headers
     pieces: Iterator[bytes]
     """The body; raises HttpError."""
-    url: str
-    """Where redirects led to."""
 
     @property
     def reason(self) -> str:
@@ -153,7 +151,7 @@ class HttpClient:
         with closing(raw_response):
             fields = httpx.Headers(raw_response.headers)
             pieces = self._pieces(raw_response, fields, max_bytes)
-            response = HttpResponse(raw_response.status, fields, pieces, self._exchange.url)
+            response = HttpResponse(raw_response.status, fields, pieces)
             if response.status in (408, 425, 429) or response.status >= 500:
                 raise RetryableError(response.reason, retry_after(fields.get("Retry-After", "")))
             yield response
@@ -171,7 +169,6 @@ class HttpClient:
         for _ in range(MAX_REDIRECTS + 1):
             if place.scheme not in ("http", "https") or not place.host:
                 raise httpcore.UnsupportedProtocol(place.scheme)
-            self._exchange.url = str(place)
             fields["Host"] = place.netloc.decode("ascii")
             sent = fields.copy()
             if place.username or place.password:

@@ -16,7 +16,9 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError
 from dvc.exceptions import DvcException, NotDvcRepoError
+from dvc.lock import make_lock
 from dvc.repo import Repo
+from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
 from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
@@ -58,6 +60,7 @@ def open_repository(root: str | None = None) -> Iterator[Repo]:
     with ExitStack() as stack:
         try:
             repo = stack.enter_context(Repo(root, _wait_for_lock=True))
+            _remove_torn_locks(Path(str(repo.tmp_dir)))
             _ = repo.index.outs  # reads dvc.yaml, dvc.lock and all .dvc files
         except NotDvcRepoError:
             raise
@@ -67,6 +70,25 @@ def open_repository(root: str | None = None) -> Iterator[Repo]:
                 "dvc.lock or the .dvc file, or take it from git"
             ) from error
         yield repo
+
+
+def _remove_torn_locks(folder: Path) -> None:
+    """Remove DVC's table of locks if a kill tore it: DVC writes it in place, and refuses to read half of one."""
+    table = folder / RWLOCK_FILE
+    if _is_torn(table):
+        # Another process may be writing it.
+        with make_lock(str(folder / RWLOCK_LOCK), wait=True):
+            if _is_torn(table):
+                table.unlink()
+
+
+def _is_torn(table: Path) -> bool:
+    with suppress(FileNotFoundError):
+        try:
+            json.loads(table.read_bytes())
+        except ValueError:
+            return True
+    return False
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ However the model is loaded, the work and time of a table are limited (``Generat
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,11 +33,10 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from diffusion.checkpoints import load_model, read_model_header
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.image_grids import png_bytes, to_pil_image
-from diffusion.families.model import Model
 from diffusion.generation.config import FIELDS, MAX_FILE_BYTES, GenerationLimits, GenerationRequest, make_request
 from diffusion.generation.limits import Budget, BusyError, RequestQueue, StoppedError
 from diffusion.generation.requests import answer
-from diffusion.process.samplers import SAMPLING_ADAPTER, SamplingConfig
+from diffusion.process.samplers import SAMPLING_ADAPTER
 
 MAX_TABLE_IMAGES = 4096
 """Maximum images of a table, and so rows."""
@@ -60,11 +59,8 @@ class ServedModel(PythonModel):
         """Load the weights from their safetensors file, and those that they are based on from MLflow."""
         weights = Path(context.artifacts["weights"])
         fetch_bases(weights)
-        self.use(load_model(weights), SAMPLING_ADAPTER.validate_python(context.model_config))
-
-    def use(self, model: Model, sampling: SamplingConfig) -> None:
-        """Serve ``model``, with ``sampling`` where a request sets nothing, within the limits of the environment."""
-        self.model, self.sampling, self.limits = model, sampling, GenerationLimits.from_environment()
+        self.model, self.sampling = load_model(weights), SAMPLING_ADAPTER.validate_python(context.model_config)
+        self.limits = GenerationLimits.from_environment()
         self.queue = RequestQueue(self.limits.max_waiting_requests)
 
     def predict(
@@ -77,40 +73,29 @@ class ServedModel(PythonModel):
         """
         try:
             # Before the rows are walked, which takes a hundred times the memory of the table.
-            _check_length(model_input)
-            with self.queue.take_place():
-                rows = self.answer(model_input.to_dict("records"), params or {}, Budget(self.limits))
+            if not 0 < len(model_input) <= MAX_TABLE_IMAGES:
+                found = f"{len(model_input)} records" if len(model_input) else "no record that asks for anything"
+                raise UserError(f"{found} in the table: give 1 to {MAX_TABLE_IMAGES}, each with {RECORD}")
+            with self.queue.take_place(), self.queue.wait_for_turn(budget := Budget(self.limits)):
+                requests = []
+                for number, row in enumerate(model_input.to_dict("records")):
+                    budget.check()
+                    try:
+                        requests.append(_parse_row(row, params or {}))
+                    except UserError as error:
+                        raise UserError(f"row {number}: {error}") from error
+                if (count := sum(request.count for request in requests)) > MAX_TABLE_IMAGES:
+                    raise UserError(f"{count} images in one table: ask for at most {MAX_TABLE_IMAGES}")
+                answers = answer(self.model, requests, self.sampling, budget=budget)
+                rows = [
+                    {"request": number, "index": index, "png": png_bytes(to_pil_image(image))}
+                    for number, (request, images) in enumerate(zip(requests, answers, strict=True))
+                    for index, image in zip(request.indices, images, strict=True)
+                ]
         except DarkroomError as error:
-            raise to_mlflow_error(error) from error
+            codes = (code for kind, code in ERROR_CODES.items() if isinstance(error, kind))
+            raise MlflowException(str(error), next(codes, INTERNAL_ERROR)) from error
         return pd.DataFrame(rows, columns=["request", "index", "png"])
-
-    def answer(
-        self, rows: Sequence[Mapping[Any, Any]], params: Mapping[str, Any], budget: Budget
-    ) -> list[dict[str, Any]]:
-        """Generate the images of each row, as ``predict`` does, within ``budget``; raises DarkroomError."""
-        _check_length(rows)
-        with self.queue.wait_for_turn(budget):
-            requests = []
-            for number, row in enumerate(rows):
-                budget.check()
-                try:
-                    requests.append(_parse_row(row, params))
-                except UserError as error:
-                    raise UserError(f"row {number}: {error}") from error
-            if (count := sum(request.count for request in requests)) > MAX_TABLE_IMAGES:
-                raise UserError(f"{count} images in one table: ask for at most {MAX_TABLE_IMAGES}")
-            answers = answer(self.model, requests, self.sampling, budget=budget)
-            return [
-                {"request": number, "index": index, "png": png_bytes(to_pil_image(image))}
-                for number, (request, images) in enumerate(zip(requests, answers, strict=True))
-                for index, image in zip(request.indices, images, strict=True)
-            ]
-
-
-def to_mlflow_error(error: DarkroomError) -> MlflowException:
-    """Convert an error to MLflow's, with the code that implies its HTTP status."""
-    codes = (code for kind, code in ERROR_CODES.items() if isinstance(error, kind))
-    return MlflowException(str(error), next(codes, INTERNAL_ERROR))
 
 
 def fetch_bases(weights: Path) -> None:
@@ -132,12 +117,6 @@ def fetch_bases(weights: Path) -> None:
         with TemporaryDirectory(dir=weights.parent) as scratch:
             uri = f"{models[0].artifact_location}/artifacts/weights.safetensors"
             Path(mlflow.artifacts.download_artifacts(uri, dst_path=scratch)).replace(path)
-
-
-def _check_length(rows: Sized) -> None:
-    if not 0 < len(rows) <= MAX_TABLE_IMAGES:
-        count = f"{len(rows)} records" if len(rows) else "no record that asks for anything"
-        raise UserError(f"{count} in the table: give 1 to {MAX_TABLE_IMAGES}, each with {RECORD}")
 
 
 def _parse_row(row: Mapping[Any, Any], params: Mapping[str, Any]) -> GenerationRequest:

@@ -189,7 +189,11 @@ class CaptionCache:
         """Store an answer: it outlives this process from now on."""
         row = bytes.fromhex(key), captioner, caption
         with self._lock:
-            self._database.execute("INSERT OR REPLACE INTO captions VALUES (?, ?, ?)", row)
+            try:
+                self._database.execute("INSERT OR REPLACE INTO captions VALUES (?, ?, ?)", row)
+            except sqlite3.OperationalError:
+                self._database.execute("PRAGMA busy_timeout = 0")  # the other threads do not wait one after another
+                raise
 
     def forget(self, keys: Iterable[str]) -> None:
         """Delete all answers about these images."""

@@ -36,6 +36,11 @@ def test_data_sets_outside_dvc_yaml_get_their_own_pointer(
     assert version.pointer == "data/other.dvc"
     assert record_data(folder, push_to=None) == version
     assert data_version(folder) == version
+    blob(99).save(images / "another.png")
+    ingest(folder, IngestConfig(source=str(images), size=8))
+    # As a kill leaves DVC's table of locks, which is written in place.
+    Path(".dvc/tmp/rwlock").write_text('{"write": {')
+    assert record_data(folder, push_to=None).pointer == "data/other.dvc"
 
 
 def test_repositories_killed_at_creation_are_whole(tmp_path: Path) -> None:
