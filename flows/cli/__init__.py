@@ -34,7 +34,7 @@ from flows.cli.command import MAX_ERROR, VERBOSITY, Quiet, Verbose, print_error,
 
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 """Base class of errors in options and arguments, for which typer has no public name."""
-EXTRAS = dict.fromkeys(("c2pa", "cryptography", "model_signing"), "signing") | {"cyclonedx": "diffusers"}
+EXTRAS = dict.fromkeys(("c2pa", "cryptography", "model_signing"), "signing")
 """Extra of libraries that are not of [pipeline]."""
 FULL_DISK_ERROR = (
     "a disk is full: free some space and give the same command again, which goes on from there; -v shows where"

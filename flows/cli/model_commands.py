@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mlflow.client import MlflowClient
 
     from flows.config import Params
-    from flows.provenance.export_model import ExportedModel, ModelExport
+    from flows.provenance.export_model import ModelExport
     from flows.registry.champion import ChampionChange
     from flows.registry.ledger import History, Ledger
     from flows.signing.keys import SigningKey
@@ -290,13 +290,11 @@ def export(
     public: Public = False,
     licence: WeightsLicence = None,
     prompt: SamplePrompts = [],  # noqa: B006
-    sign: Annotated[bool, Option("--sign", help="Sign the folder and its bill of materials, beside them.")] = False,
+    sign: Annotated[bool, Option("--sign", help="Sign the folder; the signature lies beside it.")] = False,
     key: SigningKeyFile = None,
     certificates: Certificates = None,
 ) -> CommandOutput:
     """Export a model as a diffusers pipeline folder, with the sampler settings of sampling.*, and push it to the Hub.
-
-    Beside it lies FOLDER.cdx.json, its bill of materials in CycloneDX: data set, base models, licences, metrics, files.
 
     Example:  darkroom model export --to diffusers --model models:/faces@champion --out exports/faces
 
@@ -318,52 +316,20 @@ def export(
     signer = _signing_key(key, certificates) if sign else None
     with nullcontext() if is_model_file(model) else connect("mlflow", "s3"):
         from diffusion.diffusers_format.adapter import AdapterDetails
-        from flows.provenance.export_model import Push, export_model
+        from flows.provenance.export_model import ExportedModel, Push, export_model
 
         pushed = Push(uri=push, prompts=tuple(prompt), public=public) if push else None
-        exported = _exported_model(config, model)
+        if is_model_file(model):
+            exported = ExportedModel(Path(model))
+        else:
+            from flows.checks.models import require_version
+
+            require_version(model or config.champion)
+            exported = ExportedModel.registered(model or config.champion)
         details = AdapterDetails(title=title, trigger=trigger)
         return _describe_export(
             export_model(config, exported, to, folder, licence, signer, pushed, file_format, details), to
         )
-
-
-@command(app, "training-content")
-def training_content(
-    config: "Params",
-    model: Model = None,
-    output: Annotated[Path | None, Option("--out", metavar="FILE", help="Write it to a file, too.")] = None,
-) -> CommandOutput:
-    """Print a public summary of the training content, in the form of the template of the EU's AI Office, in Markdown.
-
-    Data sets, sizes, licences, bases and takedowns come from records; what only people know is marked for them.
-
-    Example:  darkroom model training-content --model models:/faces@champion --out training-content.md
-    """
-    if output is not None:
-        require_writable(output.parent, f"--out {output}")
-    with nullcontext() if is_model_file(model) else connect("mlflow", "s3"):
-        from diffusion.common.files import write_bytes
-        from flows.provenance.training_content import summarize_training_content
-
-        exported = _exported_model(config, model)
-        text = summarize_training_content(
-            exported.weights, exported.find_manifest(config), exported.uri, exported.takedowns, exported.ancestors
-        )
-    if output is not None:
-        write_bytes(output, text.encode())
-    return CommandOutput({"model": exported.uri or str(exported.weights), "summary": text}, text.splitlines())
-
-
-def _exported_model(config: "Params", model: str | None) -> "ExportedModel":
-    from flows.provenance.export_model import ExportedModel
-
-    if is_model_file(model):
-        return ExportedModel(Path(model))
-    from flows.checks.models import require_version
-
-    require_version(model or config.champion)
-    return ExportedModel.registered(model or config.champion)
 
 
 def _require_pushable(push: str | None, to: str) -> None:
@@ -384,11 +350,11 @@ def _signing_key(key: Path | None, certificates: Path | None) -> "SigningKey":
 
 def _describe_export(result: "ModelExport", to: str) -> CommandOutput:
     export, upload = result.export, result.pushed
-    value = export.model_dump(mode="json") | {"to": to, "bom": str(result.bom)}
-    lines = [f"{export.folder}: {export.pipeline}, {len(export.files)} files", f"bill of materials: {result.bom}"]
+    value = export.model_dump(mode="json") | {"to": to}
+    lines = [f"{export.folder}: {export.pipeline}, {len(export.files)} files"]
     if result.signature is not None:
         value["signature"] = str(result.signature)
-        lines.append(f"signature: {result.signature}, and one of the bill of materials")
+        lines.append(f"signature: {result.signature}")
     lines.append(result.usage)
     if upload is not None:
         value["pushed"] = upload.model_dump(mode="json")

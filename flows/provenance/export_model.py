@@ -1,9 +1,8 @@
-"""Export of a model to diffusers or as an adapter: with its bill of materials, signed, and pushed to the Hub."""
+"""Export of a model to diffusers or as an adapter: signed, and pushed to the Hub."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +20,6 @@ from diffusion.diffusers_format.hub import SAMPLES, hub_card, push_to_hub
 from diffusion.families.adapters.base import AdapterFormat
 from diffusion.families.diffusion_model import DiffusionModel
 from flows.config import Params
-from flows.provenance.bill_of_materials import write_bom
 
 # A file is exported without the libraries of the registry, and without keys.
 if TYPE_CHECKING:
@@ -43,34 +41,20 @@ class ExportedModel:
     data: Manifest | None = None
     """Manifest of the data set it was trained on; None: unknown here."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    libraries: Sequence[str] = ()
-    """Libraries that the version was registered with, as NAME==VERSION."""
-    takedowns: str | None = None
-    """Names of takedowns, since its training, of images that it learned from; None: none."""
-    ancestors: Sequence[str] = ()
-    """Registered models that it was made from, and data that deleted ones learned from, in words."""
 
     @classmethod
     def registered(cls, uri: str) -> "ExportedModel":
         """Fetch a registered version."""
         from mlflow.client import MlflowClient
 
-        from flows.provenance.reproduce import fetch_requirements
         from flows.registry import model_versions
         from flows.registry.model_card import load_manifest_and_metrics
-        from flows.registry.takedown_marks import TAKEDOWN, describe_ancestors, warn_of_takedown
+        from flows.registry.takedown_marks import warn_of_takedown
 
         version = model_versions.resolve(MlflowClient(), uri)
         warn_of_takedown(version)
         weights = model_versions.cached_weights(version)
-        data, metrics = load_manifest_and_metrics(version)
-        requirements, takedowns = fetch_requirements(version), version.tags.get(TAKEDOWN)
-        ancestors = describe_ancestors(MlflowClient(), version)
-        return cls(weights, version.uri, version.run_id, data, metrics, requirements, takedowns, ancestors)
-
-    def find_manifest(self, config: Params) -> Manifest | None:
-        """Return the manifest of the data set it was trained on, which may lie here; None if it is unknown."""
-        return self.data or _find_manifest(config, read_model_header(self.weights).content_digest)
+        return cls(weights, version.uri, version.run_id, *load_manifest_and_metrics(version))
 
     @property
     def origin(self) -> tuple[str, ...]:
@@ -93,7 +77,6 @@ class ModelExport(Config):
     """An exported model and what lies beside it."""
 
     export: ExportResult
-    bom: Path
     usage: str
     """How to use it, in words."""
     signature: Path | None = None
@@ -111,10 +94,10 @@ def export_model(
     adapter_format: AdapterFormat | None = None,
     details: AdapterDetails | None = None,
 ) -> ModelExport:
-    """Export ``model`` into ``folder``, write its bill of materials beside it, sign both and push the pipeline.
+    """Export ``model`` into ``folder``, sign it and push the pipeline.
 
     Args:
-        config: Section sampling, and the data set whose manifest is searched for a model file.
+        config: Section sampling, and the data set whose manifest is searched for the card of a pushed file.
         model: See ``ExportedModel``.
         to: A pipeline of diffusers, or the adapter of a fine-tuned one.
         folder: New folder.
@@ -127,7 +110,6 @@ def export_model(
     Raises:
         UserError: The model cannot be exported so, or prompts are given for one without captions.
     """
-    import_module("cyclonedx")  # what is missing is said before anything is written
     weights, header = model.weights, read_model_header(model.weights)
     if to == "adapter":
         details = (details or AdapterDetails()).model_copy(update={"licence": licence})
@@ -135,8 +117,6 @@ def export_model(
         export = export_adapter(weights, folder, version, run_id, adapter_format, details)
     else:
         export = export_to_diffusers(weights, folder, config.sampling, *model.origin)
-    data = model.find_manifest(config)
-    bom = write_bom(weights, export, data, model.metrics, model.libraries, licence)
     usage = f"how to use it: {export.folder / 'README.md'}"
     if to == "diffusers" and header.model.family == "diffusers":
         # What was imported has its own card, or none.
@@ -146,14 +126,12 @@ def export_model(
         from flows.signing.keys import signature_path
 
         signature = signature_path(export.folder)
-        for path in (export.folder, bom):
-            signer.sign(path, signature_path(path))
+        signer.sign(export.folder, signature)
     return ModelExport(
         export=export,
-        bom=bom,
         usage=usage,
         signature=signature,
-        pushed=None if push is None else _push(push, config, export, weights, data, model.metrics, licence),
+        pushed=None if push is None else _push(push, config, export, model, licence),
     )
 
 
@@ -165,19 +143,12 @@ def _find_manifest(config: Params, content_digest: str) -> Manifest | None:
     return None
 
 
-def _push(
-    push: Push,
-    config: Params,
-    export: ExportResult,
-    weights: Path,
-    data: Manifest | None,
-    metrics: Mapping[str, float],
-    licence: str | None,
-) -> PushResult:
+def _push(push: Push, config: Params, export: ExportResult, exported: ExportedModel, licence: str | None) -> PushResult:
     """Push an export with card and samples."""
-    name, model = check_push(push.uri), load_model(weights)
+    name, model = check_push(push.uri), load_model(exported.weights)
     assert isinstance(model, DiffusionModel), "others are not exported"
-    header, base, file = model.header, model.header, weights
+    header, base, file = model.header, model.header, exported.weights
+    data = exported.data or _find_manifest(config, header.content_digest)
     while base.base is not None:
         file = find_base(file, base.base)
         base = read_model_header(file)
@@ -200,7 +171,7 @@ def _push(
         licence or (origin.licence if origin is not None else None) or (data.licence if data is not None else None),
         data.sources if data is not None else [],
         origin,
-        metrics,
+        exported.metrics,
         list(samples),
         has_captions,
     )

@@ -1,4 +1,4 @@
-"""Offline verification of what was signed: images, exported models with their bill of materials, and ledgers."""
+"""Offline verification of what was signed: images, exported models, and ledgers."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,6 @@ from pydantic import Field, ValidationError
 from diffusion.common.config import Config
 from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_bytes
-from flows.provenance.bill_of_materials import BOM, bom_path, read_bom_files
 from flows.provenance.signed_images import (
     SIGNING,
     SUCCESS_SIGNATURE,
@@ -24,14 +23,14 @@ from flows.provenance.signed_images import (
 from flows.registry.ledger import MAX_ENTRY_BYTES, SIGNATURES, BrokenChainError, LedgerEntry, follow_chain
 from flows.sampling.batch_format import SUCCESS, Success, part_key
 from flows.signing.images import SignedImage, verify_image
-from flows.signing.keys import SignatureError, Trust, describe_differences, signature_path, signed_files
+from flows.signing.keys import SignatureError, Trust, signature_path, signed_files
 from flows.storage.numbered_objects import NAME
 from flows.storage.s3 import PROBE, PROBE_BODY
 
 SIGNATURE = re.compile(rf"{SIGNATURES}/[0-9a-f]+/([0-9]{{8}})\.sig")
 SHA256 = re.compile("[0-9a-f]{64}")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
-CheckKind = Literal["image", "signed images", "model", "bill of materials", "ledger"]
+CheckKind = Literal["image", "signed images", "model", "ledger"]
 
 
 class Check(Config):
@@ -80,9 +79,9 @@ def verify(path: str, trust: Trust, head: str | None = None, model: str | None =
         if data is None:
             raise UserError(f"there is no image {path} of a usual size: give an image, a folder, or an S3 address")
         return [_image(path, data, trust)[0]]
-    if local is not None and (local.is_file() or signature_path(local).is_file() or bom_path(local).is_file()):
+    if local is not None and (local.is_file() or signature_path(local).is_file()):
         _reject_options("a signed file or folder", of_ledger)
-        return list(_signed_files(local, trust))
+        return [_signed_file(local, trust)]
     # A place on S3, and a download of it, has what the server was probed with.
     listing = place.names() if local is None or local.is_dir() else ()
     names = sorted(name for name in listing if name != PROBE or place.get(name) != PROBE_BODY)
@@ -105,30 +104,23 @@ def _fail(path: str, kind: CheckKind, problem: str) -> Check:
     return Check(path=path, kind=kind, verified=False, problem=problem)
 
 
-def _signed_files(path: Path, trust: Trust) -> Iterator[Check]:
-    """Verify a file or folder by the signature beside it, and its bill of materials."""
-    bom = bom_path(path)
-    kind: CheckKind = "bill of materials" if path.name.endswith(BOM) else "model"
-    files: dict[str, str] | None = None
-    for target in [path, bom] if bom.is_file() or signature_path(bom).is_file() else [path]:
-        try:
-            if not target.exists():
-                raise SignatureError("it is gone, and its signature is there")
-            if not signature_path(target).is_file():
-                raise SignatureError(f"it has no signature {signature_path(target).name} beside it")
-            signer = trust.verify(target, signature_path(target))
-            if target == path:
-                files = signed_files(signature_path(path))
-                # The library passes over folders that are empty, or that it must not read.
-                if path.is_dir() and (others := set(LocalFolder(path).names()) - files.keys()):
-                    raise SignatureError(f"{min(others)} was added")
-            elif files is not None and (problem := describe_differences(read_bom_files(bom), files)):
-                raise SignatureError(f"it is of other files than {path} holds: {problem}")
-            summary = f"signed by {signer}"
-            yield Check(path=str(target), kind=kind, verified=True, trusted=True, complete=True, summary=summary)
-        except (SignatureError, ValueError) as error:
-            yield _fail(str(target), kind, str(error))
-        kind = "bill of materials"
+def _signed_file(path: Path, trust: Trust) -> Check:
+    """Verify a file or folder by the signature beside it."""
+    signature = signature_path(path)
+    try:
+        if not path.exists():
+            raise SignatureError("it is gone, and its signature is there")
+        if not signature.is_file():
+            raise SignatureError(f"it has no signature {signature.name} beside it")
+        signer = trust.verify(path, signature)
+        # The library passes over folders that are empty, or that it must not read.
+        if path.is_dir() and (others := set(LocalFolder(path).names()) - signed_files(signature).keys()):
+            raise SignatureError(f"{min(others)} was added")
+    except SignatureError as error:
+        return _fail(str(path), "model", str(error))
+    return Check(
+        path=str(path), kind="model", verified=True, trusted=True, complete=True, summary=f"signed by {signer}"
+    )
 
 
 def _image(path: str, data: bytes, trust: Trust) -> tuple[Check, SignedImage | None]:

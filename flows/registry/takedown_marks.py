@@ -205,23 +205,6 @@ def ancestors_tag(client: MlflowClient, uris: Iterable[str | None]) -> str | Non
     return canonical_json(sorted(contents)) if contents else None
 
 
-def describe_ancestors(client: MlflowClient, version: Version) -> list[str]:
-    """Describe the models that ``version`` was made from, the nearest first, and what deleted ones learned from."""
-    own, contents = parse_tags(version.tags, version.uri), set[tuple[str, str]]()
-    known, texts = {(own.content_digest, own.dataset)}, list[str]()
-    for member in walk_lineage(client, [version.uri]):
-        tags = parse_tags(member.tags, member.uri)
-        contents |= tags.contents
-        if member.uri != version.uri:
-            known.add((tags.content_digest, tags.dataset))
-            texts.append(f"{member.uri}, trained on " + _describe_data(tags.content_digest, tags.dataset))
-    return texts + [f"a model trained on {_describe_data(*content)}" for content in sorted(contents.difference(known))]
-
-
-def _describe_data(digest: str | None, dataset: str | None) -> str:
-    return f"data set {dataset}, content SHA-256 {digest}" if dataset and digest else "data that are unknown here"
-
-
 def describe_takedowns(version: Version) -> str | None:
     """Warning for users of ``version`` that it was trained on images taken down since; None if it was not."""
     names = version.tags.get(TAKEDOWN)

@@ -22,7 +22,7 @@ COMMANDS = (
 )
 GROUPS = {
     "data": ("log", "show", "diff", "checkout", "curate", "remove", "compact", "merge"),
-    "model": ("history", "rollback", "explain", "export", "card", "import", "training-content"),
+    "model": ("history", "rollback", "explain", "export", "card", "import"),
     "edit": ("inpaint", "img2img", "interpolate", "upscale"),
     "config": ("show", "schema", "validate"),
     "server": ("up", "down", "status", "env", "health", "backup", "restore"),

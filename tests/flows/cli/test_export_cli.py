@@ -12,6 +12,7 @@ from diffusion.checkpoints import read_model_header
 from tests.builders import pipelines
 from tests.builders.adapters import write_adapter
 from tests.builders.command_line import CommandLine, darkroom
+from tests.builders.signing_keys import identity
 from tests.builders.small_models import write_model
 from tests.hub import TOKEN, Hub
 
@@ -149,3 +150,33 @@ def test_a_lora_goes_out_and_comes_in_again(
         ((*lora, "--format", "onnx", "--out", "x"), "onnx"),
     ):
         assert message in run.mistake(*words), words
+
+
+def test_the_command_line_signs_an_export_and_verifies_it_offline(
+    no_servers: None, tmp_path: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = command_line.answer
+    write_model(tmp_path / "final.safetensors", seed=0, images=64)
+    alice = identity(tmp_path / "alice", passphrase="open sesame")
+    words = ("model", "export", "--to", "diffusers", "--model", "final.safetensors", "--out", "ex/blobs", "--json")
+    monkeypatch.setenv("DARKROOM_SIGNING_KEY", str(alice.key))
+    assert run(*words, "--sign")[0] == 2
+    assert not (tmp_path / "ex").exists()
+    monkeypatch.setenv("DARKROOM_SIGNING_KEY_PASSPHRASE", "open sesame")
+    code, out, errors = run(*words, "--sign")
+    assert code == 0, errors
+    assert json.loads(out)["signature"] == "ex/blobs.sig"
+    assert {path.name for path in (tmp_path / "ex").iterdir()} == {"blobs", "blobs.sig"}
+    verify = ("verify", "ex/blobs", "--key", str(alice.public))
+    code, out, errors = run(*verify, "--json")
+    assert code == 0, errors
+    about = json.loads(out)
+    assert (about["verified"], about["trusted"]) == (True, True)
+    assert [each["kind"] for each in about["checks"]] == ["model"]
+    added = tmp_path / "ex" / "blobs" / "added.txt"
+    added.write_text("more")
+    code, out, errors = run(*verify)
+    assert (code, "added.txt was added" in errors) == (3, True), errors
+    added.unlink()
+    (tmp_path / "ex" / "blobs.sig").unlink()
+    assert run(*verify)[0] == 2
