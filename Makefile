@@ -72,10 +72,8 @@ test-long: $(READY)  ## Run the slow tests that take longest, the longest drills
 gpu: $(READY)  ## Measure what only a GPU shows, in ten minutes: speed, equal bits, memory; writes benchmarks/gpu.md
 	$(BIN)/python benchmarks/gpu.py --device $(or $(DEVICE),cuda) $(if $(PARTS),--parts $(PARTS))
 
-# .chaos/ records which drills passed on this code, and they are not run again. `make chaos RESTART=1` discards the record.
-chaos: $(READY)  ## Run all failure drills, with KILLS=20 kills each (two hours); resumes
-	KILLS=$(KILLS) $(BIN)/python -m pytest -p tests.chaos.record --numprocesses $(or $(WORKERS),2) --dist loadfile --no-loadscope-reorder \
-		--durations 0 --durations-min 60 --tb short --no-header $(if $(RESTART),--restart)
+chaos: $(READY)  ## Run all failure drills, with KILLS=20 kills each (two hours)
+	KILLS=$(KILLS) $(BIN)/pytest --numprocesses $(or $(WORKERS),2) --dist loadfile -m drill --durations 0 --durations-min 60 --tb short -v
 
 drill-upgrade: $(READY)  ## Test upgrades of databases of an older MLflow and Prefect (minutes)
 	test -x .drill/bin/prefect || { $(PYTHON) -m venv .drill && .drill/bin/pip install --quiet 'mlflow[auth]==3.4.0' 'prefect==3.6.0' \
@@ -121,4 +119,4 @@ format: $(READY)  ## Format the code and fix lint where possible
 clean:  ## Stop the local servers and delete everything but your images
 	-$(BIN)/darkroom down
 	-test ! -d demo || (cd demo && $(CURDIR)/$(BIN)/darkroom down)
-	rm -rf demo/.darkroom demo/.dvc demo/dvc.* demo/data demo/runs demo/reports demo/samples .darkroom .drill .chaos docs/_build data runs reports samples $(VENV)
+	rm -rf demo/.darkroom demo/.dvc demo/dvc.* demo/data demo/runs demo/reports demo/samples .darkroom .drill docs/_build data runs reports samples $(VENV)

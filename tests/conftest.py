@@ -3,7 +3,7 @@
 import gc
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,16 @@ from tests.hub import Hub, hub_server
 settings.register_profile("darkroom", deadline=None, derandomize=True, database=None)
 settings.register_profile("random", deadline=None, derandomize=False, database=None, print_blob=True)
 settings.load_profile("darkroom")
+
+
+KILLS = int(os.environ.get("KILLS", "2"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give tests an hour where there are more kills than their own limits are for."""
+    if KILLS > 2:
+        for item in items:
+            item.add_marker(pytest.mark.timeout(3600), append=False)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -46,11 +56,9 @@ def _own_hook(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def kills(record_property: Callable[[str, object], None]) -> int:
-    """How many kills at random moments a drill tries: ``KILLS`` in the environment, 2 unless set."""
-    count = int(os.environ.get("KILLS", "2"))
-    record_property("kills", count)
-    return count
+def kills() -> int:
+    """How many kills at random moments a drill tries."""
+    return KILLS
 
 
 @pytest.fixture

@@ -147,11 +147,7 @@ def ends(
         yield on.end()
 
 
-@pytest.mark.drill(
-    "gc or a takedown is killed or terminated",
-    "SIGKILL, or SIGTERM, at random moments of `gc` or `data remove --purge`",
-    "the same command, gc's until nothing goes: the same is left of bucket, runs, shards, marks and machine",
-)
+@pytest.mark.drill
 @pytest.mark.parametrize(("command", "times"), [(GC, 3), (TAKEDOWN, 1)], ids=["gc", "takedown"])
 @signals
 def test_interrupted_gc_or_takedown_ends_the_same(
@@ -178,11 +174,7 @@ def ends_in_places(
         yield output
 
 
-@pytest.mark.drill(
-    "a checkout from S3 is killed or terminated",
-    "SIGKILL, or SIGTERM, at random moments, on a machine that has nothing",
-    "the same command: the same files",
-)
+@pytest.mark.drill
 @signals
 def test_interrupted_checkout_ends_in_the_same_files(
     machine: tuple[Machine, dict[str, bytes]], house: House, tmp_path: Path, number: Signals, kills: int
@@ -221,11 +213,7 @@ def held(stack: LocalStack) -> dict[str, str]:
     return {key: sha256_bytes(store.get(stack.bucket, key)) for key in store.list_keys(stack.bucket)}
 
 
-@pytest.mark.drill(
-    "a backup is killed or terminated",
-    "SIGKILL, or SIGTERM, at random moments",
-    "the same command: a backup of all there is, each file of it whole",
-)
+@pytest.mark.drill
 @signals
 def test_interrupted_backup_is_complete_when_repeated(
     stack: LocalStack, forks: Forks, tmp_path: Path, number: Signals, kills: int
@@ -250,11 +238,7 @@ def _is_restored(folder: Path) -> bool:
     return LocalStack.read(folder) is not None and not (folder / RESTORING).exists()
 
 
-@pytest.mark.drill(
-    "a restore is killed or terminated",
-    "SIGKILL, or SIGTERM, at random moments",
-    "the same command: a stack that runs and holds what the backup has",
-)
+@pytest.mark.drill
 @signals
 def test_interrupted_restore_recovers_the_whole_backup(
     stack: LocalStack, forks: Forks, tmp_path: Path, number: Signals, kills: int

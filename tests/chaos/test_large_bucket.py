@@ -72,11 +72,7 @@ class Shop:
         return counts
 
 
-@pytest.mark.drill(
-    "a bucket of 20,000 objects",
-    "a sampling batch of 8,000 images and 12,000 objects on DVC's remote; gc, ls, data log, model history, trace",
-    "requests grow as the pages of listings do, and not as objects; gc deletes the batch by the thousand",
-)
+@pytest.mark.drill
 def test_requests_grow_with_pages_and_not_with_objects(house: House, forks: Forks, tmp_path: Path) -> None:
     shop = Shop(house, forks, tmp_path / "shop")
     few = shop.json(*shop.site.retraining)["samples"]["uri"]

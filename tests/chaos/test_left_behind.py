@@ -26,21 +26,13 @@ def killed_alone(site: Site, *command: str, running: int) -> list[str]:
     return processes
 
 
-@pytest.mark.drill(
-    "only the first process of `ingest` is killed",
-    "SIGKILL of the command alone, not of its children",
-    "its children end within seconds",
-)
+@pytest.mark.drill
 def test_an_ingest_killed_alone_leaves_no_process(site: Site) -> None:
     """SIGKILL to `ingest` with a pool of processes under Prefect: all of its processes end within seconds."""
     assert killed_alone(site, "ingest", str(site.house.images), "--dataset", site.name, *SPREAD, running=3) == []
 
 
-@pytest.mark.drill(
-    "only the first process of `retrain` or `sample` is killed",
-    "SIGKILL of the command alone, not of its children",
-    "its children end within seconds",
-)
+@pytest.mark.drill
 def test_a_training_and_a_sampling_killed_alone_leave_no_process(site: Site) -> None:
     """SIGKILL to `retrain` in training and to `sample` with processes and on Ray: all of their processes end."""
     mark = new_process_tag()

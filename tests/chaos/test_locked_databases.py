@@ -18,12 +18,7 @@ SECONDS = 30.0
 """For which a server's database stays locked: several times as long as the servers themselves wait."""
 
 
-@pytest.mark.drill(
-    "a database of MLflow or Prefect is locked",
-    "for half a minute from the middle of a training on; that of MLflow at the beginning, too",
-    "a run under way waits and ends by itself; at the beginning a line that says so, exit 1; the same command: the "
-    "same end",
-)
+@pytest.mark.drill
 @pytest.mark.parametrize("name", ["mlflow", "prefect"])
 def test_locked_databases_of_servers_are_waited_for_or_named(
     house: House, site: Site, undisturbed: Undisturbed, name: str
@@ -42,11 +37,7 @@ def test_locked_databases_of_servers_are_waited_for_or_named(
     assert site.end(result) == undisturbed.end
 
 
-@pytest.mark.drill(
-    "a database of a data set is locked",
-    "the index, or the cache of captions, at an ingest that adds images",
-    "a line that names it, exit 1; the same command: the same files",
-)
+@pytest.mark.drill
 @pytest.mark.parametrize("name", ["index", "captions"])
 def test_locked_databases_of_a_data_set_are_named(house: House, site: Site, name: str) -> None:
     captioner = ("--set", "ingest.captioner={command: [echo, a disc], version: one}", "--dataset", site.name)

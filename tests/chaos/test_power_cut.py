@@ -22,11 +22,7 @@ EVERY = [
 ]
 
 
-@pytest.mark.drill(
-    "the power is cut",
-    "what was not synced is lost, at random moments of ingest, train, evaluate, sample and up",
-    "no finished file is torn; the same command ends the same",
-)
+@pytest.mark.drill
 @pytest.mark.parametrize("drill", EVERY, ids=lambda drill: drill.__name__)
 def test_a_power_cut_tears_no_file_and_can_be_resumed(drill: Callable[[Path], Drill], tmp_path: Path) -> None:
     """Power cut: all or some of what was not synced is lost, data and names. No finished file is torn; the same end."""

@@ -41,11 +41,7 @@ STEPS = (
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
 
-@pytest.mark.drill(
-    "a process is killed at named points",
-    "SIGKILL at the beginning and in the middle of ingest, train, evaluate, promote and sample, one after the other",
-    "the same command: the same end",
-)
+@pytest.mark.drill
 def test_retraining_killed_in_every_step_ends_the_same(site: Site, undisturbed: Undisturbed) -> None:
     for point in STEPS:
         site.killed_at(point)
@@ -55,11 +51,7 @@ def test_retraining_killed_in_every_step_ends_the_same(site: Site, undisturbed: 
     assert site.json(*site.retraining)["skipped"]
 
 
-@pytest.mark.drill(
-    "Prefect's server is restarted",
-    "killed in the middle of a training, or of a sampling, and away when it ends",
-    "the run waits, and ends by itself",
-)
+@pytest.mark.drill
 @pytest.mark.parametrize("point", [TRAINING, SAMPLING], ids=["training", "sampling"])
 def test_prefects_server_may_be_restarted_meanwhile(
     house: House, site: Site, undisturbed: Undisturbed, point: str
@@ -75,11 +67,7 @@ def test_prefects_server_may_be_restarted_meanwhile(
     assert site.end(result) == undisturbed.end
 
 
-@pytest.mark.drill(
-    "MLflow is away",
-    "killed in the middle of a training, back when that is done",
-    "metrics wait in the buffered logger; the run ends by itself with each of them once",
-)
+@pytest.mark.drill
 def test_mlflow_may_be_away_while_it_trains(house: House, site: Site, undisturbed: Undisturbed) -> None:
     with site.paused(TRAINING) as process:
         house.kill("mlflow")
@@ -89,11 +77,7 @@ def test_mlflow_may_be_away_while_it_trains(house: House, site: Site, undisturbe
     assert site.end(site.json(*site.retraining)) == undisturbed.end
 
 
-@pytest.mark.drill(
-    "two at once, deployed",
-    "a second one while the first one trains",
-    "it waits for its slot, and has nothing to do",
-)
+@pytest.mark.drill
 def test_concurrent_retrainings_train_once_under_the_limit(house: House, site: Site, undisturbed: Undisturbed) -> None:
     url, secret = (house.workspace.variables[f"PREFECT_API_{name}"] for name in ("URL", "AUTH_STRING"))
     user, _, password = secret.partition(":")
@@ -110,11 +94,7 @@ def test_concurrent_retrainings_train_once_under_the_limit(house: House, site: S
     assert site.end(result) == undisturbed.end
 
 
-@pytest.mark.drill(
-    "two at once, by hand",
-    "the same in one folder without the limit that `darkroom deploy` makes",
-    "refused in a line, exit 2; the first one ends",
-)
+@pytest.mark.drill
 def test_second_concurrent_retraining_fails_without_a_deployment(site: Site, undisturbed: Undisturbed) -> None:
     with site.paused(TRAINING) as first:
         assert "another process trains in" in site.run(*site.retraining, code=2)
@@ -135,11 +115,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-@pytest.mark.drill(
-    "the disk is full",
-    "filled up to the last pages during training, before evaluation, and before sampling",
-    "a line that says so, exit 1; with room again the same command: the same end",
-)
+@pytest.mark.drill
 @pytest.mark.parametrize("point", [TRAINING, "diffusion.api.engine:evaluate", "flows.sampling.generate_batch:begin"])
 def test_full_disk_gives_a_one_line_error_and_retraining_resumes(
     house: House, small_disk: Path, undisturbed: Undisturbed, point: str
@@ -173,11 +149,7 @@ def clock(site: Site) -> Path:
     return file
 
 
-@pytest.mark.drill(
-    "the clock jumps",
-    "ten minutes ahead, and set right during training; then wrong by a day",
-    "the jump changes only the order in which MLflow lists metrics; a clock that S3 refuses is named, exit 2",
-)
+@pytest.mark.drill
 def test_clock_jumps_are_tolerated_and_a_wrong_clock_is_named(
     site: Site, undisturbed: Undisturbed, clock: Path
 ) -> None:

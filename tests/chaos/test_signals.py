@@ -59,11 +59,7 @@ def sites(house: House, tmp_path: Path) -> Callable[[Signals, int], Site]:
     return lambda number, index: house.site(tmp_path / f"{name}-{number.name.lower()}-{index}")
 
 
-@pytest.mark.drill(
-    "each step is killed or terminated",
-    "SIGKILL, SIGTERM, or SIGINT, at random moments of ingest, train, evaluate, promote and sample",
-    "ends in time, with its signal's code, without traceback or children; the same command: the same end",
-)
+@pytest.mark.drill
 @signals
 def test_interrupted_steps_resume_to_the_same_result(
     forks: Forks,
@@ -72,10 +68,8 @@ def test_interrupted_steps_resume_to_the_same_result(
     undisturbed: Undisturbed,
     number: Signals,
     kills: int,
-    record_property: Callable[[str, object], None],
 ) -> None:
     moments = random.Random(number)
-    record_property("kills", kills * len(seconds))
     for index, strikes in enumerate(rounds(kills)):
         site = sites(number, index)
         for arguments in steps(site):
@@ -87,11 +81,7 @@ def test_interrupted_steps_resume_to_the_same_result(
         assert site.end(result) == undisturbed.end
 
 
-@pytest.mark.drill(
-    "`retrain` is killed or terminated",
-    "SIGKILL, SIGTERM, or SIGINT, at random moments",
-    "ends in time, with its signal's code, without traceback or children; the same command: the same end",
-)
+@pytest.mark.drill
 @signals
 def test_interrupted_retraining_resumes_to_the_same_result(
     forks: Forks,
@@ -111,11 +101,7 @@ def test_interrupted_retraining_resumes_to_the_same_result(
         assert json.loads(forks.finish(site.folder, *site.retraining, "--json"))["skipped"]
 
 
-@pytest.mark.drill(
-    "`distill` and `sweep` are killed or terminated",
-    "SIGKILL, SIGTERM, or SIGINT, at random moments",
-    "ends in time, with its signal's code, without traceback or children; the same command: the same end",
-)
+@pytest.mark.drill
 @signals
 def test_interrupted_distillations_and_sweeps_resume_to_the_same_result(
     forks: Forks, sites: Callable[[Signals, int], Site], number: Signals, kills: int
@@ -162,12 +148,7 @@ def student_and_ranking(site: Site, forks: Forks) -> tuple[dict[str, str], list[
     )
 
 
-@pytest.mark.drill(
-    "`model import` is killed or terminated",
-    "SIGKILL, SIGTERM, or SIGINT, at random moments, of a model file and of a Stable Diffusion pipeline",
-    "ends in time, with its signal's code, without traceback or children; the same command: one version, one run, "
-    "its weights once",
-)
+@pytest.mark.drill
 @signals
 @pytest.mark.parametrize("kind", ["file", "pipeline"])
 def test_interrupted_imports_register_one_whole_version(

@@ -35,11 +35,7 @@ def through(site: Site, fault: Callable[[int, str], Fault | None]) -> Iterator[F
         site.variables = direct
 
 
-@pytest.mark.drill(
-    "S3 is busy, slow and breaks off",
-    "of eleven requests one gets 503, one is reset, two are done and their answer lost or cut, one is slow",
-    "ends by itself, nothing is there twice",
-)
+@pytest.mark.drill
 def test_requests_are_retried_when_s3_is_busy_slow_or_disconnects(site: Site, undisturbed: Undisturbed) -> None:
     course = [Fault.BUSY, None, Fault.RESET, None, None, Fault.UNANSWERED, None, Fault.SLOW, None, None, Fault.CUT]
     with through(site, lambda number, _: course[number % len(course)]) as proxy:
@@ -48,11 +44,7 @@ def test_requests_are_retried_when_s3_is_busy_slow_or_disconnects(site: Site, un
     assert site.end(result) == undisturbed.end
 
 
-@pytest.mark.drill(
-    "S3 takes nothing",
-    "each upload of samples gets 503, or 403",
-    "a line, exit 1 and 2; the same command goes on",
-)
+@pytest.mark.drill
 @pytest.mark.parametrize("fault", [Fault.BUSY, Fault.DENIED])
 def test_rejecting_s3_server_is_one_line_and_resumed(site: Site, undisturbed: Undisturbed, fault: Fault) -> None:
     words = {Fault.BUSY: (1, "SlowDown"), Fault.DENIED: (2, "denies access")}
@@ -66,11 +58,7 @@ def test_rejecting_s3_server_is_one_line_and_resumed(site: Site, undisturbed: Un
     assert site.end(site.json(*site.retraining)) == undisturbed.end
 
 
-@pytest.mark.drill(
-    "answers of S3 end early",
-    "at a checkout and an ingest from S3, the first body of each object is cut in half; then every body",
-    "the first: the same end; every: a line, exit 1, and nothing that is short; the same command: the same end",
-)
+@pytest.mark.drill
 def test_a_body_that_ends_early_is_never_taken_as_whole(
     house: House, site: Site, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
@@ -110,11 +98,7 @@ def test_a_body_that_ends_early_is_never_taken_as_whole(
         assert machine.json(*ingest)["content_digest"] == undisturbed.end["content"]
 
 
-@pytest.mark.drill(
-    "a key is revoked",
-    "taken out of SeaweedFS's configuration during training",
-    "a line that names the variable and not the secret, exit 2; with the key back the same command goes on",
-)
+@pytest.mark.drill
 def test_revoked_keys_are_one_line_and_new_keys_resume(house: House, site: Site, undisturbed: Undisturbed) -> None:
     own = site.variables
     site.variables = own | NIGHT
@@ -128,11 +112,7 @@ def test_revoked_keys_are_one_line_and_new_keys_resume(house: House, site: Site,
     assert site.end(site.json(*site.retraining)) == undisturbed.end
 
 
-@pytest.mark.drill(
-    "poisoned images",
-    "a bomb, a cut PNG, an empty file, HTML and a pickle among 120 images",
-    "each is quarantined with its reason; nothing is unpickled",
-)
+@pytest.mark.drill
 def test_files_that_are_not_images_are_quarantined_with_a_reason(house: House, undisturbed: Undisturbed) -> None:
     reasons = undisturbed.done["data"]["result"]["quarantined"]
     assert sorted(Path(each["source"]).name for each in reasons) == [
@@ -144,11 +124,7 @@ def test_files_that_are_not_images_are_quarantined_with_a_reason(house: House, u
     assert not (house.workspace.folder / "unpickled").exists()
 
 
-@pytest.mark.drill(
-    "nothing but poison",
-    "a folder of these alone",
-    "refused in a line, exit 2; no version, run or model is left",
-)
+@pytest.mark.drill
 def test_folder_without_any_image_fails_and_leaves_nothing(house: House, site: Site) -> None:
     poison(site.folder / "images", site.folder / "unpickled")
     line = expect_exit(site.start("retrain", "images", "--dataset", site.name), 2)
@@ -159,11 +135,7 @@ def test_folder_without_any_image_fails_and_leaves_nothing(house: House, site: S
         assert not house.objects(f"{place}/{site.name}/")
 
 
-@pytest.mark.drill(
-    "a shard decays on the remote",
-    "its first bytes are overwritten; another machine checks the version out",
-    "the shard and its object are named, exit 2; the object deleted and the same images ingested again, all is whole",
-)
+@pytest.mark.drill
 def test_a_damaged_remote_shard_is_named_and_mended(
     house: House, site: Site, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:

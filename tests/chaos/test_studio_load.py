@@ -106,11 +106,7 @@ def visit(studio: Studio, seed: int) -> int:
         return len(images)
 
 
-@pytest.mark.drill(
-    "many people use the studio at once",
-    "40 at once generate, look at all images, upload one and change it, three times over; SIGTERM in the middle",
-    "it goes on answering, and its memory does not grow from one time to the next; it ends within seconds",
-)
+@pytest.mark.drill
 def test_the_studio_answers_under_load_and_ends_when_terminated(studio: Studio) -> None:
     done, answers = threading.Event(), list[int]()
 

@@ -178,12 +178,7 @@ def pairs(house: House, forks: Forks, tmp_path_factory: pytest.TempPathFactory) 
     return new_pairs
 
 
-@pytest.mark.drill(
-    "two commands at once",
-    "each pair of ingest, train, evaluate, promote, sample, retrain, gc, takedown, sweep, compact, merge, import and "
-    "backup in one folder",
-    "each does its work or says in a line why not, exit 2 or 3; given again both succeed; one champion, all whole",
-)
+@pytest.mark.drill
 @pytest.mark.parametrize("number", range(len(PAIRS)), ids=["-".join(pair) for pair in PAIRS])
 def test_two_commands_at_once_work_or_say_why_not(pairs: Pairs, number: int) -> None:
     verbs = PAIRS[number]

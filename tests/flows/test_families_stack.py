@@ -90,11 +90,7 @@ def test_unregistered_autoencoder_is_a_one_line_error(workspace: Workspace) -> N
 
 
 @pytest.mark.long
-@pytest.mark.drill(
-    "a comparison of families is killed",
-    "SIGKILL when one is trained",
-    "the same command: each is registered under its name",
-)
+@pytest.mark.drill
 def test_killed_comparison_of_families_resumes_and_registers_each(workspace: Workspace, server: MlflowClient) -> None:
     workspace.json("ingest", "images")
     command = ["compare", "--family", "gan", "--family", "autoregressive", "--set", "training.images=480"]

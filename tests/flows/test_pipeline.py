@@ -273,11 +273,7 @@ def test_best_of_the_post_hoc_ema_models_is_promoted(workspace: Workspace, serve
     assert not list((workspace.folder / "runs" / "averages" / "averages").glob("std*"))
 
 
-@pytest.mark.drill(
-    "a shard is cut on this machine",
-    "to 1000 bytes, before a training",
-    "named, exit 2; `retrain` gets it from the remote",
-)
+@pytest.mark.drill
 def test_shard_cut_in_half_is_named_and_mended(workspace: Workspace) -> None:
     workspace.json(*RETRAIN)
     shard = next((workspace.folder / "data" / "blobs" / "shards").glob("*.tar"))

@@ -47,11 +47,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.drill(
-    "only the first process of an ingest is killed",
-    "SIGKILL of the parent of worker processes",
-    "its children end within seconds",
-)
+@pytest.mark.drill
 def test_an_ingest_killed_alone_takes_its_processes_along(folder: Path) -> None:
     """SIGKILL to `ingest --local` alone while its workers work: they, the fork server and the resource tracker end."""
     mark = new_process_tag()
@@ -63,7 +59,7 @@ def test_an_ingest_killed_alone_takes_its_processes_along(folder: Path) -> None:
     assert left_behind(mark) == []
 
 
-@pytest.mark.drill("torchrun alone is killed", "SIGKILL of torchrun, not of its ranks", "the ranks end within seconds")
+@pytest.mark.drill
 def test_ranks_end_when_torchrun_is_killed(dataset: Path, tmp_path: Path) -> None:
     """SIGKILL to torchrun while two processes train: neither of them trains on."""
     work = tmp_path / "work"

@@ -99,11 +99,7 @@ def finished(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in files if not (Path(name).name.startswith(".") or Path(name).name in MEASURED)}
 
 
-@pytest.mark.drill(
-    "the disk is full while a step writes",
-    "filled up in checkpoints, caches and samples of `train`, `evaluate` and `sample`",
-    "one line, exit 1, no half file; with room again the same command: the same end",
-)
+@pytest.mark.drill
 @pytest.mark.parametrize(("command", "point", "output"), DRILLS, ids=[drill[1] for drill in DRILLS])
 def test_full_disk_is_one_line_and_work_resumes(
     command: tuple[str, ...], point: str, output: str, dataset: Path, tmp_path: Path, small_disk: Path

@@ -51,9 +51,7 @@ def test_a_program_that_syncs_nothing_loses_names_and_tears_files(tmp_path: Path
 
 
 @pytest.mark.long
-@pytest.mark.drill(
-    "the power is cut during ingest", "what was not synced is lost, at some moments", "the bytes of an undisturbed one"
-)
+@pytest.mark.drill
 def test_ingest_after_a_power_cut_gives_identical_bytes(tmp_path: Path) -> None:
     """Power cut while `ingest` adds images: whatever was not synced is lost, no file is torn, the same end."""
     assert adding_drill(tmp_path).run(tmp_path, cuts=3, seed=7) == 16

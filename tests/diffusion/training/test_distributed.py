@@ -102,9 +102,7 @@ def curve(output: Path) -> np.ndarray:
     return np.array([row["loss"] for row in read_metrics(output / "history.csv")])
 
 
-@pytest.mark.drill(
-    "training on two ranks is killed", "SIGKILL of all; then one process goes on", "the losses of an undisturbed one"
-)
+@pytest.mark.drill
 @pytest.mark.long
 def test_two_processes_have_the_losses_of_one_also_after_a_change_between(
     dataset: Path, two: Path, tmp_path: Path
@@ -122,7 +120,7 @@ def test_two_processes_have_the_losses_of_one_also_after_a_change_between(
 
 
 @pytest.mark.long
-@pytest.mark.drill("a rank is killed", "SIGKILL of one of two", "torchrun starts it again, the same weights")
+@pytest.mark.drill
 def test_a_worker_that_is_killed_is_started_again_and_the_end_is_the_same(
     dataset: Path, two: Path, tmp_path: Path
 ) -> None:
@@ -137,11 +135,7 @@ def test_a_worker_that_is_killed_is_started_again_and_the_end_is_the_same(
 
 
 @pytest.mark.long
-@pytest.mark.drill(
-    "sharded training is killed",
-    "SIGKILL of all, with the network in shares",
-    "the same weights; one process alone goes on, too",
-)
+@pytest.mark.drill
 def test_sharded_training_matches_unsharded_training(dataset: Path, tmp_path: Path) -> None:
     finish(start(dataset, tmp_path / "whole", 2, 640, 0, "adamw"))
     finish(start(dataset, tmp_path / "shared", 2, 640, 0, "shard"))
@@ -165,11 +159,7 @@ def test_sharded_training_matches_unsharded_training(dataset: Path, tmp_path: Pa
 
 
 @pytest.mark.long
-@pytest.mark.drill(
-    "hybrid sharding is killed",
-    "SIGKILL of four processes while they write a checkpoint together",
-    "the same weights; two processes go on, too",
-)
+@pytest.mark.drill
 def test_a_checkpoint_of_any_mesh_continues_on_any_other(dataset: Path, tmp_path: Path) -> None:
     hybrid = (4, 320, 0, "shard=2", "micro=2")
     finish(start(dataset, tmp_path / "one", 1, 320, 0, "adamw", "micro=2"))
@@ -235,9 +225,7 @@ def test_captions_encoded_by_one_rank_reach_both(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.drill(
-    "training on images of several shapes is killed", "SIGKILL of all of two processes", "the same weights"
-)
+@pytest.mark.drill
 def test_batches_of_one_bucket_are_shared_out_and_resumed(tmp_path: Path) -> None:
     data = bucketed_set(tmp_path)
     for name, processes in (("one", 1), ("two", 2), ("four", 4)):

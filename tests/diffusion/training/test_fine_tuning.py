@@ -489,11 +489,7 @@ run(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), flip=True, images=4
 
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.drill(
-    "fine-tuning is killed",
-    "SIGKILL at random moments, from the encoding of the images to the last checkpoint",
-    "the same bytes",
-)
+@pytest.mark.drill
 def test_fine_tuning_is_bit_identical_after_kills(
     make_pipeline: Callable[[str], tuple[Path, Path]], tmp_path: Path, kills: int
 ) -> None:

@@ -336,11 +336,7 @@ def require_same_weights(output: Path, whole: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.long
-@pytest.mark.drill(
-    "training is preempted",
-    "SIGTERM at random moments, some followed by a second one, some by SIGKILL",
-    "ends with 143; the same command: the same bytes",
-)
+@pytest.mark.drill
 def test_training_that_is_preempted_at_random_moments_ends_the_same(dataset: Path, tmp_path: Path, kills: int) -> None:
     process = start(dataset, tmp_path / "whole")
     start_time = after_the_first_checkpoint(process, tmp_path / "whole")
@@ -366,11 +362,7 @@ def test_training_that_is_preempted_at_random_moments_ends_the_same(dataset: Pat
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.long
-@pytest.mark.drill(
-    "training on two ranks is preempted",
-    "SIGTERM of one rank, or of torchrun, at random moments",
-    "both stop at one step, torchrun starts them again or ends; the same command: the same weights",
-)
+@pytest.mark.drill
 @pytest.mark.parametrize("more", [pytest.param((), id="whole"), pytest.param(("shard",), id="shared")])
 def test_ranks_of_which_one_is_preempted_stop_at_one_step_and_go_on_to_the_same_weights(
     dataset: Path, tmp_path: Path, kills: int, more: tuple[str, ...]

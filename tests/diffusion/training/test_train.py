@@ -90,9 +90,7 @@ run(Path(sys.argv[1]), Path(sys.argv[2]), CONFIG.model_copy(update={{"images": 1
 
 
 @pytest.mark.slow
-@pytest.mark.drill(
-    "training is killed", "SIGKILL at random moments, each time with other loader settings", "the same bytes"
-)
+@pytest.mark.drill
 def test_resume_is_bit_identical_after_kills(dataset: Path, tmp_path: Path, kills: int) -> None:
     root = str(ROOT)
 

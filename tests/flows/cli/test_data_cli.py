@@ -199,11 +199,7 @@ def test_log_says_that_a_bucket_cannot_be_listed(data: CommandLine) -> None:
     assert "127.0.0.1:9" in output["error"]
 
 
-@pytest.mark.drill(
-    "a checkout from this machine is killed",
-    "SIGKILL at random moments, to an older version and back",
-    "the same files",
-)
+@pytest.mark.drill
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_checkout_killed_at_random_moments_ends_the_same(data: CommandLine, kills: int, tmp_path: Path) -> None:

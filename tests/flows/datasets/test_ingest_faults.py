@@ -54,9 +54,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     return root
 
 
-@pytest.mark.drill(
-    "ingest is killed", "SIGKILL at random moments, on threads and on processes", "the bytes of an undisturbed one"
-)
+@pytest.mark.drill
 @pytest.mark.parametrize("runner", ["threads", pytest.param("processes", marks=pytest.mark.long)])
 def test_ingest_killed_at_random_moments_ends_in_the_bytes_of_an_undisturbed_one(
     source: Path, tmp_path: Path, runner: str, kills: int
@@ -82,11 +80,7 @@ def test_ingest_killed_at_random_moments_ends_in_the_bytes_of_an_undisturbed_one
 
 
 @pytest.mark.long
-@pytest.mark.drill(
-    "ingest is killed while it adds",
-    "SIGKILL at random moments of one that adds a class",
-    "the bytes of an undisturbed one",
-)
+@pytest.mark.drill
 def test_an_ingest_that_adds_is_killed_and_ends_in_the_same_bytes(source: Path, tmp_path: Path, kills: int) -> None:
     growing = tmp_path / "growing"
     shutil.copytree(source / "even", growing / "even")
@@ -122,11 +116,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.drill(
-    "the disk is full during ingest",
-    "a file system with room for part of the data set",
-    "a line, exit 1; with room again the bytes of an undisturbed one",
-)
+@pytest.mark.drill
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on_when_there_is_room(
     source: Path, tmp_path: Path, small_disk: Path
 ) -> None:

@@ -82,11 +82,7 @@ def cluster(bucket: str, store: Store, s3_environment: dict[str, str], tmp_path:
         yield made
 
 
-@pytest.mark.drill(
-    "a Ray node dies in any stage of an ingest",
-    "nodes without a shared disk are killed while they read, upload, and rewrite a shard",
-    "the others finish, the bytes of threads",
-)
+@pytest.mark.drill
 def test_nodes_killed_in_each_stage_change_nothing(cluster: Cluster, tmp_path: Path) -> None:
     stages, lock = [("GET", "images/"), ("PUT", "staging/"), ("GET", ".tar")], threading.Lock()
 
@@ -104,11 +100,7 @@ def test_nodes_killed_in_each_stage_change_nothing(cluster: Cluster, tmp_path: P
     cluster.require_bytes_of_threads(tmp_path)
 
 
-@pytest.mark.drill(
-    "the head of Ray dies while S3 is busy",
-    "the head, with the driver, is killed at the first staged table; S3 answers every fifth request with 503",
-    "the same command on a new head goes on, the bytes of threads",
-)
+@pytest.mark.drill
 def test_a_head_killed_while_s3_is_busy_changes_nothing(cluster: Cluster, tmp_path: Path) -> None:
     numbers, killed, lock = itertools.count(), threading.Event(), threading.Lock()
 

@@ -166,11 +166,7 @@ def test_champion_is_monitored_once_per_data_set_version(workspace: Workspace, p
     assert again["model"] == "models:/blobs/1"
 
 
-@pytest.mark.drill(
-    "a run that holds a slot is killed",
-    "SIGKILL of a deployed retraining",
-    "marked as crashed, and its slot is free after four heartbeats",
-)
+@pytest.mark.drill
 def test_a_killed_run_is_crashed_and_frees_its_slot(prefect: Prefect, killed_run: str) -> None:
     flow_run = prefect.ended(killed_run)
     assert flow_run["state_type"] == "CRASHED"
@@ -216,11 +212,7 @@ def completed(prefect: Prefect, run: str) -> dict[str, Any]:
     return wait_for(lambda: flow_run if (flow_run := prefect.run(run))["state_type"] == "COMPLETED" else None)
 
 
-@pytest.mark.drill(
-    "a deployed retraining is preempted",
-    "SIGTERM of its process at random moments of training, as a process worker starts it",
-    "Prefect starts the run again, which completes with the weights of an undisturbed training",
-)
+@pytest.mark.drill
 def test_a_preempted_run_is_started_again_and_completes_the_same(
     workspace: Workspace, prefect: Prefect, kills: int
 ) -> None:
@@ -238,11 +230,7 @@ def test_a_preempted_run_is_started_again_and_completes_the_same(
     training.require_same()
 
 
-@pytest.mark.drill(
-    "a retraining's pod is evicted",
-    "SIGTERM of `prefect flow-run execute`, which Prefect's jobs on Kubernetes run",
-    "the run is scheduled again by Prefect itself, and completes with the weights of an undisturbed training",
-)
+@pytest.mark.drill
 def test_an_evicted_run_is_scheduled_again_and_completes_the_same(workspace: Workspace, prefect: Prefect) -> None:
     training = Preempted(workspace, "evicted")
     deployment = prefect.deployment("retrain/evicted")["id"]

@@ -74,11 +74,7 @@ def test_next_backup_repairs_damaged_copies(
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.drill(
-    "the power is cut during a backup",
-    "what was not synced is lost, at random moments of `backup`",
-    "no finished copy is torn; the same command ends with all bytes",
-)
+@pytest.mark.drill
 def test_a_power_cut_tears_no_copy_of_a_backup(store: Store, bucket: str, tmp_path: Path, kills: int) -> None:
     for number in range(12):
         store.put_once(bucket, f"object-{number}", bytes([number]) * (1000 + number))

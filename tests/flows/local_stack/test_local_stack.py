@@ -146,11 +146,7 @@ def test_the_stack_outlives_its_command_and_stock_clients_join(no_servers: None,
     assert_data_is_intact(local)
 
 
-@pytest.mark.drill(
-    "a server of the local stack is killed",
-    "SIGKILL of each, one after the other",
-    "`darkroom up` brings it back with all it held",
-)
+@pytest.mark.drill
 @pytest.mark.slow
 @pytest.mark.parametrize("service", SERVICES)
 def test_killed_service_restarts_with_all_its_data(up: LocalStack, service: str) -> None:
@@ -167,9 +163,7 @@ def test_killed_service_restarts_with_all_its_data(up: LocalStack, service: str)
 
 
 @pytest.mark.long
-@pytest.mark.drill(
-    "all servers are killed", "SIGKILL of all, then two `darkroom up` at once", "one stack with all it held"
-)
+@pytest.mark.drill
 @pytest.mark.slow
 def test_two_ups_after_a_crash_make_one_stack(up: LocalStack) -> None:
     for process in members(up.folder, *SERVICES):
@@ -183,7 +177,7 @@ def test_two_ups_after_a_crash_make_one_stack(up: LocalStack) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.drill("a server hangs", "MLflow is suspended", "`darkroom up` restarts it")
+@pytest.mark.drill
 @pytest.mark.slow
 def test_a_service_that_hangs_is_restarted(up: LocalStack) -> None:
     for process in members(up.folder, "mlflow"):
@@ -195,7 +189,7 @@ def test_a_service_that_hangs_is_restarted(up: LocalStack) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.drill("a port is taken", "that of the S3 server, while it is dead", "it moves, and the others follow")
+@pytest.mark.drill
 @pytest.mark.slow
 def test_a_service_moves_from_a_taken_port(up: LocalStack) -> None:
     kill(pids()["s3"])
@@ -211,7 +205,7 @@ def test_a_service_moves_from_a_taken_port(up: LocalStack) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.drill("`darkroom up` is killed", "SIGKILL when some servers run", "it can be stopped and started")
+@pytest.mark.drill
 @pytest.mark.slow
 def test_killed_startup_can_be_stopped_and_started(up: LocalStack) -> None:
     local_stack.down(lambda _: None)

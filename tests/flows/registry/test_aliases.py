@@ -106,11 +106,7 @@ def test_aliases_and_copies_of_the_entries_follow_the_ledger(registry: Registry)
 
 
 @pytest.mark.slow
-@pytest.mark.drill(
-    "a promotion ends between two writes",
-    "after each write to MLflow, one after the other",
-    "the ledger decides; the next reader finds and mends the aliases",
-)
+@pytest.mark.drill
 def test_interrupted_promotion_leaves_one_champion_and_is_repaired(registry: Registry) -> None:
     registry.promote(1)
     registry.hold(2)
@@ -261,11 +257,7 @@ def test_deleted_champion_is_reported(registry: Registry) -> None:
     assert registry.champion == 1
 
 
-@pytest.mark.drill(
-    "two promotions at once",
-    "a second one while the first one decides",
-    "one champion; the slower one names it, exit 3",
-)
+@pytest.mark.drill
 def test_concurrent_promotions_have_one_winner_named_to_the_other(registry: Registry) -> None:
     registry.promote(1)
 

@@ -74,11 +74,7 @@ def test_invalid_promotions_are_an_error(workspace: Workspace, words: tuple[str,
     workspace.run("promote", *words, code=2)
 
 
-@pytest.mark.drill(
-    "a promotion by hand is killed or terminated",
-    "SIGKILL, or SIGTERM, at random moments",
-    "one champion at each moment; the same command: one entry in the ledger",
-)
+@pytest.mark.drill
 @pytest.mark.parametrize("number", [SIGKILL, SIGTERM], ids=lambda number: number.name)
 def test_interrupted_commands_leave_one_champion_and_can_be_repeated(
     workspace: Workspace, server: MlflowClient, number: Signals, kills: int

@@ -178,9 +178,7 @@ def test_gc_deletes_no_file_during_a_push(place: Place) -> None:
     assert not restorable(place, first)
 
 
-@pytest.mark.drill(
-    "gc ends between two requests", "before a request that deletes, one after the other", "the next one ends the same"
-)
+@pytest.mark.drill
 @pytest.mark.parametrize("life", [2, *(pytest.param(life, marks=pytest.mark.slow) for life in (1, 5, 6))])
 def test_a_gc_killed_between_two_requests_can_be_repeated(
     place: Place, life: int, monkeypatch: pytest.MonkeyPatch

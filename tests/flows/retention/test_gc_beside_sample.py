@@ -87,11 +87,7 @@ def requests_of(act: Callable[[Store], object]) -> int:
     return len(requests)
 
 
-@pytest.mark.drill(
-    "gc runs beside sampling",
-    "sampling stands still before any S3 request while gc runs, and is killed there",
-    "every batch that counts as finished has all its images",
-)
+@pytest.mark.drill
 @pytest.mark.slow
 @pytest.mark.parametrize(("sampling_batch", "is_killed"), WAYS)
 def test_a_job_ends_whole_whenever_gc_runs(
@@ -119,11 +115,7 @@ def test_a_job_ends_whole_whenever_gc_runs(
         assert all(is_whole(store, sampling_batch, each) for each in finished(store, bucket)), number
 
 
-@pytest.mark.drill(
-    "sampling runs beside gc",
-    "gc stands still before any S3 request while sampling runs, and is killed there",
-    "every batch that counts as finished has all its images",
-)
+@pytest.mark.drill
 @pytest.mark.slow
 @pytest.mark.parametrize(("sampling_batch", "is_killed"), WAYS)
 def test_gc_keeps_what_a_job_finishes_meanwhile(

@@ -83,11 +83,7 @@ def test_gc_deletes_sweep_runs_without_a_registered_version(workspace: Workspace
 
 
 @pytest.mark.long
-@pytest.mark.drill(
-    "the machine is lost",
-    "a backup while somebody samples, killed once; then the stack is destroyed and restored",
-    "the same champion, ledger and samples",
-)
+@pytest.mark.drill
 def test_a_destroyed_stack_comes_back_from_a_live_backup(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     before = registry_state(workspace, monkeypatch)
     target = workspace.folder / "backups"

@@ -45,11 +45,7 @@ def start(place: Location, weights: Path) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.drill(
-    "sampling without orchestration is killed",
-    "SIGKILL at random moments; then two processes at one batch",
-    "the bytes of an undisturbed batch",
-)
+@pytest.mark.drill
 def test_killed_and_doubled_sampling_gives_identical_bytes(
     store: Store, bucket: str, tmp_path: Path, kills: int
 ) -> None:

@@ -59,11 +59,7 @@ def files(workspace: Workspace, name: str) -> dict[str, bytes]:
     return {key.strip("/"): data for key, (_, data) in objects(workspace, f"s3://darkroom/{name}/").items()}
 
 
-@pytest.mark.drill(
-    "sampling is killed and doubled",
-    "SIGKILL late in a batch; then two commands at once, on Ray and on processes",
-    "the bytes of an undisturbed batch",
-)
+@pytest.mark.drill
 def test_a_killed_batch_ends_the_same_with_other_runners(
     workspace: Workspace, undisturbed: tuple[dict[str, bytes], float]
 ) -> None:
@@ -86,11 +82,7 @@ def test_a_killed_batch_ends_the_same_with_other_runners(
     assert files(workspace, "killed") == expected
 
 
-@pytest.mark.drill(
-    "a Ray node dies while it samples",
-    "the second of two nodes is taken away at work",
-    "the other one finishes, the same bytes",
-)
+@pytest.mark.drill
 def test_a_batch_ends_the_same_when_a_ray_node_dies(
     workspace: Workspace, undisturbed: tuple[dict[str, bytes], float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -486,11 +486,7 @@ def test_a_takedown_forgets_the_answers_about_its_images(images: Path, data: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.drill(
-    "an ingest that asks a captioner is killed",
-    "SIGKILL at random moments",
-    "no image whose answer was stored is sent again",
-)
+@pytest.mark.drill
 def test_killed_at_random_moments_no_image_with_a_stored_answer_is_asked_again(
     images: Path, data: Path, kills: int
 ) -> None:

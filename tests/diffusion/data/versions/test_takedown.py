@@ -285,11 +285,7 @@ remove(Path(sys.argv[1]), Selection(sources=["a/00*.png", "b/*5.png"]), "asked t
 """
 
 
-@pytest.mark.drill(
-    "a removal is killed",
-    "SIGKILL at random moments of the rewriting of shards",
-    "the bytes of an undisturbed one",
-)
+@pytest.mark.drill
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_removal_killed_at_random_moments_ends_in_the_bytes_of_an_undisturbed_one(
