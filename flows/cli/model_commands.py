@@ -16,7 +16,6 @@ from flows.cli.arguments import (
     check_export,
     check_model,
     check_output,
-    check_registered,
 )
 from flows.cli.command import (
     VERBOSITY,
@@ -232,18 +231,14 @@ def rollback(config: "Params", reason: Reason = None) -> CommandOutput:
 @registry_command
 def card(
     config: "Params",
-    uri: Annotated[str | None, Argument(metavar="URI", help="The same as --model.", callback=check_registered)] = None,
     model: ModelUri = None,
 ) -> CommandOutput:
     """Print the model card of a registered version, in Markdown.
 
-    Example:  darkroom model card models:/faces@champion
+    Example:  darkroom model card --model models:/faces@champion
     """
     from flows.checks.models import require_version
 
-    if None not in (uri, model) and uri != model:
-        raise UserError(f"{uri} and --model {model} are two models: name one")
-    model = uri or model
     require_version(model or config.champion)
     from mlflow.client import MlflowClient
 

@@ -19,12 +19,9 @@ from diffusion.checkpoints import load_model
 from diffusion.common.child_processes import end_with_parent
 from diffusion.common.errors import DarkroomError
 from diffusion.common.fingerprint import fingerprint
-from diffusion.generation import generate
 from diffusion.generation.config import Conditions
+from diffusion.generation.generate import sample_each
 from diffusion.process.samplers import SAMPLING_ADAPTER, SamplingConfig
-
-# Versions from before there were sizes have no conditions of any, and reject them.
-sample = getattr(generate, "sample_each", generate.sample)
 
 
 def regenerate(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -40,7 +37,7 @@ def regenerate(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     model = load_model(Path(request["weights"]))
     for (start, end), fields in zip(request["chunks"], request["conditions"], strict=True):
         indices, conditions = range(start, end), Conditions.model_validate(fields)
-        images = sample(model, indices, request["seed"], config, conditions=conditions)
+        images = sample_each(model, indices, request["seed"], config, conditions=conditions)
         file = Path(request["folder"]) / f"{start}.safetensors"
         save_file({str(index): image.contiguous() for index, image in zip(indices, images, strict=True)}, file)
         yield {"file": str(file)}

@@ -207,7 +207,7 @@ def _require_same_code(batch: SamplingBatch, place: Location, version: Version) 
         claim = "names none" if batch.code_sha256 is None else f"names other code, {batch.code_sha256[:12]}…"
         raise UserError(
             f"the code of {version.uri} is not run: its tag {CODE} and {place}/batch.json do not agree, which {claim}: "
-            "one was altered, or an older Darkroom began the batch; --installed runs what is installed here"
+            "one was altered; --installed runs what is installed here"
         )
 
 

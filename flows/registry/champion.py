@@ -43,7 +43,7 @@ def _problem(client: MlflowClient, history: History, number: int) -> str | None:
         return "is not in MLflow's registry any more"
     if (entry := history.find_newest_entry(number)) is not None and entry.weights_sha256 != version.weights_sha256:
         return "MLflow's registry has other weights under that number"
-    if (size := model_versions.weights_size(version.uri)) is None or not version.weights_sha256:
+    if (size := model_versions.artifact_size(version.uri)) is None or not version.weights_sha256:
         return "its weights are gone"
     path = settings().folder / "models" / f"{version.weights_sha256}.safetensors"
     if path.is_file() and path.stat().st_size != size:
@@ -153,7 +153,7 @@ def _require_usable(client: MlflowClient, history: History, number: int, taken_d
         )
     history.require_same(number, version.weights_sha256)
     # Without weights it could neither generate images nor be compared with the next candidate.
-    if not version.weights_sha256 or model_versions.weights_size(version.uri) is None:
+    if not version.weights_sha256 or model_versions.artifact_size(version.uri) is None:
         raise UserError(f"{version.uri} has no weights ({WEIGHTS}, artifacts/weights.safetensors): promote another one")
     verify_weights(model_versions.cached_weights(version))
     version = reload_with_takedowns(version)

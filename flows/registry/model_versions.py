@@ -233,12 +233,7 @@ def _fetch(sha256: str, cache: Path, uri: str | None = None, name: str = "weight
     return path
 
 
-def weights_size(uri: str) -> int | None:
-    """Size of the weights of a version or logged model in bytes, as MLflow lists them; None if they do not exist."""
-    return artifact_size(uri, "weights")
-
-
-def artifact_size(uri: str, name: str) -> int | None:
+def artifact_size(uri: str, name: str = "weights") -> int | None:
     """Size in bytes of the file ``name``.safetensors of a version or logged model; None if it does not exist."""
     # None if the logged model behind a version was deleted.
     artifacts = none_if_missing(mlflow.artifacts.list_artifacts, artifact_uri=f"{uri}/artifacts") or []

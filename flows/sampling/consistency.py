@@ -68,8 +68,7 @@ class _Records:
         except MissingObjectError:
             self.is_finished = False
         except (UserError, ValidationError):
-            message = "holds no digests of the batch's records: it was altered, or an older Darkroom wrote it"
-            yield f"{place}/{SUCCESS} {message}"
+            yield f"{place}/{SUCCESS} holds no digests of the batch's records: it was altered"
         else:
             names = {MANIFEST, *self.names, *map(batch_format.part_key, range(len(batch.chunks())))}
             if differences := sorted(names ^ self.digests.keys()):

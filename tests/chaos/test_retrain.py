@@ -36,7 +36,7 @@ STEPS = (
     "flows.sampling.generate_batch:begin",  # sample
     SAMPLING,
     "flows.sampling.generate_batch:finish",  # all are, and no manifest
-    "flows.registry.retraining_notes:RetrainRequest.write_note",  # all is done, and nothing says so
+    "flows.retrain:RetrainRequest.write_note",  # all is done, and nothing says so
 )
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 

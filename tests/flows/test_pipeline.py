@@ -100,7 +100,7 @@ def test_model_card_of_the_champion_is_shown(workspace: Workspace, server: Mlflo
     version = server.get_model_version_by_alias("blobs", "champion")
     card = workspace.json("model", "card")
     assert card == {"model": f"models:/blobs/{version.version}", "card": version.description}
-    assert workspace.run("model", "card", card["model"]).splitlines() == version.description.splitlines()
+    assert workspace.run("model", "card", "--model", card["model"]).splitlines() == version.description.splitlines()
 
 
 def test_the_champion_is_exported_with_its_names(workspace: Workspace, server: MlflowClient) -> None:

@@ -9,7 +9,7 @@ from diffusion.data.manifest import Manifest, read_manifest
 from diffusion.generation.config import UNCONDITIONAL, Conditions
 from flows.config import Params
 from flows.datasets.sync import CREATED, find_newer_version, make_version_event, sync
-from flows.registry.retraining_notes import RetrainRequest
+from flows.retrain import RetrainRequest
 from tests.builders.catalogs import FOLDER, Place
 
 PARAMS = Params.model_validate({"training": {"dataset": "blobs", "images": 320}})

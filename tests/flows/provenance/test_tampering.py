@@ -29,7 +29,7 @@ from flows.provenance.reproduce import reproduce
 from flows.provenance.trace import Trace, trace
 from flows.registry import dependencies, model_versions
 from flows.registry.model_versions import CODE, WEIGHTS, Version
-from flows.registry.retraining_notes import RetrainRequest
+from flows.retrain import RetrainRequest
 from flows.sampling import batch_format, generate_batch
 from flows.sampling.batch_format import SamplingBatch
 from flows.sampling.consistency import find_disagreements
