@@ -26,8 +26,7 @@ import pyarrow.parquet as pq
 
 from diffusion.common.files import sha256_file
 from diffusion.data import dataset
-from diffusion.data.ingest.config import IngestConfig, StorageConfig
-from diffusion.data.ingest.key_resolution import content_digest
+from diffusion.data.ingest.config import StorageConfig
 from diffusion.data.manifest import (
     RECORDS,
     FileEntry,
@@ -38,13 +37,13 @@ from diffusion.data.manifest import (
     work_folder,
     write_manifest,
 )
+from diffusion.data.tables import content_digest
 from diffusion.data.versions.difference import diff
-from diffusion.data.versions.merge_datasets import merge_datasets
 from diffusion.data.versions.takedown import choose_images
 from diffusion.data.versions.takedown_records import Removal, Selection, find_affected_versions
 
 EACH = 8192
-STEPS = ("digest", "table", "difference", "takedown", "merge")
+STEPS = ("digest", "table", "difference", "takedown")
 
 
 def make_keys(part: int) -> pa.Array:
@@ -117,16 +116,13 @@ def run(step: str, root: Path) -> object:
         result = diff(one, manifest, other, 10, lambda entry: two / entry.name)
         groups = (result.added, result.removed, result.changed)
         return [group.count for group in groups if group is not None]
-    if step == "takedown":
-        keys = [key.as_py() for key in make_keys(len(manifest.parts) - 1).slice(0, 5)]
-        matches, _ = choose_images(one, Selection(prefixes=keys, sources=["*/000000/000?.jpg"]))
-        fields: dict[str, Any] = {"dataset": "one", "request_digest": "0" * 16, "reason": "none", "parent": None}
-        fields |= {"version": manifest.digest, "content_digest": "0" * 64, "tables": [], "already": False}
-        removal = Removal.model_validate(matches.model_dump() | fields)
-        affected = find_affected_versions(one, removal, [manifest, other], lambda entry: two / entry.name)
-        return [matches.images, len(affected.held)]
-    merged = merge_datasets(one, [two], IngestConfig.model_validate({"workers": 2}))
-    return [merged.content_digest, merged.added, merged.duplicates]
+    keys = [key.as_py() for key in make_keys(len(manifest.parts) - 1).slice(0, 5)]
+    matches, _ = choose_images(one, Selection(prefixes=keys, sources=["*/000000/000?.jpg"]))
+    fields: dict[str, Any] = {"dataset": "one", "request_digest": "0" * 16, "reason": "none", "parent": None}
+    fields |= {"version": manifest.digest, "content_digest": "0" * 64, "tables": [], "already": False}
+    removal = Removal.model_validate(matches.model_dump() | fields)
+    affected = find_affected_versions(one, removal, [manifest, other], lambda entry: two / entry.name)
+    return [matches.images, len(affected.held)]
 
 
 def watch(work: Callable[[], object]) -> dict[str, object]:
@@ -168,8 +164,6 @@ def main() -> None:
                 make_version(root / "one", 0, parts, 0)
                 make_version(root / "two", parts // 2, parts, 1)
             for step in arguments.steps:
-                if step == "merge":  # it makes a version
-                    root = Path(shutil.copytree(root, Path(scratch) / f"merged-{images}", copy_function=os.link))
                 command = [sys.executable, __file__, "--steps", step, "--run", str(root)]
                 process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
                 print(f"{parts * EACH:,}", step, process.stdout.strip(), flush=True)

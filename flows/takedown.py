@@ -89,8 +89,8 @@ def takedown(params: Params, selection: Selection, reason: str, purge: bool = Fa
     """Remove the images of ``selection`` from the data set ``training.dataset``, and mark what derives from them.
 
     Runs and model versions get the tag ``darkroom.takedown`` and a note. Sampling batches are listed and kept.
-    Other data sets that hold them, as those into which this one was merged, are named and stay as they are. ``purge``
-    clears caches, remote copies and pages of the versions that held the images.
+    Other data sets that hold them are named and stay as they are. ``purge`` clears caches, remote copies and pages of
+    the versions that held the images.
     """
     removal = remove(params, selection, reason)
     version = record(params, removal)

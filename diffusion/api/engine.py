@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from diffusion.data.ingest.staging import RemoteDataset
     from diffusion.data.shards import ShardStore
     from diffusion.data.sources.base import ObjectStore
-    from diffusion.data.versions.merge_datasets import MergeResult
     from diffusion.evaluation.results import Evaluation
     from diffusion.families.header import ModelHeader
     from diffusion.training.logging import Tracker
@@ -104,26 +103,6 @@ def curate(
     sections = config.curation, config.ingest, config.evaluation
     options: dict[str, Any] = {"dry_run": dry_run, "change": change, "remote": remote}
     return curate_images(config.dataset_folder, *sections, progress, **options)
-
-
-def merge(
-    config: ExperimentConfig,
-    others: Sequence[Path],
-    *,
-    progress: Progress = ignore_progress,
-) -> MergeResult:
-    """Add the images and lists of the data sets in the folders ``others``, and apply curation, if there is any.
-
-    Raises UserError: see ``diffusion.data.versions.merge_datasets`` and ``diffusion.curation.curate.curate``.
-    """
-    from diffusion.data.versions.merge_datasets import merge_datasets
-
-    result = merge_datasets(config.dataset_folder, others, config.ingest, progress)
-    if not (config.curation.drops or read_manifest(config.dataset_folder).is_curated):
-        return result
-    curation = curate(config, progress=progress)
-    counters = {name: getattr(curation, name) for name in ("digest", "content_digest", "kept", "dropped")}
-    return result.model_copy(update=counters | {"changed": result.changed or curation.changed})
 
 
 def train(

@@ -193,10 +193,6 @@ class Dataset:
         """Return the number of each row's shard in the manifest: (len(rows),) int32."""
         return self._table["shard"][_numbers(rows)]  # type: ignore[no-any-return]
 
-    def shard_datasets(self) -> list[str]:
-        """Return the name of the data set that each shard was merged from, or of this one."""
-        return [part.dataset or self.manifest.name for part in _parts_with_shards(self.manifest)]
-
     def buckets(self, rows: Rows) -> np.ndarray:
         """Return the number of each row's shape in ``shapes``: (len(rows),) int64."""
         return self.shard_buckets[self._table["shard"][_numbers(rows)]]  # type: ignore[no-any-return]

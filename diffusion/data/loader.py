@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import translate
@@ -162,45 +162,15 @@ class BucketedOrder(TrainingOrder):
         return self._orders[bucket].rows(batch_count * self._batch_size + offset, count)
 
 
-def count_repeats(
-    dataset: Dataset, weights: Mapping[str, float] | None, mix: Mapping[str, float] | None = None
-) -> np.ndarray:
+def count_repeats(dataset: Dataset, weights: Mapping[str, float]) -> np.ndarray:
     """Count how often each training image is in an epoch, (N,) int64: the least whole numbers in ratio of its weight.
 
     ``weights``: by patterns of names in the source, of which the first that fits counts; without any: 1. A pattern
-    fits the whole name, or what follows a slash in it. ``mix``: by names of the data sets that were merged into this
-    one, or its own; without any: 1. Both multiply. Raises UserError for a pattern or a name that fits no image.
+    fits the whole name, or what follows a slash in it. Raises UserError for a pattern that fits no image.
     """
-    repeats: np.ndarray = _weigh_names(dataset, weights) if weights else np.ones(len(dataset.rows("train")), np.int64)
-    if mix:
-        repeats = repeats * _weigh_datasets(dataset, mix)
-    repeats //= np.gcd.reduce(repeats)
-    return repeats
-
-
-def _whole_numbers(weights: Iterable[float]) -> np.ndarray:
-    """Return whole numbers in ratio of 1 and ``weights``, which are rounded to a hundredth or a simple fraction."""
-    fractions = [Fraction(1), *(Fraction(weight).limit_denominator(100) for weight in weights)]
+    # Rounded to a hundredth or a simple fraction.
+    fractions = [Fraction(1), *(Fraction(weight).limit_denominator(100) for weight in weights.values())]
     unit = math.lcm(*(fraction.denominator for fraction in fractions))
-    return np.array([int(fraction * unit) for fraction in fractions])
-
-
-def _weigh_datasets(dataset: Dataset, mix: Mapping[str, float]) -> np.ndarray:
-    names, counts = dataset.shard_datasets(), dataset.by_shard().counts
-    known = list(dict.fromkeys(name for name, count in zip(names, counts, strict=True) if count))
-    if absent := [name for name in mix if name not in known]:
-        raise UserError(
-            f"training.mix has {absent[0]!r}, and the training images of data set {dataset.folder} come from "
-            f"{', '.join(known)}: mend it, or leave it out"
-        )
-    unit, *weights = _whole_numbers(mix.values())
-    numbers = dict(zip(mix, weights, strict=True))
-    by_shard = np.array([numbers.get(name, unit) for name in names])
-    return np.take(by_shard, dataset.shards(dataset.rows("train")))
-
-
-def _weigh_names(dataset: Dataset, weights: Mapping[str, float]) -> np.ndarray:
-    numbers = _whole_numbers(weights.values())
     patterns = [re.compile(rf"(?:.*/)?{translate(pattern)}", re.DOTALL) for pattern in weights]
     names = dataset.sources(dataset.rows("train"))
     places = np.array(
@@ -212,7 +182,9 @@ def _weigh_names(dataset: Dataset, weights: Mapping[str, float]) -> np.ndarray:
                 f"training.weights has {pattern!r}, and no training image of data set {dataset.folder} that no pattern "
                 f"before it fits is called so, but {names[0]!r}, for example: mend it, or leave it out"
             )
-    return np.take(numbers, places)
+    repeats: np.ndarray = np.take([int(fraction * unit) for fraction in fractions], places)
+    repeats //= np.gcd.reduce(repeats)
+    return repeats
 
 
 def make_order(
@@ -221,14 +193,13 @@ def make_order(
     batch_size: int,
     window: int | None = None,
     weights: Mapping[str, float] | None = None,
-    mix: Mapping[str, float] | None = None,
 ) -> TrainingOrder:
     """Make the order of the training images; ``window``: number of shards in a window, None: without windows.
 
-    ``weights`` and ``mix`` as for ``count_repeats``: images are in an epoch as often; None: once.
+    ``weights`` as for ``count_repeats``: images are in an epoch as often; None: once.
     """
     manifest, rows, by_shard = dataset.manifest, dataset.rows("train"), dataset.by_shard()
-    repeats = None if weights is None and mix is None else count_repeats(dataset, weights, mix)
+    repeats = None if weights is None else count_repeats(dataset, weights)
     if repeats is not None:
         shards_of_rows = np.repeat(dataset.shards(rows[by_shard.samples]), repeats[by_shard.samples])
         counts = np.bincount(shards_of_rows, minlength=len(by_shard.counts))

@@ -106,8 +106,6 @@ class Part(Config):
     """Kept images with a mask; None if there are none."""
     relabelled: int | None = Field(None, exclude_if=is_unset)
     """Kept and dropped images whose label is a list's; None if there are none."""
-    dataset: PlainName | None = Field(None, exclude_if=is_unset)
-    """Data set that it was merged from; None: it is the data set's own."""
 
 
 class ImageList(Config):
@@ -147,9 +145,8 @@ class Manifest(Config):
     parent: Sha256 | None
     """Digest of the manifest that this version was made from; None for the first."""
     change: str
-    """What created this version from its parent: ``ingest``, ``rebuild``, ``curation``, ``captions``, ``compact``,
-    ``removal: `` and its reason, ``merge of `` and other data sets, or ``union with `` and the beginning of the digest
-    of another machine's version."""
+    """What created this version from its parent: ``ingest``, ``rebuild``, ``curation``, ``captions``, ``removal: ``
+    and its reason, or ``union with `` and the beginning of the digest of another machine's version."""
     content_digest: Sha256 | Literal[""]
     """SHA-256 over the sorted samples and the storage configuration; free of history."""
     storage: StorageConfig
@@ -277,14 +274,6 @@ class Manifest(Config):
     def dropped(self) -> int:
         """Return the number of images that curation left out."""
         return sum(part.outcomes.get("dropped", 0) for part in self.parts)
-
-    @property
-    def datasets(self) -> dict[str, int]:
-        """Return the number of images by the data set that they were merged from, its own name first."""
-        total = Counter({self.name: 0})
-        for part in self.parts:
-            total[part.dataset or self.name] += sum(part.splits.values())
-        return dict(total)
 
     @property
     def is_curated(self) -> bool:

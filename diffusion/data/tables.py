@@ -3,6 +3,7 @@
 A query whose order matters ends in ORDER BY over columns that leave no two rows equal: workers finish in any order.
 """
 
+import json
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,8 @@ import pyarrow.parquet as pq
 
 from diffusion.common.errors import DarkroomError
 from diffusion.common.files import is_full_disk, make_folder
-from diffusion.data.manifest import OPTIONAL, RECORDS
+from diffusion.data.ingest.config import StorageConfig
+from diffusion.data.manifest import OPTIONAL, RECORDS, Part, digest_of_samples, find_intact_records, work_folder
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -32,6 +34,16 @@ MAX_THREADS = 8
 """Threads of a query, whose memory grows with them."""
 FILES = 128
 """Files that a query reads; it has the footers of all of them in memory."""
+_SAMPLES = """
+SELECT
+    unhex(key),
+    unhex(sha256(
+        '["' || key || '","' || split || '",' || quote(label) || ',' || quote(caption)
+        || coalesce(',"' || mask || '"', '') || ']'
+    ))
+FROM records
+WHERE outcome = 'kept'
+"""
 
 
 @contextmanager
@@ -88,12 +100,7 @@ def explain_query_errors(folder: Path) -> Iterator[None]:
 
 
 def insert_records(database: "DuckDBPyConnection", table: str, paths: Iterable[Path], query: str) -> None:
-    """Insert into ``table`` the rows of ``query`` over ``records``, as ``query_records`` does."""
-    query_records(database, paths, query, f"INSERT INTO {table} {{}}")
-
-
-def query_records(database: "DuckDBPyConnection", paths: Iterable[Path], query: str, statement: str) -> None:
-    """Execute ``statement`` with ``query`` at its first ``{}`` for each FILES of ``paths``, whose rows are ``records``.
+    """Insert into ``table`` the rows of ``query`` for each FILES of ``paths``, whose rows are ``records``.
 
     Columns of OPTIONAL that a table lacks are null. ``records`` also has the columns ``part``, the number of the file
     in ``paths``, and ``"row"``, the number in the file. Files are read as they are: check them first.
@@ -105,7 +112,8 @@ def query_records(database: "DuckDBPyConnection", paths: Iterable[Path], query: 
     pq.write_table(pa.schema([*RECORDS, *OPTIONAL]).empty_table(), empty)
     numbered_paths = enumerate(paths)
     while group := list(islice(numbered_paths, FILES)):
-        records = f"""
+        statement = f"""
+            INSERT INTO {table}
             WITH records AS (
                 SELECT *, file_index - 1 + ?::INTEGER AS part, file_row_number AS "row"
                 FROM read_parquet(?, union_by_name = true, hive_partitioning = false)
@@ -113,13 +121,7 @@ def query_records(database: "DuckDBPyConnection", paths: Iterable[Path], query: 
             {query}
         """
         files = [escape(str(path.absolute())) for path in (empty, *(path for _, path in group))]
-        database.execute(statement.replace("{}", records, 1), [group[0][0], files])
-
-
-def quote_path(path: Path, pattern: str | None = None) -> str:
-    """Return ``path``, or what in this folder has names of ``pattern``, as a literal of a query."""
-    text = str(path.absolute()) if pattern is None else f"{escape(str(path.absolute()))}/{pattern}"
-    return "'" + text.replace("'", "''") + "'"
+        database.execute(statement, [group[0][0], files])
 
 
 def read_rows(database: "DuckDBPyConnection", query: str, row: np.dtype) -> Iterator[np.ndarray]:
@@ -136,3 +138,33 @@ def read_rows(database: "DuckDBPyConnection", query: str, row: np.dtype) -> Iter
             else:
                 rows[name] = column.to_numpy(zero_copy_only=False)
         yield rows
+
+
+def content_digest(folder: Path, parts: Iterable[Part], storage: StorageConfig) -> str:
+    """Compute the content digest of the images of ``parts``; raises UserError if a table is missing or damaged.
+
+    The caller holds the data set's lock.
+    """
+    paths = [find_intact_records(folder, part) for part in parts]
+    with scratch_folder(work_folder(folder) / "digest") as scratch, open_database(scratch) as database:
+        _define_quote(database)
+        database.execute("CREATE TABLE samples (key BLOB, digest BLOB)")
+        insert_records(database, "samples", paths, _SAMPLES)
+        # Sorted by their bytes, keys are in the order of their hex digits.
+        batches = read_rows(database, "SELECT digest FROM samples ORDER BY key", np.dtype([("digest", "S32")]))
+        return digest_of_samples(storage, (batch["digest"].tobytes() for batch in batches))
+
+
+def _define_quote(database: "DuckDBPyConnection") -> None:
+    """Define ``quote``, a text or null as canonical JSON has it.
+
+    DuckDB's own to_json writes some control characters in another way.
+    """
+    text = "value"
+    for character in ("\\", '"', *map(chr, range(32))):
+        text = f"replace({text}, chr({ord(character)}), '{json.dumps(character)[1:-1]}')"
+    # Most texts need no escapes, and 34 replacements take longer than the digest.
+    database.execute(
+        "CREATE MACRO quote(value) AS CASE WHEN value IS NULL THEN 'null' "
+        f"""WHEN regexp_matches(value, '["\\\\\\x00-\\x1f]') THEN '"' || {text} || '"' ELSE '"' || value || '"' END"""
+    )

@@ -150,12 +150,6 @@ class TrainingConfig(ObjectiveConfig):
     )
     """How often images are seen, by patterns of their names in the source: {"10_cat/*": 10, "5_dog/*": 5}. The first
     that fits counts, without any 1; only ratios matter. Null: all equally often."""
-    mix: dict[str, Annotated[float, Field(ge=0.01, le=10_000)]] | None = Field(
-        None, min_length=1, max_length=1000, exclude_if=is_unset
-    )
-    """How often images are seen, by the data set that `darkroom data merge` took them from: {faces: 1, emoji: 0.5}. The
-    data set's own images go by its own name, and any without a weight have 1; multiplied by ``weights``. Null: all
-    equally often."""
     flip: bool = False
     """Mirror half of the images horizontally, chosen by seed. Wrong for digits and letters, right for most
     photographs."""

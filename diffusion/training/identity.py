@@ -32,10 +32,9 @@ def identity_fields(config: TrainingConfig, model: FamilyConfig) -> dict[str, An
 
 def data_digest(manifest: Manifest, config: TrainingConfig) -> str:
     """Compute the digest of the data that determine the weights: content, and layout if shards decide the order."""
-    if config.weights is not None or config.mix is not None:
-        # They name images as the records, and data sets as the manifest does, and those are not part of the content.
-        datasets = [[part.dataset or manifest.name for part in manifest.parts]] if config.mix is not None else []
-        return digest_of([manifest.content_digest, [part.records.sha256 for part in manifest.parts], *datasets])
+    if config.weights is not None:
+        # They name images as the records do, and names are not part of the content.
+        return digest_of([manifest.content_digest, [part.records.sha256 for part in manifest.parts]])
     if config.window is None:
         return manifest.content_digest
     return digest_of([manifest.content_digest, manifest.layout_digest])

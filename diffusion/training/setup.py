@@ -361,7 +361,8 @@ def make_setup(
             f"training.mask weights pixels by masks, and data set {dataset.manifest.name} has none: set ingest.masks "
             "to files or alpha and ingest its source again, or leave training.mask out"
         )
-    count_repeats(dataset, config.weights, config.mix)  # which checks them before minutes of encoding
+    if config.weights is not None:
+        count_repeats(dataset, config.weights)  # which checks them before minutes of encoding
     config = config.with_batch_size(model, size)
     autoencoder = None
     if model.autoencoder is not None:

@@ -305,7 +305,7 @@ class Trainer(TrainingStep):
         self.loader = Loader(
             setup.dataset,
             setup.dataset.rows("train"),
-            make_order(setup.dataset, config.seed, config.images_per_step, config.window, config.weights, config.mix),
+            make_order(setup.dataset, config.seed, config.images_per_step, config.window, config.weights),
             config.images_per_step,
             rank=setup.ranks.rank,
             ranks=setup.ranks.count,

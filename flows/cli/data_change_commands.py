@@ -1,4 +1,4 @@
-"""``darkroom data``: what makes versions of a data set (curation, takedown, compaction and merge)."""
+"""``darkroom data``: what makes versions of a data set (curation and takedown)."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from typer import Argument, Option
 from diffusion.common.errors import UserError, describe_validation_error
 from diffusion.common.escaping import pluralize
 from diffusion.common.files import require_writable
-from flows.cli.command import CommandOutput, Local, command, connect, display_progress
+from flows.cli.command import CommandOutput, Local, command, connect
 from flows.cli.data_commands import MAX_SHOWN, app, section
 from flows.cli.dry_run import reach_shards
 
@@ -195,61 +195,3 @@ def _require_published(config: "Params") -> None:
     is_here = (config.dataset_folder / "manifest.json").is_file()
     if not is_here and not Catalog.of(config.training.dataset, data_source()).versions():
         read_manifest(config.dataset_folder)
-
-
-@command(app)
-def compact(config: "Params", local: Local = False) -> CommandOutput:
-    """Join the small shards that many small ingests left; a new version of the same content digest.
-
-    Only neighbouring shards of less than half of ingest.shard_bytes are rewritten. `darkroom gc` frees old versions.
-
-    Example:  darkroom data compact --dataset faces
-    """
-    if local:
-        from diffusion.data.versions.compact import compact as join_shards
-
-        with display_progress() as progress:
-            result = join_shards(config.dataset_folder, config.ingest, progress)
-    else:
-        with connect("prefect", "s3"):
-            from flows.compact_merge import compact as run
-
-            result = run(config)
-    return CommandOutput(result, result.lines())
-
-
-@command(app)
-def merge(
-    config: "Params",
-    others: Annotated[list[str], Argument(metavar="OTHER…", help="Data sets on this machine, as data/OTHER.")],
-    local: Local = False,
-) -> CommandOutput:
-    """Add the images of other data sets, by their tables alone: for data sets that one ingest would not finish.
-
-    Equal images are kept once. Shards without duplicates are taken over as they are, the others are rewritten.
-
-    Example:  darkroom data merge faces-2 faces-3 --dataset faces
-    """
-    from diffusion.common.config import dataset_folder
-    from diffusion.data.manifest import read_manifest
-
-    folder = config.dataset_folder
-    for name in others:
-        if name == folder.name:
-            raise UserError(f"data set {name} cannot be merged into itself: name another, or another --dataset")
-        if "/" in name and Path(name).is_dir():
-            raise UserError(f"{name} is a folder: give the name of a data set, such as {Path(name).name}")
-    folders = [dataset_folder(name) for name in others]
-    for other in folders:
-        read_manifest(other)
-    if local:
-        from diffusion.api import engine
-
-        with display_progress() as progress:
-            result = engine.merge(config, folders, progress=progress)
-    else:
-        with connect("prefect", "s3"):
-            from flows.compact_merge import merge as run
-
-            result = run(config, others)
-    return CommandOutput(result, result.lines())

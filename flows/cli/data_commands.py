@@ -87,7 +87,6 @@ def _describe_contents(contents: "Contents", limit: int | None) -> list[str]:
         for entries in (contents.quarantined, contents.dropped)
     )
     rules = ", ".join(f"{entry.count:,} {entry.reason}" for entry in contents.rules or ())
-    datasets = ", ".join(f"{count:,} from {name}" for name, count in (contents.datasets or {}).items())
     bits = contents.near_duplicate_bits
     return [
         f"version    {contents.digest}, from {contents.change}"
@@ -104,7 +103,6 @@ def _describe_contents(contents: "Contents", limit: int | None) -> list[str]:
         *(f"captions   {count:,} by {captioner}" for captioner, count in contents.captioners.items()),
         *([f"masks      {contents.masks:,} images with one"] if contents.masks else []),
         *(section("classes   ", len(classes), classes[:limit]) if classes else []),
-        *([f"merged     {datasets}"] if datasets else []),
         *(f"list       {each.line}" for each in contents.lists or ()),
         *([f"labels     {contents.relabelled:,} by lists"] if contents.relabelled else []),
         *([f"rules      {rules}"] if rules else []),

@@ -28,7 +28,7 @@ from flows.datasets.remote_shards import STAGING
 from flows.storage.s3 import MAX_DELETED, Location, Store
 
 WORK_FILES = (
-    *("chunks", "scratch", "encodings", "measures", "tables", "ranges"),
+    *("chunks", "scratch", "encodings", "measures", "tables", "digest"),
     *("plan.sqlite", "index.sqlite", "index.sqlite-shm", "index.sqlite-wal"),
 )
 """Files of ingest and training in the work folder, which are created again when needed."""

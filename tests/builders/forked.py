@@ -217,7 +217,6 @@ def main() -> None:
     with connect("prefect", "mlflow", "s3"):
         import torch._dynamo  # noqa: F401 (as the first optimizer does)
 
-        import flows.compact_merge
         import flows.evaluate
         import flows.gc
         import flows.promote

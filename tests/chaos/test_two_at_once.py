@@ -30,14 +30,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]
 
 VERBS = (
     *("ingest", "train", "evaluate", "promote", "sample", "retrain", "gc"),
-    *("takedown", "sweep", "compact", "merge", "import", "backup"),
+    *("takedown", "sweep", "import", "backup"),
 )
 PAIRS = list(combinations_with_replacement(VERBS, 2))
 BEFORE = {"evaluate": ("train",), "promote": ("train", "evaluate")}
 """Commands whose results others need."""
 GATED = {"promote", "retrain"}
 """Commands that end with code 3 where the gate decides against a model."""
-CHANGES_DATA = {"ingest", "retrain", "takedown", "compact", "merge"}
+CHANGES_DATA = {"ingest", "retrain", "takedown"}
 BRIEF = {"images": 64, "checkpoints": 1, "keep": 1}
 RETENTION = {"data_versions": 1, "data_days": 0, "batch_days": 0, "cache_days": 0}
 GC = ("gc", *(word for name, value in RETENTION.items() for word in ("--set", f"retention.{name}={value}")))
@@ -46,7 +46,7 @@ GC = ("gc", *(word for name, value in RETENTION.items() for word in ("--set", f"
 
 @dataclass
 class Pairs:
-    """A folder with a champion, two data sets and a backup, in which one pair of commands follows the other."""
+    """A folder with a champion and a backup, in which one pair of commands follows the other."""
 
     site: Site
     forks: Forks
@@ -70,8 +70,6 @@ class Pairs:
             "gc": GC,
             "takedown": ("data", "remove", f"first/{number}.png", "--reason", "asked to", "--purge", "--yes"),
             "sweep": ("sweep", "--over", f"training.seed={1000 + number},{2000 + number}"),
-            "compact": ("data", "compact"),
-            "merge": ("data", "merge", "other"),
             "import": ("model", "import", f"{number}.safetensors", "--name", self.site.name, "--licence", "MIT"),
             "backup": ("server", "backup", str(self.backups)),
         }[verb]
@@ -82,9 +80,6 @@ class Pairs:
         disc(1000 + number).save(folder / "images" / "later" / f"{number}.png")
         if "import" in verbs:
             write_model(folder / f"{number}.safetensors", number, 9, config=MODEL, classes={"first": 9, "later": 9})
-        if "merge" in verbs:
-            disc(2000 + number).save(folder / "others" / f"{number}.png")
-            self.forks.finish(folder, "ingest", "others", "--dataset", "other")
         self.before(verbs, number)
 
     def before(self, verbs: tuple[str, ...], number: int) -> None:
@@ -126,8 +121,7 @@ class Pairs:
         assert len(set(digests)) == len(digests)
         self.check_weights(client, set(digests))
         folder = site.folder / "data" / site.name
-        for each in (folder, folder.with_name("other")):
-            assert all(sha256_file(each / entry.name) == entry.sha256 for entry in read_manifest(each).files)
+        assert all(sha256_file(folder / entry.name) == entry.sha256 for entry in read_manifest(folder).files)
         if CHANGES_DATA & set(verbs):
             elsewhere = site.house.site(site.folder.parent / f"elsewhere-{number}" / site.name).folder
             self.forks.finish(elsewhere, "data", "checkout", read_manifest(folder).digest)
@@ -168,13 +162,12 @@ def pairs(house: House, forks: Forks, tmp_path_factory: pytest.TempPathFactory) 
     site = house.site(folder / folder.name)
     parts = QUICK | {"training": {**QUICK["training"], **BRIEF, "dataset": site.name}}
     (site.folder / "params.yaml").write_text(yaml.safe_dump(parts))
-    for name, numbers in {"images/first": range(200), "images/later": range(200, 240), "others": range(2)}.items():
+    for name, numbers in {"images/first": range(200), "images/later": range(200, 240)}.items():
         (site.folder / name).mkdir(parents=True)
         for number in numbers:
             disc(number).save(site.folder / name / f"{number}.png")
     new_pairs = Pairs(site, forks, folder / "backups")
     forks.finish(site.folder, "retrain", "images", "--count", "1")
-    forks.finish(site.folder, "ingest", "others", "--dataset", "other")
     return new_pairs
 
 

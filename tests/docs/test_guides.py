@@ -169,7 +169,7 @@ def test_guides_to_data_sets_can_be_followed(stack: Workspace) -> None:
     stack.json("ingest", "path/to/faces", "--dataset", "faces")
     versions = [each["digest"] for each in stack.json("data", "log", "--dataset", "faces")["versions"]]
     digests = {"3f9c21d0": versions[0][:12], "a81b77e2": versions[1][:12]}
-    follow(stack, "how-to/data-versions.md", digests, without="merge emoji")
+    follow(stack, "how-to/data-versions.md", digests)
     follow(stack, "how-to/take-images-down.md", {"alice/*": "100*"})
     follow(stack, "operations/garbage-collection.md")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import chdir
+from pathlib import Path
 
 import pytest
 from mlflow.client import MlflowClient
@@ -10,7 +11,8 @@ from safetensors.torch import load_file
 from diffusion.checkpoints import export, read_model_header
 from diffusion.common.errors import UserError
 from diffusion.data.manifest import work_folder
-from flows import evaluate, promote, train
+from diffusion.data.versions.takedown_records import Selection
+from flows import evaluate, ingest, promote, takedown, train
 from flows.config import Params
 from flows.datasets.checkout import checkout
 from flows.environment import data_source, settings
@@ -48,6 +50,22 @@ def test_ingest_elsewhere_does_not_restore_removed_images(two: tuple[Machine, Ma
     fresh = machine("fresh")
     fresh.ingest(*BASE)
     assert fresh.images == other.images
+
+
+def test_other_data_sets_that_hold_the_image_are_named(two: tuple[Machine, Machine]) -> None:
+    one, _ = two
+    params = one.params()
+    with chdir(one.folder):
+        training = params.training.model_copy(update={"dataset": "copies"})
+        ingest.ingest.fn(params.model_copy(update={"training": training}))
+        removal = takedown.remove.fn(params, Selection(sources=[f"{REMOVED}.png"]), "consent withdrawn")
+    for each in two:
+        with chdir(each.folder):
+            assert takedown.find_elsewhere.fn(params, removal) == ({"copies": removal.image_keys}, [])
+    with chdir(one.folder):
+        (record, *_) = Path("data/copies/records").iterdir()
+        record.write_bytes(b"")
+        assert takedown.find_elsewhere.fn(params, removal)[1] == ["copies"]
 
 
 @pytest.mark.slow

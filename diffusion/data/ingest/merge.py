@@ -168,7 +168,7 @@ class Merge:
             offsets = [row["offset"] for row in stored_rows]
             digests = Digests(part.shard.sha256, part.shard.bytes)
             shard = StagedShard(str((self.folder / part.shard.name).resolve()), digests, offsets)
-        self._append(records, shard, part.source, part.shape, part.dataset)
+        self._append(records, shard, part.source, part.shape)
         return lost_count
 
     def _look_up(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -282,12 +282,10 @@ class Merge:
         staged: StagedShard | None,
         source: str | None,
         shape: Shape | None = None,
-        dataset: str | None = None,
     ) -> None:
         """Append a part of ``records``, whose shard is ``staged``, or a part of it."""
         if not records:
             return
-        # Compaction leaves gaps in the numbers.
         number, shard = self.parts[-1].number + 1 if self.parts else 0, None
         stored_rows = [row for row in records if row["outcome"] in STORED]
         if staged is not None and stored_rows:
@@ -300,7 +298,7 @@ class Merge:
                     shard = link_file(self.folder, file, staging_path, staged.digests.sha256)
                 else:
                     shard = copy_samples(self.folder, number, [(file, stored_rows)])
-        self.parts.append(write_part(self.folder, number, shard, records, self.config.size, source, shape, dataset))
+        self.parts.append(write_part(self.folder, number, shard, records, self.config.size, source, shape))
 
 
 def link_file(folder: Path, source: Path, staging_path: Path, digest: str) -> FileEntry:
@@ -332,7 +330,6 @@ def write_part(
     size: int,
     source: str | None = None,
     shape: Shape | None = None,
-    dataset: str | None = None,
 ) -> Part:
     """Write part ``number``: a table of rows of RECORDS, and a shard of images of ``shape``; None: ``size`` squared."""
     height, width = shape or (size, size)
@@ -360,14 +357,13 @@ def write_part(
         shape=shape if shard is not None else None,
         captioners=_counts(kept_rows, CAPTIONER.name) or None,
         masks=sum(row.get(MASK.name) is not None for row in kept_rows) or None,
-        dataset=dataset,
         relabelled=sum(bool(row.get(LABELLED_BY.name)) for row in records if row["outcome"] in STORED) or None,
     )
 
 
 def rewrite_part(folder: Path, part: Part, records: list[dict[str, Any]], size: int, shard: FileEntry | None) -> Part:
     """Write ``part`` with other ``records`` and another ``shard``."""
-    return write_part(folder, part.number, shard, records, size, part.source, part.shape, part.dataset)
+    return write_part(folder, part.number, shard, records, size, part.source, part.shape)
 
 
 def redact_row(row: dict[str, Any], reason: str) -> dict[str, Any]:

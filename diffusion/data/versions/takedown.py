@@ -11,7 +11,6 @@ from diffusion.common.files import digest_of
 from diffusion.common.progress import Progress, ignore_progress
 from diffusion.data.ingest.captions import forget_captions
 from diffusion.data.ingest.ingest import forget_encodings, remove_strays
-from diffusion.data.ingest.key_resolution import content_digest
 from diffusion.data.ingest.merge import copy_samples, redact_row, rewrite_part
 from diffusion.data.manifest import (
     STORED,
@@ -24,6 +23,7 @@ from diffusion.data.manifest import (
     work_folder,
     write_manifest,
 )
+from diffusion.data.tables import content_digest
 from diffusion.data.versions.image_lists import forget_images
 from diffusion.data.versions.takedown_records import (
     SELECTED_BY,

@@ -126,8 +126,6 @@ class Contents(Config):
     """The rules and lists that left them out, the most frequent first."""
     lists: list[ImageList] | None = Field(None, exclude_if=is_unset)
     """Lists of images that curation applies; None: there are none."""
-    datasets: dict[str, int] | None = Field(None, exclude_if=is_unset)
-    """Number of images by the data set that they were merged from; None: all are its own."""
     relabelled: int | None = Field(None, exclude_if=is_unset)
     """Kept and dropped images whose label is a list's; None if there are none."""
 
@@ -316,7 +314,6 @@ def show(folder: Path, version: Manifest, elsewhere: Elsewhere = find_nothing, l
             "dropped_count": version.dropped,
             "dropped": None if drops is None else first_entries(drops, limit),
             "rules": None if rules is None else [Reason(reason=rule, count=n) for rule, n in rules.most_common()],
-            "datasets": version.datasets if any(part.dataset for part in version.parts) else None,
             "relabelled": sum(part.relabelled or 0 for part in version.parts) or None,
         }
     )
@@ -344,8 +341,6 @@ def _step(version: Manifest, parent: Manifest | None) -> Step:
         added_count, removed_count = version.kept, 0
     elif version.change == "rebuild":
         added_count, removed_count = version.kept, parent.kept
-    elif version.change == "compact":
-        added_count, removed_count = 0, 0
     else:
         old_counts = {part.number: count_kept(part) for part in find_unshared_parts(parent, version)}
         new_counts = {part.number: count_kept(part) for part in find_unshared_parts(version, parent)}

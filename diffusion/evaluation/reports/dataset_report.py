@@ -50,7 +50,7 @@ AVERAGED = 2000
 """Images averaged for a mean image, at most; a tenth of it for the mean image of a class."""
 CALIBRATED = 300
 """Images whose copies calibrate the search for near-duplicates."""
-PRECEDING = {"curation": ("ingest", "merge of "), "captions": ("curation", "ingest", "merge of ")}
+PRECEDING = {"curation": ("ingest",), "captions": ("curation", "ingest")}
 """What a step makes its version after; a page is about all of them together."""
 VERSIONS = 30
 """Versions listed."""
@@ -145,7 +145,7 @@ def write_dataset_report(
         line = islice(versions(folder), 1, None)
         manifest, parent = dataset.manifest, next(line, None)
         change = manifest.change
-        # An ingest or a merge, and the rules and captions after it, follow what was there before.
+        # An ingest, and the rules and captions after it, follow what was there before.
         while parent is not None and parent.change.startswith(PRECEDING.get(change, ())):
             if (earlier := next(line, None)) is None:
                 break

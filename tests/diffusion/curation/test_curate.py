@@ -22,9 +22,9 @@ from diffusion.curation.curate import CurationResult, curate
 from diffusion.data.dataset import Dataset
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
-from diffusion.data.ingest.key_resolution import content_digest
 from diffusion.data.ingest.merge import merge_versions
 from diffusion.data.manifest import STORED, read_manifest, work_folder
+from diffusion.data.tables import content_digest
 from diffusion.data.versions.difference import diff
 from diffusion.data.versions.takedown import remove, remove_known
 from diffusion.data.versions.takedown_records import Selection, find_affected_versions, write_removal

@@ -20,11 +20,9 @@ from diffusion.curation.lists import ListChange
 from diffusion.data.dataset import open_webdataset
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
-from diffusion.data.ingest.key_resolution import content_digest
 from diffusion.data.ingest.merge import merge_versions
 from diffusion.data.manifest import Manifest, read_manifest
-from diffusion.data.versions.compact import compact
-from diffusion.data.versions.merge_datasets import merge_datasets
+from diffusion.data.tables import content_digest
 from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
 from diffusion.data.versions.versions import show
@@ -266,7 +264,7 @@ def test_labels_of_lists_come_before_rules(tmp_path: Path) -> None:
     assert dropped(folder) == {}
 
 
-def test_takedown_and_compaction_keep_lists_true(data: Path, tmp_path: Path) -> None:
+def test_takedown_keeps_lists_true(data: Path, tmp_path: Path) -> None:
     key = key_of(data, "odd/5.png")
     change(data, csv(tmp_path / "t.csv", "source,reason", "odd/5.png,private", "odd/1.png,dark"))
     remove(data, Selection(prefixes=[key]), "asked")
@@ -275,30 +273,11 @@ def test_takedown_and_compaction_keep_lists_true(data: Path, tmp_path: Path) -> 
     assert not any(b"private" in each for each in files_of(data).values())
     blob(200).save(tmp_path / "images" / "odd" / "200.png")
     ingest(data, config(tmp_path / "images"))
-    compact(data, config(tmp_path / "images"))
     assert dropped(data).keys() == {"odd/1.png"}
     change(data, None)
     kept = {row["source"] for row in records(data) if row["outcome"] == "kept"}
     assert "odd/1.png" in kept
     assert "odd/5.png" not in kept
-
-
-def test_merged_data_sets_bring_their_lists(data: Path, tmp_path: Path) -> None:
-    other = data.parent / "other"
-    (tmp_path / "more").mkdir()
-    for number in (3, 300, 301, 302, 303):
-        blob(number).save(tmp_path / "more" / f"{number}.png")
-    ingest(other, config(tmp_path / "more"))
-    change(other, csv(tmp_path / "t.csv", "source", "3.png", "300.png"), name="other")
-    merge_datasets(data, [other], config(tmp_path))
-    apply_again(data)
-    assert [each.name for each in read_manifest(data).lists or ()] == ["other"]
-    assert len(dropped(data)) == 2
-    digest = read_manifest(data).digest
-    assert merge_datasets(data, [other], config(tmp_path)).digest == digest
-    change(other, csv(tmp_path / "t.csv", "source", "300.png"), name="other")
-    with pytest.raises(UserError, match="another list other"):
-        merge_datasets(data, [other], config(tmp_path))
 
 
 def lines_of(data: Path, first: Sequence[ListChange], second: Sequence[ListChange]) -> tuple[Path, Manifest]:

@@ -162,12 +162,11 @@ def test_data_set_without_captions_fails_before_training(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("option", ["weights", "mix"])
 def test_names_that_fit_no_image_are_reported_before_captions_are_read(
-    data: Path, tmp_path: Path, fake_encoder: FakeEncoder, option: str
+    data: Path, tmp_path: Path, fake_encoder: FakeEncoder
 ) -> None:
-    config = CONFIG.model_copy(update={option: {"cows": 2.0}})
-    with pytest.raises(UserError, match=rf"^training\.{option} has 'cows'"):
+    config = CONFIG.model_copy(update={"weights": {"cows": 2.0}})
+    with pytest.raises(UserError, match=r"^training\.weights has 'cows'"):
         train(data, tmp_path / "run", MODEL, config, SAMPLING)
     assert not fake_encoder.read
 

@@ -23,7 +23,6 @@ MODEL = ModelConfig(width=16, channel_mult=(1,), blocks=1, attention=(), text=Tr
 SHORT = {"images": 64, "batch_size": 16, "warmup_images": 0, "cpu_threads": 1, "condition_dropout": 0.0}
 TAGS = {"shuffle": True, "keep": 1, "dropout": 0.2, "variants": 4}
 WEIGHTS = {"1?.png": 3.0, "*": 1.0}
-MIX = {"set": 2.0}
 
 
 @pytest.fixture
@@ -45,10 +44,10 @@ def seen(data: Path, model: ModelConfig = MODEL, **fields: object) -> tuple[list
 
 
 def test_draws_depend_on_the_seed_alone_and_are_written_down(data: Path, fake_encoder: FakeEncoder) -> None:
-    first, header = seen(data, workers=1, prefetch=1, tags=TAGS, weights=WEIGHTS, mix=MIX)
-    again, _ = seen(data, workers=3, prefetch=5, tags=TAGS, weights=WEIGHTS, mix=MIX)
+    first, header = seen(data, workers=1, prefetch=1, tags=TAGS, weights=WEIGHTS)
+    again, _ = seen(data, workers=3, prefetch=5, tags=TAGS, weights=WEIGHTS)
     assert torch.equal(torch.stack(first), torch.stack(again))
-    assert (header["tags"], header["weights"], header["mix"]) == (TAGS, WEIGHTS, MIX)
+    assert (header["tags"], header["weights"]) == (TAGS, WEIGHTS)
     assert not torch.equal(torch.stack(first), torch.stack(seen(data, seed=1, tags=TAGS, weights=WEIGHTS)[0]))
     # What is shown is a variant of one of the two lines.
     variants = {FakeEncoder()(text).numpy().tobytes(): text for text in fake_encoder.read}
@@ -61,7 +60,7 @@ def test_lines_are_drawn_without_any_setting_and_held_out_losses_see_the_first(
     data: Path, fake_encoder: FakeEncoder
 ) -> None:
     texts, header = seen(data)
-    assert not {"tags", "weights", "mix"} & header.keys()
+    assert not {"tags", "weights"} & header.keys()
     variants = {FakeEncoder()(text).numpy().tobytes(): text for text in fake_encoder.read}
     shown = [variants[embedding.numpy().tobytes()] for batch in texts for embedding in batch]
     share = sum(text.startswith("number") for text in shown) / len(shown)
@@ -78,13 +77,13 @@ def test_lines_are_drawn_without_any_setting_and_held_out_losses_see_the_first(
 def test_settings_of_captions_and_weights_are_part_of_the_identity(data: Path) -> None:
     configs = [
         TrainingConfig.model_validate(SHORT | fields)
-        for fields in ({}, {"tags": TAGS}, {"weights": WEIGHTS}, {"mix": MIX}, {"tags": TAGS | {"keep": 2}})
+        for fields in ({}, {"tags": TAGS}, {"weights": WEIGHTS}, {"tags": TAGS | {"keep": 2}})
     ]
     with open_dataset(data, configs[0], None) as dataset:
         keys = {train_key(data_digest(dataset.manifest, config), MODEL, config) for config in configs}
         # Names of images are no part of the content, but weights depend on them.
         assert data_digest(dataset.manifest, configs[2]) != dataset.manifest.content_digest
-    assert len(keys) == 5
+    assert len(keys) == 4
 
 
 def test_tags_without_captions_are_a_mistake(data: Path) -> None:

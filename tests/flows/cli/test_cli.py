@@ -21,7 +21,7 @@ COMMANDS = (
     *("trace", "reproduce", "deploy", "monitor", "gc", "up", "down", "status", "env", "init", "ls", "open"),
 )
 GROUPS = {
-    "data": ("log", "show", "diff", "checkout", "curate", "remove", "compact", "merge"),
+    "data": ("log", "show", "diff", "checkout", "curate", "remove"),
     "model": ("history", "rollback", "explain", "export", "card", "import"),
     "edit": ("inpaint", "img2img", "interpolate", "upscale"),
     "config": ("show", "schema", "validate"),

@@ -12,7 +12,6 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
-from diffusion.checkpoints import read_model_header
 from diffusion.common.errors import UserError
 from diffusion.curation.lists import ListChange
 from diffusion.data.ingest.config import IngestConfig
@@ -71,14 +70,6 @@ def test_the_calibrated_threshold_of_near_duplicates_is_printed(data: CommandLin
     assert f"up to {bits} of 256 bits, chosen by 51 images, group " in line
     assert f"near       up to {bits} of 256 bits" in data("show", *settings)
     assert "near-duplicates" not in command_line("ingest", "images", "--local", *settings)
-
-
-def test_compact_joins_the_shards_of_all_versions(data: CommandLine) -> None:
-    before = data.json("show")
-    result = data.json("compact", "--local")
-    assert (result["dataset"], result["changed"], result["shards"]) == ("blobs", True, [2, 1])
-    assert result["content_digest"] == before["content_digest"] == data.json("show")["content_digest"]
-    assert "none too small" in data("compact", "--local")
 
 
 def test_show_describes_a_version_and_its_quarantined_files(data: CommandLine) -> None:
@@ -345,38 +336,6 @@ def test_curate_takes_lists_of_other_tools_and_withdraws_them(data: CommandLine)
         (["--drop", "fix.txt"], "is not a table"),
     ):
         assert told in data.mistake("curate", *words, *(["--local"] if "--report" not in words else []))
-
-
-def test_merge_takes_names_of_data_sets_and_no_paths(data: CommandLine) -> None:
-    shutil.copytree(FOLDER, "elsewhere")
-    data.mistake("merge", "../elsewhere", "--local")
-    assert read_manifest(FOLDER).change == "ingest"
-
-
-def test_local_merge_applies_the_lists_that_it_brings(data: CommandLine) -> None:
-    shutil.copytree(FOLDER, "data/other")
-    names = sorted(row["source"] for row in records(FOLDER) if row["outcome"] == "kept")
-    Path("bad.csv").write_text(f"source\n{names[0]}\n")
-    data("curate", "--local", "--drop", "bad.csv", "--dataset", "other")
-    result = data.json("merge", "other", "--local")
-    assert (result["changed"], result["added"], result["dropped"]) == (True, 0, 1)
-    assert {row["source"] for row in records(FOLDER) if row["outcome"] == "dropped"} == {names[0]}
-    assert data.json("merge", "other", "--local")["digest"] == result["digest"] == read_manifest(FOLDER).digest
-
-
-def test_a_training_mixes_merged_data_sets(
-    data: CommandLine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Path("more").mkdir()
-    for number in range(300, 310):
-        blob(number).save(f"more/{number}.png")
-    ingest(Path("data/more"), IngestConfig(source="more", size=8, held_out=0.33))
-    data("merge", "more", "--local")
-    assert "10 from more" in data("show")
-    run, words = CommandLine(monkeypatch, capsys), ("train", "--local", "--set", "model.width=16", "--set")
-    run(*words, "training.mix={blobs: 1, more: 0.5}")
-    assert read_model_header(Path("runs/blobs/final.safetensors")).training["mix"] == {"blobs": 1, "more": 0.5}
-    assert "blobs, more" in run.mistake(*words, "training.mix={other: 2}", "--restart")
 
 
 def test_curate_with_servers_needs_no_local_copy(data: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,8 +73,6 @@ sample --seed -1
 sample --size 64
 sample --model text.safetensors --size 64
 edit img2img one.png --size 64 --model m.safetensors
-data merge pets
-data merge pets/cat
 sample --model text.safetensors
 sample --model one.png
 sample --out here
@@ -94,8 +92,6 @@ compare --family nope
 compare --family ddpm
 distill --local
 data show --dataset nope
-data compact --dataset nope --local
-data merge nope --local
 data remove
 data remove cat* --dataset nope --reason x
 model history

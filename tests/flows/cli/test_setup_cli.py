@@ -272,7 +272,6 @@ def test_status_says_that_nothing_runs(run: CommandLine) -> None:
             "data diff",
             "data checkout abcd",
             "data curate",
-            "data compact",
         ),
         *("model history", "model rollback", "model card", "model explain", "model export --to adapter --out new"),
         "config validate",

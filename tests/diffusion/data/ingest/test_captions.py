@@ -24,8 +24,8 @@ from diffusion.common.files import sha256_bytes
 from diffusion.data.dataset import Dataset, open_webdataset
 from diffusion.data.ingest.config import CaptionerConfig, IngestConfig
 from diffusion.data.ingest.ingest import IngestResult, ingest
-from diffusion.data.ingest.key_resolution import content_digest
 from diffusion.data.manifest import read_manifest, versions
+from diffusion.data.tables import content_digest
 from diffusion.data.versions.difference import diff
 from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection

@@ -23,10 +23,10 @@ from diffusion.data.ingest.chunks import Chunk, chunk_size
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.index import Index
 from diffusion.data.ingest.ingest import ingest
-from diffusion.data.ingest.key_resolution import content_digest
 from diffusion.data.ingest.merge import split_of
 from diffusion.data.ingest.preview import preview
 from diffusion.data.manifest import read_manifest, versions, work_folder
+from diffusion.data.tables import content_digest
 from tests.builders.ingested import files_of, records
 from tests.builders.real_images import digits
 from tests.builders.shapes import blob

@@ -18,14 +18,12 @@ from diffusion.common.errors import UserError
 from diffusion.data.dataset import Dataset, open_webdataset
 from diffusion.data.ingest.config import IngestConfig
 from diffusion.data.ingest.ingest import ingest
-from diffusion.data.ingest.key_resolution import content_digest
 from diffusion.data.ingest.merge import Union, merge_versions, rewrite_part
 from diffusion.data.ingest.preview import preview
 from diffusion.data.loader import Loader, make_order
 from diffusion.data.manifest import read_manifest, write_manifest
-from diffusion.data.versions.compact import compact
+from diffusion.data.tables import content_digest
 from diffusion.data.versions.difference import diff
-from diffusion.data.versions.merge_datasets import merge_datasets
 from diffusion.data.versions.takedown import remove
 from diffusion.data.versions.takedown_records import Selection
 from tests.builders.ingested import records
@@ -252,7 +250,7 @@ def test_versions_differ_in_masks(tmp_path: Path) -> None:
     assert changed.samples[0].before.mask != changed.samples[0].after.mask
 
 
-def test_masks_outlive_takedown_compaction_and_merge(tmp_path: Path) -> None:
+def test_masks_outlive_takedown(tmp_path: Path) -> None:
     data, images = tmp_path / "data", tmp_path / "images"
     for batch in range(3):
         read_masked(data, write_masked(images, 6, 6 * batch))
@@ -261,19 +259,14 @@ def test_masks_outlive_takedown_compaction_and_merge(tmp_path: Path) -> None:
     remove(data, Selection(prefixes=[key]), "asked to")
     own_masks(data)
     assert all(row.get("mask") != mask for row in records(data))
-    compact(data, IngestConfig(size=24, held_out=0.3))
-    own_masks(data)
-    read_masked(tmp_path / "other", write_masked(tmp_path / "more", 6, 15))
-    merge_datasets(data, [tmp_path / "other"], IngestConfig())
-    own_masks(data)
     manifest = read_manifest(data)
-    assert (manifest.kept, manifest.masks) == (20, 13)
+    assert (manifest.kept, manifest.masks) == (17, 11)
     assert content_digest(data, manifest.parts, manifest.storage) == manifest.content_digest
     count = 0
     for shard in manifest.shards:
         with tarfile.open(data / shard.name) as tar:
             count += sum(name.endswith(".mask.png") for name in tar.getnames())
-    assert count == 13
+    assert count == 11
 
 
 def test_batches_have_masks_mirrored_with_their_images(tmp_path: Path) -> None:
