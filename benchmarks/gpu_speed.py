@@ -18,8 +18,6 @@ from trainers import diffusers as diffusers_recipe
 from diffusion.common.device import compute_deterministically
 from diffusion.common.fingerprint import autocast
 from diffusion.families.config import DiffusersConfig, FamilyConfig
-from diffusion.training.memory_plan import FRAGMENTATION
-from diffusion.training.step_memory import measure_step
 from diffusion.training.trainer import Trainer
 
 WARM_UP = 3
@@ -43,8 +41,6 @@ SMALL_SDXL: Mapping[str, dict[str, Any]] = {
     "text_encoder_2": SMALL_CLIP | {"hidden_size": 32, "projection_dim": 32},
 }
 """Fields of the components of Stable Diffusion XL that are others in the rehearsal."""
-WORKSPACES = 64 * 2**20
-"""Bytes of cuBLAS's workspaces, which torch's allocator counts and the plan of a step does not."""
 
 
 def reset_peak() -> None:
@@ -53,8 +49,9 @@ def reset_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def _size(count: int) -> str:
-    return naturalsize(count, binary=True)
+def describe_peak() -> str:
+    """Say how much memory of a GPU was taken at most; empty without one."""
+    return f", {naturalsize(torch.cuda.max_memory_allocated(), binary=True)}" if torch.cuda.is_available() else ""
 
 
 def steps_of(bench: Bench, trainer: Trainer) -> Callable[[], Tensor]:
@@ -79,27 +76,7 @@ def measure_steps(bench: Bench, trainer: Trainer) -> tuple[float, list[float], s
         raise FailedCheckError(f"losses {losses} are not finite")
     reset_peak()
     images = rate(step, trainer.config.images_per_step, bench.sizes.seconds, time.perf_counter)
-    peak = f", {_size(torch.cuda.max_memory_allocated())}" if bench.device == "cuda" else ""
-    return images, losses, f"{images:,.1f} images/s{peak}, first step {first:.1f} s"
-
-
-def compare_memory(bench: Bench, trainer: Trainer) -> Result:
-    """Compare the peak of a step with its plan; FailedCheckError if it takes more."""
-    memory = measure_step(trainer.setup)
-    planned = memory.state + memory.step(trainer.config.micro_batch or trainer.config.images_per_step)
-    if bench.device == "cpu":
-        return f"{_size(planned)} planned; a CPU's is not measured", None
-    step = steps_of(bench, trainer)
-    step()
-    synchronize()
-    reset_peak()
-    step()
-    synchronize()
-    peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    words = f"{_size(peak)} of {_size(planned)} planned, {_size(reserved)} reserved"
-    if peak > planned * (1 + FRAGMENTATION) + WORKSPACES:
-        raise FailedCheckError(f"{words}: more than the plan")
-    return words, peak / planned
+    return images, losses, f"{images:,.1f} images/s{describe_peak()}, first step {first:.1f} s"
 
 
 def variants(bench: Bench) -> dict[str, tuple[str, dict[str, Any] | None]]:
@@ -118,7 +95,7 @@ def variants(bench: Bench) -> dict[str, tuple[str, dict[str, Any] | None]]:
 
 
 def training(bench: Bench, data: Path, model: FamilyConfig, **fields: Any) -> Iterator[Measurement]:
-    """Measure training in each of ``variants``, and compare the memory of a step with its plan."""
+    """Measure training in each of ``variants``."""
     known: list[tuple[float, list[float]]] = []
 
     def work(precision: str, options: Mapping[str, Any] | None) -> Result:
@@ -132,13 +109,8 @@ def training(bench: Bench, data: Path, model: FamilyConfig, **fields: Any) -> It
             raise FailedCheckError(f"{words}; its first losses are {losses}, and in fp32 {expected}")
         return words, images / first
 
-    def memory() -> Result:
-        with bench.trainer(data, model, precision="bf16", **fields) as trainer:
-            return compare_memory(bench, trainer)
-
     for name, (precision, options) in variants(bench).items():
         yield name, partial(work, precision, options)
-    yield "memory of a step in bf16", memory
 
 
 def unet_part(number: int) -> Callable[[Bench], Iterator[Measurement]]:
@@ -200,11 +172,12 @@ def sdxl(bench: Bench) -> Iterator[Measurement]:
         step = steps_of(bench, trainer)
         step()
         synchronize()
+        reset_peak()
         start = time.perf_counter()
         losses = [step().item() for _ in range(10)]
         if not all(map(isfinite, losses)):
             raise FailedCheckError(f"losses {losses} are not finite")
-        return f"{(time.perf_counter() - start) / 10:.3f} s a step, of 10 steps", None
+        return f"{(time.perf_counter() - start) / 10:.3f} s a step, of 10 steps{describe_peak()}", None
 
     start = time.perf_counter()
     base = bench.imported("sdxl", partial(write_sdxl, bench))
@@ -214,7 +187,6 @@ def sdxl(bench: Bench) -> Iterator[Measurement]:
         words = f"{written:.0f} s to write and import it, {time.perf_counter() - start:.0f} s to load and encode images"
         yield f"{name}, set up", lambda: (words, None)
         yield name, partial(steps, trainer)
-        yield f"{name}, memory of a step", partial(compare_memory, bench, trainer)
 
 
 def write_sdxl(bench: Bench, folder: Path) -> None:

@@ -4,7 +4,9 @@ import logging
 import os
 import platform
 import re
+import resource
 import shutil
+import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,11 +60,7 @@ def set_current_device(device: torch.device) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Measure the bytes of memory that are free on ``device``, or that torch holds there and does not use."""
-    if device.type == "cpu":
-        import psutil  # which a served version does without
-
-        return psutil.virtual_memory().available
+    """Measure the bytes of memory that are free on a GPU, or that torch holds there and does not use."""
     module = torch.get_device_module(device)
     free: int = module.mem_get_info(device)[0] + module.memory_reserved(device) - module.memory_allocated(device)
     return free
@@ -72,6 +70,15 @@ def total_memory(device: torch.device) -> int:
     """Return the bytes of memory that a GPU has."""
     total: int = torch.get_device_module(device).mem_get_info(device)[1]
     return total
+
+
+def peak_memory(device: torch.device) -> int:
+    """Measure the most bytes that tensors of this process have taken on a GPU; on a CPU, all that the process has."""
+    if device.type != "cpu":
+        peak: int = torch.get_device_module(device).max_memory_allocated(device)
+        return peak
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -56,11 +56,6 @@ class Captions:
     encoding: CaptionEncoder
     texts: CaptionTexts
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the encodings."""
-        return sum(value.nbytes for value in self.encodings.values())
-
     def select_rows(self, rows: Rows, u: np.ndarray | None = None) -> dict[str, Tensor]:
         """Return a text of each row's caption, or none, encoded: (len(rows), …) each.
 

@@ -57,7 +57,7 @@ class LatentCache:
             for shard in np.unique(self._shards).tolist():
                 shard_rows = rows[self._shards == shard]
                 self._places[shard_rows] = np.arange(len(shard_rows))
-                at_once = images_at_once(dataset.shapes[int(dataset.shard_buckets[shard])])
+                at_once = _images_at_once(dataset.shapes[int(dataset.shard_buckets[shard])])
                 key = [digest, variants, at_once, dataset.keys(shard_rows)]
                 paths[shard] = folder / f"latents-{digest_of(key)[:32]}.safetensors"
                 if _is_whole(paths[shard]):
@@ -90,7 +90,7 @@ class LatentCache:
         return torch.cat(latents)
 
 
-def images_at_once(shape: Sequence[int]) -> int:
+def _images_at_once(shape: Sequence[int]) -> int:
     """Choose how many images of ``shape`` (H, W) are encoded at once: the last bits depend on how many."""
     return max(1, min(AT_ONCE, PIXELS_AT_ONCE // math.prod(shape)))
 
@@ -99,7 +99,7 @@ def _encode(encode: Callable[[Tensor], Tensor], variants: Sequence[str], stored:
     images = to_float(torch.from_numpy(np.ascontiguousarray(stored.decode())))
     count = len(images)
     # Padded with the last image, so that the latents of one do not depend on which shard it is in.
-    images = images[torch.arange(images_at_once(images.shape[2:])).clamp(max=count - 1)]
+    images = images[torch.arange(_images_at_once(images.shape[2:])).clamp(max=count - 1)]
     with torch.inference_mode():
         latents = {name: encode(images.flip(-1) if name == "mirrored" else images) for name in variants}
     return {name: value[:count].float().cpu() for name, value in latents.items()}

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -191,10 +191,6 @@ class Model(ABC):
         """Encode a negative ``prompt``, which guidance leads away from, where that differs from other prompts."""
         return self.encode_prompt(prompt)
 
-    def encoding_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the tensors of ``encode_prompt``, which are those of all prompts."""
-        return {name: tuple(value.shape) for name, value in self.encode_prompt(None).items()}
-
     def prompt_length(self, prompt: str) -> tuple[int, int, int]:
         """Count the tokens of ``prompt`` and of an empty one, and the most that the model's text encoder reads."""
         return prompt_length(prompt)
@@ -274,10 +270,6 @@ class Model(ABC):
     def trained_names(self) -> set[str]:
         """Name the parameters that training changes without an adapter."""
         return {name for name, _ in self.network.named_parameters()}
-
-    def encoders(self) -> Mapping[Literal["prompts", "latents"], list[nn.Parameter]]:
-        """Return weights of which a training step needs none, by what they encode; those of pipelines alone."""
-        return {}
 
     def step_network(self, adapter: AdapterConfig | None) -> nn.Module:
         """Return the part of the network that a training step runs, which has all that is trained."""

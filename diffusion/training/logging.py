@@ -39,9 +39,9 @@ from diffusion.training.checkpointing import INTERRUPTED, Checkpoints, Checkpoin
 from diffusion.training.ema import PREFIXES, SNAPSHOTS, STDS
 from diffusion.training.setup import NETWORK, SAMPLE_GRID, TrainingSetup
 
-METRICS = ("loss", "gradient_norm", "learning_rate", "images_per_second", "data_wait", "skipped")
-"""Columns of history.csv; ``data_wait`` is the share of time spent waiting for images, ``skipped`` the total number of
-steps skipped because of a non-finite loss or gradient."""
+METRICS = ("loss", "gradient_norm", "learning_rate", "images_per_second", "data_wait", "peak_memory", "skipped")
+"""Columns of history.csv; ``data_wait`` is the share of time spent waiting for images, ``peak_memory`` the most bytes
+so far, ``skipped`` the total number of steps skipped because of a non-finite loss or gradient."""
 LOSSES = ("train_loss", "train_loss_ema", "held_out_loss", "held_out_loss_ema")
 """Columns of losses.csv."""
 METRICS_BUFFER = "metrics_buffer"

@@ -1,6 +1,5 @@
 """Preflight: size, duration and cost of a training run, measured before it begins."""
 
-import logging
 import math
 import shutil
 import time
@@ -16,7 +15,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.common.config import Config, is_unset
-from diffusion.common.device import free_memory
 from diffusion.common.errors import UserError
 from diffusion.common.escaping import pluralize
 from diffusion.common.files import make_folder
@@ -29,7 +27,6 @@ from diffusion.process.samplers import SamplingConfig
 from diffusion.training.checkpointing import WrittenTensors
 from diffusion.training.config import TrainingConfig
 from diffusion.training.logging import Validation
-from diffusion.training.memory_plan import MemoryPlan, plan_here
 from diffusion.training.setup import TrainingSetup
 from diffusion.training.trainer import Trainer, scheduled_learning_rate
 
@@ -38,10 +35,6 @@ PREFLIGHT = "preflight.json"
 MEASURED_SECONDS = 4.0
 FLOAT = 4
 """Bytes of a weight or a moment."""
-PLANNED_FLOPS = 10**11
-"""Work of a step from which a run plans its memory; below, it takes about a gigabyte, and steps less than the plan."""
-
-logger = logging.getLogger(__name__)
 
 
 class Preflight(Config):
@@ -68,8 +61,6 @@ class Preflight(Config):
     """Parameters that training does not change: those below an adapter, and an autoencoder's."""
     flops: int
     """Floating-point operations per image of a training step, forward and backward."""
-    memory: MemoryPlan | None
-    """Memory on this machine; None: so little that a run does not compute it."""
     disk_bytes: int
     """Bytes of disk for the checkpoints that exist at the same time."""
     checkpoint_bytes: int
@@ -115,14 +106,12 @@ class Preflight(Config):
             time += f"; {self.fewer_checkpoints}" if self.fewer_checkpoints else ""
             steps = f" ({self.batch_size / self.images_per_second:.2g} s each)"
         checkpoint = naturalsize(self.checkpoint_bytes, binary=True)
-        memory = [] if self.memory is None else [("memory", self.memory.summary)]
         return [
             ("data", f"{self.dataset}, content {self.content_digest[:12]}"),
             ("images", f"{self.train:,} of {size}{conditioning}; {self.held_out:,} held out"),
             ("network", f"{self.parameters / 1e6:.2f} million parameters{frozen}"),
             ("arithmetic", self.arithmetic),
             ("work", f"{self.flops / 1e9:.2f} GFLOP for an image, forward and backward"),
-            *memory,
             ("disk", f"{naturalsize(self.disk_bytes, binary=True)} of checkpoints"),
             ("length", f"{self.images:,} images, {self.images / self.train:.1f} epochs"),
             ("time", time),
@@ -176,13 +165,8 @@ def plan_length(config: TrainingConfig, pace: tuple[float, float] | None) -> tup
     return max(config.images_per_step, int(training_seconds / pace[0])), checkpoints
 
 
-def make_preflight(
-    trainer: Trainer, pace: tuple[float, float] | None, reading: float = 0, memory: MemoryPlan | None = None
-) -> Preflight:
-    """Compute the preflight of a run at the ``pace`` of ``measure_pace``.
-
-    ``reading`` is the time to embed captions. Without its plan, ``memory`` is planned for steps of much work alone.
-    """
+def make_preflight(trainer: Trainer, pace: tuple[float, float] | None, reading: float = 0) -> Preflight:
+    """Compute the preflight of a run at the ``pace`` of ``measure_pace``; ``reading`` is the time to embed captions."""
     setup, config, state = trainer.setup, trainer.config, trainer.state
     dataset, (images, checkpoints) = setup.dataset, plan_length(config, pace)
     parameters = sum(parameter.numel() for parameter in state.network.parameters())
@@ -196,8 +180,6 @@ def make_preflight(
     checkpoint = FLOAT * round((parameters + others) * (1 + config.moments) + parameters * averages - matrices)
     passes = 1 if config.prior is None else 2  # and one of the base, without gradients
     flops = passes * count_flops(setup.model, setup.shape, len(setup.classes), meta_network(setup))
-    if memory is None and flops * config.images_per_step >= PLANNED_FLOPS:
-        memory = plan_here(setup)
     # One checkpoint is written before another is removed, and there may be one from a signal. A snapshot holds averages
     # and guide alone.
     snapshots = (
@@ -219,7 +201,6 @@ def make_preflight(
         parameters=parameters,
         frozen=frozen,
         flops=flops,
-        memory=memory,
         disk_bytes=checkpoint * files,
         checkpoint_bytes=checkpoint,
         batch_size=config.images_per_step,
@@ -260,19 +241,6 @@ def measure_pace(
         tensors.path.unlink()
     pace: tuple[float, float] = ranks.broadcast((image, time.perf_counter() - start))
     return pace
-
-
-def warn_of_memory(memory: MemoryPlan, device: torch.device) -> None:
-    """Warn if a run needs about as much memory as is free, or more."""
-    if memory.peak > (free := free_memory(device)):
-        advice = "lower training.micro_batch, or set training.gradient_checkpointing=true"
-        if memory.muon > memory.activations:
-            advice = "set training.optimizer=adamw, which needs no temporary tensors"
-        logger.warning(
-            "training takes about %s of memory, and %s are free: %s",
-            *(naturalsize(size, binary=True) for size in (memory.peak, free)),
-            advice,
-        )
 
 
 def require_disk(output: Path, required_bytes: int) -> None:

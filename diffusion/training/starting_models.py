@@ -23,10 +23,8 @@ from diffusion.training.warm_start import has_state, start_digest
 logger = logging.getLogger(__name__)
 
 
-def load_initial(
-    model: FamilyConfig, config: TrainingConfig, dataset: Dataset, load: Callable[[Path], Model] = load_model
-) -> Model | None:
-    """``load`` the model in ``config.init_from``, whose averaged weights initialize a network of ``model``, if any.
+def load_initial(model: FamilyConfig, config: TrainingConfig, dataset: Dataset) -> Model | None:
+    """Load the model in ``config.init_from``, whose averaged weights initialize a network of ``model``, if any.
 
     Optimizer, averages and learning rate start from scratch. Raises UserError if the file does not exist or fit, or if
     there is none and ``model`` has no network of its own.
@@ -42,7 +40,7 @@ def load_initial(
     if config.student is None:
         option = "training.init_from"
         alternative = "begin with a model of the same kind, or at random (training.init_from=null)"
-    initial = load(local_file(option, config.init_from))
+    initial = load_model(local_file(option, config.init_from))
     if (conflict := start_conflict(initial, model, dataset.manifest)) is not None:
         advice = advise(conflict, config.init_from)
         raise UserError(

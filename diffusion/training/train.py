@@ -30,7 +30,6 @@ from diffusion.training.data import fan_out_encodings, open_dataset, seconds_to_
 from diffusion.training.distributed import SINGLE_PROCESS, process_group
 from diffusion.training.interruption import interruptible
 from diffusion.training.logging import Tracker, TrainingLog, Validation
-from diffusion.training.memory_plan import MemoryPlan
 from diffusion.training.preflight import (
     PREFLIGHT,
     Preflight,
@@ -38,7 +37,6 @@ from diffusion.training.preflight import (
     measure_pace,
     meta_network,
     require_disk,
-    warn_of_memory,
 )
 from diffusion.training.run_folder import DISCARD_OR_MOVE, Restart, lock_folder, make_way, require_same_run
 from diffusion.training.setup import COUNTS, FINGERPRINT, make_setup
@@ -211,8 +209,6 @@ def _begin_or_resume(trainer: Trainer, output: Path, sampling: SamplingConfig) -
             logger.warning("training.minutes = %g: %s", config.minutes, preflight.fewer_checkpoints)
         summary = dict(preflight.lines())
         logger.info("training on %s; %s, %s", *(summary[name] for name in ("images", "network", "length")))
-        if preflight.memory is not None:
-            warn_of_memory(preflight.memory, setup.device)
         require_disk(output, preflight.disk_bytes)
         shutil.rmtree(output / TRACKERS, ignore_errors=True)  # of another run whose checkpoints were deleted
         write_json(output / PREFLIGHT, preflight.model_dump(mode="json"))
@@ -229,12 +225,8 @@ def preflight(
     config: TrainingConfig,
     sampling: SamplingConfig,
     store: ShardStore | None = None,
-    memory: MemoryPlan | None = None,
 ) -> Preflight:
-    """Measure in a few seconds what ``train`` would do with the same arguments; writes nothing, and raises as it.
-
-    ``memory`` is the plan of its memory, if it has been made.
-    """
+    """Measure in a few seconds what ``train`` would do with the same arguments; writes nothing, and raises as it."""
     device, threads = resolve_device(config.device), thread_count(config, SINGLE_PROCESS)
     with (
         open_dataset(data, config, store) as dataset,
@@ -246,7 +238,7 @@ def preflight(
         reading = seconds_to_encode(dataset, setup.captions)
         trainer = Trainer(setup, pool)
         with trainer.loader:
-            return make_preflight(trainer, measure_pace(setup, pool, sampling), reading, memory)
+            return make_preflight(trainer, measure_pace(setup, pool, sampling), reading)
 
 
 def check(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from diffusion.checkpoints import AUTOENCODER, GUIDE
-from diffusion.common.device import CopyToCPU, resolve_device
+from diffusion.common.device import CopyToCPU, peak_memory, resolve_device
 from diffusion.common.errors import DarkroomError, UserError
 from diffusion.common.fingerprint import autocast
 from diffusion.data.loader import Batch, Loader, make_order
@@ -179,19 +179,142 @@ class PendingStep(NamedTuple):
     """Whether loss and gradient are finite."""
 
 
-class TrainingStep:
-    """The computation of a training step, which knows no data; on a CPU ``threads`` compute the parts of a batch."""
+class Trainer:
+    """Trainer of one network, of which each process has one; on a CPU ``threads`` compute the parts of a batch.
 
-    def __init__(self, setup: TrainingSetup, state: TrainingState, threads: Executor) -> None:
-        self.setup, self.config, self.state, self.threads = setup, setup.config, state, threads
-        self.device = setup.device
+    ``output`` is the folder of the run, where processes that share a network write its checkpoints.
+    """
+
+    def __init__(self, setup: TrainingSetup, threads: Executor, output: Path | None = None) -> None:
+        config, device = setup.config, setup.device
+        self.output = output
+        with torch.random.fork_rng(devices=[]):
+            # Initial weights are a function of the seed.
+            torch.manual_seed(config.seed)
+            network = setup.make_network(config.gradient_checkpointing)
+            self.objective = setup.make_objective()
+        use_channels_last(network)
+        mesh = make_mesh(device, setup.shard) if setup.shard > 1 else None
+        frozen = setup.autoencoder.to(device).state_dict() if setup.autoencoder else {}
+        if setup.base is not None:
+            frozen = {}
+        state = TrainingState(network, self.objective, config, device, frozen, mesh, setup.has_guide)
+        if setup.given_guide is not None:
+            state.load_guide(dict(setup.given_guide[0].named_parameters()))
+        if setup.state_file is not None:
+            state.take_over(load_file(setup.state_file))
+        self.setup, self.config, self.state, self.threads, self.device = setup, config, state, threads, device
         self.reducers: list[GradientReducer | None] = [None for _ in state.steps]
         """Sums of the gradients of each step over the processes; None: there is one, or the network is sharded."""
         if setup.ranks.count > 1 and setup.shard == 1:
-            parts = thread_count(self.config, setup.ranks)
+            parts = thread_count(config, setup.ranks)
             self.reducers = [GradientReducer(step.parameters, parts) for step in state.steps]
         self.total = 0
         """Total number of images to see, a whole number of batches."""
+        if setup.compiled:
+            # A program per shape of the images.
+            dynamo = torch._dynamo.config
+            dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(setup.dataset.shapes))
+            network.compile(dynamic=False)
+        self.loader = Loader(
+            setup.dataset,
+            setup.dataset.rows("train"),
+            make_order(setup.dataset, config.seed, config.images_per_step, config.window, config.weights),
+            config.images_per_step,
+            rank=setup.ranks.rank,
+            ranks=setup.ranks.count,
+            flip_seed=config.seed if config.flip else None,
+            prefetch=config.prefetch,
+            workers=config.workers,
+            latents=setup.latents,
+            masks=config.mask is not None,
+        )
+        self.checkpoints = self.config.checkpoints
+        """Number of checkpoints: fewer than configured on a machine that is too slow for them."""
+        self.window: list[Tensor] = []
+        """Loss and gradient norm, (2,), of each step since the last ones were logged."""
+        self.pending: deque[PendingStep] = deque()
+        self.lag = 0 if self.device.type == "cpu" else 1
+        """Steps after which a step is checked for finiteness: checking at once would stall a GPU."""
+
+    def train(self, log: TrainingLog | None, stop: Callable[[], bool], is_unlogged: bool = False) -> bool:
+        """Train until ``total`` images are seen or ``stop`` is true in any process; returns whether all were seen.
+
+        Only the main process has a ``log``. Once ``stop`` is true, the current step ends, of several processes also the
+        next one, and a checkpoint is written without the validation that belongs to a regular one. ``is_unlogged`` says
+        that the state is from such a checkpoint.
+        """
+        state, config, ranks = self.state, self.config, self.setup.ranks
+        steps = self.total // config.images_per_step
+        log_every = max(1, steps // (self.checkpoints * LOGS_PER_CHECKPOINT)) * config.images_per_step
+        save_every = math.ceil(self.total / self.checkpoints / log_every) * log_every
+        is_due = is_unlogged and (state.images % save_every == 0 or state.images == self.total)
+        start_images, start_time, start_wait = state.images, time.perf_counter(), self.loader.waited
+        while is_due or state.images < self.total:
+            wait_for_stop = ranks.any(stop)
+            if not is_due:
+                learning_rate = scheduled_learning_rate(config, state.images, self.total)
+                self.window.append(torch.stack(self.train_step(learning_rate)))
+                is_last = state.images == self.total
+                if state.images % log_every == 0 or is_last:
+                    # The first operation of these steps that waits for the device.
+                    finite = torch.stack(self.window).cpu()
+                    loss, norm = finite[finite.isfinite().all(1)].mean(0).tolist()
+                    self.check_finite()
+                    seconds = time.perf_counter() - start_time
+                    metrics = {
+                        "loss": loss,
+                        "gradient_norm": norm,
+                        "learning_rate": learning_rate,
+                        "images_per_second": (state.images - start_images) / seconds,
+                        "data_wait": (self.loader.waited - start_wait) / seconds,
+                        "peak_memory": peak_memory(self.device),
+                        "skipped": state.skipped,
+                    }
+                    if log:
+                        log.log_metrics(metrics, state.images)
+                    self.window, start_images, start_time = [], state.images, time.perf_counter()
+                    start_wait = self.loader.waited
+                is_due = state.images % save_every == 0 or is_last
+            is_over = wait_for_stop()
+            if is_due and not is_over:
+                header, is_due = self.checkpoint_header(), False
+                tensors = self.checkpoint_tensors(header)
+                save = partial(log.checkpoint, tensors, header, save_every) if log else None
+                is_over = not ranks.run_in_main(save, stop)
+                start_time = time.perf_counter()
+            if is_over:
+                self.check_finite()
+                header = self.checkpoint_header() | {WINDOW: [row.tolist() for row in self.window]}
+                tensors = self.checkpoint_tensors(header)
+                if log:
+                    log.interrupt(tensors, header)
+                # torchrun would kill a process that still writes when others have ended.
+                ranks.barrier()
+                return False
+        return True
+
+    def train_step(self, learning_rate: float) -> tuple[Tensor, Tensor]:
+        """Take one training step; returns loss and gradient norm, both (), which may not be finite.
+
+        A non-finite step changes no weights and is counted. Raises NotFiniteError after too many in a row.
+        """
+        batch = self.loader.batch(self.state.images, self.total)
+        conditioning = self.setup.training_conditioning(batch)
+        inputs = self.objective.make_batch(self.setup.x0(batch), batch.indices, conditioning)
+        inputs = self.setup.with_prior(self.setup.with_masks(inputs, batch))
+        t, inputs = inputs.random.get("t"), inputs.to(self.device)
+        try:
+            loss, norm, finite = self.update(inputs, learning_rate)
+        except torch.OutOfMemoryError as error:
+            images = self.config.micro_batch or self.config.images_per_step
+            raise UserError(
+                f"a training step does not fit into the memory of the GPU: set training.micro_batch below {images}, or "
+                "training.gradient_checkpointing=true"
+            ) from error
+        self.pending.append(PendingStep(self.state.images, batch, t, CopyToCPU(finite)))
+        self.check_finite(self.lag)
+        return loss, norm
 
     def update(self, inputs: TrainingBatch, learning_rate: float) -> tuple[Tensor, Tensor, Tensor]:
         """Update weights and averages; returns loss and gradient norm, both (), and whether they are finite, () bool.
@@ -270,129 +393,6 @@ class TrainingStep:
             for gradient in grads:
                 parameter.grad.add_(gradient)
         return loss
-
-
-class Trainer(TrainingStep):
-    """Trainer of one network, of which each process has one; on a CPU ``threads`` compute the parts of a batch.
-
-    ``output`` is the folder of the run, where processes that share a network write its checkpoints.
-    """
-
-    def __init__(self, setup: TrainingSetup, threads: Executor, output: Path | None = None) -> None:
-        config, device = setup.config, setup.device
-        self.output = output
-        with torch.random.fork_rng(devices=[]):
-            # Initial weights are a function of the seed.
-            torch.manual_seed(config.seed)
-            network = setup.make_network(config.gradient_checkpointing)
-            self.objective = setup.make_objective()
-        use_channels_last(network)
-        mesh = make_mesh(device, setup.shard) if setup.shard > 1 else None
-        frozen = setup.autoencoder.to(device).state_dict() if setup.autoencoder else {}
-        if setup.base is not None:
-            frozen = {}
-        state = TrainingState(network, self.objective, config, device, frozen, mesh, setup.has_guide)
-        if setup.given_guide is not None:
-            state.load_guide(dict(setup.given_guide[0].named_parameters()))
-        if setup.state_file is not None:
-            state.take_over(load_file(setup.state_file))
-        super().__init__(setup, state, threads)
-        if setup.compiled:
-            # A program per shape of the images.
-            dynamo = torch._dynamo.config
-            dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(setup.dataset.shapes))
-            network.compile(dynamic=False)
-        self.loader = Loader(
-            setup.dataset,
-            setup.dataset.rows("train"),
-            make_order(setup.dataset, config.seed, config.images_per_step, config.window, config.weights),
-            config.images_per_step,
-            rank=setup.ranks.rank,
-            ranks=setup.ranks.count,
-            flip_seed=config.seed if config.flip else None,
-            prefetch=config.prefetch,
-            workers=config.workers,
-            latents=setup.latents,
-            masks=config.mask is not None,
-        )
-        self.checkpoints = self.config.checkpoints
-        """Number of checkpoints: fewer than configured on a machine that is too slow for them."""
-        self.window: list[Tensor] = []
-        """Loss and gradient norm, (2,), of each step since the last ones were logged."""
-        self.pending: deque[PendingStep] = deque()
-        self.lag = 0 if self.device.type == "cpu" else 1
-        """Steps after which a step is checked for finiteness: checking at once would stall a GPU."""
-
-    def train(self, log: TrainingLog | None, stop: Callable[[], bool], is_unlogged: bool = False) -> bool:
-        """Train until ``total`` images are seen or ``stop`` is true in any process; returns whether all were seen.
-
-        Only the main process has a ``log``. Once ``stop`` is true, the current step ends, of several processes also the
-        next one, and a checkpoint is written without the validation that belongs to a regular one. ``is_unlogged`` says
-        that the state is from such a checkpoint.
-        """
-        state, config, ranks = self.state, self.config, self.setup.ranks
-        steps = self.total // config.images_per_step
-        log_every = max(1, steps // (self.checkpoints * LOGS_PER_CHECKPOINT)) * config.images_per_step
-        save_every = math.ceil(self.total / self.checkpoints / log_every) * log_every
-        is_due = is_unlogged and (state.images % save_every == 0 or state.images == self.total)
-        start_images, start_time, start_wait = state.images, time.perf_counter(), self.loader.waited
-        while is_due or state.images < self.total:
-            wait_for_stop = ranks.any(stop)
-            if not is_due:
-                learning_rate = scheduled_learning_rate(config, state.images, self.total)
-                self.window.append(torch.stack(self.train_step(learning_rate)))
-                is_last = state.images == self.total
-                if state.images % log_every == 0 or is_last:
-                    # The first operation of these steps that waits for the device.
-                    finite = torch.stack(self.window).cpu()
-                    loss, norm = finite[finite.isfinite().all(1)].mean(0).tolist()
-                    self.check_finite()
-                    seconds = time.perf_counter() - start_time
-                    metrics = {
-                        "loss": loss,
-                        "gradient_norm": norm,
-                        "learning_rate": learning_rate,
-                        "images_per_second": (state.images - start_images) / seconds,
-                        "data_wait": (self.loader.waited - start_wait) / seconds,
-                        "skipped": state.skipped,
-                    }
-                    if log:
-                        log.log_metrics(metrics, state.images)
-                    self.window, start_images, start_time = [], state.images, time.perf_counter()
-                    start_wait = self.loader.waited
-                is_due = state.images % save_every == 0 or is_last
-            is_over = wait_for_stop()
-            if is_due and not is_over:
-                header, is_due = self.checkpoint_header(), False
-                tensors = self.checkpoint_tensors(header)
-                save = partial(log.checkpoint, tensors, header, save_every) if log else None
-                is_over = not ranks.run_in_main(save, stop)
-                start_time = time.perf_counter()
-            if is_over:
-                self.check_finite()
-                header = self.checkpoint_header() | {WINDOW: [row.tolist() for row in self.window]}
-                tensors = self.checkpoint_tensors(header)
-                if log:
-                    log.interrupt(tensors, header)
-                # torchrun would kill a process that still writes when others have ended.
-                ranks.barrier()
-                return False
-        return True
-
-    def train_step(self, learning_rate: float) -> tuple[Tensor, Tensor]:
-        """Take one training step; returns loss and gradient norm, both (), which may not be finite.
-
-        A non-finite step changes no weights and is counted. Raises NotFiniteError after too many in a row.
-        """
-        batch = self.loader.batch(self.state.images, self.total)
-        conditioning = self.setup.training_conditioning(batch)
-        inputs = self.objective.make_batch(self.setup.x0(batch), batch.indices, conditioning)
-        inputs = self.setup.with_prior(self.setup.with_masks(inputs, batch))
-        t, inputs = inputs.random.get("t"), inputs.to(self.device)
-        loss, norm, finite = self.update(inputs, learning_rate)
-        self.pending.append(PendingStep(self.state.images, batch, t, CopyToCPU(finite)))
-        self.check_finite(self.lag)
-        return loss, norm
 
     def check_finite(self, lag: int = 0) -> None:
         """Count skipped steps among all but the last ``lag``; raises NotFiniteError after too many in a row."""

@@ -28,28 +28,16 @@ def preview_ingest(config: "Params", requeue: bool = False, rebuild: "Rebuild" =
         return preview(config.dataset_folder, config.ingest, requeue=requeue, rebuild=rebuild, objects=S3Objects())
 
 
-def preflight_training(config: "Params", world_size: int | None) -> CommandOutput:
-    """Output of what a training would do, and its memory: here and on GPUs, or of each of ``world_size`` ranks."""
+def preflight_training(config: "Params") -> CommandOutput:
+    """Output of what a training would do."""
     from diffusion.data.manifest import read_manifest
 
     read_manifest(config.dataset_folder)
-    from diffusion.training.memory_plan import estimate_memory
-    from diffusion.training.rank_costs import estimate_ranks
     from diffusion.training.train import preflight
 
     with prepare_inputs(config, dry_run=True) as (config, store):
-        sections = config.dataset_folder, config.model, config.training
-        if world_size is not None:
-            costs = estimate_ranks(*sections, config.sampling, world_size, store)
-            return CommandOutput(costs, costs.lines())
-        memory = estimate_memory(*sections, store)
-        value = {"memory_plans": memory.model_dump(mode="json")}
-        if memory.here.peak > memory.free:
-            lines = [f"memory     {memory.here.summary}", "time       not measured, as it does not fit here"]
-            return CommandOutput(value, [*lines, *memory.lines()])
-        estimate = preflight(*sections, config.sampling, store, memory.here)
-    lines = [f"{name:10} {text}" for name, text in estimate.lines()]
-    return CommandOutput(estimate.model_dump(mode="json") | value, [*lines, *memory.lines()])
+        estimate = preflight(config.dataset_folder, config.model, config.training, config.sampling, store)
+    return CommandOutput(estimate, [f"{name:10} {text}" for name, text in estimate.lines()])
 
 
 def preflight_trainings(variants: "Mapping[str, Params]") -> CommandOutput:

@@ -37,10 +37,6 @@ Preview = Annotated[
 RestartIfDifferent = Annotated[
     bool, Option("--restart-if-different", help="Start over only if the folder holds a run of other inputs.")
 ]
-WorldSize = Annotated[
-    int | None,
-    Option(min=1, max=4096, metavar="N", help="With --dry-run: memory and messages of each of N ranks, and of fewer."),
-]
 Evaluated = Annotated[
     str | None,
     Option(
@@ -164,7 +160,6 @@ def train(
     dry_run: Annotated[
         bool, Option("--dry-run", help="Show settings and the estimated time, without servers.")
     ] = False,
-    world_size: WorldSize = None,
     local: options.Local = False,
 ) -> CommandOutput | None:
     """Train on a data set with live MLflow tracking; the same command resumes an interrupted run.
@@ -175,12 +170,10 @@ def train(
     """
     if dry_run and (restart or restart_if_different):
         raise UserError("--dry-run discards nothing: leave --restart out")
-    if world_size is not None and not dry_run:
-        raise UserError("--world-size computes what N processes would need: give --dry-run, or start them by torchrun")
     if dry_run:
         from flows.cli.dry_run import preflight_training
 
-        return preflight_training(config, world_size)
+        return preflight_training(config)
     mode: Restart = "if_different" if restart_if_different else "never"
     if local or is_follower():
         return _train_here(config, local, restart, mode)

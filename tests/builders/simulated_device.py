@@ -356,6 +356,10 @@ class Module:
         """Count the bytes that tensors take."""
         return STATE.live
 
+    def max_memory_allocated(self, device: torch.device | None = None) -> int:
+        """Count the most bytes that tensors took."""
+        return STATE.peak
+
     def empty_cache(self) -> None:
         """Nothing is cached."""
 

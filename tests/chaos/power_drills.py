@@ -87,7 +87,7 @@ def run_train(folder: Path, dataset: Path) -> State:
     """With a few checkpoints, into runs/set below ``folder``."""
     train(dataset, folder / RUN, MODEL, TRAINING, SAMPLING)
     output = folder / RUN
-    measured = {"images_per_second", "data_wait"}
+    measured = {"images_per_second", "data_wait", "peak_memory"}
     return {
         "final": (output / "final.safetensors").read_bytes(),
         # One more is left where the power was cut between the last one and the removal of an older one.

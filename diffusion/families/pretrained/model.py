@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -185,14 +185,6 @@ class PretrainedModel(DiffusionModel):
         names = (name for name, _ in self.network.named_parameters())
         return {name for name in names if name.startswith(denoiser) and not name.startswith(idle)}
 
-    def encoders(self) -> Mapping[Literal["prompts", "latents"], list[nn.Parameter]]:
-        """Return the weights of the text encoders, and those of the autoencoder."""
-        weights = [*self.network.named_parameters()]
-        return {
-            "prompts": [weight for name, weight in weights if name.startswith("text_encoder")],
-            "latents": [weight for name, weight in weights if name.startswith(f"{self.pipeline.autoencoder_name}.")],
-        }
-
     def step_network(self, adapter: AdapterConfig | None) -> PipelineNetwork:
         """Leave out the autoencoder, and text encoders that are not trained."""
         used = {self.pipeline.denoiser_name}
@@ -242,10 +234,6 @@ class PretrainedModel(DiffusionModel):
     def encode_negative(self, prompt: str | None) -> Encoding:
         """Encode a negative ``prompt`` by the pipeline's text encoders."""
         return self.network.encode_negative(prompt) if self.config.text else super().encode_negative(prompt)
-
-    def encoding_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the tensors of ``encode_prompt``."""
-        return self.pipeline.encoding_shapes(self.network) if self.config.text else super().encoding_shapes()
 
     def prompt_length(self, prompt: str) -> tuple[int, int, int]:
         """Count the tokens of ``prompt``, those of an empty one, and the most that the text encoder reads."""

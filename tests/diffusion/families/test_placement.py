@@ -44,7 +44,6 @@ def live():
     return state.live
 """
 SAMPLING = """
-sys.modules["psutil"] = None  # as for versions that are served
 conditions, answer = Conditions(prompts=("a red circle", "a blue circle")), {"sizes": sizes}
 expected = sample(model, range(4), 0, config, conditions=conditions)
 encoders = sizes["text_encoder"] + sizes["text_encoder_2"]

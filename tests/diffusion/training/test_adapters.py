@@ -25,23 +25,17 @@ from diffusion.common.errors import UserError
 from diffusion.common.files import sha256_file
 from diffusion.common.model_files import read_header
 from diffusion.common.threads import worker_threads
-from diffusion.data.dataset import Dataset
 from diffusion.evaluation.comparison import compare_with_champion
 from diffusion.evaluation.config import EvaluationConfig
 from diffusion.evaluation.gate import GateConfig
 from diffusion.families.adapters import LoRAConfig
-from diffusion.families.ddpm.model import DDPMModel
 from diffusion.families.ddpm.network import UNet
 from diffusion.families.fine_tuning import merge_adapters
 from diffusion.generation.generate import sample
 from diffusion.training.config import TrainingConfig
-from diffusion.training.distributed import SINGLE_PROCESS
 from diffusion.training.ema import reconstruct_average
 from diffusion.training.logging import Validation
-from diffusion.training.memory_plan import MemoryPlan, plan_here
 from diffusion.training.preflight import make_preflight
-from diffusion.training.setup import make_setup
-from diffusion.training.step_memory import measure_step
 from diffusion.training.train import TrainResult, preflight, train
 from tests.builders.small_models import write_model
 from tests.builders.small_trainers import make_trainer, take_step
@@ -275,20 +269,6 @@ def test_held_out_images_pass_no_more_at_once_than_in_training(dataset: Path) ->
     assert losses[3].keys() == losses[None].keys()
 
 
-def test_memory_falls_with_micro_batches_checkpointing_and_frozen_weights(dataset: Path, base: Path) -> None:
-    def of(**options: object) -> MemoryPlan:
-        config = configured(base, precision="fp32", **options)
-        return plan_here(make_setup(Dataset.open(dataset), MODEL, config, SAMPLING, SINGLE_PROCESS))
-
-    adapted, small, recomputed = of(), of(micro_batch=2), of(gradient_checkpointing=True)
-    whole = of(adapter=None, learning_rate=1e-3)
-    assert small.activations == pytest.approx(adapted.activations / 4, rel=0.05)
-    assert (small.images_at_once, adapted.images_at_once) == (4, 16)
-    assert recomputed.activations < adapted.activations
-    assert recomputed.step < adapted.step
-    assert adapted.optimizer + adapted.averages + adapted.gradients < (whole.averages + whole.gradients) / 2
-
-
 def test_low_rank_matrices_cost_less_work(dataset: Path, base: Path) -> None:
     with worker_threads(1) as pool:
         work = [
@@ -296,24 +276,6 @@ def test_low_rank_matrices_cost_less_work(dataset: Path, base: Path) -> None:
             for options in ({}, {"adapter": None, "learning_rate": 1e-3})
         ]
     assert work[0] < work[1]
-
-
-def test_estimated_activations_are_those_that_autograd_saves(dataset: Path) -> None:
-    """Against torch's own account: the storages that it saves for the backward pass, without weights and input."""
-    with worker_threads(1) as pool:
-        trainer = make_trainer(dataset, MODEL, TrainingConfig(images=64, precision="fp32"), pool, 64)
-    network, saved = trainer.state.network, {}
-    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
-
-    def count_bytes(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(count_bytes, lambda tensor: tensor):
-        loss = DDPMModel.forward(network, (1, 8, 8))  # type: ignore[arg-type]
-    total = sum(size for place, size in saved.items() if place not in weights)
-    assert loss.requires_grad
-    assert total <= measure_step(trainer.setup).activations(1) < 2 * total
 
 
 def test_micro_batch_that_splits_nothing_is_an_error() -> None:

@@ -30,7 +30,7 @@ from diffusion.training.config import TrainingConfig
 from diffusion.training.ema import models_to_evaluate
 from diffusion.training.logging import MetricsFile, TrainingMonitor, read_metrics
 from diffusion.training.train import train
-from diffusion.training.trainer import scheduled_learning_rate
+from diffusion.training.trainer import Trainer, scheduled_learning_rate
 from tests.builders import ROOT
 from tests.builders.small_datasets import write_dataset
 from tests.builders.small_trainers import make_trainer, take_step
@@ -219,18 +219,33 @@ def test_training_length_is_set_once_and_defaults_to_ten_minutes() -> None:
     assert TrainingConfig(images=10).minutes is None
 
 
-def test_the_share_of_time_spent_waiting_for_images_is_recorded(dataset: Path, tmp_path: Path) -> None:
-    logged: list[float] = []
+def test_waiting_time_and_peak_of_memory_are_recorded(dataset: Path, tmp_path: Path) -> None:
+    logged: list[tuple[float, float]] = []
 
     class Listener(StopAt):
         def log_metrics(self, metrics: Mapping[str, float], images: int) -> None:
-            logged.extend(value for name, value in metrics.items() if name == "data_wait")
+            if "data_wait" in metrics:
+                logged.append((metrics["data_wait"], metrics["peak_memory"]))
 
     run(dataset, tmp_path / "run", track=lambda _: Listener(0))
-    shares = [row["data_wait"] for row in read_metrics(tmp_path / "run" / "history.csv")]
-    assert shares == logged
-    assert len(shares) == 20
+    rows = read_metrics(tmp_path / "run" / "history.csv")
+    assert [(row["data_wait"], row["peak_memory"]) for row in rows] == logged
+    assert len(logged) == 20
+    shares, peaks = zip(*logged, strict=True)
     assert all(0 < share < 1 for share in shares)
+    assert 10**8 < peaks[0] <= peaks[-1] < 10**11
+    assert [*peaks] == sorted(peaks)
+
+
+def test_step_beyond_the_gpu_s_memory_is_one_line(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def update(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Trainer, "update", update)
+    with pytest.raises(UserError, match=r"^a training step .*: set training\.micro_batch below 16, .*$"):
+        run(dataset, tmp_path / "run")
 
 
 def test_resumed_history_drops_rows_after_the_checkpoint(tmp_path: Path) -> None:

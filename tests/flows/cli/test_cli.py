@@ -127,10 +127,8 @@ def test_dry_run_of_training_needs_no_server(dataset: Path, tmp_path: Path) -> N
     assert output.returncode == 0, output.stderr
     assert "of 8×8×1, 2 classes;" in output.stdout
     assert "640 images," in output.stdout
-    assert [line for line in output.stdout.splitlines() if line.startswith("images on 24 GB")]
     about = json.loads(darkroom(tmp_path, "train", "--dataset", "blobs", "--dry-run", "--json", *settings).stdout)
     assert (about["dataset"], about["images"], about["shape"]) == ("blobs", 640, [1, 8, 8])
-    assert about["memory_plans"]["here"] == about["memory"]
     assert not (tmp_path / "runs" / "blobs").exists()
     process = darkroom(tmp_path, "train", "--dataset", "blobs", "--dry-run", "--restart")
     assert (process.returncode, "leave --restart out" in process.stderr) == (2, True)
